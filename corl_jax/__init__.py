@@ -1,0 +1,1 @@
+"""CoRL in JAX: one GRPO for a model that both sees and draws."""

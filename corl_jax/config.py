@@ -1,0 +1,423 @@
+"""Every knob of a run: typed, bounded, documented, and checked before anything else happens.
+
+A config is a YAML file, optionally on top of another one (`base: other.yaml`, relative to the
+file), with `key.path=value` overrides from the command line; values are parsed as YAML. Unknown
+keys are refused with the nearest known name, and all problems are reported at once.
+
+Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released script.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from corl_jax.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen block of options that knows no others."""
+
+    # Strict: `true` is no number and "5" is no 5, which pydantic would otherwise convert.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The policy: where its weights are and how it computes."""
+
+    path: str = Field(description="directory in any of the three layouts, or a hub id")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="compute dtype; parameters and optimizer stay float32"
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "full", description="what the backward pass keeps of each layer: all, products, input"
+    )
+    logprob_chunk: Positive = Field(
+        1024, description="tokens whose logits exist at once in a loss; bounds memory"
+    )
+
+
+class Columns(Section):
+    """Names of the dataset's columns; the defaults are the published layout's."""
+
+    prompt: str = "prompt"
+    real_image: str = "real_image"
+    qa_problem: str = "qa_problem"
+    qa_solution: str = "qa_solution"
+    qa_type: str = "qa_type"
+
+
+class Data(Section):
+    """Rows and the prompts made of them."""
+
+    path: str | list[str] = Field(description="parquet file, directory, glob, list, or hub id")
+    columns: Columns = Columns()
+    max_prompt_length: Positive = Field(
+        1024, description="tokens of an encoded prompt; longer rows are left out [P, R]"
+    )
+    max_bad_fraction: Fraction = Field(0.01, description="undecodable rows before the run stops")
+    cache_rows: NonNegative = Field(
+        0, description="decoded rows kept in memory; for small data read many times"
+    )
+    prefetch: NonNegative = Field(2, description="batches prepared ahead by a thread")
+    system_prompt: str = Field("", description="system text of understanding prompts; CoRL: none")
+
+
+class Rollout(Section):
+    """Sampling of the completions that are rewarded."""
+
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt, G [P]")
+    temperature: PositiveFloat = Field(1.0, description="of both tasks, also in log-probs")
+    top_k: NonNegative = Field(0, description="text only; 0 keeps the whole vocabulary")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    cfg_scale: NonNegativeFloat = Field(5.0, description="image guidance; 1 is none [P]")
+    max_new_tokens: Positive = Field(512, description="text tokens of a completion [P]")
+    batch_prompts: Positive | None = Field(
+        None, description="prompts sampled at once on all devices; null: all of a step"
+    )
+
+
+class Reward(Section):
+    """One reward by its registered name."""
+
+    name: str
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    options: dict[str, Any] = Field(default_factory=dict, description="the reward's own keywords")
+
+
+class Grpo(Section):
+    """The objective: which tasks, which advantages, which penalty."""
+
+    tasks: Literal["unified", "t2i", "mm2t"] = "unified"
+    advantages: Literal["unified_reward", "unified_advantage", "separate"] = "unified_reward"
+    mm2t_weight: NonNegativeFloat = Field(
+        0.8, description="lambda: weight of the text reward in the joint one [P eq. 5]"
+    )
+    t2i_loss_weight: NonNegativeFloat = 1.0
+    mm2t_loss_weight: NonNegativeFloat = 1.0
+    std_eps: NonNegativeFloat = Field(1e-4, description="added to a group's std [R]")
+    scale_by_std: bool = Field(True, description="false: advantages are only centred")
+    kl_coef: NonNegativeFloat = Field(0.0, description="beta of the k3 penalty; 0: no reference")
+    clip_low: NonNegativeFloat = Field(0.2, description="ratio clip below 1; inert at 1 iteration")
+    clip_high: NonNegativeFloat = Field(0.2, description="ratio clip above 1")
+    num_iterations: Positive = Field(1, description="optimizer steps on each rollout (mu)")
+    image_logprobs: Literal["conditional", "guided"] = Field(
+        "conditional", description="distribution that image tokens are scored under"
+    )
+    mask_truncated: bool = Field(
+        False, description="leave answers without an end token out of the loss (text only)"
+    )
+
+
+class Sft(Section):
+    """The supervised stage: both tasks on one language model."""
+
+    answer_column: str = Field("sft_answer", description="target of the question; text")
+    caption_column: str | None = Field(
+        "caption", description="target of the captioning instruction; null trains no captions"
+    )
+    t2i_weight: NonNegativeFloat = 1.0
+    mm2t_weight: NonNegativeFloat = 1.0
+    caption_weight: NonNegativeFloat = 1.0
+    cfg_dropout: Fraction = Field(
+        0.1, description="rows whose prompt is blanked as guidance's unconditional row is"
+    )
+
+
+class Vq(Section):
+    """The image tokenizer's recipe."""
+
+    perceptual_weight: NonNegativeFloat = Field(
+        0.5, description="weight of the error of image gradients beside that of pixels"
+    )
+    commitment: NonNegativeFloat = Field(0.25, description="pull of latents to their codes")
+    entropy_weight: NonNegativeFloat = Field(0.02, description="spread of code use over a batch")
+
+
+class Optimizer(Section):
+    """optax; the defaults are the released run's."""
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    learning_rate: PositiveFloat = Field(4e-6, description="peak [P]")
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="to 0 [R]")
+    warmup_steps: NonNegative = 0
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="global clip; 0 is none [R]")
+
+
+class Train(Section):
+    """Length and batch of the run."""
+
+    prompts_per_step: Positive = Field(16, description="prompts of one rollout, all devices [P]")
+    micro_batch: Positive | None = Field(
+        None, description="prompts whose groups are in one backward pass; null: all of a step"
+    )
+    epochs: PositiveFloat = 1.0
+    max_steps: Positive | None = Field(None, description="overrides epochs")
+    trainable: list[str] = Field(
+        ["language_model/.*", "lm_head/.*"],
+        description="regexes of parameter paths; the rest is frozen",
+    )
+    stop_after: Positive | None = Field(
+        None, description="optimizer steps of this process; the schedule stays that of the run"
+    )
+
+
+class Mesh(Section):
+    """Devices per axis; one may be -1 and takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class Checkpoint(Section):
+    """Saving, for resuming."""
+
+    every: Positive = Field(200, description="steps between checkpoints; the last is always saved")
+    keep: Positive = Field(1, description="newest checkpoints that stay")
+
+
+class Export(Section):
+    """The final model, for PyTorch."""
+
+    layout: Literal["transformers", "original", "jax", "none"] = "transformers"
+    dtype: Literal["keep", "float32", "bfloat16"] = Field(
+        "keep", description="keep: each tensor's dtype in the source"
+    )
+    base: str | None = Field(None, description="original directory that supplies dropped tensors")
+
+
+class Eval(Section):
+    """Held-out evaluation."""
+
+    suite: Literal["none", "shapes", "rewards"] = "none"
+    every: NonNegative = Field(0, description="steps between; 0: only before and after")
+    path: str | list[str] | None = Field(None, description="rows; null: the last rows of the data")
+    rows: Positive = 64
+    batch_prompts: Positive = 16
+
+
+class Log(Section):
+    """What is written beside the numbers."""
+
+    every: Positive = Field(1, description="steps between metric lines")
+    images_every: NonNegative = Field(50, description="steps between image grids; 0: none")
+    fixed_prompts: Positive = Field(4, description="held-out prompts drawn in each grid")
+
+
+class Compat(Section):
+    """Switches back to behaviours of the released code that our defaults mend; see the docs."""
+
+    image_logprobs_unshifted: bool = Field(False, description="Q1: score a token after it is read")
+    bfloat16_master: bool = Field(False, description="Q2: parameters and optimizer in bfloat16")
+    mc_as_open_ended: bool = Field(False, description="Q3: choice answers scored by word overlap")
+    text_top_k_50: bool = Field(False, description="Q4: transformers' implicit top_k")
+    ti_sim_fixed_spans: bool = Field(False, description="Q7: spans 5:581 and 586: of the tokens")
+    format_without_strip: bool = Field(False, description="Q20")
+    answer_single_line: bool = Field(False, description="Q21: answers with a newline not found")
+
+
+class Config(Section):
+    """A whole run."""
+
+    output_dir: str = Field(description="run directory; a rerun of the same command resumes it")
+    objective: Literal["grpo", "sft", "vq"] = "grpo"
+    seed: NonNegative = 0
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    rewards: list[Reward] = Field(default_factory=list)
+    grpo: Grpo = Grpo()
+    sft: Sft = Sft()
+    vq: Vq = Vq()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    export: Export = Export()
+    eval: Eval = Eval()
+    log: Log = Log()
+    compat: Compat = Compat()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        problems = []
+        batch = self.train.prompts_per_step
+        for name, part in (
+            ("train.micro_batch", self.train.micro_batch),
+            ("rollout.batch_prompts", self.rollout.batch_prompts),
+        ):
+            if part is not None and batch % part:
+                problems.append(
+                    f"{name}: {part} does not divide train.prompts_per_step {batch}; "
+                    f"nearest divisors {_near_divisors(batch, part)}"
+                )
+        if self.objective == "grpo" and not self.rewards:
+            problems.append("rewards: empty; objective grpo needs at least one: {name: format}")
+        if self.compat.image_logprobs_unshifted and self.grpo.image_logprobs == "guided":
+            problems.append(
+                "compat.image_logprobs_unshifted: needs grpo.image_logprobs conditional"
+            )
+        if self.compat.text_top_k_50 and self.rollout.top_k not in (0, 50):
+            problems.append(
+                f"rollout.top_k: {self.rollout.top_k} contradicts compat.text_top_k_50; drop one"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(str(d) for d in sorted(divisors, key=lambda d: abs(d - wanted))[:2])
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The config of a file and its overrides (`key.path=value`).
+
+    Raises:
+        InputError: every problem found, each with its key.
+    """
+    tree = _read(Path(path), [])
+    problems = [line for text in overrides or [] for line in _override(tree, text)]
+    try:
+        config = validate(tree, str(path))
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return config
+
+
+def validate(tree: dict[str, Any], source: str) -> Config:
+    """A Config of a plain dict; `source` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        found: dict[str, list[str]] = {}
+        for prefix, text in map(_explain, error.errors()):
+            found.setdefault(prefix, []).append(text)
+    lines = [key + line for key, texts in found.items() for line in " or ".join(texts).splitlines()]
+    raise InputError([f"{source}: {line}" for line in lines])
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, every option with its value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(section: type[Section] = Config, prefix: str = "") -> str:
+    """Every option on a line: key, default, type and meaning."""
+    lines = []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            lines.append(f"{key}: {(kind.__doc__ or '').splitlines()[0]}")
+            lines.append(describe(kind, f"{key}."))
+            continue
+        default = (
+            "required"
+            if field.is_required()
+            else repr(field.get_default(call_default_factory=True))
+        )
+        note = f"  # {field.description}" if field.description else ""
+        lines.append(f"  {key} = {default}{note}")
+    return "\n".join(lines)
+
+
+def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --config wants a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: found {type(tree).__name__}, expected a mapping of options")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read(path.parent / str(base), [*seen, path.resolve()]), tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(tree: dict[str, Any], text: str) -> list[str]:
+    """Sets one value; returns what is wrong with the argument."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        return [f"argument {text!r}: expected key.path=value"]
+    *parents, leaf = key.split(".")
+    for part in parents:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            return [f"argument {text!r}: {part} is a value, not a block of options"]
+        tree = child
+    try:
+        tree[leaf] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        return [f"argument {text!r}: value is not valid YAML: {error}"]
+    return []
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, except that 1e-4 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for index, name in enumerate(names) if name in names[:index]]
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _explain(item: Any) -> tuple[str, str]:
+    """(key and value found, what is wrong) of one of pydantic's errors."""
+    # A value of several types has an error for each, with the type's name behind the key.
+    key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
+    if item["type"] == "extra_forbidden":
+        known = _known(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.0)[0]
+        return f"{key}: ", f"unknown key; did you mean {near}? (known: {', '.join(known)})"
+    if item["type"] == "missing":
+        return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
+    message = item["msg"].removeprefix("Value error, ")
+    return (f"{key}: found {item['input']!r}; " if key else "", message)
+
+
+def _known(location: tuple) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, str):
+            section = Reward if part == "rewards" else section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,246 @@
+"""Pictures: untrusted bytes to 8-bit RGB, and RGB to the pixel values of the vision tower."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from corl_jax.errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with a warning
+MAX_SIDE = 2**14  # a line of 100,000 pixels is no picture, and resizing it costs like one
+WHITE = (255, 255, 255)
+
+
+DEFAULT_MIN_SIZE = 14
+FIXED_PREPROCESSING = {  # what preprocess_image does; a file that says otherwise is refused
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "resample": int(Image.Resampling.BICUBIC),
+    "rescale_factor": 1 / 255,
+}
+
+
+class BadImage(InputError):
+    """A value that is not a usable picture; the message says what was found instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes pixel values; read from the model directory."""
+
+    size: int  # side of the square, pixels
+    num_tokens: int  # image tokens a picture takes in an understanding prompt
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    min_size: int = DEFAULT_MIN_SIZE  # shortest resized side, pixels
+
+
+def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes encoded bytes, a Hugging Face Image struct, a file path or a PIL image to RGB.
+
+    The EXIF rotation is applied, transparency is laid over white, and of an animation the
+    first frame is taken.
+
+    Raises:
+        BadImage: nothing there, a format outside `FORMATS`, too large, truncated or corrupt.
+    """
+    if isinstance(value, Image.Image):
+        _check_size(value.size, max_pixels)
+        return _decode(value)
+    data = _encoded_bytes(value)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow's parsers raise a dozen types on hostile bytes
+        raise BadImage(
+            f"image: found {_describe(data)}, which does not open ({type(error).__name__}): "
+            f"truncated, corrupt, or not one of {', '.join(FORMATS)}"
+        ) from error
+    with image:
+        _check_size(image.size, max_pixels)
+        return _decode(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode to 8-bit RGB: alpha over white, 16-bit scaled to 8.
+
+    Raises:
+        BadImage: a mode without a fixed range (float, or integers above 16 bits).
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise BadImage("image: found 32-bit float pixels; expected 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        return _grey_to_rgb(np.asarray(image).astype(np.int64))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        background = Image.new("RGBA", rgba.size, (*WHITE, 255))
+        return Image.alpha_composite(background, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """A picture as normalised float32 [S, S, 3]: longest side S, centred on grey.
+
+    Sides are cut with `int()` as in the original; transformers rounds them, so a side there may
+    be one pixel longer. Source: Janus `VLMImageProcessor`.
+    """
+    image = to_rgb(image)
+    longest = max(image.size)
+    width, height = (
+        max(int(side / longest * settings.size), settings.min_size) for side in image.size
+    )
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if width != height:
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in settings.mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+
+
+def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
+    """Image settings from the JSON files of a model directory, whatever its layout.
+
+    `configs` holds config.json, processor_config.json and preprocessor_config.json by stem,
+    empty dicts where absent. The processor files lead; config.json fills in and must agree.
+    """
+    processor = configs["processor_config"]
+    pre = {**processor.get("image_processor", {}), **configs["preprocessor_config"]}
+    vision_size, vision_tokens = vision_geometry(configs["config"])
+    problems = [
+        f"{folder}: image preprocessing {key} is {pre[key]!r}; only {value!r} is supported"
+        for key, value in FIXED_PREPROCESSING.items()
+        if pre.get(key) is not None and not _same_number(pre[key], value)
+    ]
+    size = _square(pre.get("image_size") or pre.get("size")) or vision_size
+    tokens = processor.get("num_image_tokens") or vision_tokens
+    stated = (("image size", size, vision_size), ("image tokens", tokens, vision_tokens))
+    for name, value, other in stated:
+        if value is None:
+            problems.append(
+                f"{folder}: no {name}; expected image_size in preprocessor_config.json and "
+                "num_image_tokens in processor_config.json, or a vision config in config.json"
+            )
+        elif other is not None and value != other:
+            problems.append(
+                f"{folder}: {name} is {value} in the processor files and {other} by config.json"
+            )
+    for key in ("image_mean", "image_std"):
+        if len(_floats(pre.get(key))) != 3:
+            problems.append(
+                f"{folder}: {key} is {pre.get(key)!r} in preprocessor_config.json; expected three "
+                "numbers (Janus: 0.5, 0.5, 0.5)"
+            )
+    if problems:
+        raise InputError(problems)
+    assert size is not None and tokens is not None  # otherwise there was a problem
+    mean, std = _floats(pre["image_mean"]), _floats(pre["image_std"])
+    return ImageSettings(size, tokens, mean, std, int(pre.get("min_size", DEFAULT_MIN_SIZE)))
+
+
+def vision_geometry(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """(image size, image tokens) by a config.json of any layout; None where it does not say."""
+    vision = config.get("vision_config") or config.get("janus", {}).get("siglip") or {}
+    params = {**vision, **vision.get("params", {})}
+    named = re.search(r"patch(\d+)_(\d+)", str(params.get("model_name", "")))
+    size = params.get("image_size") or (named and int(named.group(2)))
+    patch = params.get("patch_size") or (named and int(named.group(1)))
+    return size or None, (size // patch) ** 2 if size and patch else None
+
+
+def _square(size: Any) -> int | None:
+    """The side from 384 or {"height": 384, "width": 384}; None when there is no one side."""
+    if isinstance(size, Mapping):
+        sides = set(size.values())
+        return sides.pop() if len(sides) == 1 else None
+    return size
+
+
+def _floats(value: Any) -> tuple:
+    if isinstance(value, int | float):
+        return (float(value),) * 3
+    return tuple(float(item) for item in value or ())
+
+
+def _same_number(found: Any, expected: float) -> bool:
+    return isinstance(found, int | float) and bool(np.isclose(float(found), expected))
+
+
+def _encoded_bytes(value: Any) -> bytes:
+    """The encoded file behind a bytes value, an Image struct or a path."""
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        if data is None and value.get("path"):
+            raise BadImage(
+                f"image: bytes is null and only the path {value['path']!r} is given; expected "
+                "the encoded file in bytes (write the data set with embedded files)"
+            )
+        value = data
+    if isinstance(value, str | os.PathLike):
+        try:
+            with open(value, "rb") as file:
+                value = file.read()
+        except OSError as error:
+            raise BadImage(f"image: cannot read {value}: {error.strerror}") from error
+    if value is None:
+        raise BadImage("image: found null; expected encoded bytes")
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise BadImage(f"image: found {type(value).__name__}; expected encoded bytes")
+    return bytes(value)
+
+
+def _describe(data: bytes) -> str:
+    """What undecodable bytes look like, for an error message."""
+    if not data:
+        return "0 bytes"
+    return f"{len(data)} bytes starting with {data[:12]!r}"
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise BadImage(f"image: found {width}x{height} pixels; expected at least 1x1")
+    if width * height > max_pixels or max(size) > MAX_SIDE:
+        raise BadImage(
+            f"image: found {width}x{height} pixels; expected at most {max_pixels:,} in all and "
+            f"{MAX_SIDE:,} a side"
+        )
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return to_rgb(image)
+    except BadImage:
+        raise
+    except Exception as error:
+        width, height = image.size
+        raise BadImage(
+            f"image: the {width}x{height} {image.format or image.mode} picture is truncated or "
+            f"corrupt ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _grey_to_rgb(values: np.ndarray) -> Image.Image:
+    """Integer grey [H, W] to RGB. Pillow's own conversion clips 16 bits instead of scaling."""
+    top = int(values.max(initial=0))
+    if top > 65535 or int(values.min(initial=0)) < 0:
+        raise BadImage(f"image: found grey values up to {top}; expected 8 or 16 bits a channel")
+    eight_bits = (values + 128) // 257
+    return Image.fromarray(eight_bits.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,48 @@
+"""The instruction templates of the published question sets, as constants, and the option layout.
+
+The published `qa_problem` columns already contain them; the drawn world applies them itself.
+Source: the appendix of the CoRL paper and ULM-R1's data files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+OPTION_LETTERS = "ABCDEFGHIJKLMN"
+
+_KNOWLEDGE = "Answer the question based on the image and your world knowledge."
+_THINK = (
+    "Please write your thinking process inside <think> </think> tags, and provide your final answer"
+)
+_STRICT = "inside <answer> </answer> tags.\nYour response MUST strictly follow this format:"
+
+MCQ = (
+    f"{{question}}\n\n{_KNOWLEDGE}\n\n{_THINK} (option letter, e.g., A/B/C/D) {_STRICT} "
+    "<think> ... </think><answer>option letter</answer>"
+)
+VQA = (
+    f"{{question}}\n\n{_KNOWLEDGE}\n\n{_THINK} (only 1–3 words) {_STRICT} "
+    "<think> ... </think><answer>concise answer</answer>"
+)
+CLS = (
+    "Identify the species of the most prominent {category} in the image.\n\n"
+    f"{_THINK} {_STRICT} <think> ... </think> <answer>species name</answer>"
+)
+OD = (
+    "Detect all objects belonging to the category '{category}' in the image, and provide the "
+    "bounding boxes (between 0 and 384, integer) and confidence (between 0 and 1, with two decimal "
+    f"places).\n\n{_THINK} {_STRICT} <think> ... </think> "
+    "<answer>[{{'Position': [x1, y1, x2, y2], 'Confidence': number}}, ...]</answer>"
+)
+CAPTION = "Describe the main content of the image in one sentence."
+
+
+def multiple_choice(question: str, options: Sequence[str]) -> str:
+    """The MC problem: the question line, `Options:`, a line per option, the MCQ template."""
+    lines = [f"{letter}. {text}" for letter, text in zip(OPTION_LETTERS, options, strict=False)]
+    return MCQ.format(question="\n".join([question, "Options:", *lines]))
+
+
+def open_ended(question: str) -> str:
+    """The OE problem: the question in the VQA template."""
+    return VQA.format(question=question)

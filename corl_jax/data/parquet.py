@@ -1,0 +1,353 @@
+"""Parquet files as a random-access list of rows, checked when opened."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import glob
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from corl_jax.errors import InputError
+
+COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
+IMAGE_COLUMN = "real_image"
+HUB_PREFIX = "hf://datasets/"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z0-9])", re.IGNORECASE)
+CACHE_BYTES = 2**30
+
+
+class Source(Protocol):
+    """What the loader needs of a data set: rows by number, and whole columns by name."""
+
+    names: Mapping[str, str]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    def column(self, name: str) -> list: ...
+    def where(self, row: int) -> str: ...
+
+
+class ParquetSource:
+    """Rows of one or more parquet files by number, in file order, as dicts of Python values.
+
+    `columns` maps a standard name (`COLUMNS`) to the file's name for it; a standard name that
+    is not mapped is looked for under its own name. Every other column of the file is kept under
+    its own name, unless a mapped column takes that name.
+    Row groups are read whole and kept, the least recently used ones dropped beyond
+    `cache_bytes`. Only paths and settings are pickled.
+
+    Raises:
+        InputError: on construction, with every problem of every file.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        columns: Mapping[str, str] | None = None,
+        required: Sequence[str] = (),
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        self._columns = dict(columns or {})
+        self._required = tuple(required)
+        self._cache_bytes = cache_bytes
+        self.paths = find_files(data)
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """One row. Raises InputError when its row group cannot be read."""
+        group, offset = self._locate(row)
+        arrays = self._arrays(group)
+        return {name: arrays[column][offset].as_py() for name, column in self.names.items()}
+
+    def column(self, name: str) -> list:
+        """A whole column by standard or own name, None in unreadable row groups."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        values: list = []
+        for (path, group), rows in zip(self._groups, np.diff(self._starts), strict=True):
+            try:
+                with pq.ParquetFile(path) as file:
+                    table = file.read_row_group(group, columns=[self.names[name]])
+            except (OSError, pa.ArrowException):  # reported when one of its rows is asked for
+                values.extend([None] * int(rows))
+                continue
+            values.extend(table[self.names[name]].to_pylist())
+        return values
+
+    def where(self, row: int) -> str:
+        """The file and the row in it, for messages."""
+        path, _ = self._groups[self._locate(row)[0]]
+        first = next(i for i, (other, _) in enumerate(self._groups) if other == path)
+        return f"{path} row {row - int(self._starts[first])}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("paths", "_columns", "_required", "_cache_bytes")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        schema, row_groups = _read_footers(self.paths)
+        self.names = _resolve_columns(schema, self._columns, self._required, self.paths[0])
+        self._groups = [(path, group) for path, group, _ in row_groups]
+        self._starts = np.cumsum([0] + [rows for _, _, rows in row_groups])
+        self._lock = threading.Lock()
+        self._cache: collections.OrderedDict[int, dict[str, Any]] = collections.OrderedDict()
+        self._cached_bytes = 0
+        self._unreadable: dict[int, str] = {}
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return group, row - int(self._starts[group])
+
+    def _arrays(self, group: int) -> dict[str, Any]:
+        """The columns of a row group, from the cache or the file."""
+        with self._lock:  # one reader at a time; decoding, which is the slow part, is outside
+            if group in self._unreadable:
+                raise InputError(self._unreadable[group])
+            if group not in self._cache:
+                self._cache[group] = self._read(group)
+                self._cached_bytes += _size(self._cache[group])
+            self._cache.move_to_end(group)
+            while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
+                _, dropped = self._cache.popitem(last=False)
+                self._cached_bytes -= _size(dropped)
+            return self._cache[group]
+
+    def _read(self, group: int) -> dict[str, Any]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path, number = self._groups[group]
+        columns = list(set(self.names.values()))
+        try:
+            with pq.ParquetFile(path) as file:
+                table = file.read_row_group(number, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            message = f"{path}: row group {number} is unreadable ({_first_line(error)})"
+            self._unreadable[group] = message
+            raise InputError(message) from error
+        chunks = {name: table[name].chunks for name in columns}
+        # Row groups of over 2 GB come in several chunks; a single array is cheaper to index.
+        return {name: c[0] if len(c) == 1 else table[name] for name, c in chunks.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of a source, numbered from 0."""
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.source.names
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self.source[self.start + row]
+
+    def column(self, name: str) -> list:
+        return self.source.column(name)[self.start : self.stop]
+
+    def where(self, row: int) -> str:
+        return self.source.where(self.start + row)
+
+
+def held_out(source: Source, n: int) -> tuple[Rows, Rows]:
+    """(training rows, the last `n` rows) for evaluation when no file of its own is given."""
+    if not 0 < n < len(source):
+        raise InputError(
+            f"data: cannot hold out {n} of {len(source)} rows; expected 1 to {len(source) - 1}"
+        )
+    cut = len(source) - n
+    return Rows(source, 0, cut), Rows(source, cut, len(source))
+
+
+def find_files(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """Parquet files named by a file, directory, glob, list of these, or hub dataset id.
+
+    A hub id is `owner/name` or `hf://datasets/owner/name[/glob]`; a local path of the same
+    name wins. Directories are searched recursively.
+
+    Raises:
+        InputError: nothing found, several splits mixed, or the hub cannot be reached.
+    """
+    entries = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if not entries:
+        raise InputError("data: found an empty list; expected at least one parquet file")
+    paths = [path for entry in entries for path in _expand(os.fspath(entry))]
+    doubled = sorted({path for path in paths if paths.count(path) > 1})
+    if doubled:
+        raise InputError([f"data: {path} is named twice" for path in doubled])
+    return paths
+
+
+def _expand(entry: str) -> list[str]:
+    if os.path.isfile(entry):
+        return [entry]
+    if entry.startswith(HUB_PREFIX):
+        owner, name, *rest = [*entry.removeprefix(HUB_PREFIX).split("/", 2), "**/*.parquet"]
+        local = _download(f"{owner}/{name}", rest[0].removeprefix("**/"))
+        return _from_directory(local, rest[0], entry)
+    if os.path.isdir(entry):
+        return _from_directory(entry, "**/*.parquet", entry)
+    found = sorted(path for path in glob.glob(entry, recursive=True) if os.path.isfile(path))
+    if found:
+        return found
+    if HUB_ID.fullmatch(entry) and not entry.endswith(".parquet"):
+        return _from_directory(_download(entry), "**/*.parquet", entry)
+    raise InputError(
+        f"data: {entry} not found; expected a parquet file, a directory or glob of them, or a "
+        "hub dataset id owner/name"
+    )
+
+
+def _from_directory(directory: str, pattern: str, entry: str) -> list[str]:
+    found = sorted(glob.glob(os.path.join(glob.escape(directory), pattern), recursive=True))
+    if not found:
+        raise InputError(f"data: {entry} holds no file that matches {pattern}")
+    matches = [SPLIT_NAME.match(os.path.basename(path)) for path in found]
+    splits = sorted({match.group(1) for match in matches if match})
+    if len(splits) > 1:  # training on the test split would otherwise go unnoticed
+        raise InputError(
+            f"data: {entry} holds the splits {', '.join(splits)}; name the files of one, for "
+            f"example {entry.rstrip('/')}/**/{splits[-1]}*.parquet"
+            + ("" if os.path.isdir(entry) or entry.startswith("hf:") else f" after {HUB_PREFIX}")
+        )
+    return found
+
+
+def _download(repo: str, pattern: str = "*.parquet") -> str:
+    """A local snapshot of a hub dataset's files that match; the hub's cache makes it cheap."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(
+            repo, repo_type="dataset", allow_patterns=[pattern]
+        )
+    except Exception as error:  # the hub client raises its own, requests' and OS errors
+        raise InputError(
+            f"data: {repo} is neither a local path nor a dataset that could be fetched from the "
+            f"hub ({type(error).__name__}: {_first_line(error)}). Offline, fetch it elsewhere "
+            f"with `hf download --repo-type dataset {repo} --local-dir DIR` and give DIR"
+        ) from error
+
+
+def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]]:
+    """The common schema, and (path, row group, rows) of every row group that has rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    problems, schemas, row_groups = [], {}, []
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                meta = file.metadata
+                schemas[path] = file.schema_arrow
+        except (OSError, pa.ArrowException) as error:
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            problems.append(
+                f"{path}: not a readable parquet file ({size:,} bytes; {_first_line(error)}); "
+                "copy or write it again"
+            )
+            continue
+        rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        row_groups += [(path, group, count) for group, count in enumerate(rows) if count]
+    first = next(iter(schemas), None)
+    for path, schema in schemas.items():
+        difference = _schema_difference(schema, schemas[first])
+        if difference:
+            problems.append(f"{path}: its columns differ from those of {first}: {difference}")
+    if schemas and not row_groups and not problems:
+        problems.append(f"{', '.join(paths)}: found 0 rows; expected at least one")
+    if problems:
+        raise InputError(problems)
+    return schemas[first], row_groups
+
+
+def _schema_difference(schema: Any, expected: Any) -> str:
+    here = {field.name: str(field.type) for field in schema}
+    there = {field.name: str(field.type) for field in expected}
+    names = [name for name in {**there, **here} if here.get(name) != there.get(name)]
+    return "; ".join(
+        f"{name} is {here.get(name, 'absent')}, not {there.get(name, 'absent')}" for name in names
+    )
+
+
+def _resolve_columns(
+    schema: Any, columns: Mapping[str, str], required: Sequence[str], path: str
+) -> dict[str, str]:
+    """{name given out: column of the file}, with every problem reported at once."""
+    problems = [
+        f"data.columns.{name}: unknown standard name; expected one of {', '.join(COLUMNS)}"
+        for name in columns
+        if name not in COLUMNS
+    ]
+    found = list(schema.names)
+    names = {name: columns.get(name, name) for name in COLUMNS if columns.get(name, name) in found}
+    for name in dict.fromkeys((*required, *(name for name in columns if name in COLUMNS))):
+        wanted = columns.get(name, name)
+        if wanted not in found:
+            near = difflib.get_close_matches(wanted, found, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            problems.append(
+                f"{path}: column {wanted} (for {name}) is missing; {hint}found "
+                f"{', '.join(found)}; set data.columns.{name} to the column that holds it"
+            )
+    for name, column in names.items():
+        problems += _type_problem(path, name, schema.field(column))
+    if problems:
+        raise InputError(problems)
+    taken = set(names.values())
+    return names | {name: name for name in found if name not in taken and name not in names}
+
+
+def _type_problem(path: str, name: str, field: Any) -> list[str]:
+    import pyarrow as pa
+
+    kind = field.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if name == IMAGE_COLUMN:
+        if pa.types.is_struct(kind):
+            inner = [part.type for part in kind if part.name == "bytes"]
+            kind = inner[0] if inner else kind
+        good = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        expected = "struct<bytes: binary, path: string> or binary"
+    else:
+        good = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        expected = "string"
+    if good or pa.types.is_null(kind):
+        return []
+    return [f"{path}: column {field.name} (for {name}) is {field.type}; expected {expected}"]
+
+
+def _size(arrays: Mapping[str, Any]) -> int:
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,201 @@
+"""The drawn world as a dataset in the published layout: rows, parquet, and the command.
+
+    python -m corl_jax.data.shapes --out DIR --rows N --seed S
+        [--image-size 64] [--start K] [--split train|test|all]
+
+Row i depends on (seed, i, image size, split) alone, so any range of rows can be written alone.
+Splits: `train` and `test` hold disjoint demands in the categories that have many combinations
+(position, color_attr; one combination in five is held out) and share the other four categories,
+whose few combinations every split needs; there the pictures still differ with the seed.
+
+Columns: `prompt`, `real_image` (Hugging Face Image struct, PNG), `qa_problem`, `qa_solution`,
+`qa_type` as published; `category`, `spec` (JSON, see `shapes_scene`) for the exact checker;
+`caption` (everything the picture holds) and `sft_answer` as supervised targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from corl_jax.data import shapes_text
+from corl_jax.data.shapes_scene import SPLITS, Spec, in_split, render, sample_scene, sample_spec
+from corl_jax.errors import InputError, exit_on_input_error
+
+__all__ = ["FEATURES", "make_row", "render", "sample_spec_of_row", "schema", "write"]
+
+ROW_GROUP = 100
+MIN_IMAGE_SIZE = 48  # below, the smallest objects are too few pixels for their shape to show
+
+TEXT_COLUMNS = (
+    "prompt",
+    "qa_problem",
+    "qa_solution",
+    "qa_type",
+    "category",
+    "spec",
+    "caption",
+    "sft_answer",
+)
+FEATURES: dict[str, Any] = {
+    "prompt": {"dtype": "string", "_type": "Value"},
+    "real_image": {"_type": "Image"},
+} | {name: {"dtype": "string", "_type": "Value"} for name in TEXT_COLUMNS[1:]}
+
+
+def schema() -> pa.Schema:
+    """The parquet schema, with the metadata by which `datasets` recognises the image column."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    fields = [(n, image if f["_type"] == "Image" else pa.string()) for n, f in FEATURES.items()]
+    metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+    return pa.schema(fields, metadata=metadata)
+
+
+def _generator(seed: int, index: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, index]))
+
+
+def _spec(rng: np.random.Generator, split: str) -> Spec:
+    """A demand of the split; its category is drawn once, so that splits keep the shares."""
+    spec = sample_spec(rng)
+    category = spec["category"]
+    while not in_split(spec, split):
+        spec = sample_spec(rng, category)
+    return spec
+
+
+def sample_spec_of_row(seed: int, index: int, split: str = "all") -> Spec:
+    """The demand of row `index`, without drawing its picture."""
+    return _spec(_generator(seed, index), split)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make_row(
+    seed: int, index: int, image_size: int = 64, split: str = "all", *, encode: bool = True
+) -> dict[str, Any]:
+    """Row `index` of the dataset.
+
+    `real_image` is the Image struct, or uint8 [S, S, 3] if not `encode`.
+    """
+    rng = _generator(seed, index)
+    spec = _spec(rng, split)
+    scene = sample_scene(rng, spec)
+    image = render(scene, image_size)
+    description = shapes_text.describe(scene)
+    question = shapes_text.ask(rng, scene)
+    return {
+        "prompt": shapes_text.caption(rng, spec),
+        "real_image": {"bytes": _png(image), "path": f"{index:08d}.png"} if encode else image,
+        "qa_problem": question.problem,
+        "qa_solution": question.solution,
+        "qa_type": question.kind,
+        "category": spec["category"],
+        "spec": json.dumps(spec),
+        "caption": f"{description}.",
+        "sft_answer": shapes_text.sft_answer(description, question),
+    }
+
+
+def _row_groups(
+    rows: int, seed: int, image_size: int, start: int, split: str
+) -> Iterator[pa.RecordBatch]:
+    for first in range(start, start + rows, ROW_GROUP):
+        last = min(first + ROW_GROUP, start + rows)
+        group = [make_row(seed, i, image_size, split) for i in range(first, last)]
+        yield pa.RecordBatch.from_pylist(group, schema=schema())
+
+
+def _problems(out: Path, rows: int, seed: int, image_size: int, start: int) -> list[str]:
+    limits = {
+        "--rows": (rows, 1),
+        "--seed": (seed, 0),
+        "--start": (start, 0),
+        "--image-size": (image_size, MIN_IMAGE_SIZE),
+    }
+    problems = [
+        f"{name}: {value} found, an integer of at least {low} expected"
+        for name, (value, low) in limits.items()
+        if value < low
+    ]
+    if out.exists() and not out.is_dir():
+        problems.append(f"--out {out}: a file found, a new or empty directory expected")
+    elif out.is_dir() and any(out.iterdir()):
+        problems.append(
+            f"--out {out}: a directory with files found, a new or empty one expected; "
+            "name another or remove it"
+        )
+    return problems
+
+
+def write(
+    out: str | Path,
+    rows: int,
+    seed: int,
+    *,
+    image_size: int = 64,
+    start: int = 0,
+    split: str = "all",
+) -> Path:
+    """Writes rows start..start+rows-1 and returns the parquet file; the directory appears whole.
+
+    Raises: InputError for numbers out of range or a directory that holds files.
+    """
+    out = Path(out)
+    if problems := _problems(out, rows, seed, image_size, start):
+        raise InputError(problems)
+    name = f"{'test' if split == 'test' else 'train'}-00000-of-00001.parquet"
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}.partial"
+    temporary.mkdir()
+    try:
+        with pq.ParquetWriter(temporary / name, schema()) as writer:
+            for batch in _row_groups(rows, seed, image_size, start, split):
+                writer.write_batch(batch, row_group_size=ROW_GROUP)
+        temporary.rename(out.absolute())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out / name
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m corl_jax.data.shapes", description="Writes the drawn world as parquet."
+    )
+    parser.add_argument("--out", required=True, help="new or empty directory")
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--image-size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--start", type=int, default=0, help="index of the first row")
+    parser.add_argument("--split", choices=SPLITS, default="all", help="see the module docstring")
+    args = parser.parse_args(argv)
+    path = write(
+        args.out,
+        args.rows,
+        args.seed,
+        image_size=args.image_size,
+        start=args.start,
+        split=args.split,
+    )
+    print(f"{args.rows} rows, {path.stat().st_size / 2**20:.1f} MiB: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Measures a Janus checkpoint on held-out rows: drawings by an exact checker, answers by solution.
+
+    python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH] [--rows 256]
+        [--batch-size 32] [--cfg-scale 5] [--temperature 1] [--max-new-tokens 512] [--seed 0]
+        [--dtype float32|bfloat16] [--out DIR]
+
+Every row is drawn once, with guidance, and answered once, greedily. Without --data the rows are
+of the drawn world's split `test`, made in memory from the seed; with it, the first of a parquet
+file or folder that `python -m corl_jax.data.shapes` wrote. Prints each rate with its 95%
+interval (Wilson). --out writes report.json, grid.png and answers.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from corl_jax.errors import InputError, exit_on_input_error
+
+DEFAULT_ROWS = 256
+MAX_SEED = 2**32 - 1
+MAX_PROBLEMS = 20
+SUITES = ("shapes",)
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = build_parser().parse_args(argv)
+    loader = plan(args)
+    started = time.monotonic()
+    dtype, report = measure(args, loader)
+    seconds = time.monotonic() - started
+    print(table(report.rates))
+    if args.out is not None:
+        settings = {
+            "model": args.model,
+            "suite": args.suite,
+            "data": args.data,
+            "seed": args.seed,
+            "cfg_scale": args.cfg_scale,
+            "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens,
+            "dtype": dtype,
+        }
+        write(args.out, report, settings)
+    where = f": {args.out}" if args.out else ""
+    rows = len(report.prompts)
+    print(
+        f"{rows} rows in {seconds:.1f} s, loading and compilation included{where}", file=sys.stderr
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m corl_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model directory of any of the three kinds, or a hub id")
+    add("--suite", choices=SUITES, default="shapes", help="what is measured (default %(default)s)")
+    add("--data", metavar="PATH", help="parquet file or folder (default: drawn in memory)")
+    add(
+        "--rows",
+        type=int,
+        metavar="N",
+        help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)",
+    )
+    add("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
+    add("--cfg-scale", type=float, default=5.0, help="guidance; 1 is none (default %(default)g)")
+    add("--temperature", type=float, default=1.0, help="of drawings (default %(default)g)")
+    add("--max-new-tokens", type=int, default=512, help="of an answer (default %(default)s)")
+    add("--seed", type=int, default=0, help="of drawings and of rows (default %(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)",
+    )
+    add("--out", type=Path, metavar="DIR", help="new or empty folder for the report")
+    return parser
+
+
+# ---- checks
+
+
+def plan(args: argparse.Namespace) -> Any:
+    """The Loader of the rows; reads and checks all that needs no device.
+
+    Raises:
+        InputError: listing everything that is wrong with the options, files and model.
+    """
+    from corl_jax.startup import inspect_model
+
+    problems = option_problems(args)
+
+    def attempt(function: Callable, *values: Any) -> Any:
+        try:
+            return function(*values)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    model = attempt(inspect_model, args.model)
+    # With a wrong number of rows there are none to check.
+    source = (
+        None
+        if any(p.startswith(("--rows", "--seed")) for p in problems)
+        else (attempt(open_rows, args))
+    )
+    lengths = attempt(check_rows, source, model, args) if source is not None else None
+    if problems:
+        more = len(problems) - MAX_PROBLEMS
+        raise InputError(problems[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else []))
+    return make_loader(source, model[1], lengths, args.batch_size)
+
+
+def option_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with numbers and the output folder."""
+    problems = [
+        f"--{name.replace('_', '-')}: found {value}; expected at least 1"
+        for name in ("rows", "batch_size", "max_new_tokens")
+        if (value := getattr(args, name)) is not None and value < 1
+    ]
+    if not 0 <= args.seed <= MAX_SEED:
+        problems.append(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
+    if not 0 <= args.cfg_scale < math.inf:
+        problems.append(f"--cfg-scale: found {args.cfg_scale:g}; expected a number of at least 0")
+    if not 0 < args.temperature < math.inf:
+        problems.append(f"--temperature: found {args.temperature:g}; expected a number above 0")
+    out = args.out
+    if out is None:
+        return problems
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        problems.append(f"--out {out}: is no folder; name a new or an empty one")
+    elif out.is_dir() and any(out.iterdir()):
+        problems.append(f"--out {out}: holds files; name a new or an empty folder")
+    else:
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            problems.append(f"--out {out}: {parent} cannot be written to; name another place")
+    return problems
+
+
+def open_rows(args: argparse.Namespace) -> Any:
+    """The rows to measure on. Raises InputError for a file that cannot be, or has too few."""
+    from corl_jax.data.dataset import ParquetSource, Rows
+    from corl_jax.evaluation import REQUIRED, HeldOutShapes
+
+    if args.data is None:
+        return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed)
+    source = ParquetSource(args.data, required=[*REQUIRED, "real_image"])
+    if args.rows is not None and args.rows > len(source):
+        raise InputError(
+            f"--rows: found {args.rows}, but {args.data} has {len(source)} rows; ask for at most "
+            "these, or leave --rows out"
+        )
+    return Rows(source, 0, min(args.rows or DEFAULT_ROWS, len(source)))
+
+
+def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, int] | None:
+    """Padded prompt lengths by task, None without a model; reads every row once.
+
+    Raises:
+        InputError: listing every row that could not be drawn, answered or scored.
+    """
+    from corl_jax.data.images import decode_image
+    from corl_jax.evaluation import REQUIRED, row_problems
+
+    names = [source.where(row) for row in range(len(source))]
+    problems = row_problems({name: source.column(name) for name in REQUIRED}, names)
+    longest = {"t2i": 1, "mm2t": 1}
+    for row, name in enumerate(names):
+        try:
+            columns = source[row]
+            decode_image(columns["real_image"])
+        except InputError as error:
+            problems += [f"{name}: {problem}" for problem in error.problems]
+            continue
+        empty = [k for k in ("prompt", "qa_problem") if not (columns[k] or "").strip()]
+        problems += [f"{name}: {key} is empty; expected a text" for key in empty]
+        if model is None or empty:
+            continue
+        for task, (length, room) in prompt_lengths(columns, model, args.max_new_tokens).items():
+            longest[task] = max(longest[task], length)
+            if length > room:
+                problems.append(
+                    f"{name}: its {task} prompt has {length} tokens; expected at most {room}, "
+                    "which leaves room for the completion in the model's positions; see "
+                    "--max-new-tokens"
+                )
+    if problems:
+        raise InputError(problems)
+    return model and {task: model[1].bucket(length) for task, length in longest.items()}
+
+
+def prompt_lengths(
+    columns: dict[str, Any], model: Any, max_new_tokens: int
+) -> dict[str, tuple[int, int]]:
+    """(tokens of the row's prompt, most that leave room for a completion) by task."""
+    config, processor, _ = model
+    positions = config.llama.max_position_embeddings
+    drawing, question = (
+        processor.t2i_ids(columns["prompt"]),
+        processor.mm2t_ids(columns["qa_problem"]),
+    )
+    return {
+        "t2i": (len(drawing), positions - config.num_image_tokens),
+        "mm2t": (len(question), positions - max_new_tokens),
+    }
+
+
+def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size: int) -> Any:
+    """Rows in file order, all padded alike, so that each task compiles once."""
+    from corl_jax.data.dataset import Loader
+    from corl_jax.evaluation import REQUIRED, TASKS
+
+    return Loader(
+        source,
+        processor,
+        tasks=TASKS,
+        batch_size=min(batch_size, len(source)),
+        seed=0,
+        required=REQUIRED,
+        shuffle=False,
+        lengths=lengths,
+        max_bad_fraction=0.0,  # a row in another's place would count twice
+        max_long_fraction=0.0,
+    )
+
+
+# ---- measuring
+
+
+def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
+    """The compute dtype's name, and the report."""
+    import jax
+    import jax.numpy as jnp
+    from tqdm import tqdm
+
+    from corl_jax import sharding, startup
+    from corl_jax.evaluation import evaluate_shapes
+
+    startup.enable_compilation_cache()
+    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    config, params, processor, _ = startup.load_model(args.model, dtype)
+    # As many devices as divide a batch; the model is whole on each.
+    ways = math.gcd(loader.batch_size, jax.local_device_count())
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:ways])
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    steps = loader.steps_per_epoch
+    batches = tqdm(loader.iterate(0, steps), total=steps, unit="batch", disable=None)
+    with jax.set_mesh(mesh):
+        report = evaluate_shapes(
+            config,
+            params,
+            processor,
+            batches,
+            seed=args.seed,
+            cfg_scale=args.cfg_scale,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            dtype=dtype,
+            rows=len(loader.source),
+            place=lambda tree: jax.device_put(tree, sharding.batch_sharding(mesh)),
+        )
+    return dtype.name, report
+
+
+def table(rates: dict[str, Any]) -> str:
+    """A line a rate, in per cent."""
+    width = max(map(len, rates))
+    lines = [f"{'metric':{width}}     mean   95% interval      n"]
+    for name, rate in rates.items():
+        mean = f"{100 * rate.mean:6.1f} %" if rate.n else f"{'-':>8}"
+        interval = f"{100 * rate.low:5.1f} .. {100 * rate.high:5.1f}" if rate.n else f"{'-':>14}"
+        lines.append(f"{name:{width}} {mean} {interval} {rate.n:6}")
+    return "\n".join(lines)
+
+
+def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
+    """report.json, grid.png and answers.jsonl, all or none."""
+    from PIL import Image
+
+    from corl_jax.evaluation import contact_sheet
+    from corl_jax.weights.atomic import whole_directory
+
+    with whole_directory(out) as folder:
+        content = {"settings": settings, **report.as_json()}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        Image.fromarray(contact_sheet(report)).save(folder / "grid.png")
+        lines = [
+            json.dumps({"row": row, **answer}, ensure_ascii=False) + "\n"
+            for row, answer in enumerate(report.answers)
+        ]
+        (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Draw images or answer questions with a Janus checkpoint.
+
+A sample depends on the seed, its prompt's place in the input and its number, and on nothing
+else: batch size, company and devices change it only where rounding decides a near tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corl_jax.errors import InputError, exit_on_input_error
+
+MAX_SEED = 2**32 - 1
+MAX_PROBLEMS = 20
+GRID_PROMPTS, GRID_SAMPLES = 16, 8
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model in the compute dtype, and that dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    from corl_jax import startup
+
+    startup.enable_compilation_cache()
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(args.dtype or default)
+    return startup.load_model(args.model, dtype), dtype
+
+
+# ---- checks
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, above=False):
+    """A problem unless `value` is finite, at least (or above) `low`, and at most `high`."""
+    if math.isfinite(value) and (value > low if above else value >= low) and value <= high:
+        return []
+    bounds = f"{'above' if above else 'at least'} {low}"
+    bounds += f" and at most {high}" if math.isfinite(high) else ""
+    return [f"{name}: found {value}; expected a number {bounds}"]
+
+
+def check_options(args: argparse.Namespace, samples: str) -> list[str]:
+    """Problems of the options that both tasks share; `samples` is the one that counts them."""
+    problems = check_number("--batch-size", args.batch_size, 1)
+    problems += check_number(f"--{samples}", args.samples, 1)
+    problems += check_number("--seed", args.seed, 0, MAX_SEED)
+    if args.temperature is not None:
+        problems += check_number("--temperature", args.temperature, 0, above=True)
+    if args.greedy:
+        shaping = {name: getattr(args, name, None) for name in ("temperature", "top_k", "top_p")}
+        problems += [
+            f"--{name.replace('_', '-')}: has no effect with --greedy; leave one of them out"
+            for name, value in shaping.items()
+            if value is not None
+        ]
+        if args.samples > 1:
+            problems.append(f"--{samples}: with --greedy all samples are the same; ask for one")
+    return problems
+
+
+def read_lines(path: Path, option: str) -> tuple[list[tuple[int, str]], list[str]]:
+    """(line number, line) of every line with text in it, and problems."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        return [], [f"{option} {path}: cannot be read ({reason})"]
+    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return found, ([] if found else [f"{option} {path}: found no line with text; expected some"])
+
+
+def check_model(
+    args: argparse.Namespace, new_tokens: int | None, ids_of: Callable[[Any], list]
+) -> list[str]:
+    """Problems of the model's small files, and of prompts that are too long for it.
+
+    `ids_of(processor)` gives (what it is, token ids) of each prompt.
+    """
+    from corl_jax.startup import inspect_model
+
+    try:
+        config, processor, _ = inspect_model(args.model)
+    except InputError as error:
+        return [f"--model: {problem}" for problem in error.problems]
+    positions = config.llama.max_position_embeddings
+    room = positions - (config.num_image_tokens if new_tokens is None else new_tokens)
+    return [
+        f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
+        f"is generated in the model's {positions} positions"
+        for what, ids in ids_of(processor)
+        if len(ids) > room
+    ]
+
+
+def refuse(problems: list[str]) -> None:
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], f"... and {len(problems) - MAX_PROBLEMS} more"]
+    if problems:
+        raise InputError(problems)
+
+
+# ---- image
+
+
+def image_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The drawing prompts, and problems."""
+    if args.prompts is None:
+        empty = [i for i, prompt in enumerate(args.prompt, 1) if not prompt.strip()]
+        return args.prompt, [f"--prompt: number {i} is empty; expected a text" for i in empty]
+    lines, problems = read_lines(args.prompts, "--prompts")
+    return [line for _, line in lines], problems
+
+
+def check_image(args: argparse.Namespace) -> list[str]:
+    """The prompts.
+
+    Raises: InputError listing everything that is wrong with the options, files and model.
+    """
+    problems = check_options(args, "images-per-prompt")
+    problems += check_number("--cfg-scale", args.cfg_scale, 0)
+    if args.out.is_dir() and any(args.out.iterdir()):
+        problems.append(f"--out {args.out}: holds files; name a new or an empty folder")
+    elif args.out.exists() and not args.out.is_dir():
+        problems.append(f"--out {args.out}: is a file; name a new or an empty folder")
+    prompts, wrong = image_prompts(args)
+    problems += wrong + check_model(
+        args,
+        None,
+        lambda p: [(f"prompt {i}", p.t2i_ids(text)) for i, text in enumerate(prompts)],
+    )
+    refuse(problems)
+    return prompts
+
+
+def generate_images(args: argparse.Namespace) -> None:
+    """The `image` subcommand."""
+    from PIL import Image
+
+    from corl_jax import inference
+    from corl_jax.weights.atomic import whole_directory
+
+    prompts = check_image(args)
+    started, records = time.monotonic(), {}
+    model, dtype = load(args)
+    with whole_directory(args.out) as folder:
+        for sample in inference.draw_images(
+            model, prompts, dtype=dtype, samples=args.samples, batch_size=args.batch_size,
+            seed=args.seed, cfg_scale=args.cfg_scale, temperature=args.temperature or 1.0,
+            greedy=args.greedy, show_progress=True,
+        ):  # fmt: skip
+            name = image_name(sample.prompt, sample.number)
+            Image.fromarray(sample.pixels).save(folder / name)
+            records[sample.prompt, sample.number] = {
+                "prompt": prompts[sample.prompt], "file": name, "seed": args.seed,
+                "index": sample.prompt, "sample": sample.number, "tokens": sample.tokens.tolist(),
+            }  # fmt: skip
+        lines = json_lines(records)
+        (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+        save_grid(folder, prompts, args.samples)
+    report(len(records), "images", started, args.out)
+
+
+def image_name(prompt: int, number: int) -> str:
+    return f"{prompt:05d}_{number:02d}.png"
+
+
+def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
+    """A row a prompt, of the first GRID_PROMPTS prompts and GRID_SAMPLES samples."""
+    from PIL import Image
+
+    from corl_jax.train import gallery
+
+    shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
+    images = []
+    for row in range(len(shown)):
+        files = [folder / image_name(row, column) for column in columns]
+        images.append([np.asarray(Image.open(file)) for file in files])
+    Image.fromarray(gallery.grid(np.asarray(images), shown)).save(folder / "grid.png")
+
+
+# ---- text
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A question about a picture."""
+
+    image: str  # as given
+    question: str
+    file: Path  # where the picture lies
+    where: str  # for messages
+
+
+def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
+    """The questions, and problems."""
+    if args.input is None:
+        if args.image is None or args.question is None:
+            return [], ["give --image FILE and --question TEXT, or --input FILE.jsonl"]
+        case = Case(args.image, args.question, Path(args.image), "--image, --question")
+        return [case], ([] if case.question.strip() else ["--question: found an empty text"])
+    if args.image is not None or args.question is not None:
+        return [], ["--input: has its own images and questions; leave --image, --question out"]
+    lines, problems = read_lines(args.input, "--input")
+    cases = []
+    for number, line in lines:
+        where = f"--input {args.input}: line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{where}: not valid JSON ({error})")
+            continue
+        wrong = row_problems(row)
+        problems += [f"{where}: {problem}" for problem in wrong]
+        if not wrong:
+            file = args.input.parent / row["image"]
+            cases.append(Case(row["image"], row["question"], file, where))
+    return cases, problems
+
+
+def row_problems(row: Any) -> list[str]:
+    expected = '; expected {"image": PATH, "question": TEXT}'
+    if not isinstance(row, dict):
+        return [f"found a {type(row).__name__}{expected}"]
+    problems = [f"unknown key {key!r}{expected}" for key in row if key not in ("image", "question")]
+    for key in ("image", "question"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            problems.append(f"{key} is {row.get(key)!r}{expected}")
+    return problems
+
+
+def picture_problems(cases: Sequence[Case]) -> list[str]:
+    """Decodes every picture once, so that a bad one stops nothing half-way."""
+    from corl_jax.data.images import BadImage, decode_image
+
+    problems = []
+    for case in cases:
+        try:
+            decode_image(case.file)
+        except BadImage as error:
+            problems += [f"{case.where}: {case.file}: {problem}" for problem in error.problems]
+    return problems
+
+
+def check_text(args: argparse.Namespace) -> list[Case]:
+    """The cases.
+
+    Raises: InputError listing everything that is wrong with the options, files and model.
+    """
+    problems = check_options(args, "samples")
+    problems += check_number("--max-new-tokens", args.max_new_tokens, 1)
+    if args.top_k is not None:
+        problems += check_number("--top-k", args.top_k, 0)
+    if args.top_p is not None:
+        problems += check_number("--top-p", args.top_p, 0, 1, above=True)
+    if args.out is not None and args.out.exists():
+        problems.append(f"--out {args.out}: exists; name a new file")
+    elif args.out is not None and not args.out.absolute().parent.is_dir():
+        problems.append(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    cases, wrong = text_cases(args)
+    problems += wrong + picture_problems(cases)
+    problems += check_model(
+        args,
+        args.max_new_tokens,
+        lambda p: [(c.where, p.mm2t_ids(c.question, args.system_prompt)) for c in cases],
+    )
+    refuse(problems)
+    return cases
+
+
+def generate_texts(args: argparse.Namespace) -> None:
+    """The `text` subcommand."""
+    from corl_jax import inference
+    from corl_jax.data.images import decode_image
+
+    cases = check_text(args)
+    started, records = time.monotonic(), {}
+    model, dtype = load(args)
+    for sample in inference.answer_questions(
+        model, [case.question for case in cases], lambda i: decode_image(cases[i].file),
+        dtype=dtype, system_prompt=args.system_prompt, samples=args.samples,
+        batch_size=args.batch_size, seed=args.seed, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
+        greedy=args.greedy, show_progress=True,
+    ):  # fmt: skip
+        case, tokens = cases[sample.prompt], sample.tokens.tolist()
+        ended = tokens[-1] == model.processor.special.eos
+        tokens = tokens[:-1] if ended else tokens
+        records[sample.prompt, sample.number] = {
+            "image": case.image, "question": case.question,
+            "text": model.processor.decode(tokens), "tokens": tokens, "truncated": not ended,
+            "seed": args.seed, "index": sample.prompt, "sample": sample.number,
+        }  # fmt: skip
+    write_text(args.out, json_lines(records))
+    report(len(records), "texts", started, args.out or "standard output")
+
+
+def write_text(out: Path | None, text: str) -> None:
+    """To standard output, or to a file that appears whole."""
+    from corl_jax.train.rundir import replacing
+
+    if out is None:
+        sys.stdout.write(text)
+        return
+    try:
+        with replacing(out) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+
+# ---- the command
+
+
+def json_lines(records: dict[tuple[int, int], dict[str, Any]]) -> str:
+    """A line a record, in the order of prompts and samples."""
+    ordered = [records[place] for place in sorted(records)]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
+
+
+def report(count: int, what: str, started: float, where: Any) -> None:
+    seconds = time.monotonic() - started
+    note = f"{count} {what} in {seconds:.1f} s, loading and compilation included: {where}"
+    print(note, file=sys.stderr)
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="model directory of any of the three kinds, or a hub id")
+    add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
+    add("--greedy", action="store_true", help="always the most likely token")
+    add("--temperature", type=float, help="divides the logits (default 1)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
+    add("--batch-size", type=int, default=16, help="samples at once (default %(default)s)")
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    prompts, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    prompts.add_argument("--prompt", action="append", help="what to draw; may be repeated")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt a line")
+    add("--out", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    add("--images-per-prompt", type=int, default=1, metavar="N", dest="samples",
+        help="(default %(default)s)")  # fmt: skip
+    add("--cfg-scale", type=float, default=5.0, help="guidance; 1 is none (default %(default)g)")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image", metavar="FILE", help="a picture, with --question")
+    add("--question", metavar="TEXT")
+    add("--input", type=Path, metavar="FILE.jsonl",
+        help='lines {"image": PATH, "question": TEXT}; PATH from the folder of FILE')  # fmt: skip
+    add("--out", type=Path, metavar="FILE", help="a new file (default standard output)")
+    add("--system-prompt", default="", metavar="TEXT", help="(default none, as in CoRL)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="(default %(default)s)")
+    add("--samples", type=int, default=1, metavar="N", help="a question (default %(default)s)")
+    add("--top-k", type=int, metavar="K",
+        help="draw from the K most likely tokens (default 0, all of them)")  # fmt: skip
+    add("--top-p", type=float, metavar="P",
+        help="draw from the likeliest tokens of probability P together (default 1)")  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m corl_jax.generate", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="image|text")
+    image = commands.add_parser("image", help="draw prompts", description=(
+        "Writes PROMPT_SAMPLE.png (numbers from 0), grid.png (at most the first "
+        f"{GRID_PROMPTS} prompts, {GRID_SAMPLES} samples each) and samples.jsonl, a line an "
+        "image: prompt, file, seed, index, sample, tokens."))  # fmt: skip
+    add_image(image)
+    text = commands.add_parser("text", help="answer questions about images", description=(
+        "Writes a JSON line a sample: image, question, text, tokens (without the end token), "
+        "truncated (no end within --max-new-tokens), seed, index, sample."))  # fmt: skip
+    add_text(text)
+    for task, function in ((image, generate_images), (text, generate_texts)):
+        add_shared(task)
+        task.set_defaults(function=function)
+    return parser
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = build_parser().parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Pieces that the transformers share: stacked layers, remat policies, RoPE, attention, MLPs.
+
+Weights are held as the network's author trains them: dense kernels are [in, out], convolutions
+HWIO. A stack of layers is one module whose every parameter has a leading layer axis; it is
+scanned in training and sliced into single layers (`unstack`) before a decode loop, because XLA
+does not hoist the slices of a scanned stack out of a surrounding loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from corl_jax.sharding import constrain
+
+Remat = Literal["none", "full", "dots"]
+
+_REMAT_POLICIES: dict[str, Callable | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+initializer = nnx.initializers.normal(stddev=0.02)
+
+
+def linear(in_features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer with the initialisation that all Janus parts use."""
+    return nnx.Linear(in_features, out_features, use_bias=bias, kernel_init=initializer, rngs=rngs)
+
+
+class Embedding(nnx.Module):
+    """A table [rows, features]; ids [...] -> rows [..., features], NaN for an id outside it.
+
+    Unlike nnx.Embed it answers in the dtype that the table has when it is read. That one keeps
+    the dtype of its construction, and would turn a bfloat16 network back into float32.
+    """
+
+    def __init__(self, rows: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(initializer(rngs.params(), (rows, features)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
+    """One module of the kind `make` builds whose parameters carry a leading axis of `layers`."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), layers)
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def unstack(stacked: nnx.Module, layers: int) -> list[Any]:
+    """The single layers of a stacked module, each a slice of its parameters."""
+    graphdef, state = nnx.split(stacked)
+    return [nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(layers)]  # noqa: B023
+
+
+def scan_layers(
+    stacked: nnx.Module, step: Callable, x: jax.Array, remat: Remat = "none"
+) -> tuple[jax.Array, Any]:
+    """Applies `step(layer, x) -> (x, out)` over a stack of layers; outs are stacked.
+
+    `remat` names what the backward pass keeps of each layer: everything ("none"), the results
+    of its matrix products ("dots") or only its input ("full").
+    """
+    graphdef, state = nnx.split(stacked)
+
+    def body(carry, params):
+        return step(nnx.merge(graphdef, params), carry)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    return lax.scan(body, x, state)
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [..., T, 1, head_dim] of the rotate-half form, in float32."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [B, T, H, head_dim] by its positions' angles.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), with halves rotated instead of pairs.
+    """
+    cos, sin = rope
+    half = x.shape[-1] // 2
+    rotated = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention [B, T, H, head_dim]; `mask` [B, T or 1, S] is True where a key is seen."""
+    if mask is not None:
+        mask = mask[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, T, heads * head_dim] -> [B, T, heads, head_dim]."""
+    return constrain(x.reshape(*x.shape[:-1], heads, -1), "batch", "length", "heads", None)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, T, heads, head_dim] -> [B, T, heads * head_dim]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+class Projector(nnx.Module):
+    """Janus's aligner: a linear layer, then (GELU, linear) for each further layer of `depth`."""
+
+    def __init__(self, in_features: int, features: int, depth: int, *, rngs: nnx.Rngs):
+        self.fc1 = linear(in_features, features, bias=True, rngs=rngs)
+        self.hidden_layers = nnx.List(
+            [linear(features, features, bias=True, rngs=rngs) for _ in range(depth - 1)]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.fc1(x)
+        for layer in self.hidden_layers:
+            x = layer(jax.nn.gelu(x, approximate=False))
+        return x

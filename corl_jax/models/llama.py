@@ -1,0 +1,159 @@
+"""The Llama decoder under Janus: full forward, prefill into a cache, one-token decode.
+
+Source: Touvron et al. 2023 (arXiv 2302.13971); transformers `models/llama`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from corl_jax.models import layers
+from corl_jax.models.layers import Remat, apply_rope, attend, linear, merge_heads, split_heads
+from corl_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder; the defaults are Janus-Pro-1B's."""
+
+    vocab_size: int = 102400
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_layers: int = 24
+    num_heads: int = 16
+    num_kv_heads: int = 16
+    head_dim: int = 128
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSlot:
+    """Where a decode step stands: shared by all layers of that step."""
+
+    rope: tuple[jax.Array, jax.Array]  # of the new token's position, [N, 1, 1, head_dim]
+    index: jax.Array  # scalar int32, the slot that the new token's key and value take
+    mask: jax.Array  # [N, 1, S] bool, slots that the new token sees (itself included)
+
+
+KVCache = tuple[jax.Array, jax.Array]
+"""One layer's keys and values, each [N, S, kv_heads, head_dim]."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.q_proj = linear(config.hidden_size, queries, bias=False, rngs=rngs)
+        self.k_proj = linear(config.hidden_size, keys, bias=False, rngs=rngs)
+        self.v_proj = linear(config.hidden_size, keys, bias=False, rngs=rngs)
+        self.o_proj = linear(queries, config.hidden_size, bias=False, rngs=rngs)
+
+    def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]):
+        """Rotated queries and keys, and values, each [B, T, heads, head_dim]."""
+        query = split_heads(self.q_proj(x), self.config.num_heads)
+        key = split_heads(self.k_proj(x), self.config.num_kv_heads)
+        value = split_heads(self.v_proj(x), self.config.num_kv_heads)
+        return apply_rope(query, rope), apply_rope(key, rope), value
+
+    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> tuple[jax.Array, KVCache]:
+        query, key, value = self.project(x, rope)
+        return self.o_proj(merge_heads(attend(query, key, value, mask))), (key, value)
+
+    def decode(self, x: jax.Array, cache: KVCache, slot: CacheSlot) -> tuple[jax.Array, KVCache]:
+        """One token: writes its key and value at the slot, attends to all that the mask shows."""
+        query, key, value = self.project(x, slot.rope)
+        keys = lax.dynamic_update_slice_in_dim(cache[0], key, slot.index, axis=1)
+        values = lax.dynamic_update_slice_in_dim(cache[1], value, slot.index, axis=1)
+        return self.o_proj(merge_heads(attend(query, keys, values, slot.mask))), (keys, values)
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(width, inner, bias=False, rngs=rngs)
+        self.up_proj = linear(width, inner, bias=False, rngs=rngs)
+        self.down_proj = linear(inner, width, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        def norm():
+            return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+
+        self.input_layernorm = norm()
+        self.attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, rngs=rngs)
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
+        return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", "embed")
+
+    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> tuple[jax.Array, KVCache]:
+        attended, cache = self.attn(self.input_layernorm(x), rope, mask)
+        return self._feed_forward(x + attended), cache
+
+    def decode(self, x: jax.Array, cache: KVCache, slot: CacheSlot) -> tuple[jax.Array, KVCache]:
+        attended, cache = self.attn.decode(self.input_layernorm(x), cache, slot)
+        return self._feed_forward(x + attended), cache
+
+
+class Llama(nnx.Module):
+    """Embeddings, stacked blocks and the final norm; heads belong to Janus."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = layers.Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+
+    def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return layers.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def __call__(self, embeds: jax.Array, mask: jax.Array, *, remat: Remat = "none") -> jax.Array:
+        """Hidden states [B, T, D] after the final norm, of embeds [B, T, D] and mask [B, T]."""
+        return self._forward(embeds, mask, remat, keep_cache=False)[0]
+
+    def prefill(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Hidden states, and all layers' keys and values, each [L, B, T, kv_heads, head_dim]."""
+        return self._forward(embeds, mask, "none", keep_cache=True)
+
+    def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
+        embeds = constrain(embeds, "batch", "length", "embed")
+        rope = self.rope(positions_of(mask))
+        seen = causal_mask(mask)
+
+        def step(block: Block, x: jax.Array):
+            x, cache = block(x, rope, seen)
+            return x, (cache if keep_cache else None)
+
+        x, caches = layers.scan_layers(self.layers, step, embeds, remat)
+        return self.norm(x), caches
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Positions [B, T] counted over kept tokens only, so that padding shifts nothing."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+
+
+def causal_mask(mask: jax.Array) -> jax.Array:
+    """[B, T, T] bool: a query sees itself and every kept key before it."""
+    length = mask.shape[-1]
+    before = jnp.tril(jnp.ones((length, length), bool))
+    return before & (mask[:, None, :] | jnp.eye(length, dtype=bool))

@@ -1,0 +1,225 @@
+"""VQ-16: the tokenizer that turns an image into a grid of codes and back.
+
+Codebook rows and latents are l2-normalised on both sides, so that the nearest code is the one
+of greatest cosine. Images are NHWC in [-1, 1]; codes are in raster order.
+
+Source: Sun et al. 2024 (LlamaGen, arXiv 2406.06525), whose tokenizer Janus uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+    """Sizes of the tokenizer; the defaults are those of every released Janus."""
+
+    num_embeddings: int = 16384
+    embed_dim: int = 8
+    z_channels: int = 256
+    base_channels: int = 128
+    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code, along each side."""
+        return 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def level_channels(self) -> list[int]:
+        return [self.base_channels * multiplier for multiplier in self.channel_multiplier]
+
+
+def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+    """A same-padded square convolution of stride 1."""
+    return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, rngs=rngs)
+
+
+def group_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+
+
+class ResBlock(nnx.Module):
+    """Two normalised 3x3 convolutions and a shortcut, 1x1 where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.norm1 = group_norm(inputs, rngs=rngs)
+        self.conv1 = conv(inputs, outputs, 3, rngs=rngs)
+        self.norm2 = group_norm(outputs, rngs=rngs)
+        self.conv2 = conv(outputs, outputs, 3, rngs=rngs)
+        if inputs != outputs:
+            self.nin_shortcut = conv(inputs, outputs, 1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nnx.Module):
+    """Single-head self-attention over all positions of the feature map."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.norm = group_norm(channels, rngs=rngs)
+        self.q = conv(channels, channels, 1, rngs=rngs)
+        self.k = conv(channels, channels, 1, rngs=rngs)
+        self.v = conv(channels, channels, 1, rngs=rngs)
+        self.proj_out = conv(channels, channels, 1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normed = self.norm(x)
+        batch, height, width, channels = x.shape
+        query, key, value = (
+            f(normed).reshape(batch, height * width, 1, channels) for f in (self.q, self.k, self.v)
+        )
+        h = jax.nn.dot_product_attention(query, key, value)
+        return x + self.proj_out(h.reshape(batch, height, width, channels))
+
+
+class Downsample(nnx.Module):
+    """Halves each side: one row and column of zeros on the far sides, then stride 2."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(
+            channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles each side by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+class Mid(nnx.Module):
+    """The bottleneck: residual, attention, residual."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.block_1 = ResBlock(channels, channels, rngs=rngs)
+        self.attn_1 = AttnBlock(channels, rngs=rngs)
+        self.block_2 = ResBlock(channels, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nnx.Module):
+    """Residual blocks of one resolution, each followed by attention at the lowest one."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, rngs: nnx.Rngs):
+        widths = [inputs] + [outputs] * (blocks - 1)
+        self.block = nnx.List([ResBlock(width, outputs, rngs=rngs) for width in widths])
+        if attention:
+            self.attn = nnx.List([AttnBlock(outputs, rngs=rngs) for _ in widths])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if hasattr(self, "attn"):
+                x = self.attn[index](x)
+        for resample in ("downsample", "upsample"):
+            if hasattr(self, resample):
+                x = getattr(self, resample)(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Pixels [N, H, W, 3] -> latents [N, H / f, W / f, z_channels]."""
+
+    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+        channels = config.level_channels
+        last = len(channels) - 1
+        self.conv_in = conv(3, config.base_channels, 3, rngs=rngs)
+        self.down = nnx.List([])
+        for index, outputs in enumerate(channels):
+            inputs = channels[index - 1] if index else config.base_channels
+            level = Level(inputs, outputs, config.num_res_blocks, index == last, rngs)
+            if index != last:
+                level.downsample = Downsample(outputs, rngs=rngs)
+            self.down.append(level)
+        self.mid = Mid(channels[-1], rngs=rngs)
+        self.norm_out = group_norm(channels[-1], rngs=rngs)
+        self.conv_out = conv(channels[-1], config.z_channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents [N, h, w, z_channels] -> pixels [N, h * f, w * f, 3]; `up` starts at the lowest."""
+
+    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+        channels = config.level_channels[::-1]
+        last = len(channels) - 1
+        self.conv_in = conv(config.z_channels, channels[0], 3, rngs=rngs)
+        self.mid = Mid(channels[0], rngs=rngs)
+        self.up = nnx.List([])
+        for index, outputs in enumerate(channels):
+            inputs = channels[max(index - 1, 0)]
+            level = Level(inputs, outputs, config.num_res_blocks + 1, index == 0, rngs)
+            if index != last:
+                level.upsample = Upsample(outputs, rngs=rngs)
+            self.up.append(level)
+        self.norm_out = group_norm(channels[-1], rngs=rngs)
+        self.conv_out = conv(channels[-1], 3, 3, rngs=rngs)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.mid(self.conv_in(z))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class VQModel(nnx.Module):
+    """Encoder, codebook and decoder."""
+
+    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quantize = nnx.Embed(config.num_embeddings, config.embed_dim, rngs=rngs)
+        self.quant_conv = conv(config.z_channels, config.embed_dim, 1, rngs=rngs)
+        self.post_quant_conv = conv(config.embed_dim, config.z_channels, 1, rngs=rngs)
+
+    def codebook(self) -> jax.Array:
+        """Unit rows [num_embeddings, embed_dim]."""
+        return normalize(jnp.asarray(self.quantize.embedding[...]))
+
+    def latents(self, pixels: jax.Array) -> jax.Array:
+        """Unit latents [N, h, w, embed_dim] of pixels [N, H, W, 3] in [-1, 1]."""
+        return normalize(self.quant_conv(self.encoder(pixels)))
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Codes [N, h * w] int32 in raster order."""
+        z = self.latents(pixels)
+        similarity = jnp.einsum("nhwc,kc->nhwk", z, self.codebook())
+        return jnp.argmax(similarity, axis=-1).reshape(z.shape[0], -1).astype(jnp.int32)
+
+    def decode_latents(self, quantised: jax.Array) -> jax.Array:
+        """Pixels of code vectors [N, h, w, embed_dim]."""
+        return self.decoder(self.post_quant_conv(quantised))
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Pixels [N, H, W, 3], roughly in [-1, 1] (not clipped), of codes [N, h * w]."""
+        side = round(codes.shape[-1] ** 0.5)
+        return self.decode_latents(self.codebook()[codes].reshape(codes.shape[0], side, side, -1))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """Rows of unit length, as torch's `normalize`: the length is at least 1e-12."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

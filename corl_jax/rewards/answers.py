@@ -1,0 +1,212 @@
+"""Reading answers: what a completion says, before anything is scored.
+
+Pure functions on strings: the answer span, string equality, option letters, detections.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import NamedTuple
+
+from word2number import w2n
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+ANSWER_ONE_LINE = re.compile(r"<answer>(.*?)</answer>")
+THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+STRAY = re.compile(r"</?(?:think|answer)>|Answer:?")
+OPTION_LINE = re.compile(r"^\s*([A-Na-n])\.\s*(.+?)\s*$", re.MULTILINE)
+QUOTED = re.compile(r"[\"“`]([^\"“”`]+)[\"”`]|(?<!\w)['‘]([^'‘’]+)['’](?!\w)")
+
+# A capital is a letter wherever a letter is expected; a small one only before a mark or the end,
+# because "the answer is a dog" names no option.
+_LETTER = r"\b(?:([A-N])(?![\w'’])|([a-n])(?=\s?(?:[.)\]}:;,*\"'`!]|$)))"
+# Possessive, as is every repetition that another one follows: a completion of marks and spaces
+# must not cost more than its length.
+_GAP = r"[\s*\"'`(\[{:=#]*+"
+LETTER_FORMS = (
+    # "The answer is B", "Answer: (B)", "ans = option B"
+    re.compile(
+        rf"(?i:\b(?:answer|ans)\b){_GAP}(?i:(?:is|would be|should be|must be)\b)?{_GAP}"
+        rf"(?i:(?:the )?(?:option|choice|letter)\b)?{_GAP}{_LETTER}"
+    ),
+    # "option B", "choice (B)"
+    re.compile(rf"(?i:\b(?:option|choice|letter)\b){_GAP}{_LETTER}"),
+    # "B.", "B) text", "(B) text", "**B**: text", at the start; not "e.g."
+    re.compile(r"^[\s*\"'`(\[{]*+([A-Na-n])[\s*\"'`]*+[.):\]}](?![A-Za-z]\.)"),
+    # nothing but a letter and marks: "b", "**B**", "'B'"
+    re.compile(r"^[\W_]*([A-Na-n])[\W_]*$"),
+    # "(B)", "[B]", "\boxed{B}", anywhere
+    re.compile(r"[(\[{]\s*([A-N])\s*[)\]}]"),
+    # "**B**", "'B'", "**B.**", anywhere
+    re.compile(r"(?:\*\*|[\"'`“‘])\s*([A-N])\s*[.)]?\s*(?:\*\*|[\"'`”’])"),
+    # a capital by itself, anywhere; "A" before a small word is the article, "I" the pronoun
+    re.compile(
+        r"(?<![\w.'’-])([B-HJ-N]|[AI](?! (?!(?:is|or|and|but|because|since|as)\b)[a-z]))(?![\w'’-])"
+    ),
+)
+# "not B", "not option (B)": read as if it were not there
+NEGATED = re.compile(
+    r"(?i:\bnot (?:the )?(?:option |choice |letter |answer )?)[*\"'`(\[]*[A-N]\b[*\"'`)\]]*"
+)
+_EXPLICIT_FORMS = LETTER_FORMS[:6]
+_LEADING_FORMS = LETTER_FORMS[2:4]
+
+MAX_DETECTION_CHARACTERS = 4096
+MAX_DETECTIONS = 64
+_DETECTION_KEYS = re.compile(r"(['\"])(?:Position|Confidence)\1")
+# What may stand between the keys. Without other letters the literal can hold no name, string
+# or keyword, so parsing it has no side effects, not even warnings.
+_DETECTION_REST = re.compile(r"[\[\](){}:,.\s\d+\-eE]*")
+
+
+class Detection(NamedTuple):
+    """One detected box: (x1, y1, x2, y2) in pixels of a 384 image, confidence in [0, 1]."""
+
+    position: tuple[float, float, float, float]
+    confidence: float
+
+
+def tagged_answer(text: str, multiline: bool = True) -> str | None:
+    """The content of the first answer block, or None without one.
+
+    `multiline=False` is the released behaviour (corl.md Q21): a block with a line break in it
+    is not seen.
+    """
+    found = (ANSWER if multiline else ANSWER_ONE_LINE).search(text)
+    return found.group(1).strip() if found else None
+
+
+def predicted_answer(completion: str, multiline: bool = True) -> str:
+    """What a completion answers: its answer block, else all but the thoughts and stray tags."""
+    tagged = tagged_answer(completion, multiline)
+    if tagged is not None:
+        return tagged
+    return STRAY.sub("", THINK.sub("", completion)).strip()
+
+
+def true_answer(solution: str, multiline: bool = True) -> str:
+    """What a solution column says: its answer block, else the whole of it."""
+    tagged = tagged_answer(solution, multiline)
+    return solution.strip() if tagged is None else tagged
+
+
+def safe_string_equal(first: str, second: str) -> bool:
+    """Equality without case, outer spaces and final dots, and across number words.
+
+    "two" equals "2". As word2number looks for number words anywhere, "two dogs" equals "2" too.
+    """
+    first, second = _normalise(first), _normalise(second)
+    if first == second:
+        return True
+    return _number(first) == second or first == _number(second)
+
+
+def options_of(problem: str | None) -> dict[str, str]:
+    """The options of a question, letter -> text; one option per line, as "A. text"."""
+    lines = OPTION_LINE.findall(problem or "")
+    return {letter.upper(): text for letter, text in lines}
+
+
+def option_letter(text: str) -> str | None:
+    """The option letter that a text commits to, or None if it names none or several."""
+    return _first_letter(text, LETTER_FORMS)
+
+
+def explicit_letter(text: str) -> str | None:
+    """As `option_letter`, without the capitals that merely stand in the text ("vitamin C")."""
+    return _first_letter(text, _EXPLICIT_FORMS)
+
+
+def leading_letter(text: str) -> str | None:
+    """The letter of "B", "(B)" or "B. text": the forms in which solutions are written."""
+    return _first_letter(text, _LEADING_FORMS)
+
+
+def option_by_text(text: str, options: dict[str, str]) -> str | None:
+    """The letter of the one option whose text stands in `text`, else None.
+
+    Quoted parts are read first. An option within a longer option that stands there too ("red"
+    in "dark red") does not count.
+    """
+    quoted = " \n ".join(double or single for double, single in QUOTED.findall(text))
+    for part in (quoted, text):
+        found = {letter: option for letter, option in options.items() if _stands_in(option, part)}
+        longest = [
+            letter
+            for letter, option in found.items()
+            if not any(o != option and _stands_in(option, o) for o in found.values())
+        ]
+        if len(longest) == 1:
+            return longest[0]
+    return None
+
+
+def parse_detections(text: str) -> list[Detection] | None:
+    """The detections of an answer, or None if it is no list of them.
+
+    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...] (corl.md 2.8); at most
+    64 entries and 4096 characters. A confidence that is missing counts as 1.
+    """
+    text = text.strip()
+    if len(text) > MAX_DETECTION_CHARACTERS:
+        return None
+    if not _DETECTION_REST.fullmatch(_DETECTION_KEYS.sub("", text)):
+        return None
+    try:
+        entries = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+    if not isinstance(entries, list) or len(entries) > MAX_DETECTIONS:
+        return None
+    detections = [found for entry in entries if (found := _detection(entry)) is not None]
+    return detections if len(detections) == len(entries) else None
+
+
+def _detection(entry: object) -> Detection | None:
+    if not isinstance(entry, dict) or not {"Position"} <= set(entry) <= {"Position", "Confidence"}:
+        return None
+    position, confidence = entry["Position"], entry.get("Confidence", 1.0)
+    if not isinstance(position, list | tuple) or len(position) != 4:
+        return None
+    if not all(_is_finite(value) for value in (*position, confidence)):
+        return None
+    if not 0.0 <= confidence <= 1.0:
+        return None
+    x1, y1, x2, y2 = (float(value) for value in position)
+    return Detection((x1, y1, x2, y2), float(confidence))
+
+
+def _is_finite(value: object) -> bool:
+    # abs() before isfinite(): an integer too large for a float would raise there.
+    return isinstance(value, int | float) and abs(value) < 1e9 and math.isfinite(value)
+
+
+def _normalise(text: str) -> str:
+    return text.rstrip(".").lower().strip()
+
+
+def _number(text: str) -> str | None:
+    try:
+        return str(w2n.word_to_num(text))
+    except (ValueError, IndexError, KeyError, TypeError):  # how word2number says "no number"
+        return None
+
+
+def _first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
+    """The letter of the first form that names exactly one; of "the answer is", the last."""
+    text = NEGATED.sub("", " ".join(text.split()))  # the forms know single spaces only
+    for form in forms:
+        letters = ["".join(match.groups("")).upper() for match in form.finditer(text)]
+        if letters and (form is LETTER_FORMS[0] or len(set(letters)) == 1):
+            return letters[-1]
+    return None
+
+
+def _stands_in(phrase: str, text: str) -> bool:
+    """Whether a phrase stands in a text as whole words, without case, unless after "not"."""
+    phrase = _normalise(phrase)
+    return bool(phrase) and bool(
+        re.search(rf"(?<!\w)(?<!\bnot ){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)
+    )

@@ -1,0 +1,175 @@
+"""Rewards that need no network: from Samples to the text, pixel and drawn-world scores."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from corl_jax.config import Fraction
+from corl_jax.data import shapes_checker
+from corl_jax.data.shapes_scene import CATEGORIES, Spec
+from corl_jax.errors import InputError
+from corl_jax.rewards import image, text
+from corl_jax.rewards.samples import Context, Samples, in_pieces
+
+IMAGES_AT_ONCE = 16  # compared with their real ones; bounds float32 temporaries
+
+ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
+Fit = Literal["squash", "centre_crop"]
+
+# ---- answers
+
+
+def well_formed(samples: Samples, context: Context, *, strip: bool = True) -> np.ndarray:
+    """1 for a think block followed by an answer block; `strip` drops white space around both."""
+    return each(functools.partial(text.format_reward, strip=strip), samples.written())
+
+
+def tags(samples: Samples, context: Context) -> np.ndarray:
+    """0.125 for each of the four tags that occurs exactly once."""
+    return each(text.format_tag_reward, samples.written())
+
+
+def qa_accuracy(
+    samples: Samples, context: Context, *, multiline_answer: bool = True, mc: bool = True
+) -> np.ndarray:
+    """How right the answers are; see `text.qa_accuracy` for the options."""
+
+    def one(completion, solution, kind, problem) -> float:
+        return text.qa_accuracy(
+            completion, solution, kind, problem=problem, multiline_answer=multiline_answer, mc=mc
+        )
+
+    columns = (samples.column(name) for name in ("qa_solution", "qa_type", "qa_problem"))
+    return each(one, samples.written(), *columns)
+
+
+def oc_accuracy(samples: Samples, context: Context, *, multiline_answer: bool = True) -> np.ndarray:
+    """How well the answers name a class; rows without `cls_solution` use `qa_solution`."""
+    score = functools.partial(text.oc_accuracy, multiline_answer=multiline_answer)
+    _, solutions = classification(samples)
+    return each(score, samples.written(), solutions)
+
+
+def classification(samples: Samples) -> tuple[list, list]:
+    """(questions, solutions): each row's `cls_` columns, or its `qa_` ones without a solution."""
+    columns = {
+        kind: (samples.column(f"{kind}_problem"), samples.column(f"{kind}_solution"))
+        for kind in ("cls", "qa")
+    }
+    kinds = ["cls" if solution else "qa" for solution in columns["cls"][1]]
+    questions = [columns[kind][0][row] for row, kind in enumerate(kinds)]
+    return questions, [columns[kind][1][row] for row, kind in enumerate(kinds)]
+
+
+def each(function: Callable[..., float], *lists: list) -> np.ndarray:
+    """`function` of each row's values, [N] float32."""
+    return np.array([function(*row) for row in zip(*lists, strict=True)], np.float32)
+
+
+# ---- images
+
+
+def pixel_mse(samples: Samples, context: Context, *, image_fit: Fit = "squash") -> np.ndarray:
+    """1 - sliding-window RMSE to the real image, in [-1, 1]; NaN without one."""
+    return compare_images(samples, context, "pixel_mse", image_fit)
+
+
+def compare_images(samples: Samples, context: Context, score: str, fit: str) -> np.ndarray:
+    """The images against their real ones [N], brought to size as `fit` says; NaN without one.
+
+    `score` is `pixel_mse` or a key of `image.IMAGE_TERMS`.
+
+    Raises:
+        InputError: the images are too small for the score.
+    """
+    generated = samples.drawn()
+    real = _real_images(samples.column("real_image"), generated.shape[1], fit)
+    blank = np.zeros(generated.shape[1:], np.float32)  # keeps the program's shape; dropped below
+
+    def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pictures = [real[i] for i in index]
+        pixels = generated[index].astype(np.float32) / np.float32(255)
+        return pixels, np.stack([blank if picture is None else picture for picture in pictures])
+
+    program = functools.partial(_compare, score)
+    (scores,) = in_pieces(program, take, len(samples), IMAGES_AT_ONCE, context.params)
+    return np.where([picture is None for picture in real], np.float32(np.nan), scores)
+
+
+@functools.partial(jax.jit, static_argnames=("score",))
+def _compare(score: str, generated: jax.Array, real: jax.Array) -> jax.Array:
+    if score == "pixel_mse":
+        return image.pixel_mse_reward(generated, real)
+    return image.image_term(score, generated, real)
+
+
+def _real_images(pictures: list, size: int, fit: str) -> list[np.ndarray | None]:
+    # The completions of a prompt share one picture object, so it is resized once.
+    fitted: dict[int, np.ndarray] = {}
+    for picture in pictures:
+        if picture is not None and id(picture) not in fitted:
+            fitted[id(picture)] = image.fit(picture, size, fit)
+    return [fitted.get(id(picture)) for picture in pictures]
+
+
+def shapes(
+    samples: Samples, context: Context, *, strict: bool = True, partial_credit: Fraction = 0.0
+) -> np.ndarray:
+    """1 for a picture that holds what the row's `spec` demands, by the drawn world's checker.
+
+    `strict`: and nothing else. A picture that fails earns `partial_credit` times the share of
+    its objects that are demanded ones: objects found as demanded / the larger of the numbers
+    found and demanded. NaN without a spec.
+
+    Raises:
+        InputError: a spec that cannot be read.
+    """
+    specs, problems = samples.column("spec"), []
+    for row, spec in enumerate(specs):
+        problem = None if spec is None else spec_problem(spec)
+        if problem:
+            problems.append(f"row {row}: spec: {problem}")
+    if problems:
+        raise InputError(problems)
+
+    def one(picture: np.ndarray, spec: Spec | str | None) -> float:
+        if spec is None:
+            return float("nan")
+        demand: Spec = json.loads(spec) if isinstance(spec, str) else spec
+        found = shapes_checker.detect(picture)
+        if shapes_checker.satisfies(found, demand, strict=strict):
+            return 1.0
+        return partial_credit * _share(found, demand)
+
+    return each(one, list(samples.drawn()), specs)
+
+
+def _share(found: list[shapes_checker.Detection], demand: Spec) -> float:
+    right = 0
+    for entry in demand["include"]:
+        color = entry.get("color")
+        same = [d for d in found if d.shape == entry["class"] and color in (None, d.color)]
+        right += min(len(same), entry["count"])
+    return right / max(len(found), sum(entry["count"] for entry in demand["include"]))
+
+
+def spec_problem(value: Any) -> str | None:
+    """What is wrong with a demand of the drawn world (dict or JSON), None if nothing is."""
+    wanted = "expected {category, include: [{class, count, color?, position?}, ..]}"
+    try:
+        spec = json.loads(value) if isinstance(value, str) else value
+        include = spec["include"]
+        known = spec["category"] in CATEGORIES and bool(include)
+        for entry in include:
+            relation, other = entry.get("position", (None, 0))
+            known = known and isinstance(entry["class"], str) and int(entry["count"]) > 0
+            known = known and bool(include[other]) and isinstance(relation, str | None)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        return f"found {value!r} ({type(error).__name__}: {error}); {wanted}"
+    return None if known else f"found {value!r}; {wanted}"

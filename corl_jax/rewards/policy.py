@@ -1,0 +1,335 @@
+"""Rewards in which the policy looks at its own drawings: similarity, captions, answers.
+
+The scorer is the policy as it stands at this step, so these rewards move with it
+(arXiv 2505.17534 does the same; corl.md Q26). All rows of a step run through programs of one
+shape: pieces of equal size, prompts padded to a bucket of the longest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from corl_jax import sampling
+from corl_jax.config import Fraction, Positive
+from corl_jax.data.instructions import CAPTION
+from corl_jax.errors import InputError
+from corl_jax.models import janus
+from corl_jax.models.janus import JanusConfig
+from corl_jax.rewards import image, text
+from corl_jax.rewards.functions import Fit, ImageTerm, classification, compare_images, each
+from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
+from corl_jax.types import EncodedPrompts, Params
+
+CHUNK = 64
+"""Images looked at in one program; bounds the memory of caches and attention."""
+STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
+"""Random streams of the policy's answers; the trainer's own sampling has the first two."""
+FIXED_START, FIXED_GAP = 5, 5  # Q7: image tokens from 5 on, "caption" five tokens after them
+NO_QUESTION = "?"  # fills up rows to which a reward does not apply
+
+# ---- similarity of image and caption
+
+
+def ti_sim(
+    samples: Samples, context: Context, *, fixed_spans: bool = False, chunk: Positive = CHUNK
+) -> np.ndarray:
+    """How alike image and caption are in the policy's last hidden states, in [-1, 1].
+
+    The image re-enters as in understanding, the caption follows it. Every image token's largest
+    cosine with a caption token and every caption token's with an image token, averaged.
+    `fixed_spans` takes the released positions instead of the caption's own tokens (corl.md Q7),
+    counted in the unpadded row. `chunk` images run at once. NaN for an empty caption.
+    Source: corl.md 4.2.
+    """
+    policy = context.policy
+    captions = [caption or "" for caption in samples.column("prompt")]
+    found = {c: token_spans(policy.processor, c, fixed_spans) for c in dict.fromkeys(captions)}
+    spans = [found[caption] for caption in captions]
+    prompts = _padded(policy, [span.ids for span in spans])
+    padding = prompts.input_ids.shape[1] - np.array([len(span.ids) for span in spans])
+    start = (padding + [span.image_start for span in spans]).astype(np.int32)
+    kept = np.zeros(prompts.attention_mask.shape, bool)
+    for row, span in zip(kept, spans, strict=True):
+        row[len(row) - len(span.ids) :] = span.caption
+
+    def program(prompts: EncodedPrompts, start: jax.Array, kept: jax.Array) -> jax.Array:
+        return _similarity_program(
+            policy.config, policy.params, prompts, start, kept,
+            image_token=policy.processor.special.image, dtype=policy.dtype,
+        )  # fmt: skip
+
+    (rewards,) = _run(policy, samples.drawn(), prompts, (start, kept), program, chunk)
+    return rewards.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """An understanding prompt whose question is a caption, and where its parts lie."""
+
+    ids: list[int]  # unpadded
+    image_start: int  # position of the first image token
+    caption: np.ndarray  # [len(ids)] bool, tokens of the caption
+
+
+def token_spans(processor: Any, caption: str, fixed: bool = False) -> Spans:
+    """The prompt of a caption; its tokens are those that hold a character of it.
+
+    The line break after the image and the tail with the assistant's role hold none. A token that
+    merges a line break with a part of the caption counts as caption.
+
+    Raises:
+        InputError: the tokenizer changes the text between its special tokens.
+    """
+    caption = caption.strip()
+    ids = processor.mm2t_ids(caption)
+    picture = processor.num_image_tokens
+    kept = np.zeros(len(ids), bool)
+    if fixed:
+        kept[FIXED_START + picture + FIXED_GAP :] = True
+        return Spans(ids, FIXED_START, kept)
+    start = ids.index(processor.special.image)
+    first = start + picture + 1  # behind the end-of-image token
+    role = processor.roles[1]
+    tail = "" if role in processor.tokenizer.get_added_vocab() else f"{role}:"
+    encoding = processor._plain.encode(f"\n{caption}\n\n{tail}", add_special_tokens=False)
+    if encoding.ids != ids[first : first + len(encoding.ids)]:
+        raise InputError(
+            "t2i_ti_sim: the tokenizer drops white space next to its special tokens, so the "
+            "caption's tokens cannot be told apart; set the tokens' lstrip and rstrip to false"
+        )
+    for position, (begin, end) in enumerate(encoding.offsets, start=first):
+        kept[position] = max(begin, 1) < min(end, 1 + len(caption))
+    return Spans(ids, start, kept)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "image_token", "dtype"))
+def _similarity_program(
+    config: JanusConfig,
+    params: Params,
+    prompts: EncodedPrompts,
+    image_start: jax.Array,
+    kept: jax.Array,
+    *,
+    image_token: int,
+    dtype: Any,
+) -> jax.Array:
+    model = janus.bind(config, janus.cast(params, dtype))
+    features = model.image_features(prompts.pixel_values)
+    embeds = model.prompt_embeds(prompts.input_ids, image_token, features)
+    hidden = model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)
+    places = image_start[:, None] + jnp.arange(config.num_image_tokens)
+    pictures = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    return matched_similarity(pictures, hidden, kept)
+
+
+def matched_similarity(pictures: jax.Array, tokens: jax.Array, kept: jax.Array) -> jax.Array:
+    """Mean best cosine, both ways: pictures [B, I, D] against the kept of tokens [B, P, D].
+
+    `kept` is [B, P] bool; [B] float32, NaN where nothing is kept.
+    """
+    pictures, tokens = (
+        x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        for x in (pictures.astype(jnp.float32), tokens.astype(jnp.float32))
+    )
+    cosine = jnp.einsum("bid,btd->bit", pictures, tokens, precision="highest")
+    count = kept.sum(axis=-1)
+    of_picture = jnp.where(kept[:, None], cosine, -jnp.inf).max(axis=-1).mean(axis=-1)
+    of_token = jnp.where(kept, cosine.max(axis=1), 0.0).sum(axis=-1) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, 0.5 * (of_picture + of_token), jnp.nan)
+
+
+# ---- captions and answers
+
+
+def bid_cycle(
+    samples: Samples,
+    context: Context,
+    *,
+    caption: Literal["policy"] = "policy",
+    text_term: Literal["jaccard"] = "jaccard",
+    image_term: ImageTerm = "rmse",
+    image_fit: Fit = "squash",
+    normalise: bool = False,
+    caption_greedy: bool = True,
+    max_new_tokens: Positive = 64,
+    chunk: Positive = CHUNK,
+) -> np.ndarray:
+    """Prompt against the caption of the drawing, plus drawing against the real image; [0, 2].
+
+    The policy captions its drawing with at most `max_new_tokens`, greedily unless
+    `caption_greedy` is false: then at temperature 1, as the released code does, which makes the
+    reward itself random. `image_fit` brings the real image to size; `normalise` halves the sum.
+    NaN without a prompt or a real image.
+    Source: corl.md 4.1, its second version of the code.
+    """
+    captions = ask(
+        samples, context, [CAPTION] * len(samples), stream="caption", greedy=caption_greedy,
+        max_new_tokens=max_new_tokens, chunk=chunk,
+    )  # fmt: skip
+
+    def overlap(prompt: str | None, caption: str) -> float:
+        return text.soft_jaccard(prompt, caption) if (prompt or "").strip() else float("nan")
+
+    words = each(overlap, samples.column("prompt"), captions)
+    pixels = compare_images(samples, context, image_term, image_fit)
+    return np.asarray(
+        image.cycle_reward(jnp.asarray(words), jnp.asarray(pixels), normalise), np.float32
+    )
+
+
+def qa(
+    samples: Samples,
+    context: Context,
+    *,
+    greedy: bool = True,
+    max_new_tokens: Positive = 512,
+    chunk: Positive = CHUNK,
+) -> np.ndarray:
+    """Whether the policy answers the row's question right from its own drawing, in [0, 1].
+
+    The question is the row's `qa_problem`, instructions included. `greedy` false draws the
+    answer at temperature 1, as the released code does. NaN without a question or a solution.
+    Source: corl.md 4.5; scores in `text.qa_answer_score`.
+    """
+    questions = samples.column("qa_problem")
+    answers = ask(
+        samples, context, questions, stream="qa", greedy=greedy, max_new_tokens=max_new_tokens,
+        chunk=chunk,
+    )  # fmt: skip
+    columns = (samples.column(name) for name in ("qa_solution", "qa_type", "qa_problem"))
+    return _where_asked(questions, each(text.qa_answer_score, answers, *columns))
+
+
+def oc(
+    samples: Samples,
+    context: Context,
+    *,
+    greedy: bool = True,
+    max_new_tokens: Positive = 512,
+    chunk: Positive = CHUNK,
+) -> np.ndarray:
+    """How well the policy names the class that its own drawing should show, in [0, 1].
+
+    As `qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
+    Source: corl.md 4.5; scores in `text.oc_answer_score`.
+    """
+    questions, solutions = classification(samples)
+    answers = ask(
+        samples, context, questions, stream="oc", greedy=greedy, max_new_tokens=max_new_tokens,
+        chunk=chunk,
+    )  # fmt: skip
+    scores = each(text.oc_answer_score, answers, solutions, samples.column("prompt"))
+    return _where_asked(questions, scores)
+
+
+def od(
+    samples: Samples,
+    context: Context,
+    *,
+    min_iou: Fraction = 0.5,
+    greedy: bool = True,
+    max_new_tokens: Positive = 512,
+    chunk: Positive = CHUNK,
+) -> np.ndarray:
+    """How well the policy finds `od_solution`'s boxes in its own drawing, in [0, 1].
+
+    As `qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
+    """
+    questions = samples.column("od_problem")
+    answers = ask(
+        samples, context, questions, stream="od", greedy=greedy, max_new_tokens=max_new_tokens,
+        chunk=chunk,
+    )  # fmt: skip
+    score = functools.partial(text.od_answer_score, min_iou=min_iou)
+    return _where_asked(questions, each(score, answers, samples.column("od_solution")))
+
+
+def _where_asked(questions: Sequence[str | None], scores: np.ndarray) -> np.ndarray:
+    asked = np.array([bool((question or "").strip()) for question in questions], bool)
+    return np.where(asked, scores, np.nan).astype(np.float32)
+
+
+def ask(
+    samples: Samples,
+    context: Context,
+    questions: Sequence[str | None],
+    *,
+    stream: str,
+    greedy: bool,
+    max_new_tokens: int,
+    chunk: int = CHUNK,
+) -> list[str]:
+    """The policy's answers to one question about each image, N strings.
+
+    A row's draws depend on its number, the seed, the step and `stream` (a key of STREAMS).
+    Rows without a question are asked something all the same, so that every process of a run
+    calls the same programs.
+    """
+    policy = context.policy
+    asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
+    ids = {question: policy.processor.mm2t_ids(question) for question in dict.fromkeys(asked)}
+    prompts = _padded(policy, [ids[question] for question in asked])
+    row = jax.process_index() * len(samples) + np.arange(len(samples))
+    keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
+
+    def program(prompts: EncodedPrompts, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rollout = sampling.sample_text(
+            policy.config, policy.params, prompts, jax.random.wrap_key_data(keys),
+            special=policy.processor.special, max_new_tokens=max_new_tokens, greedy=greedy,
+            dtype=policy.dtype,
+        )  # fmt: skip
+        return rollout.tokens, rollout.mask
+
+    data = np.asarray(jax.random.key_data(keys))
+    tokens, mask = _run(policy, samples.drawn(), prompts, (data,), program, chunk)
+    return [policy.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+
+
+# ---- running
+
+
+def pixel_values(processor: Any, images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] as the vision tower reads pictures, [N, S, S, 3] float32."""
+    settings = processor.image
+    if images.shape[1:3] != (settings.size, settings.size):
+        return np.stack([processor.preprocess_image(Image.fromarray(one)) for one in images])
+    # Nothing to resize or pad: the same arithmetic for all images at once.
+    pixels = images.astype(np.float32) / np.float32(255)
+    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+
+
+def _padded(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
+    """Left-padded to the bucket of the longest row of all processes."""
+    longest = max(map(len, rows))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        longest = int(multihost_utils.process_allgather(np.int32(longest)).max())
+    return policy.processor.pad(rows, policy.processor.bucket(longest))
+
+
+def _run(
+    policy: Policy,
+    images: np.ndarray,
+    prompts: EncodedPrompts,
+    extras: tuple[np.ndarray, ...],
+    program: Callable,
+    chunk: int,
+) -> list[np.ndarray]:
+    """`program(prompts with pixels, *extras)` over all rows: its outputs, each with N rows."""
+
+    def take(index: np.ndarray) -> tuple:
+        pixels = pixel_values(policy.processor, images[index])
+        piece = EncodedPrompts(prompts.input_ids[index], prompts.attention_mask[index], pixels)
+        return (piece, *(extra[index] for extra in extras))
+
+    return in_pieces(program, take, len(images), chunk, policy.params)

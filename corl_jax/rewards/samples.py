@@ -1,0 +1,151 @@
+"""What a reward gets: completions with the rows they answer, and the policy that made them.
+
+`in_pieces` is how a reward runs a device program over all rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from corl_jax.errors import InputError
+from corl_jax.models.janus import JanusConfig
+from corl_jax.sharding import BATCH, batch_sharding
+from corl_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """N completions of one task on the host; `columns` repeats each row for its completions."""
+
+    columns: dict[str, list]
+    images: np.ndarray | None = None  # [N, S, S, 3] uint8; drawing
+    texts: list[str] | None = None  # answering
+
+    def __post_init__(self):
+        if (self.images is None) == (self.texts is None):
+            raise ValueError("samples: found both or neither of images and texts; expected one")
+        wrong = {name: len(v) for name, v in self.columns.items() if len(v) != len(self)}
+        if wrong:
+            raise ValueError(f"samples: {len(self)} completions, but columns of lengths {wrong}")
+
+    def __len__(self) -> int:
+        return len(self.texts if self.images is None else self.images)  # type: ignore[arg-type]
+
+    def column(self, name: str) -> list:
+        """The values of a column, None for each row if there is no such column."""
+        return self.columns.get(name) or [None] * len(self)
+
+    def drawn(self) -> np.ndarray:
+        """The images. Raises ValueError for answers: the reward belongs to the other task."""
+        if self.images is None:
+            raise ValueError("samples: found texts where a reward of images was asked for")
+        return self.images
+
+    def written(self) -> list[str]:
+        """The texts. Raises ValueError for images: the reward belongs to the other task."""
+        if self.texts is None:
+            raise ValueError("samples: found images where a reward of texts was asked for")
+        return self.texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The network that rewards may question, and how its prompts are made."""
+
+    config: JanusConfig
+    params: Params
+    processor: Any  # data.processor.Processor
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What rewards share: the moving policy, and what their random draws start from.
+
+    The first four are None only where no reward that names the policy is scored.
+    """
+
+    config: JanusConfig | None
+    params: Params | None
+    processor: Any
+    dtype: Any
+    seed: int
+    step: int
+
+    @property
+    def policy(self) -> Policy:
+        """The policy. Raises InputError where there is none."""
+        if self.config is None or self.params is None or self.processor is None:
+            raise InputError("rewards: found no model; a reward that asks the policy needs one")
+        return Policy(self.config, self.params, self.processor, self.dtype)
+
+
+RewardFunction = Callable[[Samples, Context], np.ndarray]
+"""Rewards [N] float32; NaN where one does not apply to a row."""
+
+
+def in_pieces(
+    program: Callable[..., Any],
+    take: Callable[[np.ndarray], tuple],
+    rows: int,
+    most: int,
+    params: Params | None,
+) -> list[np.ndarray]:
+    """The arrays [rows, ..] that `program(*take(row numbers))` gives, in pieces, on the host.
+
+    All pieces have one size, at most about `most` rows, so that one compiled program serves
+    them; the last row fills up. Rows are spread over the devices on which `params` lie.
+    """
+    sharding = _row_sharding(params)
+    ways = 1
+    if sharding is not None:
+        axes = (sharding.mesh.shape[axis] for axis in BATCH)
+        ways = max(1, math.prod(axes) // jax.process_count())
+    outputs = []
+    for index in chunks(rows, most, ways):
+        placed = take(index)
+        if sharding is not None:
+            put = functools.partial(jax.make_array_from_process_local_data, sharding)
+            placed = jax.tree.map(put, placed)
+        outputs.append(jax.tree.leaves(program(*placed)))
+    columns = zip(*outputs, strict=True)
+    return [np.concatenate([_host(x, sharding) for x in xs])[:rows] for xs in columns]
+
+
+def chunks(rows: int, most: int, multiple: int = 1) -> Iterator[np.ndarray]:
+    """Row numbers in pieces of one size, as even as can be; the last row is repeated to fill up.
+
+    Pieces have at most `most` rows, rounded up to a multiple of `multiple`.
+    """
+    if not rows:
+        return
+    pieces = -(-rows // most)
+    size = -(-rows // (pieces * multiple)) * multiple
+    for first in range(0, rows, size):
+        yield np.minimum(np.arange(first, first + size), rows - 1)
+
+
+def _row_sharding(params: Params | None) -> NamedSharding | None:
+    """Rows over the mesh of the parameters; None on a single device."""
+    leaves = jax.tree.leaves(params)
+    sharding = getattr(leaves[0], "sharding", None) if leaves else None
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return None
+    return batch_sharding(sharding.mesh)  # type: ignore[arg-type]
+
+
+def _host(x: jax.Array, sharding: NamedSharding | None) -> np.ndarray:
+    """This process's rows, in order."""
+    if sharding is None or x.is_fully_addressable:
+        return np.asarray(x)
+    x = jax.device_put(x, sharding)
+    pieces = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start].data) for start in sorted(pieces)])

@@ -1,0 +1,275 @@
+"""Tries a reward out on a file of cases.
+
+    python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR] [key=value ...]
+    python -m corl_jax.score --list
+
+Each line of the input is one case, a JSON object. A reward of answers reads `completion`, one of
+images `image` (a path); besides, each reads the columns that `--list` names: `qa_problem`,
+`qa_solution`, `qa_type` (or `problem`, `solution`, `type` for short), `prompt`, `real_image` (a
+path), `spec`, .. Paths are relative to the input's folder; null stands for "not there"; other
+keys are not read. key=value are the reward's options, values in YAML.
+
+Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
+mean goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from corl_jax.data.images import decode_image
+from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.rewards import registry
+from corl_jax.rewards.functions import spec_problem
+from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
+
+SHORT = ("problem", "solution", "type")
+DTYPES = ("float32", "bfloat16")
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = _parser().parse_intermixed_args(argv)
+    if args.list:
+        print(table())
+        return
+    reward, cases = plan(args)
+    values = _score(args, reward, cases)
+    for index, (line, value) in enumerate(zip(cases.lines, values, strict=True)):
+        number = None if np.isnan(value) else float(f"{value:.7g}")
+        print(json.dumps({"index": index, "line": line, "reward": number}))
+    valid = values[~np.isnan(values)]
+    mean = f"mean {valid.mean():.4f}" if valid.size else "no mean"
+    print(f"{reward.name}: {mean} over {valid.size} of {len(values)} cases", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m corl_jax.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--reward", metavar="NAME", help="a name that --list shows")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="cases, JSON lines")
+    parser.add_argument("--model", metavar="DIR", help="for rewards that ask the policy")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the policy's")
+    parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
+    parser.add_argument("--list", action="store_true", help="show all rewards and stop")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="the reward's options")
+    return parser
+
+
+def table() -> str:
+    """The registry for reading."""
+    blocks = []
+    for name, entry in registry.REGISTRY.items():
+        columns = [*entry.columns, *(["|".join(entry.either)] if entry.either else [])]
+        columns += [f"[{column}]" for column in entry.optional]
+        options = registry.options_of(name).items()
+        lines = [
+            f"{name}",
+            f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
+            f"  task {entry.task}; networks: {', '.join(entry.networks) or 'none'}; "
+            f"columns: {' '.join(columns) or 'none'}",
+            f"  options: {' '.join(f'{k}={o.default}' for k, o in options) or 'none'}",
+        ]
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
+
+
+class Cases:
+    """The input's cases: where each stands, and the samples that they are."""
+
+    def __init__(self, lines: list[int], samples: Samples):
+        self.lines = lines
+        self.samples = samples
+
+
+def plan(args: argparse.Namespace) -> tuple[Resolved, Cases]:
+    """The reward and its cases, checked; nothing of it needs a device.
+
+    Raises:
+        InputError: listing all problems of the arguments and the input.
+    """
+    problems: list[str] = []
+
+    def attempt(function: Callable, *values: Any) -> Any:
+        try:
+            return function(*values)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    for name in ("reward", "input"):
+        if getattr(args, name) is None:
+            problems.append(f"--{name}: missing; expected --reward NAME --input FILE, or --list")
+    options = _options(args.options, problems)
+    if args.seed < 0:
+        problems.append(f"--seed: found {args.seed}; expected 0 or more")
+    reward = args.reward and attempt(registry.resolve_one, args.reward, options)
+    entry = registry.REGISTRY.get(args.reward)
+    if entry and entry.networks and not args.model:
+        problems.append(
+            f"--model: missing; {args.reward} asks the {' and the '.join(entry.networks)}"
+        )
+    elif entry and entry.networks:
+        from corl_jax.startup import inspect_model
+
+        attempt(inspect_model, args.model)
+    cases = args.input and attempt(read_cases, args.input, entry)
+    if problems:
+        raise InputError(problems)
+    return reward, cases
+
+
+def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
+    """The options that key=value arguments give; appends what is wrong with the others."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            problems.append(f"argument {text!r}: expected key=value, an option of the reward")
+        elif key in options:
+            problems.append(f"argument {text!r}: option {key} is given twice")
+        else:
+            try:
+                options[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                problems.append(f"argument {text!r}: the value is not valid YAML")
+    return options
+
+
+def read_cases(path: Path, entry: Entry | None) -> Cases:
+    """The cases of a JSONL file for a reward; with no entry only the file itself is checked.
+
+    Raises:
+        InputError: listing the problems of all lines.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --input wants a file of JSON lines") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected JSON lines") from None
+    lines, rows, problems = [], [], []
+    # Not splitlines(): it also breaks at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        found: list[str] = []
+        rows.append(_case(line, path.parent, entry, found))
+        lines.append(number)
+        problems += [f"{path}: line {number}: {problem}" for problem in found]
+    if not lines:
+        problems.append(f"{path}: found no cases; expected a JSON object a line")
+    if entry and not problems:
+        problems += _size_problems(path, lines, rows)
+    if problems:
+        raise InputError(problems)
+    return Cases(lines, _samples(entry, rows) if entry else Samples({}, texts=[]))
+
+
+def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> dict[str, Any]:
+    """One line's values by column name; appends what is wrong with it."""
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"not JSON ({error})")
+        return {}
+    if not isinstance(raw, dict):
+        problems.append(f"found {type(raw).__name__}, expected an object")
+        return {}
+    if entry is None:
+        return {}
+    known = [*entry.columns, *entry.either, *entry.optional]
+    for column in reversed(known):  # so that the first column of a kind takes the short name
+        short = column.rpartition("_")[2]
+        if short in SHORT and short in raw:
+            if column in raw:
+                problems.append(f"found both {short} and {column}; drop one")
+            raw[column] = raw[short]
+    completion = "completion" if entry.task == "mm2t" else "image"
+    needed = [completion, *entry.columns]
+    missing = [name for name in needed if name not in raw]
+    if entry.either and not set(entry.either) & raw.keys():
+        missing.append(" or ".join(entry.either))
+    problems += [f"{name} is missing; found {', '.join(raw) or 'nothing'}" for name in missing]
+    row = {}
+    for name in (completion, *known):
+        problem, row[name] = _value(name, raw.get(name), folder)
+        if problem is None and name == completion and name in raw and raw[name] is None:
+            problem = f"found null, expected a {'text' if name == 'completion' else 'path'}"
+        if problem:
+            problems.append(f"{name}: {problem}")
+    return row
+
+
+def _value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
+    """(problem or None, value) of one key; null is a value everywhere."""
+    if value is None:
+        return None, None
+    if name == "spec":
+        return spec_problem(value), value
+    if name == "od_solution" and isinstance(value, list):
+        boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
+        boxes = boxes and all(type(side) in (int, float) for box in value for side in box)
+        return None if boxes else f"found {value!r}, expected [[x1, y1, x2, y2], ..]", value
+    if not isinstance(value, str):
+        return f"found {value!r}, expected a text", None
+    if name not in ("image", "real_image"):
+        return None, value
+    try:
+        return None, decode_image(folder / value)
+    except InputError as error:
+        return str(error), None
+
+
+def _size_problems(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> list[str]:
+    """Images form one batch, so all must have the size of the first, a square."""
+    sizes = [row["image"].size for row in rows if "image" in row]
+    problems = []
+    for line, (width, height) in zip(lines, sizes, strict=False):
+        if width != height or (width, height) != sizes[0]:
+            problems.append(
+                f"{path}: line {line}: image: found {width}x{height} pixels, line {lines[0]} has "
+                f"{sizes[0][0]}x{sizes[0][1]}; expected squares of one size, as a model draws them"
+            )
+    return problems
+
+
+def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
+    names = list(dict.fromkeys([*entry.columns, *entry.either, *entry.optional]))
+    columns = {name: [row[name] for row in rows] for name in names}
+    if entry.task == "mm2t":
+        return Samples(columns, texts=[row["completion"] for row in rows])
+    return Samples(columns, images=np.stack([np.asarray(row["image"]) for row in rows]))
+
+
+def _score(args: argparse.Namespace, reward: Resolved, cases: Cases) -> np.ndarray:
+    config = params = processor = dtype = None
+    if reward.entry.networks:
+        import jax.numpy as jnp
+
+        from corl_jax.startup import enable_compilation_cache, load_model
+
+        enable_compilation_cache()
+        dtype = jnp.dtype(args.dtype)
+        config, params, processor, _ = load_model(args.model, dtype)
+    elif args.model:
+        print(f"note: {reward.name} asks no network; --model is not loaded", file=sys.stderr)
+    context = Context(config, params, processor, dtype, args.seed, step=0)
+    return registry.score([reward], cases.samples, context)[reward.name]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What every command does first: the compilation cache, and a model by its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from corl_jax.data.processor import Processor
+from corl_jax.errors import InputError
+from corl_jax.models import janus
+from corl_jax.models.janus import JanusConfig
+from corl_jax.types import Params
+from corl_jax.weights.files import load_config, load_params, resolve_model_dir
+
+
+class Model(NamedTuple):
+    """A checkpoint, ready to use."""
+
+    config: JanusConfig
+    params: Params
+    processor: Processor
+    path: Path
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "corl_jax" / "xla"))
+
+
+def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, Path]:
+    """What the small files of a checkpoint say; reads no weights and starts no device.
+
+    Raises:
+        InputError: listing every file and setting that is missing, malformed or at odds.
+    """
+    folder = resolve_model_dir(path_or_hub_id)
+    problems: list[str] = []
+    config = processor = None
+    try:
+        config = load_config(folder)
+    except InputError as error:
+        problems += error.problems
+    try:
+        processor = Processor.from_dir(folder)
+    except InputError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+    if config is not None and processor is not None:
+        tokens, rows = len(processor.tokenizer), config.llama.vocab_size
+        if tokens > rows:
+            problems.append(
+                f"{folder / 'tokenizer.json'}: found {tokens} tokens, the network embeds {rows}; "
+                "copy the tokenizer from the checkpoint that the network came from"
+            )
+    if problems or config is None or processor is None:
+        raise InputError(problems)
+    return config, processor, folder
+
+
+def load_model(path_or_hub_id: str | Path, dtype: Any = None) -> Model:
+    """A checkpoint of any of the three kinds, its parameters on the default device.
+
+    `dtype` casts them to a compute dtype (the image tokenizer stays float32); None keeps each
+    as it is stored.
+
+    Raises:
+        InputError: as `inspect_model`, or for tensors that do not fit the config.
+    """
+    config, processor, folder = inspect_model(path_or_hub_id)
+    params = load_params(folder, config)
+    if dtype is not None:
+        params = janus.cast(params, dtype)
+    return Model(config, jax.device_put(params), processor, folder)

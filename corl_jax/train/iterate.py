@@ -1,0 +1,185 @@
+"""One GRPO iteration: sample both tasks, reward, compare within groups, update.
+
+Each function takes the `Run`, in which every option is already a value; nothing here looks at
+the config again. Host work (rewards on decoded images and texts) stands between two device
+programs, sampling and the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax import grpo, sampling
+from corl_jax.rewards.registry import Context, Samples, score
+from corl_jax.sharding import batch_sharding
+from corl_jax.train.optimizer import merge
+from corl_jax.train.run import Iteration, Run, local_rows, put
+from corl_jax.train.step import Batch, TaskBatch, TrainState
+from corl_jax.types import EncodedPrompts, Params, Prompts, Rollout
+
+STREAMS = {"t2i": 0, "mm2t": 1}
+"""Random streams of the tasks, so that a prompt's image and answer are independent."""
+
+
+def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
+    """(next state, Iteration) of one batch of prompts."""
+    params = merge(state.params, run.frozen)
+    with run.phases("rollout"):
+        rollouts = {task: sample(run, task, params, prompts) for task in run.tasks}
+        jax.block_until_ready(rollouts)
+    with run.phases("reward"):
+        samples = {task: decode(run, task, params, prompts, rollouts[task]) for task in run.tasks}
+        rewards = {task: score_task(run, task, params, samples[task], step) for task in run.tasks}
+        advantages, stats = compare(run, rewards)
+    with run.phases("update"):
+        batch = make_batch(run, state, rollouts, advantages)
+        for _ in range(run.num_iterations):
+            state, metrics = run.train_step(state, run.frozen, batch)
+        jax.block_until_ready(metrics)
+    metrics = metrics | stats | reward_metrics(rewards) | length_metrics(run, rollouts)
+    return state, Iteration(metrics, samples, rewards)
+
+
+def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
+    """`group_size` completions of every prompt, `rollout_batch` prompts at a time."""
+    encoded: EncodedPrompts = getattr(prompts, task)
+    pieces = []
+    for first in range(0, len(prompts), run.rollout_batch):
+        rows = slice(first, first + run.rollout_batch)
+        piece = put(run, jax.tree.map(lambda x: x[rows], encoded))  # noqa: B023
+        keys = sampling.sample_keys(
+            run.seed, prompts.index[rows], run.group_size, STREAMS[task]
+        )
+        keys = jax.device_put(keys, batch_sharding(run.mesh))
+        pieces.append(run.samplers[task](params, piece, keys))
+    if len(pieces) == 1:
+        return pieces[0]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+
+
+def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollout) -> Samples:
+    """What rewards look at: pixels or strings, with each completion's row."""
+    columns = {
+        name: [value for value in values for _ in range(run.group_size)]
+        for name, values in prompts.columns.items()
+    }
+    tokens, mask = local_rows(rollout.tokens), local_rows(rollout.mask)
+    if task == "t2i":
+        pixels = sampling.decode_images(run.model_config, params, rollout.tokens)
+        return Samples(columns, images=local_rows(pixels))
+    texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+    return Samples(columns, texts=texts)
+
+
+def score_task(
+    run: Run, task: str, params: Params, samples: Samples, step: int
+) -> dict[str, np.ndarray]:
+    """Each of the task's rewards by name, [N] float32 with NaN where not applicable."""
+    context = Context(
+        config=run.model_config,
+        params=params,
+        processor=run.processor,
+        dtype=run.dtype,
+        seed=run.seed,
+        step=step,
+    )
+    return score(run.rewards[task], samples, context)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("weights", "mode", "group_size", "mm2t_weight", "eps", "scale")
+)
+def _compare(rewards, *, weights, mode, group_size, mm2t_weight, eps, scale):
+    weights = dict(weights)
+    totals = {
+        task: grpo.combine_rewards(values, jnp.asarray(weights[task]))
+        for task, values in rewards.items()
+    }
+    a_t2i, a_mm2t = grpo.joint_advantages(
+        totals.get("t2i"), totals.get("mm2t"), mode,
+        group_size=group_size, mm2t_weight=mm2t_weight, eps=eps, scale=scale,
+    )  # fmt: skip
+    stats = {
+        f"{task}/{name}": value
+        for task, total in totals.items()
+        for name, value in grpo.group_advantages(total, group_size, eps, scale)[1].items()
+    }
+    if len(totals) == 2:
+        joint = grpo.unified_reward(totals["t2i"], totals["mm2t"], mm2t_weight, group_size)
+    else:
+        (joint,) = totals.values()
+    stats |= grpo.group_advantages(joint, group_size, eps, scale)[1]
+    return {"t2i": a_t2i, "mm2t": a_mm2t}, stats
+
+
+def compare(run: Run, rewards: dict[str, dict[str, np.ndarray]]):
+    """(advantages by task, statistics), over all processes' rows."""
+    stacked = {task: np.stack(list(values.values())).T for task, values in rewards.items()}
+    placed = {task: value.T for task, value in put(run, stacked).items()}
+    return _compare(placed, **run.comparison)
+
+
+def make_batch(
+    run: Run, state: TrainState, rollouts: dict[str, Rollout], advantages: dict
+) -> Batch:
+    """Rollouts and advantages as the update wants them, with old and reference log-probs."""
+    batch: Batch = {}
+    for task, rollout in rollouts.items():
+        mask = rollout.mask
+        if task == "mm2t" and run.mask_truncated:
+            mask = grpo.mask_truncated(mask, ended(rollout, run.processor.special.eos))
+        batch[task] = TaskBatch(
+            prompts=rollout.prompts,
+            tokens=rollout.tokens,
+            mask=mask,
+            advantages=advantages[task],
+            sampler_logprobs=rollout.logprobs,
+        )
+    if run.num_iterations > 1:
+        scores = run.score_step(state.params, run.frozen, batch)
+        batch = {t: dataclasses.replace(b, old_logprobs=scores[t]) for t, b in batch.items()}
+    if run.reference is not None:
+        scores = run.score_step(run.reference, run.frozen, batch)
+        batch = {t: dataclasses.replace(b, ref_logprobs=scores[t]) for t, b in batch.items()}
+    return batch
+
+
+def ended(rollout: Rollout, eos: int) -> jax.Array:
+    """[N] bool: answers that drew EOS."""
+    return ((rollout.tokens == eos) & rollout.mask).any(axis=-1)
+
+
+def reward_metrics(rewards: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
+    """Mean and std of each reward over the rows it applies to, and where it does not."""
+    metrics = {}
+    for task, by_name in rewards.items():
+        for name, values in by_name.items():
+            valid = values[~np.isnan(values)]
+            metrics[f"{task}/rewards/{name}/mean"] = valid.mean() if valid.size else np.nan
+            metrics[f"{task}/rewards/{name}/std"] = valid.std() if valid.size else np.nan
+            metrics[f"{task}/rewards/{name}/not_applicable"] = 1 - valid.size / values.size
+    return metrics
+
+
+def length_metrics(run: Run, rollouts: dict[str, Rollout]) -> dict[str, Any]:
+    """Lengths of the answers; images always have all their tokens and are never truncated."""
+    metrics: dict[str, Any] = {}
+    if "t2i" in rollouts:
+        tokens = local_rows(rollouts["t2i"].tokens)
+        distinct = [len(np.unique(row)) / len(row) for row in tokens]
+        metrics["t2i/completions/mean_length"] = float(tokens.shape[1])
+        metrics["t2i/distinct_token_fraction"] = float(np.mean(distinct))
+    if "mm2t" in rollouts:
+        lengths = local_rows(rollouts["mm2t"].mask).sum(axis=-1)
+        closed = local_rows(ended(rollouts["mm2t"], run.processor.special.eos))
+        for name, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
+            metrics[f"mm2t/completions/{name}_length"] = float(value)
+        metrics["mm2t/completions/clipped_ratio"] = float(1 - closed.mean())
+        metrics["mm2t/tokens"] = float(lengths.sum())
+    return metrics

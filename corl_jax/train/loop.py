@@ -1,0 +1,33 @@
+"""The training loop. Verbs only: every option became a value in `setup`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from corl_jax.train.record import Recorder
+from corl_jax.train.run import Run
+from corl_jax.train.step import TrainState
+
+
+def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int) -> TrainState:
+    """Iterations `start` to `stop` - 1; metrics of one are read after the next is dispatched."""
+    pending: tuple[int, Any, float] | None = None
+    began = time.perf_counter()
+    for step, prompts in zip(
+        range(start, stop), run.train_loader.iterate(start, stop), strict=True
+    ):
+        state, iteration = run.iterate(run, state, prompts, step)
+        if pending is not None:
+            recorder.iteration(*pending, run)
+        now = time.perf_counter()
+        pending, began = (step, iteration, now - began), now
+        if recorder.due(step + 1, run):
+            recorder.iteration(*pending, run)
+            pending = None
+            recorder.milestone(run, state, step + 1)
+            began = time.perf_counter()
+    if pending is not None:
+        recorder.iteration(*pending, run)
+    return state
+

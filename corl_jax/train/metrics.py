@@ -1,0 +1,226 @@
+"""Numbers of a run, for machines and for eyes: JSON lines, TensorBoard, the console.
+
+Only the first process writes. A resumed run continues its files as if it had never stopped:
+what was logged after the restored step is dropped from `metrics.jsonl` and hidden in TensorBoard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from corl_jax.errors import InputError
+from corl_jax.train.rundir import RunDir, jsonable, replacing
+
+HEADLINE = (
+    "loss", "reward", "t2i/reward", "mm2t/reward", "t2i/nll", "mm2t/nll", "kl", "t2i/kl",
+    "mm2t/kl", "grad_norm",
+)  # fmt: skip
+"""What the console shows of a step, as far as it is there; a step without any is shown whole."""
+
+
+class Metrics:
+    """Writes each logged step to every sink; without `primary` it does nothing."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        resumed_at: int | None = None,
+        total_steps: int | None = None,
+        primary: bool = True,
+        stream: TextIO | None = None,
+    ):
+        """`resumed_at`: the restored step, None for a run from its beginning.
+
+        Raises:
+            InputError: tensorboardX is not installed.
+        """
+        self._primary = primary
+        if not primary:
+            return
+        self._lines = JsonLines(run.metrics, resumed_at)
+        self._board = _event_writer(run.tensorboard, resumed_at)
+        self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Scalars after `step` optimizer steps; numbers that are not finite become null.
+
+        TensorBoard has no null: NaN, which says "does not apply", is left out there.
+        """
+        if not self._primary:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        self._lines.write(step, numbers)
+        for name, number in numbers.items():
+            if not math.isnan(number):
+                self._board.add_scalar(name, number, step)
+        self._console.step(step, numbers)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture [H, W, 3] uint8, for TensorBoard."""
+        if self._primary:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """A text or table in markdown, for TensorBoard."""
+        if self._primary:
+            self._board.add_text(name, markdown, step)
+
+    def say(self, message: str) -> None:
+        """A line on the console, above the progress bar where there is one."""
+        if self._primary:
+            self._console.say(message)
+
+    def flush(self) -> None:
+        """Puts out what TensorBoard still buffers; JSON lines never wait."""
+        if self._primary:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Ends the bar and closes all files."""
+        if self._primary:
+            self._console.close()
+            self._lines.close()
+            self._board.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class JsonLines:
+    """`metrics.jsonl`: an object with `step` and the metrics per line, in order of steps."""
+
+    def __init__(self, path: Path, resumed_at: int | None):
+        """Drops the lines of later steps, and the half one that a killed process leaves."""
+        with replacing(path) as kept:
+            for line, record in read_lines(path):
+                if resumed_at is not None and record["step"] <= resumed_at:
+                    kept.write(line)
+        self._file = path.open("ab")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        record = jsonable({"step": int(step), **numbers})
+        # One write per line, unbuffered from here on: a kill loses no finished line.
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, record) of every whole line of a metrics file, none if there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut off by a kill
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line.rstrip(b"\n") + b"\n", record
+
+
+def _event_writer(directory: Path, resumed_at: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InputError("tensorboardX is not installed; run `pip install tensorboardX`") from None
+    return SummaryWriter(
+        str(directory),
+        purge_step=0 if resumed_at is None else resumed_at + 1,
+        flush_secs=10,
+        # Its file names count whole seconds; a quick restart would overwrite the file before.
+        filename_suffix=f".{time.time_ns()}",
+    )
+
+
+class Console:
+    """A progress bar on a terminal, a line per step elsewhere."""
+
+    def __init__(self, first_step: int, total_steps: int | None, stream: TextIO):
+        self._stream, self._total = stream, total_steps
+        self._start: tuple[int, float] | None = None  # step and time of the first log
+        self._bar: Any = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True
+            )
+
+    def step(self, step: int, numbers: Mapping[str, float]) -> None:
+        shown = {name: numbers[name] for name in HEADLINE if name in numbers}
+        texts = [f"{name} {number:.4g}" for name, number in (shown or numbers).items()]
+        if self._bar is None:
+            self.say("  ".join([self._position(step), *texts, *self._pace(step)]))
+            return
+        if shown:
+            self._bar.set_postfix_str("  ".join(texts), refresh=False)
+        else:  # an evaluation, which should stay on the screen
+            self.say("  ".join([self._position(step), *texts]))
+        self._bar.update(step - self._bar.n)
+
+    def say(self, message: str) -> None:
+        if self._bar is None:
+            print(message, file=self._stream, flush=True)
+        else:
+            self._bar.write(message, file=self._stream)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _position(self, step: int) -> str:
+        return f"step {step}" if self._total is None else f"step {step}/{self._total}"
+
+    def _pace(self, step: int) -> list[str]:
+        """Seconds per step since the first log, which leaves compilation out, and to the end."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = step, now
+        first, since = self._start
+        if step <= first:
+            return []
+        pace = (now - since) / (step - first)
+        texts = [f"{pace:.3g} s/step"]
+        if self._total is not None:
+            left = int(pace * max(self._total - step, 0))
+            texts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        return texts
+
+
+class Phases:
+    """Adds up seconds by phase: `with phases("rollout"): ...`.
+
+    Times are of the host; a block that ends before the device has finished counts too little.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+
+    def take(self) -> dict[str, float]:
+        """`phase/NAME_seconds` since the last take."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"phase/{name}_seconds": spent for name, spent in seconds.items()}

@@ -1,0 +1,229 @@
+"""What a run leaves behind: metrics, image grids, evaluations, checkpoints, the export."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from corl_jax import evaluation
+from corl_jax.config import Config
+from corl_jax.train import gallery, iterate
+from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.train.metrics import Metrics, read_lines
+from corl_jax.train.optimizer import merge
+from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.rundir import RunDir
+from corl_jax.train.setup import host_params
+from corl_jax.train.step import TrainState
+from corl_jax.types import Params, Prompts
+from corl_jax.weights import files
+
+TABLE_ROWS = 16
+"""Answers shown in the text table of an iteration."""
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Writes a run's iterations and milestones to its directory."""
+
+    config: Config
+    run_dir: RunDir
+    metrics: Metrics
+    checkpoints: Checkpoints
+    model_dir: Any  # where the export's tokenizer and processor files come from
+    primary: bool = True
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def iteration(self, step: int, iteration: Iteration, seconds: float, run: Run) -> None:
+        """Logs iteration `step` (0-based), counted from then on as `step + 1` done."""
+        if (step + 1) % self.config.log.every and step + 1 != run.steps:
+            return
+        values = {name: float(value) for name, value in iteration.metrics.items()}
+        values |= run.phases.take()
+        values["learning_rate"] = float(run.schedule((step + 1) * run.num_iterations - 1))
+        values["epoch"] = (step + 1) / run.train_loader.steps_per_epoch
+        values["step_time"] = seconds
+        for kind, count in run.train_loader.counts.items():
+            values[f"data/{kind}_rows"] = count
+        values |= self._pace(run, values)
+        self.metrics.log(step + 1, values)
+        if iteration.samples and self._images_due(step + 1, run):
+            self._answers(step + 1, iteration)
+
+    def _pace(self, run: Run, values: dict[str, float]) -> dict[str, float]:
+        seconds = values.get("phase/rollout_seconds")
+        if not seconds:
+            return {}
+        completions = self.config.train.prompts_per_step * run.group_size
+        pace = {}
+        if "t2i" in run.tasks:
+            pace["perf/images_per_second"] = completions / seconds
+        if "mm2t" in run.tasks:
+            pace["perf/tokens_per_second"] = values["mm2t/tokens"] / seconds
+        return pace
+
+    def due(self, step: int, run: Run) -> bool:
+        """Whether anything beside metrics happens after `step` iterations."""
+        return (
+            step == run.steps
+            or step % self.config.checkpoint.every == 0
+            or self._evaluation_due(step, run)
+            or self._images_due(step, run)
+        )
+
+    def _images_due(self, step: int, run: Run) -> bool:
+        every = self.config.log.images_every
+        return bool(every) and "t2i" in run.tasks and (step % every == 0 or step == run.steps)
+
+    def _evaluation_due(self, step: int, run: Run) -> bool:
+        every = self.config.eval.every
+        return run.eval_loader is not None and (
+            step in (0, run.steps) or (every > 0 and step % every == 0)
+        )
+
+    def milestone(self, run: Run, state: TrainState, step: int) -> None:
+        """Grids and evaluations that are due after `step` iterations, then the checkpoint."""
+        if self._images_due(step, run):
+            self._fixed_prompts(run, state, step)
+        if self._evaluation_due(step, run):
+            self._evaluate(run, state, step)
+        if step and (step % self.config.checkpoint.every == 0 or step == run.steps):
+            self.save(run, state, step)
+
+    def save(self, run: Run, state: TrainState, step: int) -> None:
+        """Starts a checkpoint of all that the next iterations depend on."""
+        data = run.train_loader.get_state() | {"step": step}
+        meta = {"data": data, "seed": run.seed, "config": self.config.model_dump(mode="json")}
+        self.checkpoints.save(step, {"state": state}, meta)
+
+    def _answers(self, step: int, iteration: Iteration) -> None:
+        samples = iteration.samples.get("mm2t")
+        if samples is None:
+            return
+        rows = min(TABLE_ROWS, len(samples.texts))
+        rewards = [
+            {name: float(values[row]) for name, values in iteration.rewards["mm2t"].items()}
+            for row in range(rows)
+        ]
+        columns = {name: values[:rows] for name, values in samples.columns.items()}
+        table = gallery.answers_table(
+            columns["qa_problem"], samples.texts[:rows], rewards, columns.get("qa_solution")
+        )
+        self.metrics.text(step, "mm2t/answers", table)
+
+    def _fixed_prompts(self, run: Run, state: TrainState, step: int) -> None:
+        """Draws the same held-out prompts with the same keys, so that grids can be compared."""
+        prompts = self._first_prompts(run)
+        params = merge(state.params, run.frozen)
+        rollout = iterate.sample(run, "t2i", params, prompts)
+        samples = iterate.decode(run, "t2i", params, prompts, rollout)
+        scores = iterate.score_task(run, "t2i", params, samples, step)
+        if not self.primary:
+            return
+        shape = (len(prompts), run.group_size)
+        rewards = [
+            [
+                {name: float(values.reshape(shape)[row, sample]) for name, values in scores.items()}
+                for sample in range(run.group_size)
+            ]
+            for row in range(len(prompts))
+        ]
+        images = samples.images.reshape(*shape, *samples.images.shape[1:])
+        page = gallery.grid(images, prompts.columns["prompt"], rewards, f"step {step}")
+        gallery.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
+        self.metrics.image(step, "t2i/fixed_prompts", page)
+
+    def _first_prompts(self, run: Run) -> Prompts:
+        """The first held-out prompts, or without any the first of training; a whole batch."""
+        wanted = self.config.log.fixed_prompts
+        loader = run.eval_loader or run.train_loader
+        ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        count = min(-(-wanted // ways) * ways, loader.batch_size)
+        return take(loader.batch(0), count)
+
+    def _evaluate(self, run: Run, state: TrainState, step: int) -> None:
+        params = merge(state.params, run.frozen)
+        rollout, suite = self.config.rollout, self.config.eval
+        began = time.perf_counter()
+        if suite.suite == "rewards":
+            values = held_out_rewards(run, params, suite.rows)
+        else:
+            report = evaluation.evaluate_shapes(
+                run.model_config, params, run.processor, whole_batches(run, suite.rows),
+                seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
+                max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
+                place=lambda tree: put(run, tree),
+            )  # fmt: skip
+            values = report.metrics()
+        values = values | {"eval/seconds": time.perf_counter() - began}
+        self.metrics.log(step, values)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Every evaluation so far, in order of steps."""
+        records = (record for _, record in read_lines(self.run_dir.metrics))
+        return [
+            {k: v for k, v in record.items() if k == "step" or k.startswith("eval/")}
+            for record in records
+            if any(key.startswith("eval/") for key in record)
+        ]
+
+    def finish(self, run: Run, state: TrainState) -> None:
+        """The export and `summary.json` of a run that has done all its steps."""
+        self.checkpoints.wait()
+        if self.config.export.layout != "none" and not self.run_dir.export.exists():
+            params = jax.device_get(host_params(run, state))
+            if self.primary:
+                options = self.config.export
+                notes = files.save_checkpoint(
+                    self.run_dir.export, run.model_config, params, layout=options.layout,
+                    assets_from=self.model_dir, base=options.base, dtype=options.dtype,
+                )  # fmt: skip
+                for note in notes:
+                    self.metrics.say(note)
+        if self.primary:
+            evaluations = self.evaluations()
+            self.run_dir.write_json("summary.json", {
+                "steps": run.steps,
+                "optimizer_steps": int(state.step),
+                "seconds": time.perf_counter() - self.started,
+                "first_evaluation": evaluations[0] if evaluations else None,
+                "last_evaluation": evaluations[-1] if evaluations else None,
+            })  # fmt: skip
+
+
+def take(prompts: Prompts, count: int) -> Prompts:
+    """The first rows of a batch."""
+    return Prompts(
+        prompts.index[:count],
+        {name: values[:count] for name, values in prompts.columns.items()},
+        *(jax.tree.map(lambda x: x[:count], part) for part in (prompts.t2i, prompts.mm2t)),
+    )
+
+
+def whole_batches(run: Run, rows: int) -> Iterator[Prompts]:
+    """Held-out batches that cover `rows` rows."""
+    loader = run.eval_loader
+    return loader.iterate(0, -(-min(rows, len(loader.source)) // loader.batch_size))
+
+
+def held_out_rewards(run: Run, params: Params, rows: int) -> dict[str, float]:
+    """Mean and standard error of the training rewards on held-out rows."""
+    scores: dict[str, list[np.ndarray]] = {}
+    for prompts in whole_batches(run, rows):
+        for task in run.tasks:
+            rollout = iterate.sample(run, task, params, prompts)
+            samples = iterate.decode(run, task, params, prompts, rollout)
+            for name, values in iterate.score_task(run, task, params, samples, 0).items():
+                scores.setdefault(f"eval/{task}/{name}", []).append(values)
+    metrics = {}
+    for name, pieces in scores.items():
+        values = np.concatenate(pieces)
+        values = values[~np.isnan(values)]
+        metrics[name] = float(values.mean()) if values.size else float("nan")
+        metrics[f"{name}_stderr"] = float(values.std(ddof=1) / np.sqrt(max(values.size, 1)))
+    return metrics

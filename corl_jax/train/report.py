@@ -1,0 +1,130 @@
+"""What `--check` prints: parameters, memory, steps and rewards of a planned run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from corl_jax.models import janus
+from corl_jax.sharding import leaf_paths, param_spec
+from corl_jax.train.optimizer import partition
+from corl_jax.train.setup import Plan
+from corl_jax.types import Params
+
+GIB = 2**30
+ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
+"""Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
+
+
+def describe(plan: Plan) -> str:
+    """The report as text."""
+    sections = [_parameters(plan), _memory(plan), _steps(plan)]
+    if any(plan.rewards.values()):
+        sections.append(_rewards(plan))
+    return "\n\n".join(sections)
+
+
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _parameters(plan: Plan) -> str:
+    shapes = janus.abstract(plan.model_config)
+    trained, _ = partition(shapes, plan.config.train.trainable)
+    lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
+    for part, tree in shapes.items():
+        lines.append(f"  {part:24}{_count(tree):>16,}{_count(trained.get(part, {})):>16,}")
+    lines.append(f"  {'total':24}{_count(shapes):>16,}{_count(trained):>16,}")
+    return "\n".join(lines)
+
+
+def _share(params: Params, mesh: Any) -> int:
+    """Parameters that one device holds."""
+    total = 0
+    for path, leaf in leaf_paths(params):
+        spec = param_spec(path, leaf.shape, mesh)
+        names = [n for axes in spec if axes for n in ((axes,) if isinstance(axes, str) else axes)]
+        total += math.prod(leaf.shape) // math.prod(mesh.shape[name] for name in names)
+    return total
+
+
+def memory_estimate(plan: Plan) -> dict[str, float]:
+    """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
+    config, model, mesh = plan.config, plan.model_config, plan.mesh
+    shapes = janus.abstract(model)
+    trained, frozen = partition(shapes, config.train.trainable)
+    own, rest = _share(trained, mesh), _share(frozen, mesh)
+    width = jax.numpy.dtype(config.model.dtype).itemsize
+    master = 2 if config.compat.bfloat16_master else 4
+    estimate = {
+        "parameters, trained": own * master,
+        "parameters, frozen": rest * 4,
+        "optimizer": own * master * ADAM_COPIES[config.optimizer.name],
+        "gradients": own * master,
+        "compute copy": (own + rest) * width,
+    }
+    if config.objective == "grpo":
+        estimate["reference"] = own * width if config.grpo.kl_coef else 0
+        estimate["sampling caches (largest task)"] = max(_cache(plan, t) for t in plan.tasks) * width
+    if config.objective != "vq":
+        estimate["activations (kept by remat)"] = _activations(plan) * width
+    return {name: size / GIB for name, size in estimate.items()}
+
+
+def _ways(plan: Plan) -> int:
+    return plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+
+
+def _cache(plan: Plan, task: str) -> int:
+    """Key and value numbers of one device's rows, all layers, prompt at its longest."""
+    config, llama = plan.config, plan.model_config.llama
+    rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
+        config.rollout.group_size
+    )
+    if task == "t2i":
+        rows *= 1 if config.rollout.cfg_scale == 1 else 2
+        length = 64 + plan.model_config.num_image_tokens
+    else:
+        length = plan.model_config.num_image_tokens + 100 + config.rollout.max_new_tokens
+    per_token = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
+    return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
+
+
+def _activations(plan: Plan) -> int:
+    """Numbers that the backward pass keeps: each layer's input with remat `full`."""
+    config, llama = plan.config, plan.model_config.llama
+    group = config.rollout.group_size if config.objective == "grpo" else 1
+    rows = (config.train.micro_batch or config.train.prompts_per_step) * group
+    length = plan.model_config.num_image_tokens + 100 + config.rollout.max_new_tokens
+    wide = 3 * llama.intermediate_size + 4 * llama.hidden_size
+    kept = {"full": 0, "dots": wide, "none": 2 * wide}[config.model.remat]
+    return rows * length * llama.num_layers * (llama.hidden_size + kept) // _ways(plan)
+
+
+def _memory(plan: Plan) -> str:
+    estimate = memory_estimate(plan)
+    lines = [f"memory a device, estimated, over {plan.mesh.size} device(s): GiB"]
+    lines += [f"  {name:32}{size:>10.2f}" for name, size in estimate.items()]
+    return "\n".join([*lines, f"  {'sum':32}{sum(estimate.values()):>10.2f}"])
+
+
+def _steps(plan: Plan) -> str:
+    train = plan.config.train
+    held = len(plan.eval_loader.source) if plan.eval_loader else 0
+    return "\n".join([
+        f"data: {len(plan.train_loader.source):,} rows to train on, {held:,} held out",
+        f"steps: {plan.steps:,} of {train.prompts_per_step} prompts in {plan.micro_batches} "
+        f"micro-batch(es), {plan.optimizer_steps:,} optimizer steps",
+        f"mesh: {dict(plan.mesh.shape)} on {plan.mesh.devices.flat[0].platform}",
+    ])  # fmt: skip
+
+
+def _rewards(plan: Plan) -> str:
+    lines = [f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
+    for task, listed in plan.rewards.items():
+        for reward in listed:
+            networks = ", ".join(reward.entry.networks) or "none"
+            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {networks}")
+    return "\n".join(["rewards:", *lines])

@@ -1,0 +1,75 @@
+"""A `Run`: everything a training loop uses, resolved from the config before the loop starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from corl_jax.models.janus import JanusConfig
+from corl_jax.sharding import batch_sharding
+from corl_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Values and functions; built by `setup`, read by everything else in `train`."""
+
+    # the policy
+    model_config: JanusConfig
+    processor: Any  # data.processor.Processor
+    mesh: Mesh
+    dtype: Any  # compute dtype
+    frozen: Params
+    reference: Params | None  # trained parameters at the start of the run, for the KL
+    source_dtypes: dict[str, Any]  # by path, as the checkpoint stores them
+
+    # the data
+    train_loader: Any  # data.dataset.Loader
+    eval_loader: Any | None
+    steps: int  # iterations of the whole run; each makes num_iterations optimizer steps
+    seed: int
+    image_side: int  # pixels of a drawn image
+
+    # one iteration
+    iterate: Callable  # (run, state, prompts, step) -> (state, Iteration)
+    train_step: Callable
+    score_step: Callable
+    samplers: dict[str, Callable]  # task -> (params, prompts, keys) -> Rollout
+    rewards: dict[str, list]  # task -> resolved rewards
+    comparison: dict[str, Any]  # keywords of the advantage computation
+    tasks: tuple[str, ...]
+    group_size: int
+    rollout_batch: int  # prompts of this process sampled at once
+    num_iterations: int
+    mask_truncated: bool
+    sft: Any  # config.Sft
+    schedule: Callable  # optimizer step -> learning rate
+    phases: Any  # metrics.Phases, a context manager by phase name
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """What an iteration leaves for the log: scalars, and one example of each task."""
+
+    metrics: dict[str, Any]
+    samples: dict[str, Any]  # task -> rewards.registry.Samples
+    rewards: dict[str, dict[str, np.ndarray]]
+
+
+def put(run: Run, tree: Any) -> Any:
+    """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
+    sharding = batch_sharding(run.mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+    )
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of a global array, in order."""
+    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])

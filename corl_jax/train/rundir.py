@@ -1,0 +1,273 @@
+"""The run directory: one writer, one config, files that are either whole or not there.
+
+config.yaml      the resolved config, every option with its value
+metrics.jsonl    one line per logged step
+tensorboard/     event files
+checkpoints/     one directory per finished step
+images/          grids of fixed prompts
+export/          the final model
+summary.json     steps, seconds, first and last evaluation
+.lock            held while a process writes here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import yaml
+
+from corl_jax import config as config_file
+from corl_jax.config import Config
+from corl_jax.errors import InputError
+
+MAY_CHANGE = (
+    "output_dir",  # a run may be moved, or named from another working directory
+    r"train\.stop_after",
+    r"(log|checkpoint|export|mesh)\..*",  # another mesh changes rounding, not the run
+    r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
+    r"data\.prefetch",
+)
+"""Options that a resumed run may give another value; regexes of whole keys."""
+
+OWN = ("metrics.jsonl", "tensorboard", "checkpoints", "images", "export", "summary.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Names of a run's files."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path("config.yaml")
+
+    @property
+    def metrics(self) -> Path:
+        return self.path("metrics.jsonl")
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path("tensorboard")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path("checkpoints")
+
+    @property
+    def images(self) -> Path:
+        return self.path("images")
+
+    @property
+    def export(self) -> Path:
+        return self.path("export")
+
+    @property
+    def summary(self) -> Path:
+        return self.path("summary.json")
+
+    def path(self, name: str) -> Path:
+        """A path below the run directory.
+
+        Raises:
+            ValueError: the name leads out of it.
+        """
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+            raise ValueError(f"{name!r} does not stay inside of the run directory {self.root}")
+        return self.root / relative
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Writes a JSON file whole or not at all; numbers that are not finite become null."""
+        path = self.path(name)
+        with replacing(path) as file:
+            file.write(json.dumps(jsonable(value), indent=2, allow_nan=False).encode() + b"\n")
+        return path
+
+
+@contextlib.contextmanager
+def opened(config: Config, primary: bool = True) -> Iterator[RunDir]:
+    """The config's run directory, created or taken up again, locked until the block ends.
+
+    Processes other than the first pass `primary=False` and touch nothing.
+
+    Raises:
+        InputError: the directory cannot be used, another process writes to it, or it holds a
+            run of another config (every differing option is listed).
+    """
+    run = RunDir(Path(config.output_dir))
+    if not primary:
+        yield run
+        return
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output_dir: {run.root}: {error.strerror}; name a directory that can be created"
+        ) from None
+    with locked(run.root):
+        _require_same_run(run, config)
+        for leftover in run.root.glob(".*.tmp"):
+            leftover.unlink()
+        with replacing(run.config) as file:
+            file.write(config_file.dump(config).encode())
+        yield run
+
+
+def _require_same_run(run: RunDir, config: Config) -> None:
+    if not run.config.exists():
+        foreign = [name for name in OWN if (run.root / name).exists()]
+        if foreign:
+            raise InputError(
+                f"output_dir: {run.root} has {', '.join(foreign)} but no config.yaml, so it is "
+                "not a run that can be resumed; choose another directory"
+            )
+        return
+    try:
+        old = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{run.config}: unreadable: {error}; choose another output_dir") from None
+    if not isinstance(old, dict):
+        raise InputError(
+            f"{run.config}: found {type(old).__name__}, expected a mapping of options; "
+            "choose another output_dir"
+        )
+    require_same_config(old, config.model_dump(mode="json"), str(run.config))
+
+
+def require_same_config(old: dict[str, Any], new: dict[str, Any], source: str) -> None:
+    """Nothing but options of MAY_CHANGE differs from the config that `source` recorded.
+
+    Raises:
+        InputError: a line for each other option that differs.
+    """
+    with contextlib.suppress(InputError):  # an older version's: compared as it stands
+        old = config_file.validate(old, source).model_dump(mode="json")
+    problems = differences(old, new)
+    if problems:
+        remedy = "give the old values, or another output_dir for a new run"
+        raise InputError([f"{source}: {problem}; {remedy}" for problem in problems])
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: found X, the run has Y` of every option that differs and may not."""
+    was, now = dict(_leaves(old)), dict(_leaves(new))
+    lines = []
+    for key in [*now, *(key for key in was if key not in now)]:
+        if any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE):
+            continue
+        if key not in was:
+            lines.append(f"{key}: found {now[key]!r}, the run has no such option")
+        elif key not in now:
+            lines.append(f"{key}: not given, the run has {was[key]!r}")
+        elif was[key] != now[key]:
+            lines.append(f"{key}: found {now[key]!r}, the run has {was[key]!r}")
+    return lines
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        yield prefix, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds `.lock` of a directory; the kernel releases it whatever way the process ends.
+
+    Raises:
+        InputError: another process holds it, which is named, or the file cannot be locked.
+    """
+    path = directory / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name a writable output_dir") from None
+    held = [descriptor]
+    # A forked child that outlives this process would hold the lock on.
+    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"output_dir: {directory} is being written by {_holder(descriptor)}; "
+                "wait for it, stop it, or choose another directory"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be locked ({error.strerror}); put output_dir on a file system "
+                "with flock"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        held.clear()
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"  # which has locked the file but not yet written its name
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values of nested dicts, lists, scalars and arrays; not finite -> None."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            array = array.astype(np.float32)  # bfloat16 is nothing to Python
+        return jsonable(array.tolist())
+    raise TypeError(f"{type(value).__name__} has no place in JSON")

@@ -1,0 +1,75 @@
+"""The pytrees that cross module borders.
+
+Axis legend, used in every docstring and annotation:
+
+    B  prompts in a batch            G  completions per prompt (the paper's group size)
+    N  B * G completions, prompt-major: row b * G + g is completion g of prompt b
+    P  padded prompt length          T  completion length (image tokens or text tokens)
+    D  width of the language model   V  vocabulary       S  image side in pixels
+    L  layers (leading axis of every stacked parameter)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+Params = dict[str, Any]
+"""A nested dict of arrays; a leaf's path is its keys joined by `/`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that carry structure; always read from the tokenizer by string."""
+
+    bos: int
+    eos: int
+    pad: int
+    boi: int  # <begin_of_image>
+    eoi: int  # <end_of_image>
+    image: int  # <image_placeholder>; one per image token of an understanding prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodedPrompts:
+    """Token ids of a batch of prompts, left-padded to a common length."""
+
+    input_ids: jax.Array | np.ndarray  # [B, P] int32
+    attention_mask: jax.Array | np.ndarray  # [B, P] bool, True on real tokens
+    pixel_values: jax.Array | np.ndarray | None = None  # [B, S, S, 3] float32, normalised
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """One batch of dataset rows on the host, encoded for the tasks that need it."""
+
+    index: np.ndarray  # [B] int64, global position in the data order; seeds the samples
+    columns: dict[str, list]  # raw row values by standard column name
+    t2i: EncodedPrompts | None = None
+    mm2t: EncodedPrompts | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What sampling produced for one task.
+
+    `logprobs` are under the conditional distribution's full softmax at the sampling
+    temperature: top-k, top-p and guidance change what is drawn, not what is recorded.
+    """
+
+    prompts: EncodedPrompts  # B rows
+    tokens: jax.Array  # [N, T] int32
+    mask: jax.Array  # [N, T] bool, True up to and including the first EOS
+    logprobs: jax.Array  # [N, T] float32
+
+    @property
+    def group_size(self) -> int:
+        return self.tokens.shape[0] // self.prompts.input_ids.shape[0]

@@ -1,0 +1,234 @@
+"""Tokenizer and processor files: copied within a layout, rewritten between layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from corl_jax.models.janus import JanusConfig
+from corl_jax.weights.shards import write_bytes, write_text
+from corl_jax.weights.storage import read_json
+from corl_jax.weights.tokens import STRINGS, special_tokens
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+ORIGINAL_SPECIALS = (
+    *("<image_placeholder>", "<patch_placeholder>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"),
+    *("<|grounding|>", "<|User|>", "<|Assistant|>"),
+)
+_IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
+
+
+def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
+    """The files of these names that the source has, byte for byte."""
+    for name in names:
+        if (source / name).is_file():
+            write_bytes(out / name, (source / name).read_bytes())
+
+
+def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
+    """What the original package's VLChatProcessor reads."""
+    if source is not None and (source / "tokenizer.json").is_file():
+        copy_assets(source, out, _TOKENIZER)
+        _json(out / "tokenizer_config.json", _original_tokenizer(source))
+        _json(out / "special_tokens_map.json", _special_map(source))
+    processor = {
+        "add_special_token": False,
+        "ignore_id": -100,
+        "image_tag": STRINGS["image"],
+        "mask_prompt": True,
+        "num_image_tokens": config.siglip.num_tokens,
+        "processor_class": "VLChatProcessor",
+        "sft_format": _sft_format(source),
+    }
+    _json(out / "processor_config.json", processor)
+    image = {
+        "background_color": [127, 127, 127],
+        "do_normalize": True,
+        "image_processor_type": "VLMImageProcessor",
+        "image_size": config.siglip.image_size,
+        "processor_class": "VLChatProcessor",
+        "rescale_factor": 1 / 255,
+        **_image_settings(source),
+    }
+    _json(out / "preprocessor_config.json", image)
+
+
+def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> None:
+    """What transformers' JanusProcessor reads."""
+    if source is not None and (source / "tokenizer.json").is_file():
+        copy_assets(source, out, _TOKENIZER)
+        _json(out / "tokenizer.json", with_bos(read_json(source / "tokenizer.json"), source))
+        _json(out / "tokenizer_config.json", _transformers_tokenizer(source))
+    processor = {
+        "num_image_tokens": config.siglip.num_tokens,
+        "processor_class": "JanusProcessor",
+        "use_default_system_prompt": False,
+    }
+    _json(out / "processor_config.json", processor)
+    size = config.siglip.image_size
+    image = {
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_processor_type": "JanusImageProcessor",
+        "processor_class": "JanusProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": size, "width": size},
+        **_image_settings(source),
+    }
+    _json(out / "preprocessor_config.json", image)
+    write_text(out / "chat_template.jinja", chat_template(_sft_format(source)))
+
+
+def chat_template(sft_format: str) -> str:
+    """The original's conversation template; contents are strings or lists of parts."""
+    user, assistant = ("<|User|>", "<|Assistant|>")
+    if sft_format == "deepseek_old":
+        user, assistant = "User", "Assistant"
+    return f"""\
+{{%- macro text_of(content) -%}}
+    {{%- if content is string -%}}
+        {{{{- content -}}}}
+    {{%- else -%}}
+        {{%- for part in content -%}}
+            {{%- if part["type"] == "image" -%}}
+                {{{{- "{STRINGS["image"]}" + ("" if loop.last else "\\n") -}}}}
+            {{%- else -%}}
+                {{{{- part["text"] -}}}}
+            {{%- endif -%}}
+        {{%- endfor -%}}
+    {{%- endif -%}}
+{{%- endmacro -%}}
+{{%- for message in messages -%}}
+    {{%- set text = text_of(message["content"]) | trim -%}}
+    {{%- if message["role"] == "system" -%}}
+        {{{{- text + "\\n\\n" if text else "" -}}}}
+    {{%- elif message["role"] | lower == "user" -%}}
+        {{{{- "{user}: " + text + "\\n\\n" -}}}}
+    {{%- else -%}}
+        {{{{- "{assistant}:" + (" " + text if text else "") -}}}}
+        {{{{- "{STRINGS["eos"]}" if text and not (loop.last and not add_generation_prompt) -}}}}
+    {{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+    {{{{- "{assistant}:" -}}}}
+{{%- endif -%}}
+"""
+
+
+def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A tokenizer.json whose post-processor puts BOS first.
+
+    The original leaves that to the tokenizer class it names, which transformers no longer
+    builds from the file as it stands; a class that follows the file needs it in the file.
+    """
+    post = tokenizer.get("post_processor")
+    if "TemplateProcessing" in json.dumps(post):
+        return tokenizer
+    bos = STRINGS["bos"]
+    special, ids = {"SpecialToken": {"id": bos, "type_id": 0}}, [special_tokens(folder).bos]
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, second],
+        "special_tokens": {bos: {"id": bos, "ids": ids, "tokens": [bos]}},
+    }
+    steps = [template] if post is None else [post, template]
+    processor = template if post is None else {"type": "Sequence", "processors": steps}
+    return tokenizer | {"post_processor": processor}
+
+
+def _transformers_tokenizer(source: Path) -> dict[str, Any]:
+    """A generic class that follows tokenizer.json, and the names that JanusProcessor asks for."""
+    named = {f"{name}_token": STRINGS[name] for name in ("image", "boi", "eoi")}
+    return {
+        **_common_tokenizer(source),
+        **named,
+        "extra_special_tokens": named,
+        "processor_class": "JanusProcessor",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _original_tokenizer(source: Path) -> dict[str, Any]:
+    return {
+        **_common_tokenizer(source),
+        "add_eos_token": False,
+        "processor_class": "VLChatProcessor",
+        "tokenizer_class": "LlamaTokenizerFast",
+    }
+
+
+def _common_tokenizer(source: Path) -> dict[str, Any]:
+    old = _read(source, "tokenizer_config.json")
+    length = old.get("model_max_length")
+    return {
+        "add_bos_token": True,
+        "bos_token": STRINGS["bos"],
+        "clean_up_tokenization_spaces": False,
+        "eos_token": STRINGS["eos"],
+        "model_max_length": length if type(length) is int and length < 10**9 else 16384,
+        "pad_token": STRINGS["pad"],
+        "padding_side": "left",
+    }
+
+
+def _special_map(source: Path) -> dict[str, Any]:
+    added = read_json(source / "tokenizer.json").get("added_tokens") or []
+    have = {token.get("content") for token in added if isinstance(token, dict)}
+    return {
+        "additional_special_tokens": [name for name in ORIGINAL_SPECIALS if name in have],
+        **{f"{name}_token": STRINGS[name] for name in ("bos", "eos", "pad")},
+    }
+
+
+def _sft_format(source: Path | None) -> str:
+    """Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens."""
+    stated = _read(source, "processor_config.json").get("sft_format")
+    if isinstance(stated, str):
+        return stated
+    if source is None or not (source / "tokenizer.json").is_file():
+        return "deepseek"
+    return (
+        "deepseek"
+        if "<|User|>" in _special_map(source)["additional_special_tokens"]
+        else ("deepseek_old")
+    )
+
+
+def _image_settings(source: Path | None) -> dict[str, Any]:
+    """Normalisation as the source states it, in either place where transformers keeps it."""
+    nested = _read(source, "processor_config.json").get("image_processor")
+    settings = {
+        **(nested if isinstance(nested, dict) else {}),
+        **_read(source, "preprocessor_config.json"),
+    }
+    return {name: settings.get(name) or default for name, default in _IMAGE.items()}
+
+
+def _read(source: Path | None, name: str) -> dict[str, Any]:
+    if source is None or not (source / name).is_file():
+        return {}
+    return read_json(source / name)
+
+
+def _json(file: Path, data: dict[str, Any]) -> None:
+    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,61 @@
+"""Element types by name, as safetensors, PyTorch and NumPy call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+SAFETENSORS: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+def safetensors_name(dtype: np.dtype) -> str:
+    """The name in a safetensors header. Raises KeyError for a type that it cannot hold."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def is_float(dtype: np.dtype) -> bool:
+    return _NAMES.get(np.dtype(dtype)) in _FLOATS
+
+
+def named(name: str) -> np.dtype:
+    """'bfloat16', 'float32', ... as a dtype."""
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest type that holds every value of all of these exactly."""
+    kinds = list(dict.fromkeys(np.dtype(dtype) for dtype in dtypes))
+    out = kinds[0]
+    for kind in kinds[1:]:
+        # NumPy does not know that bfloat16 and float16 only meet in float32; ml_dtypes does.
+        out = np.promote_types(out, kind)
+    return out
+
+
+def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """Floats converted, everything else (and None) left alone."""
+    if dtype is None or array.dtype == dtype or not is_float(array.dtype):
+        return array
+    return array.astype(dtype)

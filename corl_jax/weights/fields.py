@@ -1,0 +1,79 @@
+"""Reads fields of a foreign config.json and gathers everything that is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MAX_SIZE = 10_000_000  # no Janus has a dimension near it; guards against absurd loops
+
+
+class Fields:
+    """One object of a config file; problems of all objects of the file share one list."""
+
+    def __init__(self, where: str, data: Mapping[str, Any], problems: list[str]):
+        self.where, self.data, self.problems = where, data, problems
+
+    def section(self, name: str) -> Fields:
+        """A nested object; an absent one is empty, so that every field takes its default."""
+        value = self.data.get(name)
+        if value is not None and not isinstance(value, dict):
+            self._report(name, value, "an object")
+        inner = value if isinstance(value, dict) else {}
+        return Fields(f"{self.where}: {name}", inner, self.problems)
+
+    def has(self, name: str) -> bool:
+        return self.data.get(name) is not None
+
+    def size(self, name: str, default: int | None, limit: int = MAX_SIZE) -> int:
+        """A positive int; null and absent mean the default, and None means there is none."""
+        value = self.data.get(name)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]  # transformers allows [384, 384] for a square
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 0 < value <= limit:
+            self._report(name, value, f"a whole number from 1 to {limit}")
+            return default or 1
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+            self._report(name, value, "a positive number")
+            return default
+        return float(value)
+
+    def sizes(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of small positive ints."""
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if (
+            not isinstance(value, list)
+            or not 0 < len(value) <= 16
+            or not all(type(v) is int and 0 < v <= 1024 for v in value)
+        ):
+            self._report(name, value, "a list of whole numbers")
+            return default
+        return tuple(value)
+
+    def expect(self, name: str, allowed: tuple[Any, ...], why: str) -> None:
+        """Checks a setting of which this implementation supports only some values.
+
+        The first of `allowed` is what an absent field means.
+        """
+        value = self.data.get(name, allowed[0])
+        if not any(value == choice and type(value) is type(choice) for choice in allowed):
+            choices = " or ".join(repr(choice) for choice in allowed)
+            self._report(name, value, f"{choices}: {why}")
+
+    def equal(self, name: str, expected: int) -> None:
+        """Checks a size that repeats what another field says."""
+        if self.has(name) and self.data[name] != expected:
+            self._report(name, self.data[name], f"{expected}, as the other sizes of this file say")
+
+    def _report(self, name: str, value: Any, expected: str) -> None:
+        self.problems.append(f"{self.where}: {name} is {value!r}, expected {expected}")

@@ -1,0 +1,147 @@
+"""Writes named tensors as sharded safetensors (or .bin) files, one tensor in memory at a time.
+
+Headers are written first, from shapes alone; the data follows chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corl_jax.weights.dtypes import safetensors_name
+from corl_jax.weights.storage import BIN_NAME, SAFE_NAME, read_header
+
+DEFAULT_SHARD_BYTES = 4 * 1000**3
+_ALIGN = 8
+Progress = Callable[[int], None]
+"""Called with the bytes just written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: its chunks, concatenated along axis 0, give the whole."""
+
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write_tensors(
+    folder: Path,
+    plans: Sequence[TensorPlan],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    as_bin: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """The files written: one, or several with their index. A tensor is never split."""
+    shards = _split(plans, max_shard_bytes)
+    stem, suffix = (BIN_NAME if as_bin else SAFE_NAME).split(".")
+    write = write_bin if as_bin else write_safetensors
+    if len(shards) == 1:
+        write(folder / f"{stem}.{suffix}", shards[0], progress)
+        return [folder / f"{stem}.{suffix}"]
+    files, weight_map = [], {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        write(folder / name, shard, progress)
+        files.append(folder / name)
+        weight_map.update({plan.key: name for plan in shard})
+    total = sum(plan.nbytes for plan in plans)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _split(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for plan in plans:
+        if shards[-1] and size + plan.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(plan)
+        size += plan.nbytes
+    return shards
+
+
+def write_safetensors(
+    file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None
+) -> None:
+    """One safetensors file, flushed to disk and its header read back."""
+    # Wide elements first: each tensor then starts at a multiple of its element size.
+    ordered = sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for plan in ordered:
+        header[plan.key] = {
+            "dtype": safetensors_name(plan.dtype),
+            "shape": list(plan.shape),
+            "data_offsets": [offset, offset + plan.nbytes],
+        }
+        offset += plan.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for plan in ordered:
+            for chunk in _checked_chunks(plan):
+                stream.write(chunk.reshape(-1).view(np.uint8).data)
+                if progress:
+                    progress(chunk.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    read_header(file)
+
+
+def _checked_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:
+    written = 0
+    for chunk in plan.chunks():
+        if chunk.dtype != plan.dtype:
+            raise AssertionError(f"{plan.key}: a {chunk.dtype} chunk in a {plan.dtype} tensor")
+        if chunk.nbytes:
+            # A transposed view must not be written as its untransposed buffer.
+            yield np.ascontiguousarray(chunk)
+        written += chunk.nbytes
+    if written != plan.nbytes:
+        raise AssertionError(f"{plan.key}: {written} bytes written, planned {plan.nbytes}")
+
+
+def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None) -> None:
+    """One PyTorch file; holds a whole shard in memory, since torch.save does."""
+    from corl_jax.weights.torch_bin import import_torch, to_torch
+
+    torch = import_torch(file)
+    state = {}
+    for plan in plans:
+        chunks = list(_checked_chunks(plan))
+        whole = np.concatenate(chunks) if len(chunks) > 1 else np.array(chunks[0])
+        state[plan.key] = to_torch(whole.reshape(plan.shape))
+        if progress:
+            progress(plan.nbytes)
+    with file.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_text(file: Path, text: str) -> None:
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

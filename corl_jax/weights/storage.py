@@ -1,0 +1,267 @@
+"""Named tensors in files: read one at a time, never a whole shard.
+
+Every header and index is checked before the first tensor is read, so that a damaged or hostile
+file is refused with its name and a remedy. Tensors are read with `pread` into fresh arrays: a
+memory map would count every page read against the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from corl_jax.errors import InputError
+from corl_jax.weights.dtypes import SAFETENSORS
+
+SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
+MAX_HEADER_BYTES = 100_000_000
+_AGAIN = "download or copy it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    offset: int = 0  # of the data in a safetensors file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Store(Protocol):
+    """Tensors by name."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor, or rows [start, stop) of its axis 0, as a fresh contiguous array."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SafetensorsStore:
+    """The tensors of one or more safetensors files."""
+
+    def __init__(self, infos: dict[str, TensorInfo]):
+        self.infos = infos
+        self._descriptors: dict[Path, int] = {}
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        info = self.infos[key]
+        start, stop = rows or (0, info.shape[0] if info.shape else 1)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+        out = np.empty(shape, info.dtype)
+        if out.nbytes:
+            view = out.reshape(-1).view(np.uint8).data
+            self._fill(info, view, info.offset + start * row_bytes)
+        return out
+
+    def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        if info.file not in self._descriptors:
+            self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptors[info.file], [view[done:]], offset + done)
+            if count == 0:
+                raise InputError(f"{info.file}: ended while being read; {_AGAIN}")
+            done += count
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, its header checked against the file's size.
+
+    Raises: InputError for anything but a whole, well-formed file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise InputError(_not_safetensors(file, start, size))
+            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file}: its safetensors header is not valid ({error}); {_AGAIN}"
+        ) from error
+    if not isinstance(header, dict):
+        raise InputError(f"{file}: its safetensors header is not an object; {_AGAIN}")
+    return _checked_entries(file, header, data_start=8 + length, size=size)
+
+
+def _not_safetensors(file: Path, start: bytes, size: int) -> str:
+    if start.startswith(b"version "):
+        return f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+    return (
+        f"{file}: {size} bytes that do not begin with a safetensors header; it is truncated or "
+        f"another kind of file; {_AGAIN}"
+    )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("it names a key twice")
+    return out
+
+
+def _checked_entries(
+    file: Path, header: dict[str, Any], *, data_start: int, size: int
+) -> dict[str, TensorInfo]:
+    header = {key: value for key, value in header.items() if key != "__metadata__"}
+    infos, spans, problems = {}, [], []
+    for key, entry in header.items():
+        try:
+            info, end = _entry(file, entry, data_start)
+        except (TypeError, KeyError, ValueError) as error:
+            problems.append(f"{file}: tensor {key!r} has a malformed entry ({error}); {_AGAIN}")
+            continue
+        infos[key] = info
+        spans.append((info.offset, end))
+    if problems:
+        raise InputError(problems)
+    position = data_start
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise InputError(f"{file}: tensors overlap or leave a gap in the file; {_AGAIN}")
+        position = end
+    if position != size:
+        raise InputError(f"{file}: {size} bytes found, its header promises {position}; {_AGAIN}")
+    return infos
+
+
+def _entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
+    """Raises: TypeError, KeyError or ValueError for an entry that does not add up."""
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise ValueError(f"shape {shape}, data_offsets {[begin, end]}")
+    if entry["dtype"] not in SAFETENSORS:
+        raise ValueError(f"dtype {entry['dtype']!r} is not supported")
+    info = TensorInfo(tuple(shape), SAFETENSORS[entry["dtype"]], file, data_start + begin)
+    if info.nbytes != end - begin:
+        raise ValueError(f"shape {shape} needs {info.nbytes} bytes, {end - begin} are given")
+    return info, data_start + end
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises: InputError naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_index(file: Path) -> dict[str, Path]:
+    """{key: shard file} of an index.json; the shards must lie in its own folder.
+
+    Raises: InputError listing names that point elsewhere and shards that are absent.
+    """
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{file}: no weight_map found; {_AGAIN}")
+    names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
+    problems = []
+    for name in sorted(names):
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or "\\" in name:
+            problems.append(
+                f"{file}: shard {name!r} lies outside the folder; refuse this checkpoint"
+            )
+        elif not (file.parent / name).is_file():
+            problems.append(f"{file.parent / name}: is missing, named by {file.name}; {_AGAIN}")
+    if problems:
+        raise InputError(problems)
+    return {key: file.parent / name for key, name in weight_map.items()}
+
+
+def open_store(folder: Path) -> Store:
+    """The weights in a folder: safetensors before .bin, an index before a single file.
+
+    Raises: InputError for a folder without weights, or with damaged ones.
+    """
+    for name in (SAFE_NAME, BIN_NAME):
+        index = folder / f"{name}.index.json"
+        weight_map = read_index(index) if index.is_file() else None
+        if weight_map is None and not (folder / name).is_file():
+            continue
+        files = sorted(set(weight_map.values())) if weight_map else [folder / name]
+        store = _open_files(files, is_bin=name == BIN_NAME)
+        if weight_map:
+            _check_index(index, weight_map, store)
+        return store
+    partial = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = (
+        f"; {', '.join(partial[:3])} stand there without model.safetensors.index.json"
+        if partial
+        else ""
+    )
+    raise InputError(
+        f"{folder}: no weights found, expected one of {SAFE_NAME}, {SAFE_NAME}.index.json, "
+        f"{BIN_NAME}, {BIN_NAME}.index.json{hint}"
+    )
+
+
+def _open_files(files: list[Path], *, is_bin: bool) -> Store:
+    if is_bin:
+        from corl_jax.weights.torch_bin import BinStore
+
+        return BinStore(files)
+    return open_safetensors(files)
+
+
+def open_safetensors(files: list[Path]) -> SafetensorsStore:
+    """Raises: InputError listing the damaged files and the tensors that stand in two files."""
+    infos: dict[str, TensorInfo] = {}
+    problems = []
+    for file in files:
+        try:
+            found = read_header(file)
+        except InputError as error:
+            problems += error.problems
+            continue
+        for key in infos.keys() & found.keys():
+            problems.append(f"{key}: stands in both {infos[key].file} and {file}; {_AGAIN}")
+        infos.update(found)
+    if problems:
+        raise InputError(problems)
+    return SafetensorsStore(infos)
+
+
+def _check_index(index: Path, weight_map: dict[str, Path], store: Store) -> None:
+    problems = []
+    for key, file in weight_map.items():
+        if key not in store.infos:
+            problems.append(f"{file}: {key} is missing, promised by {index.name}; {_AGAIN}")
+        elif store.infos[key].file != file:
+            problems.append(f"{index}: {key} is in {store.infos[key].file.name}, not {file.name}")
+    for key in store.infos.keys() - weight_map.keys():
+        problems.append(f"{store.infos[key].file}: {key} is not listed in {index.name}; {_AGAIN}")
+    if problems:
+        raise InputError(problems)

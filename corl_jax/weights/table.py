@@ -1,0 +1,236 @@
+"""A strict, invertible table between a PyTorch state dict and parameter paths.
+
+A row pairs a torch key with a parameter path. `{layer}` in the key stands for the slice of a
+leaf that is stacked over layers; every other placeholder stands on both sides. A torch tensor
+that several leaves share, such as a fused qkv, has one row per leaf, each with its `part`.
+All transforms are permutations of elements, so both directions are exact to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from corl_jax.errors import InputError
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How a torch tensor becomes a leaf: perhaps without a leading axis of 1, then permuted."""
+
+    axes: tuple[int, ...] | None = None
+    drop_leading: bool = False
+
+    def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
+        tensor = tensor[0] if self.drop_leading else tensor
+        return tensor if self.axes is None else tensor.transpose(self.axes)
+
+    def to_torch(self, leaf: np.ndarray) -> np.ndarray:
+        """The inverse of `to_leaf`; like it a view, which a writer must make contiguous."""
+        tensor = leaf if self.axes is None else leaf.transpose(np.argsort(self.axes))
+        return tensor[None] if self.drop_leading else tensor
+
+    def torch_shape(self, shape: Shape) -> Shape:
+        """The torch shape of a leaf of this shape; None of the leaf's rank raises ValueError."""
+        if self.axes is not None:
+            if len(self.axes) != len(shape):
+                raise ValueError(f"rank {len(shape)}, but the table expects {len(self.axes)}")
+            shape = tuple(shape[i] for i in np.argsort(self.axes))
+        return (1, *shape) if self.drop_leading else tuple(shape)
+
+
+SAME = Transform()
+DENSE = Transform(axes=(1, 0))  # [out, in] -> [in, out]
+CONV = Transform(axes=(2, 3, 1, 0))  # OIHW -> HWIO
+DROP_LEADING = Transform(drop_leading=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One pairing; `part` = (index, count) where the leaf is a block of the tensor's axis 0."""
+
+    key: str
+    path: str
+    transform: Transform = SAME
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.key
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One row applied: which part of which tensor holds which slice of which leaf."""
+
+    key: str
+    path: str
+    layer: int | None  # slice of a stacked leaf
+    part: tuple[int, int]
+    transform: Transform
+    shape: Shape  # of the whole torch tensor
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The part's range along axis 0, or None for the whole tensor."""
+        index, count = self.part
+        if count == 1:
+            return None
+        size = self.shape[0] // count
+        return index * size, (index + 1) * size
+
+
+@functools.cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    pieces = re.split(r"\{(\w+)\}", pattern)
+    names = (f"(?P<{name}>0|[1-9][0-9]*)" for name in pieces[1::2])
+    out = re.escape(pieces[0])
+    for name, literal in zip(names, pieces[2::2], strict=True):
+        out += name + re.escape(literal)
+    return re.compile(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rows of one layout, and the torch keys that have no leaf.
+
+    `carried` keys belong to the layout, but the model does not use them; an export takes them
+    from a base checkpoint. `dropped` keys are derived buffers that nobody needs.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    carried: tuple[str, ...] = ()  # regexes
+    dropped: tuple[str, ...] = ()  # regexes
+
+    def is_carried(self, key: str) -> bool:
+        return any(re.fullmatch(pattern, key) for pattern in self.carried)
+
+    def is_dropped(self, key: str) -> bool:
+        return any(re.fullmatch(pattern, key) for pattern in self.dropped)
+
+    def paths(self, key: str) -> list[tuple[str, int | None]]:
+        """The (path, layer) pairs that a torch key feeds, in the order of its parts.
+
+        Raises: InputError for a key that no row matches, or that rows match ambiguously.
+        """
+        hits = [(row, m) for row in self.rows if (m := _regex(row.key).fullmatch(key))]
+        counts = {row.part[1] for row, _ in hits}
+        parts = sorted(row.part[0] for row, _ in hits)
+        if not hits:
+            raise InputError(f"{key}: no row of the {self.name} table matches it")
+        if len(counts) != 1 or parts != list(range(counts.pop())):
+            rows = ", ".join(row.path for row, _ in hits)
+            raise InputError(f"{key}: several rows of the {self.name} table match it: {rows}")
+        hits.sort(key=lambda hit: hit[0].part[0])
+        return [(_fill(row.path, m.groupdict()), _layer(m)) for row, m in hits]
+
+    def row(self, path: str) -> tuple[Row, dict[str, str]]:
+        """The one row of a leaf, with the values of its placeholders."""
+        hits = [(row, m) for row in self.rows if (m := _regex(row.path).fullmatch(path))]
+        if len(hits) != 1:
+            found = "no row" if not hits else f"{len(hits)} rows"
+            raise InputError(f"{path}: {found} of the {self.name} table match it, expected one")
+        return hits[0][0], hits[0][1].groupdict()
+
+    def slots(self, leaves: Mapping[str, Shape]) -> list[Slot]:
+        """Every (part of a) torch tensor that holds these leaves, leaf by leaf.
+
+        Raises: InputError listing leaves without a row, or two leaves in one place.
+        """
+        slots, problems = [], []
+        for path, shape in leaves.items():
+            try:
+                slots += self._slots_of(path, tuple(shape))
+            except (InputError, ValueError) as error:
+                lines = error.problems if isinstance(error, InputError) else [f"{path}: {error}"]
+                problems += lines
+        problems += _overlaps(slots)
+        if problems:
+            raise InputError(problems)
+        return slots
+
+    def _slots_of(self, path: str, shape: Shape) -> Iterator[Slot]:
+        row, values = self.row(path)
+        layers: Iterable[int | None] = range(shape[0]) if row.stacked else (None,)
+        shape = shape[1:] if row.stacked else shape
+        torch_shape = row.transform.torch_shape(shape)
+        if row.part[1] > 1:
+            torch_shape = (torch_shape[0] * row.part[1], *torch_shape[1:])
+        for layer in layers:
+            key = _fill(row.key, {**values, "layer": str(layer)})
+            yield Slot(key, path, layer, row.part, row.transform, torch_shape)
+
+    def problems(self, slots: Iterable[Slot], found: Mapping[str, Shape], where: Any) -> list[str]:
+        """What is wrong with the tensors found: unknown, missing, of another shape."""
+        expected = {slot.key: slot.shape for slot in slots}
+        out = []
+        for key, shape in expected.items():
+            if key not in found:
+                out.append(f"{where}: {key} is missing, expected with shape {list(shape)}")
+            elif tuple(found[key]) != shape:
+                out.append(
+                    f"{where}: {key} has shape {list(found[key])}, expected {list(shape)} by "
+                    "the config; correct the config or use the checkpoint that it belongs to"
+                )
+        for key in found:
+            if key not in expected and not self.is_carried(key) and not self.is_dropped(key):
+                out.append(
+                    f"{where}: {key} is unknown to the {self.name} layout with this config; "
+                    "correct the config's number of layers, or remove the tensor"
+                )
+        return out
+
+
+def _overlaps(slots: Iterable[Slot]) -> list[str]:
+    """Two leaves in one place, and tensors of which some part has no leaf."""
+    feeds: dict[str, dict[int, str]] = {}
+    counts: dict[str, set[int]] = {}
+    problems = []
+    for slot in slots:
+        parts = feeds.setdefault(slot.key, {})
+        if slot.part[0] in parts:
+            problems.append(f"{slot.key}: fed by both {parts[slot.part[0]]} and {slot.path}")
+        parts[slot.part[0]] = slot.path
+        counts.setdefault(slot.key, set()).add(slot.part[1])
+    for key, sizes in counts.items():
+        if set(feeds[key]) != set(range(max(sizes))) or len(sizes) != 1:
+            problems.append(f"{key}: only parts {sorted(feeds[key])} of {max(sizes)} have a leaf")
+    return problems
+
+
+def _fill(pattern: str, values: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda m: values[m[1]], pattern)
+
+
+def _layer(match: re.Match[str]) -> int | None:
+    layer = match.groupdict().get("layer")
+    return None if layer is None else int(layer)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {path: leaf}, in the tree's order."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: leaf} as a nested dict."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree

@@ -1,0 +1,53 @@
+"""The layout of transformers' JanusForConditionalGeneration (`model_type: janus`).
+
+Source: transformers 5.23 `models/janus`.
+"""
+
+from __future__ import annotations
+
+from corl_jax.weights.table import Row, Table
+from corl_jax.weights.tables.rows import conv, dense, embedding, llama, norm, vq_codes, vq_half
+
+_LAYER = "model.vision_model.encoder.layers.{layer}"
+_MID = ("block_1", "attn_1", "block_2")
+
+
+def _projector(key: str, path: str) -> list[Row]:
+    return [
+        *dense(f"{key}.fc1", f"{path}/fc1"),
+        *dense(f"{key}.hidden_layers.{{i}}", f"{path}/hidden_layers/{{i}}"),
+    ]
+
+
+TABLE = Table(
+    name="transformers",
+    rows=(
+        *llama("model.language_model", "language_model"),
+        *dense("lm_head", "lm_head", bias=False),
+        *conv("model.vision_model.embeddings.patch_embedding", "vision_model/patch_embedding"),
+        *embedding(
+            "model.vision_model.embeddings.position_embedding.weight",
+            "vision_model/position_embedding",
+        ),
+        *norm(f"{_LAYER}.layer_norm1", "vision_model/layers/layer_norm1"),
+        *norm(f"{_LAYER}.layer_norm2", "vision_model/layers/layer_norm2"),
+        *dense(f"{_LAYER}.self_attn.q_proj", "vision_model/layers/attn/q_proj"),
+        *dense(f"{_LAYER}.self_attn.k_proj", "vision_model/layers/attn/k_proj"),
+        *dense(f"{_LAYER}.self_attn.v_proj", "vision_model/layers/attn/v_proj"),
+        *dense(f"{_LAYER}.self_attn.projection_layer", "vision_model/layers/attn/out_proj"),
+        *dense(f"{_LAYER}.mlp.fc1", "vision_model/layers/mlp/fc1"),
+        *dense(f"{_LAYER}.mlp.fc2", "vision_model/layers/mlp/fc2"),
+        *norm("model.vision_model.post_layernorm", "vision_model/post_layernorm"),
+        *_projector("model.aligner", "aligner"),
+        *embedding("model.generation_embeddings.weight", "generation_embeddings"),
+        *_projector("model.generation_aligner", "generation_aligner"),
+        *dense("model.generation_head.proj_out", "generation_head/proj_out"),
+        *dense("model.generation_head.vision_head", "generation_head/vision_head"),
+        *vq_half(
+            "model.vqmodel.encoder", "vqmodel/encoder", "down", "block", _MID, "downsample", "down"
+        ),
+        *vq_half("model.vqmodel.decoder", "vqmodel/decoder", "up", "block", _MID, "upsample", "up"),
+        *vq_codes("model.vqmodel", "vqmodel"),
+    ),
+    dropped=(r"model\.vision_model\.embeddings\.position_ids", r".*\.rotary_emb\.inv_freq"),
+)

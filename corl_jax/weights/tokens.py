@@ -1,0 +1,59 @@
+"""Special tokens of a checkpoint, read from its tokenizer files by string, never by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from corl_jax.errors import InputError
+from corl_jax.types import SpecialTokens
+from corl_jax.weights.storage import read_json
+
+STRINGS = {
+    "bos": "<｜begin▁of▁sentence｜>",
+    "eos": "<｜end▁of▁sentence｜>",
+    "pad": "<｜▁pad▁｜>",
+    "boi": "<begin_of_image>",
+    "eoi": "<end_of_image>",
+    "image": "<image_placeholder>",
+}
+"""The strings of every released Janus."""
+
+
+def special_tokens(folder: str | Path) -> SpecialTokens:
+    """The ids of the structural tokens, looked up in `tokenizer.json` by string.
+
+    Raises: InputError listing the strings that the tokenizer lacks.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{file}: not found; copy it from the checkpoint's own repository")
+    ids = vocabulary(file)
+    problems = [
+        f"{file}: has no token {string!r}; use the tokenizer that came with the checkpoint"
+        for string in STRINGS.values()
+        if string not in ids
+    ]
+    if problems:
+        raise InputError(problems)
+    return SpecialTokens(**{name: ids[string] for name, string in STRINGS.items()})
+
+
+def vocabulary(file: Path) -> dict[str, int]:
+    """Every token of a tokenizer.json with its id; added tokens win over the model's own."""
+    data = read_json(file)
+    vocab = _object(data.get("model")).get("vocab")
+    ids: dict[str, Any] = dict(vocab) if isinstance(vocab, dict) else {}
+    if isinstance(vocab, list):  # a Unigram model lists [token, score] pairs
+        ids = {pair[0]: i for i, pair in enumerate(vocab) if isinstance(pair, list) and pair}
+    for token in data.get("added_tokens") or ():
+        token = _object(token)
+        ids[str(token.get("content"))] = token.get("id")
+    bad = [token for token, number in ids.items() if type(number) is not int]
+    if bad:
+        raise InputError(f"{file}: token {bad[0]!r} has no whole number as its id")
+    return ids
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

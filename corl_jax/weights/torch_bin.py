@@ -1,0 +1,134 @@
+"""PyTorch's own files (`pytorch_model.bin`): the only place of the package that needs torch.
+
+Files are unpickled with `weights_only`, so that nothing in them can run, and memory-mapped.
+One file is open at a time: the pages of a mapped file count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corl_jax.errors import InputError
+from corl_jax.weights.dtypes import BFLOAT16, named
+from corl_jax.weights.storage import TensorInfo
+
+_AGAIN = "download or copy it again"
+_DTYPES = {
+    *("float64", "float32", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+}
+
+
+def import_torch(file: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{file}: a .bin file needs PyTorch, which is not installed; install it "
+            "(`pip install torch`), or use a safetensors checkpoint"
+        ) from error
+    return torch
+
+
+class BinStore:
+    """The tensors of one or more .bin files."""
+
+    def __init__(self, files: list[Path]):
+        self.infos: dict[str, TensorInfo] = {}
+        self._open: tuple[Path, dict[str, Any]] | None = None
+        problems: list[str] = []
+        for file in files:
+            try:
+                tensors = self._tensors(file)
+            except InputError as error:
+                problems += error.problems
+                continue
+            for key, tensor in tensors.items():
+                if key in self.infos:
+                    problems.append(f"{key}: stands in both {self.infos[key].file} and {file}")
+                name = str(tensor.dtype).removeprefix("torch.")
+                if name not in _DTYPES:
+                    problems.append(f"{file}: {key} is {name}, which no Janus checkpoint holds")
+                    continue
+                self.infos[key] = TensorInfo(tuple(tensor.shape), named(name), file)
+        if problems:
+            raise InputError(problems)
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        tensor = self._tensors(self.infos[key].file)[key]
+        tensor = tensor if rows is None else tensor[rows[0] : rows[1]]
+        return to_numpy(tensor).copy()
+
+    def _tensors(self, file: Path) -> dict[str, Any]:
+        if self._open is None or self._open[0] != file:
+            self.close()
+            self._open = (file, load_bin(file))
+        return self._open[1]
+
+    def close(self) -> None:
+        self._open = None
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A view; bfloat16 goes through its bits, because NumPy's own protocol lacks it."""
+    torch = import_torch(Path("a tensor"))
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.contiguous().numpy()
+
+
+def to_torch(array: np.ndarray) -> Any:
+    """The inverse of `to_numpy`."""
+    torch = import_torch(Path("a tensor"))
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def load_bin(file: Path) -> dict[str, Any]:
+    """{key: tensor} of one .bin file, its data memory-mapped.
+
+    Raises: InputError for another kind of file, anything but plain tensors, compressed
+    archives (PyTorch never writes them) and tensors that exceed their storage.
+    """
+    torch = import_torch(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InputError(f"{file}: is a compressed archive; PyTorch does not write those")
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except zipfile.BadZipFile as error:
+        raise InputError(
+            f"{file}: is not a whole PyTorch file ({error}); {_AGAIN}. Files that PyTorch before "
+            "1.6 wrote must be loaded and saved again with a newer one"
+        ) from error
+    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{file}: PyTorch cannot load it ({line}); {_AGAIN}") from error
+    return _checked_state(file, state)
+
+
+def _checked_state(file: Path, state: Any) -> dict[str, Any]:
+    torch = import_torch(file)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise InputError(f"{file}: holds a {type(state).__name__}, expected a dict of tensors")
+    problems = []
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            problems.append(f"{file}: {key!r} is a {type(value).__name__}, expected a tensor")
+        elif value.layout != torch.strided or value.is_quantized:
+            problems.append(f"{file}: {key} is sparse or quantised, expected a plain tensor")
+        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            problems.append(f"{file}: {key} claims more elements than its storage holds")
+    if problems:
+        raise InputError(problems)
+    return dict(state)

@@ -1,0 +1,92 @@
+"""What every test runs on: eight virtual CPU devices, one torch thread, a compilation cache.
+
+The devices belong to this process only. A command that a test starts in a subprocess sees one
+CPU device, as a user's would, and shares the compilation cache through the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is first imported
+
+import jax
+import numpy as np
+import pytest
+
+DEVICES = 8
+
+jax.config.update("jax_platforms", "cpu")
+# Most of a test's time is compilation, and tiny arrays gain nothing from XLA's slower passes.
+jax.config.update("jax_disable_most_optimizations", True)
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs in pytest's own cache folder, which git ignores by itself."""
+    # A folder per worker: two processes must not read what the other is half through writing.
+    name = "jax-" + os.environ.get("PYTEST_XDIST_WORKER", "main")
+    cache = getattr(config, "cache", None)
+    folder = str(cache.mkdir(name)) if cache else os.path.join(tempfile.gettempdir(), name)
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for key, value in settings.items():
+        jax.config.update(key, value)
+        os.environ[key.upper()] = str(value)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A Janus of a few hundred thousand parameters: every kind of layer, nothing square."""
+    from corl_jax.models.janus import JanusConfig
+    from corl_jax.models.llama import LlamaConfig
+    from corl_jax.models.siglip import SiglipConfig
+    from corl_jax.models.vq import VQConfig
+
+    return JanusConfig(
+        llama=LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=56, num_layers=3, num_heads=4,
+            num_kv_heads=2, head_dim=8, max_position_embeddings=256,
+        ),
+        siglip=SiglipConfig(
+            image_size=16, patch_size=4, hidden_size=24, intermediate_size=40, num_layers=2,
+            num_heads=2,
+        ),
+        vq=VQConfig(
+            num_embeddings=48, embed_dim=8, z_channels=16, base_channels=32,
+            channel_multiplier=(1, 1, 2), num_res_blocks=1,
+        ),
+        image_token_embed=40,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Random float32 parameters of `tiny_config`, large enough for logits to differ.
+
+    Drawn by NumPy: compiling `janus.init` takes longer than the tests that need parameters.
+    """
+    from corl_jax import sharding
+    from corl_jax.models import janus
+
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
+        return jax.numpy.asarray(noise + 1 if path.endswith("/scale") else noise)
+
+    return sharding.map_with_path(draw, janus.abstract(tiny_config))
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """Two ways of each kind of parallelism over the eight virtual devices."""
+    from corl_jax import sharding
+
+    return sharding.make_mesh(data=2, fsdp=2, tensor=2)

@@ -1,0 +1,200 @@
+"""Greedy sampling against transformers' own, token by token, and the two logits filters."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from corl_jax import sampling
+from corl_jax.types import EncodedPrompts, SpecialTokens
+from tests.parity import torch_janus
+from tests.parity.torch_janus import BOI_TOKEN, BOS_TOKEN, IMAGE_TOKEN, PAD_TOKEN
+
+PADDING = (0, 2, 5)
+CFG_SCALE = 5.0
+NEW_TOKENS = 24
+EOI_TOKEN = 92
+
+
+@pytest.fixture(scope="module")
+def pair():
+    # Fewer key heads than heads, and heads that do not add up to the width.
+    sizes = {"num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 2}
+    model = torch_janus.tiny_model(seed=2, llama=sizes)
+    model.generation_config.generation_kwargs = {"boi_token_id": BOI_TOKEN}
+    return SimpleNamespace(
+        torch=model,
+        config=torch_janus.jax_config(model.config),
+        params=torch_janus.params_of(model),
+    )
+
+
+def special(eos: int) -> SpecialTokens:
+    return SpecialTokens(
+        bos=BOS_TOKEN, eos=eos, pad=PAD_TOKEN, boi=BOI_TOKEN, eoi=EOI_TOKEN, image=IMAGE_TOKEN
+    )
+
+
+def batches(prompts: EncodedPrompts) -> list[EncodedPrompts]:
+    """The padded batch, and its most padded row alone without the padding."""
+    row, pad = len(PADDING) - 1, PADDING[-1]
+    alone = EncodedPrompts(
+        prompts.input_ids[row:, pad:],
+        prompts.attention_mask[row:, pad:],
+        None if prompts.pixel_values is None else prompts.pixel_values[row:],
+    )
+    return [prompts, alone]
+
+
+def ours(program, pair, prompts, **options):
+    keys = sampling.sample_keys(0, np.arange(prompts.input_ids.shape[0]), 1)
+    with jax.default_matmul_precision("highest"):
+        return program(
+            pair.config, pair.params, prompts, keys, greedy=True, dtype=jnp.float32, **options
+        )
+
+
+# ---- images
+
+
+def drawing_prompts() -> EncodedPrompts:
+    ids = np.random.default_rng(0).integers(3, IMAGE_TOKEN, (len(PADDING), 10)).astype(np.int32)
+    mask = np.arange(ids.shape[1]) >= np.asarray(PADDING)[:, None]
+    ids[~mask] = PAD_TOKEN
+    ids[np.arange(len(PADDING)), np.asarray(PADDING)] = BOS_TOKEN
+    ids[:, -1] = BOI_TOKEN
+    return EncodedPrompts(ids, mask)
+
+
+@torch.no_grad()
+def drawn_without_cache(pair, prompts: EncodedPrompts) -> np.ndarray:
+    """The plain loop over transformers' modules: every step reads everything again."""
+    model = pair.torch
+    ids = torch.from_numpy(prompts.input_ids).long()
+    mask = torch.from_numpy(prompts.attention_mask)
+    blank = torch.where((ids == BOS_TOKEN) | (ids == BOI_TOKEN), ids, PAD_TOKEN)
+    embeds = model.get_input_embeddings()(torch.cat([ids, blank]))
+    mask, tokens = torch.cat([mask, mask]), []
+    for _ in range(pair.config.num_image_tokens):
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        hidden = model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        conditional, unconditional = model.model.generation_head(hidden).chunk(2)
+        token = (unconditional + CFG_SCALE * (conditional - unconditional)).argmax(-1)
+        tokens.append(token)
+        read = model.prepare_embeddings_for_image_generation(token[:, None].repeat(2, 1))
+        embeds = torch.cat([embeds, read], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return torch.stack(tokens, dim=1).numpy()
+
+
+def drawn_by_transformers(pair, prompts: EncodedPrompts) -> np.ndarray:
+    try:
+        return pair.torch.generate(
+            torch.from_numpy(prompts.input_ids),
+            attention_mask=torch.from_numpy(prompts.attention_mask).long(),
+            generation_mode="image", do_sample=False, guidance_scale=CFG_SCALE,
+            pad_token_id=PAD_TOKEN, bos_token_id=BOS_TOKEN,
+        ).numpy()  # fmt: skip
+    except TypeError as error:
+        if "prefill_chunk_size" not in str(error):
+            raise
+        pytest.skip("this version of transformers cannot generate images with Janus")
+
+
+@pytest.fixture(scope="module")
+def drawings(pair):
+    """(prompts, our tokens) of the padded batch and of one prompt alone."""
+    options = {"special": special(eos=2), "cfg_scale": CFG_SCALE}
+    return [
+        (prompts, np.asarray(ours(sampling.sample_images, pair, prompts, **options).tokens))
+        for prompts in batches(drawing_prompts())
+    ]
+
+
+@pytest.mark.parametrize("reference", [drawn_without_cache, drawn_by_transformers])
+def test_greedy_images(pair, drawings, reference):
+    for prompts, tokens in drawings:
+        np.testing.assert_array_equal(tokens, reference(pair, prompts))
+    (_, together), (_, alone) = drawings
+    np.testing.assert_array_equal(together[-1:], alone)
+    assert len(np.unique(together)) > 10, "an image of one token would prove little"
+
+
+# ---- texts
+
+
+def question_prompts(pair) -> EncodedPrompts:
+    rng = np.random.default_rng(1)
+    side, slots = pair.config.siglip.image_size, pair.config.num_image_tokens
+    ids = rng.integers(3, IMAGE_TOKEN, (len(PADDING), slots + 10)).astype(np.int32)
+    mask = np.arange(ids.shape[1]) >= np.asarray(PADDING)[:, None]
+    for row, pad in enumerate(PADDING):
+        picture = [BOS_TOKEN, BOI_TOKEN, *[IMAGE_TOKEN] * slots, EOI_TOKEN]
+        ids[row, :pad] = PAD_TOKEN
+        ids[row, pad : pad + len(picture)] = picture
+    pixels = rng.standard_normal((len(PADDING), side, side, 3)).astype(np.float32)
+    return EncodedPrompts(ids, mask, pixels)
+
+
+def answered_by_transformers(pair, prompts: EncodedPrompts, eos: int | None) -> np.ndarray:
+    pair.torch.generation_config.eos_token_id = eos
+    pixels = torch.from_numpy(prompts.pixel_values.transpose(0, 3, 1, 2).copy())
+    output = pair.torch.generate(
+        torch.from_numpy(prompts.input_ids).long(),
+        attention_mask=torch.from_numpy(prompts.attention_mask).long(),
+        pixel_values=pixels, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=eos,
+        pad_token_id=PAD_TOKEN if eos is None else eos,
+    )  # fmt: skip
+    return output[:, prompts.input_ids.shape[1] :].numpy()
+
+
+def test_greedy_texts(pair):
+    prompts = question_prompts(pair)
+    endless = answered_by_transformers(pair, prompts, None)
+    # An end that one row reaches early, so that rows end at different times or not at all.
+    eos = int(endless[1, 6])
+    lengths = []
+    for batch in batches(prompts):
+        expected = answered_by_transformers(pair, batch, eos)
+        options = {"special": special(eos), "max_new_tokens": NEW_TOKENS}
+        found = ours(sampling.sample_text, pair, batch, **options)
+        tokens, drawn = np.asarray(found.tokens), expected.shape[1]
+        np.testing.assert_array_equal(tokens[:, :drawn], expected)
+        assert (tokens[:, drawn:] == eos).all()
+        lengths.append(np.asarray(found.mask).sum(-1).tolist())
+    together, alone = lengths
+    assert together[-1:] == alone
+    assert min(together) <= 7 < max(together), together
+
+
+# ---- filters
+
+
+@pytest.mark.parametrize("k", [1, 5, 50, 200])
+def test_top_k_keeps_what_transformers_keeps(k):
+    logits = np.random.default_rng(k).standard_normal((4, 96)).astype(np.float32) * 2
+    expected = TopKLogitsWarper(k)(None, torch.from_numpy(logits)).numpy()
+    np.testing.assert_array_equal(sampling.top_k_only(jnp.asarray(logits), k), expected)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
+def test_top_p_keeps_what_transformers_keeps(p):
+    logits = np.random.default_rng(9).standard_normal((4, 96)).astype(np.float32) * 2
+    expected = TopPLogitsWarper(p)(None, torch.from_numpy(logits)).numpy()
+    np.testing.assert_array_equal(sampling.nucleus(jnp.asarray(logits), p), expected)
+
+
+def test_top_k_then_top_p_is_transformers_order():
+    logits = np.random.default_rng(5).standard_normal((4, 96)).astype(np.float32) * 2
+    expected = TopPLogitsWarper(0.7)(None, TopKLogitsWarper(12)(None, torch.from_numpy(logits)))
+    found = sampling.nucleus(sampling.top_k_only(jnp.asarray(logits), 12), 0.7)
+    np.testing.assert_array_equal(found, expected.numpy())

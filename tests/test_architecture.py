@@ -1,0 +1,224 @@
+"""The shape of the code: who imports whom, what stays optional, how long things may get."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "corl_jax"
+
+# A module imports from its own layer and from those below it. What is not named here must be a
+# command (it has a `main`) and stands on top.
+LAYERS = {
+    "errors": 0, "types": 0, "config": 0,
+    "sharding": 1, "models": 1, "weights": 1, "data": 1, "grpo": 1,
+    "sampling": 2, "rewards": 2, "evaluation": 2, "startup": 2,
+    "train": 3, "inference": 3,
+}  # fmt: skip
+COMMANDS = 4
+# Inside a layer only these are forbidden: (importer, imported).
+FORBIDDEN = {
+    ("sampling", "rewards"), ("sampling", "evaluation"), ("rewards", "evaluation"),
+    ("models", "data"), ("models", "weights"), ("grpo", "models"), ("sharding", "models"),
+}  # fmt: skip
+
+MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 60
+# path (lines of the module) or path::function -> (limit, reason)
+EXCEPTIONS: dict[str, tuple[int, str]] = {}
+
+# What computes must import without what reads configs, reads data and draws curves.
+NUMERIC_MODULES = ("models.janus", "grpo", "sampling", "train.step")
+OPTIONAL = ("pydantic", "grain", "tensorboardX", "torch", "transformers", "datasets")
+
+
+def sources(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether at import time) of every import outside of `if TYPE_CHECKING`."""
+
+    def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            children = node.orelse
+        else:
+            children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(path, node)
+            yield base, top
+            # `from corl_jax import sampling` imports a module of that package.
+            yield from ((f"{base}.{alias.name}", top) for alias in node.names)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in children:
+            yield from walk(child, top and not inside)
+
+    yield from walk(parse(path), True)
+
+
+def _absolute(path: Path, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module_name(path).split(".")
+    keep = len(package) - node.level + (path.name == "__init__.py")
+    return ".".join([*package[:keep], *filter(None, [node.module])])
+
+
+def has_main(path: Path) -> bool:
+    return any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in parse(path).body)
+
+
+def part_of(module: str) -> str:
+    """The second name of corl_jax.NAME..., or the whole of a command inside a package."""
+    if module.endswith("__main__"):
+        return module
+    return module.split(".")[1] if "." in module else ""
+
+
+def layer_of(part: str) -> int:
+    return LAYERS.get(part, COMMANDS)
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
+def test_imports_point_downwards(path):
+    part = part_of(module_name(path))
+    if not part:
+        return
+    for module, _ in imports(path):
+        if not module.startswith("corl_jax."):
+            continue
+        other = part_of(module)
+        where = f"{relative(path)} imports {module}"
+        assert layer_of(other) <= layer_of(part), f"{where}, which is a layer above it"
+        assert (part, other) not in FORBIDDEN, f"{where}: never that way round"
+        if layer_of(part) == layer_of(other) == COMMANDS and not part.endswith("__main__"):
+            assert part == other, f"{where}: a command is nobody's library"
+
+
+def test_modules_are_in_the_table_or_commands():
+    for path in PACKAGE.iterdir():
+        if path.suffix == ".py" and path.stem not in LAYERS and path.stem != "__init__":
+            assert has_main(path), f"{relative(path)}: no command, so give it a place in LAYERS"
+        elif path.is_dir() and any(path.glob("*.py")):
+            assert path.name in LAYERS, f"{relative(path)}: give it a place in LAYERS"
+
+
+def test_tools_tests_and_torch_stay_outside_the_package():
+    offenders = []
+    for path in sources(PACKAGE):
+        for module, at_import in imports(path):
+            top = module.split(".")[0]
+            reads_bin = path.parent == PACKAGE / "weights" and not at_import
+            if top in ("tools", "tests") or (top == "torch" and not reads_bin):
+                offenders.append(f"{relative(path)}: {module}")
+    assert not offenders, "only weights/ may import torch, inside a function, to read .bin files"
+
+
+def test_models_know_no_mesh():
+    for path in sources(PACKAGE / "models"):
+        names = {n.id for n in ast.walk(parse(path)) if isinstance(n, ast.Name)}
+        names |= {module.split(".")[-1] for module, _ in imports(path)}
+        assert not names & {"Mesh", "PartitionSpec", "NamedSharding"}, relative(path)
+
+
+def test_nnx_only_describes_networks():
+    """Transformations are jax's and the optimizer optax's, so that parameters stay a dict."""
+    unwanted = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimizer", "Cache"}
+    for path in sources(PACKAGE, ROOT / "tools"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "nnx":
+                assert node.attr not in unwanted, f"{relative(path)}:{node.lineno} nnx.{node.attr}"
+
+
+def test_no_module_is_a_drawer_for_everything():
+    drawers = {"utils", "util", "common", "helpers", "misc"}
+    paths = sources(PACKAGE, ROOT / "tools", ROOT / "tests")
+    found = [relative(p) for p in paths if drawers & {p.stem, *p.relative_to(ROOT).parts}]
+    assert not found
+
+
+def lengths() -> Iterator[tuple[str, int, int]]:
+    """(path or path::function, lines, limit without exceptions) of the package and the tools."""
+    for path in sources(PACKAGE, ROOT / "tools"):
+        yield relative(path), len(path.read_text().splitlines()), MODULE_LINES
+        limit = LOOP_LINES if path == PACKAGE / "train" / "loop.py" else FUNCTION_LINES
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{relative(path)}::{node.name}", node.end_lineno - node.lineno + 1, limit
+
+
+def test_modules_and_functions_fit_in_the_head():
+    offenders = {
+        name: f"{lines} lines, at most {limit}"
+        for name, lines, default in lengths()
+        if lines > (limit := EXCEPTIONS.get(name, (default,))[0])
+    }
+    assert not offenders
+
+
+def test_every_exception_is_needed():
+    too_long = {name for name, lines, limit in lengths() if lines > limit}
+    assert not EXCEPTIONS.keys() - too_long, "within the limit or gone: drop the exception"
+
+
+def test_the_training_loop_fits_on_one_screen():
+    """Loop, not engine: no class, and the longest function of the file is the loop."""
+    path = PACKAGE / "train" / "loop.py"
+    if not path.exists():
+        pytest.skip("no training loop yet")
+    assert not [n for n in ast.walk(parse(path)) if isinstance(n, ast.ClassDef)]
+    name = relative(path)
+    assert max(lines for key, lines, _ in lengths() if key.startswith(name + "::")) <= LOOP_LINES
+
+
+PROBE = """
+import importlib, os, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} must not be needed here")
+
+flags = os.environ.get("XLA_FLAGS")
+sys.meta_path.insert(0, Blocker())
+for module in {modules!r}:
+    importlib.import_module(module)
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "an import started jax"
+assert os.environ.get("XLA_FLAGS") == flags, "an import set XLA flags"
+"""
+
+
+def test_what_computes_imports_alone_and_starts_nothing():
+    present = [
+        f"corl_jax.{name}"
+        for name in NUMERIC_MODULES
+        if (PACKAGE / (name.replace(".", "/") + ".py")).exists()
+    ]
+    probe = PROBE.format(blocked=set(OPTIONAL), modules=present)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,174 @@
+"""The config: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+import yaml
+
+from corl_jax import config
+from corl_jax.errors import InputError
+
+MINIMAL = """
+    output_dir: out
+    model: {path: weights}
+    data: {path: rows.parquet}
+    rewards: [{name: format}]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def problems(path, *overrides):
+    with pytest.raises(InputError) as error:
+        config.load(path, list(overrides))
+    return error.value.problems
+
+
+def test_defaults_are_the_papers_and_the_config_is_frozen(write):
+    loaded = config.load(write(MINIMAL))
+    assert loaded.rollout.group_size == 8 and loaded.rollout.cfg_scale == 5.0
+    assert loaded.grpo.mm2t_weight == 0.8 and loaded.optimizer.learning_rate == 4e-6
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.seed = 1
+
+
+def test_dump_reads_back_as_the_same_config(write):
+    loaded = config.load(write(MINIMAL), ["optimizer.learning_rate=3e-7", "train.max_steps=5"])
+    again = config.load(write(config.dump(loaded), "again.yaml"))
+    assert again == loaded
+    assert yaml.safe_load(config.dump(loaded))["optimizer"]["learning_rate"] == 3e-7
+
+
+def test_base_is_relative_to_the_file_and_blocks_are_merged(write, tmp_path):
+    write(MINIMAL + "    optimizer: {b1: 0.8, b2: 0.9}\n", "base.yaml")
+    (tmp_path / "deeper").mkdir()
+    path = write(
+        "base: ../base.yaml\noptimizer: {b2: 0.5}\nrewards: [{name: a}]", "deeper/run.yaml"
+    )
+    loaded = config.load(path, ["optimizer.b1=0.7"])
+    assert (loaded.optimizer.b1, loaded.optimizer.b2) == (0.7, 0.5)
+    assert [reward.name for reward in loaded.rewards] == ["a"]  # lists are replaced, not merged
+
+
+def test_base_that_leads_back_to_itself(write):
+    write("base: b.yaml", "a.yaml")
+    assert "leads back to itself" in problems(write("base: a.yaml", "b.yaml"))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("2E+3", 2000.0), ("1.e-3", 1e-3), ("0.5", 0.5), ("3", 3.0)],
+)
+def test_numbers_as_people_write_them(write, text, value):
+    loaded = config.load(write(MINIMAL), [f"optimizer.eps={text}"])
+    assert loaded.optimizer.eps == value
+    option = config.load(write(MINIMAL), [f"rewards=[{{name: x, options: {{y: {text}}}}}]"])
+    assert option.rewards[0].options["y"] == value
+
+
+def test_words_stay_words(write):
+    loaded = config.load(write(MINIMAL), ["output_dir=run1e", "data.path=[a, b]"])
+    assert loaded.output_dir == "run1e" and loaded.data.path == ["a", "b"]
+
+
+def test_every_problem_is_reported_at_once(write):
+    text = MINIMAL + "    train: {prompts_per_step: 0, micro_batches: 2}\n    sede: 1\n"
+    found = problems(write(text), "optimizer.b1=2", "no-equals-sign", "seed.x.y=1")
+    joined = "\n".join(found)
+    for part in (
+        "train.prompts_per_step: found 0",
+        "train.micro_batches: unknown key; did you mean micro_batch?",
+        "sede: unknown key; did you mean seed?",
+        "optimizer.b1: found 2",
+        "no-equals-sign",
+    ):
+        assert part in joined
+    assert all("\n" not in line for line in found)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.prompts_per_step=true",
+        "train.prompts_per_step='16'",
+        "train.prompts_per_step=1.5",
+        "optimizer.learning_rate=true",
+        "optimizer.learning_rate=.nan",
+        "optimizer.learning_rate=.inf",
+        "optimizer.learning_rate=-1e-4",
+        "optimizer.learning_rate='1e-4'",
+        "rollout.group_size=1",
+        "rollout.top_p=0",
+        "grpo.mask_truncated=1",
+        "grpo.tasks=both",
+        "mesh.data=true",
+        "seed=-1",
+        "data.path=5",
+        "train=null",
+        "rewards=format",
+    ],
+)
+def test_wrong_values_are_refused_with_key_and_value(write, override):
+    (line,) = problems(write(MINIMAL), override)
+    assert f": {override.partition('=')[0]}: found " in line
+
+
+def test_a_value_of_several_types_is_one_problem(write):
+    (line,) = problems(write(MINIMAL), "data.path=5")
+    assert "valid string or Input should be a valid list" in line and "str:" not in line
+
+
+def test_unknown_key_of_a_reward_names_its_place(write):
+    (line,) = problems(write(MINIMAL), "rewards=[{name: a}, {name: b, wieght: 2}]")
+    assert "rewards.1.wieght: unknown key; did you mean weight?" in line
+
+
+def test_missing_keys_say_how_to_give_them(write):
+    lines = problems(write(""))
+    assert any("model: missing; give it in the file or as model=VALUE" in line for line in lines)
+    assert any("output_dir: missing" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["train.micro_batch=5"], "does not divide train.prompts_per_step 16"),
+        (["rollout.batch_prompts=3"], "nearest divisors 2, 4"),
+        (["rewards=[]"], "needs at least one"),
+        (["compat.text_top_k_50=true", "rollout.top_k=7"], "contradicts compat.text_top_k_50"),
+        (
+            ["compat.image_logprobs_unshifted=true", "grpo.image_logprobs=guided"],
+            "needs grpo.image_logprobs conditional",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(write, overrides, part):
+    (line,) = problems(write(MINIMAL), *overrides)
+    assert part in line
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- a", "expected a mapping"),
+        ("seed: 1\nseed: 2", "seed is given twice"),
+        ("train:\n  epochs: 1.0\n  epochs: 2.0", "epochs is given twice"),
+    ],
+)
+def test_files_that_are_no_config(write, text, part):
+    assert part in problems(write(text))[0]
+
+
+def test_file_that_is_not_there(tmp_path):
+    assert "No such file" in problems(tmp_path / "none.yaml")[0]

@@ -1,0 +1,201 @@
+"""Metrics and pictures of a run: what is written, what a resumed run does with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from corl_jax.train import gallery
+from corl_jax.train.metrics import Metrics, Phases, read_lines
+from corl_jax.train.rundir import RunDir
+
+pytest.importorskip("tensorboardX")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def lines(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def write(run, steps, resumed_at=None, offset=0.0, **options):
+    stream = options.pop("stream", None) or io.StringIO()
+    with Metrics(run, resumed_at, stream=stream, **options) as metrics:
+        for step in steps:
+            metrics.log(step, {"reward": step + offset, "loss": np.float32(0.5)})
+    return stream.getvalue()
+
+
+def test_a_line_per_step(tmp_path):
+    run = RunDir(tmp_path)
+    with Metrics(run, stream=io.StringIO()) as metrics:
+        metrics.log(1, {"reward": np.float32(0.5), "kl": float("nan"), "x": float("inf")})
+        assert lines(run) == [{"step": 1, "reward": 0.5, "kl": None, "x": None}]  # not buffered
+        metrics.log(2, {"reward": 1})
+    assert [line["step"] for line in lines(run)] == [1, 2]
+
+
+def test_resuming_drops_what_came_after_and_the_half_line(tmp_path):
+    run = RunDir(tmp_path)
+    write(run, range(1, 6))
+    with run.metrics.open("a") as file:
+        file.write('{"step": 6, "rew')
+    write(run, range(4, 7), resumed_at=3, offset=100)
+    assert [(line["step"], line["reward"]) for line in lines(run)] == [
+        (1, 1), (2, 2), (3, 3), (4, 104), (5, 105), (6, 106),
+    ]  # fmt: skip
+    assert [record["step"] for _, record in read_lines(run.metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_anew_drops_everything(tmp_path):
+    run = RunDir(tmp_path)
+    write(run, range(3))
+    write(run, [1])
+    assert [line["step"] for line in lines(run)] == [1]
+
+
+def test_resuming_where_lines_end_changes_no_byte(tmp_path):
+    run = RunDir(tmp_path)
+    write(run, range(1, 4))
+    before = run.metrics.read_bytes()
+    write(run, [], resumed_at=3)
+    assert run.metrics.read_bytes() == before
+
+
+def test_only_the_first_process_writes(tmp_path):
+    with Metrics(RunDir(tmp_path / "run"), primary=False) as metrics:
+        metrics.log(1, {"a": 1.0})
+        metrics.image(1, "i", np.zeros((2, 2, 3), np.uint8))
+        metrics.text(1, "t", "x")
+        metrics.say("hello")
+        metrics.flush()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = RunDir(tmp_path)
+    write(run, range(6))
+    stream = io.StringIO()
+    with Metrics(run, 3, stream=stream) as metrics:
+        for step in (4, 5):
+            metrics.log(step, {"reward": step + 100.0, "nothing": float("nan")})
+        metrics.image(5, "samples/fixed", np.full((4, 6, 3), 200, np.uint8))
+        metrics.text(5, "answers", "| a |\n| --- |\n| b |")
+    assert len(list(run.tensorboard.iterdir())) == 2
+    events = accumulator.EventAccumulator(str(run.tensorboard)).Reload()
+    values = [(event.step, event.value) for event in events.Scalars("reward")]
+    assert values == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 104), (5, 105)]
+    tags = events.Tags()
+    assert "nothing" not in tags["scalars"] and tags["images"] == ["samples/fixed"]
+    (picture,) = events.Images("samples/fixed")
+    assert (picture.width, picture.height, picture.step) == (6, 4, 5)
+    assert "answers/text_summary" in tags["tensors"]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path):
+    text = write(RunDir(tmp_path), [1, 2], total_steps=4)
+    first, second = text.splitlines()
+    assert first == "step 1/4  loss 0.5  reward 1"
+    assert second.startswith("step 2/4  loss 0.5  reward 2  ") and second.endswith("left")
+    assert "\r" not in text and "\x1b" not in text
+
+
+def test_a_bar_on_a_terminal_with_evaluations_above_it(tmp_path):
+    stream = Terminal()
+    with Metrics(RunDir(tmp_path), 2, 5, stream=stream) as metrics:
+        metrics.log(3, {"reward": 0.25})
+        time.sleep(0.12)  # tqdm draws at most ten times a second
+        metrics.log(4, {"reward": 0.75})
+        metrics.log(4, {"eval/accuracy": 0.5})
+        metrics.say("saved")
+    text = stream.getvalue()
+    assert "4/5" in text and "reward 0.75" in text and "\r" in text
+    assert "step 4/5  eval/accuracy 0.5\n" in text and "saved\n" in text
+
+
+def test_phases_add_up_and_start_again():
+    phases = Phases()
+    for _ in range(2):
+        with phases("rollout"):
+            time.sleep(0.01)
+    with pytest.raises(KeyError), phases("reward"):
+        raise KeyError
+    seconds = phases.take()
+    assert list(seconds) == ["phase/rollout_seconds", "phase/reward_seconds"]
+    assert 0.02 <= seconds["phase/rollout_seconds"] < 1
+    assert phases.take() == {}
+
+
+def test_tensorboardx_is_imported_by_the_writer_only():
+    code = "import sys, corl_jax.train.metrics; sys.exit('tensorboardX' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_grid_has_every_image_where_it_belongs():
+    images = np.zeros((2, 3, 64, 64, 3), np.uint8)
+    images[1, 2] = (255, 0, 0)
+    images[0, 1] = (0, 0, 255)
+    rewards = [[{"ti_sim": 0.5, "cycle": float("nan")}] * 3] * 2
+    page = gallery.grid(images, ["a red square", "two\nblue circles " * 20], rewards, "step 5")
+    assert page.dtype == np.uint8 and page.shape[1] == 3 * 128 + 4 * gallery.MARGIN
+    red = np.argwhere((page == (255, 0, 0)).all(-1))
+    blue = np.argwhere((page == (0, 0, 255)).all(-1))
+    assert len(red) == len(blue) == 128 * 128
+    assert red.min(0)[1] > blue.max(0)[1] and red.min(0)[0] > blue.max(0)[0]
+    assert gallery.grid(images, ["a", "b"]).shape[0] < page.shape[0]  # no room for captions
+    assert gallery.grid(images, ["描いて", "b"]).shape[2] == 3
+
+
+def test_grid_keeps_large_images_at_their_size():
+    page = gallery.grid(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"])
+    assert page.shape[1] == 2 * 384 + 3 * gallery.MARGIN
+
+
+@pytest.mark.parametrize("prompts,rewards", [(["a"], None), (["a", "b"], [[{}], [{}, {}]])])
+def test_grid_refuses_lists_that_do_not_fit(prompts, rewards):
+    with pytest.raises(ValueError, match="2 prompts"):
+        gallery.grid(np.zeros((2, 2, 8, 8, 3), np.uint8), prompts, rewards)
+
+
+def test_reward_text_fits_below_its_image():
+    (line,) = gallery.reward_lines({"t2i_bid_cycle_reward_of_a_long_name": 0.12345}, 100)
+    assert line.endswith(" 0.123") and "…" in line
+    assert gallery._font().getlength(line) <= 100
+    assert gallery.reward_lines({"a": float("nan")}, 100) == ["a n/a"]
+
+
+def test_side_by_side_and_png(tmp_path):
+    left, right = np.zeros((4, 5, 3), np.uint8), np.zeros((6, 7, 3), np.uint8)
+    both = gallery.side_by_side(left, right)
+    assert both.shape == (6, 14, 3) and (both[4:, :5] == 255).all()
+    path = gallery.save_png(tmp_path / "images" / "x.png", both)
+    with gallery.Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), both)
+    assert [item.name for item in path.parent.iterdir()] == ["x.png"]
+
+
+def test_answers_table_survives_any_text():
+    table = gallery.answers_table(
+        ["how many | circles?\nTwo lines", "b"],
+        ["<think>a</think> *x*", "y" * 400],
+        [{"format": 1.0}, {"format": 0.0, "qa": 0.25}],
+        ["2", "3"],
+        width=50,
+    )
+    head, rule, first, second = table.splitlines()
+    assert head == "| question | answer | solution | format | qa |"
+    assert rule == "| --- | --- | --- | --- | --- |"
+    assert first == (
+        r"| how many \| circles?<br>Two lines | &lt;think&gt;a&lt;/think&gt; \*x\* | 2 | 1 | n/a |"
+    )
+    assert second == f"| b | {'y' * 49}… | 3 | 0 | 0.25 |"

@@ -1,0 +1,511 @@
+"""Text rewards, case by case: the repaired defaults and the released behaviours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import string
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from corl_jax.rewards import answers, text
+
+PROBLEM = """What is the hazard?
+Options:
+A. choking
+B. burning
+C. a red car
+D. 12 cats
+
+Answer the question based on the image and your world knowledge."""
+
+
+def full(answer, think="because"):
+    return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def mc(answer, solution="<answer>B</answer>", problem=PROBLEM, **options):
+    return text.qa_accuracy(full(answer), solution, "MC", problem=problem, **options)
+
+
+def oe(answer, solution, **options):
+    return text.qa_accuracy(full(answer), f"<answer>{solution}</answer>", "OE", **options)
+
+
+# --- format ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>a</think><answer>b</answer>", 1),
+        ("<think>a\nb</think>\n\n<answer>\nb\n</answer>", 1),
+        ("<think>a</think> ... . <answer>b</answer>", 1),
+        ("<think></think><answer></answer>", 1),
+        ("<think>a</think>, <answer>b</answer>", 0),
+        ("<think>a</think>so<answer>b</answer>", 0),
+        ("<think>a</think><answer>b</answer>!", 0),
+        ("Well. <think>a</think><answer>b</answer>", 0),
+        ("<answer>b</answer><think>a</think>", 0),
+        ("<think>a<answer>b</answer>", 0),
+        ("<think>a</think>", 0),
+        ("<Think>a</Think><answer>b</answer>", 0),
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 1),  # repeated blocks match
+        ("", 0),
+        (None, 0),
+    ],
+)
+def test_format(completion, expected):
+    assert text.format_reward(completion) == expected
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t \n"])
+def test_format_strip_switch(space):
+    for completion in (space + full("b"), full("b") + space):
+        assert text.format_reward(completion) == 1.0
+        assert text.format_reward(completion, strip=False) == 0.0
+    assert text.format_reward(full("b"), strip=False) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (full("b"), 0.5),
+        ("</answer><answer></think><think>", 0.5),  # order is not asked for
+        ("<think>a</think>b", 0.25),
+        ("<think><think>a</think><answer>b</answer>", 0.375),
+        ("", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_format_tag(completion, expected):
+    assert text.format_tag_reward(completion) == expected
+
+
+# --- what is compared -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<answer> cat </answer>", "cat"),
+        ("<answer>cat</answer><answer>dog</answer>", "cat"),
+        ("<think>dog</think> Answer: cat", "cat"),
+        ("<think>dog\n</think>cat</answer>", "cat"),
+        ("<think>dog and cat", "dog and cat"),
+        ("<answer>a\nb</answer>", "a\nb"),
+        ("", ""),
+    ],
+)
+def test_predicted_answer(completion, expected):
+    assert answers.predicted_answer(completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("Two", "2", True),
+        ("2", "two", True),
+        ("twenty-one", "21", True),
+        ("Cat.", " cat", True),
+        ("two", "three", False),
+        ("two", "3", False),
+        ("cat", "cats", False),
+        ("million", "2", False),  # word2number raises IndexError here
+        ("one million million", "2", False),
+        ("9" * 5000, "2", False),  # longer than int() reads
+        ("²", "2", False),
+        ("", "0", False),
+    ],
+)
+def test_safe_string_equal(first, second, expected):
+    assert answers.safe_string_equal(first, second) is expected
+
+
+# --- multiple choice ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "B", "b", "B.", "(B)", "b)", " B ", "**B**", "'B'", "[B]", "\nB\n", "\\boxed{B}",
+        "B. burning", "b. burning", "(B) burning", "B: burning", "B) it burns", "**B.** burning",
+        "The answer is B", "the answer is (B).", "Answer: B", "The correct answer is option B.",
+        "The answer is: **B**", "The answer would be b.", "Option B", "I choose option (B), fire",
+        "It is B, not A", "So B is right", "A dog is seen, so B", "Not A but B", "not (A) but (B)",
+        "The answer is A? No, the answer is B.", "e.g. fire, so the answer is B",
+        "burning", "Burning.", "It is 'burning'", "the hazard is burning", "I think burning",
+    ],
+)  # fmt: skip
+def test_right_choices(answer):
+    assert mc(answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A", "C.", "(D)", "Z", "E", "", " ", ".", "A. choking", "The answer is A", "option C",
+        "A, B, C, D", "A or B", "(A) (B)", "A/B/C/D", "B or C", "choking", "choking or burning",
+        "The answer is not B", "not option B", "not B", "Bob", "B's", "vitamin-B", "unburning",
+        "The answer is B. Or rather, the answer is C.", "C. burning", "None of them",
+        "'choking', not burning", "burn", "not burning",
+    ],
+)  # fmt: skip
+def test_wrong_choices(answer):
+    assert mc(answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer", "expected"),
+    [
+        ("A", "A. choking", 1),
+        ("A", "a dog, so C", 0),
+        ("A", "A dog", 0),  # the article is no choice
+        ("A", "I see A dog", 0),
+        ("A", "A is right", 1),
+        ("<answer>A. choking</answer>", "A", 1),
+        ("<answer>A. choking</answer>", "choking", 1),
+        ("<answer>(A)</answer>", "A", 1),
+        ("<answer>choking</answer>", "A", 1),  # a solution in words is found among the options
+        ("<answer>choking</answer>", "B", 0),
+        ("<answer>C</answer>", "red car", 0),
+        ("<answer>C</answer>", "It is a red car.", 1),
+        ("<answer>C</answer>", "The answer is a red car.", 1),
+        ("<answer>D</answer>", "12 cats", 1),
+        ("<answer>D</answer>", "2 cats", 0),
+        ("<answer>I</answer>", "I think so", 0),
+        ("<answer>\nB\n</answer>", "B", 1),
+    ],
+)
+def test_choices_against_solutions(solution, answer, expected):
+    assert mc(answer, solution) == expected
+
+
+def test_short_option_texts_are_found():
+    problem = "How many?\nA. 2\nB. 4\nC. 14"
+    assert mc("4", problem=problem) == 1.0
+    assert mc("four", "<answer>four</answer>", problem) == 1.0
+    assert mc("14", problem=problem) == 0.0
+    assert mc("the answer is '4'", problem=problem) == 1.0
+
+
+def test_an_option_inside_a_longer_one():
+    problem = "Colour?\nA. red\nB. dark red"
+    assert mc("dark red", problem=problem) == 1.0
+    assert mc("red", problem=problem) == 0.0
+    assert mc("red", "<answer>A</answer>", problem) == 1.0
+    assert mc("dark red", "<answer>A</answer>", problem) == 0.0
+
+
+def test_choices_without_the_question():
+    assert mc("B", problem=None) == mc("The answer is B", problem=None) == 1.0
+    assert mc("burning", problem=None) == 0.0
+    assert mc("burning", "<answer>B. burning</answer>", None) == 1.0
+    assert mc("B. burning", "<answer>burning</answer>", None) == 1.0
+
+
+def test_option_texts_with_regex_characters():
+    problem = "Which?\nA. f(x) [0, 1)\nB. c++ (really?)"
+    assert mc("it is c++ (really?)", problem=problem) == 1.0
+    assert mc("it is f(x) [0, 1)", problem=problem) == 0.0
+
+
+def test_released_multiple_choice():
+    """Q3: soft Jaccard in place of letters, with the values the audit saw."""
+    assert mc("A. choking", "<answer>A</answer>", mc=False) == 0.0
+    assert mc("The answer is B", mc=False) == 0.25
+    assert mc("B.", mc=False) == 1.0  # equality comes first either way
+
+
+@pytest.mark.parametrize("qa_type", ["mc", " MC ", "MC"])
+def test_qa_type_is_read_leniently(qa_type):
+    assert text.qa_accuracy("B. burning", "B", qa_type) == 1.0
+
+
+@pytest.mark.parametrize("qa_type", ["OE", "", None, "other"])
+def test_every_other_type_is_open_ended(qa_type):
+    assert text.qa_accuracy("<answer>the answer is B</answer>", "B", qa_type) == 0.25
+
+
+# --- open ends ------------------------------------------------------------------------------
+
+
+def test_open_answers():
+    assert oe("a red car", "A red car.") == 1.0
+    assert oe("two", "2") == 1.0
+    assert oe("red car!?", "red car") == 1.0
+    assert oe("red", "red car") == 0.5
+    assert oe("green boat", "red car") == 0.0
+    assert oe("", "red car") == 0.0
+    assert text.qa_accuracy("<think>red</think>car", "car", "OE") == 1.0
+    assert text.qa_accuracy(None, "car", "OE") == 0.0
+
+
+@pytest.mark.parametrize("solution", [None, "", "  ", "<answer></answer>"])
+def test_without_a_solution_accuracy_does_not_apply(solution):
+    assert math.isnan(text.qa_accuracy(full("B"), solution, "MC"))
+    assert math.isnan(text.oc_accuracy(full("B"), solution))
+    assert math.isnan(text.oc_answer_score(full("B"), solution, "a prompt"))
+    assert math.isnan(text.qa_answer_score(full("B"), solution, "OE"))
+
+
+def test_multiline_answer_switch():
+    completion = "<think>it is a cat</think><answer>\nred\ncar</answer>"
+    assert text.qa_accuracy(completion, "red car", "OE") == 1.0
+    # Released: the tags are deleted instead, which here leaves the same words ...
+    assert text.qa_accuracy(completion, "red car", "OE", multiline_answer=False) == 1.0
+    # ... but not when something stands around the block.
+    loud = "Well, " + completion
+    assert text.qa_accuracy(loud, "red car", "OE") == 1.0
+    assert text.qa_accuracy(loud, "red car", "OE", multiline_answer=False) == pytest.approx(2 / 3)
+    assert answers.tagged_answer("<answer>a\nb</answer>", multiline=False) is None
+
+
+def test_soft_jaccard_by_hand():
+    assert text.soft_jaccard("a red car", "a red car") == 1.0
+    assert text.soft_jaccard("A car", "a CAR car") == 1.0
+    assert text.soft_jaccard("a b", "b c d") == pytest.approx(1 / 4)
+    # cars/car: difflib 2 * 3 / 7; overlap 1 + 6/7 of 2 + 2 words
+    overlap = 1 + 6 / 7
+    assert text.soft_jaccard("red cars", "red car") == pytest.approx(overlap / (4 - overlap))
+    assert text.soft_jaccard("cat", "car") == 0.0  # 2/3 is below 0.8
+    assert text.soft_jaccard("abcde", "abcdf") == pytest.approx(0.8 / 1.2)  # 0.8 counts
+    assert text.soft_jaccard("", "") == text.soft_jaccard(None, "a") == 0.0
+
+
+def test_each_word_is_matched_once():
+    # Both on the left resemble the one on the right; only one may take it.
+    overlap = 2 * 5 / 11
+    assert text.soft_jaccard("horses horsey", "horse") == pytest.approx(overlap / (3 - overlap))
+
+
+WORDS = st.lists(st.text("abc ", max_size=6), max_size=6).map(" ".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(WORDS, WORDS)
+def test_soft_jaccard_is_a_similarity(first, second):
+    score = text.soft_jaccard(first, second)
+    assert 0.0 <= score <= 1.0
+    assert text.soft_jaccard(" ".join(reversed(first.split())), second) == score
+    if first.split():
+        assert text.soft_jaccard(first, first) == 1.0
+
+
+def test_soft_jaccard_does_not_depend_on_the_hash_seed():
+    code = (
+        "from corl_jax.rewards.text import soft_jaccard as s;"
+        "print(repr(s('horses horsey horsed ponies pony', 'horse horset ponyy ponie')))"
+    )
+    root = str(Path(text.__file__).parents[2])
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
+# --- classes, and the policy's answers about its own images ----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("Red Fox", 1.0), ("fox", 0.9), ("a red fox", 0.9), ("wolf", 0.0), ("", 0.0), (" ", 0.0)],
+)
+def test_oc_accuracy(answer, expected):
+    assert text.oc_accuracy(full(answer), "<answer>red fox</answer>") == expected
+    assert text.oc_accuracy(answer, "red fox") == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "tagged", "untagged"),
+    [
+        ("Red fox", 1.0, 0.8),
+        ("fox", 0.9, 0.7),
+        ("snow", 0.5, 0.3),
+        ("UNK", 0.2, 0.0),
+        ("wolf", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_oc_answer_score(answer, tagged, untagged):
+    prompt = "A red fox in the Snow"
+    assert text.oc_answer_score(full(answer), "red fox", prompt) == tagged
+    assert text.oc_answer_score(answer, "red fox", prompt) == untagged
+
+
+def test_oc_answer_score_without_a_prompt():
+    assert text.oc_answer_score(full("snow"), "red fox", None) == 0.0
+    assert text.oc_answer_score(None, "red fox", "p") == 0.0
+
+
+def test_qa_answer_score():
+    score = text.qa_answer_score
+    assert score(full("B. burning"), "B", "MC", PROBLEM) == 1.0
+    assert score("The option is B", "B", "MC", PROBLEM) == 0.8
+    assert score(full("A"), "B", "MC", PROBLEM) == score("A", "B", "MC", PROBLEM) == 0.0
+    assert score(full("UNK"), "B", "MC", PROBLEM) == score("unk.", "B", "MC", PROBLEM) == 0.2
+    assert score(full("red"), "red car", "OE") == 0.5
+    assert score("red", "red car", "OE") == pytest.approx(0.4)
+
+
+# --- detection ------------------------------------------------------------------------------
+
+
+def boxes(*entries):
+    return full(str([{"Position": list(p), "Confidence": c} for *p, c in entries]))
+
+
+TRUTH = [(0, 0, 100, 100), (200, 200, 300, 300)]
+
+
+def test_iou():
+    assert text.iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1.0
+    assert text.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert text.iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0.0
+    assert text.iou((5, 5, 5, 5), (0, 0, 10, 10)) == 0.0
+    assert text.iou((10, 10, 0, 0), (0, 0, 10, 10)) == 0.0  # corners swapped: no box
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (boxes((0, 0, 100, 100, 0.9), (200, 200, 300, 300, 0.8)), 1.0),
+        (boxes((0, 0, 100, 100, 0.9)), 2 / 3),  # one missed
+        (boxes((0, 0, 100, 80, 0.9), (200, 200, 300, 300, 0.8)), 0.9),  # IoU 0.8 and 1
+        (boxes((0, 0, 100, 40, 0.9)), 0.0),  # IoU 0.4
+        (boxes((0, 0, 100, 100, 0.9), (0, 0, 100, 100, 0.8)), 0.5),  # the second has no box left
+        (boxes((0, 0, 100, 80, 0.2), (0, 0, 100, 100, 0.9)), 0.5),  # the sure one is served first
+        (boxes((0, 0, 100, 80, 0.9), (0, 0, 100, 100, 0.2)), 0.4),
+        (boxes(), 0.0),
+        (full("two boxes"), 0.0),
+        ("", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_od_answer_score(answer, expected):
+    assert text.od_answer_score(answer, TRUTH) == pytest.approx(expected)
+
+
+def test_od_solutions():
+    answer = boxes((0, 0, 100, 100, 0.9))
+    assert text.od_answer_score(answer, boxes((0, 0, 100, 100, 1.0))) == 1.0
+    assert text.od_answer_score(boxes(), []) == 1.0
+    assert text.od_answer_score(answer, []) == 0.0
+    assert math.isnan(text.od_answer_score(answer, None))
+    assert math.isnan(text.od_answer_score(answer, "<answer>a cat</answer>"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "__import__('os')", "[{'Position': [1, 2, 3]}]", "[{'Position': [1, 2, 3, 'x']}]",
+        "[{'Confidence': 1}]", "[{'Position': [1, 2, 3, 4], 'Confidence': 2}]", "{}", "3", "[",
+        "[{'Position': [1, 2, 3, 1e999]}]", "[{'Position': [1, 2, 3, 1" + "0" * 400 + "]}]",
+        "[" * 4000, "-" * 4000 + "1", "(" * 150 + ")" * 150, "{[]: 1}", "[{{}: 1}]",
+        "[{'Position': [1, 2, 3, 4], 'Confidence': 1e}]", "\\", "[1" + ", 1" * 2000 + "]",
+        "[{'Position': [1, 2, 3, 4]}," * 65 + "]", "[{'Position': {1, 2, 3, 4}}]", "[...]",
+        str([{"Position": [1, 2, 3, 4]}] * 65), "[{'Position': [1, 2, 3, 4j]}]",
+    ],
+)  # fmt: skip
+def test_unreadable_detections(answer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert answers.parse_detections(answer) is None
+
+
+def test_readable_detections():
+    found = answers.parse_detections(' [{"Position": (1, 2.5, -3, 4e1)}]\n')
+    assert found == [answers.Detection((1.0, 2.5, -3.0, 40.0), 1.0)]
+    assert answers.parse_detections("[]") == []
+
+
+# --- any string -----------------------------------------------------------------------------
+
+TAG_SOUP = st.lists(
+    st.one_of(
+        st.sampled_from([*text.TAGS, "A", "B", "(B)", "answer is ", "Answer:", "two", "\n", ". "]),
+        st.text(string.printable, max_size=8),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TAG_SOUP, TAG_SOUP, st.sampled_from(["MC", "OE"]))
+@example("point", "0", "MC")
+def test_every_reward_takes_any_string(completion, solution, qa_type):
+    scores = [
+        text.format_reward(completion),
+        text.format_tag_reward(completion),
+        text.oc_accuracy(completion, solution),
+        text.oc_answer_score(completion, solution, completion),
+        text.qa_answer_score(completion, solution, qa_type, PROBLEM),
+        text.od_answer_score(completion, solution),
+    ]
+    for multiline, choice in itertools.product([True, False], repeat=2):
+        scores.append(
+            text.qa_accuracy(
+                completion,
+                solution,
+                qa_type,
+                problem=PROBLEM,
+                multiline_answer=multiline,
+                mc=choice,
+            )
+        )
+    assert all(math.isnan(score) or 0.0 <= score <= 1.0 for score in scores)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>" + "</think><answer>" * 400,
+        "<think>" * 2000,
+        "**" * 4000,
+        "A " * 4000,
+        "(" * 4000,
+        "the answer" * 800,
+        "answer" + " " * 8000 + "x",
+        "'a' " * 2000,
+        "\n" * 4000 + "A.",
+        " ".join(map(str, range(2000))),
+    ],
+)
+def test_hostile_completions_are_scored_fast(completion):
+    start = time.perf_counter()
+    text.format_reward(completion)
+    for qa_type in ("MC", "OE"):
+        text.qa_accuracy(completion, "<answer>B</answer>", qa_type, problem=PROBLEM)
+    text.soft_jaccard("a small red car on a long road", completion)
+    assert time.perf_counter() - start < 1.0
+
+
+def test_a_batch_takes_milliseconds():
+    """512 completions, half of them open-ended: format and accuracy."""
+    thought = "The picture shows a person near a stove, so we look at the flames. " * 8
+    said = ["B. burning", "The answer is B", "burning", "a person", "red cars on a road"]
+    cases = [(full(said[i % 5] + " " * (i % 7), thought), ("MC", "OE")[i % 2]) for i in range(512)]
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        for completion, qa_type in cases:
+            text.format_reward(completion)
+            text.qa_accuracy(completion, "<answer>B</answer>", qa_type, problem=PROBLEM)
+        best = min(best, time.perf_counter() - start)
+    print(f"{best * 1e3:.1f} ms")
+    assert best < 0.25  # five times the aim of 50 ms: the machine may be busy

@@ -1,0 +1,221 @@
+"""The run directory: locked, faithful to its config, never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from corl_jax import config as config_file
+from corl_jax.errors import InputError
+from corl_jax.train import rundir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_config(root, **changes):
+    tree = {
+        "output_dir": str(root),
+        "model": {"path": "weights"},
+        "data": {"path": "rows.parquet"},
+        "rewards": [{"name": "format", "weight": 1.0}],
+    }
+    return config_file.validate(tree | changes, "test")
+
+
+def open_once(config):
+    with rundir.opened(config) as run:
+        return run
+
+
+def refused(config):
+    with pytest.raises(InputError) as error, rundir.opened(config):
+        pass
+    return error.value.problems
+
+
+def test_a_new_run_holds_its_resolved_config(tmp_path):
+    config = make_config(tmp_path / "a" / "b")
+    run = open_once(config)
+    assert config_file.load(run.config) == config
+    assert sorted(path.name for path in run.root.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_the_same_config_and_harmless_changes_resume(tmp_path):
+    open_once(make_config(tmp_path))
+    changed = make_config(
+        tmp_path,
+        train={"stop_after": 3},
+        log={"every": 5},
+        checkpoint={"keep": 2},
+        eval={"every": 7},
+        mesh={"fsdp": 2},
+    )
+    run = open_once(changed)
+    assert config_file.load(run.config) == changed
+
+
+def test_every_other_difference_is_listed_and_nothing_is_written(tmp_path):
+    run = open_once(make_config(tmp_path))
+    before = run.config.read_bytes()
+    rewards = [{"name": "format", "weight": 2.0}, {"name": "qa_accuracy"}]
+    found = refused(
+        make_config(tmp_path, seed=1, rewards=rewards, log={"every": 9}, eval={"rows": 8})
+    )
+    text = "\n".join(found)
+    for part in (
+        "seed: found 1, the run has 0",
+        "rewards.0.weight: found 2.0, the run has 1.0",
+        "rewards.1.name: found 'qa_accuracy', the run has no such option",
+        "eval.rows: found 8, the run has 64",
+    ):
+        assert part in text
+    assert "log.every" not in text and len(found) == 5
+    assert run.config.read_bytes() == before
+
+
+def test_differences_of_plain_dicts():
+    old = {"a": {"b": 1, "gone": 2}, "train": {"stop_after": 1}, "list": [1, 2]}
+    new = {"a": {"b": 1.0}, "train": {"stop_after": None}, "list": [1]}
+    assert rundir.differences(old, new) == [
+        "a.gone: not given, the run has 2",
+        "list.1: not given, the run has 2",
+    ]
+    assert rundir.differences(new, new) == []
+
+
+def test_an_option_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
+    run = open_once(make_config(tmp_path))
+    tree = yaml.safe_load(run.config.read_text())
+    del tree["grpo"]["clip_high"], tree["vq"]
+    run.config.write_text(yaml.safe_dump(tree))
+    open_once(make_config(tmp_path))
+    run.config.write_text(yaml.safe_dump(tree))
+    (line,) = refused(make_config(tmp_path, grpo={"clip_high": 0.3}))
+    assert "grpo.clip_high: found 0.3, the run has 0.2" in line
+
+
+def test_directories_that_are_no_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "output_dir" in refused(make_config(tmp_path / "file"))[0]
+    assert "output_dir" in refused(make_config(tmp_path / "file" / "below"))[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    open_once(make_config(other))  # strangers' files are left alone
+    (other / "config.yaml").unlink()
+    (other / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl but no config.yaml" in refused(make_config(other))[0]
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a", "\x00", ""])
+def test_a_config_file_that_is_broken(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    (line,) = refused(make_config(tmp_path))
+    assert "config.yaml" in line and "choose another output_dir" in line
+    assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_only_the_first_process_touches_the_directory(tmp_path):
+    with rundir.opened(make_config(tmp_path / "run"), primary=False) as run:
+        assert run.checkpoints == tmp_path / "run" / "checkpoints"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
+    config = make_config(tmp_path)
+    with rundir.opened(config):
+        (line,) = refused(config)
+        assert f"process {os.getpid()} on " in line
+    open_once(config)
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from corl_jax.train.rundir import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork() if sys.argv[2] == "fork" else 1
+    if not child:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("mode", ["alone", "fork"])
+def test_the_lock_of_a_killed_process_is_free_also_with_a_child_alive(tmp_path, mode):
+    command = [sys.executable, "-c", HOLD, str(tmp_path), mode]
+    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        child = int(holder.stdout.readline())
+        (line,) = refused(make_config(tmp_path))
+        assert f"process {holder.pid} on " in line
+        holder.kill()
+        holder.wait()
+        start = time.monotonic()
+        open_once(make_config(tmp_path))
+        assert time.monotonic() - start < 1
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+        if mode == "fork":
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ""])
+def test_no_name_leads_out_of_the_directory(tmp_path, name):
+    run = rundir.RunDir(tmp_path)
+    with pytest.raises(ValueError, match="does not stay inside"):
+        run.path(name)
+    with pytest.raises(ValueError, match="does not stay inside"):
+        run.write_json(name, {})
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    run = rundir.RunDir(tmp_path)
+    value = {
+        "steps": np.int64(3),
+        "loss": jnp.float32(0.5),
+        "half": jnp.bfloat16(0.25),
+        "nan": float("nan"),
+        "all": np.array([1.0, np.inf]),
+        "path": tmp_path,
+        "none": None,
+        "flag": np.bool_(True),
+    }
+    path = run.write_json("summary.json", value)
+    assert json.loads(path.read_text()) == {
+        "steps": 3,
+        "loss": 0.5,
+        "half": 0.25,
+        "nan": None,
+        "all": [1.0, None],
+        "path": str(tmp_path),
+        "none": None,
+        "flag": True,
+    }
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="no place in JSON"):
+        run.write_json("summary.json", {"x": object()})
+    with pytest.raises(KeyboardInterrupt), rundir.replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_leftovers_of_a_killed_process_are_cleared_away(tmp_path):
+    (tmp_path / ".summary.json.123.tmp").write_text("half")
+    open_once(make_config(tmp_path))
+    assert not list(tmp_path.glob(".*.tmp"))

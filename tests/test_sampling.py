@@ -1,0 +1,459 @@
+"""Sampling against the full forward pass, against itself in other company, and its costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from corl_jax import sampling, sharding
+from corl_jax.models import janus
+from corl_jax.types import EncodedPrompts, SpecialTokens
+
+SPECIAL = SpecialTokens(bos=1, eos=2, pad=0, boi=91, eoi=92, image=90)
+PADDING = (0, 3, 1, 4)  # left padding of each prompt
+GROUP = 2
+NEW_TOKENS = 10
+TEMPERATURE = 0.8
+STRICT = {"special": SPECIAL, "dtype": jnp.float32}
+IMAGE_OPTIONS = {"guided": True, "score": "conditional", "greedy": False}
+TEXT_OPTIONS = {"max_new_tokens": 256, "top_k": 0, "top_p": 1.0, "greedy": False}
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    """Two layers show what three do, and every program here unrolls them."""
+    return dataclasses.replace(
+        tiny_config, llama=dataclasses.replace(tiny_config.llama, num_layers=2)
+    )
+
+
+@pytest.fixture(scope="module")
+def params(tiny_params):
+    language_model = {
+        **tiny_params["language_model"],
+        "layers": jax.tree.map(lambda x: x[:2], tiny_params["language_model"]["layers"]),
+    }
+    return {**tiny_params, "language_model": language_model}
+
+
+def drawing_prompts(rows: int = 4, length: int = 8) -> EncodedPrompts:
+    """[BOS, text, BOI], left-padded by PADDING."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(3, 90, (rows, length)).astype(np.int32)
+    mask = np.arange(length) >= np.asarray(PADDING[:rows])[:, None]
+    ids[~mask] = SPECIAL.pad
+    ids[np.arange(rows), np.asarray(PADDING[:rows])] = SPECIAL.bos
+    ids[:, -1] = SPECIAL.boi
+    return EncodedPrompts(ids, mask)
+
+
+def question_prompts(config) -> EncodedPrompts:
+    """[BOS, BOI, image, EOI, question], left-padded by PADDING, each with its picture."""
+    rng = np.random.default_rng(4)
+    side, slots = config.siglip.image_size, config.num_image_tokens
+    length = slots + 9
+    ids = rng.integers(3, 90, (4, length)).astype(np.int32)
+    mask = np.arange(length) >= np.asarray(PADDING)[:, None]
+    for row, pad in enumerate(PADDING):
+        picture = [SPECIAL.bos, SPECIAL.boi, *[SPECIAL.image] * slots, SPECIAL.eoi]
+        ids[row, :pad] = SPECIAL.pad
+        ids[row, pad : pad + len(picture)] = picture
+    return EncodedPrompts(ids, mask, rng.standard_normal((4, side, side, 3)).astype(np.float32))
+
+
+def keys_of(index, group_size: int = GROUP) -> jax.Array:
+    return sampling.sample_keys(5, np.asarray(index), group_size)
+
+
+def rows_of(prompts: EncodedPrompts, rows) -> EncodedPrompts:
+    return jax.tree.map(lambda x: x[np.asarray(rows)], prompts)
+
+
+def unpadded(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
+    """One prompt alone, its padding cut off."""
+    one = rows_of(prompts, [row])
+    pad = PADDING[row]
+    return dataclasses.replace(
+        one, input_ids=one.input_ids[:, pad:], attention_mask=one.attention_mask[:, pad:]
+    )
+
+
+def draw_images(config, params, prompts, keys, **options):
+    options = {"cfg_scale": 3.0, "temperature": TEMPERATURE, **STRICT, **options}
+    return sampling.sample_images(config, params, prompts, keys, **options)
+
+
+def answer(config, params, prompts, keys, **options):
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": TEMPERATURE, **STRICT, **options}
+    return sampling.sample_text(config, params, prompts, keys, **options)
+
+
+@pytest.fixture(scope="module")
+def images(config, params):
+    """A rollout that most tests compare with: two guided drawings of each of four prompts."""
+    with jax.default_matmul_precision("highest"):
+        return draw_images(config, params, drawing_prompts(), keys_of(range(4)))
+
+
+@pytest.fixture(scope="module")
+def texts(config, params):
+    with jax.default_matmul_precision("highest"):
+        return answer(config, params, question_prompts(config), keys_of(range(4)))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full_logits(config, params, prompts, tokens) -> jax.Array:
+    """Teacher-forced logits [N, T, .] of the distributions that `tokens` [N, T] came from."""
+    group = tokens.shape[0] // prompts.input_ids.shape[0]
+    model, read = janus.bind(config, params), tokens[:, :-1]
+    if prompts.pixel_values is None:
+        prompt, read = model.embed_text(prompts.input_ids), model.embed_image_tokens(read)
+    else:
+        features = model.image_features(prompts.pixel_values)
+        prompt = model.prompt_embeds(prompts.input_ids, SPECIAL.image, features)
+        read = model.embed_text(read)
+    embeds = jnp.concatenate([jnp.repeat(prompt, group, axis=0), read], axis=1)
+    mask = jnp.repeat(prompts.attention_mask, group, axis=0)
+    mask = jnp.concatenate([mask, jnp.ones(read.shape[:2], bool)], axis=1)
+    hidden = model.language_model(embeds, mask)[:, prompts.input_ids.shape[1] - 1 :]
+    return (model.image_logits if prompts.pixel_values is None else model.text_logits)(hidden)
+
+
+def picked(logits: jax.Array, tokens) -> np.ndarray:
+    logprobs = jax.nn.log_softmax(logits / TEMPERATURE, axis=-1)
+    return np.asarray(jnp.take_along_axis(logprobs, jnp.asarray(tokens)[..., None], -1)[..., 0])
+
+
+def blanked(prompts: EncodedPrompts) -> EncodedPrompts:
+    """The guidance rows, written out by hand: BOS, pads, BOI."""
+    ids = np.full_like(prompts.input_ids, SPECIAL.pad)
+    ids[np.arange(len(ids)), np.asarray(PADDING)] = SPECIAL.bos
+    ids[:, -1] = SPECIAL.boi
+    return dataclasses.replace(prompts, input_ids=ids)
+
+
+# ---- the recorded log-probs
+
+
+def test_image_logprobs_are_those_of_the_full_forward(config, params, images):
+    logits = full_logits(config, params, images.prompts, images.tokens)
+    assert logits.std() > 0.3
+    np.testing.assert_allclose(images.logprobs, picked(logits, images.tokens), atol=2e-5)
+    assert images.mask.all() and images.group_size == GROUP
+
+
+def test_guided_logprobs_are_of_the_mixed_distribution(config, params, images):
+    guided = draw_images(config, params, drawing_prompts(), keys_of(range(4)), score="guided")
+    np.testing.assert_array_equal(guided.tokens, images.tokens)
+    conditional = full_logits(config, params, images.prompts, images.tokens)
+    other = full_logits(config, params, blanked(images.prompts), images.tokens)
+    mixed = other + 3.0 * (conditional - other)
+    np.testing.assert_allclose(guided.logprobs, picked(mixed, images.tokens), atol=1e-4)
+    assert np.abs(np.asarray(guided.logprobs) - np.asarray(images.logprobs)).max() > 0.1
+
+
+def test_text_logprobs_are_those_of_the_full_forward(config, params, texts):
+    logits = full_logits(config, params, texts.prompts, texts.tokens)
+    expected = np.where(texts.mask, picked(logits, texts.tokens), 0)
+    np.testing.assert_allclose(texts.logprobs, expected, atol=2e-5)
+    assert texts.mask.sum() > texts.mask.size / 2
+
+
+def test_top_k_and_top_p_change_draws_but_not_what_is_recorded(config, params, texts):
+    """Of one token to choose from the best is drawn, and recorded as one of the whole softmax."""
+    found = answer(config, params, texts.prompts, keys_of(range(4)), top_k=1, top_p=0.9)
+    logits = full_logits(config, params, texts.prompts, found.tokens)
+    kept = np.asarray(found.mask)
+    np.testing.assert_array_equal(found.tokens[kept], logits.argmax(-1)[kept])
+    logprobs = np.asarray(found.logprobs)[kept]
+    np.testing.assert_allclose(logprobs, picked(logits, found.tokens)[kept], atol=2e-5)
+    assert logprobs.max() < -1e-3
+
+
+# ---- guidance
+
+
+def test_guidance_rows_keep_bos_and_boi_only():
+    prompts = drawing_prompts()
+    found = sampling.unconditional_ids(jnp.asarray(prompts.input_ids), SPECIAL)
+    np.testing.assert_array_equal(found, blanked(prompts).input_ids)
+
+
+def test_scale_one_is_no_guidance(config, params):
+    prompts, keys = drawing_prompts(), keys_of(range(4))
+    plain = draw_images(config, params, prompts, keys, cfg_scale=1.0)
+    one = jnp.float32(1)
+    tokens, logprobs = sampling._image_program(
+        config, params, prompts, keys, one, jnp.float32(TEMPERATURE),
+        special=SPECIAL, guided=True, score="conditional", greedy=False, dtype=jnp.float32,
+    )  # fmt: skip
+    np.testing.assert_array_equal(plain.tokens, tokens)
+    np.testing.assert_allclose(plain.logprobs, logprobs, atol=1e-5)
+
+
+def test_rows_of_a_guided_pair_lie_side_by_side():
+    rows = sampling.Rows(group_size=2, guided=True)
+    prompts = rows.join(jnp.array([10, 20]), jnp.array([11, 21]))
+    np.testing.assert_array_equal(prompts, [10, 11, 20, 21])
+    samples = rows.fan_out(prompts)
+    np.testing.assert_array_equal(samples, [10, 11, 10, 11, 20, 21, 20, 21])
+    conditional, unconditional = rows.split(samples)
+    np.testing.assert_array_equal(conditional, [10, 10, 20, 20])
+    np.testing.assert_array_equal(unconditional, [11, 11, 21, 21])
+
+
+# ---- a sample depends on its key and its prompt only
+
+
+def test_an_image_alone_is_the_one_in_the_padded_batch(config, params, images):
+    alone = draw_images(config, params, unpadded(images.prompts, 3), keys_of([3]))
+    np.testing.assert_array_equal(alone.tokens, images.tokens[-GROUP:])
+    np.testing.assert_allclose(alone.logprobs, images.logprobs[-GROUP:], atol=2e-5)
+    assert len(np.unique(images.tokens, axis=0)) == 4 * GROUP, "samples must differ"
+
+
+def test_an_answer_alone_is_the_one_in_the_padded_batch(config, params, texts):
+    alone = answer(config, params, unpadded(texts.prompts, 3), keys_of([3]))
+    np.testing.assert_array_equal(alone.tokens, texts.tokens[-GROUP:])
+    np.testing.assert_array_equal(alone.mask, texts.mask[-GROUP:])
+    np.testing.assert_allclose(alone.logprobs, texts.logprobs[-GROUP:], atol=2e-5)
+
+
+def test_order_of_the_batch_does_not_matter(config, params, images, texts):
+    order = [2, 0, 3, 1]
+    samples = [GROUP * row + g for row in order for g in range(GROUP)]
+    moved = draw_images(config, params, rows_of(images.prompts, order), keys_of(order))
+    np.testing.assert_array_equal(moved.tokens, np.asarray(images.tokens)[samples])
+    moved = answer(config, params, rows_of(texts.prompts, order), keys_of(order))
+    np.testing.assert_array_equal(moved.tokens, np.asarray(texts.tokens)[samples])
+
+
+def test_keys_come_from_seed_prompt_and_sample():
+    data = jax.random.key_data(sampling.sample_keys(0, np.array([4, 9]), 3))
+    assert len(np.unique(data, axis=0)) == 6
+    alone = jax.random.key_data(sampling.sample_keys(0, np.array([9], np.int64), 5))
+    np.testing.assert_array_equal(alone[:3], data[3:])
+    for other in (sampling.sample_keys(1, [4, 9], 3), sampling.sample_keys(0, [4, 9], 3, stream=1)):
+        assert not (jax.random.key_data(other) == data).all(-1).any()
+
+
+def test_keys_must_be_a_multiple_of_the_prompts(config, params):
+    with pytest.raises(ValueError, match="3 keys for 4 prompts"):
+        draw_images(config, params, drawing_prompts(), keys_of(range(4))[:3])
+
+
+def on_mesh(mesh, params, prompts):
+    """Parameters, prompts and keys laid out over the devices."""
+    spread = sharding.batch_sharding(mesh)
+    return (
+        jax.device_put(params, sharding.param_shardings(params, mesh)),
+        jax.device_put(prompts, spread),
+        jax.device_put(keys_of(range(4)), spread),
+    )
+
+
+def test_devices_do_not_matter(config, params, images, texts):
+    mesh = sharding.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        drawn = draw_images(config, *on_mesh(mesh, params, images.prompts))
+        answered = answer(config, *on_mesh(mesh, params, texts.prompts))
+        assert len(drawn.tokens.sharding.device_set) == 4
+    np.testing.assert_array_equal(drawn.tokens, images.tokens)
+    np.testing.assert_allclose(drawn.logprobs, images.logprobs, atol=2e-5)
+    np.testing.assert_array_equal(answered.tokens, texts.tokens)
+    np.testing.assert_array_equal(answered.mask, texts.mask)
+
+
+def test_data_parallel_decoding_needs_no_communication(config, params, images):
+    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
+    scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
+    with jax.set_mesh(mesh):
+        arguments = *on_mesh(mesh, params, images.prompts), scale, temperature
+        program = sampling._image_program.lower(
+            config, *arguments, **STRICT, **IMAGE_OPTIONS
+        ).compile()
+        tokens, _ = program(*arguments)
+    np.testing.assert_array_equal(tokens, images.tokens)
+    collectives = r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter"
+    assert not re.search(rf" ({collectives})(-start)?\(", program.as_text())
+
+
+# ---- the end of a text
+
+
+def timed_answer(config, params, length: int):
+    arguments = config, params, question_prompts(config), keys_of(range(4))
+    rollout = jax.block_until_ready(answer(*arguments, max_new_tokens=length))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(answer(*arguments, max_new_tokens=length))
+        seconds.append(time.perf_counter() - start)
+    return rollout, min(seconds)
+
+
+def test_texts_end_at_eos_and_the_loop_with_the_last_of_them(config, params):
+    length, column = 192, params["lm_head"]["kernel"][:, SPECIAL.eos]
+    head = 0.3 * params["lm_head"]["kernel"]
+
+    rare = {**params, "lm_head": {"kernel": head.at[:, SPECIAL.eos].set(0 * column)}}
+    rollout, slow = timed_answer(config, rare, length)
+    lengths = np.asarray(rollout.mask).sum(-1)
+    assert len(set(lengths)) > 4 and lengths.max() > length / 2, lengths
+    arrays = map(np.asarray, (rollout.tokens, rollout.mask, rollout.logprobs, lengths))
+    for row, kept, logprobs, end in zip(*arrays, strict=True):
+        np.testing.assert_array_equal(kept, np.arange(length) < end)
+        assert (row[: end - 1] != SPECIAL.eos).all() and (row[end:] == SPECIAL.eos).all()
+        assert end == length or row[end - 1] == SPECIAL.eos
+        assert (logprobs[kept] < 0).all() and (logprobs[~kept] == 0).all()
+
+    # Every text token carries a large constant, which the head reads as the end.
+    table = params["language_model"]["embed_tokens"]["embedding"] + 100
+    certain = {
+        **params,
+        "language_model": {**params["language_model"], "embed_tokens": {"embedding": table}},
+        "lm_head": {"kernel": head.at[:, SPECIAL.eos].set(0 * column + 10)},
+    }
+    rollout, quick = timed_answer(config, certain, length)
+    assert np.asarray(rollout.mask).sum(-1).tolist() == [1] * 4 * GROUP
+    assert quick < slow / 2, f"one token takes {quick:.3f} s, {length} take {slow:.3f} s"
+
+
+def test_mask_runs_to_the_first_end_and_no_further_than_was_drawn():
+    tokens = jnp.array([[5, 2, 2, 2], [2, 5, 5, 2], [5, 6, 7, 8]])
+    mask = sampling.completion_mask(tokens, 3, eos=2)
+    np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
+
+
+# ---- drawing one token
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    rows = jnp.broadcast_to(logits, (20000, 4))
+    keys = jax.random.split(jax.random.key(0), 20000)
+
+    def frequencies(**options):
+        choice = sampling.Choice(1.0, False, **options)
+        drawn = jax.jit(choice.draw)(keys, jnp.int32(3), rows)
+        return np.bincount(np.asarray(drawn), minlength=4) / 20000
+
+    np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_p=0.8), [5 / 9, 2.5 / 9, 1.5 / 9, 0], atol=0.015)
+
+
+def test_nucleus_is_never_empty():
+    logits = jnp.array([[0.0, 3.0, 1.0]])
+    for top_p in (0.0, 1e-9):
+        kept = sampling.nucleus(logits, top_p)
+        np.testing.assert_array_equal(kept, [[-np.inf, 3.0, -np.inf]])
+
+
+# ---- codes to pictures
+
+
+def test_pictures_are_truncated_decodings(config, params, monkeypatch):
+    """Five pictures in chunks of two."""
+    monkeypatch.setattr(sampling, "VQ_BATCH", 2)
+    codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, (5, 16))
+    pixels = np.asarray(
+        jax.jit(lambda params: janus.bind(config, params).vqmodel.decode(codes))(params)
+    )
+    values = np.clip((pixels + 1) / 2 * 255, 0, 255)
+    found = np.asarray(sampling.decode_images(config, params, codes))
+    assert found.dtype == np.uint8 and found.shape == pixels.shape
+    sure = np.abs(values - values.round()) > 1e-2  # elsewhere rounding decides the last unit
+    np.testing.assert_array_equal(found[sure], values.astype(np.uint8)[sure])
+    assert (values % 1 > 0.6).any(), "truncation must differ from rounding"
+
+
+@pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (16, (1, 16)), (17, (2, 9))])
+def test_chunks_are_even(images, chunks):
+    assert sampling._vq_chunks(images) == chunks
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        count, size = sampling._vq_chunks(images)
+    assert size % 4 == 0 and count * size >= images
+
+
+# ---- costs
+
+
+def test_one_program_a_bucket(config, params, images, texts):
+    """Other prompts, seeds, scales and temperatures of the same padded shape compile nothing."""
+    programs = sampling._image_program, sampling._text_program
+    before = [program._cache_size() for program in programs]
+    keys = sampling.sample_keys(77, np.arange(4) + 9, GROUP)
+    shifted = rows_of(images.prompts, [3, 3, 0, 0])
+    for scale, temperature in ((2.0, 1.0), (7.5, 0.5)):
+        draw_images(config, params, shifted, keys, cfg_scale=scale, temperature=temperature)
+        answer(config, params, rows_of(texts.prompts, [1, 1, 2, 0]), keys, temperature=scale)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_caches_keep_the_compute_dtype(config, params):
+    def caches(params, ids, mask):
+        model = janus.bind(config, janus.cast(params, jnp.bfloat16))
+        rows = sampling.Rows(GROUP)
+        _, hidden, caches = sampling.start(model, model.embed_text(ids), mask, rows, 5)
+        return hidden, caches
+
+    prompts = drawing_prompts()
+    arrays = params, jnp.asarray(prompts.input_ids), jnp.asarray(prompts.attention_mask)
+    hidden, buffers = jax.eval_shape(caches, *arrays)
+    assert hidden.dtype == jnp.bfloat16
+    llama = config.llama
+    assert len(buffers) == llama.num_layers
+    for x in jax.tree.leaves(buffers):
+        assert (x.dtype, x.shape) == (jnp.bfloat16, (4 * GROUP, 13, llama.num_kv_heads, 8))
+
+
+@pytest.fixture(scope="module")
+def wide_config(tiny_config):
+    """Small weights, long images and many key heads: the cache is nearly all of the memory."""
+    return dataclasses.replace(
+        tiny_config,
+        llama=dataclasses.replace(
+            tiny_config.llama, hidden_size=16, num_layers=4, num_heads=4, num_kv_heads=4
+        ),
+        siglip=dataclasses.replace(tiny_config.siglip, image_size=64),
+        image_token_embed=16,
+    )
+
+
+def lowered(config, program: str, rows: int, length: int, group: int, **options):
+    shape = jax.ShapeDtypeStruct
+    prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
+    keys = jax.eval_shape(lambda: keys_of(range(rows), group))
+    scalars = [shape((), jnp.float32)] * (2 if program == "_image_program" else 1)
+    return getattr(sampling, program).lower(
+        config, janus.abstract(config), prompts, keys, *scalars, **STRICT, **options
+    )
+
+
+@pytest.mark.parametrize("program", ["_image_program", "_text_program"])
+def test_memory_is_one_cache_and_little_more(wide_config, program):
+    """Extended in place: no second copy of the cache beside the one that the loop carries."""
+    rows, length, group = 4, 16, 16
+    options = IMAGE_OPTIONS if program == "_image_program" else TEXT_OPTIONS
+    compiled = lowered(wide_config, program, rows, length, group, **options).compile()
+    llama, samples = wide_config.llama, rows * group * (1 + (program == "_image_program"))
+    heads = llama.num_kv_heads * llama.head_dim
+    layer = 2 * 4 * samples * (length + 256) * heads
+    found = compiled.memory_analysis().temp_size_in_bytes
+    print(f"{program}: {found / 2**20:.1f} MiB, cache {llama.num_layers * layer / 2**20:.1f} MiB")
+    # One layer's keys and values are transposed for the CPU's matrix products.
+    assert found < (llama.num_layers + 1.1) * layer + 2**20

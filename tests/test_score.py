@@ -1,0 +1,209 @@
+"""`python -m corl_jax.score`: files in, numbers out, and every problem at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from corl_jax import score, sharding
+from corl_jax.data import shapes
+from corl_jax.data.processor import Processor
+from corl_jax.models import janus
+from corl_jax.rewards import registry
+from corl_jax.weights import files
+from tests.tiny import tiny_image, tiny_tokenizer_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cases(folder, *rows):
+    path = folder / "cases.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def run(capsys, *arguments):
+    """(rewards, stderr) of the command in this process."""
+    score.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return [json.loads(line)["reward"] for line in out.splitlines()], err
+
+
+def problems(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        score.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    return err
+
+
+def test_the_command_end_to_end(tmp_path):
+    path = cases(
+        tmp_path,
+        {"completion": "<think>a</think><answer>B</answer>", "id": 7},
+        "",
+        {"completion": "B"},
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "corl_jax.score", "--reward", "format", "--input", path],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"index": 0, "line": 1, "reward": 1.0},
+        {"index": 1, "line": 3, "reward": 0.0},
+    ]
+    assert done.stderr == "format: mean 0.5000 over 2 of 2 cases\n"
+
+
+def test_answers_with_short_names_options_and_nulls(tmp_path, capsys):
+    path = cases(
+        tmp_path,
+        {"completion": "<answer>A. red</answer>", "problem": "?\nA. red\nB. blue",
+         "solution": "A", "type": "MC"},
+        {"completion": "x", "qa_solution": None, "qa_type": "OE"},
+    )  # fmt: skip
+    rewards, err = run(capsys, "--reward", "qa_accuracy", "--input", path)
+    assert rewards == [1.0, None]
+    assert "mean 1.0000 over 1 of 2 cases" in err
+    rewards, err = run(
+        capsys, "--reward", "qa_accuracy", "mc=false", "--input", path, "--model", "nowhere"
+    )
+    assert rewards == [0.0, None]
+    assert "--model is not loaded" in err
+
+
+def test_images_relative_to_the_file(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    row = shapes.make_row(0, 0, encode=False)
+    Image.fromarray(row["real_image"]).save(tmp_path / "pictures" / "a.png")
+    tiny_image(0, (64, 64)).save(tmp_path / "b.png")
+    path = cases(
+        tmp_path,
+        {"image": "pictures/a.png", "spec": row["spec"], "real_image": "pictures/a.png"},
+        {"image": "b.png", "spec": json.loads(row["spec"]), "real_image": None},
+    )
+    assert run(capsys, "--reward", "shapes_checker", "--input", path)[0] == [1.0, 0.0]
+    assert run(capsys, "--reward", "t2i_pixel_mse", "--input", path)[0] == [1.0, None]
+
+
+def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
+    assets = tiny_tokenizer_dir(tmp_path / "assets", image_size=16, patch_size=4)
+    processor = Processor.from_dir(assets)
+    llama = dataclasses.replace(tiny_config.llama, vocab_size=len(processor.tokenizer))
+    config = dataclasses.replace(tiny_config, llama=llama)
+    rng = np.random.default_rng(0)
+    params = sharding.map_with_path(
+        lambda path, leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
+        janus.abstract(config),
+    )
+    model = tmp_path / "model"
+    files.save_checkpoint(model, config, params, layout="jax")
+    for file in assets.iterdir():
+        shutil.copy(file, model)
+    for i in range(2):
+        tiny_image(i, (16, 16)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "prompt": f"a red circle {i}"} for i in range(2)]
+    path = cases(tmp_path, *rows, {"image": "0.png", "prompt": None})
+    rewards, _ = run(capsys, "--reward", "t2i_ti_sim", "--input", path, "--model", model)
+    assert rewards[2] is None
+    samples = registry.Samples(
+        {"prompt": [row["prompt"] for row in rows]},
+        images=np.stack([np.asarray(tiny_image(i, (16, 16))) for i in range(2)]),
+    )
+    context = registry.Context(config, params, processor, jnp.float32, 0, 0)
+    expected = registry.REGISTRY["t2i_ti_sim"].function(samples, context)
+    np.testing.assert_allclose(rewards[:2], expected, atol=1e-6)
+
+    (model / "tokenizer.json").unlink()
+    err = problems(capsys, "--reward", "t2i_ti_sim", "--input", path, "--model", model, "chunk=0")
+    assert "tokenizer.json" in err and "option chunk: found 0" in err
+
+
+def test_all_problems_of_arguments_and_lines_at_once(tmp_path, capsys):
+    tiny_image(0, (16, 16)).save(tmp_path / "small.png")
+    tiny_image(0, (16, 8)).save(tmp_path / "flat.png")
+    path = cases(
+        tmp_path,
+        "{",
+        [1],
+        {"image": "none.png", "prompt": 3, "real_image": "small.png"},
+        {"prompt": "a", "real_image": None},
+        {"image": None, "prompt": "a", "real_image": None},
+    )
+    err = problems(
+        capsys, "--reward", "t2i_bid_cycle_reward", "--input", path, "caption=blip",
+        "max_new_tokens=many", "oops", "--seed", "-1",
+    )  # fmt: skip
+    for expected in (
+        "argument 'oops': expected key=value",
+        "option caption: blip needs a network",
+        "option max_new_tokens: found 'many'",
+        "--seed: found -1",
+        "--model: missing; t2i_bid_cycle_reward asks the policy",
+        "line 1: not JSON",
+        "line 2: found list, expected an object",
+        "line 3: image: image: cannot read",
+        "line 3: prompt: found 3, expected a text",
+        "line 4: image is missing; found prompt, real_image",
+        "line 5: image: found null, expected a path",
+    ):
+        assert expected in err, (expected, err)
+
+    path = cases(tmp_path, {"image": "small.png", "spec": {}}, {"image": "flat.png", "spec": None})
+    err = problems(capsys, "--reward", "shapes_checker", "--input", path)
+    assert "line 1: spec: found {}" in err
+    path = cases(tmp_path, {"image": "small.png", "spec": None},
+                 {"image": "flat.png", "spec": None})  # fmt: skip
+    err = problems(capsys, "--reward", "shapes_checker", "--input", path)
+    assert "line 2: image: found 16x8 pixels, line 1 has 16x16" in err
+
+
+def test_wrong_files_and_names(tmp_path, capsys):
+    assert "--reward: missing" in problems(capsys)
+    absent = tmp_path / "none.jsonl"
+    err = problems(capsys, "--reward", "fromat", "--input", absent)
+    assert "did you mean format?" in err and "No such file" in err
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe{}")
+    assert "not UTF-8" in problems(
+        capsys, "--reward", "format", "--input", tmp_path / "bytes.jsonl"
+    )
+    assert "found no cases" in problems(
+        capsys, "--reward", "format", "--input", cases(tmp_path, "")
+    )
+    both = cases(tmp_path, {"completion": "x", "solution": "a", "qa_solution": "b", "type": "OE"})
+    assert "found both solution and qa_solution" in problems(
+        capsys, "--reward", "qa_accuracy", "--input", both
+    )
+    neither = cases(tmp_path, {"completion": "x"})
+    assert "cls_solution or qa_solution is missing" in problems(
+        capsys, "--reward", "oc_accuracy", "--input", neither
+    )
+    assert "given twice" in problems(
+        capsys, "--reward", "format", "--input", neither, "strip=true", "strip=false"
+    )
+
+
+def test_boxes_as_lists_or_texts():
+    assert score._value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
+    assert "expected [[x1" in score._value("od_solution", [[0, 1, 2]], Path())[0]
+    assert "expected [[x1" in score._value("od_solution", [[0, 1, 2, True]], Path())[0]
+
+
+def test_the_list_names_every_reward(capsys):
+    score.main(["--list"])
+    out = capsys.readouterr().out
+    for name in registry.REGISTRY:
+        assert f"\n{name}\n" in f"\n{out}"
+    assert "columns: qa_solution qa_type [qa_problem]" in out
+    assert "mc=True" in out

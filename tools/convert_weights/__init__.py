@@ -1,0 +1,1 @@
+"""The conversion command: PyTorch checkpoints in, PyTorch checkpoints out."""

@@ -1,0 +1,152 @@
+"""Converts, inspects and compares Janus checkpoints.
+
+python -m tools.convert_weights to-jax SRC DST
+python -m tools.convert_weights to-torch SRC DST --format original|transformers [--base DIR]
+python -m tools.convert_weights inspect SRC
+python -m tools.convert_weights verify A B
+
+SRC, A and B are directories of any layout (original, transformers or jax) or hub ids.
+Exit codes: 0 done, 1 verify found a difference, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from corl_jax.errors import exit_on_input_error
+from corl_jax.weights.files import convert, resolve_model_dir
+from tools.convert_weights.compare import compare
+from tools.convert_weights.describe import describe
+
+MAX_LINES = 50  # of differences; a wrong config would print a thousand
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="corl-convert-weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to_jax = commands.add_parser("to-jax", help="a PyTorch checkpoint into our own layout")
+    to_torch = commands.add_parser("to-torch", help="any checkpoint into a PyTorch layout")
+    for sub in (to_jax, to_torch):
+        sub.add_argument("source", metavar="SRC", help="model directory or hub id")
+        sub.add_argument("out", metavar="DST", type=Path, help="folder to be made")
+        sub.add_argument(
+            "--dtype",
+            choices=("keep", "float32", "bfloat16"),
+            default="keep",
+            help="element type of the output (default: %(default)s, exact to the bit)",
+        )
+        sub.add_argument(
+            "--base",
+            metavar="DIR",
+            help="original checkpoint for the tensors that transformers' layout drops",
+        )
+        sub.add_argument(
+            "--max-shard-mb",
+            type=_positive,
+            default=4000,
+            metavar="MB",
+            help="largest file of weights, in 10^6 bytes (default: %(default)s)",
+        )
+        sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    to_torch.add_argument("--format", choices=("original", "transformers"), required=True)
+    to_torch.add_argument(
+        "--bin", action="store_true", help="write pytorch_model.bin files; needs PyTorch"
+    )
+    inspect = commands.add_parser("inspect", help="sizes, types, files and special tokens")
+    inspect.add_argument("source", metavar="SRC")
+    verify = commands.add_parser("verify", help="compare two checkpoints tensor by tensor")
+    verify.add_argument("a", metavar="A")
+    verify.add_argument("b", metavar="B")
+    verify.add_argument(
+        "--ignore-dtype", action="store_true", help="equal values of another type are the same"
+    )
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int], None] | None]:
+    """A byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    source = resolve_model_dir(args.source)
+    with progress_bar(args.command) as progress:
+        notes = convert(
+            source,
+            args.out,
+            layout="jax" if args.command == "to-jax" else args.format,
+            base=resolve_model_dir(args.base) if args.base else None,
+            dtype=args.dtype,
+            max_shard_bytes=args.max_shard_mb * 10**6,
+            as_bin=args.command == "to-torch" and args.bin,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    for line in describe(resolve_model_dir(args.source)):
+        print(line)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    a, b = resolve_model_dir(args.a), resolve_model_dir(args.b)
+    with progress_bar("verify") as progress:
+        result = compare(a, b, ignore_dtype=args.ignore_dtype, progress=progress)
+    for line in result.notes:
+        print(f"note: {line}")
+    for line in result.differences[:MAX_LINES]:
+        print(f"differs: {line}")
+    hidden = len(result.differences) - MAX_LINES
+    if hidden > 0:
+        print(f"... and {hidden} more differences")
+    verdict = f"{len(result.differences)} differences" if result.differences else "equal"
+    print(f"{result.tensors} tensors compared: {verdict}")
+    return 1 if result.differences else 0
+
+
+@exit_on_input_error
+def run(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    commands = {"inspect": run_inspect, "verify": run_verify}
+    return commands.get(args.command, run_convert)(args)
+
+
+def main() -> None:
+    """The installed command."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

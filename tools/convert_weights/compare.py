@@ -1,0 +1,129 @@
+"""Compares two checkpoints of any layouts, slice by slice under their common names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from corl_jax.weights.checkpoint import Checkpoint, is_stacked, open_checkpoint
+from corl_jax.weights.leaves import layer_count
+
+BLOCK_VALUES = 2**22
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Lines to print; a note is not a difference."""
+
+    tensors: int
+    differences: list[str]
+    notes: list[str]
+
+
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    ignore_dtype: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Bitwise, types included. Raises: InputError for a checkpoint that does not add up."""
+    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+        result = Comparison(0, _config_differences(first, second), [])
+        for path in first.leaves.shapes:
+            if second.leaves.shapes.get(path) != first.leaves.shapes[path]:
+                found = second.leaves.shapes.get(path)
+                result.differences.append(f"{path}: {first.leaves.shapes[path]} against {found}")
+                continue
+            lines = list(_leaf_differences(first, second, path, ignore_dtype, progress))
+            result.differences += lines
+            result.tensors += 1
+        extra = second.leaves.shapes.keys() - first.leaves.shapes.keys()
+        result.differences += [f"{path}: only in {b}" for path in sorted(extra)]
+        _compare_carried(first, second, result, ignore_dtype)
+    return result
+
+
+def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
+    lines = []
+    for part in ("llama", "siglip", "vq"):
+        old, new = (dataclasses.asdict(getattr(c.config, part)) for c in (a, b))
+        lines += [
+            f"config {part}.{name}: {old[name]} against {new[name]}"
+            for name in old
+            if old[name] != new[name]
+        ]
+    return lines
+
+
+def _leaf_differences(
+    a: Checkpoint,
+    b: Checkpoint,
+    path: str,
+    ignore_dtype: bool,
+    progress: Callable[[int], None] | None,
+) -> Iterator[str]:
+    for layer in layer_count(a.leaves, path, is_stacked(path)):
+        x, y = a.leaves.read(path, layer), b.leaves.read(path, layer)
+        line = difference(x, y, ignore_dtype)
+        if line:
+            yield f"{path}{'' if layer is None else f' layer {layer}'}: {line}"
+        if progress:
+            progress(x.nbytes)
+
+
+def difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
+    """What differs between two arrays, in words; None when nothing does."""
+    if x.shape != y.shape:
+        return f"shape {x.shape} against {y.shape}"
+    wide = np.promote_types(x.dtype, y.dtype)
+    same, unequal, gap = True, 0, 0.0
+    for a, b in _blocks(x, y, wide):
+        if a.tobytes() != b.tobytes():
+            same = False
+            count, largest = _numbers(a, b)
+            unequal, gap = unequal + count, max(gap, largest)
+    numbers = f"{unequal} of {x.size} values differ, by at most {gap:.3g}"
+    if x.dtype == y.dtype:
+        return None if same else numbers
+    if same and ignore_dtype:
+        return None
+    return f"{x.dtype.name} against {y.dtype.name}, {'values equal' if same else numbers}"
+
+
+def _blocks(
+    x: np.ndarray, y: np.ndarray, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Runs of rows of both, small enough that their copies do not count beside the tensors."""
+    x, y = np.atleast_1d(x), np.atleast_1d(y)
+    rows = max(1, BLOCK_VALUES * x.shape[0] // max(1, x.size))
+    for start in range(0, x.shape[0], rows):
+        block = slice(start, start + rows)
+        yield x[block].astype(dtype, order="C"), y[block].astype(dtype, order="C")
+
+
+def _numbers(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)
+    unequal = ~(a64 == b64)
+    with np.errstate(invalid="ignore"):
+        gap = np.nanmax(np.abs(a64 - b64)[unequal], initial=0.0)
+    return int(unequal.sum()), float(gap)
+
+
+def _compare_carried(a: Checkpoint, b: Checkpoint, result: Comparison, ignore_dtype: bool) -> None:
+    """Tensors outside the model; transformers' layout never has them, so that is only a note."""
+    for key in sorted(a.carried.keys() & b.carried.keys()):
+        line = difference(a.carried[key].read(key), b.carried[key].read(key), ignore_dtype)
+        result.tensors += 1
+        if line:
+            result.differences.append(f"{key}: {line}")
+    for mine, other in ((a, b), (b, a)):
+        only = sorted(mine.carried.keys() - other.carried.keys())
+        lines = [f"{key}: only in {mine.folder}" for key in only]
+        if other.layout == "transformers" or other.source_layout == "transformers":
+            result.notes += lines
+        else:
+            result.differences += lines

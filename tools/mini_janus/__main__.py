@@ -1,0 +1,57 @@
+"""Writes an untrained mini Janus in transformers' layout, for the supervised stages to train.
+
+python -m tools.mini_janus --out DIR [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+
+from corl_jax.errors import exit_on_input_error
+from corl_jax.models import janus
+from corl_jax.weights.atomic import whole_directory
+from corl_jax.weights.export import Assets, Export, write_export
+from corl_jax.weights.leaves import MemoryLeaves
+from corl_jax.weights.table import flatten
+from tools.mini_janus import tokenizer as tokenizers
+from tools.mini_janus.config import MAX_POSITIONS, mini_config
+
+
+def create(out: Path, seed: int) -> int:
+    """Writes the directory, whole or not at all, and returns the number of parameters.
+
+    Raises: InputError where the directory holds files.
+    """
+    with whole_directory(out) as folder, tempfile.TemporaryDirectory() as assets:
+        tokenizer = tokenizers.build(seed)
+        tokenizers.write(Path(assets), tokenizer, MAX_POSITIONS)
+        config = mini_config(tokenizers.embedding_rows(tokenizer))
+        params = janus.init(config, jax.random.key(seed))
+        export = Export(
+            layout="transformers",
+            config=config,
+            leaves=MemoryLeaves(flatten(jax.device_get(params))),
+            # Called `original` so that transformers' files are made, not copied.
+            assets=Assets(Path(assets), "original", Path(assets) / "config.json"),
+            carried={},
+        )
+        write_export(folder, export)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tools.mini_janus", description=__doc__)
+    parser.add_argument("--out", required=True, type=Path, help="new or empty directory")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the text")
+    args = parser.parse_args(argv)
+    print(f"{create(args.out, args.seed):,} parameters: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
