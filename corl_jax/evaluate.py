@@ -116,7 +116,7 @@ def plan(args: argparse.Namespace) -> Any:
         else (attempt(open_rows, args))
     )
     lengths = attempt(check_rows, source, model, args) if source is not None else None
-    if problems:
+    if problems or lengths is None:
         more = len(problems) - MAX_PROBLEMS
         raise InputError(problems[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else []))
     return make_loader(source, model[1], lengths, args.batch_size)
@@ -156,7 +156,7 @@ def open_rows(args: argparse.Namespace) -> Any:
 
     if args.data is None:
         return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed)
-    source = ParquetSource(args.data, required=[*REQUIRED, "real_image"])
+    source: Any = ParquetSource(args.data, required=[*REQUIRED, "real_image"])
     if args.rows is not None and args.rows > len(source):
         raise InputError(
             f"--rows: found {args.rows}, but {args.data} has {len(source)} rows; ask for at most "

@@ -121,11 +121,10 @@ def evaluate_shapes(
     that of drawings, and of answers unless `greedy_text`.
 
     Raises:
-        InputError: a column or encoding is missing or unusable, before that batch is sampled;
-            no row at all.
+        InputError: a batch lacks what it needs, before it is sampled; or there is no row.
     """
     if isinstance(batches, Loader):
-        rows = rows or 10**9
+        rows = min(len(batches.source), len(batches.source) if rows is None else rows)
         batches = batches.iterate(0, -(-rows // batches.batch_size))
     samplers = {
         "t2i": functools.partial(sampling.sample_images, cfg_scale=cfg_scale),
@@ -141,15 +140,10 @@ def evaluate_shapes(
             break
         check_columns(prompts)
         size = max(size, len(prompts))
-        index = filled(prompts.index, size)
         found = {}
         for task, sampler in samplers.items():
-            keys = sampling.sample_keys(seed, index, 1, STREAMS[task])
-            # Typed keys are no host arrays: `place` gets their bits.
-            bits = np.asarray(jax.random.key_data(keys))
-            encoded = jax.tree.map(lambda x: filled(x, size), getattr(prompts, task))  # noqa: B023
-            bits, encoded = place((bits, encoded))
-            found[task] = sampler(config, params, encoded, jax.random.wrap_key_data(bits), **common)
+            encoded, keys = _inputs(prompts, task, size, seed, place)
+            found[task] = sampler(config, params, encoded, keys, **common)
         images = sampling.decode_images(config, params, found["t2i"].tokens)
         texts = _texts(processor, found["mm2t"], kept)
         pieces.append((_local(images)[kept], texts, _rows(prompts.columns, kept)))
@@ -311,6 +305,16 @@ def _report(pieces: list[tuple[np.ndarray, list[str], dict[str, list]]]) -> Repo
     passed, answers = score_drawings(images, columns), score_answers(texts, columns)
     rates = summarize(passed, columns["category"], answers)
     return Report(rates, images, columns["prompt"], passed, answers)
+
+
+def _inputs(prompts: Prompts, task: str, size: int, seed: int, place: Callable) -> tuple:
+    """(encoded prompts, keys) of a batch filled up to `size` rows, on the devices."""
+    index = filled(prompts.index, size)
+    encoded = jax.tree.map(lambda x: filled(x, size), getattr(prompts, task))
+    keys = sampling.sample_keys(seed, index, 1, STREAMS[task])
+    # Typed keys are no host arrays: `place` gets their bits.
+    encoded, bits = place((encoded, np.asarray(jax.random.key_data(keys))))
+    return encoded, jax.random.wrap_key_data(bits)
 
 
 def _texts(processor: Any, rollout: Any, rows: np.ndarray) -> list[str]:

@@ -112,8 +112,8 @@ def test_images_and_their_lines(drawn, model_dir, config):
         assert found.shape == expected.shape == (16, 16, 3)
         # The decoder's own chunks differ, so a value next to an integer may fall to either side.
         assert np.abs(found.astype(int) - expected).max() <= 1
-    width, height = Image.open(drawn / "grid.png").size
-    assert width > 2 * 16 and height > 3 * 16
+    with Image.open(drawn / "grid.png") as grid:
+        assert grid.width > 2 * 16 and grid.height > 3 * 16
 
 
 def test_images_do_not_depend_on_the_batch(drawn, model_dir, tmp_path):

@@ -23,6 +23,7 @@ from corl_jax.train.rundir import RunDir, jsonable, replacing
 HEADLINE = (
     "loss", "reward", "t2i/reward", "mm2t/reward", "t2i/nll", "mm2t/nll", "kl", "t2i/kl",
     "mm2t/kl", "grad_norm",
+    "eval/draw/accuracy", "eval/answer/accuracy",
 )  # fmt: skip
 """What the console shows of a step, as far as it is there; a step without any is shown whole."""
 
