@@ -1,24 +1,13 @@
-"""Every knob of a run: typed, bounded, documented, and checked before anything else happens.
-
-A config is a YAML file, optionally on top of another one (`base: other.yaml`, relative to the
-file), with `key.path=value` overrides from the command line; values are parsed as YAML. Unknown
-keys are refused with the nearest known name, and all problems are reported at once.
+"""Every knob of a run: typed, bounded and documented. `config_file` reads, checks and writes it.
 
 Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released script.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from corl_jax.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -268,6 +257,13 @@ class Config(Section):
                     f"{name}: {part} does not divide train.prompts_per_step {batch}; "
                     f"nearest divisors {_near_divisors(batch, part)}"
                 )
+        if self.objective == "vq" and self.train.micro_batch not in (None, batch):
+            problems.append("train.micro_batch: objective vq has no micro-batches; leave it out")
+        if self.eval.suite == "rewards" and (self.objective == "vq" or not self.rewards):
+            problems.append(
+                "eval.suite: rewards, but there are none to score, or objective vq, which "
+                "samples nothing; list rewards or choose another suite"
+            )
         if self.objective == "grpo" and not self.rewards:
             problems.append("rewards: empty; objective grpo needs at least one: {name: format}")
         if self.compat.image_logprobs_unshifted and self.grpo.image_logprobs == "guided":
@@ -286,138 +282,3 @@ class Config(Section):
 def _near_divisors(number: int, wanted: int) -> str:
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return ", ".join(str(d) for d in sorted(divisors, key=lambda d: abs(d - wanted))[:2])
-
-
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The config of a file and its overrides (`key.path=value`).
-
-    Raises:
-        InputError: every problem found, each with its key.
-    """
-    tree = _read(Path(path), [])
-    problems = [line for text in overrides or [] for line in _override(tree, text)]
-    try:
-        config = validate(tree, str(path))
-    except InputError as error:
-        problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return config
-
-
-def validate(tree: dict[str, Any], source: str) -> Config:
-    """A Config of a plain dict; `source` names it in errors."""
-    try:
-        return Config.model_validate(tree)
-    except pydantic.ValidationError as error:
-        found: dict[str, list[str]] = {}
-        for prefix, text in map(_explain, error.errors()):
-            found.setdefault(prefix, []).append(text)
-    lines = [key + line for key, texts in found.items() for line in " or ".join(texts).splitlines()]
-    raise InputError([f"{source}: {line}" for line in lines])
-
-
-def dump(config: Config) -> str:
-    """The resolved config as YAML, every option with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def describe(section: type[Section] = Config, prefix: str = "") -> str:
-    """Every option on a line: key, default, type and meaning."""
-    lines = []
-    for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            lines.append(f"{key}: {(kind.__doc__ or '').splitlines()[0]}")
-            lines.append(describe(kind, f"{key}."))
-            continue
-        default = (
-            "required"
-            if field.is_required()
-            else repr(field.get_default(call_default_factory=True))
-        )
-        note = f"  # {field.description}" if field.description else ""
-        lines.append(f"  {key} = {default}{note}")
-    return "\n".join(lines)
-
-
-def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --config wants a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: found {type(tree).__name__}, expected a mapping of options")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _merge(_read(path.parent / str(base), [*seen, path.resolve()]), tree)
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _override(tree: dict[str, Any], text: str) -> list[str]:
-    """Sets one value; returns what is wrong with the argument."""
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        return [f"argument {text!r}: expected key.path=value"]
-    *parents, leaf = key.split(".")
-    for part in parents:
-        child = tree.setdefault(part, {})
-        if not isinstance(child, dict):
-            return [f"argument {text!r}: {part} is a value, not a block of options"]
-        tree = child
-    try:
-        tree[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        return [f"argument {text!r}: value is not valid YAML: {error}"]
-    return []
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, except that 1e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [name for index, name in enumerate(names) if name in names[:index]]
-        if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _explain(item: Any) -> tuple[str, str]:
-    """(key and value found, what is wrong) of one of pydantic's errors."""
-    # A value of several types has an error for each, with the type's name behind the key.
-    key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
-    if item["type"] == "extra_forbidden":
-        known = _known(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.0)[0]
-        return f"{key}: ", f"unknown key; did you mean {near}? (known: {', '.join(known)})"
-    if item["type"] == "missing":
-        return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
-    message = item["msg"].removeprefix("Value error, ")
-    return (f"{key}: found {item['input']!r}; " if key else "", message)
-
-
-def _known(location: tuple) -> list[str]:
-    section: Any = Config
-    for part in location:
-        if isinstance(part, str):
-            section = Reward if part == "rewards" else section.model_fields[part].annotation
-    return list(section.model_fields)

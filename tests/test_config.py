@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import yaml
 
-from corl_jax import config
+from corl_jax import config_file
 from corl_jax.errors import InputError
 
 MINIMAL = """
@@ -30,12 +30,12 @@ def write(tmp_path):
 
 def problems(path, *overrides):
     with pytest.raises(InputError) as error:
-        config.load(path, list(overrides))
+        config_file.load(path, list(overrides))
     return error.value.problems
 
 
 def test_defaults_are_the_papers_and_the_config_is_frozen(write):
-    loaded = config.load(write(MINIMAL))
+    loaded = config_file.load(write(MINIMAL))
     assert loaded.rollout.group_size == 8 and loaded.rollout.cfg_scale == 5.0
     assert loaded.grpo.mm2t_weight == 0.8 and loaded.optimizer.learning_rate == 4e-6
     with pytest.raises(ValueError, match="frozen"):
@@ -43,10 +43,10 @@ def test_defaults_are_the_papers_and_the_config_is_frozen(write):
 
 
 def test_dump_reads_back_as_the_same_config(write):
-    loaded = config.load(write(MINIMAL), ["optimizer.learning_rate=3e-7", "train.max_steps=5"])
-    again = config.load(write(config.dump(loaded), "again.yaml"))
+    loaded = config_file.load(write(MINIMAL), ["optimizer.learning_rate=3e-7", "train.max_steps=5"])
+    again = config_file.load(write(config_file.dump(loaded), "again.yaml"))
     assert again == loaded
-    assert yaml.safe_load(config.dump(loaded))["optimizer"]["learning_rate"] == 3e-7
+    assert yaml.safe_load(config_file.dump(loaded))["optimizer"]["learning_rate"] == 3e-7
 
 
 def test_base_is_relative_to_the_file_and_blocks_are_merged(write, tmp_path):
@@ -55,7 +55,7 @@ def test_base_is_relative_to_the_file_and_blocks_are_merged(write, tmp_path):
     path = write(
         "base: ../base.yaml\noptimizer: {b2: 0.5}\nrewards: [{name: a}]", "deeper/run.yaml"
     )
-    loaded = config.load(path, ["optimizer.b1=0.7"])
+    loaded = config_file.load(path, ["optimizer.b1=0.7"])
     assert (loaded.optimizer.b1, loaded.optimizer.b2) == (0.7, 0.5)
     assert [reward.name for reward in loaded.rewards] == ["a"]  # lists are replaced, not merged
 
@@ -70,14 +70,14 @@ def test_base_that_leads_back_to_itself(write):
     [("1e-4", 1e-4), ("2E+3", 2000.0), ("1.e-3", 1e-3), ("0.5", 0.5), ("3", 3.0)],
 )
 def test_numbers_as_people_write_them(write, text, value):
-    loaded = config.load(write(MINIMAL), [f"optimizer.eps={text}"])
+    loaded = config_file.load(write(MINIMAL), [f"optimizer.eps={text}"])
     assert loaded.optimizer.eps == value
-    option = config.load(write(MINIMAL), [f"rewards=[{{name: x, options: {{y: {text}}}}}]"])
+    option = config_file.load(write(MINIMAL), [f"rewards=[{{name: x, options: {{y: {text}}}}}]"])
     assert option.rewards[0].options["y"] == value
 
 
 def test_words_stay_words(write):
-    loaded = config.load(write(MINIMAL), ["output_dir=run1e", "data.path=[a, b]"])
+    loaded = config_file.load(write(MINIMAL), ["output_dir=run1e", "data.path=[a, b]"])
     assert loaded.output_dir == "run1e" and loaded.data.path == ["a", "b"]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from corl_jax import config as config_file
+from corl_jax import config_file
 from corl_jax.errors import InputError
 from corl_jax.train import rundir
 

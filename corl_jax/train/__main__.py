@@ -11,22 +11,22 @@ import argparse
 
 import jax
 
-from corl_jax import config as configs
-from corl_jax import startup
+from corl_jax import config_file, startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.train import report, rundir
 from corl_jax.train.checkpoint import Checkpoints
 from corl_jax.train.loop import train
 from corl_jax.train.metrics import Metrics, Phases
+from corl_jax.train.planning import Plan, plan
 from corl_jax.train.record import Recorder
-from corl_jax.train.setup import Plan, build, plan
+from corl_jax.train.setup import build
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.train",
         description=__doc__,
-        epilog="Every option with its default, range and source:\n\n" + configs.describe(),
+        epilog="Every option with its default, range and source:\n\n" + config_file.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
@@ -46,9 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(argv)
-    config = configs.load(args.config, args.overrides)
+    config = config_file.load(args.config, args.overrides)
     if args.print_config:
-        print(configs.dump(config), end="")
+        print(config_file.dump(config), end="")
         return
     startup.enable_compilation_cache()
     planned = plan(config)
@@ -66,7 +66,7 @@ def run_training(planned: Plan) -> None:
         Checkpoints(directory.checkpoints, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
     ):
-        resumed = checkpoints.latest()
+        resumed, before = checkpoints.latest(), 0.0
         run, state = build(planned, Phases())
         if resumed is not None:
             tree, meta = checkpoints.restore(
@@ -74,11 +74,12 @@ def run_training(planned: Plan) -> None:
             )
             state = tree["state"]
             planned.train_loader.set_state(meta["data"])
+            before = meta["seconds"]
         start = resumed or 0
         stop = min(run.steps, start + (config.train.stop_after or run.steps))
         with Metrics(directory, resumed, run.steps, primary) as metrics:
             recorder = Recorder(
-                config, directory, metrics, checkpoints, planned.model_dir, primary
+                config, directory, metrics, checkpoints, planned.model_dir, primary, before
             )
             if start == 0:
                 recorder.milestone(run, state, 0)

@@ -39,10 +39,14 @@ def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         advantages, stats = compare(run, rewards)
     with run.phases("update"):
         batch = make_batch(run, state, rollouts, advantages)
+        updates = []
         for _ in range(run.num_iterations):
             state, metrics = run.train_step(state, run.frozen, batch)
+            updates.append(metrics)
         jax.block_until_ready(metrics)
-    metrics = metrics | stats | reward_metrics(rewards) | length_metrics(run, rollouts)
+    # Later updates have left the policy that sampled; only the first can tell a wrong sampler.
+    agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
+    metrics = metrics | agreement | stats | reward_metrics(rewards) | length_metrics(run, rollouts)
     return state, Iteration(metrics, samples, rewards)
 
 
@@ -53,9 +57,7 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
     for first in range(0, len(prompts), run.rollout_batch):
         rows = slice(first, first + run.rollout_batch)
         piece = put(run, jax.tree.map(lambda x: x[rows], encoded))  # noqa: B023
-        keys = sampling.sample_keys(
-            run.seed, prompts.index[rows], run.group_size, STREAMS[task]
-        )
+        keys = sampling.sample_keys(run.seed, prompts.index[rows], run.group_size, STREAMS[task])
         keys = jax.device_put(keys, batch_sharding(run.mesh))
         pieces.append(run.samplers[task](params, piece, keys))
     if len(pieces) == 1:
@@ -178,8 +180,8 @@ def length_metrics(run: Run, rollouts: dict[str, Rollout]) -> dict[str, Any]:
     if "mm2t" in rollouts:
         lengths = local_rows(rollouts["mm2t"].mask).sum(axis=-1)
         closed = local_rows(ended(rollouts["mm2t"], run.processor.special.eos))
-        for name, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
-            metrics[f"mm2t/completions/{name}_length"] = float(value)
+        for name in ("mean", "min", "max"):
+            metrics[f"mm2t/completions/{name}_length"] = float(getattr(lengths, name)())
         metrics["mm2t/completions/clipped_ratio"] = float(1 - closed.mean())
         metrics["mm2t/tokens"] = float(lengths.sum())
     return metrics

@@ -12,7 +12,7 @@ from corl_jax.train.step import TrainState
 
 def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int) -> TrainState:
     """Iterations `start` to `stop` - 1; metrics of one are read after the next is dispatched."""
-    pending: tuple[int, Any, float] | None = None
+    pending: tuple[int, Any, dict[str, float]] | None = None
     began = time.perf_counter()
     for step, prompts in zip(
         range(start, stop), run.train_loader.iterate(start, stop), strict=True
@@ -21,7 +21,8 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
         if pending is not None:
             recorder.iteration(*pending, run)
         now = time.perf_counter()
-        pending, began = (step, iteration, now - began), now
+        seconds = run.phases.take() | {"step_time": now - began}
+        pending, began = (step, iteration, seconds), now
         if recorder.due(step + 1, run):
             recorder.iteration(*pending, run)
             pending = None
@@ -30,4 +31,3 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
     if pending is not None:
         recorder.iteration(*pending, run)
     return state
-

@@ -58,7 +58,8 @@ def partition(params: Params, trainable: list[str]) -> tuple[Params, Params]:
             if not any(re.fullmatch(pattern, path) for path in paths):
                 tops = ", ".join(sorted({path.split("/")[0] for path in paths}))
                 problems.append(
-                    f"train.trainable: {pattern!r} matches no parameter path; paths start with {tops}"
+                    f"train.trainable: {pattern!r} matches no parameter path; "
+                    f"paths start with {tops}"
                 )
         except re.error as error:
             problems.append(f"train.trainable: {pattern!r} is no regular expression: {error}")

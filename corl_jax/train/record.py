@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,22 +37,35 @@ class Recorder:
     checkpoints: Checkpoints
     model_dir: Any  # where the export's tokenizer and processor files come from
     primary: bool = True
+    seconds_before: float = 0.0  # of the processes that this one resumes
     started: float = dataclasses.field(default_factory=time.perf_counter)
+    unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def iteration(self, step: int, iteration: Iteration, seconds: float, run: Run) -> None:
-        """Logs iteration `step` (0-based), counted from then on as `step + 1` done."""
+    @property
+    def seconds(self) -> float:
+        """Of the whole run so far, interruptions left out."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def iteration(
+        self, step: int, iteration: Iteration, seconds: dict[str, float], run: Run
+    ) -> None:
+        """Logs iteration `step` (0-based), counted from then on as `step + 1` done.
+
+        `seconds` by phase; the line has their means since the last one.
+        """
+        self.unlogged.append(seconds)
         if (step + 1) % self.config.log.every and step + 1 != run.steps:
             return
         values = {name: float(value) for name, value in iteration.metrics.items()}
-        values |= run.phases.take()
+        values |= {n: statistics.fmean(one[n] for one in self.unlogged) for n in seconds}
+        self.unlogged.clear()
         values["learning_rate"] = float(run.schedule((step + 1) * run.num_iterations - 1))
         values["epoch"] = (step + 1) / run.train_loader.steps_per_epoch
-        values["step_time"] = seconds
         for kind, count in run.train_loader.counts.items():
             values[f"data/{kind}_rows"] = count
         values |= self._pace(run, values)
         self.metrics.log(step + 1, values)
-        if iteration.samples and self._images_due(step + 1, run):
+        if self._samples_due(step + 1, run):
             self._answers(step + 1, iteration)
 
     def _pace(self, run: Run, values: dict[str, float]) -> dict[str, float]:
@@ -76,9 +89,12 @@ class Recorder:
             or self._images_due(step, run)
         )
 
-    def _images_due(self, step: int, run: Run) -> bool:
+    def _samples_due(self, step: int, run: Run) -> bool:
         every = self.config.log.images_every
-        return bool(every) and "t2i" in run.tasks and (step % every == 0 or step == run.steps)
+        return bool(every) and (step % every == 0 or step == run.steps)
+
+    def _images_due(self, step: int, run: Run) -> bool:
+        return "t2i" in run.tasks and self._samples_due(step, run)
 
     def _evaluation_due(self, step: int, run: Run) -> bool:
         every = self.config.eval.every
@@ -99,6 +115,7 @@ class Recorder:
         """Starts a checkpoint of all that the next iterations depend on."""
         data = run.train_loader.get_state() | {"step": step}
         meta = {"data": data, "seed": run.seed, "config": self.config.model_dump(mode="json")}
+        meta["seconds"] = self.seconds
         self.checkpoints.save(step, {"state": state}, meta)
 
     def _answers(self, step: int, iteration: Iteration) -> None:
@@ -154,7 +171,7 @@ class Recorder:
             values = held_out_rewards(run, params, suite.rows)
         else:
             report = evaluation.evaluate_shapes(
-                run.model_config, params, run.processor, whole_batches(run, suite.rows),
+                run.model_config, params, run.processor, run.eval_loader,
                 seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
                 max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
                 place=lambda tree: put(run, tree),
@@ -173,9 +190,14 @@ class Recorder:
         ]
 
     def finish(self, run: Run, state: TrainState) -> None:
-        """The export and `summary.json` of a run that has done all its steps."""
+        """The export and `summary.json` of a run that has done all its steps.
+
+        What is there already stays: then this is the rerun of a finished run.
+        """
         self.checkpoints.wait()
-        if self.config.export.layout != "none" and not self.run_dir.export.exists():
+        if self.run_dir.export.exists():
+            self.metrics.say(f"{self.run_dir.export} stays; move it away to export again")
+        elif self.config.export.layout != "none":
             params = jax.device_get(host_params(run, state))
             if self.primary:
                 options = self.config.export
@@ -185,12 +207,12 @@ class Recorder:
                 )  # fmt: skip
                 for note in notes:
                     self.metrics.say(note)
-        if self.primary:
+        if self.primary and not self.run_dir.summary.exists():
             evaluations = self.evaluations()
             self.run_dir.write_json("summary.json", {
                 "steps": run.steps,
                 "optimizer_steps": int(state.step),
-                "seconds": time.perf_counter() - self.started,
+                "seconds": self.seconds,
                 "first_evaluation": evaluations[0] if evaluations else None,
                 "last_evaluation": evaluations[-1] if evaluations else None,
             })  # fmt: skip
@@ -205,25 +227,24 @@ def take(prompts: Prompts, count: int) -> Prompts:
     )
 
 
-def whole_batches(run: Run, rows: int) -> Iterator[Prompts]:
-    """Held-out batches that cover `rows` rows."""
-    loader = run.eval_loader
-    return loader.iterate(0, -(-min(rows, len(loader.source)) // loader.batch_size))
-
-
 def held_out_rewards(run: Run, params: Params, rows: int) -> dict[str, float]:
-    """Mean and standard error of the training rewards on held-out rows."""
+    """Mean and standard error of the training rewards on held-out rows, each counted once."""
+    loader = run.eval_loader
+    rows = min(rows, len(loader.source))
     scores: dict[str, list[np.ndarray]] = {}
-    for prompts in whole_batches(run, rows):
+    for prompts in loader.iterate(0, -(-rows // loader.batch_size)):
+        # The last batch may run into a second pass.
+        kept = np.repeat(prompts.index < rows, run.group_size)
         for task in run.tasks:
             rollout = iterate.sample(run, task, params, prompts)
             samples = iterate.decode(run, task, params, prompts, rollout)
             for name, values in iterate.score_task(run, task, params, samples, 0).items():
-                scores.setdefault(f"eval/{task}/{name}", []).append(values)
+                scores.setdefault(f"eval/{task}/{name}", []).append(values[kept])
     metrics = {}
     for name, pieces in scores.items():
         values = np.concatenate(pieces)
         values = values[~np.isnan(values)]
-        metrics[name] = float(values.mean()) if values.size else float("nan")
-        metrics[f"{name}_stderr"] = float(values.std(ddof=1) / np.sqrt(max(values.size, 1)))
+        metrics[name] = float(values.mean()) if values.size else np.nan
+        spread = float(values.std(ddof=1)) if values.size > 1 else np.nan
+        metrics[f"{name}_stderr"] = spread / np.sqrt(max(values.size, 1))
     return metrics

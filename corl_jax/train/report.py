@@ -10,7 +10,7 @@ import jax
 from corl_jax.models import janus
 from corl_jax.sharding import leaf_paths, param_spec
 from corl_jax.train.optimizer import partition
-from corl_jax.train.setup import Plan
+from corl_jax.train.planning import Plan
 from corl_jax.types import Params
 
 GIB = 2**30
@@ -67,7 +67,9 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
     }
     if config.objective == "grpo":
         estimate["reference"] = own * width if config.grpo.kl_coef else 0
-        estimate["sampling caches (largest task)"] = max(_cache(plan, t) for t in plan.tasks) * width
+        estimate["sampling caches (largest task)"] = (
+            max(_cache(plan, t) for t in plan.tasks) * width
+        )
     if config.objective != "vq":
         estimate["activations (kept by remat)"] = _activations(plan) * width
     return {name: size / GIB for name, size in estimate.items()}

@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 import yaml
 
-from corl_jax import config as config_file
+from corl_jax import config_file
 from corl_jax.config import Config
 from corl_jax.errors import InputError
 

@@ -190,7 +190,7 @@ def apply_gradients(
     """The next state, and the gradients' global norm before clipping."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
+    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
 
 
 def make_train_step(

@@ -1,0 +1,230 @@
+"""From a config to a `Plan`: all that can be checked before a device is touched.
+
+Files, data, tokenizer, rewards, sizes; every problem that is found is reported. `setup` goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from corl_jax import evaluation
+from corl_jax.config import Config
+from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
+from corl_jax.data.processor import Processor
+from corl_jax.errors import InputError
+from corl_jax.models import janus
+from corl_jax.models.janus import JanusConfig
+from corl_jax.rewards import registry
+from corl_jax.sharding import BATCH, make_mesh
+from corl_jax.startup import inspect_model
+from corl_jax.train.optimizer import partition
+from corl_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked config: what `build` needs, read from files and not yet on a device."""
+
+    config: Config
+    model_dir: Path
+    model_config: JanusConfig
+    processor: Processor
+    mesh: Mesh
+    tasks: tuple[str, ...]
+    rewards: dict[str, list]
+    train_loader: Loader
+    eval_loader: Loader | None
+    steps: int
+
+    @property
+    def micro_batches(self) -> int:
+        train = self.config.train
+        return train.prompts_per_step // (train.micro_batch or train.prompts_per_step)
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.config.grpo.num_iterations if self.config.objective == "grpo" else 1
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.steps * self.updates_per_step
+
+
+def plan(config: Config) -> Plan:
+    """Reads and checks everything but the weights' values.
+
+    Raises:
+        InputError: all problems found in the model directory, the data, rewards and mesh.
+    """
+    problems: list[str] = []
+
+    def attempt(function: Callable, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    model = attempt(inspect_model, config.model.path)
+    model_config, processor, model_dir = model or (None, None, None)
+    rewards = attempt(registry.resolve, config.rewards, config.compat)
+    tasks = _tasks(config)
+    sources = attempt(_sources, config, tasks, rewards or {})
+    problems += _task_problems(config, tasks, rewards)
+    mesh = attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if mesh:
+        problems += _batch_problems(config, mesh)
+    if model_config:
+        parts = attempt(partition, janus.abstract(model_config), config.train.trainable)
+        problems += _trainable_problems(config, parts) if parts else []
+        problems += _size_problems(config, model_config)
+    loaders = processor and sources and attempt(_loaders, config, processor, tasks, *sources)
+    if problems:
+        raise InputError(problems)
+    train_loader, eval_loader = loaders
+    steps = config.train.max_steps or max(
+        1, round(config.train.epochs * len(train_loader.source) / config.train.prompts_per_step)
+    )
+    return Plan(
+        config, model_dir, model_config, processor, mesh, tasks, rewards,
+        train_loader, eval_loader, steps,
+    )  # fmt: skip
+
+
+def _tasks(config: Config) -> tuple[str, ...]:
+    if config.objective == "vq":
+        return ()
+    if config.objective == "sft":
+        return ("t2i", "mm2t")
+    return {"unified": ("t2i", "mm2t")}.get(config.grpo.tasks, (config.grpo.tasks,))
+
+
+def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None) -> list[str]:
+    if config.objective != "grpo" or rewards is None:
+        return []
+    problems = [
+        f"rewards: none is for {task}, which grpo.tasks {config.grpo.tasks} trains; "
+        f"add one, or set grpo.tasks to the other task"
+        for task in tasks
+        if not rewards.get(task)
+    ]
+    return problems + [
+        f"rewards: {reward.name} is for {task}, which grpo.tasks {config.grpo.tasks} leaves out; "
+        "remove it"
+        for task, listed in rewards.items()
+        if task not in tasks
+        for reward in listed
+    ]
+
+
+def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    batch = config.train.prompts_per_step
+    sizes = {
+        "train.prompts_per_step": batch,
+        "train.micro_batch": config.train.micro_batch or batch,
+        "rollout.batch_prompts": config.rollout.batch_prompts or batch,
+        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else ways,
+    }
+    return [
+        f"{name}: {size} is not a multiple of the {ways} ways that mesh data x fsdp splits "
+        f"prompts; nearest: {size // ways * ways or ways} or {-(-size // ways) * ways}"
+        for name, size in sizes.items()
+        if size % ways
+    ]
+
+
+def _size_problems(config: Config, model: JanusConfig) -> list[str]:
+    longest = config.data.max_prompt_length + max(
+        config.rollout.max_new_tokens, model.num_image_tokens
+    )
+    limit = model.llama.max_position_embeddings
+    if longest <= limit:
+        return []
+    return [
+        f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
+        f"tokens; the model has positions for {limit}"
+    ]
+
+
+def _trainable_problems(config: Config, parts: tuple[Params, Params]) -> list[str]:
+    idle = sorted(parts[0].keys() - {"vqmodel"})
+    if config.objective != "vq" or not idle:
+        return []
+    return [
+        f"train.trainable: found {', '.join(idle)}, which objective vq does not use; "
+        'expected ["vqmodel/.*"] or a part of it'
+    ]
+
+
+def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Source, Source | None]:
+    """(rows to train on, held-out rows), with every column that something will read.
+
+    Raises:
+        InputError: unreadable files, and the columns that are missing.
+    """
+    listed = [reward for of_task in rewards.values() for reward in of_task]
+    names = {*required_columns(tasks), *_target_columns(config)}
+    names |= {column for reward in listed for column in reward.entry.columns}
+
+    def opened(path: Any, more: Sequence[str] = ()) -> Source:
+        # A column that keeps its standard name need not be there: a task may do without it.
+        renamed = config.data.columns.model_dump(exclude_defaults=True)
+        source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
+        problems = registry.missing_columns(listed, source.names)
+        if problems:
+            raise InputError(problems)
+        return source
+
+    if config.eval.suite == "none":
+        return opened(config.data.path), None
+    measured = (*evaluation.REQUIRED, "real_image") if config.eval.suite == "shapes" else ()
+    if config.eval.path is not None:
+        return opened(config.data.path), opened(config.eval.path, measured)
+    return held_out(opened(config.data.path, measured), config.eval.rows)
+
+
+def _loaders(
+    config: Config, processor: Processor, tasks: tuple[str, ...], rows: Source, held: Source | None
+) -> tuple[Loader, Loader | None]:
+    data = config.data
+    common: dict[str, Any] = {
+        "processor": processor,
+        "seed": config.seed,
+        "max_prompt_length": data.max_prompt_length,
+        "system_prompt": data.system_prompt,
+        "max_bad_fraction": data.max_bad_fraction,
+        "cache_rows": data.cache_rows,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    train = Loader(
+        rows, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
+        required=_target_columns(config), **common,
+    )  # fmt: skip
+    train.check()
+    if held is None:
+        return train, None
+    measured = evaluation.TASKS if config.eval.suite == "shapes" else tasks
+    batch = config.eval.batch_prompts
+    return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
+
+
+def _target_columns(config: Config) -> list[str]:
+    """Columns that the objective learns from, in which a row must not be null."""
+    sft = config.sft
+    if config.objective == "grpo":
+        return []
+    if config.objective == "vq":
+        return ["real_image"]
+    answers = [sft.answer_column] if sft.mm2t_weight else []
+    captions = [sft.caption_column] if sft.caption_column and sft.caption_weight else []
+    return ["real_image", *answers, *captions]

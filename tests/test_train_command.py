@@ -1,0 +1,516 @@
+"""The train command from files to files: resuming, refusing, and every objective for two steps.
+
+One device stands for the machine, except where the test is about several.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from corl_jax import config_file, sharding
+from corl_jax.errors import InputError
+from corl_jax.sharding import leaf_paths
+from corl_jax.train import __main__ as command
+from corl_jax.train import iterate, planning, record, rundir
+from corl_jax.types import Prompts
+from corl_jax.weights.files import load_config, load_params
+from tests import tiny_train
+from tests.tiny import tiny_parquet, tiny_row
+from tests.tiny_train import metric_lines, write_config
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY_STEP = ("loss", "grad_norm", "learning_rate", "epoch", "step_time", "phase/update_seconds")
+JOINT = ("reward", "reward_std", "frac_reward_zero_std")
+OF_BOTH = (
+    *JOINT, "loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    "clip_ratio/region_mean", "completions/mean_length",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+)  # fmt: skip
+ANSWERS = (
+    "mm2t/rewards/format/mean", "mm2t/rewards/qa_accuracy/std", "mm2t/completions/min_length",
+    "mm2t/completions/max_length", "mm2t/completions/clipped_ratio", "perf/tokens_per_second",
+)  # fmt: skip
+DRAWINGS = ("t2i/rewards/t2i_pixel_mse/mean", "perf/images_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """As on a machine with one; `mesh` of the config is read all the same."""
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "make_mesh", make)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_config):
+    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
+
+
+@pytest.fixture
+def options(model, rows, tmp_path):
+    return functools.partial(tiny_train.options, model, rows, tmp_path / "run")
+
+
+def train(tree: dict, *arguments: str) -> Path:
+    """Runs the command on a config; the run directory."""
+    output = Path(tree["output_dir"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = write_config(output.parent / f"{output.name}.yaml", tree)
+    command.main(["--config", str(path), *arguments])
+    return output
+
+
+def refused(capsys, tree: dict, *arguments: str) -> list[str]:
+    """The lines that the command prints when it exits with 2."""
+    with pytest.raises(SystemExit) as error:
+        train(tree, *arguments)
+    assert error.value.code == 2
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def steady(line: dict) -> dict:
+    """A metrics line without what a clock decides."""
+    return {k: v for k, v in line.items() if "second" not in k and k != "step_time"}
+
+
+# ---- GRPO, and resuming
+
+
+def full_options(options) -> dict:
+    """Everything at once: old log-probs, a reference, micro-batches, evaluation, image grids."""
+    return options(
+        grpo={"kl_coef": 0.1, "num_iterations": 2, "mask_truncated": True},
+        train={"max_steps": 4, "micro_batch": 2},
+        eval={"suite": "rewards", "rows": 6, "batch_prompts": 4, "every": 2},
+        log={"images_every": 2},
+        checkpoint={"every": 3, "keep": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(model, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return train(full_options(functools.partial(tiny_train.options, model, rows, folder)))
+
+
+@pytest.fixture(scope="module")
+def resumed(model, rows, tmp_path_factory):
+    """The same run in two processes' worth of steps, between two checkpoints of its own."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+    train(tree, "train.stop_after=2")
+    assert not (folder / "export").exists() and not (folder / "summary.json").exists()
+    assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2]
+    return train(tree)
+
+
+def checkpoint_of(folder: Path, step: int) -> dict[str, np.ndarray]:
+    state = ocp.StandardCheckpointer().restore((folder / f"checkpoints/{step}/state").absolute())
+    return {path: np.asarray(leaf) for path, leaf in leaf_paths(dict_keys(state))}
+
+
+def dict_keys(tree):
+    return {str(k): dict_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def test_a_run_leaves_what_it_should(straight):
+    assert {path.name for path in straight.iterdir()} == {
+        ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
+        "summary.json",
+    }  # fmt: skip
+    assert [line["step"] for line in metric_lines(straight)] == [0, 1, 2, 2, 3, 4, 4]
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["3", "4"]
+    names = [f"step_{step:06d}.png" for step in (0, 2, 4)]
+    assert sorted(path.name for path in (straight / "images").iterdir()) == names
+    summary = json.loads((straight / "summary.json").read_text())
+    assert (summary["steps"], summary["optimizer_steps"]) == (4, 8)
+    assert summary["first_evaluation"]["step"] == 0 and summary["last_evaluation"]["step"] == 4
+    assert summary["seconds"] > 0
+    assert list((straight / "tensorboard").iterdir())
+
+
+def test_metrics_have_trls_names(straight):
+    line = next(x for x in metric_lines(straight) if x["step"] == 2 and "loss" in x)
+    both = [f"{task}/{name}" for task in ("t2i", "mm2t") for name in (*OF_BOTH, "kl")]
+    wanted = {*EVERY_STEP, *JOINT, *both, *ANSWERS, *DRAWINGS}
+    wanted |= {"phase/rollout_seconds", "phase/reward_seconds"}
+    assert not wanted - line.keys()
+    assert line["learning_rate"] == pytest.approx(1e-3 * (1 - 3 / 8))  # of the step's last update
+    assert line["t2i/completions/mean_length"] == 16
+    assert 0 < line["t2i/sampling/sampling_logp_difference/max"] < 1e-4
+    assert 0 < line["t2i/kl"] < 1
+
+
+def test_the_first_steps_metrics_are_of_the_untrained_policy(straight):
+    """At the second of two updates the first one's move shows: in the ratio and in the KL."""
+    first = metric_lines(straight)[1]
+    assert first["t2i/kl"] > 0 and first["t2i/sampling/sampling_logp_difference/mean"] < 1e-5
+
+
+def test_evaluation_lines(straight):
+    evaluations = [line for line in metric_lines(straight) if "eval/seconds" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    name = "eval/t2i/t2i_pixel_mse"
+    assert evaluations[0][name] != evaluations[-1][name]
+    assert all(line[f"{name}_stderr"] > 0 for line in evaluations)
+
+
+def test_only_the_trained_part_of_the_export_differs(straight, model):
+    config = load_config(model)
+    before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, straight / "export"))
+    assert before.keys() == after.keys()
+    for path, leaf in after.items():
+        trained = path.startswith(("language_model/", "lm_head/"))
+        assert trained == (not np.array_equal(leaf, before[path])), path
+
+
+def test_a_resumed_run_gives_the_same_bits(straight, resumed):
+    ours, theirs = checkpoint_of(resumed, 4), checkpoint_of(straight, 4)
+    assert ours.keys() == theirs.keys() and any("mu" in path for path in ours)
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+    files = sorted(p.relative_to(straight) for p in (straight / "export").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
+    for image in (straight / "images").iterdir():
+        assert (resumed / "images" / image.name).read_bytes() == image.read_bytes()
+
+
+def test_a_resumed_run_logs_the_same_numbers(straight, resumed):
+    found, wanted = (list(map(steady, metric_lines(x))) for x in (resumed, straight))
+    assert found == wanted
+
+
+def test_rerunning_a_finished_run_changes_nothing(resumed, model, rows, capsys):
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in sorted(resumed.rglob("*"))
+            if path.is_file() and path.parent.name != "tensorboard" and path.name != ".lock"
+        }
+
+    before = contents()
+    train(full_options(functools.partial(tiny_train.options, model, rows, resumed)))
+    assert "stays; move it away to export again" in capsys.readouterr().err
+    assert contents() == before
+
+
+@pytest.mark.slow
+def test_a_longer_interruption_between_checkpoints_is_repeated(straight, model, rows, tmp_path):
+    """A run that dies before its first checkpoint starts over and logs no step twice."""
+    folder = tmp_path / "run"
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record.Recorder, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(tree)
+    assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2, 3]
+    train(tree, "train.stop_after=1")
+    found = list(map(steady, metric_lines(folder)))
+    assert found == list(map(steady, metric_lines(straight)))[:2]
+
+
+# ---- single tasks and other objectives
+
+
+def test_drawing_alone(options, tmp_path):
+    """Data without questions will do, and nothing of the other task is logged."""
+    rows = [{k: tiny_row(i)[k] for k in ("prompt", "real_image")} for i in range(8)]
+    data = {"path": str(tiny_parquet(tmp_path / "drawings.parquet", rows))}
+    tree = options(grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], data=data)
+    lines = metric_lines(train(tree))
+    assert [line["step"] for line in lines] == [1, 2]
+    line = lines[-1]
+    assert not {*EVERY_STEP, *JOINT, *DRAWINGS, *(f"t2i/{name}" for name in OF_BOTH)} - line.keys()
+    assert not [name for name in line if name.startswith("mm2t")] and "t2i/kl" not in line
+    assert line["reward"] == line["t2i/reward"]
+
+
+def test_answering_alone(options, monkeypatch):
+    """The table of answers comes without drawings, too."""
+    tables = []
+    monkeypatch.setattr(record.Metrics, "text", lambda *args: tables.append(args))
+    tree = options(
+        grpo={"tasks": "mm2t"}, rewards=[{"name": "qa_accuracy"}], log={"images_every": 2}
+    )
+    lines = metric_lines(train(tree))
+    assert not {*EVERY_STEP, *JOINT, "perf/tokens_per_second"} - lines[-1].keys()
+    assert not {f"mm2t/{name}" for name in OF_BOTH} - lines[-1].keys()
+    assert not [name for name in lines[-1] if name.startswith("t2i")]
+    ((_, step, name, table),) = tables
+    assert (step, name) == (2, "mm2t/answers") and "how many squares" in table
+
+
+def test_supervised_stage(options):
+    tree = options(
+        objective="sft",
+        rewards=[],
+        model={"dtype": "bfloat16"},
+        train={"max_steps": 3, "micro_batch": 2},
+        optimizer={"learning_rate": 1e-2},
+        log={"every": 2},
+    )
+    lines = metric_lines(train(tree))
+    assert [line["step"] for line in lines] == [2, 3]  # the last line always
+    names = [f"{kind}/nll" for kind in ("t2i", "mm2t", "caption")]
+    assert not {*EVERY_STEP, *names, "phase/data_seconds"} - lines[0].keys()
+    assert lines[1]["loss"] == pytest.approx(sum(lines[1][name] for name in names), rel=1e-3)
+    assert lines[1]["mm2t/nll"] < lines[0]["mm2t/nll"]
+
+
+def test_image_tokenizer(options, model):
+    tree = options(objective="vq", rewards=[], train={"trainable": ["vqmodel/.*"]})
+    output = train(tree)
+    lines = metric_lines(output)
+    wanted = {*EVERY_STEP, "vq/l1", "vq/rmse", "vq/code_usage", "vq/commitment", "vq/entropy"}
+    assert not wanted - lines[-1].keys()
+    config = load_config(model)
+    before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, output / "export"))
+    for path, leaf in after.items():
+        assert path.startswith("vqmodel/") == (not np.array_equal(leaf, before[path])), path
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices(options, monkeypatch):
+    """The whole iteration on data x fsdp x tensor: rewards too see rows in order."""
+    monkeypatch.setattr(planning, "make_mesh", sharding.make_mesh)
+    changes = {"train": {"max_steps": 1}, "grpo": {"kl_coef": 0.1}, "log": {"images_every": 1}}
+    tree = options(**changes, eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
+    spread = train(tree | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
+    monkeypatch.undo()
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(planning, "make_mesh", make)
+    alone = train(tree | {"output_dir": tree["output_dir"] + "-alone"})
+    for found, wanted in zip(metric_lines(spread), metric_lines(alone), strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in steady(wanted).items():
+            if "sampling" not in name:
+                assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+# ---- before training
+
+
+def test_print_config_is_a_config(options, tmp_path, capsys):
+    train(options(), "--print-config", "seed=7")
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    loaded = config_file.load(path)
+    assert loaded.seed == 7 and loaded.optimizer.schedule == "linear"
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
+    tree = options(eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
+    train(tree, "--check", "train.max_steps=null", "train.epochs=2", "train.micro_batch=2")
+    out = capsys.readouterr().out
+    for part in (
+        "language_model", "total", "GiB", "optimizer", "12 rows to train on, 4 held out",
+        "steps: 6 of 4 prompts in 2 micro-batch(es), 6 optimizer steps", "'data': 1", "on cpu",
+        "t2i_pixel_mse", "qa_accuracy",
+    ):  # fmt: skip
+        assert part in out, part
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as error:
+        command.main(["--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    for part in ("--check", "grpo.mm2t_weight = 0.8", "optimizer.learning_rate = 4e-06", "resumes"):
+        assert part in out
+
+
+def test_the_command_as_a_user_starts_it(options, tmp_path):
+    """In a process of its own, with one device and without the tests' settings."""
+    good = write_config(tmp_path / "good.yaml", options())
+    start = [sys.executable, "-m", "corl_jax.train", "--config"]
+    common = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*start, str(good), "--check"], env=environment, **common)
+    assert done.returncode == 0, done.stderr
+    assert "steps: 2 of 4 prompts" in done.stdout
+
+
+def test_wrong_options_are_all_listed(options, capsys):
+    tree = options(train={"prompts_per_stp": 4}, seed=-1)
+    lines = refused(capsys, tree, "optimizer.b1=3", "nonsense")
+    assert len(lines) == 4
+    joined = "\n".join(lines)
+    for part in ("did you mean prompts_per_step?", "seed: found -1", "b1: found 3", "'nonsense'"):
+        assert part in joined
+
+
+def test_wrong_files_and_sizes_are_all_listed(options, tmp_path, capsys):
+    tree = options(
+        model={"path": str(tmp_path / "nowhere")},
+        data={"path": str(tmp_path / "none.parquet")},
+        mesh={"data": 3},
+        rewards=[{"name": "formt"}, {"name": "t2i_qa", "options": {"greedily": True}}],
+    )
+    joined = "\n".join(refused(capsys, tree))
+    for part in ("nowhere", "none.parquet", "mesh: data 3", "did you mean format?", "greedily"):
+        assert part in joined, part
+
+
+def test_what_does_not_fit_the_model_and_data_is_all_listed(options, capsys):
+    tree = options(
+        data={"max_prompt_length": 4096},
+        train={"trainable": ["language_modl/.*"]},
+        rewards=[{"name": "format"}, {"name": "t2i_od"}, {"name": "shapes_checker"}],
+    )
+    joined = "\n".join(refused(capsys, tree))
+    for part in (
+        "data.max_prompt_length: 4096 plus a completion", "'language_modl/.*' matches no",
+        "od_problem", "od_solution", "spec",
+    ):  # fmt: skip
+        assert part in joined, part
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"grpo": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
+        ({"rewards": [{"name": "format"}]}, ["none is for t2i"]),
+        ({"objective": "vq", "train": {"micro_batch": 2}}, ["vq has no micro-batches"]),
+        ({"objective": "vq"}, ["train.trainable: found language_model, lm_head, which objective"]),
+        ({"objective": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
+        ({"objective": "sft", "sft": {"caption_column": "captoin"}}, ["captoin"]),
+        ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
+        ({"eval": {"suite": "shapes", "rows": 4}}, ["spec", "category"]),
+        ({"data": {"columns": {"prompt": "caption_of_it"}}}, ["data.columns.prompt"]),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(options, capsys, changes, parts):
+    joined = "\n".join(refused(capsys, options(**changes)))
+    assert all(part in joined for part in parts), joined
+
+
+def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "make_mesh", sharding.make_mesh)
+    lines = refused(capsys, options(train={"prompts_per_step": 12}))
+    assert "train.prompts_per_step: 12 is not a multiple of the 8 ways" in lines[0]
+    assert "nearest: 8 or 16" in lines[0]
+
+
+def test_a_second_writer_is_refused(options, capsys):
+    tree = options()
+    with rundir.opened(config_file.validate(tree, "test")):
+        (line,) = refused(capsys, tree)
+    assert f"is being written by process {os.getpid()}" in line
+
+
+def test_another_config_in_the_same_directory_is_refused(options, capsys):
+    tree = options()
+    with rundir.opened(config_file.validate(tree, "test")):
+        pass
+    lines = refused(
+        capsys, tree, "optimizer.learning_rate=1e-5", "train.max_steps=9", "log.every=5"
+    )
+    assert len(lines) == 2
+    assert "optimizer.learning_rate: found 1e-05, the run has 0.001" in lines[0]
+
+
+# ---- evaluation
+
+
+def test_columns_of_rewards_may_be_null(options, tmp_path):
+    """A reward does not apply to such a row; the row stays."""
+    rows = [
+        tiny_row(i) | {"qa_solution": None if i % 2 else "<answer>1</answer>"} for i in range(8)
+    ]
+    data = {"path": str(tiny_parquet(tmp_path / "some.parquet", rows))}
+    planned = planning.plan(config_file.validate(options(data=data), "test"))
+    solutions = planned.train_loader.batch(0).columns["qa_solution"]
+    solutions += planned.train_loader.batch(1).columns["qa_solution"]
+    assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
+
+
+def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
+    """Whatever is trained."""
+    extra = {"spec": "{}", "category": "counting"}
+    rows = [tiny_row(i) | extra for i in range(8)]
+    data = {"path": str(tiny_parquet(tmp_path / "drawn.parquet", rows))}
+    tree = options(
+        data=data, grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
+        eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
+    )  # fmt: skip
+    planned = planning.plan(config_file.validate(tree, "test"))
+    assert planned.train_loader.tasks == ("t2i",)
+    batch = planned.eval_loader.batch(0)
+    assert batch.t2i is not None and batch.mm2t is not None
+
+
+def test_held_out_rows_count_once(monkeypatch):
+    """Seven rows in batches of three: the last batch runs into a second pass."""
+    rewards = np.array([1, 2, 3, 4, 5, 6, 7, np.nan], np.float32)
+
+    def batches(first, last):
+        for start in range(3 * first, 3 * last, 3):
+            yield Prompts(np.arange(start, start + 3), {})
+
+    def scored(run, task, params, prompts, step):
+        per_prompt = rewards[prompts.index % 7]
+        return {"r": np.repeat(per_prompt, 2)}
+
+    monkeypatch.setattr(iterate, "sample", lambda *_: None)
+    monkeypatch.setattr(iterate, "decode", lambda run, task, params, prompts, rollout: prompts)
+    monkeypatch.setattr(iterate, "score_task", scored)
+    loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
+    run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",))
+    everything = record.held_out_rewards(run, {}, 99)
+    assert everything["eval/t2i/r"] == pytest.approx(4.0)
+    spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
+    assert everything["eval/t2i/r_stderr"] == pytest.approx(spread)
+    assert record.held_out_rewards(run, {}, 4)["eval/t2i/r"] == pytest.approx(2.5)
+
+
+def test_seconds_are_those_of_the_step_that_is_logged(options):
+    """Unlogged steps count in the mean; the line of one step has nothing of the next."""
+    taken = []
+    recorder = record.Recorder(
+        config=config_file.validate(options(log={"every": 2}), "test"), run_dir=None,
+        metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
+        checkpoints=None, model_dir=None,
+    )  # fmt: skip
+    loader = SimpleNamespace(steps_per_epoch=4, counts={"bad": 0})
+    run = SimpleNamespace(
+        steps=5, num_iterations=1, schedule=float, train_loader=loader, group_size=2,
+        tasks=("t2i",),
+    )  # fmt: skip
+    for step in range(5):
+        seconds = {"step_time": step + 1.0, "phase/rollout_seconds": 2.0}
+        recorder.iteration(step, SimpleNamespace(metrics={}, samples={}, rewards={}), seconds, run)
+    assert [(step, values["step_time"]) for step, values in taken] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+    assert all(values["perf/images_per_second"] == 4 for _, values in taken)
+
+
+def test_problems_of_the_data_come_with_those_of_the_model(options, tmp_path):
+    tree = options(model={"path": str(tmp_path)}, data={"columns": {"qa_type": "kind"}})
+    with pytest.raises(InputError) as error:
+        planning.plan(config_file.validate(tree, "test"))
+    joined = "\n".join(error.value.problems)
+    assert "data.columns.qa_type" in joined and str(tmp_path) in joined
