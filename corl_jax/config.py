@@ -157,13 +157,15 @@ class Train(Section):
         None, description="prompts whose groups are in one backward pass; null: all of a step"
     )
     epochs: PositiveFloat = 1.0
-    max_steps: Positive | None = Field(None, description="overrides epochs")
+    max_steps: Positive | None = Field(
+        None, description="overrides epochs; a step is a rollout and its num_iterations updates"
+    )
     trainable: list[str] = Field(
         ["language_model/.*", "lm_head/.*"],
         description="regexes of parameter paths; the rest is frozen",
     )
     stop_after: Positive | None = Field(
-        None, description="optimizer steps of this process; the schedule stays that of the run"
+        None, description="steps of this process, as of max_steps; the schedule stays that of the run"
     )
 
 
@@ -178,7 +180,7 @@ class Mesh(Section):
 class Checkpoint(Section):
     """Saving, for resuming."""
 
-    every: Positive = Field(200, description="steps between checkpoints; the last is always saved")
+    every: Positive = Field(200, description="steps, as of max_steps, between two; the last is saved")
     keep: Positive = Field(1, description="newest checkpoints that stay")
 
 
@@ -196,7 +198,7 @@ class Eval(Section):
     """Held-out evaluation."""
 
     suite: Literal["none", "shapes", "rewards"] = "none"
-    every: NonNegative = Field(0, description="steps between; 0: only before and after")
+    every: NonNegative = Field(0, description="steps, as of max_steps, between; 0: only before and after")
     path: str | list[str] | None = Field(None, description="rows; null: the last rows of the data")
     rows: Positive = 64
     batch_prompts: Positive = 16
@@ -274,9 +276,84 @@ class Config(Section):
             problems.append(
                 f"rollout.top_k: {self.rollout.top_k} contradicts compat.text_top_k_50; drop one"
             )
+        problems += _unused_blocks(self) + _unused_switches(self) + _unused_moments(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+SWITCH_USERS = {
+    "mc_as_open_ended": ("qa_accuracy",),
+    "answer_single_line": ("qa_accuracy", "oc_accuracy"),
+    "format_without_strip": ("format",),
+    "ti_sim_fixed_spans": ("t2i_ti_sim",),
+}
+"""Switches of `compat` that act on rewards -> those rewards."""
+
+UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
+"""Optimizer -> what it does not read."""
+
+
+def _changed(section: Section) -> dict[str, tuple[Any, Any]]:
+    """name -> (value, default) of the options with another value than the default.
+
+    Not `model_fields_set`: a written-out config sets every option, and a `base` those of others.
+    """
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(section).model_fields.items()
+    }
+    return {name: (value, defaults[name]) for name, value in section if value != defaults[name]}
+
+
+def _unused_blocks(config: Config) -> list[str]:
+    """Options in blocks of another objective, and rewards that nothing scores."""
+    objective = config.objective
+    problems = [
+        f"{block}.{name}: found {value!r}, but objective {objective} does not read the block "
+        f"{block}; leave it at {default!r} or set objective to {block}"
+        for block in ("grpo", "sft", "vq")
+        if block != objective
+        for name, (value, default) in _changed(getattr(config, block)).items()
+    ]
+    scored = objective == "grpo" or config.eval.suite == "rewards"
+    if config.rewards and not scored:
+        names = ", ".join(reward.name for reward in config.rewards)
+        problems.append(
+            f"rewards: found {names}, but objective {objective} learns from none; set rewards to "
+            "[]" + (", or eval.suite to rewards" if objective == "sft" else "")
+        )
+    return problems
+
+
+def _unused_switches(config: Config) -> list[str]:
+    """Switches of `compat` that nothing in the run asks."""
+    listed = {reward.name for reward in config.rewards}
+    tasks = config.grpo.tasks
+    problems = []
+    for switch in _changed(config.compat):
+        users = SWITCH_USERS.get(switch, ())
+        if users and listed.isdisjoint(users):
+            why = f"none of its rewards is listed ({' or '.join(users)})"
+        elif not users and switch != "bfloat16_master" and config.objective != "grpo":
+            why = f"objective {config.objective} has no rollouts; it acts on those of grpo alone"
+        elif (switch, tasks) in (("text_top_k_50", "t2i"), ("image_logprobs_unshifted", "mm2t")):
+            why = f"grpo.tasks {tasks} leaves out the task that it acts on"
+        else:
+            continue
+        problems.append(f"compat.{switch}: found True, but {why}; leave it out")
+    return problems
+
+
+def _unused_moments(config: Config) -> list[str]:
+    options = config.optimizer
+    unused = UNUSED_MOMENTS.get(options.name, ())
+    return [
+        f"optimizer.{name}: found {value}, but {options.name} does not use it; leave it at "
+        f"{default} or choose another optimizer.name"
+        for name, (value, default) in _changed(options).items()
+        if name in unused
+    ]
 
 
 def _near_divisors(number: int, wanted: int) -> str:

@@ -20,9 +20,10 @@ import numpy as np
 
 from corl_jax.errors import InputError, exit_on_input_error
 
-MAX_SEED = 2**32 - 1
-MAX_PROBLEMS = 20
+MAX_SEED, MAX_PROBLEMS = 2**32 - 1, 20
 GRID_PROMPTS, GRID_SAMPLES = 16, 8
+OUTPUT_KEYS = ("text", "tokens", "truncated", "seed", "index", "sample")  # of an answer
+HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no draw
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -41,9 +42,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 # ---- checks
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, above=False):
-    """A problem unless `value` is finite, at least (or above) `low`, and at most `high`."""
-    if math.isfinite(value) and (value > low if above else value >= low) and value <= high:
+def check_number(name: str, value: float | None, low: float, high=math.inf, *, above=False):
+    """A problem unless `value` is None or finite, at least (or above) `low`, at most `high`."""
+    if value is None or (low <= value <= high and value < math.inf and (value > low or not above)):
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
     bounds += f" and at most {high}" if math.isfinite(high) else ""
@@ -55,17 +56,14 @@ def check_options(args: argparse.Namespace, samples: str) -> list[str]:
     problems = check_number("--batch-size", args.batch_size, 1)
     problems += check_number(f"--{samples}", args.samples, 1)
     problems += check_number("--seed", args.seed, 0, MAX_SEED)
-    if args.temperature is not None:
-        problems += check_number("--temperature", args.temperature, 0, above=True)
+    problems += check_number("--temperature", args.temperature, 0, above=True)
     if args.greedy:
-        shaping = {name: getattr(args, name, None) for name in ("temperature", "top_k", "top_p")}
         problems += [
-            f"--{name.replace('_', '-')}: has no effect with --greedy; leave one of them out"
-            for name, value in shaping.items()
-            if value is not None
+            f"--{name.replace('_', '-')}: found {value:g}, which --greedy would ignore; leave one "
+            f"of them out, or set {harmless:g}"
+            for name, harmless in HARMLESS.items()
+            if (value := getattr(args, name, None)) not in (None, harmless)
         ]
-        if args.samples > 1:
-            problems.append(f"--{samples}: with --greedy all samples are the same; ask for one")
     return problems
 
 
@@ -123,10 +121,7 @@ def image_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def check_image(args: argparse.Namespace) -> list[str]:
-    """The prompts.
-
-    Raises: InputError listing everything that is wrong with the options, files and model.
-    """
+    """The prompts. Raises: InputError listing all that is wrong with options, files and model."""
     problems = check_options(args, "images-per-prompt")
     problems += check_number("--cfg-scale", args.cfg_scale, 0)
     if args.out.is_dir() and any(args.out.iterdir()):
@@ -135,9 +130,7 @@ def check_image(args: argparse.Namespace) -> list[str]:
         problems.append(f"--out {args.out}: is a file; name a new or an empty folder")
     prompts, wrong = image_prompts(args)
     problems += wrong + check_model(
-        args,
-        None,
-        lambda p: [(f"prompt {i}", p.t2i_ids(text)) for i, text in enumerate(prompts)],
+        args, None, lambda p: [(f"prompt {i}", p.t2i_ids(x)) for i, x in enumerate(prompts)]
     )
     refuse(problems)
     return prompts
@@ -165,10 +158,9 @@ def generate_images(args: argparse.Namespace) -> None:
                 "prompt": prompts[sample.prompt], "file": name, "seed": args.seed,
                 "index": sample.prompt, "sample": sample.number, "tokens": sample.tokens.tolist(),
             }  # fmt: skip
-        lines = json_lines(records)
-        (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "samples.jsonl").write_text(json_lines(records), encoding="utf-8")
         save_grid(folder, prompts, args.samples)
-    report(len(records), "images", started, args.out)
+    report(args, len(records), "images", started, args.out)
 
 
 def image_name(prompt: int, number: int) -> str:
@@ -182,10 +174,8 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
     from corl_jax.train import gallery
 
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
-    images = []
-    for row in range(len(shown)):
-        files = [folder / image_name(row, column) for column in columns]
-        images.append([np.asarray(Image.open(file)) for file in files])
+    files = [[folder / image_name(row, column) for column in columns] for row in range(len(shown))]
+    images = [[np.asarray(Image.open(file)) for file in row] for row in files]
     Image.fromarray(gallery.grid(np.asarray(images), shown)).save(folder / "grid.png")
 
 
@@ -196,8 +186,7 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
 class Case:
     """A question about a picture."""
 
-    image: str  # as given
-    question: str
+    row: dict[str, Any]  # image (as given), question, and what else its line holds
     file: Path  # where the picture lies
     where: str  # for messages
 
@@ -207,8 +196,9 @@ def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     if args.input is None:
         if args.image is None or args.question is None:
             return [], ["give --image FILE and --question TEXT, or --input FILE.jsonl"]
-        case = Case(args.image, args.question, Path(args.image), "--image, --question")
-        return [case], ([] if case.question.strip() else ["--question: found an empty text"])
+        row = {"image": args.image, "question": args.question}
+        case = Case(row, Path(args.image), "--image, --question")
+        return [case], ([] if args.question.strip() else ["--question: found an empty text"])
     if args.image is not None or args.question is not None:
         return [], ["--input: has its own images and questions; leave --image, --question out"]
     lines, problems = read_lines(args.input, "--input")
@@ -223,8 +213,7 @@ def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
         wrong = row_problems(row)
         problems += [f"{where}: {problem}" for problem in wrong]
         if not wrong:
-            file = args.input.parent / row["image"]
-            cases.append(Case(row["image"], row["question"], file, where))
+            cases.append(Case(row, args.input.parent / row["image"], where))
     return cases, problems
 
 
@@ -232,7 +221,9 @@ def row_problems(row: Any) -> list[str]:
     expected = '; expected {"image": PATH, "question": TEXT}'
     if not isinstance(row, dict):
         return [f"found a {type(row).__name__}{expected}"]
-    problems = [f"unknown key {key!r}{expected}" for key in row if key not in ("image", "question")]
+    problems = [
+        f"{key} is a key of the output; expected another name" for key in OUTPUT_KEYS if key in row
+    ]
     for key in ("image", "question"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             problems.append(f"{key} is {row.get(key)!r}{expected}")
@@ -252,28 +243,40 @@ def picture_problems(cases: Sequence[Case]) -> list[str]:
     return problems
 
 
-def check_text(args: argparse.Namespace) -> list[Case]:
-    """The cases.
+def check_room(args: argparse.Namespace) -> list[str]:
+    """A problem if answers leave no room for questions; `check_model` says what else is wrong."""
+    from corl_jax.weights.files import load_config, resolve_model_dir
 
-    Raises: InputError listing everything that is wrong with the options, files and model.
-    """
+    try:
+        config = load_config(resolve_model_dir(args.model))
+    except InputError:
+        return []  # told by check_model, with the other files' problems
+    positions, picture = config.llama.max_position_embeddings, config.siglip.num_tokens
+    if args.max_new_tokens < positions - picture:
+        return []
+    return [
+        f"--max-new-tokens: found {args.max_new_tokens}; expected less than {positions - picture}: "
+        f"of the model's {positions} positions the picture takes {picture}, the question its own"
+    ]
+
+
+def check_text(args: argparse.Namespace) -> list[Case]:
+    """The cases. Raises: InputError listing all that is wrong with options, files and model."""
     problems = check_options(args, "samples")
     problems += check_number("--max-new-tokens", args.max_new_tokens, 1)
-    if args.top_k is not None:
-        problems += check_number("--top-k", args.top_k, 0)
-    if args.top_p is not None:
-        problems += check_number("--top-p", args.top_p, 0, 1, above=True)
+    problems += check_number("--top-k", args.top_k, 0)
+    problems += check_number("--top-p", args.top_p, 0, 1, above=True)
     if args.out is not None and args.out.exists():
         problems.append(f"--out {args.out}: exists; name a new file")
     elif args.out is not None and not args.out.absolute().parent.is_dir():
         problems.append(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
     cases, wrong = text_cases(args)
-    problems += wrong + picture_problems(cases)
+    no_room = check_room(args)
+    problems += wrong + picture_problems(cases) + no_room
     problems += check_model(
-        args,
-        args.max_new_tokens,
-        lambda p: [(c.where, p.mm2t_ids(c.question, args.system_prompt)) for c in cases],
-    )
+        args, 0 if no_room else args.max_new_tokens,
+        lambda p: [(c.where, p.mm2t_ids(c.row["question"], args.system_prompt)) for c in cases],
+    )  # fmt: skip
     refuse(problems)
     return cases
 
@@ -287,22 +290,20 @@ def generate_texts(args: argparse.Namespace) -> None:
     started, records = time.monotonic(), {}
     model, dtype = load(args)
     for sample in inference.answer_questions(
-        model, [case.question for case in cases], lambda i: decode_image(cases[i].file),
+        model, [case.row["question"] for case in cases], lambda i: decode_image(cases[i].file),
         dtype=dtype, system_prompt=args.system_prompt, samples=args.samples,
         batch_size=args.batch_size, seed=args.seed, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
         greedy=args.greedy, show_progress=True,
     ):  # fmt: skip
-        case, tokens = cases[sample.prompt], sample.tokens.tolist()
-        ended = tokens[-1] == model.processor.special.eos
-        tokens = tokens[:-1] if ended else tokens
+        tokens = sample.tokens.tolist()
         records[sample.prompt, sample.number] = {
-            "image": case.image, "question": case.question,
-            "text": model.processor.decode(tokens), "tokens": tokens, "truncated": not ended,
-            "seed": args.seed, "index": sample.prompt, "sample": sample.number,
+            **cases[sample.prompt].row, "text": model.processor.decode(tokens), "tokens": tokens,
+            "truncated": tokens[-1] != model.processor.special.eos, "seed": args.seed,
+            "index": sample.prompt, "sample": sample.number,
         }  # fmt: skip
     write_text(args.out, json_lines(records))
-    report(len(records), "texts", started, args.out or "standard output")
+    report(args, len(records), "texts", started, args.out or "standard output")
 
 
 def write_text(out: Path | None, text: str) -> None:
@@ -319,16 +320,14 @@ def write_text(out: Path | None, text: str) -> None:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-# ---- the command
-
-
 def json_lines(records: dict[tuple[int, int], dict[str, Any]]) -> str:
     """A line a record, in the order of prompts and samples."""
-    ordered = [records[place] for place in sorted(records)]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
+    return "".join(json.dumps(records[at], ensure_ascii=False) + "\n" for at in sorted(records))
 
 
-def report(count: int, what: str, started: float, where: Any) -> None:
+def report(args: argparse.Namespace, count: int, what: str, started: float, where: Any) -> None:
+    if args.greedy and args.samples > 1:
+        print(f"note: --greedy makes the {args.samples} {what} of a prompt equal", file=sys.stderr)
     seconds = time.monotonic() - started
     note = f"{count} {what} in {seconds:.1f} s, loading and compilation included: {where}"
     print(note, file=sys.stderr)
@@ -338,7 +337,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="model directory of any of the three kinds, or a hub id")
     add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
-    add("--greedy", action="store_true", help="always the most likely token")
+    add("--greedy", action="store_true", help="always the most likely token; all samples equal")
     add("--temperature", type=float, help="divides the logits (default 1)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
@@ -380,8 +379,9 @@ def build_parser() -> argparse.ArgumentParser:
         "image: prompt, file, seed, index, sample, tokens."))  # fmt: skip
     add_image(image)
     text = commands.add_parser("text", help="answer questions about images", description=(
-        "Writes a JSON line a sample: image, question, text, tokens (without the end token), "
-        "truncated (no end within --max-new-tokens), seed, index, sample."))  # fmt: skip
+        "Writes a JSON line a sample: image, question, text, tokens (the end token included), "
+        "truncated (no end within --max-new-tokens), seed, index, sample; other keys of its "
+        "--input line are passed through."))  # fmt: skip
     add_text(text)
     for task, function in ((image, generate_images), (text, generate_texts)):
         add_shared(task)

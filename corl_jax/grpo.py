@@ -24,17 +24,24 @@ MAX_LOG_RATIO = 20.0
 ROUNDING_UNITS = 4
 
 
-def combine_rewards(per_function: jax.Array, weights: jax.Array) -> jax.Array:
+def combine_rewards(
+    per_function: jax.Array, weights: jax.Array, group_size: int = 1
+) -> jax.Array:
     """Adds the rewards of several functions, each times its weight.
 
-    `per_function` [F, N], NaN where a function does not apply; `weights` [F]. Returns [N]: a
-    function that does not apply adds nothing; NaN where none applies.
-    Source: TRL's weighted nansum, but with NaN rather than 0 for a row that nothing scores.
+    `per_function` [F, N], NaN where a function does not apply; `weights` [F]. Returns [N]. A
+    function that applies to no row of a group adds nothing there. A row that lacks a reward which
+    others of its group have is NaN, and so left out of the group: a sum with a part missing would
+    look like a bad completion. NaN too where no function applies.
+    Source: TRL's weighted nansum, made fair within a group.
     """
     per_function = jnp.asarray(per_function, jnp.float32)
     applies = ~jnp.isnan(per_function)
     weighted = jnp.where(applies, per_function, 0.0) * jnp.asarray(weights)[:, None]
-    return jnp.where(applies.any(axis=0), weighted.sum(axis=0), jnp.nan)
+    grouped = applies.reshape(applies.shape[0], -1, group_size)
+    asked = jnp.broadcast_to(grouped.any(axis=-1, keepdims=True), grouped.shape)
+    complete = (applies == asked.reshape(applies.shape)).all(axis=0) & applies.any(axis=0)
+    return jnp.where(complete, weighted.sum(axis=0), jnp.nan)
 
 
 def group_advantages(

@@ -1,6 +1,6 @@
 """The whole story at small size: a mini Janus learns to draw and to answer, in minutes on a CPU.
 
-    python -m corl_jax.quickstart [--out runs/quickstart] [--rows 2000] [key=value ...]
+    python -m corl_jax.quickstart [--out runs/quickstart] [--rows 112] [key=value ...]
 
 Converts the mini Janus that this package carries, draws a dataset, runs unified GRPO on it with
 an evaluation before and after, and exports the result for PyTorch. Each step is a command that
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import shlex
 import statistics
 import subprocess
@@ -47,7 +46,12 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR")
-    parser.add_argument("--rows", type=int, default=2000, help="of the drawn dataset")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=112,
+        help="of the drawn dataset; the last eval.rows are held out",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")
     args = parser.parse_intermixed_args(argv)
     work = Work(args.out, find_config(), args.rows, args.overrides)
@@ -165,9 +169,7 @@ class Rise:
         """Of one number per step, in order of steps, at least two."""
         quarter = max(1, len(values) // 4)
         first, last = values[:quarter], values[-quarter:]
-        return cls(
-            statistics.fmean(first), statistics.fmean(last), _stderr(first), _stderr(last)
-        )
+        return cls(statistics.fmean(first), statistics.fmean(last), _stderr(first), _stderr(last))
 
     @property
     def in_errors(self) -> float:

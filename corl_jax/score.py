@@ -6,8 +6,9 @@
 Each line of the input is one case, a JSON object. A reward of answers reads `completion`, one of
 images `image` (a path); besides, each reads the columns that `--list` names: `qa_problem`,
 `qa_solution`, `qa_type` (or `problem`, `solution`, `type` for short), `prompt`, `real_image` (a
-path), `spec`, .. Paths are relative to the input's folder; null stands for "not there"; other
-keys are not read. key=value are the reward's options, values in YAML.
+path), `spec`, .. Paths are relative to the input's folder; null stands for "not there"; columns
+in brackets may be left out (an answer without `qa_type` counts as OE, or as `default_type=MC`
+says); other keys are not read. key=value are the reward's options, values in YAML.
 
 Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
 mean goes to stderr.

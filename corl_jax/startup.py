@@ -13,7 +13,7 @@ from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.types import Params
-from corl_jax.weights.files import load_config, load_params, resolve_model_dir
+from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
 
 
 class Model(NamedTuple):
@@ -33,10 +33,12 @@ def enable_compilation_cache() -> None:
 
 
 def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, Path]:
-    """What the small files of a checkpoint say; reads no weights and starts no device.
+    """What the small files of a checkpoint say, and that its tensors are whole and fit.
+
+    Of the weights only names, shapes and sizes are looked at; no device starts.
 
     Raises:
-        InputError: listing every file and setting that is missing, malformed or at odds.
+        InputError: listing every file, setting and tensor that is missing, malformed or at odds.
     """
     folder = resolve_model_dir(path_or_hub_id)
     problems: list[str] = []
@@ -49,6 +51,11 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
         processor = Processor.from_dir(folder)
     except InputError as error:
         problems += [problem for problem in error.problems if problem not in problems]
+    if config is not None:
+        try:
+            open_checkpoint(folder, config).close()
+        except InputError as error:
+            problems += error.problems
     if config is not None and processor is not None:
         tokens, rows = len(processor.tokenizer), config.llama.vocab_size
         if tokens > rows:
@@ -68,7 +75,7 @@ def load_model(path_or_hub_id: str | Path, dtype: Any = None) -> Model:
     as it is stored.
 
     Raises:
-        InputError: as `inspect_model`, or for tensors that do not fit the config.
+        InputError: as `inspect_model`.
     """
     config, processor, folder = inspect_model(path_or_hub_id)
     params = load_params(folder, config)

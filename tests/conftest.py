@@ -11,6 +11,10 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is first imported
+# XLA reads it when the first device is used: how many threads it may use. A thread waits in each
+# collective for the other devices, so with one per device two that a program may run in either
+# order can wait for each other for ever, and XLA ends the process.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import numpy as np

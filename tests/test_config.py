@@ -7,8 +7,9 @@ import textwrap
 import pytest
 import yaml
 
-from corl_jax import config_file
+from corl_jax import config, config_file
 from corl_jax.errors import InputError
+from corl_jax.rewards import registry
 
 MINIMAL = """
     output_dir: out
@@ -155,6 +156,48 @@ def test_missing_keys_say_how_to_give_them(write):
 def test_options_that_contradict_each_other(write, overrides, part):
     (line,) = problems(write(MINIMAL), *overrides)
     assert part in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["sft.cfg_dropout=0.2"], "sft.cfg_dropout: found 0.2, but objective grpo does not read"),
+        (["vq.commitment=1.0"], "leave it at 0.25 or set objective to vq"),
+        (["objective=sft"], "rewards: found format, but objective sft learns from none"),
+        (["objective=vq", "rewards=[]", "grpo.kl_coef=0.1"], "grpo.kl_coef: found 0.1"),
+        (["objective=sft", "rewards=[]", "vq.commitment=1.0"], "vq.commitment: found 1.0"),
+        (["objective=sft", "rewards=[]", "compat.text_top_k_50=true"], "sft has no rollouts"),
+        (["compat.mc_as_open_ended=true"], "rewards is listed (qa_accuracy)"),
+        (["compat.answer_single_line=true"], "(qa_accuracy or oc_accuracy)"),
+        (["compat.ti_sim_fixed_spans=true"], "(t2i_ti_sim)"),
+        (["compat.format_without_strip=true", "rewards=[{name: format_tag}]"], "(format)"),
+        (["compat.text_top_k_50=true", "grpo.tasks=t2i"], "grpo.tasks t2i leaves out"),
+        (["compat.image_logprobs_unshifted=true", "grpo.tasks=mm2t"], "mm2t leaves out"),
+        (["optimizer.name=lion", "optimizer.eps=1e-6"], "lion does not use it; leave it at 1e-08"),
+        (["optimizer.name=sgd", "optimizer.b2=0.9"], "optimizer.b2: found 0.9, but sgd"),
+        (["optimizer.name=adafactor", "optimizer.b1=0.8"], "optimizer.b1: found 0.8"),
+    ],
+)
+def test_options_that_the_run_would_ignore(write, overrides, part):
+    (line,) = problems(write(MINIMAL), *overrides)
+    assert part in line
+
+
+def test_options_that_only_look_ignored(write):
+    path = write(MINIMAL)
+    for overrides in (
+        ["objective=sft", "eval.suite=rewards"],  # the evaluation scores them
+        ["objective=sft", "eval.suite=rewards", "compat.format_without_strip=true"],
+        ["objective=vq", "rewards=[]", "compat.bfloat16_master=true", "grpo.kl_coef=0.0"],
+        ["optimizer.name=sgd", "optimizer.b1=0.5"],  # its momentum
+        ["optimizer.name=lion", "optimizer.b2=0.5"],
+    ):
+        config_file.load(path, overrides)
+
+
+def test_switches_of_rewards_are_the_registrys():
+    found = {switch: tuple(x[0] for x in effects) for switch, effects in registry.COMPAT.items()}
+    assert found == config.SWITCH_USERS
 
 
 @pytest.mark.parametrize(

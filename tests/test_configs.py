@@ -71,7 +71,8 @@ def differing(a: Config, b: Config) -> set[str]:
 
 def test_the_promised_configs_are_there():
     promised = {f"janus_pro_{size}/{stage}.yaml" for size in ("1b", "7b") for stage in STAGES}
-    promised |= {"janus_pro_1b/released.yaml", "quickstart.yaml", "mini/unified.yaml"}
+    promised |= {f"janus_pro_{size}/released.yaml" for size in ("1b", "7b")}
+    promised |= {"quickstart.yaml", "mini/unified.yaml"}
     assert promised <= set(FILES)
 
 
@@ -146,7 +147,7 @@ def test_base_leads_through_two_files():
     assert config.export.layout == "transformers"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "released"])
 def test_7b_differs_from_1b_in_model_and_mesh_alone(stage):
     small, large = (load(f"janus_pro_{size}/{stage}.yaml") for size in ("1b", "7b"))
     assert differing(small, large) == {"output_dir", "model.path", "mesh.data", "mesh.fsdp"}
@@ -198,6 +199,14 @@ def test_data_sets_are_the_published_ones():
         "mm-vl/mcot_r1_mcq_66k",
         "mm-vl/mcot_r1_vqa_66k",
     ]
+
+
+def test_answering_stages_need_no_column_of_types():
+    for stage, kind in (("refined_mc", "MC"), ("refined_oe", "OE")):
+        config = load(f"janus_pro_1b/{stage}.yaml")
+        (reward, _) = registry.resolve(config.rewards, config.compat)["mm2t"]
+        assert not registry.missing_columns([reward], ["qa_problem", "qa_solution"])
+        assert reward.function.keywords == {"default_type": kind}
 
 
 def test_released_is_unified_with_the_scripts_values_and_every_switch():

@@ -169,7 +169,7 @@ def cases(tmp_path_factory):
     rows = [
         {"image": "pictures/a.png", "question": "how many squares?"},
         {"image": "pictures/b.jpg", "question": LONG + "?"},
-        {"image": "pictures/a.png", "question": "left of what?"},
+        {"image": "pictures/a.png", "question": "left of what?", "id": 7, "note": ["kept", None]},
     ]
     file = folder / "cases.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -186,11 +186,13 @@ def test_texts_and_their_lines(cases, model_dir, processor, capsys, tmp_path):
         (prompt, number) for prompt in range(3) for number in range(2)
     ]
     for row in records:
-        assert {key: row[key] for key in ("image", "question")} == asked[row["index"]]
+        assert {**row, **asked[row["index"]]} == row  # keys that are not read are passed through
         assert row["text"] == processor.decode(row["tokens"])
-        assert processor.special.eos not in row["tokens"]
         assert len(row["tokens"]) <= NEW_TOKENS
-        assert row["truncated"] or len(row["tokens"]) < NEW_TOKENS
+        assert row["tokens"].count(processor.special.eos) == (not row["truncated"])
+        if not row["truncated"]:
+            assert row["tokens"][-1] == processor.special.eos
+            assert row["text"] == processor.decode(row["tokens"][:-1])
     assert {row["truncated"] for row in records} == {True, False}
     assert len({tuple(row["tokens"]) for row in records}) > 4
 
@@ -215,8 +217,27 @@ def test_one_question_in_its_own_process(cases, model_dir, tmp_path):
         system_prompt="Count.", greedy=True, max_new_tokens=NEW_TOKENS,
     )  # fmt: skip
     tokens = sample.tokens.tolist()
-    assert row["tokens"] == (tokens if row["truncated"] else tokens[:-1])
+    assert row["tokens"] == tokens
     assert row["image"] == str(picture)
+
+
+def test_greedy_takes_options_that_change_nothing(cases, model_dir, tmp_path, capsys):
+    picture = cases.parent / "pictures" / "a.png"
+    run("text", "--model", model_dir, "--image", picture, "--question", "what?", "--greedy",
+        "--max-new-tokens", NEW_TOKENS, "--samples", 3, "--temperature", 1, "--top-k", 0,
+        "--top-p", 1)  # fmt: skip
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2]
+    assert rows[0]["tokens"] == rows[1]["tokens"] == rows[2]["tokens"]
+    assert "note: --greedy makes the 3 texts of a prompt equal" in err
+
+    folder = tmp_path / "out"
+    run("image", "--model", model_dir, "--prompt", PROMPTS[0], "--out", folder, "--greedy",
+        "--temperature", 1, "--images-per-prompt", 2)  # fmt: skip
+    first, second = (folder / generate.image_name(0, number) for number in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    assert "note: --greedy makes the 2 images" in capsys.readouterr().err
 
 
 # ---- refusals
@@ -247,7 +268,7 @@ def test_image_problems_are_told_together(model_dir, tmp_path, capsys):
         "--images-per-prompt: found 0",
         "--seed: found -1; expected a number at least 0 and at most 4294967295",
         "--temperature: found 0.0; expected a number above 0",
-        "--temperature: has no effect with --greedy",
+        "--temperature: found 0, which --greedy would ignore",
         "--cfg-scale: found nan",
         f"--out {tmp_path / 'out'}: holds files",
         "empty.txt: found no line with text",
@@ -264,7 +285,7 @@ def test_text_problems_are_told_together(cases, model_dir, tmp_path, capsys):
     rows = [
         '{"image": "nowhere.png", "question": "what?"}',
         '{"image": "broken.png", "question": "what?"}',
-        '{"image": 3, "question": " ", "answer": "x"}',
+        '{"image": 3, "question": " ", "text": "x"}',
         "[1]",
         "{",
     ]
@@ -272,18 +293,18 @@ def test_text_problems_are_told_together(cases, model_dir, tmp_path, capsys):
     said = refused(
         capsys, "text", "--model", model_dir, "--input", tmp_path / "bad.jsonl",
         "--max-new-tokens", 0, "--top-p", 1.5, "--top-k", -2, "--out", tmp_path / "bad.jsonl",
-        "--samples", 2, "--greedy",
+        "--greedy",
     )  # fmt: skip
     for expected in (
         "--max-new-tokens: found 0",
         "--top-p: found 1.5; expected a number above 0 and at most 1",
         "--top-k: found -2",
-        "--top-k: has no effect with --greedy",
-        "--samples: with --greedy all samples are the same",
+        "--top-k: found -2, which --greedy would ignore; leave one of them out, or set 0",
+        "--top-p: found 1.5, which --greedy would ignore",
         "bad.jsonl: exists; name a new file",
         "line 1: ", "nowhere.png: No such file",
         "line 2: ", "broken.png",
-        "line 3: unknown key 'answer'", "line 3: image is 3", "line 3: question is ' '",
+        "line 3: text is a key of the output", "line 3: image is 3", "line 3: question is ' '",
         "line 4: found a list",
         "line 5: not valid JSON",
     ):  # fmt: skip
@@ -301,6 +322,14 @@ def test_prompts_that_do_not_fit_the_model(model_dir, tmp_path, capsys):
     assert "prompt 1: found" in said and "expected at most 240" in said
     assert "--prompt: number 3 is empty" in said
     assert "prompt 0" not in said
+
+
+@pytest.mark.usefixtures("no_device_work")
+def test_answers_that_do_not_fit_the_model(cases, model_dir, capsys):
+    asked = ["text", "--model", model_dir, "--input", cases, "--max-new-tokens"]
+    said = refused(capsys, *asked, 2000)
+    assert "--max-new-tokens: found 2000; expected less than 240: of the model's 256" in said
+    assert said.count("error: ") == 1
 
 
 def test_files_of_another_model(model_dir, tmp_path):

@@ -98,6 +98,12 @@ def test_advantages_equal_the_definition(groups):
     np.testing.assert_allclose(values.reshape(-1, 4).sum(axis=1), 0, atol=1e-5)
 
 
+def test_a_row_that_lacks_what_its_group_has_is_left_out():
+    per_function = jnp.array([[1.0, 2.0, NAN, NAN], [NAN, 3.0, 4.0, 5.0]])
+    combined = grpo.combine_rewards(per_function, jnp.array([1.0, 10.0]), 2)
+    np.testing.assert_array_equal(combined, [NAN, 32, 40, 50])
+
+
 def test_combine_rewards():
     per_function = jnp.array([[1.0, NAN, NAN], [0.5, 0.25, NAN]])
     combined = grpo.combine_rewards(per_function, jnp.array([2.0, 4.0]))

@@ -303,3 +303,53 @@ def test_from_dir_reads_what_transformers_saves(tmp_path, model_dir, processor):
     assert saved.image == processor.image and saved.special == processor.special
     assert saved.mm2t_ids(QUESTION) == processor.mm2t_ids(QUESTION)
     assert saved.t2i_text("a cat") == processor.t2i_text("a cat")
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"model_type": "janus", "vision_config": {"image_size": [64, 64], "patch_size": 16}},
+        {
+            "model_type": "multi_modality",
+            "vision_config": {"params": {"image_size": [64, 64], "patch_size": 16}},
+        },
+    ],
+)
+def test_vision_geometry_of_square_lists(vision):
+    assert vision_geometry(vision) == (64, 16)
+
+
+def test_vision_geometry_of_absent_sections():
+    """Which then have the defaults that the weights' config has."""
+    for vision in ({"params": None}, {}, None):
+        config = {"model_type": "multi_modality", "vision_config": vision}
+        assert vision_geometry(config) == (384, 576)
+
+
+def test_null_settings_are_absent_settings(tmp_path, processor):
+    folder = tiny_tokenizer_dir(tmp_path)
+    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    pictures |= {"image_size": [32, 32], "min_size": None}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings |= {"image_processor": None}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    assert Processor.from_dir(folder).image == processor.image
+
+
+def test_malformed_settings_are_all_named(tmp_path):
+    folder = tiny_tokenizer_dir(tmp_path)
+    pictures = {"image_size": [32, 16], "image_mean": ["a"] * 3, "image_std": 0.5, "min_size": "x"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    settings = {"image_processor": [1], "num_image_tokens": "16"}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    data = {"model_type": "janus", "vision_config": {"image_size": [64, 32]}}
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(InputError) as error:
+        Processor.from_dir(folder)
+    text = str(error.value)
+    for part in (
+        "image_processor is [1]", "num_image_tokens is '16'", "image size is [32, 16]",
+        "image_mean is ['a', 'a', 'a']", "min_size is 'x'", "vision_config: image_size is [64, 32]",
+    ):  # fmt: skip
+        assert part in text, part

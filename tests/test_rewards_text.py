@@ -142,6 +142,9 @@ def test_safe_string_equal(first, second, expected):
         "The answer is: **B**", "The answer would be b.", "Option B", "I choose option (B), fire",
         "It is B, not A", "So B is right", "A dog is seen, so B", "Not A but B", "not (A) but (B)",
         "The answer is A? No, the answer is B.", "e.g. fire, so the answer is B",
+        "B, because A is wrong", "B; A is wrong", "B: not A", "B - A is wrong", "B – burning",
+        "(B), as A is not seen", "**B**, because it burns", "b, not a", "B , since (A) is out",
+        "A, no, the answer is B",
         "burning", "Burning.", "It is 'burning'", "the hazard is burning", "I think burning",
     ],
 )  # fmt: skip
@@ -157,6 +160,7 @@ def test_right_choices(answer):
         "The answer is not B", "not option B", "not B", "Bob", "B's", "vitamin-B", "unburning",
         "The answer is B. Or rather, the answer is C.", "C. burning", "None of them",
         "'choking', not burning", "burn", "not burning",
+        "A, B", "A, or B", "A; B; D", "A and B", "A, B and C", "A - B", "A, because B is wrong",
     ],
 )  # fmt: skip
 def test_wrong_choices(answer):
@@ -171,6 +175,14 @@ def test_wrong_choices(answer):
         ("A", "A dog", 0),  # the article is no choice
         ("A", "I see A dog", 0),
         ("A", "A is right", 1),
+        ("A", "A, because B is wrong", 1),
+        ("A", "A; B is wrong", 1),
+        ("A", "A, B", 0),
+        ("A", "A, or B", 0),
+        ("A", "A; B; C", 0),
+        ("A", "A or B", 0),
+        ("A", "A and B", 0),
+        ("I", "I, too, see B", 0),
         ("<answer>A. choking</answer>", "A", 1),
         ("<answer>A. choking</answer>", "choking", 1),
         ("<answer>(A)</answer>", "A", 1),
@@ -487,12 +499,12 @@ def test_every_reward_takes_any_string(completion, solution, qa_type):
     ],
 )
 def test_hostile_completions_are_scored_fast(completion):
-    start = time.perf_counter()
+    start = time.process_time()
     text.format_reward(completion)
     for qa_type in ("MC", "OE"):
         text.qa_accuracy(completion, "<answer>B</answer>", qa_type, problem=PROBLEM)
     text.soft_jaccard("a small red car on a long road", completion)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_a_batch_takes_milliseconds():

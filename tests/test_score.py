@@ -83,6 +83,16 @@ def test_answers_with_short_names_options_and_nulls(tmp_path, capsys):
     assert "--model is not loaded" in err
 
 
+def test_an_answer_without_a_type_is_open_ended(tmp_path, capsys):
+    path = cases(tmp_path, {"completion": "A. red", "solution": "A"},
+                 {"completion": "A. red", "solution": "A", "type": "MC"})  # fmt: skip
+    assert run(capsys, "--reward", "qa_accuracy", "--input", path)[0] == [0.0, 1.0]
+    found, _ = run(capsys, "--reward", "qa_accuracy", "default_type=MC", "--input", path)
+    assert found == [1.0, 1.0]
+    err = problems(capsys, "--reward", "qa_accuracy", "default_type=MCQ", "--input", path)
+    assert "option default_type: found 'MCQ'" in err
+
+
 def test_images_relative_to_the_file(tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
     row = shapes.make_row(0, 0, encode=False)
@@ -205,5 +215,5 @@ def test_the_list_names_every_reward(capsys):
     out = capsys.readouterr().out
     for name in registry.REGISTRY:
         assert f"\n{name}\n" in f"\n{out}"
-    assert "columns: qa_solution qa_type [qa_problem]" in out
+    assert "columns: qa_solution [qa_type] [qa_problem]" in out
     assert "mc=True" in out

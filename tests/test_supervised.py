@@ -148,24 +148,31 @@ def test_the_loss_is_the_mean_over_tokens(tiny_config, params):
 
 @pytest.fixture(scope="module")
 def tokenizer_loss(tiny_config, params):
-    """(metrics, gradients) of the image tokenizer on two pictures."""
+    """weights -> (loss, metrics, gradients) of the image tokenizer on two pictures."""
     pixels = jnp.stack([supervised.drawing_pixels(tiny_image(i), 16) for i in range(2)])
 
-    def loss(part):
-        model = janus.bind(tiny_config, params | {"vqmodel": part}).vqmodel
-        return vq.vq_loss(model, pixels, 0.5, 0.25, 0.02)
+    @jax.jit
+    def compute(part, weights):
+        def loss(part):
+            model = janus.bind(tiny_config, params | {"vqmodel": part}).vqmodel
+            return vq.vq_loss(model, pixels, *weights)
 
-    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params["vqmodel"])
-    return float(value), jax.device_get(metrics), jax.device_get(grads)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(part)
+        return value, metrics, grads
+
+    return lambda *weights: jax.device_get(compute(params["vqmodel"], weights))
 
 
 def test_every_part_of_the_tokenizer_learns(tokenizer_loss):
     """The encoder through the quantiser, the codebook, the decoder."""
-    value, metrics, grads = tokenizer_loss
+    _, _, grads = tokenizer_loss(0.5, 0.0, 0.0)  # nothing else pulls at the encoder
     for part in ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"):
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads[part])) > 1e-6, part
-    # Commitment and its counterpart have one value, and entropy is what is left.
-    expected = (
+
+
+def test_the_tokenizers_loss_adds_up(tokenizer_loss):
+    value, metrics, _ = tokenizer_loss(0.5, 0.25, 0.02)
+    expected = (  # the codes' move and the latents' commitment have one value
         metrics["vq/l1"] + 0.5 * metrics["vq/edges"] + 1.25 * metrics["vq/commitment"]
         + 0.02 * metrics["vq/entropy"]
     )  # fmt: skip

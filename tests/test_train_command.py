@@ -5,9 +5,11 @@ One device stands for the machine, except where the test is about several.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from corl_jax import config_file, sharding
 from corl_jax.errors import InputError
@@ -24,7 +27,7 @@ from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.train import iterate, planning, record, rundir
 from corl_jax.types import Prompts
-from corl_jax.weights.files import load_config, load_params
+from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests import tiny_train
 from tests.tiny import tiny_parquet, tiny_row
 from tests.tiny_train import metric_lines, write_config
@@ -514,3 +517,77 @@ def test_problems_of_the_data_come_with_those_of_the_model(options, tmp_path):
         planning.plan(config_file.validate(tree, "test"))
     joined = "\n".join(error.value.problems)
     assert "data.columns.qa_type" in joined and str(tmp_path) in joined
+
+
+# ---- weights and the export, before training
+
+
+def changed_model(model: Path, folder: Path, change: str) -> Path:
+    shutil.copytree(model, folder)
+    weights = folder / "model.safetensors"
+    if change == "missing":
+        weights.unlink()
+    elif change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        tensors["lm_head/kernel"] = tensors["lm_head/kernel"][:, :-1].copy()
+        save_file(tensors, weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("missing", "no weights found"),
+        ("truncated", "its header promises"),
+        ("misshapen", "lm_head/kernel has shape"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("--check",), ()])
+def test_weights_are_checked_with_the_rest(
+    options, model, tmp_path, capsys, change, part, arguments
+):
+    folder = changed_model(model, tmp_path / "model", change)
+    tree = options(model={"path": str(folder)}, data={"path": str(tmp_path / "none.parquet")})
+    joined = "\n".join(refused(capsys, tree, *arguments))
+    assert part in joined and "none.parquet" in joined
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_export_is_checked_before_training(options, model, tmp_path, capsys):
+    def check(**export):
+        return refused(capsys, options(export=export), "--check")
+
+    missing = str(tmp_path / "nowhere")
+    (line,) = check(layout="original", base=missing)
+    assert "export: base: " in line and "no such directory" in line
+    (line,) = check(layout="original", base=str(model))
+    assert "it has nothing to give" in line
+    for layout in ("transformers", "none"):
+        (line,) = check(layout=layout, base=missing)
+        assert f"which export.layout {layout} has no use for" in line
+
+
+def test_an_export_that_transformers_cannot_express(options, model, tmp_path, capsys):
+    """Sizes that only the other layouts can hold."""
+    config, params = load_config(model), load_params(model)
+    config = dataclasses.replace(config, image_token_embed=48)
+    width = params["generation_head"]["proj_out"]["kernel"].shape[0]
+    params["generation_head"] = {
+        "proj_out": {"kernel": np.zeros((width, 48)), "bias": np.zeros(48)},
+        "vision_head": {
+            "kernel": np.zeros((48, config.vq.num_embeddings)),
+            "bias": np.zeros(config.vq.num_embeddings),
+        },
+    }
+    folder = tmp_path / "wide"
+    save_checkpoint(folder, config, params, layout="jax")
+    shutil.copytree(
+        model, folder, dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("model.safetensors", "config.json"),
+    )  # fmt: skip
+    tree = options(model={"path": str(folder)}, export={"layout": "transformers"})
+    (line,) = refused(capsys, tree, "--check")
+    assert "export: image_token_embed is 48" in line
+    train(tree, "--check", "export.layout=original")

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from corl_jax.errors import InputError
+from corl_jax.weights.assets import with_bos
 from corl_jax.weights.configs import load_config
 from corl_jax.weights.files import (
     convert,
@@ -18,6 +19,7 @@ from corl_jax.weights.files import (
     special_tokens,
 )
 from corl_jax.weights.table import flatten
+from corl_jax.weights.tokens import STRINGS
 from tests.weights_fixtures import (
     BFLOAT16,
     assert_same_bits,
@@ -306,3 +308,60 @@ def test_without_assets_only_transformers_needs_a_tokenizer(dirs, tmp_path):
     assert load_config(tmp_path / "jax") == config
     with pytest.raises(InputError, match="needs the tokenizer's ids"):
         save_checkpoint(tmp_path / "hf", config, params, layout="transformers")
+
+
+def with_post_processor(folder, post):
+    data = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": post}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+FIRST = {"Sequence": {"id": "A", "type_id": 0}}
+SECOND = {"Sequence": {"id": "B", "type_id": 1}}
+PLAIN = {
+    "type": "TemplateProcessing", "single": [FIRST], "pair": [FIRST, SECOND], "special_tokens": {},
+}  # fmt: skip
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("form", ["none", "bytes", "template", "sequence"])
+def test_a_tokenizer_gets_bos_once_whatever_its_template(tmp_path, hf_state, form, ends):
+    from tokenizers import Tokenizer
+
+    source = write_checkpoint(tmp_path / "source", to_original(hf_state), "original")
+    special, template = special_tokens(source), PLAIN
+    if ends:
+        eos = STRINGS["eos"]
+        end = {"SpecialToken": {"id": eos, "type_id": 0}}
+        known = {eos: {"id": eos, "ids": [special.eos], "tokens": [eos]}}
+        template = PLAIN | {
+            "single": [FIRST, end], "pair": [FIRST, SECOND, end], "special_tokens": known,
+        }  # fmt: skip
+    sequence = {"type": "Sequence", "processors": [BYTES, template]}
+    posts = {"none": None, "bytes": BYTES, "template": template, "sequence": sequence}
+    with_post_processor(source, posts[form])
+    convert(source, tmp_path / "out", layout="transformers")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    plain = [tokenizer.token_to_id(letter) for letter in "ab"]
+    tail = [special.eos] if ends and form in ("template", "sequence") else []
+    assert tokenizer.encode("ab").ids == [special.bos, *plain, *tail]
+    assert tokenizer.encode("a", "b").ids == [special.bos, *plain, *tail]
+
+    # What has BOS already stays as it is.
+    again = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert with_bos(again, tmp_path / "out") is again
+
+
+def test_a_tied_checkpoint_is_told_how_to_untie(tmp_path, hf_state):
+    state = {key: value for key, value in hf_state.items() if key != "lm_head.weight"}
+    folder = write_checkpoint(tmp_path / "tied", state, "transformers")
+    data = json.loads((folder / "config.json").read_text())
+    for value in (True, None, False):
+        data["tie_word_embeddings"] = value
+        if value is None:  # the class's default is true
+            del data["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(data))
+        with pytest.raises(InputError, match="lm_head.weight is missing") as caught:
+            load_params(folder)
+        (problem,) = caught.value.problems
+        assert ("this checkpoint is tied (tie_word_embeddings)" in problem) == (value is not False)

@@ -159,14 +159,16 @@ class UsableRows:
             rows = dict(self._unusable[kind])
         if not rows:
             return []
-        what = {
-            "bad": ("cannot be decoded", "max_bad_fraction"),
-            "long": ("are over max_prompt_length", "max_long_fraction"),
-        }
-        text, limit = what[kind]
+        what, remedy = {
+            "bad": ("cannot be decoded", "mend the data or raise data.max_bad_fraction"),
+            "long": (
+                "are over data.max_prompt_length",
+                "raise it, where the model has room, or shorten the prompts",
+            ),
+        }[kind]
         head = (
-            f"data: {len(rows)} of {len(self)} rows {text}, more than {limit} "
-            f"{self._limits[kind]:g} allows; mend the data or raise the limit. The first:"
+            f"data: {len(rows)} of {len(self)} rows {what}; at most {self._limits[kind]:g} of them "
+            f"may be; {remedy}. The first:"
         )
         first = sorted(rows)[:ROWS_IN_MESSAGE]
         return [head, *(f"  {self._source.where(row)}: {rows[row]}" for row in first)]

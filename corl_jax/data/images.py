@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from corl_jax.errors import InputError
+from corl_jax.weights.configs import parse_vision
+from corl_jax.weights.fields import Fields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with a warning
@@ -119,27 +120,18 @@ def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> Im
     `configs` holds config.json, processor_config.json and preprocessor_config.json by stem,
     empty dicts where absent. The processor files lead; config.json fills in and must agree.
     """
-    processor = configs["processor_config"]
-    pre = {**processor.get("image_processor", {}), **configs["preprocessor_config"]}
-    vision_size, vision_tokens = vision_geometry(configs["config"])
-    problems = [
+    problems: list[str] = []
+    processor = Fields(str(folder / "processor_config.json"), configs["processor_config"], problems)
+    pre = {**processor.section("image_processor").data, **configs["preprocessor_config"]}
+    problems += [
         f"{folder}: image preprocessing {key} is {pre[key]!r}; only {value!r} is supported"
         for key, value in FIXED_PREPROCESSING.items()
         if pre.get(key) is not None and not _same_number(pre[key], value)
     ]
-    size = _square(pre.get("image_size") or pre.get("size")) or vision_size
-    tokens = processor.get("num_image_tokens") or vision_tokens
-    stated = (("image size", size, vision_size), ("image tokens", tokens, vision_tokens))
-    for name, value, other in stated:
-        if value is None:
-            problems.append(
-                f"{folder}: no {name}; expected image_size in preprocessor_config.json and "
-                "num_image_tokens in processor_config.json, or a vision config in config.json"
-            )
-        elif other is not None and value != other:
-            problems.append(
-                f"{folder}: {name} is {value} in the processor files and {other} by config.json"
-            )
+    size, tokens = _geometry(configs["config"], processor, pre, folder)
+    min_size = Fields(str(folder / "preprocessor_config.json"), pre, problems).size(
+        "min_size", DEFAULT_MIN_SIZE
+    )
     for key in ("image_mean", "image_std"):
         if len(_floats(pre.get(key))) != 3:
             problems.append(
@@ -150,31 +142,68 @@ def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> Im
         raise InputError(problems)
     assert size is not None and tokens is not None  # otherwise there was a problem
     mean, std = _floats(pre["image_mean"]), _floats(pre["image_std"])
-    return ImageSettings(size, tokens, mean, std, int(pre.get("min_size", DEFAULT_MIN_SIZE)))
+    return ImageSettings(size, tokens, mean, std, min_size)
 
 
-def vision_geometry(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """(image size, image tokens) by a config.json of any layout; None where it does not say."""
-    vision = config.get("vision_config") or config.get("janus", {}).get("siglip") or {}
-    params = {**vision, **vision.get("params", {})}
-    named = re.search(r"patch(\d+)_(\d+)", str(params.get("model_name", "")))
-    size = params.get("image_size") or (named and int(named.group(2)))
-    patch = params.get("patch_size") or (named and int(named.group(1)))
-    return size or None, (size // patch) ** 2 if size and patch else None
+def _geometry(
+    config: Mapping[str, Any], processor: Fields, pre: Mapping[str, Any], folder: Path
+) -> tuple[int | None, int | None]:
+    """(image size, image tokens), where the processor files and config.json agree."""
+    problems, vision_size, vision_tokens = processor.problems, None, None
+    try:
+        vision_size, vision_tokens = vision_geometry(config, folder / "config.json")
+    except InputError as error:
+        problems += error.problems
+    size, tokens = vision_size, vision_tokens
+    stated = pre.get("image_size") or pre.get("size")
+    if stated:
+        size = _square(stated)
+        if size is None:
+            problems.append(
+                f"{folder}: image size is {stated!r} in the processor files; expected the side of "
+                "a square, or equal height and width"
+            )
+    if processor.has("num_image_tokens"):
+        tokens = processor.size("num_image_tokens", tokens or 1)
+    for name, value, other in (
+        ("image size", size, vision_size), ("image tokens", tokens, vision_tokens),
+    ):  # fmt: skip
+        if value is None:
+            problems.append(
+                f"{folder}: no {name}; expected image_size in preprocessor_config.json and "
+                "num_image_tokens in processor_config.json, or a vision config in config.json"
+            )
+        elif None not in (value, other) and value != other:
+            problems.append(
+                f"{folder}: {name} is {value} in the processor files and {other} by config.json"
+            )
+    return size, tokens
+
+
+def vision_geometry(
+    config: Mapping[str, Any], file: Path = Path("config.json")
+) -> tuple[int | None, int | None]:
+    """(image size, image tokens) by a config.json of any layout; None where it does not say.
+
+    Raises:
+        InputError: listing the fields of the vision tower that are malformed.
+    """
+    siglip = parse_vision(dict(config), file)
+    return (siglip.image_size, siglip.num_tokens) if siglip else (None, None)
 
 
 def _square(size: Any) -> int | None:
-    """The side from 384 or {"height": 384, "width": 384}; None when there is no one side."""
-    if isinstance(size, Mapping):
-        sides = set(size.values())
-        return sides.pop() if len(sides) == 1 else None
-    return size
+    """The side from 384, [384, 384] or {"height": 384, "width": 384}; None for anything else."""
+    sides = list(size.values()) if isinstance(size, Mapping) else size
+    sides = sides if isinstance(sides, list) else [sides]
+    same = sides and all(type(side) is int and side == sides[0] > 0 for side in sides)
+    return sides[0] if same else None
 
 
-def _floats(value: Any) -> tuple:
-    if isinstance(value, int | float):
-        return (float(value),) * 3
-    return tuple(float(item) for item in value or ())
+def _floats(value: Any) -> tuple[float, ...]:
+    """One number, thrice, or a list of numbers; empty for anything else."""
+    items = value if isinstance(value, list) else [value] * 3
+    return tuple(map(float, items)) if all(isinstance(i, int | float) for i in items) else ()
 
 
 def _same_number(found: Any, expected: float) -> bool:

@@ -68,7 +68,7 @@ class Processor:
         self.bucket_size = bucket_size
         if template is None:
             template = "deepseek" if ROLES["deepseek"][0] in self._added else "deepseek_old"
-        if template not in ROLES:
+        if template not in tuple(ROLES):  # which need not be hashable
             raise InputError(f"sft_format: found {template!r}; expected one of {', '.join(ROLES)}")
         self.roles = ROLES[template]
 

@@ -37,6 +37,12 @@ LETTER_FORMS = (
     re.compile(r"^[\s*\"'`(\[{]*+([A-Na-n])[\s*\"'`]*+[.):\]}](?![A-Za-z]\.)"),
     # nothing but a letter and marks: "b", "**B**", "'B'"
     re.compile(r"^[\W_]*([A-Na-n])[\W_]*$"),
+    # "B, because ..", "B; C is wrong", "B - text", at the start; no list ("B, C", "B, or C") and
+    # not the pronoun ("I, too, ..")
+    re.compile(
+        r"^[\s*\"'`(\[{]*+([A-HJ-Na-hj-n])[*\"'`)\]}]*+(?:\s*+[,;]|\s++[-–—]\s)"
+        r"(?!\s*(?:(?:and|or)\s+)?[(\[*]*[A-Na-n][)\]*]*\s*(?:$|[,;/.\-–—]|(?:and|or)\b))"
+    ),
     # "(B)", "[B]", "\boxed{B}", anywhere
     re.compile(r"[(\[{]\s*([A-N])\s*[)\]}]"),
     # "**B**", "'B'", "**B.**", anywhere
@@ -50,7 +56,7 @@ LETTER_FORMS = (
 NEGATED = re.compile(
     r"(?i:\bnot (?:the )?(?:option |choice |letter |answer )?)[*\"'`(\[]*[A-N]\b[*\"'`)\]]*"
 )
-_EXPLICIT_FORMS = LETTER_FORMS[:6]
+_EXPLICIT_FORMS = LETTER_FORMS[:7]
 _LEADING_FORMS = LETTER_FORMS[2:4]
 
 MAX_DETECTION_CHARACTERS = 4096

@@ -21,6 +21,7 @@ IMAGES_AT_ONCE = 16  # compared with their real ones; bounds float32 temporaries
 
 ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
 Fit = Literal["squash", "centre_crop"]
+QuestionType = Literal["MC", "OE"]
 
 # ---- answers
 
@@ -36,14 +37,23 @@ def tags(samples: Samples, context: Context) -> np.ndarray:
 
 
 def qa_accuracy(
-    samples: Samples, context: Context, *, multiline_answer: bool = True, mc: bool = True
+    samples: Samples,
+    context: Context,
+    *,
+    multiline_answer: bool = True,
+    mc: bool = True,
+    default_type: QuestionType | None = None,
 ) -> np.ndarray:
-    """How right the answers are; see `text.qa_accuracy` for the options."""
+    """How right the answers are; see `text.qa_accuracy` for the options.
+
+    `default_type` is the type of rows without one, which count as OE where it is None.
+    """
 
     def one(completion, solution, kind, problem) -> float:
         return text.qa_accuracy(
-            completion, solution, kind, problem=problem, multiline_answer=multiline_answer, mc=mc
-        )
+            completion, solution, kind or default_type,
+            problem=problem, multiline_answer=multiline_answer, mc=mc,
+        )  # fmt: skip
 
     columns = (samples.column(name) for name in ("qa_solution", "qa_type", "qa_problem"))
     return each(one, samples.written(), *columns)

@@ -54,6 +54,8 @@ class Entry:
     columns: tuple[str, ...] = ()  # the data must have them all
     either: tuple[str, ...] = ()  # the data must have one of them
     optional: tuple[str, ...] = ()  # used where the data has them
+    # column -> option that stands in for it; a run's data must have it or set the option
+    stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # option -> values that other implementations have and this version does not
     absent: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -64,8 +66,9 @@ REGISTRY: dict[str, Entry] = {
     "qa_accuracy": Entry(
         functions.qa_accuracy,
         "mm2t",
-        columns=("qa_solution", "qa_type"),
-        optional=("qa_problem",),
+        columns=("qa_solution",),
+        optional=("qa_type", "qa_problem"),
+        stand_ins={"qa_type": "default_type"},
     ),
     "oc_accuracy": Entry(
         functions.oc_accuracy,
@@ -239,6 +242,13 @@ def missing_columns(resolved: Sequence[Resolved], available: Collection[str]) ->
             if column not in available:
                 problems.append(
                     f"data: column {column} is missing; {reward.name} needs it; {found}"
+                )
+        set_options = getattr(reward.function, "keywords", {})
+        for column, option in entry.stand_ins.items():
+            if column not in available and set_options.get(option) is None:
+                problems.append(
+                    f"data: column {column} is missing; {reward.name} needs it or its option "
+                    f"{option}; {found}; set data.columns.{column} or options: {{{option}: ..}}"
                 )
         if entry.either and not set(entry.either) & set(available):
             names = " or ".join(entry.either)

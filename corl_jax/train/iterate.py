@@ -100,7 +100,7 @@ def score_task(
 def _compare(rewards, *, weights, mode, group_size, mm2t_weight, eps, scale):
     weights = dict(weights)
     totals = {
-        task: grpo.combine_rewards(values, jnp.asarray(weights[task]))
+        task: grpo.combine_rewards(values, jnp.asarray(weights[task]), group_size)
         for task, values in rewards.items()
     }
     a_t2i, a_mm2t = grpo.joint_advantages(

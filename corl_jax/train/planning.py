@@ -27,6 +27,7 @@ from corl_jax.sharding import BATCH, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train.optimizer import partition
 from corl_jax.types import Params
+from corl_jax.weights.files import check_export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,7 @@ def plan(config: Config) -> Plan:
         parts = attempt(partition, janus.abstract(model_config), config.train.trainable)
         problems += _trainable_problems(config, parts) if parts else []
         problems += _size_problems(config, model_config)
+        problems += _export_problems(config, model_config)
     loaders = processor and sources and attempt(_loaders, config, processor, tasks, *sources)
     if problems:
         raise InputError(problems)
@@ -153,6 +155,24 @@ def _size_problems(config: Config, model: JanusConfig) -> list[str]:
         f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
         f"tokens; the model has positions for {limit}"
     ]
+
+
+def _export_problems(config: Config, model: JanusConfig) -> list[str]:
+    """What would stop the export, which is written only when all the training is done."""
+    layout, base = config.export.layout, config.export.base
+    problems = []
+    if base is not None and layout in ("transformers", "none"):
+        problems.append(
+            f"export.base: found {base!r}, which export.layout {layout} has no use for; remove it, "
+            "or set export.layout to original"
+        )
+        base = None
+    if layout != "none":
+        try:
+            check_export(layout, model, base)
+        except InputError as error:
+            problems += [f"export: {problem}" for problem in error.problems]
+    return problems
 
 
 def _trainable_problems(config: Config, parts: tuple[Params, Params]) -> list[str]:

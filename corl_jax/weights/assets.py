@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
 from corl_jax.weights.shards import write_bytes, write_text
 from corl_jax.weights.storage import read_json
@@ -137,23 +138,48 @@ def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     The original leaves that to the tokenizer class it names, which transformers no longer
     builds from the file as it stands; a class that follows the file needs it in the file.
+
+    Raises: InputError for a file that the tokenizers library cannot use.
     """
-    post = tokenizer.get("post_processor")
-    if "TemplateProcessing" in json.dumps(post):
+    bos = special_tokens(folder).bos
+    if _first_id(tokenizer, folder / "tokenizer.json") == bos:
         return tokenizer
-    bos = STRINGS["bos"]
-    special, ids = {"SpecialToken": {"id": bos, "type_id": 0}}, [special_tokens(folder).bos]
-    first = {"Sequence": {"id": "A", "type_id": 0}}
-    second = {"Sequence": {"id": "B", "type_id": 1}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, second],
-        "special_tokens": {bos: {"id": bos, "ids": ids, "tokens": [bos]}},
-    }
-    steps = [template] if post is None else [post, template]
-    processor = template if post is None else {"type": "Sequence", "processors": steps}
+    post = tokenizer.get("post_processor")
+    steps = [] if post is None else [post]
+    if post is not None and post["type"] == "Sequence":
+        steps = list(post["processors"])
+    templates = [i for i, step in enumerate(steps) if step["type"] == "TemplateProcessing"]
+    if templates:  # a second one would take the parts of the first for a pair of texts
+        steps[templates[0]] = _bos_first(steps[templates[0]], bos)
+    else:
+        first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
+        bare = {"single": [first], "pair": [first, second], "special_tokens": {}}
+        steps.append(_bos_first({"type": "TemplateProcessing", **bare}, bos))
+    processor = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
     return tokenizer | {"post_processor": processor}
+
+
+def _first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
+    """The id that a text starts with, as the file has it."""
+    from tokenizers import Tokenizer
+
+    try:
+        ids = Tokenizer.from_str(json.dumps(tokenizer)).encode("a").ids
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f"{file}: not a usable tokenizer.json ({error})") from error
+    return ids[0] if ids else None
+
+
+def _bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
+    """A TemplateProcessing with BOS before what it has."""
+    bos = STRINGS["bos"]
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    known = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
+    return {
+        **template,
+        **{name: [special, *template[name]] for name in ("single", "pair")},
+        "special_tokens": {**template["special_tokens"], **known},
+    }
 
 
 def _transformers_tokenizer(source: Path) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def open_checkpoint(folder: Path, config: JanusConfig | None = None) -> Checkpoi
         slots = table.slots(shapes)
         found = {key: info.shape for key, info in store.infos.items()}
         problems = table.problems(slots, found, folder)
+        if layout == "transformers" and data.get("tie_word_embeddings", True):
+            problems = _with_untying(problems)
         used = {slot.key for slot in slots}
         problems += _dtype_problems(folder, store, used)
         if problems:
@@ -97,6 +99,21 @@ def open_checkpoint(folder: Path, config: JanusConfig | None = None) -> Checkpoi
     except BaseException:
         store.close()
         raise
+
+
+def _with_untying(problems: list[str]) -> list[str]:
+    """The problems, that of an absent text head with what to do about a tied one."""
+    head, table = (
+        TABLES["transformers"].row(path)[0].key
+        for path in ("lm_head/kernel", "language_model/embed_tokens/embedding")
+    )
+    return [
+        f"{problem}; this checkpoint is tied (tie_word_embeddings): store a copy of {table} as "
+        f"{head}, and set tie_word_embeddings to false in config.json"
+        if f": {head} is missing" in problem
+        else problem
+        for problem in problems
+    ]
 
 
 def _open_jax(

@@ -23,7 +23,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     """The sizes that a config.json of the original layout means; problems are appended."""
     top = Fields(where, data, problems)
     llama = llama_config(top.section("language_config"))
-    siglip = _siglip(top.section("vision_config"))
+    siglip = siglip_config(top.section("vision_config"))
     vq = _vq(top.section("gen_vision_config"))
     aligner = top.section("aligner_config").section("params")
     gen_aligner = top.section("gen_aligner_config").section("params")
@@ -44,7 +44,8 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     )
 
 
-def _siglip(section: Fields) -> SiglipConfig:
+def siglip_config(section: Fields) -> SiglipConfig:
+    """The sizes that a `vision_config` of the original layout means."""
     params = section.section("params")
     name = params.data.get("model_name", "siglip_large_patch16_384")
     preset = SIGLIP_PRESETS.get(name) if isinstance(name, str) else None

@@ -22,7 +22,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     top = Fields(where, data, problems)
     llama = llama_config(top.section("text_config"))
     vision, vq = top.section("vision_config"), top.section("vq_config")
-    siglip = _siglip(vision)
+    siglip = siglip_config(vision)
     vision.equal("num_image_tokens", siglip.num_tokens)
     for fields, name in ((vision, "projection_dim"), (vq, "projection_dim")):
         if fields.size(name, 2048) != llama.hidden_size:
@@ -41,7 +41,8 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     )
 
 
-def _siglip(fields: Fields) -> SiglipConfig:
+def siglip_config(fields: Fields) -> SiglipConfig:
+    """The sizes that a `vision_config` of transformers means."""
     fields.expect("hidden_act", ("gelu",), "the only activation implemented")
     fields.expect("attention_bias", (True,), "SigLIP has biases")
     fields.expect("use_qk_norm", (False,), "not implemented")
@@ -72,17 +73,23 @@ def _vq(fields: Fields) -> VQConfig:
     )
 
 
+def check_expressible(config: JanusConfig) -> None:
+    """Raises: InputError for sizes that transformers' class cannot express."""
+    width = config.llama.hidden_size
+    if config.image_token_embed != width:
+        raise InputError(
+            f"image_token_embed is {config.image_token_embed}; transformers' Janus needs it equal "
+            f"to hidden_size {width}; write the original layout instead"
+        )
+
+
 def write(config: JanusConfig, dtype: str, special: SpecialTokens) -> dict[str, Any]:
     """A config.json for transformers, every size stated.
 
     Raises: InputError for sizes that transformers' class cannot express.
     """
+    check_expressible(config)
     llama = config.llama
-    if config.image_token_embed != llama.hidden_size:
-        raise InputError(
-            f"image_token_embed is {config.image_token_embed}; transformers' Janus needs it equal "
-            f"to hidden_size {llama.hidden_size}; write the original layout instead"
-        )
     ids = {
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,

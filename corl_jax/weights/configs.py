@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
+from corl_jax.models.siglip import SiglipConfig
 from corl_jax.weights import config_original, config_transformers
+from corl_jax.weights.fields import Fields
 from corl_jax.weights.storage import read_json
 
 Layout = Literal["original", "transformers", "jax"]
@@ -69,6 +71,35 @@ def parse_config(data: dict[str, Any], file: Path) -> JanusConfig:
     if problems:
         raise InputError(problems)
     return config
+
+
+def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
+    """The vision tower alone, also of a file that lacks the rest; None where it has none.
+
+    Raises: InputError listing every field that is malformed or not supported.
+    """
+    problems: list[str] = []
+    top = Fields(str(file), data, problems)
+    vision = top.section("vision_config")
+    kind = data.get("model_type")
+    layout = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if layout == "jax" or "janus" in data:
+        stored = top.section("janus").section("siglip")
+        usual = SiglipConfig()
+        siglip = dataclasses.replace(
+            usual,
+            image_size=stored.size("image_size", usual.image_size),
+            patch_size=stored.size("patch_size", usual.patch_size),
+        )
+    elif layout == "original" or "params" in vision.data:
+        siglip = config_original.siglip_config(vision)
+    elif layout == "transformers" or vision.data:
+        siglip = config_transformers.siglip_config(vision)
+    else:
+        siglip = None
+    if problems:
+        raise InputError(problems)
+    return siglip
 
 
 def _inconsistent(config: JanusConfig, where: str) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
 from corl_jax.types import Params
+from corl_jax.weights import config_transformers
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.checkpoint import Checkpoint, is_stacked, leaf_shapes, open_checkpoint
 from corl_jax.weights.configs import Layout, detect_layout, load_config
@@ -29,6 +30,7 @@ from corl_jax.weights.tokens import special_tokens
 
 __all__ = [
     "Layout",
+    "check_export",
     "convert",
     "detect_layout",
     "load_config",
@@ -100,6 +102,27 @@ def save_checkpoint(
             source.close()
 
 
+def check_export(layout: Layout, config: JanusConfig, base: str | Path | None = None) -> None:
+    """Refuses what `save_checkpoint` would, before there are parameters to write.
+
+    Raises: InputError for sizes that the layout cannot express, and for a base that does not fit.
+    """
+    problems: list[str] = []
+    try:
+        if layout == "transformers":
+            config_transformers.check_expressible(config)
+    except InputError as error:
+        problems += error.problems
+    try:
+        if base is not None:
+            with open_checkpoint(resolve_model_dir(base)) as opened:
+                _check_base(opened, config)
+    except InputError as error:
+        problems += [f"base: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+
+
 def convert(
     source: str | Path,
     out_dir: str | Path,
@@ -141,7 +164,7 @@ def _write(
     overwrite: bool,
     progress: Progress | None,
 ) -> list[str]:
-    opened = open_checkpoint(Path(base)) if base is not None else None
+    opened = open_checkpoint(resolve_model_dir(base)) if base is not None else None
     try:
         carried = export.carried
         if opened:
