@@ -158,14 +158,16 @@ class Train(Section):
     )
     epochs: PositiveFloat = 1.0
     max_steps: Positive | None = Field(
-        None, description="overrides epochs; a step is a rollout and its num_iterations updates"
+        None,
+        description="overrides epochs; a step is a batch with all its updates",
     )
     trainable: list[str] = Field(
         ["language_model/.*", "lm_head/.*"],
         description="regexes of parameter paths; the rest is frozen",
     )
     stop_after: Positive | None = Field(
-        None, description="steps of this process, as of max_steps; the schedule stays that of the run"
+        None,
+        description="steps (see max_steps) of this process; the schedule stays that of the run",
     )
 
 
@@ -180,7 +182,7 @@ class Mesh(Section):
 class Checkpoint(Section):
     """Saving, for resuming."""
 
-    every: Positive = Field(200, description="steps, as of max_steps, between two; the last is saved")
+    every: Positive = Field(200, description="steps between two; the last is always saved")
     keep: Positive = Field(1, description="newest checkpoints that stay")
 
 
@@ -198,7 +200,7 @@ class Eval(Section):
     """Held-out evaluation."""
 
     suite: Literal["none", "shapes", "rewards"] = "none"
-    every: NonNegative = Field(0, description="steps, as of max_steps, between; 0: only before and after")
+    every: NonNegative = Field(0, description="steps between; 0: only before and after")
     path: str | list[str] | None = Field(None, description="rows; null: the last rows of the data")
     rows: Positive = 64
     batch_prompts: Positive = 16
@@ -265,6 +267,11 @@ class Config(Section):
             problems.append(
                 "eval.suite: rewards, but there are none to score, or objective vq, which "
                 "samples nothing; list rewards or choose another suite"
+            )
+        if self.eval.every and self.eval.suite == "none":
+            problems.append(
+                f"eval.every: {self.eval.every} has no use with eval.suite none; choose a suite "
+                "or drop it"
             )
         if self.objective == "grpo" and not self.rewards:
             problems.append("rewards: empty; objective grpo needs at least one: {name: format}")

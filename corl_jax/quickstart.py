@@ -1,6 +1,6 @@
 """The whole story at small size: a mini Janus learns to draw and to answer, in minutes on a CPU.
 
-    python -m corl_jax.quickstart [--out runs/quickstart] [--rows 112] [key=value ...]
+    python -m corl_jax.quickstart [--out runs/quickstart] [--rows 104] [key=value ...]
 
 Converts the mini Janus that this package carries, draws a dataset, runs unified GRPO on it with
 an evaluation before and after, and exports the result for PyTorch. Each step is a command that
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows",
         type=int,
-        default=112,
+        default=104,
         help="of the drawn dataset; the last eval.rows are held out",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")

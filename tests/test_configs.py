@@ -207,13 +207,16 @@ def test_answering_stages_need_no_column_of_types():
         (reward, _) = registry.resolve(config.rewards, config.compat)["mm2t"]
         assert not registry.missing_columns([reward], ["qa_problem", "qa_solution"])
         assert reward.function.keywords == {"default_type": kind}
+    plain = registry.resolve_one("qa_accuracy", {})
+    (problem,) = registry.missing_columns([plain], ["qa_problem", "qa_solution"])
+    assert "column qa_type is missing" in problem and "its option default_type" in problem
 
 
 def test_released_is_unified_with_the_scripts_values_and_every_switch():
     unified, released = (load(f"janus_pro_1b/{name}.yaml") for name in ("unified", "released"))
     assert all(flag for flag in released.compat.model_dump().values())
     assert differing(unified, released) == {
-        "output_dir", "seed", "eval.suite", "rollout.max_new_tokens", "train.prompts_per_step",
+        "output_dir", "seed", "eval.suite", "eval.every", "rollout.max_new_tokens", "train.prompts_per_step",
         *(f"compat.{name}" for name in Compat.model_fields),
     }  # fmt: skip
     assert (released.rollout.max_new_tokens, released.train.prompts_per_step) == (576, 32)

@@ -361,7 +361,7 @@ def test_a_tied_checkpoint_is_told_how_to_untie(tmp_path, hf_state):
         if value is None:  # the class's default is true
             del data["tie_word_embeddings"]
         (folder / "config.json").write_text(json.dumps(data))
-        with pytest.raises(InputError, match="lm_head.weight is missing") as caught:
+        with pytest.raises(InputError, match=r"lm_head\.weight is missing") as caught:
             load_params(folder)
         (problem,) = caught.value.problems
         assert ("this checkpoint is tied (tie_word_embeddings)" in problem) == (value is not False)

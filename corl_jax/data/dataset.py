@@ -162,8 +162,8 @@ class UsableRows:
         what, remedy = {
             "bad": ("cannot be decoded", "mend the data or raise data.max_bad_fraction"),
             "long": (
-                "are over data.max_prompt_length",
-                "raise it, where the model has room, or shorten the prompts",
+                "are over max_prompt_length",
+                "raise data.max_prompt_length, where the model has room, or shorten the prompts",
             ),
         }[kind]
         head = (

@@ -52,7 +52,7 @@ class Metrics:
         self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars after `step` steps (as of train.max_steps); infinite and NaN become null.
+        """Scalars after `step` steps (a batch with all its updates); infinite and NaN become null.
 
         TensorBoard has no null: NaN, which says "does not apply", is left out there.
         """
