@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from corl_jax import config_file
+from corl_jax.data.instructions import open_ended
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.train import gallery
 from corl_jax.train.metrics import read_lines
@@ -265,15 +267,17 @@ def place_lines(work: Work, pictures: list[Path]) -> list[str]:
 
 
 def next_lines(work: Work) -> list[str]:
-    """Commands with the trained model."""
-    model, out = work.train.export, work.out / "drawings"
-    model = ["--model", model]
+    """Commands with the trained model; the second looks at a drawing of the first."""
+    rollout = config_file.load(work.train.config).rollout
+    model, out = ["--model", work.train.export], work.out / "drawings"
+    guidance = ["--cfg-scale", f"{rollout.cfg_scale:g}"]
+    length = ["--max-new-tokens", rollout.max_new_tokens]
     commands = [
         python("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,
-               "--cfg-scale", 1, "--images-per-prompt", 8),
-        python("corl_jax.generate", "text", *model, "--image", work.out / "before_after.png",
-               "--question", QUESTION),
-        python("corl_jax.evaluate", *model, "--cfg-scale", 1, "--max-new-tokens", 40),
+               *guidance, "--images-per-prompt", 8),
+        python("corl_jax.generate", "text", *model, "--image", out / "00000_00.png",
+               "--question", open_ended(QUESTION), "--greedy", *length),
+        python("corl_jax.evaluate", *model, *guidance, *length),
     ]  # fmt: skip
     return [f"$ {shlex.join(command)}" for command in commands]
 
