@@ -24,9 +24,7 @@ MAX_LOG_RATIO = 20.0
 ROUNDING_UNITS = 4
 
 
-def combine_rewards(
-    per_function: jax.Array, weights: jax.Array, group_size: int = 1
-) -> jax.Array:
+def combine_rewards(per_function: jax.Array, weights: jax.Array, group_size: int = 1) -> jax.Array:
     """Adds the rewards of several functions, each times its weight.
 
     `per_function` [F, N], NaN where a function does not apply; `weights` [F]. Returns [N]. A

@@ -216,7 +216,8 @@ def test_released_is_unified_with_the_scripts_values_and_every_switch():
     unified, released = (load(f"janus_pro_1b/{name}.yaml") for name in ("unified", "released"))
     assert all(flag for flag in released.compat.model_dump().values())
     assert differing(unified, released) == {
-        "output_dir", "seed", "eval.suite", "eval.every", "rollout.max_new_tokens", "train.prompts_per_step",
+        "output_dir", "seed", "eval.suite", "eval.every", "rollout.max_new_tokens",
+        "train.prompts_per_step",
         *(f"compat.{name}" for name in Compat.model_fields),
     }  # fmt: skip
     assert (released.rollout.max_new_tokens, released.train.prompts_per_step) == (576, 32)

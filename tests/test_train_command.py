@@ -393,13 +393,16 @@ def test_what_does_not_fit_the_model_and_data_is_all_listed(options, capsys):
         assert part in joined, part
 
 
+VQ = {"objective": "vq", "rewards": []}
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
         ({"grpo": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
         ({"rewards": [{"name": "format"}]}, ["none is for t2i"]),
-        ({"objective": "vq", "rewards": [], "train": {"micro_batch": 2}}, ["vq has no micro-batches"]),
-        ({"objective": "vq", "rewards": []}, ["train.trainable: found language_model, lm_head, which objective"]),
+        (VQ | {"train": {"micro_batch": 2}}, ["vq has no micro-batches"]),
+        (VQ, ["train.trainable: found language_model, lm_head, which objective"]),
         ({"objective": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
         ({"objective": "sft", "rewards": [], "sft": {"caption_column": "captoin"}}, ["captoin"]),
         ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
