@@ -54,7 +54,7 @@ def group_advantages(
     (mean of the groups' std) and `frac_reward_zero_std` (share of the groups with any valid
     reward that teach nothing); a metric with nothing to average is 0.
     Raises: ValueError if N is not a multiple of the group size.
-    Source: corl.md 1.5; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form.
+    Source: docs/method.md; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form.
     """
     groups = _as_groups(rewards, group_size)
     valid = ~jnp.isnan(groups)
@@ -93,7 +93,7 @@ def joint_advantages(
     advantage is None. A group in which one task has no valid reward is judged by the other
     task; otherwise a row that lacks either reward is left out of a unified reward.
     Raises: ValueError if the mode is unknown or both tasks are absent.
-    Source: corl.md 1.5 (a), (b), (c); arXiv 2505.17534 eq. 5.
+    Source: docs/method.md; arXiv 2505.17534 eq. 5.
     """
     if mode not in ADVANTAGE_MODES:
         raise ValueError(f"advantage mode {mode!r}: expected one of {', '.join(ADVANTAGE_MODES)}")
@@ -134,7 +134,7 @@ def k3_kl(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     """The estimate exp(d) - d - 1 of KL(policy || reference), d = ref - policy, per token.
 
     Unbiased in value under samples of the policy, never negative, 0 where both agree.
-    Source: corl.md 1.6; Schulman, "Approximating KL divergence" (estimator k3).
+    Source: docs/method.md; Schulman, "Approximating KL divergence" (estimator k3).
     """
     delta = jnp.clip(ref_logprobs - logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jnp.expm1(delta) - delta
@@ -171,7 +171,7 @@ def policy_loss(
     token means as (sum, number of tokens): `clip_ratio/low_mean`, `clip_ratio/high_mean`,
     `clip_ratio/region_mean`; `kl` given a reference; `entropy` given one.
     Raises: ValueError if kl_coef is not 0 and there is no reference.
-    Source: corl.md 1.6; PPO (arXiv 1707.06347) eq. 7; metric names of TRL.
+    Source: docs/method.md; PPO (arXiv 1707.06347) eq. 7; metric names of TRL.
     """
     if ref_logprobs is None and kl_coef != 0:
         raise ValueError(f"kl_coef {kl_coef} needs ref_logprobs, and none were given")

@@ -108,7 +108,7 @@ class Processor:
     # ---- templates
 
     def t2i_text(self, prompt: str) -> str:
-        """The drawing prompt, without BOS. Source: specification of the `deepseek` template."""
+        """The drawing prompt, without BOS. Source: Janus's `deepseek` template."""
         return "".join(self._t2i_parts(prompt))
 
     def mm2t_text(self, question: str, system_prompt: str = "") -> str:

@@ -77,7 +77,7 @@ class Detection(NamedTuple):
 def tagged_answer(text: str, multiline: bool = True) -> str | None:
     """The content of the first answer block, or None without one.
 
-    `multiline=False` is the released behaviour (corl.md Q21): a block with a line break in it
+    `multiline=False` is the released behaviour (Q21): a block with a line break in it
     is not seen.
     """
     found = (ANSWER if multiline else ANSWER_ONE_LINE).search(text)
@@ -152,7 +152,7 @@ def option_by_text(text: str, options: dict[str, str]) -> str | None:
 def parse_detections(text: str) -> list[Detection] | None:
     """The detections of an answer, or None if it is no list of them.
 
-    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...] (corl.md 2.8); at most
+    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]; at most
     64 entries and 4096 characters. A confidence that is missing counts as 1.
     """
     text = text.strip()

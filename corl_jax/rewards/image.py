@@ -124,7 +124,7 @@ def image_term(name: str, generated: jax.Array, real: jax.Array) -> jax.Array:
 def cycle_reward(text_term: jax.Array, image_term: jax.Array, normalise: bool) -> jax.Array:
     """R_cycle: the text term plus the image term [N]; halved to [0, 1] when `normalise`.
 
-    Source: arXiv 2505.17534 eq. 3; the halving is corl.md's reading of v3's "normalised to
+    Source: arXiv 2505.17534 eq. 3; the halving is our reading of v3's "normalised to
     [0, 1]", both terms lying there. NaN in either term stays NaN.
     """
     total = jnp.asarray(text_term, jnp.float32) + jnp.asarray(image_term, jnp.float32)
@@ -136,7 +136,7 @@ def pixel_mse_reward(generated: jax.Array, real: jax.Array) -> jax.Array:
 
     The normalisation (mean 0.5, std 0.5) is the image processor's, so an error counts twice
     what it does in the `rmse` image term: range [-1, 1].
-    Source: corl.md 4.5.
+    Source: the released code.
     """
     return 1.0 - rmse_sliding_window(2.0 * generated - 1.0, 2.0 * real - 1.0)
 
@@ -144,7 +144,7 @@ def pixel_mse_reward(generated: jax.Array, real: jax.Array) -> jax.Array:
 def squash(image: Image.Image, size: int) -> np.ndarray:
     """The whole image as [size, size, 3] float32 in [0, 1], its aspect given up.
 
-    Bilinear with antialiasing, as the released reward resizes (corl.md Q25).
+    Bilinear with antialiasing, as the released reward resizes (Q25).
     """
     return fit(image, size, "squash")
 
@@ -153,7 +153,7 @@ def fit(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
     """A PIL image as [size, size, 3] float32 in [0, 1], comparable to a generated one.
 
     `squash` keeps all content and gives up the aspect; `centre_crop` keeps the aspect and gives
-    up what lies outside the largest centred square (corl.md Q25).
+    up what lies outside the largest centred square (Q25).
     Raises: InputError if `how` is unknown.
     """
     if how not in FITS:

@@ -1,7 +1,7 @@
 """Rewards in which the policy looks at its own drawings: similarity, captions, answers.
 
 The scorer is the policy as it stands at this step, so these rewards move with it
-(arXiv 2505.17534 does the same; corl.md Q26). All rows of a step run through programs of one
+(arXiv 2505.17534 does the same; Q26 in docs/released_code.md). All rows of a step run through programs of one
 shape: pieces of equal size, prompts padded to a bucket of the longest.
 """
 
@@ -45,9 +45,9 @@ def ti_sim(
 
     The image re-enters as in understanding, the caption follows it. Every image token's largest
     cosine with a caption token and every caption token's with an image token, averaged.
-    `fixed_spans` takes the released positions instead of the caption's own tokens (corl.md Q7),
+    `fixed_spans` takes the released positions instead of the caption's own tokens (Q7),
     counted in the unpadded row. `chunk` images run at once. NaN for an empty caption.
-    Source: corl.md 4.2.
+    Source: the released code.
     """
     policy = context.policy
     captions = [caption or "" for caption in samples.column("prompt")]
@@ -168,7 +168,7 @@ def bid_cycle(
     `caption_greedy` is false: then at temperature 1, as the released code does, which makes the
     reward itself random. `image_fit` brings the real image to size; `normalise` halves the sum.
     NaN without a prompt or a real image.
-    Source: corl.md 4.1, its second version of the code.
+    Source: the second version of the released code.
     """
     captions = ask(
         samples, context, [CAPTION] * len(samples), stream="caption", greedy=caption_greedy,
@@ -197,7 +197,7 @@ def qa(
 
     The question is the row's `qa_problem`, instructions included. `greedy` false draws the
     answer at temperature 1, as the released code does. NaN without a question or a solution.
-    Source: corl.md 4.5; scores in `text.qa_answer_score`.
+    Source: the released code; scores in `text.qa_answer_score`.
     """
     questions = samples.column("qa_problem")
     answers = ask(
@@ -219,7 +219,7 @@ def oc(
     """How well the policy names the class that its own drawing should show, in [0, 1].
 
     As `qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
-    Source: corl.md 4.5; scores in `text.oc_answer_score`.
+    Source: the released code; scores in `text.oc_answer_score`.
     """
     questions, solutions = classification(samples)
     answers = ask(

@@ -1,7 +1,7 @@
 """Text rewards: strings -> one float.
 
-The defaults are the repaired behaviours of the specification's quirk table; a keyword argument
-switches each released behaviour back on. NaN means that a reward does not apply to a row.
+The defaults mend the released code's quirks (Q numbers: docs/released_code.md); a keyword
+argument switches each released behaviour back on. NaN means that a reward does not apply to a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORMAT = re.compile(r"<think>.*?</think>[.\s]*<answer>.*?</answer>", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MIN_WORD_RATIO = 0.8
 UNKNOWN = "unk"
-# t2i_oc: equal, contained, named in the prompt, unknown (corl.md 4.5)
+# t2i_oc: equal, contained, named in the prompt, unknown
 OC_TAGGED = (1.0, 0.9, 0.5, 0.2)
 OC_UNTAGGED = (0.8, 0.7, 0.3, 0.0)
 QA_UNTAGGED = 0.8
@@ -32,7 +32,7 @@ def format_reward(completion: str | None, *, strip: bool = True) -> float:
     """1.0 if the whole completion is a think block and then an answer block, else 0.0.
 
     Only dots and white space may stand between the blocks. `strip=False` is the released
-    behaviour (corl.md Q20): white space around the completion spoils it.
+    behaviour (Q20): white space around the completion spoils it.
     """
     completion = completion or ""
     return float(FORMAT.fullmatch(completion.strip() if strip else completion) is not None)
@@ -59,7 +59,7 @@ def qa_accuracy(
     options, by whose texts an answer without a letter is found. `multiline_answer=False` and
     `mc=False` are released behaviours: an answer block over several lines is not seen (Q21),
     and multiple choice is scored as if it were open-ended (Q3). NaN without a solution.
-    Source: corl.md 4.4.
+    Source: the released code.
     """
     truth = answers.true_answer(solution or "", multiline_answer)
     if not truth:
@@ -101,8 +101,8 @@ def oc_accuracy(
 ) -> float:
     """How well an answer names a class: 1.0 equal, 0.9 one contained in the other, else 0.0.
 
-    Without case. An empty answer scores 0 (corl.md Q22). NaN without a solution.
-    Source: corl.md 4.5, common_cls.
+    Without case. An empty answer scores 0 (Q22). NaN without a solution.
+    Source: the released code, common_cls.
     """
     truth = answers.true_answer(solution or "", multiline_answer).lower()
     if not truth:
@@ -119,7 +119,7 @@ def oc_answer_score(answer: str | None, solution: str | None, prompt: str | None
     `answer` is the policy's answer about the generated image, `prompt` the caption it was drawn
     from. With an answer block 1.0 equal, 0.9 contained, 0.5 a part of the prompt, 0.2 for "UNK";
     without one 0.8, 0.7, 0.3, 0. NaN without a solution.
-    Source: corl.md 4.5; the released code lower-cases first and never sees its "UNK".
+    Source: the released code; the released code lower-cases first and never sees its "UNK".
     """
     truth = answers.true_answer(solution or "").lower()
     if not truth:
@@ -146,7 +146,7 @@ def qa_answer_score(
 
     The score of `qa_accuracy`, times 0.8 without an answer block; 0.2 for the honest "UNK".
     NaN without a solution.
-    Source: corl.md 4.5 (given there for option letters; open answers follow the same scale).
+    Source: the released code (given there for option letters; open answers follow the same scale).
     """
     answer = answer or ""
     score = qa_accuracy(answer, solution, qa_type, problem=problem)
@@ -162,7 +162,7 @@ def od_answer_score(
 ) -> float:
     """t2i_od: how well detected boxes match the true ones, in [0, 1].
 
-    `answer` holds a list of {'Position', 'Confidence'} (corl.md 2.8); `solution` is such a text
+    `answer` holds a list of {'Position', 'Confidence'}; `solution` is such a text
     or the true boxes (x1, y1, x2, y2). Detections, most confident first, take the free true box
     of the largest IoU, if that is at least `min_iou`; the score is
     2 * (sum of the matched IoUs) / (number detected + number true): an F1 in which a match is
@@ -199,7 +199,7 @@ def iou(first: Box, second: Box) -> float:
 
 
 def _right_choice(prediction: str, truth: str, problem: str | None) -> bool:
-    """Whether a prediction chooses the true option (corl.md 4.4, in its order)."""
+    """Whether a prediction chooses the true option (the released order of tests)."""
     options = answers.options_of(problem) | answers.options_of(truth)
     letter = _true_letter(truth, options)
     chosen = answers.option_letter(prediction)
