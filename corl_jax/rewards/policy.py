@@ -1,8 +1,8 @@
 """Rewards in which the policy looks at its own drawings: similarity, captions, answers.
 
 The scorer is the policy as it stands at this step, so these rewards move with it
-(arXiv 2505.17534 does the same; Q26 in docs/released_code.md). All rows of a step run through programs of one
-shape: pieces of equal size, prompts padded to a bucket of the longest.
+(arXiv 2505.17534 does the same; Q26 in docs/released_code.md). All rows of a step run through
+programs of one shape: pieces of equal size, prompts padded to a bucket of the longest.
 """
 
 from __future__ import annotations
