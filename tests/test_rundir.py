@@ -51,13 +51,13 @@ def test_a_new_run_holds_its_resolved_config(tmp_path):
 
 
 def test_the_same_config_and_harmless_changes_resume(tmp_path):
-    open_once(make_config(tmp_path))
+    open_once(make_config(tmp_path, eval={"suite": "shapes"}))
     changed = make_config(
         tmp_path,
         train={"stop_after": 3},
         log={"every": 5},
         checkpoint={"keep": 2},
-        eval={"every": 7},
+        eval={"suite": "shapes", "every": 7},
         mesh={"fsdp": 2},
     )
     run = open_once(changed)
