@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from corl_jax import config_checks
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -79,11 +81,62 @@ class Rollout(Section):
 
 
 class Reward(Section):
-    """One reward by its registered name."""
+    """One reward: a registered name, or a function of your own by `use`."""
 
-    name: str
+    name: str | None = Field(
+        None, description="a name that `python -m corl_jax.score --list` shows"
+    )
+    use: str | None = Field(
+        None, description="FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own"
+    )
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own keywords")
+    timeout_s: PositiveFloat = Field(60.0, description="seconds that a call of `use` may take")
+    max_failures: Positive = Field(
+        5, description="failed calls of `use` in a row after which the run stops"
+    )
+
+    @property
+    def label(self) -> str:
+        """The name in logs: the registered one, or that of the user's function."""
+        return self.name or (self.use or "").rpartition(":")[2]
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Reward:
+        if (self.name is None) == (self.use is None):
+            raise ValueError(
+                "needs exactly one of name, a registered reward, and use, FILE.py:FUNCTION"
+            )
+        idle = sorted({"timeout_s", "max_failures"} & config_checks.changed(self).keys())
+        if self.name is not None and idle:
+            raise ValueError(
+                f"{' and '.join(idle)} act on rewards by use alone; {self.name} is built in"
+            )
+        return self
+
+
+class RewardNetwork(Section):
+    """Where the weights of a reward network are, and in which type they compute."""
+
+    path: str | None = Field(None, description="directory, file or hub id; null: the usual one")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+
+
+class Networks(Section):
+    """Networks that rewards ask; only those that the listed rewards name are loaded."""
+
+    offload: bool = Field(
+        False, description="keep them, and frozen scorers, in host memory between uses"
+    )
+    blip: RewardNetwork = RewardNetwork()
+    bert: RewardNetwork = RewardNetwork()
+    sentence: RewardNetwork = RewardNetwork()
+    lpips: RewardNetwork = RewardNetwork()
+    clip: RewardNetwork = RewardNetwork()
+    pickscore: RewardNetwork = RewardNetwork()
+    hpsv2: RewardNetwork = RewardNetwork()
+    clip_l14: RewardNetwork = RewardNetwork()
+    aesthetic: RewardNetwork = RewardNetwork()
 
 
 class Grpo(Section):
@@ -98,6 +151,10 @@ class Grpo(Section):
     mm2t_loss_weight: NonNegativeFloat = 1.0
     std_eps: NonNegativeFloat = Field(1e-4, description="added to a group's std [R]")
     scale_by_std: bool = Field(True, description="false: advantages are only centred")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize",
+        description="normalize_then_sum: each reward on its own within its group (GDPO)",
+    )
     kl_coef: NonNegativeFloat = Field(0.0, description="beta of the k3 penalty; 0: no reference")
     clip_low: NonNegativeFloat = Field(0.2, description="ratio clip below 1; inert at 1 iteration")
     clip_high: NonNegativeFloat = Field(0.2, description="ratio clip above 1")
@@ -236,6 +293,7 @@ class Config(Section):
     data: Data
     rollout: Rollout = Rollout()
     rewards: list[Reward] = Field(default_factory=list)
+    networks: Networks = Networks()
     grpo: Grpo = Grpo()
     sft: Sft = Sft()
     vq: Vq = Vq()
@@ -250,119 +308,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        problems = []
-        batch = self.train.prompts_per_step
-        for name, part in (
-            ("train.micro_batch", self.train.micro_batch),
-            ("rollout.batch_prompts", self.rollout.batch_prompts),
-        ):
-            if part is not None and batch % part:
-                problems.append(
-                    f"{name}: {part} does not divide train.prompts_per_step {batch}; "
-                    f"nearest divisors {_near_divisors(batch, part)}"
-                )
-        if self.objective == "vq" and self.train.micro_batch not in (None, batch):
-            problems.append("train.micro_batch: objective vq has no micro-batches; leave it out")
-        if self.eval.suite == "rewards" and (self.objective == "vq" or not self.rewards):
-            problems.append(
-                "eval.suite: rewards, but there are none to score, or objective vq, which "
-                "samples nothing; list rewards or choose another suite"
-            )
-        if self.eval.every and self.eval.suite == "none":
-            problems.append(
-                f"eval.every: {self.eval.every} has no use with eval.suite none; choose a suite "
-                "or drop it"
-            )
-        if self.objective == "grpo" and not self.rewards:
-            problems.append("rewards: empty; objective grpo needs at least one: {name: format}")
-        if self.compat.image_logprobs_unshifted and self.grpo.image_logprobs == "guided":
-            problems.append(
-                "compat.image_logprobs_unshifted: needs grpo.image_logprobs conditional"
-            )
-        if self.compat.text_top_k_50 and self.rollout.top_k not in (0, 50):
-            problems.append(
-                f"rollout.top_k: {self.rollout.top_k} contradicts compat.text_top_k_50; drop one"
-            )
-        problems += _unused_blocks(self) + _unused_switches(self) + _unused_moments(self)
+        problems = config_checks.problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-SWITCH_USERS = {
-    "mc_as_open_ended": ("qa_accuracy",),
-    "answer_single_line": ("qa_accuracy", "oc_accuracy"),
-    "format_without_strip": ("format",),
-    "ti_sim_fixed_spans": ("t2i_ti_sim",),
-}
-"""Switches of `compat` that act on rewards -> those rewards."""
-
-UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
-"""Optimizer -> what it does not read."""
-
-
-def _changed(section: Section) -> dict[str, tuple[Any, Any]]:
-    """name -> (value, default) of the options with another value than the default.
-
-    Not `model_fields_set`: a written-out config sets every option, and a `base` those of others.
-    """
-    defaults = {
-        name: field.get_default(call_default_factory=True)
-        for name, field in type(section).model_fields.items()
-    }
-    return {name: (value, defaults[name]) for name, value in section if value != defaults[name]}
-
-
-def _unused_blocks(config: Config) -> list[str]:
-    """Options in blocks of another objective, and rewards that nothing scores."""
-    objective = config.objective
-    problems = [
-        f"{block}.{name}: found {value!r}, but objective {objective} does not read the block "
-        f"{block}; leave it at {default!r} or set objective to {block}"
-        for block in ("grpo", "sft", "vq")
-        if block != objective
-        for name, (value, default) in _changed(getattr(config, block)).items()
-    ]
-    scored = objective == "grpo" or config.eval.suite == "rewards"
-    if config.rewards and not scored:
-        names = ", ".join(reward.name for reward in config.rewards)
-        problems.append(
-            f"rewards: found {names}, but objective {objective} learns from none; set rewards to "
-            "[]" + (", or eval.suite to rewards" if objective == "sft" else "")
-        )
-    return problems
-
-
-def _unused_switches(config: Config) -> list[str]:
-    """Switches of `compat` that nothing in the run asks."""
-    listed = {reward.name for reward in config.rewards}
-    tasks = config.grpo.tasks
-    problems = []
-    for switch in _changed(config.compat):
-        users = SWITCH_USERS.get(switch, ())
-        if users and listed.isdisjoint(users):
-            why = f"none of its rewards is listed ({' or '.join(users)})"
-        elif not users and switch != "bfloat16_master" and config.objective != "grpo":
-            why = f"objective {config.objective} has no rollouts; it acts on those of grpo alone"
-        elif (switch, tasks) in (("text_top_k_50", "t2i"), ("image_logprobs_unshifted", "mm2t")):
-            why = f"grpo.tasks {tasks} leaves out the task that it acts on"
-        else:
-            continue
-        problems.append(f"compat.{switch}: found True, but {why}; leave it out")
-    return problems
-
-
-def _unused_moments(config: Config) -> list[str]:
-    options = config.optimizer
-    unused = UNUSED_MOMENTS.get(options.name, ())
-    return [
-        f"optimizer.{name}: found {value}, but {options.name} does not use it; leave it at "
-        f"{default} or choose another optimizer.name"
-        for name, (value, default) in _changed(options).items()
-        if name in unused
-    ]
-
-
-def _near_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return ", ".join(str(d) for d in sorted(divisors, key=lambda d: abs(d - wanted))[:2])

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import difflib
 import re
+import types
+import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import annotated_types
 import pydantic
 import yaml
 
 from corl_jax.config import Config, Reward, Section
 from corl_jax.errors import InputError
+
+LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -68,9 +74,39 @@ def describe(section: type[Section] = Config, prefix: str = "") -> str:
             if field.is_required()
             else repr(field.get_default(call_default_factory=True))
         )
-        note = f"  # {field.description}" if field.description else ""
-        lines.append(f"  {key} = {default}{note}")
+        values = " ".join([kind_text(kind), *limits(field.metadata)]).replace("`", "")
+        note = f"; {field.description}" if field.description else ""
+        lines.append(f"  {key} = {default}  # {values}{note}")
     return "\n".join(lines)
+
+
+def kind_text(kind: Any) -> str:
+    """A type as a reader of YAML names it."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return " ".join([kind_text(args[0]), *limits(args[1:])])
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(kind_text, args))
+    if origin is list:
+        return "list of blocks" if args[0] is Reward else f"list of {kind_text(args[0])}"
+    if origin is dict:
+        return "mapping"
+    names = {str: "text", int: "integer", float: "number", bool: "true, false"}
+    return names.get(kind, "null" if kind is type(None) else "block")
+
+
+def limits(metadata: Iterable[Any]) -> list[str]:
+    """Bounds, as pydantic and annotated_types keep them."""
+    found = []
+    for item in metadata:
+        for part in getattr(item, "metadata", None) or [item]:
+            for name, text in LIMITS.items():
+                value = getattr(part, name, None)
+                if isinstance(part, annotated_types.BaseMetadata) and value is not None:
+                    found.append(text.format(value))
+    return found
 
 
 def _read(path: Path, seen: list[Path]) -> dict[str, Any]:

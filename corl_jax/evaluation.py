@@ -29,12 +29,11 @@ from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards.answers import true_answer
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.text import format_reward, qa_accuracy
-from corl_jax.types import Params, Prompts
+from corl_jax.types import STREAMS, Params, Prompts
 
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 TASKS = ("t2i", "mm2t")
 REQUIRED = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
-STREAMS = {"t2i": 0, "mm2t": 1}  # so that a row's drawing and answer are independent
 HELD_OUT_SEEDS = 2**40
 """Added to the seed of `HeldOutShapes`: row i of a training set of the same seed is another."""
 PROBLEMS_SHOWN = 10

@@ -74,6 +74,35 @@ def group_advantages(
     return advantages.reshape(-1), stats
 
 
+def normalize_each(
+    per_function: jax.Array,
+    weights: jax.Array,
+    group_size: int,
+    eps: float = 1e-4,
+    scale: bool = True,
+) -> jax.Array:
+    """The weighted sum of rewards that were each compared within their groups first.
+
+    `per_function` [F, N], NaN where a function does not apply, `weights` [F]; returns [N]. Each
+    reward becomes its `group_advantages`, so that none drowns the others by its scale. NaN rows
+    are those of `combine_rewards`.
+    Source: GDPO (arXiv 2601.05242); TRL's `normalize_then_sum`.
+    """
+    compared = jax.vmap(lambda r: group_advantages(r, group_size, eps, scale)[0])(per_function)
+    return combine_rewards(
+        jnp.where(jnp.isnan(per_function), jnp.nan, compared), weights, group_size
+    )
+
+
+def normalize_batch(totals: jax.Array, eps: float = 1e-4) -> jax.Array:
+    """(x - mean) / (std + eps) over the whole batch [N]; 0 where x is NaN or nothing varies.
+
+    Keeps the size of advantages independent of the number of rewards.
+    Source: GDPO (arXiv 2601.05242).
+    """
+    return group_advantages(totals, totals.shape[0], eps)[0]
+
+
 def joint_advantages(
     t2i_reward: jax.Array | None,
     mm2t_reward: jax.Array | None,
@@ -83,6 +112,7 @@ def joint_advantages(
     mm2t_weight: float = 0.8,
     eps: float = 1e-4,
     scale: bool = True,
+    compared: bool = False,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The advantages of the image and the text completions, from the rewards of both tasks.
 
@@ -92,23 +122,29 @@ def joint_advantages(
     A task that is None is absent: the other stands alone, unweighted, and the absent task's
     advantage is None. A group in which one task has no valid reward is judged by the other
     task; otherwise a row that lacks either reward is left out of a unified reward.
+    `compared` says that the rewards come from `normalize_each`: totals are then normalised over
+    the batch instead of within groups.
     Raises: ValueError if the mode is unknown or both tasks are absent.
     Source: docs/method.md; arXiv 2505.17534 eq. 5.
     """
     if mode not in ADVANTAGE_MODES:
         raise ValueError(f"advantage mode {mode!r}: expected one of {', '.join(ADVANTAGE_MODES)}")
+
+    def advantages(rewards: jax.Array) -> jax.Array:
+        if compared:
+            return normalize_batch(rewards, eps)
+        return group_advantages(rewards, group_size, eps, scale)[0]
+
     if t2i_reward is None:
         if mm2t_reward is None:
             raise ValueError("joint_advantages needs the rewards of at least one task")
-        return None, group_advantages(mm2t_reward, group_size, eps, scale)[0]
+        return None, advantages(mm2t_reward)
     if mm2t_reward is None:
-        return group_advantages(t2i_reward, group_size, eps, scale)[0], None
+        return advantages(t2i_reward), None
     if mode == "unified_reward":
-        reward = unified_reward(t2i_reward, mm2t_reward, mm2t_weight, group_size)
-        shared = group_advantages(reward, group_size, eps, scale)[0]
+        shared = advantages(unified_reward(t2i_reward, mm2t_reward, mm2t_weight, group_size))
         return shared, shared
-    a_t2i = group_advantages(t2i_reward, group_size, eps, scale)[0]
-    a_mm2t = group_advantages(mm2t_reward, group_size, eps, scale)[0]
+    a_t2i, a_mm2t = advantages(t2i_reward), advantages(mm2t_reward)
     if mode == "unified_advantage":
         shared = a_t2i + mm2t_weight * a_mm2t
         return shared, shared

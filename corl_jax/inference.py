@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from corl_jax import sampling, sharding
 from corl_jax.startup import Model
-
-STREAMS = {"t2i": 0, "mm2t": 1}  # as in training: tasks of one prompt draw independently
+from corl_jax.types import STREAMS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ PACKAGE = Path(__file__).resolve().parent
 MINI_JANUS = PACKAGE / "assets" / "mini_janus"
 CONFIG = Path("configs") / "quickstart.yaml"
 DATA_SEED = 1
+ROWS = 104  # 8 to learn from, the same in every step, and 96 to evaluate
 QUESTION = "How many objects are there?"
 DRAWING = "a photo of three green triangles"
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows",
         type=int,
-        default=104,
+        default=ROWS,
         help="of the drawn dataset; the last eval.rows are held out",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")

@@ -1,8 +1,8 @@
 """Jitted sampling of images and texts: one prefill per prompt, then G completions decode together.
 
 Both samplers are one XLA program per padded shape. The prompt's keys and values are computed
-once, copied to its G completions, and extended in place in preallocated per-layer buffers. The
-layers are unstacked before the loop: XLA does not hoist the slices of a stacked layer out of it.
+once and shared by its G completions, whose own are written in place into preallocated per-layer
+buffers (`models.decoding`).
 
 A sample depends on its own key and prompt only: not on the batch around it, its order or the
 number of devices. Keys come from (seed, prompt index, sample index); step t folds t in.
@@ -19,14 +19,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from corl_jax.models import janus, layers
-from corl_jax.models.janus import Janus, JanusConfig
-from corl_jax.models.llama import CacheSlot, KVCache
+from corl_jax.models import attention as attentions
+from corl_jax.models import janus
+from corl_jax.models.decoding import Rows, read_prompts
+from corl_jax.models.janus import JanusConfig
+from corl_jax.models.llama import KVCache
 from corl_jax.sharding import BATCH, constrain
 from corl_jax.types import EncodedPrompts, Params, Rollout, SpecialTokens
 
 VQ_BATCH = 16
 """Images that a device decodes at once: activations in float32 take 75 MB an image and layer."""
+BLOCK = 512
+"""Tokens of the vocabulary that are drawn from together; see `Choice.draw`."""
+STRIDE = 16
+"""Steps between looks at whether all texts have ended: to look, the host waits for the device."""
+
+Attention = Literal["auto", "xla", "cudnn"]
+"""How a decode step attends; "auto" is the fastest that the device and the dtype allow."""
 
 
 def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) -> jax.Array:
@@ -79,7 +88,27 @@ class Choice:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = nucleus(top_k_only(logits, self.top_k), self.top_p)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        return jax.vmap(_draw_one)(keys, in_blocks(logits))
+
+
+def _draw_one(key: jax.Array, blocks: jax.Array) -> jax.Array:
+    """A token id of logits [blocks, BLOCK]: first its block, then its place in there.
+
+    A random number a token of a large vocabulary would cost more than its softmax.
+    """
+    block_key, place_key = jax.random.split(key)
+    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))
+    place = jax.random.categorical(place_key, blocks[block])
+    return (block * blocks.shape[-1] + place).astype(jnp.int32)
+
+
+def in_blocks(logits: jax.Array) -> jax.Array:
+    """[..., V] -> [..., blocks, BLOCK or fewer], the last block filled up with -inf."""
+    size = min(BLOCK, logits.shape[-1])
+    count = math.ceil(logits.shape[-1] / size)
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, count * size - logits.shape[-1])]
+    logits = jnp.pad(logits, padding, constant_values=-jnp.inf)
+    return logits.reshape(*logits.shape[:-1], count, size)
 
 
 def top_k_only(logits: jax.Array, k: int) -> jax.Array:
@@ -108,87 +137,9 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """log-softmax of float32 logits [..., V] at tokens [...]."""
     picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """How prompts, samples and rows of the network relate.
-
-    A guided sample takes two rows that lie side by side, conditional first, so that on a mesh
-    both are on one device and guidance needs no communication.
-    """
-
-    group_size: int
-    guided: bool = False
-
-    def fan_out(self, x: jax.Array) -> jax.Array:
-        """A prompt's rows, repeated for each of its completions."""
-        prompts = x.reshape(-1, 1 + self.guided, *x.shape[1:])
-        return jnp.repeat(prompts, self.group_size, axis=0).reshape(-1, *x.shape[1:])
-
-    def join(self, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
-        """[N, ...] twice -> rows of the network."""
-        if not self.guided:
-            return conditional
-        pairs = jnp.stack([conditional, unconditional], axis=1)
-        return pairs.reshape(-1, *conditional.shape[1:])
-
-    def split(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows of the network -> conditional and unconditional [N, ...], the same if unguided."""
-        pairs = rows.reshape(-1, 1 + self.guided, *rows.shape[1:])
-        return pairs[:, 0], pairs[:, -1]
-
-
-def new_caches(prompt_cache: KVCache, rows: Rows, length: int) -> list[KVCache]:
-    """Per-layer buffers [rows, P + length, heads, head_dim], the prompts' entries in front."""
-
-    def buffer(stacked: jax.Array, layer: int) -> jax.Array:
-        wide = rows.fan_out(stacked[layer])
-        wide = jnp.pad(wide, ((0, 0), (0, length), (0, 0), (0, 0)))
-        return constrain(wide, "batch", "length", "heads", None)
-
-    keys, values = prompt_cache
-    return [(buffer(keys, i), buffer(values, i)) for i in range(keys.shape[0])]
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """The unrolled layers, and where the rows' prompts lie in the cache."""
-
-    model: Janus
-    blocks: list[Any]
-    prompt_mask: jax.Array  # [rows, P] bool
-    slots: int  # P + T, cache length
-
-    def __call__(
-        self, embeds: jax.Array, step: jax.Array, caches: list[KVCache]
-    ) -> tuple[jax.Array, list[KVCache]]:
-        """Hidden states [rows, D] after reading completion token `step` (embeds [rows, D])."""
-        prompt_length = self.prompt_mask.shape[1]
-        position = self.prompt_mask.sum(axis=-1, keepdims=True) + step
-        index = prompt_length + step
-        drawn = jnp.arange(prompt_length, self.slots) <= index
-        rows = self.prompt_mask.shape[0]
-        mask = jnp.concatenate(
-            [self.prompt_mask, jnp.broadcast_to(drawn, (rows, drawn.size))], axis=-1
-        )
-        slot = CacheSlot(self.model.language_model.rope(position), index, mask[:, None])
-        x, new = constrain(embeds[:, None], "batch", "length", "embed"), []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x, cache = block.decode(x, cache, slot)
-            new.append(cache)
-        return self.model.language_model.norm(x)[:, 0], new
-
-
-def start(
-    model: Janus, embeds: jax.Array, mask: jax.Array, rows: Rows, length: int
-) -> tuple[Decoder, jax.Array, list[KVCache]]:
-    """Prefills each prompt once: a decoder for its completions, last hidden states, caches."""
-    hidden, prompt_cache = model.language_model.prefill(embeds, mask)
-    blocks = layers.unstack(model.language_model.layers, prompt_cache[0].shape[0])
-    decoder = Decoder(model, blocks, rows.fan_out(mask), mask.shape[1] + length)
-    return decoder, rows.fan_out(hidden[:, -1]), new_caches(prompt_cache, rows, length)
+    # By blocks, as the token was drawn: XLA then reads the logits once for both.
+    by_block = jax.nn.logsumexp(in_blocks(logits), axis=-1)
+    return picked - jax.nn.logsumexp(by_block, axis=-1)
 
 
 def _group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
@@ -199,7 +150,9 @@ def _group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
     return keys.shape[0] // count
 
 
-def _first_state(token: jax.Array, logprob: jax.Array, done, length: int, fill: int, caches):
+def _first_state(
+    token: jax.Array, logprob: jax.Array, done: jax.Array, length: int, fill: int, caches
+) -> DecodeState:
     rows = token.shape[0]
     return DecodeState(
         step=jnp.int32(1),
@@ -212,7 +165,8 @@ def _first_state(token: jax.Array, logprob: jax.Array, done, length: int, fill: 
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "special", "guided", "score", "greedy", "dtype")
+    jax.jit,
+    static_argnames=("config", "special", "guided", "score", "greedy", "dtype", "attention"),
 )
 def _image_program(
     config: JanusConfig,
@@ -227,12 +181,15 @@ def _image_program(
     score: str,
     greedy: bool,
     dtype: Any,
+    attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array]:
     model = janus.bind(config, janus.cast(params, dtype))
     ids, mask = prompts.input_ids, prompts.attention_mask
     rows, length = Rows(_group_size(prompts, keys), guided), config.num_image_tokens
-    embeds = model.embed_text(rows.join(ids, unconditional_ids(ids, special)))
-    decoder, hidden, caches = start(model, embeds, rows.join(mask, mask), rows, length)
+    embeds = model.embed_text(rows.of_prompts(ids, unconditional_ids(ids, special)))
+    mask = rows.of_prompts(mask, mask)
+    decoder, last = read_prompts(model.language_model, embeds, mask, attention)
+    hidden = rows.fan_out(last)
     choice = Choice(temperature, greedy)
 
     def draw(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -243,12 +200,13 @@ def _image_program(
         return token, token_logprobs(scored / temperature, token)
 
     def step(state: DecodeState) -> DecodeState:
-        embeds = model.embed_image_tokens(state.token)
-        hidden, caches = decoder(rows.join(embeds, embeds), state.step - 1, state.caches)
+        embeds = rows.of_samples(model.embed_image_tokens(state.token))
+        hidden, caches = decoder(embeds, state.step - 1, state.caches)
         token, logprob = draw(hidden, state.step)
         return _advance(state, token, logprob, caches)
 
     token, logprob = draw(hidden, jnp.int32(0))
+    caches = decoder.new_caches(len(hidden), length)
     state = _first_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
     state = lax.fori_loop(1, length, lambda _, state: step(state), state)
     return state.tokens, state.logprobs
@@ -273,6 +231,12 @@ def guide(conditional: jax.Array, unconditional: jax.Array, cfg_scale: Any) -> j
     return unconditional + cfg_scale * (conditional - unconditional)
 
 
+def _implementation(
+    config: JanusConfig, attention: Attention, dtype: Any
+) -> attentions.Implementation:
+    return attentions.fastest(dtype, config.llama.head_dim) if attention == "auto" else attention
+
+
 def sample_images(
     config: JanusConfig,
     params: Params,
@@ -285,6 +249,7 @@ def sample_images(
     score: Literal["conditional", "guided"] = "conditional",
     greedy: bool = False,
     dtype: Any = jnp.bfloat16,
+    attention: Attention = "auto",
 ) -> Rollout:
     """Draws `len(keys) / B` images a prompt as codes; every image has all its tokens.
 
@@ -294,13 +259,23 @@ def sample_images(
     tokens, logprobs = _image_program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=cfg_scale != 1.0, score=score, greedy=greedy, dtype=dtype,
+        attention=_implementation(config, attention, dtype),
     )  # fmt: skip
     return Rollout(prompts, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "special", "max_new_tokens", "top_k", "top_p", "greedy", "dtype"),
+    static_argnames=(
+        "config",
+        "special",
+        "max_new_tokens",
+        "top_k",
+        "top_p",
+        "greedy",
+        "dtype",
+        "attention",
+    ),
 )
 def _text_program(
     config: JanusConfig,
@@ -315,12 +290,15 @@ def _text_program(
     top_p: float,
     greedy: bool,
     dtype: Any,
+    attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     model = janus.bind(config, janus.cast(params, dtype))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
     rows = Rows(_group_size(prompts, keys))
-    decoder, hidden, caches = start(model, embeds, prompts.attention_mask, rows, max_new_tokens)
+    mask = prompts.attention_mask
+    decoder, last = read_prompts(model.language_model, embeds, mask, attention)
+    hidden = rows.fan_out(last)
     choice = Choice(temperature, greedy, top_k, top_p)
 
     def draw(hidden: jax.Array, step: jax.Array, done: jax.Array):
@@ -336,11 +314,22 @@ def _text_program(
         return _advance(state, token, logprob, caches, done)
 
     token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(keys.shape[0], bool))
-    state = _first_state(token, logprob, done, max_new_tokens, special.eos, caches)
+    strides, stride = _strides(max_new_tokens - 1)
+    length = 1 + strides * stride
+    caches = decoder.new_caches(len(hidden), length)
     state = lax.while_loop(
-        lambda state: (state.step < max_new_tokens) & ~state.done.all(), step, state
+        lambda state: (state.step < length) & ~state.done.all(),
+        lambda state: lax.fori_loop(0, stride, lambda _, state: step(state), state),
+        _first_state(token, logprob, done, length, special.eos, caches),
     )
-    return state.tokens, completion_mask(state.tokens, state.step, special.eos), state.logprobs
+    tokens, logprobs = (x[:, :max_new_tokens] for x in (state.tokens, state.logprobs))
+    return tokens, completion_mask(tokens, state.step, special.eos), logprobs
+
+
+def _strides(steps: int) -> tuple[int, int]:
+    """(count, steps of each) that make at least `steps`, none longer than STRIDE."""
+    count = math.ceil(steps / STRIDE)
+    return count, math.ceil(steps / max(count, 1))
 
 
 def completion_mask(tokens: jax.Array, steps: Any, eos: int) -> jax.Array:
@@ -362,8 +351,9 @@ def sample_text(
     top_p: float = 1.0,
     greedy: bool = False,
     dtype: Any = jnp.bfloat16,
+    attention: Attention = "auto",
 ) -> Rollout:
-    """Answers each prompt `len(keys) / B` times; stops early when all rows drew EOS.
+    """Answers each prompt `len(keys) / B` times; stops soon after all rows drew EOS.
 
     Tokens after a row's end are EOS and masked out. A row whose mask is full and whose last
     token is not EOS was truncated.
@@ -371,7 +361,7 @@ def sample_text(
     tokens, mask, logprobs = _text_program(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
-        greedy=greedy, dtype=dtype,
+        greedy=greedy, dtype=dtype, attention=_implementation(config, attention, dtype),
     )  # fmt: skip
     return Rollout(prompts, tokens, mask, logprobs)
 

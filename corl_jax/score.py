@@ -1,14 +1,18 @@
 """Tries a reward out on a file of cases.
 
-    python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR] [key=value ...]
+    python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR]
+                             [--network NAME=PATH ...] [key=value ...]
     python -m corl_jax.score --list
+
+NAME is a registered reward, or one of your own: FILE.py:FUNCTION.
 
 Each line of the input is one case, a JSON object. A reward of answers reads `completion`, one of
 images `image` (a path); besides, each reads the columns that `--list` names: `qa_problem`,
 `qa_solution`, `qa_type` (or `problem`, `solution`, `type` for short), `prompt`, `real_image` (a
 path), `spec`, .. Paths are relative to the input's folder; null stands for "not there"; columns
 in brackets may be left out (an answer without `qa_type` counts as OE, or as `default_type=MC`
-says); other keys are not read. key=value are the reward's options, values in YAML.
+says); other keys are not read. key=value are the reward's options, values in YAML. --network says
+where the weights of a reward network are, where that is not its usual place.
 
 Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
 mean goes to stderr.
@@ -27,11 +31,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from corl_jax.config import Networks, Reward, RewardNetwork
 from corl_jax.data.images import decode_image
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.rewards import registry
+from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
+from corl_jax.rewards.samples import Policy
+from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
 
 SHORT = ("problem", "solution", "type")
 DTYPES = ("float32", "bfloat16")
@@ -44,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print(table())
         return
-    reward, cases = plan(args)
-    values = _score(args, reward, cases)
+    reward, found, cases = plan(args)
+    values = _score(args, reward, found, cases)
     for index, (line, value) in enumerate(zip(cases.lines, values, strict=True)):
         number = None if np.isnan(value) else float(f"{value:.7g}")
         print(json.dumps({"index": index, "line": line, "reward": number}))
@@ -60,10 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--reward", metavar="NAME", help="a name that --list shows")
+    parser.add_argument("--reward", metavar="NAME", help="a name of --list, or FILE.py:FUNCTION")
     parser.add_argument("--input", type=Path, metavar="FILE", help="cases, JSON lines")
     parser.add_argument("--model", metavar="DIR", help="for rewards that ask the policy")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the policy's")
+    parser.add_argument(
+        "--network", action="append", default=[], metavar="NAME=PATH", help="a network's weights"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the networks'")
     parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
     parser.add_argument("--list", action="store_true", help="show all rewards and stop")
     parser.add_argument("options", nargs="*", metavar="key=value", help="the reward's options")
@@ -80,12 +90,21 @@ def table() -> str:
         lines = [
             f"{name}",
             f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
-            f"  task {entry.task}; networks: {', '.join(entry.networks) or 'none'}; "
+            f"  task {entry.task}; networks: {_networks(entry)}; "
             f"columns: {' '.join(columns) or 'none'}",
             f"  options: {' '.join(f'{k}={o.default}' for k, o in options) or 'none'}",
         ]
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
+
+
+def _networks(entry: Entry) -> str:
+    chosen = (
+        f"{network} ({option}={value})"
+        for option, values in entry.chosen.items()
+        for value, network in values.items()
+    )
+    return ", ".join((*entry.networks, *chosen)) or "none"
 
 
 class Cases:
@@ -96,8 +115,8 @@ class Cases:
         self.samples = samples
 
 
-def plan(args: argparse.Namespace) -> tuple[Resolved, Cases]:
-    """The reward and its cases, checked; nothing of it needs a device.
+def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Cases]:
+    """The reward, the networks that it asks and its cases, checked; nothing needs a device.
 
     Raises:
         InputError: listing all problems of the arguments and the input.
@@ -117,20 +136,47 @@ def plan(args: argparse.Namespace) -> tuple[Resolved, Cases]:
     options = _options(args.options, problems)
     if args.seed < 0:
         problems.append(f"--seed: found {args.seed}; expected 0 or more")
-    reward = args.reward and attempt(registry.resolve_one, args.reward, options)
-    entry = registry.REGISTRY.get(args.reward)
-    if entry and entry.networks and not args.model:
-        problems.append(
-            f"--model: missing; {args.reward} asks the {' and the '.join(entry.networks)}"
-        )
-    elif entry and entry.networks:
-        from corl_jax.startup import inspect_model
-
+    reward = args.reward and attempt(_resolve, args.reward, options)
+    asked = reward.networks if reward else ()
+    settings = attempt(_network_settings, args.network, args.dtype, asked)
+    found = reward and settings and attempt(networks.inspect, [reward], settings, args.dtype)
+    asks = bool(reward and {"policy", "initial"} & set(reward.scorers))
+    if asks and not args.model:
+        problems.append(f"--model: missing; {reward.name} asks the policy")
+    elif args.model and (asks or reward is None):
         attempt(inspect_model, args.model)
+    entry = reward.entry if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
         raise InputError(problems)
-    return reward, cases
+    return reward, found, cases
+
+
+def _resolve(name: str, options: dict[str, Any]) -> Resolved:
+    if ":" in name:
+        # Tried out, a reward that fails should say so, not count as "does not apply".
+        return registry.resolve_custom(Reward(use=name, options=options, max_failures=1), "reward")
+    return registry.resolve_one(name, options)
+
+
+def _network_settings(texts: list[str], dtype: str, asked: tuple[str, ...]) -> Networks:
+    """The networks block that --network and --dtype give; `asked` are those of the reward."""
+    known, problems, paths = list(networks.NETWORKS), [], {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name not in known:
+            problems.append(
+                f"--network: found {text!r}, expected NAME=PATH with a name of {', '.join(known)}"
+            )
+        paths[name] = path
+    if problems:
+        raise InputError(problems)
+    return Networks(
+        **{
+            n: RewardNetwork(path=paths.get(n), dtype=dtype if n in asked else "float32")
+            for n in known
+        }
+    )
 
 
 def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
@@ -205,7 +251,7 @@ def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> 
     if entry.either and not set(entry.either) & raw.keys():
         missing.append(" or ".join(entry.either))
     problems += [f"{name} is missing; found {', '.join(raw) or 'nothing'}" for name in missing]
-    row = {}
+    row = dict(raw) if entry.every_column else {}
     for name in (completion, *known):
         problem, row[name] = _value(name, raw.get(name), folder)
         if problem is None and name == completion and name in raw and raw[name] is None:
@@ -249,26 +295,35 @@ def _size_problems(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> 
 
 
 def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
-    names = list(dict.fromkeys([*entry.columns, *entry.either, *entry.optional]))
-    columns = {name: [row[name] for row in rows] for name in names}
+    names = dict.fromkeys([*entry.columns, *entry.either, *entry.optional])
+    if entry.every_column:
+        names |= dict.fromkeys(name for row in rows for name in row)
+    columns = {
+        name: [row.get(name) for row in rows]
+        for name in names
+        if name not in ("completion", "image")
+    }
     if entry.task == "mm2t":
         return Samples(columns, texts=[row["completion"] for row in rows])
     return Samples(columns, images=np.stack([np.asarray(row["image"]) for row in rows]))
 
 
-def _score(args: argparse.Namespace, reward: Resolved, cases: Cases) -> np.ndarray:
+def _score(
+    args: argparse.Namespace, reward: Resolved, found: list[networks.Found], cases: Cases
+) -> np.ndarray:
     config = params = processor = dtype = None
-    if reward.entry.networks:
-        import jax.numpy as jnp
-
-        from corl_jax.startup import enable_compilation_cache, load_model
-
+    if found or reward.scorers:
         enable_compilation_cache()
-        dtype = jnp.dtype(args.dtype)
+    loaded = {one.name: networks.load(one, None, offload=False) for one in found}
+    if {"policy", "initial"} & set(reward.scorers):
+        dtype = networks.DTYPES[args.dtype]
         config, params, processor, _ = load_model(args.model, dtype)
+        # Nothing was trained: the model is what a run of it would start from.
+        initial = Policy(config, params, processor, dtype)
+        loaded["initial"] = networks.frozen_policy(initial, None, offload=False)
     elif args.model:
-        print(f"note: {reward.name} asks no network; --model is not loaded", file=sys.stderr)
-    context = Context(config, params, processor, dtype, args.seed, step=0)
+        print(f"note: {reward.name} asks no policy; --model is not loaded", file=sys.stderr)
+    context = Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)
     return registry.score([reward], cases.samples, context)[reward.name]
 
 

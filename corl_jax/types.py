@@ -20,6 +20,10 @@ import numpy as np
 Params = dict[str, Any]
 """A nested dict of arrays; a leaf's path is its keys joined by `/`."""
 
+STREAMS = {"t2i": 0, "mm2t": 1, "caption": 2, "qa": 3, "oc": 4, "od": 5}
+"""Random streams, so that what one row's prompt is asked for is drawn independently: the two tasks,
+and the answers of the rewards that question a Janus."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:

@@ -88,6 +88,13 @@ def tiny_params(tiny_config):
     return sharding.map_with_path(draw, janus.abstract(tiny_config))
 
 
+@pytest.fixture(scope="module")
+def exact_products():
+    """Float32 products without shortcuts; a module asks for it by `usefixtures`."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def mesh():
     """Two ways of each kind of parallelism over the eight virtual devices."""

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import yaml
 
-from corl_jax import config, config_file
+from corl_jax import config_checks, config_file
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 
@@ -197,7 +197,7 @@ def test_options_that_only_look_ignored(write):
 
 def test_switches_of_rewards_are_the_registrys():
     found = {switch: tuple(x[0] for x in effects) for switch, effects in registry.COMPAT.items()}
-    assert found == config.SWITCH_USERS
+    assert found == config_checks.SWITCH_USERS
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,16 @@
 from __future__ import annotations
 
 import re
-import types
-import typing
 from pathlib import Path
 
-import annotated_types
 import pytest
 import yaml
 
 from corl_jax import config_file
-from corl_jax.config import Compat, Config, Reward, Section
+from corl_jax.config import Compat, Config, Reward, RewardNetwork, Section
 from corl_jax.errors import InputError
 from corl_jax.models import janus
-from corl_jax.rewards import registry
+from corl_jax.rewards import networks, registry
 from corl_jax.train.optimizer import partition
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,7 +250,6 @@ def test_a_wrong_key_on_top_of_any_config_is_refused(name):
 # ---- docs/configuration.md
 
 BLOCK = re.compile(r"(<!-- options: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
 def sections() -> dict[str, type[Section]]:
@@ -263,42 +259,15 @@ def sections() -> dict[str, type[Section]]:
     def visit(section, prefix):
         for name, field in section.model_fields.items():
             kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, Section):
+            if kind is RewardNetwork:
+                found[f"{prefix}NAME"] = kind
+            elif isinstance(kind, type) and issubclass(kind, Section):
                 found[prefix + name] = kind
                 visit(kind, f"{prefix}{name}.")
             if name == "rewards":
                 found[name] = Reward
 
     visit(Config, "")
-    return found
-
-
-def kind_text(kind) -> str:
-    """A type as a reader of YAML names it."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return " ".join([kind_text(args[0]), *limits(args[1:])])
-    if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(kind_text, args))
-    if origin is list:
-        return "list of blocks" if args[0] is Reward else f"list of {kind_text(args[0])}"
-    if origin is dict:
-        return "mapping"
-    names = {str: "text", int: "integer", float: "number", bool: "true, false"}
-    return names.get(kind, "null" if kind is type(None) else "block")
-
-
-def limits(metadata) -> list[str]:
-    """Bounds, as pydantic and annotated_types keep them."""
-    found = []
-    for item in metadata:
-        for part in getattr(item, "metadata", None) or [item]:
-            for name, text in LIMITS.items():
-                value = getattr(part, name, None)
-                if isinstance(part, annotated_types.BaseMetadata) and value is not None:
-                    found.append(text.format(value))
     return found
 
 
@@ -318,7 +287,7 @@ def options_table(key: str) -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             continue
-        values = " ".join([kind_text(kind), *limits(field.metadata)])
+        values = " ".join([config_file.kind_text(kind), *config_file.limits(field.metadata)])
         meaning = (field.description or "").replace("|", "\\|")
         lines.append(f"| `{prefix}{name}` | {default_text(field)} | {values} | {meaning} |")
     return "\n".join(lines)
@@ -346,10 +315,18 @@ def test_rewards_doc_covers_the_registry():
     text = (DOCS / "rewards.md").read_text()
     for name in registry.REGISTRY:
         assert f"`{name}`" in text, name
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        (row,) = re.findall(rf"^\| `{name}` \| (?:t2i|mm2t) \|.*$", text, re.MULTILINE)
         for option, accepted in registry.options_of(name).items():
             value = yaml.safe_dump(accepted.default).removesuffix("...\n").strip()
             assert f"`{option}={value}`" in row, (name, option)
+
+
+def test_rewards_doc_lists_the_networks_and_their_sizes():
+    text = (DOCS / "rewards.md").read_text()
+    for name, expected in networks.NETWORKS.items():
+        size = f"{expected.parameters:,}"
+        row = rf"^\| `{name}` \| .* \| `{re.escape(expected.place)}` \| {size} \|$"
+        assert re.search(row, text, re.MULTILINE), name
 
 
 def test_released_code_doc_covers_every_quirk_and_switch():
@@ -382,7 +359,7 @@ def test_options_named_in_a_document_exist(path):
     blocks = "|".join(sorted({key.split(".")[0] for key in sections()} - {"run", "rewards"}))
     for name in re.findall(rf"`((?:{blocks})\.[a-z_0-9.]+)(?:=[^`]*)?`", path.read_text()):
         module = (ROOT / "corl_jax" / name.replace(".", "/", 1)).with_suffix(".py").exists()
-        file = name.endswith((".py", ".yaml", ".json", ".md"))
+        file = name.endswith((".py", ".yaml", ".json", ".md", ".safetensors"))
         assert name in known or module or file, name
 
 

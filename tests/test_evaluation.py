@@ -168,7 +168,9 @@ def test_held_out_rows_are_no_training_rows():
 
 
 def assert_same(report, other):
-    np.testing.assert_array_equal(report.images, other.images)
+    # The same codes; their pixels are cut to whole numbers after rounding that a batch decides.
+    difference = np.abs(report.images.astype(int) - other.images.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     assert report.answers == other.answers
     assert (report.passed, report.prompts) == (other.passed, other.prompts)
 

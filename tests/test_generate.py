@@ -22,15 +22,11 @@ from corl_jax.models import janus
 from corl_jax.weights.files import load_params, save_checkpoint
 from tests.tiny import encode, tiny_image, tiny_tokenizer_dir
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 LONG = "a red circle left of the yellow shape " * 4  # takes a longer bucket than the others
 PROMPTS = ["a red circle", LONG, "two blue squares"]
 NEW_TOKENS = 8
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -147,6 +147,45 @@ def test_a_single_task_stands_alone(mode):
     np.testing.assert_allclose(a_mm2t, reference_advantages([0, 1, 1, 0], 2), rtol=1e-5)
 
 
+def test_rewards_normalised_one_by_one_by_hand():
+    """Two rewards of very different scale say the opposite: GRPO hears one, GDPO none."""
+    nan = np.nan
+    rewards = jnp.array([[0.0, 1.0, nan, nan], [100.0, 0.0, 3.0, 5.0]], jnp.float32)
+    weights = jnp.array([1.0, 1.0])
+    summed = grpo.group_advantages(grpo.combine_rewards(rewards, weights, 2), 2)[0]
+    assert summed[0] > 0.7 > -0.7 > summed[1]
+    half = np.sqrt(0.5)  # two values: +-1/2 over a std of 1/sqrt(2)
+    compared = grpo.normalize_each(rewards, weights, 2, eps=0.0)
+    np.testing.assert_allclose(compared, [0.0, 0.0, -half, half], atol=1e-6)
+    doubled = grpo.normalize_each(rewards, jnp.array([1.0, 2.0]), 2, eps=0.0)
+    np.testing.assert_allclose(doubled, [half, -half, -2 * half, 2 * half], atol=1e-6)
+    centred = grpo.normalize_each(rewards, weights, 2, scale=False)
+    np.testing.assert_allclose(centred, [49.5, -49.5, -1.0, 1.0])
+
+
+def test_a_row_without_one_of_its_groups_rewards_stays_out_when_normalised():
+    rewards = jnp.array([[1.0, np.nan, 0.0], [0.0, 3.0, 6.0]], jnp.float32)
+    found = np.asarray(grpo.normalize_each(rewards, jnp.ones(2), 3, eps=0.0))
+    assert np.isnan(found[1]) and not np.isnan(found[[0, 2]]).any()
+
+
+def test_the_sum_of_normalised_rewards_is_normalised_over_the_batch():
+    totals = jnp.array([1.0, 2.0, 3.0, np.nan, 6.0], jnp.float32)
+    values = np.array([1.0, 2.0, 3.0, 6.0])
+    expected = (values - 3.0) / values.std(ddof=1)
+    found = np.asarray(grpo.normalize_batch(totals, eps=0.0))
+    np.testing.assert_allclose(found[[0, 1, 2, 4]], expected, rtol=1e-6)
+    assert found[3] == 0
+    np.testing.assert_array_equal(grpo.normalize_batch(jnp.full(4, 0.3)), np.zeros(4))
+    t2i, mm2t = jnp.array([1.0, -1.0]), jnp.array([1.0, 3.0])
+    options = {"group_size": 2, "mm2t_weight": 0.5, "eps": 0.0, "compared": True}
+    one, other = grpo.joint_advantages(t2i, mm2t, "unified_reward", **options)
+    np.testing.assert_allclose(one, np.array([0.5, -0.5]) / np.sqrt(0.5), rtol=1e-6)
+    np.testing.assert_array_equal(one, other)  # of 1.5 and 0.5
+    _, alone = grpo.joint_advantages(None, mm2t, "unified_reward", **options)
+    np.testing.assert_allclose(alone, [-np.sqrt(0.5), np.sqrt(0.5)], rtol=1e-6)
+
+
 def test_joint_advantages_refuses_nonsense():
     with pytest.raises(ValueError, match="unified_reward, unified_advantage, separate"):
         grpo.joint_advantages(T2I, MM2T, "joint", group_size=2)

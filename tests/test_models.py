@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 
 from corl_jax import sharding
 from corl_jax.errors import InputError
-from corl_jax.models import janus, layers
+from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS
-from corl_jax.models.llama import CacheSlot, positions_of
+from corl_jax.models.llama import positions_of
 
 # Counts by part as the specification states them: (1.3B and Pro-1B, Pro-7B).
 COUNTS = {
@@ -178,39 +178,6 @@ def test_remat_keeps_less_and_changes_no_gradient(tiny_config, tiny_params, towe
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale),
             gradients[remat], gradients["none"],
         )  # fmt: skip
-
-
-def test_prefill_and_cached_decode_equal_the_full_forward(tiny_config, tiny_params):
-    prompt, steps, config = 7, 6, tiny_config.llama
-    ids, mask = prompts(3, prompt + steps)
-
-    @jax.jit
-    def full(params):
-        model = janus.bind(tiny_config, params)
-        return model.language_model(model.embed_text(ids), mask)
-
-    @jax.jit
-    def cached(params):
-        model = janus.bind(tiny_config, params)
-        llama = model.language_model
-        embeds = model.embed_text(ids)
-        hidden, caches = llama.prefill(embeds[:, :prompt], jnp.asarray(mask[:, :prompt]))
-        room = [(0, 0), (0, 0), (0, steps), (0, 0), (0, 0)]
-        keys, values = (jnp.pad(x, room, constant_values=1e3) for x in caches)
-        slots = [(keys[i], values[i]) for i in range(config.num_layers)]
-        blocks = layers.unstack(llama.layers, config.num_layers)
-        outputs = [hidden]
-        for index in range(prompt, prompt + steps):
-            seen = mask[:, None] & (np.arange(prompt + steps) <= index)
-            rope = llama.rope(positions_of(jnp.asarray(mask))[:, index : index + 1])
-            slot = CacheSlot(rope, jnp.int32(index), seen)
-            x = embeds[:, index : index + 1]
-            for i, block in enumerate(blocks):
-                x, slots[i] = block.decode(x, slots[i], slot)
-            outputs.append(llama.norm(x))
-        return jnp.concatenate(outputs, axis=1)
-
-    np.testing.assert_allclose(cached(tiny_params)[mask], full(tiny_params)[mask], atol=1e-5)
 
 
 def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from corl_jax.data.images import MAX_SIDE, BadImage, decode_image, preprocess, vision_geometry
-from corl_jax.data.processor import SPECIAL_STRINGS, Processor
+from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
+from corl_jax.weights.tokens import STRINGS
 from tests.tiny import encode, tiny_image, tiny_tokenizer_dir
 
 QUESTION = "how many squares are there?\nOptions:\nA. one\nB. two"
@@ -38,14 +39,13 @@ def janus_processor(folder, image_size=32, num_image_tokens=16):
         from transformers.models.janus.image_processing_janus import (
             JanusImageProcessor as JanusImageProcessorPil,
         )
-    strings = SPECIAL_STRINGS
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
-        bos_token=strings["bos"],
-        eos_token=strings["eos"],
-        pad_token=strings["pad"],
+        bos_token=STRINGS["bos"],
+        eos_token=STRINGS["eos"],
+        pad_token=STRINGS["pad"],
         padding_side="left",
-        extra_special_tokens={f"{k}_token": strings[k] for k in ("boi", "eoi", "image")},
+        extra_special_tokens={f"{k}_token": STRINGS[k] for k in ("boi", "eoi", "image")},
     )
     images = JanusImageProcessorPil(
         size={"height": image_size, "width": image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -109,14 +109,14 @@ def test_bos_does_not_depend_on_the_post_processor(tmp_path, processor):
     assert bare.mm2t_ids(QUESTION) == processor.mm2t_ids(QUESTION)
 
 
-@pytest.mark.parametrize("string", [*SPECIAL_STRINGS.values(), "<|User|>", "<|Assistant|>"])
+@pytest.mark.parametrize("string", [*STRINGS.values(), "<|User|>", "<|Assistant|>"])
 def test_user_text_cannot_inject_structure(processor, string):
     clean, dirty = processor.mm2t_ids("is a here?"), processor.mm2t_ids(f"is {string} here?")
     token = processor.tokenizer.convert_tokens_to_ids(string)
     assert dirty.count(token) == clean.count(token)
     assert processor.t2i_ids(string).count(token) == processor.t2i_ids("a").count(token)
     start = dirty.index(processor.special.eoi) + 1
-    kept = [i for i in dirty[start:] if i < len(SPECIAL_STRINGS) + 2]
+    kept = [i for i in dirty[start:] if i < len(STRINGS) + 2]
     assert kept == [processor.tokenizer.convert_tokens_to_ids("<|Assistant|>")]
     assert string in processor.decode([i for i in dirty[start:] if i not in kept])
     system = processor.mm2t_ids("what?", system_prompt=f"obey {string}")
@@ -199,7 +199,7 @@ def test_missing_special_tokens_are_all_named(tmp_path):
     folder = tiny_tokenizer_dir(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["post_processor"] = None
-    gone = {SPECIAL_STRINGS["pad"], SPECIAL_STRINGS["image"]}
+    gone = {STRINGS["pad"], STRINGS["image"]}
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in gone]
     for string in gone:
         del content["model"]["vocab"][string]

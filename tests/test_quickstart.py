@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from corl_jax import quickstart
+from corl_jax import config_file, quickstart
 from corl_jax.errors import InputError
 from corl_jax.quickstart import Rise
 
@@ -42,6 +42,12 @@ def test_config_is_found_from_elsewhere_or_missed_by_name(tmp_path, monkeypatch)
     monkeypatch.setattr(quickstart, "PACKAGE", tmp_path / "site-packages" / "corl_jax")
     with pytest.raises(InputError, match="clone the repository"):
         quickstart.find_config()
+
+
+def test_every_step_has_the_same_rows():
+    """Or a step's mean reward would show which rows came up beside what was learnt."""
+    config = config_file.load(ROOT / quickstart.CONFIG)
+    assert quickstart.ROWS - config.eval.rows == config.train.prompts_per_step
 
 
 def test_a_step_that_fails_ends_with_its_exit_code(capfd):

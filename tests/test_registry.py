@@ -14,6 +14,8 @@ from corl_jax.config import Compat, Reward
 from corl_jax.data import shapes
 from corl_jax.errors import InputError
 from corl_jax.rewards import image, registry
+from corl_jax.rewards.networks import NETWORKS
+from corl_jax.rewards.options import option_problem
 from corl_jax.rewards.registry import REGISTRY, Context, Entry, Resolved, Samples
 from corl_jax.rewards.samples import chunks
 from tests.tiny import tiny_image
@@ -21,7 +23,7 @@ from tests.tiny import tiny_image
 NOWHERE = Context(None, None, None, None, seed=0, step=0)
 ISSUE = (
     "format format_tag qa_accuracy oc_accuracy t2i_ti_sim t2i_bid_cycle_reward t2i_pixel_mse "
-    "t2i_qa t2i_oc t2i_od shapes_checker"
+    "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 aesthetic"
 )
 
 
@@ -43,11 +45,14 @@ def test_the_table_is_complete_and_consistent():
     assert set(REGISTRY) == set(ISSUE.split())
     for name, entry in REGISTRY.items():
         assert entry.task in registry.TASKS and entry.function.__doc__
-        assert name.startswith("t2i") == (entry.task == "t2i") or name == "shapes_checker"
+        others = ("shapes_checker", "pickscore", "hpsv2", "aesthetic")
+        assert name.startswith("t2i") == (entry.task == "t2i") or name in others
         for key, option in registry.options_of(name).items():
-            assert registry._option_problem(entry, registry.options_of(name), key, option.default)\
-                is None  # fmt: skip
-        assert set(entry.absent) <= set(registry.options_of(name))
+            accepted = registry.options_of(name)
+            assert option_problem(accepted, key, option.default) is None
+        assert set(entry.chosen) <= set(registry.options_of(name))
+        asked = {network for values in entry.chosen.values() for network in values.values()}
+        assert asked | set(entry.networks) <= {"policy", *NETWORKS}
     for effects in registry.COMPAT.values():
         for name, option, value in effects:
             assert registry.options_of(name)[option].default is (not value)
@@ -70,7 +75,7 @@ def test_every_problem_is_reported_at_once():
             {"name": "format"},
             {"name": "format_tag", "options": {"strip": True}},
             {"name": "t2i_bid_cycle_reward", "options": {
-                "caption": "blip", "image_term": "lpips", "text_term": "words",
+                "caption": "blipp", "image_term": "lpips", "text_term": "words",
                 "max_new_tokens": 0, "normalise": "yes"}},
             {"name": "t2i_ti_sim", "options": {"chunk": 1.5}},
         )  # fmt: skip
@@ -80,8 +85,7 @@ def test_every_problem_is_reported_at_once():
         "format: option stripp: unknown; did you mean strip?",
         "format is listed more than once",
         "format_tag: option strip: unknown; this reward has no options",
-        "caption: blip needs a network that this version does not have; use 'policy'",
-        "image_term: lpips needs a network",
+        "caption: found 'blipp'; Input should be 'policy' or 'blip' (default 'policy')",
         "text_term: found 'words'",
         "max_new_tokens: found 0",
         "normalise: found 'yes'",

@@ -172,6 +172,15 @@ def test_centre_crop_keeps_the_aspect():
     np.testing.assert_allclose(upright, cropped.swapaxes(0, 1))
 
 
+def test_pad_keeps_everything_between_grey_bars():
+    padded = image.fit(stripes(), 48, "pad")  # twice as wide as high: bars of a quarter
+    np.testing.assert_allclose(padded[14:34], image.fit(stripes(), 48)[14:34], atol=1e-6)
+    for row in (0, 10, 37, 47):
+        np.testing.assert_allclose(padded[row], np.full((48, 3), 127 / 255), atol=1e-6)
+    upright = image.fit(stripes().rotate(-90, expand=True), 48, "pad")
+    np.testing.assert_allclose(upright, padded.swapaxes(0, 1), atol=1e-6)
+
+
 def test_fit_antialiases_and_takes_any_mode():
     checkers = np.indices((64, 64)).sum(axis=0) % 2 * np.uint8(255)
     grey = image.squash(Image.fromarray(checkers.astype(np.uint8), "L"), 8)

@@ -15,7 +15,7 @@ from corl_jax.data.instructions import CAPTION
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
-from corl_jax.rewards import functions, policy, text
+from corl_jax.rewards import cycle, functions, policy, text
 from corl_jax.rewards.registry import REGISTRY, Context, Samples
 from corl_jax.types import EncodedPrompts
 from tests.tiny import tiny_image, tiny_tokenizer_dir
@@ -62,7 +62,9 @@ def samples(count=3, **columns):
 def test_pixels_are_the_processors_to_the_bit(processor, side):
     images = np.random.default_rng(0).integers(0, 256, (4, side, side, 3), dtype=np.uint8)
     expected = [processor.preprocess_image(Image.fromarray(image)) for image in images]
-    np.testing.assert_array_equal(policy.pixel_values(processor, images), np.stack(expected))
+    levels = policy.normalised_levels(processor)
+    found = policy._normalised(levels, jnp.asarray(policy.pixel_values(processor, images)))
+    np.testing.assert_array_equal(found, np.stack(expected))
 
 
 # ---- t2i_ti_sim
@@ -234,14 +236,14 @@ def test_cycle_reward_is_caption_overlap_plus_image_term(context):
     )
     words = [text.soft_jaccard(p, c) for p, c in zip(CAPTIONS, captions, strict=True)]
     for name, exact in (("rmse", 1.0), ("ssim", 1.0), ("mse", 1.0)):
-        found = policy.bid_cycle(batch, context, image_term=name, max_new_tokens=5)
+        found = cycle.bid_cycle(batch, context, image_term=name, max_new_tokens=5)
         pixels = functions.compare_images(batch, context, name, "squash")
         assert np.isnan(found).tolist() == [False, True, False]
         np.testing.assert_allclose(pixels[2], exact, atol=1e-6)  # its own real image
         np.testing.assert_allclose(found[[0, 2]], np.array(words)[[0, 2]] + pixels[[0, 2]],
                                    atol=1e-6)  # fmt: skip
         assert found[0] < 1 + words[0]
-    halved = policy.bid_cycle(batch, context, image_term="mse", max_new_tokens=5, normalise=True)
+    halved = cycle.bid_cycle(batch, context, image_term="mse", max_new_tokens=5, normalise=True)
     np.testing.assert_allclose(halved, found / 2, atol=1e-6)
 
 
@@ -254,7 +256,7 @@ def test_cycle_reward_scores_the_caption(context, monkeypatch):
 
     monkeypatch.setattr(policy, "ask", answer)
     real = [Image.fromarray(picture) for picture in pictures(3)]
-    found = policy.bid_cycle(
+    found = cycle.bid_cycle(
         samples(prompt=["a red circle", "a ring", None], real_image=real), context
     )
     np.testing.assert_allclose(found[:2], [2.0, 1.0], atol=1e-6)

@@ -79,7 +79,7 @@ def test_every_other_difference_is_listed_and_nothing_is_written(tmp_path):
         "eval.rows: found 8, the run has 64",
     ):
         assert part in text
-    assert "log.every" not in text and len(found) == 5
+    assert "log.every" not in text and len(found) == 8  # the new reward has five options
     assert run.config.read_bytes() == before
 
 

@@ -15,6 +15,9 @@ import pytest
 from corl_jax import sampling, sharding
 from corl_jax.models import janus
 from corl_jax.types import EncodedPrompts, SpecialTokens
+from tests.tiny import two_layers
+
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 SPECIAL = SpecialTokens(bos=1, eos=2, pad=0, boi=91, eoi=92, image=90)
 PADDING = (0, 3, 1, 4)  # left padding of each prompt
@@ -22,22 +25,15 @@ GROUP = 2
 NEW_TOKENS = 10
 TEMPERATURE = 0.8
 STRICT = {"special": SPECIAL, "dtype": jnp.float32}
-IMAGE_OPTIONS = {"guided": True, "score": "conditional", "greedy": False}
-TEXT_OPTIONS = {"max_new_tokens": 256, "top_k": 0, "top_p": 1.0, "greedy": False}
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
+IMAGE_OPTIONS = {"guided": True, "score": "conditional", "greedy": False, "attention": "xla"}
+TEXT_OPTIONS = {
+    "max_new_tokens": 256, "top_k": 0, "top_p": 1.0, "greedy": False, "attention": "xla",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    """Two layers show what three do, and every program here unrolls them."""
-    return dataclasses.replace(
-        tiny_config, llama=dataclasses.replace(tiny_config.llama, num_layers=2)
-    )
+    return two_layers(tiny_config)
 
 
 @pytest.fixture(scope="module")
@@ -198,21 +194,26 @@ def test_scale_one_is_no_guidance(config, params):
     one = jnp.float32(1)
     tokens, logprobs = sampling._image_program(
         config, params, prompts, keys, one, jnp.float32(TEMPERATURE),
-        special=SPECIAL, guided=True, score="conditional", greedy=False, dtype=jnp.float32,
+        **STRICT, **IMAGE_OPTIONS,
     )  # fmt: skip
     np.testing.assert_array_equal(plain.tokens, tokens)
     np.testing.assert_allclose(plain.logprobs, logprobs, atol=1e-5)
 
 
-def test_rows_of_a_guided_pair_lie_side_by_side():
+def test_rows_of_a_guided_prompt_lie_side_by_side():
     rows = sampling.Rows(group_size=2, guided=True)
-    prompts = rows.join(jnp.array([10, 20]), jnp.array([11, 21]))
+    prompts = rows.of_prompts(jnp.array([10, 20]), jnp.array([11, 21]))
     np.testing.assert_array_equal(prompts, [10, 11, 20, 21])
     samples = rows.fan_out(prompts)
-    np.testing.assert_array_equal(samples, [10, 11, 10, 11, 20, 21, 20, 21])
+    np.testing.assert_array_equal(samples, [10, 10, 11, 11, 20, 20, 21, 21])
     conditional, unconditional = rows.split(samples)
     np.testing.assert_array_equal(conditional, [10, 10, 20, 20])
     np.testing.assert_array_equal(unconditional, [11, 11, 21, 21])
+    drawn = jnp.array([1, 2, 3, 4])
+    read = rows.of_samples(drawn)
+    np.testing.assert_array_equal(read, [1, 2, 1, 2, 3, 4, 3, 4])
+    for half in rows.split(read):
+        np.testing.assert_array_equal(half, drawn)
 
 
 # ---- a sample depends on its key and its prompt only
@@ -341,7 +342,10 @@ def test_mask_runs_to_the_first_end_and_no_further_than_was_drawn():
 # ---- drawing one token
 
 
-def test_draws_follow_the_distribution():
+@pytest.mark.parametrize("block", [512, 2, 3])
+def test_draws_follow_the_distribution(monkeypatch, block):
+    """Of four tokens at once, of two and two, and of three and one."""
+    monkeypatch.setattr(sampling, "BLOCK", block)
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     rows = jnp.broadcast_to(logits, (20000, 4))
     keys = jax.random.split(jax.random.key(0), 20000)
@@ -354,6 +358,15 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], atol=0.015)
     np.testing.assert_allclose(frequencies(top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.015)
     np.testing.assert_allclose(frequencies(top_p=0.8), [5 / 9, 2.5 / 9, 1.5 / 9, 0], atol=0.015)
+
+
+def test_logprobs_by_blocks_are_those_of_the_softmax(monkeypatch):
+    monkeypatch.setattr(sampling, "BLOCK", 5)
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 30, (6, 13)), jnp.float32)
+    tokens = jnp.array([0, 4, 5, 9, 10, 12])
+    expected = jax.nn.log_softmax(logits)[jnp.arange(6), tokens]
+    found = sampling.token_logprobs(logits, tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nucleus_is_never_empty():
@@ -404,23 +417,6 @@ def test_one_program_a_bucket(config, params, images, texts):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_caches_keep_the_compute_dtype(config, params):
-    def caches(params, ids, mask):
-        model = janus.bind(config, janus.cast(params, jnp.bfloat16))
-        rows = sampling.Rows(GROUP)
-        _, hidden, caches = sampling.start(model, model.embed_text(ids), mask, rows, 5)
-        return hidden, caches
-
-    prompts = drawing_prompts()
-    arrays = params, jnp.asarray(prompts.input_ids), jnp.asarray(prompts.attention_mask)
-    hidden, buffers = jax.eval_shape(caches, *arrays)
-    assert hidden.dtype == jnp.bfloat16
-    llama = config.llama
-    assert len(buffers) == llama.num_layers
-    for x in jax.tree.leaves(buffers):
-        assert (x.dtype, x.shape) == (jnp.bfloat16, (4 * GROUP, 13, llama.num_kv_heads, 8))
-
-
 @pytest.fixture(scope="module")
 def wide_config(tiny_config):
     """Small weights, long images and many key heads: the cache is nearly all of the memory."""
@@ -450,10 +446,14 @@ def test_memory_is_one_cache_and_little_more(wide_config, program):
     rows, length, group = 4, 16, 16
     options = IMAGE_OPTIONS if program == "_image_program" else TEXT_OPTIONS
     compiled = lowered(wide_config, program, rows, length, group, **options).compile()
-    llama, samples = wide_config.llama, rows * group * (1 + (program == "_image_program"))
-    heads = llama.num_kv_heads * llama.head_dim
-    layer = 2 * 4 * samples * (length + 256) * heads
+    llama, rows = wide_config.llama, rows * (1 + (program == "_image_program"))
+    token = 2 * 4 * llama.num_kv_heads * llama.head_dim  # bytes of keys and values a layer
+    layer = token * rows * group * 256
     found = compiled.memory_analysis().temp_size_in_bytes
-    print(f"{program}: {found / 2**20:.1f} MiB, cache {llama.num_layers * layer / 2**20:.1f} MiB")
-    # One layer's keys and values are transposed for the CPU's matrix products.
-    assert found < (llama.num_layers + 1.1) * layer + 2**20
+    print(f"{program}: {found / 2**20:.1f} MiB, caches {llama.num_layers * layer / 2**20:.1f} MiB")
+    # One layer's keys and values are transposed for the CPU's matrix products. Prompts' keys
+    # and values: as they come from the prefill, and a layer each.
+    assert (
+        found
+        < (llama.num_layers + 1.1) * layer + 2 * llama.num_layers * token * rows * length + 2**20
+    )

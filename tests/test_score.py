@@ -21,6 +21,7 @@ from corl_jax.models import janus
 from corl_jax.rewards import registry
 from corl_jax.weights import files
 from tests.tiny import tiny_image, tiny_tokenizer_dir
+from tests.tiny_networks import network_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,6 +108,43 @@ def test_images_relative_to_the_file(tmp_path, capsys):
     assert run(capsys, "--reward", "t2i_pixel_mse", "--input", path)[0] == [1.0, None]
 
 
+def test_a_reward_of_ones_own_gets_all_that_a_case_says(tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def share(texts, *, of: int, **columns):\n"
+        "    return [len(t) / of if n is None else n for t, n in zip(texts, columns['given'])]\n"
+    )
+    path = cases(tmp_path, {"completion": "four", "given": None}, {"completion": "x", "given": 9})
+    found, err = run(capsys, "--reward", f"{file}:share", "--input", path, "of=8")
+    assert found == [0.5, 9.0] and "share: mean 4.7500" in err
+    err = problems(capsys, "--reward", f"{file}:shares", "--input", path)
+    assert "share" in err and "reward:" in err
+
+
+def test_a_failing_reward_of_ones_own_fails_the_command(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("def boom(texts):\n    return 1 / 0\n")
+    path = cases(tmp_path, {"completion": "x"})
+    with pytest.raises(RuntimeError, match=r"(?s)boom.*ZeroDivisionError"):
+        score.main(["--reward", f"{file}:boom", "--input", str(path)])
+
+
+def test_a_reward_that_asks_a_network(tmp_path, capsys):
+    clip = network_dir(tmp_path / "clip", "clip")
+    vgg = network_dir(tmp_path / "vgg", "vgg")
+    for i in range(2):
+        tiny_image(i, (16, 16)).save(tmp_path / f"{i}.png")
+    row = {"image": "0.png", "prompt": "a", "real_image": "0.png"}
+    path = cases(tmp_path, row, row | {"real_image": "1.png"}, row | {"real_image": None})
+    arguments = ("--reward", "t2i_bid_cycle_reward", "--input", path, "image_term=lpips")
+    err = problems(capsys, *arguments, "--network", f"lpips={clip}", "--network", "vgg=x")
+    assert "networks.lpips" not in err and "--network: found 'vgg=x'" in err
+    err = problems(capsys, *arguments, "--network", f"lpips={clip}")
+    assert "holds a clip network, expected vgg" in err and "--model: missing" in err
+    err = problems(capsys, *arguments, "--network", f"lpips={vgg}", "--network", f"clip={clip}")
+    assert "networks.clip: is set, but no listed reward asks it" in err
+
+
 def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
     assets = tiny_tokenizer_dir(tmp_path / "assets", image_size=16, patch_size=4)
     processor = Processor.from_dir(assets)
@@ -152,15 +190,14 @@ def test_all_problems_of_arguments_and_lines_at_once(tmp_path, capsys):
         {"image": None, "prompt": "a", "real_image": None},
     )
     err = problems(
-        capsys, "--reward", "t2i_bid_cycle_reward", "--input", path, "caption=blip",
+        capsys, "--reward", "t2i_bid_cycle_reward", "--input", path, "caption=me",
         "max_new_tokens=many", "oops", "--seed", "-1",
     )  # fmt: skip
     for expected in (
         "argument 'oops': expected key=value",
-        "option caption: blip needs a network",
+        "option caption: found 'me'; Input should be 'policy' or 'blip'",
         "option max_new_tokens: found 'many'",
         "--seed: found -1",
-        "--model: missing; t2i_bid_cycle_reward asks the policy",
         "line 1: not JSON",
         "line 2: found list, expected an object",
         "line 3: image: image: cannot read",

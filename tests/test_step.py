@@ -20,7 +20,10 @@ from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from corl_jax.train.metrics import Phases
 from corl_jax.train.optimizer import make_optimizer, merge, partition, to_master
 from corl_jax.types import Rollout
+from tests.tiny import two_layers
 from tests.tiny_train import SPECIAL, both_tasks, random_params
+
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 PROMPTS, GROUP = 8, 2
 DEFAULT = schema.Train().trainable
@@ -29,17 +32,9 @@ SCORING = Scoring(SPECIAL, temperature=0.9, remat="none", chunk=10_000)
 OBJECTIVE = step.Objective(SCORING, WEIGHTS, kl_coef=0.2, dtype=jnp.float32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    return dataclasses.replace(
-        tiny_config, llama=dataclasses.replace(tiny_config.llama, num_layers=2)
-    )
+    return two_layers(tiny_config)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +266,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
     monkeypatch.setattr(iterate, "sample", lambda run, task, *_: rollouts[task])
     monkeypatch.setattr(iterate, "decode", lambda *_: None)
     rewards = np.arange(PROMPTS * GROUP, dtype=np.float32)
-    monkeypatch.setattr(iterate, "score_task", lambda *_: {"r": rewards})
+    monkeypatch.setattr(iterate, "score_task", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": sharding.make_mesh(8), "frozen": {},
@@ -280,7 +275,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
         "processor": SimpleNamespace(special=SPECIAL),
         "comparison": {
             "weights": (("t2i", (1.0,)), ("mm2t", (1.0,))), "mode": "unified_reward",
-            "group_size": GROUP, "mm2t_weight": 0.8, "eps": 1e-4, "scale": True,
+            "group_size": GROUP, "mm2t_weight": 0.8, "eps": 1e-4, "scale": True, "each": False,
         },
     } | changes)  # fmt: skip
     state = step.TrainState(0, {"w": 5}, None)

@@ -480,7 +480,7 @@ def test_held_out_rows_count_once(monkeypatch):
 
     def scored(run, task, params, prompts, step):
         per_prompt = rewards[prompts.index % 7]
-        return {"r": np.repeat(per_prompt, 2)}
+        return {"r": np.repeat(per_prompt, 2)}, {}
 
     monkeypatch.setattr(iterate, "sample", lambda *_: None)
     monkeypatch.setattr(iterate, "decode", lambda run, task, params, prompts, rollout: prompts)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from corl_jax.errors import InputError
 from corl_jax.weights import torch_bin
 from corl_jax.weights.files import convert, load_params
-from corl_jax.weights.storage import open_store, read_header
+from corl_jax.weights.storage import open_any_store, open_store, read_header
 from tests.weights_fixtures import (
     hf_config_dict,
     hf_shapes,
@@ -270,6 +270,101 @@ def test_bin_files_that_lie_about_their_size_are_refused(tmp_path):
             target.writestr(name, source.read(name))
     with pytest.raises(InputError, match="compressed archive"):
         open_store(tmp_path)
+
+
+def legacy_file(path: Path, content: object) -> Path:
+    """As PyTorch before 1.6 wrote."""
+    import torch
+
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def test_legacy_files_are_read(tmp_path):
+    """All element types, a view, and a tensor that shares its storage."""
+    import torch
+
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {"whole": base, "view": base[1:, ::2], "half": base.bfloat16(), "none": base[:0]}
+    store = torch_bin.BinStore([legacy_file(tmp_path / "x.pth", state)])
+    assert {key: info.shape for key, info in store.infos.items()} == {
+        "whole": (3, 4), "view": (2, 2), "half": (3, 4), "none": (0, 4),
+    }  # fmt: skip
+    assert store.read("view").tolist() == [[4, 6], [8, 10]]
+    assert store.read("half", (1, 2)).astype(float).tolist() == [[4, 5, 6, 7]]
+    assert store.infos["half"].dtype.name == "bfloat16"
+
+
+def test_two_files_are_one_store_unless_they_share_a_key(tmp_path):
+    import torch
+
+    legacy_file(tmp_path / "a.pth", {"a": torch.ones(2)})
+    torch.save({"b": torch.zeros(3)}, tmp_path / "b.pth")
+    store = open_any_store(tmp_path)
+    assert (store.read("a").sum(), store.read("b").shape) == (2, (3,))
+    torch.save({"a": torch.zeros(3)}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match=r"a: stands in both .*a\.pth and .*c\.pth"):
+        open_any_store(tmp_path)
+
+
+def test_the_weights_inside_a_training_checkpoint_are_found(tmp_path):
+    """HPS v2 is published as such a file."""
+    import torch
+
+    content = {"epoch": 3, "name": "hps", "state_dict": {"logit_scale": torch.tensor(4.5)}}
+    torch.save(content, tmp_path / "HPS_v2_compressed.pt")
+    store = open_any_store(tmp_path)
+    assert [*store.infos] == ["logit_scale"]
+    assert store.read("logit_scale") == np.float32(4.5)
+
+
+def test_a_large_legacy_file_is_refused_unread(tmp_path):
+    file = tmp_path / "x.pth"
+    file.write_bytes(torch_bin.LEGACY_START)
+    os.truncate(file, torch_bin.MAX_LEGACY_BYTES + 1)  # sparse
+    with pytest.raises(InputError, match=r"4294967297 bytes .* expected at most 4294967296"):
+        torch_bin.load_bin(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "not a whole PyTorch file"),
+        (lambda data: data[1:], "not a whole PyTorch file"),
+        (lambda data: pickle.dumps({"a": 1}), "not a whole PyTorch file"),
+        (lambda data: b"PK\x03\x04" + data, "not a whole PyTorch file"),
+        (lambda data: data[:-1], "cannot load it"),
+        (lambda data: data[: len(torch_bin.LEGACY_START)], "cannot load it"),
+        (lambda data: torch_bin.LEGACY_START + pickle.dumps(Bomb(Path("x")), 2), "cannot load it"),
+    ],
+)
+def test_a_damaged_legacy_file_is_refused(tmp_path, damage, message):
+    import torch
+
+    file = legacy_file(tmp_path / "x.pth", {"a": torch.ones(7)})
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=message) as caught:
+        torch_bin.load_bin(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_mutated_legacy_file_is_read_or_refused_cleanly(tmp_path, edits):
+    import torch
+
+    file = legacy_file(tmp_path / "x.pth", {"a": torch.ones(7), "b": torch.zeros(2, 3)})
+    data = bytearray(file.read_bytes())
+    for place, value in edits:
+        data[int(place * (len(data) - 1))] = value
+    file.write_bytes(data)
+    try:
+        torch_bin.load_bin(file)
+    except InputError as error:
+        assert all(str(file) in problem for problem in error.problems)
 
 
 @pytest.mark.parametrize("content", [{"a": 3}, [1, 2], {3: None}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.data.processor import ROLES, SPECIAL_STRINGS
+from corl_jax.models.janus import JanusConfig
+from corl_jax.weights.tokens import ROLES, STRINGS
 
 CORPUS = (
     "a red circle and two blue squares; how many green triangles are there? A. one B. two "
@@ -38,8 +40,8 @@ def tiny_tokenizer_dir(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(adds_bos=adds_bos, role_tokens=role_tokens)
     tokenizer.save(str(folder / "tokenizer.json"))
-    strings = {f"{name}_token": SPECIAL_STRINGS[name] for name in ("bos", "eos", "pad")}
-    extra = {f"{name}_token": SPECIAL_STRINGS[name] for name in ("boi", "eoi", "image")}
+    strings = {f"{name}_token": STRINGS[name] for name in ("bos", "eos", "pad")}
+    extra = {f"{name}_token": STRINGS[name] for name in ("boi", "eoi", "image")}
     _write_json(folder / "special_tokens_map.json", strings)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **strings}
     _write_json(folder / "tokenizer_config.json", {**settings, "extra_special_tokens": extra})
@@ -54,6 +56,11 @@ def tiny_tokenizer_dir(
     _write_json(folder / "processor_config.json", processor)
     _write_json(folder / "preprocessor_config.json", {**pictures, "image_size": image_size})
     return folder
+
+
+def two_layers(config: JanusConfig) -> JanusConfig:
+    """Two layers show what more do, and programs that unroll them compile sooner."""
+    return dataclasses.replace(config, llama=dataclasses.replace(config.llama, num_layers=2))
 
 
 def tiny_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -112,7 +119,7 @@ def _train_tokenizer(*, adds_bos: bool, role_tokens: bool) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [*SPECIAL_STRINGS.values(), *(ROLES["deepseek"] if role_tokens else ())]
+    special = [*STRINGS.values(), *(ROLES["deepseek"] if role_tokens else ())]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         show_progress=False,
@@ -121,7 +128,7 @@ def _train_tokenizer(*, adds_bos: bool, role_tokens: bool) -> Any:
     )
     tokenizer.train_from_iterator([CORPUS] * 4, trainer)
     if adds_bos:
-        bos = SPECIAL_STRINGS["bos"]
+        bos = STRINGS["bos"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )

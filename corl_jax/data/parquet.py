@@ -313,9 +313,14 @@ def _resolve_columns(
         if wanted not in found:
             near = difflib.get_close_matches(wanted, found, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
+            remedy = (
+                f"set data.columns.{name} to the column that holds it"
+                if name in COLUMNS
+                else "add it to the data, or leave out what asks it"
+            )
             problems.append(
                 f"{path}: column {wanted} (for {name}) is missing; {hint}found "
-                f"{', '.join(found)}; set data.columns.{name} to the column that holds it"
+                f"{', '.join(found)}; {remedy}"
             )
     for name, column in names.items():
         problems += _type_problem(path, name, schema.field(column))

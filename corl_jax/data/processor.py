@@ -20,10 +20,8 @@ from corl_jax.data.images import ImageSettings, image_settings, preprocess
 from corl_jax.errors import InputError
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
-from corl_jax.weights.tokens import STRINGS as SPECIAL_STRINGS
-from corl_jax.weights.tokens import special_tokens
+from corl_jax.weights.tokens import ROLES, STRINGS, special_tokens
 
-ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
 FILES = ("config", "processor_config", "preprocessor_config")
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 
@@ -53,14 +51,13 @@ class Processor:
         tokenizer_file = Path(model_dir) / "tokenizer.json"
         self.special = special_tokens(model_dir)
         self._added, self._plain = _load_plain_tokenizer(tokenizer_file)
-        strings = SPECIAL_STRINGS
-        for name, string in strings.items():  # a vocabulary may hold one without adding it
+        for name, string in STRINGS.items():  # a vocabulary may hold one without adding it
             self._added.setdefault(string, {"id": getattr(self.special, name)})
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(tokenizer_file),
-            bos_token=strings["bos"],
-            eos_token=strings["eos"],
-            pad_token=strings["pad"],
+            bos_token=STRINGS["bos"],
+            eos_token=STRINGS["eos"],
+            pad_token=STRINGS["pad"],
             padding_side="left",
             clean_up_tokenization_spaces=False,
         )
@@ -117,12 +114,12 @@ class Processor:
 
     def _t2i_parts(self, prompt: str) -> list[str]:
         user, assistant = self.roles
-        return [user, f": {prompt.strip()}\n\n", assistant, ":", SPECIAL_STRINGS["boi"]]
+        return [user, f": {prompt.strip()}\n\n", assistant, ":", STRINGS["boi"]]
 
     def _mm2t_parts(self, question: str, system_prompt: str) -> list[str]:
         user, assistant = self.roles
         system = f"{system_prompt.strip()}\n\n" if system_prompt.strip() else ""
-        image = SPECIAL_STRINGS["image"]
+        image = STRINGS["image"]
         # The original strips the whole message, which starts with the placeholder.
         return [system, user, ": ", image, f"\n{question.rstrip()}\n\n", assistant, ":"]
 
@@ -242,7 +239,7 @@ def _load_plain_tokenizer(path: Path) -> tuple[dict[str, dict], Any]:
     """
     from tokenizers import Tokenizer
 
-    structural = {*SPECIAL_STRINGS.values(), *ROLES["deepseek"]}
+    structural = {*STRINGS.values(), *ROLES["deepseek"]}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         added = {token["content"]: token for token in content.get("added_tokens") or []}

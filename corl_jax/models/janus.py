@@ -9,13 +9,13 @@ Source: Wu et al. 2024 (Janus, arXiv 2410.13848); Chen et al. 2025 (Janus-Pro, 2
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from corl_jax.models import binding
 from corl_jax.models.layers import Embedding, Projector, Remat, linear
 from corl_jax.models.llama import Llama, LlamaConfig
 from corl_jax.models.siglip import Siglip, SiglipConfig
@@ -115,30 +115,19 @@ class Janus(nnx.Module):
         return self.generation_head(hidden)
 
 
-@functools.lru_cache(maxsize=16)
-def _graph(config: JanusConfig) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: Janus(config, rngs=nnx.Rngs(0))))
-
-
 def abstract(config: JanusConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
-    pure = nnx.to_pure_dict(_graph(config)[1])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _string_keys(pure))
+    return binding.abstract(Janus, config, dtype)
 
 
 def init(config: JanusConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters: normal(0.02) for the transformers, flax's defaults for convolutions."""
-
-    def make(key):
-        state = nnx.state(Janus(config, rngs=nnx.Rngs(key)))
-        return jax.tree.map(lambda x: x.astype(dtype), _string_keys(nnx.to_pure_dict(state)))
-
-    return jax.jit(make)(key)
+    return binding.init(Janus, config, key, dtype)
 
 
 def bind(config: JanusConfig, params: Params) -> Janus:
     """The network with these parameters."""
-    return nnx.merge(_graph(config)[0], nnx.State(_integer_keys(params)))
+    return binding.bind(Janus, config, params)
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -150,16 +139,3 @@ def cast(params: Params, dtype: Any) -> Params:
         )
         for name, part in params.items()
     }
-
-
-def _string_keys(tree: Any) -> Any:
-    """List indices as strings, so that a path is a string all the way down."""
-    if not isinstance(tree, dict):
-        return tree
-    return {str(key): _string_keys(value) for key, value in tree.items()}
-
-
-def _integer_keys(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {int(k) if k.isdigit() else k: _integer_keys(v) for k, v in tree.items()}

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from corl_jax.models import layers
 from corl_jax.models.layers import Remat, apply_rope, attend, linear, merge_heads, split_heads
@@ -32,15 +31,6 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 16384
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSlot:
-    """Where a decode step stands: shared by all layers of that step."""
-
-    rope: tuple[jax.Array, jax.Array]  # of the new token's position, [N, 1, 1, head_dim]
-    index: jax.Array  # scalar int32, the slot that the new token's key and value take
-    mask: jax.Array  # [N, 1, S] bool, slots that the new token sees (itself included)
 
 
 KVCache = tuple[jax.Array, jax.Array]
@@ -69,12 +59,18 @@ class Attention(nnx.Module):
         query, key, value = self.project(x, rope)
         return self.o_proj(merge_heads(attend(query, key, value, mask))), (key, value)
 
-    def decode(self, x: jax.Array, cache: KVCache, slot: CacheSlot) -> tuple[jax.Array, KVCache]:
-        """One token: writes its key and value at the slot, attends to all that the mask shows."""
-        query, key, value = self.project(x, slot.rope)
-        keys = lax.dynamic_update_slice_in_dim(cache[0], key, slot.index, axis=1)
-        values = lax.dynamic_update_slice_in_dim(cache[1], value, slot.index, axis=1)
-        return self.o_proj(merge_heads(attend(query, keys, values, slot.mask))), (keys, values)
+    def after(self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array) -> jax.Array:
+        """Attends from completions x [N, T, D] to their prompts' entries and to one another.
+
+        `prompt` [B, P, kv_heads, head_dim] is shared by the N / B completions of each prompt;
+        `mask` [N, T, P + T].
+        """
+        query, key, value = self.project(x, rope)
+        keys, values = (
+            jnp.concatenate([jnp.repeat(shared, len(x) // len(shared), axis=0), own], axis=1)
+            for shared, own in zip(prompt, (key, value), strict=True)
+        )
+        return self.o_proj(merge_heads(attend(query, keys, values, mask)))
 
 
 class MLP(nnx.Module):
@@ -109,9 +105,8 @@ class Block(nnx.Module):
         attended, cache = self.attn(self.input_layernorm(x), rope, mask)
         return self._feed_forward(x + attended), cache
 
-    def decode(self, x: jax.Array, cache: KVCache, slot: CacheSlot) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.attn.decode(self.input_layernorm(x), cache, slot)
-        return self._feed_forward(x + attended), cache
+    def after(self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array) -> jax.Array:
+        return self._feed_forward(x + self.attn.after(self.input_layernorm(x), prompt, rope, mask))
 
 
 class Llama(nnx.Module):
@@ -133,6 +128,38 @@ class Llama(nnx.Module):
     def prefill(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden states, and all layers' keys and values, each [L, B, T, kv_heads, head_dim]."""
         return self._forward(embeds, mask, "none", keep_cache=True)
+
+    def after_prompts(
+        self,
+        prompts: jax.Array,
+        mask: jax.Array,
+        completions: jax.Array,
+        *,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states of left-padded prompts [B, P, D] and of completions [N, T, D] after them.
+
+        `mask` [B, P] of the prompts; the completions are prompt-major, N a multiple of B, and
+        have no padding in front. The same values as `__call__` on each prompt followed by each of
+        its completions, but every prompt is read once, whatever the number of its completions.
+        """
+        prompts = constrain(prompts, "batch", "length", "embed")
+        completions = constrain(completions, "batch", "length", "embed")
+        length, group_size = completions.shape[1], len(completions) // len(prompts)
+        prompt_rope, prompt_seen = self.rope(positions_of(mask)), causal_mask(mask)
+        mask = jnp.repeat(mask, group_size, axis=0)
+        rope = self.rope(mask.sum(axis=-1, keepdims=True) + jnp.arange(length))
+        own = jnp.broadcast_to(
+            jnp.tril(jnp.ones((length, length), bool)), (len(mask), *[length] * 2)
+        )
+        seen = jnp.concatenate([jnp.repeat(mask[:, None], length, axis=1), own], axis=-1)
+
+        def step(block: Block, x: tuple[jax.Array, jax.Array]):
+            prompts, cache = block(x[0], prompt_rope, prompt_seen)
+            return (prompts, block.after(x[1], cache, rope, seen)), None
+
+        x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
+        return jax.tree.map(self.norm, x)
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")

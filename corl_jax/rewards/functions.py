@@ -20,7 +20,7 @@ from corl_jax.rewards.samples import Context, Samples, in_pieces
 IMAGES_AT_ONCE = 16  # compared with their real ones; bounds float32 temporaries
 
 ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
-Fit = Literal["squash", "centre_crop"]
+Fit = Literal["squash", "centre_crop", "pad"]
 QuestionType = Literal["MC", "OE"]
 
 # ---- answers

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from corl_jax.errors import InputError
 
@@ -24,7 +24,8 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 MIN_MSE = 1e-10
 # 40 dB is where people stop seeing a difference; the PSNR term is 1 from there on.
 PSNR_CEILING_DB = 40.0
-FITS = ("squash", "centre_crop")
+FITS = ("squash", "centre_crop", "pad")
+PAD_COLOR = (127, 127, 127)  # that of the image processor
 
 
 def mse(generated: jax.Array, real: jax.Array) -> jax.Array:
@@ -153,11 +154,15 @@ def fit(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
     """A PIL image as [size, size, 3] float32 in [0, 1], comparable to a generated one.
 
     `squash` keeps all content and gives up the aspect; `centre_crop` keeps the aspect and gives
-    up what lies outside the largest centred square (Q25).
+    up what lies outside the largest centred square; `pad` keeps both and adds grey bars (Q25).
     Raises: InputError if `how` is unknown.
     """
     if how not in FITS:
         raise InputError(f"image fit {how!r}: expected one of {', '.join(FITS)}")
+    image = image.convert("RGB")
+    if how == "pad":
+        side = max(image.size)
+        image = ImageOps.pad(image, (side, side), color=PAD_COLOR)
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
     if how == "centre_crop":
@@ -165,7 +170,7 @@ def fit(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
     # PIL widens its bilinear kernel with the scale, which is the antialiasing.
-    resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized, np.float32) / 255.0
 
 

@@ -1,8 +1,10 @@
-"""Rewards in which the policy looks at its own drawings: similarity, captions, answers.
+"""Rewards in which a Janus looks at the drawings: similarity, captions, answers.
 
-The scorer is the policy as it stands at this step, so these rewards move with it
-(arXiv 2505.17534 does the same; Q26 in docs/released_code.md). All rows of a step run through
-programs of one shape: pieces of equal size, prompts padded to a bucket of the longest.
+`scorer` says which: `policy` is the policy as it stands at this step, so that the reward moves
+with it and can be gamed (arXiv 2505.17534 does this; Q26 in docs/released_code.md); `initial` is
+a frozen copy of what the run started from; anything else is the path of another checkpoint. All
+rows of a step run through programs of one shape: pieces of equal size, prompts padded to a bucket
+of the longest.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +21,16 @@ from PIL import Image
 
 from corl_jax import sampling
 from corl_jax.config import Fraction, Positive
-from corl_jax.data.instructions import CAPTION
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
-from corl_jax.rewards import image, text
-from corl_jax.rewards.functions import Fit, ImageTerm, classification, compare_images, each
+from corl_jax.rewards import text
+from corl_jax.rewards.functions import classification, each
 from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
-from corl_jax.types import EncodedPrompts, Params
+from corl_jax.types import STREAMS, EncodedPrompts, Params
 
 CHUNK = 64
 """Images looked at in one program; bounds the memory of caches and attention."""
-STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
-"""Random streams of the policy's answers; the trainer's own sampling has the first two."""
 FIXED_START, FIXED_GAP = 5, 5  # Q7: image tokens from 5 on, "caption" five tokens after them
 NO_QUESTION = "?"  # fills up rows to which a reward does not apply
 
@@ -39,17 +38,30 @@ NO_QUESTION = "?"  # fills up rows to which a reward does not apply
 
 
 def ti_sim(
-    samples: Samples, context: Context, *, fixed_spans: bool = False, chunk: Positive = CHUNK
+    samples: Samples,
+    context: Context,
+    *,
+    fixed_spans: bool = False,
+    scorer: str = "policy",
+    normalise: bool = False,
+    chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """How alike image and caption are in the policy's last hidden states, in [-1, 1].
+    """How alike image and caption are in the scorer's last hidden states, in [-1, 1].
 
     The image re-enters as in understanding, the caption follows it. Every image token's largest
     cosine with a caption token and every caption token's with an image token, averaged.
     `fixed_spans` takes the released positions instead of the caption's own tokens (Q7),
-    counted in the unpadded row. `chunk` images run at once. NaN for an empty caption.
-    Source: the released code.
+    counted in the unpadded row. `normalise` brings x to (x + 1) / 2, in [0, 1]. `chunk` images
+    run at once. NaN for an empty caption.
+    Source: arXiv 2505.17534 eq. 4; the released code. Its v3 says "normalised to [0, 1]" and
+    gives no formula.
     """
-    policy = context.policy
+    with context.scorer(scorer) as policy:
+        rewards = _similarities(policy, samples, fixed_spans, chunk)
+    return (0.5 * (rewards + 1.0) if normalise else rewards).astype(np.float32)
+
+
+def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: int) -> np.ndarray:
     captions = [caption or "" for caption in samples.column("prompt")]
     found = {c: token_spans(policy.processor, c, fixed_spans) for c in dict.fromkeys(captions)}
     spans = [found[caption] for caption in captions]
@@ -67,7 +79,7 @@ def ti_sim(
         )  # fmt: skip
 
     (rewards,) = _run(policy, samples.drawn(), prompts, (start, kept), program, chunk)
-    return rewards.astype(np.float32)
+    return rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,51 +161,16 @@ def matched_similarity(pictures: jax.Array, tokens: jax.Array, kept: jax.Array) 
 # ---- captions and answers
 
 
-def bid_cycle(
-    samples: Samples,
-    context: Context,
-    *,
-    caption: Literal["policy"] = "policy",
-    text_term: Literal["jaccard"] = "jaccard",
-    image_term: ImageTerm = "rmse",
-    image_fit: Fit = "squash",
-    normalise: bool = False,
-    caption_greedy: bool = True,
-    max_new_tokens: Positive = 64,
-    chunk: Positive = CHUNK,
-) -> np.ndarray:
-    """Prompt against the caption of the drawing, plus drawing against the real image; [0, 2].
-
-    The policy captions its drawing with at most `max_new_tokens`, greedily unless
-    `caption_greedy` is false: then at temperature 1, as the released code does, which makes the
-    reward itself random. `image_fit` brings the real image to size; `normalise` halves the sum.
-    NaN without a prompt or a real image.
-    Source: the second version of the released code.
-    """
-    captions = ask(
-        samples, context, [CAPTION] * len(samples), stream="caption", greedy=caption_greedy,
-        max_new_tokens=max_new_tokens, chunk=chunk,
-    )  # fmt: skip
-
-    def overlap(prompt: str | None, caption: str) -> float:
-        return text.soft_jaccard(prompt, caption) if (prompt or "").strip() else float("nan")
-
-    words = each(overlap, samples.column("prompt"), captions)
-    pixels = compare_images(samples, context, image_term, image_fit)
-    return np.asarray(
-        image.cycle_reward(jnp.asarray(words), jnp.asarray(pixels), normalise), np.float32
-    )
-
-
 def qa(
     samples: Samples,
     context: Context,
     *,
+    scorer: str = "policy",
     greedy: bool = True,
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """Whether the policy answers the row's question right from its own drawing, in [0, 1].
+    """Whether the scorer answers the row's question right from the drawing, in [0, 1].
 
     The question is the row's `qa_problem`, instructions included. `greedy` false draws the
     answer at temperature 1, as the released code does. NaN without a question or a solution.
@@ -201,8 +178,8 @@ def qa(
     """
     questions = samples.column("qa_problem")
     answers = ask(
-        samples, context, questions, stream="qa", greedy=greedy, max_new_tokens=max_new_tokens,
-        chunk=chunk,
+        samples, context, questions, stream="qa", scorer=scorer, greedy=greedy,
+        max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     columns = (samples.column(name) for name in ("qa_solution", "qa_type", "qa_problem"))
     return _where_asked(questions, each(text.qa_answer_score, answers, *columns))
@@ -212,19 +189,20 @@ def oc(
     samples: Samples,
     context: Context,
     *,
+    scorer: str = "policy",
     greedy: bool = True,
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """How well the policy names the class that its own drawing should show, in [0, 1].
+    """How well the scorer names the class that the drawing should show, in [0, 1].
 
     As `qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
     Source: the released code; scores in `text.oc_answer_score`.
     """
     questions, solutions = classification(samples)
     answers = ask(
-        samples, context, questions, stream="oc", greedy=greedy, max_new_tokens=max_new_tokens,
-        chunk=chunk,
+        samples, context, questions, stream="oc", scorer=scorer, greedy=greedy,
+        max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     scores = each(text.oc_answer_score, answers, solutions, samples.column("prompt"))
     return _where_asked(questions, scores)
@@ -235,18 +213,19 @@ def od(
     context: Context,
     *,
     min_iou: Fraction = 0.5,
+    scorer: str = "policy",
     greedy: bool = True,
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """How well the policy finds `od_solution`'s boxes in its own drawing, in [0, 1].
+    """How well the scorer finds `od_solution`'s boxes in the drawing, in [0, 1].
 
     As `qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
     """
     questions = samples.column("od_problem")
     answers = ask(
-        samples, context, questions, stream="od", greedy=greedy, max_new_tokens=max_new_tokens,
-        chunk=chunk,
+        samples, context, questions, stream="od", scorer=scorer, greedy=greedy,
+        max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.od_answer_score, min_iou=min_iou)
     return _where_asked(questions, each(score, answers, samples.column("od_solution")))
@@ -263,23 +242,37 @@ def ask(
     questions: Sequence[str | None],
     *,
     stream: str,
+    scorer: str = "policy",
     greedy: bool,
     max_new_tokens: int,
     chunk: int = CHUNK,
 ) -> list[str]:
-    """The policy's answers to one question about each image, N strings.
+    """The scorer's answers to one question about each image, N strings.
 
     A row's draws depend on its number, the seed, the step and `stream` (a key of STREAMS).
     Rows without a question are asked something all the same, so that every process of a run
     calls the same programs.
     """
-    policy = context.policy
-    asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
-    ids = {question: policy.processor.mm2t_ids(question) for question in dict.fromkeys(asked)}
-    prompts = _padded(policy, [ids[question] for question in asked])
     row = jax.process_index() * len(samples) + np.arange(len(samples))
     keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
+    data = np.asarray(jax.random.key_data(keys))
+    with context.scorer(scorer) as policy:
+        return _answers(policy, samples.drawn(), questions, data, greedy, max_new_tokens, chunk)
+
+
+def _answers(
+    policy: Policy,
+    images: np.ndarray,
+    questions: Sequence[str | None],
+    keys: np.ndarray,
+    greedy: bool,
+    max_new_tokens: int,
+    chunk: int,
+) -> list[str]:
+    asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
+    ids = {question: policy.processor.mm2t_ids(question) for question in dict.fromkeys(asked)}
+    prompts = _padded(policy, [ids[question] for question in asked])
 
     def program(prompts: EncodedPrompts, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         rollout = sampling.sample_text(
@@ -289,8 +282,7 @@ def ask(
         )  # fmt: skip
         return rollout.tokens, rollout.mask
 
-    data = np.asarray(jax.random.key_data(keys))
-    tokens, mask = _run(policy, samples.drawn(), prompts, (data,), program, chunk)
+    tokens, mask = _run(policy, images, prompts, (keys,), program, chunk)
     return [policy.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
 
 
@@ -298,13 +290,33 @@ def ask(
 
 
 def pixel_values(processor: Any, images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, 3] as the vision tower reads pictures, [N, S, S, 3] float32."""
-    settings = processor.image
-    if images.shape[1:3] != (settings.size, settings.size):
-        return np.stack([processor.preprocess_image(Image.fromarray(one)) for one in images])
-    # Nothing to resize or pad: the same arithmetic for all images at once.
-    pixels = images.astype(np.float32) / np.float32(255)
-    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+    """uint8 [N, H, W, 3] for the vision tower: [N, S, S, 3], float32, or uint8 as they are.
+
+    What has nothing to resize or pad stays uint8, a quarter of the bytes, for `_normalised` to
+    finish on the device.
+    """
+    if images.shape[1:3] == (processor.image.size, processor.image.size):
+        return images
+    return np.stack([processor.preprocess_image(Image.fromarray(one)) for one in images])
+
+
+@jax.jit
+def _normalised(levels: jax.Array, images: jax.Array) -> jax.Array:
+    """uint8 [N, S, S, 3] by a table [256, 3] of each channel's levels; float32 stays."""
+    if images.dtype != jnp.uint8:
+        return images
+    channels = (jnp.take(levels[:, c], images[..., c], axis=0) for c in range(levels.shape[1]))
+    return jnp.stack(list(channels), axis=-1)
+
+
+def normalised_levels(processor: Any) -> np.ndarray:
+    """What each of the 256 levels of a channel becomes, [256, 3] float32.
+
+    A table, because a device's own division by the standard deviation rounds otherwise.
+    """
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    mean, std = (np.asarray(x, np.float32) for x in (processor.image.mean, processor.image.std))
+    return (levels - mean) / std
 
 
 def _padded(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
@@ -332,4 +344,10 @@ def _run(
         piece = EncodedPrompts(prompts.input_ids[index], prompts.attention_mask[index], pixels)
         return (piece, *(extra[index] for extra in extras))
 
-    return in_pieces(program, take, len(images), chunk, policy.params)
+    levels = normalised_levels(policy.processor)
+
+    def finished(piece: EncodedPrompts, *extras: jax.Array) -> Any:
+        pixels = _normalised(levels, piece.pixel_values)
+        return program(dataclasses.replace(piece, pixel_values=pixels), *extras)
+
+    return in_pieces(finished, take, len(images), chunk, policy.params)

@@ -11,14 +11,16 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import time
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from corl_jax.errors import InputError
-from corl_jax.rewards import functions, policy
+from corl_jax.rewards import clip_scores, custom, cycle, functions, policy
+from corl_jax.rewards.options import Option, option_problem
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
 
 if TYPE_CHECKING:
@@ -37,8 +39,10 @@ __all__ = [
     "missing_columns",
     "options_of",
     "resolve",
+    "resolve_custom",
     "resolve_one",
     "score",
+    "score_timed",
 ]
 
 TASKS = ("t2i", "mm2t")
@@ -50,14 +54,17 @@ class Entry:
 
     function: RewardFunction
     task: str  # t2i: scores images; mm2t: scores texts
-    networks: tuple[str, ...] = ()  # what it asks besides pixels and strings
+    networks: tuple[str, ...] = ()  # always asked; `policy` stands for what `scorer` says
+    # option -> value -> network that it asks for
+    chosen: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()  # the data must have them all
     either: tuple[str, ...] = ()  # the data must have one of them
     optional: tuple[str, ...] = ()  # used where the data has them
+    every_column: bool = False  # a user's reward that takes whatever the rows have
     # column -> option that stands in for it; a run's data must have it or set the option
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # option -> values that other implementations have and this version does not
-    absent: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    # (options set, defaults of all) -> what is wrong with them together
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = lambda options, _: []
 
 
 REGISTRY: dict[str, Entry] = {
@@ -77,16 +84,30 @@ REGISTRY: dict[str, Entry] = {
     ),
     "t2i_ti_sim": Entry(policy.ti_sim, "t2i", ("policy",), columns=("prompt",)),
     "t2i_bid_cycle_reward": Entry(
-        policy.bid_cycle,
+        cycle.bid_cycle,
         "t2i",
-        ("policy",),
-        columns=("prompt", "real_image"),
-        absent={
-            "caption": ("blip",),
-            "text_term": ("bertscore", "spice", "sentence-cos"),
-            "image_term": ("lpips",),
+        chosen={
+            "caption": {"policy": "policy", "blip": "blip"},
+            "text_term": {"bertscore": "bert", "sentence": "sentence"},
+            "image_term": {"lpips": "lpips"},
         },
+        columns=("prompt", "real_image"),
+        check=cycle.option_problems,
     ),
+    "t2i_cycle_reward": Entry(
+        cycle.cycle,
+        "t2i",
+        chosen={
+            "caption": {"policy": "policy", "blip": "blip"},
+            "text_term": {"bertscore": "bert", "sentence": "sentence"},
+        },
+        columns=("prompt",),
+        check=cycle.option_problems,
+    ),
+    "t2i_clip_reward": Entry(clip_scores.clip_reward, "t2i", ("clip",), columns=("prompt",)),
+    "pickscore": Entry(clip_scores.pickscore, "t2i", ("pickscore",), columns=("prompt",)),
+    "hpsv2": Entry(clip_scores.hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
+    "aesthetic": Entry(clip_scores.aesthetic, "t2i", ("clip_l14", "aesthetic")),
     "t2i_pixel_mse": Entry(functions.pixel_mse, "t2i", columns=("real_image",)),
     "t2i_qa": Entry(
         policy.qa,
@@ -118,14 +139,6 @@ COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Option:
-    """A keyword that a reward accepts."""
-
-    annotation: Any
-    default: Any
-
-
-@dataclasses.dataclass(frozen=True)
 class Resolved:
     """A reward as one run uses it: its options are bound."""
 
@@ -133,6 +146,8 @@ class Resolved:
     weight: float
     function: RewardFunction
     entry: Entry
+    networks: tuple[str, ...] = ()  # reward networks by name, see `networks.NETWORKS`
+    scorers: tuple[str, ...] = ()  # `policy`, `initial` or the path of a checkpoint
 
 
 def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Resolved]]:
@@ -144,20 +159,50 @@ def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Resolve
     resolved: dict[str, list[Resolved]] = {task: [] for task in TASKS}
     problems, seen = [], set()
     for reward in rewards:
-        if reward.name in seen:
-            problems.append(f"rewards: {reward.name} is listed more than once; merge the entries")
+        if reward.label in seen:
+            problems.append(f"rewards: {reward.label} is listed more than once; merge the entries")
             continue
-        seen.add(reward.name)
+        seen.add(reward.label)
         try:
-            options = dict(reward.options)
-            problems += _apply_compat(reward.name, options, compat)
-            one = resolve_one(reward.name, options, reward.weight, "rewards")
+            if reward.use is not None:
+                one = resolve_custom(reward)
+            else:
+                options = dict(reward.options)
+                problems += _apply_compat(reward.label, options, compat)
+                one = resolve_one(reward.label, options, reward.weight, "rewards")
             resolved[one.entry.task].append(one)
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
     return resolved
+
+
+def resolve_custom(reward: Reward, where: str = "rewards") -> Resolved:
+    """A reward by `use`, from the user's own file or module.
+
+    Raises:
+        InputError: listing what is wrong with the file, the function or the options.
+    """
+    function = custom.load(
+        reward.use or "",
+        reward.options,
+        timeout_s=reward.timeout_s,
+        max_failures=reward.max_failures,
+        where=where,
+    )
+    if function.name in REGISTRY:
+        raise InputError(
+            f"{where}: {reward.use}: {function.name} is the name of a built-in reward; rename it"
+        )
+    entry = Entry(
+        function,
+        function.task,
+        columns=function.columns,
+        optional=function.optional,
+        every_column=function.parameters.every_column,
+    )
+    return Resolved(function.name, reward.weight, function, entry)
 
 
 def resolve_one(
@@ -176,12 +221,25 @@ def resolve_one(
     entry, accepted = REGISTRY[name], options_of(name)
     problems = []
     for key, value in options.items():
-        problem = _option_problem(entry, accepted, key, value)
+        problem = option_problem(accepted, key, value)
         if problem:
             problems.append(f"{where}: {name}: option {key}: {problem}")
+    defaults = {key: option.default for key, option in accepted.items()}
+    if not problems:
+        problems += [f"{where}: {name}: {problem}" for problem in entry.check(options, defaults)]
     if problems:
         raise InputError(problems)
-    return Resolved(name, weight, functools.partial(entry.function, **options), entry)
+    asked = _asked(entry, {**defaults, **options})
+    scorers = (str(options.get("scorer", "policy")),) if "policy" in asked else ()
+    networks = tuple(network for network in asked if network != "policy")
+    function = functools.partial(entry.function, **options)
+    return Resolved(name, weight, function, entry, networks, scorers)
+
+
+def _asked(entry: Entry, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The networks that a reward with these options runs."""
+    by_option = (values.get(options[option]) for option, values in entry.chosen.items())
+    return (*entry.networks, *(network for network in by_option if network))
 
 
 @functools.cache
@@ -194,27 +252,6 @@ def options_of(name: str) -> dict[str, Option]:
         for key, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-
-
-def _option_problem(
-    entry: Entry, accepted: Mapping[str, Option], key: str, value: Any
-) -> str | None:
-    import pydantic
-
-    if key not in accepted:
-        if not accepted:
-            return "unknown; this reward has no options"
-        near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.0)[0]
-        return f"unknown; did you mean {near}? (known: {', '.join(accepted)})"
-    default = accepted[key].default
-    if isinstance(value, str) and value in entry.absent.get(key, ()):
-        return f"{value} needs a network that this version does not have; use {default!r}"
-    try:
-        pydantic.TypeAdapter(accepted[key].annotation).validate_python(value, strict=True)
-    except pydantic.ValidationError as error:
-        reasons = "; ".join(item["msg"] for item in error.errors())
-        return f"found {value!r}; {reasons} (default {default!r})"
-    return None
 
 
 def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[str]:
@@ -265,15 +302,31 @@ def score(
         InputError: the samples lack a column.
         ValueError: a reward function gave something else than N numbers.
     """
+    return score_timed(resolved, samples, context)[0]
+
+
+def score_timed(
+    resolved: Sequence[Resolved], samples: Samples, context: Context
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """As `score`, and what each reward cost: name -> {seconds, failures}.
+
+    `failures` are the calls that failed since the process started: of a user's own reward, for a
+    registered one that fails ends the run.
+    """
     problems = missing_columns(resolved, samples.columns)
     if problems:
         raise InputError(problems)
-    scores = {}
+    scores, costs = {}, {}
     for reward in resolved:
+        began = time.perf_counter()
         values = np.asarray(reward.function(samples, context), np.float32)
+        costs[reward.name] = {
+            "seconds": time.perf_counter() - began,
+            "failures": float(getattr(reward.function, "failures", 0)),
+        }
         if values.shape != (len(samples),):
             raise ValueError(
                 f"reward {reward.name}: gave shape {values.shape} for {len(samples)} samples"
             )
         scores[reward.name] = np.where(np.isfinite(values), values, np.float32(np.nan))
-    return scores
+    return scores, costs

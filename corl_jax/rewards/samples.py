@@ -1,14 +1,17 @@
-"""What a reward gets: completions with the rows they answer, and the policy that made them.
+"""What a reward gets: completions with the rows they answer, and the networks that it may ask.
 
 `in_pieces` is how a reward runs a device program over all rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,10 +70,55 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
-    """What rewards share: the moving policy, and what their random draws start from.
+class Network:
+    """A reward network, ready to run; its tokenizer and image settings are files in `folder`."""
 
-    The first four are None only where no reward that names the policy is scored.
+    config: Any
+    params: Params
+    folder: Path
+    dtype: Any  # of the parameters
+
+
+class Frozen:
+    """A network that no update changes, between its uses: on the device, or in host memory.
+
+    `holder` is a Network or a Policy whose parameters are on the host; `sharding` says where
+    they lie while they are used. Offloaded, they take device memory only inside `use`.
+    """
+
+    def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
+        self._sharding = sharding
+        self._offload = offload
+        place = _resting(sharding) if offload else sharding
+        self._holder = dataclasses.replace(holder, params=jax.device_put(holder.params, place))
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Any]:
+        """The network with its parameters on the device."""
+        if not self._offload:
+            yield self._holder
+            return
+        params = jax.device_put(self._holder.params, self._sharding)
+        try:
+            yield dataclasses.replace(self._holder, params=params)
+        finally:
+            for leaf in jax.tree.leaves(params):
+                leaf.delete()
+
+
+def _resting(sharding: Any) -> Any:
+    """The same places in host memory, page-locked where the platform has that."""
+    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+    kind = "pinned_host" if "pinned_host" in kinds else "unpinned_host"
+    return jax.tree.map(lambda one: one.with_memory_kind(kind), sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What rewards share: the moving policy, frozen networks, where random draws start from.
+
+    The first four are None only where no reward that names the policy is scored. `networks`
+    holds the reward networks by name, and the frozen scorers by what an option `scorer` says.
     """
 
     config: JanusConfig | None
@@ -79,6 +127,7 @@ class Context:
     dtype: Any
     seed: int
     step: int
+    networks: Mapping[str, Frozen] = dataclasses.field(default_factory=dict)
 
     @property
     def policy(self) -> Policy:
@@ -86,6 +135,21 @@ class Context:
         if self.config is None or self.params is None or self.processor is None:
             raise InputError("rewards: found no model; a reward that asks the policy needs one")
         return Policy(self.config, self.params, self.processor, self.dtype)
+
+    def scorer(self, name: str) -> AbstractContextManager[Policy]:
+        """The policy as it stands (`policy`), or the frozen one that `name` says."""
+        if name == "policy":
+            return contextlib.nullcontext(self.policy)
+        return self.network(name)
+
+    def network(self, name: str) -> AbstractContextManager[Any]:
+        """A frozen network, on the device for as long as the context lasts.
+
+        Raises: InputError where it was not loaded.
+        """
+        if name not in self.networks:
+            raise InputError(f"rewards: the network {name} is not loaded; found {[*self.networks]}")
+        return self.networks[name].use()
 
 
 RewardFunction = Callable[[Samples, Context], np.ndarray]

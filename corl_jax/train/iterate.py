@@ -1,8 +1,8 @@
 """One GRPO iteration: sample both tasks, reward, compare within groups, update.
 
 Each function takes the `Run`, in which every option is already a value; nothing here looks at
-the config again. Host work (rewards on decoded images and texts) stands between two device
-programs, sampling and the update.
+the config again. Answers are sampled first, so that the host decodes and scores them while the
+device still draws.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax import grpo, sampling
-from corl_jax.rewards.registry import Context, Samples, score
+from corl_jax.rewards.registry import Context, Samples, score_timed
 from corl_jax.sharding import batch_sharding
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, local_rows, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import EncodedPrompts, Params, Prompts, Rollout
-
-STREAMS = {"t2i": 0, "mm2t": 1}
-"""Random streams of the tasks, so that a prompt's image and answer are independent."""
+from corl_jax.types import STREAMS, EncodedPrompts, Params, Prompts, Rollout
 
 
 def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """(next state, Iteration) of one batch of prompts."""
     params = merge(state.params, run.frozen)
+    scored: dict[str, Scored] = {}
     with run.phases("rollout"):
-        rollouts = {task: sample(run, task, params, prompts) for task in run.tasks}
+        # Dispatched, not awaited: the device works through both in this order.
+        rollouts = {task: sample(run, task, params, prompts) for task in reversed(run.tasks)}
+        if len(rollouts) > 1:
+            scored["mm2t"] = reward(run, "mm2t", params, prompts, rollouts["mm2t"], step)
         jax.block_until_ready(rollouts)
     with run.phases("reward"):
-        samples = {task: decode(run, task, params, prompts, rollouts[task]) for task in run.tasks}
-        rewards = {task: score_task(run, task, params, samples[task], step) for task in run.tasks}
+        for task in rollouts.keys() - scored.keys():
+            scored[task] = reward(run, task, params, prompts, rollouts[task], step)
+        rewards = {task: scored[task].rewards for task in run.tasks}
         advantages, stats = compare(run, rewards)
     with run.phases("update"):
-        batch = make_batch(run, state, rollouts, advantages)
+        batch = make_batch(run, state, {task: rollouts[task] for task in run.tasks}, advantages)
         updates = []
         for _ in range(run.num_iterations):
             state, metrics = run.train_step(state, run.frozen, batch)
@@ -46,8 +48,34 @@ def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         jax.block_until_ready(metrics)
     # Later updates have left the policy that sampled; only the first can tell a wrong sampler.
     agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
-    metrics = metrics | agreement | stats | reward_metrics(rewards) | length_metrics(run, rollouts)
+    metrics = metrics | agreement | stats | length_metrics(run, rollouts)
+    for one in scored.values():
+        metrics |= one.metrics
+    samples = {task: scored[task].samples for task in run.tasks}
     return state, Iteration(metrics, samples, rewards)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One task's completions of this process, with their rewards by name."""
+
+    samples: Samples
+    rewards: dict[str, np.ndarray]  # [N] float32, NaN where not applicable
+    metrics: dict[str, float]  # what each reward cost
+
+
+def reward(
+    run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollout, step: int
+) -> Scored:
+    """Decodes a rollout and scores it."""
+    samples = decode(run, task, params, prompts, rollout)
+    rewards, costs = score_task(run, task, params, samples, step)
+    metrics = {
+        f"{task}/rewards/{name}/{what}": value
+        for name, cost in costs.items()
+        for what, value in cost.items()
+    }
+    return Scored(samples, rewards, metrics)
 
 
 def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
@@ -81,8 +109,8 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
 
 def score_task(
     run: Run, task: str, params: Params, samples: Samples, step: int
-) -> dict[str, np.ndarray]:
-    """Each of the task's rewards by name, [N] float32 with NaN where not applicable."""
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """Each of the task's rewards by name, [N] float32 with NaN where not applicable; its cost."""
     context = Context(
         config=run.model_config,
         params=params,
@@ -90,22 +118,30 @@ def score_task(
         dtype=run.dtype,
         seed=run.seed,
         step=step,
+        networks=run.networks,
     )
-    return score(run.rewards[task], samples, context)
+    return score_timed(run.rewards[task], samples, context)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("weights", "mode", "group_size", "mm2t_weight", "eps", "scale")
+    jax.jit,
+    static_argnames=("weights", "mode", "group_size", "mm2t_weight", "eps", "scale", "each"),
 )
-def _compare(rewards, *, weights, mode, group_size, mm2t_weight, eps, scale):
-    weights = dict(weights)
+def _compare(rewards, *, weights, mode, group_size, mm2t_weight, eps, scale, each):
+    weights = {task: jnp.asarray(values) for task, values in weights}
     totals = {
-        task: grpo.combine_rewards(values, jnp.asarray(weights[task]), group_size)
+        task: grpo.combine_rewards(values, weights[task], group_size)
         for task, values in rewards.items()
     }
+    judged = totals
+    if each:
+        judged = {
+            task: grpo.normalize_each(values, weights[task], group_size, eps, scale)
+            for task, values in rewards.items()
+        }
     a_t2i, a_mm2t = grpo.joint_advantages(
-        totals.get("t2i"), totals.get("mm2t"), mode,
-        group_size=group_size, mm2t_weight=mm2t_weight, eps=eps, scale=scale,
+        judged.get("t2i"), judged.get("mm2t"), mode,
+        group_size=group_size, mm2t_weight=mm2t_weight, eps=eps, scale=scale, compared=each,
     )  # fmt: skip
     stats = {
         f"{task}/{name}": value
@@ -117,14 +153,32 @@ def _compare(rewards, *, weights, mode, group_size, mm2t_weight, eps, scale):
     else:
         (joint,) = totals.values()
     stats |= grpo.group_advantages(joint, group_size, eps, scale)[1]
-    return {"t2i": a_t2i, "mm2t": a_mm2t}, stats
+    spread = {task: jax.vmap(_spread)(values) for task, values in rewards.items()}
+    return {"t2i": a_t2i, "mm2t": a_mm2t}, stats, spread
+
+
+def _spread(values: jax.Array) -> dict[str, jax.Array]:
+    """Mean and std of one reward [N] over the rows it applies to, and the share of the others."""
+    return {
+        "mean": jnp.nanmean(values),
+        "std": jnp.nanstd(values),
+        "not_applicable": jnp.isnan(values).mean(),
+    }
 
 
 def compare(run: Run, rewards: dict[str, dict[str, np.ndarray]]):
-    """(advantages by task, statistics), over all processes' rows."""
+    """(advantages by task, statistics), over all processes' rows.
+
+    Every process sees the rewards of all, so that all compute the same advantages.
+    """
     stacked = {task: np.stack(list(values.values())).T for task, values in rewards.items()}
     placed = {task: value.T for task, value in put(run, stacked).items()}
-    return _compare(placed, **run.comparison)
+    advantages, stats, spread = _compare(placed, **run.comparison)
+    for task, values in rewards.items():
+        for number, name in enumerate(values):
+            for what, column in spread[task].items():
+                stats[f"{task}/rewards/{name}/{what}"] = column[number]
+    return advantages, stats
 
 
 def make_batch(
@@ -155,18 +209,6 @@ def make_batch(
 def ended(rollout: Rollout, eos: int) -> jax.Array:
     """[N] bool: answers that drew EOS."""
     return ((rollout.tokens == eos) & rollout.mask).any(axis=-1)
-
-
-def reward_metrics(rewards: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
-    """Mean and std of each reward over the rows it applies to, and where it does not."""
-    metrics = {}
-    for task, by_name in rewards.items():
-        for name, values in by_name.items():
-            valid = values[~np.isnan(values)]
-            metrics[f"{task}/rewards/{name}/mean"] = valid.mean() if valid.size else np.nan
-            metrics[f"{task}/rewards/{name}/std"] = valid.std() if valid.size else np.nan
-            metrics[f"{task}/rewards/{name}/not_applicable"] = 1 - valid.size / values.size
-    return metrics
 
 
 def length_metrics(run: Run, rollouts: dict[str, Rollout]) -> dict[str, Any]:

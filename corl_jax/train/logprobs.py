@@ -76,28 +76,33 @@ def _completion_states(
 ) -> jax.Array:
     """Hidden states [N, T, D] that score each completion token.
 
-    `embeds` [N, P, D] and `mask` [N, P] of the prompts, `completion` [N, T, D] embedded tokens.
+    `embeds` [B, P, D] and `mask` [B, P] of the prompts, `completion` [N, T, D] embedded tokens.
     The state that scores token j has read the tokens before it; the last token is not read.
+    Each prompt is read once, not once per completion.
     """
     length = completion.shape[1]
-    read = length if scoring.unshifted else length - 1
-    embeds = jnp.concatenate([embeds, completion[:, :read].astype(embeds.dtype)], axis=1)
-    seen = jnp.concatenate([mask, jnp.ones((mask.shape[0], read), bool)], axis=1)
-    hidden = model.language_model(embeds, seen, remat=scoring.remat)
-    return hidden[:, -length:]
+    read = completion if scoring.unshifted else completion[:, : length - 1]
+    group_size = len(completion) // len(embeds)
+    if not read.shape[1]:
+        hidden = model.language_model(embeds, mask, remat=scoring.remat)
+        return fan_out(hidden[:, -1:], group_size)
+    prompts, states = model.language_model.after_prompts(
+        embeds, mask, read.astype(embeds.dtype), remat=scoring.remat
+    )
+    if scoring.unshifted:
+        return states
+    return jnp.concatenate([fan_out(prompts[:, -1:], group_size), states], axis=1)
 
 
 def image_logprobs(
     model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probs, entropies) [N, T] of image codes `tokens` [N, T] given B prompts."""
-    group_size = tokens.shape[0] // prompts.input_ids.shape[0]
-    mask = fan_out(prompts.attention_mask, group_size)
     drawn = model.embed_image_tokens(tokens)
 
     def states(input_ids: jax.Array) -> jax.Array:
-        embeds = fan_out(model.embed_text(input_ids), group_size)
-        return _completion_states(model, embeds, mask, drawn, scoring)
+        embeds = model.embed_text(input_ids)
+        return _completion_states(model, embeds, prompts.attention_mask, drawn, scoring)
 
     conditional = states(prompts.input_ids)
     if scoring.image_logprobs == "conditional":
@@ -115,23 +120,14 @@ def image_logprobs(
 def text_logprobs(
     model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
-
-    The image of a prompt is read once, not once per completion.
-    """
-    group_size = tokens.shape[0] // prompts.input_ids.shape[0]
+    """(log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
     features = None
     if prompts.pixel_values is not None:
         features = model.image_features(prompts.pixel_values, remat=scoring.remat)
     embeds = model.prompt_embeds(prompts.input_ids, scoring.special.image, features)
     scoring = dataclasses.replace(scoring, unshifted=False)
-    hidden = _completion_states(
-        model,
-        fan_out(embeds, group_size),
-        fan_out(prompts.attention_mask, group_size),
-        model.embed_text(tokens),
-        scoring,
-    )
+    answers = model.embed_text(tokens)
+    hidden = _completion_states(model, embeds, prompts.attention_mask, answers, scoring)
     return chunked_logprobs(model.text_logits, hidden, tokens, scoring.temperature, scoring.chunk)
 
 

@@ -22,7 +22,7 @@ from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
-from corl_jax.rewards import registry
+from corl_jax.rewards import networks, registry
 from corl_jax.sharding import BATCH, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train.optimizer import partition
@@ -41,6 +41,7 @@ class Plan:
     mesh: Mesh
     tasks: tuple[str, ...]
     rewards: dict[str, list]
+    networks: list[networks.Found]  # that the rewards ask
     train_loader: Loader
     eval_loader: Loader | None
     steps: int
@@ -77,6 +78,11 @@ def plan(config: Config) -> Plan:
     model = attempt(inspect_model, config.model.path)
     model_config, processor, model_dir = model or (None, None, None)
     rewards = attempt(registry.resolve, config.rewards, config.compat)
+    listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
+    # Without the rewards nobody can say which networks are asked.
+    asked = rewards is not None and attempt(
+        networks.inspect, listed, config.networks, config.model.dtype
+    )
     tasks = _tasks(config)
     sources = attempt(_sources, config, tasks, rewards or {})
     problems += _task_problems(config, tasks, rewards)
@@ -96,7 +102,7 @@ def plan(config: Config) -> Plan:
         1, round(config.train.epochs * len(train_loader.source) / config.train.prompts_per_step)
     )
     return Plan(
-        config, model_dir, model_config, processor, mesh, tasks, rewards,
+        config, model_dir, model_config, processor, mesh, tasks, rewards, asked,
         train_loader, eval_loader, steps,
     )  # fmt: skip
 
@@ -145,9 +151,10 @@ def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
 
 
 def _size_problems(config: Config, model: JanusConfig) -> list[str]:
-    longest = config.data.max_prompt_length + max(
-        config.rollout.max_new_tokens, model.num_image_tokens
-    )
+    if config.objective == "vq":
+        return []
+    answer = config.rollout.max_new_tokens if config.objective == "grpo" else 0
+    longest = config.data.max_prompt_length + max(answer, model.num_image_tokens)
     limit = model.llama.max_position_embeddings
     if longest <= limit:
         return []
@@ -176,6 +183,11 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
 
 
 def _trainable_problems(config: Config, parts: tuple[Params, Params]) -> list[str]:
+    if config.objective != "vq" and "vqmodel" in parts[0]:
+        return [
+            f"train.trainable: found vqmodel, through which objective {config.objective} takes no "
+            "gradient, so that it would only decay; leave it out"
+        ]
     idle = sorted(parts[0].keys() - {"vqmodel"})
     if config.objective != "vq" or not idle:
         return []

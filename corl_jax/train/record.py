@@ -139,7 +139,7 @@ class Recorder:
         params = merge(state.params, run.frozen)
         rollout = iterate.sample(run, "t2i", params, prompts)
         samples = iterate.decode(run, "t2i", params, prompts, rollout)
-        scores = iterate.score_task(run, "t2i", params, samples, step)
+        scores, _ = iterate.score_task(run, "t2i", params, samples, step)
         if not self.primary:
             return
         shape = (len(prompts), run.group_size)
@@ -238,7 +238,7 @@ def held_out_rewards(run: Run, params: Params, rows: int) -> dict[str, float]:
         for task in run.tasks:
             rollout = iterate.sample(run, task, params, prompts)
             samples = iterate.decode(run, task, params, prompts, rollout)
-            for name, values in iterate.score_task(run, task, params, samples, 0).items():
+            for name, values in iterate.score_task(run, task, params, samples, 0)[0].items():
                 scores.setdefault(f"eval/{task}/{name}", []).append(values[kept])
     metrics = {}
     for name, pieces in scores.items():

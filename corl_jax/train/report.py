@@ -67,12 +67,22 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
     }
     if config.objective == "grpo":
         estimate["reference"] = own * width if config.grpo.kl_coef else 0
+        estimate["reward networks"] = _networks(plan)
         estimate["sampling caches (largest task)"] = (
             max(_cache(plan, t) for t in plan.tasks) * width
         )
     if config.objective != "vq":
         estimate["activations (kept by remat)"] = _activations(plan) * width
     return {name: size / GIB for name, size in estimate.items()}
+
+
+def _networks(plan: Plan) -> int:
+    """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time."""
+    sizes = [found.nbytes for found in plan.networks]
+    if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
+        width = jax.numpy.dtype(plan.config.model.dtype).itemsize
+        sizes.append(_share(janus.abstract(plan.model_config), plan.mesh) * width)
+    return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
 def _ways(plan: Plan) -> int:
@@ -124,9 +134,17 @@ def _steps(plan: Plan) -> str:
 
 
 def _rewards(plan: Plan) -> str:
-    lines = [f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
+    lines = ["rewards:", f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
     for task, listed in plan.rewards.items():
         for reward in listed:
-            networks = ", ".join(reward.entry.networks) or "none"
-            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {networks}")
-    return "\n".join(["rewards:", *lines])
+            asked = ", ".join((*reward.networks, *reward.scorers)) or "none"
+            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {asked}")
+    if plan.networks:
+        place = "host memory between uses" if plan.config.networks.offload else "every device"
+        lines.append(f"reward networks, in {place}:")
+        lines.append(f"  {'network':16}{'parameters':>16}{'MiB':>10}  weights")
+        lines += [
+            f"  {found.name:16}{found.parameters:>16,}{found.nbytes / 2**20:>10,.0f}  {found.path}"
+            for found in plan.networks
+        ]
+    return "\n".join(lines)

@@ -41,6 +41,7 @@ class Run:
     score_step: Callable
     samplers: dict[str, Callable]  # task -> (params, prompts, keys) -> Rollout
     rewards: dict[str, list]  # task -> resolved rewards
+    networks: dict[str, Any]  # frozen networks that rewards ask, rewards.samples.Frozen by name
     comparison: dict[str, Any]  # keywords of the advantage computation
     tasks: tuple[str, ...]
     group_size: int

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     r"(log|checkpoint|export|mesh)\..*",  # another mesh changes rounding, not the run
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
     r"data\.prefetch",
+    r"networks\.offload",
 )
 """Options that a resumed run may give another value; regexes of whole keys."""
 

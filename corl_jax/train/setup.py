@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
 from corl_jax.models import janus
+from corl_jax.rewards import networks
+from corl_jax.rewards.samples import Frozen, Policy
 from corl_jax.sharding import leaf_paths, map_with_path, param_shardings
 from corl_jax.train import iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
@@ -68,6 +70,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         score_step=score_step,
         samplers=make_samplers(plan),
         rewards=plan.rewards,
+        networks=load_networks(plan, stored),
         comparison=_comparison(plan),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
@@ -80,6 +83,16 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         phases=phases,
     )
     return run, state
+
+
+def load_networks(plan: Plan, initial: Params) -> dict[str, Frozen]:
+    """What the rewards ask besides the policy; `initial` are the weights of the run's start."""
+    offload = plan.config.networks.offload
+    loaded = {found.name: networks.load(found, plan.mesh, offload) for found in plan.networks}
+    if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
+        start = Policy(plan.model_config, initial, plan.processor, DTYPES[plan.config.model.dtype])
+        loaded["initial"] = networks.frozen_policy(start, plan.mesh, offload=offload)
+    return loaded
 
 
 def make_steps(
@@ -179,6 +192,7 @@ def _comparison(plan: Plan) -> dict[str, Any]:
         "mm2t_weight": grpo.mm2t_weight,
         "eps": grpo.std_eps,
         "scale": grpo.scale_by_std,
+        "each": grpo.multi_objective_aggregation == "normalize_then_sum",
     }
 
 

@@ -10,7 +10,7 @@ from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
 from corl_jax.weights.shards import write_bytes, write_text
 from corl_jax.weights.storage import read_json
-from corl_jax.weights.tokens import STRINGS, special_tokens
+from corl_jax.weights.tokens import ROLES, STRINGS, special_tokens
 
 COPIED = (
     "tokenizer.json",
@@ -27,8 +27,8 @@ COPIED = (
 )
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 ORIGINAL_SPECIALS = (
-    *("<image_placeholder>", "<patch_placeholder>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"),
-    *("<|grounding|>", "<|User|>", "<|Assistant|>"),
+    *(STRINGS["image"], "<patch_placeholder>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"),
+    *("<|grounding|>", *ROLES["deepseek"]),
 )
 _IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
 
@@ -99,9 +99,7 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
 
 def chat_template(sft_format: str) -> str:
     """The original's conversation template; contents are strings or lists of parts."""
-    user, assistant = ("<|User|>", "<|Assistant|>")
-    if sft_format == "deepseek_old":
-        user, assistant = "User", "Assistant"
+    user, assistant = ROLES.get(sft_format, ROLES["deepseek"])
     return f"""\
 {{%- macro text_of(content) -%}}
     {{%- if content is string -%}}
@@ -235,7 +233,7 @@ def _sft_format(source: Path | None) -> str:
         return "deepseek"
     return (
         "deepseek"
-        if "<|User|>" in _special_map(source)["additional_special_tokens"]
+        if ROLES["deepseek"][0] in _special_map(source)["additional_special_tokens"]
         else ("deepseek_old")
     )
 

@@ -138,14 +138,14 @@ def _parse_jax(data: dict[str, Any], file: Path) -> JanusConfig:
             "PyTorch checkpoint again with this version"
         )
     problems: list[str] = []
-    config = _from_dict(JanusConfig, data.get("janus"), f"{file}: janus", problems)
+    config = from_dict(JanusConfig, data.get("janus"), f"{file}: janus", problems)
     problems = problems or _inconsistent(config, str(file))
     if problems:
         raise InputError(problems)
     return config
 
 
-def _from_dict(kind: type, data: Any, where: str, problems: list[str]) -> Any:
+def from_dict(kind: type, data: Any, where: str, problems: list[str]) -> Any:
     """A config dataclass from plain JSON: every field present, none unknown, types exact."""
     defaults = kind()
     if not isinstance(data, dict):
@@ -158,12 +158,14 @@ def _from_dict(kind: type, data: Any, where: str, problems: list[str]) -> Any:
     for name in fields & data.keys():
         usual, value = getattr(defaults, name), data[name]
         if dataclasses.is_dataclass(usual):
-            values[name] = _from_dict(type(usual), value, f"{where}.{name}", problems)
+            values[name] = from_dict(type(usual), value, f"{where}.{name}", problems)
         elif isinstance(usual, tuple) and isinstance(value, list):
             values[name] = tuple(value)
         elif isinstance(usual, float) and type(value) in (int, float) and value > 0:
             values[name] = float(value)
-        elif type(value) is type(usual) and value > 0:
+        elif type(value) is type(usual) and (
+            isinstance(value, bool | str) or value >= (0 if name.endswith("_token_id") else 1)
+        ):
             values[name] = value
         else:
             problems.append(f"{where}.{name} is {value!r}, expected like {usual!r}")

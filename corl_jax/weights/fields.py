@@ -25,6 +25,16 @@ class Fields:
     def has(self, name: str) -> bool:
         return self.data.get(name) is not None
 
+    def token(self, name: str, default: int) -> int:
+        """A token id, 0 or more; null and absent mean the default."""
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if type(value) is not int or not 0 <= value <= MAX_SIZE:
+            self._report(name, value, f"a whole number from 0 to {MAX_SIZE}")
+            return 0
+        return value
+
     def size(self, name: str, default: int | None, limit: int = MAX_SIZE) -> int:
         """A positive int; null and absent mean the default, and None means there is none."""
         value = self.data.get(name)

@@ -17,10 +17,16 @@ def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
     Raises: InputError when there is neither, saying how to fetch the model elsewhere.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if path.is_file():
         raise InputError(f"{path}: is a file, expected a model directory or a hub id")
+    return resolve_path(path_or_hub_id)
+
+
+def resolve_path(path_or_hub_id: str | Path) -> Path:
+    """As `resolve_model_dir`, or a single file of weights."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
     if not _HUB_ID.fullmatch(str(path_or_hub_id)) or str(path_or_hub_id).startswith("."):
         raise InputError(f"{path}: no such directory, and not a hub id of the form owner/name")
     return _download(str(path_or_hub_id))

@@ -21,6 +21,8 @@ from corl_jax.errors import InputError
 from corl_jax.weights.dtypes import SAFETENSORS
 
 SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
+STANDARD, INDEX = (SAFE_NAME, BIN_NAME), ".index.json"
+BIN_PATTERNS = ("*.bin", "*.pth", "*.pt")
 MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "download or copy it again"
 
@@ -206,8 +208,8 @@ def open_store(folder: Path) -> Store:
 
     Raises: InputError for a folder without weights, or with damaged ones.
     """
-    for name in (SAFE_NAME, BIN_NAME):
-        index = folder / f"{name}.index.json"
+    for name in STANDARD:
+        index = folder / f"{name}{INDEX}"
         weight_map = read_index(index) if index.is_file() else None
         if weight_map is None and not (folder / name).is_file():
             continue
@@ -226,6 +228,30 @@ def open_store(folder: Path) -> Store:
         f"{folder}: no weights found, expected one of {SAFE_NAME}, {SAFE_NAME}.index.json, "
         f"{BIN_NAME}, {BIN_NAME}.index.json{hint}"
     )
+
+
+def open_any_store(path: Path) -> Store:
+    """The weights in a folder under any names, or in a single file.
+
+    Standard names come first (see `open_store`), then all safetensors files of the folder
+    together, then all PyTorch files.
+
+    Raises: InputError for a place without weights, or with damaged ones.
+    """
+    if path.is_file():
+        files = [path]
+    elif any((path / f"{name}{end}").is_file() for name in STANDARD for end in ("", INDEX)):
+        return open_store(path)
+    else:
+        groups = (("*.safetensors",), BIN_PATTERNS)
+        found = (sorted(f for p in patterns for f in path.glob(p)) for patterns in groups)
+        files = next((group for group in found if group), [])
+    if not files:
+        raise InputError(
+            f"{path}: no weights found, expected a .safetensors file, or one of PyTorch "
+            f"({', '.join(pattern[1:] for pattern in BIN_PATTERNS)})"
+        )
+    return _open_files(files, is_bin=files[0].suffix != ".safetensors")
 
 
 def _open_files(files: list[Path], *, is_bin: bool) -> Store:

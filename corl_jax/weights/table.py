@@ -116,6 +116,10 @@ class Table:
     def is_dropped(self, key: str) -> bool:
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
+    def matches(self, key: str) -> bool:
+        """Whether some row feeds on a torch key."""
+        return any(_regex(row.key).fullmatch(key) for row in self.rows)
+
     def paths(self, key: str) -> list[tuple[str, int | None]]:
         """The (path, layer) pairs that a torch key feeds, in the order of its parts.
 

@@ -19,6 +19,9 @@ STRINGS = {
 }
 """The strings of every released Janus."""
 
+ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
+"""Chat template -> names of user and assistant; the first template's are tokens of their own."""
+
 
 def special_tokens(folder: str | Path) -> SpecialTokens:
     """The ids of the structural tokens, looked up in `tokenizer.json` by string.

@@ -1,12 +1,13 @@
-"""PyTorch's own files (`pytorch_model.bin`): the only place of the package that needs torch.
+"""PyTorch's own files (`.bin`, `.pth`, `.pt`): the only place of the package that needs torch.
 
-Files are unpickled with `weights_only`, so that nothing in them can run, and memory-mapped.
-One file is open at a time: the pages of a mapped file count as memory of the process.
+Files are unpickled with `weights_only`, so that nothing in them can run, and memory-mapped; the
+legacy ones, of PyTorch before 1.6, can only be read whole. One file is open at a time: the pages
+of a mapped file count as memory of the process.
 """
 
 from __future__ import annotations
 
-import pickle
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from corl_jax.weights.dtypes import BFLOAT16, named
 from corl_jax.weights.storage import TensorInfo
 
 _AGAIN = "download or copy it again"
+LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+MAX_LEGACY_BYTES = 4 * 2**30
 _DTYPES = {
     *("float64", "float32", "float16", "bfloat16"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
@@ -29,14 +32,14 @@ def import_torch(file: Path) -> Any:
         import torch
     except ImportError as error:
         raise InputError(
-            f"{file}: a .bin file needs PyTorch, which is not installed; install it "
+            f"{file}: a PyTorch file needs PyTorch, which is not installed; install it "
             "(`pip install torch`), or use a safetensors checkpoint"
         ) from error
     return torch
 
 
 class BinStore:
-    """The tensors of one or more .bin files."""
+    """The tensors of one or more PyTorch files."""
 
     def __init__(self, files: list[Path]):
         self.infos: dict[str, TensorInfo] = {}
@@ -53,7 +56,7 @@ class BinStore:
                     problems.append(f"{key}: stands in both {self.infos[key].file} and {file}")
                 name = str(tensor.dtype).removeprefix("torch.")
                 if name not in _DTYPES:
-                    problems.append(f"{file}: {key} is {name}, which no Janus checkpoint holds")
+                    problems.append(f"{file}: {key} is {name}, which is not supported")
                     continue
                 self.infos[key] = TensorInfo(tuple(tensor.shape), named(name), file)
         if problems:
@@ -91,28 +94,47 @@ def to_torch(array: np.ndarray) -> Any:
 
 
 def load_bin(file: Path) -> dict[str, Any]:
-    """{key: tensor} of one .bin file, its data memory-mapped.
+    """{key: tensor} of one PyTorch file; memory-mapped, unless it is a legacy one.
 
+    A training checkpoint's `state_dict` is taken out of what surrounds it.
     Raises: InputError for another kind of file, anything but plain tensors, compressed
-    archives (PyTorch never writes them) and tensors that exceed their storage.
+    archives (PyTorch never writes them), large legacy files and tensors that exceed their
+    storage.
     """
     torch = import_torch(file)
+    legacy = _is_legacy(file)
     try:
-        with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise InputError(f"{file}: is a compressed archive; PyTorch does not write those")
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except zipfile.BadZipFile as error:
-        raise InputError(
-            f"{file}: is not a whole PyTorch file ({error}); {_AGAIN}. Files that PyTorch before "
-            "1.6 wrote must be loaded and saved again with a newer one"
-        ) from error
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=not legacy)
+    except Exception as error:  # a damaged pickle can end in any of them
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{file}: PyTorch cannot load it ({line}); {_AGAIN}") from error
     return _checked_state(file, state)
+
+
+def _is_legacy(file: Path) -> bool:
+    """False for a whole archive, True for a legacy file. Raises InputError for anything else."""
+    try:
+        with file.open("rb") as stream:
+            legacy = stream.read(len(LEGACY_START)) == LEGACY_START
+            size = stream.seek(0, os.SEEK_END)
+        entries = [] if legacy else _entries(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
+    except Exception as error:  # zipfile's own, and whatever a damaged directory leads it to
+        raise InputError(f"{file}: is not a whole PyTorch file ({error}); {_AGAIN}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(f"{file}: is a compressed archive; PyTorch does not write those")
+    if legacy and size > MAX_LEGACY_BYTES:
+        raise InputError(
+            f"{file}: {size} bytes in the format of PyTorch before 1.6, which must be read whole; "
+            f"expected at most {MAX_LEGACY_BYTES}; load and save it again with a newer PyTorch"
+        )
+    return legacy
+
+
+def _entries(file: Path) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(file) as archive:
+        return archive.infolist()
 
 
 def _checked_state(file: Path, state: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, parti
 from tests.parity import torch_janus
 from tests.tiny_train import SPECIAL, both_tasks
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 PROMPTS, GROUP = 2, 3
 TEMPERATURE, KL, LOW, HIGH = 0.9, 0.3, 0.2, 0.28
 WEIGHTS = {"t2i": 1.0, "mm2t": 0.7}
@@ -40,12 +42,6 @@ OBJECTIVE = step.Objective(
     weights=tuple(WEIGHTS.items()),
     kl_coef=KL, clip_low=LOW, clip_high=HIGH, dtype=jnp.float32, micro_batches=2,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 # ---- PyTorch

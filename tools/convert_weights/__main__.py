@@ -1,11 +1,13 @@
-"""Converts, inspects and compares Janus checkpoints.
+"""Converts, inspects and compares checkpoints of Janus and of reward networks.
 
-python -m tools.convert_weights to-jax SRC DST
+python -m tools.convert_weights to-jax SRC DST [--model KIND]
 python -m tools.convert_weights to-torch SRC DST --format original|transformers [--base DIR]
 python -m tools.convert_weights inspect SRC
 python -m tools.convert_weights verify A B
 
-SRC, A and B are directories of any layout (original, transformers or jax) or hub ids.
+SRC, A and B are directories of any layout (original, transformers or jax) or hub ids. `to-jax` and
+`inspect` also take the networks that rewards ask: KIND is one of bert, blip, clip, vgg (VGG16 with
+the heads of LPIPS) and aesthetic, and need not be given where config.json tells it.
 Exit codes: 0 done, 1 verify found a difference, 2 bad input.
 """
 
@@ -17,10 +19,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from corl_jax.errors import exit_on_input_error
+from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.weights.files import convert, resolve_model_dir
+from corl_jax.weights.hub import resolve_path
+from corl_jax.weights.networks import KINDS, convert_network, recognise
 from tools.convert_weights.compare import compare
-from tools.convert_weights.describe import describe
+from tools.convert_weights.describe import describe, describe_network
 
 MAX_LINES = 50  # of differences; a wrong config would print a thousand
 
@@ -35,33 +39,20 @@ def parser() -> argparse.ArgumentParser:
     to_jax = commands.add_parser("to-jax", help="a PyTorch checkpoint into our own layout")
     to_torch = commands.add_parser("to-torch", help="any checkpoint into a PyTorch layout")
     for sub in (to_jax, to_torch):
-        sub.add_argument("source", metavar="SRC", help="model directory or hub id")
-        sub.add_argument("out", metavar="DST", type=Path, help="folder to be made")
+        _add_conversion_arguments(sub)
+    inspect = commands.add_parser("inspect", help="sizes, types, files and special tokens")
+    inspect.add_argument("source", metavar="SRC")
+    for sub in (to_jax, inspect):
         sub.add_argument(
-            "--dtype",
-            choices=("keep", "float32", "bfloat16"),
-            default="keep",
-            help="element type of the output (default: %(default)s, exact to the bit)",
+            "--model",
+            choices=("janus", *KINDS),
+            metavar="KIND",
+            help=f"janus, {', '.join(KINDS)} (default: what config.json says)",
         )
-        sub.add_argument(
-            "--base",
-            metavar="DIR",
-            help="original checkpoint for the tensors that transformers' layout drops",
-        )
-        sub.add_argument(
-            "--max-shard-mb",
-            type=_positive,
-            default=4000,
-            metavar="MB",
-            help="largest file of weights, in 10^6 bytes (default: %(default)s)",
-        )
-        sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     to_torch.add_argument("--format", choices=("original", "transformers"), required=True)
     to_torch.add_argument(
         "--bin", action="store_true", help="write pytorch_model.bin files; needs PyTorch"
     )
-    inspect = commands.add_parser("inspect", help="sizes, types, files and special tokens")
-    inspect.add_argument("source", metavar="SRC")
     verify = commands.add_parser("verify", help="compare two checkpoints tensor by tensor")
     verify.add_argument("a", metavar="A")
     verify.add_argument("b", metavar="B")
@@ -69,6 +60,30 @@ def parser() -> argparse.ArgumentParser:
         "--ignore-dtype", action="store_true", help="equal values of another type are the same"
     )
     return top
+
+
+def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", metavar="SRC", help="model directory or hub id")
+    sub.add_argument("out", metavar="DST", type=Path, help="folder to be made")
+    sub.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16"),
+        default="keep",
+        help="element type of the output (default: %(default)s, exact to the bit)",
+    )
+    sub.add_argument(
+        "--base",
+        metavar="DIR",
+        help="original checkpoint for the tensors that transformers' layout drops",
+    )
+    sub.add_argument(
+        "--max-shard-mb",
+        type=_positive,
+        default=4000,
+        metavar="MB",
+        help="largest file of weights, in 10^6 bytes (default: %(default)s)",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
 
 def _positive(text: str) -> int:
@@ -94,6 +109,44 @@ def progress_bar(what: str) -> Iterator[Callable[[int], None] | None]:
         yield advance
 
 
+def run_to_jax(args: argparse.Namespace) -> int:
+    source = resolve_path(args.source)
+    kind = _kind(source, args.model)
+    if kind == "janus":
+        return run_convert(args)
+    if args.base:
+        raise InputError(
+            f"--base: found {args.base}, but a {kind} network carries nothing; drop it"
+        )
+    with progress_bar("to-jax") as progress:
+        opened = convert_network(
+            source,
+            args.out,
+            kind,
+            dtype=args.dtype,
+            max_shard_bytes=args.max_shard_mb * 10**6,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(f"{kind}, layout {opened.layout}: {opened.parameters:,} parameters")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _kind(source: Path, asked: str | None) -> str:
+    """What a directory holds: as asked, as its config.json says, else a Janus.
+
+    Raises: InputError where nothing tells it.
+    """
+    stated = recognise(source) if source.is_dir() else None
+    if not asked and not stated and not (source / "config.json").is_file():
+        raise InputError(
+            f"{source}: has no config.json that says what it is; give --model "
+            f"{' or '.join(KINDS)}, or for a Janus the folder with its config.json"
+        )
+    return asked or stated or "janus"
+
+
 def run_convert(args: argparse.Namespace) -> int:
     source = resolve_model_dir(args.source)
     with progress_bar(args.command) as progress:
@@ -115,7 +168,12 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    for line in describe(resolve_model_dir(args.source)):
+    source = resolve_path(args.source)
+    kind = _kind(source, args.model)
+    lines = (
+        describe(resolve_model_dir(source)) if kind == "janus" else describe_network(source, kind)
+    )
+    for line in lines:
         print(line)
     return 0
 
@@ -139,8 +197,13 @@ def run_verify(args: argparse.Namespace) -> int:
 @exit_on_input_error
 def run(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    commands = {"inspect": run_inspect, "verify": run_verify}
-    return commands.get(args.command, run_convert)(args)
+    commands = {
+        "to-jax": run_to_jax,
+        "to-torch": run_convert,
+        "inspect": run_inspect,
+        "verify": run_verify,
+    }
+    return commands[args.command](args)
 
 
 def main() -> None:

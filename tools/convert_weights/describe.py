@@ -10,6 +10,8 @@ from pathlib import Path
 
 from corl_jax.errors import InputError
 from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
+from corl_jax.weights.networks import open_network
+from corl_jax.weights.storage import Store
 from corl_jax.weights.tokens import special_tokens
 
 
@@ -21,8 +23,18 @@ def describe(folder: Path) -> Iterator[str]:
         yield f"layout      {checkpoint.layout}{made_from}"
         yield from _sizes(checkpoint)
         yield from _parts(checkpoint)
-        yield from _files(checkpoint)
+        yield from _files(checkpoint.store)
     yield from _tokens(folder)
+
+
+def describe_network(path: Path, kind: str) -> Iterator[str]:
+    """As `describe`, for a reward network."""
+    with open_network(path, kind) as opened:
+        yield f"{path}"
+        yield f"network     {kind}, layout {opened.layout}"
+        yield f"sizes       {dataclasses.asdict(opened.config)}"
+        yield f"  {'parameters':<24} {opened.parameters:>16,}"
+        yield from _files(opened.store)
 
 
 def _sizes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -43,10 +55,10 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"  {'carried, unused':<24} {carried:>16,} in {len(checkpoint.carried)} tensors"
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[str]:
+def _files(store: Store) -> Iterator[str]:
     dtypes: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[Path] = collections.Counter()
-    for info in checkpoint.store.infos.values():
+    for info in store.infos.values():
         dtypes[info.dtype.name] += 1
         sizes[info.file] += info.nbytes
     total = sum(dtypes.values())

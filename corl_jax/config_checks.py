@@ -1,0 +1,143 @@
+"""What is wrong with a config as a whole: options that contradict or idle beside others.
+
+Types and ranges are pydantic's part, in `config`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from corl_jax.config import Config, Section
+
+SWITCH_USERS = {
+    "mc_as_open_ended": ("qa_accuracy",),
+    "answer_single_line": ("qa_accuracy", "oc_accuracy"),
+    "format_without_strip": ("format",),
+    "ti_sim_fixed_spans": ("t2i_ti_sim",),
+}
+"""Switches of `compat` that act on rewards -> those rewards."""
+
+UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
+"""Optimizer -> what it does not read."""
+
+
+def problems(config: Config) -> list[str]:
+    """A line for each option that does not fit the others."""
+    return [
+        *_batches(config),
+        *_contradictions(config),
+        *_unused_blocks(config),
+        *_unused_switches(config),
+        *_unused_moments(config),
+    ]
+
+
+def _batches(config: Config) -> list[str]:
+    problems = []
+    batch = config.train.prompts_per_step
+    for name, part in (
+        ("train.micro_batch", config.train.micro_batch),
+        ("rollout.batch_prompts", config.rollout.batch_prompts),
+    ):
+        if part is not None and batch % part:
+            problems.append(
+                f"{name}: {part} does not divide train.prompts_per_step {batch}; "
+                f"nearest divisors {_near_divisors(batch, part)}"
+            )
+    return problems
+
+
+def _contradictions(config: Config) -> list[str]:
+    problems = []
+    if config.objective == "vq" and config.train.micro_batch not in (
+        None,
+        config.train.prompts_per_step,
+    ):
+        problems.append("train.micro_batch: objective vq has no micro-batches; leave it out")
+    if config.eval.suite == "rewards" and (config.objective == "vq" or not config.rewards):
+        problems.append(
+            "eval.suite: rewards, but there are none to score, or objective vq, which "
+            "samples nothing; list rewards or choose another suite"
+        )
+    if config.eval.every and config.eval.suite == "none":
+        problems.append(
+            f"eval.every: {config.eval.every} has no use with eval.suite none; choose a suite "
+            "or drop it"
+        )
+    if config.objective == "grpo" and not config.rewards:
+        problems.append("rewards: empty; objective grpo needs at least one: {name: format}")
+    if config.compat.image_logprobs_unshifted and config.grpo.image_logprobs == "guided":
+        problems.append("compat.image_logprobs_unshifted: needs grpo.image_logprobs conditional")
+    if config.compat.text_top_k_50 and config.rollout.top_k not in (0, 50):
+        problems.append(
+            f"rollout.top_k: {config.rollout.top_k} contradicts compat.text_top_k_50; drop one"
+        )
+    return problems
+
+
+def changed(section: Section) -> dict[str, tuple[Any, Any]]:
+    """name -> (value, default) of the options with another value than the default.
+
+    Not `model_fields_set`: a written-out config sets every option, and a `base` those of others.
+    """
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in type(section).model_fields.items()
+    }
+    return {name: (value, defaults[name]) for name, value in section if value != defaults[name]}
+
+
+def _unused_blocks(config: Config) -> list[str]:
+    """Options in blocks of another objective, and rewards that nothing scores."""
+    objective = config.objective
+    problems = [
+        f"{block}.{name}: found {value!r}, but objective {objective} does not read the block "
+        f"{block}; leave it at {default!r} or set objective to {block}"
+        for block in ("grpo", "sft", "vq")
+        if block != objective
+        for name, (value, default) in changed(getattr(config, block)).items()
+    ]
+    scored = objective == "grpo" or config.eval.suite == "rewards"
+    if config.rewards and not scored:
+        names = ", ".join(reward.label for reward in config.rewards)
+        problems.append(
+            f"rewards: found {names}, but objective {objective} learns from none; set rewards to "
+            "[]" + (", or eval.suite to rewards" if objective == "sft" else "")
+        )
+    return problems
+
+
+def _unused_switches(config: Config) -> list[str]:
+    """Switches of `compat` that nothing in the run asks."""
+    listed = {reward.label for reward in config.rewards}
+    tasks = config.grpo.tasks
+    problems = []
+    for switch in changed(config.compat):
+        users = SWITCH_USERS.get(switch, ())
+        if users and listed.isdisjoint(users):
+            why = f"none of its rewards is listed ({' or '.join(users)})"
+        elif not users and switch != "bfloat16_master" and config.objective != "grpo":
+            why = f"objective {config.objective} has no rollouts; it acts on those of grpo alone"
+        elif (switch, tasks) in (("text_top_k_50", "t2i"), ("image_logprobs_unshifted", "mm2t")):
+            why = f"grpo.tasks {tasks} leaves out the task that it acts on"
+        else:
+            continue
+        problems.append(f"compat.{switch}: found True, but {why}; leave it out")
+    return problems
+
+
+def _unused_moments(config: Config) -> list[str]:
+    options = config.optimizer
+    unused = UNUSED_MOMENTS.get(options.name, ())
+    return [
+        f"optimizer.{name}: found {value}, but {options.name} does not use it; leave it at "
+        f"{default} or choose another optimizer.name"
+        for name, (value, default) in changed(options).items()
+        if name in unused
+    ]
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(str(d) for d in sorted(divisors, key=lambda d: abs(d - wanted))[:2])

@@ -1,0 +1,127 @@
+"""BERT: text in, one feature per token out; a post-norm encoder with learned positions.
+
+The pooler and the heads of pre-training that checkpoints carry do not exist here.
+
+Source: Devlin et al. 2018 (arXiv 1810.04805); transformers `models/bert`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from corl_jax.models import layers
+from corl_jax.models.layers import attend, linear, merge_heads, split_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes of the encoder; the defaults are those of bert-base-uncased."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+
+
+class Embeddings(nnx.Module):
+    """Word, position and token type added up and normalised; every token is of type 0."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.word_embeddings = layers.Embedding(config.vocab_size, width, rngs=rngs)
+        self.position_embeddings = layers.Embedding(
+            config.max_position_embeddings, width, rngs=rngs
+        )
+        self.token_type_embeddings = layers.Embedding(config.type_vocab_size, width, rngs=rngs)
+        self.layernorm = layer_norm(config, rngs)
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        positions = self.position_embeddings(jnp.arange(input_ids.shape[1]))
+        kind = self.token_type_embeddings.embedding[0]
+        return self.layernorm(self.word_embeddings(input_ids) + kind + positions)
+
+
+class Attention(nnx.Module):
+    """Full self-attention over the kept tokens, with biases."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        width = config.hidden_size
+        self.q_proj = linear(width, width, bias=True, rngs=rngs)
+        self.k_proj = linear(width, width, bias=True, rngs=rngs)
+        self.v_proj = linear(width, width, bias=True, rngs=rngs)
+        self.out_proj = linear(width, width, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        query, key, value = (
+            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(merge_heads(attend(query, key, value, mask)))
+
+
+class MLP(nnx.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """Post-norm encoder layer: each norm follows the residual sum."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.attn = Attention(config, rngs=rngs)
+        self.attn_layernorm = layer_norm(config, rngs)
+        self.mlp = MLP(config, rngs=rngs)
+        self.mlp_layernorm = layer_norm(config, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = self.attn_layernorm(x + self.attn(x, mask))
+        return self.mlp_layernorm(x + self.mlp(x))
+
+
+class Bert(nnx.Module):
+    """input_ids [B, T] -> hidden states [B, T, hidden_size]; T at most the positions there are."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        self.num_layers = config.num_layers
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.layers = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, *, layer: int = -1
+    ) -> jax.Array:
+        """The hidden state after `layer` layers, of which only those are run.
+
+        `attention_mask` [B, T] is True on real tokens; states of the others mean nothing.
+        0 are the embeddings, a negative number counts from the end: -1 is the last layer, as in
+        transformers' `hidden_states`.
+
+        Raises: IndexError if there is no such layer.
+        """
+        count = range(self.num_layers + 1)[layer]
+        graphdef, state = nnx.split(self.layers)
+        first = nnx.merge(graphdef, jax.tree.map(lambda x: x[:count], state))
+        mask = attention_mask[:, None]  # the same keys for every query
+        x = self.embeddings(input_ids)
+        x, _ = layers.scan_layers(first, lambda block, x: (block(x, mask), None), x)
+        return x
+
+
+def layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
+    )

@@ -1,0 +1,188 @@
+"""CLIP: pictures and texts as vectors in one space, where those that match point the same way.
+
+Source: Radford et al. 2021 (arXiv 2103.00020). The default sizes are those of LAION's ViT-H/14
+(arXiv 2212.07143), on which PickScore and HPS v2 were trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from corl_jax.models import layers
+from corl_jax.models.layers import attend, initializer, linear, merge_heads, split_heads
+
+Activation = Literal["gelu", "quick_gelu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """Sizes of one of the two transformers."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_layers: int = 32
+    num_heads: int = 16
+    activation: Activation = "gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of both towers, and how pixels in [0, 1] are normalised."""
+
+    vision: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig(
+        hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16
+    )
+    image_size: int = 224
+    patch_size: int = 14
+    vocab_size: int = 49408
+    context_length: int = 77
+    eos_token_id: int = 49407
+    projection_dim: int = 1024
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Attention(nnx.Module):
+    """Self-attention with biases; `mask` [1, T, T] is True where a key is seen."""
+
+    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        width = config.hidden_size
+        self.q_proj = linear(width, width, bias=True, rngs=rngs)
+        self.k_proj = linear(width, width, bias=True, rngs=rngs)
+        self.v_proj = linear(width, width, bias=True, rngs=rngs)
+        self.out_proj = linear(width, width, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        query, key, value = (
+            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(merge_heads(attend(query, key, value, mask)))
+
+
+class MLP(nnx.Module):
+    """Two linear layers around an exact GELU, or around OpenAI's approximation of it."""
+
+    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.fc1(x)
+        if self.activation == "quick_gelu":
+            return self.fc2(x * jax.nn.sigmoid(1.702 * x))
+        return self.fc2(jax.nn.gelu(x, approximate=False))
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
+        self.layer_norm1 = layer_norm(config, rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.layer_norm2 = layer_norm(config, rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = x + self.attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTower(nnx.Module):
+    """pixel_values [N, S, S, 3] -> the class token's last state [N, hidden_size]."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        tower = config.vision
+        patch = (config.patch_size, config.patch_size)
+        self.patch_embedding = nnx.Conv(
+            3, tower.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs
+        )
+        self.class_embedding = nnx.Param(initializer(rngs.params(), (tower.hidden_size,)))
+        tokens = 1 + (config.image_size // config.patch_size) ** 2
+        self.position_embedding = layers.Embedding(tokens, tower.hidden_size, rngs=rngs)
+        self.pre_layernorm = layer_norm(tower, rngs)
+        self.layers = layers.stack(lambda rngs: Block(tower, rngs=rngs), tower.num_layers, rngs)
+        self.post_layernorm = layer_norm(tower, rngs)
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        x = self.patch_embedding(pixel_values.astype(self.patch_embedding.kernel.dtype))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding.embedding[...]
+        x = self.pre_layernorm(x)
+        x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x)
+        return self.post_layernorm(x[:, 0])
+
+
+class TextTower(nnx.Module):
+    """ids [N, T] -> the state at each row's first end of text [N, hidden_size].
+
+    Attention is causal, so what stands behind the end of text has no effect.
+    """
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        tower = config.text
+        self.eos_token_id = config.eos_token_id
+        self.token_embedding = layers.Embedding(config.vocab_size, tower.hidden_size, rngs=rngs)
+        self.position_embedding = layers.Embedding(
+            config.context_length, tower.hidden_size, rngs=rngs
+        )
+        self.layers = layers.stack(lambda rngs: Block(tower, rngs=rngs), tower.num_layers, rngs)
+        self.final_layernorm = layer_norm(tower, rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        length = ids.shape[1]
+        x = self.token_embedding(ids) + self.position_embedding.embedding[...][:length]
+        causal = jnp.tril(jnp.ones((1, length, length), bool))
+        x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x, causal), None), x)
+        end = jnp.argmax(ids == self.eos_token_id, axis=-1)
+        return self.final_layernorm(x[jnp.arange(x.shape[0]), end])
+
+
+class Clip(nnx.Module):
+    """Both towers with their projections, and the log of the factor on cosines."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        self.vision_model = VisionTower(config, rngs=rngs)
+        self.text_model = TextTower(config, rngs=rngs)
+        features = config.projection_dim
+        self.visual_projection = linear(config.vision.hidden_size, features, bias=False, rngs=rngs)
+        self.text_projection = linear(config.text.hidden_size, features, bias=False, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
+
+    def image_features(self, pixel_values: jax.Array) -> jax.Array:
+        """Normalised pixels [N, S, S, 3] -> [N, projection_dim]."""
+        return self.visual_projection(self.vision_model(pixel_values))
+
+    def text_features(self, ids: jax.Array) -> jax.Array:
+        """Ids [N, T], each row with an end of text -> [N, projection_dim]."""
+        return self.text_projection(self.text_model(ids))
+
+    def image_embeds(self, pixel_values: jax.Array) -> jax.Array:
+        """`image_features` of unit length, in float32."""
+        return unit_length(self.image_features(pixel_values))
+
+    def text_embeds(self, ids: jax.Array) -> jax.Array:
+        """`text_features` of unit length, in float32."""
+        return unit_length(self.text_features(ids))
+
+
+def layer_norm(config: TowerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
+    )
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+    """[N, features] float32 rows of norm 1."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

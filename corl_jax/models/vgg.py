@@ -1,0 +1,77 @@
+"""LPIPS with VGG16: how far apart two pictures look, by the features of a network that sees.
+
+Features of five depths are brought to unit length across channels; their squared differences
+are weighted by a learned head per depth, averaged over positions and added up. It is the
+torchmetrics form: the epsilon stands under the root. The lpips package adds 1e-10 to the root
+instead, which differs only where all features of a position are near 0.
+
+Source: Zhang et al. 2018 (arXiv 1801.03924), weights of version 0.1; trunk: Simonyan and
+Zisserman 2014 (arXiv 1409.1556), configuration D.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1]
+EPSILON = 1e-8
+CONVOLUTIONS = (2, 2, 3, 3, 3)  # per stage; a stage ends before the pooling that follows it
+
+
+@dataclasses.dataclass(frozen=True)
+class VggConfig:
+    """Widths of the five stages; the defaults are VGG16's."""
+
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512)
+
+
+class Lpips(nnx.Module):
+    """Two batches of pictures [N, H, W, 3] in [0, 1] -> distances [N] float32, 0 for equal ones."""
+
+    def __init__(self, config: VggConfig, *, rngs: nnx.Rngs):
+        self.stages = nnx.List([])
+        inputs = 3
+        for outputs, count in zip(config.channels, CONVOLUTIONS, strict=True):
+            widths = [inputs] + [outputs] * (count - 1)
+            convs = [nnx.Conv(width, outputs, (3, 3), padding=1, rngs=rngs) for width in widths]
+            self.stages.append(nnx.List(convs))
+            inputs = outputs
+        self.heads = nnx.List(
+            [nnx.Conv(width, 1, (1, 1), use_bias=False, rngs=rngs) for width in config.channels]
+        )
+
+    def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        distance = jnp.zeros(first.shape[0], jnp.float32)
+        for head, x, y in zip(self.heads, self.taps(first), self.taps(second), strict=True):
+            difference = jnp.square(unit_length(x) - unit_length(y))
+            distance += head(difference).astype(jnp.float32).mean(axis=(1, 2, 3))
+        return distance
+
+    def taps(self, images: jax.Array) -> list[jax.Array]:
+        """The last activations of each stage, [N, H / 2^k, W / 2^k, channels of stage k]."""
+        x = (2.0 * images - 1.0 - jnp.array(SHIFT)) / jnp.array(SCALE)
+        x = x.astype(self.stages[0][0].kernel.dtype)
+        taps = []
+        for convs in self.stages:
+            x = halve(x) if taps else x
+            for conv in convs:
+                x = jax.nn.relu(conv(x))
+            taps.append(x)
+        return taps
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """The maximum of each 2x2 block; an odd last row or column is left out."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+    """Each position's features divided by their norm, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(EPSILON + jnp.square(x).sum(axis=-1, keepdims=True))

@@ -1,0 +1,252 @@
+"""What BLIP sees in a picture: greedy captions of images.
+
+The host brings images to size; one device program normalises, looks and decodes. Products of
+float32 are exact there, whatever the platform's default: a caption that flips with the rounding
+of TensorFloat-32 would be another reward for the same image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from PIL import Image
+
+from corl_jax.errors import InputError
+from corl_jax.models import binding
+from corl_jax.models.blip import Blip, BlipConfig
+from corl_jax.models.blip_text import DecoderCache, TextDecoder
+from corl_jax.rewards.samples import in_pieces
+from corl_jax.types import Params
+from corl_jax.weights.fields import Fields
+from corl_jax.weights.storage import read_json
+
+CHUNK = 64
+"""Images captioned in one program; bounds the memory of the image features and their keys."""
+
+Triple = tuple[float, float, float]
+
+
+def caption(
+    network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
+) -> list[str]:
+    """One caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
+
+    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and
+    the image settings. Of each process, its own images.
+
+    Raises: InputError for a folder without those files, settings that are not implemented, or
+        more tokens than the decoder has positions.
+    """
+    tokenizer = load_tokenizer(Path(network.folder), network.config.text.vocab_size)
+    tokens = caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
+    return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in tokens]
+
+
+def caption_tokens(
+    network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
+) -> np.ndarray:
+    """Token ids int32 [N, max_new_tokens] of the captions, without the token that starts them.
+
+    The separator ends a caption and fills what follows it; a caption that fills its row was cut.
+
+    Raises: InputError as `caption`.
+    """
+    positions = network.config.text.max_position_embeddings
+    if not 0 < max_new_tokens <= positions:
+        raise InputError(
+            f"max_new_tokens: found {max_new_tokens}; expected 1 to {positions}, the positions "
+            f"of the captioner in {network.folder}"
+        )
+    if not len(images):
+        return np.zeros((0, max_new_tokens), np.int32)
+    settings = image_settings(Path(network.folder), network.config.vision.image_size)
+
+    def program(pixels: jax.Array) -> jax.Array:
+        return _caption_program(
+            network.config, network.params, pixels, settings=settings,
+            max_new_tokens=max_new_tokens, dtype=jnp.dtype(network.dtype),
+        )  # fmt: skip
+
+    def take(index: np.ndarray) -> tuple:
+        return (to_size(images[index], settings.size),)
+
+    return in_pieces(program, take, len(images), chunk, network.params)[0]
+
+
+# ---- the device program
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "max_new_tokens", "dtype"))
+def _caption_program(
+    config: BlipConfig,
+    params: Params,
+    images: jax.Array,
+    *,
+    settings: ImageSettings,
+    max_new_tokens: int,
+    dtype: Any,
+) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        model = binding.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
+        features = model.vision_model(normalise(images, settings))
+        return greedy(model.text_decoder, features, max_new_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What one decode step hands to the next."""
+
+    step: jax.Array  # scalar int32, tokens drawn so far
+    token: jax.Array  # [N] int32, the newest token, not yet read by the decoder
+    done: jax.Array  # [N] bool, rows that have ended
+    tokens: jax.Array  # [N, T] int32
+    cache: DecoderCache
+
+
+def greedy(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> jax.Array:
+    """The most likely token at each place, ids [N, T] for features [N, S, D].
+
+    Stops when every row has drawn the separator, which also fills the rest of its row.
+    """
+    config, rows = decoder.config, features.shape[0]
+    blocks, cache = decoder.start(features, max_new_tokens)
+
+    def step(state: DecodeState) -> DecodeState:
+        logits, cache = decoder.decode(blocks, state.token, state.step, state.cache)
+        drawn = jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
+        token = jnp.where(state.done, config.sep_token_id, drawn)
+        return DecodeState(
+            step=state.step + 1,
+            token=token,
+            done=state.done | (token == config.sep_token_id),
+            tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+            cache=cache,
+        )
+
+    first = DecodeState(
+        step=jnp.int32(0),
+        token=jnp.full(rows, config.bos_token_id, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        tokens=jnp.full((rows, max_new_tokens), config.sep_token_id, jnp.int32),
+        cache=cache,
+    )
+    return lax.while_loop(
+        lambda state: (state.step < max_new_tokens) & ~state.done.all(), step, first
+    ).tokens
+
+
+# ---- images
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes pixel values; read from the model's folder."""
+
+    size: int  # side of the square, pixels
+    mean: Triple
+    std: Triple
+    scale: float  # of a pixel's 0 to 255, before mean and std
+
+
+def to_size(images: np.ndarray, size: int) -> np.ndarray:
+    """Images uint8 [N, H, W, 3] squashed to [N, size, size, 3], bicubic, as BlipProcessor does."""
+    if images.shape[1:3] == (size, size):
+        return images
+    resized = (
+        Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in images
+    )
+    return np.stack([np.asarray(one) for one in resized])
+
+
+def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
+    """uint8 [..., 3] as the pixel values that the vision tower reads, float32."""
+    pixels = images.astype(jnp.float32) * jnp.float32(settings.scale)
+    mean, std = (jnp.asarray(three, jnp.float32) for three in (settings.mean, settings.std))
+    return (pixels - mean) / std
+
+
+@functools.lru_cache(maxsize=8)
+def image_settings(folder: Path, image_size: int) -> ImageSettings:
+    """The settings in preprocessor_config.json, or else in the newer processor_config.json.
+
+    Raises: InputError naming the file that is absent, or listing every setting that is missing,
+        not implemented, or at odds with the network's `image_size`.
+    """
+    file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    problems: list[str] = []
+    if file.is_file() or not newer.is_file():
+        fields = Fields(str(file), read_json(file), problems)
+    else:
+        fields = Fields(str(newer), read_json(newer), problems).section("image_processor")
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        fields.expect(name, (True,), "the captioner was trained so")
+    for name in ("do_center_crop", "do_pad"):
+        fields.expect(name, (False, None), "not implemented")
+    fields.expect("resample", (int(Image.Resampling.BICUBIC),), "the filter implemented")
+    settings = ImageSettings(
+        size=_side(fields, image_size),
+        mean=_triple(fields, "image_mean"),
+        std=_triple(fields, "image_std"),
+        scale=fields.number("rescale_factor", 1 / 255),
+    )
+    if problems:
+        raise InputError(problems)
+    return settings
+
+
+def _side(fields: Fields, expected: int) -> int:
+    """The side from 384 or {"height": 384, "width": 384}, which must be the network's."""
+    size = fields.data.get("size")
+    sides = list(size.values()) if isinstance(size, dict) else [size]
+    if not sides or any(type(side) is not int or side != expected for side in sides):
+        fields.problems.append(
+            f"{fields.where}: size is {size!r}, expected {expected}, the image_size of config.json"
+        )
+    return expected
+
+
+def _triple(fields: Fields, name: str) -> Triple:
+    value = fields.data.get(name)
+    numbers = value if isinstance(value, list) else []
+    if len(numbers) != 3 or not all(type(x) in (int, float) and 0 < x < 1 for x in numbers):
+        fields.problems.append(
+            f"{fields.where}: {name} is {value!r}, expected three numbers between 0 and 1"
+        )
+        return (0.5, 0.5, 0.5)
+    return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
+
+
+# ---- text
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """BERT's tokenizer, as the folder has it.
+
+    Raises: InputError for a folder without one, or with one that cannot be used.
+    """
+    from transformers import BertTokenizerFast
+
+    files = ("tokenizer.json", "vocab.txt")
+    if not any((folder / name).is_file() for name in files):
+        raise InputError(
+            f"{folder}: no tokenizer found, expected {' or '.join(files)} of the captioner"
+        )
+    try:
+        tokenizer = BertTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust parser raises a bare Exception
+        raise InputError(f"{folder}: its tokenizer cannot be used ({error})") from error
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, expected at most the network's "
+            f"{vocab_size}; use the tokenizer that belongs to the weights"
+        )
+    return tokenizer

@@ -1,0 +1,207 @@
+"""Rewards by a CLIP: how well a drawing matches its prompt, and how good it looks.
+
+The scores are the published ones; `divisor` brings those that are not near 1 to the scale of
+other rewards. Prompts are cut to the text tower's 77 tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from corl_jax.config import PositiveFloat
+from corl_jax.errors import InputError
+from corl_jax.models import binding
+from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
+from corl_jax.models.clip import Clip, ClipConfig
+from corl_jax.rewards.samples import Context, Samples, in_pieces
+from corl_jax.types import Params
+
+IMAGES_AT_ONCE = 64
+
+# ---- rewards
+
+
+def clip_reward(samples: Samples, context: Context) -> np.ndarray:
+    """Twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
+
+    Source: the released code, with LAION's ViT-H/14.
+    """
+    with context.network("clip") as network:
+        return 2.0 * clip_similarity(network, samples.drawn(), samples.column("prompt"))
+
+
+def pickscore(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
+    """PickScore: the scaled cosine, around 20, over `divisor`; NaN without a prompt.
+
+    Flow-GRPO divides by 26, so that scores stay below 1.
+    Source: Kirstain et al. 2023 (arXiv 2305.01569).
+    """
+    with context.network("pickscore") as network:
+        cosine = clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
+    return cosine * (scale / np.float32(divisor))
+
+
+def hpsv2(samples: Samples, context: Context) -> np.ndarray:
+    """Human preference score v2: the cosine, around 0.27; NaN without a prompt.
+
+    Source: Wu et al. 2023 (arXiv 2306.09341).
+    """
+    with context.network("hpsv2") as network:
+        return clip_similarity(network, samples.drawn(), samples.column("prompt"))
+
+
+def aesthetic(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
+    """The predicted rating of the picture, about 1 to 10, over `divisor`; the prompt is not read.
+
+    Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
+    """
+    with context.network("clip_l14") as network, context.network("aesthetic") as head:
+        return aesthetic_rating(network, head, samples.drawn()) / np.float32(divisor)
+
+
+# ---- scores
+
+
+def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> np.ndarray:
+    """Cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty prompt.
+
+    `network` is a Network of a Clip, whose folder holds its tokenizer.
+
+    Raises:
+        InputError: the folder has no tokenizer, or one that does not belong to the network.
+    """
+    pixels = resized(images, network.config.image_size)
+    ids = token_ids(network, [prompt or "" for prompt in prompts])
+
+    def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return pixels[index], ids[index]
+
+    program = functools.partial(_cosines, network.config, network.params)
+    (cosines,) = in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    given = [bool((prompt or "").strip()) for prompt in prompts]
+    return np.where(given, cosines, np.float32(np.nan))
+
+
+def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
+    """Ratings [N] float32 of images [N, S, S, 3] uint8.
+
+    `network` is a Network of a Clip, `head` one of an AestheticHead.
+
+    Raises:
+        InputError: the head was made for vectors of another size.
+    """
+    expected, found = head.config.sizes[0], network.config.projection_dim
+    if expected != found:
+        raise InputError(
+            f"aesthetic: the head in {head.folder} reads vectors of {expected}, but the CLIP in "
+            f"{network.folder} gives {found}; use the one that it was trained on, such as ViT-L/14"
+        )
+    pixels = resized(images, network.config.image_size)
+
+    def program(pixels: jax.Array) -> jax.Array:
+        return _ratings(network.config, network.params, head.config, head.params, pixels)
+
+    def take(index: np.ndarray) -> tuple[np.ndarray]:
+        return (pixels[index],)
+
+    (ratings,) = in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    return ratings
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _cosines(config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:
+    model = binding.bind(Clip, config, params)
+    pictures = model.image_embeds(normalised(config, pixels))
+    return (pictures * model.text_embeds(ids)).sum(axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "head_config"))
+def _ratings(
+    config: ClipConfig,
+    params: Params,
+    head_config: AestheticConfig,
+    head_params: Params,
+    pixels: jax.Array,
+) -> jax.Array:
+    pictures = binding.bind(Clip, config, params).image_embeds(normalised(config, pixels))
+    head = binding.bind(AestheticHead, head_config, head_params)
+    with jax.default_matmul_precision("highest"):
+        return head(pictures).astype(jnp.float32)
+
+
+# ---- inputs
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """Square images [N, S, S, 3] uint8 as [N, size, size, 3] uint8, bicubic with antialiasing.
+
+    A square has nothing that CLIP's crop would cut off.
+    """
+    if images.shape[1:3] == (size, size):
+        return images
+    shape = (size, size)
+    pictures = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
+    return np.stack([np.asarray(x) for x in pictures])
+
+
+def normalised(config: ClipConfig, pixels: jax.Array) -> jax.Array:
+    """uint8 pixels as the vision tower reads them, float32."""
+    x = pixels.astype(jnp.float32) / 255.0
+    return (x - jnp.array(config.image_mean)) / jnp.array(config.image_std)
+
+
+def token_ids(network: Any, prompts: Sequence[str]) -> np.ndarray:
+    """[N, context_length] int32: start of text, the prompt's first tokens, end of text, zeros.
+
+    Raises:
+        InputError: the folder has no tokenizer, or one that does not belong to the network.
+    """
+    config: ClipConfig = network.config
+    try:
+        rows = _tokenizer(network.folder)(
+            list(prompts), truncation=True, max_length=config.context_length
+        )["input_ids"]
+    except InputError:
+        raise
+    except Exception as error:  # a vocabulary without the special tokens raises a bare one
+        raise InputError(
+            f"{network.folder}: its tokenizer cannot be used ({error}); put the tokenizer files "
+            "of this CLIP there"
+        ) from error
+    ids = np.zeros((len(rows), config.context_length), np.int32)
+    for row, found in zip(ids, rows, strict=True):
+        if found[-1] != config.eos_token_id or max(found) >= config.vocab_size:
+            raise InputError(
+                f"{network.folder}: its tokenizer ends a prompt with id {found[-1]} (largest "
+                f"{max(found)}), but the network expects {config.eos_token_id} of "
+                f"{config.vocab_size}; put the tokenizer files of this CLIP there"
+            )
+        row[: len(found)] = found
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
+    if not any(all((folder / name).is_file() for name in group) for group in names):
+        raise InputError(
+            f"{folder}: no tokenizer found, expected tokenizer.json, or vocab.json and merges.txt; "
+            "copy them from openai/clip-vit-large-patch14, whose tokenizer all CLIPs share"
+        )
+    try:
+        return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise what they like
+        raise InputError(
+            f"{folder}: its tokenizer cannot be read ({error}); copy it again"
+        ) from error

@@ -1,0 +1,164 @@
+"""The cycle rewards: a drawing is captioned again, and compared with its real image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax.config import Positive
+from corl_jax.data.instructions import CAPTION
+from corl_jax.rewards import captions, image, perceptual, policy, similarity, spice, text
+from corl_jax.rewards.functions import Fit, compare_images, each
+from corl_jax.rewards.samples import Context, Samples
+
+Caption = Literal["policy", "blip"]
+TextTerm = Literal["jaccard", "bertscore", "sentence", "rouge", "spice"]
+CycleImageTerm = Literal["rmse", "mse", "ssim", "psnr", "lpips"]
+
+
+def bid_cycle(
+    samples: Samples,
+    context: Context,
+    *,
+    caption: Caption = "policy",
+    text_term: TextTerm = "jaccard",
+    image_term: CycleImageTerm = "rmse",
+    image_fit: Fit = "squash",
+    normalise: bool = False,
+    bert_layer: int = -1,
+    scorer: str = "policy",
+    caption_greedy: bool = True,
+    max_new_tokens: Positive = 64,
+    chunk: Positive = policy.CHUNK,
+) -> np.ndarray:
+    """Prompt against the caption of the drawing, plus drawing against the real image; [0, 2].
+
+    `caption` says who describes the drawing in at most `max_new_tokens`: BLIP, or the policy
+    (as `scorer` says), greedily unless `caption_greedy` is false: then at temperature 1, which
+    makes the reward itself random. `text_term` compares caption and prompt (`bertscore` by the
+    hidden states after `bert_layer`, -1 the last), `image_term` the two images, the real one
+    brought to size by `image_fit`. `normalise` cuts both terms to [0, 1] and halves their sum;
+    without it 1 - LPIPS and a cosine of sentences may fall below 0, as in the released code. NaN
+    without a prompt or a real image.
+    Source: arXiv 2505.17534 eq. 3 (blip, spice, lpips); the released code (blip, bertscore,
+    lpips) and its second version (policy, jaccard, rmse).
+    """
+    said = describe(
+        samples, context, caption, scorer=scorer, greedy=caption_greedy,
+        max_new_tokens=max_new_tokens, chunk=chunk,
+    )  # fmt: skip
+    words = compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
+    pixels = _compare_images(samples, context, image_term, image_fit)
+    if normalise:
+        words, pixels = np.clip(words, 0.0, 1.0), np.clip(pixels, 0.0, 1.0)
+    return np.asarray(
+        image.cycle_reward(jnp.asarray(words), jnp.asarray(pixels), normalise), np.float32
+    )
+
+
+def cycle(
+    samples: Samples,
+    context: Context,
+    *,
+    caption: Caption = "blip",
+    text_term: TextTerm = "spice",
+    bert_layer: int = -1,
+    scorer: str = "policy",
+    caption_greedy: bool = True,
+    max_new_tokens: Positive = 30,
+    chunk: Positive = policy.CHUNK,
+) -> np.ndarray:
+    """Prompt against the caption of the drawing, at most 1; the options are `bid_cycle`'s.
+
+    NaN without a prompt.
+    Source: the released code.
+    """
+    said = describe(
+        samples, context, caption, scorer=scorer, greedy=caption_greedy,
+        max_new_tokens=max_new_tokens, chunk=chunk,
+    )  # fmt: skip
+    return compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
+
+
+def describe(
+    samples: Samples,
+    context: Context,
+    caption: Caption,
+    *,
+    scorer: str,
+    greedy: bool,
+    max_new_tokens: int,
+    chunk: int,
+) -> list[str]:
+    """A caption of each drawing, by BLIP or by the policy."""
+    if caption == "blip":
+        with context.network("blip") as network:
+            return captions.caption(
+                network, samples.drawn(), max_new_tokens=max_new_tokens, chunk=chunk
+            )
+    return policy.ask(
+        samples, context, [CAPTION] * len(samples), stream="caption", scorer=scorer,
+        greedy=greedy, max_new_tokens=max_new_tokens, chunk=chunk,
+    )  # fmt: skip
+
+
+def compare_texts(
+    term: TextTerm,
+    said: Sequence[str],
+    prompts: Sequence[str | None],
+    context: Context,
+    bert_layer: int = -1,
+) -> np.ndarray:
+    """Captions against prompts [N] float32, at most 1; NaN without a prompt.
+
+    `sentence` lies in [-1, 1], the others in [0, 1].
+    """
+    if term == "bertscore":
+        with context.network("bert") as network:
+            return similarity.bert_score(network, said, prompts, layer=bert_layer)
+    if term == "sentence":
+        with context.network("sentence") as network:
+            return similarity.sentence_similarity(network, said, prompts)
+    if term == "spice":
+        return spice.spice(said, prompts)
+    if term == "rouge":
+        return similarity.rouge_l(said, prompts)
+
+    def overlap(prompt: str | None, caption: str) -> float:
+        return text.soft_jaccard(prompt, caption) if (prompt or "").strip() else float("nan")
+
+    return each(overlap, list(prompts), list(said))
+
+
+def _compare_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
+    if term != "lpips":
+        return compare_images(samples, context, term, fit)
+    with context.network("lpips") as network:
+        distance = perceptual.lpips_distance(
+            network, samples.drawn(), samples.column("real_image"), fit=fit
+        )
+    return 1.0 - distance
+
+
+def option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Options of the cycle rewards that others leave without effect, or that cannot be had here."""
+    chosen = {**defaults, **options}
+    problems = []
+    if chosen["caption"] == "blip":
+        problems += [
+            f"option {name}: found {options[name]!r}, but caption blip does not ask the policy; "
+            "leave it out, or set caption to policy"
+            for name in ("scorer", "caption_greedy")
+            if options.get(name, defaults[name]) != defaults[name]
+        ]
+    if chosen["text_term"] != "bertscore" and chosen["bert_layer"] != defaults["bert_layer"]:
+        problems.append(
+            f"option bert_layer: found {chosen['bert_layer']}, but text_term "
+            f"{chosen['text_term']} asks no BERT; leave it out, or set text_term to bertscore"
+        )
+    check = {"spice": spice.spice_problem, "rouge": similarity.rouge_problem}
+    problem = check.get(chosen["text_term"], lambda: None)()
+    return [*problems, f"option text_term: {problem}"] if problem else problems

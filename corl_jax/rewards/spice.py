@@ -1,0 +1,148 @@
+"""SPICE, the paper's own text term of the cycle reward, through the Java program of its authors.
+
+The package pycocoevalcap brings the program. Its own caller is not used: that one has no time
+limit, writes into the package's folder and downloads half a gigabyte without being asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corl_jax.errors import InputError
+
+JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+HEAP = "8G"
+# SPICE writes its results with the JavaScript engine that Java 15 took out.
+JAVA = range(8, 15)
+
+
+def spice(
+    predictions: Sequence[str | None], targets: Sequence[str | None], *, timeout_s: float = 600.0
+) -> np.ndarray:
+    """SPICE F1 of each pair over all kinds of tuples, in [0, 1]: agreement of scene graphs.
+
+    [N] float32: NaN where the target is blank, for then the reward does not apply to the row,
+    and 0 where only the prediction is, or where no object, attribute or relation is found.
+    One Java process scores all different pairs, with up to 8 GB of memory.
+
+    Raises:
+        InputError: SPICE cannot run here, fails, or is not done after `timeout_s` seconds.
+    Source: Anderson et al. 2016 (arXiv 1607.08822).
+    """
+    if problem := spice_problem():
+        raise InputError(problem)
+    cleaned = ([(text or "").strip() for text in texts] for texts in (predictions, targets))
+    pairs = list(zip(*cleaned, strict=True))
+    different = list(dict.fromkeys(pair for pair in pairs if all(pair)))
+    scores = dict(zip(different, _run(different, timeout_s), strict=True))
+    found = (scores.get(pair, 0.0) if pair[1] else float("nan") for pair in pairs)
+    return np.fromiter(found, np.float32, len(pairs))
+
+
+def spice_problem() -> str | None:
+    """Why `spice` cannot run here, and the remedy; None if it can."""
+    folder, java = _folder(), _java()
+    if folder is None:
+        return "spice: found no package pycocoevalcap; run pip install 'corl-jax[spice]'"
+    wanted = f"Java {JAVA[0]} to {JAVA[-1]}"
+    if java is None:
+        return f"spice: found no java; install {wanted} and put it on PATH or set JAVA_HOME"
+    version = _version(java)
+    if version not in JAVA:
+        return (
+            f"spice: {java} is Java {version or 'of an unknown version'}, expected {wanted}, "
+            "because SPICE writes with the JavaScript engine that Java 15 took out; install one "
+            "and set JAVA_HOME to it"
+        )
+    missing = [name for name in JARS if not (folder / "lib" / name).is_file()]
+    if missing:
+        return (
+            f"spice: {folder / 'lib'} lacks {', '.join(missing)}; with access to "
+            "nlp.stanford.edu run python -m pycocoevalcap.spice.get_stanford_models"
+        )
+    return None
+
+
+def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
+    """The scores of (prediction, target) pairs."""
+    if not pairs:
+        return []
+    items = [
+        {"image_id": i, "test": prediction, "refs": [target]}
+        for i, (prediction, target) in enumerate(pairs)
+    ]
+    jar = str(_folder() / "spice-1.0.jar")
+    with tempfile.TemporaryDirectory(prefix="spice-") as folder:
+        source, out = Path(folder, "in.json"), Path(folder, "out.json")
+        source.write_text(json.dumps(items))  # ASCII: Java reads it in the platform's encoding
+        command = [_java(), f"-Xmx{HEAP}", "-jar", jar, str(source), "-out", str(out), "-silent"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"spice: {len(pairs)} captions were not scored after {timeout_s:g} s; allow more "
+                "time or score fewer at once"
+            ) from error
+        except OSError as error:
+            raise InputError(f"spice: {command[0]} cannot be run ({error.strerror})") from error
+        if done.returncode:
+            raise InputError(f"spice: java ended with code {done.returncode}: {_said(done.stderr)}")
+        return _scores(out, len(pairs))
+
+
+def _scores(out: Path, count: int) -> list[float]:
+    """The scores by `image_id`, so that their order in the file does not matter."""
+    try:
+        items = json.loads(out.read_text())
+        found = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in items}
+        return [found[i] for i in range(count)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"spice: its results cannot be read ({type(error).__name__}: {error}), expected a "
+            f"score for each of {count} captions; install pycocoevalcap 1.2 again"
+        ) from error
+
+
+def _said(stderr: str) -> str:
+    """The last lines without those of a stack trace."""
+    lines = [line.strip() for line in stderr.splitlines() if line and not line.startswith("\t")]
+    return " | ".join(lines[-3:]) or "it said nothing"
+
+
+def _folder() -> Path | None:
+    """Where the program lies in its package."""
+    try:
+        spec = importlib.util.find_spec("pycocoevalcap.spice")
+    except ModuleNotFoundError:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) if spec else None
+
+
+def _java() -> str | None:
+    """JAVA_HOME's java, or the one on PATH."""
+    home = os.environ.get("JAVA_HOME")
+    return (home and shutil.which("java", path=str(Path(home, "bin")))) or shutil.which("java")
+
+
+def _version(java: str) -> int | None:
+    """8 for the `1.8.0_312` of old, 17 for `17.0.15`."""
+    try:
+        done = subprocess.run(
+            [java, "-version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr)
+    return int(found[1]) if found else None

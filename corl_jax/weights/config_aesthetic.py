@@ -1,0 +1,20 @@
+"""The sizes of an aesthetic head, which its file tells only by the tensors' shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from corl_jax.models.aesthetic import AestheticConfig
+from corl_jax.weights.table import Shape
+from corl_jax.weights.tables.aesthetic import PLACES
+
+
+def parse(
+    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
+) -> AestheticConfig:
+    """Each layer's inputs, and the one score; what does not chain is left to the table."""
+    usual = AestheticConfig().sizes
+    found = [shapes.get(f"layers.{place}.weight", ()) for place in PLACES]
+    inputs = [shape[1] if len(shape) == 2 else usual[i] for i, shape in enumerate(found)]
+    return AestheticConfig(sizes=(*inputs, 1))

@@ -1,0 +1,197 @@
+"""CLIP's settings as transformers and open_clip write them, with image normalisation.
+
+Sources: transformers 5.23 `models/clip`; open_clip 3.3 `model.py` and `factory.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from corl_jax.models.clip import Activation, ClipConfig, TowerConfig
+from corl_jax.weights.fields import Fields
+from corl_jax.weights.storage import read_json
+from corl_jax.weights.table import Shape
+
+ACTIVATIONS: tuple[Activation, ...] = ("quick_gelu", "gelu")  # the first is transformers' default
+LEGACY_EOS = 2  # stands in old configs, whatever the tokenizer says
+OPEN_CLIP_FILE = "open_clip_config.json"
+BICUBIC = 3  # PIL's number
+
+# Settings that change the network without changing its tensors' names, and what they must be.
+_VISION_SETTINGS: dict[str, Any] = {
+    "timm_model_name": None, "pool_type": "tok", "final_ln_after_pool": False,
+    "no_ln_pre": False, "attentional_pool": False, "pos_embed_type": "learnable",
+    "act_kwargs": None, "norm_kwargs": None,
+}  # fmt: skip
+_TEXT_SETTINGS: dict[str, Any] = {
+    "hf_model_name": None, "pool_type": "argmax", "no_causal_mask": False, "embed_cls": False,
+    "proj_type": "linear", "proj_bias": False, "act_kwargs": None, "norm_kwargs": None,
+}  # fmt: skip
+
+
+def parse(
+    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
+) -> ClipConfig:
+    """The sizes of both towers and the image normalisation.
+
+    Raises: InputError for a file that cannot be read.
+    """
+    if layout == "transformers":
+        config = _transformers(folder / "config.json", problems)
+    elif (folder / OPEN_CLIP_FILE).is_file():
+        config = _open_clip(folder / OPEN_CLIP_FILE, problems)
+    else:
+        config = _known_sizes(folder, shapes, problems)
+    return config if problems else _checked(config, folder, problems)
+
+
+def _transformers(file: Path, problems: list[str]) -> ClipConfig:
+    data = read_json(file)
+    top = Fields(str(file), data, problems)
+    top.expect("model_type", ("clip",), "the only architecture that is scored with here")
+    text, vision = (_tower_fields(top, name) for name in ("text_config", "vision_config"))
+    vision.expect("num_channels", (3,), "images are RGB")
+    vocab = text.size("vocab_size", 49408)
+    eos = text.size("eos_token_id", 49407)
+    mean, std = _processor_norm(file.parent, problems)
+    return ClipConfig(
+        vision=_transformers_tower(vision, TowerConfig(768, 3072, 12, 12)),
+        text=_transformers_tower(text, TowerConfig(512, 2048, 12, 8)),
+        image_size=vision.size("image_size", 224),
+        patch_size=vision.size("patch_size", 32),
+        vocab_size=vocab,
+        context_length=text.size("max_position_embeddings", 77),
+        # What transformers then looks for is the largest id of a row.
+        eos_token_id=vocab - 1 if eos == LEGACY_EOS else eos,
+        projection_dim=top.size("projection_dim", 512),
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def _tower_fields(top: Fields, name: str) -> Fields:
+    """A tower's settings; old files repeat them as `.._dict`, which wins in transformers too."""
+    section, repeated = top.section(name), top.section(f"{name}_dict")
+    return Fields(section.where, {**section.data, **repeated.data}, top.problems)
+
+
+def _transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig:
+    fields.expect("hidden_act", ACTIVATIONS, "no other is implemented")
+    return TowerConfig(
+        hidden_size=fields.size("hidden_size", usual.hidden_size),
+        intermediate_size=fields.size("intermediate_size", usual.intermediate_size),
+        num_layers=fields.size("num_hidden_layers", usual.num_layers, limit=10_000),
+        num_heads=fields.size("num_attention_heads", usual.num_heads),
+        activation=fields.data.get("hidden_act", ACTIVATIONS[0]),
+        layer_norm_eps=fields.number("layer_norm_eps", 1e-5),
+    )
+
+
+def _processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
+    """Mean and std of the image processor's file; without one, CLIP's own."""
+    for name, section in (("preprocessor_config", None), ("processor_config", "image_processor")):
+        file = folder / f"{name}.json"
+        if not file.is_file():
+            continue
+        fields = Fields(str(file), read_json(file), problems)
+        fields = fields if section is None else fields.section(section)
+        fields.expect("resample", (BICUBIC,), "images are resized bicubically")
+        for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+            fields.expect(step, (True,), "images are always prepared so")
+        factor = fields.number("rescale_factor", 1 / 255)
+        if abs(factor * 255 - 1) > 1e-4:
+            problems.append(f"{fields.where}: rescale_factor is {factor}, expected 1 / 255")
+        return _norm(fields, "image_mean", "image_std")
+    return ClipConfig().image_mean, ClipConfig().image_std
+
+
+def _norm(fields: Fields, mean: str, std: str) -> tuple[tuple[float, ...], ...]:
+    usual = ClipConfig()
+    mean_values = _triple(fields, mean, usual.image_mean)
+    std_values = _triple(fields, std, usual.image_std)
+    if 0 in std_values:
+        fields.problems.append(f"{fields.where}: {std} is {std_values}, expected numbers above 0")
+    return mean_values, std_values
+
+
+def _triple(fields: Fields, name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    value = fields.data.get(name)
+    if value is None:
+        return usual
+    numbers = [x for x in value if type(x) in (int, float)] if isinstance(value, list) else []
+    if len(numbers) != 3 or numbers != value or not 0 <= min(numbers) <= max(numbers) < 10:
+        fields.problems.append(f"{fields.where}: {name} is {value!r}, expected 3 numbers below 10")
+        return usual
+    return tuple(float(x) for x in numbers)
+
+
+def _open_clip(file: Path, problems: list[str]) -> ClipConfig:
+    top = Fields(str(file), read_json(file), problems)
+    model, pixels = top.section("model_cfg"), top.section("preprocess_cfg")
+    vision, text = model.section("vision_cfg"), model.section("text_cfg")
+    model.expect("quick_gelu", (False, True), "it chooses the activation")
+    pixels.expect("interpolation", ("bicubic",), "images are resized bicubically")
+    for fields, settings in ((vision, _VISION_SETTINGS), (text, _TEXT_SETTINGS)):
+        for name, value in settings.items():
+            fields.expect(name, (value,), "nothing else is implemented")
+    activation = "quick_gelu" if model.data.get("quick_gelu") else "gelu"
+    width = vision.size("width", 768)
+    heads = max(1, width // vision.size("head_width", 64))
+    mean, std = _norm(pixels, "mean", "std")
+    return ClipConfig(
+        vision=_open_clip_tower(vision, width, heads, activation),
+        text=_open_clip_tower(text, text.size("width", 512), text.size("heads", 8), activation),
+        image_size=vision.size("image_size", 224),
+        patch_size=vision.size("patch_size", 16),
+        vocab_size=text.size("vocab_size", 49408),
+        context_length=text.size("context_length", 77),
+        eos_token_id=text.size("vocab_size", 49408) - 1,
+        projection_dim=model.size("embed_dim", None),
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def _open_clip_tower(fields: Fields, width: int, heads: int, activation: Activation) -> TowerConfig:
+    return TowerConfig(
+        hidden_size=width,
+        intermediate_size=int(width * fields.number("mlp_ratio", 4.0)),
+        num_layers=fields.size("layers", 12, limit=10_000),
+        num_heads=heads,
+        activation=activation,
+    )
+
+
+def _known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
+    """The default ViT-H/14, as which HPS v2 is published without settings; else a problem.
+
+    Tensors tell neither the number of heads nor the activation.
+    """
+    usual = ClipConfig()
+    width, features = (
+        shapes.get(key, (0,))[-1:] for key in ("visual.class_embedding", "text_projection")
+    )
+    if (*width, *features) != (usual.vision.hidden_size, usual.projection_dim):
+        problems.append(
+            f"{folder / OPEN_CLIP_FILE}: is missing; without it only ViT-H/14 is known, of width "
+            f"{usual.vision.hidden_size} and with {usual.projection_dim} features, found "
+            f"{[*width, *features]}; put the model's {OPEN_CLIP_FILE} there"
+        )
+    return usual
+
+
+def _checked(config: ClipConfig, folder: Path, problems: list[str]) -> ClipConfig:
+    """The same config; sizes that do not divide as the network needs are problems."""
+    checks = [
+        ("vision width", config.vision.hidden_size, "vision heads", config.vision.num_heads),
+        ("text width", config.text.hidden_size, "text heads", config.text.num_heads),
+        ("image size", config.image_size, "patch size", config.patch_size),
+    ]
+    problems += [
+        f"{folder}: {name} {value} is not a multiple of {unit_name} {unit}; correct its config"
+        for name, value, unit_name, unit in checks
+        if value % unit
+    ]
+    return config

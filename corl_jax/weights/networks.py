@@ -1,0 +1,285 @@
+"""Checkpoints of reward networks: PyTorch files in, our own directories in and out.
+
+Each kind has a module, a parser of foreign settings and a key table per layout; the layout is
+told by the tensors' names. A converted directory holds `model.safetensors`, whose keys are
+parameter paths, and `config.json` with the sizes; tokenizer and image settings travel along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from corl_jax.errors import InputError
+from corl_jax.models import binding
+from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
+from corl_jax.models.bert import Bert, BertConfig
+from corl_jax.models.blip import Blip, BlipConfig
+from corl_jax.models.clip import Clip, ClipConfig
+from corl_jax.models.vgg import Lpips, VggConfig
+from corl_jax.types import Params
+from corl_jax.weights import (
+    config_aesthetic,
+    config_bert,
+    config_blip,
+    config_clip,
+    config_vgg,
+)
+from corl_jax.weights.atomic import whole_directory
+from corl_jax.weights.configs import FORMAT_VERSION, from_dict
+from corl_jax.weights.dtypes import is_float, named
+from corl_jax.weights.leaves import JaxLeaves, Leaves, TorchLeaves, layer_count, leaf_dtype
+from corl_jax.weights.shards import (
+    DEFAULT_SHARD_BYTES,
+    Progress,
+    TensorPlan,
+    write_tensors,
+    write_text,
+)
+from corl_jax.weights.storage import Store, open_any_store, read_json
+from corl_jax.weights.table import Shape, Table, flatten, unflatten
+from corl_jax.weights.tables import aesthetic, bert, blip, clip, vgg
+
+MODEL_TYPE = "corl_jax_network"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "1_Pooling/config.json",
+)  # fmt: skip
+"""What travels along with the weights, where it is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkKind:
+    """How the checkpoints of one architecture are read."""
+
+    module: type[nnx.Module]
+    config: type  # a frozen dataclass whose defaults are the published sizes
+    tables: Mapping[str, Table]  # by layout
+    # (folder, layout, torch key -> shape, problems to add to) -> config
+    parse: Callable[[Path, str, Mapping[str, Shape], list[str]], Any]
+    model_types: tuple[str, ...] = ()  # of a config.json that can only mean this kind
+
+    def shapes(self, config: Any) -> dict[str, Shape]:
+        """{path: shape} of every parameter."""
+        abstract = binding.abstract(self.module, config)
+        return {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
+
+
+@dataclasses.dataclass
+class NetworkCheckpoint:
+    """A checked checkpoint of a reward network, its files open until `close`."""
+
+    name: str  # key of KINDS
+    folder: Path
+    layout: str  # a key of the kind's tables, or `jax`
+    config: Any
+    leaves: Leaves
+    store: Store
+    stacked: dict[str, bool]  # whether a leaf is read layer by layer
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.leaves.shapes.values())
+
+    def read(self, path: str, dtype: Any = None) -> np.ndarray:
+        """One whole leaf, as stored or as `dtype`."""
+        layers = layer_count(self.leaves, path, self.stacked[path])
+        out = np.empty(self.leaves.shapes[path], dtype or leaf_dtype(self.leaves, path, layers))
+        for layer in layers:
+            out[... if layer is None else layer] = self.leaves.read(path, layer)
+        return out
+
+    def close(self) -> None:
+        self.store.close()
+
+    def __enter__(self) -> NetworkCheckpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def recognise(path: str | Path) -> str | None:
+    """The kind that a directory's config.json states; None where it states none of ours."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    stated = data.get("model_type")
+    if stated == MODEL_TYPE:
+        return data.get("network") if data.get("network") in KINDS else None
+    return next((name for name, kind in KINDS.items() if stated in kind.model_types), None)
+
+
+def open_network(path: str | Path, name: str) -> NetworkCheckpoint:
+    """Opens a directory (or a single file) of weights of the kind `name`, and checks them all.
+
+    Raises: InputError listing every setting and tensor that is missing, unknown or misshapen.
+    """
+    path, kind = Path(path), KINDS[name]
+    folder = path if path.is_dir() else path.parent
+    stated = recognise(path)
+    if stated not in (None, name):
+        raise InputError(
+            f"{path}: holds a {stated} network, expected {name}; give the other directory"
+        )
+    store = open_any_store(path)
+    try:
+        if _is_converted(folder):
+            return _open_converted(folder, name, store)
+        found = {key: info.shape for key, info in store.infos.items()}
+        layout = _layout(kind, found)
+        problems: list[str] = []
+        config = kind.parse(folder, layout, found, problems)
+        if problems:
+            raise InputError(problems)
+        table, shapes = kind.tables[layout], kind.shapes(config)
+        slots = table.slots(shapes)
+        problems = table.problems(slots, found, path)
+        keys = {slot.key for slot in slots}
+        problems += _dtype_problems(path, store, keys)
+        if problems:
+            raise InputError(problems)
+        stacked = {leaf: table.row(leaf)[0].stacked for leaf in shapes}
+        leaves = TorchLeaves(store, slots, shapes)
+        return NetworkCheckpoint(name, folder, layout, config, leaves, store, stacked)
+    except BaseException:
+        store.close()
+        raise
+
+
+def load_network(path: str | Path, name: str, dtype: Any = None) -> tuple[Any, Params]:
+    """(config, parameters as NumPy arrays); `dtype` None keeps each as stored, scalars stay so.
+
+    A scalar is a scale whose rounding to bfloat16 would scale every score.
+
+    Raises: InputError as `open_network`.
+    """
+    with open_network(path, name) as opened:
+        shapes = opened.leaves.shapes
+        flat = {leaf: opened.read(leaf, dtype if shapes[leaf] else None) for leaf in shapes}
+        return opened.config, unflatten(flat)
+
+
+def convert_network(
+    source: str | Path,
+    out: str | Path,
+    name: str,
+    *,
+    dtype: str = "keep",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> NetworkCheckpoint:
+    """Writes a network's checkpoint as our own directory, whole or not at all; returns the source.
+
+    Raises: InputError for a source that does not add up, or a folder that is taken.
+    """
+    with open_network(source, name) as opened:
+        plans = [_plan(opened, path, dtype) for path in opened.leaves.shapes]
+        with whole_directory(Path(out), overwrite=overwrite) as folder:
+            settings = {
+                "model_type": MODEL_TYPE,
+                "format_version": FORMAT_VERSION,
+                "network": name,
+                "sizes": dataclasses.asdict(opened.config),
+            }
+            write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+            for file in TOKENIZER_FILES:
+                if (opened.folder / file).is_file():
+                    (folder / file).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(opened.folder / file, folder / file)
+            write_tensors(folder, plans, max_shard_bytes=max_shard_bytes, progress=progress)
+        return opened
+
+
+def _plan(opened: NetworkCheckpoint, path: str, dtype: str) -> TensorPlan:
+    leaves = opened.leaves
+    layers = layer_count(leaves, path, opened.stacked[path])
+    kept = leaf_dtype(leaves, path, layers)
+    target = named(dtype) if dtype != "keep" and is_float(kept) else kept
+
+    def chunks() -> Iterator[np.ndarray]:
+        for layer in layers:
+            yield np.ascontiguousarray(leaves.read(path, layer), dtype=target)
+
+    return TensorPlan(path, target, leaves.shapes[path], chunks)
+
+
+def _layout(kind: NetworkKind, found: Mapping[str, Shape]) -> str:
+    """The layout whose table knows the most of the tensors."""
+
+    def known(table: Table) -> int:
+        return sum(table.matches(key) for key in found)
+
+    return max(kind.tables, key=lambda layout: known(kind.tables[layout]))
+
+
+def _is_converted(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
+
+
+def _open_converted(folder: Path, name: str, store: Store) -> NetworkCheckpoint:
+    file, problems = folder / "config.json", []
+    data = read_json(file)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{file}: format_version is {data.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "convert the PyTorch checkpoint again with this version"
+        )
+    if data.get("network") != name:
+        problems.append(f"{file}: network is {data.get('network')!r}, expected {name!r}")
+    config = from_dict(KINDS[name].config, data.get("sizes"), f"{file}: sizes", problems)
+    if problems:
+        raise InputError(problems)
+    shapes = KINDS[name].shapes(config)
+    for path in sorted(shapes.keys() | store.infos.keys()):
+        found = store.infos[path].shape if path in store.infos else None
+        if found != shapes.get(path):
+            problems.append(
+                f"{folder}: {path}: found {list(found) if found is not None else 'nothing'}, "
+                f"expected {list(shapes[path]) if path in shapes else 'nothing'}; convert it again"
+            )
+    problems += _dtype_problems(folder, store, set(shapes))
+    if problems:
+        raise InputError(problems)
+    return NetworkCheckpoint(
+        name, folder, "jax", config, JaxLeaves(store, {}), store, dict.fromkeys(shapes, False)
+    )
+
+
+def _dtype_problems(where: Path, store: Store, keys: set[str]) -> list[str]:
+    return [
+        f"{where}: {key} holds {info.dtype.name}, expected a float type; quantised checkpoints "
+        "are not supported"
+        for key, info in store.infos.items()
+        if key in keys and not is_float(info.dtype)
+    ]
+
+
+KINDS: dict[str, NetworkKind] = {
+    "bert": NetworkKind(Bert, BertConfig, bert.TABLES, config_bert.parse, ("bert",)),
+    "blip": NetworkKind(Blip, BlipConfig, blip.TABLES, config_blip.parse, ("blip",)),
+    "clip": NetworkKind(Clip, ClipConfig, clip.TABLES, config_clip.parse, ("clip",)),
+    "vgg": NetworkKind(Lpips, VggConfig, vgg.TABLES, config_vgg.parse),
+    "aesthetic": NetworkKind(
+        AestheticHead, AestheticConfig, aesthetic.TABLES, config_aesthetic.parse
+    ),
+}
+"""The architectures of reward networks by name."""

@@ -1,0 +1,32 @@
+"""A PyTorch state dict as parameters, through a key table and nothing else of the loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax.models import binding
+from corl_jax.types import Params
+from corl_jax.weights.table import Table, flatten, unflatten
+
+
+def from_table(table: Table, kind: Any, config: Any, state: Mapping[str, np.ndarray]) -> Params:
+    """Every leaf filled from `state`, whose keys and shapes must be exactly the table's."""
+    shapes = {path: leaf.shape for path, leaf in flatten(binding.abstract(kind, config)).items()}
+    slots = table.slots(shapes)
+    assert not table.problems(slots, {key: x.shape for key, x in state.items()}, "test")
+    flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    for slot in slots:
+        first, last = slot.rows or (None, None)
+        piece = state[slot.key] if slot.rows is None else state[slot.key][first:last]
+        flat[slot.path][... if slot.layer is None else slot.layer] = slot.transform.to_leaf(piece)
+    assert not any(np.isnan(leaf).any() for leaf in flat.values())
+    return unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})
+
+
+def arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A torch state dict as float32 arrays."""
+    return {key: tensor.detach().float().numpy() for key, tensor in state.items()}

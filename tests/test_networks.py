@@ -1,0 +1,277 @@
+"""Reward networks: their folders, converting them, where they live, and who may be the scorer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from safetensors.numpy import load_file, save_file
+
+from corl_jax import sharding
+from corl_jax.config import Networks, RewardNetwork
+from corl_jax.errors import InputError
+from corl_jax.rewards import networks, registry
+from corl_jax.rewards.samples import Context, Frozen, Network
+from corl_jax.types import Params
+from corl_jax.weights.networks import KINDS, load_network, open_network, recognise
+from corl_jax.weights.table import flatten
+from tests.tiny_networks import TINY, network_dir, random_network
+from tools.convert_weights.__main__ import run as convert
+
+KINDS_HERE = sorted(TINY)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("networks")
+    return {kind: network_dir(root / kind, kind) for kind in KINDS_HERE}
+
+
+def as_torch(kind: str, folder, layout: str | None = None):
+    """The random network in one of its foreign layouts, written through the table."""
+    table = KINDS[kind].tables[layout or next(iter(KINDS[kind].tables))]
+    flat = flatten(random_network(kind))
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    state: dict[str, list] = {}
+    for slot in table.slots(shapes):
+        leaf = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
+        state.setdefault(slot.key, []).append((slot.part, slot.transform.to_torch(leaf)))
+    folder.mkdir()
+    save_file(
+        {key: np.ascontiguousarray(np.concatenate([x for _, x in sorted(parts, key=lambda p: p[0])])
+                                   if len(parts) > 1 else parts[0][1])
+         for key, parts in state.items()},
+        folder / "model.safetensors",
+    )  # fmt: skip
+    return folder
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_a_converted_folder_is_read_back(folders, kind):
+    assert recognise(folders[kind]) == kind
+    config, params = load_network(folders[kind], kind)
+    assert config == TINY[kind]
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, random_network(kind)))
+    with open_network(folders[kind], kind) as opened:
+        assert opened.layout == "jax"
+        assert opened.parameters == sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("layout", sorted(KINDS["vgg"].tables))
+def test_a_foreign_folder_converts_to_the_same_numbers(tmp_path, layout, capsys):
+    source = as_torch("vgg", tmp_path / "source", layout)
+    assert convert(["to-jax", str(source), str(tmp_path / "out"), "--model", "vgg"]) == 0
+    assert f"layout {layout}" in capsys.readouterr().out
+    config, params = load_network(tmp_path / "out", "vgg")
+    assert config == TINY["vgg"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, random_network("vgg")))
+    assert recognise(tmp_path / "out") == "vgg"
+    assert convert(["inspect", str(tmp_path / "out")]) == 0
+    assert "network     vgg, layout jax" in capsys.readouterr().out
+
+
+def test_converting_again_as_another_type(folders, tmp_path):
+    out = tmp_path / "half"
+    assert convert(["to-jax", str(folders["blip"]), str(out), "--dtype", "bfloat16"]) == 0
+    config, params = load_network(out, "blip")
+    assert config == TINY["blip"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    copied = {file.name for file in out.iterdir()}
+    assert copied == {"config.json", "model.safetensors", "vocab.txt", "preprocessor_config.json"}
+    _, wide = load_network(out, "blip", np.float32)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
+
+
+def test_what_is_wrong_with_a_folder_is_listed(folders, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["bert"], broken)
+    state = load_file(broken / "model.safetensors")
+    state["extra"] = state.pop("embeddings/layernorm/bias")
+    state["embeddings/layernorm/scale"] = np.zeros(3, np.float32)
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load_network(broken, "bert")
+    assert len(error.value.problems) == 3
+    for text in ("extra: found", "embeddings/layernorm/bias: found nothing", "scale: found [3]"):
+        assert any(text in problem for problem in error.value.problems), text
+    with pytest.raises(InputError, match="holds a bert network, expected blip"):
+        open_network(folders["bert"], "blip")
+    with pytest.raises(InputError, match="no weights found"):
+        open_network(tmp_path, "vgg")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"format_version": 0}))
+    with pytest.raises(InputError, match="format_version is 0, expected 1"):
+        open_network(broken, "bert")
+    (broken / "config.json").write_text(json.dumps(config | {"sizes": {"num_layers": "two"}}))
+    with pytest.raises(InputError, match=r"sizes\.num_layers is 'two'"):
+        open_network(broken, "bert")
+
+
+def test_a_kind_must_be_said_where_no_config_tells_it(tmp_path, capsys):
+    source = as_torch("vgg", tmp_path / "source")
+    with pytest.raises(SystemExit) as error:
+        convert(["to-jax", str(source), str(tmp_path / "out")])
+    assert error.value.code == 2 and "give --model bert or blip" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what the rewards ask
+
+
+def resolved(**options):
+    name = options.pop("name", "t2i_bid_cycle_reward")
+    return registry.resolve_one(name, options)
+
+
+def test_only_what_the_options_ask_is_looked_for(folders):
+    paper = resolved(caption="blip", text_term="bertscore", image_term="lpips")
+    assert paper.networks == ("blip", "bert", "lpips") and paper.scorers == ()
+    plain = resolved()
+    assert plain.networks == () and plain.scorers == ("policy",)
+    settings = Networks(
+        blip=RewardNetwork(path=str(folders["blip"]), dtype="bfloat16"),
+        bert=RewardNetwork(path=str(folders["bert"])),
+        lpips=RewardNetwork(path=str(folders["vgg"])),
+    )
+    found = networks.inspect([paper, plain], settings, "float32")
+    assert [(one.name, one.dtype) for one in found] == [
+        ("blip", "bfloat16"), ("bert", "float32"), ("lpips", "float32")
+    ]  # fmt: skip
+    assert found[0].nbytes == 2 * found[0].parameters
+    assert {one.rewards for one in found} == {("t2i_bid_cycle_reward",)}
+    assert networks.inspect([plain], Networks(), "float32") == []
+
+
+def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paper = resolved(caption="policy", text_term="sentence", image_term="lpips")
+    settings = Networks(sentence=RewardNetwork(path=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError) as error:
+        networks.inspect([paper], settings, "float32")
+    sentence, lpips = error.value.problems
+    assert "networks.sentence" in sentence and "nowhere: no such directory" in sentence
+    assert "14,716,160 parameters as published" in lpips
+    assert "weights/lpips: no such directory" in lpips and "vgg16-397923af.pth" in lpips
+    assert "to-jax FOLDER DST --model vgg" in lpips and "t2i_bid_cycle_reward" in lpips
+
+
+def test_settings_that_nothing_asks_are_refused(folders):
+    idle = Networks(clip=RewardNetwork(path=str(folders["clip"])))
+    with pytest.raises(InputError, match=r"networks\.clip: is set, but no listed reward asks it"):
+        networks.inspect([resolved()], idle, "float32")
+    with pytest.raises(InputError, match=r"networks\.offload: found True"):
+        networks.inspect([resolved()], Networks(offload=True), "float32")
+    assert networks.inspect([resolved(scorer="initial")], Networks(offload=True), "float32") == []
+
+
+def test_options_that_idle_beside_others_are_refused():
+    for options, expected in (
+        ({"caption": "blip", "scorer": "initial"}, "option scorer: found 'initial'"),
+        ({"caption": "blip", "caption_greedy": False}, "option caption_greedy: found False"),
+        ({"bert_layer": 3}, "option bert_layer: found 3"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            resolved(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "options", "expected"),
+    [
+        ("bert", "vocab.txt", {"text_term": "bertscore"}, "networks.bert: "),
+        ("blip", "vocab.txt", {"caption": "blip"}, "networks.blip: "),
+        ("blip", "preprocessor_config.json", {"caption": "blip"}, "preprocessor_config.json"),
+        ("bert", None, {"text_term": "bertscore", "bert_layer": 9}, "bert_layer: found 9"),
+        ("blip", None, {"caption": "blip", "max_new_tokens": 65}, "max_new_tokens: found 65"),
+    ],
+)
+def test_what_would_fail_in_the_first_step_is_found_before(
+    folders, tmp_path, name, missing, options, expected
+):
+    folder = tmp_path / name
+    shutil.copytree(folders[name], folder)
+    settings = Networks(**{name: RewardNetwork(path=str(folder))})
+    if missing:
+        whole = Networks(**{name: RewardNetwork(path=str(folders[name]))})
+        assert len(networks.inspect([resolved(**options)], whole, "float32")) == 1
+        (folder / missing).unlink()
+    with pytest.raises(InputError) as error:
+        networks.inspect([resolved(**options)], settings, "float32")
+    assert any(expected in problem for problem in error.value.problems)
+
+
+def test_a_tokenizer_of_another_network_is_refused(folders, tmp_path):
+    for name, options in (("bert", {"text_term": "bertscore"}), ("blip", {"caption": "blip"})):
+        folder = tmp_path / name
+        shutil.copytree(folders[name], folder)
+        with (folder / "vocab.txt").open("a") as words:
+            words.write("\n" + "\n".join(f"word{i}" for i in range(50)))
+        settings = Networks(**{name: RewardNetwork(path=str(folder))})
+        with pytest.raises(InputError, match=rf"networks\.{name}"):
+            networks.inspect([resolved(**options)], settings, "float32")
+
+
+# ---- where they live
+
+
+def everywhere(devices: int = 1):
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    return NamedSharding(mesh, PartitionSpec())
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_offloaded_parameters_take_the_device_only_while_used(folders, devices):
+    params: Params = random_network("bert")
+    frozen = Frozen(
+        Network(TINY["bert"], params, folders["bert"], jnp.float32),
+        everywhere(devices),
+        offload=True,
+    )
+    (rested,) = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen._holder.params)}
+    assert rested.endswith("host")
+    with frozen.use() as network:
+        leaves = jax.tree.leaves(network.params)
+        assert {len(leaf.sharding.device_set) for leaf in leaves} == {devices}
+        assert jax.tree.all(jax.tree.map(np.array_equal, network.params, params))
+    assert all(leaf.is_deleted() for leaf in leaves)
+    with frozen.use() as network:
+        assert jax.tree.all(jax.tree.map(np.array_equal, network.params, params))
+
+
+def test_resident_parameters_stay(folders):
+    frozen = Frozen(
+        Network(TINY["bert"], random_network("bert"), folders["bert"], jnp.float32),
+        SingleDeviceSharding(jax.devices()[0]),
+    )
+    with frozen.use() as first:
+        pass
+    with frozen.use() as second:
+        assert first is second
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+
+
+def test_a_network_that_was_not_loaded_is_named():
+    context = Context(None, None, None, None, 0, 0)
+    with pytest.raises(InputError, match="the network blip is not loaded"):
+        context.network("blip")
+    with pytest.raises(InputError, match="found no model"):
+        context.scorer("policy")
+
+
+def test_the_scorer_is_whom_the_option_names():
+    policy = SimpleNamespace()
+    frozen = Frozen(Network(None, {}, None, None), SingleDeviceSharding(jax.devices()[0]))
+    context = Context(policy, {"x": 1}, policy, None, 0, 0, {"initial": frozen, "dir": frozen})
+    with context.scorer("policy") as scorer:
+        assert scorer.config is policy
+    for name in ("initial", "dir"):
+        with context.scorer(name) as scorer:
+            assert scorer is frozen._holder

@@ -1,0 +1,173 @@
+"""The paper's rewards, all of them with their networks, through the train command at tiny size."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from corl_jax import sharding
+from corl_jax.train import __main__ as command
+from corl_jax.train import planning
+from tests import tiny_train
+from tests.tiny_networks import network_dir
+from tests.tiny_train import metric_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("t2i/t2i_bid_cycle_reward", "t2i/t2i_ti_sim", "mm2t/qa_accuracy", "mm2t/format")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory, tiny_config):
+    """configs/janus_pro_1b/unified.yaml with a tiny Janus, tiny networks and few rows."""
+    root = tmp_path_factory.mktemp("paper")
+    model = tiny_train.model_dir(root / "model", tiny_config)
+    networks = {
+        name: {"path": str(network_dir(root / name, kind))}
+        for name, kind in (("blip", "blip"), ("bert", "bert"), ("lpips", "vgg"))
+    }
+    return {
+        "base": str(ROOT / "configs" / "janus_pro_1b" / "unified.yaml"),
+        "output_dir": str(root / "run"),
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {
+            "path": str(tiny_train.rows_file(root / "rows.parquet", 16)),
+            "max_prompt_length": 128,
+        },
+        "rollout": {"group_size": 2, "max_new_tokens": 6, "batch_prompts": 4},
+        "train": {"prompts_per_step": 4, "micro_batch": 2, "max_steps": 2},
+        "eval": {"rows": 4, "batch_prompts": 4, "every": 0},
+        "log": {"images_every": 0},
+        "networks": networks,
+    }
+
+
+def run(tree: dict, *arguments: str) -> Path:
+    output = Path(tree["output_dir"])
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    command.main(["--config", str(path), *arguments])
+    return output
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(planning, "make_mesh", make)
+
+
+def test_check_lists_the_networks(tree, one_device, capsys):
+    run(tree, "--check")
+    printed = capsys.readouterr().out
+    for name in ("blip", "bert", "lpips"):
+        (line,) = [row for row in printed.splitlines() if row.startswith(f"  {name} ")]
+        assert str(tree["networks"][name]["path"]) in line
+        assert int(line.split()[1].replace(",", "")) > 0
+    assert "blip, bert, lpips" in printed and "reward networks" in printed
+    assert not Path(tree["output_dir"]).exists()
+
+
+@pytest.fixture(scope="module")
+def straight(tree):
+    with pytest.MonkeyPatch.context() as patch:
+        make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+        patch.setattr(planning, "make_mesh", make)
+        return run(tree)
+
+
+def test_every_reward_is_scored_timed_and_learnt_from(straight):
+    steps = [line for line in metric_lines(straight) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        for name in NAMES:
+            task, reward = name.split("/")
+            prefix = f"{task}/rewards/{reward}/"
+            assert np.isfinite(line[prefix + "mean"]) and line[prefix + "seconds"] > 0, name
+            assert line[prefix + "not_applicable"] == 0
+        assert line["t2i/rewards/t2i_bid_cycle_reward/std"] > 0
+        assert line["t2i/reward_std"] > 0 and line["grad_norm"] > 0
+        total = sum(line[f"t2i/rewards/{name}/mean"] for name in
+                    ("t2i_bid_cycle_reward", "t2i_ti_sim"))  # fmt: skip
+        assert line["t2i/reward"] == pytest.approx(total, abs=1e-5)
+    evaluated = json.loads((straight / "summary.json").read_text())["last_evaluation"]
+    assert {f"eval/{name}" for name in NAMES} <= evaluated.keys()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devices, monkeypatch):
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+    monkeypatch.setattr(planning, "make_mesh", make)
+    again = tree | {
+        "output_dir": str(tmp_path / "run"),
+        "networks": tree["networks"] | {"offload": devices == 1},
+        "train": tree["train"] | {"stop_after": 1},
+    }
+    first, second = (metric_lines(folder)[1] for folder in (straight, run(again)))
+    for name in NAMES:
+        task, reward = name.split("/")
+        for what in ("mean", "std"):
+            key = f"{task}/rewards/{reward}/{what}"
+            assert second[key] == pytest.approx(first[key], abs=2e-6), key
+
+
+OWN = """
+def warmth(images, prompt, **columns):
+    assert len(columns["qa_problem"]) == len(images) == len(prompt)
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+
+def moody(texts, *, fails: bool = True):
+    if fails:
+        raise ValueError("not today")
+    return [len(text) for text in texts]
+"""
+
+
+def test_rewards_of_ones_own(tree, tmp_path, one_device, caplog, capsys):
+    """One that works, and one that fails in every call and so ends the run at its limit."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    moody = {"use": f"{file}:moody", "max_failures": 3}
+    changed = {name: value for name, value in tree.items() if name != "networks"} | {
+        "output_dir": str(tmp_path / "run"),
+        "rewards": [{"use": f"{file}:warmth", "weight": 2.0}, moody, {"name": "format"}],
+        "eval": {"suite": "none", "every": 0},
+        "log": {"images_every": 0},
+    }
+    steps = [line for line in metric_lines(run(changed)) if "loss" in line]
+    for number, line in enumerate(steps, start=1):
+        assert 0 <= line["t2i/rewards/warmth/mean"] <= 1
+        assert line["t2i/reward"] == pytest.approx(2 * line["t2i/rewards/warmth/mean"], abs=1e-6)
+        assert line["mm2t/rewards/moody/not_applicable"] == 1
+        assert line["mm2t/rewards/moody/failures"] == number
+        assert line["mm2t/rewards/moody/mean"] is None
+    assert "moody" in caplog.text and "not today" in caplog.text
+    fatal = changed | {"output_dir": str(tmp_path / "fatal")}
+    fatal["rewards"] = [fatal["rewards"][0], moody | {"max_failures": 2}]
+    with pytest.raises(RuntimeError, match=r"(?s)moody.*not today"):
+        run(fatal)
+    idle = changed | {"rewards": [{"use": f"{file}:moody", "options": {"fail": False}}]}
+    with pytest.raises(SystemExit) as error:
+        run(idle, "--check")
+    assert error.value.code == 2 and "did you mean fails?" in capsys.readouterr().err
+
+
+def test_frozen_scorers_and_gdpo(tree, tmp_path, one_device):
+    """One step with the start of the run as scorer, one with another checkpoint."""
+    other = {"name": "t2i_bid_cycle_reward", "options": {"scorer": tree["model"]["path"]}}
+    changed = tree | {
+        "output_dir": str(tmp_path / "run"),
+        "rewards": [{"name": "t2i_ti_sim", "options": {"scorer": "initial"}}, other,
+                    {"name": "qa_accuracy"}, {"name": "format"}],
+        "networks": {"offload": True},
+        "grpo": {"multi_objective_aggregation": "normalize_then_sum"},
+        "optimizer": {"learning_rate": 0.05},
+    }  # fmt: skip
+    steps = [line for line in metric_lines(run(changed)) if "loss" in line]
+    assert all(np.isfinite(line["t2i/rewards/t2i_ti_sim/mean"]) for line in steps)
+    assert all(line["grad_norm"] > 0 for line in steps)

@@ -1,0 +1,87 @@
+"""Tiny reward networks as folders: random weights in our own layout, with a tokenizer.
+
+Words are those of the tiny rows; nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from corl_jax import sharding
+from corl_jax.models import binding
+from corl_jax.models.bert import BertConfig
+from corl_jax.models.blip import BlipConfig, BlipVisionConfig
+from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.vgg import VggConfig
+from corl_jax.types import Params
+from corl_jax.weights.configs import FORMAT_VERSION
+from corl_jax.weights.networks import KINDS, MODEL_TYPE
+from corl_jax.weights.table import flatten
+
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "green", "circle"),
+    *("square", "picture", "number", *(f"##{d}" for d in range(10)), *map(str, range(10))),
+]
+SEP = WORDS.index("[SEP]")
+BERT = BertConfig(
+    vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
+    max_position_embeddings=64,
+)  # fmt: skip
+BLIP = BlipConfig(
+    BlipVisionConfig(
+        image_size=16, patch_size=4, hidden_size=16, intermediate_size=24, num_layers=2,
+        num_heads=2,
+    ),
+    BlipTextConfig(
+        vocab_size=len(WORDS) + 2, hidden_size=16, intermediate_size=24, num_layers=2,
+        num_heads=2, max_position_embeddings=64, bos_token_id=len(WORDS), sep_token_id=SEP,
+        tie_word_embeddings=False,
+    ),
+)  # fmt: skip
+VGG = VggConfig(channels=(4, 4, 4, 4, 4))
+CLIP = ClipConfig(
+    vision=TowerConfig(24, 32, 2, 3), text=TowerConfig(16, 28, 2, 2), image_size=16, patch_size=8,
+    vocab_size=40, context_length=9, eos_token_id=39, projection_dim=12,
+)  # fmt: skip
+PREPROCESSOR = {
+    "do_normalize": True, "do_resize": True, "resample": 3, "size": {"height": 16, "width": 16},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+TINY = {"bert": BERT, "blip": BLIP, "vgg": VGG, "clip": CLIP}
+
+
+def random_network(kind: str, seed: int = 0) -> Params:
+    """Float32 arrays, large enough for outputs to differ."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: Any) -> np.ndarray:
+        noise = np.asarray(rng.standard_normal(leaf.shape), np.float32)
+        if path.endswith("/scale"):
+            return np.asarray(1 + 0.1 * noise)
+        return np.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
+
+    return sharding.map_with_path(draw, binding.abstract(KINDS[kind].module, TINY[kind]))
+
+
+def network_dir(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A converted network's folder, as `convert_weights to-jax` leaves it."""
+    folder.mkdir(parents=True)
+    save_file(flatten(random_network(kind, seed)), folder / "model.safetensors")
+    config = {
+        "model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, "network": kind,
+        "sizes": dataclasses.asdict(TINY[kind]),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    if kind in ("bert", "blip"):
+        (folder / "vocab.txt").write_text("\n".join(WORDS))
+    if kind == "blip":
+        (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return folder

@@ -1,0 +1,65 @@
+"""What the image tokenizer of a Janus loses of the drawn world, by the exact checker."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax import sampling
+from corl_jax.data import shapes, shapes_checker
+from corl_jax.errors import InputError
+from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
+from corl_jax.models.janus import JanusConfig
+from corl_jax.rewards.samples import chunks
+from corl_jax.startup import load_model
+from corl_jax.train.supervised import encode_images
+from corl_jax.types import Params
+
+BATCH = 100  # pictures encoded at once
+
+
+def measure(model: Path, rows: int, seed: int) -> Rate:
+    """The share of `rows` held-out pictures that the checker accepts after encoding and decoding.
+
+    Raises: InputError for wrong numbers, and for a model that cannot be read or draws too small.
+    """
+    limits = {"--rows": (rows, 1), "--seed": (seed, 0)}
+    problems = [
+        f"{name}: found {value}, expected an integer of at least {least}"
+        for name, (value, least) in limits.items()
+        if value < least
+    ]
+    if problems:
+        raise InputError(problems)
+    config, params, _, folder = load_model(model)
+    side = math.isqrt(config.num_image_tokens) * config.vq.downsample
+    if side < shapes.MIN_IMAGE_SIZE:
+        raise InputError(
+            f"{folder}: draws pictures of {side} pixels a side; the drawn world needs at least "
+            f"{shapes.MIN_IMAGE_SIZE}"
+        )
+    hits = 0
+    for index in chunks(rows, BATCH):
+        drawn = [
+            shapes.make_row(HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False)
+            for i in index
+        ]
+        seen = reconstruct(config, params, np.stack([row["real_image"] for row in drawn]))
+        fresh = len(np.unique(index))  # the last chunk repeats its last row to be full
+        hits += sum(
+            shapes_checker.check(picture, json.loads(row["spec"]))
+            for picture, row in zip(seen[:fresh], drawn[:fresh], strict=True)
+        )
+    return Rate.of(hits, rows)
+
+
+def reconstruct(config: JanusConfig, params: Params, pictures: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [N, S, S, 3] as the image tokenizer gives them back."""
+    pixels = jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
+    codes = encode_images(config, params, pixels)
+    return np.asarray(jax.device_get(sampling.decode_images(config, params, codes)))

@@ -1,0 +1,62 @@
+"""Scores the examples of docs/rewards.md and writes their section and figure.
+
+    python -m tools.reward_examples            # about half a minute on a CPU
+    python -m tools.reward_examples --check    # writes nothing; 1 if a score or a word differs
+
+The cases lie in docs/examples/rewards; what is missing there is made first, by the shipped mini
+Janus. A number may differ by 0.005, so that another device or version of jax passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from corl_jax.errors import exit_on_input_error
+from corl_jax.train.rundir import replacing
+from tools.reward_examples import cases, figure, page
+from tools.reward_examples.scoring import Found, score_all
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.reward_examples",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="compare instead of write")
+    args = parser.parse_args(argv)
+    page.current(page.PAGE.read_text(encoding="utf-8"))  # before anything is computed
+    if args.check:
+        problems = compare(score_all())
+        print("\n".join(problems) or "the section and the figure are as scored")
+        sys.exit(1 if problems else 0)
+    cases.write_missing()
+    write(score_all())
+
+
+def write(found: Found) -> None:
+    """Rewrites the section and the figure."""
+    figure.save(page.FIGURE, found)
+    # Read as late as can be: the scores took long, and the page may have been edited meanwhile.
+    text = page.replaced(page.PAGE.read_text(encoding="utf-8"), page.section(found))
+    with replacing(page.PAGE) as file:
+        file.write(text.encode())
+
+
+def compare(found: Found) -> list[str]:
+    """How the page and the figure differ from the scores."""
+    old = page.current(page.PAGE.read_text(encoding="utf-8"))
+    problems = page.differences(old, page.section(found))
+    shown = figure.scores_of(page.FIGURE)
+    if shown.shape != found.t2i.shape or np.abs(shown - found.t2i).max() > page.TOLERANCE:
+        problems.append(f"{page.FIGURE}: shows other scores; run `python -m tools.reward_examples`")
+    return problems
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The section of docs/rewards.md: written from the scores, and compared with what stands there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from corl_jax.errors import InputError
+from corl_jax.rewards import registry
+from corl_jax.train.gallery import cell_text
+from tools.reward_examples import cases
+from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Found
+
+PAGE = cases.ROOT / "docs" / "rewards.md"
+FIGURE = cases.ROOT / "docs" / "images" / "reward_examples.png"
+BEGIN = "<!-- reward examples, written by `python -m tools.reward_examples` -->"
+END = "<!-- end of reward examples -->"
+TOLERANCE = 0.005
+NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\w.])")
+MM2T_WIDTH = 120  # letters of an answer that are shown
+
+TEXT = """\
+A file of [drawings](examples/rewards/drawings.jsonl) and one of
+[answers](examples/rewards/answers.jsonl), scored in float32 with weights at hand: the
+[mini Janus](mini.md) as the policy, MiniLM for `sentence`. `python -m tools.reward_examples`
+writes all of this section and the figure; with `--check` it compares. One of its scores by hand:
+
+    python -m corl_jax.score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
+      --model corl_jax/assets/mini_janus
+
+### Drawings
+
+Prompt: *{prompt}*
+(row {row} of the drawn world's test split, seed {row_seed}). The first picture is the row's real
+image. The mini Janus drew the others (seed {drawing_seed}), the last one for
+*{other}*. They were chosen to differ, and say nothing of how often it draws right.
+
+![The drawings and their scores](images/reward_examples.png)
+
+{drawings}
+
+- Only the checker tells the two right pictures from all others. `t2i_qa` and `t2i_oc` look at what
+  they ask for: a smudge passes the one, two yellow shapes the other.
+- `t2i_bid_cycle_reward` gives swapped colours more than the right drawing, by word overlap and by
+  sentence embeddings alike: their caption has the prompt's words in another order, while that of
+  the right drawing also says where things lie, which the prompt does not.
+- `t2i_pixel_mse` is higher for two yellow shapes than for any other drawing, because they lie where
+  the real image's do.
+- `t2i_ti_sim` hardly spreads: two yellow shapes stand at the top, the real image at the bottom.
+- `t2i_od`: the mini Janus never learnt boxes, so it earns nothing.
+
+What it said, greedily; of its answers the answer block:
+
+{said}
+
+The rule of `t2i_od` on answers written by hand, where one box is true:
+
+{boxes}
+
+### Answers
+
+To *{question}* with the options {options} (MC, solution B),
+and as an open question (OE, solution "triangle"). `␣` is a leading space.
+
+{answers}
+
+`qa_accuracy` finds an answer without tags, or with a tag that is never closed; the format rewards
+are there for those. As an open answer a longer one that holds the right word earns a part.
+
+### Not scored here
+
+These need weights that do not come with the project (`spice` needs Java and a parser as well), so
+there are no numbers, only the range to expect. With the weights in DIR, the same drawings are
+scored by:
+
+{commands}
+
+{unscored}
+"""
+
+
+def section(found: Found) -> str:
+    """What belongs between the two marks."""
+    drawings, answers = cases.read(cases.DRAWINGS), cases.read(cases.ANSWERS)
+    shown = [case["shows"] for case in drawings]
+    values = [[_code(one), *map(_number, row)] for one, row in zip(T2I, found.t2i, strict=True)]
+    said = [[what, *map(_spoken, texts)] for what, texts in found.said.items()]
+    scored = [
+        [_shown(case["completion"]), case["type"], *map(_number, row)]
+        for case, row in zip(answers, found.mm2t, strict=True)
+    ]
+    return TEXT.format(
+        prompt=drawings[0]["prompt"],
+        other=cases.OTHER_PROMPT,
+        row=cases.ROW,
+        row_seed=cases.ROW_SEED,
+        drawing_seed=cases.DRAWING_SEED,
+        drawings=_table(["reward", *shown], values),
+        said=_table(["asked", *shown], said),
+        boxes=_table(["answer", "score"], [[k, _number(v)] for k, v in found.boxes.items()]),
+        question=answers[0]["problem"].splitlines()[0],
+        options=", ".join(cases.CHOICES),
+        answers=_table(["answer", "type", *map(_code, MM2T)], scored),
+        commands="\n".join(f"    {command(one)}" for one, _ in UNSCORED),
+        unscored=_table(["reward", "range"], [[_code(one), known] for one, known in UNSCORED]),
+    )
+
+
+def command(example: Example, folder: str = "DIR") -> str:
+    """The command line that scores the drawings, with each network's weights in `folder`."""
+    path = cases.DRAWINGS.relative_to(cases.ROOT)
+    parts = ["python -m corl_jax.score", "--reward", example.reward, "--input", str(path)]
+    entry = registry.REGISTRY[example.reward]
+    defaults = {key: option.default for key, option in registry.options_of(example.reward).items()}
+    chosen = {**defaults, **example.options}
+    asked = [values.get(chosen[option]) for option, values in entry.chosen.items()]
+    parts += [f"--network {name}={folder}" for name in (*entry.networks, *asked) if name]
+    return " ".join([*parts, example.settings]).strip()
+
+
+def current(page: str) -> str:
+    """The section as it stands in the page.
+
+    Raises:
+        InputError: the page has not the two marks, once each and in order.
+    """
+    parts = re.split(f"{re.escape(BEGIN)}\n\n|\n{re.escape(END)}", page)
+    if len(parts) != 3 or page.find(BEGIN) > page.find(END):
+        raise InputError(f"{PAGE}: expected one section between the lines {BEGIN} and {END}")
+    return parts[1]
+
+
+def replaced(page: str, new: str) -> str:
+    """The page with another section. Raises: InputError as `current`."""
+    old = current(page)
+    return page.replace(f"{BEGIN}\n\n{old}\n{END}", f"{BEGIN}\n\n{new}\n{END}")
+
+
+def differences(old: str, new: str) -> list[str]:
+    """Lines of the two sections that differ: in words, or by more than TOLERANCE in a number."""
+    before, after = old.splitlines(), new.splitlines()
+    if len(before) != len(after):
+        return [f"found {len(before)} lines, the scores give {len(after)}"]
+    return [
+        f"found {one!r}, the scores give {other!r}"
+        for one, other in zip(before, after, strict=True)
+        if NUMBER.sub("#", one) != NUMBER.sub("#", other)
+        or any(abs(a - b) > TOLERANCE for a, b in zip(_numbers(one), _numbers(other), strict=True))
+    ]
+
+
+def _numbers(line: str) -> list[float]:
+    return [float(number) for number in NUMBER.findall(line)]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _code(example: Example) -> str:
+    return " ".join(f"`{part}`" for part in example.label.split())
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _shown(completion: str) -> str:
+    start = "␣" if completion.startswith(" ") else ""
+    return start + cell_text(completion.strip(), MM2T_WIDTH)
+
+
+def _spoken(words: str) -> str:
+    answer = re.search(r"<answer>(.*)</answer>", words, re.DOTALL)
+    return cell_text(answer[1] if answer else words, MM2T_WIDTH)

@@ -1,0 +1,169 @@
+"""Scores of the cases, by the registry and with the weights that are at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from corl_jax import startup
+from corl_jax.config import Networks
+from corl_jax.data.instructions import CAPTION
+from corl_jax.rewards import cycle, networks, registry, text
+from corl_jax.rewards import policy as asking
+from corl_jax.rewards.functions import classification
+from corl_jax.rewards.samples import Context, Samples
+from corl_jax.score import read_cases
+from tools.reward_examples import cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A reward with options, and the range over which the figure draws its bars."""
+
+    reward: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def settings(self) -> str:
+        return " ".join(f"{key}={value}".lower() for key, value in self.options.items())
+
+    @property
+    def label(self) -> str:
+        return f"{self.reward} {self.settings}".strip()
+
+
+SENTENCE = {"caption": "policy", "text_term": "sentence"}
+T2I = (
+    Example("shapes_checker"),
+    Example("shapes_checker", {"partial_credit": 0.5}),
+    Example("t2i_ti_sim", low=-1),
+    Example("t2i_bid_cycle_reward", high=2),
+    Example("t2i_bid_cycle_reward", {"text_term": "sentence", "image_term": "ssim"}, high=2),
+    Example("t2i_cycle_reward", {"caption": "policy", "text_term": "jaccard"}),
+    Example("t2i_cycle_reward", SENTENCE),
+    Example("t2i_pixel_mse", low=-1),
+    Example("t2i_qa"),
+    Example("t2i_oc"),
+    Example("t2i_od"),
+)
+MM2T = (
+    Example("format"),
+    Example("format", {"strip": False}),
+    Example("format_tag", high=0.5),
+    Example("qa_accuracy"),
+    Example("oc_accuracy"),
+)
+# What needs weights that do not come with the project, and the range that is known of it.
+UNSCORED = (
+    (Example("t2i_clip_reward"), "-2 to 2"),
+    (Example("pickscore"), "about 15 to 25"),
+    (Example("hpsv2"), "about 0.2 to 0.35"),
+    (Example("aesthetic"), "about 1 to 10"),
+    (Example("t2i_cycle_reward"), "0 to 1"),
+    (Example("t2i_cycle_reward", {"text_term": "bertscore"}), "0 to 1; unrelated texts 0.4 to 0.8"),
+    (
+        Example(
+            "t2i_bid_cycle_reward",
+            {"caption": "blip", "text_term": "spice", "image_term": "lpips", "max_new_tokens": 50},
+        ),
+        "at most 2",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """All that the page shows."""
+
+    t2i: np.ndarray  # [T2I, drawings]
+    mm2t: np.ndarray  # [answers, MM2T]
+    said: dict[str, list[str]]  # what was asked -> the mini Janus's words for each drawing
+    boxes: dict[str, float]  # what a detector may answer -> its score by t2i_od's rule
+
+
+def score_all() -> Found:
+    """Scores every case with every reward of T2I and MM2T.
+
+    Raises:
+        InputError: weights or cases that cannot be read.
+    """
+    startup.enable_compilation_cache()
+    drawn = [registry.resolve_one(one.reward, one.options) for one in T2I]
+    loaded = {one.name: networks.load(one, None, offload=False) for one in _networks(drawn)}
+    config, params, processor, _ = startup.load_model(cases.MODEL, np.float32)
+    context = Context(config, params, processor, np.float32, 0, step=0, networks=loaded)
+    written = [registry.resolve_one(one.reward, one.options) for one in MM2T]
+    return Found(
+        t2i=np.stack([_score(one, context) for one in drawn]),
+        mm2t=np.stack([_score(one, context) for one in written], axis=-1),
+        said=_said(context),
+        boxes=_boxes(),
+    )
+
+
+def _networks(resolved: list[registry.Resolved]) -> list[networks.Found]:
+    """The networks of the rewards, each once."""
+    found = networks.inspect(resolved, Networks(), "float32")
+    return [one for one in found if one.name in networks.NETWORKS]
+
+
+def _score(reward: registry.Resolved, context: Context) -> np.ndarray:
+    return registry.score([reward], _samples(reward.entry), context)[reward.name]
+
+
+def _samples(entry: registry.Entry) -> Samples:
+    path = cases.DRAWINGS if entry.task == "t2i" else cases.ANSWERS
+    return read_cases(path, entry).samples
+
+
+def _said(context: Context) -> dict[str, list[str]]:
+    """The mini Janus's captions and answers, which t2i rewards score."""
+    samples = {name: _samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
+    questions = {
+        "qa": samples["qa"].column("qa_problem"),
+        "oc": classification(samples["oc"])[0],
+        "od": samples["od"].column("od_problem"),
+    }
+    said = {
+        CAPTION: cycle.describe(
+            samples["qa"], context, "policy", scorer="policy", greedy=True,
+            max_new_tokens=_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
+        )
+    }  # fmt: skip
+    for name, asked in questions.items():
+        said[asked[0].splitlines()[0].partition(",")[0]] = asking.ask(
+            samples[name], context, asked, stream=name, greedy=True,
+            max_new_tokens=_new_tokens(f"t2i_{name}"),
+        )  # fmt: skip
+    return said
+
+
+def _new_tokens(reward: str) -> int:
+    return registry.options_of(reward)["max_new_tokens"].default
+
+
+def _boxes() -> dict[str, float]:
+    """t2i_od's rule on answers with boxes, which the mini Janus never gives."""
+    (truth,) = cases.read(cases.DRAWINGS)[0]["od_solution"]
+    answers = {
+        "the true box": [truth],
+        "three quarters of it": [_left_part(truth, 3 / 4)],
+        "a third of it": [_left_part(truth, 1 / 3)],
+        "the true box and one beside it": [truth, [0, 0, 50, 50]],
+    }
+    return {
+        what: text.od_answer_score(
+            f"<answer>{[{'Position': box, 'Confidence': 0.9} for box in boxes]}</answer>", [truth]
+        )
+        for what, boxes in answers.items()
+    }
+
+
+def _left_part(box: list[float], share: float) -> list[float]:
+    left, top, right, bottom = box
+    return [left, top, left + share * (right - left), bottom]
