@@ -1,0 +1,188 @@
+"""Measures the project's own functions, with random weights made on the device.
+
+    python -m tools.bench --size 1b --out bench.jsonl
+    python -m tools.bench --size 7b --parts image,text --prompts 1
+    python -m tools.bench --parts image,text,train --peer transformers
+    python -m tools.bench --size tiny                     # everything, on a CPU
+
+Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
+iteration (rollouts and step) and correctness (do samplers and trainer agree). Compute is bfloat16;
+training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
+host clock, to the moment when the results are there; `compile` is what the first call took longer.
+Every function says in its docstring what its figures are; roofline and MFU are against rates of
+copying and of matrix products that are measured first. One device is used. Memory peaks are the
+process's: run a part alone to have its own.
+
+With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
+and as the reference writes them; `times_...` of this project's figures is PyTorch's seconds over
+its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.sharding import make_mesh
+from tools.bench import correctness, generation, scoring, training, versus
+from tools.bench.ceilings import ceilings
+from tools.bench.setting import Setting
+from tools.bench.sizes import PARTS, SIZES
+from tools.bench.timing import HEADER, Record
+from tools.bench.vocabularies import write_processor
+
+RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
+    "rewards": scoring.rewards,
+    "image": generation.image,
+    "text": generation.text,
+    "vq": generation.vq,
+    "train": training.train,
+    "iteration": training.iteration,
+    "correctness": correctness.correctness,
+}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=SIZES, default="1b", help="of all networks")
+    parser.add_argument("--parts", help="separated by commas; default: what fits on one device")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--repeats", type=int, default=3, help="calls after the first")
+    parser.add_argument(
+        "--micro-batch", type=int, help="prompts of one backward pass; default: all"
+    )
+    parser.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="rewards: measure networks that rest in host memory too",
+    )
+    parser.add_argument(
+        "--peer", choices=versus.PEERS, help="measure PyTorch with it on the same shapes too"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
+    args = parser.parse_args(argv)
+    args.parts = args.parts.split(",") if args.parts else list(SIZES[args.size].parts)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises: InputError listing every argument that cannot be used."""
+    problems = [
+        f"--parts: found {part!r}, expected some of {','.join(PARTS)}"
+        for part in args.parts
+        if part not in RUNS
+    ]
+    for name, least in (("prompts", 1), ("group", 2), ("repeats", 1), ("micro_batch", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            problems.append(f"--{option}: found {value}, expected an integer of at least {least}")
+    if not problems and args.micro_batch and args.prompts % args.micro_batch:
+        problems.append(
+            f"--micro-batch: found {args.micro_batch}, which does not divide {args.prompts} prompts"
+        )
+    if args.peer:
+        problems += versus.check(args)
+    if problems:
+        raise InputError(problems)
+
+
+def environment(argv: list[str]) -> dict[str, Any]:
+    """Where and how the numbers came about."""
+    device = jax.local_devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "record": "environment",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "tools.bench", *argv]),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.local_device_count(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
+    """Measures the parts one after another; returns those that did not fit into memory."""
+    size, failed = SIZES[args.size], []
+    found, records = ceilings(size.copied, size.product, args.repeats)
+    for record in records:
+        write(record)
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        setting = Setting(
+            size=size, prompts=args.prompts, group=args.group, repeats=args.repeats,
+            micro_batch=args.micro_batch, offload=args.offload, folder=Path(folder),
+            processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
+            ceilings=found,
+        )  # fmt: skip
+        for part in args.parts:
+            try:
+                for record in RUNS[part](setting):
+                    write(record)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                failed.append(part)
+                write(Record(part, "out of memory", None, {"error": str(error).splitlines()[0]}))
+            gc.collect()  # so that the next part finds the memory free
+    return failed
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(argv)
+    check(args)
+    # Before JAX uses the device.
+    peers = versus.measure(args) if args.peer else versus.NOBODY
+    with contextlib.ExitStack() as stack:
+        out: TextIO | None = None
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(args.out.open("w", encoding="utf-8"))
+
+        def line(data: dict[str, Any]) -> None:
+            if out is not None:
+                print(json.dumps(data), file=out, flush=True)
+
+        def write(record: Record) -> None:
+            print(record.row(), flush=True)
+            line({"record": "result", "size": args.size, **record.as_json()})
+
+        found = environment(sys.argv[1:] if argv is None else argv)
+        line(found | {"peer": peers.environment})
+        print(f"{found['device']}, {found['versions']}", flush=True)
+        print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
+        for record in peers.records:
+            write(record)
+        failed = run(args, lambda record: write(peers.beside(record)))
+    errors = [f"{', '.join(failed)}: out of device memory; use fewer --prompts"] if failed else []
+    errors += [f"{', '.join(peers.failed)}: see above"] if peers.failed else []
+    if errors:
+        sys.exit(f"error: {'; '.join(errors)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What the device itself can do, measured in the run whose results are compared with it.
+
+Calls are dispatched one after another without waiting, few and many; the difference of the two
+times is that of the calls between them, free of what starting and waiting cost the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tools.bench.timing import Record, Timing, measure
+
+FEW, MANY = 4, 24  # calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Rates of the first device."""
+
+    copy: float  # bytes a second read and written, the best of several programs
+    matmul: float  # bfloat16 operations a second
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _rewrite(x: jax.Array) -> jax.Array:
+    """Reads and writes all of x in its place; values stay in [0, 1]."""
+    return 1 - x
+
+
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return jnp.copy(x)
+
+
+@jax.jit
+def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    return matrix @ x
+
+
+COPIES: dict[str, tuple[Callable[[jax.Array], jax.Array], Any]] = {
+    "1 - x in place, float32": (_rewrite, jnp.float32),
+    "1 - x in place, bfloat16": (_rewrite, jnp.bfloat16),
+    "to another buffer": (_copy, jnp.float32),
+}
+
+
+def ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings, list[Record]]:
+    """Copying an array of `copied` bytes, and products of square matrices of `product` rows."""
+    copies = [*_copy_records(copied, repeats)]
+    matmul = _product_record(product, repeats)
+    best = max(record.figures["tb_per_s"] for record in copies)
+    found = Ceilings(best * 1e12, matmul.figures["tflop_per_s"] * 1e12)
+    return found, [*copies, matmul]
+
+
+def _copy_records(copied: int, repeats: int) -> Iterator[Record]:
+    for name, (program, dtype) in COPIES.items():
+        x = jnp.zeros((copied // (1024 * jnp.dtype(dtype).itemsize), 1024), dtype)
+        moved = 2 * x.nbytes
+        timing, seconds = _per_call(program, x, repeats)
+        yield Record("ceiling", f"copy: {name}", timing, {"tb_per_s": moved / seconds / 1e12})
+
+
+def _product_record(side: int, repeats: int) -> Record:
+    keys = jax.random.split(jax.random.key(0, impl="rbg"))
+    # Entries of such a size keep the products' size.
+    matrix = jax.random.normal(keys[0], (side, side), jnp.bfloat16) * side**-0.5
+    x = jax.random.normal(keys[1], (side, side), jnp.bfloat16)
+    timing, seconds = _per_call(functools.partial(_multiply, matrix=matrix), x, repeats)
+    rate = 2 * side**3 / seconds / 1e12
+    return Record("ceiling", f"bfloat16 product, {side}^3", timing, {"tflop_per_s": rate})
+
+
+def _per_call(
+    program: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int
+) -> tuple[Timing, float]:
+    """The timing of many calls, each on the result of the one before, and seconds of one."""
+
+    def run(calls: int) -> Timing:
+        def chain() -> jax.Array:
+            nonlocal x
+            for _ in range(calls):
+                x = program(x)
+            return x
+
+        return measure(chain, repeats)
+
+    few, many = run(FEW), run(MANY)
+    seconds = (many.median - few.median) / (MANY - FEW)
+    # Where the work is too small to be told from the host's noise, what a call costs counts too.
+    return many, seconds if seconds > 0 else many.median / MANY

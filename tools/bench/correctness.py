@@ -1,0 +1,148 @@
+"""Whether samplers and trainer agree at full size: their log-probs of the same tokens.
+
+Hidden states are compared through the log-probs that they lead to: samplers do not hand them out.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax import sampling
+from corl_jax.train.logprobs import Scoring
+from corl_jax.train.step import Objective, TaskBatch, make_score_step
+from corl_jax.types import EncodedPrompts, Params, Rollout
+from tools.bench import inputs
+from tools.bench.generation import CFG_SCALE, STREAMS
+from tools.bench.setting import Setting
+from tools.bench.timing import Record
+
+PROMPTS, GROUP = 2, 2
+COMPARED = 64  # tokens that greedy decoding is compared over
+
+Scorer = Callable[[str, EncodedPrompts, Any], np.ndarray]
+"""(task, prompts, tokens) -> log-probs [N, T] by the trainer."""
+
+
+def correctness(setting: Setting) -> Iterator[Record]:
+    """Two prompts of different length, two completions each; at tiny size in float32 alone.
+
+    `cached`: the log-probs that the samplers recorded against the trainer's of the same tokens.
+    `padded`: the shorter prompt in the batch against the same prompt alone, without padding:
+    the trainer's log-probs of the same tokens, and greedy decoding, whose tokens may part for
+    good where two logits are closer than rounding; its log-probs are of the tokens before that and
+    of the first that differs, which is the likeliest in both. Differences are absolute, in nats.
+    Float32 products are taken without shortcuts.
+    """
+    for dtype in map(jnp.dtype, setting.size.checked):
+        params = setting.policy(dtype)
+        precision = "highest" if dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision):
+            for task in STREAMS:
+                yield from compare(setting, task, params, dtype)
+        del params
+
+
+def compare(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
+    """The records of one task."""
+    prompts, sample = prompts_of(setting, task), sampler(setting, task, params, dtype)
+    score = scorer(setting, params, dtype)
+    keys = sampling.sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
+    name = f"{task}, {dtype.name}"
+    drawn = sample(prompts, keys)
+    again = score(task, prompts, drawn.tokens)
+    figures = difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
+    yield Record("correctness", f"{name}: cached", None, figures)
+
+    # The shorter prompt is the last.
+    alone, own = unpadded(prompts, -1), drawn.tokens[-GROUP:]
+    figures = difference(again[-GROUP:], score(task, alone, own))
+    batched = sample(prompts, keys[::GROUP], greedy=True)
+    single = sample(alone, keys[::GROUP][-1:], greedy=True)
+    yield Record("correctness", f"{name}: padded", None, figures | greedy(batched, single))
+
+
+def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
+    """PROMPTS prompts, the first without padding and the last with some."""
+    size, special = setting.size, setting.processor.special
+    make, length = {
+        "t2i": (inputs.drawing_prompts, size.image_prompt),
+        "mm2t": (inputs.questions, size.text_prompt),
+    }[task]
+    made = (make(size.janus, special, PROMPTS, length, seed) for seed in itertools.count())
+    return next(prompts for prompts in made if not prompts.attention_mask[-1].all())
+
+
+def unpadded(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
+    """One prompt alone, as long as it is."""
+    kept = prompts.attention_mask[row]
+    pixels = prompts.pixel_values
+    return EncodedPrompts(
+        prompts.input_ids[row][kept][None],
+        kept[kept][None],
+        None if pixels is None else pixels[row][None],
+    )
+
+
+def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Rollout]:
+    """(prompts, keys, greedy=) -> Rollout; greedy answers have COMPARED tokens."""
+    config, special, most = setting.size.janus, setting.endless, setting.size.new_tokens
+
+    def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Rollout:
+        placed, options = setting.placed(prompts), {"greedy": greedy, "dtype": dtype}
+        if task == "t2i":
+            return sampling.sample_images(
+                config, params, placed, keys, special=special, cfg_scale=CFG_SCALE, **options
+            )
+        length = min(COMPARED, most) if greedy else most
+        return sampling.sample_text(
+            config, params, placed, keys, special=special, max_new_tokens=length, **options
+        )
+
+    return sample
+
+
+def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
+    """The trainer's own scoring step."""
+    step = _score_step(setting.size.janus, setting.processor.special, dtype)
+
+    def score(task: str, prompts: EncodedPrompts, tokens: Any) -> np.ndarray:
+        batch = TaskBatch(prompts, tokens, np.ones(tokens.shape, bool))
+        return np.asarray(step(params, {}, setting.placed({task: batch}))[task])
+
+    return score
+
+
+@functools.lru_cache(maxsize=4)
+def _score_step(config: Any, special: Any, dtype: Any) -> Callable:
+    scoring = Scoring(special, remat="none")
+    return make_score_step(config, Objective(scoring, (), dtype=dtype))
+
+
+def difference(first: Any, second: Any) -> dict[str, float]:
+    """Mean and largest absolute difference of log-probs."""
+    apart = np.abs(np.asarray(first, np.float64) - np.asarray(second, np.float64))
+    return {"difference_mean": float(apart.mean()), "difference_max": float(apart.max())}
+
+
+def greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
+    """How far the last row of a batch and the same prompt alone go together."""
+    first, second = (
+        (np.asarray(x.tokens)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
+        for x in (batched, single)
+    )
+    same = first[0] == second[0]
+    prefix = int(np.argmin([*same, False]))
+    shown = slice(0, min(prefix + 1, len(same)))
+    together = difference(first[1][shown], second[1][shown])
+    return {
+        "greedy_agreement": float(same.mean()),
+        "greedy_prefix": prefix,
+        **{f"greedy_{name}": value for name, value in together.items()},
+    }

@@ -1,0 +1,90 @@
+"""How much work the mathematics needs: bytes of a decode step, operations of a training step.
+
+Of the language model D is the width, F that of its feed-forward, L the layers, H the heads' total
+width (K that of the keys), V the text vocabulary, C the image codes and W the inner width of the
+image head. A prompt has P tokens, an answer T.
+
+Decode step, bytes that must be read, weights and keys and values in bfloat16:
+
+    2 (L (D H + 2 D K + H D + 3 D F) + head)            every weight once; head = D V or D W + W C
+    + 4 L K * rows * (P + T / 2)                        each row's own keys and values, on average
+    or 4 L K * (prompts * P + rows * T / 2)             the prompt's read once for its whole group
+
+Training step, operations; the backward pass counts twice the forward, recomputation not at all:
+
+    6 N * tokens read + 6 head * tokens scored          N: weights of the layers
+    + 12 L H * pairs of a query and a key that it sees
+
+A pair is two products of the forward pass, 2 H operations each. What a row of one token after
+another sees is P^2 / 2 in a prompt and T P + T^2 / 2 in an answer. `shared`: each prompt is read
+once, as this project does; otherwise once for every answer, as the reference does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from corl_jax.models.janus import JanusConfig
+
+BYTES = 2  # of a bfloat16
+
+
+def layer_weights(config: JanusConfig) -> int:
+    """Of all layers of the language model, without norms."""
+    llama = config.llama
+    queries, keys = (n * llama.head_dim for n in (llama.num_heads, llama.num_kv_heads))
+    attention = llama.hidden_size * (2 * queries + 2 * keys)
+    return llama.num_layers * (attention + 3 * llama.hidden_size * llama.intermediate_size)
+
+
+def head_weights(config: JanusConfig, task: str) -> int:
+    """Of what turns hidden states into the logits of a task, `t2i` or `mm2t`."""
+    width = config.llama.hidden_size
+    if task == "mm2t":
+        return width * config.llama.vocab_size
+    return config.image_token_embed * (width + config.vq.num_embeddings)
+
+
+def token_bytes(config: JanusConfig) -> int:
+    """Of one token's keys and values in all layers."""
+    llama = config.llama
+    return 2 * BYTES * llama.num_layers * llama.num_kv_heads * llama.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The completions of one task: `prompts` times `group`, of `length` tokens."""
+
+    task: str
+    prompts: int
+    group: int
+    prompt: int  # tokens
+    length: int
+    guided: bool = False  # each completion has a second row without its prompt
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group * (1 + self.guided)
+
+
+def step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
+    """Read by a decode step with a cache of mean length; see the module's formulas."""
+    weights = BYTES * (layer_weights(config) + head_weights(config, work.task))
+    prompts = work.prompts * (1 + work.guided) if shared else work.rows
+    tokens = prompts * work.prompt + work.rows * work.length / 2
+    return round(weights + token_bytes(config) * tokens)
+
+
+def training_operations(config: JanusConfig, works: tuple[Work, ...], shared: bool) -> float:
+    """Of a forward and a backward pass; see the module's formulas."""
+    llama = config.llama
+    total = 0.0
+    for work in works:
+        prompts = work.prompts if shared else work.rows
+        read = prompts * work.prompt + work.rows * work.length
+        pairs = prompts * work.prompt**2 / 2
+        pairs += work.rows * (work.length * work.prompt + work.length**2 / 2)
+        total += 6 * layer_weights(config) * read
+        total += 6 * head_weights(config, work.task) * work.rows * work.length
+        total += 12 * llama.num_layers * llama.num_heads * llama.head_dim * pairs
+    return total

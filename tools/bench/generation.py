@@ -1,0 +1,124 @@
+"""The samplers and the image tokenizer: rollouts of `prompts` x `group` completions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from corl_jax import sampling
+from corl_jax.types import EncodedPrompts, Rollout
+from tools.bench import inputs
+from tools.bench.cost import Work, step_bytes
+from tools.bench.setting import COMPUTE, Setting
+from tools.bench.timing import Record, measure
+
+CFG_SCALE = 5.0
+STREAMS = {"t2i": 0, "mm2t": 1}
+
+
+def keys(setting: Setting, task: str) -> jax.Array:
+    """Of all completions of a task."""
+    return sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
+
+
+def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
+    """Left-padded prompts on the host."""
+    size, special = setting.size, setting.processor.special
+    if task == "t2i":
+        return inputs.drawing_prompts(size.janus, special, setting.prompts, size.image_prompt)
+    return inputs.questions(size.janus, special, setting.prompts, size.text_prompt)
+
+
+def samplers(setting: Setting) -> dict[str, Any]:
+    """task -> (params, prompts, keys) -> Rollout, with the options of the paper."""
+    images = functools.partial(
+        sampling.sample_images, setting.size.janus,
+        special=setting.endless, cfg_scale=CFG_SCALE, temperature=1.0, dtype=COMPUTE,
+    )  # fmt: skip
+    texts = functools.partial(
+        sampling.sample_text, setting.size.janus, special=setting.endless,
+        max_new_tokens=setting.size.new_tokens, temperature=1.0, dtype=COMPUTE,
+    )  # fmt: skip
+    return {"t2i": images, "mm2t": texts}
+
+
+def image(setting: Setting) -> Iterator[Record]:
+    """The image rollout: guided tokens alone, and with their pixels on the host.
+
+    Milliseconds a step and the fraction of the roofline are of the tokens, prefill included; the
+    roofline is the time of a step's bytes (see `cost`) at the measured rate of copying.
+    """
+    size, params = setting.size, setting.policy(COMPUTE)
+    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
+    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
+
+    def with_pixels() -> np.ndarray:
+        return np.asarray(sampling.decode_images(size.janus, params, sample().tokens))
+
+    tokens = measure(sample, setting.repeats)
+    length = size.janus.num_image_tokens
+    work = Work("t2i", setting.prompts, setting.group, size.image_prompt, length, guided=True)
+    yield Record("image", "tokens", tokens, _decoding(setting, work, tokens.median, length))
+    whole = measure(with_pixels, setting.repeats)
+    yield Record(
+        "image", "tokens and pixels", whole, {"images_per_s": setting.completions / whole.median}
+    )
+
+
+def text(setting: Setting) -> Iterator[Record]:
+    """The text rollout: all of it, and its first token, which is vision tower and prefill.
+
+    Milliseconds a step and the fraction of the roofline are of what comes after that token.
+    """
+    size, params = setting.size, setting.policy(COMPUTE)
+    prompts, drawn = setting.placed(prompts_of(setting, "mm2t")), keys(setting, "mm2t")
+    sample = samplers(setting)["mm2t"]
+
+    def first() -> Rollout:
+        return sample(params, prompts, drawn, max_new_tokens=1)
+
+    def answers() -> Rollout:
+        return sample(params, prompts, drawn)
+
+    prefill, whole = measure(first, setting.repeats), measure(answers, setting.repeats)
+    if not bool(answers().mask.all()):
+        raise RuntimeError("an answer ended early: the time is that of fewer tokens")
+    yield Record("text", "vision, prefill, first token", prefill, {})
+    length = size.new_tokens
+    work = Work("mm2t", setting.prompts, setting.group, size.text_prompt, length)
+    rate = {"tokens_per_s": setting.completions * length / whole.median}
+    # A work too small to be told from noise counts with its prefill.
+    later = whole.median - prefill.median
+    spent = (later, length - 1) if later > 0 else (whole.median, length)
+    decoding = _decoding(setting, work, *spent)
+    yield Record("text", "answers", whole, rate | decoding)
+
+
+def vq(setting: Setting) -> Iterator[Record]:
+    """Codes to pixels, uint8 on the host."""
+    config, params = setting.size.janus, setting.policy(COMPUTE)
+    rng = np.random.default_rng(0)
+    shape = (setting.completions, config.num_image_tokens)
+    codes = setting.placed(rng.integers(0, config.vq.num_embeddings, shape).astype(np.int32))
+
+    def decode() -> np.ndarray:
+        return np.asarray(sampling.decode_images(config, params, codes))
+
+    timing = measure(decode, setting.repeats)
+    rate = setting.completions / timing.median
+    yield Record("vq", "codes to pixels", timing, {"images_per_s": rate})
+
+
+def _decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
+    """What decode steps cost, against the time of their bytes."""
+    step = seconds / steps
+    figures: dict[str, Any] = {"ms_per_step": 1e3 * step}
+    for name, shared in (("", False), ("_shared_prompt", True)):
+        moved = step_bytes(setting.size.janus, work, shared)
+        figures[f"gb_per_step{name}"] = moved / 1e9
+        figures[f"roofline_fraction{name}"] = moved / setting.ceilings.copy / step
+    return figures

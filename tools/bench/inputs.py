@@ -1,0 +1,136 @@
+"""Made-up inputs of fixed sizes: left-padded prompts, completions, pictures, rows of a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from corl_jax.models.janus import JanusConfig
+from corl_jax.train.step import TaskBatch
+from corl_jax.types import EncodedPrompts, SpecialTokens
+from tools.bench.vocabularies import COMMON
+
+SHORTEST = 0.75  # a prompt's least share of the padded length
+PICTURE = (512, 448)  # width and height of a real image, pixels
+CAPTION_WORDS = 12
+ENDLESS = -1  # an end of text that no network draws, so that every answer has all its tokens
+
+
+def _plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
+    """Ids of ordinary tokens."""
+    structure = [special.bos, special.eos, special.pad, special.boi, special.eoi, special.image]
+    return np.setdiff1d(np.arange(config.llama.vocab_size), structure)
+
+
+def _left_padded(
+    rng: np.random.Generator, special: SpecialTokens, plain: np.ndarray, count: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and mask [count, length], starts [count]: BOS and words, the first row full."""
+    shortest = max(1, round(SHORTEST * length))
+    start = length - rng.integers(shortest, length + 1, count)
+    start[0] = 0
+    mask = np.arange(length) >= start[:, None]
+    ids = np.where(mask, rng.choice(plain, (count, length)), special.pad).astype(np.int32)
+    ids[np.arange(count), start] = special.bos
+    return ids, mask, start
+
+
+def drawing_prompts(
+    config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
+) -> EncodedPrompts:
+    """[BOS, words, BOI] of different lengths."""
+    rng = np.random.default_rng([seed, 0])
+    ids, mask, _ = _left_padded(rng, special, _plain_ids(config, special), count, length)
+    ids[:, -1] = special.boi
+    return EncodedPrompts(ids, mask)
+
+
+def questions(
+    config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
+) -> EncodedPrompts:
+    """[BOS, BOI, picture, EOI, words] of different lengths, with pixel values."""
+    rng = np.random.default_rng([seed, 1])
+    slots, side = config.num_image_tokens, config.siglip.image_size
+    words, mask, _ = _left_padded(
+        rng, special, _plain_ids(config, special), count, length - slots - 2
+    )
+    picture = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
+    ids = np.full((count, length), special.pad, np.int32)
+    for row, text, kept in zip(ids, words, mask, strict=True):
+        real = np.concatenate([text[kept][:1], picture, text[kept][1:]])
+        row[length - len(real) :] = real
+    kept = np.arange(length) >= length - (mask.sum(axis=1) + len(picture))[:, None]
+    pixels = rng.standard_normal((count, side, side, 3)).astype(np.float32)
+    return EncodedPrompts(ids, kept, pixels)
+
+
+def task_batch(
+    config: JanusConfig, special: SpecialTokens, prompts: EncodedPrompts, group: int, length: int
+) -> TaskBatch:
+    """Completions of prompts; those of questions end somewhere in their second half."""
+    drawn = prompts.pixel_values is None
+    rng = np.random.default_rng(3 + drawn)
+    rows = len(prompts.input_ids) * group
+    ids = np.arange(config.vq.num_embeddings) if drawn else _plain_ids(config, special)
+    ends = np.full(rows, length) if drawn else rng.integers(length // 2, length + 1, rows)
+    return TaskBatch(
+        prompts=prompts,
+        tokens=rng.choice(ids, (rows, length)).astype(np.int32),
+        mask=np.arange(length) < ends[:, None],
+        advantages=rng.standard_normal(rows).astype(np.float32),
+        sampler_logprobs=np.full((rows, length), -np.log(len(ids)), np.float32),
+    )
+
+
+# ---- what rewards read
+
+
+def drawings(count: int, side: int, seed: int = 0) -> np.ndarray:
+    """Pictures of random blocks, uint8 [count, side, side, 3]."""
+    rng = np.random.default_rng([seed, 2])
+    return np.stack([np.asarray(_blocks(rng, (side, side))) for _ in range(count)])
+
+
+def _blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
+
+
+def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
+    """Columns of `count` rows of a data set, each repeated for the completions of its group."""
+    rng = np.random.default_rng([seed, 4])
+
+    def sentence() -> str:
+        return " ".join(rng.choice(COMMON, CAPTION_WORDS))
+
+    def row(number: int) -> dict[str, Any]:
+        kind = "MC" if number % 2 else "OE"
+        choices = "Options:\nA. one\nB. two\nC. three\nD. four"
+        return {
+            "prompt": sentence(),
+            "real_image": _blocks(rng, PICTURE),
+            "qa_problem": f"{sentence()}?\n{choices if kind == 'MC' else ''}",
+            "qa_solution": f"<answer>{'B' if kind == 'MC' else sentence()}</answer>",
+            "qa_type": kind,
+            "cls_problem": "What is in the picture?",
+            "cls_solution": f"<answer>{rng.choice(COMMON)}</answer>",
+        }
+
+    made = [row(number) for number in range(count)]
+    return {name: [one[name] for one in made for _ in range(group)] for name in made[0]}
+
+
+def answers(count: int, words: int, seed: int = 0) -> list[str]:
+    """Texts of about `words` words: well-formed, of a few answers, and some without tags."""
+    rng = np.random.default_rng([seed, 5])
+
+    def text(number: int) -> str:
+        thought = " ".join(rng.choice(COMMON, max(1, words)))
+        answer = rng.choice(["B", "B. two", "four", " ".join(rng.choice(COMMON, CAPTION_WORDS))])
+        if number % 4 == 3:
+            return f"{thought} {answer}"
+        return f"<think>{thought}</think>\n<answer>{answer}</answer>"
+
+    return [text(number) for number in range(count)]

@@ -1,0 +1,105 @@
+"""Measures PyTorch on the shapes of `python -m tools.bench`, which starts this; JSON on stdout.
+
+Weights are random and bfloat16. cuDNN's attention is off: it plans anew for each new length of the
+cache, about 30 ms a step, which only the first rollout of a process pays (PyTorch 2.11, H200).
+Warm-up comes first; sampling is timed once, the training step --repeats times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.bench.peer import generation, training
+from tools.bench.peer.model import Peer, build
+from tools.bench.sizes import SIZES
+from tools.bench.timing import GIB
+from tools.bench.vocabularies import write_processor
+
+Measured = tuple[list[float], dict[str, Any]]  # seconds of the calls, figures
+RUNS: dict[tuple[str, str], Callable[[Peer], Measured]] = {
+    ("image", "transformers generate"): generation.generated_images,
+    ("image", "eager loop"): generation.looped_images,
+    ("text", "transformers generate"): generation.generated_texts,
+    ("train", "eager step"): training.steps,
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.peer", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--parts", default="image,text,train")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser.parse_args(argv)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where the peer's numbers are from."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    versions = {package: importlib.metadata.version(package) for package in ("transformers",)}
+    return {"device": name, "versions": {"torch": torch.__version__, **versions}}
+
+
+def memory(device: str) -> dict[str, float]:
+    """GiB, as torch counts them, at the most since the last reset."""
+    if device == "cpu":
+        return {}
+    return {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
+
+
+def attempt(peer: Peer, run: Callable[[Peer], Measured]) -> dict[str, Any]:
+    """What a run measured; or what stopped it, so that the others can still be measured."""
+    if peer.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        calls, figures = run(peer)
+    except Exception as error:
+        # A version of transformers that one run does not know leaves the others their numbers;
+        # the command ends with an error all the same.
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"[:200]}
+    return {"calls_s": calls, "figures": figures, "memory": memory(peer.device)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --peer: torch sees no CUDA device; JAX_PLATFORMS=cpu compares on the CPU")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(0)
+    print(json.dumps(environment(args.device)), flush=True)
+    size = SIZES[args.size]
+    with tempfile.TemporaryDirectory() as folder:
+        special = write_processor(Path(folder) / "janus", size.janus).special
+    model = build(size.janus, special, args.device)
+    peer = Peer(size, special, args.prompts, args.group, args.repeats, args.device, model)
+    failed = False
+    for (part, name), run in RUNS.items():
+        if part not in args.parts.split(","):
+            continue
+        print(f"measuring {part}: {name}", file=sys.stderr, flush=True)
+        found = attempt(peer, run)
+        failed |= "failed" in found
+        print(json.dumps({"part": part, "name": name, **found}), flush=True)
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()

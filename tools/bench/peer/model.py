@@ -1,0 +1,78 @@
+"""transformers' Janus with random weights, and how its work is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import JanusConfig as TorchConfig
+
+from corl_jax.models.janus import JanusConfig
+from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.weights import config_transformers
+from tools.bench.sizes import Size
+
+DTYPE = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One run: the sizes, how often, where, and the model."""
+
+    size: Size
+    special: SpecialTokens
+    prompts: int
+    group: int
+    repeats: int
+    device: str  # `cuda` or `cpu`
+    model: Any
+
+    def tensor(self, array: Any) -> torch.Tensor:
+        """On the device; ids as transformers wants them, numbers in bfloat16."""
+        found = torch.from_numpy(np.array(array)).to(self.device)
+        if found.dtype == torch.int32:
+            return found.long()
+        return found.to(DTYPE) if found.is_floating_point() else found
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Of a call, until the device has done it."""
+        self._wait()
+        began = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def embedded(self, prompts: EncodedPrompts, pixels: Any = None) -> torch.Tensor:
+        """Prompts [B, P, D], the pictures' features in their places.
+
+        `pixels` are the prompts' own unless given.
+        """
+        ids, model = self.tensor(prompts.input_ids), self.model.model
+        embeds = model.language_model.embed_tokens(ids)
+        if pixels is None:
+            return embeds
+        features = model.get_image_features(pixels, return_dict=True).pooler_output
+        places = (ids == self.special.image)[..., None].expand_as(embeds)
+        return embeds.masked_scatter(places, features.to(embeds.dtype))
+
+
+def build(config: JanusConfig, special: SpecialTokens, device: str) -> Any:
+    """A random model; its texts never end and its images are drawn from the full softmax."""
+    settings = TorchConfig.from_dict(config_transformers.write(config, "bfloat16", special))
+    with torch.device(device):  # made where it is used: on the host it would take minutes
+        model = AutoModelForImageTextToText.from_config(
+            settings, dtype=DTYPE, attn_implementation="sdpa"
+        )
+    model.generation_config = GenerationConfig(
+        **config_transformers.write_generation(special) | {"eos_token_id": None}
+    )
+    return model.eval()

@@ -1,0 +1,101 @@
+"""A training step in PyTorch as the reference takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import torch
+
+from corl_jax.train.step import TaskBatch
+from tools.bench import inputs
+from tools.bench.peer.generation import drawing_prompts, questions, torch_pixels
+from tools.bench.peer.model import Peer
+
+LEARNING_RATE = 4e-6
+CLIP = 1.0  # of the gradients' global norm
+
+
+def steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+    """Optimizer steps on both tasks: bfloat16 parameters and AdamW's states, checkpointed layers.
+
+    Every completion is read with its own prompt, and the vision tower reads a picture for each,
+    as in the reference. Only the language model is trained. Log-probs are of the completions'
+    tokens alone, and each is of the logits before its token, where the reference is off by one.
+    """
+    model, size = peer.model, peer.size
+    model.requires_grad_(False)
+    trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    layers = model.model.language_model
+    layers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(
+        trained, lr=LEARNING_RATE, weight_decay=0.0, fused=peer.device == "cuda"
+    )
+    drawing, asking = drawing_prompts(peer), questions(peer)
+    batches = [
+        inputs.task_batch(size.janus, peer.special, prompts, peer.group, length)
+        for prompts, length in ((drawing, size.janus.num_image_tokens), (asking, size.answer))
+    ]
+    pixels = torch_pixels(peer, asking).repeat_interleave(peer.group, dim=0)
+
+    def step() -> None:
+        loss = task_loss(peer, batches[0], None) + task_loss(peer, batches[1], pixels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    calls = [peer.seconds(step) for _ in range(peer.repeats)]
+    rows = peer.prompts * peer.group
+    shapes = [(len(b.prompts.input_ids[0]), b.tokens.shape[1]) for b in batches]
+    tokens = rows * sum(itertools.chain(*shapes))
+    return calls, {"tokens_per_s": tokens / sorted(calls)[len(calls) // 2]}
+
+
+def task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
+    """The policy gradient's loss, a mean over rows of means over their tokens."""
+    mask, advantages = peer.tensor(batch.mask), peer.tensor(batch.advantages).float()
+    scores = logprobs(peer, batch, pixels)
+    terms = -torch.exp(scores - scores.detach()) * advantages[:, None]
+    return ((terms * mask).sum(1) / mask.sum(1)).mean()
+
+
+def logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
+    """[N, T] float32 of the batch's tokens: images without pixels, else answers."""
+    model, tokens = peer.model, peer.tensor(batch.tokens)
+    prompts = fan_out(peer, batch)
+    if pixels is None:
+        head = model.model.generation_head
+        completion = model.prepare_embeddings_for_image_generation(tokens)
+    else:
+        head = model.lm_head
+        completion = model.model.language_model.embed_tokens(tokens)
+    embeds = torch.cat([peer.embedded(prompts, pixels), completion], dim=1)
+    kept = torch.cat([peer.tensor(prompts.attention_mask), peer.tensor(batch.mask)], dim=1)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=kept.long(), use_cache=False
+    ).last_hidden_state
+    logits = head(hidden[:, -tokens.shape[1] - 1 : -1])
+    # Row by row, as trl does for bfloat16: a softmax of all rows at once takes twice the memory.
+    return torch.stack(
+        [
+            row.float().log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+            for row, ids in zip(logits, tokens, strict=True)
+        ]
+    )
+
+
+def fan_out(peer: Peer, batch: TaskBatch) -> Any:
+    """The prompts, once for each completion."""
+    prompts = batch.prompts
+    return dataclasses.replace(
+        prompts,
+        input_ids=prompts.input_ids.repeat(peer.group, axis=0),
+        attention_mask=prompts.attention_mask.repeat(peer.group, axis=0),
+        pixel_values=None,
+    )

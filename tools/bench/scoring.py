@@ -1,0 +1,209 @@
+"""The rewards: seconds of the project's reward functions, with networks resident and offloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from corl_jax import config_file
+from corl_jax.models import binding
+from corl_jax.rewards import captions, image, perceptual, registry, similarity
+from corl_jax.rewards.networks import NETWORKS
+from corl_jax.rewards.registry import Resolved
+from corl_jax.rewards.samples import Context, Frozen, Network, Samples
+from corl_jax.weights.networks import KINDS
+from tools.bench import inputs
+from tools.bench.setting import COMPUTE, Setting
+from tools.bench.timing import Record, measure
+from tools.bench.vocabularies import write_network
+from tools.bench.weights import draw, without_end, without_separator
+
+UNIFIED = Path(__file__).parents[2] / "configs" / "janus_pro_1b" / "unified.yaml"
+"""The config whose rewards are those of the paper's first stage."""
+ANSWER_REWARDS = ("format", "format_tag", "qa_accuracy", "oc_accuracy")
+CYCLE = "t2i_bid_cycle_reward"
+
+
+def rewards(setting: Setting) -> Iterator[Record]:
+    """The first stage's rewards together, then each reward, then those of answers."""
+    policy = without_end(setting.policy(jnp.float32), setting.processor.special.eos)
+    scored = _drawings(setting)
+    yield from _stage_one(setting, policy, scored)
+    for label, reward in _drawing_rewards(setting):
+        yield from _one_reward(setting, policy, scored, label, reward)
+    yield from _answer_rewards(setting)
+
+
+def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, Resolved]]:
+    size = setting.size
+    blip = {
+        "caption": "blip", "text_term": "bertscore", "image_term": "lpips",
+        "max_new_tokens": size.caption,
+    }  # fmt: skip
+    policy = {
+        "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
+        "max_new_tokens": size.policy_caption,
+    }  # fmt: skip
+    yield f"{CYCLE} (blip)", registry.resolve_one(CYCLE, blip)
+    yield f"{CYCLE} (policy)", registry.resolve_one(CYCLE, policy)
+    for name in (
+        "t2i_ti_sim", "t2i_clip_reward", "pickscore", "hpsv2", "aesthetic", "t2i_pixel_mse",
+    ):  # fmt: skip
+        yield name, registry.resolve_one(name, {})
+
+
+def _one_reward(
+    setting: Setting, policy: Any, scored: Samples, label: str, reward: Resolved
+) -> Iterator[Record]:
+    networks = Networks(setting, reward.networks)
+    for held in networks.held():
+        context = _context(setting, policy, held)
+        call = functools.partial(registry.score, [reward], scored, context)
+        timing = measure(call, setting.repeats)
+        finite = float(np.isfinite(call()[reward.name]).mean())
+        figures = {"images": len(scored), "finite": finite, **_moved(held, setting.repeats + 2)}
+        yield Record("rewards", f"{label}{_how(held)}", timing, figures)
+
+
+def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
+    """All rewards of the config, one after another, on the images and as many answers."""
+    config = config_file.load(UNIFIED)
+    resolved = registry.resolve(config.rewards, config.compat)
+    answered = _answers(setting, len(scored))
+    names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
+    networks = Networks(setting, tuple(names))
+    for held in networks.held():
+        context = _context(setting, policy, held)
+
+        def call(context: Context = context) -> dict[str, dict[str, float]]:
+            costs = registry.score_timed(resolved["t2i"], scored, context)[1]
+            return costs | registry.score_timed(resolved["mm2t"], answered, context)[1]
+
+        timing = measure(call, setting.repeats)
+        figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
+        figures |= _moved(held, setting.repeats + 2)
+        yield Record("rewards", f"stage 1{_how(held)}", timing, figures)
+        if not any(frozen.offloaded for frozen in held.values()):
+            yield from _cycle_terms(setting, scored, held)
+
+
+def _cycle_terms(setting: Setting, scored: Samples, held: Mapping[str, Frozen]) -> Iterator[Record]:
+    """What the cycle reward's time goes to, as far as its networks are there."""
+    pictures, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
+    said = prompts
+    with contextlib.ExitStack() as stack:
+        networks = {name: stack.enter_context(frozen.use()) for name, frozen in held.items()}
+        if "blip" in networks:
+            tokens = {"max_new_tokens": setting.size.caption}
+            describe = functools.partial(captions.caption, networks["blip"], pictures, **tokens)
+            timing, said = measure(describe, setting.repeats), describe()
+            drawn = captions.caption_tokens(networks["blip"], pictures, **tokens)
+            ended = drawn == networks["blip"].config.text.sep_token_id
+            figures = {"different": len(set(said)), "cut": float(1 - ended.any(axis=1).mean())}
+            yield Record("rewards", "  captions by blip", timing, figures)
+        if "bert" in networks:
+            compare = functools.partial(similarity.bert_score, networks["bert"], said, prompts)
+            yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
+        if "lpips" in networks:
+            distance = functools.partial(
+                perceptual.lpips_distance, networks["lpips"], pictures, real
+            )
+            yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
+            timing = measure(functools.partial(_squashed, pictures), setting.repeats)
+            yield Record("rewards", "  of it, drawings resized on the host", timing, {})
+
+
+def _squashed(pictures: np.ndarray) -> list[np.ndarray]:
+    return [image.squash(Image.fromarray(one), perceptual.SIZE) for one in pictures]
+
+
+def _answer_rewards(setting: Setting) -> Iterator[Record]:
+    """On the host alone."""
+    answered = _answers(setting, setting.size.answers)
+    context = Context(None, None, None, None, 0, 0)
+    for name in ANSWER_REWARDS:
+        reward = registry.resolve_one(name, {})
+        call = functools.partial(registry.score, [reward], answered, context)
+        timing = measure(call, setting.repeats)
+        figures = {"answers": len(answered), "ms": 1e3 * timing.median}
+        yield Record("rewards", name, timing, figures)
+
+
+# ---- networks
+
+
+class Counted(Frozen):
+    """A frozen network that adds up the bytes of its parameters, each time that it is used."""
+
+    def __init__(self, network: Network, sharding: Any, offload: bool):
+        super().__init__(network, sharding, offload=offload)
+        self.offloaded, self.moved = offload, 0
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Any]:
+        """As a Frozen's."""
+        with super().use() as network:
+            self.moved += sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
+            yield network
+
+
+class Networks:
+    """Random reward networks by name, with tokenizers."""
+
+    def __init__(self, setting: Setting, names: tuple[str, ...]):
+        self._setting, self._names = setting, names
+
+    def held(self) -> Iterator[dict[str, Counted]]:
+        """The networks resident, then offloaded where that is to be measured."""
+        yield {name: self._network(name, False) for name in self._names}
+        if self._names and self._setting.offload:
+            yield {name: self._network(name, True) for name in self._names}
+
+    def _network(self, name: str, offload: bool) -> Counted:
+        kind, config = NETWORKS[name].kind, self._setting.size.networks[name]
+        folder = self._setting.folder / name
+        if not folder.is_dir():
+            write_network(folder, kind, config)
+        abstract = binding.abstract(KINDS[kind].module, config)
+        params = draw(abstract, 1)
+        if kind == "blip":
+            params = without_separator(params, config)
+        network = Network(config, params, folder, jnp.float32)
+        return Counted(network, self._setting.everywhere, offload)
+
+
+def _context(setting: Setting, policy: Any, held: Mapping[str, Frozen]) -> Context:
+    return Context(setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
+
+
+def _how(held: Mapping[str, Counted]) -> str:
+    return ", offloaded" if any(frozen.offloaded for frozen in held.values()) else ""
+
+
+def _moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
+    """GB that a call brings to the device, of offloaded networks."""
+    moved = sum(frozen.moved for frozen in held.values() if frozen.offloaded)
+    return {"moved_gb": moved / calls / 1e9} if moved else {}
+
+
+# ---- samples
+
+
+def _drawings(setting: Setting) -> Samples:
+    side = setting.size.janus.siglip.image_size
+    columns = inputs.rows(setting.prompts, setting.group)
+    return Samples(columns, images=inputs.drawings(setting.completions, side))
+
+
+def _answers(setting: Setting, count: int) -> Samples:
+    columns = inputs.rows(-(-count // setting.group), setting.group)
+    columns = {name: values[:count] for name, values in columns.items()}
+    return Samples(columns, texts=inputs.answers(count, setting.size.new_tokens // 4))

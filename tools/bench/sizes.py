@@ -1,0 +1,111 @@
+"""What is measured: the sizes of the networks, and the lengths of prompts and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from corl_jax.models.aesthetic import AestheticConfig
+from corl_jax.models.bert import BertConfig
+from corl_jax.models.blip import BlipConfig, BlipVisionConfig
+from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.janus import PRESETS, JanusConfig
+from corl_jax.models.vgg import VggConfig
+from tools.mini_janus.config import mini_config
+
+PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Networks of one size, and lengths like those of the published training."""
+
+    janus: JanusConfig
+    networks: Mapping[str, Any]  # reward network -> its config
+    parts: tuple[str, ...] = PARTS  # measured unless the command names others
+    image_prompt: int = 40  # tokens of a drawing prompt, the longest
+    question: int = 100  # tokens of an understanding prompt beside those of its picture
+    new_tokens: int = 512  # of a sampled answer
+    answer: int = 256  # tokens of an answer in the training step
+    caption: int = 50  # tokens that BLIP writes
+    policy_caption: int = 64  # tokens that the policy writes
+    checked: tuple[str, ...] = ("bfloat16", "float32")  # dtypes whose correctness is measured
+    answers: int = 512  # texts that the text rewards read
+    copied: int = 4 << 30  # bytes of the array whose copying is timed
+    product: int = 8192  # side of the matrices whose product is timed
+
+    @property
+    def text_prompt(self) -> int:
+        """Tokens of an understanding prompt, the longest."""
+        return self.janus.num_image_tokens + self.question
+
+
+_L14 = ClipConfig(
+    vision=TowerConfig(1024, 4096, 24, 16, "quick_gelu"),
+    text=TowerConfig(768, 3072, 12, 12, "quick_gelu"),
+    projection_dim=768,
+)
+_H14 = ClipConfig()
+_PUBLISHED = {
+    "blip": BlipConfig(),
+    "bert": BertConfig(),
+    "lpips": VggConfig(),
+    "clip": _H14,
+    "pickscore": _H14,
+    "hpsv2": _H14,
+    "clip_l14": _L14,
+    "aesthetic": AestheticConfig(),
+}
+
+_WORDS = 1200
+_TINY_CLIP = ClipConfig(
+    vision=TowerConfig(24, 32, 2, 3), text=TowerConfig(16, 28, 2, 2), image_size=16, patch_size=8,
+    vocab_size=_WORDS, context_length=77, eos_token_id=_WORDS - 1, projection_dim=12,
+)  # fmt: skip
+_TINY_NETWORKS = {
+    "blip": BlipConfig(
+        BlipVisionConfig(
+            image_size=16, patch_size=4, hidden_size=16, intermediate_size=24, num_layers=2,
+            num_heads=2,
+        ),
+        BlipTextConfig(
+            vocab_size=_WORDS + 2, hidden_size=16, intermediate_size=24, num_layers=2,
+            num_heads=2, max_position_embeddings=64, bos_token_id=_WORDS,
+        ),
+    ),
+    "bert": BertConfig(
+        vocab_size=_WORDS, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
+        max_position_embeddings=64,
+    ),
+    "lpips": VggConfig(channels=(4, 4, 4, 4, 4)),
+    "clip": _TINY_CLIP,
+    "pickscore": _TINY_CLIP,
+    "hpsv2": _TINY_CLIP,
+    "clip_l14": _TINY_CLIP,
+    "aesthetic": AestheticConfig(sizes=(12, 7, 1)),
+}  # fmt: skip
+
+
+def _tiny_janus() -> JanusConfig:
+    """The shipped mini Janus with less of everything that a step or a compilation repeats."""
+    config = mini_config(vocab_size=640)
+    llama = dataclasses.replace(config.llama, num_layers=2)
+    siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=32)
+    return dataclasses.replace(config, llama=llama, siglip=siglip)
+
+
+SIZES = {
+    "1b": Size(PRESETS["janus-pro-1b"], _PUBLISHED),
+    # Training with AdamW needs more than one device.
+    "7b": Size(
+        PRESETS["janus-pro-7b"], _PUBLISHED,
+        parts=("rewards", "image", "text", "vq", "correctness"),
+    ),
+    "tiny": Size(
+        _tiny_janus(), _TINY_NETWORKS, image_prompt=12, question=10, new_tokens=8, answer=8,
+        checked=("float32",), caption=5, policy_caption=4, answers=16, copied=1 << 20, product=128,
+    ),
+}  # fmt: skip
+"""By the name that the command takes."""

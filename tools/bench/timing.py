@@ -1,0 +1,92 @@
+"""Taking times on the host clock, and one line of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of the calls of one function; every call ends when its results are there."""
+
+    first: float  # compilation and one call
+    calls: tuple[float, ...]  # the calls after it
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.calls)
+
+    @property
+    def compile(self) -> float:
+        """What the first call took longer than the others: compilation, or reading its cache."""
+        return max(self.first - self.median, 0.0)
+
+
+def measure(call: Callable[[], Any], repeats: int) -> Timing:
+    """Calls once to compile, then `repeats` times."""
+    first, *calls = (_seconds(call) for _ in range(repeats + 1))
+    return Timing(first, tuple(calls))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One measured thing; the figures' names end in their unit where they have one."""
+
+    part: str
+    name: str
+    timing: Timing | None
+    figures: dict[str, Any]
+    memory: dict[str, float] | None = None  # GiB; None: JAX's, when the record is written
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat: part, name, seconds, figures, memory."""
+        seconds: dict[str, Any] = {}
+        if self.timing is not None:
+            seconds = {
+                "median_s": self.timing.median,
+                "compile_s": self.timing.compile,
+                "calls_s": list(self.timing.calls),
+            }
+        return {"part": self.part, "name": self.name, **seconds, **self._counted()}
+
+    def row(self) -> str:
+        """The line of the table."""
+        seconds, compiled = "", ""
+        if self.timing is not None:
+            seconds, compiled = f"{self.timing.median:.4f}", f"{self.timing.compile:.1f}"
+        figures = "  ".join(f"{name} {_short(value)}" for name, value in self._counted().items())
+        return f"{self.part:<12}{self.name:<40}{seconds:>10}{compiled:>9}  {figures}"
+
+    def _counted(self) -> dict[str, Any]:
+        return self.figures | (memory() if self.memory is None else self.memory)
+
+
+HEADER = f"{'part':<12}{'name':<40}{'median s':>10}{'compile':>9}  figures"
+
+
+def memory() -> dict[str, float]:
+    """GiB of the first device, where the platform tells: at the most since the process began, now.
+
+    The most is the process's, not the part's: run a part alone to have its own.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"process_peak_gib": "peak_bytes_in_use", "in_use_gib": "bytes_in_use"}
+    return {name: stats[key] / GIB for name, key in names.items() if key in stats}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

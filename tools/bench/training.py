@@ -1,0 +1,152 @@
+"""The training step, and a whole iteration of GRPO without the cost of rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax.config import Optimizer, Train
+from corl_jax.models.layers import Remat
+from corl_jax.rewards.registry import Entry, Resolved
+from corl_jax.rewards.samples import Context, Samples
+from corl_jax.train import iterate
+from corl_jax.train.logprobs import Scoring
+from corl_jax.train.metrics import Phases
+from corl_jax.train.optimizer import learning_rate, make_optimizer, partition
+from corl_jax.train.run import Run
+from corl_jax.train.step import Objective, TrainState, make_train_step
+from corl_jax.types import Params, Prompts
+from tools.bench import inputs
+from tools.bench.cost import Work, training_operations
+from tools.bench.generation import prompts_of, samplers
+from tools.bench.setting import COMPUTE, Setting
+from tools.bench.timing import Record, measure
+
+UPDATES = 1000  # of the schedule
+REMAT: Remat = "full"
+TASKS = ("t2i", "mm2t")
+
+
+def start(setting: Setting) -> tuple[TrainState, Params, Any]:
+    """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
+    trained, frozen = partition(setting.policy(jnp.float32), Train().trainable)
+    optimizer = make_optimizer(Optimizer(), UPDATES)
+    fresh = TrainState(jnp.int32(0), trained, jax.jit(optimizer.init)(trained))
+    step = make_train_step(
+        setting.size.janus, objective(setting), optimizer, out_shardings=(setting.everywhere, None)
+    )
+    return setting.placed(fresh), frozen, step
+
+
+def objective(setting: Setting) -> Objective:
+    """That of the paper's first stage."""
+    scoring = Scoring(setting.processor.special, remat=REMAT)
+    pieces = setting.prompts // (setting.micro_batch or setting.prompts)
+    return Objective(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
+
+
+def works(setting: Setting) -> tuple[Work, ...]:
+    """The completions of a training step."""
+    size, counts = setting.size, (setting.prompts, setting.group)
+    return (
+        Work("t2i", *counts, size.image_prompt, size.janus.num_image_tokens),
+        Work("mm2t", *counts, size.text_prompt, size.answer),
+    )
+
+
+def train(setting: Setting) -> Iterator[Record]:
+    """One optimizer step on both tasks: vision tower, padding masks, AdamW, remat of all layers.
+
+    `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is
+    the operations that the mathematics needs (see `cost`; each prompt read once) at the measured
+    rate of products; `mfu_repeated_prompts` takes the reference's operations.
+    """
+    state, frozen, step = start(setting)
+    batch = setting.placed(
+        {
+            work.task: inputs.task_batch(
+                setting.size.janus, setting.processor.special, prompts_of(setting, work.task),
+                work.group, work.length,
+            )
+            for work in works(setting)
+        }
+    )  # fmt: skip
+
+    def update() -> dict[str, jax.Array]:
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        return metrics
+
+    timing = measure(update, setting.repeats)
+    tokens = sum(work.rows * (work.prompt + work.length) for work in works(setting))
+    figures: dict[str, Any] = {"tokens_per_s": tokens / timing.median}
+    for name, shared in (("mfu", True), ("mfu_repeated_prompts", False)):
+        needed = training_operations(setting.size.janus, works(setting), shared)
+        figures[f"{name}_tflop"] = needed / 1e12
+        figures[name] = needed / setting.ceilings.matmul / timing.median
+    figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
+    yield Record("train", "optimizer step", timing, figures)
+
+
+def iteration(setting: Setting) -> Iterator[Record]:
+    """The project's GRPO iteration, its rewards replaced by free ones.
+
+    Both rollouts, pixels and texts on the host, advantages and the update, which reads answers
+    as long as they were sampled. `programs` counts the update's compilations.
+    """
+    state, frozen, step = start(setting)
+    run, prompts = _run(setting, frozen, step), _prompts(setting)
+    number = 0
+
+    def iterate_once() -> Any:
+        nonlocal state, number
+        state, done = iterate.grpo_iteration(run, state, prompts, number)
+        number += 1
+        return done.metrics
+
+    timing = measure(iterate_once, setting.repeats)
+    run.phases.take()
+    metrics = iterate_once()
+    phases = {name.removeprefix("phase/"): spent for name, spent in run.phases.take().items()}
+    difference = "sampling/sampling_logp_difference/mean"
+    drift = {f"{task}_logp_difference": float(metrics[f"{task}/{difference}"]) for task in TASKS}
+    figures = phases | drift | {"programs": step._cache_size()}
+    yield Record("iteration", "rollouts and update", timing, figures)
+
+
+def _prompts(setting: Setting) -> Prompts:
+    encoded = {task: prompts_of(setting, task) for task in TASKS}
+    columns = {"prompt": [""] * setting.prompts}
+    return Prompts(np.arange(setting.prompts), columns, **encoded)
+
+
+def _free_reward(samples: Samples, context: Context) -> np.ndarray:
+    rng = np.random.default_rng(context.step)
+    return rng.standard_normal(len(samples)).astype(np.float32)
+
+
+def _run(setting: Setting, frozen: Params, step: Any) -> Run:
+    """What an iteration uses of a run; nothing is loaded, saved or evaluated."""
+    rewards = {
+        task: [Resolved("free", 1.0, _free_reward, Entry(_free_reward, task))] for task in TASKS
+    }
+    weights = tuple((task, (1.0,)) for task in TASKS)
+    return Run(
+        model_config=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
+        dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={},
+        train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
+        image_side=setting.size.janus.siglip.image_size,
+        iterate=iterate.grpo_iteration, train_step=step, score_step=step,
+        samplers=samplers(setting), rewards=rewards, networks={},
+        comparison={
+            "weights": weights, "mode": "unified_reward", "group_size": setting.group,
+            "mm2t_weight": 0.8, "eps": 1e-4, "scale": True, "each": False,
+        },
+        tasks=TASKS, group_size=setting.group, rollout_batch=setting.prompts, num_iterations=1,
+        mask_truncated=False, sft=None, schedule=learning_rate(Optimizer(), UPDATES),
+        phases=Phases(),
+    )  # fmt: skip

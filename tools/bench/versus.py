@@ -1,0 +1,95 @@
+"""The same work in PyTorch, and how many times as fast this project is.
+
+PyTorch runs first, in a process of its own that ends before JAX starts: JAX takes most of a
+device's memory as soon as it uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from corl_jax.errors import InputError
+from tools.bench.timing import Record, Timing
+
+PEERS = ("transformers",)
+OURS = {"image": "tokens and pixels", "text": "answers", "train": "optimizer step"}
+"""part -> the record that holds the same work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """What PyTorch measured."""
+
+    environment: dict[str, Any]
+    records: tuple[Record, ...]
+    failed: tuple[str, ...]  # what did not run to its end
+
+    def beside(self, record: Record) -> Record:
+        """The record with each peer's seconds over its own, if it is of the same work."""
+        times = {
+            f"times_{theirs.name.replace(' ', '_')}": theirs.timing.median / record.timing.median
+            for theirs in self.records
+            if theirs.part == record.part and OURS[theirs.part] == record.name
+            if theirs.timing and record.timing
+        }
+        return dataclasses.replace(record, figures=record.figures | times)
+
+
+NOBODY = Peers({}, (), ())
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """What keeps the peer from running, as lines for the user."""
+    problems = []
+    if not OURS.keys() & set(args.parts):
+        problems.append(f"--peer: --parts names none of {','.join(OURS)}, which alone are compared")
+    if importlib.util.find_spec("torch") is None:
+        problems.append("--peer: needs PyTorch; install torch for this device")
+    return problems
+
+
+def measure(args: argparse.Namespace) -> Peers:
+    """Runs `python -m tools.bench.peer`; on the CPU if JAX is told to use it.
+
+    Raises: InputError where torch cannot use the device; its message is on stderr.
+    """
+    parts = [part for part in args.parts if part in OURS]
+    device = "cpu" if jax.config.jax_platforms == "cpu" else "cuda"
+    command = [
+        sys.executable, "-m", "tools.bench.peer", "--size", args.size, "--parts", ",".join(parts),
+        "--prompts", str(args.prompts), "--group", str(args.group),
+        "--repeats", str(args.repeats), "--device", device,
+    ]  # fmt: skip
+    # It imports the project's inputs and with them JAX, which must not touch the device.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(lines) < 2:
+        raise InputError(f"--peer: PyTorch measured nothing, exit code {done.returncode}")
+    return parsed(lines, complete=not done.returncode)
+
+
+def parsed(lines: list[dict[str, Any]], complete: bool) -> Peers:
+    """The first line is of the environment; the others are of one kind of work each."""
+    environment, *found = lines
+    failed = [f"peer {line['part']} ({line['name']})" for line in found if "failed" in line]
+    if not complete and not failed:  # it was ended from outside
+        failed.append("peer")
+    return Peers(environment, tuple(map(_record, found)), tuple(failed))
+
+
+def _record(line: dict[str, Any]) -> Record:
+    part, name = line["part"], line["name"]
+    if "failed" in line:
+        return Record(part, name, None, {"failed": line["failed"]}, memory={})
+    timing = Timing(0.0, tuple(line["calls_s"]))  # it warms up before
+    return Record(part, name, timing, line["figures"], memory=line["memory"])

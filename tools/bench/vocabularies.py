@@ -1,0 +1,102 @@
+"""Tokenizer files of full size for random networks: common words, the rest are made up.
+
+A made-up word is one token, so that what a random BLIP says is as many tokens to BERT again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import string
+from pathlib import Path
+from typing import Any
+
+import corl_jax
+from corl_jax.data.processor import Processor
+from corl_jax.models.janus import JanusConfig
+
+MINI = Path(corl_jax.__file__).parent / "assets" / "mini_janus"
+
+COMMON = """a an the and or of on in at to with without under over behind near beside between is
+are was one two three four five six seven eight nine ten red green blue yellow black white brown
+orange purple pink grey golden small large tiny huge old young round square tall wooden metal glass
+dog cat bird horse cow sheep man woman child boy girl person people car bus train bicycle boat
+plane road street bridge house building door window wall roof tree grass flower field forest hill
+mountain river lake sea beach sky cloud sun moon star rain snow table chair bed sofa lamp book
+clock phone cup plate bowl bottle knife fork spoon apple banana bread cake pizza ball toy hat coat
+shirt shoes bag umbrella photo picture painting drawing standing sitting running walking flying
+sleeping eating holding wearing looking left right top bottom front back side many few bright dark
+quiet busy empty full open closed what how which where who color number there""".split()  # noqa: SIM905
+
+# The places of the special tokens in bert-base-uncased, whose separator BLIP's config names.
+_BERT_SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
+_CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_BLIP_IMAGES = {
+    "do_normalize": True, "do_resize": True, "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+
+
+def words(count: int) -> list[str]:
+    """Different lower-case words, the common ones first."""
+    letters = itertools.product(string.ascii_lowercase, repeat=4)
+    made_up = ("x" + "".join(four) for four in letters)
+    return list(itertools.islice(itertools.chain(dict.fromkeys(COMMON), made_up), count))
+
+
+def write_bert(folder: Path, size: int) -> None:
+    """A vocab.txt of `size` tokens."""
+    pieces = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces += [f"##{piece}" for piece in string.ascii_lowercase + string.digits]
+    pieces += (word for word in words(size) if len(word) > 1)
+    plain = iter(pieces)
+    lines = [_BERT_SPECIAL.get(i) or next(plain) for i in range(size)]
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_clip(folder: Path, size: int) -> None:
+    """A byte-level vocabulary of `size` tokens without merges: every letter is a token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    plain = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
+    plain += [f"{word}</w>" for word in words(size) if len(word) > 1]
+    tokens = [*plain[: size - len(_CLIP_SPECIAL)], *_CLIP_SPECIAL]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    _write_json(folder / "vocab.json", vocabulary)
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+
+
+def write_network(folder: Path, kind: str, config: Any) -> Path:
+    """The small files of a reward network of a kind of `weights.networks.KINDS`."""
+    folder.mkdir(parents=True)
+    if kind == "bert":
+        write_bert(folder, config.vocab_size)
+    elif kind == "blip":
+        write_bert(folder, config.text.bos_token_id)
+        side = config.vision.image_size
+        settings = _BLIP_IMAGES | {"size": {"height": side, "width": side}}
+        _write_json(folder / "preprocessor_config.json", settings)
+    elif kind == "clip":
+        write_clip(folder, config.vocab_size)
+    return folder
+
+
+def write_processor(folder: Path, config: JanusConfig) -> Processor:
+    """The mini Janus's tokenizer with the image settings of `config`, as a processor."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MINI / name, folder / name)
+    side = config.siglip.image_size
+    for name, changes in (
+        ("preprocessor_config.json", {"size": {"height": side, "width": side}}),
+        ("processor_config.json", {"num_image_tokens": config.num_image_tokens}),
+    ):
+        _write_json(folder / name, json.loads((MINI / name).read_text(encoding="utf-8")) | changes)
+    return Processor.from_dir(folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,64 @@
+"""Random parameters, made where they are used; what keeps random networks busy to the end."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from corl_jax.models.janus import FLOAT32_PARTS
+from corl_jax.sharding import map_with_path
+from corl_jax.types import Params
+
+STD = 0.02
+NEVER = -1e4  # a logit that no other stays below
+
+
+def draw(abstract: Params, seed: int, dtype: Any = jnp.float32) -> Params:
+    """Normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
+
+    A scalar, which is the log of the factor on CLIP's cosines, becomes that of 100. What Janus
+    always computes in float32 is float32.
+    """
+    # This kind of key is drawn from at the speed of memory.
+    keys = itertools.count()
+    base = jax.random.key(seed, impl="rbg")
+
+    def leaf(path: str, x: Any) -> jax.Array:
+        exact = path.startswith(tuple(f"{part}/" for part in FLOAT32_PARTS)) or not x.shape
+        kind = jnp.float32 if exact else dtype
+        if path.endswith("/scale"):
+            return jnp.ones(x.shape, kind)
+        if path.endswith("/bias"):
+            return jnp.zeros(x.shape, kind)
+        if not x.shape:
+            return jnp.full(x.shape, math.log(100), kind)
+        return _noise(jax.random.fold_in(base, next(keys)), x.shape, kind)
+
+    return map_with_path(leaf, abstract)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    # A program per shape: one for all leaves takes longer to compile than they do together.
+    return STD * jax.random.normal(key, shape, dtype)
+
+
+def without_end(params: Params, eos: int) -> Params:
+    """A Janus whose greedy answers never end: the logit of EOS is 0, among the smaller half."""
+    kernel = params["lm_head"]["kernel"].at[:, eos].set(0)
+    return params | {"lm_head": {"kernel": kernel}}
+
+
+def without_separator(params: Params, config: Any) -> Params:
+    """A BLIP whose captions fill all their tokens, of words that BERT knows too."""
+    text = config.text
+    decoder = params["text_decoder"]
+    barred = jnp.array([text.sep_token_id, *range(text.bos_token_id, text.vocab_size)])
+    bias = decoder["head"]["bias"].at[barred].set(NEVER)
+    head = decoder["head"] | {"bias": bias}
+    return params | {"text_decoder": decoder | {"head": head}}
