@@ -6,6 +6,7 @@ CPU device, as a user's would, and shares the compilation cache through the envi
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -43,6 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
     for key, value in settings.items():
         jax.config.update(key, value)
         os.environ[key.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Drops a module's compiled programs: each holds memory maps, and a process may have 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
