@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.layers import attend, linear, merge_heads, split_heads
+from corl_jax.models.encoder import MLP, Attention, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +47,6 @@ class Embeddings(nnx.Module):
         positions = self.position_embeddings(jnp.arange(input_ids.shape[1]))
         kind = self.token_type_embeddings.embedding[0]
         return self.layernorm(self.word_embeddings(input_ids) + kind + positions)
-
-
-class Attention(nnx.Module):
-    """Full self-attention over the kept tokens, with biases."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        width = config.hidden_size
-        self.q_proj = linear(width, width, bias=True, rngs=rngs)
-        self.k_proj = linear(width, width, bias=True, rngs=rngs)
-        self.v_proj = linear(width, width, bias=True, rngs=rngs)
-        self.out_proj = linear(width, width, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        query, key, value = (
-            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(merge_heads(attend(query, key, value, mask)))
-
-
-class MLP(nnx.Module):
-    """Two linear layers around an exact GELU."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
-        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class Block(nnx.Module):
@@ -118,10 +89,3 @@ class Bert(nnx.Module):
         x = self.embeddings(input_ids)
         x, _ = layers.scan_layers(first, lambda block, x: (block(x, mask), None), x)
         return x
-
-
-def layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-    )

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from corl_jax.models import layers, siglip
+from corl_jax.models import layers
 from corl_jax.models.blip_text import BlipTextConfig, TextDecoder
+from corl_jax.models.encoder import Block, layer_norm
 from corl_jax.models.siglip import SiglipConfig
 
 
@@ -53,10 +54,8 @@ class VisionTower(nnx.Module):
         self.patch_embedding = nnx.Conv(3, width, patch, strides=patch, padding="VALID", rngs=rngs)
         self.class_embedding = layers.Embedding(1, width, rngs=rngs)
         self.position_embedding = layers.Embedding(config.num_tokens, width, rngs=rngs)
-        self.layers = layers.stack(
-            lambda rngs: siglip.Block(config, rngs=rngs), config.num_layers, rngs
-        )
-        self.post_layernorm = siglip.layer_norm(config, rngs)
+        self.layers = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+        self.post_layernorm = layer_norm(config, rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         x = self.patch_embedding(pixel_values.astype(self.patch_embedding.kernel.dtype))

@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 
 from corl_jax.models import layers
-from corl_jax.models.layers import attend, linear, merge_heads, split_heads
+from corl_jax.models.encoder import MLP, Attention, KVCache, layer_norm
+from corl_jax.models.layers import linear
 from corl_jax.sharding import constrain
 
 
@@ -39,10 +40,6 @@ class BlipTextConfig:
     tie_word_embeddings: bool = True  # False: the head has a kernel of its own
 
 
-KVCache = tuple[jax.Array, jax.Array]
-"""One layer's keys and values, each [N, S, heads, head_dim]."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
@@ -52,43 +49,11 @@ class DecoderCache:
     seen: list[KVCache]  # of the image, the same in every step
 
 
-class Attention(nnx.Module):
-    """Attention of D-wide queries to keys and values of `source` features, with biases."""
-
-    def __init__(self, config: BlipTextConfig, source: int, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        width = config.hidden_size
-        self.q_proj = linear(width, width, bias=True, rngs=rngs)
-        self.k_proj = linear(source, width, bias=True, rngs=rngs)
-        self.v_proj = linear(source, width, bias=True, rngs=rngs)
-        self.out_proj = linear(width, width, bias=True, rngs=rngs)
-
-    def keys_values(self, x: jax.Array) -> KVCache:
-        """Of features [B, S, source]."""
-        key, value = (split_heads(proj(x), self.num_heads) for proj in (self.k_proj, self.v_proj))
-        return key, value
-
-    def __call__(self, x: jax.Array, cache: KVCache, mask: jax.Array | None = None) -> jax.Array:
-        query = split_heads(self.q_proj(x), self.num_heads)
-        return self.out_proj(merge_heads(attend(query, *cache, mask)))
-
-
-class MLP(nnx.Module):
-    """Two linear layers around an exact GELU."""
-
-    def __init__(self, config: BlipTextConfig, *, rngs: nnx.Rngs):
-        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
-        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
-
-
 class Block(nnx.Module):
     """Self-attention, attention to the image and feed-forward, each with a post-norm."""
 
     def __init__(self, config: BlipTextConfig, vision_width: int, *, rngs: nnx.Rngs):
-        self.attn = Attention(config, config.hidden_size, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
         self.attn_layernorm = layer_norm(config, rngs)
         self.cross_attn = Attention(config, vision_width, rngs=rngs)
         self.cross_attn_layernorm = layer_norm(config, rngs)
@@ -97,8 +62,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, written: KVCache, mask: jax.Array, seen: KVCache) -> jax.Array:
         """x [B, T, D], `mask` [B or 1, T or 1, S] True where a written key is attended to."""
-        x = self.attn_layernorm(x + self.attn(x, written, mask))
-        x = self.cross_attn_layernorm(x + self.cross_attn(x, seen))
+        x = self.attn_layernorm(x + self.attn(x, mask, written))
+        x = self.cross_attn_layernorm(x + self.cross_attn(x, seen=seen))
         return constrain(self.mlp_layernorm(x + self.mlp(x)), "batch", "length", "embed")
 
 
@@ -181,10 +146,3 @@ class TextDecoder(nnx.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         return self.head(x, self.word_embeddings.embedding[...])
-
-
-def layer_norm(config: BlipTextConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-    )

@@ -7,16 +7,14 @@ Source: Radford et al. 2021 (arXiv 2103.00020). The default sizes are those of L
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.layers import attend, initializer, linear, merge_heads, split_heads
-
-Activation = Literal["gelu", "quick_gelu"]
+from corl_jax.models.encoder import Activation, Block, layer_norm
+from corl_jax.models.layers import initializer, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,53 +47,6 @@ class ClipConfig:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Attention(nnx.Module):
-    """Self-attention with biases; `mask` [1, T, T] is True where a key is seen."""
-
-    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        width = config.hidden_size
-        self.q_proj = linear(width, width, bias=True, rngs=rngs)
-        self.k_proj = linear(width, width, bias=True, rngs=rngs)
-        self.v_proj = linear(width, width, bias=True, rngs=rngs)
-        self.out_proj = linear(width, width, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        query, key, value = (
-            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(merge_heads(attend(query, key, value, mask)))
-
-
-class MLP(nnx.Module):
-    """Two linear layers around an exact GELU, or around OpenAI's approximation of it."""
-
-    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
-        self.activation = config.activation
-        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
-        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.fc1(x)
-        if self.activation == "quick_gelu":
-            return self.fc2(x * jax.nn.sigmoid(1.702 * x))
-        return self.fc2(jax.nn.gelu(x, approximate=False))
-
-
-class Block(nnx.Module):
-    """Pre-norm transformer layer."""
-
-    def __init__(self, config: TowerConfig, *, rngs: nnx.Rngs):
-        self.layer_norm1 = layer_norm(config, rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.layer_norm2 = layer_norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        x = x + self.attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
-
-
 class VisionTower(nnx.Module):
     """pixel_values [N, S, S, 3] -> the class token's last state [N, hidden_size]."""
 
@@ -109,7 +60,9 @@ class VisionTower(nnx.Module):
         tokens = 1 + (config.image_size // config.patch_size) ** 2
         self.position_embedding = layers.Embedding(tokens, tower.hidden_size, rngs=rngs)
         self.pre_layernorm = layer_norm(tower, rngs)
-        self.layers = layers.stack(lambda rngs: Block(tower, rngs=rngs), tower.num_layers, rngs)
+        self.layers = layers.stack(
+            lambda rngs: Block(tower, tower.activation, rngs=rngs), tower.num_layers, rngs
+        )
         self.post_layernorm = layer_norm(tower, rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
@@ -135,7 +88,9 @@ class TextTower(nnx.Module):
         self.position_embedding = layers.Embedding(
             config.context_length, tower.hidden_size, rngs=rngs
         )
-        self.layers = layers.stack(lambda rngs: Block(tower, rngs=rngs), tower.num_layers, rngs)
+        self.layers = layers.stack(
+            lambda rngs: Block(tower, tower.activation, rngs=rngs), tower.num_layers, rngs
+        )
         self.final_layernorm = layer_norm(tower, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -173,13 +128,6 @@ class Clip(nnx.Module):
     def text_embeds(self, ids: jax.Array) -> jax.Array:
         """`text_features` of unit length, in float32."""
         return unit_length(self.text_features(ids))
-
-
-def layer_norm(config: TowerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-    )
 
 
 def unit_length(x: jax.Array) -> jax.Array:

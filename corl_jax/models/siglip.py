@@ -14,7 +14,8 @@ import jax
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.layers import Remat, attend, linear, merge_heads, split_heads
+from corl_jax.models.encoder import Block, layer_norm
+from corl_jax.models.layers import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,49 +33,6 @@ class SiglipConfig:
     @property
     def num_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2
-
-
-class Attention(nnx.Module):
-    """Full self-attention over patches, with biases."""
-
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        width = config.hidden_size
-        self.q_proj = linear(width, width, bias=True, rngs=rngs)
-        self.k_proj = linear(width, width, bias=True, rngs=rngs)
-        self.v_proj = linear(width, width, bias=True, rngs=rngs)
-        self.out_proj = linear(width, width, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = (
-            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(merge_heads(attend(query, key, value)))
-
-
-class MLP(nnx.Module):
-    """Two linear layers around an exact GELU."""
-
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.fc1 = linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
-        self.fc2 = linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
-
-
-class Block(nnx.Module):
-    """Pre-norm encoder layer."""
-
-    def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
-        self.layer_norm1 = layer_norm(config, rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.layer_norm2 = layer_norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
 
 
 class Siglip(nnx.Module):
@@ -96,10 +54,3 @@ class Siglip(nnx.Module):
         x = x + self.position_embedding.embedding[...]
         x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x, remat)
         return self.post_layernorm(x)
-
-
-def layer_norm(config: SiglipConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-    )
