@@ -204,7 +204,47 @@ def test_micro_batches_are_pieces_of_the_prompts(tmp_path):
     assert training.objective(small).micro_batches == 4
 
 
+def test_several_devices_and_a_profile(tmp_path):
+    out, trace = tmp_path / "bench.jsonl", tmp_path / "trace"
+    mesh = ["--mesh", "fsdp=2,tensor=2", "--trace", str(trace)]
+    command.main([*TINY, "--parts", "train,vq", *mesh, "--out", str(out)])
+    first, *lines = (json.loads(line) for line in out.read_text().splitlines())
+    assert first["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    (step,) = (line for line in lines if line["part"] == "train")
+    needed = step["mfu_tflop"] * 1e12
+    ceiling = next(line["tflop_per_s"] for line in lines if "product" in line["name"]) * 1e12
+    assert step["mfu"] == pytest.approx(needed / (4 * ceiling) / step["median_s"])
+    assert step["programs"] == 1
+    for name in ("train", "vq"):
+        assert list((trace / name).rglob("perfetto_trace.json.gz"))
+
+
+def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
+    setting = published("tiny", tmp_path)
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.local_devices()[:4])
+    kernel = dataclasses.replace(setting, mesh=mesh).policy(jax.numpy.float32)["lm_head"]["kernel"]
+    assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
+
+
 # ---- arguments and failures
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--mesh", "rows=2"], "--mesh: found rows=2, expected data, fsdp, tensor"),
+        (["--mesh", "data=0"], "--mesh: found data=0"),
+        (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, which is no multiple"),
+        (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
+        (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
+        (["--mesh", "data=64", "--prompts", "64"], "asks for 64 devices of the 8 here"),
+    ],
+)
+def test_meshes_that_cannot_be(arguments, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        command.main(["--size", "tiny", *arguments])
+    assert error.value.code == BAD_INPUT_EXIT_CODE
+    assert said in capsys.readouterr().err
 
 
 def test_wrong_arguments_are_all_named(capsys):

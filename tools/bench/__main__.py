@@ -10,8 +10,12 @@ iteration (rollouts and step) and correctness (do samplers and trainer agree). C
 training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
 host clock, to the moment when the results are there; `compile` is what the first call took longer.
 Every function says in its docstring what its figures are; roofline and MFU are against rates of
-copying and of matrix products that are measured first. One device is used. Memory peaks are the
-process's: run a part alone to have its own.
+copying and of matrix products that are measured first, on one device. Memory peaks are the
+process's on its first device: run a part alone to have its own.
+
+One device is used, or those of --mesh, as the training command lays them out:
+
+    python -m tools.bench --size 7b --parts train,iteration --mesh fsdp=4 --prompts 32
 
 With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
 and as the reference writes them; `times_...` of this project's figures is PyTorch's seconds over
@@ -26,6 +30,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import sys
@@ -37,7 +42,7 @@ from typing import Any, TextIO
 import jax
 
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.sharding import make_mesh
+from corl_jax.sharding import AXES, BATCH, make_mesh
 from tools.bench import correctness, generation, scoring, training, versus
 from tools.bench.ceilings import ceilings
 from tools.bench.setting import Setting
@@ -54,6 +59,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "iteration": training.iteration,
     "correctness": correctness.correctness,
 }
+ALONE = ("rewards", "correctness")  # parts for one device
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
@@ -72,6 +78,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--micro-batch", type=int, help="prompts of one backward pass; default: all"
     )
     parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp and tensor; rewards and correctness use one",
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="DIR", help="profile one call of each thing, for Perfetto"
+    )
+    parser.add_argument(
         "--offload",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -82,7 +97,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
     args = parser.parse_args(argv)
-    args.parts = args.parts.split(",") if args.parts else list(SIZES[args.size].parts)
+    usual = [part for part in SIZES[args.size].parts if not (args.mesh and part in ALONE)]
+    args.parts = args.parts.split(",") if args.parts else usual
     return args
 
 
@@ -102,13 +118,53 @@ def check(args: argparse.Namespace) -> None:
         problems.append(
             f"--micro-batch: found {args.micro_batch}, which does not divide {args.prompts} prompts"
         )
+    problems += _mesh_problems(args)
     if args.peer:
         problems += versus.check(args)
     if problems:
         raise InputError(problems)
 
 
-def environment(argv: list[str]) -> dict[str, Any]:
+def axes_of(mesh: str) -> dict[str, int]:
+    """Devices along each axis of a mesh, of what --mesh says.
+
+    Raises: InputError for an axis that there is not, or a number that is none.
+    """
+    named = dict(part.partition("=")[::2] for part in mesh.split(",") if part)
+    problems = [
+        f"--mesh: found {name}={value}, expected {', '.join(AXES)} with numbers from 1: fsdp=4"
+        for name, value in named.items()
+        if name not in AXES or not value.isdecimal() or not int(value)
+    ]
+    if problems:
+        raise InputError(problems)
+    return dict.fromkeys(AXES, 1) | {name: int(value) for name, value in named.items()}
+
+
+def _mesh_problems(args: argparse.Namespace) -> list[str]:
+    try:
+        axes = axes_of(args.mesh)
+    except InputError as error:
+        return error.problems
+    problems, ways = [], math.prod(axes[name] for name in BATCH)
+    for option in ("prompts", "micro_batch"):
+        value = getattr(args, option)
+        if value is not None and value % ways:
+            problems.append(
+                f"--{option.replace('_', '-')}: found {value}, which is no multiple of the mesh's "
+                f"{ways} ways of data and fsdp; nearest: {-(-value // ways) * ways}"
+            )
+    alone = [part for part in args.parts if part in ALONE]
+    if args.mesh and alone:
+        problems.append(
+            f"--parts: found {', '.join(alone)}, measured on one device alone; leave out --mesh"
+        )
+    if args.mesh and args.peer:
+        problems.append("--peer: PyTorch runs on one device; leave out --mesh")
+    return problems
+
+
+def environment(argv: list[str], mesh: str) -> dict[str, Any]:
     """Where and how the numbers came about."""
     device = jax.local_devices()[0]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -119,23 +175,30 @@ def environment(argv: list[str]) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.local_device_count(),
+        "mesh": axes_of(mesh),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
 def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     """Measures the parts one after another; returns those that did not fit into memory."""
-    size, failed = SIZES[args.size], []
+    size, failed, axes = SIZES[args.size], [], axes_of(args.mesh)
+    used = math.prod(axes.values())
+    if used > jax.local_device_count():
+        raise InputError(
+            f"--mesh: found {args.mesh}, which asks for {used} devices of the "
+            f"{jax.local_device_count()} here; give less"
+        )
     found, records = ceilings(size.copied, size.product, args.repeats)
     for record in records:
         write(record)
-    mesh = make_mesh(devices=jax.local_devices()[:1])
+    mesh = make_mesh(**axes, devices=jax.local_devices()[:used])
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         setting = Setting(
             size=size, prompts=args.prompts, group=args.group, repeats=args.repeats,
             micro_batch=args.micro_batch, offload=args.offload, folder=Path(folder),
             processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
-            ceilings=found,
+            ceilings=found, trace=args.trace,
         )  # fmt: skip
         for part in args.parts:
             try:
@@ -171,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             print(record.row(), flush=True)
             line({"record": "result", "size": args.size, **record.as_json()})
 
-        found = environment(sys.argv[1:] if argv is None else argv)
+        found = environment(sys.argv[1:] if argv is None else argv, args.mesh)
         line(found | {"peer": peers.environment})
         print(f"{found['device']}, {found['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from corl_jax.types import EncodedPrompts, Rollout
 from tools.bench import inputs
 from tools.bench.cost import Work, step_bytes
 from tools.bench.setting import COMPUTE, Setting
-from tools.bench.timing import Record, measure
+from tools.bench.timing import Record
 
 CFG_SCALE = 5.0
 STREAMS = {"t2i": 0, "mm2t": 1}
@@ -22,7 +23,8 @@ STREAMS = {"t2i": 0, "mm2t": 1}
 
 def keys(setting: Setting, task: str) -> jax.Array:
     """Of all completions of a task."""
-    return sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
+    drawn = sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
+    return setting.placed(drawn)
 
 
 def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
@@ -59,11 +61,11 @@ def image(setting: Setting) -> Iterator[Record]:
     def with_pixels() -> np.ndarray:
         return np.asarray(sampling.decode_images(size.janus, params, sample().tokens))
 
-    tokens = measure(sample, setting.repeats)
+    tokens = setting.measure("image_tokens", sample)
     length = size.janus.num_image_tokens
     work = Work("t2i", setting.prompts, setting.group, size.image_prompt, length, guided=True)
     yield Record("image", "tokens", tokens, _decoding(setting, work, tokens.median, length))
-    whole = measure(with_pixels, setting.repeats)
+    whole = setting.measure("image", with_pixels)
     yield Record(
         "image", "tokens and pixels", whole, {"images_per_s": setting.completions / whole.median}
     )
@@ -84,7 +86,7 @@ def text(setting: Setting) -> Iterator[Record]:
     def answers() -> Rollout:
         return sample(params, prompts, drawn)
 
-    prefill, whole = measure(first, setting.repeats), measure(answers, setting.repeats)
+    prefill, whole = setting.measure("text_prefill", first), setting.measure("text", answers)
     if not bool(answers().mask.all()):
         raise RuntimeError("an answer ended early: the time is that of fewer tokens")
     yield Record("text", "vision, prefill, first token", prefill, {})
@@ -108,17 +110,18 @@ def vq(setting: Setting) -> Iterator[Record]:
     def decode() -> np.ndarray:
         return np.asarray(sampling.decode_images(config, params, codes))
 
-    timing = measure(decode, setting.repeats)
+    timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median
     yield Record("vq", "codes to pixels", timing, {"images_per_s": rate})
 
 
 def _decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
-    """What decode steps cost, against the time of their bytes."""
+    """What decode steps cost, against the time of the bytes that one device reads."""
     step = seconds / steps
+    own = dataclasses.replace(work, prompts=work.prompts // setting.ways)
     figures: dict[str, Any] = {"ms_per_step": 1e3 * step}
     for name, shared in (("", False), ("_shared_prompt", True)):
-        moved = step_bytes(setting.size.janus, work, shared)
+        moved = step_bytes(setting.size.janus, own, shared) / setting.mesh.shape["tensor"]
         figures[f"gb_per_step{name}"] = moved / 1e9
         figures[f"roofline_fraction{name}"] = moved / setting.ceilings.copy / step
     return figures

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.data.processor import Processor
 from corl_jax.models import janus
+from corl_jax.sharding import BATCH, batch_sharding, param_spec
 from corl_jax.types import Params, SpecialTokens
 from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
 from tools.bench.sizes import Size
+from tools.bench.timing import Timing, measure
 from tools.bench.weights import draw
 
 COMPUTE = jnp.bfloat16
@@ -33,16 +37,22 @@ class Setting:
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
     processor: Processor  # of the mini Janus's words, with the size's pictures
-    mesh: Mesh  # of one device
-    ceilings: Ceilings
+    mesh: Mesh
+    ceilings: Ceilings  # of one device
+    trace: Path | None = None  # folder for a profile of one call of each thing
 
     @property
     def completions(self) -> int:
         return self.prompts * self.group
 
     @property
+    def ways(self) -> int:
+        """Into how many parts the mesh splits prompts."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH)
+
+    @property
     def everywhere(self) -> NamedSharding:
-        """Where all arrays lie."""
+        """A copy on each device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -51,9 +61,21 @@ class Setting:
         return dataclasses.replace(self.processor.special, eos=ENDLESS)
 
     def policy(self, dtype: Any) -> Params:
-        """A random Janus."""
-        return self.placed(draw(janus.abstract(self.size.janus), 0, dtype))
+        """A random Janus, laid out by the table of parameters."""
+
+        def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+            return NamedSharding(self.mesh, param_spec(path, shape, self.mesh))
+
+        return draw(janus.abstract(self.size.janus), 0, dtype, place)
 
     def placed(self, tree: Any) -> Any:
-        """Arrays on the device."""
-        return jax.device_put(tree, self.everywhere)
+        """Arrays on the devices, their leading axis spread over them as prompts are."""
+        return jax.device_put(tree, batch_sharding(self.mesh))
+
+    def measure(self, name: str, call: Callable[[], Any]) -> Timing:
+        """The seconds of a call; with `trace` a further one is profiled."""
+        timing = measure(call, self.repeats)
+        if self.trace is not None:
+            with jax.profiler.trace(self.trace / name, create_perfetto_trace=True):
+                jax.block_until_ready(call())
+        return timing

@@ -18,13 +18,14 @@ from corl_jax.train.logprobs import Scoring
 from corl_jax.train.metrics import Phases
 from corl_jax.train.optimizer import learning_rate, make_optimizer, partition
 from corl_jax.train.run import Run
+from corl_jax.train.setup import state_shardings
 from corl_jax.train.step import Objective, TrainState, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
 from tools.bench.cost import Work, training_operations
 from tools.bench.generation import prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
-from tools.bench.timing import Record, measure
+from tools.bench.timing import Record
 
 UPDATES = 1000  # of the schedule
 REMAT: Remat = "full"
@@ -35,11 +36,12 @@ def start(setting: Setting) -> tuple[TrainState, Params, Any]:
     """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
     trained, frozen = partition(setting.policy(jnp.float32), Train().trainable)
     optimizer = make_optimizer(Optimizer(), UPDATES)
-    fresh = TrainState(jnp.int32(0), trained, jax.jit(optimizer.init)(trained))
+    shardings = state_shardings(optimizer, trained, setting.mesh)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = make_train_step(
-        setting.size.janus, objective(setting), optimizer, out_shardings=(setting.everywhere, None)
+        setting.size.janus, objective(setting), optimizer, out_shardings=(shardings, None)
     )
-    return setting.placed(fresh), frozen, step
+    return jax.device_put(TrainState(jnp.int32(0), trained, moments), shardings), frozen, step
 
 
 def objective(setting: Setting) -> Objective:
@@ -81,13 +83,13 @@ def train(setting: Setting) -> Iterator[Record]:
         state, metrics = step(state, frozen, batch)
         return metrics
 
-    timing = measure(update, setting.repeats)
+    timing = setting.measure("train", update)
     tokens = sum(work.rows * (work.prompt + work.length) for work in works(setting))
     figures: dict[str, Any] = {"tokens_per_s": tokens / timing.median}
     for name, shared in (("mfu", True), ("mfu_repeated_prompts", False)):
         needed = training_operations(setting.size.janus, works(setting), shared)
         figures[f"{name}_tflop"] = needed / 1e12
-        figures[name] = needed / setting.ceilings.matmul / timing.median
+        figures[name] = needed / setting.ceilings.matmul / setting.mesh.size / timing.median
     figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
     yield Record("train", "optimizer step", timing, figures)
 
@@ -108,7 +110,7 @@ def iteration(setting: Setting) -> Iterator[Record]:
         number += 1
         return done.metrics
 
-    timing = measure(iterate_once, setting.repeats)
+    timing = setting.measure("iteration", iterate_once)
     run.phases.take()
     metrics = iterate_once()
     phases = {name.removeprefix("phase/"): spent for name, spent in run.phases.take().items()}

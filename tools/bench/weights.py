@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,34 +19,43 @@ STD = 0.02
 NEVER = -1e4  # a logit that no other stays below
 
 
-def draw(abstract: Params, seed: int, dtype: Any = jnp.float32) -> Params:
+Place = Callable[[str, tuple[int, ...]], Any]
+"""(path, shape) -> sharding."""
+
+
+def draw(
+    abstract: Params, seed: int, dtype: Any = jnp.float32, place: Place | None = None
+) -> Params:
     """Normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
 
     A scalar, which is the log of the factor on CLIP's cosines, becomes that of 100. What Janus
-    always computes in float32 is float32.
+    always computes in float32 is float32. `place` says where leaves lie, by default on the first
+    device.
     """
     # This kind of key is drawn from at the speed of memory.
     keys = itertools.count()
     base = jax.random.key(seed, impl="rbg")
 
     def leaf(path: str, x: Any) -> jax.Array:
+        where = None if place is None else place(path, x.shape)
         exact = path.startswith(tuple(f"{part}/" for part in FLOAT32_PARTS)) or not x.shape
         kind = jnp.float32 if exact else dtype
         if path.endswith("/scale"):
-            return jnp.ones(x.shape, kind)
+            return jnp.ones(x.shape, kind, device=where)
         if path.endswith("/bias"):
-            return jnp.zeros(x.shape, kind)
+            return jnp.zeros(x.shape, kind, device=where)
         if not x.shape:
-            return jnp.full(x.shape, math.log(100), kind)
-        return _noise(jax.random.fold_in(base, next(keys)), x.shape, kind)
+            return jnp.full(x.shape, math.log(100), kind, device=where)
+        return _noise(jax.random.fold_in(base, next(keys)), x.shape, kind, where)
 
     return map_with_path(leaf, abstract)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
+def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
     # A program per shape: one for all leaves takes longer to compile than they do together.
-    return STD * jax.random.normal(key, shape, dtype)
+    noise = STD * jax.random.normal(key, shape, dtype)
+    return noise if where is None else jax.lax.with_sharding_constraint(noise, where)
 
 
 def without_end(params: Params, eos: int) -> Params:
