@@ -1,4 +1,13 @@
-"""Errors that a user can act on, and the exit code that goes with them."""
+"""Errors that a user can act on, and the exit codes of every command.
+
+0   done.
+1   anything else: an exception, a checkpoint that cannot be written, a reward that keeps failing,
+    a hang that the watchdog ended. Look at the message; the same command resumes.
+2   bad input: a config, file or argument. Nothing was started; mend it.
+3   a guard stopped the training: too many updates in a row with a loss or gradient that is not
+    finite, or an alarm of `guards.fatal`. Resuming without a change leads there again.
+75  preempted: saved at the step boundary after SIGTERM. The same command resumes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +19,10 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FAILED_EXIT_CODE = 1
 BAD_INPUT_EXIT_CODE = 2
+GUARD_EXIT_CODE = 3
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class InputError(ValueError):
@@ -19,21 +31,33 @@ class InputError(ValueError):
     Each problem names the file or key, what was found, what was expected and the remedy.
     """
 
+    exit_code = BAD_INPUT_EXIT_CODE
+
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
 
+class GuardError(RuntimeError):
+    """A guard has stopped a training that was going wrong; one line of what, where and why."""
+
+    exit_code = GUARD_EXIT_CODE
+
+    @property
+    def problems(self) -> list[str]:
+        return str(self).splitlines()
+
+
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Turns an InputError that leaves `main` into lines on stderr and exit code 2."""
+    """Turns an InputError or GuardError that leaves `main` into lines on stderr and its code."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return main(*args, **kwargs)
-        except InputError as error:
+        except (InputError, GuardError) as error:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
-            sys.exit(BAD_INPUT_EXIT_CODE)
+            sys.exit(error.exit_code)
 
     return wrapped
