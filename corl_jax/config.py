@@ -263,6 +263,41 @@ class Eval(Section):
     batch_prompts: Positive = 16
 
 
+class Guards(Section):
+    """What ends or warns of a run that goes wrong; docs/reliability.md has each limit's reason."""
+
+    max_skipped_updates: Positive = Field(
+        3, description="updates in a row, skipped as not finite, that end the run with code 3"
+    )
+    max_failed_reward_fraction: Fraction = Field(
+        0.5, description="samples of 20 steps that a reward by `use` may fail on; else the end"
+    )
+    step_timeout_s: PositiveFloat | None = Field(
+        1800.0, description="seconds without an iteration, evaluation batch or save; null: no end"
+    )
+    kl: PositiveFloat | None = Field(1.0, description="alarm above: nats a token, of either task")
+    entropy: PositiveFloat | None = Field(
+        0.1, description="alarm below: mean of 10 steps as a share of the first 10 steps' mean"
+    )
+    duplicates: Fraction | None = Field(
+        0.5, description="alarm above: drawings that repeat one of their group, mean of 10 steps"
+    )
+    zero_spread: Fraction | None = Field(
+        0.9, description="alarm above: groups with equal rewards, mean of 10 steps"
+    )
+    drift_mean: PositiveFloat | None = Field(
+        0.05, description="alarm above: mean |sampler - trainer| log-prob, nats"
+    )
+    drift_max: PositiveFloat | None = Field(5.0, description="alarm above: the largest, nats")
+    held_out: PositiveFloat | None = Field(
+        3.0,
+        description="alarm: standard errors that a held-out score falls while the reward rises",
+    )
+    fatal: list[
+        Literal["kl", "entropy", "duplicates", "zero_spread", "drift_mean", "drift_max", "held_out"]
+    ] = Field(default_factory=list, description="alarms that end the run with exit code 3")
+
+
 class Log(Section):
     """What is written beside the numbers."""
 
@@ -303,6 +338,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     export: Export = Export()
     eval: Eval = Eval()
+    guards: Guards = Guards()
     log: Log = Log()
     compat: Compat = Compat()
 

@@ -30,6 +30,7 @@ def problems(config: Config) -> list[str]:
         *_unused_blocks(config),
         *_unused_switches(config),
         *_unused_moments(config),
+        *_guards(config),
     ]
 
 
@@ -136,6 +137,52 @@ def _unused_moments(config: Config) -> list[str]:
         for name, (value, default) in changed(options).items()
         if name in unused
     ]
+
+
+def _guards(config: Config) -> list[str]:
+    """Guards of what the run does not do, and a watchdog that would not wait for a reward."""
+    guards = config.guards
+    problems = [
+        f"guards.{name}: found {value!r}, but {why}; leave it at {default!r}"
+        for name, (value, default) in changed(guards).items()
+        if value is not None and (why := _blind(config, name))
+    ]
+    problems += [
+        f"guards.fatal: found {name}, but {why}; drop it"
+        for name in guards.fatal
+        if (why := _blind(config, name) or _off(config, name))
+    ]
+    slow = [one for one in config.rewards if one.use and one.timeout_s >= _limit(config)]
+    return problems + [
+        f"guards.step_timeout_s: {guards.step_timeout_s:g} is not above timeout_s "
+        f"{one.timeout_s:g} of the reward {one.label}; raise the first or lower the second"
+        for one in slow
+    ]
+
+
+def _limit(config: Config) -> float:
+    limit = config.guards.step_timeout_s
+    return float("inf") if limit is None else limit
+
+
+def _off(config: Config, alarm: str) -> str:
+    return "" if getattr(config.guards, alarm) is not None else f"guards.{alarm} is null"
+
+
+def _blind(config: Config, guard: str) -> str:
+    """Why a guard of a rollout or an evaluation has nothing to look at."""
+    if guard in ("max_skipped_updates", "step_timeout_s", "fatal"):
+        return ""
+    if config.objective != "grpo":
+        return f"objective {config.objective} has no rollouts and rewards"
+    reasons = {
+        "kl": not config.grpo.kl_coef and "grpo.kl_coef 0 measures none",
+        "duplicates": config.grpo.tasks == "mm2t" and "grpo.tasks mm2t draws nothing",
+        "held_out": config.eval.suite == "none" and "eval.suite none evaluates nothing",
+        "max_failed_reward_fraction": not any(reward.use for reward in config.rewards)
+        and "no reward by use is listed",
+    }
+    return reasons.get(guard) or ""
 
 
 def _near_divisors(number: int, wanted: int) -> str:

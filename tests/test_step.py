@@ -270,7 +270,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": sharding.make_mesh(8), "frozen": {},
-        "num_iterations": 1, "mask_truncated": False, "reference": None,
+        "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "score_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),
         "comparison": {
@@ -344,12 +344,12 @@ def stepped(request, params):
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
         state = jax.device_put(step.TrainState(jnp.int32(0), trained, opt_state), shardings)
-        state, norm = jax.jit(
-            lambda state, grads: step.apply_gradients(state, grads, optimizer),
+        state, update = jax.jit(
+            lambda state, grads: step.apply_gradients(state, grads, optimizer, jnp.float32(1)),
             out_shardings=(shardings, None),
         )(state, jax.tree.map(jnp.ones_like, state.params))
     return SimpleNamespace(
-        before=params, state=state, frozen=frozen, norm=norm, shardings=shardings
+        before=params, state=state, frozen=frozen, norm=update["grad_norm"], shardings=shardings
     )
 
 

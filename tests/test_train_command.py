@@ -509,7 +509,9 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
     )  # fmt: skip
     for step in range(5):
         seconds = {"step_time": step + 1.0, "phase/rollout_seconds": 2.0}
-        recorder.iteration(step, SimpleNamespace(metrics={}, samples={}, rewards={}), seconds, run)
+        metrics = {"update/applied": step + 1}
+        done = SimpleNamespace(metrics=metrics, samples={}, rewards={}, updates=[])
+        recorder.iteration(step, done, seconds, run)
     assert [(step, values["step_time"]) for step, values in taken] == [(2, 1.5), (4, 3.5), (5, 5.0)]
     assert all(values["perf/images_per_second"] == 4 for _, values in taken)
 

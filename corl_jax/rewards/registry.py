@@ -308,10 +308,11 @@ def score(
 def score_timed(
     resolved: Sequence[Resolved], samples: Samples, context: Context
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
-    """As `score`, and what each reward cost: name -> {seconds, failures}.
+    """As `score`, and what each reward cost: name -> {seconds, failures, failed}.
 
-    `failures` are the calls that failed since the process started: of a user's own reward, for a
-    registered one that fails ends the run.
+    `failures` are the calls that failed since the process started, `failed` the share of these
+    samples that go without, which only a user's own reward has: a registered one that fails ends
+    the run.
     """
     problems = missing_columns(resolved, samples.columns)
     if problems:
@@ -324,6 +325,9 @@ def score_timed(
             "seconds": time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
+        if isinstance(reward.function, custom.CustomReward):
+            share = reward.function.failed_samples / max(len(samples), 1)
+            costs[reward.name]["failed"] = share
         if values.shape != (len(samples),):
             raise ValueError(
                 f"reward {reward.name}: gave shape {values.shape} for {len(samples)} samples"

@@ -20,6 +20,7 @@ from corl_jax.train.metrics import Metrics, Phases
 from corl_jax.train.planning import Plan, plan
 from corl_jax.train.record import Recorder
 from corl_jax.train.setup import build
+from corl_jax.train.watchdog import Watchdog
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,7 +67,7 @@ def run_training(planned: Plan) -> None:
         Checkpoints(directory.checkpoints, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
     ):
-        resumed, before = checkpoints.latest(), 0.0
+        resumed, before, watched = checkpoints.latest(), 0.0, {}
         run, state = build(planned, Phases())
         if resumed is not None:
             tree, meta = checkpoints.restore(
@@ -74,13 +75,19 @@ def run_training(planned: Plan) -> None:
             )
             state = tree["state"]
             planned.train_loader.set_state(meta["data"])
-            before = meta["seconds"]
+            before, watched = meta["seconds"], meta.get("guards", {})
         start = resumed or 0
         stop = min(run.steps, start + (config.train.stop_after or run.steps))
-        with Metrics(directory, resumed, run.steps, primary) as metrics:
+        stacks = directory.path(f"stacks_{jax.process_index()}.txt")
+        with (
+            Metrics(directory, resumed, run.steps, primary) as metrics,
+            Watchdog(config.guards.step_timeout_s, stacks) as watchdog,
+        ):
             recorder = Recorder(
-                config, directory, metrics, checkpoints, planned.model_dir, primary, before
-            )
+                config, directory, metrics, checkpoints, planned.model_dir, primary, before,
+                watchdog=watchdog,
+            )  # fmt: skip
+            recorder.guards.restore(watched)
             if start == 0:
                 recorder.milestone(run, state, 0)
             state = train(run, state, recorder, start, stop)

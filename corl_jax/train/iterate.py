@@ -18,6 +18,7 @@ import numpy as np
 from corl_jax import grpo, sampling
 from corl_jax.rewards.registry import Context, Samples, score_timed
 from corl_jax.sharding import batch_sharding
+from corl_jax.train.guards import FAILED
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, local_rows, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
@@ -50,9 +51,9 @@ def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
     metrics = metrics | agreement | stats | length_metrics(run, rollouts)
     for one in scored.values():
-        metrics |= one.metrics
+        metrics |= one.metrics | failed_shares(run, one)
     samples = {task: scored[task].samples for task in run.tasks}
-    return state, Iteration(metrics, samples, rewards)
+    return state, Iteration(metrics, samples, rewards, updates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Scored:
     samples: Samples
     rewards: dict[str, np.ndarray]  # [N] float32, NaN where not applicable
     metrics: dict[str, float]  # what each reward cost
+    failed: dict[str, float]  # metric of a user's reward -> share of these samples that it failed
 
 
 def reward(
@@ -75,7 +77,16 @@ def reward(
         for name, cost in costs.items()
         for what, value in cost.items()
     }
-    return Scored(samples, rewards, metrics)
+    failed = {name: metrics.pop(name) for name in [*metrics] if name.endswith(FAILED)}
+    return Scored(samples, rewards, metrics, failed)
+
+
+def failed_shares(run: Run, scored: Scored) -> dict[str, jax.Array]:
+    """The share of all processes' samples that each reward failed on, so that all see the same."""
+    return {
+        name: jnp.mean(put(run, np.full(len(scored.samples), share, np.float32)))
+        for name, share in scored.failed.items()
+    }
 
 
 def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
@@ -211,6 +222,14 @@ def ended(rollout: Rollout, eos: int) -> jax.Array:
     return ((rollout.tokens == eos) & rollout.mask).any(axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="group_size")
+def duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
+    """Share of rows [N, T] that repeat an earlier one of their group token by token."""
+    groups = tokens.reshape(-1, group_size, tokens.shape[-1])
+    same = (groups[:, :, None] == groups[:, None, :]).all(axis=-1)
+    return jnp.tril(same, k=-1).any(axis=-1).mean()
+
+
 def length_metrics(run: Run, rollouts: dict[str, Rollout]) -> dict[str, Any]:
     """Lengths of the answers; images always have all their tokens and are never truncated."""
     metrics: dict[str, Any] = {}
@@ -219,6 +238,7 @@ def length_metrics(run: Run, rollouts: dict[str, Rollout]) -> dict[str, Any]:
         distinct = [len(np.unique(row)) / len(row) for row in tokens]
         metrics["t2i/completions/mean_length"] = float(tokens.shape[1])
         metrics["t2i/distinct_token_fraction"] = float(np.mean(distinct))
+        metrics["t2i/duplicate_fraction"] = duplicates(rollouts["t2i"].tokens, run.group_size)
     if "mm2t" in rollouts:
         lengths = local_rows(rollouts["mm2t"].mask).sum(axis=-1)
         closed = local_rows(ended(rollouts["mm2t"], run.processor.special.eos))

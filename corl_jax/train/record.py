@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ from corl_jax import evaluation
 from corl_jax.config import Config
 from corl_jax.train import gallery, iterate
 from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.train.guards import Guards
 from corl_jax.train.metrics import Metrics, read_lines
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.rundir import RunDir
 from corl_jax.train.setup import host_params
 from corl_jax.train.step import TrainState
+from corl_jax.train.watchdog import Watchdog
 from corl_jax.types import Params, Prompts
 from corl_jax.weights import files
 
@@ -40,6 +43,11 @@ class Recorder:
     seconds_before: float = 0.0  # of the processes that this one resumes
     started: float = dataclasses.field(default_factory=time.perf_counter)
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    guards: Guards = dataclasses.field(init=False)
+    watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
+
+    def __post_init__(self) -> None:
+        self.guards = Guards(self.config.guards)
 
     @property
     def seconds(self) -> float:
@@ -52,21 +60,33 @@ class Recorder:
         """Logs iteration `step` (0-based), counted from then on as `step + 1` done.
 
         `seconds` by phase; the line has their means since the last one.
+
+        Raises:
+            GuardError, RewardError: the run must not go on, nor be saved as it is.
         """
+        self.watchdog.beat(compiled=True)
+        self.guards.step(step + 1, iteration.updates, iteration.metrics)
         self.unlogged.append(seconds)
         if (step + 1) % self.config.log.every and step + 1 != run.steps:
             return
         values = {name: float(value) for name, value in iteration.metrics.items()}
         values |= {n: statistics.fmean(one[n] for one in self.unlogged) for n in seconds}
         self.unlogged.clear()
-        values["learning_rate"] = float(run.schedule((step + 1) * run.num_iterations - 1))
+        values["learning_rate"] = float(run.schedule(max(values["update/applied"] - 1, 0)))
         values["epoch"] = (step + 1) / run.train_loader.steps_per_epoch
         for kind, count in run.train_loader.counts.items():
             values[f"data/{kind}_rows"] = count
         values |= self._pace(run, values)
-        self.metrics.log(step + 1, values)
+        alarms, lines = self.guards.logged(step + 1, values)
+        self.metrics.log(step + 1, values | alarms)
         if self._samples_due(step + 1, run):
             self._answers(step + 1, iteration)
+        self._alarm(lines)
+
+    def _alarm(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.metrics.say(line)
+        self.guards.require(lines)
 
     def _pace(self, run: Run, values: dict[str, float]) -> dict[str, float]:
         seconds = values.get("phase/rollout_seconds")
@@ -104,8 +124,10 @@ class Recorder:
 
     def milestone(self, run: Run, state: TrainState, step: int) -> None:
         """Grids and evaluations that are due after `step` iterations, then the checkpoint."""
+        self.watchdog.beat()
         if self._images_due(step, run):
             self._fixed_prompts(run, state, step)
+            self.watchdog.beat()
         if self._evaluation_due(step, run):
             self._evaluate(run, state, step)
         if step and (step % self.config.checkpoint.every == 0 or step == run.steps):
@@ -115,8 +137,9 @@ class Recorder:
         """Starts a checkpoint of all that the next iterations depend on."""
         data = run.train_loader.get_state() | {"step": step}
         meta = {"data": data, "seed": run.seed, "config": self.config.model_dump(mode="json")}
-        meta["seconds"] = self.seconds
+        meta |= {"seconds": self.seconds, "guards": self.guards.state()}
         self.checkpoints.save(step, {"state": state}, meta)
+        self.watchdog.beat()
 
     def _answers(self, step: int, iteration: Iteration) -> None:
         samples = iteration.samples.get("mm2t")
@@ -168,17 +191,28 @@ class Recorder:
         rollout, suite = self.config.rollout, self.config.eval
         began = time.perf_counter()
         if suite.suite == "rewards":
-            values = held_out_rewards(run, params, suite.rows)
+            values = held_out_rewards(run, params, suite.rows, self.watchdog.beat)
         else:
             report = evaluation.evaluate_shapes(
                 run.model_config, params, run.processor, run.eval_loader,
                 seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
                 max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
-                place=lambda tree: put(run, tree),
+                place=self._place(run),
             )  # fmt: skip
             values = report.metrics()
         values = values | {"eval/seconds": time.perf_counter() - began}
-        self.metrics.log(step, values)
+        alarms, lines = self.guards.evaluated(step, values)
+        self.metrics.log(step, values | alarms)
+        self._alarm(lines)
+
+    def _place(self, run: Run) -> Callable:
+        """`put`, which comes once a batch, so that the watchdog hears of each."""
+
+        def place(tree: Any) -> Any:
+            self.watchdog.beat()
+            return put(run, tree)
+
+        return place
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Every evaluation so far, in order of steps."""
@@ -195,6 +229,7 @@ class Recorder:
         What is there already stays: then this is the rerun of a finished run.
         """
         self.checkpoints.wait()
+        self.watchdog.beat()
         if self.run_dir.export.exists():
             self.metrics.say(f"{self.run_dir.export} stays; move it away to export again")
         elif self.config.export.layout != "none":
@@ -212,6 +247,7 @@ class Recorder:
             self.run_dir.write_json("summary.json", {
                 "steps": run.steps,
                 "optimizer_steps": int(state.step),
+                "skipped_updates": self.guards.skipped,
                 "seconds": self.seconds,
                 "first_evaluation": evaluations[0] if evaluations else None,
                 "last_evaluation": evaluations[-1] if evaluations else None,
@@ -227,12 +263,15 @@ def take(prompts: Prompts, count: int) -> Prompts:
     )
 
 
-def held_out_rewards(run: Run, params: Params, rows: int) -> dict[str, float]:
+def held_out_rewards(
+    run: Run, params: Params, rows: int, beat: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Mean and standard error of the training rewards on held-out rows, each counted once."""
     loader = run.eval_loader
     rows = min(rows, len(loader.source))
     scores: dict[str, list[np.ndarray]] = {}
     for prompts in loader.iterate(0, -(-rows // loader.batch_size)):
+        beat()
         # The last batch may run into a second pass.
         kept = np.repeat(prompts.index < rows, run.group_size)
         for task in run.tasks:

@@ -60,6 +60,7 @@ class Iteration:
     metrics: dict[str, Any]
     samples: dict[str, Any]  # task -> rewards.registry.Samples
     rewards: dict[str, dict[str, np.ndarray]]
+    updates: list[dict[str, Any]]  # each update's own metrics, in order; scalars of the device
 
 
 def put(run: Run, tree: Any) -> Any:

@@ -7,6 +7,7 @@ checkpoints/     one directory per finished step
 images/          grids of fixed prompts
 export/          the final model
 summary.json     steps, seconds, first and last evaluation
+stacks_N.txt     where each thread of process N waited when the watchdog ended it
 .lock            held while a process writes here
 """
 
@@ -38,6 +39,7 @@ MAY_CHANGE = (
     r"(log|checkpoint|export|mesh)\..*",  # another mesh changes rounding, not the run
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
     r"data\.prefetch",
+    r"guards\..*",  # they watch, and change nothing that they let pass
     r"networks\.offload",
 )
 """Options that a resumed run may give another value; regexes of whole keys."""

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
+from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Policy
@@ -27,6 +28,7 @@ from corl_jax.types import Params
 from corl_jax.weights import files
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LISTED = 20  # tensors in an error
 ITERATIONS = {
     "grpo": iterate.grpo_iteration,
     "sft": supervised.sft_iteration,
@@ -42,6 +44,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
     trained, frozen = partition(stored, config.train.trainable)
     trained = place(to_master(trained, config.compat.bfloat16_master), mesh)
     frozen = place(to_master(frozen, False), mesh)
+    require_finite(merge(trained, frozen), plan.model_dir)
     reference = None
     if config.objective == "grpo" and config.grpo.kl_coef:
         # A copy: the state's own buffers are donated to the first step.
@@ -110,6 +113,23 @@ def make_steps(
 def place(params: Params, mesh: Mesh) -> Params:
     """Host parameters on the mesh, by the sharding table."""
     return jax.device_put(params, param_shardings(params, mesh))
+
+
+@jax.jit
+def _not_finite(params: Params) -> Params:
+    return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), params)
+
+
+def require_finite(params: Params, source: Any) -> None:
+    """Raises InputError naming the tensors of `source` with NaN or infinite values."""
+    counts = leaf_paths(jax.device_get(_not_finite(params)))
+    bad = [f"{path} ({count:,} values)" for path, count in counts if count]
+    if bad:
+        more = [f"and {len(bad) - LISTED} more"] * (len(bad) > LISTED)
+        raise InputError(
+            f"model.path: {source}: not finite: {', '.join([*bad[:LISTED], *more])}; copy or "
+            "convert the checkpoint again"
+        )
 
 
 def state_shardings(

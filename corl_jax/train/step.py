@@ -34,7 +34,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 class TrainState:
     """All that training changes; donated to each step."""
 
-    step: jax.Array  # scalar int32, optimizer steps done
+    step: jax.Array  # scalar int32, updates applied; a skipped one does not count
     params: Params  # the trained ones
     opt_state: Any
 
@@ -185,12 +185,23 @@ def _scan_sum(accumulate: Callable, pieces: Batch):
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, jax.Array]:
-    """The next state, and the gradients' global norm before clipping."""
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, loss: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """(next state, metrics); `grad_norm` is the gradients' global norm before clipping.
+
+    Unless both loss and norm are finite, the update is skipped: parameters, optimizer and `step`
+    keep their bits, and so the learning rate its place in the schedule. A norm is finite only
+    if the squares of all gradients are, so what the optimizers here make of them is too.
+    `update/skipped` is 1 for a skipped update, `update/applied` the state's step.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+    moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    skipped = 1.0 - finite.astype(jnp.float32)
+    metrics = {"grad_norm": norm, "update/skipped": skipped, "update/applied": state.step}
+    return state, metrics
 
 
 def make_train_step(
@@ -204,8 +215,8 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         grads, metrics = gradients(config, objective, state.params, frozen, batch)
-        state, norm = apply_gradients(state, grads, optimizer)
-        return state, metrics | {"grad_norm": norm}
+        state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
+        return state, metrics | update
 
     return train_step
 

@@ -38,7 +38,7 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
             batch["t2i"] = dataclasses.replace(batch["t2i"], tokens=codes, mask=ones)
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, batch)
-    return state, Iteration(metrics, {}, {})
+    return state, Iteration(metrics, {}, {}, [metrics])
 
 
 def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:

@@ -42,7 +42,7 @@ def vq_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         pixels = put(run, np.stack([drawing_pixels(image, run.image_side) for image in images]))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, pixels)
-    return state, Iteration(metrics, {}, {})
+    return state, Iteration(metrics, {}, {}, [metrics])
 
 
 def vq_loss(
@@ -89,7 +89,7 @@ def make_vq_step(
             return vq_loss(model, pixels, *weights)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        state, norm = apply_gradients(state, grads, optimizer)
-        return state, metrics | {"loss": value, "grad_norm": norm}
+        state, update = apply_gradients(state, grads, optimizer, value)
+        return state, metrics | {"loss": value} | update
 
     return train_step

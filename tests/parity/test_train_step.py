@@ -226,7 +226,7 @@ def test_two_updates_on_one_rollout(case, scored, compute):
     """Clip by global norm, AdamW, linear decay without warm-up; the old log-probs stay."""
     trained, frozen = partition(case.params, TRAINABLE)
     optimizer = make_optimizer(OPTIMIZER, UPDATES)
-    apply = jax.jit(lambda state, grads: step.apply_gradients(state, grads, optimizer))
+    apply = jax.jit(lambda state, grads: step.apply_gradients(state, grads, optimizer, 0.0))
     state = step.TrainState(jnp.int32(0), trained, optimizer.init(trained))
 
     model = torch_janus.tiny_model(**SIZES)
@@ -276,7 +276,8 @@ def test_adamw_alone_to_the_end_of_the_schedule():
         size = (0.1, 30.0)[update % 2]  # global norm below and above 1
         grads = {name: np.float32(size) * x[::-1] / 5 for name, x in weights.items()}
         assert learning_rate(options, UPDATES)(update) == pytest.approx(schedule.get_last_lr()[0])
-        state, norm = step.apply_gradients(state, grads, optimizer)
+        state, metrics = step.apply_gradients(state, grads, optimizer, jnp.float32(0))
+        norm = metrics["grad_norm"]
         for name, parameter in theirs.items():
             parameter.grad = tensor(grads[name])
         torch_norm = torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.0)
