@@ -1,0 +1,254 @@
+"""Guards over hand-made series: when each one speaks, how often, and what a resume remembers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from corl_jax import config_file
+from corl_jax.config import Guards as Options
+from corl_jax.errors import GuardError, InputError
+from corl_jax.rewards.custom import RewardError
+from corl_jax.train import guards
+from corl_jax.train.guards import FAILED_WINDOW, RULES, WINDOW, Guards
+from corl_jax.train.iterate import duplicates
+from corl_jax.train.rundir import jsonable
+
+GOOD = {"update/skipped": 0.0, "loss": 1.0, "grad_norm": 2.0, "t2i/loss": 1.0, "mm2t/loss": 0.1}
+BAD = GOOD | {"update/skipped": 1.0, "loss": math.nan, "grad_norm": math.inf, "t2i/loss": math.nan}
+
+
+def said(watched: Guards, name: str, series: list[float], key: str) -> list[int]:
+    """The logged steps (from 1) at which the alarm begins."""
+    found = []
+    for step, value in enumerate(series, 1):
+        metrics, lines = watched.logged(step, {key: value})
+        assert all(line.startswith(f"alarm {name} at step {step}: {key} ") for line in lines)
+        assert not lines or metrics[f"alarm/{name}"] == 1
+        found += [step] * len(lines)
+    return found
+
+
+# ---- updates
+
+
+def test_skipped_updates_in_a_row_end_the_run():
+    watched = Guards(Options(max_skipped_updates=3))
+    for step, updates in enumerate([[BAD, BAD], [GOOD, BAD], [BAD, GOOD], [BAD]], 1):
+        watched.step(step, updates, {})
+    with pytest.raises(GuardError) as error:
+        watched.step(5, [BAD, BAD], {})  # the third in a row is the second of this step
+    for part in ("step 5: 3 update(s)", "loss nan", "norm inf", "not finite: t2i/loss. "):
+        assert part in str(error.value)
+    assert watched.skipped == 7
+
+
+def test_a_derivative_that_is_not_finite_is_told_from_a_loss():
+    watched = Guards(Options(max_skipped_updates=1))
+    with pytest.raises(GuardError, match=r"no part of the loss, so it is a derivative"):
+        watched.step(1, [GOOD | {"update/skipped": 1.0, "grad_norm": math.nan}], {})
+
+
+def test_skipped_updates_are_counted_between_logged_steps():
+    watched = Guards(Options())
+    watched.step(1, [BAD, GOOD], {})
+    watched.step(2, [BAD], {})
+    counts = [watched.logged(2, {})[0], watched.logged(3, {})[0]]
+    assert [one["update/skipped"] for one in counts] == [2, 0]
+    assert [one["update/skipped_total"] for one in counts] == [2, 2]
+
+
+# ---- rewards
+
+
+def test_a_reward_that_fails_too_often_ends_the_run():
+    """Never twice in a row, so that `max_failures` alone would let it go on for ever."""
+    watched = Guards(Options(max_failed_reward_fraction=0.4))
+    name = "mm2t/rewards/judge/failed"
+    for step in range(1, FAILED_WINDOW):
+        watched.step(step, [], {name: step % 2, "mm2t/rewards/format/seconds": 1.0})
+    with pytest.raises(RewardError, match=rf"step {FAILED_WINDOW}: reward judge failed on 50%"):
+        watched.step(FAILED_WINDOW, [], {name: 0.0})
+    tolerant = Guards(Options(max_failed_reward_fraction=0.5))
+    for step in range(1, 100):
+        tolerant.step(step, [], {name: step % 2})
+
+
+# ---- alarms
+
+
+@pytest.mark.parametrize("name", ["kl", "drift_mean", "drift_max"])
+def test_an_alarm_is_said_once_per_crossing(name):
+    limit, key = getattr(Options(), name), RULES[name].keys[1]
+    low, high = limit, 1.01 * limit
+    quiet = [low] * WINDOW
+    series = [low, high, high, low, high, *quiet, high, math.nan, *quiet, math.nan]
+    assert said(Guards(Options()), name, series, key) == [2, 16, 28]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("duplicates", "t2i/duplicate_fraction"), ("zero_spread", "frac_reward_zero_std")],
+)
+def test_shares_are_averaged_so_that_one_batch_says_nothing(name, key):
+    limit = getattr(Options(), name)
+    one_off = [1.0, *[limit / 2] * WINDOW] * 3
+    assert said(Guards(Options()), name, one_off, key) == []
+    assert said(Guards(Options()), name, [limit] * 30 + [1.0] * 30, key) == [31]
+    assert said(Guards(Options()), name, [1.0] * 9, key) == []  # too few to say
+
+
+def test_entropy_is_compared_with_the_runs_own_beginning():
+    for scale in (0.02, 9.0):
+        falling = [scale] * 15 + [0.05 * scale] * 20
+        # The mean of ten falls below a tenth of the first ones with the tenth low value.
+        assert said(Guards(Options()), "entropy", falling, "mm2t/entropy") == [25]
+        assert said(Guards(Options()), "entropy", [scale] * 40, "mm2t/entropy") == []
+    assert said(Guards(Options(entropy=None)), "entropy", falling, "mm2t/entropy") == []
+
+
+def test_both_tasks_are_watched_and_named():
+    values = {"t2i/kl": 3.0, "mm2t/kl": 2.0}
+    ((line,), metrics) = Guards(Options(kl=1.5)).logged(7, values)[::-1]
+    assert "t2i/kl 3 and mm2t/kl 2, above 1.5" in line and metrics["alarm/kl"] == 1
+    assert "alarm/duplicates" not in metrics  # nothing was drawn
+
+
+def test_only_listed_alarms_are_fatal():
+    line = "alarm kl at step 3: t2i/kl 4, above 1"
+    Guards(Options(fatal=["drift_mean"])).require([line])
+    Guards(Options(fatal=["kl"])).require([])
+    with pytest.raises(GuardError, match=r"guards\.fatal lists it"):
+        Guards(Options(fatal=["kl"])).require([line])
+
+
+# ---- evaluations
+
+
+def run_of(watched: Guards, rewards: list[float], scores: list[float], error=0.01) -> list[int]:
+    """Evaluations (from 0) that begin an alarm; five steps of each reward lie before each."""
+    begins = []
+    for number, score in enumerate(scores):
+        if number:
+            for step in range(5):
+                watched.logged(5 * number + step, {"reward": rewards[number - 1]})
+        values = {"eval/t2i/clip": score, "eval/t2i/clip_stderr": error}
+        metrics, lines = watched.evaluated(5 * number, values)
+        assert metrics["alarm/held_out"] in (0, 1)
+        begins += [number] * len(lines)
+    return begins
+
+
+@pytest.mark.parametrize(
+    ("rewards", "scores", "begins"),
+    [
+        ([0.2, 0.3, 0.4], [0.5, 0.6, 0.5, 0.4], [2]),  # said once
+        ([0.2, 0.3, 0.4], [0.5, 0.6, 0.58, 0.6], []),  # within the error
+        ([0.4, 0.3, 0.2], [0.5, 0.6, 0.5, 0.4], []),  # the reward falls as well
+        ([0.2, 0.3, 0.4], [0.5, 0.4, 0.3, 0.2], [2]),  # the first compares with its own steps
+        ([0.2, 0.3, 0.4, 0.5], [0.5, 0.6, 0.4, 0.6, 0.4], [2, 4]),  # again after recovering
+    ],
+)
+def test_a_held_out_score_that_falls_while_the_reward_rises(rewards, scores, begins):
+    assert run_of(Guards(Options()), rewards, scores) == begins
+    assert run_of(Guards(Options()), rewards, scores, error=1.0) == []
+
+
+def test_scores_of_the_drawn_world_are_its_two_accuracies():
+    values = {
+        f"eval/{name}{end}": value
+        for name in ("draw/accuracy", "draw/counting", "answer/accuracy")
+        for end, value in (("", 0.5), ("_low", 0.4), ("_high", 0.6))
+    }
+    found = guards.held_out_scores(values | {"eval/seconds": 3.0})
+    assert found.keys() == {"eval/draw/accuracy", "eval/answer/accuracy"}
+    assert found["eval/draw/accuracy"] == (0.5, pytest.approx(0.2 / 3.92))
+
+
+# ---- resuming
+
+
+def test_a_resumed_run_counts_on():
+    """Through the JSON of a checkpoint, cut at any place of a series, it says the same."""
+    rng = np.random.default_rng(3)
+    series = [
+        {
+            "reward": 0.01 * step, "t2i/kl": math.nan if step % 23 == 5 else 0.5,
+            "t2i/entropy": 1.0 if step < 20 else 0.01, "frac_reward_zero_std": 0.8 + 0.2 * rng.random(),
+        }
+        for step in range(60)
+    ]  # fmt: skip
+
+    def look(watched: Guards, step: int):
+        watched.step(step, [GOOD, BAD][step % 2 :], {"t2i/rewards/r/failed": step % 3 == 0})
+        found = [watched.logged(step, series[step])]
+        if step % 7 == 0:
+            scores = {"eval/a": -0.01 * step, "eval/a_stderr": 0.001}
+            found.append(watched.evaluated(step, scores))
+        return found
+
+    straight = Guards(Options())
+    expected = [look(straight, step) for step in range(60)]
+    assert sum(bool(lines) for step in expected for _, lines in step) >= 5
+    for cut in (1, 9, 25, 44):
+        before, after = Guards(Options()), Guards(Options())
+        found = [look(before, step) for step in range(cut)]
+        after.restore(json.loads(json.dumps(jsonable(before.state()), allow_nan=False)))
+        found += [look(after, step) for step in range(cut, 60)]
+        assert found == expected, cut
+
+
+# ---- metrics and options
+
+
+def test_duplicates_are_counted_within_groups():
+    tokens = np.arange(24).reshape(8, 3)
+    tokens[1] = tokens[0]  # one of group 0
+    tokens[6] = tokens[7] = tokens[4]  # two of group 1
+    tokens[3, 0] = tokens[2, 0]  # a token alone is no duplicate
+    assert duplicates(tokens, 4) == pytest.approx(3 / 8)
+    assert duplicates(tokens, 2) == pytest.approx(2 / 8)
+
+
+BASE = {
+    "output_dir": "x", "model": {"path": "m"}, "data": {"path": "d"},
+    "rewards": [{"name": "format"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tree", "part"),
+    [
+        ({"guards": {"kl": 0.5}}, "guards.kl: found 0.5, but grpo.kl_coef 0 measures none"),
+        ({"guards": {"fatal": ["kl"]}}, "guards.fatal: found kl, but grpo.kl_coef 0"),
+        (
+            {"guards": {"fatal": ["entropy"], "entropy": None}},
+            "guards.fatal: found entropy, but guards.entropy is null",
+        ),
+        ({"guards": {"held_out": 2.0}}, "eval.suite none evaluates nothing"),
+        ({"guards": {"duplicates": 0.1}, "grpo": {"tasks": "mm2t"}}, "mm2t draws nothing"),
+        ({"guards": {"max_failed_reward_fraction": 0.1}}, "no reward by use is listed"),
+        (
+            {"guards": {"drift_max": 1.0}, "objective": "sft", "rewards": []},
+            "objective sft has no rollouts",
+        ),
+        (
+            {"guards": {"step_timeout_s": 60.0}, "rewards": [{"use": "f.py:judge"}]},
+            "guards.step_timeout_s: 60 is not above timeout_s 60 of the reward judge",
+        ),
+        ({"guards": {"fatal": ["klx"]}}, "guards.fatal"),
+    ],
+)
+def test_guards_that_have_nothing_to_watch_are_refused(tree, part):
+    with pytest.raises(InputError) as error:
+        config_file.validate(BASE | tree, "test")
+    assert any(part in problem for problem in error.value.problems), error.value.problems
+
+
+def test_any_guard_may_be_switched_off_and_every_fatal_one_has_a_limit():
+    off = dict.fromkeys([*RULES, "held_out", "step_timeout_s"])
+    config_file.validate(BASE | {"guards": off}, "test")
+    assert Options().max_skipped_updates == 3
