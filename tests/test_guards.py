@@ -177,7 +177,8 @@ def test_a_resumed_run_counts_on():
     series = [
         {
             "reward": 0.01 * step, "t2i/kl": math.nan if step % 23 == 5 else 0.5,
-            "t2i/entropy": 1.0 if step < 20 else 0.01, "frac_reward_zero_std": 0.8 + 0.2 * rng.random(),
+            "t2i/entropy": 1.0 if step < 20 else 0.01,
+            "frac_reward_zero_std": 0.8 + 0.2 * rng.random(),
         }
         for step in range(60)
     ]  # fmt: skip
