@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all test-faults lint format clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test: $(VENV)/installed-dev  ## lint and the tests that CI runs
 
 test-all: $(VENV)/installed-dev  ## every test
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/installed-dev  ## kills, full disks, corrupt files: the table of what was survived
+	$(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
