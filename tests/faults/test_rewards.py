@@ -1,0 +1,209 @@
+"""T10, T12, T13, T14: a reward that fails costs its samples, and the run only beyond a limit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from corl_jax import grpo, sharding
+from corl_jax.rewards.custom import RewardError
+from corl_jax.sharding import leaf_paths
+from corl_jax.train import __main__ as command
+from corl_jax.train import planning
+from corl_jax.weights.files import load_config, load_params
+from tests import tiny_train
+from tests.tiny_train import metric_lines, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+REWARDS = """
+import itertools, math, time
+
+calls = {}
+
+def call(name):
+    return next(calls.setdefault(name, itertools.count(1)))
+
+def length(texts):
+    return [float(len(text)) for text in texts]
+
+def nan_once(texts):
+    scores = length(texts)
+    if call("nan_once") == 1:
+        scores[0], scores[3] = math.nan, math.inf
+    return scores
+
+def raises_once(texts):
+    if call("raises_once") == 1:
+        raise KeyError("no such thing")
+    return length(texts)
+
+def short_once(texts):
+    return length(texts)[: -1 if call("short_once") == 2 else None]
+
+def words_once(texts):
+    return ["good"] * len(texts) if call("words_once") == 1 else length(texts)
+
+def sleeps_once(texts):
+    if call("sleeps_once") == 2:
+        time.sleep(3600)
+    return length(texts)
+
+def raises(texts):
+    raise ZeroDivisionError("always")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "make_mesh", make)
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "mine.py"
+    path.write_text(REWARDS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_config, written):
+    """Options of a run on answers alone, with rewards of the file by name."""
+    model = tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+    rows = tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 8)
+
+    def tree(output: Path, *names: str, **changes):
+        listed = [{"use": f"{written}:{name}", "timeout_s": 3.0} for name in names]
+        return tiny_train.options(
+            model, rows, output, rewards=listed, grpo={"tasks": "mm2t"},
+            **{"train": {"max_steps": 2, "prompts_per_step": 2}} | changes,
+        )  # fmt: skip
+
+    return tree
+
+
+def train(tree: dict) -> Path:
+    output = Path(tree["output_dir"])
+    path = write_config(output.parent / f"{output.name}.yaml", tree)
+    command.main(["--config", str(path)])
+    return output
+
+
+FAILING = ("raises_once", "short_once", "words_once", "sleeps_once")
+
+
+def test_every_kind_of_failure_costs_a_call_and_not_the_run(base, tmp_path, figure):
+    began = time.monotonic()
+    output = train(base(tmp_path / "run", "length", "nan_once", *FAILING))
+    lines = metric_lines(output)
+    share = {
+        name: [line[f"mm2t/rewards/{name}/failed"] for line in lines]
+        for name in ("length", "nan_once", *FAILING)
+    }
+    assert share == {
+        "length": [0, 0], "nan_once": [0, 0], "raises_once": [1, 0], "short_once": [0, 1],
+        "words_once": [1, 0], "sleeps_once": [0, 1],
+    }  # fmt: skip
+    assert [line["mm2t/rewards/nan_once/not_applicable"] for line in lines] == [0.5, 0]
+    assert [line["mm2t/rewards/sleeps_once/failures"] for line in lines] == [0, 1]
+    assert lines[1]["mm2t/rewards/sleeps_once/seconds"] == pytest.approx(3, abs=1)
+    assert all(line["loss"] is not None and line["grad_norm"] is not None for line in lines)
+    config = load_config(output / "export")
+    params = dict(leaf_paths(load_params(output / "export", config)))
+    bad = [path for path, leaf in params.items() if not np.isfinite(leaf).all()]
+    figure("T10", fault="NaN and inf in 2 of 4 samples", tries=1, losses=len(bad))
+    figure("T13", fault="raises, wrong length, strings", tries=3, losses=len(bad))
+    seconds = time.monotonic() - began
+    figure("T14", fault="sleeps for ever", tries=1, losses=len(bad), note=f"run {seconds:.0f} s")
+    assert not bad
+
+
+def test_a_reward_that_keeps_failing_ends_the_run_by_its_name(base, tmp_path, figure):
+    tree = base(tmp_path / "run", "length", "raises")
+    tree["rewards"][1]["max_failures"] = 2
+    with pytest.raises(RewardError) as error:
+        train(tree)
+    for part in ("reward raises", "2 (max_failures: 2)", "ZeroDivisionError: always", "mine.py"):
+        assert part in str(error.value), part
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    figure("T13", fault="raises for ever", tries=1, losses=0)
+
+
+@pytest.mark.parametrize("kind", ["sleeps", "spins"])
+def test_a_hung_reward_does_not_keep_the_process(tmp_path, kind, figure):
+    """Its thread cannot be ended, and must not have to be."""
+    body = {"sleeps": "time.sleep(3600)", "spins": "while True: pass"}[kind]
+    (tmp_path / "hung.py").write_text(f"import time\ndef hung(texts):\n    {body}\n")
+    script = (
+        "from corl_jax.rewards import custom\n"
+        "from corl_jax.rewards.samples import Context, Samples\n"
+        "reward = custom.load('hung.py:hung', {}, timeout_s=0.5, max_failures=2)\n"
+        "context = Context(None, None, None, None, 0, 0)\n"
+        "for _ in range(3):\n"
+        "    print(reward(Samples({}, texts=['a', 'b']), context), flush=True)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=120, env=environment(),
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    assert done.returncode == 1 and done.stdout == "[nan nan]\n"
+    assert "reward hung (hung.py:hung): failed calls in a row: 2" in done.stderr
+    figure("T14", fault=f"hung: {kind}; exit", tries=1, losses=0, note=f"{seconds:.1f} s")
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+# ---- T12
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e6])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("eps", [1e-4, 0.0])
+def test_equal_rewards_teach_exactly_nothing(value, scale, eps, figure):
+    """Also through the loss: the gradient is 0, and finite."""
+    rewards = jnp.full(12, value, jnp.float32).at[7].set(jnp.nan)
+
+    def loss(logprobs, rewards):
+        advantages, stats = grpo.group_advantages(rewards, 4, eps, scale)
+        mask = jnp.ones(logprobs.shape, bool)
+        total, count, _ = grpo.policy_loss(logprobs, None, advantages, mask)
+        return total / count, (advantages, stats)
+
+    logprobs = jnp.log(jnp.linspace(0.1, 0.9, 60).reshape(12, 5))
+    grads, (advantages, stats) = jax.grad(loss, has_aux=True)(logprobs, rewards)
+    largest = float(jnp.abs(advantages).max())
+    assert largest == 0 and (np.asarray(grads) == 0).all()
+    assert stats["frac_reward_zero_std"] == 1
+    figure("T12", fault="equal rewards", tries=1, losses=largest > 0, note="max |advantage| 0")
+
+
+def test_noise_stays_small_and_rounding_is_nothing(figure):
+    """Noise of 1e-7 beside rewards of 1 is rounding; of 1e-6 about 1e-6 / std_eps."""
+    rng = np.random.default_rng(0)
+    sizes = {}
+    for noise in (1e-7, 1e-6):
+        rewards = (1 + noise * rng.uniform(-1, 1, 4000)).astype(np.float32)
+        sizes[noise] = float(jnp.abs(grpo.group_advantages(rewards, 8)[0]).max())
+    assert sizes[1e-7] == 0 and 0 < sizes[1e-6] < 0.03
+    # Around 0, where floats are dense, the eps alone decides.
+    around_zero = (1e-7 * rng.uniform(-1, 1, 4000)).astype(np.float32)
+    largest = float(jnp.abs(grpo.group_advantages(around_zero, 8)[0]).max())
+    assert 0 < largest < 0.003
+    figure("T12", fault="noise of 1e-7 and 1e-6", tries=3, losses=0,
+           note=f"max |advantage| {max(largest, sizes[1e-6]):.4f}")  # fmt: skip
