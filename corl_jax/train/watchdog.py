@@ -17,6 +17,7 @@ from types import TracebackType
 from corl_jax.errors import FAILED_EXIT_CODE
 
 FIRST_FACTOR = 4  # until the first iteration has ended: it waits for the compiler
+HELD_FACTOR = 2
 TICKS = 20  # in a time limit, but one at least every LONGEST_TICK_S
 LONGEST_TICK_S = 10.0
 LAST_WORDS_S = 30  # for printing the stacks, which may itself hang
@@ -25,9 +26,9 @@ LAST_WORDS_S = 30  # for printing the stacks, which may itself hang
 class Watchdog:
     """Watches from a thread of its own while the `with` block lasts; None never barks.
 
-    Time is counted in ticks of that thread, so that a process that was stopped and continued has
-    not hung. Where the interpreter itself is held, so that the thread cannot tick, faulthandler's
-    own timer prints the stacks, on stderr alone.
+    Time is counted in ticks of that thread, so that a process that was stopped for a while and
+    continued has not hung. Where the interpreter itself is held, so that the thread cannot tick,
+    faulthandler's own timer prints the stacks, on stderr alone, after HELD_FACTOR times the limit.
     """
 
     def __init__(self, timeout_s: float | None = None, stacks: Path | None = None):
@@ -64,7 +65,8 @@ class Watchdog:
         tick = min(self._timeout / TICKS, LONGEST_TICK_S)
         idle, seen = 0.0, self._beats
         while not self._ended.wait(tick):
-            faulthandler.dump_traceback_later(self._timeout, exit=True, file=sys.__stderr__)
+            held = HELD_FACTOR * self._timeout
+            faulthandler.dump_traceback_later(held, exit=True, file=sys.__stderr__)
             idle = idle + tick if self._beats == seen else 0.0
             seen = self._beats
             if idle >= self._timeout * (1 if self._compiled else FIRST_FACTOR):

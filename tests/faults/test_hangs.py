@@ -1,0 +1,214 @@
+"""T4, T22, T23: a run that hangs ends itself, and a run that is killed leaves nothing alive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from corl_jax.data.dataset import Loader
+from corl_jax.data.parquet import ParquetSource
+from tests import tiny_train
+from tests.tiny import tiny_parquet
+from tests.tiny_train import metric_lines, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, **options
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.05)
+
+
+# ---- the watchdog alone
+
+WATCHED = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from corl_jax.train.watchdog import Watchdog
+
+def hang_here():
+    {hang}
+
+with Watchdog({timeout}, Path("stacks.txt")) as watchdog:
+    for _ in range(5):
+        time.sleep(0.05)
+        watchdog.beat(compiled={compiled})
+    hang_here()
+print("ended by itself")
+"""
+HANGS = {
+    "waits": "threading.Event().wait()",
+    "reads": "sys.stdin.read()",
+    "holds the interpreter": "ctypes.PyDLL(None).sleep(3600)",
+}
+
+
+@pytest.mark.parametrize("kind", HANGS)
+def test_a_hang_is_ended_and_shown(tmp_path, kind, figure):
+    script = WATCHED.format(hang=HANGS[kind], timeout=1.0, compiled=True)
+    began = time.monotonic()
+    process = start("-c", script, cwd=tmp_path, stdin=subprocess.PIPE)
+    assert process.wait(60) == 1
+    seconds = time.monotonic() - began
+    err = process.stderr.read()
+    assert "hang_here" in err and "most recent call first" in err
+    if kind != "holds the interpreter":  # then not even the watchdog can say more
+        assert "error: no iteration, evaluation batch or save has ended for 1 s" in err
+        assert "hang_here" in (tmp_path / "stacks.txt").read_text()
+    figure("T4", fault=f"hang: {kind}", tries=1, losses=0, note=f"limit 1 s, exit {seconds:.1f} s")
+
+
+def test_compiling_gets_more_time(tmp_path):
+    script = WATCHED.format(hang="time.sleep(1.5)", timeout=0.8, compiled=False)
+    process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "ended by itself\n"), err
+    process = start("-c", script.replace("compiled=False", "compiled=True"), cwd=tmp_path)
+    assert process.wait(60) == 1
+    process.communicate()
+
+
+def test_a_process_that_was_stopped_has_not_hung(tmp_path):
+    hang = "print('now', flush=True); time.sleep(0.5); watchdog.beat(); time.sleep(0.5)"
+    script = WATCHED.format(hang=hang, timeout=2.0, compiled=True)
+    process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "ended by itself\n"), err
+
+
+def test_no_limit_no_watchdog(tmp_path):
+    script = WATCHED.format(hang="print(threading.active_count())", timeout=None, compiled=True)
+    process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.communicate(timeout=60)[0] == "1\nended by itself\n"
+
+
+# ---- the train command
+
+HANGING = """
+import sys, threading
+from corl_jax.train import __main__ as command, setup, vq
+
+def iteration(run, state, prompts, step):
+    if step == 4:
+        threading.Event().wait()
+    return vq.vq_iteration(run, state, prompts, step)
+
+setup.ITERATIONS["vq"] = iteration
+command.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def config(tmp_path, tiny_config):
+    """A run without an end, as long as nobody ends it."""
+    model = tiny_train.model_dir(tmp_path / "model" / "tiny", tiny_config)
+    rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
+    tree = tiny_train.options(
+        model, rows, tmp_path / "run", objective="vq", rewards=[],
+        train={"max_steps": 10**6, "trainable": ["vqmodel/.*"]},
+        checkpoint={"every": 3}, guards={"step_timeout_s": 10.0},
+    )  # fmt: skip
+    return write_config(tmp_path / "run.yaml", tree)
+
+
+def relatives(marker: str) -> list[int]:
+    """Processes that have inherited the environment of a run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FAULT_TEST") == marker:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def shared_memory(pid: int) -> list[str]:
+    """What a process maps or holds open in /dev/shm."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    files = [entry.path for entry in psutil.Process(pid).open_files()]
+    return [line for line in [*maps, *files] if "/dev/shm" in line]
+
+
+def test_a_hung_step_ends_the_run_and_a_killed_one_leaves_nothing(
+    config, tmp_path, monkeypatch, figure
+):
+    monkeypatch.setitem(ENVIRONMENT, "FAULT_TEST", str(tmp_path))
+    output = tmp_path / "run"
+    hung = start("-c", HANGING, "--config", str(config))
+    began = time.monotonic()
+    assert hung.wait(300) == 1
+    err = hung.stderr.read()
+    assert f"(also in {output / 'stacks_0.txt'})" in err
+    assert "in iteration" in (output / "stacks_0.txt").read_text()
+    assert [line["step"] for line in metric_lines(output)][-1] == 3  # of 4; one was pending
+    seconds = time.monotonic() - began
+    figure("T4", fault="train: a step hangs", tries=1, losses=0, note=f"exit {seconds:.0f} s")
+
+    again = start("-m", "corl_jax.train", "--config", str(config))
+    try:
+        wait_until(lambda: metric_lines(output)[-1]["step"] >= 20, again, 300)
+        assert metric_lines(output)[3]["step"] == 4  # resumed at the checkpoint of 3
+        children = psutil.Process(again.pid).children(recursive=True)
+        shared = shared_memory(again.pid)
+    finally:
+        again.kill()
+    again.wait()
+    end = time.monotonic() + 5
+    while (alive := relatives(str(tmp_path))) and time.monotonic() < end:
+        time.sleep(0.1)
+    figure("T22", fault="loader processes that could be killed", tries=1, losses=len(children))
+    figure("T23", fault="kill -9: alive after 5 s", tries=1, losses=len(alive))
+    figure("T23", fault="kill -9: kept in /dev/shm", tries=1, losses=len(shared))
+    assert (children, alive, shared) == ([], [], [])
+
+
+# ---- the loader's threads
+
+
+class Failing(ParquetSource):
+    """Fails at a row as nothing in the loader expects."""
+
+    error: BaseException
+
+    def __getitem__(self, row: int):
+        if row == 11:
+            raise self.error
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("a bug"), OSError(5, "io")])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_loader_thread_that_dies_ends_the_run(tmp_path, error, threads, figure):
+    source = Failing(tiny_parquet(tmp_path / "rows.parquet", 16))
+    source.error = error
+    loader = Loader(source, None, tasks=(), batch_size=4, seed=0, threads=threads)
+    began = time.monotonic()
+    with pytest.raises(type(error)):
+        for _ in loader.iterate(0, 8):
+            pass
+    seconds = time.monotonic() - began
+    assert seconds < 5
+    figure("T22", fault="loader thread dies", tries=1, losses=0, note="error reaches the loop")
