@@ -20,7 +20,9 @@ from tests.tiny import tiny_parquet
 from tests.tiny_train import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}  # fmt: skip
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
@@ -128,7 +130,7 @@ def config(tmp_path, tiny_config):
     tree = tiny_train.options(
         model, rows, tmp_path / "run", objective="vq", rewards=[],
         train={"max_steps": 10**6, "trainable": ["vqmodel/.*"]},
-        checkpoint={"every": 3}, guards={"step_timeout_s": 10.0},
+        checkpoint={"every": 3}, guards={"step_timeout_s": 20.0},
     )  # fmt: skip
     return write_config(tmp_path / "run.yaml", tree)
 
@@ -149,9 +151,12 @@ def shared_memory(pid: int) -> list[str]:
     """What a process maps or holds open in /dev/shm."""
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
     files = [entry.path for entry in psutil.Process(pid).open_files()]
-    return [line for line in [*maps, *files] if "/dev/shm" in line]
+    # What has no name any more goes with the process.
+    named = (line for line in [*maps, *files] if not line.endswith("(deleted)"))
+    return [line for line in named if "/dev/shm" in line]
 
 
+@pytest.mark.slow
 def test_a_hung_step_ends_the_run_and_a_killed_one_leaves_nothing(
     config, tmp_path, monkeypatch, figure
 ):

@@ -18,7 +18,7 @@ import pytest
 from corl_jax import config as schema
 from corl_jax import sharding
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning, setup, step, vq
+from corl_jax.train import planning, setup, step, supervised
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests import tiny_train
@@ -42,14 +42,15 @@ def model(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="module")
 def options(model, tmp_path_factory):
-    """The image tokenizer, which compiles soonest; every step is saved."""
+    """Answers alone, supervised: what compiles soonest. Every step is saved."""
     rows = tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 8)
 
     def tree(output: Path, **changes):
         base = {
-            "objective": "vq", "rewards": [], "export": {"layout": "none"},
+            "objective": "sft", "rewards": [], "export": {"layout": "none"},
+            "sft": {"t2i_weight": 0.0, "caption_column": None},
             "checkpoint": {"every": 1, "keep": 20},
-            "train": {"max_steps": 6, "trainable": ["vqmodel/.*"], "prompts_per_step": 4},
+            "train": {"max_steps": 6, "prompts_per_step": 4},
         }  # fmt: skip
         return tiny_train.options(model, rows, output, **(base | changes))
 
@@ -78,16 +79,20 @@ def poison(monkeypatch):
         def iteration(run, state, prompts, number):
             clean = run.train_step
 
-            def poisoned(state, frozen, pixels):
-                return clean(state, frozen, pixels * jnp.nan)
+            def poisoned(state, frozen, batch):
+                return clean(state, frozen, jax.tree.map(spoiled, batch))
 
             if number in steps:
                 run = dataclasses.replace(run, train_step=poisoned)
-            return vq.vq_iteration(run, state, prompts, number)
+            return supervised.sft_iteration(run, state, prompts, number)
 
-        monkeypatch.setitem(setup.ITERATIONS, "vq", iteration)
+        monkeypatch.setitem(setup.ITERATIONS, "sft", iteration)
 
     return infect
+
+
+def spoiled(leaf: jax.Array) -> jax.Array:
+    return leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf
 
 
 def saved(output: Path) -> list[int]:
@@ -122,12 +127,12 @@ def test_bad_updates_in_a_row_end_the_run_with_3(options, poison, tmp_path, caps
     """Also over a restart, and what is on disk resumes once the cause is gone."""
     poison(FOR_EVER)
     tree = options(tmp_path / "run", guards={"max_skipped_updates": 3}, train={
-        "max_steps": 8, "trainable": ["vqmodel/.*"], "prompts_per_step": 4,
+        "max_steps": 8, "prompts_per_step": 4,
     })  # fmt: skip
     train(tree, "train.stop_after=5")
     code, err = stopped(capsys, tree)
     assert code == 3
-    for part in ("error: step 6: 3 update(s) in a row", "loss nan", "norm nan", "vq/l1"):
+    for part in ("error: step 6: 3 update(s) in a row", "loss nan", "norm nan", "mm2t/nll"):
         assert part in err, part
     output = Path(tree["output_dir"])
     assert saved(output) == [1, 2, 3, 4, 5]
