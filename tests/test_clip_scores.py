@@ -281,9 +281,10 @@ def test_unsupported_settings_of_transformers_are_all_listed(tmp_path):
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
     config = {"text_config": {"num_attention_heads": 7}, "vision_config": {"patch_size": 30}}
     write(tmp_path, "config", config)
-    assert problems_of(tmp_path, "transformers") == [
-        f"{tmp_path}: text width 512 is not a multiple of text heads 7; correct its config",
-        f"{tmp_path}: image size 224 is not a multiple of patch size 30; correct its config",
+    found = config_clip.parse(tmp_path, "transformers", {}, [])
+    assert config_clip.check(found, "there") == [
+        "there.image_size is 224, expected a multiple of patch_size, 30",
+        "there.text.hidden_size is 512, expected a multiple of num_heads, 7",
     ]
 
 

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from corl_jax import sharding
 from corl_jax.config import Networks, RewardNetwork
 from corl_jax.errors import InputError
+from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.samples import Context, Frozen, Network
 from corl_jax.types import Params
-from corl_jax.weights.networks import KINDS, load_network, open_network, recognise
+from corl_jax.weights.networks import KINDS, MODEL_TYPE, load_network, open_network, recognise
 from corl_jax.weights.table import flatten
 from tests.tiny_networks import TINY, network_dir, random_network
 from tools.convert_weights.__main__ import run as convert
@@ -114,6 +115,64 @@ def test_what_is_wrong_with_a_folder_is_listed(folders, tmp_path):
     (broken / "config.json").write_text(json.dumps(config | {"sizes": {"num_layers": "two"}}))
     with pytest.raises(InputError, match=r"sizes\.num_layers is 'two'"):
         open_network(broken, "bert")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("bert", "num_heads", 3),
+        ("bert", "max_position_embeddings", 2),
+        ("bert", "num_layers", 10_001),
+        ("bert", "vocab_size", 10**12),
+        ("bert", "layer_norm_eps", float("inf")),
+        ("blip", "vision.num_heads", 5),
+        ("blip", "vision.image_size", 18),
+        ("blip", "text.num_heads", 3),
+        ("blip", "text.bos_token_id", 10_000),
+        ("blip", "text.sep_token_id", -1),
+        ("clip", "vision.num_heads", 5),
+        ("clip", "text.num_heads", 3),
+        ("clip", "vision.activation", "relu"),
+        ("clip", "image_size", 18),
+        ("clip", "eos_token_id", 40),
+        ("clip", "context_length", 2),
+        ("clip", "image_mean", [0.5, 0.5]),
+        ("clip", "image_mean", [0.5, "0.5", 0.5]),
+        ("clip", "image_std", [0.5, 0, 0.5]),
+        ("vgg", "channels", [4, 4, 4]),
+        ("vgg", "channels", [4, 4, 4, 4, "4"]),
+        ("vgg", "channels", []),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_named(folders, tmp_path, kind, key, value):
+    """Most of them no tensor's shape contradicts: they would fail on the device, or not at all."""
+    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    config = json.loads((folder / "config.json").read_text())
+    section = config["sizes"]
+    *path, name = key.split(".")
+    for part in path:
+        section = section[part]
+    section[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        open_network(folder, kind)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"{folder / 'config.json'}: {'.'.join(['sizes', *path])}.")
+    assert name in problem and "expected" in problem
+
+
+@pytest.mark.parametrize("sizes", [[8, 4, 1], [8, 4, 3, 3, 2, 2], [8, 4, 3, 2, 2, 0]])
+def test_a_rating_head_has_its_layers_and_one_score(tmp_path, sizes):
+    usual = {"sizes": [8, 4, 3, 2, 2, 1]}
+    shapes = KINDS["aesthetic"].shapes(AestheticConfig(tuple(usual["sizes"])))
+    save_file({path: np.zeros(shape, np.float32) for path, shape in shapes.items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    config = {"model_type": MODEL_TYPE, "format_version": 1, "network": "aesthetic"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sizes": usual}))
+    open_network(tmp_path, "aesthetic").close()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sizes": {"sizes": sizes}}))
+    with pytest.raises(InputError, match=r"config\.json: sizes\.sizes .* expected"):
+        open_network(tmp_path, "aesthetic")
 
 
 def test_a_kind_must_be_said_where_no_config_tells_it(tmp_path, capsys):

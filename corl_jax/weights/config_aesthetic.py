@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.aesthetic import AestheticConfig
+from corl_jax.weights.fields import wrong_count
 from corl_jax.weights.table import Shape
 from corl_jax.weights.tables.aesthetic import PLACES
+
+
+def check(config: AestheticConfig, where: str) -> list[str]:
+    """Sizes with which the head cannot be built."""
+    problems = wrong_count(where, "sizes", config.sizes, len(PLACES) + 1)
+    if not problems and config.sizes[-1] != 1:
+        problems.append(f"{where}.sizes ends with {config.sizes[-1]}, expected 1, the one score")
+    return problems
 
 
 def parse(

@@ -6,9 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.bert import BertConfig
-from corl_jax.weights.fields import Fields
+from corl_jax.weights.fields import Fields, indivisible
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
+
+FEWEST_POSITIONS = 3  # [CLS], a token, [SEP]
+
+
+def check(config: BertConfig, where: str) -> list[str]:
+    """Sizes that do not fit each other."""
+    heads = ("hidden_size", config.hidden_size, "num_heads", config.num_heads)
+    problems = indivisible(where, heads)
+    if config.max_position_embeddings < FEWEST_POSITIONS:
+        problems.append(
+            f"{where}.max_position_embeddings is {config.max_position_embeddings}, expected at "
+            f"least {FEWEST_POSITIONS}: a text stands between two special tokens"
+        )
+    return problems
 
 
 def parse(

@@ -13,11 +13,28 @@ from pathlib import Path
 
 from corl_jax.models.blip import BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig
-from corl_jax.weights.fields import Fields
+from corl_jax.weights.fields import Fields, indivisible, not_below
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 
 HEAD_KERNEL = "text_decoder.cls.predictions.decoder.weight"
+
+
+def check(config: BlipConfig, where: str) -> list[str]:
+    """Sizes that do not fit each other."""
+    vision, text = config.vision, config.text
+    tokens = {"bos_token_id": text.bos_token_id, "sep_token_id": text.sep_token_id}
+    return [
+        *indivisible(
+            f"{where}.vision",
+            ("hidden_size", vision.hidden_size, "num_heads", vision.num_heads),
+            ("image_size", vision.image_size, "patch_size", vision.patch_size),
+        ),
+        *indivisible(
+            f"{where}.text", ("hidden_size", text.hidden_size, "num_heads", text.num_heads)
+        ),
+        *not_below(f"{where}.text", "vocab_size", text.vocab_size, **tokens),
+    ]
 
 
 def parse(

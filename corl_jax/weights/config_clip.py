@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.models.clip import Activation, ClipConfig, TowerConfig
-from corl_jax.weights.fields import Fields
+from corl_jax.weights.fields import Fields, indivisible, not_below, wrong_count
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 
@@ -18,6 +18,8 @@ ACTIVATIONS: tuple[Activation, ...] = ("quick_gelu", "gelu")  # the first is tra
 LEGACY_EOS = 2  # stands in old configs, whatever the tokenizer says
 OPEN_CLIP_FILE = "open_clip_config.json"
 BICUBIC = 3  # PIL's number
+CHANNELS = 3
+FEWEST_POSITIONS = 3  # start of text, a token, end of text
 
 # Settings that change the network without changing its tensors' names, and what they must be.
 _VISION_SETTINGS: dict[str, Any] = {
@@ -29,6 +31,30 @@ _TEXT_SETTINGS: dict[str, Any] = {
     "hf_model_name": None, "pool_type": "argmax", "no_causal_mask": False, "embed_cls": False,
     "proj_type": "linear", "proj_bias": False, "act_kwargs": None, "norm_kwargs": None,
 }  # fmt: skip
+
+
+def check(config: ClipConfig, where: str) -> list[str]:
+    """Sizes that do not fit each other, and settings that do not exist."""
+    problems = indivisible(
+        where, ("image_size", config.image_size, "patch_size", config.patch_size)
+    )
+    for name, tower in (("vision", config.vision), ("text", config.text)):
+        heads = ("hidden_size", tower.hidden_size, "num_heads", tower.num_heads)
+        problems += indivisible(f"{where}.{name}", heads)
+        if tower.activation not in ACTIVATIONS:
+            problems.append(
+                f"{where}.{name}.activation is {tower.activation!r}, expected "
+                f"{' or '.join(ACTIVATIONS)}"
+            )
+    problems += not_below(where, "vocab_size", config.vocab_size, eos_token_id=config.eos_token_id)
+    if config.context_length < FEWEST_POSITIONS:
+        problems.append(
+            f"{where}.context_length is {config.context_length}, expected at least "
+            f"{FEWEST_POSITIONS}: a text stands between two special tokens"
+        )
+    for name in ("image_mean", "image_std"):
+        problems += wrong_count(where, name, getattr(config, name), CHANNELS)
+    return problems
 
 
 def parse(
@@ -44,7 +70,7 @@ def parse(
         config = _open_clip(folder / OPEN_CLIP_FILE, problems)
     else:
         config = _known_sizes(folder, shapes, problems)
-    return config if problems else _checked(config, folder, problems)
+    return config
 
 
 def _transformers(file: Path, problems: list[str]) -> ClipConfig:
@@ -180,18 +206,3 @@ def _known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str])
             f"{[*width, *features]}; put the model's {OPEN_CLIP_FILE} there"
         )
     return usual
-
-
-def _checked(config: ClipConfig, folder: Path, problems: list[str]) -> ClipConfig:
-    """The same config; sizes that do not divide as the network needs are problems."""
-    checks = [
-        ("vision width", config.vision.hidden_size, "vision heads", config.vision.num_heads),
-        ("text width", config.text.hidden_size, "text heads", config.text.num_heads),
-        ("image size", config.image_size, "patch size", config.patch_size),
-    ]
-    problems += [
-        f"{folder}: {name} {value} is not a multiple of {unit_name} {unit}; correct its config"
-        for name, value, unit_name, unit in checks
-        if value % unit
-    ]
-    return config

@@ -6,8 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.vgg import VggConfig
+from corl_jax.weights.fields import wrong_count
 from corl_jax.weights.table import Shape
 from corl_jax.weights.tables.vgg import PLACES, head_key, trunk_key
+
+
+def check(config: VggConfig, where: str) -> list[str]:
+    """Sizes with which the network cannot be built."""
+    return wrong_count(where, "channels", config.channels, len(PLACES))
 
 
 def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]) -> VggConfig:

@@ -12,7 +12,7 @@ from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.weights import config_original, config_transformers
-from corl_jax.weights.fields import Fields
+from corl_jax.weights.fields import MAX_SIZE, Fields
 from corl_jax.weights.storage import read_json
 
 Layout = Literal["original", "transformers", "jax"]
@@ -23,6 +23,7 @@ MODEL_TYPES: dict[str, Layout] = {
     "corl_jax": "jax",
 }
 FORMAT_VERSION = 1
+MAX_LAYERS, MAX_DEPTH = 10_000, 8
 
 
 def detect_layout(folder: str | Path) -> Layout:
@@ -160,13 +161,34 @@ def from_dict(kind: type, data: Any, where: str, problems: list[str]) -> Any:
         if dataclasses.is_dataclass(usual):
             values[name] = from_dict(type(usual), value, f"{where}.{name}", problems)
         elif isinstance(usual, tuple) and isinstance(value, list):
-            values[name] = tuple(value)
-        elif isinstance(usual, float) and type(value) in (int, float) and value > 0:
-            values[name] = float(value)
-        elif type(value) is type(usual) and (
-            isinstance(value, bool | str) or value >= (0 if name.endswith("_token_id") else 1)
-        ):
-            values[name] = value
+            values[name] = tuple(_like(name, usual[0], one) for one in value)
+            if not value or None in values[name]:
+                problems.append(f"{where}.{name} is {value!r}, expected like {list(usual)}")
+                values[name] = usual
         else:
-            problems.append(f"{where}.{name} is {value!r}, expected like {usual!r}")
+            values[name] = _like(name, usual, value)
+            if values[name] is None:
+                problems.append(f"{where}.{name} is {value!r}, expected like {usual!r}")
+                values[name] = usual
     return dataclasses.replace(defaults, **values)
+
+
+def _like(name: str, usual: Any, value: Any) -> Any:
+    """The value in the type of `usual`; None for another type or a number out of bounds."""
+    if isinstance(usual, float):
+        # The mean of an image's channels may be 0; a width, an epsilon or a deviation may not.
+        fits = type(value) in (int, float) and (
+            0 < value < 1e12 or (value, name) == (0, "image_mean")
+        )
+        return float(value) if fits else None
+    if type(value) is not type(usual):
+        return None
+    least = 0 if name.endswith("_token_id") else 1
+    return value if isinstance(value, bool | str) or least <= value <= _limit(name) else None
+
+
+def _limit(name: str) -> int:
+    """What a size may be at most: those that count modules are walked through one by one."""
+    if name.endswith("num_layers") or name == "num_res_blocks":
+        return MAX_LAYERS
+    return MAX_DEPTH if name.endswith("_depth") else MAX_SIZE

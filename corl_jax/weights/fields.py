@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_SIZE = 10_000_000  # no Janus has a dimension near it; guards against absurd loops
+
+
+def indivisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
+    """A line for each (size, its value, unit, its value) that the network could not divide."""
+    return [
+        f"{where}.{name} is {value}, expected a multiple of {unit_name}, {unit}"
+        for name, value, unit_name, unit in pairs
+        if value % unit
+    ]
+
+
+def not_below(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> list[str]:
+    """A line for each token id that the vocabulary does not have."""
+    return [
+        f"{where}.{name} is {token}, expected less than {vocab_name}, {vocab_size}"
+        for name, token in tokens.items()
+        if token >= vocab_size
+    ]
+
+
+def wrong_count(where: str, name: str, values: Sequence[Any], count: int) -> list[str]:
+    """A line for a list of another length."""
+    if len(values) == count:
+        return []
+    return [f"{where}.{name} has {len(values)} numbers ({list(values)}), expected {count}"]
 
 
 class Fields:

@@ -67,6 +67,7 @@ class NetworkKind:
     tables: Mapping[str, Table]  # by layout
     # (folder, layout, torch key -> shape, problems to add to) -> config
     parse: Callable[[Path, str, Mapping[str, Shape], list[str]], Any]
+    check: Callable[[Any, str], list[str]]  # (config, where it stands) -> what does not fit in it
     model_types: tuple[str, ...] = ()  # of a config.json that can only mean this kind
 
     def shapes(self, config: Any) -> dict[str, Shape]:
@@ -146,6 +147,7 @@ def open_network(path: str | Path, name: str) -> NetworkCheckpoint:
         layout = _layout(kind, found)
         problems: list[str] = []
         config = kind.parse(folder, layout, found, problems)
+        problems = problems or kind.check(config, f"{folder}: sizes")
         if problems:
             raise InputError(problems)
         table, shapes = kind.tables[layout], kind.shapes(config)
@@ -246,6 +248,7 @@ def _open_converted(folder: Path, name: str, store: Store) -> NetworkCheckpoint:
     if data.get("network") != name:
         problems.append(f"{file}: network is {data.get('network')!r}, expected {name!r}")
     config = from_dict(KINDS[name].config, data.get("sizes"), f"{file}: sizes", problems)
+    problems = problems or KINDS[name].check(config, f"{file}: sizes")
     if problems:
         raise InputError(problems)
     shapes = KINDS[name].shapes(config)
@@ -274,12 +277,22 @@ def _dtype_problems(where: Path, store: Store, keys: set[str]) -> list[str]:
 
 
 KINDS: dict[str, NetworkKind] = {
-    "bert": NetworkKind(Bert, BertConfig, bert.TABLES, config_bert.parse, ("bert",)),
-    "blip": NetworkKind(Blip, BlipConfig, blip.TABLES, config_blip.parse, ("blip",)),
-    "clip": NetworkKind(Clip, ClipConfig, clip.TABLES, config_clip.parse, ("clip",)),
-    "vgg": NetworkKind(Lpips, VggConfig, vgg.TABLES, config_vgg.parse),
+    "bert": NetworkKind(
+        Bert, BertConfig, bert.TABLES, config_bert.parse, config_bert.check, ("bert",)
+    ),
+    "blip": NetworkKind(
+        Blip, BlipConfig, blip.TABLES, config_blip.parse, config_blip.check, ("blip",)
+    ),
+    "clip": NetworkKind(
+        Clip, ClipConfig, clip.TABLES, config_clip.parse, config_clip.check, ("clip",)
+    ),
+    "vgg": NetworkKind(Lpips, VggConfig, vgg.TABLES, config_vgg.parse, config_vgg.check),
     "aesthetic": NetworkKind(
-        AestheticHead, AestheticConfig, aesthetic.TABLES, config_aesthetic.parse
+        AestheticHead,
+        AestheticConfig,
+        aesthetic.TABLES,
+        config_aesthetic.parse,
+        config_aesthetic.check,
     ),
 }
 """The architectures of reward networks by name."""
