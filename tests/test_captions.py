@@ -219,7 +219,7 @@ def test_captions_are_the_text_of_their_tokens(network, images, monkeypatch):
 def test_the_tokenizer_does_not_ask_what_the_weights_are(tmp_path, model_type):
     folder = write_files(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    assert captions.load_tokenizer(folder, BOS + 2).decode([5, 6, 7]) == "a cats"
+    assert captions.load_tokenizer(folder, CONFIG.text).decode([5, 6, 7]) == "a cats"
 
 
 @pytest.mark.parametrize("damage", ["absent", "not JSON", "not a tokenizer"])
@@ -231,6 +231,39 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(network, images, tmp_path, d
         (folder / "tokenizer.json").write_text({"not JSON": "{", "not a tokenizer": "[]"}[damage])
     with pytest.raises(InputError, match=str(folder)):
         captions.caption(dataclasses.replace(network, folder=folder), images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"bos_token_id": 6},
+            r"bos_token_id is 6 in config\.json, by the tokenizer the word 'cat'",
+        ),
+        ({"sep_token_id": 8}, r"sep_token_id is 8 in config\.json, by the tokenizer the word 'on'"),
+        (
+            {"sep_token_id": BOS + 1},
+            r"sep_token_id is 41 in config\.json, by the tokenizer no token",
+        ),
+    ],
+)
+def test_a_caption_starts_and_ends_with_no_word(network, images, changes, expected):
+    text = dataclasses.replace(CONFIG.text, **changes)
+    other = dataclasses.replace(network, config=dataclasses.replace(CONFIG, text=text))
+    with pytest.raises(InputError, match=expected):
+        captions.caption(other, images)
+
+
+def test_a_tokenizer_may_know_the_token_that_starts_a_caption(tmp_path):
+    """As BLIP's own code added it; transformers' conversion of the files leaves it out."""
+    folder = write_files(tmp_path / "model")
+    tokenizer = captions.load_tokenizer(folder, CONFIG.text)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.save_pretrained(tmp_path / "added")
+    added = captions.load_tokenizer(tmp_path / "added", CONFIG.text)
+    assert added.convert_tokens_to_ids("[DEC]") == BOS
+    first_token = dataclasses.replace(CONFIG.text, bos_token_id=2)  # [CLS], special as well
+    captions.load_tokenizer(folder, first_token)
 
 
 # ---- images

@@ -232,6 +232,15 @@ def test_settings_that_nothing_asks_are_refused(folders):
     assert networks.inspect([resolved(scorer="initial")], Networks(offload=True), "float32") == []
 
 
+@pytest.mark.parametrize("scorer", ["", "  "])
+def test_an_empty_path_is_no_path(folders, scorer):
+    with pytest.raises(InputError, match=r"t2i_ti_sim: option scorer: found .*expected policy, "):
+        resolved(name="t2i_ti_sim", scorer=scorer)
+    paper = resolved(caption="blip", text_term="jaccard", image_term="ssim")
+    with pytest.raises(InputError, match=r"networks\.blip.*: is empty, expected a path"):
+        networks.inspect([paper], Networks(blip=RewardNetwork(path=scorer)), "float32")
+
+
 def test_options_that_idle_beside_others_are_refused():
     for options, expected in (
         ({"caption": "blip", "scorer": "initial"}, "option scorer: found 'initial'"),

@@ -303,8 +303,28 @@ def test_two_files_are_one_store_unless_they_share_a_key(tmp_path):
     store = open_any_store(tmp_path)
     assert (store.read("a").sum(), store.read("b").shape) == (2, (3,))
     torch.save({"a": torch.zeros(3)}, tmp_path / "c.pth")
-    with pytest.raises(InputError, match=r"a: stands in both .*a\.pth and .*c\.pth"):
+    with pytest.raises(InputError, match=r"a\.pth and c\.pth both hold a; .* keep one"):
         open_any_store(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_two_checkpoints_in_one_folder_are_one_line(tmp_path, suffix):
+    """HPS v2 and v2.1 are two files of the same hundreds of names."""
+    import torch
+    from safetensors.numpy import save_file
+
+    names = [f"HPS_v2_compressed.{suffix}", f"HPS_v2.1_compressed.{suffix}"]
+    for file in names:
+        state = {f"layer.{i}": np.ones(2, np.float32) for i in range(300)}
+        if suffix == "pt":
+            torch.save({key: torch.from_numpy(x) for key, x in state.items()}, tmp_path / file)
+        else:
+            save_file(state, tmp_path / file)
+    with pytest.raises(InputError) as caught:
+        open_any_store(tmp_path)
+    (problem,) = caught.value.problems
+    assert all(name in problem for name in (*names, str(tmp_path), "299 more", "keep one of them"))
+    open_any_store(tmp_path / names[0]).close()
 
 
 def test_the_weights_inside_a_training_checkpoint_are_found(tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.blip import Blip, BlipConfig
-from corl_jax.models.blip_text import DecoderCache, TextDecoder
+from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.fields import Fields
@@ -44,7 +44,7 @@ def caption(
     Raises: InputError for a folder without those files, settings that are not implemented, or
         more tokens than the decoder has positions.
     """
-    tokenizer = load_tokenizer(Path(network.folder), network.config.text.vocab_size)
+    tokenizer = load_tokenizer(Path(network.folder), network.config.text)
     tokens = caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
     return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in tokens]
 
@@ -228,10 +228,14 @@ def _triple(fields: Fields, name: str) -> Triple:
 
 
 @functools.lru_cache(maxsize=8)
-def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
     """BERT's tokenizer, as the folder has it.
 
-    Raises: InputError for a folder without one, or with one that cannot be used.
+    Published, it does not know the token that starts a caption, and the one that ends it is
+    special. Were the first a word, transformers would put it in front of every caption; were the
+    second one, it would stand at the end: such a pair is of two models.
+
+    Raises: InputError for a folder without a tokenizer, or with one that cannot be used.
     """
     from transformers import BertTokenizerFast
 
@@ -244,9 +248,23 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
         tokenizer = BertTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust parser raises a bare Exception
         raise InputError(f"{folder}: its tokenizer cannot be used ({error})") from error
-    if len(tokenizer) > vocab_size:
-        raise InputError(
+    problems = []
+    if len(tokenizer) > config.vocab_size:
+        problems.append(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, expected at most the network's "
-            f"{vocab_size}; use the tokenizer that belongs to the weights"
+            f"{config.vocab_size}; use the tokenizer that belongs to the weights"
         )
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words = set(tokenizer.get_vocab().values()) - marks
+    for name, what in (("bos_token_id", "starts"), ("sep_token_id", "ends")):
+        token = getattr(config, name)
+        if token in words or (name == "sep_token_id" and token not in marks):
+            found = tokenizer.convert_ids_to_tokens(token) if token in words else None
+            problems.append(
+                f"{folder}: {name} is {token} in config.json, by the tokenizer "
+                f"{f'the word {found!r}' if found else 'no token'}, expected the special token "
+                f"that {what} a caption; use the tokenizer that belongs to the weights"
+            )
+    if problems:
+        raise InputError(problems)
     return tokenizer

@@ -154,7 +154,7 @@ def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
     config, folder = opened.config, opened.folder
     checks: dict[str, list[Callable[[], Any]]] = {
         "blip": [
-            lambda: captions.load_tokenizer(folder, config.text.vocab_size),
+            lambda: captions.load_tokenizer(folder, config.text),
             lambda: captions.image_settings(folder, config.vision.image_size),
         ],
         "bert": [lambda: similarity.load_tokenizer(folder, config.vocab_size)],
@@ -235,11 +235,12 @@ def _shapes(config: JanusConfig) -> list[tuple[int, ...]]:
 def _locate(name: str, path: str | None) -> Path:
     """Raises: InputError saying what is expected there."""
     expected = NETWORKS[name]
-    spec = importlib.util.find_spec(expected.package) if expected.package and not path else None
+    packaged = expected.package if path is None else None
+    spec = importlib.util.find_spec(packaged) if packaged else None
     if spec and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0]) / "model"
     try:
-        return resolve_path(path or expected.place)
+        return resolve_path(expected.place if path is None else path)
     except InputError as error:
         raise InputError(
             f"{problem}; expected a folder with {expected.files}, or one that "

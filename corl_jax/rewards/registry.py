@@ -225,6 +225,11 @@ def resolve_one(
         if problem:
             problems.append(f"{where}: {name}: option {key}: {problem}")
     defaults = {key: option.default for key, option in accepted.items()}
+    if "scorer" in accepted and not str(options.get("scorer", "policy")).strip():
+        problems.append(
+            f"{where}: {name}: option scorer: found {options['scorer']!r}; expected policy, "
+            "initial, or the path or hub id of a checkpoint"
+        )
     if not problems:
         problems += [f"{where}: {name}: {problem}" for problem in entry.check(options, defaults)]
     if problems:

@@ -24,6 +24,8 @@ def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
 
 def resolve_path(path_or_hub_id: str | Path) -> Path:
     """As `resolve_model_dir`, or a single file of weights."""
+    if not str(path_or_hub_id).strip():  # which would mean the working directory
+        raise InputError(f"{str(path_or_hub_id)!r}: is empty, expected a path or a hub id")
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
         return path

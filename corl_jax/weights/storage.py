@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -272,12 +272,26 @@ def open_safetensors(files: list[Path]) -> SafetensorsStore:
         except InputError as error:
             problems += error.problems
             continue
-        for key in infos.keys() & found.keys():
-            problems.append(f"{key}: stands in both {infos[key].file} and {file}; {_AGAIN}")
+        problems += shared_keys(infos, found, file)
         infos.update(found)
     if problems:
         raise InputError(problems)
     return SafetensorsStore(infos)
+
+
+def shared_keys(before: Mapping[str, TensorInfo], keys: Iterable[str], file: Path) -> list[str]:
+    """A line for each earlier file that has tensors of the same names as `file`."""
+    shared: dict[Path, list[str]] = {}
+    for key in keys:
+        if key in before:
+            shared.setdefault(before[key].file, []).append(key)
+    return [
+        f"{other.parent}: {other.name} and {file.name} both hold {names[0]}"
+        + (f" and {len(names) - 1} more tensors of the same names" if len(names) > 1 else "")
+        + "; they are two checkpoints, or two copies of one: keep one of them in the folder, or "
+        "give the path of the file itself"
+        for other, names in shared.items()
+    ]
 
 
 def _check_index(index: Path, weight_map: dict[str, Path], store: Store) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from corl_jax.errors import InputError
 from corl_jax.weights.dtypes import BFLOAT16, named
-from corl_jax.weights.storage import TensorInfo
+from corl_jax.weights.storage import TensorInfo, shared_keys
 
 _AGAIN = "download or copy it again"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -51,9 +51,8 @@ class BinStore:
             except InputError as error:
                 problems += error.problems
                 continue
+            problems += shared_keys(self.infos, tensors, file)
             for key, tensor in tensors.items():
-                if key in self.infos:
-                    problems.append(f"{key}: stands in both {self.infos[key].file} and {file}")
                 name = str(tensor.dtype).removeprefix("torch.")
                 if name not in _DTYPES:
                     problems.append(f"{file}: {key} is {name}, which is not supported")
