@@ -11,8 +11,9 @@ images `image` (a path); besides, each reads the columns that `--list` names: `q
 `qa_solution`, `qa_type` (or `problem`, `solution`, `type` for short), `prompt`, `real_image` (a
 path), `spec`, .. Paths are relative to the input's folder; null stands for "not there"; columns
 in brackets may be left out (an answer without `qa_type` counts as OE, or as `default_type=MC`
-says); other keys are not read. key=value are the reward's options, values in YAML. --network says
-where the weights of a reward network are, where that is not its usual place.
+says); other keys are not read. Images must be squares of one size, as a model draws them; only a
+reward of your own gets them as they are. key=value are the reward's options, values in YAML.
+--network says where the weights of a reward network are, where that is not its usual place.
 
 Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
 mean goes to stderr.
@@ -144,7 +145,9 @@ def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Case
     if asks and not args.model:
         problems.append(f"--model: missing; {reward.name} asks the policy")
     elif args.model and (asks or reward is None):
-        attempt(inspect_model, args.model)
+        model = attempt(inspect_model, args.model)
+        if reward and model:
+            problems += networks.position_problems(reward, model[0], model[1])
     entry = reward.entry if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
@@ -219,7 +222,7 @@ def read_cases(path: Path, entry: Entry | None) -> Cases:
         problems += [f"{path}: line {number}: {problem}" for problem in found]
     if not lines:
         problems.append(f"{path}: found no cases; expected a JSON object a line")
-    if entry and not problems:
+    if entry and not entry.any_size and not problems:
         problems += _size_problems(path, lines, rows)
     if problems:
         raise InputError(problems)
@@ -305,7 +308,8 @@ def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
     }
     if entry.task == "mm2t":
         return Samples(columns, texts=[row["completion"] for row in rows])
-    return Samples(columns, images=np.stack([np.asarray(row["image"]) for row in rows]))
+    images = [np.asarray(row["image"]) for row in rows]
+    return Samples(columns, images=images if entry.any_size else np.stack(images))
 
 
 def _score(

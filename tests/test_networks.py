@@ -92,6 +92,31 @@ def test_converting_again_as_another_type(folders, tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "lost", "expected"),
+    [
+        ("bert", ["vocab.txt"], ["expected tokenizer.json or vocab.txt", "t2i_bid_cycle_reward",
+                                 "networks.bert, networks.sentence"]),
+        ("blip", ["vocab.txt", "preprocessor_config.json"], ["vocab.txt of the captioner",
+                                                             "preprocessor_config.json"]),
+        ("clip", [], ["vocab.json and merges.txt", "t2i_clip_reward, pickscore, hpsv2 "]),
+        ("vgg", [], []),
+    ],
+)  # fmt: skip
+def test_converting_says_what_rewards_would_lack(folders, tmp_path, capsys, kind, lost, expected):
+    source, out = shutil.copytree(folders[kind], tmp_path / "source"), tmp_path / "out"
+    if lost:
+        assert convert(["to-jax", str(source), str(tmp_path / "whole"), "--model", kind]) == 0
+        assert "note:" not in capsys.readouterr().out
+    for name in lost:
+        (source / name).unlink()
+    assert convert(["to-jax", str(source), str(out), "--model", kind]) == 0
+    printed = capsys.readouterr().out
+    notes = [line for line in printed.splitlines() if line.startswith(f"note: {out}")]
+    assert len(notes) == (len(lost) or bool(expected)) and f"wrote {out}" in printed
+    assert all(text in printed for text in expected), printed
+
+
 def test_what_is_wrong_with_a_folder_is_listed(folders, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(folders["bert"], broken)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from corl_jax import sharding
+from corl_jax import config_file, sharding
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
+from corl_jax.train import planning, report
 from tests import tiny_train
 from tests.tiny_networks import network_dir
 from tests.tiny_train import metric_lines
@@ -171,3 +171,45 @@ def test_frozen_scorers_and_gdpo(tree, tmp_path, one_device):
     steps = [line for line in metric_lines(run(changed)) if "loss" in line]
     assert all(np.isfinite(line["t2i/rewards/t2i_ti_sim/mean"]) for line in steps)
     assert all(line["grad_norm"] > 0 for line in steps)
+
+
+def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monkeypatch):
+    """Both are spread over the mesh; another network lies whole on every device."""
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:4])
+    monkeypatch.setattr(planning, "make_mesh", make)
+    estimates, plans = {}, {}
+    for scorer in ("initial", tree["model"]["path"]):
+        ti_sim = {"name": "t2i_ti_sim", "options": {"scorer": scorer}}
+        changed = tree | {"rewards": [ti_sim, {"name": "format"}], "mesh": {"data": 1, "fsdp": 4}}
+        changed["train"] = tree["train"] | {"micro_batch": 4}
+        del changed["networks"]
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(changed), encoding="utf-8")
+        plans[scorer] = planning.plan(config_file.load(path))
+        estimates[scorer] = report.memory_estimate(plans[scorer])["reward networks"]
+    mine, theirs = estimates.values()
+    (found,) = plans[tree["model"]["path"]].networks
+    assert mine == theirs and 0 < theirs < found.nbytes / report.GIB
+    assert "scorers sharded as the policy" in report.describe(plans[tree["model"]["path"]])
+
+
+@pytest.mark.parametrize("whose", ["policy", "initial", "path"])
+def test_answers_that_pass_the_last_position_are_refused(tree, one_device, capsys, whose):
+    """The tiny Janus has 512; a prompt of the data may have 128."""
+    scorer = tree["model"]["path"] if whose == "path" else whose
+    options = {"scorer": scorer, "max_new_tokens": 500}
+    rewards = [{"name": "t2i_cycle_reward", "options": options | {"caption": "policy",
+                "text_term": "jaccard"}}, {"name": "t2i_qa", "options": options},
+               {"name": "t2i_ti_sim", "options": {"scorer": scorer}}]  # fmt: skip
+    changed = tree | {"rewards": [*rewards, {"name": "format"}]}
+    del changed["networks"]
+    with pytest.raises(SystemExit) as error:
+        run(changed, "--check")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert error.value.code == 2 and len(lines) == 2
+    for line, name in zip(lines, ("t2i_cycle_reward", "t2i_qa"), strict=True):
+        assert f"{name}: option max_new_tokens: found 500" in line and "512 positions" in line
+    assert "up to 128 tokens" in lines[1] and "leaves 384" in lines[1]
+    for reward in rewards[:2]:
+        reward["options"]["max_new_tokens"] = 384
+    run(changed, "--check")

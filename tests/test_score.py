@@ -121,6 +121,24 @@ def test_a_reward_of_ones_own_gets_all_that_a_case_says(tmp_path, capsys):
     assert "share" in err and "reward:" in err
 
 
+def test_a_reward_of_ones_own_gets_images_as_they_are(tmp_path, capsys):
+    """Decoded to RGB, upright, each in its own size."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def shape(images, side):\n"
+        "    assert all(image.mode == 'RGB' for image in images)\n"
+        "    return [image.width / image.height for image in images]\n"
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    tiny_image(0, (16, 8)).convert("L").save(tmp_path / "flat.png")
+    tiny_image(0, (16, 8)).save(tmp_path / "turned.jpg", exif=turned)
+    tiny_image(0, (30, 10)).convert("CMYK").save(tmp_path / "wide.tiff")
+    names = ("flat.png", "turned.jpg", "wide.tiff")
+    path = cases(tmp_path, *({"image": name, "side": None} for name in names))
+    assert run(capsys, "--reward", f"{file}:shape", "--input", path)[0] == [2.0, 0.5, 3.0]
+
+
 def test_a_failing_reward_of_ones_own_fails_the_command(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("def boom(texts):\n    return 1 / 0\n")

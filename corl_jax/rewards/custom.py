@@ -121,7 +121,7 @@ class CustomReward:
     def _arguments(self, samples: Samples) -> dict[str, Any]:
         asked = self.parameters
         if asked.task == "t2i":
-            values: dict[str, Any] = {"images": [Image.fromarray(x) for x in samples.drawn()]}
+            values: dict[str, Any] = {"images": [Image.fromarray(x) for x in samples.pictures()]}
         else:
             values = {"texts": list(samples.written())}
         taken = {*asked.columns, *asked.optional}

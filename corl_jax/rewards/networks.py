@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from corl_jax.config import Networks
+from corl_jax.data.instructions import CAPTION
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards import captions, clip_scores, similarity
+from corl_jax.rewards.policy import NO_QUESTION
 from corl_jax.rewards.registry import REGISTRY, Resolved, options_of
 from corl_jax.rewards.samples import Frozen, Network, Policy
 from corl_jax.sharding import param_shardings
@@ -114,10 +116,13 @@ class Found:
         return self.parameters * jnp.dtype(DTYPES[self.dtype]).itemsize
 
 
-def inspect(resolved: Sequence[Resolved], config: Networks, dtype: str) -> list[Found]:
+def inspect(
+    resolved: Sequence[Resolved], config: Networks, dtype: str, *, longest_prompt: int = 0
+) -> list[Found]:
     """The reward networks and foreign scorers that the rewards ask; no tensor is read.
 
-    `dtype` is that of scorers. Raises: InputError listing everything that is missing or wrong.
+    `dtype` is that of scorers, `longest_prompt` what the data's may have of tokens.
+    Raises: InputError listing everything that is missing or wrong.
     """
     problems = _idle(resolved, config)
     found, configs = [], {}
@@ -141,12 +146,40 @@ def inspect(resolved: Sequence[Resolved], config: Networks, dtype: str) -> list[
             janus_config, processor, folder = inspect_model(path)
             count = sum(math.prod(shape) for shape in _shapes(janus_config))
             found.append(Found(path, folder, count, dtype, users, janus_config, processor))
+            problems += [
+                line
+                for reward in resolved
+                if path in reward.scorers
+                for line in position_problems(reward, janus_config, processor, longest_prompt)
+            ]
         except InputError as error:
             asked = f"rewards: option scorer of {', '.join(users)}"
             problems += [f"{asked}: {problem}" for problem in error.problems]
     if problems:
         raise InputError(problems)
     return found
+
+
+def lacking(kind: str, opened: NetworkCheckpoint) -> list[str]:
+    """What the rewards that ask networks of a kind would refuse beside its weights, with who."""
+    found: dict[str, list[str]] = {}
+    for name, expected in NETWORKS.items():
+        if expected.kind == kind:
+            for problem in _asset_problems(name, opened):
+                found.setdefault(problem, []).append(name)
+    return [
+        f"{problem}; needed by {', '.join(_askers(names))} (networks.{', networks.'.join(names)})"
+        for problem, names in found.items()
+    ]
+
+
+def _askers(names: Iterable[str]) -> list[str]:
+    """The rewards that ask one of the networks, by themselves or by an option."""
+    return [
+        reward
+        for reward, entry in REGISTRY.items()
+        if {*entry.networks, *(n for of in entry.chosen.values() for n in of.values())} & {*names}
+    ]
 
 
 def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
@@ -201,6 +234,33 @@ def _option_problems(reward: Resolved, configs: Mapping[str, Any]) -> list[str]:
                 f"{gives}; use the CLIP that the head was trained on"
             )
     return problems
+
+
+def position_problems(
+    reward: Resolved, config: JanusConfig, processor: Any, longest_prompt: int = 0
+) -> list[str]:
+    """Answers of a reward's scorer that would pass its last position.
+
+    A caption follows one instruction, other answers the data's questions.
+    """
+    if reward.name not in REGISTRY or not reward.scorers:
+        return []
+    options = {key: option.default for key, option in options_of(reward.name).items()}
+    options |= getattr(reward.function, "keywords", {})
+    if "max_new_tokens" not in options:
+        return []
+    if options.get("caption") == "policy":
+        taken = len(processor.mm2t_ids(CAPTION))
+    else:
+        taken = max(len(processor.mm2t_ids(NO_QUESTION)), longest_prompt)
+    positions = config.llama.max_position_embeddings
+    if taken + options["max_new_tokens"] <= positions:
+        return []
+    return [
+        f"rewards: {reward.name}: option max_new_tokens: found {options['max_new_tokens']} after "
+        f"a prompt of up to {taken} tokens; the scorer {reward.scorers[0]} has {positions} "
+        f"positions, which leaves {max(0, positions - taken)}"
+    ]
 
 
 def load(found: Found, mesh: Mesh | None, offload: bool) -> Frozen:

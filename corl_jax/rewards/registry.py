@@ -61,6 +61,7 @@ class Entry:
     either: tuple[str, ...] = ()  # the data must have one of them
     optional: tuple[str, ...] = ()  # used where the data has them
     every_column: bool = False  # a user's reward that takes whatever the rows have
+    any_size: bool = False  # takes images one by one, of whatever sizes
     # column -> option that stands in for it; a run's data must have it or set the option
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # (options set, defaults of all) -> what is wrong with them together
@@ -201,6 +202,7 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> Resolved:
         columns=function.columns,
         optional=function.optional,
         every_column=function.parameters.every_column,
+        any_size=True,
     )
     return Resolved(function.name, reward.weight, function, entry)
 

@@ -29,7 +29,9 @@ class Samples:
     """N completions of one task on the host; `columns` repeats each row for its completions."""
 
     columns: dict[str, list]
-    images: np.ndarray | None = None  # [N, S, S, 3] uint8; drawing
+    # Drawing: [N, S, S, 3] uint8. For a user's own reward, which takes them one by one, also a
+    # list of [H, W, 3] of any sizes.
+    images: np.ndarray | list[np.ndarray] | None = None
     texts: list[str] | None = None  # answering
 
     def __post_init__(self):
@@ -47,10 +49,15 @@ class Samples:
         return self.columns.get(name) or [None] * len(self)
 
     def drawn(self) -> np.ndarray:
-        """The images. Raises ValueError for answers: the reward belongs to the other task."""
-        if self.images is None:
-            raise ValueError("samples: found texts where a reward of images was asked for")
+        """The images as one array. Raises ValueError for answers, and for images of any sizes."""
+        if not isinstance(self.images, np.ndarray):
+            found = "texts" if self.images is None else "images of any sizes"
+            raise ValueError(f"samples: found {found} where a reward of equal images was asked for")
         return self.images
+
+    def pictures(self) -> list[np.ndarray]:
+        """The images one by one. Raises ValueError for answers."""
+        return list(self.drawn() if self.images is None else self.images)
 
     def written(self) -> list[str]:
         """The texts. Raises ValueError for images: the reward belongs to the other task."""

@@ -80,9 +80,7 @@ def plan(config: Config) -> Plan:
     rewards = attempt(registry.resolve, config.rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
     # Without the rewards nobody can say which networks are asked.
-    asked = rewards is not None and attempt(
-        networks.inspect, listed, config.networks, config.model.dtype
-    )
+    asked = rewards is not None and attempt(_networks, config, listed)
     tasks = _tasks(config)
     sources = attempt(_sources, config, tasks, rewards or {})
     problems += _task_problems(config, tasks, rewards)
@@ -90,6 +88,7 @@ def plan(config: Config) -> Plan:
     if mesh:
         problems += _batch_problems(config, mesh)
     if model_config:
+        problems += _answer_problems(config, listed, model_config, processor)
         parts = attempt(partition, janus.abstract(model_config), config.train.trainable)
         problems += _trainable_problems(config, parts) if parts else []
         problems += _size_problems(config, model_config)
@@ -161,6 +160,26 @@ def _size_problems(config: Config, model: JanusConfig) -> list[str]:
     return [
         f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
         f"tokens; the model has positions for {limit}"
+    ]
+
+
+def _networks(config: Config, listed: list[registry.Resolved]) -> list[networks.Found]:
+    return networks.inspect(
+        listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
+    )
+
+
+def _answer_problems(
+    config: Config, listed: list[registry.Resolved], model: JanusConfig, processor: Processor
+) -> list[str]:
+    """Answers of the policy to rewards, or of its first state, that would pass its positions."""
+    return [
+        line
+        for reward in listed
+        if {"policy", "initial"} & set(reward.scorers)
+        for line in networks.position_problems(
+            reward, model, processor, config.data.max_prompt_length
+        )
     ]
 
 

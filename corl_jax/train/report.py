@@ -77,11 +77,16 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
 
 
 def _networks(plan: Plan) -> int:
-    """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time."""
-    sizes = [found.nbytes for found in plan.networks]
+    """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time.
+
+    A scorer is sharded as the policy is, the others lie whole on each device.
+    """
+    width = jax.numpy.dtype(plan.config.model.dtype).itemsize
+    sizes = [found.nbytes for found in plan.networks if found.janus is None]
+    scorers = [found.janus for found in plan.networks if found.janus is not None]
     if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
-        width = jax.numpy.dtype(plan.config.model.dtype).itemsize
-        sizes.append(_share(janus.abstract(plan.model_config), plan.mesh) * width)
+        scorers.append(plan.model_config)
+    sizes += [_share(janus.abstract(scorer), plan.mesh) * width for scorer in scorers]
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
@@ -141,7 +146,9 @@ def _rewards(plan: Plan) -> str:
             lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {asked}")
     if plan.networks:
         place = "host memory between uses" if plan.config.networks.offload else "every device"
-        lines.append(f"reward networks, in {place}:")
+        scorers = any(found.janus for found in plan.networks)
+        note = ", scorers sharded as the policy" if scorers else ""
+        lines.append(f"reward networks, in {place}{note}:")
         lines.append(f"  {'network':16}{'parameters':>16}{'MiB':>10}  weights")
         lines += [
             f"  {found.name:16}{found.parameters:>16,}{found.nbytes / 2**20:>10,.0f}  {found.path}"

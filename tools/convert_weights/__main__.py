@@ -22,7 +22,7 @@ from pathlib import Path
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.weights.files import convert, resolve_model_dir
 from corl_jax.weights.hub import resolve_path
-from corl_jax.weights.networks import KINDS, convert_network, recognise
+from corl_jax.weights.networks import KINDS, convert_network, open_network, recognise
 from tools.convert_weights.compare import compare
 from tools.convert_weights.describe import describe, describe_network
 
@@ -114,6 +114,8 @@ def run_to_jax(args: argparse.Namespace) -> int:
     kind = _kind(source, args.model)
     if kind == "janus":
         return run_convert(args)
+    from corl_jax.rewards.networks import lacking  # with all that scores, which a Janus needs not
+
     if args.base:
         raise InputError(
             f"--base: found {args.base}, but a {kind} network carries nothing; drop it"
@@ -129,6 +131,9 @@ def run_to_jax(args: argparse.Namespace) -> int:
             progress=progress,
         )
     print(f"{kind}, layout {opened.layout}: {opened.parameters:,} parameters")
+    with open_network(args.out, kind) as written:
+        for note in lacking(kind, written):
+            print(f"note: {note}")
     print(f"wrote {args.out}")
     return 0
 
