@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from corl_jax import config_checks
 
@@ -16,6 +16,15 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _some(size: int) -> int:
+    if size == 0:
+        raise ValueError("expected -1, or 1 or more")
+    return size
+
+
+Axis = Annotated[int, Field(ge=-1), AfterValidator(_some)]
 
 
 class Section(BaseModel):
@@ -231,9 +240,9 @@ class Train(Section):
 class Mesh(Section):
     """Devices per axis; one may be -1 and takes what the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
 
 
 class Checkpoint(Section):

@@ -7,6 +7,7 @@ keys are refused with the nearest known name, and all problems are reported at o
 
 from __future__ import annotations
 
+import collections
 import difflib
 import re
 import types
@@ -22,6 +23,7 @@ import yaml
 from corl_jax.config import Config, Reward, Section
 from corl_jax.errors import InputError
 
+MAX_CHARACTERS = 2**20  # of a file; our largest has 2**11
 LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
@@ -113,10 +115,11 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        with path.open(encoding="utf-8") as file:
+            tree = _parse(file.read(MAX_CHARACTERS + 1)) or {}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; --config wants a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: found {type(tree).__name__}, expected a mapping of options")
@@ -146,10 +149,37 @@ def _override(tree: dict[str, Any], text: str) -> list[str]:
             return [f"argument {text!r}: {part} is a value, not a block of options"]
         tree = child
     try:
-        tree[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+        tree[leaf] = _parse(value)
+    except ValueError as error:
         return [f"argument {text!r}: value is not valid YAML: {error}"]
     return []
+
+
+def _parse(text: str) -> Any:
+    """A YAML document. Raises ValueError for what is none, or too large with its aliases."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
+    try:
+        tree = yaml.load(text, _Loader)
+        size = _expanded(tree, {})
+    except RecursionError:
+        raise ValueError("it is nested too deeply, or refers to itself") from None
+    except Exception as error:  # yaml's constructors end in many types, on "!!int ''" for one
+        raise ValueError(str(error) or type(error).__name__) from None
+    # Aliases of aliases double a tree with every line.
+    if size > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS:,} values, aliases written out")
+    return tree
+
+
+def _expanded(value: Any, known: dict[int, int]) -> int:
+    """How many values a tree has with its aliases written out; RecursionError for a cycle."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        children = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(value)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,7 +187,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [name for index, name in enumerate(names) if name in names[:index]]
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
         if twice:
             raise yaml.YAMLError(f"{', '.join(twice)} is given twice{node.start_mark}")
         return super().construct_mapping(node, deep)

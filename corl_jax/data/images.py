@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from corl_jax.weights.fields import Fields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with a warning
+MAX_FILE_BYTES = 2**28  # encoded; a BMP of MAX_PIXELS with alpha has half of it
 MAX_SIDE = 2**14  # a line of 100,000 pixels is no picture, and resizing it costs like one
 WHITE = (255, 255, 255)
 
@@ -70,7 +72,9 @@ def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     with image:
         _check_size(image.size, max_pixels)
-        return _decode(image)
+        decoded = _decode(image)
+    _check_size(decoded.size, max_pixels)  # a damaged file may have said otherwise before
+    return decoded
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -221,16 +225,28 @@ def _encoded_bytes(value: Any) -> bytes:
             )
         value = data
     if isinstance(value, str | os.PathLike):
-        try:
-            with open(value, "rb") as file:
-                value = file.read()
-        except OSError as error:
-            raise BadImage(f"image: cannot read {value}: {error.strerror}") from error
+        value = _file_bytes(value)
     if value is None:
         raise BadImage("image: found null; expected encoded bytes")
     if not isinstance(value, bytes | bytearray | memoryview):
         raise BadImage(f"image: found {type(value).__name__}; expected encoded bytes")
     return bytes(value)
+
+
+def _file_bytes(path: str | os.PathLike) -> bytes:
+    try:
+        # Neither a device, which never ends, nor a pipe, which may never begin.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadImage(f"image: cannot read {path}: not a file")
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BadImage(f"image: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadImage(f"image: cannot read {os.fspath(path)!r}: {error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise BadImage(f"image: {path} has more than {MAX_FILE_BYTES:,} bytes")
+    return data
 
 
 def _describe(data: bytes) -> str:

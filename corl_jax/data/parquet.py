@@ -66,10 +66,15 @@ class ParquetSource:
         return int(self._starts[-1])
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One row. Raises InputError when its row group cannot be read."""
+        """One row. Raises InputError when it, or its row group, cannot be read."""
         group, offset = self._locate(row)
-        arrays = self._arrays(group)
-        return {name: arrays[column][offset].as_py() for name, column in self.names.items()}
+        arrays, values = self._arrays(group), {}
+        for name, column in self.names.items():
+            try:
+                values[name] = arrays[column][offset].as_py()
+            except (ValueError, OverflowError) as error:  # no UTF-8, no date
+                raise InputError(f"column {column} cannot be read ({error})") from error
+        return values
 
     def column(self, name: str) -> list:
         """A whole column by standard or own name, None in unreadable row groups."""
@@ -81,10 +86,10 @@ class ParquetSource:
             try:
                 with pq.ParquetFile(path) as file:
                     table = file.read_row_group(group, columns=[self.names[name]])
-            except (OSError, pa.ArrowException):  # reported when one of its rows is asked for
+                values.extend(table[self.names[name]].to_pylist())
+            # Reported when one of its rows is asked for.
+            except (OSError, pa.ArrowException, ValueError, OverflowError):
                 values.extend([None] * int(rows))
-                continue
-            values.extend(table[self.names[name]].to_pylist())
         return values
 
     def where(self, row: int) -> str:
@@ -267,7 +272,7 @@ def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]
             with pq.ParquetFile(path) as file:
                 meta = file.metadata
                 schemas[path] = file.schema_arrow
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             size = os.path.getsize(path) if os.path.exists(path) else 0
             problems.append(
                 f"{path}: not a readable parquet file ({size:,} bytes; {_first_line(error)}); "

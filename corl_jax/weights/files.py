@@ -21,6 +21,7 @@ from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.checkpoint import Checkpoint, is_stacked, leaf_shapes, open_checkpoint
 from corl_jax.weights.configs import Layout, detect_layout, load_config
 from corl_jax.weights.export import Assets, DType, Export, main_dtype, plan_tensors, write_export
+from corl_jax.weights.finite import non_finite_problem
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.leaves import MemoryLeaves, layer_count, leaf_dtype
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
@@ -47,8 +48,9 @@ def load_params(folder: str | Path, config: JanusConfig | None = None, dtype: An
 
     Reads slice by slice, so that the peak is the result and one tensor more.
 
-    Raises: InputError listing every tensor that does not fit the config.
+    Raises: InputError listing every tensor that does not fit the config, or holds NaN.
     """
+    problems = []
     with open_checkpoint(Path(folder), config) as checkpoint:
         leaves = checkpoint.leaves
         flat = {}
@@ -58,6 +60,9 @@ def load_params(folder: str | Path, config: JanusConfig | None = None, dtype: An
             for layer in layers:
                 out[... if layer is None else layer] = leaves.read(path, layer)
             flat[path] = out
+            problems += non_finite_problem(folder, path, out)
+    if problems:
+        raise InputError(problems)
     return unflatten(flat)
 
 

@@ -37,6 +37,7 @@ from corl_jax.weights import (
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.configs import FORMAT_VERSION, from_dict
 from corl_jax.weights.dtypes import is_float, named
+from corl_jax.weights.finite import non_finite_problem
 from corl_jax.weights.leaves import JaxLeaves, Leaves, TorchLeaves, layer_count, leaf_dtype
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
@@ -170,11 +171,14 @@ def load_network(path: str | Path, name: str, dtype: Any = None) -> tuple[Any, P
 
     A scalar is a scale whose rounding to bfloat16 would scale every score.
 
-    Raises: InputError as `open_network`.
+    Raises: InputError as `open_network`, and listing the parameters that hold NaN.
     """
     with open_network(path, name) as opened:
         shapes = opened.leaves.shapes
         flat = {leaf: opened.read(leaf, dtype if shapes[leaf] else None) for leaf in shapes}
+        problems = [line for leaf in flat for line in non_finite_problem(path, leaf, flat[leaf])]
+        if problems:
+            raise InputError(problems)
         return opened.config, unflatten(flat)
 
 

@@ -8,6 +8,7 @@ memory map would count every page read against the process.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,10 @@ from corl_jax.weights.dtypes import SAFETENSORS
 SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
 STANDARD, INDEX = (SAFE_NAME, BIN_NAME), ".index.json"
 BIN_PATTERNS = ("*.bin", "*.pth", "*.pt")
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 2**24  # a thousand tensors take 2**17; parsed, JSON takes some 30 times as much
+MAX_JSON_BYTES = 2**26  # of a config, an index or a tokenizer, of which the largest known has 2**25
+MAX_KEY = 256  # characters of a tensor's name
+MAX_MALFORMED = 100  # entries of a file that are named; the lines of a hostile one fill the memory
 _AGAIN = "download or copy it again"
 
 
@@ -133,12 +137,16 @@ def _checked_entries(
     file: Path, header: dict[str, Any], *, data_start: int, size: int
 ) -> dict[str, TensorInfo]:
     header = {key: value for key, value in header.items() if key != "__metadata__"}
-    infos, spans, problems = {}, [], []
+    infos, spans, problems = {}, [], bad_names(file, header)
+    if problems:
+        raise InputError(problems)
     for key, entry in header.items():
         try:
             info, end = _entry(file, entry, data_start)
         except (TypeError, KeyError, ValueError) as error:
             problems.append(f"{file}: tensor {key!r} has a malformed entry ({error}); {_AGAIN}")
+            if len(problems) == MAX_MALFORMED:
+                break
             continue
         infos[key] = info
         spans.append((info.offset, end))
@@ -152,6 +160,27 @@ def _checked_entries(
     if position != size:
         raise InputError(f"{file}: {size} bytes found, its header promises {position}; {_AGAIN}")
     return infos
+
+
+def bad_names(file: Path, keys: Iterable[str]) -> list[str]:
+    """A line for each tensor whose name no network gives: too long, a path, unprintable.
+
+    No name is ever used as a path here; what handles the same file later might do so.
+    """
+    bad = (
+        key
+        for key in keys
+        if not 0 < len(key) <= MAX_KEY
+        or not key.isprintable()
+        or key.startswith("/")
+        or "\\" in key
+        or ".." in key.split("/")
+    )
+    return [
+        f"{file}: a tensor is named {key[:40]!r}{'..' if len(key) > 40 else ''} ({len(key)} "
+        f"characters), expected a plain name of at most {MAX_KEY}; do not use this file"
+        for key in itertools.islice(bad, MAX_MALFORMED)
+    ]
 
 
 def _entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
@@ -171,10 +200,19 @@ def _entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[Tenso
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises: InputError naming the file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise InputError(
+                f"{file}: has more than {MAX_JSON_BYTES} bytes, which no file of settings does; "
+                f"{_AGAIN}"
+            )
+        value = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{file}: is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a JSON {type(value).__name__}, expected an object")

@@ -16,11 +16,13 @@ import numpy as np
 
 from corl_jax.errors import InputError
 from corl_jax.weights.dtypes import BFLOAT16, named
-from corl_jax.weights.storage import TensorInfo, shared_keys
+from corl_jax.weights.storage import TensorInfo, bad_names, shared_keys
 
 _AGAIN = "download or copy it again"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+ZIP_START = b"PK\x03\x04"
 MAX_LEGACY_BYTES = 4 * 2**30
+MAX_PICKLE_BYTES = 2**25  # of the names and shapes; unpickled, they take up to 60 times as much
 _DTYPES = {
     *("float64", "float32", "float16", "bfloat16"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
@@ -114,8 +116,12 @@ def _is_legacy(file: Path) -> bool:
     """False for a whole archive, True for a legacy file. Raises InputError for anything else."""
     try:
         with file.open("rb") as stream:
-            legacy = stream.read(len(LEGACY_START)) == LEGACY_START
+            start = stream.read(len(LEGACY_START))
             size = stream.seek(0, os.SEEK_END)
+        legacy = start == LEGACY_START
+        # An archive may hide behind another kind of file, as which PyTorch would read it.
+        if not legacy and not start.startswith(ZIP_START):
+            raise ValueError(f"it starts with {start[:8]!r}")
         entries = [] if legacy else _entries(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
@@ -123,6 +129,14 @@ def _is_legacy(file: Path) -> bool:
         raise InputError(f"{file}: is not a whole PyTorch file ({error}); {_AGAIN}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{file}: is a compressed archive; PyTorch does not write those")
+    if sum(entry.file_size for entry in entries) > size:
+        raise InputError(f"{file}: its entries overlap: they claim more than its {size} bytes")
+    for entry in entries:
+        if entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE_BYTES:
+            raise InputError(
+                f"{file}: {entry.filename} has {entry.file_size} bytes, expected at most "
+                f"{MAX_PICKLE_BYTES}: it holds names and shapes; save the tensors alone again"
+            )
     if legacy and size > MAX_LEGACY_BYTES:
         raise InputError(
             f"{file}: {size} bytes in the format of PyTorch before 1.6, which must be read whole; "
@@ -142,7 +156,7 @@ def _checked_state(file: Path, state: Any) -> dict[str, Any]:
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise InputError(f"{file}: holds a {type(state).__name__}, expected a dict of tensors")
-    problems = []
+    problems = bad_names(file, (key for key in state if isinstance(key, str)))
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             problems.append(f"{file}: {key!r} is a {type(value).__name__}, expected a tensor")
