@@ -109,7 +109,8 @@ RUN = {
 yaml_pieces = st.sampled_from(
     ["&a ", "*a", "- ", ": ", "{", "}", "[", "]", "!!python/object/apply:os.system [ls]", "!!float",
      "'", '"', "|", ">", "\n", "  ", "\t", "#", "---", "<<: ", "2026-13-45", "0x", "1:2:3",
-     "\ufeff", "seed", "train", "?", "%YAML 9.9", "0b2", "!!binary x", "!!int ''", "!!timestamp x", "\x85"]
+     "\ufeff", "seed", "train", "?", "%YAML 9.9", "0b2", "!!binary x", "!!int ''", "!!timestamp x",
+     "\x85"]
 )  # fmt: skip
 
 
