@@ -314,8 +314,8 @@ def _text_program(
         return _advance(state, token, logprob, caches, done)
 
     token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(keys.shape[0], bool))
-    strides, stride = _strides(max_new_tokens - 1)
-    length = 1 + strides * stride
+    rounds, stride = strides(max_new_tokens - 1)
+    length = 1 + rounds * stride
     caches = decoder.new_caches(len(hidden), length)
     state = lax.while_loop(
         lambda state: (state.step < length) & ~state.done.all(),
@@ -326,7 +326,7 @@ def _text_program(
     return tokens, completion_mask(tokens, state.step, special.eos), logprobs
 
 
-def _strides(steps: int) -> tuple[int, int]:
+def strides(steps: int) -> tuple[int, int]:
     """(count, steps of each) that make at least `steps`, none longer than STRIDE."""
     count = math.ceil(steps / STRIDE)
     return count, math.ceil(steps / max(count, 1))

@@ -18,16 +18,16 @@ Partial = tuple[jax.Array, jax.Array]
 """Averages [R, Q, H, head_dim] in the queries' dtype, log-denominators [R, Q, H] float32."""
 
 
-def fastest(dtype: Any, head_dim: int) -> Implementation:
-    """What the first device can run: cuDNN on an NVIDIA GPU in half precision, else XLA.
+def fastest(dtype: Any, head_dim: int, device: jax.Device | None = None) -> Implementation:
+    """What a device, or else the first one present, can run: cuDNN on NVIDIA GPUs, or XLA.
 
-    cuDNN's fused attention wants compute capability 8.0 and head sizes that are multiples of 8
-    up to 128.
+    cuDNN's fused attention wants half precision, compute capability 8.0 and head sizes that are
+    multiples of 8 up to 128.
     """
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
     if not half or head_dim % 8 or head_dim > 128:
         return "xla"
-    device = jax.devices()[0]
+    device = device or jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return "xla"
     return "cudnn" if float(device.compute_capability) >= 8.0 else "xla"

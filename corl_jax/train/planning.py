@@ -26,24 +26,19 @@ from corl_jax.rewards import networks, registry
 from corl_jax.sharding import BATCH, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train.optimizer import partition
-from corl_jax.types import Params
+from corl_jax.types import Params, SpecialTokens
 from corl_jax.weights.files import check_export
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked config: what `build` needs, read from files and not yet on a device."""
+class Outline:
+    """What a run's jitted functions depend on: sizes and options, no file and no array."""
 
     config: Config
-    model_dir: Path
     model_config: JanusConfig
-    processor: Processor
-    mesh: Mesh
+    special: SpecialTokens
+    mesh: Mesh  # of devices present, or of a described topology
     tasks: tuple[str, ...]
-    rewards: dict[str, list]
-    networks: list[networks.Found]  # that the rewards ask
-    train_loader: Loader
-    eval_loader: Loader | None
     steps: int
 
     @property
@@ -58,6 +53,47 @@ class Plan:
     @property
     def optimizer_steps(self) -> int:
         return self.steps * self.updates_per_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Outline):
+    """A checked config: what `build` needs, read from files and not yet on a device."""
+
+    model_dir: Path
+    processor: Processor
+    rewards: dict[str, list]
+    networks: list[networks.Found]  # that the rewards ask
+    train_loader: Loader
+    eval_loader: Loader | None
+
+
+def outline(
+    config: Config, model: JanusConfig, special: SpecialTokens, devices: list | None = None
+) -> Outline:
+    """The outline of a config for a model of known sizes, with no data and no weights at hand.
+
+    `devices` are those of the mesh, which need not be present; None takes those that are.
+    Without data a run's length is train.max_steps or 1; only the learning rate depends on it.
+
+    Raises:
+        InputError: mesh, batch, lengths or trained parameters do not fit one another.
+    """
+    problems: list[str] = []
+    mesh = parts = None
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+        problems += _batch_problems(config, mesh)
+    except InputError as error:
+        problems += error.problems
+    try:
+        parts = partition(janus.abstract(model), config.train.trainable)
+        problems += _trainable_problems(config, parts)
+    except InputError as error:
+        problems += error.problems
+    problems += _size_problems(config, model)
+    if problems or mesh is None:
+        raise InputError(problems)
+    return Outline(config, model, special, mesh, _tasks(config), config.train.max_steps or 1)
 
 
 def plan(config: Config) -> Plan:
@@ -101,8 +137,9 @@ def plan(config: Config) -> Plan:
         1, round(config.train.epochs * len(train_loader.source) / config.train.prompts_per_step)
     )
     return Plan(
-        config, model_dir, model_config, processor, mesh, tasks, rewards, asked,
-        train_loader, eval_loader, steps,
+        config=config, model_config=model_config, special=processor.special, mesh=mesh,
+        tasks=tasks, steps=steps, model_dir=model_dir, processor=processor, rewards=rewards,
+        networks=asked, train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
 
 

@@ -14,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
 from corl_jax.errors import InputError
-from corl_jax.models import janus
+from corl_jax.models import attention, janus
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Policy
 from corl_jax.sharding import leaf_paths, map_with_path, param_shardings
 from corl_jax.train import iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, partition, to_master
-from corl_jax.train.planning import Plan
+from corl_jax.train.planning import Outline, Plan
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step
 from corl_jax.types import Params
@@ -99,7 +99,7 @@ def load_networks(plan: Plan, initial: Params) -> dict[str, Frozen]:
 
 
 def make_steps(
-    plan: Plan, optimizer: optax.GradientTransformation, shardings: TrainState
+    plan: Outline, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> tuple[Callable, Callable]:
     """The jitted update and the jitted scoring of the plan's objective."""
     objective, jit = make_objective(plan), {"out_shardings": (shardings, None)}
@@ -151,7 +151,7 @@ def state_shardings(
     return TrainState(replicated, params, moments)
 
 
-def make_objective(plan: Plan) -> Objective:
+def make_objective(plan: Outline) -> Objective:
     """The loss's constants from the config."""
     config = plan.config
     grpo_weights = {"t2i": config.grpo.t2i_loss_weight, "mm2t": config.grpo.mm2t_loss_weight}
@@ -161,7 +161,7 @@ def make_objective(plan: Plan) -> Objective:
         "caption": config.sft.caption_weight,
     }
     scoring = Scoring(
-        special=plan.processor.special,
+        special=plan.special,
         temperature=config.rollout.temperature if config.objective == "grpo" else 1.0,
         cfg_scale=config.rollout.cfg_scale,
         image_logprobs=config.grpo.image_logprobs,
@@ -181,13 +181,17 @@ def make_objective(plan: Plan) -> Objective:
     )
 
 
-def make_samplers(plan: Plan) -> dict[str, Callable]:
+def make_samplers(plan: Outline) -> dict[str, Callable]:
     """task -> (params, prompts, keys) -> Rollout, with the config's sampling options."""
     rollout, grpo = plan.config.rollout, plan.config.grpo
+    dtype = DTYPES[plan.config.model.dtype]
+    # The mesh's devices decide, which need not be the ones that are present.
+    device = plan.mesh.devices.flat[0]
     common = {
-        "special": plan.processor.special,
+        "special": plan.special,
         "temperature": rollout.temperature,
-        "dtype": DTYPES[plan.config.model.dtype],
+        "dtype": dtype,
+        "attention": attention.fastest(dtype, plan.model_config.llama.head_dim, device),
     }
     images = functools.partial(
         sampling.sample_images, plan.model_config,

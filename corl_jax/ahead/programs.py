@@ -1,0 +1,185 @@
+"""The programs of a GRPO iteration, ready to be lowered: the run's own functions, shapes as inputs.
+
+Nothing is materialised: parameters, optimizer state and batches are ShapeDtypeStructs with the
+shardings that a run gives them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from corl_jax import sampling
+from corl_jax.models import janus
+from corl_jax.sharding import batch_sharding, param_shardings
+from corl_jax.train import setup
+from corl_jax.train.optimizer import make_optimizer, merge, partition, to_master
+from corl_jax.train.planning import Outline
+from corl_jax.train.step import Batch, TaskBatch, TrainState
+from corl_jax.types import EncodedPrompts, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function of the iteration with the shapes of its inputs."""
+
+    name: str
+    function: Callable
+    resident: tuple  # inputs that stay on the device between programs
+    inputs: tuple  # the others
+    calls: int = 1  # in an iteration
+    rounds: int = 1  # of a loop whose end depends on what is drawn, at most
+
+    def lower(self) -> Any:
+        """Within `jax.set_mesh`."""
+        return self.function.lower(*self.resident, *self.inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What stays on the devices for the whole run."""
+
+    state: TrainState
+    frozen: Params
+    reference: Params | None
+
+    def parts(self) -> dict[str, Any]:
+        return {
+            "trained parameters": self.state.params,
+            "optimizer": self.state.opt_state,
+            "frozen parameters": self.frozen,
+            "reference": self.reference,
+        }
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie; `shardings` is a tree like theirs, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def held(outline: Outline) -> tuple[Held, Any, TrainState]:
+    """(what the run keeps, its optimizer, the state's shardings), as `setup.build` lays it out."""
+    config, mesh = outline.config, outline.mesh
+    stored = janus.abstract(outline.model_config)
+    trained, frozen = partition(stored, config.train.trainable)
+    trained = jax.eval_shape(lambda: _zeros(trained, config.compat.bfloat16_master))
+    frozen = jax.eval_shape(lambda: _zeros(frozen, False))
+    optimizer = make_optimizer(config.optimizer, outline.optimizer_steps)
+    shardings = setup.state_shardings(optimizer, trained, mesh)
+    fresh = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
+    )
+    state = with_shardings(fresh, shardings)
+    reference = None
+    if config.grpo.kl_coef:
+        copy = jax.eval_shape(
+            lambda: janus.cast(_zeros(trained, False), setup.DTYPES[config.model.dtype])
+        )
+        reference = with_shardings(copy, shardings.params)
+    frozen = with_shardings(frozen, param_shardings(frozen, mesh))
+    return Held(state, frozen, reference), optimizer, shardings
+
+
+def _zeros(shapes: Params, bfloat16: bool) -> Params:
+    return to_master(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), bfloat16)
+
+
+def prompts(outline: Outline, task: str, count: int, length: int) -> EncodedPrompts:
+    """`count` prompts of `length` padded tokens, with pixels where the task reads a picture."""
+    rows = batch_sharding(outline.mesh)
+    side = outline.model_config.siglip.image_size
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+    return EncodedPrompts(
+        shape((count, length), jnp.int32),
+        shape((count, length), jnp.bool_),
+        shape((count, side, side, 3), jnp.float32) if task == "mm2t" else None,
+    )
+
+
+def completion_length(outline: Outline, task: str) -> int:
+    if task == "t2i":
+        return outline.model_config.num_image_tokens
+    return outline.config.rollout.max_new_tokens
+
+
+def batch(outline: Outline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
+    """What an update reads; `extra` names the log-probs that it needs besides the sampler's."""
+    config = outline.config
+    count = config.train.prompts_per_step
+    rows = count * config.rollout.group_size
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
+
+    def of(task: str) -> TaskBatch:
+        size = (rows, completion_length(outline, task))
+        return TaskBatch(
+            prompts(outline, task, count, lengths[task]),
+            shape(size, jnp.int32), shape(size, jnp.bool_), shape((rows,), jnp.float32),
+            **{name: shape(size, jnp.float32) for name in ("sampler_logprobs", *extra)},
+        )  # fmt: skip
+
+    return {task: of(task) for task in outline.tasks}
+
+
+def programs(outline: Outline, lengths: dict[str, int]) -> tuple[Held, list[Program]]:
+    """What a GRPO iteration runs on the devices, rewards excluded, in its order.
+
+    `lengths` are the padded tokens of each task's prompts.
+    """
+    config, group = outline.config, outline.config.rollout.group_size
+    kept, optimizer, shardings = held(outline)
+    params = merge(kept.state.params, kept.frozen)
+    count = config.rollout.batch_prompts or config.train.prompts_per_step
+    rows = batch_sharding(outline.mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * group))
+    listed = [
+        Program(
+            f"sample {task}",
+            jax.jit(sampler),
+            (params,),
+            (prompts(outline, task, count, lengths[task]), with_shardings(keys, rows)),
+            calls=config.train.prompts_per_step // count,
+            rounds=sampling.strides(completion_length(outline, task) - 1)[0],
+        )
+        for task, sampler in setup.make_samplers(outline).items()
+        if task in outline.tasks
+    ]
+    if "t2i" in outline.tasks:
+        shape = (config.train.prompts_per_step * group, completion_length(outline, "t2i"))
+        codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        decode = jax.jit(functools.partial(sampling.decode_images, outline.model_config))
+        listed.append(Program("codes to pixels", decode, (params,), (codes,)))
+    train_step, score_step = setup.make_steps(outline, optimizer, shardings)
+    old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
+    extra = (*old, *(("ref_logprobs",) if kept.reference is not None else ()))
+    if extra:
+        # The reference is in the compute dtype, which changes only what the scoring casts.
+        scored = (kept.state.params, kept.frozen)
+        listed.append(
+            Program("log-probs", score_step, scored, (batch(outline, lengths, ()),), len(extra))
+        )
+    update = (batch(outline, lengths, extra),)
+    listed.append(
+        Program("update", train_step, (kept.state, kept.frozen), update, outline.updates_per_step)
+    )
+    return kept, listed

@@ -1,0 +1,186 @@
+"""Memory and time of compiled programs on a chip, and the tables that show them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from corl_jax.ahead.chips import GIB, Chip
+from corl_jax.ahead.cost import Cost, cost_of
+from corl_jax.ahead.programs import Held, Program, shard_bytes
+
+PRODUCTS, MEMORY, LINKS = 0.6, 0.8, 0.7
+"""Shares of a chip's peak figures that a program is taken to reach; a guess, not a measurement."""
+REMEDIES = {
+    "sample": "rollout.batch_prompts smaller",
+    "codes": "train.prompts_per_step smaller, or more devices in data x fsdp",
+    "log-probs": "train.micro_batch smaller",
+    "update": "train.micro_batch or model.logprob_chunk smaller, model.remat full",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program as the compiler left it; bytes of one device."""
+
+    program: Program
+    arguments: float
+    temporaries: float
+    output: float  # beside what takes the place of an argument
+    code: float
+    peak: float  # with all that the run keeps, also what this program does not read
+    cost: Cost | None  # None: the compiler found that it does not fit
+
+    def seconds(self, chip: Chip) -> tuple[float, float, float] | None:
+        """Of a call: at products, at memory, at links; None for a chip without figures."""
+        if self.cost is None or chip.peak is None:
+            return None
+        return (
+            self.cost.flops / (PRODUCTS * chip.peak),
+            self.cost.hbm / (MEMORY * chip.bandwidth),
+            self.cost.sent / (LINKS * chip.links),
+        )
+
+
+def compiled(program: Program, kept: Held) -> Compiled:
+    """Compiles a program, within `jax.set_mesh`."""
+    everything = shard_bytes(kept.parts())
+    try:
+        done = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        rest = everything - shard_bytes(program.resident)
+        return Compiled(program, shard_bytes(program.inputs), needed, 0, 0, needed + rest, None)
+    memory = done.memory_analysis()
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code, temporaries = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
+    peak = everything + shard_bytes(program.inputs) + temporaries + output + code
+    arguments = memory.argument_size_in_bytes
+    cost = cost_of(done.as_text(), program.rounds)
+    return Compiled(program, arguments, temporaries, output, code, peak, cost)
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that a TPU program would take, as the compiler says when it refuses it."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return round(float(found[1]) * units[found[2]])
+
+
+def fits(listed: list[Compiled], chip: Chip, reserve: float) -> bool | None:
+    """Whether every program does; None without a known capacity."""
+    if chip.hbm is None:
+        return None
+    return all(each.cost is not None and each.peak + reserve <= chip.hbm for each in listed)
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """Columns: the first to the left, numbers to the right."""
+    cells = [header, *[[_cell(value) for value in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  " + "  ".join(
+            cell.ljust(width) if not i else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 10 else f"{value:,.0f}"
+    return str(value)
+
+
+def memory_table(kept: Held, listed: list[Compiled], chip: Chip, reserve: float) -> str:
+    """What is kept, and what each program adds to it."""
+    capacity = chip.hbm and chip.hbm / GIB
+    lines = ["kept on each device for the whole run, GiB:"]
+    parts = {name: shard_bytes(part) / GIB for name, part in kept.parts().items()}
+    if reserve:
+        parts["reserved (--reserve)"] = reserve / GIB
+    lines.append(table(["part", "GiB"], [[k, f"{v:.2f}"] for k, v in parts.items() if v]))
+    lines.append(
+        f"memory of each device in GiB, {f'of {capacity:.2f}' if capacity else 'capacity unknown'}:"
+    )
+    header = ["program", "arguments", "temporaries", "output", "code", "with all kept", "fits"]
+    rows = []
+    for each in listed:
+        sizes = (each.arguments, each.temporaries, each.output, each.code, each.peak + reserve)
+        verdict = {True: "yes", False: "NO", None: "?"}[fits([each], chip, reserve)]
+        rows.append([each.program.name, *[f"{size / GIB:.2f}" for size in sizes], verdict])
+    lines.append(table(header, rows))
+    if any(each.cost is None for each in listed):
+        lines.append("  Refused by the compiler: temporaries are then all that it asked for.")
+    lines += [
+        f"  {each.program.name} does not fit: {REMEDIES[each.program.name.split()[0]]}; or more of "
+        "the devices in mesh.fsdp"
+        for each in listed
+        if fits([each], chip, reserve) is False
+    ]
+    return "\n".join(lines)
+
+
+def cost_table(listed: list[Compiled], chip: Chip) -> str:
+    """What each call of a program does on a device, and the time that this takes."""
+    header = ["program", "calls", "TFLOP", "HBM GB", "sent GB"]
+    header += ["products s", "memory s", "links s", "call s"]
+    rows = []
+    for each in listed:
+        if each.cost is None:
+            continue
+        times = each.seconds(chip)
+        span = None if times is None else f"{max(times):.2f} to {sum(times):.2f}"
+        rows.append([
+            each.program.name, each.program.calls, each.cost.flops / 1e12, each.cost.hbm / 1e9,
+            each.cost.sent / 1e9, *(times or (None,) * 3), span,
+        ])  # fmt: skip
+    lines = ["a call on each device, loops multiplied out:", table(header, rows)]
+    kinds = [
+        [each.program.name, kind, found.count, found.nbytes / 1e9]
+        for each in listed
+        if each.cost is not None
+        for kind, found in sorted(each.cost.collectives.items())
+    ]
+    if kinds:
+        header = ["program", "collective", "count", "sent GB"]
+        lines += ["collectives of a call, sent by each device:", table(header, kinds)]
+    for each in listed:
+        if each.cost is not None and each.cost.kernels:
+            names = ", ".join(f"{name} x {n}" for name, n in sorted(each.cost.kernels.items()))
+            lines.append(f"  {each.program.name}: work inside of kernels is not counted: {names}")
+        if each.cost is not None and each.cost.open_loops:
+            lines.append(
+                f"  {each.program.name}: a loop ends when all answers have; at most "
+                f"{each.program.rounds} rounds, which are counted"
+            )
+    return "\n".join(lines)
+
+
+def iteration(listed: list[Compiled], chip: Chip) -> str:
+    """The estimated time of a whole iteration, with what was assumed."""
+    times = [each.seconds(chip) for each in listed]
+    if any(each is None for each in times):
+        return f"time: no estimate, {'a program does not fit' if chip.peak else 'no figures'}"
+    calls = [each.program.calls for each in listed]
+    least = sum(max(each) * n for each, n in zip(times, calls, strict=True))
+    most = sum(sum(each) * n for each, n in zip(times, calls, strict=True))
+    return "\n".join([
+        f"iteration, rewards excluded: {least:.1f} s if products, memory and links overlap, "
+        f"{most:.1f} s if they do not",
+        f"  Assumed: {PRODUCTS:.0%} of {chip.peak / 1e12:,.0f} TFLOP/s (bfloat16), {MEMORY:.0%} of "
+        f"{chip.bandwidth / 1e9:,.0f} GB/s of memory, {LINKS:.0%} of {chip.links / 1e9:,.0f} GB/s "
+        f"out of the chip over all its links ({chip.source}).",
+        "  Every answer is as long as it may be. Not in it: rewards, the host, latency of steps "
+        "and of collectives.",
+    ])  # fmt: skip

@@ -1,0 +1,178 @@
+"""Compile a run for devices that need not be there: does it fit, what does it cost?
+
+python -m corl_jax.plan --config FILE --topology v5e:4x4 [key=value ...]
+
+Compiles the training step and both samplers of a GRPO config as the run would, from shapes alone:
+no weights, no data, no TPU. Prints memory, operations and collectives of each device, and an
+estimate of the time. Exit code 1: it does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import jax
+
+from corl_jax import config_file
+from corl_jax.ahead import chips, programs, report
+from corl_jax.config import Config
+from corl_jax.data.processor import BUCKET
+from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.models import janus
+from corl_jax.models.janus import PRESETS, JanusConfig
+from corl_jax.train import planning
+from corl_jax.types import SpecialTokens
+from corl_jax.weights.files import load_config
+
+STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
+"""Ids only enter a program as numbers, so that any will do where there is no tokenizer."""
+DOES_NOT_FIT_EXIT_CODE = 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m corl_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, objective grpo")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="a TPU slice, v4, v5e, v5p or v6e with its shape in chips (v5e:4x4, v5p:2x2x2); or "
+        "local, the devices present",
+    )
+    parser.add_argument(
+        "--model",
+        choices=PRESETS,
+        help="sizes of the model; without it those of model.path's config.json, or of the preset "
+        "that model.path names",
+    )
+    for task, option in (("drawing", "image"), ("understanding", "text")):
+        parser.add_argument(
+            f"--{option}-prompt",
+            type=int,
+            metavar="TOKENS",
+            help=f"longest {task} prompt of a batch (default: data.max_prompt_length)",
+        )
+    parser.add_argument(
+        "--hbm", type=float, metavar="GIB", help="memory of a device, instead of the known one"
+    )
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="kept free on each device for what is not compiled here: reward networks (default 0)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. mesh.fsdp=-1")
+    return parser.parse_intermixed_args(argv)
+
+
+def model_config(path: str, preset: str | None) -> JanusConfig:
+    """Sizes by a preset's name, a directory's config.json, or a name that holds a preset's.
+
+    Raises:
+        InputError: none of them says what the model is.
+    """
+    if preset is not None:
+        return PRESETS[preset]
+    if Path(path, "config.json").is_file():
+        return load_config(path)
+    plain = path.lower().replace("_", "-")
+    named = next((name for name in PRESETS if name in plain), None)
+    if named is None:
+        raise InputError(
+            f"model.path: found {path!r}, which is no directory with a config.json and names none "
+            f"of {', '.join(PRESETS)}; give one by --model"
+        )
+    return PRESETS[named]
+
+
+def prompt_lengths(args: argparse.Namespace, config: Config, model: JanusConfig) -> dict[str, int]:
+    """Padded tokens of each task's longest prompt.
+
+    Raises:
+        InputError: a length that the config or the model does not admit.
+    """
+    limit, problems = config.data.max_prompt_length, []
+    shortest = {"t2i": 1, "mm2t": model.num_image_tokens + 2}
+    given = {
+        "t2i": ("--image-prompt", args.image_prompt),
+        "mm2t": ("--text-prompt", args.text_prompt),
+    }
+    lengths = {}
+    for task, (option, tokens) in given.items():
+        tokens = limit if tokens is None else tokens
+        if not shortest[task] <= tokens <= limit:
+            problems.append(
+                f"{option}: found {tokens}; expected {shortest[task]} to data.max_prompt_length, "
+                f"{limit}"
+            )
+        lengths[task] = math.ceil(tokens / BUCKET) * BUCKET
+    if problems:
+        raise InputError(problems)
+    return lengths
+
+
+def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+    devices, chip = chips.local() if topology == "local" else chips.described(topology)
+    return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
+
+
+def heading(outline: planning.Outline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+    config, model = outline.config, outline.model_config
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(janus.abstract(model)))
+    train, rollout = config.train, config.rollout
+    tasks = ", ".join(
+        f"{task} {lengths[task]} + {programs.completion_length(outline, task)} tokens"
+        for task in outline.tasks
+    )
+    at_once = rollout.batch_prompts or train.prompts_per_step
+    return "\n".join([
+        f"model: {count:,} parameters, {config.model.dtype} compute",
+        f"devices: {outline.mesh.size} x {chip.name}, mesh {dict(outline.mesh.shape)}",
+        f"iteration: {train.prompts_per_step} prompts x {rollout.group_size} completions in "
+        f"{outline.micro_batches} micro-batch(es), {at_once} prompts sampled at once; {tasks}",
+    ])  # fmt: skip
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(argv)
+    if args.topology != "local":
+        # Nothing runs; and libtpu would otherwise look for chips on this machine.
+        jax.config.update("jax_platforms", "cpu")
+    config = config_file.load(args.config, args.overrides)
+    if config.objective != "grpo":
+        raise InputError(f"objective: found {config.objective}; the plan is of grpo's iterations")
+    model = model_config(config.model.path, args.model)
+    lengths = prompt_lengths(args, config, model)
+    devices, chip = devices_of(args.topology, args.hbm)
+    outline = planning.outline(config, model, STAND_INS, devices)
+    print(heading(outline, chip, lengths), flush=True)
+    listed, reserve = [], args.reserve * chips.GIB
+    # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
+    kept, planned = programs.programs(outline, lengths)
+    with jax.set_mesh(outline.mesh):
+        for program in planned:
+            print(f"compiling: {program.name}", file=sys.stderr, flush=True)
+            listed.append(report.compiled(program, kept))
+    for part in (
+        report.memory_table(kept, listed, chip, reserve),
+        report.cost_table(listed, chip),
+        report.iteration(listed, chip),
+    ):
+        print(f"\n{part}")
+    if report.fits(listed, chip, reserve) is False:
+        sys.exit(DOES_NOT_FIT_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main()
