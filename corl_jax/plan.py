@@ -70,6 +70,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="GIB",
         help="kept free on each device for what is not compiled here: reward networks (default 0)",
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PROGRAM",
+        help="compile only programs whose name starts so (sample, sample t2i, codes, log-probs, "
+        "update); may be repeated; compiling all of 7B takes some minutes",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. mesh.fsdp=-1")
     return parser.parse_intermixed_args(argv)
 
@@ -120,6 +127,23 @@ def prompt_lengths(args: argparse.Namespace, config: Config, model: JanusConfig)
     return lengths
 
 
+def selected(planned: list[programs.Program], names: list[str] | None) -> list[programs.Program]:
+    """Those whose name starts with one of `names`; None takes all.
+
+    Raises:
+        InputError: a name that no program of this config has.
+    """
+    if names is None:
+        return planned
+    known = [each.name for each in planned]
+    unknown = [name for name in names if not any(each.startswith(name) for each in known)]
+    if unknown:
+        raise InputError(
+            f"--only: found {', '.join(unknown)}; this config's programs are {', '.join(known)}"
+        )
+    return [each for each in planned if each.name.startswith(tuple(names))]
+
+
 def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
     devices, chip = chips.local() if topology == "local" else chips.described(topology)
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
@@ -160,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     listed, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
     kept, planned = programs.programs(outline, lengths)
+    planned = selected(planned, args.only)
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)

@@ -175,8 +175,9 @@ def iteration(listed: list[Compiled], chip: Chip) -> str:
     calls = [each.program.calls for each in listed]
     least = sum(max(each) * n for each, n in zip(times, calls, strict=True))
     most = sum(sum(each) * n for each, n in zip(times, calls, strict=True))
+    names = ", ".join(each.program.name for each in listed)
     return "\n".join([
-        f"iteration, rewards excluded: {least:.1f} s if products, memory and links overlap, "
+        f"iteration ({names}; no rewards): {least:.1f} s if products, memory and links overlap, "
         f"{most:.1f} s if they do not",
         f"  Assumed: {PRODUCTS:.0%} of {chip.peak / 1e12:,.0f} TFLOP/s (bfloat16), {MEMORY:.0%} of "
         f"{chip.bandwidth / 1e9:,.0f} GB/s of memory, {LINKS:.0%} of {chip.links / 1e9:,.0f} GB/s "
