@@ -20,7 +20,7 @@ from corl_jax import sampling
 from corl_jax.models import janus
 from corl_jax.sharding import batch_sharding, param_shardings
 from corl_jax.train import setup
-from corl_jax.train.optimizer import make_optimizer, merge, partition, to_master
+from corl_jax.train.optimizer import make_optimizer, merge, partition
 from corl_jax.train.planning import Outline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import EncodedPrompts, Params
@@ -81,28 +81,25 @@ def shard_bytes(tree: Any) -> int:
 def held(outline: Outline) -> tuple[Held, Any, TrainState]:
     """(what the run keeps, its optimizer, the state's shardings), as `setup.build` lays it out."""
     config, mesh = outline.config, outline.mesh
-    stored = janus.abstract(outline.model_config)
-    trained, frozen = partition(stored, config.train.trainable)
-    trained = jax.eval_shape(lambda: _zeros(trained, config.compat.bfloat16_master))
-    frozen = jax.eval_shape(lambda: _zeros(frozen, False))
+    parts = partition(janus.abstract(outline.model_config), config.train.trainable)
+    master = jnp.bfloat16 if config.compat.bfloat16_master else jnp.float32
+    trained, frozen = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
+        for part, dtype in zip(parts, (master, jnp.float32), strict=True)
+    )
     optimizer = make_optimizer(config.optimizer, outline.optimizer_steps)
     shardings = setup.state_shardings(optimizer, trained, mesh)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )
-    state = with_shardings(fresh, shardings)
     reference = None
     if config.grpo.kl_coef:
-        copy = jax.eval_shape(
-            lambda: janus.cast(_zeros(trained, False), setup.DTYPES[config.model.dtype])
+        copied = jax.eval_shape(
+            functools.partial(janus.cast, dtype=setup.DTYPES[config.model.dtype]), trained
         )
-        reference = with_shardings(copy, shardings.params)
+        reference = with_shardings(copied, shardings.params)
     frozen = with_shardings(frozen, param_shardings(frozen, mesh))
-    return Held(state, frozen, reference), optimizer, shardings
-
-
-def _zeros(shapes: Params, bfloat16: bool) -> Params:
-    return to_master(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), bfloat16)
+    return Held(with_shardings(fresh, shardings), frozen, reference), optimizer, shardings
 
 
 def prompts(outline: Outline, task: str, count: int, length: int) -> EncodedPrompts:
