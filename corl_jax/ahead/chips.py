@@ -54,6 +54,7 @@ _NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it locks out others, though it holds no chip
 }
 """What libtpu would otherwise look for on this machine, which it only borrows to compile."""
 
