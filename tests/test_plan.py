@@ -212,6 +212,7 @@ def test_time_is_between_perfect_overlap_and_none():
         (["--topology", "local", "--image-prompt", "500"], "--image-prompt: found 500"),
         (["--topology", "local", "mesh.tensor=3"], "mesh: data 1 x fsdp -1 x tensor 3"),
         (["--topology", "local", "train.prompts_per_step=12"], "train.prompts_per_step: 12 is not"),
+        (["--topology", "local", "--only", "draw"], "--only: found draw; this config's programs"),
         (["--topology", "local", "model.path=elsewhere"], "model.path: found 'elsewhere'"),
     ],
 )  # fmt: skip
@@ -383,6 +384,24 @@ def test_tpu_text_products_as_convolutions_and_gathers_spread_over_fusions():
     # The gather's two sides, the weight of the product, the counter; what has S(1) is on the chip.
     counter = 3 * 4
     assert counted.hbm == 4 * (128 * 64 * 2 + 2048 * 64 * 2 + 64 * 32 * 2 + counter)
+
+
+GPU = """HloModule jit_f, num_partitions=1
+
+ENTRY %main (a: bf16[8,64], b: bf16[64,32]) -> bf16[8,32] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %gemm = (bf16[8,32]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %fmha = (bf16[8,32]{1,0}, u8[0]{0}) custom-call(%a, %b), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %r = bf16[8,32]{1,0} get-tuple-element(%gemm), index=0
+}
+"""  # noqa: E501
+
+
+def test_gpu_text_products_of_a_library_are_counted_and_other_kernels_named():
+    counted = cost.cost_of(GPU)
+    assert counted.flops == 2 * 8 * 64 * 32
+    assert counted.kernels == {"__cudnn$fmhaSoftmax": 1}
 
 
 @pytest.mark.parametrize(
