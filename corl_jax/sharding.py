@@ -1,14 +1,20 @@
-"""Where arrays live: the device mesh, the table from parameter path to layout, `constrain`.
+"""Where arrays live: the device mesh, the tables from parameter path to layout, `constrain`.
 
 A mesh has the axes `data`, `fsdp` and `tensor`. Prompts and completions are spread over
-`data` and `fsdp`; parameters over `fsdp` and `tensor` by PARAM_RULES, the first rule whose
-regex matches the whole path. A path that no rule matches is an error, so that a new parameter
-cannot be replicated by accident.
+`data` and `fsdp`; parameters over `fsdp` and `tensor` by a table, the first rule whose regex
+matches the whole path. A path that no rule matches is an error, so that a new parameter cannot
+be replicated by accident; what lies whole on each device has a rule that says so.
+
+A mesh must divide the policy evenly: `layout_problems` says where it does not, before a device
+is used, and `param_spec` refuses. A frozen reward network never limits the mesh: an axis that
+does not divide one of its matrices leaves that axis whole.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,37 +26,62 @@ from corl_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+LISTED = 4  # sizes that a refusal names; most have a common factor
 
 ACTIVATION_AXES: dict[str | None, Any] = {
     "batch": BATCH,
     "length": None,
     "embed": None,
     "heads": "tensor",
+    "mlp": "tensor",
     "vocab": "tensor",
+    "any": PartitionSpec.UNCONSTRAINED,  # as XLA finds it best
     None: None,
 }
 
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+_WHOLE = PartitionSpec()
+_INNER, _OUTER = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
 _COLUMN = PartitionSpec(None, "fsdp", "tensor")  # [L, in, out], outputs split
 _ROW = PartitionSpec(None, "tensor", "fsdp")  # [L, in, out], inputs split
-PARAM_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+PARAM_RULES: Rules = (
     (r"(language_model|vision_model)/layers/attn/[qkv]_proj/kernel", _COLUMN),
     (r"(language_model|vision_model)/layers/attn/(o_proj|out_proj)/kernel", _ROW),
     (r"language_model/layers/mlp/(gate|up)_proj/kernel", _COLUMN),
     (r"language_model/layers/mlp/down_proj/kernel", _ROW),
     (r"vision_model/layers/mlp/fc1/kernel", _COLUMN),
     (r"vision_model/layers/mlp/fc2/kernel", _ROW),
-    (r"language_model/embed_tokens/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"lm_head/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"generation_head/(proj_out|vision_head)/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"(generation_)?aligner/hidden_layers/\d+/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"aligner/fc1/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"language_model/embed_tokens/embedding", _OUTER),
+    (r"lm_head/kernel", _INNER),
+    (r"generation_head/(proj_out|vision_head)/kernel", _INNER),
+    (r"(generation_)?aligner/hidden_layers/\d+/kernel", _INNER),
+    (r"aligner/fc1/kernel", _INNER),
     (r"generation_aligner/fc1/kernel", PartitionSpec(None, "tensor")),
-    (r"(language_model|vision_model)/.*(norm|norm1|norm2|layernorm)/(scale|bias)", PartitionSpec()),
-    (r"vision_model/(patch_embedding|position_embedding)/.*", PartitionSpec()),
-    (r".*/bias", PartitionSpec()),
-    (r"generation_embeddings/embedding", PartitionSpec()),
-    (r"vqmodel/.*", PartitionSpec()),
+    (r"(language_model|vision_model)/.*(norm|norm1|norm2|layernorm)/(scale|bias)", _WHOLE),
+    (r"vision_model/(patch_embedding|position_embedding)/.*", _WHOLE),
+    (r".*/bias", _WHOLE),
+    (r"generation_embeddings/embedding", _WHOLE),
+    (r"vqmodel/.*", _WHOLE),
 )
+"""The policy's, and a frozen Janus's."""
+
+NETWORK_RULES: Rules = (
+    (r"(.*/)?layers/(cross_)?attn/[qkv]_proj/kernel", _COLUMN),
+    (r"(.*/)?layers/(cross_)?attn/out_proj/kernel", _ROW),
+    (r"(.*/)?layers/mlp/fc1/kernel", _COLUMN),
+    (r"(.*/)?layers/mlp/fc2/kernel", _ROW),
+    (r".*/(word_embeddings|token_embedding)/embedding", _OUTER),
+    (r"(text_projection|visual_projection|text_decoder/head(/dense)?)/kernel", _INNER),
+    (r"(.*/)?(layer_?norm[12]?|\w+_layer_?norm)/(scale|bias)", _WHOLE),
+    (r"vision_model/(patch_embedding|position_embedding|class_embedding)(/.*)?", _WHOLE),
+    (r".*/(position|token_type)_embeddings?/embedding", _WHOLE),
+    (r"(stages|heads)/.*/kernel", _WHOLE),  # LPIPS: 59 MB of convolutions
+    (r"layers/\d+/kernel", _WHOLE),  # the aesthetic head: 4 MB
+    (r"logit_scale", _WHOLE),
+    (r".*/bias", _WHOLE),
+)
+"""Those of the networks in `weights.networks.KINDS`."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
@@ -76,21 +107,46 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays out an activation by its axes' names; outside of a mesh, or on one device, does nothing.
 
-    An axis that the mesh does not divide is left unsplit.
+    An axis that the mesh does not divide is left unsplit: only a frozen reward network has such
+    (see `layout_problems`), and what is computed stays the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = PartitionSpec(
-        *(_fitting(mesh, ACTIVATION_AXES[name], size) for name, size in zip(names, x.shape))
-    )
-    return jax.lax.with_sharding_constraint(x, spec)
+    wanted = PartitionSpec(*(ACTIVATION_AXES[name] for name in names))
+    return jax.lax.with_sharding_constraint(x, _fitting(wanted, x.shape, mesh))
 
 
-def _fitting(mesh: Any, axes: Any, size: int) -> Any:
-    names = (axes,) if isinstance(axes, str) else (axes or ())
-    ways = int(np.prod([mesh.shape[name] for name in names])) if names else 1
-    return axes if size % ways == 0 else None
+def gathered(params: Params) -> Params:
+    """Inside of jit: the policy's parameters outside of its stacked layers, gathered over `fsdp`.
+
+    Decoding reads them once a token. Left split, they would be gathered as often.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+
+    def leaf(path: str, x: jax.Array) -> jax.Array:
+        if "/layers/" in path:
+            return x
+        spec = (None if axis == "fsdp" else axis for axis in param_spec(path, x.shape, mesh))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    return map_with_path(leaf, params)
+
+
+def _ways(axes: Any, mesh: Any) -> int:
+    """Into how many pieces an entry of a PartitionSpec splits its axis."""
+    if axes is None or axes is PartitionSpec.UNCONSTRAINED:
+        return 1
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The spec without what the mesh does not divide."""
+    pairs = zip(spec, shape, strict=False)
+    return PartitionSpec(*(axes if size % _ways(axes, mesh) == 0 else None for axes, size in pairs))
 
 
 def leaf_paths(params: Params) -> list[tuple[str, Any]]:
@@ -106,25 +162,85 @@ def map_with_path(function: Any, params: Params) -> Params:
     )
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The layout of one parameter; an axis that the mesh does not divide is left unsplit.
+def rule(path: str, rules: Rules = PARAM_RULES) -> PartitionSpec:
+    """The layout that a table gives a path.
 
     Raises:
         InputError: no rule matches the path.
     """
-    for pattern, spec in PARAM_RULES:
+    for pattern, spec in rules:
         if re.fullmatch(pattern, path):
-            return PartitionSpec(
-                *(_fitting(mesh, axes, size) for axes, size in zip(spec, shape, strict=False))
-            )
-    raise InputError(f"parameter {path}: no sharding rule matches it; add one to PARAM_RULES")
+            return spec
+    table = "PARAM_RULES" if rules is PARAM_RULES else "NETWORK_RULES"
+    raise InputError(f"parameter {path}: no sharding rule matches it; add one to {table}")
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The layout of one parameter of the policy.
+
+    Raises:
+        InputError: no rule matches the path, or the mesh does not divide an axis.
+    """
+    spec = rule(path)
+    if _fitting(spec, shape, mesh) != spec:
+        raise InputError(layout_problems({path: jax.ShapeDtypeStruct(shape, "float32")}, {}, mesh))
+    return spec
+
+
+def network_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The layout of one parameter of a reward network, whole where the mesh does not divide it.
+
+    Raises:
+        InputError: no rule matches the path.
+    """
+    return _fitting(rule(path, NETWORK_RULES), shape, mesh)
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Params:
-    """A tree of NamedSharding for arrays or shapes of parameters."""
+    """A tree of NamedSharding for arrays or shapes of the policy's parameters."""
     return map_with_path(
         lambda path, leaf: NamedSharding(mesh, param_spec(path, leaf.shape, mesh)), params
     )
+
+
+def network_shardings(params: Params, mesh: Mesh) -> Params:
+    """A tree of NamedSharding for arrays or shapes of a reward network's parameters."""
+    return map_with_path(
+        lambda path, leaf: NamedSharding(mesh, network_spec(path, leaf.shape, mesh)), params
+    )
+
+
+def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any) -> list[str]:
+    """Where a mesh does not divide the policy's parameters, or its counts of `heads` by name.
+
+    One line an axis of the mesh, with the sizes and the nearest values that divide all of them
+    and the number of devices.
+    """
+    sizes: dict[str, dict[int, str]] = {"fsdp": {}, "tensor": {}}
+    for name, count in heads.items():
+        sizes["tensor"].setdefault(count, name)
+    for path, leaf in leaf_paths(params):
+        for place, (axis, size) in enumerate(zip(rule(path), leaf.shape, strict=False)):
+            if axis is not None:
+                sizes[axis].setdefault(size, f"axis {place} of {path}")
+    problems = []
+    for axis, found in sizes.items():
+        ways = mesh.shape[axis]
+        left = [f"{size} ({name})" for size, name in found.items() if size % ways]
+        if left:
+            more = f" and {len(left) - LISTED} sizes more" if len(left) > LISTED else ""
+            problems.append(
+                f"mesh.{axis}: {ways} does not divide {', '.join(left[:LISTED])}{more}; "
+                f"nearest: {_near(ways, math.gcd(mesh.size, *found))}"
+            )
+    return problems
+
+
+def _near(wanted: int, number: int) -> str:
+    """The divisors of a number on both sides of one that is none."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    sides = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, sides))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from corl_jax import sharding
 from corl_jax.errors import InputError
@@ -259,11 +258,6 @@ def test_no_rule_is_shadowed_or_unused():
 def test_a_path_without_a_rule_is_refused(mesh):
     with pytest.raises(InputError, match=r"adapter/kernel.*PARAM_RULES"):
         sharding.param_spec("language_model/layers/adapter/kernel", (2, 8, 8), mesh)
-
-
-def test_an_axis_that_the_mesh_does_not_divide_stays_whole(mesh):
-    spec = sharding.param_spec("lm_head/kernel", (32, 97), mesh)
-    assert spec == PartitionSpec("fsdp", None)
 
 
 def test_mesh_axes_must_use_all_devices():

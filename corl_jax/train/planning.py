@@ -23,7 +23,7 @@ from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards import networks, registry
-from corl_jax.sharding import BATCH, make_mesh
+from corl_jax.sharding import BATCH, layout_problems, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train.optimizer import partition
 from corl_jax.types import Params, SpecialTokens
@@ -129,6 +129,11 @@ def plan(config: Config) -> Plan:
         problems += _trainable_problems(config, parts) if parts else []
         problems += _size_problems(config, model_config)
         problems += _export_problems(config, model_config)
+        problems += mesh_problems(model_config, mesh) if mesh else []
+    for found in asked or []:
+        if found.janus and mesh:
+            where = f"rewards: option scorer of {', '.join(found.rewards)}: {found.name}"
+            problems += [f"{where}: {line}" for line in mesh_problems(found.janus, mesh)]
     loaders = processor and sources and attempt(_loaders, config, processor, tasks, *sources)
     if problems:
         raise InputError(problems)
@@ -184,6 +189,16 @@ def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
         for name, size in sizes.items()
         if size % ways
     ]
+
+
+def mesh_problems(model: JanusConfig, mesh: Any) -> list[str]:
+    """What of a network's sizes the mesh does not divide."""
+    heads = {
+        "heads of language_model": model.llama.num_heads,
+        "key heads of language_model": model.llama.num_kv_heads,
+        "heads of vision_model": model.siglip.num_heads,
+    }
+    return layout_problems(janus.abstract(model), heads, mesh)
 
 
 def _size_problems(config: Config, model: JanusConfig) -> list[str]:
