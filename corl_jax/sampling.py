@@ -24,7 +24,7 @@ from corl_jax.models import janus
 from corl_jax.models.decoding import Rows, read_prompts
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import KVCache
-from corl_jax.sharding import BATCH, constrain
+from corl_jax.sharding import BATCH, constrain, gathered
 from corl_jax.types import EncodedPrompts, Params, Rollout, SpecialTokens
 
 VQ_BATCH = 16
@@ -183,7 +183,7 @@ def _image_program(
     dtype: Any,
     attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array]:
-    model = janus.bind(config, janus.cast(params, dtype))
+    model = janus.bind(config, gathered(janus.cast(params, dtype)))
     ids, mask = prompts.input_ids, prompts.attention_mask
     rows, length = Rows(_group_size(prompts, keys), guided), config.num_image_tokens
     embeds = model.embed_text(rows.of_prompts(ids, unconditional_ids(ids, special)))
@@ -292,7 +292,7 @@ def _text_program(
     dtype: Any,
     attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    model = janus.bind(config, janus.cast(params, dtype))
+    model = janus.bind(config, gathered(janus.cast(params, dtype)))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
     rows = Rows(_group_size(prompts, keys))

@@ -110,3 +110,16 @@ def mesh():
     from corl_jax import sharding
 
     return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture
+def compiled_anew(tmp_path):
+    """Compiles what is compiled in the test, which a kept program would not: XLA then warns."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", kept)
+    compilation_cache.reset_cache()

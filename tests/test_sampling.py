@@ -266,18 +266,6 @@ def on_mesh(mesh, params, prompts):
     )
 
 
-def test_devices_do_not_matter(config, params, images, texts):
-    mesh = sharding.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        drawn = draw_images(config, *on_mesh(mesh, params, images.prompts))
-        answered = answer(config, *on_mesh(mesh, params, texts.prompts))
-        assert len(drawn.tokens.sharding.device_set) == 4
-    np.testing.assert_array_equal(drawn.tokens, images.tokens)
-    np.testing.assert_allclose(drawn.logprobs, images.logprobs, atol=2e-5)
-    np.testing.assert_array_equal(answered.tokens, texts.tokens)
-    np.testing.assert_array_equal(answered.mask, texts.mask)
-
-
 def test_data_parallel_decoding_needs_no_communication(config, params, images):
     mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)

@@ -21,6 +21,14 @@ CORPUS = (
 )
 
 
+LAYOUTS = ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2))
+"""data, fsdp and tensor over eight devices."""
+
+
+def layout_name(axes: tuple[int, ...]) -> str:
+    return "x".join(map(str, axes))
+
+
 def tiny_tokenizer_dir(
     path: str | Path,
     *,
@@ -61,6 +69,13 @@ def tiny_tokenizer_dir(
 def two_layers(config: JanusConfig) -> JanusConfig:
     """Two layers show what more do, and programs that unroll them compile sooner."""
     return dataclasses.replace(config, llama=dataclasses.replace(config.llama, num_layers=2))
+
+
+def divisible(config: JanusConfig) -> JanusConfig:
+    """Heads that four ways of tensor parallelism divide, still with shared keys."""
+    llama = dataclasses.replace(config.llama, num_heads=8, num_kv_heads=4)
+    siglip = dataclasses.replace(config.siglip, num_heads=4)
+    return dataclasses.replace(config, llama=llama, siglip=siglip)
 
 
 def tiny_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:

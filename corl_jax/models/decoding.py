@@ -77,12 +77,15 @@ class FusedBlock:
     """A block whose matrices with the same input are one, read in one matrix product.
 
     The fused axes keep their key heads and inner features apart, so that a mesh splits them
-    without moving anything.
+    without moving anything. Each matrix is split as its product's activations are: what training
+    splits over `fsdp` besides is gathered here, once a rollout and not once a token.
     """
 
     block: Block
     qkv: jax.Array  # [D, kv_heads, queries of a key head + 2, head_dim]
+    out: jax.Array  # [heads * head_dim, D]
     gate_up: jax.Array  # [D, 2, F]
+    down: jax.Array  # [F, D]
 
     @classmethod
     def of(cls, block: Block) -> FusedBlock:
@@ -95,16 +98,22 @@ class FusedBlock:
             )
         ]  # fmt: skip
         gate_up = jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1)
-        return cls(block, jnp.concatenate(projections, axis=2), gate_up)
+        return cls(
+            block,
+            qkv=constrain(jnp.concatenate(projections, axis=2), "embed", "heads", None, None),
+            out=constrain(attn.o_proj.kernel[...], "heads", "embed"),
+            gate_up=constrain(gate_up, "embed", None, "mlp"),
+            down=constrain(mlp.down_proj.kernel[...], "mlp", "embed"),
+        )
 
     def __call__(
         self, x: jax.Array, prompt: KVCache, cache: KVCache, step: Step
     ) -> tuple[jax.Array, KVCache]:
         """x [rows, D] after this block, and its cache with the token's key and value."""
         attended, cache = self._attend(self.block.input_layernorm(x), prompt, cache, step)
-        x = x + self.block.attn.o_proj(attended)
+        x = x + attended @ self.out
         inner = jnp.einsum("nd,dif->nif", self.block.post_attention_layernorm(x), self.gate_up)
-        x = x + self.block.mlp.down_proj(jax.nn.silu(inner[:, 0]) * inner[:, 1])
+        x = x + (jax.nn.silu(inner[:, 0]) * inner[:, 1]) @ self.down
         return constrain(x, "batch", "embed"), cache
 
     def _attend(

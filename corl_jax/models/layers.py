@@ -44,7 +44,9 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(initializer(rngs.params(), (rows, features)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], ids, axis=0)
+        # The ids are split where the features are: of the two, the table is gathered.
+        table = constrain(self.embedding[...], "any", "embed")
+        return jnp.take(table, ids, axis=0)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
