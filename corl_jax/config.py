@@ -165,6 +165,9 @@ class Grpo(Section):
         description="normalize_then_sum: each reward on its own within its group (GDPO)",
     )
     kl_coef: NonNegativeFloat = Field(0.0, description="beta of the k3 penalty; 0: no reference")
+    reference: Literal["device", "host"] = Field(
+        "device", description="where the reference lies between uses; host frees device memory"
+    )
     clip_low: NonNegativeFloat = Field(0.2, description="ratio clip below 1; inert at 1 iteration")
     clip_high: NonNegativeFloat = Field(0.2, description="ratio clip above 1")
     num_iterations: Positive = Field(1, description="optimizer steps on each rollout (mu)")

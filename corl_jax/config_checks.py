@@ -68,6 +68,11 @@ def _contradictions(config: Config) -> list[str]:
         )
     if config.objective == "grpo" and not config.rewards:
         problems.append("rewards: empty; objective grpo needs at least one: {name: format}")
+    if config.objective == "grpo" and config.grpo.reference != "device" and not config.grpo.kl_coef:
+        problems.append(
+            f"grpo.reference: found {config.grpo.reference}, but with grpo.kl_coef 0 there is no "
+            "reference; leave it out, or set grpo.kl_coef"
+        )
     if config.compat.image_logprobs_unshifted and config.grpo.image_logprobs == "guided":
         problems.append("compat.image_logprobs_unshifted: needs grpo.image_logprobs conditional")
     if config.compat.text_top_k_50 and config.rollout.top_k not in (0, 50):

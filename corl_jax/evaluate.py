@@ -250,11 +250,10 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
 
     startup.enable_compilation_cache()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    config, params, processor, _ = startup.load_model(args.model, dtype)
     # As many devices as divide a batch; the model is whole on each.
     ways = math.gcd(loader.batch_size, jax.local_device_count())
     mesh = sharding.make_mesh(devices=jax.local_devices()[:ways])
-    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    config, params, processor, _ = startup.load_model(args.model, dtype, mesh)
     steps = loader.steps_per_epoch
     batches = tqdm(loader.iterate(0, steps), total=steps, unit="batch", disable=None)
     with jax.set_mesh(mesh):

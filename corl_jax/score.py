@@ -29,8 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
+from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config import Networks, Reward, RewardNetwork
 from corl_jax.data.images import decode_image
@@ -38,7 +40,7 @@ from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
-from corl_jax.rewards.samples import Policy
+from corl_jax.rewards.samples import Frozen, Policy
 from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
 
 SHORT = ("problem", "solution", "type")
@@ -324,7 +326,7 @@ def _score(
         config, params, processor, _ = load_model(args.model, dtype)
         # Nothing was trained: the model is what a run of it would start from.
         initial = Policy(config, params, processor, dtype)
-        loaded["initial"] = networks.frozen_policy(initial, None, offload=False)
+        loaded["initial"] = Frozen(initial, SingleDeviceSharding(jax.local_devices()[0]))
     elif args.model:
         print(f"note: {reward.name} asks no policy; --model is not loaded", file=sys.stderr)
     context = Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)

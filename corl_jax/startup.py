@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
+from corl_jax.sharding import param_shardings
 from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
+from corl_jax.weights.placing import load_sharded
 
 
 class Model(NamedTuple):
@@ -68,8 +71,8 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
     return config, processor, folder
 
 
-def load_model(path_or_hub_id: str | Path, dtype: Any = None) -> Model:
-    """A checkpoint of any of the three kinds, its parameters on the default device.
+def load_model(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Model:
+    """A checkpoint of any of the three kinds, its parameters on a mesh or the default device.
 
     `dtype` casts them to a compute dtype (the image tokenizer stays float32); None keeps each
     as it is stored.
@@ -78,6 +81,13 @@ def load_model(path_or_hub_id: str | Path, dtype: Any = None) -> Model:
         InputError: as `inspect_model`.
     """
     config, processor, folder = inspect_model(path_or_hub_id)
+    if mesh is not None:
+        shardings = param_shardings(janus.abstract(config), mesh)
+
+        def kept(path: str) -> Any:
+            return None if dtype is None else janus.compute_dtype(path, dtype)
+
+        return Model(config, load_sharded(folder, config, shardings, kept), processor, folder)
     params = load_params(folder, config)
     if dtype is not None:
         params = janus.cast(params, dtype)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from corl_jax import sharding
@@ -177,9 +176,10 @@ def test_pieces_and_devices_change_nothing(network, images, tokens, mesh):
     for chunk in (1, 5):
         found = captions.caption_tokens(network, images, max_new_tokens=POSITIONS, chunk=chunk)
         np.testing.assert_array_equal(found, tokens)
-    everywhere = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
-    spread = dataclasses.replace(network, params=everywhere)
-    found = captions.caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)
+    split = jax.device_put(network.params, sharding.network_shardings(network.params, mesh))
+    spread = dataclasses.replace(network, params=split)
+    with jax.set_mesh(mesh):
+        found = captions.caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)
     np.testing.assert_array_equal(found, tokens)
 
 

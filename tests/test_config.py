@@ -165,6 +165,7 @@ def test_options_that_contradict_each_other(write, overrides, part):
         (["vq.commitment=1.0"], "leave it at 0.25 or set objective to vq"),
         (["objective=sft"], "rewards: found format, but objective sft learns from none"),
         (["objective=vq", "rewards=[]", "grpo.kl_coef=0.1"], "grpo.kl_coef: found 0.1"),
+        (["grpo.reference=host"], "grpo.reference: found host, but with grpo.kl_coef 0"),
         (["objective=sft", "rewards=[]", "vq.commitment=1.0"], "vq.commitment: found 1.0"),
         (["objective=sft", "rewards=[]", "compat.text_top_k_50=true"], "sft has no rollouts"),
         (["compat.mc_as_open_ended=true"], "rewards is listed (qa_accuracy)"),

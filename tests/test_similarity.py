@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
 from corl_jax import sharding
 from corl_jax.errors import InputError
@@ -205,9 +204,10 @@ def test_chunks_give_what_one_piece_gives(network):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_several_devices_give_what_one_gives(score, network, mesh):
-    everywhere = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
-    spread = Network(CONFIG, everywhere, network.folder, jnp.float32)
-    found = score(spread, PREDICTIONS, TARGETS)
+    split = jax.device_put(network.params, sharding.network_shardings(network.params, mesh))
+    spread = Network(CONFIG, split, network.folder, jnp.float32)
+    with jax.set_mesh(mesh):
+        found = score(spread, PREDICTIONS, TARGETS)
     np.testing.assert_allclose(found, score(network, PREDICTIONS, TARGETS), atol=1e-5)
 
 

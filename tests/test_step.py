@@ -15,12 +15,13 @@ from corl_jax import config as schema
 from corl_jax import grpo, sampling, sharding
 from corl_jax.errors import InputError
 from corl_jax.models import janus
+from corl_jax.rewards.samples import Lent
 from corl_jax.train import iterate, setup, step
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from corl_jax.train.metrics import Phases
-from corl_jax.train.optimizer import make_optimizer, merge, partition, to_master
+from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
 from corl_jax.types import Rollout
-from tests.tiny import two_layers
+from tests.tiny import LAYOUTS, divisible, layout_name, two_layers
 from tests.tiny_train import SPECIAL, both_tasks, random_params
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -34,7 +35,7 @@ OBJECTIVE = step.Objective(SCORING, WEIGHTS, kl_coef=0.2, dtype=jnp.float32)
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    return two_layers(tiny_config)
+    return divisible(two_layers(tiny_config))
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +118,23 @@ def test_splitting_and_recomputing_change_nothing(
     assert_same(found, whole, 2e-6)
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [
-        (2, 2, 2),
-        *(pytest.param(x, marks=pytest.mark.slow) for x in [(8, 1, 1), (1, 8, 1), (2, 1, 4)]),
-    ],
-    ids=lambda axes: "x".join(map(str, axes)),
-)
-def test_devices_change_nothing(config, params, batch, whole, axes):
-    # Four ways of tensor parallelism split the heads and leave the key heads whole.
+@pytest.mark.parametrize("axes", LAYOUTS, ids=layout_name)
+@pytest.mark.usefixtures("compiled_anew")
+def test_devices_change_nothing(config, params, batch, whole, axes, capfd):
     mesh = sharding.make_mesh(*axes)
     trained, frozen = (setup.place(part, mesh) for part in partition(params, DEFAULT))
     spread = jax.device_put(batch, sharding.batch_sharding(mesh))
-    objective = dataclasses.replace(OBJECTIVE, micro_batches=2)  # which interleaves the prompts
+    # Pieces interleave the prompts, of which each must have as many as there are ways.
+    pieces = 2 if axes[0] * axes[1] * 2 <= PROMPTS else 1
+    objective = dataclasses.replace(OBJECTIVE, micro_batches=pieces)
+    program = jax.jit(
+        lambda *args: step.gradients(config, objective, *args),
+        out_shardings=(sharding.param_shardings(trained, mesh), None),
+    )
     with jax.set_mesh(mesh):
-        found = gradients(config, objective, trained, frozen, spread)
+        found = jax.device_get(program(trained, frozen, spread))
     assert_same(found, whole, 1e-5)
+    assert "rematerialization" not in capfd.readouterr().err, "XLA found no way between layouts"
 
 
 # ---- log-probs
@@ -301,10 +302,32 @@ def test_one_update_needs_no_old_logprobs(monkeypatch, batch):
 
 
 def test_the_reference_scores_with_its_own_parameters(monkeypatch, batch):
-    calls, _ = recorded_iteration(monkeypatch, batch, num_iterations=2, reference={"w": -1})
+    reference = Lent({"w": -1}, jax.devices()[0])
+    calls, _ = recorded_iteration(monkeypatch, batch, num_iterations=2, reference=reference)
     assert calls.scored == [5, -1]
     for part in calls.trained[1].values():
         assert (part.old_logprobs == 1).all() and (part.ref_logprobs == 2).all()
+
+
+def test_a_reference_may_rest_in_host_memory(config, params):
+    mesh = sharding.make_mesh(2, 2, 2)
+    trained = setup.place(partition(params, DEFAULT)[0], mesh)
+    kinds = {}
+    for place in ("device", "host"):
+        block = schema.Grpo(kl_coef=0.1, reference=place)
+        options = SimpleNamespace(objective="grpo", grpo=block, model=schema.Model(path="x"))
+        lent = setup.make_reference(SimpleNamespace(config=options, mesh=mesh), trained)
+        (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
+        with lent.use() as reference:
+            for (path, found), one in zip(
+                sharding.leaf_paths(reference), jax.tree.leaves(trained), strict=True
+            ):
+                np.testing.assert_array_equal(found, one.astype(jnp.bfloat16), err_msg=path)
+                assert found.sharding.is_equivalent_to(one.sharding, one.ndim), path
+        assert all(x.is_deleted() == (place == "host") for x in jax.tree.leaves(reference))
+    assert kinds["host"].endswith("host") and kinds["device"] != kinds["host"]
+    options = SimpleNamespace(objective="grpo", grpo=schema.Grpo())
+    assert setup.make_reference(SimpleNamespace(config=options, mesh=mesh), trained) is None
 
 
 def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
@@ -418,7 +441,7 @@ def test_compute_dtype_leaves_master_weights_alone(config, params, batch):
         lambda *args: step.gradients(config, objective, *args), trained, frozen, batch
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    assert {x.dtype for x in jax.tree.leaves(to_master(trained, False))} == {np.dtype("float32")}
+    assert jnp.dtype(master_dtype(False)) == np.dtype("float32")
     model = janus.bind(config, janus.cast(params, jnp.bfloat16))
     hidden = jax.eval_shape(lambda: TASK_LOGPROBS["t2i"](
         model, batch["t2i"].prompts, batch["t2i"].tokens, SCORING
@@ -443,7 +466,7 @@ def test_a_batch_without_any_kept_token_is_harmless(config, params, batch):
 def test_a_step_keeps_the_dtypes_of_its_state(config, params, batch, bfloat16, micro_batches):
     """So that the second step is the same program: in float32, and in the released bfloat16."""
     trained, frozen = partition(params, DEFAULT)
-    trained = to_master(trained, bfloat16)
+    trained = jax.tree.map(lambda x: x.astype(master_dtype(bfloat16)), trained)
     optimizer = make_optimizer(schema.Optimizer(), 10)
     state = step.TrainState(jnp.int32(0), trained, optimizer.init(trained))
     objective = dataclasses.replace(OBJECTIVE, micro_batches=micro_batches, dtype=jnp.bfloat16)

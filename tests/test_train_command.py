@@ -115,10 +115,13 @@ def straight(model, rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(model, rows, tmp_path_factory):
-    """The same run in two processes' worth of steps, between two checkpoints of its own."""
+    """The same run in two processes' worth of steps, between two checkpoints of its own.
+
+    The first keeps its reference in host memory.
+    """
     folder = tmp_path_factory.mktemp("resumed") / "run"
     tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
-    train(tree, "train.stop_after=2")
+    train(tree, "train.stop_after=2", "grpo.reference=host")
     assert not (folder / "export").exists() and not (folder / "summary.json").exists()
     assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2]
     return train(tree)

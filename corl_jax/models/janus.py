@@ -130,12 +130,14 @@ def bind(config: JanusConfig, params: Params) -> Janus:
     return binding.bind(Janus, config, params)
 
 
+def compute_dtype(path: str, dtype: Any) -> Any:
+    """That of one parameter where the network computes in `dtype`; see FLOAT32_PARTS."""
+    return jnp.float32 if path.split("/")[0] in FLOAT32_PARTS else dtype
+
+
 def cast(params: Params, dtype: Any) -> Params:
     """A compute copy of the parameters; the parts named in FLOAT32_PARTS become float32."""
     return {
-        name: jax.tree.map(
-            lambda x: x.astype(jnp.float32 if name in FLOAT32_PARTS else dtype),  # noqa: B023
-            part,
-        )
+        name: jax.tree.map(lambda x: x.astype(compute_dtype(name, dtype)), part)  # noqa: B023
         for name, part in params.items()
     }

@@ -1,6 +1,7 @@
 """The networks that rewards ask: which ones, where their weights are expected, and loading them.
 
-All are frozen. They lie whole on every device of the mesh, and rows are spread over it.
+All are frozen. Their matrices are split over the mesh as the policy's are (see
+`sharding.NETWORK_RULES`), and rows are spread over it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from corl_jax.config import Networks
 from corl_jax.data.instructions import CAPTION
@@ -24,13 +25,13 @@ from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION
 from corl_jax.rewards.registry import REGISTRY, Resolved, options_of
-from corl_jax.rewards.samples import Frozen, Network, Policy
-from corl_jax.sharding import param_shardings
+from corl_jax.rewards.samples import Frozen, Network, Policy, resting
+from corl_jax.sharding import network_shardings, param_shardings
 from corl_jax.startup import inspect_model
 from corl_jax.types import Params
-from corl_jax.weights.files import load_params
 from corl_jax.weights.hub import resolve_path
-from corl_jax.weights.networks import NetworkCheckpoint, load_network, open_network
+from corl_jax.weights.networks import NetworkCheckpoint, open_network
+from corl_jax.weights.placing import load_sharded
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -267,25 +268,35 @@ def load(found: Found, mesh: Mesh | None, offload: bool) -> Frozen:
     """A network on the devices of the mesh, or on the default one."""
     dtype = DTYPES[found.dtype]
     if found.janus is not None:
-        params = load_params(found.path, found.janus)
-        return frozen_policy(
-            Policy(found.janus, params, found.processor, dtype), mesh, offload=offload
-        )
-    config, params = load_network(found.path, NETWORKS[found.name].kind, dtype)
-    folder = found.path if found.path.is_dir() else found.path.parent
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return Frozen(Network(config, params, folder, dtype), _or_first(everywhere), offload=offload)
+        policy = Policy(found.janus, {}, found.processor, dtype)
+        return load_policy(policy, found.path, mesh, offload=offload)
+    with open_network(found.path, NETWORKS[found.name].kind) as opened:
+        shapes = opened.shapes
+        shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh)
+        params = opened.place(_place(shardings, offload), dtype)
+        network = Network(opened.config, params, opened.folder, dtype)
+    return Frozen(network, shardings, offload=offload)
 
 
-def frozen_policy(policy: Policy, mesh: Mesh | None, *, offload: bool) -> Frozen:
-    """A frozen scorer in its compute dtype, laid out as the policy is."""
-    params: Params = janus.cast(policy.params, policy.dtype)
-    sharding = _or_first(None) if mesh is None else param_shardings(params, mesh)
-    return Frozen(dataclasses.replace(policy, params=params), sharding, offload=offload)
+def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> Frozen:
+    """A frozen scorer in its compute dtype, read from its folder and laid out as the policy is."""
+    shapes = janus.abstract(policy.config)
+    shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh)
+    params = load_sharded(
+        folder, policy.config, _place(shardings, offload),
+        lambda path: janus.compute_dtype(path, policy.dtype),
+    )  # fmt: skip
+    return Frozen(dataclasses.replace(policy, params=params), shardings, offload=offload)
 
 
-def _or_first(sharding: Any) -> Any:
-    return sharding or SingleDeviceSharding(jax.local_devices()[0])
+def _one_device(shapes: Params) -> Params:
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda _: place, shapes)
+
+
+def _place(shardings: Params, offload: bool) -> Params:
+    """Where they are read to: offloaded ones do not pass through the device."""
+    return resting(shardings) if offload else shardings
 
 
 def _shapes(config: JanusConfig) -> list[tuple[int, ...]]:

@@ -86,34 +86,50 @@ class Network:
     dtype: Any  # of the parameters
 
 
-class Frozen:
-    """A network that no update changes, between its uses: on the device, or in host memory.
+class Lent:
+    """Parameters that no update changes, between their uses: on the device, or in host memory.
 
-    `holder` is a Network or a Policy whose parameters are on the host; `sharding` says where
-    they lie while they are used. Offloaded, they take device memory only inside `use`.
+    `sharding` says where they lie while they are used. Offloaded, they take device memory only
+    inside `use`.
     """
 
-    def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
+    def __init__(self, params: Params, sharding: Any, *, offload: bool = False):
         self._sharding = sharding
         self._offload = offload
-        place = _resting(sharding) if offload else sharding
-        self._holder = dataclasses.replace(holder, params=jax.device_put(holder.params, place))
+        self._params = jax.device_put(params, resting(sharding) if offload else sharding)
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[Any]:
-        """The network with its parameters on the device."""
+    def use(self) -> Iterator[Params]:
+        """The parameters, on the device."""
         if not self._offload:
-            yield self._holder
+            yield self._params
             return
-        params = jax.device_put(self._holder.params, self._sharding)
+        params = jax.device_put(self._params, self._sharding)
         try:
-            yield dataclasses.replace(self._holder, params=params)
+            yield params
         finally:
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
 
 
-def _resting(sharding: Any) -> Any:
+class Frozen:
+    """A network whose parameters are lent.
+
+    `holder` is a Network or a Policy whose parameters are anywhere; see `Lent` for the others.
+    """
+
+    def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
+        self._lent = Lent(holder.params, sharding, offload=offload)
+        self._holder = dataclasses.replace(holder, params=None)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Any]:
+        """The network with its parameters on the device."""
+        with self._lent.use() as params:
+            yield dataclasses.replace(self._holder, params=params)
+
+
+def resting(sharding: Any) -> Any:
     """The same places in host memory, page-locked where the platform has that."""
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     kind = "pinned_host" if "pinned_host" in kinds else "unpinned_host"

@@ -212,7 +212,8 @@ def make_batch(
         scores = run.score_step(state.params, run.frozen, batch)
         batch = {t: dataclasses.replace(b, old_logprobs=scores[t]) for t, b in batch.items()}
     if run.reference is not None:
-        scores = run.score_step(run.reference, run.frozen, batch)
+        with run.reference.use() as reference:
+            scores = run.score_step(reference, run.frozen, batch)
         batch = {t: dataclasses.replace(b, ref_logprobs=scores[t]) for t, b in batch.items()}
     return batch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -89,7 +88,6 @@ def merge(first: Params, second: Params) -> Params:
     return merged
 
 
-def to_master(params: Params, bfloat16: bool) -> Params:
-    """Parameters in the dtype that the optimizer keeps: float32, or bfloat16 for compat Q2."""
-    dtype = jnp.bfloat16 if bfloat16 else jnp.float32
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+def master_dtype(bfloat16: bool) -> Any:
+    """That in which the optimizer keeps parameters: float32, or bfloat16 for compat Q2."""
+    return jnp.bfloat16 if bfloat16 else jnp.float32

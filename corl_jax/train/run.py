@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from corl_jax.models.janus import JanusConfig
+from corl_jax.rewards.samples import Lent
 from corl_jax.sharding import batch_sharding
 from corl_jax.types import Params
 
@@ -25,7 +26,7 @@ class Run:
     mesh: Mesh
     dtype: Any  # compute dtype
     frozen: Params
-    reference: Params | None  # trained parameters at the start of the run, for the KL
+    reference: Lent | None  # trained parameters at the start of the run, for the KL
     source_dtypes: dict[str, Any]  # by path, as the checkpoint stores them
 
     # the data

@@ -13,22 +13,26 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
-from corl_jax.errors import InputError
 from corl_jax.models import attention, janus
 from corl_jax.rewards import networks
-from corl_jax.rewards.samples import Frozen, Policy
-from corl_jax.sharding import leaf_paths, map_with_path, param_shardings
+from corl_jax.rewards.samples import Frozen, Lent, Policy
+from corl_jax.sharding import map_with_path, param_shardings
 from corl_jax.train import iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
-from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, partition, to_master
+from corl_jax.train.optimizer import (
+    learning_rate,
+    make_optimizer,
+    master_dtype,
+    merge,
+    partition,
+)
 from corl_jax.train.planning import Outline, Plan
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step
 from corl_jax.types import Params
-from corl_jax.weights import files
+from corl_jax.weights.placing import load_sharded, stored_dtypes
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LISTED = 20  # tensors in an error
 ITERATIONS = {
     "grpo": iterate.grpo_iteration,
     "sft": supervised.sft_iteration,
@@ -39,16 +43,8 @@ ITERATIONS = {
 def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
     """Weights on the mesh, jitted functions, and the state of a fresh start."""
     config, mesh = plan.config, plan.mesh
-    stored = files.load_params(plan.model_dir, plan.model_config)
-    source_dtypes = {path: leaf.dtype for path, leaf in leaf_paths(stored)}
-    trained, frozen = partition(stored, config.train.trainable)
-    trained = place(to_master(trained, config.compat.bfloat16_master), mesh)
-    frozen = place(to_master(frozen, False), mesh)
-    require_finite(merge(trained, frozen), plan.model_dir)
-    reference = None
-    if config.objective == "grpo" and config.grpo.kl_coef:
-        # A copy: the state's own buffers are donated to the first step.
-        reference = jax.tree.map(jnp.copy, janus.cast(trained, DTYPES[config.model.dtype]))
+    trained, frozen = load_parts(plan)
+    reference = make_reference(plan, trained)
     optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
     shardings = state_shardings(optimizer, trained, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
@@ -61,7 +57,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
-        source_dtypes=source_dtypes,
+        source_dtypes=stored_dtypes(plan.model_dir, plan.model_config),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,
@@ -73,7 +69,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         score_step=score_step,
         samplers=make_samplers(plan),
         rewards=plan.rewards,
-        networks=load_networks(plan, stored),
+        networks=load_networks(plan),
         comparison=_comparison(plan),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
@@ -88,13 +84,35 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
     return run, state
 
 
-def load_networks(plan: Plan, initial: Params) -> dict[str, Frozen]:
-    """What the rewards ask besides the policy; `initial` are the weights of the run's start."""
+def load_parts(plan: Plan) -> tuple[Params, Params]:
+    """(trained, frozen) parameters on the mesh: master copies, and float32."""
+    parts = partition(janus.abstract(plan.model_config), plan.config.train.trainable)
+    dtypes = [master_dtype(plan.config.compat.bfloat16_master), jnp.float32]
+    return tuple(
+        load_sharded(
+            plan.model_dir, plan.model_config, param_shardings(part, plan.mesh), lambda _: dtype  # noqa: B023
+        )
+        for part, dtype in zip(parts, dtypes, strict=True)
+    )  # fmt: skip
+
+
+def make_reference(plan: Plan, trained: Params) -> Lent | None:
+    """What the KL penalty compares with: the trained part at the start, in the compute dtype."""
+    if plan.config.objective != "grpo" or not plan.config.grpo.kl_coef:
+        return None
+    # A copy: the state's own buffers are donated to the first step.
+    copied = jax.tree.map(jnp.copy, janus.cast(trained, DTYPES[plan.config.model.dtype]))
+    offload = plan.config.grpo.reference == "host"
+    return Lent(copied, param_shardings(trained, plan.mesh), offload=offload)
+
+
+def load_networks(plan: Plan) -> dict[str, Frozen]:
+    """What the rewards ask besides the policy; `initial` has the weights of the run's start."""
     offload = plan.config.networks.offload
     loaded = {found.name: networks.load(found, plan.mesh, offload) for found in plan.networks}
     if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
-        start = Policy(plan.model_config, initial, plan.processor, DTYPES[plan.config.model.dtype])
-        loaded["initial"] = networks.frozen_policy(start, plan.mesh, offload=offload)
+        start = Policy(plan.model_config, {}, plan.processor, DTYPES[plan.config.model.dtype])
+        loaded["initial"] = networks.load_policy(start, plan.model_dir, plan.mesh, offload=offload)
     return loaded
 
 
@@ -113,23 +131,6 @@ def make_steps(
 def place(params: Params, mesh: Mesh) -> Params:
     """Host parameters on the mesh, by the sharding table."""
     return jax.device_put(params, param_shardings(params, mesh))
-
-
-@jax.jit
-def _not_finite(params: Params) -> Params:
-    return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), params)
-
-
-def require_finite(params: Params, source: Any) -> None:
-    """Raises InputError naming the tensors of `source` with NaN or infinite values."""
-    counts = leaf_paths(jax.device_get(_not_finite(params)))
-    bad = [f"{path} ({count:,} values)" for path, count in counts if count]
-    if bad:
-        more = [f"and {len(bad) - LISTED} more"] * (len(bad) > LISTED)
-        raise InputError(
-            f"model.path: {source}: not finite: {', '.join([*bad[:LISTED], *more])}; copy or "
-            "convert the checkpoint again"
-        )
 
 
 def state_shardings(

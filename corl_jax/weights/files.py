@@ -11,8 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
 from corl_jax.types import Params
@@ -23,7 +21,7 @@ from corl_jax.weights.configs import Layout, detect_layout, load_config
 from corl_jax.weights.export import Assets, DType, Export, main_dtype, plan_tensors, write_export
 from corl_jax.weights.finite import non_finite_problem
 from corl_jax.weights.hub import resolve_model_dir
-from corl_jax.weights.leaves import MemoryLeaves, layer_count, leaf_dtype
+from corl_jax.weights.leaves import MemoryLeaves, read_leaf
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
 from corl_jax.weights.storage import Store
 from corl_jax.weights.table import flatten, unflatten
@@ -54,13 +52,9 @@ def load_params(folder: str | Path, config: JanusConfig | None = None, dtype: An
     with open_checkpoint(Path(folder), config) as checkpoint:
         leaves = checkpoint.leaves
         flat = {}
-        for path, shape in leaves.shapes.items():
-            layers = layer_count(leaves, path, is_stacked(path))
-            out = np.empty(shape, dtype or leaf_dtype(leaves, path, layers))
-            for layer in layers:
-                out[... if layer is None else layer] = leaves.read(path, layer)
-            flat[path] = out
-            problems += non_finite_problem(folder, path, out)
+        for path in leaves.shapes:
+            flat[path] = read_leaf(leaves, path, is_stacked(path), dtype)
+            problems += non_finite_problem(folder, path, flat[path])
     if problems:
         raise InputError(problems)
     return unflatten(flat)

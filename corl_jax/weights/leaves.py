@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from corl_jax.weights.dtypes import named, widest
-from corl_jax.weights.storage import Store
+from corl_jax.weights.storage import Box, Store, whole
 from corl_jax.weights.table import Shape, Slot
 
 
@@ -26,8 +26,8 @@ class Leaves(Protocol):
         """The type of the slice in its source."""
         ...
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The slice, of its source's type."""
+    def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
+        """The slice, or the part of it in a box, of its source's type."""
         ...
 
 
@@ -42,9 +42,10 @@ class TorchLeaves:
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         return self._store.infos[self._slots[path, layer].key].dtype
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
-        slot = self._slots[path, layer]
-        return slot.transform.to_leaf(self._store.read(slot.key, slot.rows))
+    def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
+        slot, shape = self._slots[path, layer], self.shapes[path]
+        box = whole(shape if layer is None else shape[1:]) if box is None else box
+        return slot.transform.to_leaf(self._store.read(slot.key, slot.box(box)))
 
 
 class JaxLeaves:
@@ -64,10 +65,11 @@ class JaxLeaves:
             return named(self._layer_dtypes[path][layer])
         return self._store.infos[path].dtype
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
         if layer is None:
-            return self._store.read(path)
-        array = self._store.read(path, (layer, layer + 1))[0]
+            return self._store.read(path, box)
+        box = whole(self.shapes[path][1:]) if box is None else box
+        array = self._store.read(path, ((layer, layer + 1), *box))[0]
         return array.astype(self.dtype(path, layer), copy=False)
 
 
@@ -81,10 +83,11 @@ class MemoryLeaves:
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         return np.dtype(self._flat[path].dtype)
 
-    def read(self, path: str, layer: int | None) -> np.ndarray:
+    def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
         leaf = self._flat[path]
         # A slice of a device array is fetched alone; the array itself may be gigabytes.
-        return np.asarray(leaf if layer is None else leaf[layer])
+        leaf = leaf if layer is None else leaf[layer]
+        return np.asarray(leaf if box is None else leaf[tuple(slice(*ends) for ends in box)])
 
 
 def layer_count(leaves: Leaves, path: str, stacked: bool) -> list[int | None]:
@@ -95,6 +98,21 @@ def layer_count(leaves: Leaves, path: str, stacked: bool) -> list[int | None]:
 def leaf_dtype(leaves: Leaves, path: str, layers: list[int | None]) -> np.dtype:
     """The one type that holds all slices of a leaf exactly."""
     return widest(leaves.dtype(path, layer) for layer in layers)
+
+
+def read_leaf(
+    leaves: Leaves, path: str, stacked: bool, dtype: Any = None, box: Box | None = None
+) -> np.ndarray:
+    """A leaf, or the part of it in a box, slice by slice; `dtype` None is the stored one."""
+    layers = layer_count(leaves, path, stacked)
+    box = whole(leaves.shapes[path]) if box is None else box
+    out = np.empty([stop - start for start, stop in box], dtype or leaf_dtype(leaves, path, layers))
+    if not stacked:
+        out[...] = leaves.read(path, None, box)
+        return out
+    for place, layer in enumerate(range(*box[0])):
+        out[place] = leaves.read(path, layer, box[1:])
+    return out
 
 
 def mixed_dtypes(leaves: Leaves, stacked: Mapping[str, bool]) -> dict[str, list[str]]:

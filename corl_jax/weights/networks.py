@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -38,7 +39,15 @@ from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.configs import FORMAT_VERSION, from_dict
 from corl_jax.weights.dtypes import is_float, named
 from corl_jax.weights.finite import non_finite_problem
-from corl_jax.weights.leaves import JaxLeaves, Leaves, TorchLeaves, layer_count, leaf_dtype
+from corl_jax.weights.leaves import (
+    JaxLeaves,
+    Leaves,
+    TorchLeaves,
+    layer_count,
+    leaf_dtype,
+    read_leaf,
+)
+from corl_jax.weights.placing import place_leaves
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
     Progress,
@@ -95,11 +104,24 @@ class NetworkCheckpoint:
 
     def read(self, path: str, dtype: Any = None) -> np.ndarray:
         """One whole leaf, as stored or as `dtype`."""
-        layers = layer_count(self.leaves, path, self.stacked[path])
-        out = np.empty(self.leaves.shapes[path], dtype or leaf_dtype(self.leaves, path, layers))
-        for layer in layers:
-            out[... if layer is None else layer] = self.leaves.read(path, layer)
-        return out
+        return read_leaf(self.leaves, path, self.stacked[path], dtype)
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters as a tree of shapes."""
+        flat = {
+            path: jax.ShapeDtypeStruct(shape, np.float32)
+            for path, shape in self.leaves.shapes.items()
+        }
+        return unflatten(flat)
+
+    def place(self, shardings: Params, dtype: Any) -> Params:
+        """The parameters as global arrays, scalars as stored; see `load_network`."""
+        shapes = self.leaves.shapes
+        return place_leaves(
+            self.leaves, self.stacked.__getitem__, shardings,
+            lambda path: dtype if shapes[path] else None, self.folder,
+        )  # fmt: skip
 
     def close(self) -> None:
         self.store.close()

@@ -45,13 +45,22 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+Box = tuple[tuple[int, int], ...]
+"""A part of an array: [start, stop) along each of its axes."""
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of an array."""
+    return tuple((0, size) for size in shape)
+
+
 class Store(Protocol):
     """Tensors by name."""
 
     infos: dict[str, TensorInfo]
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """The tensor, or rows [start, stop) of its axis 0, as a fresh contiguous array."""
+    def read(self, key: str, box: Box | None = None) -> np.ndarray:
+        """The tensor, or the part of it in a box, as a fresh contiguous array."""
         ...
 
     def close(self) -> None: ...
@@ -64,15 +73,22 @@ class SafetensorsStore:
         self.infos = infos
         self._descriptors: dict[Path, int] = {}
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+    def read(self, key: str, box: Box | None = None) -> np.ndarray:
         info = self.infos[key]
-        start, stop = rows or (0, info.shape[0] if info.shape else 1)
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
-        out = np.empty(shape, info.dtype)
-        if out.nbytes:
-            view = out.reshape(-1).view(np.uint8).data
-            self._fill(info, view, info.offset + start * row_bytes)
+        box = whole(info.shape) if box is None else box
+        out = np.empty([stop - start for start, stop in box], info.dtype)
+        if not out.nbytes:
+            return out
+        # Behind the last axis that is split, what is wanted lies in one piece.
+        split = [axis for axis, ends in enumerate(box) if ends != (0, info.shape[axis])]
+        outer = split[-1] if split else 0
+        pieces = out.reshape(*out.shape[:outer], -1).view(np.uint8)
+        strides = [math.prod(info.shape[axis + 1 :]) for axis in range(len(box))]
+        corner = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        for place in np.ndindex(*out.shape[:outer]):
+            steps = sum(i * stride for i, stride in zip(place, strides, strict=False))
+            offset = info.offset + (corner + steps) * info.dtype.itemsize
+            self._fill(info, pieces[place].data, offset)
         return out
 
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import InputError
+from corl_jax.weights.storage import Box
 
 Shape = tuple[int, ...]
 
@@ -36,6 +37,12 @@ class Transform:
         """The inverse of `to_leaf`; like it a view, which a writer must make contiguous."""
         tensor = leaf if self.axes is None else leaf.transpose(np.argsort(self.axes))
         return tensor[None] if self.drop_leading else tensor
+
+    def torch_box(self, box: Box) -> Box:
+        """Where a part of a leaf lies in the torch tensor."""
+        if self.axes is not None:
+            box = tuple(box[i] for i in np.argsort(self.axes))
+        return ((0, 1), *box) if self.drop_leading else box
 
     def torch_shape(self, shape: Shape) -> Shape:
         """The torch shape of a leaf of this shape; None of the leaf's rank raises ValueError."""
@@ -77,14 +84,15 @@ class Slot:
     transform: Transform
     shape: Shape  # of the whole torch tensor
 
-    @property
-    def rows(self) -> tuple[int, int] | None:
-        """The part's range along axis 0, or None for the whole tensor."""
+    def box(self, box: Box) -> Box:
+        """Where a part of the leaf's slice lies in the whole torch tensor."""
+        box = self.transform.torch_box(box)
         index, count = self.part
         if count == 1:
-            return None
-        size = self.shape[0] // count
-        return index * size, (index + 1) * size
+            return box
+        first = index * (self.shape[0] // count)
+        (start, stop), *rest = box
+        return ((first + start, first + stop), *rest)
 
 
 @functools.cache

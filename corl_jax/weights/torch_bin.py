@@ -16,7 +16,7 @@ import numpy as np
 
 from corl_jax.errors import InputError
 from corl_jax.weights.dtypes import BFLOAT16, named
-from corl_jax.weights.storage import TensorInfo, bad_names, shared_keys
+from corl_jax.weights.storage import Box, TensorInfo, bad_names, shared_keys
 
 _AGAIN = "download or copy it again"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -63,9 +63,9 @@ class BinStore:
         if problems:
             raise InputError(problems)
 
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+    def read(self, key: str, box: Box | None = None) -> np.ndarray:
         tensor = self._tensors(self.infos[key].file)[key]
-        tensor = tensor if rows is None else tensor[rows[0] : rows[1]]
+        tensor = tensor if box is None else tensor[tuple(slice(*ends) for ends in box)]
         return to_numpy(tensor).copy()
 
     def _tensors(self, file: Path) -> dict[str, Any]:

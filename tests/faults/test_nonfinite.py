@@ -159,7 +159,8 @@ def test_parameters_that_are_not_finite_are_refused_at_the_start(
     tree = options(tmp_path / "run", model={"path": str(folder)})
     code, err = stopped(capsys, tree)
     assert code == 2
-    assert "lm_head/kernel (2 values), vqmodel/quant_conv/bias (1 values)" in err
+    for part in ("lm_head/kernel: 2 of ", "vqmodel/quant_conv/bias: 1 of "):
+        assert part in err
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     figure("T11", fault="weights not finite", tries=1, losses=0)
 

@@ -19,6 +19,7 @@ from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import Resolved
 from corl_jax.rewards.samples import Context, Frozen, Network, Samples
+from corl_jax.sharding import network_shardings
 from corl_jax.weights.networks import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
@@ -177,7 +178,7 @@ class Networks:
         if kind == "blip":
             params = without_separator(params, config)
         network = Network(config, params, folder, jnp.float32)
-        return Counted(network, self._setting.everywhere, offload)
+        return Counted(network, network_shardings(params, self._setting.mesh), offload)
 
 
 def _context(setting: Setting, policy: Any, held: Mapping[str, Frozen]) -> Context:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from corl_jax.data.processor import Processor
 from corl_jax.models import janus
@@ -49,11 +49,6 @@ class Setting:
     def ways(self) -> int:
         """Into how many parts the mesh splits prompts."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH)
-
-    @property
-    def everywhere(self) -> NamedSharding:
-        """A copy on each device."""
-        return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def endless(self) -> SpecialTokens:
