@@ -248,6 +248,23 @@ class Mesh(Section):
     tensor: Axis = 1
 
 
+class Distributed(Section):
+    """Several processes; on one machine nothing here is needed."""
+
+    initialize: Literal["auto", "always", "never"] = Field(
+        "auto", description="join others: where a cluster or the next three say so, always, never"
+    )
+    coordinator_address: str | None = Field(
+        None, description="HOST:PORT of process 0; null: as the cluster says"
+    )
+    num_processes: Positive | None = Field(None, description="null: as the cluster says")
+    process_id: NonNegative | None = Field(
+        None, description="of this process, from 0; null: as the cluster says"
+    )
+    initialization_timeout_s: Positive = Field(300, description="until all must have started")
+    heartbeat_timeout_s: Positive = Field(100, description="after which a silent one is dead")
+
+
 class Checkpoint(Section):
     """Saving, for resuming."""
 
@@ -347,6 +364,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
     checkpoint: Checkpoint = Checkpoint()
     export: Export = Export()
     eval: Eval = Eval()

@@ -5,6 +5,7 @@ Types and ranges are pydantic's part, in `config`.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def problems(config: Config) -> list[str]:
         *_unused_switches(config),
         *_unused_moments(config),
         *_guards(config),
+        *_processes(config),
     ]
 
 
@@ -188,6 +190,30 @@ def _blind(config: Config, guard: str) -> str:
         and "no reward by use is listed",
     }
     return reasons.get(guard) or ""
+
+
+def _processes(config: Config) -> list[str]:
+    options = config.distributed
+    problems = []
+    if options.initialize == "never":
+        problems += [
+            f"distributed.{name}: found {value!r}, but distributed.initialize never starts nothing "
+            "that reads it; leave it out"
+            for name, (value, _) in changed(options).items()
+            if name != "initialize"
+        ]
+    address = options.coordinator_address
+    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+        problems.append(
+            f"distributed.coordinator_address: found {address!r}; expected HOST:PORT of process 0, "
+            "such as node1:1234"
+        )
+    index, count = options.process_id, options.num_processes
+    if index is not None and count is not None and index >= count:
+        problems.append(
+            f"distributed.process_id: found {index} of {count} processes; expected 0 to {count - 1}"
+        )
+    return problems
 
 
 def _near_divisors(number: int, wanted: int) -> str:

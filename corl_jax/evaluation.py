@@ -29,6 +29,7 @@ from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards.answers import true_answer
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.text import format_reward, qa_accuracy
+from corl_jax.rows import local
 from corl_jax.types import STREAMS, Params, Prompts
 
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -111,13 +112,14 @@ def evaluate_shapes(
     greedy_text: bool = True,
     rows: int | None = None,
     place: Callable[[Any], Any] = lambda tree: tree,
+    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
 ) -> Report:
     """Draws and answers every row of `batches` once and scores both.
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows at
     positions from `rows` on do not count. `place` puts a tree of host arrays on the devices; by
-    then a partial last batch has been filled up to the size of the others. `temperature` is
-    that of drawings, and of answers unless `greedy_text`.
+    then a partial last batch has been filled up to the size of the others. `total` adds up
+    counts over processes. `temperature` is that of drawings, and of answers unless `greedy_text`.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.
@@ -145,8 +147,8 @@ def evaluate_shapes(
             found[task] = sampler(config, params, encoded, keys, **common)
         images = sampling.decode_images(config, params, found["t2i"].tokens)
         texts = _texts(processor, found["mm2t"], kept)
-        pieces.append((_local(images)[kept], texts, _rows(prompts.columns, kept)))
-    return _report(pieces)
+        pieces.append((local(images)[kept], texts, _rows(prompts.columns, kept)))
+    return _report(pieces, total)
 
 
 def filled(values: np.ndarray, size: int) -> np.ndarray:
@@ -224,9 +226,12 @@ def score_answers(texts: Sequence[str], columns: Mapping[str, Sequence]) -> list
 
 
 def summarize(
-    passed: Sequence[bool], categories: Sequence[str], answers: Sequence[Mapping[str, Any]]
+    passed: Sequence[bool],
+    categories: Sequence[str],
+    answers: Sequence[Mapping[str, Any]],
+    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
 ) -> dict[str, Rate]:
-    """Rates by name, over the rows of all processes."""
+    """Rates by name; `total` adds up counts over processes."""
     right = [one["correct"] for one in answers]
     kinds = [one["qa_type"] for one in answers]
     tries = {"draw/accuracy": list(passed)}
@@ -238,11 +243,7 @@ def summarize(
     for kind in ("MC", "OE"):
         tries[f"answer/{kind.lower()}"] = [r for r, k in zip(right, kinds) if k == kind]
     tries["answer/format"] = [one["format"] for one in answers]
-    counts = np.array([[sum(values), len(values)] for values in tries.values()], np.int32)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        counts = np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
+    counts = total(np.array([[sum(values), len(values)] for values in tries.values()], np.int32))
     return {name: Rate.of(int(hits), int(n)) for name, (hits, n) in zip(tries, counts)}
 
 
@@ -295,14 +296,14 @@ def contact_sheet(report: Report, most: int = 64, columns: int = 8) -> np.ndarra
     return np.asarray(page)
 
 
-def _report(pieces: list[tuple[np.ndarray, list[str], dict[str, list]]]) -> Report:
+def _report(pieces: list[tuple[np.ndarray, list[str], dict[str, list]]], total: Any) -> Report:
     if not pieces:
         raise InputError("evaluation: found no rows; expected at least one batch")
     images = np.concatenate([images for images, _, _ in pieces])
     texts = [text for _, some, _ in pieces for text in some]
     columns = {name: [v for _, _, c in pieces for v in c[name]] for name in REQUIRED}
     passed, answers = score_drawings(images, columns), score_answers(texts, columns)
-    rates = summarize(passed, columns["category"], answers)
+    rates = summarize(passed, columns["category"], answers, total)
     return Report(rates, images, columns["prompt"], passed, answers)
 
 
@@ -317,18 +318,12 @@ def _inputs(prompts: Prompts, task: str, size: int, seed: int, place: Callable) 
 
 
 def _texts(processor: Any, rollout: Any, rows: np.ndarray) -> list[str]:
-    tokens, mask = _local(rollout.tokens), _local(rollout.mask)
+    tokens, mask = local(rollout.tokens), local(rollout.mask)
     return [processor.decode(tokens[row][mask[row]]) for row in rows]
 
 
 def _rows(columns: Mapping[str, list], rows: np.ndarray) -> dict[str, list]:
     return {name: [values[row] for row in rows] for name, values in columns.items()}
-
-
-def _local(x: jax.Array) -> np.ndarray:
-    """This process's rows of a global array, in order."""
-    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
 def _spec(value: str | Mapping[str, Any]) -> Mapping[str, Any]:

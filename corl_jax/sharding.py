@@ -90,7 +90,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     Raises:
         InputError: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        # A process's devices next to each other: its rows of a batch then follow each other.
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [name for name, size in sizes.items() if size == -1]

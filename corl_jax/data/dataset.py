@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,16 @@ class UsableRows:
     def counts(self) -> dict[str, int]:
         """Distinct rows left out so far: `bad` (undecodable or empty) and `long`."""
         return {kind: len(rows) for kind, rows in self._unusable.items()}
+
+    def unusable(self, kind: str) -> set[int]:
+        """Numbers of the rows behind `counts`."""
+        with self._lock:
+            return set(self._unusable[kind])
+
+    def add_unusable(self, kind: str, rows: set[int]) -> None:
+        """Counts rows that other processes left out. Raises InputError when they are too many."""
+        for row in sorted(rows - self.unusable(kind)):
+            self._leave_out(kind, row, "as another process found, whose log may say more")
 
     def ids(self, columns: Mapping[str, Any]) -> dict[str, list[int]]:
         """Token ids by task. Raises LongRow."""
@@ -249,14 +259,26 @@ class Loader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Distinct rows left out so far by this process: `bad` and `long`."""
+        """Distinct rows left out so far by this process, and by all as far as they were shared."""
         return self._rows.counts
+
+    def share_unusable(self, union: Callable[[set[int]], set[int]]) -> None:
+        """Tells the processes of rows that one of them left out; `union` is over all of them.
+
+        Raises:
+            InputError: together they are more than may be.
+        """
+        for kind in self.counts:
+            self._rows.add_unusable(kind, union(self._rows.unusable(kind)))
 
     def batch(self, step: int) -> Prompts:
         """This process's share of global batch `step`."""
         share = self.batch_size // self.process_count
         first = step * self.batch_size + self.process_index * share
-        index = np.arange(first, first + share, dtype=np.int64)
+        return self.at(np.arange(first, first + share, dtype=np.int64))
+
+    def at(self, index: np.ndarray) -> Prompts:
+        """The rows at positions `index` of the order, whatever process they belong to."""
         examples = [self._order[int(position)] for position in index]
         columns = {name: [e.columns[name] for e in examples] for name in self.source.names}
         encoded = {task: self._encode(task, examples, columns) for task in self.tasks}

@@ -24,9 +24,11 @@ from corl_jax.config import Fraction, Positive
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
+from corl_jax.processes import largest
 from corl_jax.rewards import text
 from corl_jax.rewards.functions import classification, each
 from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
+from corl_jax.rows import mesh_of, share
 from corl_jax.types import STREAMS, EncodedPrompts, Params
 
 CHUNK = 64
@@ -253,11 +255,13 @@ def ask(
     Rows without a question are asked something all the same, so that every process of a run
     calls the same programs.
     """
-    row = jax.process_index() * len(samples) + np.arange(len(samples))
-    keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
-    data = np.asarray(jax.random.key_data(keys))
     with context.scorer(scorer) as policy:
+        mesh = mesh_of(policy.params)
+        first = 0 if mesh is None else share(mesh)[0] * len(samples)
+        row = first + np.arange(len(samples))
+        keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
+        data = np.asarray(jax.random.key_data(keys))
         return _answers(policy, samples.drawn(), questions, data, greedy, max_new_tokens, chunk)
 
 
@@ -321,11 +325,7 @@ def normalised_levels(processor: Any) -> np.ndarray:
 
 def _padded(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
     """Left-padded to the bucket of the longest row of all processes."""
-    longest = max(map(len, rows))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        longest = int(multihost_utils.process_allgather(np.int32(longest)).max())
+    longest = largest(max(map(len, rows)))
     return policy.processor.pad(rows, policy.processor.bucket(longest))
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
-from corl_jax.sharding import BATCH, batch_sharding
+from corl_jax.rows import local, mesh_of, put, share, ways
 from corl_jax.types import Params
 
 
@@ -191,20 +188,14 @@ def in_pieces(
     All pieces have one size, at most about `most` rows, so that one compiled program serves
     them; the last row fills up. Rows are spread over the devices on which `params` lie.
     """
-    sharding = _row_sharding(params)
-    ways = 1
-    if sharding is not None:
-        axes = (sharding.mesh.shape[axis] for axis in BATCH)
-        ways = max(1, math.prod(axes) // jax.process_count())
+    mesh = mesh_of(params)
+    blocks = 1 if mesh is None else ways(mesh) // share(mesh)[1]
     outputs = []
-    for index in chunks(rows, most, ways):
-        placed = take(index)
-        if sharding is not None:
-            put = functools.partial(jax.make_array_from_process_local_data, sharding)
-            placed = jax.tree.map(put, placed)
+    for index in chunks(rows, most, blocks):
+        placed = take(index) if mesh is None else put(mesh, take(index))
         outputs.append(jax.tree.leaves(program(*placed)))
     columns = zip(*outputs, strict=True)
-    return [np.concatenate([_host(x, sharding) for x in xs])[:rows] for xs in columns]
+    return [np.concatenate([local(x) for x in xs])[:rows] for xs in columns]
 
 
 def chunks(rows: int, most: int, multiple: int = 1) -> Iterator[np.ndarray]:
@@ -218,21 +209,3 @@ def chunks(rows: int, most: int, multiple: int = 1) -> Iterator[np.ndarray]:
     size = -(-rows // (pieces * multiple)) * multiple
     for first in range(0, rows, size):
         yield np.minimum(np.arange(first, first + size), rows - 1)
-
-
-def _row_sharding(params: Params | None) -> NamedSharding | None:
-    """Rows over the mesh of the parameters; None on a single device."""
-    leaves = jax.tree.leaves(params)
-    sharding = getattr(leaves[0], "sharding", None) if leaves else None
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return None
-    return batch_sharding(sharding.mesh)  # type: ignore[arg-type]
-
-
-def _host(x: jax.Array, sharding: NamedSharding | None) -> np.ndarray:
-    """This process's rows, in order."""
-    if sharding is None or x.is_fully_addressable:
-        return np.asarray(x)
-    x = jax.device_put(x, sharding)
-    pieces = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(pieces[start].data) for start in sorted(pieces)])

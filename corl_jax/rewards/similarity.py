@@ -21,6 +21,7 @@ import numpy as np
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.bert import Bert, BertConfig
+from corl_jax.processes import of_all
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.storage import read_json
@@ -244,12 +245,7 @@ def _padded(
 
 
 def _largest_of_all_processes(counts: list[int]) -> list[int]:
-    if jax.process_count() == 1:
-        return counts
-    from jax.experimental import multihost_utils
-
-    gathered = multihost_utils.process_allgather(np.array(counts, np.int32))
-    return np.asarray(gathered).max(axis=0).tolist()
+    return of_all(np.array(counts, np.int32)).max(axis=0).tolist()
 
 
 def check_pooling(folder: Path) -> None:

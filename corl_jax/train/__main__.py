@@ -11,7 +11,7 @@ import argparse
 
 import jax
 
-from corl_jax import config_file, startup
+from corl_jax import config_file, processes, startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.train import report, rundir
 from corl_jax.train.checkpoint import Checkpoints
@@ -52,11 +52,13 @@ def main(argv: list[str] | None = None) -> None:
         print(config_file.dump(config), end="")
         return
     startup.enable_compilation_cache()
-    planned = plan(config)
-    if args.check:
-        print(report.describe(planned))
-        return
-    run_training(planned)
+    processes.initialize(config.distributed)
+    with processes.failing_together():
+        planned = plan(config)
+        if not args.check:
+            run_training(planned)
+        elif jax.process_index() == 0:
+            print(report.describe(planned))
 
 
 def run_training(planned: Plan) -> None:
@@ -66,8 +68,9 @@ def run_training(planned: Plan) -> None:
         rundir.opened(config, primary) as directory,
         Checkpoints(directory.checkpoints, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
+        processes.failing_together(),  # before anything above waits for the others
     ):
-        resumed, before, watched = checkpoints.latest(), 0.0, {}
+        resumed, before, watched = processes.agreed(checkpoints.latest()), 0.0, {}
         run, state = build(planned, Phases())
         if resumed is not None:
             tree, meta = checkpoints.restore(
@@ -95,6 +98,8 @@ def run_training(planned: Plan) -> None:
                 recorder.finish(run, state)
             elif stop > start:
                 recorder.save(run, state, stop)
+        checkpoints.wait()
+        processes.met("the end")  # jax gives the last to leave no time for its export
 
 
 if __name__ == "__main__":

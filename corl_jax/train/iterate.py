@@ -17,10 +17,11 @@ import numpy as np
 
 from corl_jax import grpo, sampling
 from corl_jax.rewards.registry import Context, Samples, score_timed
-from corl_jax.sharding import batch_sharding
+from corl_jax.rows import gathered, local, own, share, ways
+from corl_jax.sharding import constrain
 from corl_jax.train.guards import FAILED
 from corl_jax.train.optimizer import merge
-from corl_jax.train.run import Iteration, Run, local_rows, put
+from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import STREAMS, EncodedPrompts, Params, Prompts, Rollout
 
@@ -90,18 +91,33 @@ def failed_shares(run: Run, scored: Scored) -> dict[str, jax.Array]:
 
 
 def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
-    """`group_size` completions of every prompt, `rollout_batch` prompts at a time."""
+    """`group_size` completions of every prompt, at most `rollout_batch` prompts at a time."""
     encoded: EncodedPrompts = getattr(prompts, task)
+    blocks = ways(run.mesh)
+    each = run.rollout_batch // blocks
+    # Every piece has rows of each block of the mesh, so that all of them stay where they are.
+    places = np.arange(len(prompts)).reshape(blocks // share(run.mesh)[1], -1)
     pieces = []
-    for first in range(0, len(prompts), run.rollout_batch):
-        rows = slice(first, first + run.rollout_batch)
-        piece = put(run, jax.tree.map(lambda x: x[rows], encoded))  # noqa: B023
+    for first in range(0, places.shape[1], each):
+        rows = places[:, first : first + each].ravel()
         keys = sampling.sample_keys(run.seed, prompts.index[rows], run.group_size, STREAMS[task])
-        keys = jax.device_put(keys, batch_sharding(run.mesh))
-        pieces.append(run.samplers[task](params, piece, keys))
-    if len(pieces) == 1:
-        return pieces[0]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+        # Typed keys are no host arrays: their bits are spread over the mesh.
+        bits = np.asarray(jax.random.key_data(keys))
+        piece, bits = put(run, (jax.tree.map(lambda x: x[rows], encoded), bits))  # noqa: B023
+        pieces.append(run.samplers[task](params, piece, jax.random.wrap_key_data(bits)))
+    return pieces[0] if len(pieces) == 1 else _joined(pieces, blocks=blocks)
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def _joined(pieces: list[Rollout], *, blocks: int) -> Rollout:
+    """One rollout of pieces that each have rows of every block."""
+
+    def join(*xs: jax.Array) -> jax.Array:
+        split = [x.reshape(blocks, -1, *x.shape[1:]) for x in xs]
+        joined = jnp.concatenate(split, axis=1).reshape(-1, *xs[0].shape[1:])
+        return constrain(joined, "batch", *[None] * (joined.ndim - 1))
+
+    return jax.tree.map(join, *pieces)
 
 
 def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollout) -> Samples:
@@ -110,10 +126,10 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         name: [value for value in values for _ in range(run.group_size)]
         for name, values in prompts.columns.items()
     }
-    tokens, mask = local_rows(rollout.tokens), local_rows(rollout.mask)
+    tokens, mask = local(rollout.tokens), local(rollout.mask)
     if task == "t2i":
         pixels = sampling.decode_images(run.model_config, params, rollout.tokens)
-        return Samples(columns, images=local_rows(pixels))
+        return Samples(columns, images=local(pixels))
     texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
     return Samples(columns, texts=texts)
 
@@ -182,7 +198,10 @@ def compare(run: Run, rewards: dict[str, dict[str, np.ndarray]]):
 
     Every process sees the rewards of all, so that all compute the same advantages.
     """
-    stacked = {task: np.stack(list(values.values())).T for task, values in rewards.items()}
+    stacked = {
+        task: own(run.mesh, gathered(run.mesh, np.stack(list(values.values())).T))
+        for task, values in rewards.items()
+    }
     placed = {task: value.T for task, value in put(run, stacked).items()}
     advantages, stats, spread = _compare(placed, **run.comparison)
     for task, values in rewards.items():
@@ -223,7 +242,6 @@ def ended(rollout: Rollout, eos: int) -> jax.Array:
     return ((rollout.tokens == eos) & rollout.mask).any(axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames="group_size")
 def duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
     """Share of rows [N, T] that repeat an earlier one of their group token by token."""
     groups = tokens.reshape(-1, group_size, tokens.shape[-1])
@@ -233,18 +251,22 @@ def duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
 
 def length_metrics(run: Run, rollouts: dict[str, Rollout]) -> dict[str, Any]:
     """Lengths of the answers; images always have all their tokens and are never truncated."""
-    metrics: dict[str, Any] = {}
+    return _lengths(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
+
+
+@functools.partial(jax.jit, static_argnames=("eos", "group_size"))
+def _lengths(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> dict[str, jax.Array]:
+    metrics: dict[str, jax.Array] = {}
     if "t2i" in rollouts:
-        tokens = local_rows(rollouts["t2i"].tokens)
-        distinct = [len(np.unique(row)) / len(row) for row in tokens]
-        metrics["t2i/completions/mean_length"] = float(tokens.shape[1])
-        metrics["t2i/distinct_token_fraction"] = float(np.mean(distinct))
-        metrics["t2i/duplicate_fraction"] = duplicates(rollouts["t2i"].tokens, run.group_size)
+        tokens = jnp.sort(rollouts["t2i"].tokens, axis=-1)
+        distinct = 1 + (tokens[:, 1:] != tokens[:, :-1]).sum(axis=-1)
+        metrics["t2i/completions/mean_length"] = jnp.float32(tokens.shape[1])
+        metrics["t2i/distinct_token_fraction"] = distinct.mean() / tokens.shape[1]
+        metrics["t2i/duplicate_fraction"] = duplicates(rollouts["t2i"].tokens, group_size)
     if "mm2t" in rollouts:
-        lengths = local_rows(rollouts["mm2t"].mask).sum(axis=-1)
-        closed = local_rows(ended(rollouts["mm2t"], run.processor.special.eos))
+        lengths = rollouts["mm2t"].mask.sum(axis=-1)
         for name in ("mean", "min", "max"):
-            metrics[f"mm2t/completions/{name}_length"] = float(getattr(lengths, name)())
-        metrics["mm2t/completions/clipped_ratio"] = float(1 - closed.mean())
-        metrics["mm2t/tokens"] = float(lengths.sum())
+            metrics[f"mm2t/completions/{name}_length"] = getattr(lengths, name)()
+        metrics["mm2t/completions/clipped_ratio"] = 1 - ended(rollouts["mm2t"], eos).mean()
+        metrics["mm2t/tokens"] = lengths.sum()
     return metrics

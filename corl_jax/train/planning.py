@@ -7,15 +7,13 @@ from there.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from corl_jax import evaluation
+from corl_jax import evaluation, rows
 from corl_jax.config import Config
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
 from corl_jax.data.processor import Processor
@@ -23,7 +21,7 @@ from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards import networks, registry
-from corl_jax.sharding import BATCH, layout_problems, make_mesh
+from corl_jax.sharding import layout_problems, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train.optimizer import partition
 from corl_jax.types import Params, SpecialTokens
@@ -121,6 +119,7 @@ def plan(config: Config) -> Plan:
     sources = attempt(_sources, config, tasks, rewards or {})
     problems += _task_problems(config, tasks, rewards)
     mesh = attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    share = mesh and attempt(rows.share, mesh)
     if mesh:
         problems += _batch_problems(config, mesh)
     if model_config:
@@ -134,7 +133,11 @@ def plan(config: Config) -> Plan:
         if found.janus and mesh:
             where = f"rewards: option scorer of {', '.join(found.rewards)}: {found.name}"
             problems += [f"{where}: {line}" for line in mesh_problems(found.janus, mesh)]
-    loaders = processor and sources and attempt(_loaders, config, processor, tasks, *sources)
+    loaders = (
+        processor
+        and sources
+        and attempt(_loaders, config, processor, tasks, share or (0, 1), *sources)
+    )
     if problems:
         raise InputError(problems)
     train_loader, eval_loader = loaders
@@ -175,7 +178,7 @@ def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None)
 
 
 def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
-    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    ways = rows.ways(mesh)
     batch = config.train.prompts_per_step
     sizes = {
         "train.prompts_per_step": batch,
@@ -296,7 +299,12 @@ def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Sou
 
 
 def _loaders(
-    config: Config, processor: Processor, tasks: tuple[str, ...], rows: Source, held: Source | None
+    config: Config,
+    processor: Processor,
+    tasks: tuple[str, ...],
+    share: tuple[int, int],
+    trained: Source,
+    held: Source | None,
 ) -> tuple[Loader, Loader | None]:
     data = config.data
     common: dict[str, Any] = {
@@ -306,11 +314,11 @@ def _loaders(
         "system_prompt": data.system_prompt,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "process_index": share[0],
+        "process_count": share[1],
     }
     train = Loader(
-        rows, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
+        trained, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
         required=_target_columns(config), **common,
     )  # fmt: skip
     train.check()

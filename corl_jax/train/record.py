@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from corl_jax import evaluation
+from corl_jax import evaluation, processes, rows
 from corl_jax.config import Config
 from corl_jax.train import gallery, iterate
 from corl_jax.train.checkpoint import Checkpoints
@@ -69,11 +69,12 @@ class Recorder:
         self.unlogged.append(seconds)
         if (step + 1) % self.config.log.every and step + 1 != run.steps:
             return
-        values = {name: float(value) for name, value in iteration.metrics.items()}
+        values = _of_all_processes(iteration.metrics)
         values |= {n: statistics.fmean(one[n] for one in self.unlogged) for n in seconds}
         self.unlogged.clear()
         values["learning_rate"] = float(run.schedule(max(values["update/applied"] - 1, 0)))
         values["epoch"] = (step + 1) / run.train_loader.steps_per_epoch
+        run.train_loader.share_unusable(processes.union)
         for kind, count in run.train_loader.counts.items():
             values[f"data/{kind}_rows"] = count
         values |= self._pace(run, values)
@@ -145,46 +146,49 @@ class Recorder:
         samples = iteration.samples.get("mm2t")
         if samples is None:
             return
-        rows = min(TABLE_ROWS, len(samples.texts))
+        count = min(TABLE_ROWS, len(samples.texts))
         rewards = [
             {name: float(values[row]) for name, values in iteration.rewards["mm2t"].items()}
-            for row in range(rows)
+            for row in range(count)
         ]
-        columns = {name: values[:rows] for name, values in samples.columns.items()}
+        columns = {name: values[:count] for name, values in samples.columns.items()}
         table = gallery.answers_table(
-            columns["qa_problem"], samples.texts[:rows], rewards, columns.get("qa_solution")
+            columns["qa_problem"], samples.texts[:count], rewards, columns.get("qa_solution")
         )
         self.metrics.text(step, "mm2t/answers", table)
 
     def _fixed_prompts(self, run: Run, state: TrainState, step: int) -> None:
         """Draws the same held-out prompts with the same keys, so that grids can be compared."""
-        prompts = self._first_prompts(run)
+        everyone = self._first_prompts(run)
+        prompts = take(everyone, rows.own(run.mesh, np.arange(len(everyone))))
         params = merge(state.params, run.frozen)
         rollout = iterate.sample(run, "t2i", params, prompts)
         samples = iterate.decode(run, "t2i", params, prompts, rollout)
         scores, _ = iterate.score_task(run, "t2i", params, samples, step)
+        scores = {name: rows.gathered(run.mesh, values) for name, values in scores.items()}
+        images = rows.gathered(run.mesh, samples.images)
         if not self.primary:
             return
-        shape = (len(prompts), run.group_size)
+        shape = (len(everyone), run.group_size)
         rewards = [
             [
                 {name: float(values.reshape(shape)[row, sample]) for name, values in scores.items()}
                 for sample in range(run.group_size)
             ]
-            for row in range(len(prompts))
+            for row in range(len(everyone))
         ]
-        images = samples.images.reshape(*shape, *samples.images.shape[1:])
-        page = gallery.grid(images, prompts.columns["prompt"], rewards, f"step {step}")
+        images = images.reshape(*shape, *images.shape[1:])
+        page = gallery.grid(images, everyone.columns["prompt"], rewards, f"step {step}")
         gallery.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
         self.metrics.image(step, "t2i/fixed_prompts", page)
 
     def _first_prompts(self, run: Run) -> Prompts:
-        """The first held-out prompts, or without any the first of training; a whole batch."""
+        """The first held-out prompts, or without any the first of training; of all processes."""
         wanted = self.config.log.fixed_prompts
         loader = run.eval_loader or run.train_loader
-        ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        ways = rows.ways(run.mesh)
         count = min(-(-wanted // ways) * ways, loader.batch_size)
-        return take(loader.batch(0), count)
+        return loader.at(np.arange(count))
 
     def _evaluate(self, run: Run, state: TrainState, step: int) -> None:
         params = merge(state.params, run.frozen)
@@ -198,6 +202,7 @@ class Recorder:
                 seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
                 max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
                 place=self._place(run),
+                total=lambda counts: rows.gathered(run.mesh, counts[None]).sum(axis=0),
             )  # fmt: skip
             values = report.metrics()
         values = values | {"eval/seconds": time.perf_counter() - began}
@@ -223,6 +228,10 @@ class Recorder:
             if any(key.startswith("eval/") for key in record)
         ]
 
+    def _fetched(self, leaf: jax.Array) -> np.ndarray | None:
+        array = rows.whole(leaf)
+        return array if self.primary else None
+
     def finish(self, run: Run, state: TrainState) -> None:
         """The export and `summary.json` of a run that has done all its steps.
 
@@ -230,10 +239,11 @@ class Recorder:
         """
         self.checkpoints.wait()
         self.watchdog.beat()
-        if self.run_dir.export.exists():
+        if processes.agreed(int(self.run_dir.export.exists())):
             self.metrics.say(f"{self.run_dir.export} stays; move it away to export again")
         elif self.config.export.layout != "none":
-            params = jax.device_get(host_params(run, state))
+            # A leaf at a time: a device has no room for the whole model.
+            params = jax.tree.map(self._fetched, host_params(run, state))
             if self.primary:
                 options = self.config.export
                 notes = files.save_checkpoint(
@@ -254,31 +264,43 @@ class Recorder:
             })  # fmt: skip
 
 
-def take(prompts: Prompts, count: int) -> Prompts:
-    """The first rows of a batch."""
+def take(prompts: Prompts, places: np.ndarray) -> Prompts:
+    """Some rows of a batch."""
     return Prompts(
-        prompts.index[:count],
-        {name: values[:count] for name, values in prompts.columns.items()},
-        *(jax.tree.map(lambda x: x[:count], part) for part in (prompts.t2i, prompts.mm2t)),
+        prompts.index[places],
+        {name: [values[i] for i in places] for name, values in prompts.columns.items()},
+        *(jax.tree.map(lambda x: x[places], part) for part in (prompts.t2i, prompts.mm2t)),
     )
 
 
+def _of_all_processes(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics as numbers; of those that each process measures, the sum or the largest."""
+    values = {name: float(value) for name, value in metrics.items()}
+    for ending, over in (("/seconds", np.max), ("/failures", np.sum)):
+        names = [name for name in values if name.endswith(ending)]
+        if names:
+            found = processes.of_all(np.array([values[name] for name in names], np.float32))
+            values |= dict(zip(names, over(found, axis=0).tolist(), strict=True))
+    return values
+
+
 def held_out_rewards(
-    run: Run, params: Params, rows: int, beat: Callable[[], None] = lambda: None
+    run: Run, params: Params, count: int, beat: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Mean and standard error of the training rewards on held-out rows, each counted once."""
     loader = run.eval_loader
-    rows = min(rows, len(loader.source))
+    count = min(count, len(loader.source))
     scores: dict[str, list[np.ndarray]] = {}
-    for prompts in loader.iterate(0, -(-rows // loader.batch_size)):
+    for prompts in loader.iterate(0, -(-count // loader.batch_size)):
         beat()
         # The last batch may run into a second pass.
-        kept = np.repeat(prompts.index < rows, run.group_size)
+        kept = np.repeat(prompts.index < count, run.group_size)
         for task in run.tasks:
             rollout = iterate.sample(run, task, params, prompts)
             samples = iterate.decode(run, task, params, prompts, rollout)
             for name, values in iterate.score_task(run, task, params, samples, 0)[0].items():
-                scores.setdefault(f"eval/{task}/{name}", []).append(values[kept])
+                everyone = rows.gathered(run.mesh, np.where(kept, values, np.nan))
+                scores.setdefault(f"eval/{task}/{name}", []).append(everyone)
     metrics = {}
     for name, pieces in scores.items():
         values = np.concatenate(pieces)

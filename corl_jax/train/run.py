@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from corl_jax import rows
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards.samples import Lent
-from corl_jax.sharding import batch_sharding
 from corl_jax.types import Params
 
 
@@ -46,7 +45,7 @@ class Run:
     comparison: dict[str, Any]  # keywords of the advantage computation
     tasks: tuple[str, ...]
     group_size: int
-    rollout_batch: int  # prompts of this process sampled at once
+    rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
     mask_truncated: bool
     sft: Any  # config.Sft
@@ -66,13 +65,4 @@ class Iteration:
 
 def put(run: Run, tree: Any) -> Any:
     """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
-    sharding = batch_sharding(run.mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
-    )
-
-
-def local_rows(x: jax.Array) -> np.ndarray:
-    """This process's rows of a global array, in order."""
-    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+    return rows.put(run.mesh, tree)

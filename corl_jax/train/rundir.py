@@ -29,14 +29,14 @@ from typing import IO, Any
 import numpy as np
 import yaml
 
-from corl_jax import config_file
+from corl_jax import config_file, processes
 from corl_jax.config import Config
 from corl_jax.errors import InputError
 
 MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
     r"train\.stop_after",
-    r"(log|checkpoint|export|mesh)\..*",  # another mesh changes rounding, not the run
+    r"(log|checkpoint|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
     r"data\.prefetch",
     r"guards\..*",  # they watch, and change nothing that they let pass
@@ -105,7 +105,7 @@ class RunDir:
 def opened(config: Config, primary: bool = True) -> Iterator[RunDir]:
     """The config's run directory, created or taken up again, locked until the block ends.
 
-    Processes other than the first pass `primary=False` and touch nothing.
+    Processes other than the first pass `primary=False`, touch nothing and wait for the first.
 
     Raises:
         InputError: the directory cannot be used, another process writes to it, or it holds a
@@ -113,6 +113,7 @@ def opened(config: Config, primary: bool = True) -> Iterator[RunDir]:
     """
     run = RunDir(Path(config.output_dir))
     if not primary:
+        processes.met("run directory")
         yield run
         return
     try:
@@ -127,6 +128,7 @@ def opened(config: Config, primary: bool = True) -> Iterator[RunDir]:
             leftover.unlink()
         with replacing(run.config) as file:
             file.write(config_file.dump(config).encode())
+        processes.met("run directory")
         yield run
 
 

@@ -73,8 +73,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         comparison=_comparison(plan),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
-        rollout_batch=(config.rollout.batch_prompts or config.train.prompts_per_step)
-        // jax.process_count(),
+        rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
         mask_truncated=config.grpo.mask_truncated,
         sft=config.sft,

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from corl_jax.data import instructions
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
+from corl_jax.processes import largest
 from corl_jax.sampling import unconditional_ids
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
@@ -46,8 +47,9 @@ def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
     options, columns = run.sft, prompts.columns
     batch: Batch = {}
     if options.t2i_weight:
-        rng = np.random.default_rng([run.seed, step, int(prompts.index[0])])
-        dropped = rng.random(len(prompts)) < options.cfg_dropout
+        total = run.train_loader.batch_size  # drawn for all processes, of which this takes its own
+        draws = np.random.default_rng([run.seed, step, step * total]).random(total)
+        dropped = draws[prompts.index - step * total] < options.cfg_dropout
         encoded = blank_prompts(prompts.t2i, dropped, run.processor.special)
         pixels = np.stack([drawing_pixels(x, run.image_side) for x in columns["real_image"]])
         batch["t2i"] = TaskBatch(encoded, pixels, np.ones(len(prompts), bool))
@@ -72,7 +74,7 @@ def targets(run: Run, answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, mask) [B, T]: each answer and EOS, right-padded to a bucket."""
     processor = run.processor
     rows = [[*processor.answer_ids(text), processor.special.eos] for text in answers]
-    length = processor.bucket(max(map(len, rows)))
+    length = processor.bucket(largest(max(map(len, rows))))
     tokens = np.full((len(rows), length), processor.special.eos, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for index, row in enumerate(rows):
