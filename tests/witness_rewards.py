@@ -1,0 +1,35 @@
+"""Rewards of a user's own that write down what they were given, for tests of several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def _write(folder: str, kind: str, records: list) -> None:
+    with (Path(folder) / f"{kind}-{os.getpid()}.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def answers(texts, qa_problem, *, folder: str):
+    """A number that varies from answer to answer."""
+    _write(folder, "answers", list(zip(qa_problem, texts, strict=True)))
+    return [len(set(text)) % 5 for text in texts]
+
+
+def drawings(images, prompt, *, folder: str):
+    """The share of red in a picture."""
+    digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    _write(folder, "drawings", list(zip(prompt, digests, strict=True)))
+    return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images]
+
+
+def fails(texts):
+    """On the second process alone."""
+    import jax
+
+    if jax.process_index() == 1:
+        raise RuntimeError("the judge is out")
+    return [0.0] * len(texts)
