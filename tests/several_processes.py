@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -54,7 +55,7 @@ def start(arguments: list[str], devices: int = 2, **environment: str) -> Process
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(ROOT),
     }
-    out = tempfile.TemporaryFile("w+", encoding="utf-8")
+    out = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as it runs)
     popen = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=out, stderr=subprocess.STDOUT, env=os.environ | settings | environment, text=True,
@@ -62,17 +63,16 @@ def start(arguments: list[str], devices: int = 2, **environment: str) -> Process
     return Process(popen, out)
 
 
-def train(config: Path, *overrides: str, count: int = 2, devices: int = 2) -> list[Process]:
-    """`count` processes of the train command, started."""
-    port = free_port()
+def train(
+    config: Path, *overrides: str, only: Sequence[int] = (0, 1), port: int | None = None
+) -> list[Process]:
+    """Two processes of the train command with two devices each, or `only` some, started."""
+    port = port or free_port()
     common = [
         "-m", "corl_jax.train", "--config", str(config),
-        f"distributed.coordinator_address=127.0.0.1:{port}", f"distributed.num_processes={count}",
+        f"distributed.coordinator_address=127.0.0.1:{port}", "distributed.num_processes=2",
     ]  # fmt: skip
-    return [
-        start([*common, f"distributed.process_id={index}", *overrides], devices)
-        for index in range(count)
-    ]
+    return [start([*common, f"distributed.process_id={index}", *overrides]) for index in only]
 
 
 def finished(processes: list[Process]) -> list[str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import time
 from pathlib import Path
+
+CALLS = itertools.count(1)
 
 
 def _write(folder: str, kind: str, records: list) -> None:
@@ -14,7 +18,16 @@ def _write(folder: str, kind: str, records: list) -> None:
 
 
 def answers(texts, qa_problem, *, folder: str):
-    """A number that varies from answer to answer."""
+    """A number that varies from answer to answer.
+
+    While `folder` has a file `fail`, the second process fails at the call that it names.
+    """
+    import jax
+
+    fail = Path(folder) / "fail"
+    if fail.exists() and jax.process_index() == 1 and next(CALLS) == int(fail.read_text()):
+        (Path(folder) / "failed").write_text(str(time.time()))
+        raise RuntimeError("the judge is out")
     _write(folder, "answers", list(zip(qa_problem, texts, strict=True)))
     return [len(set(text)) % 5 for text in texts]
 
@@ -24,12 +37,3 @@ def drawings(images, prompt, *, folder: str):
     digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     _write(folder, "drawings", list(zip(prompt, digests, strict=True)))
     return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images]
-
-
-def fails(texts):
-    """On the second process alone."""
-    import jax
-
-    if jax.process_index() == 1:
-        raise RuntimeError("the judge is out")
-    return [0.0] * len(texts)
