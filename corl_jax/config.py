@@ -270,6 +270,9 @@ class Checkpoint(Section):
 
     every: Positive = Field(200, description="steps between two; the last is always saved")
     keep: Positive = Field(1, description="newest checkpoints that stay")
+    directory: str | None = Field(
+        None, description="where they are, also gs://BUCKET/..; null: in the run directory"
+    )
 
 
 class Export(Section):

@@ -5,6 +5,7 @@ Types and ranges are pydantic's part, in `config`.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def problems(config: Config) -> list[str]:
         *_unused_moments(config),
         *_guards(config),
         *_processes(config),
+        *_places(config),
     ]
 
 
@@ -212,6 +214,30 @@ def _processes(config: Config) -> list[str]:
     if index is not None and count is not None and index >= count:
         problems.append(
             f"distributed.process_id: found {index} of {count} processes; expected 0 to {count - 1}"
+        )
+    return problems
+
+
+def _places(config: Config) -> list[str]:
+    """Where files go; in an object store no file can be locked or appended to."""
+    problems = []
+    if "://" in config.output_dir:
+        problems.append(
+            f"output_dir: found {config.output_dir!r}; expected a directory on a disk, which all "
+            "processes see; to keep the checkpoints in a bucket set checkpoint.directory to "
+            "gs://BUCKET/.."
+        )
+    directory = config.checkpoint.directory
+    if directory is None or "://" not in directory:
+        return problems
+    if not directory.startswith("gs://"):
+        problems.append(
+            f"checkpoint.directory: found {directory!r}; expected a directory or gs://BUCKET/.."
+        )
+    elif not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
+        problems.append(
+            f"checkpoint.directory: found {directory!r}, but nothing here lists a bucket; run "
+            "`pip install 'corl-jax[gcs]'`"
         )
     return problems
 

@@ -148,11 +148,12 @@ def failing_together() -> Iterator[None]:
 
 
 def _described(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, InputError):
-        text = "\n".join(f"error: {problem}" for problem in error.problems)
-    else:
+    problems = getattr(error, "problems", None)  # of those that a user can act on
+    if problems is None:
         text = "".join(traceback.format_exception(error)).rstrip()
-    code = BAD_INPUT_EXIT_CODE if isinstance(error, InputError) else 1
+    else:
+        text = "\n".join(f"error: {problem}" for problem in problems)
+    code = BAD_INPUT_EXIT_CODE if isinstance(error, InputError) else getattr(error, "exit_code", 1)
     return {"process": jax.process_index(), "code": code, "text": text[-MAX_CHARACTERS:]}
 
 

@@ -66,7 +66,9 @@ def run_training(planned: Plan) -> None:
     config, primary = planned.config, jax.process_index() == 0
     with (
         rundir.opened(config, primary) as directory,
-        Checkpoints(directory.checkpoints, config.checkpoint.keep) as checkpoints,
+        Checkpoints(
+            config.checkpoint.directory or directory.checkpoints, config.checkpoint.keep
+        ) as checkpoints,
         jax.set_mesh(planned.mesh),
         processes.failing_together(),  # before anything above waits for the others
     ):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from corl_jax.errors import InputError
@@ -41,7 +42,9 @@ class Checkpoints:
         Raises:
             InputError: the directory cannot be created or read.
         """
-        self.directory = Path(directory).absolute()
+        self.directory = epath.Path(directory)  # which knows gs:// too
+        if "://" not in str(directory):
+            self.directory = self.directory.absolute()
         self._saving: int | None = None
         logging.getLogger("absl").addFilter(_worth_printing)
         try:
