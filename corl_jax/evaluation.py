@@ -117,9 +117,9 @@ def evaluate_shapes(
     """Draws and answers every row of `batches` once and scores both.
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows at
-    positions from `rows` on do not count. `place` puts a tree of host arrays on the devices; by
-    then a partial last batch has been filled up to the size of the others. `total` adds up
-    counts over processes. `temperature` is that of drawings, and of answers unless `greedy_text`.
+    positions from `rows` on do not count. `place` puts host arrays on the devices, a partial last
+    batch filled up to the size of the others; `total` adds up counts over processes. `temperature`
+    is that of drawings, and of answers unless `greedy_text`.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.

@@ -355,3 +355,23 @@ def test_check_stops_unusable_data_before_the_run(tmp_path, processor, source):
     with pytest.raises(InputError) as error:
         loader(broken_source(tmp_path, changes), processor).check()
     assert len(error.value.problems) == 8
+
+
+def test_processes_tell_each_other_of_unusable_rows(tmp_path, processor):
+    """Five of thirty rows are bad, which no process sees all of."""
+    shares = [
+        loader(
+            broken_source(tmp_path), processor, process_index=index, process_count=2,
+            max_bad_fraction=limit, batch_size=10,
+        )
+        for index, limit in enumerate((0.2, 0.15))
+    ]  # fmt: skip
+    for share in shares:
+        for step in range(3):
+            share.batch(step)
+    first, second = (share.counts["bad"] for share in shares)
+    assert 0 < first < 5 and 0 < second < 5
+    shares[0].share_unusable(lambda rows: rows | {4, 5, 11, 20, 29} if rows else rows)
+    assert shares[0].counts == {"bad": 5, "long": 0}
+    with pytest.raises(InputError, match="5 of 30 rows cannot be decoded"):
+        shares[1].share_unusable(lambda rows: rows | {4, 5, 11, 20, 29} if rows else rows)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from corl_jax import config_file, processes, sharding
 from corl_jax.config import Distributed
@@ -29,6 +33,7 @@ from corl_jax.weights.files import load_config, load_params
 from tests import several_processes, tiny_train
 from tests.tiny_train import metric_lines, write_config
 
+ROOT = Path(__file__).resolve().parents[1]
 WITNESS = Path(__file__).with_name("witness_rewards.py")
 # Sums over processes are taken in another order; measured after two steps: 3e-8 in 9 of 225 arrays.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -269,6 +274,48 @@ def test_a_process_that_dies_or_stops_ends_the_other(victim, how, model, rows, t
     finally:
         pair[victim].popen.kill()
         pair[victim].popen.wait()
+
+
+LAUNCH = ROOT / "docs/examples/launch"
+
+
+def test_the_example_of_several_processes_on_one_machine(tmp_path, model, rows):
+    """Checks the config with two processes; the first one reports."""
+    config = written(run_options(model, rows, tmp_path))
+    environment = os.environ | {
+        "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        "PORT": str(several_processes.free_port()),
+    }  # fmt: skip
+    command = ["sh", str(LAUNCH / "loopback.sh"), "2", str(config), "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'data': 4") == 1, done.stdout
+    wrong = subprocess.run(
+        [*command, "seed=-1"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2 and "seed: found -1" in wrong.stderr
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_examples_are_well_formed(script):
+    text = script.read_text()
+    if script.suffix == ".yaml":
+        (container,) = _containers(yaml.safe_load(text))
+        arguments = container["command"]
+        assert arguments[:3] == ["python", "-m", "corl_jax.train"]
+        file = ROOT / arguments[arguments.index("--config") + 1]
+        config = config_file.load(file, [x for x in arguments if x.startswith("output_dir=")])
+        assert config.output_dir == "/runs/corl"
+    else:
+        shell = text.splitlines()[0].removeprefix("#!")
+        subprocess.run([shell, "-n", str(script)], check=True)
+
+
+def _containers(tree) -> list:
+    if isinstance(tree, dict):
+        found = [one for value in tree.values() for one in _containers(value)]
+        return found + tree.get("containers", [])
+    return [one for value in tree for one in _containers(value)] if isinstance(tree, list) else []
 
 
 # ---- whether to start, and as which

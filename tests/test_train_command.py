@@ -489,7 +489,7 @@ def test_held_out_rows_count_once(monkeypatch):
     monkeypatch.setattr(iterate, "decode", lambda run, task, params, prompts, rollout: prompts)
     monkeypatch.setattr(iterate, "score_task", scored)
     loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
-    run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",))
+    run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=None)
     everything = record.held_out_rewards(run, {}, 99)
     assert everything["eval/t2i/r"] == pytest.approx(4.0)
     spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
@@ -505,7 +505,9 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
         metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
         checkpoints=None, model_dir=None,
     )  # fmt: skip
-    loader = SimpleNamespace(steps_per_epoch=4, counts={"bad": 0})
+    loader = SimpleNamespace(
+        steps_per_epoch=4, counts={"bad": 0}, share_unusable=lambda union: None
+    )
     run = SimpleNamespace(
         steps=5, num_iterations=1, schedule=float, train_loader=loader, group_size=2,
         tasks=("t2i",),

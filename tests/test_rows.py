@@ -1,0 +1,92 @@
+"""Whose rows are whose on a mesh over several processes, and that none change places."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from corl_jax import rows, sharding
+from corl_jax.errors import InputError
+from corl_jax.train import iterate
+from corl_jax.types import EncodedPrompts, Prompts, Rollout
+
+
+class Device(SimpleNamespace):
+    """A device of another process."""
+
+    def __hash__(self) -> int:
+        return self.id
+
+
+def devices(processes: int, each: int) -> list[Device]:
+    """In an order that mixes the processes, as TPUs have it."""
+    listed = [
+        Device(id=i, process_index=i // each, platform="cpu", device_kind="x", client=None)
+        for i in range(processes * each)
+    ]
+    return listed[::2] + listed[1::2]
+
+
+def mesh_of(monkeypatch, processes: int, each: int, **shape: int):
+    monkeypatch.setattr(jax, "devices", lambda: devices(processes, each))
+    return sharding.make_mesh(**shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shares"),
+    [
+        ({"data": 8}, [0, 1]),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, [0, 1]),
+        ({"data": 1, "tensor": 8}, [0, 0]),  # both processes hold all rows
+        ({"data": 2, "tensor": 4}, [0, 1]),
+    ],
+)
+def test_shares_of_two_processes(monkeypatch, shape, shares):
+    assert rows.shares(mesh_of(monkeypatch, 2, 4, **shape)) == shares
+
+
+def test_four_processes_hold_two_shares(monkeypatch):
+    assert rows.shares(mesh_of(monkeypatch, 4, 2, data=2, tensor=4)) == [0, 0, 1, 1]
+
+
+def test_shares_that_do_not_follow_each_other_are_refused(monkeypatch):
+    mesh = mesh_of(monkeypatch, 2, 6, data=3, tensor=4)
+    with pytest.raises(InputError, match="divisor or a multiple of the devices of a process"):
+        rows.shares(mesh)
+
+
+def test_rows_come_back_in_order(mesh):
+    values = np.arange(24.0).reshape(8, 3)
+    placed = rows.put(mesh, values)
+    assert placed.sharding.shard_shape(placed.shape) == (2, 3)
+    for found in (rows.local(placed), rows.whole(placed), rows.gathered(mesh, values)):
+        np.testing.assert_array_equal(found, values)
+    assert rows.own(mesh, list(range(8))) == list(range(8)) and rows.share(mesh) == (0, 1)
+
+
+@pytest.mark.parametrize("at_once", [4, 8, 12, 16])
+def test_pieces_of_a_rollout_are_put_together_in_order(mesh, at_once):
+    """Four blocks of four prompts; the last piece may be smaller."""
+
+    def sampler(params, prompts, keys):
+        tokens = jnp.repeat(prompts.input_ids, 2, axis=0)
+        bits = jax.random.key_data(keys)
+        return Rollout(prompts, tokens, jnp.ones(tokens.shape, bool), bits.astype(jnp.float32))
+
+    run = SimpleNamespace(
+        mesh=mesh, rollout_batch=at_once, group_size=2, seed=3, samplers={"t2i": sampler}
+    )
+    ids = np.arange(16)[:, None] * np.ones((1, 5), np.int32)
+    prompts = Prompts(np.arange(16), {}, t2i=EncodedPrompts(ids, np.ones(ids.shape, bool)))
+    with jax.set_mesh(mesh):
+        found = iterate.sample(run, "t2i", {}, prompts)
+    np.testing.assert_array_equal(found.tokens[:, 0], np.repeat(np.arange(16), 2))
+    np.testing.assert_array_equal(found.prompts.input_ids, ids)
+    whole = SimpleNamespace(**{**vars(run), "rollout_batch": 16})
+    with jax.set_mesh(mesh):
+        wanted = iterate.sample(whole, "t2i", {}, prompts)
+    np.testing.assert_array_equal(found.logprobs, wanted.logprobs)
