@@ -116,10 +116,9 @@ def evaluate_shapes(
 ) -> Report:
     """Draws and answers every row of `batches` once and scores both.
 
-    `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows at
-    positions from `rows` on do not count. `place` puts host arrays on the devices, a partial last
-    batch filled up to the size of the others; `total` adds up counts over processes. `temperature`
-    is that of drawings, and of answers unless `greedy_text`.
+    `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
+    position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
+    filled up; `total` adds up counts over processes. `greedy_text`: answers at no temperature.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.
@@ -141,10 +140,10 @@ def evaluate_shapes(
             break
         check_columns(prompts)
         size = max(size, len(prompts))
-        found = {}
-        for task, sampler in samplers.items():
-            encoded, keys = _inputs(prompts, task, size, seed, place)
-            found[task] = sampler(config, params, encoded, keys, **common)
+        found = {
+            task: sampler(config, params, *_inputs(prompts, task, size, seed, place), **common)
+            for task, sampler in samplers.items()
+        }
         images = sampling.decode_images(config, params, found["t2i"].tokens)
         texts = _texts(processor, found["mm2t"], kept)
         pieces.append((local(images)[kept], texts, _rows(prompts.columns, kept)))
