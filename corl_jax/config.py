@@ -5,6 +5,7 @@ Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released s
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +17,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = "language_model/layers/.*/lora_[ab]"
+"""Regex of the adapters' paths."""
 
 
 def _some(size: int) -> int:
@@ -179,6 +183,18 @@ class Grpo(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters in the language model, trained in place of its parameters."""
+
+    rank: NonNegative = Field(
+        0, description="inner width of the adapters; 0: none, train.trainable says what is trained"
+    )
+    alpha: PositiveFloat = Field(16.0, description="what they add is scaled by alpha / rank")
+    targets: list[Projection] = Field(
+        list(typing.get_args(Projection)), description="projections of each layer that have one"
+    )
+
+
 class Sft(Section):
     """The supervised stage: both tasks on one language model."""
 
@@ -232,7 +248,8 @@ class Train(Section):
     )
     trainable: list[str] = Field(
         ["language_model/.*", "lm_head/.*"],
-        description="regexes of parameter paths; the rest is frozen",
+        description="regexes of parameter paths; the rest is frozen (all but the adapters is, "
+        "with lora.rank)",
     )
     stop_after: Positive | None = Field(
         None,
@@ -283,6 +300,10 @@ class Export(Section):
         "keep", description="keep: each tensor's dtype in the source"
     )
     base: str | None = Field(None, description="original directory that supplies dropped tensors")
+    lora: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="merged: a whole model; adapter: a directory for PEFT, transformers layout",
+    )
 
 
 class Eval(Section):
@@ -364,6 +385,7 @@ class Config(Section):
     grpo: Grpo = Grpo()
     sft: Sft = Sft()
     vq: Vq = Vq()
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     mesh: Mesh = Mesh()
@@ -374,6 +396,11 @@ class Config(Section):
     guards: Guards = Guards()
     log: Log = Log()
     compat: Compat = Compat()
+
+    @property
+    def trained(self) -> list[str]:
+        """Regexes of the paths of all trained parameters."""
+        return [ADAPTERS] if self.lora.rank else self.train.trainable
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:

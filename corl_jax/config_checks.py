@@ -35,6 +35,7 @@ def problems(config: Config) -> list[str]:
         *_guards(config),
         *_processes(config),
         *_places(config),
+        *_adapters(config),
     ]
 
 
@@ -238,6 +239,41 @@ def _places(config: Config) -> list[str]:
         problems.append(
             f"checkpoint.directory: found {directory!r}, but nothing here lists a bucket; run "
             "`pip install 'corl-jax[gcs]'`"
+        )
+    return problems
+
+
+def _adapters(config: Config) -> list[str]:
+    """What contradicts adapters, and what has no use without them."""
+    lora, export = config.lora, config.export
+    if not lora.rank:
+        idle = {f"lora.{name}": values for name, values in changed(lora).items()}
+        if export.lora != "merged":
+            idle["export.lora"] = (export.lora, "merged")
+        return [
+            f"{key}: found {value!r}, but lora.rank 0 makes no adapters; set lora.rank or leave "
+            f"it at {default!r}"
+            for key, (value, default) in idle.items()
+        ]
+    problems = []
+    if config.objective == "vq":
+        problems.append(
+            f"lora.rank: found {lora.rank}, but objective vq does not use the language model, "
+            "which adapters are for; set it to 0"
+        )
+    elif "trainable" in changed(config.train):
+        problems.append(
+            f"train.trainable: found {config.train.trainable}, but with lora.rank {lora.rank} the "
+            "adapters alone are trained; leave it out, or set lora.rank to 0"
+        )
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        problems.append(
+            f"lora.targets: found {lora.targets}, expected one projection or more, each once"
+        )
+    if export.lora == "adapter" and export.layout != "transformers":
+        problems.append(
+            f"export.lora: adapter, but export.layout {export.layout}; PEFT loads an adapter onto "
+            "transformers' model alone: set export.layout to transformers, or export.lora to merged"
         )
     return problems
 

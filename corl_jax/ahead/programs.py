@@ -78,14 +78,17 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def held(outline: Outline) -> tuple[Held, Any, TrainState]:
-    """(what the run keeps, its optimizer, the state's shardings), as `setup.build` lays it out."""
+def held(outline: Outline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, TrainState]:
+    """(what the run keeps, its optimizer, the state's shardings), as `setup.build` lays it out.
+
+    `stored` is the dtype of the model's files, in which the frozen parameters stay.
+    """
     config, mesh = outline.config, outline.mesh
-    parts = partition(janus.abstract(outline.model_config), config.train.trainable)
+    parts = partition(janus.abstract(outline.model_config), config.trained)
     master = jnp.bfloat16 if config.compat.bfloat16_master else jnp.float32
     trained, frozen = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
-        for part, dtype in zip(parts, (master, jnp.float32), strict=True)
+        for part, dtype in zip(parts, (master, stored), strict=True)
     )
     optimizer = make_optimizer(config.optimizer, outline.optimizer_steps)
     shardings = setup.state_shardings(optimizer, trained, mesh)
@@ -94,10 +97,10 @@ def held(outline: Outline) -> tuple[Held, Any, TrainState]:
     )
     reference = None
     if config.grpo.kl_coef:
-        copied = jax.eval_shape(
-            functools.partial(janus.cast, dtype=setup.DTYPES[config.model.dtype]), trained
-        )
-        reference = with_shardings(copied, shardings.params)
+        cast = functools.partial(janus.cast, dtype=setup.DTYPES[config.model.dtype])
+        # Adapters have none: the reference is what is frozen.
+        first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
+        reference = with_shardings(jax.eval_shape(cast, first), where)
     frozen = with_shardings(frozen, param_shardings(frozen, mesh))
     return Held(with_shardings(fresh, shardings), frozen, reference), optimizer, shardings
 
@@ -138,13 +141,16 @@ def batch(outline: Outline, lengths: dict[str, int], extra: tuple[str, ...]) -> 
     return {task: of(task) for task in outline.tasks}
 
 
-def programs(outline: Outline, lengths: dict[str, int]) -> tuple[Held, list[Program]]:
+def programs(
+    outline: Outline, lengths: dict[str, int], stored: Any = jnp.bfloat16
+) -> tuple[Held, list[Program]]:
     """What a GRPO iteration runs on the devices, rewards excluded, in its order.
 
-    `lengths` are the padded tokens of each task's prompts.
+    `lengths` are the padded tokens of each task's prompts, `stored` is the dtype of the model's
+    files, which for the released ones is bfloat16.
     """
     config, group = outline.config, outline.config.rollout.group_size
-    kept, optimizer, shardings = held(outline)
+    kept, optimizer, shardings = held(outline, stored)
     params = merge(kept.state.params, kept.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)

@@ -9,15 +9,18 @@ hoist the slices of a stacked layer out of it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 from corl_jax.models import layers
 from corl_jax.models.attention import Implementation, attend_to, merge
 from corl_jax.models.layers import apply_rope
 from corl_jax.models.llama import Block, KVCache, Llama
+from corl_jax.models.lora import LoraLinear
 from corl_jax.sharding import constrain
 
 SHORT_PROMPT = 128
@@ -72,6 +75,55 @@ class Step:
     attention: Implementation
 
 
+Axes = tuple[str | None, ...]
+"""Names of an array's axes, as `constrain` knows them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Matrices with the same input as one, and what their adapters add to the product.
+
+    Adapters stay beside the kernels: a bfloat16 kernel plus a small update rounds back to the
+    kernel, and the samples would be those of a policy that training has already left.
+    """
+
+    kernel: jax.Array  # [in, *out]
+    adapters: tuple[jax.Array, jax.Array] | None  # [in, R], [R, *out], R the sum of the ranks
+    scale: float  # of what the adapters add
+
+    @classmethod
+    def of(cls, projections: Sequence[nnx.Linear], axes: Axes, *shapes: tuple[int, ...]) -> Fused:
+        """`shapes`: of each projection's outputs; several are laid side by side on the axis -2.
+
+        `axes` names the fused kernel's axes for `constrain`.
+        """
+        kernels = [p.kernel[...].reshape(-1, *s) for p, s in zip(projections, shapes, strict=True)]
+        down, up, before, scale = [], [], 0, 1.0
+        after = sum(kernel.shape[-2] for kernel in kernels)
+        for linear, shape, kernel in zip(projections, shapes, kernels, strict=True):
+            after -= kernel.shape[-2]
+            if isinstance(linear, LoraLinear):
+                beside = [(0, 0)] * kernel.ndim
+                beside[-2] = (before, after)
+                down.append(linear.lora_a[...])
+                up.append(jnp.pad(linear.lora_b[...].reshape(-1, *shape), beside))
+                scale = linear.scale
+            before += kernel.shape[-2]
+        kernel, adapters = constrain(jnp.concatenate(kernels, axis=-2), *axes), None
+        if down:
+            first = constrain(jnp.concatenate(down, axis=1), axes[0], None)
+            adapters = first, constrain(jnp.concatenate(up), None, *axes[1:])
+        return cls(kernel, adapters, scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[rows, in] -> [rows, *out]."""
+        out = jnp.einsum("nd,d...->n...", x, self.kernel)
+        if self.adapters is None:
+            return out
+        down, up = self.adapters
+        return out + jnp.einsum("nr,r...->n...", x @ down * self.scale, up)
+
+
 @dataclasses.dataclass(frozen=True)
 class FusedBlock:
     """A block whose matrices with the same input are one, read in one matrix product.
@@ -82,28 +134,24 @@ class FusedBlock:
     """
 
     block: Block
-    qkv: jax.Array  # [D, kv_heads, queries of a key head + 2, head_dim]
-    out: jax.Array  # [heads * head_dim, D]
-    gate_up: jax.Array  # [D, 2, F]
-    down: jax.Array  # [F, D]
+    qkv: Fused  # outputs [kv_heads, queries of a key head + 2, head_dim]
+    out: Fused
+    gate_up: Fused  # outputs [2, F]
+    down: Fused
 
     @classmethod
     def of(cls, block: Block) -> FusedBlock:
         attn, mlp = block.attn, block.mlp
         heads, size = attn.config.num_kv_heads, attn.config.head_dim
-        projections = [
-            projection.kernel[...].reshape(-1, heads, width, size)
-            for projection, width in (
-                (attn.q_proj, attn.config.num_heads // heads), (attn.k_proj, 1), (attn.v_proj, 1),
-            )
-        ]  # fmt: skip
-        gate_up = jnp.stack([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=1)
+        queries, one = (heads, attn.config.num_heads // heads, size), (heads, 1, size)
+        wide, inner = (attn.config.hidden_size,), (1, attn.config.intermediate_size)
+        side = ("embed", "heads", None, None)
         return cls(
             block,
-            qkv=constrain(jnp.concatenate(projections, axis=2), "embed", "heads", None, None),
-            out=constrain(attn.o_proj.kernel[...], "heads", "embed"),
-            gate_up=constrain(gate_up, "embed", None, "mlp"),
-            down=constrain(mlp.down_proj.kernel[...], "mlp", "embed"),
+            qkv=Fused.of((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, one, one),
+            out=Fused.of((attn.o_proj,), ("heads", "embed"), wide),
+            gate_up=Fused.of((mlp.gate_proj, mlp.up_proj), ("embed", None, "mlp"), inner, inner),
+            down=Fused.of((mlp.down_proj,), ("mlp", "embed"), wide),
         )
 
     def __call__(
@@ -111,16 +159,16 @@ class FusedBlock:
     ) -> tuple[jax.Array, KVCache]:
         """x [rows, D] after this block, and its cache with the token's key and value."""
         attended, cache = self._attend(self.block.input_layernorm(x), prompt, cache, step)
-        x = x + attended @ self.out
-        inner = jnp.einsum("nd,dif->nif", self.block.post_attention_layernorm(x), self.gate_up)
-        x = x + (jax.nn.silu(inner[:, 0]) * inner[:, 1]) @ self.down
+        x = x + self.out(attended)
+        inner = self.gate_up(self.block.post_attention_layernorm(x))
+        x = x + self.down(jax.nn.silu(inner[:, 0]) * inner[:, 1])
         return constrain(x, "batch", "embed"), cache
 
     def _attend(
         self, x: jax.Array, prompt: KVCache, cache: KVCache, step: Step
     ) -> tuple[jax.Array, KVCache]:
-        rows, size = len(x), self.qkv.shape[-1]
-        fused = constrain(jnp.einsum("nd,dkph->nkph", x, self.qkv), "batch", "heads", None, None)
+        rows, size = len(x), self.block.attn.config.head_dim
+        fused = constrain(self.qkv(x), "batch", "heads", None, None)
         query = apply_rope(fused[:, :, :-2].reshape(rows, -1, size), step.rope)
         new = apply_rope(fused[:, :, -2], step.rope), fused[:, :, -1]
         keys, values = (

@@ -17,7 +17,8 @@ from flax import nnx
 
 from corl_jax.models import binding
 from corl_jax.models.layers import Embedding, Projector, Remat, linear
-from corl_jax.models.llama import Llama, LlamaConfig
+from corl_jax.models.llama import AdaptedLlamaConfig, Llama, LlamaConfig
+from corl_jax.models.lora import Lora
 from corl_jax.models.siglip import Siglip, SiglipConfig
 from corl_jax.models.vq import VQConfig, VQModel
 from corl_jax.types import Params
@@ -41,6 +42,20 @@ class JanusConfig:
     def num_image_tokens(self) -> int:
         """Tokens of an image, read or drawn: both towers use the same grid."""
         return self.siglip.num_tokens
+
+
+def adapted(config: JanusConfig, lora: Lora) -> JanusConfig:
+    """The same Janus with adapters in the layers of its language model."""
+    sizes = dataclasses.asdict(base(config).llama)
+    return dataclasses.replace(config, llama=AdaptedLlamaConfig(**sizes, lora=lora))
+
+
+def base(config: JanusConfig) -> JanusConfig:
+    """The same Janus without adapters: what checkpoints hold, and the reference."""
+    if config.llama.lora is None:
+        return config
+    sizes = {f.name: getattr(config.llama, f.name) for f in dataclasses.fields(LlamaConfig)}
+    return dataclasses.replace(config, llama=LlamaConfig(**sizes))
 
 
 _7B = LlamaConfig(

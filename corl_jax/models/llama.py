@@ -6,14 +6,15 @@ Source: Touvron et al. 2023 (arXiv 2302.13971); transformers `models/llama`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.layers import Remat, apply_rope, attend, linear, merge_heads, split_heads
+from corl_jax.models.layers import Remat, apply_rope, attend, merge_heads, split_heads
+from corl_jax.models.lora import Lora, projection
 from corl_jax.sharding import constrain
 
 
@@ -32,6 +33,15 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 16384
 
+    lora: ClassVar[Lora | None] = None  # no size of a checkpoint; see AdaptedLlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedLlamaConfig(LlamaConfig):
+    """A decoder whose layers carry low-rank adapters."""
+
+    lora: Lora | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
 
 KVCache = tuple[jax.Array, jax.Array]
 """One layer's keys and values, each [N, S, kv_heads, head_dim]."""
@@ -43,10 +53,11 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
         queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        self.q_proj = linear(config.hidden_size, queries, bias=False, rngs=rngs)
-        self.k_proj = linear(config.hidden_size, keys, bias=False, rngs=rngs)
-        self.v_proj = linear(config.hidden_size, keys, bias=False, rngs=rngs)
-        self.o_proj = linear(queries, config.hidden_size, bias=False, rngs=rngs)
+        width, lora = config.hidden_size, config.lora
+        self.q_proj = projection("q_proj", width, queries, lora, rngs=rngs)
+        self.k_proj = projection("k_proj", width, keys, lora, rngs=rngs)
+        self.v_proj = projection("v_proj", width, keys, lora, rngs=rngs)
+        self.o_proj = projection("o_proj", queries, width, lora, rngs=rngs)
 
     def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]):
         """Rotated queries and keys, and values, each [B, T, heads, head_dim]."""
@@ -77,10 +88,10 @@ class MLP(nnx.Module):
     """SwiGLU feed-forward."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(width, inner, bias=False, rngs=rngs)
-        self.up_proj = linear(width, inner, bias=False, rngs=rngs)
-        self.down_proj = linear(inner, width, bias=False, rngs=rngs)
+        width, inner, lora = config.hidden_size, config.intermediate_size, config.lora
+        self.gate_proj = projection("gate_proj", width, inner, lora, rngs=rngs)
+        self.up_proj = projection("up_proj", width, inner, lora, rngs=rngs)
+        self.down_proj = projection("down_proj", inner, width, lora, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -20,6 +20,7 @@ from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
+from corl_jax.models.lora import Lora
 from corl_jax.rewards import networks, registry
 from corl_jax.sharding import layout_problems, make_mesh
 from corl_jax.startup import inspect_model
@@ -33,7 +34,7 @@ class Outline:
     """What a run's jitted functions depend on: sizes and options, no file and no array."""
 
     config: Config
-    model_config: JanusConfig
+    model_config: JanusConfig  # with the adapters that the config asks for
     special: SpecialTokens
     mesh: Mesh  # of devices present, or of a described topology
     tasks: tuple[str, ...]
@@ -78,13 +79,14 @@ def outline(
     """
     problems: list[str] = []
     mesh = parts = None
+    model = _with_adapters(config, model)
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         problems += _batch_problems(config, mesh)
     except InputError as error:
         problems += error.problems
     try:
-        parts = partition(janus.abstract(model), config.train.trainable)
+        parts = partition(janus.abstract(model), config.trained)
         problems += _trainable_problems(config, parts)
     except InputError as error:
         problems += error.problems
@@ -124,7 +126,8 @@ def plan(config: Config) -> Plan:
         problems += _batch_problems(config, mesh)
     if model_config:
         problems += _answer_problems(config, listed, model_config, processor)
-        parts = attempt(partition, janus.abstract(model_config), config.train.trainable)
+        model_config = _with_adapters(config, model_config)
+        parts = attempt(partition, janus.abstract(model_config), config.trained)
         problems += _trainable_problems(config, parts) if parts else []
         problems += _size_problems(config, model_config)
         problems += _export_problems(config, model_config)
@@ -157,6 +160,13 @@ def _tasks(config: Config) -> tuple[str, ...]:
     if config.objective == "sft":
         return ("t2i", "mm2t")
     return {"unified": ("t2i", "mm2t")}.get(config.grpo.tasks, (config.grpo.tasks,))
+
+
+def _with_adapters(config: Config, model: JanusConfig) -> JanusConfig:
+    lora = config.lora
+    if not lora.rank:
+        return model
+    return janus.adapted(model, Lora(lora.rank, lora.alpha, tuple(lora.targets)))
 
 
 def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None) -> list[str]:
@@ -250,7 +260,7 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
         base = None
     if layout != "none":
         try:
-            check_export(layout, model, base)
+            check_export(layout, janus.base(model), base)
         except InputError as error:
             problems += [f"export: {problem}" for problem in error.problems]
     return problems

@@ -15,16 +15,15 @@ from corl_jax import evaluation, processes, rows
 from corl_jax.config import Config
 from corl_jax.train import gallery, iterate
 from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.train.exporting import export
 from corl_jax.train.guards import Guards
 from corl_jax.train.metrics import Metrics, read_lines
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.rundir import RunDir
-from corl_jax.train.setup import host_params
 from corl_jax.train.step import TrainState
 from corl_jax.train.watchdog import Watchdog
 from corl_jax.types import Params, Prompts
-from corl_jax.weights import files
 
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
@@ -228,10 +227,6 @@ class Recorder:
             if any(key.startswith("eval/") for key in record)
         ]
 
-    def _fetched(self, leaf: jax.Array) -> np.ndarray | None:
-        array = rows.whole(leaf)
-        return array if self.primary else None
-
     def finish(self, run: Run, state: TrainState) -> None:
         """The export and `summary.json` of a run that has done all its steps.
 
@@ -242,16 +237,10 @@ class Recorder:
         if processes.agreed(int(self.run_dir.export.exists())):
             self.metrics.say(f"{self.run_dir.export} stays; move it away to export again")
         elif self.config.export.layout != "none":
-            # A leaf at a time: a device has no room for the whole model.
-            params = jax.tree.map(self._fetched, host_params(run, state))
-            if self.primary:
-                options = self.config.export
-                notes = files.save_checkpoint(
-                    self.run_dir.export, run.model_config, params, layout=options.layout,
-                    assets_from=self.model_dir, base=options.base, dtype=options.dtype,
-                )  # fmt: skip
-                for note in notes:
-                    self.metrics.say(note)
+            for note in export(
+                self.run_dir.export, self.config, run, state, self.model_dir, self.primary
+            ):
+                self.metrics.say(note)
         if self.primary and not self.run_dir.summary.exists():
             evaluations = self.evaluations()
             self.run_dir.write_json("summary.json", {

@@ -12,6 +12,9 @@ from corl_jax.sharding import leaf_paths, param_spec
 from corl_jax.train.optimizer import partition
 from corl_jax.train.planning import Plan
 from corl_jax.types import Params
+from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
+from corl_jax.weights.leaves import layer_count, leaf_dtype
+from corl_jax.weights.table import unflatten
 
 GIB = 2**30
 ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
@@ -31,13 +34,34 @@ def _count(params: Params) -> int:
 
 
 def _parameters(plan: Plan) -> str:
-    shapes = janus.abstract(plan.model_config)
-    trained, _ = partition(shapes, plan.config.train.trainable)
+    shapes, lora = janus.abstract(plan.model_config), plan.config.lora
+    trained, _ = partition(shapes, plan.config.trained)
     lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
     for part, tree in shapes.items():
         lines.append(f"  {part:24}{_count(tree):>16,}{_count(trained.get(part, {})):>16,}")
     lines.append(f"  {'total':24}{_count(shapes):>16,}{_count(trained):>16,}")
+    if lora.rank:
+        lines.append(
+            f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
+            f"{', '.join(lora.targets)}"
+        )
     return "\n".join(lines)
+
+
+def _frozen(plan: Plan, frozen: Params) -> tuple[int, int]:
+    """(bytes, parameters that computing copies) of what is frozen, on one device.
+
+    It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
+    """
+    by_dtype: dict[Any, dict[str, Any]] = {}
+    with open_checkpoint(plan.model_dir, janus.base(plan.model_config)) as checkpoint:
+        leaves = checkpoint.leaves
+        for path, leaf in leaf_paths(frozen):
+            layers = layer_count(leaves, path, is_stacked(path))
+            by_dtype.setdefault(leaf_dtype(leaves, path, layers), {})[path] = leaf
+    counts = {kind: _share(unflatten(part), plan.mesh) for kind, part in by_dtype.items()}
+    copied = sum(n for kind, n in counts.items() if kind.name != plan.config.model.dtype)
+    return sum(min(kind.itemsize, 4) * n for kind, n in counts.items()), copied
 
 
 def _share(params: Params, mesh: Any) -> int:
@@ -54,19 +78,21 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
     """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
     config, model, mesh = plan.config, plan.model_config, plan.mesh
     shapes = janus.abstract(model)
-    trained, frozen = partition(shapes, config.train.trainable)
-    own, rest = _share(trained, mesh), _share(frozen, mesh)
+    trained, frozen = partition(shapes, config.trained)
+    own, (rest, copied) = _share(trained, mesh), _frozen(plan, frozen)
     width = jax.numpy.dtype(config.model.dtype).itemsize
     master = 2 if config.compat.bfloat16_master else 4
     estimate = {
         "parameters, trained": own * master,
-        "parameters, frozen": rest * 4,
+        "parameters, frozen": rest,
         "optimizer": own * master * ADAM_COPIES[config.optimizer.name],
         "gradients": own * master,
-        "compute copy": (own + rest) * width,
+        "compute copy": (own + copied) * width,
     }
     if config.objective == "grpo":
-        estimate["reference"] = own * width if config.grpo.kl_coef else 0
+        # With adapters the reference is what is frozen.
+        second = config.grpo.kl_coef and not config.lora.rank
+        estimate["reference"] = own * width if second else 0
         estimate["reward networks"] = _networks(plan)
         estimate["sampling caches (largest task)"] = (
             max(_cache(plan, t) for t in plan.tasks) * width
@@ -85,7 +111,7 @@ def _networks(plan: Plan) -> int:
     sizes = [found.nbytes for found in plan.networks if found.janus is None]
     scorers = [found.janus for found in plan.networks if found.janus is not None]
     if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
-        scorers.append(plan.model_config)
+        scorers.append(janus.base(plan.model_config))
     sizes += [_share(janus.abstract(scorer), plan.mesh) * width for scorer in scorers]
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 

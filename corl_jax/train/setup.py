@@ -13,25 +13,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
-from corl_jax.models import attention, janus
+from corl_jax.models import attention, janus, lora
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Lent, Policy
-from corl_jax.sharding import map_with_path, param_shardings
+from corl_jax.sharding import param_shardings
 from corl_jax.train import iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
-from corl_jax.train.optimizer import (
-    learning_rate,
-    make_optimizer,
-    master_dtype,
-    merge,
-    partition,
-)
+from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype, partition
 from corl_jax.train.planning import Outline, Plan
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step
 from corl_jax.types import Params
 from corl_jax.weights.placing import load_sharded, stored_dtypes
 
+ADAPTER_STREAM = 1 << 16
+"""Random stream of the adapters' first values, apart from those of the samples."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ITERATIONS = {
     "grpo": iterate.grpo_iteration,
@@ -57,7 +53,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
-        source_dtypes=stored_dtypes(plan.model_dir, plan.model_config),
+        source_dtypes=stored_dtypes(plan.model_dir, janus.base(plan.model_config)),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,
@@ -84,15 +80,20 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
 
 
 def load_parts(plan: Plan) -> tuple[Params, Params]:
-    """(trained, frozen) parameters on the mesh: master copies, and float32."""
-    parts = partition(janus.abstract(plan.model_config), plan.config.train.trainable)
-    dtypes = [master_dtype(plan.config.compat.bfloat16_master), jnp.float32]
-    return tuple(
-        load_sharded(
-            plan.model_dir, plan.model_config, param_shardings(part, plan.mesh), lambda _: dtype  # noqa: B023
-        )
-        for part, dtype in zip(parts, dtypes, strict=True)
-    )  # fmt: skip
+    """(trained, frozen) parameters on the mesh at the start: master copies, and as stored."""
+    config, mesh, base = plan.config, plan.mesh, janus.base(plan.model_config)
+    shapes, rest = partition(janus.abstract(plan.model_config), config.trained)
+    shardings, master = param_shardings(shapes, mesh), master_dtype(config.compat.bfloat16_master)
+    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh), lambda _: None)
+    if not config.lora.rank:
+        return load_sharded(plan.model_dir, base, shardings, lambda _: master), frozen
+
+    def draw(key: jax.Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))
+
+    # Not the seed itself, which the samples' keys are made of.
+    key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
+    return jax.jit(draw, out_shardings=shardings)(key), frozen
 
 
 def make_reference(plan: Plan, trained: Params) -> Lent | None:
@@ -100,9 +101,11 @@ def make_reference(plan: Plan, trained: Params) -> Lent | None:
     if plan.config.objective != "grpo" or not plan.config.grpo.kl_coef:
         return None
     # A copy: the state's own buffers are donated to the first step.
-    copied = jax.tree.map(jnp.copy, janus.cast(trained, DTYPES[plan.config.model.dtype]))
+    # Adapters have none: the reference is what is frozen.
+    first = {} if plan.config.lora.rank else trained
+    copied = jax.tree.map(jnp.copy, janus.cast(first, DTYPES[plan.config.model.dtype]))
     offload = plan.config.grpo.reference == "host"
-    return Lent(copied, param_shardings(trained, plan.mesh), offload=offload)
+    return Lent(copied, param_shardings(first, plan.mesh), offload=offload)
 
 
 def load_networks(plan: Plan) -> dict[str, Frozen]:
@@ -110,7 +113,8 @@ def load_networks(plan: Plan) -> dict[str, Frozen]:
     offload = plan.config.networks.offload
     loaded = {found.name: networks.load(found, plan.mesh, offload) for found in plan.networks}
     if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
-        start = Policy(plan.model_config, {}, plan.processor, DTYPES[plan.config.model.dtype])
+        base = janus.base(plan.model_config)
+        start = Policy(base, {}, plan.processor, DTYPES[plan.config.model.dtype])
         loaded["initial"] = networks.load_policy(start, plan.model_dir, plan.mesh, offload=offload)
     return loaded
 
@@ -218,9 +222,3 @@ def _comparison(plan: Plan) -> dict[str, Any]:
         "scale": grpo.scale_by_std,
         "each": grpo.multi_objective_aggregation == "normalize_then_sum",
     }
-
-
-def host_params(run: Run, state: TrainState) -> Params:
-    """All parameters as the source checkpoint stores them, for export."""
-    params = merge(state.params, run.frozen)
-    return map_with_path(lambda path, leaf: leaf.astype(run.source_dtypes[path]), params)

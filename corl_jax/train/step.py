@@ -224,12 +224,14 @@ def make_train_step(
 def make_score_step(config: JanusConfig, objective: Objective) -> Callable:
     """The jitted (trained, frozen, batch) -> {task: log-probs [N, T]}, no gradients.
 
-    For old log-probs before the first of several updates, and for the reference.
+    For old log-probs before the first of several updates, and for the reference: with adapters
+    that is the network without them, which has nothing trained.
     """
 
     @jax.jit
     def score_step(trained: Params, frozen: Params, batch: Batch) -> dict[str, jax.Array]:
-        model = janus.bind(config, janus.cast(merge(trained, frozen), objective.dtype))
+        params = janus.cast(merge(trained, frozen), objective.dtype)
+        model = janus.bind(config if trained else janus.base(config), params)
 
         def score(piece: Batch) -> dict[str, jax.Array]:
             return {

@@ -85,7 +85,9 @@ def make_vq_step(
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, pixels: jax.Array):
         def loss(trained: Params):
-            model = janus.bind(config, merge(trained, frozen)).vqmodel
+            # What is frozen has the dtype of its checkpoint.
+            params = janus.cast(merge(trained, frozen), jnp.float32)
+            model = janus.bind(config, params).vqmodel
             return vq_loss(model, pixels, *weights)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)

@@ -1,0 +1,72 @@
+"""Low-rank adapters: beside a kernel W that stays as it is, A and B whose product is trained.
+
+Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; names and initial values are PEFT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from corl_jax.models.layers import initializer, linear
+from corl_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which projections of every layer carry adapters, and how large these are."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoraLinear(nnx.Linear):
+    """A dense layer x W + x A B alpha / rank, without bias; A is [in, rank] and B [rank, out]."""
+
+    def __init__(self, in_features: int, out_features: int, lora: Lora, *, rngs: nnx.Rngs):
+        super().__init__(
+            in_features, out_features, use_bias=False, kernel_init=initializer, rngs=rngs
+        )
+        self.scale = lora.scale
+        self.lora_a = nnx.Param(_uniform(rngs.params(), (in_features, lora.rank)))
+        self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) + (x @ self.lora_a[...] * self.scale) @ self.lora_b[...]
+
+
+def projection(
+    name: str, in_features: int, out_features: int, lora: Lora | None, *, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A dense layer without bias, with an adapter if `name` is among the targets."""
+    if lora is None or name not in lora.targets:
+        return linear(in_features, out_features, bias=False, rngs=rngs)
+    return LoraLinear(in_features, out_features, lora, rngs=rngs)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What PEFT draws A from, torch's kaiming_uniform with a = sqrt(5); `shape` [..., in, rank]."""
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def init(shapes: Params, key: jax.Array) -> Params:
+    """The first values of a tree of adapters: A drawn, B zero, so that they change nothing."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+
+    def first(key: jax.Array, path: Any, leaf: Any) -> jax.Array:
+        drawn = path[-1].key == "lora_a"
+        return _uniform(key, leaf.shape) if drawn else jnp.zeros(leaf.shape)
+
+    return tree.unflatten([first(key, *leaf) for key, leaf in zip(keys, leaves, strict=True)])

@@ -1,0 +1,77 @@
+"""The trained model as a directory that PyTorch loads: whole, or its adapters alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from corl_jax import rows
+from corl_jax.config import Config
+from corl_jax.models import janus
+from corl_jax.sharding import map_with_path
+from corl_jax.train.optimizer import merge
+from corl_jax.train.run import Run
+from corl_jax.train.step import TrainState
+from corl_jax.types import Params
+from corl_jax.weights import adapters, files
+from corl_jax.weights.dtypes import named
+
+
+def export(
+    folder: Path, config: Config, run: Run, state: TrainState, model_dir: Path, primary: bool
+) -> list[str]:
+    """Writes the export of a run, whole or not at all; returns what its reader should know.
+
+    Every process takes part in fetching the parameters, the primary one keeps and writes them.
+    `model_dir` has the weights that the run started from.
+    """
+    options, lora = config.export, run.model_config.llama.lora
+    if options.lora == "adapter":
+        trained = fetched(state.params, primary)
+        if not primary:
+            return []
+        fits = files.detect_layout(model_dir) == "transformers"
+        base = config.model.path if fits else None
+        adapters.save_adapter(folder, trained, lora, base=base, dtype=options.dtype)
+        return [] if fits else [_no_base(config.model.path)]
+    params, gone = fetched(merge(state.params, run.frozen), primary), 0.0
+    if not primary:
+        return []
+    dtypes: dict[str, Any] = dict(run.source_dtypes)
+    if options.dtype != "keep":
+        dtypes = dict.fromkeys(dtypes, named(options.dtype))
+    if lora is not None:
+        params, gone = adapters.merged(params, lora, dtypes)
+    params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
+    notes = files.save_checkpoint(
+        folder, janus.base(run.model_config), params, layout=options.layout,
+        assets_from=model_dir, base=options.base, dtype=options.dtype,
+    )  # fmt: skip
+    return [*notes, *([_rounded(gone)] if gone else [])]
+
+
+def fetched(params: Params, keep: bool) -> Params:
+    """Parameters on the host, a leaf at a time; None for each where they are not to `keep`."""
+
+    def one(leaf: jax.Array) -> np.ndarray | None:
+        array = rows.whole(leaf)
+        return array if keep else None
+
+    return jax.tree.map(one, params)
+
+
+def _no_base(source: str) -> str:
+    return (
+        f"the adapter names no base model, because {source} is not in transformers' layout: give "
+        "peft a transformers export of it (python -m tools.convert_weights)"
+    )
+
+
+def _rounded(gone: float) -> str:
+    return (
+        f"rounding the merged kernels removed {gone:.1%} of what the adapters add; export.dtype "
+        "float32 or export.lora adapter keeps all of it"
+    )

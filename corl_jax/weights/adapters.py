@@ -1,0 +1,120 @@
+"""Adapters as PyTorch knows them: folded into the kernels, or a directory that `peft` loads.
+
+Source: PEFT 0.21, `tuners/lora` and `utils/save_and_load`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corl_jax.models.lora import Lora
+from corl_jax.types import Params
+from corl_jax.weights.atomic import whole_directory
+from corl_jax.weights.dtypes import is_float, named
+from corl_jax.weights.export import DType
+from corl_jax.weights.shards import TensorPlan, write_safetensors, write_text
+from corl_jax.weights.table import DENSE, Row, Slot, Table, flatten, unflatten
+from corl_jax.weights.tables import TABLES
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "language_model/layers/"
+
+
+def _rows() -> tuple[Row, ...]:
+    """A and B of every dense layer of the language model, beside its kernel in transformers."""
+    return tuple(
+        Row(
+            f"base_model.model.{row.key.removesuffix('.weight')}.{torch}.weight",
+            f"{row.path.removesuffix('/kernel')}/{leaf}",
+            DENSE,
+        )
+        for row in TABLES["transformers"].rows
+        if row.path.startswith(_ROOT) and row.path.endswith("/kernel")
+        for torch, leaf in (("lora_A", "lora_a"), ("lora_B", "lora_b"))
+    )
+
+
+TABLE = Table("peft", _rows())
+"""PEFT's names in `adapter_model.safetensors` on transformers' JanusForConditionalGeneration."""
+
+
+def merged(params: Params, lora: Lora, dtypes: Mapping[str, Any]) -> tuple[Params, float]:
+    """(parameters of the network without adapters, share of the update that rounding removed).
+
+    Kernels with an adapter become W + A B alpha / rank, computed in float32 on the host a layer
+    at a time, in the type that `dtypes` has for their path. The share is of the update's Euclidean
+    norm over all kernels; 0 with float32.
+    """
+    flat = flatten(params)
+    adapted = [path for path in flat if path.endswith("/lora_a")]
+    gone, whole = 0.0, 0.0
+    for path in adapted:
+        name = path.removesuffix("/lora_a")
+        a, b = (np.asarray(flat.pop(f"{name}/{leaf}"), np.float32) for leaf in ("lora_a", "lora_b"))
+        kernel = flat[f"{name}/kernel"]
+        out = np.empty(kernel.shape, dtypes[f"{name}/kernel"])
+        for layer in range(len(out)):
+            update = (a[layer] @ b[layer]) * np.float32(lora.scale)
+            exact = np.asarray(kernel[layer], np.float32) + update
+            out[layer] = exact
+            gone += float(np.square(out[layer].astype(np.float32) - exact).sum())
+            whole += float(np.square(update).sum())
+        flat[f"{name}/kernel"] = out
+    return unflatten(flat), float(np.sqrt(gone / whole)) if whole else 0.0
+
+
+def save_adapter(
+    out_dir: str | Path, params: Params, lora: Lora, *, base: str | None, dtype: DType = "keep"
+) -> None:
+    """Writes a tree of adapters as a PEFT directory, whole or not at all.
+
+    `base` names the model, in transformers' layout, that it belongs to. `keep` leaves the
+    adapters in the type that they were trained in.
+
+    Raises: InputError for a folder that is taken or cannot be written.
+    """
+    flat = flatten(params)
+    slots = TABLE.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
+    plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
+    with whole_directory(Path(out_dir)) as folder:
+        write_text(folder / CONFIG_FILE, json.dumps(_peft_config(lora, base), indent=2) + "\n")
+        write_safetensors(folder / WEIGHTS_FILE, plans)
+
+
+def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
+    kind = np.dtype(leaf.dtype)
+    kind = named(dtype) if dtype != "keep" and is_float(kind) else kind
+
+    def chunks():
+        yield np.ascontiguousarray(slot.transform.to_torch(np.asarray(leaf[slot.layer])), kind)
+
+    return TensorPlan(slot.key, kind, slot.shape, chunks)
+
+
+def _peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
+    """adapter_config.json; the targets are a regex, because the image tower has a q_proj too."""
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": {
+            "base_model_class": "JanusForConditionalGeneration",
+            "parent_library": "transformers.models.janus.modeling_janus",
+        },
+        "base_model_name_or_path": base,
+        "task_type": None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": (
+            rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
+        ),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
