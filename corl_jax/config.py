@@ -189,7 +189,7 @@ class Lora(Section):
     rank: NonNegative = Field(
         0, description="inner width of the adapters; 0: none, train.trainable says what is trained"
     )
-    alpha: PositiveFloat = Field(16.0, description="what they add is scaled by alpha / rank")
+    alpha: PositiveFloat = Field(32.0, description="what they add is scaled by alpha / rank")
     targets: list[Projection] = Field(
         list(typing.get_args(Projection)), description="projections of each layer that have one"
     )

@@ -145,9 +145,14 @@ def test_base_leads_through_two_files():
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "released"])
-def test_7b_differs_from_1b_in_model_and_mesh_alone(stage):
+def test_7b_differs_from_1b_in_model_mesh_and_adapters_alone(stage):
+    """The paper tunes adapters on 7B; the released script knows none."""
     small, large = (load(f"janus_pro_{size}/{stage}.yaml") for size in ("1b", "7b"))
-    assert differing(small, large) == {"output_dir", "model.path", "mesh.data", "mesh.fsdp"}
+    adapters = set() if stage == "released" else {"lora.rank"}
+    expected = {"output_dir", "model.path", "mesh.data", "mesh.fsdp"} | adapters
+    assert differing(small, large) == expected
+    config_file.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
+    assert len(large.lora.targets) == 7 and large.export.lora == "merged"
     assert (large.mesh.data, large.mesh.fsdp, large.mesh.tensor) == (1, -1, 1)
 
 
