@@ -52,7 +52,7 @@ def outline(config_path):
 
 @pytest.fixture(scope="module")
 def planned(outline):
-    return programs.programs(outline, LENGTHS)
+    return programs.programs(outline, LENGTHS, jnp.float32)
 
 
 @pytest.fixture(scope="module")
