@@ -425,6 +425,13 @@ def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
     assert "nearest: 8 or 16" in lines[0]
 
 
+def test_heads_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "make_mesh", sharding.make_mesh)
+    (line,) = refused(capsys, options(mesh={"data": 1, "tensor": 8}))
+    assert "mesh.tensor: 8 does not divide 4 (heads of language_model), 2 (key heads of" in line
+    assert line.endswith("nearest: 2")
+
+
 def test_a_second_writer_is_refused(options, capsys):
     tree = options()
     with rundir.opened(config_file.validate(tree, "test")):
