@@ -31,7 +31,7 @@ from tests.weights_fixtures import hf_config_dict, original_config_dict
 
 EFFORT = [
     pytest.param(60, id="few"),
-    pytest.param(5_000, id="many", marks=pytest.mark.slow),
+    pytest.param(2_000, id="many", marks=pytest.mark.slow),
 ]
 SECONDS = 2.0  # for the text of one answer, on a busy machine
 
