@@ -185,12 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
     kept, planned = programs.programs(outline, lengths)
     planned = selected(planned, args.only)
+    print(f"\n{report.kept_table(kept, reserve)}", flush=True)
+    if reason := report.too_much_kept(kept, chip, reserve):
+        print(f"  {reason}")
+        sys.exit(DOES_NOT_FIT_EXIT_CODE)
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
             listed.append(report.compiled(program, kept))
     for part in (
-        report.memory_table(kept, listed, chip, reserve),
+        report.memory_table(listed, chip, reserve),
         report.cost_table(listed, chip),
         report.iteration(listed, chip),
     ):

@@ -188,8 +188,17 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
     assert "NO" in out
     assert "does not fit: " in out
     with pytest.raises(SystemExit) as stopped:  # fits, but not beside the reward networks
-        plan.main([*command, "--hbm", str(1.01 * most / 2**30), "--reserve", "1"])
+        plan.main([*command, "--hbm", str(1.01 * most / 2**30), "--reserve", "1e-5"])
     assert stopped.value.code == 1
+    assert re.search(r"with all kept.*\n(.*\n)*.* NO", capsys.readouterr().out)
+
+
+def test_what_is_kept_is_too_much_before_anything_is_compiled(config_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "compiled", None)
+    with pytest.raises(SystemExit) as stopped:
+        plan.main(["--config", str(config_path), "--topology", "local", "--hbm", "1e-5"])
+    assert stopped.value.code == 1
+    assert "does not fit: what is kept takes" in capsys.readouterr().out
 
 
 def test_time_is_between_perfect_overlap_and_none():

@@ -102,17 +102,33 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def memory_table(kept: Held, listed: list[Compiled], chip: Chip, reserve: float) -> str:
-    """What is kept, and what each program adds to it."""
-    capacity = chip.hbm and chip.hbm / GIB
-    lines = ["kept on each device for the whole run, GiB:"]
+def kept_table(kept: Held, reserve: float) -> str:
+    """What is on each device all the time."""
     parts = {name: shard_bytes(part) / GIB for name, part in kept.parts().items()}
     if reserve:
         parts["reserved (--reserve)"] = reserve / GIB
-    lines.append(table(["part", "GiB"], [[k, f"{v:.2f}"] for k, v in parts.items() if v]))
-    lines.append(
-        f"memory of each device in GiB, {f'of {capacity:.2f}' if capacity else 'capacity unknown'}:"
+    parts["sum"] = sum(parts.values())
+    rows = [[name, f"{size:.2f}"] for name, size in parts.items() if size]
+    return "kept on each device for the whole run:\n" + table(["part", "GiB"], rows)
+
+
+def too_much_kept(kept: Held, chip: Chip, reserve: float) -> str | None:
+    """Why no program can fit, whatever it adds."""
+    size = shard_bytes(kept.parts()) + reserve
+    if chip.hbm is None or size <= chip.hbm:
+        return None
+    return (
+        f"does not fit: what is kept takes {size / GIB:.2f} of {chip.hbm / GIB:.2f} GiB before any "
+        "program runs; more of the devices in mesh.fsdp, or more devices"
     )
+
+
+def memory_table(listed: list[Compiled], chip: Chip, reserve: float) -> str:
+    """What each program adds to what is kept."""
+    capacity = chip.hbm and chip.hbm / GIB
+    lines = [
+        f"memory of each device in GiB, {f'of {capacity:.2f}' if capacity else 'capacity unknown'}:"
+    ]
     header = ["program", "arguments", "temporaries", "output", "code", "with all kept", "fits"]
     rows = []
     for each in listed:
