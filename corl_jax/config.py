@@ -286,9 +286,14 @@ class Checkpoint(Section):
     """Saving, for resuming."""
 
     every: Positive = Field(200, description="steps between two; the last is always saved")
-    keep: Positive = Field(1, description="newest checkpoints that stay")
+    keep: Positive = Field(
+        2, description="newest checkpoints that stay; one more is there while the next is written"
+    )
     directory: str | None = Field(
         None, description="where they are, also gs://BUCKET/..; null: in the run directory"
+    )
+    max_failures: Positive = Field(
+        3, description="saves that fail in a row after which the run stops; the last must not"
     )
 
 

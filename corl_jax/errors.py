@@ -48,14 +48,36 @@ class GuardError(RuntimeError):
         return str(self).splitlines()
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written."""
+
+    exit_code = FAILED_EXIT_CODE
+
+    @property
+    def problems(self) -> list[str]:
+        return str(self).splitlines()
+
+
+class Preempted(BaseException):
+    """A run was asked to stop, and all that it has done is saved; says how to go on.
+
+    Raised out of signal handlers too, so no `except Exception` is to take it for its own.
+    """
+
+    exit_code = PREEMPTED_EXIT_CODE
+
+
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Turns an InputError or GuardError that leaves `main` into lines on stderr and its code."""
+    """Turns an error of this module that leaves `main` into lines on stderr and its exit code."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return main(*args, **kwargs)
-        except (InputError, GuardError) as error:
+        except Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(stopped.exit_code)
+        except (InputError, GuardError, SaveError) as error:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -20,7 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from corl_jax import sharding
 from corl_jax.errors import InputError
-from corl_jax.train.checkpoint import Checkpoints, fingerprints
+from corl_jax.train import digests
+from corl_jax.train.checkpoint import Checkpoints, DamagedError
+from corl_jax.train.digests import fingerprints
 
 ROOT = Path(__file__).resolve().parents[1]
 STRAGGLERS = 0.05  # seconds in which the reads that were under way beside a failed one come in
@@ -89,10 +91,10 @@ def saved(tmp_path_factory):
 def test_the_same_bits_come_back_in_the_same_containers(saved):
     folder, state = saved
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.latest() == 7
-        found, meta = checkpoints.restore(7, abstract(state), config={"seed": 1})
+        assert checkpoints.steps() == [7]
+        found, meta, changes = checkpoints.restore(7, abstract(state), config={"seed": 1})
     assert_same_bits(found, state)
-    assert meta == {"config": {"seed": 1}, "position": 112}
+    assert meta == {"config": {"seed": 1}, "position": 112} and changes == []
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
@@ -102,7 +104,7 @@ def test_another_mesh_gets_the_same_bits(saved, sizes):
     folder, state = saved
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     with Checkpoints(folder) as checkpoints:
-        found, _ = checkpoints.restore(7, abstract(state, mesh))
+        found, *_ = checkpoints.restore(7, abstract(state, mesh))
     assert_same_bits(found, state)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(found))
 
@@ -119,18 +121,18 @@ def test_arrays_may_be_donated_while_they_are_being_saved(tmp_path):
             for _ in range(3):
                 tree = update(tree)
         for step in range(1, 4):
-            found, _ = checkpoints.restore(step, tree)
+            found, *_ = checkpoints.restore(step, tree)
             assert np.unique(found["w"]).tolist() == [3 * step - 2] == [int(found["step"])]
 
 
 def test_the_newest_stay_and_a_step_is_saved_once(tmp_path):
     with Checkpoints(tmp_path / "not" / "there" / "yet", keep=2) as checkpoints:
-        assert checkpoints.latest() is None
+        assert checkpoints.steps() == []
         for step in (3, 10, 200):
             assert checkpoints.save(step, {"x": jnp.float32(step)}, {})
         assert checkpoints.steps() == [10, 200]
         assert not checkpoints.save(200, {"x": jnp.float32(0)}, {})
-        tree, _ = checkpoints.restore(200, {"x": jnp.float32(0)})
+        tree, *_ = checkpoints.restore(200, {"x": jnp.float32(0)})
         assert float(tree["x"]) == 200
     with Checkpoints(checkpoints.directory, keep=2) as checkpoints:
         checkpoints.save(201, {"x": jnp.float32(1)}, {})
@@ -193,19 +195,31 @@ def test_a_damaged_step_is_unreadable_not_wrong(saved, tmp_path, name, damage):
             if path.is_file():
                 path.write_bytes(b"")
     with Checkpoints(tmp_path / "c") as checkpoints:
-        (line,) = refusal(checkpoints.restore, 7, abstract(state))
-    assert str(tmp_path / "c" / "7") in line and "unreadable checkpoint" in line
+        try:
+            found, *_ = checkpoints.restore(7, abstract(state))
+        except DamagedError as error:
+            (line,) = error.problems
+            assert str(tmp_path / "c" / "7") in line and "unreadable checkpoint" in line
+        else:  # orbax can do without it
+            assert name == "state/_METADATA"
+            assert_same_bits(found, state)
     time.sleep(STRAGGLERS)
 
 
-def test_a_checkpoint_of_another_version(saved, tmp_path):
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_checkpoint_of_another_version(saved, tmp_path, version):
     folder, state = saved
     shutil.copytree(folder, tmp_path / "c")
     path = tmp_path / "c" / "7" / "meta" / "metadata"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    record["schema_version"] = version
+    if version > 1:
+        record["sha256"] = digests._sha256(record)
+    path.write_text(json.dumps(record))
     with Checkpoints(tmp_path / "c") as checkpoints:
         (line,) = refusal(checkpoints.restore, 7, abstract(state))
-    assert "found schema version 99, expected 1" in line
+    assert f"found schema version {version}, expected 2" in line
 
 
 def test_a_directory_that_is_a_file(tmp_path):
@@ -256,9 +270,9 @@ def test_flipped_bits_are_refused(saved, tmp_path, attempt):
     path.write_bytes(content)
     with Checkpoints(tmp_path / "c") as checkpoints:
         try:
-            found, _ = checkpoints.restore(7, abstract(state))
+            found, *_ = checkpoints.restore(7, abstract(state))
         except InputError as error:
-            assert "move it away" in error.problems[0]
+            assert isinstance(error, DamagedError)
         else:  # a byte that carries no value
             assert_same_bits(found, state)
     time.sleep(STRAGGLERS)
@@ -274,6 +288,9 @@ def test_fingerprints_see_every_bit_and_every_place(dtype):
     swapped = values.copy()
     swapped[0], swapped[1] = values[1], values[0]
     assert fingerprints({"x": flipped}) != before != fingerprints({"x": swapped})
+    if dtype == "float32":  # an even number of signs is what plain sums do not see
+        negative = -values
+        assert fingerprints({"x": negative}) != before
     signs = fingerprints({"x": np.float32([0.0])}), fingerprints({"x": np.float32([-0.0])})
     assert signs[0] != signs[1]
 
@@ -298,9 +315,9 @@ def test_a_save_that_was_killed_is_never_the_latest_step(tmp_path, delay):
         process.kill()
         process.communicate()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        latest = checkpoints.latest()
+        latest = max(checkpoints.steps())
         wanted = {"x": jnp.zeros(4), "large": jnp.zeros((3000, 3000))}
-        tree, meta = checkpoints.restore(latest, wanted)
+        tree, meta, _ = checkpoints.restore(latest, wanted)
         assert meta["position"] == latest and latest in (1, 2)
         assert np.asarray(tree["x"]).tolist() == [latest - 1 + i for i in range(4)]
         original = np.random.default_rng(0).random((3000, 3000), np.float32)
@@ -318,7 +335,7 @@ def test_a_full_disk_is_an_error_and_the_step_before_stays(tmp_path):
     assert "File too large" in errors and len(errors.splitlines()) == 1
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1]
-        tree, _ = checkpoints.restore(1, {"x": jnp.zeros(4), "large": jnp.zeros((3000, 3000))})
+        tree, *_ = checkpoints.restore(1, {"x": jnp.zeros(4), "large": jnp.zeros((3000, 3000))})
         assert np.asarray(tree["x"]).tolist() == [0, 1, 2, 3]
         assert checkpoints.save(2, tree, {})
-        assert checkpoints.latest() == 2
+        assert checkpoints.steps() == [1, 2]

@@ -147,11 +147,11 @@ class Loader:
             self._step += 1
             yield prompts
 
-    def get_state(self) -> dict[str, int]:
-        """The position, and what must be the same for it to mean the same data."""
-        return {"step": self._step, **self._identity()}
+    def get_state(self) -> dict[str, Any]:
+        """The position, rows left out, and what must be the same to mean the same data."""
+        return {"step": self._step, "left_out": self._rows.left_out, **self._identity()}
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues where `state` was taken. Takes effect at the next `iter()`.
 
         Raises:
@@ -165,6 +165,7 @@ class Loader:
         if problems:
             raise InputError(problems)
         self._step = int(state["step"])
+        self._rows.leave_out(state.get("left_out", {}))
 
     def check(self, rows: int = ROWS_CHECKED_AT_START) -> None:
         """Reads the first rows, so that unusable data stops a run before it starts.

@@ -38,7 +38,7 @@ class UsableRows:
     """A source in which every index gives a usable row; unusable ones are counted.
 
     An unusable row is replaced by the next usable one in file order, the end followed by the
-    start. Counts are of distinct rows that this process has come across since it started.
+    start. Counts are of distinct rows, those of earlier processes of the run included.
     """
 
     def __init__(
@@ -79,9 +79,20 @@ class UsableRows:
         raise InputError("\n".join(self._summary("bad") + self._summary("long")))
 
     @property
+    def left_out(self) -> dict[str, list[int]]:
+        """Rows left out so far: `bad` (undecodable or empty) and `long`."""
+        with self._lock:
+            return {kind: sorted(rows) for kind, rows in self._unusable.items()}
+
+    @property
     def counts(self) -> dict[str, int]:
-        """Distinct rows left out so far: `bad` (undecodable or empty) and `long`."""
-        return {kind: len(rows) for kind, rows in self._unusable.items()}
+        """How many distinct rows `left_out` has of each kind."""
+        return {kind: len(rows) for kind, rows in self.left_out.items()}
+
+    def leave_out(self, rows: Mapping[str, Sequence[int]]) -> None:
+        """Takes over `left_out` of an earlier process."""
+        for kind, listed in rows.items():
+            self._unusable[kind].update(dict.fromkeys(listed, "left out before the run resumed"))
 
     def share(self, union: Callable[[set[int]], set[int]]) -> None:
         """Counts rows that other processes left out, too; `union` is over all processes.

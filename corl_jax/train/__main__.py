@@ -2,7 +2,8 @@
 
 python -m corl_jax.train --config FILE [key=value ...]
 
-Rerunning the same command resumes from the newest checkpoint of its output_dir.
+Rerunning the same command resumes from the newest sound checkpoint of its output_dir. SIGTERM or
+Ctrl-C saves after the step that runs, and exits with 75.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import argparse
 import jax
 
 from corl_jax import config_file, processes, startup
-from corl_jax.errors import exit_on_input_error
+from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.train import report, rundir
-from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.train.checkpoint import Checkpoints, Restored, abstract_of
 from corl_jax.train.loop import train
 from corl_jax.train.metrics import Metrics, Phases
 from corl_jax.train.planning import Plan, plan
+from corl_jax.train.preemption import Interruption
 from corl_jax.train.record import Recorder
+from corl_jax.train.rundir import RunDir
 from corl_jax.train.setup import build
+from corl_jax.train.step import TrainState
 from corl_jax.train.watchdog import Watchdog
 
 
@@ -39,6 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved config and exit"
     )
+    parser.add_argument(
+        "--allow-changed-config",
+        action="store_true",
+        help="resume with options that differ from the run's; they are listed and recorded",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10")
     return parser.parse_intermixed_args(argv)
 
@@ -56,52 +65,90 @@ def main(argv: list[str] | None = None) -> None:
     with processes.failing_together():
         planned = plan(config)
         if not args.check:
-            run_training(planned)
+            run_training(planned, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(report.describe(planned))
 
 
-def run_training(planned: Plan) -> None:
+def run_training(planned: Plan, allow_changes: bool = False) -> None:
     """Resumes or starts the planned run, to its end or to train.stop_after."""
     config, primary = planned.config, jax.process_index() == 0
     with (
-        rundir.opened(config, primary) as directory,
+        Interruption() as interruption,
+        rundir.opened(config, primary, allow_changes) as directory,
         Checkpoints(
             config.checkpoint.directory or directory.checkpoints, config.checkpoint.keep
         ) as checkpoints,
         jax.set_mesh(planned.mesh),
         processes.failing_together(),  # before anything above waits for the others
     ):
-        resumed, before, watched = processes.agreed(checkpoints.latest()), 0.0, {}
         run, state = build(planned, Phases())
+        resumed = resume(planned, checkpoints, state, allow_changes)
+        start, meta = 0, {}
         if resumed is not None:
-            tree, meta = checkpoints.restore(
-                resumed, {"state": state}, config.model_dump(mode="json")
-            )
-            state = tree["state"]
-            planned.train_loader.set_state(meta["data"])
-            before, watched = meta["seconds"], meta.get("guards", {})
-        start = resumed or 0
+            start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
         stop = min(run.steps, start + (config.train.stop_after or run.steps))
+        lines = meta.get("metric_lines")
         stacks = directory.path(f"stacks_{jax.process_index()}.txt")
         with (
-            Metrics(directory, resumed, run.steps, primary) as metrics,
+            Metrics(directory, start or None, run.steps, primary, resumed_lines=lines) as metrics,
             Watchdog(config.guards.step_timeout_s, stacks) as watchdog,
         ):
+            tell(planned, resumed, directory, metrics)
             recorder = Recorder(
-                config, directory, metrics, checkpoints, planned.model_dir, primary, before,
-                watchdog=watchdog,
+                config, directory, metrics, checkpoints, planned.model_dir, primary,
+                meta.get("seconds", 0.0), interruption=interruption, watchdog=watchdog,
             )  # fmt: skip
-            recorder.guards.restore(watched)
-            if start == 0:
-                recorder.milestone(run, state, 0)
-            state = train(run, state, recorder, start, stop)
+            recorder.guards.restore(meta.get("guards", {}))
+            with interruption.waits():
+                if start == 0 or meta["unreported"]:
+                    recorder.milestone(run, state, start)
+                state = train(run, state, recorder, start, stop)
+                if start < stop < run.steps:
+                    recorder.save(run, state, stop)
+                recorder.saver.finish()
+            interruption.leave_if_asked(f"after step {stop}; the same command goes on from there")
             if stop == run.steps:
                 recorder.finish(run, state)
-            elif stop > start:
-                recorder.save(run, state, stop)
-        checkpoints.wait()
         processes.met("the end")  # jax gives the last to leave no time for its export
+
+
+def resume(
+    planned: Plan, checkpoints: Checkpoints, state: TrainState, allow_changes: bool
+) -> Restored | None:
+    """The newest sound checkpoint, with the data where it was; None for a run without any.
+
+    The fresh `state` says what is wanted, and is gone when something is restored.
+    """
+    if not processes.agreed(len(checkpoints.steps())):
+        return None
+    wanted = abstract_of({"state": state})
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # the devices have room for one state
+    config = planned.config.model_dump(mode="json")
+    resumed = checkpoints.newest(wanted, config, allow_changes)
+    try:
+        planned.train_loader.set_state(resumed.meta["data"])
+    except InputError as error:
+        if not allow_changes:
+            raise
+        resumed.changes.extend(error.problems)
+    return resumed
+
+
+def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Metrics) -> None:
+    """What a user should know before the first step."""
+    if resumed is not None:
+        for text in resumed.warnings:
+            metrics.say(f"warning: {text}")
+        for text in resumed.changes:
+            metrics.say(f"warning: changed config: {text}")
+        if resumed.changes and metrics.primary:
+            directory.note_changes(resumed.step, resumed.changes)
+        if resumed.step > planned.steps:
+            metrics.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
+    if shortage := report.disk_shortage(planned):
+        metrics.say(f"warning: {shortage}")
 
 
 if __name__ == "__main__":

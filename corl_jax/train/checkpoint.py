@@ -3,38 +3,54 @@
 A step is written to a temporary directory and renamed when complete, so a run that dies in a
 save finds the step before. Trees are stored as nested dicts of their path's keys, whatever
 containers they are made of, and restored into the containers and shardings that are asked for.
-Each array carries a fingerprint, so that bits that changed on the disk are refused.
+What comes back is compared with the record of `digests`; a step that fails is put aside, and the
+newest one that is sound is used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from corl_jax.errors import InputError
-from corl_jax.train.rundir import jsonable, require_same_config
+from corl_jax import processes
+from corl_jax.errors import InputError, SaveError
+from corl_jax.train import digests
+from corl_jax.train.rundir import config_changes, jsonable
 
-SCHEMA_VERSION = 1
 LISTED = 20  # a wrong model differs in every parameter; the first ones tell which
+GIB = 2**30
 
-_MOVE_AWAY = "move it away to resume from the one before"
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # as orbax and tensorstore raise them
+
+class DamagedError(InputError):
+    """A step is not what was saved: cut off, changed on the disk, or no checkpoint at all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A step that is sound, and what was found on the way to it."""
+
+    step: int
+    tree: Any
+    meta: dict[str, Any]
+    changes: list[str]  # options with another value than when it was saved
+    warnings: list[str]  # newer steps that were put aside, and why
 
 
 class Checkpoints:
     """The checkpoints of one run, of which the newest `keep` stay."""
 
-    def __init__(self, directory: str | Path, keep: int = 1):
+    def __init__(self, directory: str | Path, keep: int = 2):
         """Opens or creates the directory and clears away what an interrupted save left.
 
         Only for the run's one writer, or all processes of it.
@@ -73,43 +89,44 @@ class Checkpoints:
         for the save before, if that is not yet done.
 
         Raises:
-            RuntimeError: this or the save before could not be written.
+            SaveError: this or the save before could not be written, or there is no room.
         """
         if step in self.steps():
             return False
-        own = {"schema_version": SCHEMA_VERSION, "fingerprints": fingerprints(tree)}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_nested(tree)),
-            meta=ocp.args.JsonSave({"run": jsonable(meta), **own}),
-        )
         self._saving = step
         try:
+            self._require_room(tree)
+            record = digests.make_record(step, tree, jsonable(meta))
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(_nested(tree)), meta=ocp.args.JsonSave(record)
+            )
             return self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise self._failed(error) from error
 
-    def check(self) -> None:
-        """Does not wait.
+    def poll(self) -> int | None:
+        """The step that has been saved since the last call, if one has; does not wait.
 
         Raises:
-            RuntimeError: a save in the background has failed.
+            SaveError: it could not be written.
         """
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
+        if self._saving is None or self._manager.is_saving_in_progress():
+            return None
+        return self.wait()
 
-    def wait(self) -> None:
-        """Returns when nothing is being saved.
+    def wait(self) -> int | None:
+        """Returns when nothing is being saved: the step that was, None if there was none.
 
         Raises:
-            RuntimeError: the save could not be written.
+            SaveError: it could not be written.
         """
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
+        saved, self._saving = self._saving, None
+        return saved
 
     def steps(self) -> list[int]:
         """Finished steps, oldest first, as the directory shows them after `wait`."""
@@ -117,68 +134,123 @@ class Checkpoints:
         self._manager.reload()  # a manager counts a step as soon as its save has begun
         return sorted(self._manager.all_steps())
 
-    def latest(self) -> int | None:
-        """The newest finished step."""
-        return max(self.steps(), default=None)
+    def newest(
+        self, abstract: Any, config: dict[str, Any], allow_changes: bool = False
+    ) -> Restored:
+        """The newest step that is sound, restored as by `restore`.
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON values saved with a step.
+        Damaged steps that are newer are renamed to STEP.corrupt-N: they count no longer and lose
+        nothing. `allow_changes`: another config is reported, not refused.
 
         Raises:
-            InputError: the step is not there, unreadable, or of another version of this code.
+            InputError: no step is sound, or as `restore`.
         """
-        return self._record(step)["run"]
-
-    def _record(self, step: int) -> dict[str, Any]:
-        present = self.steps()
-        if step not in present:
-            known = ", ".join(map(str, present)) or "none"
-            raise InputError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
-        try:
-            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            record = dict(self._manager.restore(step, args=args)["meta"])
-            version = record["schema_version"]
-        except _UNREADABLE as error:
-            raise self._unreadable(step, error) from error
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{self.directory / str(step)}: found schema version {version}, expected "
-                f"{SCHEMA_VERSION}; resume with the version of corl_jax that wrote it"
-            )
-        return record
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                tree, meta, changes = self.restore(step, abstract, config, allow_changes)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            moved = [f"{why}; moved to {self._put_aside(bad)}" for bad, why in damaged.items()]
+            warnings = [f"{why}, so step {step} is used" for why in moved]
+            return Restored(step, tree, meta, changes, warnings)
+        remedy = f"bring one back from a copy, or move {self.directory} away to start afresh"
+        raise InputError([*damaged.values(), f"no checkpoint is sound; {remedy}"])
 
     def restore(
-        self, step: int, abstract: Any, config: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """(tree, meta) of a step, on the devices that `abstract` names.
+        self,
+        step: int,
+        abstract: Any,
+        config: dict[str, Any] | None = None,
+        allow_changes: bool = False,
+    ) -> tuple[Any, dict[str, Any], list[str]]:
+        """(tree, meta, changed options) of a step, on the devices that `abstract` names.
 
         `abstract`: a tree of jax.ShapeDtypeStruct with shardings, or of arrays; it may be of
         another mesh than the tree that was saved. `config`: compared with meta["config"].
 
         Raises:
-            InputError: the step is not there or unreadable; or lists of what differs: options,
+            DamagedError: the step is not there, unreadable or not what was saved.
+            InputError: it is of another version of this code; or lists of what differs: options,
                 or leaves that are missing, unknown, or of another shape or dtype.
         """
-        record = self._record(step)
+        wanted = abstract_of(abstract)
+        record = self._agreed(step, lambda: self._record(step))
         source = self.directory / str(step)
+        if (version := record["schema_version"]) != digests.SCHEMA_VERSION:
+            raise InputError(
+                f"{source}: found schema version {version}, expected "
+                f"{digests.SCHEMA_VERSION}; resume with the version of corl_jax that wrote it"
+            )
+        changes = []
         if config is not None:
             saved = record["run"].get("config", {})
-            require_same_config(saved, jsonable(config), str(source))
-        wanted = jax.tree.map(_abstract_leaf, abstract)
-        try:
-            stored = dict(_flat(_stored_tree(self._manager.item_metadata(step)["state"])))
-            _refuse(source, _mismatches(stored, dict(_named_leaves(wanted))))
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(wanted)))
-            found = dict(_flat(self._manager.restore(step, args=args)["state"]))
-            fingerprints_then = record["fingerprints"]
-        except InputError:
-            raise
-        except _UNREADABLE as error:
-            raise self._unreadable(step, error) from error
-        leaves = [found[name] for name, _ in _named_leaves(wanted)]
+            changes = config_changes(saved, jsonable(config), str(source), allow_changes)
+        _refuse(source, digests.mismatches(record, wanted))
+        tree = self._agreed(step, lambda: self._arrays(step, wanted, record))
+        return tree, record["run"], changes
+
+    def _record(self, step: int) -> dict[str, Any]:
+        present = self.steps()
+        if step not in present:
+            known = ", ".join(map(str, present)) or "none"
+            raise DamagedError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        record = self._manager.restore(step, args=args)["meta"]
+        if damage := digests.record_damage(record, step):
+            raise DamagedError(f"{self.directory / str(step)}: {damage}")
+        return record
+
+    def _arrays(self, step: int, wanted: Any, record: dict[str, Any]) -> Any:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(wanted)))
+        found = dict(digests.named_leaves(self._manager.restore(step, args=args)["state"]))
+        leaves = [found[name] for name, _ in digests.named_leaves(wanted)]
         tree = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-        _refuse(source, _damages(fingerprints_then, fingerprints(tree)))
-        return tree, record["run"]
+        if changed := digests.damaged_leaves(record, tree):
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise DamagedError(
+                f"{self.directory / str(step)}: the bits of {', '.join(changed[:3])}{more} are not "
+                "those that were saved"
+            )
+        return tree
+
+    def _agreed(self, step: int, read: Any) -> Any:
+        """What `read` returns, if it does so on every process; a DamagedError on all otherwise."""
+        value, damage = None, None
+        try:
+            value = read()
+        except DamagedError as error:
+            damage = error
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # orbax and tensorstore raise whatever their readers meet
+            damage = DamagedError(
+                f"{self.directory / str(step)}: unreadable checkpoint ({_first_line(error)})"
+            )
+        if not _on_all(damage is None) and damage is None:
+            damage = DamagedError(f"{self.directory / str(step)}: not readable by every process")
+        if damage is not None:
+            raise damage
+        return value
+
+    def _put_aside(self, step: int) -> epath.Path:
+        number = 0
+        while (aside := self.directory / f"{step}.corrupt-{number}").exists():
+            number += 1
+        processes.met(f"{aside} is free")
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(aside)
+        processes.met(f"{aside} is taken")
+        return aside
+
+    def _require_room(self, tree: Any) -> None:
+        if "://" in str(self.directory):
+            return  # a bucket has no end
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.directory).free
+        if not _on_all(needed <= free):
+            raise OSError(f"it needs {needed / GIB:.3g} GiB and {free / GIB:.3g} GiB are free")
 
     def close(self) -> None:
         """Waits for the last save and lets go of threads, also after a failure."""
@@ -198,48 +270,38 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _failed(self, error: Exception) -> RuntimeError:
-        return RuntimeError(
-            f"{self.directory}: the checkpoint of step {self._saving} could not be written "
+    def _failed(self, error: Exception) -> SaveError:
+        step, self._saving = self._saving, None
+        if jax.process_index() == 0:  # a part of a checkpoint takes the room that the next needs
+            for partial in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):
+                    partial.rmtree(missing_ok=True)
+        return SaveError(
+            f"{self.directory}: the checkpoint of step {step} could not be written "
             f"({_first_line(error)}); finished ones are intact, so make room or mend the cause "
             "and rerun the command"
         )
 
-    def _unreadable(self, step: int, error: Exception) -> InputError:
-        return InputError(
-            f"{self.directory / str(step)}: unreadable checkpoint ({_first_line(error)}); "
-            f"{_MOVE_AWAY}"
-        )
+
+def abstract_of(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree, which may then be let go."""
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        if x.sharding is None:
+            raise ValueError("a leaf without sharding: restoring needs to know the devices")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    return jax.tree.map(leaf, tree)
 
 
-def _refuse(source: Path, problems: list[str]) -> None:
+def _on_all(good: bool) -> bool:
+    return bool(processes.of_all(np.array(good)).all())
+
+
+def _refuse(source: epath.Path, problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
         raise InputError([f"{source}: {line}" for line in [*problems[:LISTED], *more]])
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """path -> 32 bits of each array; one changed bit changes them, another mesh does not."""
-    sums = {name: _fingerprint(leaf) for name, leaf in _named_leaves(tree)}
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Sum over the bits of each element times an odd number of its position, modulo 2^32.
-
-    Integers add up to the same in any order, so the layout over devices does not matter.
-    """
-    words = jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}")
-    bits = x.astype(words) if x.dtype == bool else jax.lax.bitcast_convert_type(x, words)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        position = position * np.uint32(size) + jax.lax.broadcasted_iota(
-            jnp.uint32, bits.shape, axis
-        )
-    factor = (position ^ (position >> 16)) * np.uint32(0x45D9F3B)
-    factor = (factor ^ (factor >> 15)) | np.uint32(1)
-    return (bits.astype(jnp.uint32) * factor).sum(dtype=jnp.uint32)
 
 
 def _worth_printing(record: logging.LogRecord) -> bool:
@@ -253,64 +315,13 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line if len(line) <= 200 else '...' + line[-200:]}"
 
 
-def _names(path: tuple) -> list[str]:
-    return [jax.tree_util.keystr((key,), simple=True) for key in path]
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [("/".join(_names(path)), leaf) for path, leaf in flat]
-
-
 def _nested(tree: Any) -> dict[str, Any]:
     """Any pytree as nested dicts of strings; empty containers vanish."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = _names(path)
+        *parents, last = digests.names(path)
         node = nested
         for name in parents:
             node = node.setdefault(name, {})
         node[last] = leaf
     return nested
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
-
-
-def _stored_tree(metadata: Any) -> dict[str, Any]:
-    if metadata is None:
-        raise ValueError("its description of the arrays is missing")
-    return getattr(metadata, "tree", metadata)
-
-
-def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
-    if leaf.sharding is None:
-        raise ValueError("a leaf without sharding: restoring needs to know the devices")
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _mismatches(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    remedy = "resume with the model, options and version that wrote it"
-    lines = [f"{name}: missing; {remedy}" for name in wanted if name not in stored]
-    lines += [f"{name}: unknown; {remedy}" for name in stored if name not in wanted]
-    for name in wanted.keys() & stored.keys():
-        found, expected = (
-            f"{tuple(leaf.shape)} {jnp.dtype(leaf.dtype).name}"
-            for leaf in (stored[name], wanted[name])
-        )
-        if found != expected:
-            lines.append(f"{name}: found {found}, expected {expected}; {remedy}")
-    return sorted(lines)
-
-
-def _damages(saved: dict[str, int], found: dict[str, int]) -> list[str]:
-    return [
-        f"{name}: its bits are not those that were saved; {_MOVE_AWAY}"
-        for name in found
-        if saved.get(name) != found[name]
-    ]

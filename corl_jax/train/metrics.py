@@ -38,25 +38,33 @@ class Metrics:
         total_steps: int | None = None,
         primary: bool = True,
         stream: TextIO | None = None,
+        resumed_lines: int | None = None,
     ):
         """`resumed_at`: the restored step, None for a run from its beginning.
+
+        `resumed_lines`: how many lines had been logged when that step was saved.
 
         Raises:
             InputError: tensorboardX is not installed.
         """
-        self._primary = primary
+        self.primary = primary
         if not primary:
             return
-        self._lines = JsonLines(run.metrics, resumed_at)
+        self._lines = JsonLines(run.metrics, resumed_at, resumed_lines)
         self._board = _event_writer(run.tensorboard, resumed_at)
         self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr)
+
+    @property
+    def lines(self) -> int:
+        """Lines of `metrics.jsonl` so far."""
+        return self._lines.count if self.primary else 0
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Scalars after `step` steps (a batch with all its updates); infinite and NaN become null.
 
         TensorBoard has no null: NaN, which says "does not apply", is left out there.
         """
-        if not self._primary:
+        if not self.primary:
             return
         numbers = {name: float(value) for name, value in values.items()}
         self._lines.write(step, numbers)
@@ -67,27 +75,27 @@ class Metrics:
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture [H, W, 3] uint8, for TensorBoard."""
-        if self._primary:
+        if self.primary:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """A text or table in markdown, for TensorBoard."""
-        if self._primary:
+        if self.primary:
             self._board.add_text(name, markdown, step)
 
     def say(self, message: str) -> None:
         """A line on the console, above the progress bar where there is one."""
-        if self._primary:
+        if self.primary:
             self._console.say(message)
 
     def flush(self) -> None:
         """Puts out what TensorBoard still buffers; JSON lines never wait."""
-        if self._primary:
+        if self.primary:
             self._board.flush()
 
     def close(self) -> None:
         """Ends the bar and closes all files."""
-        if self._primary:
+        if self.primary:
             self._console.close()
             self._lines.close()
             self._board.close()
@@ -102,12 +110,18 @@ class Metrics:
 class JsonLines:
     """`metrics.jsonl`: an object with `step` and the metrics per line, in order of steps."""
 
-    def __init__(self, path: Path, resumed_at: int | None):
-        """Drops the lines of later steps, and the half one that a killed process leaves."""
+    def __init__(self, path: Path, resumed_at: int | None, resumed_lines: int | None = None):
+        """Drops the lines of later steps, and the half one that a killed process leaves.
+
+        Of the restored step itself those too that came after its checkpoint.
+        """
+        limit = math.inf if resumed_lines is None else resumed_lines
+        self.count = 0
         with replacing(path) as kept:
             for line, record in read_lines(path):
-                if resumed_at is not None and record["step"] <= resumed_at:
+                if resumed_at is not None and record["step"] <= resumed_at and self.count < limit:
                     kept.write(line)
+                    self.count += 1
         self._file = path.open("ab")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -115,6 +129,7 @@ class JsonLines:
         # One write per line, unbuffered from here on: a kill loses no finished line.
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
+        self.count += 1
 
     def close(self) -> None:
         self._file.close()

@@ -13,14 +13,17 @@ import numpy as np
 
 from corl_jax import evaluation, processes, rows
 from corl_jax.config import Config
+from corl_jax.errors import InputError, Preempted, SaveError
 from corl_jax.train import gallery, iterate
 from corl_jax.train.checkpoint import Checkpoints
 from corl_jax.train.exporting import export
 from corl_jax.train.guards import Guards
 from corl_jax.train.metrics import Metrics, read_lines
 from corl_jax.train.optimizer import merge
+from corl_jax.train.preemption import Interruption
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.rundir import RunDir
+from corl_jax.train.saving import Saver
 from corl_jax.train.step import TrainState
 from corl_jax.train.watchdog import Watchdog
 from corl_jax.types import Params, Prompts
@@ -42,11 +45,14 @@ class Recorder:
     seconds_before: float = 0.0  # of the processes that this one resumes
     started: float = dataclasses.field(default_factory=time.perf_counter)
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    guards: Guards = dataclasses.field(init=False)
+    interruption: Interruption = dataclasses.field(default_factory=Interruption)
+    stopping: bool = False  # at the step that `due` was last asked about
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
 
     def __post_init__(self) -> None:
         self.guards = Guards(self.config.guards)
+        limit = self.config.checkpoint.max_failures
+        self.saver = Saver(self.checkpoints, lambda text: self.metrics.say(text), limit)
 
     @property
     def seconds(self) -> float:
@@ -65,6 +71,7 @@ class Recorder:
         """
         self.watchdog.beat(compiled=True)
         self.guards.step(step + 1, iteration.updates, iteration.metrics)
+        self.saver.poll()
         self.unlogged.append(seconds)
         if (step + 1) % self.config.log.every and step + 1 != run.steps:
             return
@@ -101,9 +108,11 @@ class Recorder:
         return pace
 
     def due(self, step: int, run: Run) -> bool:
-        """Whether anything beside metrics happens after `step` iterations."""
+        """Whether anything beside metrics happens after `step` iterations; asked after each."""
+        self.stopping = self.interruption.reached(step)
         return (
-            step == run.steps
+            self.stopping
+            or step == run.steps
             or step % self.config.checkpoint.every == 0
             or self._evaluation_due(step, run)
             or self._images_due(step, run)
@@ -123,7 +132,19 @@ class Recorder:
         )
 
     def milestone(self, run: Run, state: TrainState, step: int) -> None:
-        """Grids and evaluations that are due after `step` iterations, then the checkpoint."""
+        """Grids and evaluations that are due after `step` iterations, then the checkpoint.
+
+        Raises:
+            Preempted: the run was asked to stop. It is saved; grids and evaluations can wait.
+        """
+        if self.stopping:
+            reports = self._images_due(step, run) or self._evaluation_due(step, run)
+            self.save(run, state, step, unreported=reports)
+            self.saver.finish()
+            raise Preempted(
+                f"stopped by {self.interruption.reason} after step {step} of {run.steps}, which is "
+                f"saved in {self.checkpoints.directory}; the same command goes on from there"
+            )
         self.watchdog.beat()
         if self._images_due(step, run):
             self._fixed_prompts(run, state, step)
@@ -133,12 +154,21 @@ class Recorder:
         if step and (step % self.config.checkpoint.every == 0 or step == run.steps):
             self.save(run, state, step)
 
-    def save(self, run: Run, state: TrainState, step: int) -> None:
-        """Starts a checkpoint of all that the next iterations depend on."""
-        data = run.train_loader.get_state() | {"step": step}
-        meta = {"data": data, "seed": run.seed, "config": self.config.model_dump(mode="json")}
-        meta |= {"seconds": self.seconds, "guards": self.guards.state()}
-        self.checkpoints.save(step, {"state": state}, meta)
+    def save(self, run: Run, state: TrainState, step: int, unreported: bool = False) -> None:
+        """Starts a checkpoint of all that the next iterations depend on.
+
+        `unreported`: the grids and evaluations of `step` are left to the process that resumes.
+        """
+        meta = {
+            "data": run.train_loader.get_state() | {"step": step},
+            "seed": run.seed,
+            "config": self.config.model_dump(mode="json"),
+            "seconds": self.seconds,
+            "metric_lines": self.metrics.lines,
+            "unreported": unreported,
+            "guards": self.guards.state(),
+        }
+        self.saver.save(step, {"state": state}, meta)
         self.watchdog.beat()
 
     def _answers(self, step: int, iteration: Iteration) -> None:
@@ -231,15 +261,23 @@ class Recorder:
         """The export and `summary.json` of a run that has done all its steps.
 
         What is there already stays: then this is the rerun of a finished run.
+
+        Raises:
+            SaveError: the export could not be written.
         """
-        self.checkpoints.wait()
         self.watchdog.beat()
         if processes.agreed(int(self.run_dir.export.exists())):
             self.metrics.say(f"{self.run_dir.export} stays; move it away to export again")
         elif self.config.export.layout != "none":
-            for note in export(
-                self.run_dir.export, self.config, run, state, self.model_dir, self.primary
-            ):
+            try:
+                notes = export(
+                    self.run_dir.export, self.config, run, state, self.model_dir, self.primary
+                )
+            except InputError as error:  # what the config can be blamed for was checked before
+                raise SaveError(
+                    f"{error}\nall steps are done and saved; the same command exports again"
+                ) from error
+            for note in notes:
                 self.metrics.say(note)
         if self.primary and not self.run_dir.summary.exists():
             evaluations = self.evaluations()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
 
 def describe(plan: Plan) -> str:
     """The report as text."""
-    sections = [_parameters(plan), _memory(plan), _steps(plan)]
+    sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
     if any(plan.rewards.values()):
         sections.append(_rewards(plan))
     return "\n\n".join(sections)
@@ -151,6 +153,50 @@ def _memory(plan: Plan) -> str:
     lines = [f"memory a device, estimated, over {plan.mesh.size} device(s): GiB"]
     lines += [f"  {name:32}{size:>10.2f}" for name, size in estimate.items()]
     return "\n".join([*lines, f"  {'sum':32}{sum(estimate.values()):>10.2f}"])
+
+
+def disk_estimate(plan: Plan) -> dict[str, float]:
+    """GiB that the run directory may come to hold."""
+    config, shapes = plan.config, janus.abstract(plan.model_config)
+    trained, _ = partition(shapes, config.trained)
+    master = 2 if config.compat.bfloat16_master else 4
+    state = _count(trained) * master * (1 + ADAM_COPIES[config.optimizer.name])
+    estimate = {}
+    if config.checkpoint.directory is None:
+        name = f"checkpoints, {config.checkpoint.keep} and one being written"
+        estimate[name] = (config.checkpoint.keep + 1) * state / GIB
+    if config.export.layout != "none":
+        exported = trained if config.export.lora == "adapter" else shapes
+        estimate["export"] = _count(exported) * 4 / GIB
+    return estimate
+
+
+def _free(plan: Plan) -> float:
+    """GiB free where the run directory is, or will be."""
+    folder = Path(plan.config.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / GIB
+
+
+def disk_shortage(plan: Plan) -> str | None:
+    """A line when a run from its beginning may find the disk full."""
+    needed, free = sum(disk_estimate(plan).values()), _free(plan)
+    own = [path for path in Path(plan.config.output_dir).rglob("*") if path.is_file()]
+    free += sum(path.stat().st_size for path in own) / GIB
+    if needed <= free:
+        return None
+    return (
+        f"{plan.config.output_dir} may come to hold {needed:.3g} GiB and has room for "
+        f"{free:.3g} GiB; make room, lower checkpoint.keep, or name another output_dir"
+    )
+
+
+def _disk(plan: Plan) -> str:
+    estimate = disk_estimate(plan)
+    lines = [f"disk, at most, with {_free(plan):,.2f} GiB free: GiB"]
+    lines += [f"  {name:40}{size:>10.2f}" for name, size in estimate.items()]
+    return "\n".join([*lines, f"  {'sum':40}{sum(estimate.values()):>10.2f}"])
 
 
 def _steps(plan: Plan) -> str:

@@ -1,14 +1,15 @@
 """The run directory: one writer, one config, files that are either whole or not there.
 
-config.yaml      the resolved config, every option with its value
-metrics.jsonl    one line per logged step
-tensorboard/     event files
-checkpoints/     one directory per finished step
-images/          grids of fixed prompts
-export/          the final model
-summary.json     steps, seconds, first and last evaluation
-stacks_N.txt     where each thread of process N waited when the watchdog ended it
-.lock            held while a process writes here
+config.yaml            the resolved config, every option with its value
+config_changes.jsonl   what --allow-changed-config let pass, and at which step
+metrics.jsonl          one line per logged step
+tensorboard/           event files
+checkpoints/           one directory per finished step; STEP.corrupt-N is one that was put aside
+images/                grids of fixed prompts
+export/                the final model
+summary.json           steps, seconds, first and last evaluation
+stacks_N.txt           where each thread of process N waited when the watchdog ended it
+.lock                  held while a process writes here
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -45,7 +47,10 @@ MAY_CHANGE = (
 )
 """Options that a resumed run may give another value; regexes of whole keys."""
 
-OWN = ("metrics.jsonl", "tensorboard", "checkpoints", "images", "export", "summary.json")
+OWN = (
+    "config_changes.jsonl", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
+    "summary.json",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,16 @@ class RunDir:
     def summary(self) -> Path:
         return self.path("summary.json")
 
+    def note_changes(self, step: int, changes: list[str]) -> None:
+        """Adds to `config_changes.jsonl` that the run goes on from `step` with another config."""
+        path = self.path("config_changes.jsonl")
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        line = json.dumps({"step": step, "changes": changes}).encode()
+        if lines[-1:] == [line]:
+            return  # the same command again, before it saved anything
+        with replacing(path) as file:
+            file.write(b"".join(one + b"\n" for one in [*lines, line]))
+
     def path(self, name: str) -> Path:
         """A path below the run directory.
 
@@ -102,14 +117,15 @@ class RunDir:
 
 
 @contextlib.contextmanager
-def opened(config: Config, primary: bool = True) -> Iterator[RunDir]:
+def opened(config: Config, primary: bool = True, allow_changes: bool = False) -> Iterator[RunDir]:
     """The config's run directory, created or taken up again, locked until the block ends.
 
     Processes other than the first pass `primary=False`, touch nothing and wait for the first.
 
     Raises:
         InputError: the directory cannot be used, another process writes to it, or it holds a
-            run of another config (every differing option is listed).
+            run of another config and `allow_changes` is not given (every differing option is
+            listed).
     """
     run = RunDir(Path(config.output_dir))
     if not primary:
@@ -123,16 +139,24 @@ def opened(config: Config, primary: bool = True) -> Iterator[RunDir]:
             f"output_dir: {run.root}: {error.strerror}; name a directory that can be created"
         ) from None
     with locked(run.root):
-        _require_same_run(run, config)
-        for leftover in run.root.glob(".*.tmp"):
-            leftover.unlink()
-        with replacing(run.config) as file:
-            file.write(config_file.dump(config).encode())
+        _require_same_run(run, config, allow_changes)
+        try:
+            for leftover in run.root.glob(".*.tmp"):
+                leftover.unlink()
+            for leftover in run.root.glob(".*.partial"):  # of an export
+                shutil.rmtree(leftover)
+            with replacing(run.config) as file:
+                file.write(config_file.dump(config).encode())
+        except OSError as error:
+            raise InputError(
+                f"output_dir: {error.filename or run.root}: {error.strerror}; name a directory "
+                "that can be written, with room in it"
+            ) from None
         processes.met("run directory")
         yield run
 
 
-def _require_same_run(run: RunDir, config: Config) -> None:
+def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
     if not run.config.exists():
         foreign = [name for name in OWN if (run.root / name).exists()]
         if foreign:
@@ -150,21 +174,27 @@ def _require_same_run(run: RunDir, config: Config) -> None:
             f"{run.config}: found {type(old).__name__}, expected a mapping of options; "
             "choose another output_dir"
         )
-    require_same_config(old, config.model_dump(mode="json"), str(run.config))
+    config_changes(old, config.model_dump(mode="json"), str(run.config), allow_changes)
 
 
-def require_same_config(old: dict[str, Any], new: dict[str, Any], source: str) -> None:
-    """Nothing but options of MAY_CHANGE differs from the config that `source` recorded.
+def config_changes(
+    old: dict[str, Any], new: dict[str, Any], source: str, allowed: bool = False
+) -> list[str]:
+    """Options that differ from the config that `source` recorded, MAY_CHANGE left out.
 
     Raises:
-        InputError: a line for each other option that differs.
+        InputError: some differ and they are not `allowed`; a line for each.
     """
     with contextlib.suppress(InputError):  # an older version's: compared as it stands
         old = config_file.validate(old, source).model_dump(mode="json")
     problems = differences(old, new)
-    if problems:
-        remedy = "give the old values, or another output_dir for a new run"
+    if problems and not allowed:
+        remedy = (
+            "give the old values, another output_dir for a new run, or --allow-changed-config to "
+            "go on with the new ones"
+        )
         raise InputError([f"{source}: {problem}; {remedy}" for problem in problems])
+    return problems
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
