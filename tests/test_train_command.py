@@ -510,7 +510,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
     recorder = record.Recorder(
         config=config_file.validate(options(log={"every": 2}), "test"), run_dir=None,
         metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
-        checkpoints=None, model_dir=None,
+        checkpoints=SimpleNamespace(poll=lambda: None), model_dir=None,
     )  # fmt: skip
     loader = SimpleNamespace(
         steps_per_epoch=4, counts={"bad": 0}, share_unusable=lambda union: None

@@ -7,12 +7,19 @@ def test_kills(figure):
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+
+from corl_jax import sharding
+from corl_jax.train import planning
+from tests import tiny_train
 
 COLUMNS = ("id", "fault", "tries", "hits", "losses", "seconds", "result", "note")
 
@@ -29,20 +36,46 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     began = time.perf_counter()
 
     def record(
-        row: str, *, fault: str, tries: int, hits: int | None = None, losses: int, note: str = ""
+        row: str,
+        *,
+        fault: str,
+        tries: int,
+        hits: int | None = None,
+        losses: int,
+        note: str = "",
+        seconds: float | None = None,
     ) -> None:
         nonlocal began
         now = time.perf_counter()
         values = {
             "id": row, "fault": fault, "tries": int(tries),
             "hits": int(tries if hits is None else hits), "losses": int(losses),
-            "seconds": now - began, "note": note,
+            "seconds": now - began if seconds is None else seconds, "note": note,
         }  # fmt: skip
         began = now
         # Properties travel with a test's report, from a worker's process too.
         request.node.user_properties.append(("figure", values))
 
     return record
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_config: Any) -> Path:
+    """A tiny Janus on disk."""
+    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen rows with all columns."""
+    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in this process takes the machine for one with one device."""
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(planning, "make_mesh", make)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
