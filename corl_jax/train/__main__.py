@@ -9,18 +9,20 @@ Ctrl-C saves after the step that runs, and exits with 75.
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import jax
 
 from corl_jax import config_file, processes, startup
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.train import report, rundir
+from corl_jax.train import digests, report, rundir
 from corl_jax.train.checkpoint import Checkpoints, Restored, abstract_of
 from corl_jax.train.loop import train
 from corl_jax.train.metrics import Metrics, Phases
 from corl_jax.train.planning import Plan, plan
 from corl_jax.train.preemption import Interruption
 from corl_jax.train.record import Recorder
+from corl_jax.train.run import Run
 from corl_jax.train.rundir import RunDir
 from corl_jax.train.setup import build
 from corl_jax.train.step import TrainState
@@ -83,7 +85,8 @@ def run_training(planned: Plan, allow_changes: bool = False) -> None:
         processes.failing_together(),  # before anything above waits for the others
     ):
         run, state = build(planned, Phases())
-        resumed = resume(planned, checkpoints, state, allow_changes)
+        weights = untrained_digest(run)
+        resumed = resume(planned, checkpoints, state, weights, allow_changes)
         start, meta = 0, {}
         if resumed is not None:
             start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
@@ -97,7 +100,8 @@ def run_training(planned: Plan, allow_changes: bool = False) -> None:
             tell(planned, resumed, directory, metrics)
             recorder = Recorder(
                 config, directory, metrics, checkpoints, planned.model_dir, primary,
-                meta.get("seconds", 0.0), interruption=interruption, watchdog=watchdog,
+                meta.get("seconds", 0.0), weights=weights, interruption=interruption,
+                watchdog=watchdog,
             )  # fmt: skip
             recorder.guards.restore(meta.get("guards", {}))
             with interruption.waits():
@@ -113,12 +117,19 @@ def run_training(planned: Plan, allow_changes: bool = False) -> None:
         processes.met("the end")  # jax gives the last to leave no time for its export
 
 
+def untrained_digest(run: Run) -> str:
+    """Of the weights that checkpoints leave out, because they come from the model's files."""
+    with run.reference.use() if run.reference else contextlib.nullcontext() as reference:
+        return digests.summary({"frozen": run.frozen, "reference": reference})
+
+
 def resume(
-    planned: Plan, checkpoints: Checkpoints, state: TrainState, allow_changes: bool
+    planned: Plan, checkpoints: Checkpoints, state: TrainState, weights: str, allow_changes: bool
 ) -> Restored | None:
     """The newest sound checkpoint, with the data where it was; None for a run without any.
 
-    The fresh `state` says what is wanted, and is gone when something is restored.
+    The fresh `state` says what is wanted, and is gone when something is restored. `weights`: the
+    digest of those that checkpoints leave out.
     """
     if not processes.agreed(len(checkpoints.steps())):
         return None
@@ -127,12 +138,19 @@ def resume(
         leaf.delete()  # the devices have room for one state
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.newest(wanted, config, allow_changes)
+    problems = []
+    if resumed.meta["weights"] != weights:
+        problems.append(
+            f"{planned.model_dir}: its weights are not those that the run began with; bring them "
+            "back, or --allow-changed-config to go on with these"
+        )
     try:
         planned.train_loader.set_state(resumed.meta["data"])
     except InputError as error:
-        if not allow_changes:
-            raise
-        resumed.changes.extend(error.problems)
+        problems += error.problems
+    if problems and not allow_changes:
+        raise InputError(problems)
+    resumed.changes.extend(problems)
     return resumed
 
 

@@ -104,13 +104,18 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._manager.is_saving_in_progress()
+
     def poll(self) -> int | None:
         """The step that has been saved since the last call, if one has; does not wait.
 
         Raises:
             SaveError: it could not be written.
         """
-        if self._saving is None or self._manager.is_saving_in_progress():
+        if self._saving is None or self.saving:
             return None
         return self.wait()
 

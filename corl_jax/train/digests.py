@@ -34,6 +34,11 @@ def fingerprints(tree: Any) -> dict[str, str]:
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in jax.device_get(sums).items()}
 
 
+def summary(tree: Any) -> str:
+    """One digest of a whole tree's fingerprints."""
+    return _sha256(fingerprints(tree))
+
+
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two sums modulo 2^32 of each element's bits, scrambled together with its position.

@@ -45,6 +45,7 @@ class Recorder:
     seconds_before: float = 0.0  # of the processes that this one resumes
     started: float = dataclasses.field(default_factory=time.perf_counter)
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    weights: str = ""  # digest of those that are read again at each start
     interruption: Interruption = dataclasses.field(default_factory=Interruption)
     stopping: bool = False  # at the step that `due` was last asked about
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
@@ -164,6 +165,7 @@ class Recorder:
             "seed": run.seed,
             "config": self.config.model_dump(mode="json"),
             "seconds": self.seconds,
+            "weights": self.weights,
             "metric_lines": self.metrics.lines,
             "unreported": unreported,
             "guards": self.guards.state(),

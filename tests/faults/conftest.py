@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
@@ -20,6 +21,7 @@ import pytest
 from corl_jax import sharding
 from corl_jax.train import planning
 from tests import tiny_train
+from tests.faults import harness
 
 COLUMNS = ("id", "fault", "tries", "hits", "losses", "seconds", "result", "note")
 
@@ -76,6 +78,16 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command in this process takes the machine for one with one device."""
     make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(planning, "make_mesh", make)
+
+
+@pytest.fixture(scope="session")
+def straight(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the run of `harness.SUPERVISED` comes to when nothing happens to it."""
+    job = harness.Job.make(tmp_path_factory.mktemp("straight"), model, rows, **harness.SUPERVISED)
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    with mock.patch.object(planning, "make_mesh", make):
+        assert job.here() == 0
+    return harness.outcome(job)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -23,11 +23,14 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from corl_jax import config_file, sampling, sharding
+from corl_jax.train import __main__ as command
 from corl_jax.train import planning
+from corl_jax.train.checkpoint import Checkpoints, DamagedError
 from corl_jax.types import STREAMS
 from tests import tiny_train
 
@@ -40,6 +43,8 @@ BUSY = {
     "checkpoint": {"every": 1},
     "export": {"layout": "jax"},
 }
+# The cheapest run that has parameters, an optimizer, batches and metrics.
+SUPERVISED = {"objective": "sft", "rewards": [], "grpo": {}, "train": {"max_steps": 6}}
 
 
 @dataclasses.dataclass
@@ -126,6 +131,14 @@ class Job:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
 
+    def here(self, *arguments: str) -> int:
+        """Runs the command in this process, where tests can put their hands in; its exit code."""
+        try:
+            command.main(["--config", str(self.config), *arguments])
+        except SystemExit as error:
+            return int(error.code or 0)
+        return 0
+
     def finish(self, *arguments: str, code: int = 0) -> None:
         """Runs the command to its end."""
         found = self.start(*arguments).wait(PATIENCE)
@@ -161,6 +174,25 @@ def outcome(job: Job) -> dict[str, str]:
     for folder in ("images", "export"):
         files = sorted(path for path in (job.output / folder).rglob("*") if path.is_file())
         found[folder] = _sha256((path.name, path.read_bytes()) for path in files)
+    return found
+
+
+def unsound(job: Job) -> list[int]:
+    """Finished checkpoints that do not verify."""
+    found = []
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpoints(job.checkpoints, keep=99) as checkpoints:
+        for step in checkpoints.steps():
+            record = json.loads((job.checkpoints / f"{step}/meta/metadata").read_text())
+            tree: dict[str, Any] = {}
+            for name, (dtype, shape, _) in record["leaves"].items():
+                *parents, last = name.split("/")
+                node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+                node[last] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+            try:
+                checkpoints.restore(step, tree)
+            except DamagedError:
+                found.append(step)
     return found
 
 

@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from tests.faults.harness import Job, outcome
+from tests.faults.harness import SUPERVISED, Job, outcome
 
-SUPERVISED = {"objective": "sft", "rewards": [], "grpo": {}}
 # What one more kill falls into, as (object, function, which call of it). Two updates are made on
 # each rollout, so an even call is the second of its iteration.
 PHASES = {
@@ -138,7 +137,8 @@ def killed(make, figure, saves: int, randomly: int) -> None:
 
 def test_four_kills(model, rows, tmp_path, figure):
     def make(name):
-        return Job.make(tmp_path / name, model, rows, train={"max_steps": 16}, **SUPERVISED)
+        changes = SUPERVISED | {"train": {"max_steps": 16}}
+        return Job.make(tmp_path / name, model, rows, **changes)
 
     killed(make, figure, saves=2, randomly=2)
 

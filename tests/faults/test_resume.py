@@ -1,0 +1,224 @@
+"""What a resumed run takes up: data, counters, devices, config (T1, T5, T6, T19b, T24)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from corl_jax import sharding
+from corl_jax.data.dataset import Loader, ParquetSource, required_columns
+from corl_jax.data.processor import Processor
+from corl_jax.train import planning, setup
+from tests import tiny_train
+from tests.faults.harness import SUPERVISED, Job, outcome
+from tests.tiny import tiny_parquet, tiny_row, tiny_tokenizer_dir
+
+GRPO = {"train": {"max_steps": 3}}
+
+
+# ---- data
+
+
+def test_batches_after_a_resume_whatever_prepares_them(tmp_path, figure):
+    """Bad and long rows among them; rows that were counted are not counted twice."""
+    listed = [tiny_row(i) for i in range(30)]
+    listed[4]["real_image"]["bytes"] = b"no picture"
+    listed[9]["qa_problem"] = "why " * 400
+    path = tiny_parquet(tmp_path / "rows.parquet", listed)
+    processor = Processor.from_dir(tiny_tokenizer_dir(tmp_path / "words"))
+
+    def make(prefetch: int, threads: int) -> Loader:
+        tasks = ("t2i", "mm2t")
+        return Loader(
+            ParquetSource(path, required=required_columns(tasks)), processor, tasks=tasks,
+            batch_size=4, seed=3, max_prompt_length=128, max_bad_fraction=0.5, prefetch=prefetch,
+            threads=threads,
+        )  # fmt: skip
+
+    whole = list(make(2, 1).iterate(0, 16))
+    compared = wrong = 0
+    for before in range(4):
+        for after in range(4):
+            first = make(before, max(before, 1))
+            for _ in first.iterate(0, 7 + before):
+                pass
+            state = json.loads(json.dumps(first.get_state() | {"step": 7 + before}))
+            second = make(after, max(after, 1))
+            second.set_state(state)
+            start = second.get_state()["step"]
+            assert second.counts == first.counts
+            for expected, found in zip(whole[start:], second.iterate(start, 16), strict=True):
+                compared += 1
+                wrong += not _same(expected, found)
+            assert second.counts == {"bad": 1, "long": 1}
+    figure(
+        "T5", fault="resume with another prefetch (0 to 3)", tries=compared, losses=wrong,
+        note="batches compared",
+    )  # fmt: skip
+    assert not wrong and compared == 4 * (9 + 8 + 7 + 6)
+
+
+def _same(a, b) -> bool:
+    left, right = (jax.tree.leaves((x.index, x.t2i, x.mm2t)) for x in (a, b))
+    return a.columns["prompt"] == b.columns["prompt"] and all(map(np.array_equal, left, right))
+
+
+# ---- in the middle of an iteration
+
+
+@pytest.mark.slow
+def test_an_iteration_that_broke_off_between_its_updates_is_repeated(
+    model, rows, tmp_path, one_device, monkeypatch, figure
+):
+    """Two updates on each rollout; a checkpoint lies between iterations only."""
+    calm = Job.make(tmp_path / "calm", model, rows, **GRPO)
+    assert calm.here() == 0
+    job = Job.make(tmp_path / "broken", model, rows, **GRPO)
+    original, calls = setup.make_steps, []
+
+    def make_steps(*args):
+        train_step, *rest = original(*args)
+
+        def dying(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return train_step(*args)
+
+        return dying, *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "make_steps", make_steps)
+        with pytest.raises(KeyboardInterrupt):
+            job.here()
+    assert job.steps() == [1]
+    assert job.here() == 0
+    lost = outcome(job) != outcome(calm)
+    figure("T1", fault="broken off between two updates", tries=1, losses=lost)
+    assert not lost
+
+
+# ---- other devices
+
+
+@pytest.mark.slow
+def test_other_devices_get_the_same_values_and_nearly_the_same_losses(
+    model, rows, tmp_path, monkeypatch, figure
+):
+    def on(*sizes: int):
+        make = functools.partial(
+            sharding.make_mesh, *sizes, devices=jax.devices()[: int(np.prod(sizes))]
+        )
+        return lambda *args, **options: make()
+
+    changes = SUPERVISED | {"train": {"max_steps": 8, "prompts_per_step": 8}}
+    losses, worst = {}, 0.0
+    for sizes in ((1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2)):
+        job = Job.make(tmp_path / "x".join(map(str, sizes)), model, rows, **changes)
+        monkeypatch.setattr(planning, "make_mesh", on(2, 2, 1))
+        assert job.here("train.stop_after=4") == 0
+        monkeypatch.setattr(planning, "make_mesh", on(*sizes))
+        assert job.here() == 0  # verified: the fingerprints are those of the other mesh
+        losses[sizes] = [line["loss"] for line in tiny_train.metric_lines(job.output)]
+        difference = np.abs(np.array(losses[sizes]) - losses[1, 1, 1]) / losses[1, 1, 1]
+        assert (difference[:4] == 0).all()
+        worst = max(worst, float(difference.max()))
+    figure(
+        "T6", fault="resume on 1 to 8 devices", tries=len(losses), losses=int(worst > 1e-3),
+        note=f"largest relative difference of a loss {worst:.1e}",
+    )  # fmt: skip
+    assert 0 < worst < 1e-3
+
+
+# ---- another config
+
+
+@pytest.fixture
+def begun(model, rows, tmp_path, one_device):
+    job = Job.make(tmp_path, model, rows, **SUPERVISED)
+    assert job.here("train.stop_after=1") == 0
+    return job
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_and_allowed_by_the_flag(begun, model, rows, tmp_path, capsys,
+                                                           figure):  # fmt: skip
+    other = tiny_train.rows_file(tmp_path / "other.parquet", 12)
+    cases = {
+        "seed=7": "seed: found 7, the run has 0",
+        "optimizer.learning_rate=0.5": "optimizer.learning_rate: found 0.5, the run has 0.001",
+        f"data.path={other}": "data.path: found",
+        f"model.path={model}/": "model.path: found",
+        "train.prompts_per_step=8": "train.prompts_per_step: found 8, the run has 4",
+        "train.max_steps=9": "train.max_steps: found 9, the run has 6",
+        "objective=vq": "objective: found 'vq', the run has 'sft'",
+    }
+    losses = 0
+    for change, part in cases.items():
+        more = ["train.trainable=[vqmodel/.*]"] if change == "objective=vq" else []
+        code, text = begun.here(change, *more), capsys.readouterr().err
+        losses += code != 2 or part not in text or "--allow-changed-config" not in text
+    changed = begun.config.read_text().replace("max_steps: 6", "max_steps: 9")
+    (begun.output / "config.yaml").write_text(changed)  # the checkpoint knows it too
+    code, text = begun.here("train.max_steps=9"), capsys.readouterr().err
+    losses += code != 2 or "checkpoints/1: train.max_steps: found 9, the run has 6" not in text
+    figure(
+        "T19b", fault="config changed between two processes", tries=len(cases) + 1, losses=losses
+    )
+    assert not losses
+    flags = ("--allow-changed-config", "seed=7", f"data.path={other}", "train.max_steps=3")
+    assert begun.here(*flags) == 0
+    text = capsys.readouterr().err
+    assert "warning: changed config: seed: found 7, the run has 0" in text
+    assert "warning: changed config: data state: rows was 16 and is now 12" in text
+    (line,) = (begun.output / "config_changes.jsonl").read_text().splitlines()
+    noted = json.loads(line)
+    assert noted["step"] == 1 and len(noted["changes"]) == 5
+    assert begun.here(*flags[1:]) == 0  # from now on these are the run's
+
+
+@pytest.mark.slow
+def test_other_weights_behind_the_same_path(model, rows, tmp_path, one_device, capsys, figure):
+    """Frozen parts are not in the checkpoint: they are read again at each start."""
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    job = Job.make(tmp_path, own, rows, **SUPERVISED)
+    assert job.here("train.stop_after=1") == 0
+    tensors = load_file(own / "model.safetensors")
+    name = next(name for name in tensors if name.startswith("vision_model"))
+    tensors[name] = tensors[name] * np.float32(1.0001)
+    save_file(tensors, own / "model.safetensors")
+    code = job.here()
+    figure("T19b", fault="frozen weights changed", tries=1, losses=code != 2)
+    assert code == 2
+    assert "its weights are not those that the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_no_flag_can_allow(begun, capsys):
+    """An optimizer that keeps something else."""
+    assert begun.here("--allow-changed-config", "optimizer.name=sgd") == 2
+    assert "unknown; resume with the model, options and version" in capsys.readouterr().err
+
+
+# ---- at and past the end
+
+
+@pytest.mark.slow
+def test_resuming_at_the_last_step_and_past_it(begun, capsys, figure):
+    assert begun.here() == 0
+    done = outcome(begun)
+    codes = [begun.here()]
+    same = outcome(begun) == done
+    codes.append(begun.here("--allow-changed-config", "train.max_steps=4"))
+    text = capsys.readouterr().err
+    losses = codes.count(0) != 2 or not same
+    figure("T24", fault="resume at the last step, and past it", tries=2, losses=losses)
+    assert codes == [0, 0] and same
+    assert "step 6 is done already, past the 4 of the run" in text
