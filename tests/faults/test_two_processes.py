@@ -75,12 +75,13 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
+        options = [str(every), str(steps), str(pause)]
         environment = os.environ | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
         }  # fmt: skip
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", WORKER, *map(str, (index, port, folder, every, steps, pause))], cwd=ROOT,
+                [sys.executable, "-c", WORKER, str(index), port, str(folder), *options], cwd=ROOT,
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for index in range(2)
