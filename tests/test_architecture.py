@@ -31,7 +31,9 @@ FORBIDDEN = {
 
 MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 60
 # path (lines of the module) or path::function -> (limit, reason)
-EXCEPTIONS: dict[str, tuple[int, str]] = {}
+EXCEPTIONS: dict[str, tuple[int, str]] = {
+    "corl_jax/config.py": (420, "a table: every option of a run in one place"),
+}
 
 # What computes must import without what reads configs, reads data and draws curves.
 NUMERIC_MODULES = ("models.janus", "grpo", "sampling", "train.step")

@@ -127,11 +127,7 @@ def plan(config: Config) -> Plan:
     if model_config:
         problems += _answer_problems(config, listed, model_config, processor)
         model_config = _with_adapters(config, model_config)
-        parts = attempt(partition, janus.abstract(model_config), config.trained)
-        problems += _trainable_problems(config, parts) if parts else []
-        problems += _size_problems(config, model_config)
-        problems += _export_problems(config, model_config)
-        problems += mesh_problems(model_config, mesh) if mesh else []
+        problems += _model_problems(config, model_config, mesh)
     for found in asked or []:
         if found.janus and mesh:
             where = f"rewards: option scorer of {', '.join(found.rewards)}: {found.name}"
@@ -144,14 +140,16 @@ def plan(config: Config) -> Plan:
     if problems:
         raise InputError(problems)
     train_loader, eval_loader = loaders
-    steps = config.train.max_steps or max(
-        1, round(config.train.epochs * len(train_loader.source) / config.train.prompts_per_step)
-    )
     return Plan(
         config=config, model_config=model_config, special=processor.special, mesh=mesh,
-        tasks=tasks, steps=steps, model_dir=model_dir, processor=processor, rewards=rewards,
-        networks=asked, train_loader=train_loader, eval_loader=eval_loader,
+        tasks=tasks, steps=_steps(config, train_loader), model_dir=model_dir, processor=processor,
+        rewards=rewards, networks=asked, train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
+
+
+def _steps(config: Config, loader: Loader) -> int:
+    epochs = config.train.epochs * len(loader.source) / config.train.prompts_per_step
+    return config.train.max_steps or max(1, round(epochs))
 
 
 def _tasks(config: Config) -> tuple[str, ...]:
@@ -212,6 +210,17 @@ def mesh_problems(model: JanusConfig, mesh: Any) -> list[str]:
         "heads of vision_model": model.siglip.num_heads,
     }
     return layout_problems(janus.abstract(model), heads, mesh)
+
+
+def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> list[str]:
+    """What of the model's sizes and parts does not fit the config."""
+    try:
+        problems = _trainable_problems(config, partition(janus.abstract(model), config.trained))
+    except InputError as error:
+        problems = list(error.problems)
+    problems += _size_problems(config, model)
+    problems += _export_problems(config, model)
+    return problems + (mesh_problems(model, mesh) if mesh else [])
 
 
 def _size_problems(config: Config, model: JanusConfig) -> list[str]:
