@@ -24,7 +24,7 @@ from corl_jax.data.processor import BUCKET
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS, JanusConfig
-from corl_jax.train import planning
+from corl_jax.train import planning, setup
 from corl_jax.types import SpecialTokens
 from corl_jax.weights.files import load_config
 
@@ -60,6 +60,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             metavar="TOKENS",
             help=f"longest {task} prompt of a batch (default: data.max_prompt_length)",
         )
+    parser.add_argument(
+        "--stored",
+        choices=setup.DTYPES,
+        default="bfloat16",
+        help="dtype of the model's files, in which frozen parameters stay (default: bfloat16, as "
+        "the released ones)",
+    )
     parser.add_argument(
         "--hbm", type=float, metavar="GIB", help="memory of a device, instead of the known one"
     )
@@ -183,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     print(heading(outline, chip, lengths), flush=True)
     listed, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
-    kept, planned = programs.programs(outline, lengths)
+    kept, planned = programs.programs(outline, lengths, setup.DTYPES[args.stored])
     planned = selected(planned, args.only)
     print(f"\n{report.kept_table(kept, reserve)}", flush=True)
     if reason := report.too_much_kept(kept, chip, reserve):

@@ -207,7 +207,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, tiny_config, before):
                 lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                 abstract, places[count],
             )  # fmt: skip
-            found, _ = checkpoints.restore(3, wanted)
+            found, *_ = checkpoints.restore(3, wanted)
             for (path, leaf), expected in zip(
                 jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(state), strict=True
             ):

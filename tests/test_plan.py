@@ -188,7 +188,9 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
     assert "NO" in out
     assert "does not fit: " in out
     with pytest.raises(SystemExit) as stopped:  # fits, but not beside the reward networks
-        plan.main([*command, "--hbm", str(1.01 * most / 2**30), "--reserve", "1e-5"])
+        plan.main(
+            [*command, "--hbm", str(1.01 * most / 2**30), "--reserve", str(0.02 * most / 2**30)]
+        )
     assert stopped.value.code == 1
     assert re.search(r"with all kept.*\n(.*\n)*.* NO", capsys.readouterr().out)
 

@@ -315,7 +315,9 @@ def test_a_reference_may_rest_in_host_memory(config, params):
     kinds = {}
     for place in ("device", "host"):
         block = schema.Grpo(kl_coef=0.1, reference=place)
-        options = SimpleNamespace(objective="grpo", grpo=block, model=schema.Model(path="x"))
+        options = SimpleNamespace(
+            objective="grpo", grpo=block, model=schema.Model(path="x"), lora=schema.Lora()
+        )
         lent = setup.make_reference(SimpleNamespace(config=options, mesh=mesh), trained)
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
         with lent.use() as reference:

@@ -16,10 +16,16 @@ from corl_jax import sampling
 from corl_jax.models import attention, janus, lora
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Lent, Policy
-from corl_jax.sharding import param_shardings
+from corl_jax.sharding import leaf_paths, param_shardings
 from corl_jax.train import iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
-from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype, partition
+from corl_jax.train.optimizer import (
+    learning_rate,
+    make_optimizer,
+    master_dtype,
+    merge,
+    partition,
+)
 from corl_jax.train.planning import Outline, Plan
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step
@@ -84,9 +90,14 @@ def load_parts(plan: Plan) -> tuple[Params, Params]:
     config, mesh, base = plan.config, plan.mesh, janus.base(plan.model_config)
     shapes, rest = partition(janus.abstract(plan.model_config), config.trained)
     shardings, master = param_shardings(shapes, mesh), master_dtype(config.compat.bfloat16_master)
-    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh), lambda _: None)
     if not config.lora.rank:
-        return load_sharded(plan.model_dir, base, shardings, lambda _: master), frozen
+        trained = dict(leaf_paths(shapes))
+        loaded = load_sharded(
+            plan.model_dir, base, param_shardings(merge(shapes, rest), mesh),
+            lambda path: master if path in trained else None,
+        )  # fmt: skip
+        return partition(loaded, config.trained)
+    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh), lambda _: None)
 
     def draw(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))

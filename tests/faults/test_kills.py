@@ -28,6 +28,8 @@ PHASES = {
     "summary": ("corl_jax.train.rundir:RunDir", "write_json", 1),
 }
 
+STEPS = 3
+
 DIES = """
 import functools, importlib, os
 module, _, owner = {where!r}.partition(":")
@@ -90,10 +92,11 @@ class Kills:
         self.seconds += time.monotonic() - began
 
     def at_random(self, longest: float) -> None:
-        """At a time drawn from that of a restart and a few steps."""
-        began = time.monotonic()
+        """At a time drawn from that of a restart and a few steps, of which STEPS are the most."""
+        began, logged = time.monotonic(), self.job.logged()
+        end = began + self.random.uniform(0, longest)
         self._start()
-        time.sleep(self.random.uniform(0, longest))
+        self.job.until(lambda: time.monotonic() >= end or self.job.logged() >= logged + STEPS)
         self._kill()
         self.seconds += time.monotonic() - began
 
