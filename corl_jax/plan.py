@@ -50,8 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         choices=PRESETS,
-        help="sizes of the model; without it those of model.path's config.json, or of the preset "
-        "that model.path names",
+        help="sizes (default: of model.path's config.json, or of the preset that it names)",
     )
     for task, option in (("drawing", "image"), ("understanding", "text")):
         parser.add_argument(
@@ -64,8 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--stored",
         choices=setup.DTYPES,
         default="bfloat16",
-        help="dtype of the model's files, in which frozen parameters stay (default: bfloat16, as "
-        "the released ones)",
+        help="dtype of the model's files and so of what is frozen (default: bfloat16)",
     )
     parser.add_argument(
         "--hbm", type=float, metavar="GIB", help="memory of a device, instead of the known one"
@@ -81,8 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--only",
         action="append",
         metavar="PROGRAM",
-        help="compile only programs whose name starts so (sample, sample t2i, codes, log-probs, "
-        "update); may be repeated; compiling all of 7B takes some minutes",
+        help="compile only programs whose name starts so, such as update; may be repeated",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. mesh.fsdp=-1")
     return parser.parse_intermixed_args(argv)

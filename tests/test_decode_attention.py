@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corl_jax import sampling
-from corl_jax.models import janus
+from corl_jax.models import decoding, janus
 from corl_jax.models.attention import attend_to, fastest, merge
 from corl_jax.models.decoding import read_prompts
 from corl_jax.models.layers import attend
@@ -87,9 +87,13 @@ def test_bfloat16_is_merged_in_float32():
 # ---- decode steps
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("tiny", ["grouped heads", "one key a head"])
-def test_prompts_once_and_cached_decode_equal_the_full_forward(tiny, tiny_config, tiny_params):
+def test_prompts_once_and_cached_decode_equal_the_full_forward(
+    tiny, copied, tiny_config, tiny_params, monkeypatch
+):
     """Left-padded prompts, three continuations of each, read token by token."""
+    monkeypatch.setattr(decoding, "copies_prompts", lambda *_: copied)
     rng = np.random.default_rng(0)
     if tiny == "one key a head":
         tiny_config, tiny_params = one_key_a_head(tiny_config, tiny_params)
@@ -110,7 +114,13 @@ def test_prompts_once_and_cached_decode_equal_the_full_forward(tiny, tiny_config
         embeds = model.embed_text(prompts)
         decoder, last = read_prompts(model.language_model, embeds, jnp.asarray(mask), "xla")
         # What the buffers hold before it is written must not show.
-        caches = jax.tree.map(lambda x: x + 1e3, decoder.new_caches(len(tokens), STEPS))
+        lengths = np.repeat(mask.sum(axis=1), GROUP) if copied else 0
+        caches = jax.tree.map(
+            lambda x: jnp.where(
+                (np.arange(x.shape[1]) < np.reshape(lengths, (-1, 1)))[..., None, None], x, 1e3
+            ),
+            decoder.new_caches(len(tokens), STEPS),
+        )
         outputs = [jnp.repeat(last, GROUP, axis=0)]
         for index in range(STEPS):
             read = model.embed_text(tokens[:, index])
@@ -155,14 +165,17 @@ def test_caches_keep_the_compute_dtype(tiny_config, tiny_params):
 # ---- cuDNN, as far as it goes without a GPU
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("program", ["_image_program", "_text_program"])
-def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program):
-    """Two fused calls a layer, prompt and own tokens, on operands of the expected shapes."""
+def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, copied):
+    """A fused call a layer with a short prompt, one more for a long one, of the expected shapes."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     shape, special = jax.ShapeDtypeStruct, SpecialTokens(1, 2, 0, 91, 92, 90)
     rows, length = 4, 8
+    monkeypatch.setattr(decoding, "SHORT_PROMPT", length - (not copied))
+    jax.clear_caches()  # the limit is no argument of the traced function
     prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
     keys = jax.eval_shape(lambda: sampling.sample_keys(0, np.arange(rows), GROUP))
     options = {"special": special, "greedy": False, "dtype": jnp.bfloat16, "attention": "cudnn"}
@@ -176,10 +189,10 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program):
     )  # fmt: skip
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
-    assert len(calls) == tiny_config.llama.num_layers
     steps = tiny_config.num_image_tokens if width == 2 else 9
-    own = f"{width * rows * GROUP}x{steps}x2x8xbf16"
-    assert all(line.count(f"tensor<{own}>") == 2 for line in calls)
+    own = f"{width * rows * GROUP}x{steps + length * copied}x2x8xbf16"
+    assert sum(line.count(f"tensor<{own}>") == 2 for line in calls) == tiny_config.llama.num_layers
+    assert len(calls) == tiny_config.llama.num_layers * (1 if copied else 2)
 
 
 @pytest.mark.parametrize(

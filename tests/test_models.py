@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corl_jax import config as schema
 from corl_jax import sharding
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS
 from corl_jax.models.llama import positions_of
+from corl_jax.models.lora import Lora
 
 # Counts by part as the specification states them: (1.3B and Pro-1B, Pro-7B).
 COUNTS = {
@@ -246,7 +248,9 @@ def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
 
 def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
-    paths = [path for path, _ in sharding.leaf_paths(janus.abstract(PRESETS["janus-pro-7b"]))]
+    targets = tuple(schema.Lora().targets)
+    config = janus.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
+    paths = [path for path, _ in sharding.leaf_paths(janus.abstract(config))]
     first = {
         next(i for i, (rule, _) in enumerate(sharding.PARAM_RULES) if re.fullmatch(rule, path))
         for path in paths

@@ -133,8 +133,9 @@ def test_ti_sim_does_not_apply_without_a_caption(context):
     assert np.isnan(found).tolist() == [True, True, False]
 
 
-def test_ti_sim_and_answers_on_a_mesh(context, mesh):
+def test_ti_sim_and_answers_on_a_mesh(context):
     """Rows that the devices do not divide, parameters split over them."""
+    mesh = sharding.make_mesh(data=2, fsdp=4)
     placed = jax.device_put(context.params, sharding.param_shardings(context.params, mesh))
     spread = dataclasses.replace(context, params=placed)
     options = {"stream": "caption", "greedy": True, "max_new_tokens": 3}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from corl_jax import sampling, sharding
-from corl_jax.models import janus
+from corl_jax.models import decoding, janus
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from tests.tiny import two_layers
 
@@ -266,7 +266,27 @@ def on_mesh(mesh, params, prompts):
     )
 
 
-def test_data_parallel_decoding_needs_no_communication(config, params, images):
+@pytest.fixture(params=["shared prompts", "copied prompts"])
+def copied(request, monkeypatch):
+    """Both ways to keep prompts; which one a program uses is no argument of it."""
+    copied = request.param == "copied prompts"
+    monkeypatch.setattr(decoding, "copies_prompts", lambda *_: copied)
+    jax.clear_caches()
+    yield copied
+    jax.clear_caches()
+
+
+def test_copied_prompts_change_nothing(config, params, images, texts, copied):
+    rollouts = (
+        draw_images(config, params, images.prompts, keys_of(range(4))),
+        answer(config, params, texts.prompts, keys_of(range(4))),
+    )
+    for found, expected in zip(rollouts, (images, texts), strict=True):
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_data_parallel_decoding_needs_no_communication(config, params, images, copied):
     mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
     with jax.set_mesh(mesh):
@@ -396,6 +416,8 @@ def test_chunks_are_even(images, chunks):
 def test_one_program_a_bucket(config, params, images, texts):
     """Other prompts, seeds, scales and temperatures of the same padded shape compile nothing."""
     programs = sampling._image_program, sampling._text_program
+    draw_images(config, params, images.prompts, keys_of(range(4)))
+    answer(config, params, texts.prompts, keys_of(range(4)))
     before = [program._cache_size() for program in programs]
     keys = sampling.sample_keys(77, np.arange(4) + 9, GROUP)
     shifted = rows_of(images.prompts, [3, 3, 0, 0])
@@ -429,14 +451,14 @@ def lowered(config, program: str, rows: int, length: int, group: int, **options)
 
 
 @pytest.mark.parametrize("program", ["_image_program", "_text_program"])
-def test_memory_is_one_cache_and_little_more(wide_config, program):
+def test_memory_is_one_cache_and_little_more(wide_config, program, copied):
     """Extended in place: no second copy of the cache beside the one that the loop carries."""
     rows, length, group = 4, 16, 16
     options = IMAGE_OPTIONS if program == "_image_program" else TEXT_OPTIONS
     compiled = lowered(wide_config, program, rows, length, group, **options).compile()
     llama, rows = wide_config.llama, rows * (1 + (program == "_image_program"))
     token = 2 * 4 * llama.num_kv_heads * llama.head_dim  # bytes of keys and values a layer
-    layer = token * rows * group * 256
+    layer = token * rows * group * (256 + copied * length)
     found = compiled.memory_analysis().temp_size_in_bytes
     print(f"{program}: {found / 2**20:.1f} MiB, caches {llama.num_layers * layer / 2**20:.1f} MiB")
     # One layer's keys and values are transposed for the CPU's matrix products. Prompts' keys

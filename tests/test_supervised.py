@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -20,6 +21,8 @@ from corl_jax.types import Prompts
 from tests import tiny_train
 from tests.tiny import tiny_image, tiny_tokenizer_dir
 
+BATCH = 400
+
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
@@ -34,7 +37,10 @@ def params(tiny_config):
 
 
 def run_of(processor, **options):
-    return SimpleNamespace(processor=processor, sft=schema.Sft(**options), seed=0, image_side=16)
+    return SimpleNamespace(
+        processor=processor, sft=schema.Sft(**options), seed=0, image_side=16,
+        train_loader=SimpleNamespace(batch_size=BATCH),
+    )  # fmt: skip
 
 
 def prompts_of(processor, rows: int) -> Prompts:
@@ -87,7 +93,8 @@ def test_dropped_prompts_are_guidances_unconditional_rows(processor):
 
     def ids(dropout, step=0):
         run = run_of(processor, cfg_dropout=dropout)
-        return supervised.supervised_batch(run, prompts, step)["t2i"].prompts.input_ids
+        later = dataclasses.replace(prompts, index=prompts.index + step * BATCH)
+        return supervised.supervised_batch(run, later, step)["t2i"].prompts.input_ids
 
     np.testing.assert_array_equal(ids(0.0), prompts.t2i.input_ids)
     special, whole = processor.special, prompts.t2i.input_ids

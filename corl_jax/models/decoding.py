@@ -1,9 +1,10 @@
 """One token at a time through a Llama, many completions a prompt.
 
-A prompt is read once and its keys and values are kept once, whatever the number of its
-completions: each completion adds only the keys and values of its own tokens, all at the same
-slot. The layers are unstacked and their matrices fused before the loop, because XLA does not
-hoist the slices of a stacked layer out of it.
+A prompt is read once, whatever the number of its completions, and its keys and values are kept
+once: each completion adds only those of its own tokens, all at the same slot, and a step attends
+to both parts. Where a short prompt costs less to read again than to attend to apart, each
+completion's buffer begins with a copy of it. The layers are unstacked and their matrices fused
+before the loop, because XLA does not hoist the slices of a stacked layer out of it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from corl_jax.models.lora import LoraLinear
 from corl_jax.sharding import constrain
 
 SHORT_PROMPT = 128
-"""Tokens up to which a group attends to its prompt through XLA's matrix products: on an H200 13 us
-against cuDNN's 24 for 40 tokens; for 676 the whole text rollout is 6% faster through cuDNN."""
+"""Tokens, padding included, up to which cuDNN attends to a prompt and a completion in one call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Rows:
 class Step:
     """Where a decode step stands: shared by all layers of that step."""
 
-    index: jax.Array  # scalar int32, the completion token being read and the slot that it takes
+    index: jax.Array  # scalar int32, the completion token being read
+    positions: jax.Array  # [rows] int32, its place behind the prompt
     rope: tuple[jax.Array, jax.Array]  # of its position, [rows, 1, head_dim]
     lengths: jax.Array  # [prompt rows] int32, real tokens of the prompts
     attention: Implementation
@@ -155,9 +156,12 @@ class FusedBlock:
         )
 
     def __call__(
-        self, x: jax.Array, prompt: KVCache, cache: KVCache, step: Step
+        self, x: jax.Array, prompt: KVCache | None, cache: KVCache, step: Step
     ) -> tuple[jax.Array, KVCache]:
-        """x [rows, D] after this block, and its cache with the token's key and value."""
+        """x [rows, D] after this block, and its cache with the token's key and value.
+
+        `prompt` is None where the cache begins with it.
+        """
         attended, cache = self._attend(self.block.input_layernorm(x), prompt, cache, step)
         x = x + self.out(attended)
         inner = self.gate_up(self.block.post_attention_layernorm(x))
@@ -165,34 +169,38 @@ class FusedBlock:
         return constrain(x, "batch", "embed"), cache
 
     def _attend(
-        self, x: jax.Array, prompt: KVCache, cache: KVCache, step: Step
+        self, x: jax.Array, prompt: KVCache | None, cache: KVCache, step: Step
     ) -> tuple[jax.Array, KVCache]:
         rows, size = len(x), self.block.attn.config.head_dim
         fused = constrain(self.qkv(x), "batch", "heads", None, None)
         query = apply_rope(fused[:, :, :-2].reshape(rows, -1, size), step.rope)
         new = apply_rope(fused[:, :, -2], step.rope), fused[:, :, -1]
-        keys, values = (
+        if prompt is None:
+            cache = write(cache, new, step.positions)
+            own, _ = attend_to(query[:, None], *cache, step.positions + 1, step.attention)
+            return own.reshape(rows, -1), cache
+        cache = tuple(
             lax.dynamic_update_slice_in_dim(old, entry[:, None], step.index, axis=1)
             for old, entry in zip(cache, new, strict=True)
         )
         count = jnp.full(rows, step.index + 1, jnp.int32)
-        own = attend_to(query[:, None], keys, values, count, step.attention)
+        own = attend_to(query[:, None], *cache, count, step.attention)
         by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
-        short = prompt[0].shape[1] <= SHORT_PROMPT
-        shared = attend_to(by_prompt, *prompt, step.lengths, "xla" if short else step.attention)
+        shared = attend_to(by_prompt, *prompt, step.lengths, step.attention)
         averages, denominators = (x.reshape(rows, 1, *x.shape[2:]) for x in shared)
-        return merge((averages, denominators), own).reshape(rows, -1), (keys, values)
+        return merge((averages, denominators), own).reshape(rows, -1), cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The fused layers, and the prompts that all rows of a group share."""
+    """The fused layers, and the prompts: shared by all rows of a group, or copied for each."""
 
     llama: Llama
     blocks: list[FusedBlock]
     prompts: list[KVCache]  # per layer, [prompt rows, P, kv_heads, head_dim], padded behind
     lengths: jax.Array  # [prompt rows] int32
     attention: Implementation
+    copied: bool  # buffers of `new_caches` begin with the prompt
 
     def __call__(
         self, embeds: jax.Array, index: jax.Array, caches: list[KVCache]
@@ -202,21 +210,39 @@ class Decoder:
         The rows of one prompt row lie side by side.
         """
         positions = jnp.repeat(self.lengths, len(embeds) // len(self.lengths)) + index
-        step = Step(index, self.llama.rope(positions), self.lengths, self.attention)
+        rope = self.llama.rope(positions)
+        step = Step(index, positions, rope, self.lengths, self.attention)
         x, new = constrain(embeds, "batch", "embed"), []
         for block, prompt, cache in zip(self.blocks, self.prompts, caches, strict=True):
-            x, cache = block(x, prompt, cache, step)
+            x, cache = block(x, None if self.copied else prompt, cache, step)
             new.append(cache)
         return self.llama.norm(x), new
 
     def new_caches(self, rows: int, length: int) -> list[KVCache]:
-        """Empty per-layer buffers [rows, length, kv_heads, head_dim] for the completions."""
+        """Per-layer buffers [rows, S, kv_heads, head_dim] for completions of `length` tokens.
+
+        S is `length`, or with copied prompts P + `length`; a completion's tokens then follow its
+        prompt's real ones.
+        """
 
         def buffer(prompt: jax.Array) -> jax.Array:
             zeros = jnp.zeros((rows, length, *prompt.shape[2:]), prompt.dtype)
+            if self.copied:
+                zeros = jnp.concatenate([jnp.repeat(prompt, rows // len(prompt), 0), zeros], axis=1)
             return constrain(zeros, "batch", "length", "heads", None)
 
         return [(buffer(keys), buffer(values)) for keys, values in self.prompts]
+
+
+def write(cache: KVCache, new: KVCache, slots: jax.Array) -> KVCache:
+    """Keys and values [rows, S, ...] with those of one token, [rows, ...], at each row's slot."""
+    put = jax.vmap(lambda row, entry, slot: lax.dynamic_update_index_in_dim(row, entry, slot, 0))
+    return tuple(put(old, entry, slots) for old, entry in zip(cache, new, strict=True))
+
+
+def copies_prompts(attention: Implementation, length: int) -> bool:
+    """Whether prompts of `length` tokens are copied in front of each of their completions."""
+    return attention == "cudnn" and length <= SHORT_PROMPT
 
 
 def read_prompts(
@@ -236,4 +262,5 @@ def read_prompts(
         for i in range(len(keys))
     ]
     fused = [FusedBlock.of(block) for block in blocks]
-    return Decoder(llama, fused, prompts, lengths, attention), last
+    copied = copies_prompts(attention, mask.shape[1])
+    return Decoder(llama, fused, prompts, lengths, attention, copied), last

@@ -10,6 +10,7 @@ import numpy as np
 
 from corl_jax.models import binding
 from corl_jax.types import Params
+from corl_jax.weights.storage import whole
 from corl_jax.weights.table import Table, flatten, unflatten
 
 
@@ -20,9 +21,9 @@ def from_table(table: Table, kind: Any, config: Any, state: Mapping[str, np.ndar
     assert not table.problems(slots, {key: x.shape for key, x in state.items()}, "test")
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for slot in slots:
-        first, last = slot.rows or (None, None)
-        piece = state[slot.key] if slot.rows is None else state[slot.key][first:last]
-        flat[slot.path][... if slot.layer is None else slot.layer] = slot.transform.to_leaf(piece)
+        leaf = flat[slot.path][... if slot.layer is None else slot.layer]
+        box = slot.box(whole(leaf.shape))
+        leaf[...] = slot.transform.to_leaf(state[slot.key][tuple(slice(*ends) for ends in box)])
     assert not any(np.isnan(leaf).any() for leaf in flat.values())
     return unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})
 

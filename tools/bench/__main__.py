@@ -78,6 +78,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--micro-batch", type=int, help="prompts of one backward pass; default: all"
     )
     parser.add_argument(
+        "--remat",
+        choices=("none", "dots", "full"),
+        default="full",
+        help="what the backward pass keeps of a layer, as model.remat (default: full)",
+    )
+    parser.add_argument(
         "--mesh",
         default="",
         metavar="AXIS=N,...",
@@ -196,9 +202,9 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         setting = Setting(
             size=size, prompts=args.prompts, group=args.group, repeats=args.repeats,
-            micro_batch=args.micro_batch, offload=args.offload, folder=Path(folder),
-            processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
-            ceilings=found, trace=args.trace,
+            micro_batch=args.micro_batch, remat=args.remat, offload=args.offload,
+            folder=Path(folder), processor=write_processor(Path(folder) / "janus", size.janus),
+            mesh=mesh, ceilings=found, trace=args.trace,
         )  # fmt: skip
         for part in args.parts:
             try:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.config import Optimizer, Train
-from corl_jax.models.layers import Remat
 from corl_jax.rewards.registry import Entry, Resolved
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.train import iterate
@@ -28,7 +27,6 @@ from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 UPDATES = 1000  # of the schedule
-REMAT: Remat = "full"
 TASKS = ("t2i", "mm2t")
 
 
@@ -46,7 +44,7 @@ def start(setting: Setting) -> tuple[TrainState, Params, Any]:
 
 def objective(setting: Setting) -> Objective:
     """That of the paper's first stage."""
-    scoring = Scoring(setting.processor.special, remat=REMAT)
+    scoring = Scoring(setting.processor.special, remat=setting.remat)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     return Objective(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
 
@@ -61,7 +59,7 @@ def works(setting: Setting) -> tuple[Work, ...]:
 
 
 def train(setting: Setting) -> Iterator[Record]:
-    """One optimizer step on both tasks: vision tower, padding masks, AdamW, remat of all layers.
+    """One optimizer step on both tasks: vision tower, padding masks, AdamW.
 
     `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is
     the operations that the mathematics needs (see `cost`; each prompt read once) at the measured
