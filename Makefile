@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
+WORKERS ?= 2
 
 .PHONY: quickstart test test-all test-faults lint format clean
 
@@ -22,7 +23,7 @@ quickstart: $(VENV)/installed  ## the main job on the shipped mini Janus, CPU, a
 
 test: $(VENV)/installed-dev  ## lint and the tests that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/installed-dev  ## every test
 	$(BIN)/python -m pytest
