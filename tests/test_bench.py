@@ -15,6 +15,7 @@ from corl_jax.errors import BAD_INPUT_EXIT_CODE
 from corl_jax.models import binding, janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import LlamaConfig
+from corl_jax.models.lora import Lora
 from corl_jax.models.vq import VQConfig
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
@@ -234,6 +235,7 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
     [
         (["--mesh", "rows=2"], "--mesh: found rows=2, expected data, fsdp, tensor"),
         (["--mesh", "data=0"], "--mesh: found data=0"),
+        (["--lora", "4", "--parts", "vq,train"], "--lora: has no effect on vq"),
         (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, which is no multiple"),
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
         (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
@@ -416,6 +418,12 @@ def test_work_by_hand():
     pairs = 2 * 50 + 6 * (40 + 8)
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
     assert training_operations(config, (text,), shared=True) == operations
+    llama = config.llama
+    adapted = janus.adapted(config, Lora(3, 6.0, ("q_proj", "down_proj")))
+    wide = llama.num_heads * llama.head_dim
+    adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
+    operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs
+    assert training_operations(adapted, (text,), shared=True) == operations
 
 
 def test_work_of_the_published_size():

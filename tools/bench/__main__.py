@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import gc
 import importlib.metadata
@@ -41,7 +42,10 @@ from typing import Any, TextIO
 
 import jax
 
+from corl_jax import config
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.models import janus
+from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
 from tools.bench import correctness, generation, scoring, training, versus
 from tools.bench.ceilings import ceilings
@@ -60,6 +64,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "correctness": correctness.correctness,
 }
 ALONE = ("rewards", "correctness")  # parts for one device
+WITH_ADAPTERS = ("train", "iteration", "image", "text")  # parts that --lora changes
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
@@ -84,6 +89,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="what the backward pass keeps of a layer, as model.remat (default: full)",
     )
     parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of that rank in all projections, and nothing else",
+    )
+    parser.add_argument(
         "--mesh",
         default="",
         metavar="AXIS=N,...",
@@ -104,6 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
     args = parser.parse_args(argv)
     usual = [part for part in SIZES[args.size].parts if not (args.mesh and part in ALONE)]
+    usual = list(WITH_ADAPTERS) if args.lora else usual
     args.parts = args.parts.split(",") if args.parts else usual
     return args
 
@@ -115,7 +127,8 @@ def check(args: argparse.Namespace) -> None:
         for part in args.parts
         if part not in RUNS
     ]
-    for name, least in (("prompts", 1), ("group", 2), ("repeats", 1), ("micro_batch", 1)):
+    for name in ("lora", "prompts", "group", "repeats", "micro_batch"):
+        least = 2 if name == "group" else 1
         value = getattr(args, name)
         if value is not None and value < least:
             option = name.replace("_", "-")
@@ -123,6 +136,11 @@ def check(args: argparse.Namespace) -> None:
     if not problems and args.micro_batch and args.prompts % args.micro_batch:
         problems.append(
             f"--micro-batch: found {args.micro_batch}, which does not divide {args.prompts} prompts"
+        )
+    without = [part for part in args.parts if args.lora and part not in WITH_ADAPTERS]
+    if without:
+        problems.append(
+            f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
         )
     problems += _mesh_problems(args)
     if args.peer:
@@ -206,6 +224,10 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
             folder=Path(folder), processor=write_processor(Path(folder) / "janus", size.janus),
             mesh=mesh, ceilings=found, trace=args.trace,
         )  # fmt: skip
+        if args.lora:
+            adapters = Lora(args.lora, 2.0 * args.lora, tuple(config.Lora().targets))
+            adapted = dataclasses.replace(size, janus=janus.adapted(size.janus, adapters))
+            setting = dataclasses.replace(setting, size=adapted)
         for part in args.parts:
             try:
                 for record in RUNS[part](setting):

@@ -15,6 +15,9 @@ Training step, operations; the backward pass counts twice the forward, recomputa
     6 N * tokens read + 6 head * tokens scored          N: weights of the layers
     + 12 L H * pairs of a query and a key that it sees
 
+With adapters of A weights in all, the frozen matrices have no gradient: 4 instead of 6, and
+6 A * tokens read besides.
+
 A pair is two products of the forward pass, 2 H operations each. What a row of one token after
 another sees is P^2 / 2 in a prompt and T P + T^2 / 2 in an answer. `shared`: each prompt is read
 once, as this project does; otherwise once for every answer, as the reference does.
@@ -23,8 +26,13 @@ once, as this project does; otherwise once for every answer, as the reference do
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
+from corl_jax.config import ADAPTERS
+from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
+from corl_jax.sharding import leaf_paths
 
 BYTES = 2  # of a bfloat16
 
@@ -35,6 +43,12 @@ def layer_weights(config: JanusConfig) -> int:
     queries, keys = (n * llama.head_dim for n in (llama.num_heads, llama.num_kv_heads))
     attention = llama.hidden_size * (2 * queries + 2 * keys)
     return llama.num_layers * (attention + 3 * llama.hidden_size * llama.intermediate_size)
+
+
+def adapter_weights(config: JanusConfig) -> int:
+    """Of the low-rank adapters of all layers."""
+    leaves = leaf_paths(janus.abstract(config))
+    return sum(math.prod(x.shape) for path, x in leaves if re.fullmatch(ADAPTERS, path))
 
 
 def head_weights(config: JanusConfig, task: str) -> int:
@@ -78,13 +92,14 @@ def step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
 def training_operations(config: JanusConfig, works: tuple[Work, ...], shared: bool) -> float:
     """Of a forward and a backward pass; see the module's formulas."""
     llama = config.llama
+    adapters, each = adapter_weights(config), 4 if llama.lora else 6
     total = 0.0
     for work in works:
         prompts = work.prompts if shared else work.rows
         read = prompts * work.prompt + work.rows * work.length
         pairs = prompts * work.prompt**2 / 2
         pairs += work.rows * (work.length * work.prompt + work.length**2 / 2)
-        total += 6 * layer_weights(config) * read
-        total += 6 * head_weights(config, work.task) * work.rows * work.length
+        total += (each * layer_weights(config) + 6 * adapters) * read
+        total += each * head_weights(config, work.task) * work.rows * work.length
         total += 12 * llama.num_layers * llama.num_heads * llama.head_dim * pairs
     return total

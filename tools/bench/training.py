@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.config import Optimizer, Train
+from corl_jax.config import ADAPTERS, Optimizer, Train
 from corl_jax.rewards.registry import Entry, Resolved
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.train import iterate
@@ -32,7 +32,9 @@ TASKS = ("t2i", "mm2t")
 
 def start(setting: Setting) -> tuple[TrainState, Params, Any]:
     """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
-    trained, frozen = partition(setting.policy(jnp.float32), Train().trainable)
+    patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
+    trained, frozen = partition(setting.policy(COMPUTE), patterns)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
     shardings = state_shardings(optimizer, trained, setting.mesh)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
