@@ -266,6 +266,11 @@ def _adapters(config: Config) -> list[str]:
             f"train.trainable: found {config.train.trainable}, but with lora.rank {lora.rank} the "
             "adapters alone are trained; leave it out, or set lora.rank to 0"
         )
+    if config.grpo.reference == "host":
+        problems.append(
+            f"grpo.reference: host, but with lora.rank {lora.rank} the reference is what is frozen "
+            "and takes no memory of its own; leave it at 'device'"
+        )
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         problems.append(
             f"lora.targets: found {lora.targets}, expected one projection or more, each once"

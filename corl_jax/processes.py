@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -94,9 +95,10 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
                 "to every process, or set distributed.initialize to never"
                 for name in missing
             )
+    listed = _listed_devices()
     try:
         address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            *given.values(), None, None, options.initialization_timeout_s
+            *given.values(), listed, None, options.initialization_timeout_s
         )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         raise InputError(
@@ -109,6 +111,18 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
             f"distributed.process_id: found {index} of {count} processes; expected 0 to {count - 1}"
         )
     return {"address": address, "count": count, "index": index, "devices": devices}
+
+
+def _listed_devices() -> list[int] | None:
+    """JAX_LOCAL_DEVICE_IDS, which jax itself reads only where no cluster says which are whose."""
+    listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    if listed is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", listed):
+        raise InputError(
+            f"JAX_LOCAL_DEVICE_IDS: found {listed!r}, expected numbers of devices such as 0,1,2,3"
+        )
+    return [int(number) for number in listed.split(",")]
 
 
 def _never_met(place: str, options: Distributed) -> None:

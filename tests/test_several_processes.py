@@ -17,15 +17,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import yaml
 
-from corl_jax import config_file, processes, sharding
+from corl_jax import config_file, plan, processes, sharding
 from corl_jax.config import Distributed
 from corl_jax.errors import InputError
+from corl_jax.models import janus
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning
@@ -225,6 +227,7 @@ def test_bad_input_ends_all_with_its_exit_code(tmp_path, model, rows):
     [
         ({"data": 1, "tensor": 4}, {}),  # both processes hold all rows
         ({"data": 2, "tensor": 2}, {"grpo": {"kl_coef": 0.1}}),
+        ({"data": 1, "fsdp": 4}, {"lora": {"rank": 3}, "grpo": {"kl_coef": 0.1}}),
         ({"data": 1, "fsdp": 4}, {"objective": "sft", "rewards": [], "eval": {"suite": "none"}}),
     ],
 )
@@ -306,6 +309,8 @@ def test_examples_are_well_formed(script):
         file = ROOT / arguments[arguments.index("--config") + 1]
         config = config_file.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
+        devices = [SimpleNamespace(process_index=i // 4, id=i) for i in range(16)]
+        planning.outline(config, janus.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
     else:
         shell = text.splitlines()[0].removeprefix("#!")
         subprocess.run([shell, "-n", str(script)], check=True)
@@ -350,6 +355,8 @@ def test_a_cluster_says_who_this_is(no_cluster, monkeypatch):
     assert settings() == {"address": "node03:61440", "count": 2, "index": 1, "devices": [0]}
     assert settings(coordinator_address="other:1")["address"] == "other:1"
     assert settings(initialize="never") is None
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1,2,3")
+    assert settings()["devices"] == [0, 1, 2, 3], "one task for all GPUs of a node"
 
 
 def test_a_cluster_that_makes_no_sense(no_cluster, monkeypatch):
@@ -404,3 +411,4 @@ def test_a_coordinator_that_cannot_be(tmp_path, model, rows):
         taken.listen()
         (one,) = several_processes.train(config, only=(0,), port=taken.getsockname()[1])
         assert one.wait() != 0
+        assert "in use" in one.text, one.text

@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from corl_jax import config as schema
 from corl_jax import sharding
+from corl_jax.config import ADAPTERS
 from corl_jax.errors import InputError
 from corl_jax.models import binding, janus
 from corl_jax.models.blip import BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.janus import PRESETS
+from corl_jax.models.lora import Lora
+from corl_jax.train.optimizer import partition
 from corl_jax.train.planning import mesh_problems
 from corl_jax.weights.networks import KINDS
 
@@ -75,6 +79,11 @@ def tables() -> dict[str, str]:
     for size in ("1b", "7b"):
         params = janus.abstract(PRESETS[f"janus-pro-{size}"])
         out[f"janus_pro_{size}.txt"] = table(params, sharding.PARAM_RULES, sharding.param_spec)
+    lora = Lora(16, 32.0, tuple(schema.Lora().targets))
+    adapted = janus.adapted(PRESETS["janus-pro-7b"], lora)
+    adapters, _ = partition(janus.abstract(adapted), [ADAPTERS])
+    text = table(adapters, sharding.PARAM_RULES, sharding.param_spec)
+    out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
         text = table(params, sharding.NETWORK_RULES, sharding.network_spec)
         out[f"network_{name}.txt"] = text

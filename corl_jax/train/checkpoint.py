@@ -193,7 +193,8 @@ class Checkpoints:
             saved = record["run"].get("config", {})
             changes = config_changes(saved, jsonable(config), str(source), allow_changes)
         _refuse(source, digests.mismatches(record, wanted))
-        tree = self._agreed(step, lambda: self._arrays(step, wanted, record))
+        tree = self._agreed(step, lambda: self._arrays(step, wanted))
+        self._agreed(step, lambda: self._require_saved_bits(step, tree, record))
         return tree, record["run"], changes
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -201,24 +202,28 @@ class Checkpoints:
         if step not in present:
             known = ", ".join(map(str, present)) or "none"
             raise DamagedError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        record = self._manager.restore(step, args=args)["meta"]
+        # Not by the manager, whose readers wait for each other: one that fails would not come.
+        record = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "meta")
         if damage := digests.record_damage(record, step):
             raise DamagedError(f"{self.directory / str(step)}: {damage}")
         return record
 
-    def _arrays(self, step: int, wanted: Any, record: dict[str, Any]) -> Any:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_nested(wanted)))
-        found = dict(digests.named_leaves(self._manager.restore(step, args=args)["state"]))
+    def _arrays(self, step: int, wanted: Any) -> Any:
+        args = ocp.args.StandardRestore(_nested(wanted))
+        folder = self.directory / str(step) / "state"
+        found = dict(
+            digests.named_leaves(ocp.StandardCheckpointHandler().restore(folder, args=args))
+        )
         leaves = [found[name] for name, _ in digests.named_leaves(wanted)]
-        tree = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+        return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+    def _require_saved_bits(self, step: int, tree: Any, record: dict[str, Any]) -> None:
         if changed := digests.damaged_leaves(record, tree):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise DamagedError(
                 f"{self.directory / str(step)}: the bits of {', '.join(changed[:3])}{more} are not "
                 "those that were saved"
             )
-        return tree
 
     def _agreed(self, step: int, read: Any) -> Any:
         """What `read` returns, if it does so on every process; a DamagedError on all otherwise."""

@@ -82,7 +82,7 @@ def outline(
     model = _with_adapters(config, model)
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        problems += _batch_problems(config, mesh)
+        problems += _batch_problems(config, mesh) + mesh_problems(model, mesh)
     except InputError as error:
         problems += error.problems
     try:
@@ -196,10 +196,15 @@ def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
     }
     return [
         f"{name}: {size} is not a multiple of the {ways} ways that mesh data x fsdp splits "
-        f"prompts; nearest: {size // ways * ways or ways} or {-(-size // ways) * ways}"
+        f"prompts; nearest: {_near_multiples(size, ways)}"
         for name, size in sizes.items()
         if size % ways
     ]
+
+
+def _near_multiples(size: int, ways: int) -> str:
+    below, above = size // ways * ways, -(-size // ways) * ways
+    return f"{below} or {above}" if below else str(above)
 
 
 def mesh_problems(model: JanusConfig, mesh: Any) -> list[str]:

@@ -61,9 +61,18 @@ def _frozen(plan: Plan, frozen: Params) -> tuple[int, int]:
         for path, leaf in leaf_paths(frozen):
             layers = layer_count(leaves, path, is_stacked(path))
             by_dtype.setdefault(leaf_dtype(leaves, path, layers), {})[path] = leaf
-    counts = {kind: _share(unflatten(part), plan.mesh) for kind, part in by_dtype.items()}
-    copied = sum(n for kind, n in counts.items() if kind.name != plan.config.model.dtype)
-    return sum(min(kind.itemsize, 4) * n for kind, n in counts.items()), copied
+    stored = sum(
+        min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh)
+        for kind, part in by_dtype.items()
+    )
+    compute = jax.numpy.dtype(plan.config.model.dtype)
+    copied = {
+        path: leaf
+        for kind, part in by_dtype.items()
+        for path, leaf in part.items()
+        if kind != jax.numpy.dtype(janus.compute_dtype(path, compute))
+    }
+    return stored, _share(unflatten(copied), plan.mesh) if copied else 0
 
 
 def _share(params: Params, mesh: Any) -> int:

@@ -144,6 +144,23 @@ def test_a_signal_to_one_and_a_damaged_step_for_both(tmp_path, figure):
 
 
 @pytest.mark.slow
+def test_a_part_that_one_process_cannot_read_is_damage_for_both(tmp_path, figure):
+    codes, outputs, errors = Pair(tmp_path / "run", every=1, steps=2).end()
+    assert codes == [0, 0], errors
+    calm = digests(outputs)
+    parts = list((tmp_path / "run" / "2" / "state" / "ocdbt.process_1" / "d").iterdir())
+    assert parts
+    for part in parts:
+        part.write_bytes(bytes(byte ^ 0x5A for byte in part.read_bytes()))
+    codes, outputs, errors = Pair(tmp_path / "run", every=1, steps=2).end()
+    assert codes == [0, 0], errors
+    losses = digests(outputs) != calm
+    figure("T7b", fault="one process's part of a step damaged", tries=1, losses=losses)
+    assert not losses and all("from 1 [" in out for out in outputs)
+    assert (tmp_path / "run" / "2.corrupt-0").is_dir()
+
+
+@pytest.mark.slow
 def test_kills_of_one_of_two(tmp_path, figure):
     """Either one, alternately, around a save; the other ends by itself."""
     codes, outputs, errors = Pair(tmp_path / "calm", every=1, steps=60).end()
