@@ -56,7 +56,9 @@ def published(name: str, folder: Path) -> Setting:
     size = SIZES[name]
     processor = vocabularies.write_processor(folder / name, size.janus)
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    return Setting(size, 8, 8, 1, None, "full", True, folder, processor, mesh, Ceilings(1.0, 1.0))
+    return Setting(
+        size, 8, 8, 1, None, "full", "xla", True, folder, processor, mesh, Ceilings(1.0, 1.0)
+    )
 
 
 def parameter_bytes(name: str) -> int:

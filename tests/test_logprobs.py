@@ -109,3 +109,53 @@ def test_a_completion_of_one_token_is_scored_by_the_prompt_alone(config, params)
     logits = jnp.repeat(model.text_logits(hidden), GROUP, axis=0)
     wanted, _ = chunked_logprobs(lambda x: x, logits, tokens, 1.0, 1000)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+# ---- cuDNN, as far as it goes without a GPU
+
+
+def ragged(config, length: int, attention: str):
+    """Loss of completions of `length` tokens after padded prompts of six."""
+    rng = np.random.default_rng(0)
+    prompts = rng.standard_normal((PROMPTS, 6, config.llama.hidden_size)).astype(np.float32)
+    shape = (PROMPTS * GROUP, length, config.llama.hidden_size)
+    completions, weights = rng.standard_normal((2, *shape)).astype(np.float32)
+    mask = np.arange(6) >= np.array([0, 2, 4])[:, None]
+
+    def loss(part, dtype=jnp.float32):
+        model = janus.bind(config, janus.cast(part, dtype))
+        read, states = model.language_model.after_prompts(
+            jnp.asarray(prompts, dtype), jnp.asarray(mask), jnp.asarray(completions, dtype),
+            remat="full", attention=attention,
+        )  # fmt: skip
+        assert states.shape == shape
+        return (jnp.sin(states) * weights).sum() + read[:, -1].sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_cudnn_gets_even_lengths_and_nothing_else_changes(config, params, monkeypatch, length):
+    real, seen = jax.nn.dot_product_attention, []
+
+    def attend(query, key, value, *, mask, implementation):
+        seen.append((implementation, query.shape[1] % 2, key.shape[1] % 2))
+        return real(query, key, value, mask=mask)
+
+    expected = jax.jit(jax.value_and_grad(ragged(config, length, "xla")))(params)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    found = jax.jit(jax.value_and_grad(ragged(config, length, "cudnn")))(params)
+    assert set(seen) == {("cudnn", 0, 0)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_the_update_lowers_to_cudnn_for_nvidia(config, params, monkeypatch):
+    """Fused forward passes of prompts and completions, and their gradients."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    loss = ragged(config, 5, "cudnn")
+    traced = jax.jit(jax.grad(lambda part: loss(part, jnp.bfloat16))).trace(params)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for call in ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"):
+        assert text.count(f"{call}(") == 2 * (1 + ("Backward" not in call)), call

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
+from corl_jax.models.attention import Implementation
 from corl_jax.models.layers import Remat, apply_rope, attend, merge_heads, split_heads
 from corl_jax.models.lora import Lora, projection
 from corl_jax.sharding import constrain
@@ -66,11 +67,15 @@ class Attention(nnx.Module):
         value = split_heads(self.v_proj(x), self.config.num_kv_heads)
         return apply_rope(query, rope), apply_rope(key, rope), value
 
-    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, x: jax.Array, rope, mask: jax.Array, attention: Implementation = "xla"
+    ) -> tuple[jax.Array, KVCache]:
         query, key, value = self.project(x, rope)
-        return self.o_proj(merge_heads(attend(query, key, value, mask))), (key, value)
+        return self.o_proj(merge_heads(attend(query, key, value, mask, attention))), (key, value)
 
-    def after(self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array) -> jax.Array:
+    def after(
+        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: Implementation
+    ) -> jax.Array:
         """Attends from completions x [N, T, D] to their prompts' entries and to one another.
 
         `prompt` [B, P, kv_heads, head_dim] is shared by the N / B completions of each prompt;
@@ -81,7 +86,7 @@ class Attention(nnx.Module):
             jnp.concatenate([jnp.repeat(shared, len(x) // len(shared), axis=0), own], axis=1)
             for shared, own in zip(prompt, (key, value), strict=True)
         )
-        return self.o_proj(merge_heads(attend(query, keys, values, mask)))
+        return self.o_proj(merge_heads(attend(query, keys, values, mask, attention)))
 
 
 class MLP(nnx.Module):
@@ -112,12 +117,17 @@ class Block(nnx.Module):
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", "embed")
 
-    def __call__(self, x: jax.Array, rope, mask: jax.Array) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.attn(self.input_layernorm(x), rope, mask)
+    def __call__(
+        self, x: jax.Array, rope, mask: jax.Array, attention: Implementation = "xla"
+    ) -> tuple[jax.Array, KVCache]:
+        attended, cache = self.attn(self.input_layernorm(x), rope, mask, attention)
         return self._feed_forward(x + attended), cache
 
-    def after(self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array) -> jax.Array:
-        return self._feed_forward(x + self.attn.after(self.input_layernorm(x), prompt, rope, mask))
+    def after(
+        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: Implementation
+    ) -> jax.Array:
+        attended = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
+        return self._feed_forward(x + attended)
 
 
 class Llama(nnx.Module):
@@ -147,6 +157,7 @@ class Llama(nnx.Module):
         completions: jax.Array,
         *,
         remat: Remat = "none",
+        attention: Implementation = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states of left-padded prompts [B, P, D] and of completions [N, T, D] after them.
 
@@ -155,6 +166,10 @@ class Llama(nnx.Module):
         its completions, but every prompt is read once, whatever the number of its completions.
         """
         prompts = constrain(prompts, "batch", "length", "embed")
+        wanted = completions.shape[1]
+        # A token behind the last changes nothing before it; see `attend`.
+        odd = wanted % 2 if attention == "cudnn" else 0
+        completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
         completions = constrain(completions, "batch", "length", "embed")
         length, group_size = completions.shape[1], len(completions) // len(prompts)
         prompt_rope, prompt_seen = self.rope(positions_of(mask)), causal_mask(mask)
@@ -166,11 +181,12 @@ class Llama(nnx.Module):
         seen = jnp.concatenate([jnp.repeat(mask[:, None], length, axis=1), own], axis=-1)
 
         def step(block: Block, x: tuple[jax.Array, jax.Array]):
-            prompts, cache = block(x[0], prompt_rope, prompt_seen)
-            return (prompts, block.after(x[1], cache, rope, seen)), None
+            prompts, cache = block(x[0], prompt_rope, prompt_seen, attention)
+            return (prompts, block.after(x[1], cache, rope, seen, attention)), None
 
         x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
-        return jax.tree.map(self.norm, x)
+        prompts, completions = jax.tree.map(self.norm, x)
+        return prompts, completions[:, :wanted]
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")

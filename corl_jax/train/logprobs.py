@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from corl_jax.models.attention import Implementation
 from corl_jax.models.janus import Janus
 from corl_jax.models.layers import Remat
 from corl_jax.sampling import guide, unconditional_ids
@@ -30,6 +31,7 @@ class Scoring:
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     unshifted: bool = False  # compat Q1: the logits that follow a token score that token
     remat: Remat = "full"
+    attention: Implementation = "xla"
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
 
 
@@ -87,7 +89,7 @@ def _completion_states(
         hidden = model.language_model(embeds, mask, remat=scoring.remat)
         return fan_out(hidden[:, -1:], group_size)
     prompts, states = model.language_model.after_prompts(
-        embeds, mask, read.astype(embeds.dtype), remat=scoring.remat
+        embeds, mask, read.astype(embeds.dtype), remat=scoring.remat, attention=scoring.attention
     )
     if scoring.unshifted:
         return states

@@ -19,6 +19,7 @@ from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, requi
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
+from corl_jax.models.attention import fastest
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.lora import Lora
 from corl_jax.rewards import networks, registry
@@ -83,6 +84,7 @@ def outline(
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         problems += _batch_problems(config, mesh) + mesh_problems(model, mesh)
+        problems += _attention_problems(config, model, mesh)
     except InputError as error:
         problems += error.problems
     try:
@@ -225,7 +227,20 @@ def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> li
         problems = list(error.problems)
     problems += _size_problems(config, model)
     problems += _export_problems(config, model)
-    return problems + (mesh_problems(model, mesh) if mesh else [])
+    if mesh is None:
+        return problems
+    return problems + mesh_problems(model, mesh) + _attention_problems(config, model, mesh)
+
+
+def _attention_problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
+    device, wanted = mesh.devices.flat[0], config.model.attention
+    if wanted == "xla" or fastest(config.model.dtype, model.llama.head_dim, device) == wanted:
+        return []
+    return [
+        f"model.attention: {wanted}, which {device.platform} with model.dtype {config.model.dtype} "
+        f"and heads of {model.llama.head_dim} cannot run; expected an NVIDIA GPU of compute "
+        "capability 8.0, bfloat16 and heads of up to 128; set it to xla"
+    ]
 
 
 def _size_problems(config: Config, model: JanusConfig) -> list[str]:

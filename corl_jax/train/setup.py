@@ -182,6 +182,7 @@ def make_objective(plan: Outline) -> Objective:
         image_logprobs=config.grpo.image_logprobs,
         unshifted=config.compat.image_logprobs_unshifted and config.objective == "grpo",
         remat=config.model.remat,
+        attention=config.model.attention,
         chunk=config.model.logprob_chunk,
     )
     weights = sft_weights if config.objective == "sft" else grpo_weights

@@ -89,6 +89,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="what the backward pass keeps of a layer, as model.remat (default: full)",
     )
     parser.add_argument(
+        "--attention",
+        choices=("xla", "cudnn"),
+        default="xla",
+        help="of the update, as model.attention (default: xla)",
+    )
+    parser.add_argument(
         "--lora",
         type=int,
         metavar="RANK",
@@ -220,9 +226,10 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         setting = Setting(
             size=size, prompts=args.prompts, group=args.group, repeats=args.repeats,
-            micro_batch=args.micro_batch, remat=args.remat, offload=args.offload,
-            folder=Path(folder), processor=write_processor(Path(folder) / "janus", size.janus),
-            mesh=mesh, ceilings=found, trace=args.trace,
+            micro_batch=args.micro_batch, remat=args.remat, attention=args.attention,
+            offload=args.offload, folder=Path(folder),
+            processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
+            ceilings=found, trace=args.trace,
         )  # fmt: skip
         if args.lora:
             adapters = Lora(args.lora, 2.0 * args.lora, tuple(config.Lora().targets))

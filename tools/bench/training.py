@@ -46,7 +46,7 @@ def start(setting: Setting) -> tuple[TrainState, Params, Any]:
 
 def objective(setting: Setting) -> Objective:
     """That of the paper's first stage."""
-    scoring = Scoring(setting.processor.special, remat=setting.remat)
+    scoring = Scoring(setting.processor.special, remat=setting.remat, attention=setting.attention)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     return Objective(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
 
