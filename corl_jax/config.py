@@ -48,8 +48,8 @@ class Model(Section):
     remat: Literal["none", "dots", "full"] = Field(
         "full", description="what the backward pass keeps of each layer: all, products, input"
     )
-    attention: Literal["xla", "cudnn"] = Field(
-        "xla", description="of the update; cudnn: fused, NVIDIA GPUs in bfloat16"
+    attention: Literal["xla", "cudnn", "splash"] = Field(
+        "xla", description="of the update; fused: cudnn on NVIDIA GPUs in bfloat16, splash on TPUs"
     )
     logprob_chunk: Positive = Field(
         1024, description="tokens whose logits exist at once in a loss; bounds memory"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -121,6 +121,23 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     wanted = PartitionSpec(*(ACTIVATION_AXES[name] for name in names))
     return jax.lax.with_sharding_constraint(x, _fitting(wanted, x.shape, mesh))
+
+
+def on_own_heads(function: Callable) -> Callable:
+    """A function that each device computes for its own rows and heads, as a kernel has to be.
+
+    Of arrays [B, T, heads, head_dim] and [B, T]; it returns one of the former.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def spread(*arrays: jax.Array) -> jax.Array:
+        heads, rows = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH)
+        places = tuple(heads if x.ndim == 4 else rows for x in arrays)
+        return jax.shard_map(function, in_specs=places, out_specs=heads, check_vma=False)(*arrays)
+
+    return spread
 
 
 def gathered(params: Params) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.models import janus
+from corl_jax import sharding
+from corl_jax.models import causal, janus
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from tests.tiny_train import SPECIAL, both_tasks, random_params
 
@@ -159,3 +161,33 @@ def test_the_update_lowers_to_cudnn_for_nvidia(config, params, monkeypatch):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for call in ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"):
         assert text.count(f"{call}(") == 2 * (1 + ("Backward" not in call)), call
+
+
+# ---- splash attention, interpreted
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_splash_attention_is_attention(monkeypatch, devices):
+    """Values and gradients of what counts; lengths that its blocks do not divide, padding."""
+    monkeypatch.setattr(causal, "INTERPRET", True)
+    rng = np.random.default_rng(0)
+    batch, length, total, heads, size = 4, 70, 133, 2, 16
+    query = rng.standard_normal((batch, length, heads, size)).astype(np.float32)
+    key, value = rng.standard_normal((2, batch, total, heads, size)).astype(np.float32)
+    kept = np.arange(total) >= np.array([0, 5, 60, 100])[:, None]
+    own = kept[:, total - length :, None, None]
+
+    def loss(arrays, implementation):
+        out = causal.attend_causally(*arrays, jnp.asarray(kept), implementation)
+        return (jnp.sin(out) * own).sum(), out * own
+
+    def found(implementation):
+        program = jax.value_and_grad(lambda x: loss(x, implementation), has_aux=True)
+        return jax.jit(program)((query, key, value))
+
+    expected = found("xla")
+    mesh = sharding.make_mesh(-1, 1 + (devices > 1), 1 + (devices > 1), jax.devices()[:devices])
+    with jax.set_mesh(mesh) if devices > 1 else contextlib.nullcontext():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found("splash"), expected
+        )

@@ -224,7 +224,7 @@ def test_time_is_between_perfect_overlap_and_none():
         (["--topology", "local", "mesh.tensor=3"], "mesh: data 1 x fsdp -1 x tensor 3"),
         (["--topology", "local", "train.prompts_per_step=12"], "train.prompts_per_step: 12 is not"),
         (["--topology", "local", "mesh.fsdp=1", "mesh.tensor=8"], "8 does not divide 4 (heads of"),
-        (["--topology", "local", "model.attention=cudnn"], "model.attention: cudnn, which cpu with"),
+        (["--topology", "local", "model.attention=cudnn"], "attention: cudnn, which cpu with"),
         (["--topology", "local", "--only", "draw"], "--only: found draw; this config's programs"),
         (["--topology", "local", "model.path=elsewhere"], "model.path: found 'elsewhere'"),
     ],

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from corl_jax.models.attention import Implementation
 from corl_jax.sharding import constrain
 
 Remat = Literal["none", "full", "dots"]
@@ -101,19 +100,12 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None = None,
-    implementation: Implementation = "xla",
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Softmax attention [B, T, H, head_dim]; `mask` [B, T or 1, S] is True where a key is seen.
-
-    cuDNN keeps no scores in memory; with a mask it differentiates even T and S only.
-    """
+    """Softmax attention [B, T, H, head_dim]; `mask` [B, T or 1, S] is True where a key is seen."""
     if mask is not None:
         mask = mask[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.attention import Implementation
-from corl_jax.models.layers import Remat, apply_rope, attend, merge_heads, split_heads
+from corl_jax.models.causal import CausalAttention, attend_causally
+from corl_jax.models.layers import Remat, apply_rope, merge_heads, split_heads
 from corl_jax.models.lora import Lora, projection
 from corl_jax.sharding import constrain
 
@@ -68,25 +68,26 @@ class Attention(nnx.Module):
         return apply_rope(query, rope), apply_rope(key, rope), value
 
     def __call__(
-        self, x: jax.Array, rope, mask: jax.Array, attention: Implementation = "xla"
+        self, x: jax.Array, rope, kept: jax.Array, attention: CausalAttention = "xla"
     ) -> tuple[jax.Array, KVCache]:
         query, key, value = self.project(x, rope)
-        return self.o_proj(merge_heads(attend(query, key, value, mask, attention))), (key, value)
+        attended = attend_causally(query, key, value, kept, attention)
+        return self.o_proj(merge_heads(attended)), (key, value)
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: Implementation
+        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: CausalAttention
     ) -> jax.Array:
         """Attends from completions x [N, T, D] to their prompts' entries and to one another.
 
         `prompt` [B, P, kv_heads, head_dim] is shared by the N / B completions of each prompt;
-        `mask` [N, T, P + T].
+        `kept` [N, P + T] are the positions that count.
         """
         query, key, value = self.project(x, rope)
         keys, values = (
             jnp.concatenate([jnp.repeat(shared, len(x) // len(shared), axis=0), own], axis=1)
             for shared, own in zip(prompt, (key, value), strict=True)
         )
-        return self.o_proj(merge_heads(attend(query, keys, values, mask, attention)))
+        return self.o_proj(merge_heads(attend_causally(query, keys, values, kept, attention)))
 
 
 class MLP(nnx.Module):
@@ -118,15 +119,15 @@ class Block(nnx.Module):
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", "embed")
 
     def __call__(
-        self, x: jax.Array, rope, mask: jax.Array, attention: Implementation = "xla"
+        self, x: jax.Array, rope, kept: jax.Array, attention: CausalAttention = "xla"
     ) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.attn(self.input_layernorm(x), rope, mask, attention)
+        attended, cache = self.attn(self.input_layernorm(x), rope, kept, attention)
         return self._feed_forward(x + attended), cache
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: Implementation
+        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: CausalAttention
     ) -> jax.Array:
-        attended = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
+        attended = self.attn.after(self.input_layernorm(x), prompt, rope, kept, attention)
         return self._feed_forward(x + attended)
 
 
@@ -157,7 +158,7 @@ class Llama(nnx.Module):
         completions: jax.Array,
         *,
         remat: Remat = "none",
-        attention: Implementation = "xla",
+        attention: CausalAttention = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states of left-padded prompts [B, P, D] and of completions [N, T, D] after them.
 
@@ -167,22 +168,18 @@ class Llama(nnx.Module):
         """
         prompts = constrain(prompts, "batch", "length", "embed")
         wanted = completions.shape[1]
-        # A token behind the last changes nothing before it; see `attend`.
+        # A token behind the last changes nothing before it; see `attend_causally`.
         odd = wanted % 2 if attention == "cudnn" else 0
         completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
         completions = constrain(completions, "batch", "length", "embed")
         length, group_size = completions.shape[1], len(completions) // len(prompts)
-        prompt_rope, prompt_seen = self.rope(positions_of(mask)), causal_mask(mask)
-        mask = jnp.repeat(mask, group_size, axis=0)
-        rope = self.rope(mask.sum(axis=-1, keepdims=True) + jnp.arange(length))
-        own = jnp.broadcast_to(
-            jnp.tril(jnp.ones((length, length), bool)), (len(mask), *[length] * 2)
-        )
-        seen = jnp.concatenate([jnp.repeat(mask[:, None], length, axis=1), own], axis=-1)
+        prompt_rope, repeated = self.rope(positions_of(mask)), jnp.repeat(mask, group_size, axis=0)
+        rope = self.rope(repeated.sum(axis=-1, keepdims=True) + jnp.arange(length))
+        kept = jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
 
         def step(block: Block, x: tuple[jax.Array, jax.Array]):
-            prompts, cache = block(x[0], prompt_rope, prompt_seen, attention)
-            return (prompts, block.after(x[1], cache, rope, seen, attention)), None
+            prompts, cache = block(x[0], prompt_rope, mask, attention)
+            return (prompts, block.after(x[1], cache, rope, kept, attention)), None
 
         x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
         prompts, completions = jax.tree.map(self.norm, x)
@@ -191,10 +188,9 @@ class Llama(nnx.Module):
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")
         rope = self.rope(positions_of(mask))
-        seen = causal_mask(mask)
 
         def step(block: Block, x: jax.Array):
-            x, cache = block(x, rope, seen)
+            x, cache = block(x, rope, mask)
             return x, (cache if keep_cache else None)
 
         x, caches = layers.scan_layers(self.layers, step, embeds, remat)
@@ -204,10 +200,3 @@ class Llama(nnx.Module):
 def positions_of(mask: jax.Array) -> jax.Array:
     """Positions [B, T] counted over kept tokens only, so that padding shifts nothing."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-
-
-def causal_mask(mask: jax.Array) -> jax.Array:
-    """[B, T, T] bool: a query sees itself and every kept key before it."""
-    length = mask.shape[-1]
-    before = jnp.tril(jnp.ones((length, length), bool))
-    return before & (mask[:, None, :] | jnp.eye(length, dtype=bool))

@@ -234,12 +234,16 @@ def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> li
 
 def _attention_problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
     device, wanted = mesh.devices.flat[0], config.model.attention
-    if wanted == "xla" or fastest(config.model.dtype, model.llama.head_dim, device) == wanted:
+    needs = {
+        "cudnn": "an NVIDIA GPU of compute capability 8.0, bfloat16 and heads of up to 128",
+        "splash": "a TPU",
+    }
+    best = fastest(config.model.dtype, model.llama.head_dim, device)
+    if wanted in ("xla", "splash" if device.platform == "tpu" else best):
         return []
     return [
         f"model.attention: {wanted}, which {device.platform} with model.dtype {config.model.dtype} "
-        f"and heads of {model.llama.head_dim} cannot run; expected an NVIDIA GPU of compute "
-        "capability 8.0, bfloat16 and heads of up to 128; set it to xla"
+        f"and heads of {model.llama.head_dim} cannot run; expected {needs[wanted]}; set it to xla"
     ]
 
 

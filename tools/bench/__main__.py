@@ -79,27 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--repeats", type=int, default=3, help="calls after the first")
-    parser.add_argument(
-        "--micro-batch", type=int, help="prompts of one backward pass; default: all"
-    )
-    parser.add_argument(
-        "--remat",
-        choices=("none", "dots", "full"),
-        default="full",
-        help="what the backward pass keeps of a layer, as model.remat (default: full)",
-    )
-    parser.add_argument(
-        "--attention",
-        choices=("xla", "cudnn"),
-        default="xla",
-        help="of the update, as model.attention (default: xla)",
-    )
-    parser.add_argument(
-        "--lora",
-        type=int,
-        metavar="RANK",
-        help="train adapters of that rank in all projections, and nothing else",
-    )
+    _update_options(parser)
     parser.add_argument(
         "--mesh",
         default="",
@@ -124,6 +104,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     usual = list(WITH_ADAPTERS) if args.lora else usual
     args.parts = args.parts.split(",") if args.parts else usual
     return args
+
+
+def _update_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--micro-batch", type=int, help="prompts of one backward pass; default: all"
+    )
+    parser.add_argument(
+        "--remat",
+        choices=("none", "dots", "full"),
+        default="full",
+        help="what the backward pass keeps of a layer, as model.remat (default: full)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("xla", "cudnn", "splash"),
+        default="xla",
+        help="of the update, as model.attention (default: xla)",
+    )
+    parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of that rank in all projections, and nothing else",
+    )
 
 
 def check(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from corl_jax.data.processor import Processor
 from corl_jax.models import janus
-from corl_jax.models.attention import Implementation
+from corl_jax.models.causal import CausalAttention
 from corl_jax.models.layers import Remat
 from corl_jax.sharding import BATCH, batch_sharding, param_spec
 from corl_jax.types import Params, SpecialTokens
@@ -37,7 +37,7 @@ class Setting:
     repeats: int
     micro_batch: int | None  # prompts of one backward pass; None: all
     remat: Remat  # what the backward pass keeps, as model.remat
-    attention: Implementation  # of the update, as model.attention
+    attention: CausalAttention  # of the update, as model.attention
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
     processor: Processor  # of the mini Janus's words, with the size's pictures
