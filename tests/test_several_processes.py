@@ -309,7 +309,7 @@ def test_examples_are_well_formed(script):
         file = ROOT / arguments[arguments.index("--config") + 1]
         config = config_file.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
-        devices = [SimpleNamespace(process_index=i // 4, id=i) for i in range(16)]
+        devices = [SimpleNamespace(process_index=i // 4, id=i, platform="tpu") for i in range(16)]
         planning.outline(config, janus.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
     else:
         shell = text.splitlines()[0].removeprefix("#!")
