@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -299,6 +298,16 @@ def test_the_example_of_several_processes_on_one_machine(tmp_path, model, rows):
     assert wrong.returncode == 2 and "seed: found -1" in wrong.stderr
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU as a mesh needs."""
+
+    id: int
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
 @pytest.mark.parametrize("script", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
 def test_examples_are_well_formed(script):
     text = script.read_text()
@@ -309,7 +318,7 @@ def test_examples_are_well_formed(script):
         file = ROOT / arguments[arguments.index("--config") + 1]
         config = config_file.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
-        devices = [SimpleNamespace(process_index=i // 4, id=i, platform="tpu") for i in range(16)]
+        devices = [Chip(i, i // 4) for i in range(16)]
         planning.outline(config, janus.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
     else:
         shell = text.splitlines()[0].removeprefix("#!")
