@@ -19,10 +19,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from corl_jax import sharding
-from corl_jax.errors import InputError
+from corl_jax.errors import GuardError, InputError, SaveError
 from corl_jax.train import digests
 from corl_jax.train.checkpoint import Checkpoints, DamagedError
 from corl_jax.train.digests import fingerprints
+from corl_jax.train.saving import Saver
 
 ROOT = Path(__file__).resolve().parents[1]
 STRAGGLERS = 0.05  # seconds in which the reads that were under way beside a failed one come in
@@ -339,3 +340,56 @@ def test_a_full_disk_is_an_error_and_the_step_before_stays(tmp_path):
         assert np.asarray(tree["x"]).tolist() == [0, 1, 2, 3]
         assert checkpoints.save(2, tree, {})
         assert checkpoints.steps() == [1, 2]
+
+
+# ---- failures on the way out
+
+
+def broken(*args):
+    raise SaveError("no room")
+
+
+def test_a_save_that_fails_at_the_end_hides_no_other_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Checkpoints, "wait", broken)
+    with pytest.raises(GuardError), Checkpoints(tmp_path):
+        raise GuardError("the loss is not finite")
+    assert "warning: no room" in capsys.readouterr().err
+    with pytest.raises(SaveError), Checkpoints(tmp_path):
+        pass
+
+
+class Outcomes:
+    """Saves that end as listed: by a step or an error."""
+
+    def __init__(self, *listed):
+        self.listed = [*listed]
+
+    def wait(self):
+        result = self.listed.pop(0)
+        if isinstance(result, SaveError):
+            raise result
+        return result
+
+    poll = wait
+
+
+def test_the_last_save_counts_not_the_one_before():
+    said, noted = [], []
+    saver = Saver(Outcomes(SaveError("full"), 4), said.append, 3, noted.append)
+    saver.poll()
+    saver.finish()
+    assert noted == [4] and said[-1] == "checkpoint of step 4 saved"
+    for later in (SaveError("full again"), None):
+        saver = Saver(Outcomes(SaveError("full"), later), said.append, 3)
+        saver.poll()
+        with pytest.raises(SaveError, match="full"):
+            saver.finish()
+
+
+def test_a_step_that_cannot_be_noted_is_saved_all_the_same():
+    def full(step):
+        raise OSError("no space left")
+
+    said = []
+    Saver(Outcomes(4), said.append, 1, full).poll()
+    assert "warning: step 4 cannot be noted" in said[0] and said[1] == "checkpoint of step 4 saved"

@@ -165,7 +165,8 @@ class UsableRows:
             "bad": ("cannot be decoded", "mend the data or raise data.max_bad_fraction"),
             "long": (
                 "are over max_prompt_length",
-                "raise data.max_prompt_length, where the model has room, or shorten the prompts",
+                "raise data.max_prompt_length, where the model has room (a begun run then needs "
+                "--allow-changed-config), or shorten the prompts",
             ),
         }[kind]
         head = (

@@ -78,15 +78,21 @@ def run_training(planned: Plan, allow_changes: bool = False) -> None:
     with (
         Interruption() as interruption,
         rundir.opened(config, primary, allow_changes) as directory,
-        Checkpoints(
-            config.checkpoint.directory or directory.checkpoints, config.checkpoint.keep
-        ) as checkpoints,
+        rundir.checkpoints_locked(directory, config.checkpoint.directory, primary) as place,
+        Checkpoints(place, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
         processes.failing_together(),  # before anything above waits for the others
     ):
+        steps = checkpoints.steps()  # by all: their managers may wait for each other
+        if primary:
+            directory.require_saved(steps, config.checkpoint.directory, place)
         run, state = build(planned, Phases())
         weights = untrained_digest(run)
         resumed = resume(planned, checkpoints, state, weights, allow_changes)
+        if primary:
+            directory.keep_config(config)
+            if resumed is not None:
+                directory.note_saved(resumed.step, config.checkpoint.directory)
         start, meta = 0, {}
         if resumed is not None:
             start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -160,7 +161,7 @@ class Checkpoints:
             moved = [f"{why}; moved to {self._put_aside(bad)}" for bad, why in damaged.items()]
             warnings = [f"{why}, so step {step} is used" for why in moved]
             return Restored(step, tree, meta, changes, warnings)
-        remedy = f"bring one back from a copy, or move {self.directory} away to start afresh"
+        remedy = "bring one back from a copy, or choose another output_dir to start afresh"
         raise InputError([*damaged.values(), f"no checkpoint is sound; {remedy}"])
 
     def restore(
@@ -278,7 +279,12 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except SaveError as failed:
+            if error is None:
+                raise
+            print(f"warning: {failed}", file=sys.stderr)  # what ends the run is `error`
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None

@@ -53,7 +53,14 @@ class Recorder:
     def __post_init__(self) -> None:
         self.guards = Guards(self.config.guards)
         limit = self.config.checkpoint.max_failures
-        self.saver = Saver(self.checkpoints, lambda text: self.metrics.say(text), limit)
+        self.saver = Saver(
+            self.checkpoints, lambda text: self.metrics.say(text), limit, self.note_saved
+        )
+
+    def note_saved(self, step: int) -> None:
+        """So that a run whose checkpoints are gone does not start afresh."""
+        if self.primary:
+            self.run_dir.note_saved(step, self.config.checkpoint.directory)
 
     @property
     def seconds(self) -> float:

@@ -3,6 +3,7 @@
 config.yaml            the resolved config, every option with its value
 config_changes.jsonl   what --allow-changed-config let pass, and at which step
 metrics.jsonl          one line per logged step
+saved.json             the newest step that was said to be saved, and where
 tensorboard/           event files
 checkpoints/           one directory per finished step; STEP.corrupt-N is one that was put aside
 images/                grids of fixed prompts
@@ -38,9 +39,12 @@ from corl_jax.errors import InputError
 MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
     r"train\.stop_after",
-    r"(log|checkpoint|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
+    r"(log|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
+    r"checkpoint\.(every|keep|max_failures)",
+    r"checkpoint\.directory",  # where the step of saved.json has to be
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
-    r"data\.prefetch",
+    r"data\.(prefetch|cache_rows|max_bad_fraction)",
+    r"rewards\.\d+\.(timeout_s|max_failures)",
     r"guards\..*",  # they watch, and change nothing that they let pass
     r"networks\.offload",
     r"grpo\.reference",  # where it lies, not what it is
@@ -48,8 +52,8 @@ MAY_CHANGE = (
 """Options that a resumed run may give another value; regexes of whole keys."""
 
 OWN = (
-    "config_changes.jsonl", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
-    "summary.json",
+    "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
+    "export", "summary.json",
 )  # fmt: skip
 
 
@@ -87,6 +91,53 @@ class RunDir:
     def summary(self) -> Path:
         return self.path("summary.json")
 
+    def keep_config(self, config: Config) -> None:
+        """Writes `config.yaml`, from which on the run is one of this config.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            with replacing(self.config) as file:
+                file.write(config_file.dump(config).encode())
+        except OSError as error:
+            raise _unwritable(self.root, error) from None
+
+    def note_saved(self, step: int, directory: str | None) -> None:
+        """Writes `saved.json`: `step` is saved, in `directory` or (None) in the run directory."""
+        self.write_json("saved.json", {"step": step, "directory": directory})
+
+    def require_saved(self, steps: list[int], directory: str | None, place: Any) -> None:
+        """Refuses to start afresh, or from further back, where the saved steps are not found.
+
+        `steps` are those found in `place`, which the option `directory` names (None: in the run
+        directory). In the same place an older step is enough, as the newest one may have been
+        damaged or taken away on purpose.
+
+        Raises:
+            InputError: the step of `saved.json` is not there.
+        """
+        path = self.path("saved.json")
+        if not path.exists():
+            return
+        try:
+            noted = json.loads(path.read_bytes())
+            step, before = int(noted["step"]), noted["directory"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: unreadable ({type(error).__name__}), expected the newest saved step; "
+                "remove it if the checkpoints are where they were"
+            ) from None
+        if steps and (before == directory or steps[-1] >= step):
+            return
+        found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+        moved = f" (checkpoint.directory was {before})" if before != directory else ""
+        raise InputError(
+            f"{path}: step {step} was saved, but {place} has {found}{moved}; bring the checkpoints "
+            "back, name their place in checkpoint.directory, or choose another output_dir to "
+            "start afresh"
+        )
+
     def note_changes(self, step: int, changes: list[str]) -> None:
         """Adds to `config_changes.jsonl` that the run goes on from `step` with another config."""
         path = self.path("config_changes.jsonl")
@@ -120,6 +171,7 @@ class RunDir:
 def opened(config: Config, primary: bool = True, allow_changes: bool = False) -> Iterator[RunDir]:
     """The config's run directory, created or taken up again, locked until the block ends.
 
+    A run that is taken up keeps its config.yaml until `keep_config`.
     Processes other than the first pass `primary=False`, touch nothing and wait for the first.
 
     Raises:
@@ -141,19 +193,51 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
     with locked(run.root):
         _require_same_run(run, config, allow_changes)
         try:
-            for leftover in run.root.glob(".*.tmp"):
+            for leftover in (*run.root.glob(".*.tmp"), *run.images.glob(".*.tmp")):
                 leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
                 shutil.rmtree(leftover)
-            with replacing(run.config) as file:
-                file.write(config_file.dump(config).encode())
         except OSError as error:
-            raise InputError(
-                f"output_dir: {error.filename or run.root}: {error.strerror}; name a directory "
-                "that can be written, with room in it"
-            ) from None
+            raise _unwritable(run.root, error) from None
+        if not run.config.exists():
+            run.keep_config(config)
         processes.met("run directory")
         yield run
+
+
+@contextlib.contextmanager
+def checkpoints_locked(
+    run: RunDir, directory: str | None, primary: bool = True
+) -> Iterator[str | Path]:
+    """Where a run's checkpoints are, created and locked too: another run may have been given it.
+
+    `directory`: None for the run directory's own. A bucket is not locked; `primary` as for
+    `opened`.
+
+    Raises:
+        InputError: it cannot be used, or another process writes to it.
+    """
+    place = directory or run.checkpoints
+    if not primary or "://" in str(place):
+        yield place
+        return
+    path = Path(place)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        own = path.samefile(run.root)  # which is locked
+    except OSError as error:
+        raise InputError(
+            f"checkpoint.directory: {path}: {error.strerror}; name a directory that can be used"
+        ) from None
+    with contextlib.nullcontext() if own else locked(path, "checkpoint.directory"):
+        yield place
+
+
+def _unwritable(root: Path, error: OSError) -> InputError:
+    return InputError(
+        f"output_dir: {error.filename or root}: {error.strerror}; name a directory that can be "
+        "written, with room in it"
+    )
 
 
 def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
@@ -226,8 +310,10 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
     """Holds `.lock` of a directory; the kernel releases it whatever way the process ends.
+
+    `key`: the option that names it.
 
     Raises:
         InputError: another process holds it, which is named, or the file cannot be locked.
@@ -236,7 +322,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name a writable output_dir") from None
+        raise InputError(f"{path}: {error.strerror}; name a writable {key}") from None
     held = [descriptor]
     # A forked child that outlives this process would hold the lock on.
     os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
@@ -245,12 +331,12 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"output_dir: {directory} is being written by {_holder(descriptor)}; "
+                f"{key}: {directory} is being written by {_holder(descriptor)}; "
                 "wait for it, stop it, or choose another directory"
             ) from None
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be locked ({error.strerror}); put output_dir on a file system "
+                f"{path}: cannot be locked ({error.strerror}); put {key} on a file system "
                 "with flock"
             ) from None
         os.ftruncate(descriptor, 0)

@@ -12,12 +12,22 @@ from corl_jax.train.checkpoint import Checkpoints
 class Saver:
     """Saves in the background and tells what became of it."""
 
-    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None], max_failures: int):
-        """`max_failures` in a row are an error; a save that succeeds starts the count again."""
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        say: Callable[[str], None],
+        max_failures: int,
+        note: Callable[[int], None] = lambda step: None,
+    ):
+        """`max_failures` in a row are an error; a save that succeeds starts the count again.
+
+        `note` is told each step that is saved, before people are.
+        """
         self._checkpoints = checkpoints
         self._say = say
         self._max_failures = max_failures
         self._failures = 0
+        self._note = note
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
         """Starts a save when the one before is done, whatever has become of that.
@@ -43,12 +53,12 @@ class Saver:
         """Waits for the last save, without which the work since the one before would be lost.
 
         Raises:
-            SaveError: it failed.
+            SaveError: it failed, also if that was told before.
         """
         self._max_failures = 1
+        self._settle(self._checkpoints.wait)
         if self._failures:
             raise self._last
-        self._settle(self._checkpoints.wait)
 
     def _settle(self, outcome: Callable[[], int | None]) -> None:
         try:
@@ -58,6 +68,10 @@ class Saver:
             return
         if step is not None:
             self._failures = 0
+            try:
+                self._note(step)
+            except OSError as error:
+                self._say(f"warning: step {step} cannot be noted ({error}); it is saved")
             self._say(f"checkpoint of step {step} saved")
 
     def _failed(self, error: SaveError) -> None:

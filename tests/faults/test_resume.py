@@ -202,9 +202,32 @@ def test_other_weights_behind_the_same_path(model, rows, tmp_path, one_device, c
 
 @pytest.mark.slow
 def test_what_no_flag_can_allow(begun, capsys):
-    """An optimizer that keeps something else."""
+    """An optimizer that keeps something else; the run stays what it was."""
     assert begun.here("--allow-changed-config", "optimizer.name=sgd") == 2
     assert "unknown; resume with the model, options and version" in capsys.readouterr().err
+    assert begun.here() == 0
+
+
+# ---- without the checkpoints
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_gone_are_no_new_start(begun, straight, tmp_path, capsys, figure):
+    """Another directory, and an empty one; then they are moved on purpose."""
+    log = (begun.output / "metrics.jsonl").read_bytes()
+    moved = tmp_path / "moved"
+    codes = [begun.here(f"checkpoint.directory={tmp_path / 'typo'}")]
+    begun.checkpoints.rename(moved)
+    codes.append(begun.here())
+    text = capsys.readouterr().err
+    losses = codes.count(2) != 2 or (begun.output / "metrics.jsonl").read_bytes() != log
+    assert text.count("saved.json: step 1 was saved, but") == 2, text
+    assert begun.here(f"checkpoint.directory={moved}") == 0
+    shutil.rmtree(begun.checkpoints)
+    moved.rename(begun.checkpoints)
+    losses += outcome(begun) != straight
+    figure("T19b", fault="checkpoints gone or elsewhere", tries=3, losses=losses)
+    assert not losses
 
 
 # ---- at and past the end
