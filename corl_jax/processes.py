@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
 from corl_jax.config import Distributed
-from corl_jax.errors import BAD_INPUT_EXIT_CODE, InputError
+from corl_jax.errors import BAD_INPUT_EXIT_CODE, FAILED_EXIT_CODE, InputError
 
 MARGIN_S = 15  # jax ends a process that cannot connect without a word to the user; we come first
 POLL_S = 0.5
@@ -40,16 +41,20 @@ MAX_CHARACTERS = 20_000  # of a failure's text
 def initialize(options: Distributed) -> None:
     """Joins the other processes, where the config or the cluster says that there are others.
 
-    Before the first use of a device. Exits with code 1 if not all processes come in time.
+    Before the first use of a device. Exits with code 1 if not all processes come in time, or if
+    they cannot be connected.
 
     Raises:
-        InputError: the settings contradict each other, or the cluster's description.
+        InputError: the settings contradict each other, or the cluster's description, or the
+            coordinator's port cannot be opened.
     """
     settings = _settings(options)
     if settings is None:
         return
     address, count, index = (settings[key] for key in ("address", "count", "index"))
     place = f"process {index} of {count} at {address}"
+    if index == 0:
+        _require_free(address, place)
     waiting = threading.Timer(options.initialization_timeout_s, _never_met, (place, options))
     waiting.daemon = True
     waiting.start()
@@ -62,9 +67,12 @@ def initialize(options: Distributed) -> None:
         )  # fmt: skip
     except RuntimeError as error:
         line = str(error).splitlines()[0]
-        raise InputError(
-            f"distributed: {place}: {line}; give coordinator_address a free port of process 0"
-        ) from error
+        print(
+            f"error: distributed: {place}: {line}; look for an earlier error in the others' logs, "
+            "then give the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(FAILED_EXIT_CODE)
     finally:
         waiting.cancel()
     if count > 1:
@@ -123,6 +131,23 @@ def _listed_devices() -> list[int] | None:
             f"JAX_LOCAL_DEVICE_IDS: found {listed!r}, expected numbers of devices such as 0,1,2,3"
         )
     return [int(number) for number in listed.split(",")]
+
+
+def _require_free(address: str, place: str) -> None:
+    """Opens the coordinator's port as jax will: where that fails, jax crashes without a word."""
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # which names the place to listen at
+        return
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    port = address.rpartition(":")[2]
+    try:
+        socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError, ValueError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) else "expected HOST:PORT"
+        raise InputError(
+            f"distributed: {place}: port {port} cannot be opened ({why}); give "
+            "coordinator_address a free port of process 0"
+        ) from None
 
 
 def _never_met(place: str, options: Distributed) -> None:

@@ -418,6 +418,24 @@ def test_a_coordinator_that_cannot_be(tmp_path, model, rows):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        (one,) = several_processes.train(config, only=(0,), port=taken.getsockname()[1])
-        assert one.wait() != 0
-        assert "in use" in one.text, one.text
+        port = taken.getsockname()[1]
+        (one,) = several_processes.train(
+            config, "distributed.initialization_timeout_s=600", only=(0,), port=port
+        )
+        assert one.wait(120) == 2
+    expected = f"error: distributed: process 0 of 2 at 127.0.0.1:{port}: port {port} cannot be "
+    assert f"{expected}opened (Address already in use); give coordinator_address" in one.text
+
+
+def test_a_connection_that_fails_is_no_bad_input(no_cluster, monkeypatch, capsys):
+    def late(*args, **options):
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
+
+    monkeypatch.setattr(jax.distributed, "initialize", late)
+    with pytest.raises(SystemExit) as error:
+        processes.initialize(
+            Distributed(coordinator_address="127.0.0.1:1", num_processes=2, process_id=1)
+        )
+    assert error.value.code == 1
+    text = capsys.readouterr().err
+    assert "process 1 of 2 at 127.0.0.1:1: DEADLINE_EXCEEDED" in text and "same command" in text
