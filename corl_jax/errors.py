@@ -3,7 +3,8 @@
 0   done.
 1   anything else: an exception, a checkpoint that cannot be written, a reward that keeps failing,
     a hang that the watchdog ended. Look at the message; the same command resumes.
-2   bad input: a config, file or argument. Nothing was started; mend it.
+2   bad input: a config, file or argument; mend it. Found before anything is started, but for
+    rows of the data: too many that cannot be used end a training on the way.
 3   a guard stopped the training: too many updates in a row with a loss or gradient that is not
     finite, or an alarm of `guards.fatal`. Resuming without a change leads there again.
 75  preempted: saved at the step boundary after SIGTERM. The same command resumes.

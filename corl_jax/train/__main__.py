@@ -64,19 +64,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     startup.enable_compilation_cache()
     processes.initialize(config.distributed)
-    with processes.failing_together():
+    with Interruption() as interruption, processes.failing_together():
         planned = plan(config)
         if not args.check:
-            run_training(planned, args.allow_changed_config)
+            run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(report.describe(planned))
 
 
-def run_training(planned: Plan, allow_changes: bool = False) -> None:
+def run_training(planned: Plan, interruption: Interruption, allow_changes: bool = False) -> None:
     """Resumes or starts the planned run, to its end or to train.stop_after."""
     config, primary = planned.config, jax.process_index() == 0
     with (
-        Interruption() as interruption,
         rundir.opened(config, primary, allow_changes) as directory,
         rundir.checkpoints_locked(directory, config.checkpoint.directory, primary) as place,
         Checkpoints(place, config.checkpoint.keep) as checkpoints,

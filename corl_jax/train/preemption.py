@@ -88,7 +88,10 @@ class Interruption:
             if not again:
                 os.kill(os.getpid(), signal.SIGTERM)
         elif not self._waits:
-            raise Preempted(f"stopped by {name}; the same command goes on from the last checkpoint")
+            raise Preempted(
+                f"stopped by {name}; the same command goes on from the last checkpoint, if there "
+                "is one"
+            )
         elif again:
             _write(f"{name}: saves already\n")
         else:

@@ -269,7 +269,8 @@ class Recorder:
     def finish(self, run: Run, state: TrainState) -> None:
         """The export and `summary.json` of a run that has done all its steps.
 
-        What is there already stays: then this is the rerun of a finished run.
+        What is there already stays: then this is the rerun of a finished run. Only a summary of
+        fewer steps is replaced, as that run has been extended.
 
         Raises:
             SaveError: the export could not be written.
@@ -288,7 +289,7 @@ class Recorder:
                 ) from error
             for note in notes:
                 self.metrics.say(note)
-        if self.primary and not self.run_dir.summary.exists():
+        if self.primary and self.run_dir.summarised() < run.steps:
             evaluations = self.evaluations()
             self.run_dir.write_json("summary.json", {
                 "steps": run.steps,

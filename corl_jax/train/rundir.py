@@ -40,8 +40,7 @@ MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
     r"train\.stop_after",
     r"(log|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
-    r"checkpoint\.(every|keep|max_failures)",
-    r"checkpoint\.directory",  # where the step of saved.json has to be
+    r"checkpoint\.(every|keep|max_failures|directory)",  # there saved.json's step has to be
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
     r"data\.(prefetch|cache_rows|max_bad_fraction)",
     r"rewards\.\d+\.(timeout_s|max_failures)",
@@ -138,6 +137,13 @@ class RunDir:
             "start afresh"
         )
 
+    def summarised(self) -> int:
+        """The steps of `summary.json`; -1 without one."""
+        try:
+            return int(json.loads(self.summary.read_bytes())["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -1
+
     def note_changes(self, step: int, changes: list[str]) -> None:
         """Adds to `config_changes.jsonl` that the run goes on from `step` with another config."""
         path = self.path("config_changes.jsonl")
@@ -211,8 +217,7 @@ def checkpoints_locked(
 ) -> Iterator[str | Path]:
     """Where a run's checkpoints are, created and locked too: another run may have been given it.
 
-    `directory`: None for the run directory's own. A bucket is not locked; `primary` as for
-    `opened`.
+    `directory`: None for the run's own. A bucket is not locked; `primary` as for `opened`.
 
     Raises:
         InputError: it cannot be used, or another process writes to it.
@@ -311,9 +316,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
-    """Holds `.lock` of a directory; the kernel releases it whatever way the process ends.
-
-    `key`: the option that names it.
+    """Holds `.lock` of the directory of option `key`; the kernel releases it at any end.
 
     Raises:
         InputError: another process holds it, which is named, or the file cannot be locked.

@@ -234,6 +234,16 @@ def test_checkpoints_that_are_gone_are_no_new_start(begun, straight, tmp_path, c
 
 
 @pytest.mark.slow
+def test_the_summary_of_a_run_that_was_extended(begun):
+    def steps() -> int:
+        return json.loads((begun.output / "summary.json").read_text())["steps"]
+
+    assert begun.here("--allow-changed-config", "train.max_steps=2") == 0 and steps() == 2
+    assert begun.here("--allow-changed-config", "train.max_steps=3") == 0 and steps() == 3
+    assert begun.here("--allow-changed-config", "train.max_steps=2") == 0 and steps() == 3
+
+
+@pytest.mark.slow
 def test_resuming_at_the_last_step_and_past_it(begun, capsys, figure):
     assert begun.here() == 0
     done = outcome(begun)

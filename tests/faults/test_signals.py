@@ -11,6 +11,7 @@ import time
 import jax
 import pytest
 
+from corl_jax.train import __main__ as command
 from corl_jax.train import record, saving
 from tests import tiny_train
 from tests.faults.harness import ROOT, SUPERVISED, Job, outcome
@@ -58,6 +59,17 @@ def test_a_signal_saves_and_exits_with_75(job, straight, monkeypatch, capfd, fig
     wrong = [name for name, value in straight.items() if outcome(job)[name] != value]
     figure("T2", fault=f"{number.name}, one process", tries=1, losses=len(wrong))
     assert not wrong
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_before_anything_is_loaded(job, monkeypatch, capfd, figure, number):
+    before = signal.signal(number, signal.default_int_handler)
+    monkeypatch.setattr(command, "plan", lambda config: os.kill(os.getpid(), number))
+    code = job.here()
+    signal.signal(number, before)
+    figure("T2", fault="signal while nothing is at stake", tries=1, losses=code != 75)
+    assert code == 75 and not job.output.exists()
+    assert capfd.readouterr().err.startswith(f"stopped by {number.name}; the same command")
 
 
 @pytest.mark.slow
@@ -126,7 +138,8 @@ def main():
                 print("asked", flush=True)
                 time.sleep(60)
         print("ready", flush=True)
-        time.sleep(60)
+        for _ in range(600):
+            time.sleep(0.1)  # a signal that comes just before a sleep waits for its end
 
 main()
 """
