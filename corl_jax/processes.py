@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -172,17 +172,19 @@ def _name_in_warnings(index: int) -> None:
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
+def failing_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """An exception in the block ends all processes with its text and exit code.
 
     Without this the others wait in their next collective for a process that will not come. With
-    one process it does nothing.
+    one process it does nothing. `first` runs before the others hear of the exception; it has to
+    end by itself.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
+        first()
         _end(_publish(_described(error)))
 
 

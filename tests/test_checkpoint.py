@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from corl_jax import sharding
 from corl_jax.errors import GuardError, InputError, SaveError
-from corl_jax.train import digests
+from corl_jax.train import checkpoint, digests
 from corl_jax.train.checkpoint import Checkpoints, DamagedError
 from corl_jax.train.digests import fingerprints
 from corl_jax.train.saving import Saver
@@ -356,6 +356,20 @@ def test_a_save_that_fails_at_the_end_hides_no_other_error(tmp_path, monkeypatch
     assert "warning: no room" in capsys.readouterr().err
     with pytest.raises(SaveError), Checkpoints(tmp_path):
         pass
+
+
+def test_a_save_under_way_is_given_time_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SETTLE_S", 0.3)
+    states = [True, True, False]
+    with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "saving", property(lambda self: states.pop(0)))
+        checkpoints.settle()
+        assert not states
+        ends = time.monotonic() + 1
+        patch.setattr(Checkpoints, "saving", property(lambda self: time.monotonic() < ends))
+        checkpoints.settle()
+        assert 0.2 < ends - time.monotonic() < 0.8
+        time.sleep(1)
 
 
 class Outcomes:

@@ -25,7 +25,7 @@ import yaml
 
 from corl_jax import config_file, plan, processes, sharding
 from corl_jax.config import Distributed
-from corl_jax.errors import InputError
+from corl_jax.errors import GuardError, InputError
 from corl_jax.models import janus
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
@@ -425,6 +425,16 @@ def test_a_coordinator_that_cannot_be(tmp_path, model, rows):
         assert one.wait(120) == 2
     expected = f"error: distributed: process 0 of 2 at 127.0.0.1:{port}: port {port} cannot be "
     assert f"{expected}opened (Address already in use); give coordinator_address" in one.text
+
+
+def test_something_runs_before_the_others_hear_of_a_failure(monkeypatch):
+    order = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_publish", lambda failure: order.append("told") or failure)
+    monkeypatch.setattr(processes, "_end", lambda failure: order.append(failure["code"]))
+    with processes.failing_together(lambda: order.append("first")):
+        raise GuardError("the loss is not finite")
+    assert order == ["first", "told", 3]
 
 
 def test_a_connection_that_fails_is_no_bad_input(no_cluster, monkeypatch, capsys):

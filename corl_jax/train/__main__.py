@@ -80,7 +80,7 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
         rundir.checkpoints_locked(directory, config.checkpoint.directory, primary) as place,
         Checkpoints(place, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
-        processes.failing_together(),  # before anything above waits for the others
+        processes.failing_together(checkpoints.settle),  # before the above waits for the others
     ):
         steps = checkpoints.steps()  # by all: their managers may wait for each other
         if primary:

@@ -14,6 +14,8 @@ import dataclasses
 import logging
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +33,7 @@ from corl_jax.train.rundir import config_changes, jsonable
 
 LISTED = 20  # a wrong model differs in every parameter; the first ones tell which
 GIB = 2**30
+SETTLE_S = 60  # of a save that all processes are at when one of them fails
 
 
 class DamagedError(InputError):
@@ -109,6 +112,17 @@ class Checkpoints:
     def saving(self) -> bool:
         """Whether a save is under way."""
         return self._manager.is_saving_in_progress()
+
+    def settle(self) -> None:
+        """Gives a save that is under way SETTLE_S seconds to end, however it does."""
+
+        def ended() -> None:
+            while self.saving:  # which may itself wait for the other processes
+                time.sleep(0.1)
+
+        thread = threading.Thread(target=ended, name="the save under way", daemon=True)
+        thread.start()
+        thread.join(SETTLE_S)
 
     def poll(self) -> int | None:
         """The step that has been saved since the last call, if one has; does not wait.
