@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+from pathlib import Path
 
 import jax
 
 from corl_jax import config_file, processes, startup
+from corl_jax.config import Config
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.train import digests, report, rundir
 from corl_jax.train.checkpoint import Checkpoints, Restored, abstract_of
@@ -86,7 +89,7 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
         if primary:
             directory.require_saved(steps, config.checkpoint.directory, place)
         run, state = build(planned, Phases())
-        weights = untrained_digest(run)
+        weights = untrained_digests(run, config)
         resumed = resume(planned, checkpoints, state, weights, allow_changes)
         if primary:
             directory.keep_config(config)
@@ -122,19 +125,28 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
         processes.met("the end")  # jax gives the last to leave no time for its export
 
 
-def untrained_digest(run: Run) -> str:
-    """Of the weights that checkpoints leave out, because they come from the model's files."""
+def untrained_digests(run: Run, config: Config) -> dict[str, str]:
+    """Of what checkpoints leave out because it is read from files at each start, by its option."""
     with run.reference.use() if run.reference else contextlib.nullcontext() as reference:
-        return digests.summary({"frozen": run.frozen, "reference": reference})
+        found = {"model.path": digests.summary({"frozen": run.frozen, "reference": reference})}
+    for name, network in run.networks.items():
+        with network.use() as lent:
+            found[f"networks.{name}"] = digests.summary(lent.params)
+    for reward in config.rewards:
+        file = Path((reward.use or "").rpartition(":")[0])
+        if file.suffix == ".py":
+            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
 
 
 def resume(
-    planned: Plan, checkpoints: Checkpoints, state: TrainState, weights: str, allow_changes: bool
-) -> Restored | None:
+    planned: Plan, checkpoints: Checkpoints, state: TrainState, weights: dict[str, str],
+    allow_changes: bool,
+) -> Restored | None:  # fmt: skip
     """The newest sound checkpoint, with the data where it was; None for a run without any.
 
-    The fresh `state` says what is wanted, and is gone when something is restored. `weights`: the
-    digest of those that checkpoints leave out.
+    The fresh `state` says what is wanted, and is gone when something is restored. `weights`: see
+    `untrained_digests`; a reward's file that was mended is told, not refused.
     """
     if not processes.agreed(len(checkpoints.steps())):
         return None
@@ -143,12 +155,21 @@ def resume(
         leaf.delete()  # the devices have room for one state
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.newest(wanted, config, allow_changes)
-    problems = []
-    if resumed.meta["weights"] != weights:
-        problems.append(
-            f"{planned.model_dir}: its weights are not those that the run began with; bring them "
-            "back, or --allow-changed-config to go on with these"
-        )
+    before = resumed.meta["weights"]
+    if isinstance(before, str):  # of a version that looked at the model's alone
+        before = {"model.path": before}
+    changed = [name for name in weights if before.get(name, weights[name]) != weights[name]]
+    problems = [
+        f"{name}: its weights are not those that the run began with; bring them back, or "
+        "--allow-changed-config to go on with these"
+        for name in changed
+        if not name.endswith(".py")
+    ]
+    resumed.changes.extend(
+        f"{name}: the file is not the one of the last save"
+        for name in changed
+        if name.endswith(".py")
+    )
     try:
         planned.train_loader.set_state(resumed.meta["data"])
     except InputError as error:

@@ -45,7 +45,8 @@ class Recorder:
     seconds_before: float = 0.0  # of the processes that this one resumes
     started: float = dataclasses.field(default_factory=time.perf_counter)
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    weights: str = ""  # digest of those that are read again at each start
+    # digests of what is read again at each start
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     interruption: Interruption = dataclasses.field(default_factory=Interruption)
     stopping: bool = False  # at the step that `due` was last asked about
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)

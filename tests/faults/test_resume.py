@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from corl_jax import sharding
+from corl_jax import config_file, sharding
 from corl_jax.data.dataset import Loader, ParquetSource, required_columns
 from corl_jax.data.processor import Processor
+from corl_jax.rewards.samples import Frozen, Network
+from corl_jax.train import __main__ as command
 from corl_jax.train import planning, setup
 from tests import tiny_train
 from tests.faults.harness import SUPERVISED, Job, outcome
@@ -198,6 +201,47 @@ def test_other_weights_behind_the_same_path(model, rows, tmp_path, one_device, c
     figure("T19b", fault="frozen weights changed", tries=1, losses=code != 2)
     assert code == 2
     assert "its weights are not those that the run began with" in capsys.readouterr().err
+
+
+JUDGE = "def judge(texts, qa_problem):\n    return [float(len(text)) for text in texts]\n"
+
+
+@pytest.mark.slow
+def test_a_changed_file_of_a_reward_is_told(model, rows, tmp_path, one_device, capsys):
+    """Mending one that failed needs no flag."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(JUDGE)
+    tasks = {"grpo": {"tasks": "mm2t"}, "rewards": [{"use": f"{judge}:judge"}]}
+    job = Job.make(tmp_path, model, rows, **GRPO | tasks)
+    assert job.here("train.stop_after=1") == 0
+    judge.write_text(JUDGE.replace("float", "0.1 * "))
+    assert job.here("train.stop_after=1") == 0
+    told = f"{judge}: the file is not the one of the last save"
+    assert f"warning: changed config: {told}" in capsys.readouterr().err
+    assert told in (job.output / "config_changes.jsonl").read_text()
+    assert job.here("train.stop_after=1") == 0
+    assert told not in capsys.readouterr().err
+
+
+def test_digests_of_what_a_reward_asks(tmp_path):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    judge = tmp_path / "judge.py"
+    judge.write_text(JUDGE)
+    tree = tiny_train.options("weights", "rows.parquet", tmp_path)
+    tree["rewards"] += [{"use": f"{judge}:judge"}, {"use": "package.judges:judge_too"}]
+    config = config_file.validate(tree, "test")
+
+    def found(number: float) -> dict[str, str]:
+        params = {"kernel": np.full((2, 3), number, np.float32)}
+        blip = Frozen(Network(None, params, tmp_path, np.float32), place, offload=True)
+        run = SimpleNamespace(reference=None, frozen={}, networks={"blip": blip})
+        return command.untrained_digests(run, config)
+
+    first, second = found(1.0), found(1.5)
+    assert first.keys() == {"model.path", "networks.blip", str(judge)}
+    assert [name for name in first if first[name] != second[name]] == ["networks.blip"]
+    judge.write_text("")
+    assert found(1.0)[str(judge)] != first[str(judge)]
 
 
 @pytest.mark.slow
