@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import resource
+import struct
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from corl_jax.train import gallery
+from corl_jax.train import gallery, records
 from corl_jax.train.metrics import Metrics, Phases, read_lines
 from corl_jax.train.rundir import RunDir
 
@@ -77,7 +79,6 @@ def test_only_the_first_process_writes(tmp_path):
         metrics.image(1, "i", np.zeros((2, 2, 3), np.uint8))
         metrics.text(1, "t", "x")
         metrics.say("hello")
-        metrics.flush()
     assert not (tmp_path / "run").exists()
 
 
@@ -199,3 +200,96 @@ def test_answers_table_survives_any_text():
         r"| how many \| circles?<br>Two lines | &lt;think&gt;a&lt;/think&gt; \*x\* | 2 | 1 | n/a |"
     )
     assert second == f"| b | {'y' * 49}… | 3 | 0 | 0.25 |"
+
+
+# ---- a disk that is full
+
+
+@pytest.fixture
+def disk():
+    """Sets how long files may grow; None lifts it. Python gets EFBIG."""
+
+    def limit(size: int | None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1 if size is None else size, -1))
+
+    yield limit
+    limit(None)
+
+
+def events(run):
+    """(step, tag) of every value in the event files, each record with sound checksums."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = []
+    for path in sorted(run.tensorboard.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(data[:8])
+            event, end = data[12 : 12 + size], data[12 + size : 16 + size]
+            assert struct.unpack("<I", end)[0] == masked_crc32c(event)
+            event = Event.FromString(event)
+            found += [(event.step, value.tag) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, disk, room):
+    run, stream = RunDir(tmp_path), io.StringIO()
+    with Metrics(run, stream=stream) as metrics:
+        metrics.log(1, {"reward": 1.0})
+        disk(run.metrics.stat().st_size + room)
+        for step in range(2, 40):
+            metrics.log(step, {"reward": float(step), "loss": 0.5})
+        metrics.image(39, "grid", np.zeros((4, 6, 3), np.uint8))
+        assert metrics.lines == 39
+        assert len(list(read_lines(run.metrics))) < 5  # a half line is none
+        disk(None)
+        metrics.log(40, {"reward": 40.0})
+    assert [line["step"] for line in lines(run)] == list(range(1, 41))
+    shown = events(run)
+    assert [step for step, tag in shown if tag == "reward"] == list(range(1, 41))
+    assert (39, "grid") in shown
+    said = [line for line in stream.getvalue().splitlines() if not line.startswith("step ")]
+    assert sorted(line.partition(": can")[0] for line in said) == [
+        "metrics.jsonl", "tensorboard", "warning: metrics.jsonl", "warning: tensorboard",
+    ]  # fmt: skip
+
+
+def test_what_never_finds_room_is_counted(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(records, "WAITING_BYTES", 100)
+    run, stream = RunDir(tmp_path), io.StringIO()
+    metrics = Metrics(run, stream=stream)
+    disk(0)
+    for step in range(1, 6):
+        metrics.log(step, {"reward": float(step)})
+    assert metrics.lines == 3
+    metrics.close()
+    assert "metrics.jsonl: 5 record(s) were lost" in stream.getvalue()
+    assert not lines(run)
+
+
+def test_each_sink_is_closed_whatever_becomes_of_the_others(tmp_path, monkeypatch):
+    def fails(self):
+        raise RuntimeError("no")
+
+    metrics = Metrics(RunDir(tmp_path), stream=io.StringIO())
+    metrics.log(1, {"reward": 1.0})
+    monkeypatch.setattr(metrics._board.records, "close", fails.__get__(metrics._board.records))
+    ended = []
+    monkeypatch.setattr(metrics._console, "close", lambda: ended.append("console"))
+    with pytest.raises(RuntimeError, match="no"):
+        metrics.close()
+    assert ended == ["console"] and metrics._lines.records._file is None
+
+
+def test_a_console_on_a_full_disk_ends_nothing(tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    run = RunDir(tmp_path)
+    write(run, [1, 2], stream=Full())
+    assert [line["step"] for line in lines(run)] == [1, 2]

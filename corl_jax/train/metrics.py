@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from corl_jax.errors import InputError
+from corl_jax.train.board import Board
+from corl_jax.train.records import Records
 from corl_jax.train.rundir import RunDir, jsonable, replacing
 
 HEADLINE = (
@@ -48,15 +49,18 @@ class Metrics:
             InputError: tensorboardX is not installed.
         """
         self.primary = primary
+        self._failing: set[str] = set()
         if not primary:
             return
-        self._lines = JsonLines(run.metrics, resumed_at, resumed_lines)
-        self._board = _event_writer(run.tensorboard, resumed_at)
         self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr)
+        self._lines = JsonLines(run.metrics, resumed_at, resumed_lines)
+        self._board = Board(run.tensorboard, resumed_at)
+        with self.bearing("tensorboard"):
+            self._board.start()
 
     @property
     def lines(self) -> int:
-        """Lines of `metrics.jsonl` so far."""
+        """Lines of `metrics.jsonl` so far, with those that wait for a disk with room."""
         return self._lines.count if self.primary else 0
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -67,38 +71,69 @@ class Metrics:
         if not self.primary:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        self._lines.write(step, numbers)
-        for name, number in numbers.items():
-            if not math.isnan(number):
-                self._board.add_scalar(name, number, step)
-        self._console.step(step, numbers)
+        with self.bearing("metrics.jsonl"):
+            self._lines.write(step, numbers)
+        with self.bearing("tensorboard"):
+            self._board.scalars(step, numbers)
+        with _console_may_fail():
+            self._console.step(step, numbers)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture [H, W, 3] uint8, for TensorBoard."""
         if self.primary:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+            with self.bearing("tensorboard"):
+                self._board.image(step, name, pixels)
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """A text or table in markdown, for TensorBoard."""
         if self.primary:
-            self._board.add_text(name, markdown, step)
+            with self.bearing("tensorboard"):
+                self._board.text(step, name, markdown)
 
     def say(self, message: str) -> None:
         """A line on the console, above the progress bar where there is one."""
         if self.primary:
-            self._console.say(message)
+            with _console_may_fail():
+                self._console.say(message)
 
-    def flush(self) -> None:
-        """Puts out what TensorBoard still buffers; JSON lines never wait."""
-        if self.primary:
-            self._board.flush()
+    @contextlib.contextmanager
+    def bearing(self, what: str) -> Iterator[None]:
+        """Bears an OSError of the block, as of a full disk: training is worth more than its log.
+
+        Said when writing `what` begins to fail, and when it works again.
+        """
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                self.say(
+                    f"warning: {what}: cannot be written ({error.strerror or error}); training "
+                    "goes on and tries again"
+                )
+            return
+        if what in self._failing:
+            self._failing.discard(what)
+            self.say(f"{what}: can be written again")
 
     def close(self) -> None:
-        """Ends the bar and closes all files."""
-        if self.primary:
+        """Ends the bar and closes all files, each whatever becomes of the others."""
+        if not self.primary:
+            return
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._close_console)
+            ends.callback(self._close_records, "tensorboard", self._board.records)
+            ends.callback(self._close_records, "metrics.jsonl", self._lines.records)
+
+    def _close_records(self, what: str, records: Records) -> None:
+        with self.bearing(what):
+            records.close()
+        if lost := records.waiting + records.lost:
+            self.say(f"warning: {what}: {lost} record(s) were lost, for which there was no room")
+
+    def _close_console(self) -> None:
+        with _console_may_fail():
             self._console.close()
-            self._lines.close()
-            self._board.close()
 
     def __enter__(self) -> Metrics:
         return self
@@ -122,17 +157,17 @@ class JsonLines:
                 if resumed_at is not None and record["step"] <= resumed_at and self.count < limit:
                     kept.write(line)
                     self.count += 1
-        self._file = path.open("ab")
+        self.records = Records(path)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Raises OSError if the line has to wait for the next one."""
         record = jsonable({"step": int(step), **numbers})
-        # One write per line, unbuffered from here on: a kill loses no finished line.
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        self.count += 1
-
-    def close(self) -> None:
-        self._file.close()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        before = self.records.lost
+        try:
+            self.records.add(line)  # unbuffered: a kill loses no finished line
+        finally:
+            self.count += self.records.lost == before
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -149,18 +184,9 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line.rstrip(b"\n") + b"\n", record
 
 
-def _event_writer(directory: Path, resumed_at: int | None) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise InputError("tensorboardX is not installed; run `pip install tensorboardX`") from None
-    return SummaryWriter(
-        str(directory),
-        purge_step=0 if resumed_at is None else resumed_at + 1,
-        flush_secs=10,
-        # Its file names count whole seconds; a quick restart would overwrite the file before.
-        filename_suffix=f".{time.time_ns()}",
-    )
+def _console_may_fail() -> contextlib.suppress:
+    """For a console that is a file on a full disk: there is nowhere else to tell of it."""
+    return contextlib.suppress(OSError)
 
 
 class Console:

@@ -218,7 +218,8 @@ class Recorder:
         ]
         images = images.reshape(*shape, *images.shape[1:])
         page = gallery.grid(images, everyone.columns["prompt"], rewards, f"step {step}")
-        gallery.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
+        with self.metrics.bearing("images"):
+            gallery.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
         self.metrics.image(step, "t2i/fixed_prompts", page)
 
     def _first_prompts(self, run: Run) -> Prompts:

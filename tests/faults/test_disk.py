@@ -10,15 +10,29 @@ from types import SimpleNamespace
 
 import pytest
 
-from corl_jax.errors import SaveError
-from corl_jax.train import checkpoint, record
+from corl_jax.errors import InputError, SaveError
+from corl_jax.train import checkpoint, exporting, record
 from corl_jax.train.saving import Saver
-from tests.faults.harness import SUPERVISED, Job, outcome
+from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 
 # Writes that were under way beside a failed one find the event loop closed: Python complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SMALL = 64 * 1024  # bytes: less than the arrays of a checkpoint, more than any log
+
+FULL = """
+import resource, time
+from corl_jax.train import record
+original = record.Recorder.iteration
+def iteration(self, step, *args):
+    while step + 1 in ({full_from}, {room_again}) and self.checkpoints.saving:
+        time.sleep(0.01)
+    if step + 1 in ({full_from}, {room_again}):
+        room = 0 if step + 1 == {full_from} else -1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, -1))
+    return original(self, step, *args)
+record.Recorder.iteration = iteration
+"""  # not a byte for any file: checkpoints, logs, pictures and the console
 
 
 @pytest.fixture
@@ -76,6 +90,42 @@ def test_training_goes_on_while_the_disk_is_full(job, straight, disk, capsys, fi
     assert not lost
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"log": {"images_every": 1}}, marks=pytest.mark.slow)]
+)
+def test_training_goes_on_while_nothing_can_be_written(
+    model, rows, tmp_path, changes, straight, figure
+):
+    driver = FULL.format(full_from=2, room_again=4)
+    job = Job.make(tmp_path, model, rows, driver=driver, **SUPERVISED | changes)
+    job.finish()
+    assert job.steps() == [5, 6] and not job.partial()
+    for what in ("metrics.jsonl", "tensorboard", *(["images"] if changes else [])):
+        assert f"warning: {what}: cannot be written" in job.log, job.log
+        assert f"\n{what}: can be written again" in job.log, job.log
+    found = outcome(job)
+    lost = [name for name, value in straight.items() if found[name] != value]
+    if changes:  # of a picture that could not be written there is TensorBoard's copy alone
+        lost.remove("images")
+    figure("T7", fault="disk full for everything, two of six steps", tries=2, losses=len(lost))
+    assert not lost
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_for_everything_ends_the_run(model, rows, tmp_path, figure):
+    driver = FULL.format(full_from=2, room_again=99)
+    job = Job.make(tmp_path, model, rows, driver=driver, **SUPERVISED)
+    began = time.monotonic()
+    code = job.start().wait(PATIENCE)
+    assert code == 1 and job.steps() == [1] and job.logged() == 1, (code, job.log)
+    figure(
+        "T7", fault="disk full for everything, for good", tries=1, losses=0,
+        note=f"exit 1 after {time.monotonic() - began:.0f} s",
+    )  # fmt: skip
+    job.driver = ""
+    job.finish()
+
+
 @pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run(job, straight, disk, capsys, figure):
     disk(full_from=2)
@@ -109,10 +159,10 @@ def test_the_last_save_has_to_succeed(model, rows, tmp_path, one_device, straigh
 @pytest.mark.slow
 def test_an_export_without_room_is_made_up_for(job, straight, monkeypatch, capsys, figure):
     def full(*args, **options):
-        raise record.InputError("export: cannot be written (No space left on device)")
+        raise InputError("export: cannot be written (No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.files, "save_checkpoint", full)
+        patch.setattr(exporting.files, "save_checkpoint", full)
         assert job.here() == 1
     assert "the same command exports again" in capsys.readouterr().err
     assert job.here() == 0

@@ -1,0 +1,73 @@
+"""TensorBoard's curves, pictures and texts of a run, as an event file.
+
+tensorboardX's own writer hands events to a thread that the first OSError ends; whoever adds one
+then waits for ever. Here they are written where the error can be borne.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corl_jax.errors import InputError
+from corl_jax.train.records import Records
+
+
+class Board:
+    """One event file beside those of the processes before; every method may raise OSError."""
+
+    def __init__(self, directory: Path, resumed_at: int | None):
+        """What was logged after the restored step `resumed_at` is hidden; None hides everything.
+
+        Raises:
+            InputError: tensorboardX is not installed.
+        """
+        try:
+            from tensorboardX import summary
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.record_writer import masked_crc32c
+        except ImportError:
+            raise InputError(
+                "tensorboardX is not installed; run `pip install tensorboardX`"
+            ) from None
+        self._summary, self._proto, self._checksum = summary, event_pb2, masked_crc32c
+        # Whole seconds come first in the name, by which readers sort; restarts can be quicker.
+        now = f"{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
+        self.records = Records(directory / f"events.out.tfevents.{now}")
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        purged = 0 if resumed_at is None else resumed_at + 1
+        self._head = self._record(file_version="brain.Event:2")
+        self._head += self._record(step=purged, session_log=log)
+
+    def start(self) -> None:
+        """Makes the file, which hides the later steps of the processes before."""
+        self.records.add(self._head)
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """NaN, which says "does not apply", is left out."""
+        shown = {name: number for name, number in numbers.items() if not math.isnan(number)}
+        self._add(step, [self._summary.scalar(name, number) for name, number in shown.items()])
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """[H, W, 3] uint8."""
+        self._add(step, [self._summary.image(name, pixels, dataformats="HWC")])
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        self._add(step, [self._summary.text(name, markdown)])
+
+    def _add(self, step: int, summaries: list[Any]) -> None:
+        self.records.add(b"".join(self._record(step=int(step), summary=one) for one in summaries))
+
+    def _record(self, **fields: Any) -> bytes:
+        """An event as a TFRecord: its length and itself, each with a checksum."""
+        event = self._proto.Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
+        return b"".join([length, sums[0], event, sums[1]])
