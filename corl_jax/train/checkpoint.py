@@ -302,6 +302,10 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None
+        # orbax tells one failure again, by each of its threads: at the next save, or at the end.
+        for ask in 2 * (self._manager.wait_until_finished, self._manager.check_for_errors):
+            with contextlib.suppress(Exception):
+                ask()
         if jax.process_index() == 0:  # a part of a checkpoint takes the room that the next needs
             for partial in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
