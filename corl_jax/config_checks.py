@@ -24,6 +24,10 @@ UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b
 """Optimizer -> what it does not read."""
 
 
+REWARD_GRACE_S = 1.0
+"""Seconds beyond its timeout_s that a call of a reward by `use` may take, as `rewards.custom`."""
+
+
 def problems(config: Config) -> list[str]:
     """A line for each option that does not fit the others."""
     return [
@@ -162,17 +166,16 @@ def _guards(config: Config) -> list[str]:
         for name in guards.fatal
         if (why := _blind(config, name) or _off(config, name))
     ]
-    slow = [one for one in config.rewards if one.use and one.timeout_s >= _limit(config)]
-    return problems + [
-        f"guards.step_timeout_s: {guards.step_timeout_s:g} is not above timeout_s "
-        f"{one.timeout_s:g} of the reward {one.label}; raise the first or lower the second"
-        for one in slow
-    ]
-
-
-def _limit(config: Config) -> float:
-    limit = config.guards.step_timeout_s
-    return float("inf") if limit is None else limit
+    # One is called after the other.
+    slow = [one for one in config.rewards if one.use]
+    limit, longest = guards.step_timeout_s, sum(one.timeout_s + REWARD_GRACE_S for one in slow)
+    if limit is not None and longest >= limit:
+        problems.append(
+            f"guards.step_timeout_s: {limit:g} is not above the {longest:g} s that the rewards "
+            f"{' and '.join(one.label for one in slow)} may take by their "
+            "timeout_s; raise the first or lower these"
+        )
+    return problems
 
 
 def _off(config: Config, alarm: str) -> str:

@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from corl_jax import config_file
+from corl_jax import config_checks, config_file
 from corl_jax.config import Guards as Options
 from corl_jax.errors import GuardError, InputError
+from corl_jax.rewards import custom
 from corl_jax.rewards.custom import RewardError
 from corl_jax.train import guards
 from corl_jax.train.guards import FAILED_WINDOW, RULES, WINDOW, Guards
@@ -220,6 +221,20 @@ BASE = {
 }  # fmt: skip
 
 
+def test_an_alarm_that_is_on_is_fatal_for_a_resumed_run_that_lists_it():
+    before = Guards(Options())
+    assert before.logged(1, {"t2i/kl": 5.0})[1]
+    saved = json.loads(json.dumps(jsonable(before.state())))
+    for fatal, ends in (([], False), (["entropy"], False), (["kl"], True)):
+        resumed = Guards(Options(fatal=fatal))
+        resumed.restore(saved)
+        _, lines = resumed.logged(2, {"t2i/kl": 5.0})
+        assert bool(lines) == ends
+        if ends:
+            with pytest.raises(GuardError, match="fatal lists it"):
+                resumed.require(lines)
+
+
 @pytest.mark.parametrize(
     ("tree", "part"),
     [
@@ -238,7 +253,14 @@ BASE = {
         ),
         (
             {"guards": {"step_timeout_s": 60.0}, "rewards": [{"use": "f.py:judge"}]},
-            "guards.step_timeout_s: 60 is not above timeout_s 60 of the reward judge",
+            "guards.step_timeout_s: 60 is not above the 61 s that the rewards judge may take",
+        ),
+        (
+            {
+                "guards": {"step_timeout_s": 120.0},
+                "rewards": [{"use": "f.py:judge"}, {"name": "format"}, {"use": "f.py:critic"}],
+            },
+            "120 is not above the 122 s that the rewards judge and critic may take",
         ),
         ({"guards": {"fatal": ["klx"]}}, "guards.fatal"),
     ],
@@ -247,6 +269,13 @@ def test_guards_that_have_nothing_to_watch_are_refused(tree, part):
     with pytest.raises(InputError) as error:
         config_file.validate(BASE | tree, "test")
     assert any(part in problem for problem in error.value.problems), error.value.problems
+
+
+def test_the_watchdog_waits_for_all_rewards_together():
+    rewards = [{"use": "f.py:judge"}, {"use": "f.py:critic"}]
+    tree = BASE | {"guards": {"step_timeout_s": 123.0}, "rewards": rewards}
+    config_file.validate(tree, "test")
+    assert config_checks.REWARD_GRACE_S == custom.GRACE_S
 
 
 def test_any_guard_may_be_switched_off_and_every_fatal_one_has_a_limit():

@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,8 @@ class Checkpoints:
         if "://" not in str(directory):
             self.directory = self.directory.absolute()
         self._saving: int | None = None
+        self.waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        """Entered while a save is waited for."""
         logging.getLogger("absl").addFilter(_worth_printing)
         try:
             # Two levels: orbax makes one, and a run directory may not be there yet.
@@ -141,7 +144,8 @@ class Checkpoints:
             SaveError: it could not be written.
         """
         try:
-            self._manager.wait_until_finished()
+            with self.waiting():
+                self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +22,47 @@ from corl_jax.weights.dtypes import named
 
 
 def export(
-    folder: Path, config: Config, run: Run, state: TrainState, model_dir: Path, primary: bool
-) -> list[str]:
+    folder: Path, config: Config, run: Run, state: TrainState, model_dir: Path, primary: bool,
+    beat: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
     """Writes the export of a run, whole or not at all; returns what its reader should know.
 
     Every process takes part in fetching the parameters, the primary one keeps and writes them.
-    `model_dir` has the weights that the run started from.
+    `model_dir` has the weights that the run started from. `beat` is called as the work proceeds.
     """
     options, lora = config.export, run.model_config.llama.lora
     if options.lora == "adapter":
-        trained = fetched(state.params, primary)
+        trained = fetched(state.params, primary, beat)
         if not primary:
             return []
         fits = files.detect_layout(model_dir) == "transformers"
         base = config.model.path if fits else None
-        adapters.save_adapter(folder, trained, lora, base=base, dtype=options.dtype)
+        adapters.save_adapter(
+            folder, trained, lora, base=base, dtype=options.dtype, progress=lambda _: beat()
+        )
         return [] if fits else [_no_base(config.model.path)]
-    params, gone = fetched(merge(state.params, run.frozen), primary), 0.0
+    params, gone = fetched(merge(state.params, run.frozen), primary, beat), 0.0
     if not primary:
         return []
     dtypes: dict[str, Any] = dict(run.source_dtypes)
     if options.dtype != "keep":
         dtypes = dict.fromkeys(dtypes, named(options.dtype))
     if lora is not None:
-        params, gone = adapters.merged(params, lora, dtypes)
+        params, gone = adapters.merged(params, lora, dtypes, beat)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
     notes = files.save_checkpoint(
         folder, janus.base(run.model_config), params, layout=options.layout,
-        assets_from=model_dir, base=options.base, dtype=options.dtype,
+        assets_from=model_dir, base=options.base, dtype=options.dtype, progress=lambda _: beat(),
     )  # fmt: skip
     return [*notes, *([_rounded(gone)] if gone else [])]
 
 
-def fetched(params: Params, keep: bool) -> Params:
+def fetched(params: Params, keep: bool, beat: Callable[[], None] = lambda: None) -> Params:
     """Parameters on the host, a leaf at a time; None for each where they are not to `keep`."""
 
     def one(leaf: jax.Array) -> np.ndarray | None:
         array = rows.whole(leaf)
+        beat()
         return array if keep else None
 
     return jax.tree.map(one, params)

@@ -89,7 +89,10 @@ class Guards:
         return self._state["skipped"]
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state`; an alarm that is on and has become fatal begins anew."""
         self._state = self._state | dict(state)
+        quiet = self._state["quiet"].items()
+        self._state["quiet"] = {k: v for k, v in quiet if k not in self._options.fatal}
 
     # ---- every step
 

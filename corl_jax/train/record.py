@@ -53,6 +53,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self.guards = Guards(self.config.guards)
+        self.checkpoints.waiting = self.watchdog.paused
         limit = self.config.checkpoint.max_failures
         self.saver = Saver(
             self.checkpoints, lambda text: self.metrics.say(text), limit, self.note_saved
@@ -203,6 +204,7 @@ class Recorder:
         params = merge(state.params, run.frozen)
         rollout = iterate.sample(run, "t2i", params, prompts)
         samples = iterate.decode(run, "t2i", params, prompts, rollout)
+        self.watchdog.beat()
         scores, _ = iterate.score_task(run, "t2i", params, samples, step)
         scores = {name: rows.gathered(run.mesh, values) for name, values in scores.items()}
         images = rows.gathered(run.mesh, samples.images)
@@ -283,8 +285,9 @@ class Recorder:
         elif self.config.export.layout != "none":
             try:
                 notes = export(
-                    self.run_dir.export, self.config, run, state, self.model_dir, self.primary
-                )
+                    self.run_dir.export, self.config, run, state, self.model_dir, self.primary,
+                    self.watchdog.beat,
+                )  # fmt: skip
             except InputError as error:  # what the config can be blamed for was checked before
                 raise SaveError(
                     f"{error}\nall steps are done and saved; the same command exports again"

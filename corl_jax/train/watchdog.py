@@ -11,6 +11,7 @@ import faulthandler
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +30,8 @@ class Watchdog:
     Time is counted in ticks of that thread, so that a process that was stopped for a while and
     continued has not hung. Where the interpreter itself is held, so that the thread cannot tick,
     faulthandler's own timer prints the stacks, on stderr alone, after HELD_FACTOR times the limit.
+    That timer goes by the clock: who was stopped for longer than it may be taken for held when
+    continued, and ended. Without it a held interpreter would never end.
     """
 
     def __init__(self, timeout_s: float | None = None, stacks: Path | None = None):
@@ -36,6 +39,7 @@ class Watchdog:
         self._timeout, self._stacks = timeout_s, stacks
         self._beats = 0
         self._compiled = False
+        self._pauses = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -43,6 +47,16 @@ class Watchdog:
         """Something ended: an evaluation's batch, a save or, `compiled`, an iteration."""
         self._beats += 1
         self._compiled = self._compiled or compiled
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For a wait that has an end but no measure, as of storage: no time counts in the block."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._beats += 1
+            self._pauses -= 1
 
     def __enter__(self) -> Watchdog:
         if self._timeout is not None:
@@ -67,7 +81,7 @@ class Watchdog:
         while not self._ended.wait(tick):
             held = HELD_FACTOR * self._timeout
             faulthandler.dump_traceback_later(held, exit=True, file=sys.__stderr__)
-            idle = idle + tick if self._beats == seen else 0.0
+            idle = idle + tick if self._beats == seen and not self._pauses else 0.0
             seen = self._beats
             if idle >= self._timeout * (1 if self._compiled else FIRST_FACTOR):
                 self._bark(idle)

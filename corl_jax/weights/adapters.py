@@ -6,7 +6,7 @@ Source: PEFT 0.21, `tuners/lora` and `utils/save_and_load`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from corl_jax.types import Params
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.dtypes import is_float, named
 from corl_jax.weights.export import DType
-from corl_jax.weights.shards import TensorPlan, write_safetensors, write_text
+from corl_jax.weights.shards import Progress, TensorPlan, write_safetensors, write_text
 from corl_jax.weights.table import DENSE, Row, Slot, Table, flatten, unflatten
 from corl_jax.weights.tables import TABLES
 
@@ -43,12 +43,14 @@ TABLE = Table("peft", _rows())
 """PEFT's names in `adapter_model.safetensors` on transformers' JanusForConditionalGeneration."""
 
 
-def merged(params: Params, lora: Lora, dtypes: Mapping[str, Any]) -> tuple[Params, float]:
+def merged(
+    params: Params, lora: Lora, dtypes: Mapping[str, Any], beat: Callable[[], None] = lambda: None
+) -> tuple[Params, float]:
     """(parameters of the network without adapters, share of the update that rounding removed).
 
     Kernels with an adapter become W + A B alpha / rank, computed in float32 on the host a layer
     at a time, in the type that `dtypes` has for their path. The share is of the update's Euclidean
-    norm over all kernels; 0 with float32.
+    norm over all kernels; 0 with float32. `beat` is called after each kernel.
     """
     flat = flatten(params)
     adapted = [path for path in flat if path.endswith("/lora_a")]
@@ -65,12 +67,14 @@ def merged(params: Params, lora: Lora, dtypes: Mapping[str, Any]) -> tuple[Param
             gone += float(np.square(out[layer].astype(np.float32) - exact).sum())
             whole += float(np.square(update).sum())
         flat[f"{name}/kernel"] = out
+        beat()
     return unflatten(flat), float(np.sqrt(gone / whole)) if whole else 0.0
 
 
 def save_adapter(
-    out_dir: str | Path, params: Params, lora: Lora, *, base: str | None, dtype: DType = "keep"
-) -> None:
+    out_dir: str | Path, params: Params, lora: Lora, *, base: str | None, dtype: DType = "keep",
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
     """Writes a tree of adapters as a PEFT directory, whole or not at all.
 
     `base` names the model, in transformers' layout, that it belongs to. `keep` leaves the
@@ -83,7 +87,7 @@ def save_adapter(
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
     with whole_directory(Path(out_dir)) as folder:
         write_text(folder / CONFIG_FILE, json.dumps(_peft_config(lora, base), indent=2) + "\n")
-        write_safetensors(folder / WEIGHTS_FILE, plans)
+        write_safetensors(folder / WEIGHTS_FILE, plans, progress)
 
 
 def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:

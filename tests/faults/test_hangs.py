@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import psutil
 import pytest
 
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
+from corl_jax.weights.files import load_config, load_params
 from tests import tiny_train
+from tests.faults.harness import SUPERVISED, Job
 from tests.tiny import tiny_parquet
 from tests.tiny_train import metric_lines, write_config
 
@@ -83,7 +86,20 @@ def test_compiling_gets_more_time(tmp_path):
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
-    process = start("-c", script.replace("compiled=False", "compiled=True"), cwd=tmp_path)
+    script = WATCHED.format(hang="time.sleep(30)", timeout=0.8, compiled=True)
+    process = start("-c", script, cwd=tmp_path)
+    assert process.wait(60) == 1
+    process.communicate()
+
+
+def test_a_pause_does_not_count_and_ends(tmp_path):
+    wait = "\n    with watchdog.paused(): time.sleep(4)"
+    script = WATCHED.format(hang=wait, timeout=1.0, compiled=True)
+    process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "ended by itself\n"), err
+    script = WATCHED.format(hang=f"{wait}\n    time.sleep(30)", timeout=1.0, compiled=True)
+    process = start("-c", script, cwd=tmp_path)
     assert process.wait(60) == 1
     process.communicate()
 
@@ -98,6 +114,20 @@ def test_a_process_that_was_stopped_has_not_hung(tmp_path):
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
+
+
+def test_a_process_that_was_stopped_for_long_goes_on_or_ends(tmp_path):
+    """faulthandler's timer has run out and may be the first to wake: never a silent death."""
+    hang = "print('now', flush=True); time.sleep(0.5); watchdog.beat(); time.sleep(0.5)"
+    script = WATCHED.format(hang=hang, timeout=1.0, compiled=True)
+    process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    ended = process.returncode == 1 and "Timeout (" in err and "most recent call first" in err
+    assert ended or (process.returncode, out) == (0, "ended by itself\n"), err
 
 
 def test_no_limit_no_watchdog(tmp_path):
@@ -133,6 +163,43 @@ def config(tmp_path, tiny_config):
         checkpoint={"every": 3}, guards={"step_timeout_s": 20.0},
     )  # fmt: skip
     return write_config(tmp_path / "run.yaml", tree)
+
+
+SLOW = """
+import time
+import orbax.checkpoint as ocp
+from corl_jax import rows
+from corl_jax.train.saving import Saver
+whole, wait, finish, last = rows.whole, ocp.CheckpointManager.wait_until_finished, Saver.finish, []
+def slow_whole(leaf):
+    time.sleep({leaf_s})
+    return whole(leaf)
+def slow_wait(self):
+    if last:
+        time.sleep(last.pop())
+    return wait(self)
+def slow_finish(self):
+    last.append({wait_s})
+    return finish(self)
+rows.whole, ocp.CheckpointManager.wait_until_finished = slow_whole, slow_wait
+Saver.finish = slow_finish
+"""
+
+
+@pytest.mark.slow
+def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, tiny_config, figure):
+    limit, leaf_s = 8.0, 0.2
+    model = tiny_train.model_dir(tmp_path / "model" / "tiny", tiny_config)
+    rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
+    leaves = len(jax.tree.leaves(load_params(model, load_config(model))))
+    assert leaves * leaf_s > 2 * limit
+    job = Job.make(
+        tmp_path / "job", model, rows, guards={"step_timeout_s": limit},
+        driver=SLOW.format(leaf_s=leaf_s, wait_s=2 * limit), **SUPERVISED,
+    )  # fmt: skip
+    job.finish()
+    assert (job.output / "export").is_dir()
+    figure("T4", fault="export and last save longer than the limit", tries=2, losses=0)
 
 
 def relatives(marker: str) -> list[int]:
