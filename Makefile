@@ -29,7 +29,7 @@ test-all: $(VENV)/installed-dev  ## every test
 	$(BIN)/python -m pytest
 
 test-faults: $(VENV)/installed-dev  ## kills, full disks, corrupt files: the table of what was survived
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults tests/test_several_processes.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

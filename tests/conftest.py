@@ -21,6 +21,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.figures import figure, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
+
 DEVICES = 8
 
 jax.config.update("jax_platforms", "cpu")

@@ -16,7 +16,7 @@ from corl_jax.train import __main__ as command
 from tests import tiny_train
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 5.0  # of processor time, from the shell to the message
+SECONDS = 10.0  # of processor time, from the shell to the message
 
 
 @pytest.fixture(scope="module")

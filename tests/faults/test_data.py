@@ -105,11 +105,11 @@ def test_a_wrong_file_is_refused_before_the_run(model, tmp_path, capsys, fault, 
     path = write_config(tmp_path / "run.yaml", tree)
     with pytest.raises(SystemExit) as error:
         command.main(["--config", str(path)])
-    assert error.value.code == 2
     err = capsys.readouterr().err
-    assert "rows.parquet" in err and FAULTS[fault] in err, err
-    assert not (tmp_path / "run").exists()
-    figure("T8", fault="wrong file, exit 2 at start", tries=1, losses=0)
+    refused = error.value.code == 2 and "rows.parquet" in err and FAULTS[fault] in err
+    lost = not refused or (tmp_path / "run").exists()
+    figure("T8", fault="wrong file, exit 2 at start", tries=1, losses=lost)
+    assert not lost, err
 
 
 # ---- T8: rows
@@ -216,6 +216,10 @@ def test_prompts_of_every_kind(tmp_path, processor, name, figure):
 
 def test_an_answer_that_writes_control_strings_stays_text(processor, figure):
     """Targets of the supervised stage come from the data as well."""
-    for string in CONTROL:
-        assert not control_tokens(processor, processor.answer_ids(f"so {string} it ends"))
-    figure("T21", fault="answers: control strings", tries=len(CONTROL), losses=0)
+    injected = [
+        string
+        for string in CONTROL
+        if control_tokens(processor, processor.answer_ids(f"so {string} it ends"))
+    ]
+    figure("T21", fault="answers: control strings", tries=len(CONTROL), losses=len(injected))
+    assert not injected

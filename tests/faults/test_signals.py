@@ -56,7 +56,8 @@ def test_a_signal_saves_and_exits_with_75(job, straight, monkeypatch, capfd, fig
     assert f"{number.name}: saves after this step and stops" in text
     assert f"stopped by {number.name} after step 3 of 6, which is saved in" in text
     assert job.here() == 0
-    wrong = [name for name, value in straight.items() if outcome(job)[name] != value]
+    found = outcome(job)
+    wrong = [name for name, value in straight.items() if found[name] != value]
     figure("T2", fault=f"{number.name}, one process", tries=1, losses=len(wrong))
     assert not wrong
 
@@ -152,7 +153,7 @@ def test_outside_of_the_loop_a_signal_ends_the_process_at_once(number, figure):
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     figure("T2", fault="signal while nothing is at stake", tries=1, losses=process.returncode != 75)
-    assert process.returncode == 75 and time.monotonic() - began < 10
+    assert process.returncode == 75 and time.monotonic() - began < 30
     assert "the same command goes on from the last checkpoint" in errors
 
 
@@ -192,7 +193,8 @@ def test_the_command_of_a_user_is_preempted(model, rows, tmp_path, figure):
         seconds.append(time.monotonic() - began)
         assert max(job.steps()) <= logged + 2
     job.finish()
-    wrong = [name for name, value in outcome(straight).items() if outcome(job)[name] != value]
+    found = outcome(job)
+    wrong = [name for name, value in outcome(straight).items() if found[name] != value]
     note = f"signal to exit: mean {sum(seconds) / 5:.1f} s, max {max(seconds):.1f} s"
     figure("T2", fault="SIGTERM, the command", tries=5, losses=len(wrong), note=note)
     assert not wrong
