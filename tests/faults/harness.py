@@ -153,7 +153,11 @@ def outcome(job: Job) -> dict[str, str]:
     """
     step = max(job.steps())
     record = json.loads((job.checkpoints / f"{step}/meta/metadata").read_text())
-    state = ocp.StandardCheckpointer().restore((job.checkpoints / f"{step}/state").absolute())
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # for devices of other processes
+    state = ocp.StandardCheckpointHandler().restore(
+        (job.checkpoints / f"{step}/state").absolute(),
+        args=ocp.args.StandardRestore(fallback_sharding=here),
+    )
     found = {"step": str(step), "state": _sha256(_leaves(state))}
     mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[: job.devices])
     with mock.patch.object(planning, "make_mesh", mesh):
