@@ -139,10 +139,12 @@ def dict_keys(tree):
 def test_a_run_leaves_what_it_should(straight):
     assert {path.name for path in straight.iterdir()} == {
         ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
-        "summary.json",
+        "summary.json", "saved.json",
     }  # fmt: skip
     assert [line["step"] for line in metric_lines(straight)] == [0, 1, 2, 2, 3, 4, 4]
-    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["3", "4"]
+    checkpoints = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert checkpoints == [".lock", "3", "4"]
+    assert json.loads((straight / "saved.json").read_text()) == {"step": 4, "directory": None}
     names = [f"step_{step:06d}.png" for step in (0, 2, 4)]
     assert sorted(path.name for path in (straight / "images").iterdir()) == names
     summary = json.loads((straight / "summary.json").read_text())

@@ -98,7 +98,7 @@ class RunDir:
         """
         try:
             with replacing(self.config) as file:
-                file.write(_text(config))
+                file.write(config_file.dump(config).encode())
         except OSError as error:
             raise _unwritable(self.root, error) from None
 
@@ -203,10 +203,9 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
                 leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
                 shutil.rmtree(leftover)
-            # Its own text for a run that is taken up: that it can be written is seen here.
-            text = run.config.read_bytes() if run.config.exists() else _text(config)
-            with replacing(run.config) as file:
-                file.write(text)
+            kept = run.config.read_bytes() if run.config.exists() else None
+            with replacing(run.config) as file:  # also shows that the directory can be written
+                file.write(kept or config_file.dump(config).encode())
         except OSError as error:
             raise _unwritable(run.root, error) from None
         processes.met("run directory")
@@ -238,10 +237,6 @@ def checkpoints_locked(
         ) from None
     with contextlib.nullcontext() if own else locked(path, "checkpoint.directory"):
         yield place
-
-
-def _text(config: Config) -> bytes:
-    return config_file.dump(config).encode()
 
 
 def _unwritable(root: Path, error: OSError) -> InputError:

@@ -58,6 +58,19 @@ def test_a_lock_does_not_outlive_its_process(model, rows, tmp_path, straight, fi
     assert not lost
 
 
+def test_a_second_run_on_one_directory_of_checkpoints(model, rows, tmp_path, one_device, capsys,
+                                                     figure):  # fmt: skip
+    shared = tmp_path / "shared"
+    partial = shared / "1.orbax-checkpoint-tmp"  # the first one's save under way
+    partial.mkdir(parents=True)
+    job = Job.make(tmp_path, model, rows, **SUPERVISED)
+    with rundir.locked(shared):
+        code = job.here(f"checkpoint.directory={shared}")
+    figure("T20", fault="second run on checkpoints in use", tries=1, losses=code != 2)
+    assert code == 2 and partial.exists()
+    assert f"checkpoint.directory: {shared} is being written by" in capsys.readouterr().err
+
+
 def opened(root) -> str:
     """What the run directory says when it is opened."""
     tree = tiny_train.options("weights", "rows.parquet", root)

@@ -96,7 +96,8 @@ def spoiled(leaf: jax.Array) -> jax.Array:
 
 
 def saved(output: Path) -> list[int]:
-    return sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    names = (path.name for path in (output / "checkpoints").iterdir())
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def digest(output: Path, number: int) -> str:
