@@ -259,7 +259,7 @@ HEARTBEAT_S = 10
 # The transport names the other's address, if its connection breaks; else jax's coordination
 # service the process, after the heartbeat. The first process is a part of that service.
 ADDRESS = r"\[127\.0\.0\.1\]:\d+"
-NAMES = {0: f"{ADDRESS}|task:0|coordination service", 1: f"{ADDRESS}|task:1"}
+NAMES = {0: f"{ADDRESS}|coordination service", 1: rf"{ADDRESS}|heartbeats\):\s+1\b"}
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def killed(make, figure, saves: int, randomly: int, hits: int) -> None:
 
 def test_four_kills(model, rows, tmp_path, figure):
     def make(name):
-        changes = SUPERVISED | {"train": {"max_steps": 40}}
+        changes = SUPERVISED | {"train": {"max_steps": 28}}
         return Job.make(tmp_path / name, model, rows, **changes)
 
     killed(make, figure, saves=2, randomly=2, hits=1)
