@@ -225,7 +225,9 @@ def _end(failure: dict[str, Any]) -> None:
         if own in (0, failure["process"]):  # the others would only repeat it
             lines = failure["text"].splitlines()
             print("\n".join(prefix + line for line in lines), file=sys.stderr)
-        print(f"process {own}: ends, for process {failure['process']} failed", file=sys.stderr)
+        # An error of its own may still come from another one that is gone.
+        cause = "" if own == failure["process"] else f", for process {failure['process']} failed"
+        print(f"process {own}: ends{cause}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if own == 0:  # it holds what the others have yet to read
