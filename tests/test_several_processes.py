@@ -226,7 +226,7 @@ def test_bad_input_ends_all_with_its_exit_code(tmp_path, model, rows):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ({"data": 1, "tensor": 4}, {}),  # both processes hold all rows
+        ({"data": 1, "fsdp": 2, "tensor": 2}, {}),
         ({"data": 2, "tensor": 2}, {"grpo": {"kl_coef": 0.1}}),
         ({"data": 1, "fsdp": 4}, {"lora": {"rank": 3}, "grpo": {"kl_coef": 0.1}}),
         ({"data": 1, "fsdp": 4}, {"objective": "sft", "rewards": [], "eval": {"suite": "none"}}),
@@ -259,7 +259,10 @@ HEARTBEAT_S = 10
 # The transport names the other's address, if its connection breaks; else jax's coordination
 # service the process, after the heartbeat. The first process is a part of that service.
 ADDRESS = r"\[127\.0\.0\.1\]:\d+"
-NAMES = {0: f"{ADDRESS}|coordination service", 1: rf"{ADDRESS}|heartbeats\):\s+1\b"}
+NAMES = {
+    0: f"{ADDRESS}|coordination service|CoordinationService",
+    1: rf"{ADDRESS}|heartbeats\):\s+1\b",
+}
 
 
 @pytest.mark.slow

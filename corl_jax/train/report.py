@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from pathlib import Path
@@ -191,8 +192,9 @@ def _free(plan: Plan) -> float:
 def disk_shortage(plan: Plan) -> str | None:
     """A line when a run from its beginning may find the disk full."""
     needed, free = sum(disk_estimate(plan).values()), _free(plan)
-    own = [path for path in Path(plan.config.output_dir).rglob("*") if path.is_file()]
-    free += sum(path.stat().st_size for path in own) / GIB
+    for path in Path(plan.config.output_dir).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # the first process may write and rename
+            free += path.stat().st_size * path.is_file() / GIB
     if needed <= free:
         return None
     return (

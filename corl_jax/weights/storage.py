@@ -250,7 +250,7 @@ def read_index(file: Path) -> dict[str, Path]:
             problems.append(
                 f"{file}: shard {name!r} lies outside the folder; refuse this checkpoint"
             )
-        elif not (file.parent / name).is_file():
+        elif not os.path.isfile(file.parent / name):  # False for names that no file can have
             problems.append(f"{file.parent / name}: is missing, named by {file.name}; {_AGAIN}")
     if problems:
         raise InputError(problems)
