@@ -6,6 +6,8 @@ CPU device, as a user's would, and shares the compilation cache through the envi
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import os
 import tempfile
@@ -54,6 +56,46 @@ def _programs_of_one_module():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@contextlib.contextmanager
+def _one_device():
+    """Commands in this process see one device; `mesh` of the config is read all the same."""
+    from corl_jax import sharding
+    from corl_jax.train import planning
+
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "make_mesh", make)
+        yield
+
+
+@pytest.fixture
+def one_device():
+    with _one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_on_one_device():
+    with _one_device():
+        yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, tiny_config):
+    """A tiny Janus on disk."""
+    from tests import tiny_train
+
+    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Sixteen rows with all columns."""
+    from tests import tiny_train
+
+    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -15,13 +14,12 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from corl_jax import config_file, sharding
+from corl_jax import config_file
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
 from corl_jax.weights import adapters
 from corl_jax.weights.files import convert, load_config, load_params
 from corl_jax.weights.table import unflatten
@@ -32,12 +30,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 LORA = {"rank": 3, "alpha": 12, "targets": TARGETS}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +40,6 @@ def model(tmp_path_factory, tiny_config):
     tiny_train.model_dir(folder / "jax", tiny_config)
     convert(folder / "jax", folder / "tiny", layout="transformers")
     return folder / "tiny"
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
 
 
 def train(tree: dict, *arguments: str) -> Path:

@@ -55,12 +55,6 @@ def run(tree: dict, *arguments: str) -> Path:
     return output
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(planning, "make_mesh", make)
-
-
 def test_check_lists_the_networks(tree, one_device, capsys):
     run(tree, "--check")
     printed = capsys.readouterr().out

@@ -43,11 +43,6 @@ FAILING_CALL = 4  # of the reward of answers: two batches are evaluated, and a s
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config):
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 20)
 

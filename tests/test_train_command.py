@@ -47,23 +47,7 @@ ANSWERS = (
 DRAWINGS = ("t2i/rewards/t2i_pixel_mse/mean", "perf/images_per_second")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """As on a machine with one; `mesh` of the config is read all the same."""
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config):
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import jax
@@ -12,27 +11,7 @@ import pytest
 
 from corl_jax import sharding
 from corl_jax.train import planning
-from tests import tiny_train
 from tests.faults import harness
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_config: Any) -> Path:
-    """A tiny Janus on disk."""
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen rows with all columns."""
-    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
-
-
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command in this process takes the machine for one with one device."""
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(planning, "make_mesh", make)
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
-import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corl_jax import sharding
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
 from corl_jax.weights.tokens import ROLES, STRINGS
 from tests import tiny_train
 from tests.tiny import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -25,17 +21,7 @@ from tests.tiny_train import write_config
 BOTH = ("t2i", "mm2t")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config):
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
 
 @pytest.fixture(scope="module")

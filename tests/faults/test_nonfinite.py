@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 import shutil
@@ -16,9 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from corl_jax import config as schema
-from corl_jax import sharding
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning, setup, step, supervised
+from corl_jax.train import setup, step, supervised
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests import tiny_train
@@ -27,17 +25,7 @@ from tests.tiny_train import metric_lines, write_config
 FOR_EVER = range(3, 1000)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config):
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
 
 @pytest.fixture(scope="module")

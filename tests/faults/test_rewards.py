@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import grpo, sharding
+from corl_jax import grpo
 from corl_jax.rewards.custom import RewardError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
 from corl_jax.weights.files import load_config, load_params
 from tests import several_processes, tiny_train
 from tests.tiny_train import metric_lines, write_config
@@ -72,12 +70,7 @@ def raises(texts):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
 
 @pytest.fixture(scope="module")

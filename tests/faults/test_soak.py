@@ -69,11 +69,6 @@ def growth(samples: list[Sample]) -> dict[str, float]:
     return {name: per_thousand(samples, name) for name in names}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config):
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
-
-
 def sft_run(model: Path, tmp_path: Path, steps: int) -> dict:
     """The cheapest steps: answers to two questions; one of the rows cannot be decoded."""
     bad = {3: {"real_image": {"bytes": b"no picture", "path": "3.png"}}}
