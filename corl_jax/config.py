@@ -1,4 +1,5 @@
 """Every knob of a run: typed, bounded and documented. `config_file` reads, checks and writes it.
+It is long as the one table of all options; what they mean to each other stands in `config_checks`.
 
 Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released script.
 """

@@ -237,6 +237,7 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
     [
         (["--mesh", "rows=2"], "--mesh: found rows=2, expected data, fsdp, tensor"),
         (["--mesh", "data=0"], "--mesh: found data=0"),
+        (["--attention", "splash"], "--attention: found splash, which cpu"),
         (["--lora", "4", "--parts", "vq,train"], "--lora: has no effect on vq"),
         (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, which is no multiple"),
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
@@ -244,7 +245,7 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
         (["--mesh", "data=64", "--prompts", "64"], "asks for 64 devices of the 8 here"),
     ],
 )
-def test_meshes_that_cannot_be(arguments, said, capsys):
+def test_arguments_that_cannot_be(arguments, said, capsys):
     with pytest.raises(SystemExit) as error:
         command.main(["--size", "tiny", *arguments])
     assert error.value.code == BAD_INPUT_EXIT_CODE

@@ -347,7 +347,7 @@ def test_an_async_function_that_runs_out_of_time_is_cancelled(made):
 
 
 def test_an_async_function_that_does_not_yield_is_left_behind(made, monkeypatch):
-    monkeypatch.setattr(custom, "GRACE_S", 0.05)
+    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.05)
     code = "import time\nasync def f(texts):\n    time.sleep(0.4)\n    return [1.0]"
     reward = made(code, timeout_s=0.05, max_failures=1)
     with pytest.raises(RewardError, match=r"time\.sleep\(0\.4\)"):

@@ -27,11 +27,6 @@ LAYERS = 2
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config):
-    return tiny_train.model_dir(tmp_path_factory.mktemp("plan") / "model", tiny_config)
-
-
-@pytest.fixture(scope="module")
 def config_path(tmp_path_factory, model):
     """Fully sharded over eight devices; neither data nor weights are there to be read."""
     folder = tmp_path_factory.mktemp("config")

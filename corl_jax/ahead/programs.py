@@ -20,7 +20,7 @@ from corl_jax import sampling
 from corl_jax.models import janus
 from corl_jax.sharding import batch_sharding, param_shardings
 from corl_jax.train import setup
-from corl_jax.train.optimizer import make_optimizer, merge, partition
+from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
 from corl_jax.train.planning import Outline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import EncodedPrompts, Params
@@ -85,7 +85,7 @@ def held(outline: Outline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, Train
     """
     config, mesh = outline.config, outline.mesh
     parts = partition(janus.abstract(outline.model_config), config.trained)
-    master = jnp.bfloat16 if config.compat.bfloat16_master else jnp.float32
+    master = master_dtype(config.compat.bfloat16_master)
     trained, frozen = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from corl_jax.models.attention import fastest
 from corl_jax.sharding import on_own_heads
 
 CausalAttention = Literal["xla", "cudnn", "splash"]
 """XLA's own products, or a fused kernel that keeps no scores in memory: cuDNN's on NVIDIA GPUs in
 half precision, splash attention (jax.experimental.pallas) on TPUs."""
 
+NEEDS = {
+    "cudnn": "an NVIDIA GPU of compute capability 8.0, bfloat16 and heads of up to 128",
+    "splash": "a TPU",
+}
+"""What an implementation runs on; XLA's runs everywhere."""
+
 LANES = 128  # splash attention wants lengths that are multiples of it
 BLOCKS = (512, 256, LANES)
 INTERPRET = False  # splash attention on a CPU, for tests: slow
+
+
+def runs(
+    implementation: CausalAttention, dtype: Any, head_dim: int, device: jax.Device | None = None
+) -> bool:
+    """Whether a device, or else the first one present, can attend so."""
+    device = device or jax.devices()[0]
+    best = "splash" if device.platform == "tpu" else fastest(dtype, head_dim, device)
+    return implementation in ("xla", best)
 
 
 def attend_causally(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from corl_jax.config_checks import REWARD_GRACE_S
 from corl_jax.errors import InputError
 from corl_jax.rewards.options import REQUIRED, Option, option_problem
 from corl_jax.rewards.samples import Context, Samples
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 TASK_OF = {"images": "t2i", "texts": "mm2t"}
 """Parameter that a reward must have one of -> the task that it belongs to."""
 
-GRACE_S = 1.0  # for an async function that ran out of time to end tidily
 MACHINERY = (__file__, threading.__file__, os.path.dirname(asyncio.__file__))
 
 
@@ -178,7 +178,7 @@ class _Call:
     def wait(self) -> _Failure | None:
         """Waits for the end or the time limit; None once there are scores."""
         limit = min(self._timeout_s, threading.TIMEOUT_MAX)
-        if self._ended.wait(limit) or (self._awaiting and self._ended.wait(GRACE_S)):
+        if self._ended.wait(limit) or (self._awaiting and self._ended.wait(REWARD_GRACE_S)):
             error, stack = self._error, None
         else:
             error, stack = self._late(), sys._current_frames().get(self._thread.ident or 0)

@@ -156,8 +156,6 @@ def resume(
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.newest(wanted, config, allow_changes)
     before = resumed.meta["weights"]
-    if isinstance(before, str):  # of a version that looked at the model's alone
-        before = {"model.path": before}
     changed = [name for name in weights if before.get(name, weights[name]) != weights[name]]
     problems = [
         f"{name}: its weights are not those that the run began with; bring them back, or "

@@ -19,7 +19,7 @@ from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, requi
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
-from corl_jax.models.attention import fastest
+from corl_jax.models.causal import NEEDS, runs
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.lora import Lora
 from corl_jax.rewards import networks, registry
@@ -234,16 +234,11 @@ def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> li
 
 def _attention_problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
     device, wanted = mesh.devices.flat[0], config.model.attention
-    needs = {
-        "cudnn": "an NVIDIA GPU of compute capability 8.0, bfloat16 and heads of up to 128",
-        "splash": "a TPU",
-    }
-    best = fastest(config.model.dtype, model.llama.head_dim, device)
-    if wanted in ("xla", "splash" if device.platform == "tpu" else best):
+    if runs(wanted, config.model.dtype, model.llama.head_dim, device):
         return []
     return [
         f"model.attention: {wanted}, which {device.platform} with model.dtype {config.model.dtype} "
-        f"and heads of {model.llama.head_dim} cannot run; expected {needs[wanted]}; set it to xla"
+        f"and heads of {model.llama.head_dim} cannot run; expected {NEEDS[wanted]}; set it to xla"
     ]
 
 

@@ -45,11 +45,12 @@ import jax
 from corl_jax import config
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.models import janus
+from corl_jax.models.causal import NEEDS, runs
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
 from tools.bench import correctness, generation, scoring, training, versus
 from tools.bench.ceilings import ceilings
-from tools.bench.setting import Setting
+from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import PARTS, SIZES
 from tools.bench.timing import HEADER, Record
 from tools.bench.vocabularies import write_processor
@@ -151,6 +152,11 @@ def check(args: argparse.Namespace) -> None:
     if without:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
+        )
+    if not runs(args.attention, COMPUTE, head := SIZES[args.size].janus.llama.head_dim):
+        problems.append(
+            f"--attention: found {args.attention}, which {jax.devices()[0].platform} with heads of "
+            f"{head} cannot run; expected {NEEDS[args.attention]}; give xla"
         )
     problems += _mesh_problems(args)
     if args.peer:
