@@ -49,8 +49,8 @@ class Model(Section):
     remat: Literal["none", "dots", "full"] = Field(
         "full", description="what the backward pass keeps of each layer: all, products, input"
     )
-    attention: Literal["xla", "cudnn", "splash"] = Field(
-        "xla", description="of the update; fused: cudnn on NVIDIA GPUs in bfloat16, splash on TPUs"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
+        "auto", description="of the update; auto: cudnn or splash where one runs, or else xla"
     )
     logprob_chunk: Positive = Field(
         1024, description="tokens whose logits exist at once in a loss; bounds memory"
@@ -92,6 +92,7 @@ class Rollout(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     cfg_scale: NonNegativeFloat = Field(5.0, description="image guidance; 1 is none [P]")
     max_new_tokens: Positive = Field(512, description="text tokens of a completion [P]")
+    pixel_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of codes to pixels")
     batch_prompts: Positive | None = Field(
         None, description="prompts sampled at once on all devices; null: all of a step"
     )

@@ -366,16 +366,20 @@ def sample_text(
     return Rollout(prompts, tokens, mask, logprobs)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def decode_images(config: JanusConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """uint8 [N, S, S, 3] of codes [N, T]; float32 throughout, truncated like the original."""
-    model = janus.bind(config, janus.cast(params, jnp.float32))
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def decode_images(
+    config: JanusConfig, params: Params, tokens: jax.Array, *, dtype: Any = jnp.float32
+) -> jax.Array:
+    """uint8 [N, S, S, 3] of codes [N, T], computed in `dtype`, truncated like the original."""
+    tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
+    model = janus.bind(config, params | {"vqmodel": tokenizer})
     chunks, size = _vq_chunks(tokens.shape[0])
     padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
 
     def decode(codes: jax.Array) -> jax.Array:
         pixels = model.vqmodel.decode(constrain(codes, "batch", "length"))
-        return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
+        pixels = (pixels.astype(jnp.float32) + 1) / 2 * 255
+        return jnp.clip(pixels, 0, 255).astype(jnp.uint8)
 
     images = lax.map(decode, padded.reshape(chunks, size, -1))
     images = images.reshape(-1, *images.shape[2:])[: tokens.shape[0]]

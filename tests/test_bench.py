@@ -57,8 +57,10 @@ def published(name: str, folder: Path) -> Setting:
     processor = vocabularies.write_processor(folder / name, size.janus)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     return Setting(
-        size, 8, 8, 1, None, "full", "xla", True, folder, processor, mesh, Ceilings(1.0, 1.0)
-    )
+        size=size, prompts=8, group=8, repeats=1, micro_batch=None, remat="full", attention="xla",
+        pixel_dtype=jax.numpy.float32, offload=True, folder=folder, processor=processor, mesh=mesh,
+        ceilings=Ceilings(1.0, 1.0),
+    )  # fmt: skip
 
 
 def parameter_bytes(name: str) -> int:

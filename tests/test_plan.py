@@ -128,7 +128,7 @@ def test_products_are_those_of_the_network(outline, update):
     assert needed < update.cost.flops < 2.5 * needed
 
 
-def test_samplers_do_not_take_what_only_the_machine_at_hand_can_run(outline, monkeypatch):
+def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, monkeypatch):
     gpu = SimpleNamespace(
         platform="gpu", client=SimpleNamespace(platform_version="cuda 13000"),
         compute_capability="9.0",
@@ -138,15 +138,21 @@ def test_samplers_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
         outline.config.model_dump() | {"model": {"path": "x", "dtype": "bfloat16"}}, "test"
     )
 
-    def chosen(device):
+    def chosen(device, wanted="auto"):
+        model = config.model.model_copy(update={"attention": wanted})
         described = SimpleNamespace(
-            config=config, model_config=outline.model_config, special=plan.STAND_INS,
-            mesh=SimpleNamespace(devices=np.array([[[device]]])),
+            config=config.model_copy(update={"model": model}), special=plan.STAND_INS,
+            model_config=outline.model_config, mesh=SimpleNamespace(devices=np.array([[[device]]])),
+            micro_batches=1,
         )  # fmt: skip
-        return {f.keywords["attention"] for f in setup.make_samplers(described).values()}
+        samplers = {f.keywords["attention"] for f in setup.make_samplers(described).values()}
+        return samplers, setup.make_objective(described).scoring.attention
 
-    assert chosen(SimpleNamespace(platform="tpu")) == {"xla"}
-    assert chosen(gpu) == {"cudnn"}
+    tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
+    assert chosen(tpu) == ({"xla"}, "splash")
+    assert chosen(cpu) == ({"xla"}, "xla")
+    assert chosen(gpu) == ({"cudnn"}, "cudnn")
+    assert chosen(gpu, "xla") == ({"cudnn"}, "xla")
 
 
 # ---- the command

@@ -402,6 +402,17 @@ def test_pictures_are_truncated_decodings(config, params, monkeypatch):
     assert (values % 1 > 0.6).any(), "truncation must differ from rounding"
 
 
+def test_pictures_in_half_precision_are_nearly_the_same(config, params):
+    codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, (3, 16))
+    exact, half = (
+        np.asarray(sampling.decode_images(config, params, codes, dtype=dtype), np.int32)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    apart = np.abs(exact - half)
+    assert 0 < apart.mean() < 3 and apart.max() < 32
+    assert exact.std() > 10, "all alike says nothing"
+
+
 @pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (16, (1, 16)), (17, (2, 9))])
 def test_chunks_are_even(images, chunks):
     assert sampling._vq_chunks(images) == chunks

@@ -170,8 +170,9 @@ def programs(
     if "t2i" in outline.tasks:
         shape = (config.train.prompts_per_step * group, completion_length(outline, "t2i"))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        decode = jax.jit(functools.partial(sampling.decode_images, outline.model_config))
-        listed.append(Program("codes to pixels", decode, (params,), (codes,)))
+        dtype = setup.DTYPES[config.rollout.pixel_dtype]
+        decode = functools.partial(sampling.decode_images, outline.model_config, dtype=dtype)
+        listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
     train_step, score_step = setup.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
     extra = (*old, *(("ref_logprobs",) if kept.reference is not None else ()))

@@ -27,13 +27,17 @@ BLOCKS = (512, 256, LANES)
 INTERPRET = False  # splash attention on a CPU, for tests: slow
 
 
+def best(dtype: Any, head_dim: int, device: jax.Device | None = None) -> CausalAttention:
+    """The fused kernel of a device, or else of the first one present; XLA's where it has none."""
+    device = device or jax.devices()[0]
+    return "splash" if device.platform == "tpu" else fastest(dtype, head_dim, device)
+
+
 def runs(
     implementation: CausalAttention, dtype: Any, head_dim: int, device: jax.Device | None = None
 ) -> bool:
     """Whether a device, or else the first one present, can attend so."""
-    device = device or jax.devices()[0]
-    best = "splash" if device.platform == "tpu" else fastest(dtype, head_dim, device)
-    return implementation in ("xla", best)
+    return implementation in ("xla", best(dtype, head_dim, device))
 
 
 def attend_causally(

@@ -128,7 +128,9 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
     }
     tokens, mask = local(rollout.tokens), local(rollout.mask)
     if task == "t2i":
-        pixels = sampling.decode_images(run.model_config, params, rollout.tokens)
+        pixels = sampling.decode_images(
+            run.model_config, params, rollout.tokens, dtype=run.pixel_dtype
+        )
         return Samples(columns, images=local(pixels))
     texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
     return Samples(columns, texts=texts)

@@ -234,7 +234,7 @@ def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> li
 
 def _attention_problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
     device, wanted = mesh.devices.flat[0], config.model.attention
-    if runs(wanted, config.model.dtype, model.llama.head_dim, device):
+    if wanted == "auto" or runs(wanted, config.model.dtype, model.llama.head_dim, device):
         return []
     return [
         f"model.attention: {wanted}, which {device.platform} with model.dtype {config.model.dtype} "

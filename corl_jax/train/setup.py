@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
-from corl_jax.models import attention, janus, lora
+from corl_jax.models import attention, causal, janus, lora
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Lent, Policy
 from corl_jax.sharding import leaf_paths, param_shardings
@@ -75,6 +75,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         comparison=_comparison(plan),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
+        pixel_dtype=DTYPES[config.rollout.pixel_dtype],
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
         mask_truncated=config.grpo.mask_truncated,
@@ -182,7 +183,7 @@ def make_objective(plan: Outline) -> Objective:
         image_logprobs=config.grpo.image_logprobs,
         unshifted=config.compat.image_logprobs_unshifted and config.objective == "grpo",
         remat=config.model.remat,
-        attention=config.model.attention,
+        attention=_attention_of_update(plan),
         chunk=config.model.logprob_chunk,
     )
     weights = sft_weights if config.objective == "sft" else grpo_weights
@@ -195,6 +196,13 @@ def make_objective(plan: Outline) -> Objective:
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
     )
+
+
+def _attention_of_update(plan: Outline) -> causal.CausalAttention:
+    wanted, device = plan.config.model.attention, plan.mesh.devices.flat[0]
+    if wanted != "auto":
+        return wanted
+    return causal.best(plan.config.model.dtype, plan.model_config.llama.head_dim, device)
 
 
 def make_samplers(plan: Outline) -> dict[str, Callable]:

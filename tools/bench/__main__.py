@@ -41,11 +41,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 
 from corl_jax import config
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.models import janus
-from corl_jax.models.causal import NEEDS, runs
+from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
 from tools.bench import correctness, generation, scoring, training, versus
@@ -119,9 +120,15 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--attention",
-        choices=("xla", "cudnn", "splash"),
-        default="xla",
-        help="of the update, as model.attention (default: xla)",
+        choices=("auto", "xla", "cudnn", "splash"),
+        default="auto",
+        help="of the update, as model.attention (default: auto)",
+    )
+    parser.add_argument(
+        "--pixel-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of codes to pixels, as rollout.pixel_dtype (default: float32)",
     )
     parser.add_argument(
         "--lora",
@@ -153,16 +160,27 @@ def check(args: argparse.Namespace) -> None:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
         )
-    if not runs(args.attention, COMPUTE, head := SIZES[args.size].janus.llama.head_dim):
-        problems.append(
-            f"--attention: found {args.attention}, which {jax.devices()[0].platform} with heads of "
-            f"{head} cannot run; expected {NEEDS[args.attention]}; give xla"
-        )
     problems += _mesh_problems(args)
     if args.peer:
         problems += versus.check(args)
     if problems:
         raise InputError(problems)
+
+
+def attention_of(args: argparse.Namespace) -> CausalAttention:
+    """What the update attends with; looks at the device.
+
+    Raises: InputError for a kernel that the device cannot run.
+    """
+    head_dim = SIZES[args.size].janus.llama.head_dim
+    if args.attention == "auto":
+        return best(COMPUTE, head_dim)
+    if not runs(args.attention, COMPUTE, head_dim):
+        raise InputError(
+            f"--attention: found {args.attention}, which {jax.devices()[0].platform} with heads of "
+            f"{head_dim} cannot run; expected {NEEDS[args.attention]}; give xla"
+        )
+    return args.attention
 
 
 def axes_of(mesh: str) -> dict[str, int]:
@@ -223,6 +241,7 @@ def environment(argv: list[str], mesh: str) -> dict[str, Any]:
 def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     """Measures the parts one after another; returns those that did not fit into memory."""
     size, failed, axes = SIZES[args.size], [], axes_of(args.mesh)
+    attention = attention_of(args)
     used = math.prod(axes.values())
     if used > jax.local_device_count():
         raise InputError(
@@ -236,8 +255,8 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         setting = Setting(
             size=size, prompts=args.prompts, group=args.group, repeats=args.repeats,
-            micro_batch=args.micro_batch, remat=args.remat, attention=args.attention,
-            offload=args.offload, folder=Path(folder),
+            micro_batch=args.micro_batch, remat=args.remat, attention=attention,
+            pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
             processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
             ceilings=found, trace=args.trace,
         )  # fmt: skip

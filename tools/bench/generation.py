@@ -59,7 +59,10 @@ def image(setting: Setting) -> Iterator[Record]:
     sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
 
     def with_pixels() -> np.ndarray:
-        return np.asarray(sampling.decode_images(size.janus, params, sample().tokens))
+        codes = sample().tokens
+        return np.asarray(
+            sampling.decode_images(size.janus, params, codes, dtype=setting.pixel_dtype)
+        )
 
     tokens = setting.measure("image_tokens", sample)
     length = size.janus.num_image_tokens
@@ -108,7 +111,7 @@ def vq(setting: Setting) -> Iterator[Record]:
     codes = setting.placed(rng.integers(0, config.vq.num_embeddings, shape).astype(np.int32))
 
     def decode() -> np.ndarray:
-        return np.asarray(sampling.decode_images(config, params, codes))
+        return np.asarray(sampling.decode_images(config, params, codes, dtype=setting.pixel_dtype))
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median

@@ -38,6 +38,7 @@ class Setting:
     micro_batch: int | None  # prompts of one backward pass; None: all
     remat: Remat  # what the backward pass keeps, as model.remat
     attention: CausalAttention  # of the update, as model.attention
+    pixel_dtype: Any  # of codes to pixels, as rollout.pixel_dtype
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
     processor: Processor  # of the mini Janus's words, with the size's pictures

@@ -91,6 +91,7 @@ def train(setting: Setting) -> Iterator[Record]:
         figures[f"{name}_tflop"] = needed / 1e12
         figures[name] = needed / setting.ceilings.matmul / setting.mesh.size / timing.median
     figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
+    figures["attention"] = setting.attention
     yield Record("train", "optimizer step", timing, figures)
 
 
@@ -148,7 +149,7 @@ def _run(setting: Setting, frozen: Params, step: Any) -> Run:
             "weights": weights, "mode": "unified_reward", "group_size": setting.group,
             "mm2t_weight": 0.8, "eps": 1e-4, "scale": True, "each": False,
         },
-        tasks=TASKS, group_size=setting.group, rollout_batch=setting.prompts, num_iterations=1,
-        mask_truncated=False, sft=None, schedule=learning_rate(Optimizer(), UPDATES),
-        phases=Phases(),
+        tasks=TASKS, group_size=setting.group, rollout_batch=setting.prompts,
+        pixel_dtype=setting.pixel_dtype, num_iterations=1, mask_truncated=False, sft=None,
+        schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip

@@ -1,0 +1,152 @@
+"""How long the training command takes from its start to the end of its first step.
+
+    python -m tools.bench.start --size 1b
+    python -m tools.bench.start --size 1b --out start.jsonl train.prompts_per_step=8
+
+A checkpoint of random weights in transformers' layout is written first, and rows with pictures.
+`configs/janus_pro_1b/unified.yaml` runs on them twice, with the rewards that need no network but
+the policy: once with an empty compilation cache, `cold`, and once with what that run left there.
+Evaluation and export are off, and the command is ended after its first step. Seconds are from the
+start of the process: imports, the check of data and weights, loading, all compilations, one step.
+What follows --out are options of the run, as the training command takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from corl_jax import config_file
+from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.models import janus
+from corl_jax.models.janus import JanusConfig
+from corl_jax.weights.export import Assets, Export, write_export
+from corl_jax.weights.leaves import MemoryLeaves
+from corl_jax.weights.table import flatten
+from tools.bench import inputs
+from tools.bench.scoring import UNIFIED
+from tools.bench.sizes import SIZES
+from tools.bench.vocabularies import write_processor
+from tools.bench.weights import draw
+
+ROWS = 64
+STEP = re.compile(r"step 1/")
+TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.prompts_per_step": 8}
+
+
+def write_model(folder: Path, config: JanusConfig) -> None:
+    """Random bfloat16 weights, drawn on the host, with the mini Janus's words."""
+    params = draw(janus.abstract(config), 0, jnp.bfloat16)
+    write_processor(folder.parent / "words", config)
+    assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
+    folder.mkdir()
+    leaves = MemoryLeaves(flatten(jax.device_get(params)))
+    write_export(folder, Export("transformers", config, leaves, assets, carried={}))
+
+
+def write_rows(file: Path) -> None:
+    """In the published layout."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = inputs.rows(ROWS, 1)
+    columns["real_image"] = [{"bytes": _png(x), "path": ""} for x in columns["real_image"]]
+    pq.write_table(pa.table(columns), file)
+
+
+def _png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
+    """The published config on what `folder` holds.
+
+    Raises: InputError for options that the run would refuse.
+    """
+    options = [f"{key}={value}" for key, value in (TINY if size == "tiny" else {}).items()]
+    changed = {
+        "output_dir": str(folder / "run"), "model.path": str(folder / "model"),
+        "data.path": str(folder / "rows.parquet"), "eval.suite": "none", "eval.every": 0,
+        "log.images_every": 0, "export.layout": "none",
+        "rewards": '[{"name": "t2i_ti_sim"}, {"name": "qa_accuracy"}, {"name": "format"}]',
+    }  # fmt: skip
+    options += [f"{key}={value}" for key, value in changed.items()]
+    config = config_file.load(UNIFIED, [*options, *overrides])
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)), encoding="utf-8")
+    return file
+
+
+def seconds_to_first_step(config: Path, output_dir: Path) -> float:
+    """Runs the training command until its first step has ended.
+
+    Raises: InputError with what it said, where it ends before.
+    """
+    began, said = time.perf_counter(), []
+    command = [sys.executable, "-m", "corl_jax.train", "--config", str(config)]
+    command += [f"output_dir={output_dir}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as run:
+        assert run.stderr is not None
+        try:
+            for line in run.stderr:
+                said.append(line)
+                if STEP.match(line):
+                    return time.perf_counter() - began
+        finally:
+            run.kill()
+    raise InputError(f"{config}: no step was made; the command said: {''.join(said[-20:])}")
+
+
+def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
+    """One record for the cold start and one for that from the cache."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_config(folder, size, overrides)
+        write_model(folder / "model", SIZES[size].janus)
+        write_rows(folder / "rows.parquet")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+        os.environ.pop("JAX_PLATFORMS", None)
+        for start in ("cold", "cached"):
+            spent = seconds_to_first_step(config, folder / start)
+            yield {"record": "start", "size": size, "start": start, "seconds": spent}
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.start",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=("1b", "tiny"), default="1b")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
+    args, overrides = parser.parse_known_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # the device is the training command's
+    lines = []
+    for record in measure(args.size, overrides):
+        print(f"{record['start']:<8}{record['seconds']:6.1f} s to the end of step 1", flush=True)
+        lines.append(json.dumps(record) + "\n")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
