@@ -11,7 +11,10 @@ from corl_jax.train.step import TrainState
 
 
 def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int) -> TrainState:
-    """Iterations `start` to `stop` - 1; metrics of one are read after the next is dispatched."""
+    """Iterations `start` to `stop` - 1; metrics of one are read after the next is dispatched.
+
+    Those of the first are read at once: whoever started the run waits to see that it goes.
+    """
     pending: tuple[int, Any, dict[str, float]] | None = None
     began = time.perf_counter()
     for step, prompts in zip(
@@ -23,9 +26,11 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
         now = time.perf_counter()
         seconds = run.phases.take() | {"step_time": now - began}
         pending, began = (step, iteration, seconds), now
-        if recorder.due(step + 1, run):
+        due = recorder.due(step + 1, run)
+        if due or step == start:
             recorder.iteration(*pending, run)
             pending = None
+        if due:
             recorder.milestone(run, state, step + 1)
             began = time.perf_counter()
     if pending is not None:

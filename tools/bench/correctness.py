@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax import sampling
+from corl_jax.models.causal import CausalAttention
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.step import Objective, TaskBatch, make_score_step
 from corl_jax.types import EncodedPrompts, Params, Rollout
 from tools.bench import inputs
 from tools.bench.generation import CFG_SCALE, STREAMS
-from tools.bench.setting import Setting
+from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 PROMPTS, GROUP = 2, 2
@@ -110,7 +111,8 @@ def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable
 
 def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
     """The trainer's own scoring step."""
-    step = _score_step(setting.size.janus, setting.processor.special, dtype)
+    kernel = setting.attention if dtype == COMPUTE else "xla"
+    step = _score_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
     def score(task: str, prompts: EncodedPrompts, tokens: Any) -> np.ndarray:
         batch = TaskBatch(prompts, tokens, np.ones(tokens.shape, bool))
@@ -120,8 +122,8 @@ def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
 
 
 @functools.lru_cache(maxsize=4)
-def _score_step(config: Any, special: Any, dtype: Any) -> Callable:
-    scoring = Scoring(special, remat="none")
+def _score_step(config: Any, special: Any, dtype: Any, kernel: CausalAttention) -> Callable:
+    scoring = Scoring(special, remat="none", attention=kernel)
     return make_score_step(config, Objective(scoring, (), dtype=dtype))
 
 
