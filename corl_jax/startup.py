@@ -19,6 +19,9 @@ from corl_jax.weights.files import load_config, load_params, open_checkpoint, re
 from corl_jax.weights.placing import load_sharded
 
 
+LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+
+
 class Model(NamedTuple):
     """A checkpoint, ready to use."""
 
@@ -29,7 +32,12 @@ class Model(NamedTuple):
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place already."""
+    """Keeps compiled programs between runs, where the user says or in the usual place.
+
+    Small ones too, unless the user says otherwise: a start has a hundred of them.
+    """
+    if LEAST_SECONDS.upper() not in os.environ:
+        jax.config.update(LEAST_SECONDS, 0.0)
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "corl_jax" / "xla"))

@@ -387,17 +387,23 @@ def test_keys_of_a_piece_are_those_of_the_whole():
 # ---- start
 
 
-def test_compilation_cache_is_where_the_user_says(monkeypatch, tmp_path):
+def test_compilation_cache_is_where_and_as_the_user_says(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     try:
         startup.enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == before
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == least > 0
+        monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        startup.enable_compilation_cache()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         jax.config.update("jax_compilation_cache_dir", None)
         startup.enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "corl_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def test_load_model_casts_all_but_the_image_tokenizer(model_dir):

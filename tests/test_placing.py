@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import weakref
@@ -15,12 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from corl_jax import config as schema
 from corl_jax import sharding
+from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.train import setup
 from corl_jax.train.checkpoint import Checkpoints
 from corl_jax.train.optimizer import make_optimizer, partition
 from corl_jax.train.step import TrainState
-from corl_jax.weights import placing, storage
+from corl_jax.weights import dtypes, leaves, placing, storage
 from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.files import convert, load_config, load_params
 from corl_jax.weights.placing import load_sharded, local_part, stored_dtypes
@@ -172,6 +174,51 @@ def test_one_leaf_is_in_memory_at_a_time(folders, config, mesh, monkeypatch):
     split = {p: s for p, s in flatten(shardings).items() if PartitionSpec() != s.spec}
     load_sharded(folders["original"], config, unflatten(split), lambda path: jnp.float32)
     assert len(split) > 4 and most <= 1
+
+
+@pytest.mark.parametrize("layout", ["transformers", "original", "jax"])
+def test_threads_and_pieces_change_nothing(folders, config, monkeypatch, layout):
+    """Every leaf, whole and a box of it, in the stored type and another."""
+    with open_checkpoint(folders[layout], config) as opened:
+        assert opened.leaves.concurrent
+
+        def everything():
+            for path, shape in opened.leaves.shapes.items():
+                part = tuple((size // 4, size - size // 8) for size in shape)
+                for dtype in (None, np.float32):
+                    for box in (None, part):
+                        yield leaves.read_leaf(opened.leaves, path, is_stacked(path), dtype, box)
+
+        expected = list(everything())
+        monkeypatch.setattr(leaves, "PIECE", 64)
+        monkeypatch.setattr(leaves, "COLUMNS", 3)
+        for found, whole in zip(everything(), expected, strict=True):
+            assert found.dtype == whole.dtype
+            np.testing.assert_array_equal(found, whole)
+
+
+@pytest.mark.parametrize("source", [dtypes.BFLOAT16, np.dtype(np.float16), np.dtype(np.float32)])
+@pytest.mark.parametrize("out", [dtypes.BFLOAT16, np.dtype(np.float32)])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_copies_are_numpys(source, out, axes):
+    values = np.random.default_rng(0).standard_normal((3, 70, 130)).astype(source)
+    values.flat[:4] = [np.nan, np.inf, -np.inf, -0.0]
+    found = np.empty(values.transpose(axes).shape, out)
+    leaves.copy(found, values.transpose(axes))
+    expected = values.transpose(axes).astype(out)
+    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
+    assert np.signbit(found.transpose(np.argsort(axes)).flat[3])
+
+
+def test_an_error_of_a_thread_comes_out(folders, config, monkeypatch):
+    monkeypatch.setattr(leaves, "PIECE", 64)
+    folder = folders["transformers"]
+    with open_checkpoint(folder, config) as opened:
+        store = opened.store
+        ended = {key: dataclasses.replace(info, offset=10**9) for key, info in store.infos.items()}
+        monkeypatch.setattr(store, "infos", ended)
+        with pytest.raises(InputError, match="ended while being read"):
+            leaves.read_leaf(opened.leaves, "lm_head/kernel", False)
 
 
 # ---- checkpoints

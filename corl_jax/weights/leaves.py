@@ -7,20 +7,31 @@ the whole model in memory: which type does a slice have, and what does it hold.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
-from corl_jax.weights.dtypes import named, widest
+from corl_jax.weights.dtypes import BFLOAT16, named, widest
 from corl_jax.weights.storage import Box, Store, whole
 from corl_jax.weights.table import Shape, Slot
+
+READERS = min(8, os.cpu_count() or 1)
+PIECE = 2**22
+"""Values of a leaf without layers that one thread reads at a time."""
+COLUMNS = 64
+"""Of a transposed array that are copied at a time: what they lie in stays in the cache."""
 
 
 class Leaves(Protocol):
     """Parameter leaves by path; `layer` picks a slice of a leaf that is stacked over layers."""
 
     shapes: dict[str, Shape]
+    concurrent: bool  # several threads may read
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         """The type of the slice in its source."""
@@ -36,6 +47,7 @@ class TorchLeaves:
 
     def __init__(self, store: Store, slots: list[Slot], shapes: dict[str, Shape]):
         self.shapes = shapes
+        self.concurrent = store.concurrent
         self._store = store
         self._slots = {(slot.path, slot.layer): slot for slot in slots}
 
@@ -57,6 +69,7 @@ class JaxLeaves:
 
     def __init__(self, store: Store, layer_dtypes: Mapping[str, list[str]]):
         self.shapes = {path: info.shape for path, info in store.infos.items()}
+        self.concurrent = store.concurrent
         self._store = store
         self._layer_dtypes = layer_dtypes
 
@@ -75,6 +88,8 @@ class JaxLeaves:
 
 class MemoryLeaves:
     """Leaves held in memory as NumPy or JAX arrays."""
+
+    concurrent = False
 
     def __init__(self, flat: Mapping[str, Any]):
         self.shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
@@ -107,12 +122,66 @@ def read_leaf(
     layers = layer_count(leaves, path, stacked)
     box = whole(leaves.shapes[path]) if box is None else box
     out = np.empty([stop - start for start, stop in box], dtype or leaf_dtype(leaves, path, layers))
-    if not stacked:
-        out[...] = leaves.read(path, None, box)
-        return out
-    for place, layer in enumerate(range(*box[0])):
-        out[place] = leaves.read(path, layer, box[1:])
+
+    def fill(piece: Piece) -> None:
+        where, layer, part = piece
+        copy(out[where], leaves.read(path, layer, part))
+
+    listed = list(_layers(box) if stacked else _pieces(box))
+    if leaves.concurrent and len(listed) > 1:
+        with ThreadPoolExecutor(READERS) as readers:
+            for _ in readers.map(fill, listed):
+                pass  # an error comes out here
+    else:
+        for piece in listed:
+            fill(piece)
     return out
+
+
+Piece = tuple[Any, int | None, Box]
+"""(where it goes, layer, box)."""
+
+
+def _layers(box: Box) -> Iterator[Piece]:
+    return ((place, layer, box[1:]) for place, layer in enumerate(range(*box[0])))
+
+
+def _pieces(box: Box) -> Iterator[Piece]:
+    """A box along its longest axis, which in the torch layouts is cut without gaps."""
+    sizes = [stop - start for start, stop in box]
+    if math.prod(sizes) <= PIECE:
+        yield ..., None, box
+        return
+    axis = int(np.argmax(sizes))
+    rows = math.ceil(sizes[axis] / math.ceil(math.prod(sizes) / PIECE))
+    for start, stop in itertools.pairwise([*range(0, sizes[axis], rows), sizes[axis]]):
+        first = box[axis][0]
+        part = (*box[:axis], (first + start, first + stop), *box[axis + 1 :])
+        yield (*[slice(None)] * axis, slice(start, stop)), None, part
+
+
+def copy(out: np.ndarray, source: np.ndarray) -> None:
+    """out[...] = source; bfloat16 by its bits.
+
+    NumPy holds the interpreter's lock while it copies or widens that type, which it does not know.
+    """
+    if source.dtype == BFLOAT16 and out.dtype == np.float32:
+        bits = out.view(np.uint32)
+        _by_columns(bits, source.view(np.uint16))
+        bits <<= 16
+    elif source.dtype == out.dtype == BFLOAT16:
+        _by_columns(out.view(np.uint16), source.view(np.uint16))
+    else:
+        _by_columns(out, source)
+
+
+def _by_columns(out: np.ndarray, source: np.ndarray) -> None:
+    if source.ndim < 2 or source.flags.c_contiguous:
+        out[...] = source
+        return
+    for start in range(0, out.shape[-1], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        out[..., columns] = source[..., columns]
 
 
 def mixed_dtypes(leaves: Leaves, stacked: Mapping[str, bool]) -> dict[str, list[str]]:

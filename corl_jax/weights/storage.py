@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +59,7 @@ class Store(Protocol):
     """Tensors by name."""
 
     infos: dict[str, TensorInfo]
+    concurrent: bool  # several threads may read
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
         """The tensor, or the part of it in a box, as a fresh contiguous array."""
@@ -69,9 +71,12 @@ class Store(Protocol):
 class SafetensorsStore:
     """The tensors of one or more safetensors files."""
 
+    concurrent = True
+
     def __init__(self, infos: dict[str, TensorInfo]):
         self.infos = infos
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
         info = self.infos[key]
@@ -92,8 +97,9 @@ class SafetensorsStore:
         return out
 
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
-        if info.file not in self._descriptors:
-            self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
+        with self._opening:
+            if info.file not in self._descriptors:
+                self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
         done = 0
         while done < len(view):
             count = os.preadv(self._descriptors[info.file], [view[done:]], offset + done)

@@ -43,6 +43,8 @@ def import_torch(file: Path) -> Any:
 class BinStore:
     """The tensors of one or more PyTorch files."""
 
+    concurrent = False  # one file is open at a time
+
     def __init__(self, files: list[Path]):
         self.infos: dict[str, TensorInfo] = {}
         self._open: tuple[Path, dict[str, Any]] | None = None
