@@ -18,7 +18,6 @@ from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
 from corl_jax.weights.placing import load_sharded
 
-
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
