@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -89,7 +91,8 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
         if primary:
             directory.require_saved(steps, config.checkpoint.directory, place)
         run, state = build(planned, Phases())
-        weights = untrained_digests(run, config)
+        files = reward_files(config)  # now: users may mend them while the run goes on
+        weights = functools.cache(lambda: untrained_digests(run) | files)
         resumed = resume(planned, checkpoints, state, weights, allow_changes)
         if primary:
             directory.keep_config(config)
@@ -125,28 +128,38 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
         processes.met("the end")  # jax gives the last to leave no time for its export
 
 
-def untrained_digests(run: Run, config: Config) -> dict[str, str]:
-    """Of what checkpoints leave out because it is read from files at each start, by its option."""
+def untrained_digests(run: Run) -> dict[str, str]:
+    """Of what checkpoints leave out because it is read from files at each start, by its option.
+
+    Takes seconds at a first start, since each shape of an array is a program to compile.
+    """
     with run.reference.use() if run.reference else contextlib.nullcontext() as reference:
         found = {"model.path": digests.summary({"frozen": run.frozen, "reference": reference})}
     for name, network in run.networks.items():
         with network.use() as lent:
             found[f"networks.{name}"] = digests.summary(lent.params)
-    for reward in config.rewards:
-        file = Path((reward.use or "").rpartition(":")[0])
-        if file.suffix == ".py":
-            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
+def reward_files(config: Config) -> dict[str, str]:
+    """Digests of the files of the user's rewards."""
+    files = (Path((reward.use or "").rpartition(":")[0]) for reward in config.rewards)
+    return {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.suffix == ".py"
+    }
+
+
 def resume(
-    planned: Plan, checkpoints: Checkpoints, state: TrainState, weights: dict[str, str],
-    allow_changes: bool,
+    planned: Plan, checkpoints: Checkpoints, state: TrainState,
+    weights: Callable[[], dict[str, str]], allow_changes: bool,
 ) -> Restored | None:  # fmt: skip
     """The newest sound checkpoint, with the data where it was; None for a run without any.
 
-    The fresh `state` says what is wanted, and is gone when something is restored. `weights`: see
-    `untrained_digests`; a reward's file that was mended is told, not refused.
+    The fresh `state` says what is wanted, and is gone when something is restored. `weights`
+    are the digests of what checkpoints leave out; a reward's file that was mended is told, not
+    refused.
     """
     if not processes.agreed(len(checkpoints.steps())):
         return None
@@ -155,8 +168,8 @@ def resume(
         leaf.delete()  # the devices have room for one state
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.newest(wanted, config, allow_changes)
-    before = resumed.meta["weights"]
-    changed = [name for name in weights if before.get(name, weights[name]) != weights[name]]
+    before, now = resumed.meta["weights"], weights()
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
     problems = [
         f"{name}: its weights are not those that the run began with; bring them back, or "
         "--allow-changed-config to go on with these"

@@ -46,7 +46,7 @@ class Recorder:
     started: float = dataclasses.field(default_factory=time.perf_counter)
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
     # digests of what is read again at each start
-    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    weights: Callable[[], Mapping[str, str]] = dict
     interruption: Interruption = dataclasses.field(default_factory=Interruption)
     stopping: bool = False  # at the step that `due` was last asked about
     watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
@@ -174,7 +174,7 @@ class Recorder:
             "seed": run.seed,
             "config": self.config.model_dump(mode="json"),
             "seconds": self.seconds,
-            "weights": self.weights,
+            "weights": self.weights(),
             "metric_lines": self.metrics.lines,
             "unreported": unreported,
             "guards": self.guards.state(),

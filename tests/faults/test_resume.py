@@ -235,7 +235,7 @@ def test_digests_of_what_a_reward_asks(tmp_path):
         params = {"kernel": np.full((2, 3), number, np.float32)}
         blip = Frozen(Network(None, params, tmp_path, np.float32), place, offload=True)
         run = SimpleNamespace(reference=None, frozen={}, networks={"blip": blip})
-        return command.untrained_digests(run, config)
+        return command.untrained_digests(run) | command.reward_files(config)
 
     first, second = found(1.0), found(1.5)
     assert first.keys() == {"model.path", "networks.blip", str(judge)}
