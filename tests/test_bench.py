@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from corl_jax.errors import BAD_INPUT_EXIT_CODE
+from corl_jax import sampling
+from corl_jax.errors import BAD_INPUT_EXIT_CODE, InputError
 from corl_jax.models import binding, janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import LlamaConfig
@@ -25,7 +26,16 @@ from corl_jax.sharding import make_mesh
 from corl_jax.types import Rollout, SpecialTokens
 from corl_jax.weights.networks import KINDS
 from tools.bench import __main__ as command
-from tools.bench import correctness, generation, inputs, timing, training, versus, vocabularies
+from tools.bench import (
+    correctness,
+    generation,
+    inputs,
+    start,
+    timing,
+    training,
+    versus,
+    vocabularies,
+)
 from tools.bench.ceilings import Ceilings
 from tools.bench.cost import Work, step_bytes, training_operations
 from tools.bench.setting import Setting
@@ -231,6 +241,22 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
 
 
+def test_both_layouts_draw_the_same(monkeypatch):
+    """And only one of them asks for the policy's matrices to be gathered."""
+    drawn, asked, gathered = [], [], sampling.gathered
+
+    def keep(call, repeats):
+        drawn.append(np.asarray(call().tokens))
+        return Timing(1.0, (1.0,))
+
+    monkeypatch.setattr("tools.bench.setting.measure", keep)
+    monkeypatch.setattr(sampling, "gathered", lambda params: asked.append(1) or gathered(params))
+    small = ["--prompts", "2", "--group", "2", "--mesh", "fsdp=2", "--repeats", "1"]
+    command.main(["--size", "tiny", "--parts", "layouts", *small])
+    assert len(drawn) == 2 and len(asked) == 1
+    assert (drawn[0] == drawn[1]).mean() > 0.5, "rounding alone parts them"
+
+
 # ---- arguments and failures
 
 
@@ -244,6 +270,7 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
         (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, which is no multiple"),
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
         (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
+        (["--parts", "layouts"], "--parts: found layouts; give --mesh fsdp=N"),
         (["--mesh", "data=64", "--prompts", "64"], "asks for 64 devices of the 8 here"),
     ],
 )
@@ -491,3 +518,27 @@ def test_published_sizes_trace(name, tmp_path):
         rollout = jax.eval_shape(generation.samplers(setting)[task], params, prompts, keys)
         assert rollout.tokens.shape == (64, length)
     assert prompts.input_ids.shape == (8, 676)
+
+
+# ---- the training command's start
+
+
+@pytest.mark.slow
+def test_the_training_command_makes_its_first_step(tmp_path):
+    """From an empty cache and from a full one."""
+    out = tmp_path / "new" / "start.jsonl"
+    small = ["train.prompts_per_step=2", "train.micro_batch=2", "rollout.batch_prompts=2"]
+    start.main(["--size", "tiny", "--out", str(out), *small, "rollout.group_size=2"])
+    cold, cached = map(json.loads, out.read_text().splitlines())
+    assert (cold["start"], cached["start"]) == ("cold", "cached")
+    assert cold["seconds"] > cached["seconds"] > 1
+
+
+def test_a_start_that_fails_says_why(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        start.main(["--size", "tiny", "optimizer.learning_rat=1"])
+    assert error.value.code == BAD_INPUT_EXIT_CODE
+    assert "did you mean learning_rate" in capsys.readouterr().err
+    config = start.write_config(tmp_path, "tiny", [])
+    with pytest.raises(InputError, match=r"(?s)no step was made.*model: no such directory"):
+        start.seconds_to_first_step(config, tmp_path / "run", {})

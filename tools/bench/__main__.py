@@ -6,7 +6,8 @@
     python -m tools.bench --size tiny                     # everything, on a CPU
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
-iteration (rollouts and step) and correctness (do samplers and trainer agree). Compute is bfloat16;
+iteration (rollouts and step) and correctness (do samplers and trainer agree); on a mesh with fsdp
+also layouts (decoding with matrices gathered, and split as in training). Compute is bfloat16;
 training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
 host clock, to the moment when the results are there; `compile` is what the first call took longer.
 Every function says in its docstring what its figures are; roofline and MFU are against rates of
@@ -49,10 +50,10 @@ from corl_jax.models import janus
 from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
-from tools.bench import correctness, generation, scoring, training, versus
+from tools.bench import correctness, generation, layouts, scoring, training, versus
 from tools.bench.ceilings import ceilings
 from tools.bench.setting import COMPUTE, Setting
-from tools.bench.sizes import PARTS, SIZES
+from tools.bench.sizes import SIZES
 from tools.bench.timing import HEADER, Record
 from tools.bench.vocabularies import write_processor
 
@@ -64,8 +65,10 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "train": training.train,
     "iteration": training.iteration,
     "correctness": correctness.correctness,
+    "layouts": layouts.layouts,
 }
 ALONE = ("rewards", "correctness")  # parts for one device
+SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text")  # parts that --lora changes
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
@@ -141,7 +144,7 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raises: InputError listing every argument that cannot be used."""
     problems = [
-        f"--parts: found {part!r}, expected some of {','.join(PARTS)}"
+        f"--parts: found {part!r}, expected some of {','.join(RUNS)}"
         for part in args.parts
         if part not in RUNS
     ]
@@ -217,6 +220,9 @@ def _mesh_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--parts: found {', '.join(alone)}, measured on one device alone; leave out --mesh"
         )
+    split = [part for part in args.parts if part in SPLIT]
+    if split and axes["fsdp"] == 1:
+        problems.append(f"--parts: found {', '.join(split)}; give --mesh fsdp=N, N 2 or more")
     if args.mesh and args.peer:
         problems.append("--peer: PyTorch runs on one device; leave out --mesh")
     return problems

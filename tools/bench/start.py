@@ -93,15 +93,16 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
     return file
 
 
-def seconds_to_first_step(config: Path, output_dir: Path) -> float:
-    """Runs the training command until its first step has ended.
+def seconds_to_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
+    """Runs the training command until its first step has ended; `settings` for its environment.
 
     Raises: InputError with what it said, where it ends before.
     """
+    environment = os.environ | settings
     began, said = time.perf_counter(), []
     command = [sys.executable, "-m", "corl_jax.train", "--config", str(config)]
     command += [f"output_dir={output_dir}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as run:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stderr is not None
         try:
             for line in run.stderr:
@@ -120,10 +121,9 @@ def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
         config = write_config(folder, size, overrides)
         write_model(folder / "model", SIZES[size].janus)
         write_rows(folder / "rows.parquet")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
-        os.environ.pop("JAX_PLATFORMS", None)
+        settings = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         for start in ("cold", "cached"):
-            spent = seconds_to_first_step(config, folder / start)
+            spent = seconds_to_first_step(config, folder / start, settings)
             yield {"record": "start", "size": size, "start": start, "seconds": spent}
 
 

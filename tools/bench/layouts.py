@@ -1,0 +1,54 @@
+"""Decoding with matrices gathered once a rollout, and with matrices split as training has them.
+
+The samplers do the former. The latter leaves it to XLA when the loop over tokens gathers what a
+step reads; for the time of the measurement it takes the place of the samplers' own layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+
+from corl_jax import sampling, sharding
+from corl_jax.models import decoding
+from tools.bench.generation import keys, prompts_of, samplers
+from tools.bench.setting import COMPUTE, Setting
+from tools.bench.timing import Record
+
+
+def layouts(setting: Setting) -> Iterator[Record]:
+    """Seconds of a rollout of images without their pixels, in both layouts, on a mesh with `fsdp`.
+
+    The same completions, up to rounding; the parameters start as training lays them out.
+    """
+    params = setting.policy(COMPUTE)
+    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
+    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
+    for name, layout in (("gathered once", contextlib.nullcontext), ("as in training", as_stored)):
+        with layout():
+            sampling._image_program.clear_cache()  # it would not notice
+            timing = setting.measure(f"layout_{name}", sample)
+        yield Record("layouts", f"image tokens, matrices {name}", timing, {})
+    sampling._image_program.clear_cache()
+
+
+@contextlib.contextmanager
+def as_stored() -> Iterator[None]:
+    """Takes what lays matrices out for decoding away from the samplers; activations keep theirs."""
+
+    def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+        return sharding.constrain(x, *names) if names[0] == "batch" else x
+
+    def gathered(params: Any) -> Any:
+        return params
+
+    with (
+        mock.patch.object(decoding, "constrain", constrain),
+        mock.patch.object(sampling, "gathered", gathered),
+    ):
+        yield
