@@ -32,6 +32,7 @@ from corl_jax.weights.config_blip import parse
 from corl_jax.weights.networks import KINDS, convert_network, load_network
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables.blip import TABLES
+from tests.parity import torch_janus
 
 torch.set_num_threads(1)
 
@@ -71,27 +72,11 @@ def torch_model(*, seed: int, tied: bool = True, text=None, vision=None):
         tie_word_embeddings=tied,
     )
     model = BlipForConditionalGeneration(config).float().eval()
-    randomise(model, seed)
-    return model
-
-
-@torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights that keep activations near 1 and give every scale and bias a value of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("bias"):
-            parameter.copy_(0.3 * noise)
-        elif parameter.ndim == 1:  # the scale of a norm
-            parameter.copy_(1 + 0.3 * noise)
-        elif "embed" in name and "patch" not in name:
-            parameter.copy_(noise)
-        else:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    torch_janus.randomise(model, seed)
     # Small words and large image features, so that captions depend on the image.
-    model.text_decoder.get_input_embeddings().weight *= 0.3
-    model.vision_model.post_layernorm.weight *= 3
+    model.text_decoder.get_input_embeddings().weight.data *= 0.3
+    model.vision_model.post_layernorm.weight.data *= 3
+    return model
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

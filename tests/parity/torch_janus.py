@@ -65,13 +65,19 @@ def tiny_model(
         tie_word_embeddings=False,
     )
     model = JanusForConditionalGeneration(config).float().eval()
-    randomise(model, seed)
+    generator = randomise(model, seed)
+    # Rows of very different length, so that leaving out the normalisation changes the codes.
+    codebook = model.model.vqmodel.quantize.embedding.weight
+    codebook.data *= torch.exp(torch.randn(codebook.shape[0], 1, generator=generator))
     return model
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights that keep activations near 1 and give every scale and bias a value of its own."""
+def randomise(model: torch.nn.Module, seed: int) -> torch.Generator:
+    """Weights that keep activations near 1 and give every scale and bias a value of its own.
+
+    Returns what they were drawn from.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -79,13 +85,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(0.3 * noise)
         elif parameter.ndim == 1:  # the scale of a norm
             parameter.copy_(1 + 0.3 * noise)
-        elif "embed" in name and parameter.ndim == 2:
+        elif "embed" in name and "patch" not in name:
             parameter.copy_(noise)
         else:
             parameter.copy_(noise / parameter[0].numel() ** 0.5)
-    # Rows of very different length, so that leaving out the normalisation changes the codes.
-    codebook = model.model.vqmodel.quantize.embedding.weight
-    codebook *= torch.exp(torch.randn(codebook.shape[0], 1, generator=generator))
+    return generator
 
 
 def jax_config(config: TorchConfig) -> JanusConfig:
