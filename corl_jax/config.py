@@ -92,7 +92,7 @@ class Rollout(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     cfg_scale: NonNegativeFloat = Field(5.0, description="image guidance; 1 is none [P]")
     max_new_tokens: Positive = Field(512, description="text tokens of a completion [P]")
-    pixel_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of codes to pixels")
+    pixel_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of rewarded images")
     batch_prompts: Positive | None = Field(
         None, description="prompts sampled at once on all devices; null: all of a step"
     )

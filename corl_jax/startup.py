@@ -19,6 +19,7 @@ from corl_jax.weights.files import load_config, load_params, open_checkpoint, re
 from corl_jax.weights.placing import load_sharded
 
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+JAX_DEFAULT_SECONDS = 1.0
 
 
 class Model(NamedTuple):
@@ -35,7 +36,7 @@ def enable_compilation_cache() -> None:
 
     Small ones too, unless the user says otherwise: a start has a hundred of them.
     """
-    if LEAST_SECONDS.upper() not in os.environ:
+    if getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
         jax.config.update(LEAST_SECONDS, 0.0)
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

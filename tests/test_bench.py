@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from corl_jax import sampling
+from corl_jax import sampling, sharding
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, InputError
-from corl_jax.models import binding, janus
+from corl_jax.models import binding, decoding, janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.lora import Lora
@@ -242,8 +242,9 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
 
 
 def test_both_layouts_draw_the_same(monkeypatch):
-    """And only one of them asks for the policy's matrices to be gathered."""
-    drawn, asked, gathered = [], [], sampling.gathered
+    """And only one of them asks for the policy's matrices to be gathered, inside of layers too."""
+    drawn, asked, laid_out = [], [], []
+    gathered, constrain = sampling.gathered, sharding.constrain
 
     def keep(call, repeats):
         drawn.append(np.asarray(call().tokens))
@@ -251,9 +252,15 @@ def test_both_layouts_draw_the_same(monkeypatch):
 
     monkeypatch.setattr("tools.bench.setting.measure", keep)
     monkeypatch.setattr(sampling, "gathered", lambda params: asked.append(1) or gathered(params))
+    monkeypatch.setattr(
+        sharding, "constrain", lambda x, *names: laid_out.append(names) or constrain(x, *names)
+    )
+    monkeypatch.setattr(decoding, "constrain", sharding.constrain)
     small = ["--prompts", "2", "--group", "2", "--mesh", "fsdp=2", "--repeats", "1"]
     command.main(["--size", "tiny", "--parts", "layouts", *small])
     assert len(drawn) == 2 and len(asked) == 1
+    matrices = [names for names in laid_out if names[0] != "batch"]
+    assert len(matrices) == 4 * SIZES["tiny"].janus.llama.num_layers, "of one of the two alone"
     assert (drawn[0] == drawn[1]).mean() > 0.5, "rounding alone parts them"
 
 
@@ -539,6 +546,8 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
         start.main(["--size", "tiny", "optimizer.learning_rat=1"])
     assert error.value.code == BAD_INPUT_EXIT_CODE
     assert "did you mean learning_rate" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"log\.every: found 2, expected 1"):
+        start.write_config(tmp_path, "tiny", ["log.every=2"])
     config = start.write_config(tmp_path, "tiny", [])
     with pytest.raises(InputError, match=r"(?s)no step was made.*model: no such directory"):
         start.seconds_to_first_step(config, tmp_path / "run", {})

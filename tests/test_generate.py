@@ -394,7 +394,7 @@ def test_compilation_cache_is_where_and_as_the_user_says(monkeypatch, tmp_path):
         startup.enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == before
         assert jax.config.jax_persistent_cache_min_compile_time_secs == least > 0
-        monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # JAX's own
         startup.enable_compilation_cache()
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

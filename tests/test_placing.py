@@ -210,6 +210,13 @@ def test_copies_are_numpys(source, out, axes):
     assert np.signbit(found.transpose(np.argsort(axes)).flat[3])
 
 
+def test_layers_of_one_number_each():
+    memory = leaves.MemoryLeaves({"scale": np.arange(5, dtype=np.float32)})
+    np.testing.assert_array_equal(leaves.read_leaf(memory, "scale", True), np.arange(5))
+    part = leaves.read_leaf(memory, "scale", True, box=((1, 3),))
+    np.testing.assert_array_equal(part, [1, 2])
+
+
 def test_an_error_of_a_thread_comes_out(folders, config, monkeypatch):
     monkeypatch.setattr(leaves, "PIECE", 64)
     folder = folders["transformers"]

@@ -25,7 +25,8 @@ from corl_jax import config_file, sharding
 from corl_jax.errors import InputError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
-from corl_jax.train import iterate, planning, record, rundir
+from corl_jax.train import iterate, loop, planning, record, rundir
+from corl_jax.train.metrics import Phases
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests import tiny_train
@@ -321,7 +322,7 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
     for part in (
         "language_model", "total", "GiB", "optimizer", "12 rows to train on, 4 held out",
         "steps: 6 of 4 prompts in 2 micro-batch(es), 6 optimizer steps", "'data': 1", "on cpu",
-        "t2i_pixel_mse", "qa_accuracy",
+        "t2i_pixel_mse", "qa_accuracy", "attention: xla in updates, xla in samplers",
     ):  # fmt: skip
         assert part in out, part
     assert not (tmp_path / "run").exists()
@@ -595,3 +596,62 @@ def test_an_export_that_transformers_cannot_express(options, model, tmp_path, ca
     (line,) = refused(capsys, tree, "--check")
     assert "export: image_token_embed is 48" in line
     train(tree, "--check", "export.layout=original")
+
+
+# ---- the loop
+
+
+def test_the_first_step_is_told_and_saves_prepared_before_the_second():
+    """Later ones are read after the next is dispatched; the last one at the end."""
+    told = []
+
+    def iterate(run, state, prompts, step):
+        told.append(f"step {step}")
+        return state + prompts, f"done {step}"
+
+    recorder = SimpleNamespace(
+        iteration=lambda step, done, seconds, run: told.append(done),
+        prepare_saves=lambda: told.append("prepared"),
+        due=lambda step, run: step == 6,
+        milestone=lambda run, state, step: told.append(f"milestone {step}"),
+    )
+    run = SimpleNamespace(
+        iterate=iterate, phases=Phases(),
+        train_loader=SimpleNamespace(iterate=lambda start, stop: [10, 20, 30, 40]),
+    )  # fmt: skip
+    assert loop.train(run, 0, recorder, 3, 7) == 100
+    assert told == [
+        "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5", "milestone 6",
+        "step 6", "done 6",
+    ]  # fmt: skip
+
+
+def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypatch):
+    """Two saves and the look before the second process resumes."""
+    taken, steps = [], []
+    digests, iteration = command.untrained_digests, record.Recorder.iteration
+
+    def take(run):
+        taken.append(len(steps))
+        return digests(run)
+
+    def log(self, step, *rest):
+        steps.append(step)
+        return iteration(self, step, *rest)
+
+    pixels, dtypes = iterate.sampling.decode_images, []
+    monkeypatch.setattr(
+        iterate.sampling, "decode_images",
+        lambda *args, dtype: dtypes.append(dtype) or pixels(*args, dtype=dtype),
+    )  # fmt: skip
+    monkeypatch.setattr(command, "untrained_digests", take)
+    monkeypatch.setattr(record.Recorder, "iteration", log)
+    tree = options(
+        train={"max_steps": 3}, checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"}
+    )
+    path = write_config(tmp_path / "config.yaml", tree)
+    command.main(["--config", str(path), "train.stop_after=2"])
+    assert taken == [1] and steps == [0, 1]
+    assert set(dtypes) == {jax.numpy.bfloat16}, "of rollout.pixel_dtype"
+    command.main(["--config", str(path)])
+    assert taken == [1, 2] and steps == [0, 1, 2]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.models.attention import fastest
-from corl_jax.sharding import on_own_heads
+from corl_jax.sharding import constrain, on_own_heads
 
 CausalAttention = Literal["xla", "cudnn", "splash"]
 """XLA's own products, or a fused kernel that keeps no scores in memory: cuDNN's on NVIDIA GPUs in
@@ -59,6 +59,9 @@ def attend_causally(
     itself = jnp.eye(length, total, total - length, dtype=bool)
     before = jnp.tril(jnp.ones((length, total), bool), total - length)
     mask = before & (kept[:, None, :] | itself)
+    if implementation == "cudnn":  # wants them laid out alike
+        laid_out = (constrain(x, "batch", "length", "heads", None) for x in (query, key, value))
+        query, key, value = laid_out
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask[:, None], implementation=implementation
     )

@@ -131,7 +131,7 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
 def untrained_digests(run: Run) -> dict[str, str]:
     """Of what checkpoints leave out because it is read from files at each start, by its option.
 
-    Takes seconds at a first start, since each shape of an array is a program to compile.
+    Takes seconds in a run's first process, since each shape of an array is a program to compile.
     """
     with run.reference.use() if run.reference else contextlib.nullcontext() as reference:
         found = {"model.path": digests.summary({"frozen": run.frozen, "reference": reference})}
@@ -193,6 +193,8 @@ def resume(
 
 def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Metrics) -> None:
     """What a user should know before the first step."""
+    if chosen := report.attention(planned):
+        metrics.say(chosen)
     if resumed is not None:
         for text in resumed.warnings:
             metrics.say(f"warning: {text}")

@@ -30,6 +30,8 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
         if due or step == start:
             recorder.iteration(*pending, run)
             pending = None
+        if step == start:
+            recorder.prepare_saves()
         if due:
             recorder.milestone(run, state, step + 1)
             began = time.perf_counter()

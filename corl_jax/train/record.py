@@ -59,6 +59,11 @@ class Recorder:
             self.checkpoints, lambda text: self.metrics.say(text), limit, self.note_saved
         )
 
+    def prepare_saves(self) -> None:
+        """Takes the digests now: a save that a signal asks for has no time to compile them."""
+        self.weights()
+        self.watchdog.beat()
+
     def note_saved(self, step: int) -> None:
         """So that a run whose checkpoints are gone does not start afresh."""
         if self.primary:

@@ -12,6 +12,7 @@ import jax
 
 from corl_jax.models import janus
 from corl_jax.sharding import leaf_paths, param_spec
+from corl_jax.train import setup
 from corl_jax.train.optimizer import partition
 from corl_jax.train.planning import Plan
 from corl_jax.types import Params
@@ -48,7 +49,19 @@ def _parameters(plan: Plan) -> str:
             f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
             f"{', '.join(lora.targets)}"
         )
+    if chosen := attention(plan):
+        lines.append(f"  {chosen}")
     return "\n".join(lines)
+
+
+def attention(plan: Plan) -> str:
+    """Which implementations the devices attend with; empty for the image tokenizer's stage."""
+    if plan.config.objective == "vq":
+        return ""
+    chosen = f"attention: {setup.attention_of_update(plan)} in updates"
+    if plan.config.objective == "grpo":
+        chosen += f", {setup.attention_of_samplers(plan)} in samplers"
+    return chosen
 
 
 def _frozen(plan: Plan, frozen: Params) -> tuple[int, int]:

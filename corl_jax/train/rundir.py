@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
     r"train\.stop_after",
     r"(log|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
+    r"model\.attention",  # so does another kernel
     r"checkpoint\.(every|keep|max_failures|directory)",  # there saved.json's step has to be
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
     r"data\.(prefetch|cache_rows|max_bad_fraction)",

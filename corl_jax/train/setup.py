@@ -183,7 +183,7 @@ def make_objective(plan: Outline) -> Objective:
         image_logprobs=config.grpo.image_logprobs,
         unshifted=config.compat.image_logprobs_unshifted and config.objective == "grpo",
         remat=config.model.remat,
-        attention=_attention_of_update(plan),
+        attention=attention_of_update(plan),
         chunk=config.model.logprob_chunk,
     )
     weights = sft_weights if config.objective == "sft" else grpo_weights
@@ -198,24 +198,28 @@ def make_objective(plan: Outline) -> Objective:
     )
 
 
-def _attention_of_update(plan: Outline) -> causal.CausalAttention:
+def attention_of_update(plan: Outline) -> causal.CausalAttention:
+    """What `model.attention` comes to on the mesh's devices."""
     wanted, device = plan.config.model.attention, plan.mesh.devices.flat[0]
     if wanted != "auto":
         return wanted
     return causal.best(plan.config.model.dtype, plan.model_config.llama.head_dim, device)
 
 
+def attention_of_samplers(plan: Outline) -> attention.Implementation:
+    """What a decode step attends with on the mesh's devices, which need not be those present."""
+    device = plan.mesh.devices.flat[0]
+    return attention.fastest(plan.config.model.dtype, plan.model_config.llama.head_dim, device)
+
+
 def make_samplers(plan: Outline) -> dict[str, Callable]:
     """task -> (params, prompts, keys) -> Rollout, with the config's sampling options."""
     rollout, grpo = plan.config.rollout, plan.config.grpo
-    dtype = DTYPES[plan.config.model.dtype]
-    # The mesh's devices decide, which need not be the ones that are present.
-    device = plan.mesh.devices.flat[0]
     common = {
         "special": plan.special,
         "temperature": rollout.temperature,
-        "dtype": dtype,
-        "attention": attention.fastest(dtype, plan.model_config.llama.head_dim, device),
+        "dtype": DTYPES[plan.config.model.dtype],
+        "attention": attention_of_samplers(plan),
     }
     images = functools.partial(
         sampling.sample_images, plan.model_config,

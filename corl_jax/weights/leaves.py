@@ -32,6 +32,7 @@ class Leaves(Protocol):
 
     shapes: dict[str, Shape]
     concurrent: bool  # several threads may read
+    transposed: bool  # matrices may lie in the source the other way
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         """The type of the slice in its source."""
@@ -47,7 +48,7 @@ class TorchLeaves:
 
     def __init__(self, store: Store, slots: list[Slot], shapes: dict[str, Shape]):
         self.shapes = shapes
-        self.concurrent = store.concurrent
+        self.concurrent, self.transposed = store.concurrent, True
         self._store = store
         self._slots = {(slot.path, slot.layer): slot for slot in slots}
 
@@ -69,7 +70,7 @@ class JaxLeaves:
 
     def __init__(self, store: Store, layer_dtypes: Mapping[str, list[str]]):
         self.shapes = {path: info.shape for path, info in store.infos.items()}
-        self.concurrent = store.concurrent
+        self.concurrent, self.transposed = store.concurrent, False
         self._store = store
         self._layer_dtypes = layer_dtypes
 
@@ -89,7 +90,7 @@ class JaxLeaves:
 class MemoryLeaves:
     """Leaves held in memory as NumPy or JAX arrays."""
 
-    concurrent = False
+    concurrent = transposed = False
 
     def __init__(self, flat: Mapping[str, Any]):
         self.shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
@@ -127,7 +128,7 @@ def read_leaf(
         where, layer, part = piece
         copy(out[where], leaves.read(path, layer, part))
 
-    listed = list(_layers(box) if stacked else _pieces(box))
+    listed = list(_layers(box) if stacked else _pieces(box, leaves.transposed))
     if leaves.concurrent and len(listed) > 1:
         with ThreadPoolExecutor(READERS) as readers:
             for _ in readers.map(fill, listed):
@@ -143,16 +144,18 @@ Piece = tuple[Any, int | None, Box]
 
 
 def _layers(box: Box) -> Iterator[Piece]:
-    return ((place, layer, box[1:]) for place, layer in enumerate(range(*box[0])))
+    # The ellipsis makes an array of a layer's one number, too.
+    return (((place, ...), layer, box[1:]) for place, layer in enumerate(range(*box[0])))
 
 
-def _pieces(box: Box) -> Iterator[Piece]:
-    """A box along its longest axis, which in the torch layouts is cut without gaps."""
+def _pieces(box: Box, transposed: bool) -> Iterator[Piece]:
+    """A box in pieces that lie in one stretch of the file each, or nearly so."""
     sizes = [stop - start for start, stop in box]
     if math.prod(sizes) <= PIECE:
         yield ..., None, box
         return
-    axis = int(np.argmax(sizes))
+    # The matrices that are this large have words as rows in the torch layouts.
+    axis = int(np.argmax(sizes)) if transposed else 0
     rows = math.ceil(sizes[axis] / math.ceil(math.prod(sizes) / PIECE))
     for start, stop in itertools.pairwise([*range(0, sizes[axis], rows), sizes[axis]]):
         first = box[axis][0]

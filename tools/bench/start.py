@@ -83,11 +83,13 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
     changed = {
         "output_dir": str(folder / "run"), "model.path": str(folder / "model"),
         "data.path": str(folder / "rows.parquet"), "eval.suite": "none", "eval.every": 0,
-        "log.images_every": 0, "export.layout": "none",
+        "log.every": 1, "log.images_every": 0, "export.layout": "none",
         "rewards": '[{"name": "t2i_ti_sim"}, {"name": "qa_accuracy"}, {"name": "format"}]',
     }  # fmt: skip
     options += [f"{key}={value}" for key, value in changed.items()]
     config = config_file.load(UNIFIED, [*options, *overrides])
+    if config.log.every != 1:
+        raise InputError(f"log.every: found {config.log.every}, expected 1: step 1 has to be seen")
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)), encoding="utf-8")
     return file
