@@ -29,6 +29,7 @@ from tools.bench import __main__ as command
 from tools.bench import (
     correctness,
     generation,
+    gradients,
     inputs,
     start,
     timing,
@@ -95,7 +96,10 @@ def test_every_number_is_positive(found):
     may_be_zero = {"compile_s", "finite", "cut", "in_use_gib"}
     signed = {"loss", "logp_mean"}
     for (part, _), line in found.items():
-        if part == "correctness":
+        if part == "gradients":
+            assert line["attention"] == "xla" and 1e-4 < line["error"] == line["error_xla"] < 0.05
+            assert line["error"] < line["largest"] == line["largest_xla"] < 0.2
+        elif part == "correctness":
             may_be_zero |= {key for key in line if "difference" in key}
         else:
             assert line["median_s"] == pytest.approx(np.median(line["calls_s"]))
@@ -525,6 +529,33 @@ def test_published_sizes_trace(name, tmp_path):
         rollout = jax.eval_shape(generation.samplers(setting)[task], params, prompts, keys)
         assert rollout.tokens.shape == (64, length)
     assert prompts.input_ids.shape == (8, 676)
+
+
+# ---- gradients
+
+
+def test_errors_of_gradients_are_shares_of_their_lengths():
+    exact = {"a": np.float32([3, 4]), "b": {"c": np.float32([[12]])}, "unread": np.zeros(2)}
+    found = {"a": np.float32([3, 4.5]), "b": {"c": np.float32([[12]])}, "unread": np.zeros(2)}
+    assert gradients.errors(found, exact) == pytest.approx({"error": 0.5 / 13, "largest": 0.1})
+    assert gradients.errors(exact, exact) == {"error": 0, "largest": 0}
+
+
+def test_a_wrong_kernel_shows_in_gradients_not_in_the_loss(tmp_path, monkeypatch):
+    """One that forgets to scale its scores: what it does to one update's loss is nothing."""
+    real = jax.nn.dot_product_attention
+
+    def attend(query, key, value, *, implementation=None, **rest):
+        wrong = implementation == "cudnn"
+        return real(query * 8 if wrong else query, key, value, implementation="xla", **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    setting = dataclasses.replace(
+        published("tiny", tmp_path), attention="cudnn", prompts=2, group=2
+    )
+    found = {record.name: record.figures for record in gradients.gradients(setting)}
+    for task in ("t2i", "mm2t"):
+        assert found[task]["error"] > 5 * found[task]["error_xla"] > 0
 
 
 # ---- the training command's start

@@ -6,13 +6,14 @@
     python -m tools.bench --size tiny                     # everything, on a CPU
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
-iteration (rollouts and step) and correctness (do samplers and trainer agree); on a mesh with fsdp
-also layouts (decoding with matrices gathered, and split as in training). Compute is bfloat16;
-training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
-host clock, to the moment when the results are there; `compile` is what the first call took longer.
-Every function says in its docstring what its figures are; roofline and MFU are against rates of
-copying and of matrix products that are measured first, on one device. Memory peaks are the
-process's on its first device: run a part alone to have its own.
+iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (does the
+update's attention differentiate as it should); on a mesh with fsdp also layouts (decoding with
+matrices gathered, and split as in training). Compute is bfloat16; training keeps float32. Each
+time is the median of --repeats calls after one that compiles, on the host clock, to the moment
+when the results are there; `compile` is what the first call took longer. Every function says in
+its docstring what its figures are; roofline and MFU are against rates of copying and of matrix
+products that are measured first, on one device. Memory peaks are the process's on its first
+device: run a part alone to have its own.
 
 One device is used, or those of --mesh, as the training command lays them out:
 
@@ -50,7 +51,7 @@ from corl_jax.models import janus
 from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
-from tools.bench import correctness, generation, layouts, scoring, training, versus
+from tools.bench import correctness, generation, gradients, layouts, scoring, training, versus
 from tools.bench.ceilings import ceilings
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import SIZES
@@ -65,11 +66,12 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "train": training.train,
     "iteration": training.iteration,
     "correctness": correctness.correctness,
+    "gradients": gradients.gradients,
     "layouts": layouts.layouts,
 }
-ALONE = ("rewards", "correctness")  # parts for one device
+ALONE = ("rewards", "correctness", "gradients")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
-WITH_ADAPTERS = ("train", "iteration", "image", "text")  # parts that --lora changes
+WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 

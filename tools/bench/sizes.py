@@ -15,7 +15,7 @@ from corl_jax.models.janus import PRESETS, JanusConfig
 from corl_jax.models.vgg import VggConfig
 from tools.mini_janus.config import mini_config
 
-PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness")
+PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""Whether the update's attention differentiates as it should: its gradients against exact ones.
+
+With one update a rollout the loss is the same whatever the network computes, so it shows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from corl_jax.config import ADAPTERS, Train
+from corl_jax.sharding import leaf_paths
+from corl_jax.train import step
+from corl_jax.train.logprobs import Scoring
+from corl_jax.train.optimizer import partition
+from corl_jax.types import Params
+from tools.bench import inputs
+from tools.bench.generation import STREAMS, prompts_of
+from tools.bench.setting import COMPUTE, Setting
+from tools.bench.timing import Record
+
+
+def gradients(setting: Setting) -> Iterator[Record]:
+    """Of each task's loss: how far they are from those in float32, as a share of their length.
+
+    `error` is of the update's attention in bfloat16, `error_xla` of XLA's own in bfloat16, which a
+    sound kernel should not exceed by much; `largest` and `largest_xla` are those of the leaf that
+    is off most. Float32 products are taken without shortcuts, and by XLA's attention.
+    """
+    patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
+    trained, frozen = partition(setting.policy(jnp.float32), patterns)
+    for task in STREAMS:
+        batch = {task: _batch(setting, task)}
+        with jax.default_matmul_precision("highest"):
+            exact = _gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
+        figures: dict[str, Any] = {"attention": setting.attention}
+        for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
+            found = _gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
+            figures |= {f"{name}{suffix}": x for name, x in errors(found, exact).items()}
+        yield Record("gradients", task, None, figures)
+
+
+def _batch(setting: Setting, task: str) -> step.TaskBatch:
+    """Left-padded prompts, and answers of which some end early."""
+    size = setting.size
+    length = size.janus.num_image_tokens if task == "t2i" else size.answer
+    made = inputs.task_batch(
+        size.janus, setting.processor.special, prompts_of(setting, task), setting.group, length
+    )
+    return setting.placed(made)
+
+
+def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
+    scoring = Scoring(setting.processor.special, remat="full", attention=kernel)
+    pieces = setting.prompts // (setting.micro_batch or setting.prompts)
+    objective = step.Objective(scoring, ((task, 1.0),), dtype=dtype, micro_batches=pieces)
+
+    @jax.jit
+    def compute(trained: Params, frozen: Params, batch: step.Batch) -> Params:
+        return step.gradients(setting.size.janus, objective, trained, frozen, batch)[0]
+
+    return compute
+
+
+def errors(found: Params, exact: Params) -> dict[str, float]:
+    """Lengths of differences over those of the exact gradients: of all leaves, the largest of one.
+
+    Leaves without gradient, as those of the other task's head, are left out.
+    """
+    apart, lengths = (
+        {path: float(_squares(leaf)) for path, leaf in leaf_paths(tree)}
+        for tree in (jax.tree.map(jnp.subtract, found, exact), exact)
+    )
+    seen = {path: (apart[path] / lengths[path]) ** 0.5 for path in lengths if lengths[path]}
+    overall = (sum(apart.values()) / sum(lengths.values())) ** 0.5
+    return {"error": overall, "largest": max(seen.values())}
+
+
+@jax.jit
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
