@@ -56,4 +56,4 @@ def test_a_fatal_alarm_ends_the_run_and_one_that_is_not_is_logged(job, name, cap
     assert text.count(f"alarm {name} at step ") == 1 and "error" not in text
     lines = tiny_train.metric_lines(job.output)
     assert [line[f"alarm/{name}"] for line in lines if f"alarm/{name}" in line][-1] == 1
-    figure("alarm", fault=f"{name}: fatal, and not", tries=2, losses=0)
+    figure("alarms", fault=f"{name}: fatal, and not", tries=2, losses=0)
