@@ -38,7 +38,7 @@ from corl_jax.config import Networks, Reward, RewardNetwork
 from corl_jax.data.images import decode_image
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.rewards import networks, registry
-from corl_jax.rewards.functions import spec_problem
+from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
 from corl_jax.rewards.samples import Frozen, Policy
 from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
@@ -270,16 +270,10 @@ def _value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
     """(problem or None, value) of one key; null is a value everywhere."""
     if value is None:
         return None, None
-    if name == "spec":
-        return spec_problem(value), value
-    if name == "od_solution" and isinstance(value, list):
-        boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
-        boxes = boxes and all(type(side) in (int, float) for box in value for side in box)
-        return None if boxes else f"found {value!r}, expected [[x1, y1, x2, y2], ..]", value
-    if not isinstance(value, str):
-        return f"found {value!r}, expected a text", None
     if name not in ("image", "real_image"):
-        return None, value
+        return column_problem(name, value), value
+    if not isinstance(value, str):
+        return f"found {value!r}, expected a path", None
     try:
         return None, decode_image(folder / value)
     except InputError as error:

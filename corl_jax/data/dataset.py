@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ class Loader:
     `batch_size` is the global B. Each process of `process_count` gets B / process_count rows.
     `tasks` says which prompts to encode (`t2i`, `mm2t`); with none, batches hold columns only
     and no processor is needed. `required` names columns that must not be null besides those of
-    the tasks, for the rewards. `max_prompt_length` counts every token, image slots included.
+    the tasks, for the rewards; `readable` says, by column, what is wrong with a row's value (None:
+    nothing). `max_prompt_length` counts every token, image slots included.
     `lengths`: `batch` pads to the bucket of the batch, `dataset` to that of the longest prompt
     of the whole data set, which processes need in order to agree; the default is `dataset`
     with several processes. Or a dict of lengths by task. `cache_rows`: decoded rows that stay in
@@ -66,6 +68,7 @@ class Loader:
         batch_size: int,
         seed: int,
         required: Sequence[str] = (),
+        readable: Mapping[str, Callable[[Any], str | None]] = MappingProxyType({}),
         shuffle: bool = True,
         max_prompt_length: int | None = None,
         system_prompt: str = "",
@@ -102,6 +105,7 @@ class Loader:
             max_long_fraction=max_long_fraction,
             max_pixels=max_pixels,
             cache_rows=cache_rows,
+            readable=readable,
         )
         self._order = _order(self._rows, seed, shuffle)
         self.lengths = self._fixed_lengths(lengths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from corl_jax.data.images import decode_image
@@ -54,6 +55,7 @@ class UsableRows:
         max_long_fraction: float,
         max_pixels: int,
         cache_rows: int,
+        readable: Mapping[str, Callable[[Any], str | None]] = MappingProxyType({}),
     ):
         self._source = source
         self._cache_rows = cache_rows
@@ -65,6 +67,7 @@ class UsableRows:
         self._system_prompt = system_prompt
         self._limits = {"bad": max_bad_fraction, "long": max_long_fraction}
         self._max_pixels = max_pixels
+        self._readable = readable
         self._unusable: dict[str, dict[int, str]] = {"bad": {}, "long": {}}
         self._lock = threading.Lock()
 
@@ -143,6 +146,9 @@ class UsableRows:
             value = columns[name]
             if value is None or (isinstance(value, str) and not value.strip()):
                 raise BadRow(f"{name} is {'null' if value is None else 'empty'}")
+        for name, problem_of in self._readable.items():
+            if problem := problem_of(columns.get(name)):
+                raise BadRow(f"{name}: {problem}")
         ids = self.ids(columns)  # before the image: cheaper to refuse
         if columns.get(IMAGE_COLUMN) is not None:
             image = decode_image(columns[IMAGE_COLUMN], max_pixels=self._max_pixels)

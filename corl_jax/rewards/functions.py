@@ -18,6 +18,7 @@ from corl_jax.rewards import image, text
 from corl_jax.rewards.samples import Context, Samples, in_pieces
 
 IMAGES_AT_ONCE = 16  # compared with their real ones; bounds float32 temporaries
+LONGEST_SHOWN = 200  # characters of a value in a message
 
 ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
 Fit = Literal["squash", "centre_crop", "pad"]
@@ -169,17 +170,45 @@ def _share(found: list[shapes_checker.Detection], demand: Spec) -> float:
     return right / max(len(found), sum(entry["count"] for entry in demand["include"]))
 
 
+def column_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a row's value of a column that rewards read, None if nothing is.
+
+    Null is a value everywhere: the reward then does not apply. Pictures are read elsewhere.
+    """
+    if value is None:
+        return None
+    if name == "spec":
+        return spec_problem(value)
+    if name == "od_solution" and isinstance(value, list):
+        boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
+        sides = [side for box in value for side in box] if boxes else []
+        boxes = boxes and all(type(one) in (int, float) and abs(one) < 2**31 for one in sides)
+        return None if boxes else f"found {_shown(value)}, expected [[x1, y1, x2, y2], ..]"
+    return None if isinstance(value, str) else f"found {_shown(value)}, expected a text"
+
+
 def spec_problem(value: Any) -> str | None:
     """What is wrong with a demand of the drawn world (dict or JSON), None if nothing is."""
     wanted = "expected {category, include: [{class, count, color?, position?}, ..]}"
     try:
         spec = json.loads(value) if isinstance(value, str) else value
         include = spec["include"]
-        known = spec["category"] in CATEGORIES and bool(include)
+        known = spec["category"] in CATEGORIES and isinstance(include, list) and bool(include)
         for entry in include:
             relation, other = entry.get("position", (None, 0))
-            known = known and isinstance(entry["class"], str) and int(entry["count"]) > 0
-            known = known and bool(include[other]) and isinstance(relation, str | None)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        return f"found {value!r} ({type(error).__name__}: {error}); {wanted}"
-    return None if known else f"found {value!r}; {wanted}"
+            known = known and isinstance(entry["class"], str) and isinstance(relation, str | None)
+            known = known and type(entry["count"]) is int and entry["count"] > 0
+            known = known and type(other) is int and bool(include[other])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"[:LONGEST_SHOWN]
+        return f"found {_shown(value)} ({why}); {wanted}"
+    return None if known else f"found {_shown(value)}; {wanted}"
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in a message: neither long nor deep."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}.."

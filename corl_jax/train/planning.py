@@ -7,6 +7,7 @@ from there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from corl_jax.models.causal import NEEDS, runs
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.lora import Lora
 from corl_jax.rewards import networks, registry
+from corl_jax.rewards.functions import column_problem
 from corl_jax.sharding import layout_problems, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train.optimizer import partition
@@ -137,7 +139,7 @@ def plan(config: Config) -> Plan:
     loaders = (
         processor
         and sources
-        and attempt(_loaders, config, processor, tasks, share or (0, 1), *sources)
+        and attempt(_loaders, config, processor, tasks, share or (0, 1), listed, *sources)
     )
     if problems:
         raise InputError(problems)
@@ -341,6 +343,7 @@ def _loaders(
     processor: Processor,
     tasks: tuple[str, ...],
     share: tuple[int, int],
+    rewards: list[registry.Resolved],
     trained: Source,
     held: Source | None,
 ) -> tuple[Loader, Loader | None]:
@@ -352,6 +355,7 @@ def _loaders(
         "system_prompt": data.system_prompt,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
+        "readable": _readable(config, rewards),
         "process_index": share[0],
         "process_count": share[1],
     }
@@ -365,6 +369,19 @@ def _loaders(
     measured = evaluation.TASKS if config.eval.suite == "shapes" else tasks
     batch = config.eval.batch_prompts
     return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
+
+
+def _readable(
+    config: Config, rewards: list[registry.Resolved]
+) -> dict[str, Callable[[Any], str | None]]:
+    """Checks of the columns that the objective and our own rewards read; pictures have theirs."""
+    read = set(_target_columns(config))
+    for reward in rewards:
+        if reward.name in registry.REGISTRY:  # a user's own takes what it likes
+            entry = reward.entry
+            read |= {*entry.columns, *entry.either, *entry.optional}
+    names = sorted(read - {"real_image"})
+    return {name: functools.partial(column_problem, name) for name in names}
 
 
 def _target_columns(config: Config) -> list[str]:

@@ -18,6 +18,7 @@ from corl_jax.weights import assets, config_original, config_transformers
 from corl_jax.weights.checkpoint import CARRIED_FILE, SOURCE_FOLDER, is_stacked
 from corl_jax.weights.configs import Layout, parse_config, write_jax
 from corl_jax.weights.dtypes import is_float, named, widest
+from corl_jax.weights.finite import watched
 from corl_jax.weights.leaves import Leaves, layer_count, leaf_dtype, mixed_dtypes, slots_by_key
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
@@ -118,6 +119,7 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     # Small files first: a directory that lacks a tokenizer should fail at once.
     write_config(folder, export, plans)
     notes = write_assets(folder, export)
+    plans, not_finite = watched(plans)
     write_tensors(
         folder,
         plans,
@@ -128,7 +130,7 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     if export.layout == "jax" and export.carried:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
         write_safetensors(folder / SOURCE_FOLDER / CARRIED_FILE, carried_plans(export), progress)
-    return notes + carried_notes(export)
+    return notes + carried_notes(export) + not_finite
 
 
 def carried_notes(export: Export) -> list[str]:

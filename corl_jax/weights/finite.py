@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from corl_jax.weights.dtypes import BFLOAT16
+from corl_jax.weights.shards import TensorPlan
 
+LISTED = 20  # of the tensors that are named
 _BLOCK = 2**20  # values looked at at once, so that the masks stay in the processor's cache
 _EXPONENTS = {
     BFLOAT16: (np.uint16, 0x7F80),
@@ -36,3 +42,26 @@ def non_finite_problem(where: object, path: str, array: np.ndarray) -> list[str]
         f"{where}: {path}: {count} of {array.size} values are NaN or infinite; the file is "
         "damaged, or of a run that diverged: use another checkpoint"
     ]
+
+
+def watched(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], list[str]]:
+    """(the same plans, a line for each tensor that held NaN or infinity, once it is written)."""
+    lines: list[str] = []
+
+    def one(plan: TensorPlan) -> TensorPlan:
+        def chunks() -> Iterator[np.ndarray]:
+            count = 0
+            for chunk in plan.chunks():
+                count += count_non_finite(chunk)
+                yield chunk
+            if count and len(lines) == LISTED:
+                lines.append("and more tensors with values that are NaN or infinite")
+            elif count and len(lines) < LISTED:
+                lines.append(
+                    f"{plan.key}: {count} of {math.prod(plan.shape)} values are NaN or infinite; "
+                    "written as they are, and refused where weights are loaded"
+                )
+
+        return dataclasses.replace(plan, chunks=chunks)
+
+    return [one(plan) for plan in plans], lines

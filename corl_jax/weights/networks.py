@@ -38,7 +38,7 @@ from corl_jax.weights import (
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.configs import FORMAT_VERSION, from_dict
 from corl_jax.weights.dtypes import is_float, named
-from corl_jax.weights.finite import non_finite_problem
+from corl_jax.weights.finite import non_finite_problem, watched
 from corl_jax.weights.leaves import (
     JaxLeaves,
     Leaves,
@@ -213,13 +213,16 @@ def convert_network(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda note: None,
 ) -> NetworkCheckpoint:
     """Writes a network's checkpoint as our own directory, whole or not at all; returns the source.
+
+    `say` is told of tensors with values that are no numbers.
 
     Raises: InputError for a source that does not add up, or a folder that is taken.
     """
     with open_network(source, name) as opened:
-        plans = [_plan(opened, path, dtype) for path in opened.leaves.shapes]
+        plans, not_finite = watched([_plan(opened, path, dtype) for path in opened.leaves.shapes])
         with whole_directory(Path(out), overwrite=overwrite) as folder:
             settings = {
                 "model_type": MODEL_TYPE,
@@ -233,6 +236,8 @@ def convert_network(
                     (folder / file).parent.mkdir(exist_ok=True)
                     shutil.copyfile(opened.folder / file, folder / file)
             write_tensors(folder, plans, max_shard_bytes=max_shard_bytes, progress=progress)
+        for note in not_finite:
+            say(note)
         return opened
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from corl_jax import config_file
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
+from corl_jax.train import planning
 from corl_jax.weights.tokens import ROLES, STRINGS
 from tests import tiny_train
 from tests.tiny import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -153,6 +156,48 @@ def test_more_bad_rows_than_allowed_stop_the_run(tmp_path, processor, figure):
     assert "5 of 200 rows cannot be decoded" in error.value.problems[0]
     assert "0.02" in error.value.problems[0]
     figure("T8", fault="above max_bad_fraction", tries=1, losses=0)
+
+
+SPEC = json.dumps({"category": "single_object", "include": [{"class": "circle", "count": 1}]})
+BAD_SPECS = {
+    2: "{", 5: "[]", 7: SPEC.replace("1", "1e999"), 8: SPEC.replace("1", '"1"'),
+    11: "[" * 100_000, 13: SPEC.replace("circle", "").replace('"class": ""', '"class": []'),
+}  # fmt: skip
+
+
+def planned_batch(model, tmp_path, rows, **changes):
+    """The first batch of a run, of all rows, and what was left out of it."""
+    path = tiny_parquet(tmp_path / "rows.parquet", rows)
+    tree = tiny_train.options(
+        model, path, tmp_path / "run", train={"prompts_per_step": len(rows)},
+        data={"max_bad_fraction": 0.5}, **changes,
+    )  # fmt: skip
+    loader = planning.plan(config_file.validate(tree, "test")).train_loader
+    return loader.batch(0), loader.counts
+
+
+def test_a_row_whose_spec_cannot_be_read_is_a_bad_row(model, tmp_path, figure):
+    """Its reward would end the run; null is no fault."""
+    rows = [tiny_row(i, spec=BAD_SPECS.get(i, SPEC if i else None)) for i in range(16)]
+    changes = {"rewards": [{"name": "shapes_checker"}], "grpo": {"tasks": "t2i"}}
+    batch, counts = planned_batch(model, tmp_path, rows, **changes)
+    lost = set(batch.columns["spec"]) != {None, SPEC} or counts != {
+        "bad": len(BAD_SPECS),
+        "long": 0,
+    }
+    figure("T8", fault="specs that cannot be read", tries=len(BAD_SPECS), losses=lost)
+    assert not lost
+    changes["rewards"] = [{"name": "t2i_pixel_mse"}]
+    _, counts = planned_batch(model, tmp_path / "unread", rows, **changes)
+    assert counts == {"bad": 0, "long": 0}  # what nobody reads may be anything
+
+
+def test_a_target_that_is_no_text_is_refused_at_the_start(model, tmp_path):
+    rows = [tiny_row(i, sft_answer=i) for i in range(8)]
+    with pytest.raises(InputError, match=r"row 0: sft_answer: found 0, expected a text"):
+        planned_batch(
+            model, tmp_path, rows, objective="sft", rewards=[], sft={"caption_column": None}
+        )
 
 
 # ---- T21

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from corl_jax import config_file
 from corl_jax.config import Config
+from corl_jax.data import shapes_checker
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
-from corl_jax.rewards import answers, text
+from corl_jax.rewards import answers, functions, text
 from corl_jax.weights import configs, storage
 from corl_jax.weights.networks import KINDS
 from corl_jax.weights.tokens import ROLES, STRINGS
@@ -300,6 +301,63 @@ def test_chat_input(hammer, tmp_path):
         assert processor.decode(answer) == said.encode(errors="replace").decode()
 
     hammer("chat input", st.lists(pieces, max_size=8), check)
+
+
+# ---- what rewards read in a row
+
+DEMAND = {
+    "category": "position",
+    "include": [
+        {"class": "circle", "count": 1, "color": "red", "position": ["left of", 1]},
+        {"class": "square", "count": 2},
+    ],
+}
+FOUND = [
+    shapes_checker.Detection("circle", "red", (9.0, 5.0), (2, 2, 8, 16), 0.1, 1.0),
+    shapes_checker.Detection("square", "blue", (9.0, 20.0), (16, 2, 24, 16), 0.1, 1.0),
+]
+
+
+def test_columns_of_rewards(hammer):
+    """What is let pass can be scored; what is not is said in a line, however large it is."""
+
+    def check(content):
+        for value in (content, json.dumps(content)):
+            problems = {
+                name: functions.column_problem(name, value)
+                for name in ("spec", "od_solution", "cls_solution")
+            }
+            assert all(len(problem) < 700 for problem in problems.values() if problem)
+            if value is not None and problems["spec"] is None:
+                demand = json.loads(value) if isinstance(value, str) else value
+                for strict in (True, False):
+                    assert shapes_checker.satisfies(FOUND, demand, strict=strict) in (True, False)
+                assert 0 <= functions._share(FOUND, demand) <= 1
+            if problems["od_solution"] is None:
+                answer = "<answer>[{'Position': [0, 0, 9, 9], 'Confidence': 1}]</answer>"
+                score = text.od_answer_score(answer, value)
+                assert math.isnan(score) or 0 <= score <= 1
+
+    boxes = st.lists(st.lists(scalars | st.integers(0, 9), min_size=3, max_size=5), max_size=3)
+    hammer("spec of a row", changed(DEMAND) | values, check)
+    hammer("boxes of a row", boxes, check, 0.5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "[" * 100_000,
+        '{"category": "colors", "include": [{"class": "circle", "count": 1e999}]}',
+        '{"category": "colors", "include": [{"class": "circle", "count": "1"}]}',
+        '{"category": "colors", "include": [{"class": "circle", "count": 1, "position": ["above", 1]}]}',  # noqa: E501
+        '{"category": "colors", "include": ' + "9" * 5000 + "}",
+    ],
+    ids=["deep", "infinite", "text", "alone", "digits"],
+)
+def test_specs_made_to_break_their_reader(spec):
+    problem = functions.spec_problem(spec)
+    assert problem.startswith("found '") and "expected {category" in problem
+    assert len(problem) < 700
 
 
 # ---- answers

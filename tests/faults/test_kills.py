@@ -142,8 +142,8 @@ def killed(make, figure, saves: int, randomly: int, hits: int) -> None:
 
 def test_four_kills(model, rows, tmp_path, figure):
     def make(name):
-        changes = SUPERVISED | {"train": {"max_steps": 28}}
-        return Job.make(tmp_path / name, model, rows, **changes)
+        changes = SUPERVISED | {"train": {"max_steps": 28, "prompts_per_step": 8}}
+        return Job.make(tmp_path / name, model, rows, devices=8, **changes)
 
     killed(make, figure, saves=2, randomly=2, hits=1)
 
@@ -151,7 +151,8 @@ def test_four_kills(model, rows, tmp_path, figure):
 @pytest.mark.slow
 def test_forty_kills(model, rows, tmp_path, figure):
     def make(name):
-        return Job.make(tmp_path / name, model, rows, train={"max_steps": 150})
+        changes = {"train": {"max_steps": 150, "prompts_per_step": 8}}
+        return Job.make(tmp_path / name, model, rows, devices=8, **changes)
 
     killed(make, figure, saves=20, randomly=20, hits=15)
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,12 +128,15 @@ def test_a_part_that_one_process_cannot_read_is_damage_for_both(tmp_path, figure
 # ---- the training command
 
 
-def job_of_two(folder: Path, model: Path, rows: Path, steps: int, every: int = 1) -> Job:
+def job_of_two(
+    folder: Path, model: Path, rows: Path, steps: int, every: int = 1, **more: Any
+) -> Job:
     changes = {
-        "train": {"max_steps": steps, "prompts_per_step": 8}, "mesh": {"data": 1, "fsdp": 4},
+        "train": {"max_steps": steps, "prompts_per_step": 8},
         "checkpoint": {"every": every}, "distributed": {"heartbeat_timeout_s": 10},
     }  # fmt: skip
-    return Job.make(folder, model, rows, devices=4, **SUPERVISED | changes)
+    mesh = {"data": 1, "fsdp": 4}
+    return Job.make(folder, model, rows, devices=4, **{"mesh": mesh} | more | changes)
 
 
 def until(pair: list[several_processes.Process], condition: Callable[[], bool]) -> None:
@@ -152,18 +156,26 @@ def finished(job: Job) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def calm(model, rows, tmp_path_factory) -> dict[str, str]:
     """What a run of six steps comes to."""
-    return finished(job_of_two(tmp_path_factory.mktemp("calm"), model, rows, 6))
+    return finished(job_of_two(tmp_path_factory.mktemp("calm"), model, rows, 6, **SUPERVISED))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [(1,), (0, 1)], ids=["one", "both"])
-def test_a_signal_to_the_command(model, rows, tmp_path, targets, calm, figure):
-    job = job_of_two(tmp_path, model, rows, 6, every=100)
+@pytest.mark.parametrize(
+    ("targets", "again"), [((1,), False), ((0, 1), False), ((0, 1), True)],
+    ids=["one", "both", "both again and again"],
+)  # fmt: skip
+def test_a_signal_to_the_command(model, rows, tmp_path, targets, again, calm, figure):
+    """`again`: once more each tenth of a second, in the save too, until they have ended."""
+    job = job_of_two(tmp_path, model, rows, 6, every=100, **SUPERVISED)
     pair = several_processes.train(job.config)
     until(pair, lambda: "step 1/" in pair[0].text)
-    began = time.monotonic()
-    for index in targets:
-        pair[index].popen.send_signal(signal.SIGTERM)
+    began, sent = time.monotonic(), 0
+    while not sent or (again and any(pair[index].popen.poll() is None for index in targets)):
+        for index in targets:
+            pair[index].popen.send_signal(signal.SIGTERM)
+        sent += 1
+        time.sleep(0.1)
+        assert time.monotonic() < began + PATIENCE, pair[0].text[-3000:]
     codes = [process.wait(PATIENCE) for process in pair]
     seconds = time.monotonic() - began
     assert codes == [75, 75], [process.text[-3000:] for process in pair]
@@ -172,21 +184,27 @@ def test_a_signal_to_the_command(model, rows, tmp_path, targets, calm, figure):
     found = finished(job)
     wrong = [name for name, value in calm.items() if found[name] != value]
     figure(
-        "T2", fault=f"SIGTERM to {len(targets)} of two processes, the command", tries=1,
+        "T2", fault=f"SIGTERM to {len(targets)} of two processes"
+        f"{', again and again' if again else ''}, the command", tries=1,
         losses=len(wrong), note=f"step {step}, signal to exit {seconds:.1f} s",
     )  # fmt: skip
-    assert not wrong
+    assert not wrong and (sent > 2 or not again)
 
 
 KILLS = 12
+# Each process has a part of every parameter, or all of them. Not GRPO in parts: on CPUs, whose gloo
+# tells collectives apart by their order alone, its programs end with "collective mismatch" when
+# they come from the compilation cache (jax 0.10.2), and without it each start takes minutes.
+KINDS = {"supervised, in parts": SUPERVISED, "GRPO, replicated": {"mesh": {"data": 4, "fsdp": 1}}}
 
 
 @pytest.mark.slow
-def test_kills_of_one_of_two(model, rows, tmp_path, figure):
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_of_one_of_two(model, rows, tmp_path, kind, figure):
     """Either one, alternately, in a save; the other ends by itself."""
-    steps = 5 * KILLS
-    expected = finished(job_of_two(tmp_path / "calm", model, rows, steps))
-    job, chance = job_of_two(tmp_path / "killed", model, rows, steps), random.Random(0)
+    steps, more = 5 * KILLS, KINDS[kind]
+    expected = finished(job_of_two(tmp_path / "calm", model, rows, steps, **more))
+    job, chance = job_of_two(tmp_path / "killed", model, rows, steps, **more), random.Random(0)
     hits, lost, seconds = 0, [], []
     for kill in range(KILLS):
         pair = several_processes.train(job.config)
@@ -203,7 +221,7 @@ def test_kills_of_one_of_two(model, rows, tmp_path, figure):
     found = finished(job)
     wrong = [name for name, value in expected.items() if found[name] != value]
     figure(
-        "T1b", fault="kill -9 of one of two processes in a save", tries=KILLS, hits=hits,
+        "T1b", fault=f"kill -9 of one of two processes in a save, {kind}", tries=KILLS, hits=hits,
         losses=len(wrong),
         note=f"steps lost: max {max(lost)}; until the other ends: mean "
         f"{sum(seconds) / KILLS:.1f} s, max {max(seconds):.1f} s",

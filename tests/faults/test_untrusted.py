@@ -362,7 +362,7 @@ def test_a_runs_files_stay_in_its_directory(figure, tmp_path, name):
     figure("T16", fault="names that leave the run directory", tries=1, losses=0)
 
 
-def test_weights_that_are_no_numbers_are_named(figure, tmp_path, state):
+def test_weights_that_are_no_numbers_are_named(figure, tmp_path, state, capsys):
     bad = {key: np.array(value) for key, value in state.items()}
     bad["lm_head.weight"][3, 5] = np.nan
     bad["model.language_model.layers.1.mlp.up_proj.weight"][0, :2] = np.inf
@@ -372,11 +372,17 @@ def test_weights_that_are_no_numbers_are_named(figure, tmp_path, state):
     lines = sorted(error.value.problems)
     assert len(lines) == 2 and all(str(folder) in line for line in lines)
     assert "up_proj/kernel: 2 of " in lines[0] and "lm_head/kernel: 1 of " in lines[1]
+    assert convert(["to-torch", str(folder), str(tmp_path / "kept"), "--format", "original"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "NaN or infinite" in line]
+    assert len(notes) == 2 and all(line.startswith("note: ") for line in notes)
+    assert "layers.1.mlp.up_proj.weight: 2 of " in notes[0] + notes[1]
     network = network_dir(tmp_path / "bert", "bert")
     weights = storage.open_any_store(network)
     values = {key: weights.read(key) for key in weights.infos}
     values["embeddings/layernorm/bias"][0] = -np.inf
     save_file(values, network / "model.safetensors")
+    assert convert(["to-jax", str(network), str(tmp_path / "kept too")]) == 0
+    assert "note: embeddings/layernorm/bias: 1 of 16 values are NaN" in capsys.readouterr().out
     for dtype in (None, np.float32, np.float16, storage.SAFETENSORS["BF16"]):
         with pytest.raises(InputError, match=r"layernorm/bias: 1 of 16 values are NaN or infinite"):
             load_network(network, "bert", dtype)

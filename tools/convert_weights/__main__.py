@@ -129,6 +129,7 @@ def run_to_jax(args: argparse.Namespace) -> int:
             max_shard_bytes=args.max_shard_mb * 10**6,
             overwrite=args.overwrite,
             progress=progress,
+            say=lambda note: print(f"note: {note}"),
         )
     print(f"{kind}, layout {opened.layout}: {opened.parameters:,} parameters")
     with open_network(args.out, kind) as written:
