@@ -78,6 +78,18 @@ def initialize(options: Distributed) -> None:
     if count > 1:
         _name_in_warnings(index)
         _watch()
+        _compile_anew_on_cpus()
+
+
+def _compile_anew_on_cpus() -> None:
+    """Keeps programs of several processes on CPUs out of the compilation cache.
+
+    gloo wants the collectives of a program in the same order everywhere. XLA's programs for CPUs
+    lose that order in the cache: with several at a time gloo ends the run ("collective mismatch").
+    JAX_ENABLE_COMPILATION_CACHE in the environment is left as it is.
+    """
+    if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _settings(options: Distributed) -> dict[str, Any] | None:

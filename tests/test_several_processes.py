@@ -462,3 +462,19 @@ def test_a_connection_that_fails_is_no_bad_input(no_cluster, monkeypatch, capsys
     assert error.value.code == 1
     text = capsys.readouterr().err
     assert "process 1 of 2 at 127.0.0.1:1: DEADLINE_EXCEEDED" in text and "same command" in text
+
+
+@pytest.mark.parametrize(("backend", "cached"), [("cpu", False), ("gpu", True)])
+def test_programs_of_cpus_are_compiled_anew(monkeypatch, backend, cached):
+    before = jax.config.jax_enable_compilation_cache
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    try:
+        jax.config.update("jax_enable_compilation_cache", True)
+        monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        processes._compile_anew_on_cpus()
+        assert jax.config.jax_enable_compilation_cache, "the user says so"
+        monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
+        processes._compile_anew_on_cpus()
+        assert jax.config.jax_enable_compilation_cache == cached
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

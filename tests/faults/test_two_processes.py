@@ -89,6 +89,12 @@ class Pair:
         return codes, [out for out, _ in texts], [error for _, error in texts]
 
 
+@pytest.fixture(autouse=True)
+def short_starts(monkeypatch):
+    """From the compilation cache, which what runs here bears; see `processes`."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+
+
 def digests(outputs: list[str]) -> list[str]:
     return [out.partition("digest ")[2].strip() for out in outputs]
 
@@ -192,9 +198,8 @@ def test_a_signal_to_the_command(model, rows, tmp_path, targets, again, calm, fi
 
 
 KILLS = 12
-# Each process has a part of every parameter, or all of them. Not GRPO in parts: on CPUs, whose gloo
-# tells collectives apart by their order alone, its programs end with "collective mismatch" when
-# they come from the compilation cache (jax 0.10.2), and without it each start takes minutes.
+# Each process has a part of every parameter, or all of them. Not GRPO in parts, which on CPUs cannot
+# take its programs from the compilation cache (`processes`): each start would take minutes.
 KINDS = {"supervised, in parts": SUPERVISED, "GRPO, replicated": {"mesh": {"data": 4, "fsdp": 1}}}
 
 
