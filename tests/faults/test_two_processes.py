@@ -198,8 +198,8 @@ def test_a_signal_to_the_command(model, rows, tmp_path, targets, again, calm, fi
 
 
 KILLS = 12
-# Each process has a part of every parameter, or all of them. Not GRPO in parts, which on CPUs cannot
-# take its programs from the compilation cache (`processes`): each start would take minutes.
+# Each process has a part of every parameter, or all of them. Not GRPO in parts: on CPUs it cannot
+# take its programs from the compilation cache (`processes`), so that each start would take minutes.
 KINDS = {"supervised, in parts": SUPERVISED, "GRPO, replicated": {"mesh": {"data": 4, "fsdp": 1}}}
 
 
