@@ -33,6 +33,7 @@ from corl_jax.errors import BAD_INPUT_EXIT_CODE, FAILED_EXIT_CODE, InputError
 MARGIN_S = 15  # jax ends a process that cannot connect without a word to the user; we come first
 POLL_S = 0.5
 FAILURE = "corl_jax/failure/"
+CACHE_VARIABLE = "JAX_ENABLE_COMPILATION_CACHE"
 MAX_CHARACTERS = 20_000  # of a failure's text
 
 # ---- starting
@@ -78,18 +79,25 @@ def initialize(options: Distributed) -> None:
     if count > 1:
         _name_in_warnings(index)
         _watch()
-        _compile_anew_on_cpus()
+        _compile_anew_on_cpus(index)
 
 
-def _compile_anew_on_cpus() -> None:
+def _compile_anew_on_cpus(index: int) -> None:
     """Keeps programs of several processes on CPUs out of the compilation cache.
 
-    gloo wants the collectives of a program in the same order everywhere. XLA's programs for CPUs
-    lose that order in the cache: with several at a time gloo ends the run ("collective mismatch").
+    gloo wants the collectives of a program in the same order everywhere, which XLA's programs for
+    CPUs seem to lose in the cache: with it GRPO with fsdp ends in "collective mismatch".
     JAX_ENABLE_COMPILATION_CACHE in the environment is left as it is.
     """
-    if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ and jax.default_backend() == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
+    if CACHE_VARIABLE in os.environ or jax.default_backend() != "cpu":
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    if index == 0:
+        print(
+            "several processes on CPUs: programs are compiled anew, see docs/reliability.md; "
+            f"{CACHE_VARIABLE}=true keeps them",
+            file=sys.stderr,
+        )
 
 
 def _settings(options: Distributed) -> dict[str, Any] | None:

@@ -36,7 +36,8 @@ def enable_compilation_cache() -> None:
 
     Small ones too, unless the user says otherwise: a start has a hundred of them.
     """
-    if getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
+    said = LEAST_SECONDS.upper() in os.environ
+    if not said and getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
         jax.config.update(LEAST_SECONDS, 0.0)
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -292,6 +292,14 @@ def test_arguments_that_cannot_be(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_usual_parts_are_those_that_can_be():
+    """With adapters, on a mesh, and both."""
+    assert "gradients" in command.parse(["--lora", "4"]).parts
+    assert not set(command.parse(["--mesh", "fsdp=2"]).parts) & set(command.ALONE)
+    both = command.parse(["--mesh", "fsdp=2", "--lora", "4"]).parts
+    assert set(both) == set(command.WITH_ADAPTERS) - set(command.ALONE)
+
+
 def test_wrong_arguments_are_all_named(capsys):
     arguments = ["--parts", "image,draw", "--group", "1", "--repeats", "0"]
     with pytest.raises(SystemExit) as error:
@@ -541,8 +549,8 @@ def test_errors_of_gradients_are_shares_of_their_lengths():
     assert gradients.errors(exact, exact) == {"error": 0, "largest": 0}
 
 
-def test_a_wrong_kernel_shows_in_gradients_not_in_the_loss(tmp_path, monkeypatch):
-    """One that forgets to scale its scores: what it does to one update's loss is nothing."""
+def test_a_wrong_kernel_shows_in_gradients(tmp_path, monkeypatch):
+    """One that scales its scores otherwise."""
     real = jax.nn.dot_product_attention
 
     def attend(query, key, value, *, implementation=None, **rest):
@@ -577,7 +585,7 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
         start.main(["--size", "tiny", "optimizer.learning_rat=1"])
     assert error.value.code == BAD_INPUT_EXIT_CODE
     assert "did you mean learning_rate" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"log\.every: found 2, expected 1"):
+    with pytest.raises(InputError, match=r"log\.every=2: this option is the measurement's own"):
         start.write_config(tmp_path, "tiny", ["log.every=2"])
     config = start.write_config(tmp_path, "tiny", [])
     with pytest.raises(InputError, match=r"(?s)no step was made.*model: no such directory"):

@@ -396,6 +396,9 @@ def test_compilation_cache_is_where_and_as_the_user_says(monkeypatch, tmp_path):
         assert jax.config.jax_persistent_cache_min_compile_time_secs == least > 0
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # JAX's own
         startup.enable_compilation_cache()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1, "the environment has it"
+        monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        startup.enable_compilation_cache()
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         jax.config.update("jax_compilation_cache_dir", None)

@@ -471,10 +471,10 @@ def test_programs_of_cpus_are_compiled_anew(monkeypatch, backend, cached):
     try:
         jax.config.update("jax_enable_compilation_cache", True)
         monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        processes._compile_anew_on_cpus()
+        processes._compile_anew_on_cpus(0)
         assert jax.config.jax_enable_compilation_cache, "the user says so"
         monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
-        processes._compile_anew_on_cpus()
+        processes._compile_anew_on_cpus(0)
         assert jax.config.jax_enable_compilation_cache == cached
     finally:
         jax.config.update("jax_enable_compilation_cache", before)

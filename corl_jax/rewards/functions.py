@@ -12,12 +12,13 @@ import numpy as np
 
 from corl_jax.config import Fraction
 from corl_jax.data import shapes_checker
-from corl_jax.data.shapes_scene import CATEGORIES, Spec
+from corl_jax.data.shapes_scene import CATEGORIES, RELATIONS, Spec
 from corl_jax.errors import InputError
 from corl_jax.rewards import image, text
 from corl_jax.rewards.samples import Context, Samples, in_pieces
 
 IMAGES_AT_ONCE = 16  # compared with their real ones; bounds float32 temporaries
+MOST_OBJECTS = 2**16  # that a demand may count
 LONGEST_SHOWN = 200  # characters of a value in a message
 
 ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
@@ -189,20 +190,29 @@ def column_problem(name: str, value: Any) -> str | None:
 
 def spec_problem(value: Any) -> str | None:
     """What is wrong with a demand of the drawn world (dict or JSON), None if nothing is."""
-    wanted = "expected {category, include: [{class, count, color?, position?}, ..]}"
+    wanted = (
+        "expected {category, include: [{class, count, color?, position?}, ..]}, count a whole "
+        "number from 1, position [relation, index of an entry]"
+    )
     try:
         spec = json.loads(value) if isinstance(value, str) else value
         include = spec["include"]
         known = spec["category"] in CATEGORIES and isinstance(include, list) and bool(include)
         for entry in include:
-            relation, other = entry.get("position", (None, 0))
-            known = known and isinstance(entry["class"], str) and isinstance(relation, str | None)
-            known = known and type(entry["count"]) is int and entry["count"] > 0
-            known = known and type(other) is int and bool(include[other])
+            relation, other = entry.get("position", (RELATIONS[0], 0))
+            known = known and isinstance(entry["class"], str) and relation in RELATIONS
+            known = known and isinstance(entry.get("color"), str | None)
+            known = known and _whole(entry["count"], 1, MOST_OBJECTS)
+            known = known and type(other) is int and 0 <= other < len(include)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"[:LONGEST_SHOWN]
         return f"found {_shown(value)} ({why}); {wanted}"
     return None if known else f"found {_shown(value)}; {wanted}"
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    """Whether it is a whole number in these bounds; 2.0, as tables write it, is one."""
+    return type(value) in (int, float) and least <= value <= most and value == int(value)
 
 
 def _shown(value: Any) -> str:

@@ -32,6 +32,7 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
             pending = None
         if step == start:
             recorder.prepare_saves()
+            began = time.perf_counter()
         if due:
             recorder.milestone(run, state, step + 1)
             began = time.perf_counter()

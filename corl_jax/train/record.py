@@ -61,8 +61,8 @@ class Recorder:
 
     def prepare_saves(self) -> None:
         """Takes the digests now: a save that a signal asks for has no time to compile them."""
-        self.weights()
-        self.watchdog.beat()
+        with self.watchdog.paused():
+            self.weights()
 
     def note_saved(self, step: int) -> None:
         """So that a run whose checkpoints are gone does not start afresh."""

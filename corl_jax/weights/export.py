@@ -129,7 +129,9 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     )
     if export.layout == "jax" and export.carried:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
-        write_safetensors(folder / SOURCE_FOLDER / CARRIED_FILE, carried_plans(export), progress)
+        carried, more = watched(carried_plans(export))
+        write_safetensors(folder / SOURCE_FOLDER / CARRIED_FILE, carried, progress)
+        not_finite += more
     return notes + carried_notes(export) + not_finite
 
 

@@ -154,7 +154,7 @@ def _pieces(box: Box, transposed: bool) -> Iterator[Piece]:
     if math.prod(sizes) <= PIECE:
         yield ..., None, box
         return
-    # The matrices that are this large have words as rows in the torch layouts.
+    # Of matrices this large the vocabulary, their longest axis, is the outermost in torch's files.
     axis = int(np.argmax(sizes)) if transposed else 0
     rows = math.ceil(sizes[axis] / math.ceil(math.prod(sizes) / PIECE))
     for start, stop in itertools.pairwise([*range(0, sizes[axis], rows), sizes[axis]]):

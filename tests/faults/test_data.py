@@ -161,7 +161,9 @@ def test_more_bad_rows_than_allowed_stop_the_run(tmp_path, processor, figure):
 SPEC = json.dumps({"category": "single_object", "include": [{"class": "circle", "count": 1}]})
 BAD_SPECS = {
     2: "{", 5: "[]", 7: SPEC.replace("1", "1e999"), 8: SPEC.replace("1", '"1"'),
-    11: "[" * 100_000, 13: SPEC.replace("circle", "").replace('"class": ""', '"class": []'),
+    9: SPEC.replace("1", "1.5"), 10: SPEC.replace("1", '1, "position": ["beside", 0]'),
+    11: "[" * 100_000, 12: SPEC.replace("1", '1, "position": ["above", -1]'),
+    13: SPEC.replace('"circle"', "[]"), 14: SPEC.replace("1", '1, "color": ["red"]'),
 }  # fmt: skip
 
 
@@ -178,10 +180,11 @@ def planned_batch(model, tmp_path, rows, **changes):
 
 def test_a_row_whose_spec_cannot_be_read_is_a_bad_row(model, tmp_path, figure):
     """Its reward would end the run; null is no fault."""
-    rows = [tiny_row(i, spec=BAD_SPECS.get(i, SPEC if i else None)) for i in range(16)]
+    good = {0: None, 1: SPEC.replace("1", "1.0")} | dict.fromkeys(range(2, 24), SPEC)
+    rows = [tiny_row(i, spec=(good | BAD_SPECS)[i]) for i in range(24)]
     changes = {"rewards": [{"name": "shapes_checker"}], "grpo": {"tasks": "t2i"}}
     batch, counts = planned_batch(model, tmp_path, rows, **changes)
-    lost = set(batch.columns["spec"]) != {None, SPEC} or counts != {
+    lost = set(batch.columns["spec"]) != set(good.values()) or counts != {
         "bad": len(BAD_SPECS),
         "long": 0,
     }

@@ -91,7 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--mesh",
         default="",
         metavar="AXIS=N,...",
-        help="devices along data, fsdp and tensor; rewards and correctness use one",
+        help=f"devices along data, fsdp and tensor; not for {', '.join(ALONE)}",
     )
     parser.add_argument(
         "--trace", type=Path, metavar="DIR", help="profile one call of each thing, for Perfetto"
@@ -107,8 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
     args = parser.parse_args(argv)
-    usual = [part for part in SIZES[args.size].parts if not (args.mesh and part in ALONE)]
-    usual = list(WITH_ADAPTERS) if args.lora else usual
+    usual = WITH_ADAPTERS if args.lora else SIZES[args.size].parts
+    usual = [part for part in usual if not (args.mesh and part in ALONE)]
     args.parts = args.parts.split(",") if args.parts else usual
     return args
 

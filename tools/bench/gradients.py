@@ -54,7 +54,7 @@ def _batch(setting: Setting, task: str) -> step.TaskBatch:
 
 
 def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
-    scoring = Scoring(setting.processor.special, remat="full", attention=kernel)
+    scoring = Scoring(setting.processor.special, remat=setting.remat, attention=kernel)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     objective = step.Objective(scoring, ((task, 1.0),), dtype=dtype, micro_batches=pieces)
 

@@ -31,10 +31,8 @@ def layouts(setting: Setting) -> Iterator[Record]:
     sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
     for name, layout in (("gathered once", contextlib.nullcontext), ("as in training", as_stored)):
         with layout():
-            sampling._image_program.clear_cache()  # it would not notice
             timing = setting.measure(f"layout_{name}", sample)
         yield Record("layouts", f"image tokens, matrices {name}", timing, {})
-    sampling._image_program.clear_cache()
 
 
 @contextlib.contextmanager
@@ -47,8 +45,12 @@ def as_stored() -> Iterator[None]:
     def gathered(params: Any) -> Any:
         return params
 
-    with (
-        mock.patch.object(decoding, "constrain", constrain),
-        mock.patch.object(sampling, "gathered", gathered),
-    ):
-        yield
+    sampling._image_program.clear_cache()  # it would not notice
+    try:
+        with (
+            mock.patch.object(decoding, "constrain", constrain),
+            mock.patch.object(sampling, "gathered", gathered),
+        ):
+            yield
+    finally:
+        sampling._image_program.clear_cache()

@@ -7,7 +7,7 @@ A checkpoint of random weights in transformers' layout is written first, and row
 `configs/janus_pro_1b/unified.yaml` runs on them twice, with the rewards that need no network but
 the policy: once with an empty compilation cache, `cold`, and once with what that run left there.
 Evaluation and export are off, and the command is ended after its first step. Seconds are from the
-start of the process: imports, the check of data and weights, loading, all compilations, one step.
+start of the process: imports, the check of data and weights, loading, compilation, one step.
 What follows --out are options of the run, as the training command takes them.
 """
 
@@ -86,10 +86,13 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
         "log.every": 1, "log.images_every": 0, "export.layout": "none",
         "rewards": '[{"name": "t2i_ti_sim"}, {"name": "qa_accuracy"}, {"name": "format"}]',
     }  # fmt: skip
+    taken = [one for one in overrides if one.partition("=")[0] in changed.keys() - {"rewards"}]
+    if taken:
+        raise InputError(
+            f"{one}: this option is the measurement's own; leave it out" for one in taken
+        )
     options += [f"{key}={value}" for key, value in changed.items()]
     config = config_file.load(UNIFIED, [*options, *overrides])
-    if config.log.every != 1:
-        raise InputError(f"log.every: found {config.log.every}, expected 1: step 1 has to be seen")
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)), encoding="utf-8")
     return file
