@@ -111,6 +111,8 @@ def chain(model, rows, tmp_path_factory):
     train_alone(tree, "train.stop_after=1")
     assert [line["step"] for line in metric_lines(run)] == [0, 1, 2]
     last = several_processes.finished(several_processes.train(written(tree)))
+    noted = ["programs are compiled anew" in text for text in last]
+    assert noted == [True, False], "by the first process, of the cache that both leave alone"
     return Chain(run, codes, failing, seconds, last)
 
 
