@@ -342,6 +342,26 @@ def test_a_full_disk_is_an_error_and_the_step_before_stays(tmp_path):
         assert checkpoints.steps() == [1, 2]
 
 
+def test_what_comes_after_a_failed_save_is_removed_by_the_next(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        full = shutil.disk_usage(tmp_path)._replace(free=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: full)
+            with pytest.raises(SaveError, match="step 1"):
+                checkpoints.save(1, {"x": jnp.arange(4)}, {})
+        part = tmp_path / "1.orbax-checkpoint-tmp"
+        for then in (
+            lambda: checkpoints.save(2, {"x": jnp.arange(4)}, {}),
+            checkpoints.wait,
+            checkpoints.close,
+        ):
+            (part / "state").mkdir(parents=True)
+            (part / "state" / "late").write_bytes(b"x")
+            then()
+            assert not part.exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+
+
 # ---- failures on the way out
 
 

@@ -67,6 +67,7 @@ class Checkpoints:
         if "://" not in str(directory):
             self.directory = self.directory.absolute()
         self._saving: int | None = None
+        self._unfinished: set[int] = set()  # steps whose save has failed
         self.waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Entered while a save is waited for."""
         logging.getLogger("absl").addFilter(_worth_printing)
@@ -101,6 +102,7 @@ class Checkpoints:
         if step in self.steps():
             return False
         self._saving = step
+        self._unfinished.discard(step)
         try:
             self._require_room(tree)
             record = digests.make_record(step, tree, jsonable(meta))
@@ -150,6 +152,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
         saved, self._saving = self._saving, None
+        self._remove_parts()
         return saved
 
     def steps(self) -> list[int]:
@@ -281,12 +284,26 @@ class Checkpoints:
         if not _on_all(needed <= free):
             raise OSError(f"it needs {needed / GIB:.3g} GiB and {free / GIB:.3g} GiB are free")
 
+    def _remove_parts(self) -> None:
+        """Removes what failed saves have written: it takes the room that the next ones need.
+
+        Writes that were under way beside the one that failed may put more there for a while, so
+        this is done again at each later save.
+        """
+        if jax.process_index() != 0:
+            return
+        for step in self._unfinished:
+            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):
+                    part.rmtree(missing_ok=True)
+
     def close(self) -> None:
         """Waits for the last save and lets go of threads, also after a failure."""
         try:
             self.wait()
         finally:
             self._manager.close()
+            self._remove_parts()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -310,10 +327,9 @@ class Checkpoints:
         for ask in 2 * (self._manager.wait_until_finished, self._manager.check_for_errors):
             with contextlib.suppress(Exception):
                 ask()
-        if jax.process_index() == 0:  # a part of a checkpoint takes the room that the next needs
-            for partial in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                with contextlib.suppress(OSError):
-                    partial.rmtree(missing_ok=True)
+        if step is not None:
+            self._unfinished.add(step)
+        self._remove_parts()
         return SaveError(
             f"{self.directory}: the checkpoint of step {step} could not be written "
             f"({_first_line(error)}); finished ones are intact, so make room or mend the cause "
