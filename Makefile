@@ -18,6 +18,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(VENV)/installed-lint: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --editable ".[lint]"
+	touch $@
+
 quickstart: $(VENV)/installed  ## the main job on the shipped mini Janus, CPU, a few minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m corl_jax.quickstart --out $(OUT)
 
@@ -31,8 +35,9 @@ test-all: $(VENV)/installed-dev  ## every test
 test-faults: $(VENV)/installed-dev  ## kills, full disks, corrupt files: the table of what was survived
 	$(BIN)/python -m pytest tests/faults tests/test_several_processes.py
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed-lint  ## style and types; also as hooks: pre-commit install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

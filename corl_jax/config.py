@@ -29,6 +29,11 @@ def _some(size: int) -> int:
     return size
 
 
+def option(default: Any, description: str) -> Any:
+    """A field with a default, which type checkers miss where `Field` takes it by position."""
+    return Field(default, description=description)
+
+
 Axis = Annotated[int, Field(ge=-1), AfterValidator(_some)]
 
 
@@ -43,17 +48,17 @@ class Model(Section):
     """The policy: where its weights are and how it computes."""
 
     path: str = Field(description="directory in any of the three layouts, or a hub id")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="compute dtype; parameters and optimizer stay float32"
+    dtype: Literal["float32", "bfloat16"] = option(
+        "bfloat16", "compute dtype; parameters and optimizer stay float32"
     )
-    remat: Literal["none", "dots", "full"] = Field(
-        "full", description="what the backward pass keeps of each layer: all, products, input"
+    remat: Literal["none", "dots", "full"] = option(
+        "full", "what the backward pass keeps of each layer: all, products, input"
     )
-    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
-        "auto", description="of the update; auto: cudnn or splash where one runs, or else xla"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = option(
+        "auto", "of the update; auto: cudnn or splash where one runs, or else xla"
     )
-    logprob_chunk: Positive = Field(
-        1024, description="tokens whose logits exist at once in a loss; bounds memory"
+    logprob_chunk: Positive = option(
+        1024, "tokens whose logits exist at once in a loss; bounds memory"
     )
 
 
@@ -72,47 +77,41 @@ class Data(Section):
 
     path: str | list[str] = Field(description="parquet file, directory, glob, list, or hub id")
     columns: Columns = Columns()
-    max_prompt_length: Positive = Field(
-        1024, description="tokens of an encoded prompt; longer rows are left out [P, R]"
+    max_prompt_length: Positive = option(
+        1024, "tokens of an encoded prompt; longer rows are left out [P, R]"
     )
-    max_bad_fraction: Fraction = Field(0.01, description="undecodable rows before the run stops")
-    cache_rows: NonNegative = Field(
-        0, description="decoded rows kept in memory; for small data read many times"
+    max_bad_fraction: Fraction = option(0.01, "undecodable rows before the run stops")
+    cache_rows: NonNegative = option(
+        0, "decoded rows kept in memory; for small data read many times"
     )
-    prefetch: NonNegative = Field(2, description="batches prepared ahead by a thread")
-    system_prompt: str = Field("", description="system text of understanding prompts; CoRL: none")
+    prefetch: NonNegative = option(2, "batches prepared ahead by a thread")
+    system_prompt: str = option("", "system text of understanding prompts; CoRL: none")
 
 
 class Rollout(Section):
     """Sampling of the completions that are rewarded."""
 
-    group_size: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt, G [P]")
-    temperature: PositiveFloat = Field(1.0, description="of both tasks, also in log-probs")
-    top_k: NonNegative = Field(0, description="text only; 0 keeps the whole vocabulary")
+    group_size: Annotated[int, Field(ge=2)] = option(8, "completions per prompt, G [P]")
+    temperature: PositiveFloat = option(1.0, "of both tasks, also in log-probs")
+    top_k: NonNegative = option(0, "text only; 0 keeps the whole vocabulary")
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    cfg_scale: NonNegativeFloat = Field(5.0, description="image guidance; 1 is none [P]")
-    max_new_tokens: Positive = Field(512, description="text tokens of a completion [P]")
-    pixel_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of rewarded images")
-    batch_prompts: Positive | None = Field(
-        None, description="prompts sampled at once on all devices; null: all of a step"
+    cfg_scale: NonNegativeFloat = option(5.0, "image guidance; 1 is none [P]")
+    max_new_tokens: Positive = option(512, "text tokens of a completion [P]")
+    pixel_dtype: Literal["float32", "bfloat16"] = option("float32", "of rewarded images")
+    batch_prompts: Positive | None = option(
+        None, "prompts sampled at once on all devices; null: all of a step"
     )
 
 
 class Reward(Section):
     """One reward: a registered name, or a function of your own by `use`."""
 
-    name: str | None = Field(
-        None, description="a name that `python -m corl_jax.score --list` shows"
-    )
-    use: str | None = Field(
-        None, description="FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own"
-    )
+    name: str | None = option(None, "a name that `python -m corl_jax.score --list` shows")
+    use: str | None = option(None, "FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own")
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     options: dict[str, Any] = Field(default_factory=dict, description="the reward's own keywords")
-    timeout_s: PositiveFloat = Field(60.0, description="seconds that a call of `use` may take")
-    max_failures: Positive = Field(
-        5, description="failed calls of `use` in a row after which the run stops"
-    )
+    timeout_s: PositiveFloat = option(60.0, "seconds that a call of `use` may take")
+    max_failures: Positive = option(5, "failed calls of `use` in a row after which the run stops")
 
     @property
     def label(self) -> str:
@@ -136,16 +135,14 @@ class Reward(Section):
 class RewardNetwork(Section):
     """Where the weights of a reward network are, and in which type they compute."""
 
-    path: str | None = Field(None, description="directory, file or hub id; null: the usual one")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype")
+    path: str | None = option(None, "directory, file or hub id; null: the usual one")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype")
 
 
 class Networks(Section):
     """Networks that rewards ask; only those that the listed rewards name are loaded."""
 
-    offload: bool = Field(
-        False, description="keep them, and frozen scorers, in host memory between uses"
-    )
+    offload: bool = option(False, "keep them, and frozen scorers, in host memory between uses")
     blip: RewardNetwork = RewardNetwork()
     bert: RewardNetwork = RewardNetwork()
     sentence: RewardNetwork = RewardNetwork()
@@ -162,103 +159,102 @@ class Grpo(Section):
 
     tasks: Literal["unified", "t2i", "mm2t"] = "unified"
     advantages: Literal["unified_reward", "unified_advantage", "separate"] = "unified_reward"
-    mm2t_weight: NonNegativeFloat = Field(
-        0.8, description="lambda: weight of the text reward in the joint one [P eq. 5]"
+    mm2t_weight: NonNegativeFloat = option(
+        0.8, "lambda: weight of the text reward in the joint one [P eq. 5]"
     )
     t2i_loss_weight: NonNegativeFloat = 1.0
     mm2t_loss_weight: NonNegativeFloat = 1.0
-    std_eps: NonNegativeFloat = Field(1e-4, description="added to a group's std [R]")
-    scale_by_std: bool = Field(True, description="false: advantages are only centred")
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+    std_eps: NonNegativeFloat = option(1e-4, "added to a group's std [R]")
+    scale_by_std: bool = option(True, "false: advantages are only centred")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize",
-        description="normalize_then_sum: each reward on its own within its group (GDPO)",
+        "normalize_then_sum: each reward on its own within its group (GDPO)",
     )
-    kl_coef: NonNegativeFloat = Field(0.0, description="beta of the k3 penalty; 0: no reference")
-    reference: Literal["device", "host"] = Field(
-        "device", description="where the reference lies between uses; host frees device memory"
+    kl_coef: NonNegativeFloat = option(0.0, "beta of the k3 penalty; 0: no reference")
+    reference: Literal["device", "host"] = option(
+        "device", "where the reference lies between uses; host frees device memory"
     )
-    clip_low: NonNegativeFloat = Field(0.2, description="ratio clip below 1; inert at 1 iteration")
-    clip_high: NonNegativeFloat = Field(0.2, description="ratio clip above 1")
-    num_iterations: Positive = Field(1, description="optimizer steps on each rollout (mu)")
-    image_logprobs: Literal["conditional", "guided"] = Field(
-        "conditional", description="distribution that image tokens are scored under"
+    clip_low: NonNegativeFloat = option(0.2, "ratio clip below 1; inert at 1 iteration")
+    clip_high: NonNegativeFloat = option(0.2, "ratio clip above 1")
+    num_iterations: Positive = option(1, "optimizer steps on each rollout (mu)")
+    image_logprobs: Literal["conditional", "guided"] = option(
+        "conditional", "distribution that image tokens are scored under"
     )
-    mask_truncated: bool = Field(
-        False, description="leave answers without an end token out of the loss (text only)"
+    mask_truncated: bool = option(
+        False, "leave answers without an end token out of the loss (text only)"
     )
 
 
 class Lora(Section):
     """Low-rank adapters in the language model, trained in place of its parameters."""
 
-    rank: NonNegative = Field(
-        0, description="inner width of the adapters; 0: none, train.trainable says what is trained"
+    rank: NonNegative = option(
+        0, "inner width of the adapters; 0: none, train.trainable says what is trained"
     )
-    alpha: PositiveFloat = Field(32.0, description="what they add is scaled by alpha / rank")
-    targets: list[Projection] = Field(
-        list(typing.get_args(Projection)), description="projections of each layer that have one"
+    alpha: PositiveFloat = option(32.0, "what they add is scaled by alpha / rank")
+    targets: list[Projection] = option(
+        list(typing.get_args(Projection)), "projections of each layer that have one"
     )
 
 
 class Sft(Section):
     """The supervised stage: both tasks on one language model."""
 
-    answer_column: str = Field("sft_answer", description="target of the question; text")
-    caption_column: str | None = Field(
-        "caption", description="target of the captioning instruction; null trains no captions"
+    answer_column: str = option("sft_answer", "target of the question; text")
+    caption_column: str | None = option(
+        "caption", "target of the captioning instruction; null trains no captions"
     )
     t2i_weight: NonNegativeFloat = 1.0
     mm2t_weight: NonNegativeFloat = 1.0
     caption_weight: NonNegativeFloat = 1.0
-    cfg_dropout: Fraction = Field(
-        0.1, description="rows whose prompt is blanked as guidance's unconditional row is"
+    cfg_dropout: Fraction = option(
+        0.1, "rows whose prompt is blanked as guidance's unconditional row is"
     )
 
 
 class Vq(Section):
     """The image tokenizer's recipe."""
 
-    perceptual_weight: NonNegativeFloat = Field(
-        0.5, description="weight of the error of image gradients beside that of pixels"
+    perceptual_weight: NonNegativeFloat = option(
+        0.5, "weight of the error of image gradients beside that of pixels"
     )
-    commitment: NonNegativeFloat = Field(0.25, description="pull of latents to their codes")
-    entropy_weight: NonNegativeFloat = Field(0.02, description="spread of code use over a batch")
+    commitment: NonNegativeFloat = option(0.25, "pull of latents to their codes")
+    entropy_weight: NonNegativeFloat = option(0.02, "spread of code use over a batch")
 
 
 class Optimizer(Section):
     """optax; the defaults are the released run's."""
 
     name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
-    learning_rate: PositiveFloat = Field(4e-6, description="peak [P]")
+    learning_rate: PositiveFloat = option(4e-6, "peak [P]")
     b1: Fraction = 0.9
     b2: Fraction = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="to 0 [R]")
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "to 0 [R]")
     warmup_steps: NonNegative = 0
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="global clip; 0 is none [R]")
+    max_grad_norm: NonNegativeFloat = option(1.0, "global clip; 0 is none [R]")
 
 
 class Train(Section):
     """Length and batch of the run."""
 
-    prompts_per_step: Positive = Field(16, description="prompts of one rollout, all devices [P]")
-    micro_batch: Positive | None = Field(
-        None, description="prompts whose groups are in one backward pass; null: all of a step"
+    prompts_per_step: Positive = option(16, "prompts of one rollout, all devices [P]")
+    micro_batch: Positive | None = option(
+        None, "prompts whose groups are in one backward pass; null: all of a step"
     )
     epochs: PositiveFloat = 1.0
-    max_steps: Positive | None = Field(
+    max_steps: Positive | None = option(
         None,
-        description="overrides epochs; a step is a batch with all its updates",
+        "overrides epochs; a step is a batch with all its updates",
     )
-    trainable: list[str] = Field(
+    trainable: list[str] = option(
         ["language_model/.*", "lm_head/.*"],
-        description="regexes of parameter paths; the rest is frozen (all but the adapters is, "
-        "with lora.rank)",
+        "regexes of parameter paths; the rest is frozen (all but the adapters is, with lora.rank)",
     )
-    stop_after: Positive | None = Field(
+    stop_after: Positive | None = option(
         None,
-        description="steps (see max_steps) of this process; the schedule stays that of the run",
+        "steps (see max_steps) of this process; the schedule stays that of the run",
     )
 
 
@@ -273,32 +269,32 @@ class Mesh(Section):
 class Distributed(Section):
     """Several processes; on one machine nothing here is needed."""
 
-    initialize: Literal["auto", "always", "never"] = Field(
-        "auto", description="join others: where a cluster or the next three say so, always, never"
+    initialize: Literal["auto", "always", "never"] = option(
+        "auto", "join others: where a cluster or the next three say so, always, never"
     )
-    coordinator_address: str | None = Field(
-        None, description="HOST:PORT of process 0; null: as the cluster says"
+    coordinator_address: str | None = option(
+        None, "HOST:PORT of process 0; null: as the cluster says"
     )
-    num_processes: Positive | None = Field(None, description="null: as the cluster says")
-    process_id: NonNegative | None = Field(
-        None, description="of this process, from 0; null: as the cluster says"
+    num_processes: Positive | None = option(None, "null: as the cluster says")
+    process_id: NonNegative | None = option(
+        None, "of this process, from 0; null: as the cluster says"
     )
-    initialization_timeout_s: Positive = Field(300, description="until all must have started")
-    heartbeat_timeout_s: Positive = Field(100, description="after which a silent one is dead")
+    initialization_timeout_s: Positive = option(300, "until all must have started")
+    heartbeat_timeout_s: Positive = option(100, "after which a silent one is dead")
 
 
 class Checkpoint(Section):
     """Saving, for resuming."""
 
-    every: Positive = Field(200, description="steps between two; the last is always saved")
-    keep: Positive = Field(
-        2, description="newest checkpoints that stay; one more is there while the next is written"
+    every: Positive = option(200, "steps between two; the last is always saved")
+    keep: Positive = option(
+        2, "newest checkpoints that stay; one more is there while the next is written"
     )
-    directory: str | None = Field(
-        None, description="where they are, also gs://BUCKET/..; null: in the run directory"
+    directory: str | None = option(
+        None, "where they are, also gs://BUCKET/..; null: in the run directory"
     )
-    max_failures: Positive = Field(
-        3, description="saves that fail in a row after which the run stops; the last must not"
+    max_failures: Positive = option(
+        3, "saves that fail in a row after which the run stops; the last must not"
     )
 
 
@@ -306,13 +302,13 @@ class Export(Section):
     """The final model, for PyTorch."""
 
     layout: Literal["transformers", "original", "jax", "none"] = "transformers"
-    dtype: Literal["keep", "float32", "bfloat16"] = Field(
-        "keep", description="keep: each tensor's dtype in the source"
+    dtype: Literal["keep", "float32", "bfloat16"] = option(
+        "keep", "keep: each tensor's dtype in the source"
     )
-    base: str | None = Field(None, description="original directory that supplies dropped tensors")
-    lora: Literal["merged", "adapter"] = Field(
+    base: str | None = option(None, "original directory that supplies dropped tensors")
+    lora: Literal["merged", "adapter"] = option(
         "merged",
-        description="merged: a whole model; adapter: a directory for PEFT, transformers layout",
+        "merged: a whole model; adapter: a directory for PEFT, transformers layout",
     )
 
 
@@ -320,8 +316,8 @@ class Eval(Section):
     """Held-out evaluation."""
 
     suite: Literal["none", "shapes", "rewards"] = "none"
-    every: NonNegative = Field(0, description="steps between; 0: only before and after")
-    path: str | list[str] | None = Field(None, description="rows; null: the last rows of the data")
+    every: NonNegative = option(0, "steps between; 0: only before and after")
+    path: str | list[str] | None = option(None, "rows; null: the last rows of the data")
     rows: Positive = 64
     batch_prompts: Positive = 16
 
@@ -329,32 +325,32 @@ class Eval(Section):
 class Guards(Section):
     """What ends or warns of a run that goes wrong; docs/reliability.md has each limit's reason."""
 
-    max_skipped_updates: Positive = Field(
-        3, description="updates in a row, skipped as not finite, that end the run with code 3"
+    max_skipped_updates: Positive = option(
+        3, "updates in a row, skipped as not finite, that end the run with code 3"
     )
-    max_failed_reward_fraction: Fraction = Field(
-        0.5, description="samples of 20 steps that a reward by `use` may fail on; else the end"
+    max_failed_reward_fraction: Fraction = option(
+        0.5, "samples of 20 steps that a reward by `use` may fail on; else the end"
     )
-    step_timeout_s: PositiveFloat | None = Field(
-        1800.0, description="seconds without an iteration, evaluation batch or save; null: no end"
+    step_timeout_s: PositiveFloat | None = option(
+        1800.0, "seconds without an iteration, evaluation batch or save; null: no end"
     )
-    kl: PositiveFloat | None = Field(1.0, description="alarm above: nats a token, of either task")
-    entropy: PositiveFloat | None = Field(
-        0.1, description="alarm below: mean of 10 steps as a share of the first 10 steps' mean"
+    kl: PositiveFloat | None = option(1.0, "alarm above: nats a token, of either task")
+    entropy: PositiveFloat | None = option(
+        0.1, "alarm below: mean of 10 steps as a share of the first 10 steps' mean"
     )
-    duplicates: Fraction | None = Field(
-        0.5, description="alarm above: drawings that repeat one of their group, mean of 10 steps"
+    duplicates: Fraction | None = option(
+        0.5, "alarm above: drawings that repeat one of their group, mean of 10 steps"
     )
-    zero_spread: Fraction | None = Field(
-        0.9, description="alarm above: groups with equal rewards, mean of 10 steps"
+    zero_spread: Fraction | None = option(
+        0.9, "alarm above: groups with equal rewards, mean of 10 steps"
     )
-    drift_mean: PositiveFloat | None = Field(
-        0.05, description="alarm above: mean |sampler - trainer| log-prob, nats"
+    drift_mean: PositiveFloat | None = option(
+        0.05, "alarm above: mean |sampler - trainer| log-prob, nats"
     )
-    drift_max: PositiveFloat | None = Field(5.0, description="alarm above: the largest, nats")
-    held_out: PositiveFloat | None = Field(
+    drift_max: PositiveFloat | None = option(5.0, "alarm above: the largest, nats")
+    held_out: PositiveFloat | None = option(
         3.0,
-        description="alarm: standard errors that a held-out score falls while the reward rises",
+        "alarm: standard errors that a held-out score falls while the reward rises",
     )
     fatal: list[
         Literal["kl", "entropy", "duplicates", "zero_spread", "drift_mean", "drift_max", "held_out"]
@@ -364,21 +360,21 @@ class Guards(Section):
 class Log(Section):
     """What is written beside the numbers."""
 
-    every: Positive = Field(1, description="steps between metric lines")
-    images_every: NonNegative = Field(50, description="steps between image grids; 0: none")
-    fixed_prompts: Positive = Field(4, description="held-out prompts drawn in each grid")
+    every: Positive = option(1, "steps between metric lines")
+    images_every: NonNegative = option(50, "steps between image grids; 0: none")
+    fixed_prompts: Positive = option(4, "held-out prompts drawn in each grid")
 
 
 class Compat(Section):
     """Switches back to behaviours of the released code that our defaults mend; see the docs."""
 
-    image_logprobs_unshifted: bool = Field(False, description="Q1: score a token after it is read")
-    bfloat16_master: bool = Field(False, description="Q2: parameters and optimizer in bfloat16")
-    mc_as_open_ended: bool = Field(False, description="Q3: choice answers scored by word overlap")
-    text_top_k_50: bool = Field(False, description="Q4: transformers' implicit top_k")
-    ti_sim_fixed_spans: bool = Field(False, description="Q7: spans 5:581 and 586: of the tokens")
-    format_without_strip: bool = Field(False, description="Q20")
-    answer_single_line: bool = Field(False, description="Q21: answers with a newline not found")
+    image_logprobs_unshifted: bool = option(False, "Q1: score a token after it is read")
+    bfloat16_master: bool = option(False, "Q2: parameters and optimizer in bfloat16")
+    mc_as_open_ended: bool = option(False, "Q3: choice answers scored by word overlap")
+    text_top_k_50: bool = option(False, "Q4: transformers' implicit top_k")
+    ti_sim_fixed_spans: bool = option(False, "Q7: spans 5:581 and 586: of the tokens")
+    format_without_strip: bool = option(False, "Q20")
+    answer_single_line: bool = option(False, "Q21: answers with a newline not found")
 
 
 class Config(Section):

@@ -195,7 +195,7 @@ def _blind(config: Config, guard: str) -> str:
         "max_failed_reward_fraction": not any(reward.use for reward in config.rewards)
         and "no reward by use is listed",
     }
-    return reasons.get(guard) or ""
+    return str(reasons.get(guard) or "")
 
 
 def _processes(config: Config) -> list[str]:

@@ -38,7 +38,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         config = validate(tree, str(path))
     except InputError as error:
-        problems += error.problems
+        raise InputError([*problems, *error.problems]) from None
     if problems:
         raise InputError(problems)
     return config

@@ -153,7 +153,7 @@ def generate_images(args: argparse.Namespace) -> None:
             greedy=args.greedy, show_progress=True,
         ):  # fmt: skip
             name = image_name(sample.prompt, sample.number)
-            Image.fromarray(sample.pixels).save(folder / name)
+            Image.fromarray(np.asarray(sample.pixels)).save(folder / name)
             records[sample.prompt, sample.number] = {
                 "prompt": prompts[sample.prompt], "file": name, "seed": args.seed,
                 "index": sample.prompt, "sample": sample.number, "tokens": sample.tokens.tolist(),

@@ -125,7 +125,8 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
             )
     listed = _listed_devices()
     try:
-        address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        detect: Any = ClusterEnv.auto_detect_unset_distributed_params
+        address, count, index, devices = detect(
             *given.values(), listed, None, options.initialization_timeout_s
         )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
@@ -163,7 +164,7 @@ def _require_free(address: str, place: str) -> None:
     try:
         socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
     except (OSError, OverflowError, ValueError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) else "expected HOST:PORT"
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "expected HOST:PORT"
         raise InputError(
             f"distributed: {place}: port {port} cannot be opened ({why}); give "
             "coordinator_address a free port of process 0"

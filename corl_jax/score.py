@@ -27,7 +27,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -154,6 +154,7 @@ def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Case
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
         raise InputError(problems)
+    assert reward and found is not None and cases
     return reward, found, cases
 
 
@@ -164,7 +165,9 @@ def _resolve(name: str, options: dict[str, Any]) -> Resolved:
     return registry.resolve_one(name, options)
 
 
-def _network_settings(texts: list[str], dtype: str, asked: tuple[str, ...]) -> Networks:
+def _network_settings(
+    texts: list[str], dtype: Literal["float32", "bfloat16"], asked: tuple[str, ...]
+) -> Networks:
     """The networks block that --network and --dtype give; `asked` are those of the reward."""
     known, problems, paths = list(networks.NETWORKS), [], {}
     for text in texts:
@@ -176,12 +179,10 @@ def _network_settings(texts: list[str], dtype: str, asked: tuple[str, ...]) -> N
         paths[name] = path
     if problems:
         raise InputError(problems)
-    return Networks(
-        **{
-            n: RewardNetwork(path=paths.get(n), dtype=dtype if n in asked else "float32")
-            for n in known
-        }
-    )
+    blocks: Any = {
+        n: RewardNetwork(path=paths.get(n), dtype=dtype if n in asked else "float32") for n in known
+    }
+    return Networks(**blocks)
 
 
 def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
 from corl_jax.weights.placing import load_sharded
 
+CACHE_DIR = "jax_compilation_cache_dir"
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 JAX_DEFAULT_SECONDS = 1.0
 
@@ -39,9 +40,9 @@ def enable_compilation_cache() -> None:
     said = LEAST_SECONDS.upper() in os.environ
     if not said and getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
         jax.config.update(LEAST_SECONDS, 0.0)
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, CACHE_DIR) is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "corl_jax" / "xla"))
+        jax.config.update(CACHE_DIR, str(Path(home) / "corl_jax" / "xla"))
 
 
 def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, Path]:

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+Array = Any
+"""A jax.Array; a numpy array while a batch is on the host, and its shape where one is planned."""
 Params = dict[str, Any]
 """A nested dict of arrays; a leaf's path is its keys joined by `/`."""
 
@@ -42,9 +44,9 @@ class SpecialTokens:
 class EncodedPrompts:
     """Token ids of a batch of prompts, left-padded to a common length."""
 
-    input_ids: jax.Array | np.ndarray  # [B, P] int32
-    attention_mask: jax.Array | np.ndarray  # [B, P] bool, True on real tokens
-    pixel_values: jax.Array | np.ndarray | None = None  # [B, S, S, 3] float32, normalised
+    input_ids: Array  # [B, P] int32
+    attention_mask: Array  # [B, P] bool, True on real tokens
+    pixel_values: Array | None = None  # [B, S, S, 3] float32, normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +72,9 @@ class Rollout:
     """
 
     prompts: EncodedPrompts  # B rows
-    tokens: jax.Array  # [N, T] int32
-    mask: jax.Array  # [N, T] bool, True up to and including the first EOS
-    logprobs: jax.Array  # [N, T] float32
+    tokens: Array  # [N, T] int32
+    mask: Array  # [N, T] bool, True up to and including the first EOS
+    logprobs: Array  # [N, T] float32
 
     @property
     def group_size(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ class Program:
     """One jitted function of the iteration with the shapes of its inputs."""
 
     name: str
-    function: Callable
+    function: Any  # jitted
     resident: tuple  # inputs that stay on the device between programs
     inputs: tuple  # the others
     calls: int = 1  # in an iteration

@@ -36,7 +36,7 @@ class Compiled:
 
     def seconds(self, chip: Chip) -> tuple[float, float, float] | None:
         """Of a call: at products, at memory, at links; None for a chip without figures."""
-        if self.cost is None or chip.peak is None:
+        if self.cost is None or not (chip.peak and chip.bandwidth and chip.links):
             return None
         return (
             self.cost.flops / (PRODUCTS * chip.peak),
@@ -186,7 +186,8 @@ def cost_table(listed: list[Compiled], chip: Chip) -> str:
 def iteration(listed: list[Compiled], chip: Chip) -> str:
     """The estimated time of a whole iteration, with what was assumed."""
     times = [each.seconds(chip) for each in listed]
-    if any(each is None for each in times):
+    times = [each for each in times if each is not None]
+    if len(times) < len(listed) or not (chip.peak and chip.bandwidth and chip.links):
         return f"time: no estimate, {'a program does not fit' if chip.peak else 'no figures'}"
     calls = [each.program.calls for each in listed]
     least = sum(max(each) * n for each, n in zip(times, calls, strict=True))

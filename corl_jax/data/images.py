@@ -145,8 +145,8 @@ def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> Im
     if problems:
         raise InputError(problems)
     assert size is not None and tokens is not None  # otherwise there was a problem
-    mean, std = _floats(pre["image_mean"]), _floats(pre["image_std"])
-    return ImageSettings(size, tokens, mean, std, min_size)
+    (r, g, b), (r_std, g_std, b_std) = (_floats(pre[key]) for key in ("image_mean", "image_std"))
+    return ImageSettings(size, tokens, (r, g, b), (r_std, g_std, b_std), min_size)
 
 
 def _geometry(

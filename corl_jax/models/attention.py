@@ -18,7 +18,7 @@ Partial = tuple[jax.Array, jax.Array]
 """Averages [R, Q, H, head_dim] in the queries' dtype, log-denominators [R, Q, H] float32."""
 
 
-def fastest(dtype: Any, head_dim: int, device: jax.Device | None = None) -> Implementation:
+def fastest(dtype: Any, head_dim: int, device: Any = None) -> Implementation:
     """What a device, or else the first one present, can run: cuDNN on NVIDIA GPUs, or XLA.
 
     cuDNN's fused attention wants half precision, compute capability 8.0 and head sizes that are
@@ -66,12 +66,13 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Arra
     # dtype: in bfloat16 that is off by up to 0.06 at 16, and by as much in the parts' weights.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    averages, denominators = cudnn.dot_product_attention(
+    results: Any = cudnn.dot_product_attention(
         query, key, value,
         q_seqlen=jnp.full(query.shape[0], query.shape[1], jnp.int32), kv_seqlen=lengths,
         scale=1 / math.sqrt(query.shape[-1]), mask_type=cudnn.MaskType.PADDING,
         return_residual=True,
     )  # fmt: skip
+    averages, denominators = results
     return averages, denominators.swapaxes(1, 2)
 
 

@@ -27,15 +27,13 @@ BLOCKS = (512, 256, LANES)
 INTERPRET = False  # splash attention on a CPU, for tests: slow
 
 
-def best(dtype: Any, head_dim: int, device: jax.Device | None = None) -> CausalAttention:
+def best(dtype: Any, head_dim: int, device: Any = None) -> CausalAttention:
     """The fused kernel of a device, or else of the first one present; XLA's where it has none."""
     device = device or jax.devices()[0]
     return "splash" if device.platform == "tpu" else fastest(dtype, head_dim, device)
 
 
-def runs(
-    implementation: CausalAttention, dtype: Any, head_dim: int, device: jax.Device | None = None
-) -> bool:
+def runs(implementation: CausalAttention, dtype: Any, head_dim: int, device: Any = None) -> bool:
     """Whether a device, or else the first one present, can attend so."""
     return implementation in ("xla", best(dtype, head_dim, device))
 
@@ -88,8 +86,8 @@ def _kernel(length: int, total: int) -> Callable:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    shape = tuple(math.ceil(n / LANES) * LANES for n in (length, total))
-    rows, columns = (next(block for block in BLOCKS if n % block == 0) for n in shape)
+    height, width = (math.ceil(n / LANES) * LANES for n in (length, total))
+    rows, columns = (next(block for block in BLOCKS if n % block == 0) for n in (height, width))
     sizes = splash.BlockSizes(
         block_q=rows, block_kv=columns, block_kv_compute=columns,
         block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=columns,
@@ -97,8 +95,8 @@ def _kernel(length: int, total: int) -> Callable:
     )  # fmt: skip
 
     def attend(query, key, value, query_segments, key_segments):
-        causal = masks.CausalMask(shape, offset=total - length)
-        kernel = splash.make_splash_mha(
+        causal = masks.CausalMask((height, width), offset=total - length)
+        kernel: Any = splash.make_splash_mha(
             masks.MultiHeadMask([causal] * query.shape[2]), block_sizes=sizes,
             head_shards=1, q_seq_shards=1, interpret=INTERPRET,
         )  # fmt: skip

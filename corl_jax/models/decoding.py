@@ -59,7 +59,8 @@ class Rows:
         """Rows of the network -> conditional and unconditional [N, ...], the same if unguided."""
         groups = self._groups(rows)
         pairs = groups.reshape(-1, 1 + self.guided, *groups.shape[1:])
-        return tuple(pairs[:, i].reshape(-1, *rows.shape[1:]) for i in (0, -1))
+        first, last = (pairs[:, i].reshape(-1, *rows.shape[1:]) for i in (0, -1))
+        return first, last
 
     def _groups(self, x: jax.Array) -> jax.Array:
         return x.reshape(-1, self.group_size, *x.shape[1:])
@@ -179,10 +180,12 @@ class FusedBlock:
             cache = write(cache, new, step.positions)
             own, _ = attend_to(query[:, None], *cache, step.positions + 1, step.attention)
             return own.reshape(rows, -1), cache
-        cache = tuple(
-            lax.dynamic_update_slice_in_dim(old, entry[:, None], step.index, axis=1)
-            for old, entry in zip(cache, new, strict=True)
-        )
+        cache = jax.tree.map(
+            lambda old, entry: lax.dynamic_update_slice_in_dim(
+                old, entry[:, None], step.index, axis=1
+            ),
+            cache, new,
+        )  # fmt: skip
         count = jnp.full(rows, step.index + 1, jnp.int32)
         own = attend_to(query[:, None], *cache, count, step.attention)
         by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
@@ -237,7 +240,7 @@ class Decoder:
 def write(cache: KVCache, new: KVCache, slots: jax.Array) -> KVCache:
     """Keys and values [rows, S, ...] with those of one token, [rows, ...], at each row's slot."""
     put = jax.vmap(lambda row, entry, slot: lax.dynamic_update_index_in_dim(row, entry, slot, 0))
-    return tuple(put(old, entry, slots) for old, entry in zip(cache, new, strict=True))
+    return jax.tree.map(lambda old, entry: put(old, entry, slots), cache, new)
 
 
 def copies_prompts(attention: Implementation, length: int) -> bool:
@@ -257,10 +260,8 @@ def read_prompts(
     hidden, (keys, values) = llama.prefill(embeds, places < lengths[:, None])
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     blocks = layers.unstack(llama.layers, len(keys))
-    prompts = [
-        tuple(constrain(x[i], "batch", "length", "heads", None) for x in (keys, values))
-        for i in range(len(keys))
-    ]
+    names = "batch", "length", "heads", None
+    prompts = [(constrain(keys[i], *names), constrain(values[i], *names)) for i in range(len(keys))]
     fused = [FusedBlock.of(block) for block in blocks]
     copied = copies_prompts(attention, mask.shape[1])
     return Decoder(llama, fused, prompts, lengths, attention, copied), last

@@ -63,8 +63,8 @@ def unstack(stacked: nnx.Module, layers: int) -> list[Any]:
 
 
 def scan_layers(
-    stacked: nnx.Module, step: Callable, x: jax.Array, remat: Remat = "none"
-) -> tuple[jax.Array, Any]:
+    stacked: nnx.Module, step: Callable, x: Any, remat: Remat = "none"
+) -> tuple[Any, Any]:
     """Applies `step(layer, x) -> (x, out)` over a stack of layers; outs are stacked.
 
     `remat` names what the backward pass keeps of each layer: everything ("none"), the results

@@ -41,7 +41,7 @@ class LoraLinear(nnx.Linear):
         self.lora_a = nnx.Param(_uniform(rngs.params(), (in_features, lora.rank)))
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features)))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().__call__(x) + (x @ self.lora_a[...] * self.scale) @ self.lora_b[...]
 
 

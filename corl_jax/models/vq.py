@@ -119,6 +119,9 @@ class Mid(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks of one resolution, each followed by attention at the lowest one."""
 
+    downsample: Downsample  # of all levels of an encoder but the last
+    upsample: Upsample  # of a decoder
+
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, rngs: nnx.Rngs):
         widths = [inputs] + [outputs] * (blocks - 1)
         self.block = nnx.List([ResBlock(width, outputs, rngs=rngs) for width in widths])

@@ -237,7 +237,7 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
 
     Raises: InputError for a folder without a tokenizer, or with one that cannot be used.
     """
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     files = ("tokenizer.json", "vocab.txt")
     if not any((folder / name).is_file() for name in files):

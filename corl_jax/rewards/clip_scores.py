@@ -191,7 +191,7 @@ def token_ids(network: Any, prompts: Sequence[str]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizerFast
+    from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
     if not any(all((folder / name).is_file() for name in group) for group in names):

@@ -205,8 +205,9 @@ class _Call:
             self._ended.set()
 
     async def _within(self, found: Awaitable) -> Any:
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
+            async with limit:
                 return await found
         except TimeoutError as error:
             if limit.expired():
@@ -340,7 +341,7 @@ def _annotations(
     problems: list[str],
 ) -> dict[str, Any]:
     """The types of the options alone: those of other parameters may name what is not imported."""
-    callables = (inspect.unwrap(function), type(function).__call__)
+    callables: tuple[Any, ...] = (inspect.unwrap(function), type(function).__call__)
     names = next((one.__globals__ for one in callables if hasattr(one, "__globals__")), {})
     found = {}
     for key, parameter in keywords.items():

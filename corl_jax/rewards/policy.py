@@ -136,6 +136,7 @@ def _similarity_program(
     dtype: Any,
 ) -> jax.Array:
     model = janus.bind(config, janus.cast(params, dtype))
+    assert prompts.pixel_values is not None
     features = model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, image_token, features)
     hidden = model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)

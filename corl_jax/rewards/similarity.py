@@ -148,9 +148,11 @@ def _compare(
     """`measure` of each pair; a text that is not in `encoded` has no words."""
 
     def one(prediction: str | None, target: str | None) -> float:
-        if target not in encoded:
+        if target is None or target not in encoded:
             return float("nan")
-        return measure(encoded[prediction], encoded[target]) if prediction in encoded else 0.0
+        if prediction is None or prediction not in encoded:
+            return 0.0
+        return measure(encoded[prediction], encoded[target])
 
     return _each(one, predictions, targets)
 
@@ -289,7 +291,7 @@ def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
 
     def one(prediction: str | None, target: str | None) -> float:
-        if not re.search(r"[a-z0-9]", (target or "").lower()):
+        if target is None or not re.search(r"[a-z0-9]", target.lower()):
             return float("nan")
         return scorer.score(target, prediction or "")["rougeL"].fmeasure
 

@@ -81,7 +81,9 @@ def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
         {"image_id": i, "test": prediction, "refs": [target]}
         for i, (prediction, target) in enumerate(pairs)
     ]
-    jar = str(_folder() / "spice-1.0.jar")
+    program = _folder()
+    assert program is not None  # `spice_problem` has looked
+    jar = str(program / "spice-1.0.jar")
     with tempfile.TemporaryDirectory(prefix="spice-") as folder:
         source, out = Path(folder, "in.json"), Path(folder, "out.json")
         source.write_text(json.dumps(items))  # ASCII: Java reads it in the platform's encoding
@@ -127,7 +129,8 @@ def _folder() -> Path | None:
         spec = importlib.util.find_spec("pycocoevalcap.spice")
     except ModuleNotFoundError:
         return None
-    return Path(next(iter(spec.submodule_search_locations))) if spec else None
+    places = spec and spec.submodule_search_locations
+    return Path(next(iter(places))) if places else None
 
 
 def _java() -> str | None:

@@ -37,11 +37,12 @@ class Board:
             raise InputError(
                 "tensorboardX is not installed; run `pip install tensorboardX`"
             ) from None
-        self._summary, self._proto, self._checksum = summary, event_pb2, masked_crc32c
+        self._summary, self._checksum = summary, masked_crc32c
+        self._proto: Any = event_pb2
         # Whole seconds come first in the name, by which readers sort; restarts can be quicker.
         now = f"{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
         self.records = Records(directory / f"events.out.tfevents.{now}")
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        log = self._proto.SessionLog(status=self._proto.SessionLog.START)
         purged = 0 if resumed_at is None else resumed_at + 1
         self._head = self._record(file_version="brain.Event:2")
         self._head += self._record(step=purged, session_log=log)

@@ -225,7 +225,8 @@ class Checkpoints:
             known = ", ".join(map(str, present)) or "none"
             raise DamagedError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
         # Not by the manager, whose readers wait for each other: one that fails would not come.
-        record = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "meta")
+        folder = self.directory / str(step) / "meta"
+        record: Any = ocp.JsonCheckpointHandler().restore(folder)
         if damage := digests.record_damage(record, step):
             raise DamagedError(f"{self.directory / str(step)}: {damage}")
         return record

@@ -35,6 +35,7 @@ def export(
         trained = fetched(state.params, primary, beat)
         if not primary:
             return []
+        assert lora is not None  # or the config would have been refused
         fits = files.detect_layout(model_dir) == "transformers"
         base = config.model.path if fits else None
         adapters.save_adapter(
@@ -50,6 +51,7 @@ def export(
     if lora is not None:
         params, gone = adapters.merged(params, lora, dtypes, beat)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
+    assert options.layout != "none"  # or nobody would have asked for an export
     notes = files.save_checkpoint(
         folder, janus.base(run.model_config), params, layout=options.layout,
         assets_from=model_dir, base=options.base, dtype=options.dtype, progress=lambda _: beat(),

@@ -222,7 +222,7 @@ class Guards:
                 continue
             then = best[2] if best[2] is not None else (statistics.fmean(begin) if begin else None)
             drop = best[0] - mean
-            risen = None not in (then, reward) and reward > then
+            risen = then is not None and reward is not None and reward > then
             if risen and drop > limit * math.hypot(error, best[1]):
                 fallen.append(
                     f"{name} {mean:.4g} after {best[0]:.4g}, the reward {reward:.4g} after "

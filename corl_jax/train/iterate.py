@@ -47,10 +47,10 @@ def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         for _ in range(run.num_iterations):
             state, metrics = run.train_step(state, run.frozen, batch)
             updates.append(metrics)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready(updates[-1])
     # Later updates have left the policy that sampled; only the first can tell a wrong sampler.
     agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
-    metrics = metrics | agreement | stats | length_metrics(run, rollouts)
+    metrics = updates[-1] | agreement | stats | length_metrics(run, rollouts)
     for one in scored.values():
         metrics |= one.metrics | failed_shares(run, one)
     samples = {task: scored[task].samples for task in run.tasks}

@@ -106,15 +106,16 @@ def image_logprobs(
         embeds = model.embed_text(input_ids)
         return _completion_states(model, embeds, prompts.attention_mask, drawn, scoring)
 
+    def guided_logits(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        with_prompt, without = (model.image_logits(x).astype(jnp.float32) for x in pair)
+        return guide(with_prompt, without, scoring.cfg_scale)
+
     conditional = states(prompts.input_ids)
     if scoring.image_logprobs == "conditional":
         logits_of, hidden = model.image_logits, conditional
     else:
         hidden = (conditional, states(unconditional_ids(prompts.input_ids, scoring.special)))
-
-        def logits_of(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            with_prompt, without = (model.image_logits(x).astype(jnp.float32) for x in pair)
-            return guide(with_prompt, without, scoring.cfg_scale)
+        logits_of = guided_logits
 
     return chunked_logprobs(logits_of, hidden, tokens, scoring.temperature, scoring.chunk)
 

@@ -126,9 +126,8 @@ def plan(config: Config) -> Plan:
     problems += _task_problems(config, tasks, rewards)
     mesh = attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     share = mesh and attempt(rows.share, mesh)
-    if mesh:
-        problems += _batch_problems(config, mesh)
-    if model_config:
+    problems += _batch_problems(config, mesh) if mesh else []
+    if model_config and processor:
         problems += _answer_problems(config, listed, model_config, processor)
         model_config = _with_adapters(config, model_config)
         problems += _model_problems(config, model_config, mesh)
@@ -143,11 +142,12 @@ def plan(config: Config) -> Plan:
     )
     if problems:
         raise InputError(problems)
+    assert model_config and processor and model_dir and loaders and rewards is not None
     train_loader, eval_loader = loaders
     return Plan(
         config=config, model_config=model_config, special=processor.special, mesh=mesh,
         tasks=tasks, steps=_steps(config, train_loader), model_dir=model_dir, processor=processor,
-        rewards=rewards, networks=asked, train_loader=train_loader, eval_loader=eval_loader,
+        rewards=rewards, networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
 
 

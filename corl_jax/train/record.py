@@ -212,7 +212,7 @@ class Recorder:
         self.watchdog.beat()
         scores, _ = iterate.score_task(run, "t2i", params, samples, step)
         scores = {name: rows.gathered(run.mesh, values) for name, values in scores.items()}
-        images = rows.gathered(run.mesh, samples.images)
+        images = rows.gathered(run.mesh, np.asarray(samples.images))
         if not self.primary:
             return
         shape = (len(everyone), run.group_size)

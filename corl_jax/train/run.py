@@ -30,7 +30,7 @@ class Run:
 
     # the data
     train_loader: Any  # data.dataset.Loader
-    eval_loader: Any | None
+    eval_loader: Any  # None without held-out rows
     steps: int  # iterations of the whole run; each makes num_iterations optimizer steps
     seed: int
     image_side: int  # pixels of a drawn image

@@ -23,7 +23,7 @@ from corl_jax.models.janus import Janus, JanusConfig
 from corl_jax.sharding import constrain
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring
 from corl_jax.train.optimizer import merge
-from corl_jax.types import EncodedPrompts, Params
+from corl_jax.types import Array, EncodedPrompts, Params
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, denominator), so that micro-batches add up exactly."""
@@ -34,7 +34,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 class TrainState:
     """All that training changes; donated to each step."""
 
-    step: jax.Array  # scalar int32, updates applied; a skipped one does not count
+    step: Array  # scalar int32, updates applied; a skipped one does not count
     params: Params  # the trained ones
     opt_state: Any
 
@@ -45,12 +45,12 @@ class TaskBatch:
     """The completions of one task with all that its loss needs; None where it does not."""
 
     prompts: EncodedPrompts  # B rows
-    tokens: jax.Array  # [N, T] int32
-    mask: jax.Array  # [N, T] bool, tokens in the loss
-    advantages: jax.Array | None = None  # [N]; None in supervised training
-    sampler_logprobs: jax.Array | None = None  # [N, T] as recorded when drawn
-    old_logprobs: jax.Array | None = None  # [N, T]; None: the policy itself
-    ref_logprobs: jax.Array | None = None  # [N, T]; None: no KL
+    tokens: Array  # [N, T] int32
+    mask: Array  # [N, T] bool, tokens in the loss
+    advantages: Array | None = None  # [N]; None in supervised training
+    sampler_logprobs: Array | None = None  # [N, T] as recorded when drawn
+    old_logprobs: Array | None = None  # [N, T]; None: the policy itself
+    ref_logprobs: Array | None = None  # [N, T]; None: no KL
 
 
 Batch = dict[str, TaskBatch]
@@ -197,7 +197,8 @@ def apply_gradients(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params: Any = optax.apply_updates(state.params, updates)
+    moved = TrainState(state.step + 1, params, opt_state)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     skipped = 1.0 - finite.astype(jnp.float32)
     metrics = {"grad_norm": norm, "update/skipped": skipped, "update/applied": state.step}

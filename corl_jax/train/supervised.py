@@ -45,6 +45,7 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
 def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
     """The rows of each kind as host arrays; `t2i` carries pixels where its codes will stand."""
     options, columns = run.sft, prompts.columns
+    questions: Any = prompts.mm2t  # there if one of the last two is asked for
     batch: Batch = {}
     if options.t2i_weight:
         total = run.train_loader.batch_size  # drawn for all processes, of which this takes its own
@@ -54,11 +55,11 @@ def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
         pixels = np.stack([drawing_pixels(x, run.image_side) for x in columns["real_image"]])
         batch["t2i"] = TaskBatch(encoded, pixels, np.ones(len(prompts), bool))
     if options.mm2t_weight:
-        batch["mm2t"] = TaskBatch(prompts.mm2t, *targets(run, columns[options.answer_column]))
+        batch["mm2t"] = TaskBatch(questions, *targets(run, columns[options.answer_column]))
     if options.caption_column and options.caption_weight:
         ids = run.processor.mm2t_ids(instructions.CAPTION)
         encoded = run.processor.pad([ids] * len(prompts))
-        encoded = dataclasses.replace(encoded, pixel_values=prompts.mm2t.pixel_values)
+        encoded = dataclasses.replace(encoded, pixel_values=questions.pixel_values)
         batch["caption"] = TaskBatch(encoded, *targets(run, columns[options.caption_column]))
     return batch
 

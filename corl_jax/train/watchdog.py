@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from corl_jax.errors import FAILED_EXIT_CODE
 
@@ -80,25 +81,30 @@ class Watchdog:
         idle, seen = 0.0, self._beats
         while not self._ended.wait(tick):
             held = HELD_FACTOR * self._timeout
-            faulthandler.dump_traceback_later(held, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(held, exit=True, file=_stderr())
             idle = idle + tick if self._beats == seen and not self._pauses else 0.0
             seen = self._beats
             if idle >= self._timeout * (1 if self._compiled else FIRST_FACTOR):
                 self._bark(idle)
 
     def _bark(self, idle: float) -> None:
-        faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=_stderr())
         print(
             f"error: no iteration, evaluation batch or save has ended for {idle:.0f} s; raise "
             f"guards.step_timeout_s {self._timeout:g} if the run is only slow. Where each thread "
             f"of process {os.getpid()} waits"
             + (f" (also in {self._stacks}):" if self._stacks else ":"),
-            file=sys.__stderr__,
+            file=_stderr(),
             flush=True,
         )
-        faulthandler.dump_traceback(file=sys.__stderr__)
+        faulthandler.dump_traceback(file=_stderr())
         if self._stacks:
             # The file system may be what hangs or is full; stderr has the stacks already.
             with contextlib.suppress(OSError), self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file=file)
         os._exit(FAILED_EXIT_CODE)
+
+
+def _stderr() -> Any:
+    """The real one, whatever takes its place for others."""
+    return sys.__stderr__

@@ -61,7 +61,7 @@ def place_leaves(
         box, local = local_part(leaves, path, stacked(path), sharding, dtype(path))
         problems.extend(non_finite_problem(source, path, local))
 
-        def shard(index: tuple[slice, ...]) -> Any:
+        def shard(index: Any) -> Any:
             ends = zip(_box(index, shape), box, strict=True)
             return local[tuple(slice(a - first, b - first) for (a, b), (first, _) in ends)]
 

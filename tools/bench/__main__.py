@@ -193,7 +193,8 @@ def axes_of(mesh: str) -> dict[str, int]:
 
     Raises: InputError for an axis that there is not, or a number that is none.
     """
-    named = dict(part.partition("=")[::2] for part in mesh.split(",") if part)
+    parts = (part.partition("=") for part in mesh.split(",") if part)
+    named = {name: value for name, _, value in parts}
     problems = [
         f"--mesh: found {name}={value}, expected {', '.join(AXES)} with numbers from 1: fsdp=4"
         for name, value in named.items()

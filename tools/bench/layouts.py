@@ -45,7 +45,8 @@ def as_stored() -> Iterator[None]:
     def gathered(params: Any) -> Any:
         return params
 
-    sampling._image_program.clear_cache()  # it would not notice
+    program: Any = sampling._image_program
+    program.clear_cache()  # it would not notice
     try:
         with (
             mock.patch.object(decoding, "constrain", constrain),
@@ -53,4 +54,4 @@ def as_stored() -> Iterator[None]:
         ):
             yield
     finally:
-        sampling._image_program.clear_cache()
+        program.clear_cache()

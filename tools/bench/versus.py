@@ -63,7 +63,8 @@ def measure(args: argparse.Namespace) -> Peers:
     Raises: InputError where torch cannot use the device; its message is on stderr.
     """
     parts = [part for part in args.parts if part in OURS]
-    device = "cpu" if jax.config.jax_platforms == "cpu" else "cuda"
+    told: Any = jax.config
+    device = "cpu" if told.jax_platforms == "cpu" else "cuda"
     command = [
         sys.executable, "-m", "tools.bench.peer", "--size", args.size, "--parts", ",".join(parts),
         "--prompts", str(args.prompts), "--group", str(args.group),

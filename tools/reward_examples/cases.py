@@ -85,7 +85,7 @@ def _draw(prompt: str) -> None:
     ):  # fmt: skip
         file = chosen.get((sample.prompt, sample.number))
         if file and not (FOLDER / file).exists():
-            save_png(FOLDER / file, sample.pixels)
+            save_png(FOLDER / file, np.asarray(sample.pixels))
 
 
 def _drawing_cases(row: dict[str, Any]) -> list[dict[str, Any]]:

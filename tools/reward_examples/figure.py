@@ -38,7 +38,7 @@ def save(path: Path, found: Found) -> None:
 def scores_of(path: Path) -> np.ndarray:
     """What a figure shows, [T2I, drawings]."""
     with Image.open(path) as image:
-        return np.array(json.loads(image.text[SCORES_KEY]), float)
+        return np.array(json.loads(image.info[SCORES_KEY]), float)
 
 
 def draw(found: Found) -> Image.Image:
