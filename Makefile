@@ -25,7 +25,7 @@ $(VENV)/installed-lint: $(VENV)/installed-dev
 quickstart: $(VENV)/installed  ## the main job on the shipped mini Janus, CPU, a few minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m corl_jax.quickstart --out $(OUT)
 
-test: $(VENV)/installed-dev  ## lint and the tests that CI runs
+test: $(VENV)/installed-dev  ## style and the tests that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 

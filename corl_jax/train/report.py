@@ -130,7 +130,8 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
 def _networks(plan: Plan) -> int:
     """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time.
 
-    A scorer is sharded as the policy is, the others lie whole on each device.
+    A scorer is sharded as the policy is. The others are counted whole on each device, which on a
+    mesh with fsdp or tensor is more than they take.
     """
     width = jax.numpy.dtype(plan.config.model.dtype).itemsize
     sizes = [found.nbytes for found in plan.networks if found.janus is None]
