@@ -23,6 +23,7 @@ from corl_jax.evaluation import HeldOutShapes, Rate, evaluate_shapes
 from corl_jax.models import janus
 from corl_jax.types import Prompts
 from corl_jax.weights import files
+from tests import metrics_page
 from tests.tiny import tiny_parquet, tiny_tokenizer_dir
 
 ROWS = 6
@@ -118,6 +119,13 @@ def test_no_try_says_nothing(drawn):
     }
     assert report.as_json()["rates"]["answer/mc"]["mean"] is None
     assert json.loads(json.dumps(report.as_json(), allow_nan=False))["rows"] == 1
+
+
+def test_the_page_of_metrics_lists_them(report):
+    found = report.metrics()
+    assert not metrics_page.missing(found)
+    elsewhere = ["eval/seconds", "eval/TASK/NAME", "eval/TASK/NAME_stderr"]
+    assert metrics_page.never(["Evaluations"], found) == elsewhere
 
 
 # ---- scorers

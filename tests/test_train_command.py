@@ -29,7 +29,7 @@ from corl_jax.train import iterate, loop, planning, record, rundir
 from corl_jax.train.metrics import Phases
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
-from tests import tiny_train
+from tests import metrics_page, tiny_train
 from tests.tiny import tiny_parquet, tiny_row
 from tests.tiny_train import metric_lines, write_config
 
@@ -71,6 +71,11 @@ def refused(capsys, tree: dict, *arguments: str) -> list[str]:
         train(tree, *arguments)
     assert error.value.code == 2
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def unseen(lines: list[dict], *sections: str) -> list[str]:
+    """What docs/metrics.md promises in its sections and no line has."""
+    return metrics_page.never(sections, {name for line in lines for name in line})
 
 
 def steady(line: dict) -> dict:
@@ -126,7 +131,10 @@ def test_a_run_leaves_what_it_should(straight):
         ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
         "summary.json", "saved.json",
     }  # fmt: skip
-    assert [line["step"] for line in metric_lines(straight)] == [0, 1, 2, 2, 3, 4, 4]
+    lines = metric_lines(straight)
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+    # No reward of this run is the user's own.
+    assert unseen(lines, "Every run", "GRPO") == ["TASK/rewards/NAME/failed"]
     checkpoints = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert checkpoints == [".lock", "3", "4"]
     assert json.loads((straight / "saved.json").read_text()) == {"step": 4, "directory": None}
@@ -267,6 +275,7 @@ def test_supervised_stage(options):
     )
     lines = metric_lines(train(tree))
     assert [line["step"] for line in lines] == [2, 3]  # the last line always
+    assert not unseen(lines, "Every run", "Supervised stages")
     names = [f"{kind}/nll" for kind in ("t2i", "mm2t", "caption")]
     assert not {*EVERY_STEP, *names, "phase/data_seconds"} - lines[0].keys()
     assert lines[1]["loss"] == pytest.approx(sum(lines[1][name] for name in names), rel=1e-3)
@@ -277,8 +286,7 @@ def test_image_tokenizer(options, model):
     tree = options(objective="vq", rewards=[], train={"trainable": ["vqmodel/.*"]})
     output = train(tree)
     lines = metric_lines(output)
-    wanted = {*EVERY_STEP, "vq/l1", "vq/rmse", "vq/code_usage", "vq/commitment", "vq/entropy"}
-    assert not wanted - lines[-1].keys()
+    assert not unseen(lines, "Every run", "Image tokenizer")
     config = load_config(model)
     before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, output / "export"))
     for path, leaf in after.items():

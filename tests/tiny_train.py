@@ -18,6 +18,7 @@ from corl_jax.models.janus import JanusConfig
 from corl_jax.train.step import Batch, TaskBatch
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from corl_jax.weights.files import save_checkpoint
+from tests import metrics_page
 from tests.tiny import tiny_parquet, tiny_row, tiny_tokenizer_dir
 
 SPECIAL = SpecialTokens(bos=1, eos=2, pad=0, boi=91, eoi=92, image=90)
@@ -131,5 +132,8 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def metric_lines(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run, whose metrics are all in docs/metrics.md."""
     text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert not metrics_page.missing(name for line in lines for name in line)
+    return lines
