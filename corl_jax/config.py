@@ -1,5 +1,5 @@
 """Every knob of a run: typed, bounded and documented. `config_file` reads, checks and writes it.
-It is long as the one table of all options; what they mean to each other stands in `config_checks`.
+What options mean to each other stands in `config_checks`.
 
 Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released script.
 """
@@ -9,39 +9,23 @@ from __future__ import annotations
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from corl_jax import config_checks
+from corl_jax.config_fields import (
+    Axis,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    option,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = "language_model/layers/.*/lora_[ab]"
 """Regex of the adapters' paths."""
-
-
-def _some(size: int) -> int:
-    if size == 0:
-        raise ValueError("expected -1, or 1 or more")
-    return size
-
-
-def option(default: Any, description: str) -> Any:
-    """A field with a default, which type checkers miss where `Field` takes it by position."""
-    return Field(default, description=description)
-
-
-Axis = Annotated[int, Field(ge=-1), AfterValidator(_some)]
-
-
-class Section(BaseModel):
-    """A frozen block of options that knows no others."""
-
-    # Strict: `true` is no number and "5" is no 5, which pydantic would otherwise convert.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class Model(Section):

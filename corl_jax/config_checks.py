@@ -10,7 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from corl_jax.config import Config, Section
+    from corl_jax.config import Config
+    from corl_jax.config_fields import Section
 
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),

@@ -20,7 +20,8 @@ import annotated_types
 import pydantic
 import yaml
 
-from corl_jax.config import Config, Reward, Section
+from corl_jax.config import Config, Reward
+from corl_jax.config_fields import Section
 from corl_jax.errors import InputError
 
 MAX_CHARACTERS = 2**20  # of a file; our largest has 2**11

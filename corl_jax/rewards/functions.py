@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from corl_jax.config import Fraction
+from corl_jax.config_fields import Fraction
 from corl_jax.data import shapes_checker
 from corl_jax.data.shapes_scene import CATEGORIES, RELATIONS, Spec
 from corl_jax.errors import InputError

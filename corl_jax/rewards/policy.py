@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from corl_jax import sampling
-from corl_jax.config import Fraction, Positive
+from corl_jax.config_fields import Fraction, Positive
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
