@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from corl_jax.compiling import Decoding
 from corl_jax.models import attention as attentions
 from corl_jax.models import janus
 from corl_jax.models.decoding import Rows, read_prompts
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import KVCache
-from corl_jax.sharding import BATCH, constrain, gathered
+from corl_jax.sharding import batch_ways, constrain, gathered
 from corl_jax.types import EncodedPrompts, Params, Rollout, SpecialTokens
 
 VQ_BATCH = 16
@@ -165,7 +166,7 @@ def _first_state(
 
 
 @functools.partial(
-    jax.jit,
+    Decoding,
     static_argnames=("config", "special", "guided", "score", "greedy", "dtype", "attention"),
 )
 def _image_program(
@@ -256,27 +257,22 @@ def sample_images(
     `score` says which distribution the recorded log-probs are of. `cfg_scale` 1 runs no
     unconditional rows.
     """
-    tokens, logprobs = _image_program(
+    guided = cfg_scale != 1.0
+    program = _image_program.built_for(len(keys) * (1 + guided), params, prompts, keys)
+    tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
-        special=special, guided=cfg_scale != 1.0, score=score, greedy=greedy, dtype=dtype,
+        special=special, guided=guided, score=score, greedy=greedy, dtype=dtype,
         attention=_implementation(config, attention, dtype),
     )  # fmt: skip
     return Rollout(prompts, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
 
 @functools.partial(
-    jax.jit,
+    Decoding,
     static_argnames=(
-        "config",
-        "special",
-        "max_new_tokens",
-        "top_k",
-        "top_p",
-        "greedy",
-        "dtype",
-        "attention",
+        "config", "special", "max_new_tokens", "top_k", "top_p", "greedy", "dtype", "attention",
     ),
-)
+)  # fmt: skip
 def _text_program(
     config: JanusConfig,
     params: Params,
@@ -358,7 +354,8 @@ def sample_text(
     Tokens after a row's end are EOS and masked out. A row whose mask is full and whose last
     token is not EOS was truncated.
     """
-    tokens, mask, logprobs = _text_program(
+    program = _text_program.built_for(len(keys), params, prompts, keys)
+    tokens, mask, logprobs = program(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
         greedy=greedy, dtype=dtype, attention=_implementation(config, attention, dtype),
@@ -388,7 +385,6 @@ def decode_images(
 
 def _vq_chunks(images: int) -> tuple[int, int]:
     """(chunks, images a chunk): at most VQ_BATCH a device, spread evenly over all of them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+    ways = batch_ways()
     chunks = math.ceil(images / (VQ_BATCH * ways))
     return chunks, math.ceil(images / (chunks * ways)) * ways

@@ -158,6 +158,12 @@ def gathered(params: Params) -> Params:
     return map_with_path(leaf, params)
 
 
+def batch_ways() -> int:
+    """Parts that the rows of a batch are split into on the mesh of the context; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(BATCH, mesh)
+
+
 def _ways(axes: Any, mesh: Any) -> int:
     """Into how many pieces an entry of a PartitionSpec splits its axis."""
     if axes is None or axes is PartitionSpec.UNCONSTRAINED:

@@ -204,7 +204,7 @@ def test_a_partial_batch_compiles_nothing_new(report, model):
         {name: values[:2] for name, values in second.columns.items()},
         *(jax.tree.map(lambda x: x[:2], part) for part in (second.t2i, second.mm2t)),
     )
-    programs = (sampling._image_program, sampling._text_program, sampling.decode_images)
+    programs = sampling._image_program.usual, sampling._text_program.usual, sampling.decode_images
     before = [program._cache_size() for program in programs]
     assert_same(report, measure(model, [first, partial]))
     assert [program._cache_size() for program in programs] == before

@@ -47,10 +47,10 @@ def prompts(config):
 def programs(config, params, prompts, keys):
     """The samplers compiled for where these arrays lie; both take a temperature."""
     one = jnp.float32(1)
-    image = sampling._image_program.lower(
+    image = sampling._image_program.usual.lower(
         config, params, prompts["t2i"], keys, one, one, **COMMON, **IMAGE
     )
-    text = sampling._text_program.lower(
+    text = sampling._text_program.usual.lower(
         config, params, prompts["mm2t"], keys, one, **COMMON, **TEXT
     )
     return SimpleNamespace(

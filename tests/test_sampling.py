@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sampling, sharding
+from corl_jax import compiling, sampling, sharding
 from corl_jax.models import decoding, janus
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from tests.tiny import two_layers
@@ -192,7 +192,7 @@ def test_scale_one_is_no_guidance(config, params):
     prompts, keys = drawing_prompts(), keys_of(range(4))
     plain = draw_images(config, params, prompts, keys, cfg_scale=1.0)
     one = jnp.float32(1)
-    tokens, logprobs = sampling._image_program(
+    tokens, logprobs = sampling._image_program.usual(
         config, params, prompts, keys, one, jnp.float32(TEMPERATURE),
         **STRICT, **IMAGE_OPTIONS,
     )  # fmt: skip
@@ -291,7 +291,7 @@ def test_data_parallel_decoding_needs_no_communication(config, params, images, c
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
     with jax.set_mesh(mesh):
         arguments = *on_mesh(mesh, params, images.prompts), scale, temperature
-        program = sampling._image_program.lower(
+        program = sampling._image_program.usual.lower(
             config, *arguments, **STRICT, **IMAGE_OPTIONS
         ).compile()
         tokens, _ = program(*arguments)
@@ -424,9 +424,32 @@ def test_chunks_are_even(images, chunks):
 # ---- costs
 
 
+def test_many_rows_on_nvidia_are_compiled_with_options_of_their_own(
+    config, params, images, monkeypatch
+):
+    """The options are of GPUs: here they compile and change nothing."""
+    monkeypatch.setattr(compiling, "MANY_ROWS", 2 * 4 * GROUP)
+    image, text = sampling._image_program, sampling._text_program
+    keys = keys_of(range(4))
+    assert image.built_for(10**6, keys) is image.usual  # no NVIDIA GPU
+    monkeypatch.setattr(compiling, "on_nvidia", lambda: True)
+    assert text.built_for(8 * GROUP, keys) is text.for_many_rows
+    assert text.built_for(8 * GROUP - 1, keys) is text.usual
+    with jax.set_mesh(sharding.make_mesh(data=2, devices=jax.devices()[:2])):  # rows are a device's
+        assert text.built_for(8 * GROUP, keys) is text.usual
+        assert text.built_for(16 * GROUP, keys) is text.for_many_rows
+
+    before = image.for_many_rows._cache_size()
+    drawn = draw_images(config, params, drawing_prompts(), keys)
+    assert image.for_many_rows._cache_size() == before + 1
+    np.testing.assert_array_equal(drawn.tokens, images.tokens)
+    one = jax.jit(lambda params: draw_images(config, params, drawing_prompts(), keys).tokens)
+    np.testing.assert_array_equal(one(params), images.tokens)  # a part of another program
+
+
 def test_one_program_a_bucket(config, params, images, texts):
     """Other prompts, seeds, scales and temperatures of the same padded shape compile nothing."""
-    programs = sampling._image_program, sampling._text_program
+    programs = sampling._image_program.usual, sampling._text_program.usual
     draw_images(config, params, images.prompts, keys_of(range(4)))
     answer(config, params, texts.prompts, keys_of(range(4)))
     before = [program._cache_size() for program in programs]
@@ -456,7 +479,7 @@ def lowered(config, program: str, rows: int, length: int, group: int, **options)
     prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
     keys = jax.eval_shape(lambda: keys_of(range(rows), group))
     scalars = [shape((), jnp.float32)] * (2 if program == "_image_program" else 1)
-    return getattr(sampling, program).lower(
+    return getattr(sampling, program).usual.lower(
         config, janus.abstract(config), prompts, keys, *scalars, **STRICT, **options
     )
 

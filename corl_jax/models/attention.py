@@ -28,9 +28,13 @@ def fastest(dtype: Any, head_dim: int, device: Any = None) -> Implementation:
     if not half or head_dim % 8 or head_dim > 128:
         return "xla"
     device = device or jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return "xla"
-    return "cudnn" if float(device.compute_capability) >= 8.0 else "xla"
+    return "cudnn" if on_nvidia(device) and float(device.compute_capability) >= 8.0 else "xla"
+
+
+def on_nvidia(device: Any = None) -> bool:
+    """Whether a device, or else the first one present, is an NVIDIA GPU."""
+    device = device or jax.devices()[0]
+    return device.platform == "gpu" and "cuda" in device.client.platform_version
 
 
 def attend_to(
