@@ -1,8 +1,9 @@
-"""How a sampler is compiled: with the options of XLA that pay for the rows that it decodes."""
+"""How a sampler is compiled: with the options of XLA that pay on the device at hand."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,20 +13,34 @@ from jax.core import Tracer
 from corl_jax.models.attention import on_nvidia
 from corl_jax.sharding import batch_ways
 
-MANY_ROWS = 64
-"""Rows a device from which the option below pays."""
-WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+logger = logging.getLogger(__name__)
+
+CONCURRENT = ("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT")
+"""In a CUDA graph a kernel waits for those alone whose results it takes. The same kernels run, but
+not in single file: a decode step has many that are too small to fill the device."""
+WITHOUT_TRITON = ("xla_gpu_enable_triton_gemm", False)
 """Dense products by cuBLAS alone. XLA's autotuner times each by itself and mostly prefers its own
 Triton kernels; in a whole step of many rows they are slower, of few rows faster."""
+MANY_ROWS = 64
+"""Rows a device from which the latter pays."""
 
 
 class Decoding:
-    """A jitted sampler in two builds, of which a call takes the faster one."""
+    """A jitted sampler in builds for several circumstances, of which a call takes the fastest."""
 
     def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
-        build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
-        self.usual = build()
-        self.for_many_rows = build(compiler_options=WITHOUT_TRITON)
+        self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
+        self.usual = self._build()
+
+    @functools.cached_property
+    def for_few_rows(self) -> Any:
+        """On NVIDIA GPUs."""
+        return self._build(compiler_options=accepted(CONCURRENT))
+
+    @functools.cached_property
+    def for_many_rows(self) -> Any:
+        """On NVIDIA GPUs, from MANY_ROWS a device."""
+        return self._build(compiler_options=accepted(CONCURRENT, WITHOUT_TRITON))
 
     def built_for(self, rows: int, *arguments: Any) -> Callable:
         """The build for `rows` rows, of all devices of the mesh together.
@@ -34,5 +49,25 @@ class Decoding:
         and XLA takes options for whole programs only.
         """
         nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
-        many = rows >= MANY_ROWS * batch_ways()
-        return self.for_many_rows if many and not nested and on_nvidia() else self.usual
+        if nested or not on_nvidia():
+            return self.usual
+        return self.for_many_rows if rows >= MANY_ROWS * batch_ways() else self.for_few_rows
+
+    def clear_cache(self) -> None:
+        """Forgets what was traced and compiled."""
+        for build in vars(self).values():
+            if hasattr(build, "clear_cache"):
+                build.clear_cache()
+
+
+def accepted(*options: tuple[str, Any]) -> dict[str, Any]:
+    """Those options that this XLA knows: they come and go, and an unknown one fails a program."""
+    known = {}
+    for name, value in options:
+        try:
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
+        except jax.errors.JaxRuntimeError as error:
+            logger.warning("samplers do without XLA's %s=%s: %s", name, value, error)
+        else:
+            known[name] = value
+    return known

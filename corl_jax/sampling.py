@@ -28,7 +28,7 @@ from corl_jax.models.llama import KVCache
 from corl_jax.sharding import batch_ways, constrain, gathered
 from corl_jax.types import EncodedPrompts, Params, Rollout, SpecialTokens
 
-VQ_BATCH = 16
+VQ_BATCH = 8
 """Images that a device decodes at once: activations in float32 take 75 MB an image and layer."""
 BLOCK = 512
 """Tokens of the vocabulary that are drawn from together; see `Choice.draw`."""

@@ -413,7 +413,7 @@ def test_pictures_in_half_precision_are_nearly_the_same(config, params):
     assert exact.std() > 10, "all alike says nothing"
 
 
-@pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (16, (1, 16)), (17, (2, 9))])
+@pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (8, (1, 8)), (9, (2, 5))])
 def test_chunks_are_even(images, chunks):
     assert sampling._vq_chunks(images) == chunks
     with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
@@ -424,7 +424,7 @@ def test_chunks_are_even(images, chunks):
 # ---- costs
 
 
-def test_many_rows_on_nvidia_are_compiled_with_options_of_their_own(
+def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
     config, params, images, monkeypatch
 ):
     """The options are of GPUs: here they compile and change nothing."""
@@ -434,17 +434,36 @@ def test_many_rows_on_nvidia_are_compiled_with_options_of_their_own(
     assert image.built_for(10**6, keys) is image.usual  # no NVIDIA GPU
     monkeypatch.setattr(compiling, "on_nvidia", lambda: True)
     assert text.built_for(8 * GROUP, keys) is text.for_many_rows
-    assert text.built_for(8 * GROUP - 1, keys) is text.usual
+    assert text.built_for(8 * GROUP - 1, keys) is text.for_few_rows
     with jax.set_mesh(sharding.make_mesh(data=2, devices=jax.devices()[:2])):  # rows are a device's
-        assert text.built_for(8 * GROUP, keys) is text.usual
+        assert text.built_for(8 * GROUP, keys) is text.for_few_rows
         assert text.built_for(16 * GROUP, keys) is text.for_many_rows
 
-    before = image.for_many_rows._cache_size()
-    drawn = draw_images(config, params, drawing_prompts(), keys)
-    assert image.for_many_rows._cache_size() == before + 1
-    np.testing.assert_array_equal(drawn.tokens, images.tokens)
+    for build, rows in (("for_many_rows", 2 * 4 * GROUP), ("for_few_rows", 10**6)):
+        monkeypatch.setattr(compiling, "MANY_ROWS", rows)
+        before = getattr(image, build)._cache_size()
+        drawn = draw_images(config, params, drawing_prompts(), keys)
+        assert getattr(image, build)._cache_size() == before + 1
+        np.testing.assert_array_equal(drawn.tokens, images.tokens)
     one = jax.jit(lambda params: draw_images(config, params, drawing_prompts(), keys).tokens)
     np.testing.assert_array_equal(one(params), images.tokens)  # a part of another program
+
+
+def test_unknown_options_of_xla_are_left_out(caplog):
+    known, unknown = compiling.WITHOUT_TRITON, ("xla_gpu_of_tomorrow", True)
+    assert compiling.accepted(known, unknown, compiling.CONCURRENT) == dict(
+        [known, compiling.CONCURRENT]
+    )
+    assert "xla_gpu_of_tomorrow=True" in caplog.text and len(caplog.records) == 1
+
+
+def test_a_sampler_forgets_all_of_its_builds():
+    program = compiling.Decoding(lambda x: x + 1, static_argnames=())
+    builds = [program.usual, program.for_few_rows, program.for_many_rows]
+    assert [int(build(1)) for build in builds] == [2, 2, 2]
+    assert [build._cache_size() for build in builds] == [1, 1, 1]
+    program.clear_cache()
+    assert [build._cache_size() for build in builds] == [0, 0, 0]
 
 
 def test_one_program_a_bucket(config, params, images, texts):

@@ -58,5 +58,4 @@ def as_stored() -> Iterator[None]:
 
 def forget() -> None:
     """What was traced under one layout does not notice the other."""
-    for build in (sampling._image_program.usual, sampling._image_program.for_many_rows):
-        build.clear_cache()
+    sampling._image_program.clear_cache()
