@@ -142,6 +142,24 @@ def test_tensorboardx_is_imported_by_the_writer_only():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_tensorboardx_does_not_bring_torch(tmp_path):
+    """Which is installed here, and can be imported behind it."""
+    pytest.importorskip("torch")
+    code = """
+import pathlib, sys
+from corl_jax.train.board import Board
+board = Board(pathlib.Path(sys.argv[1]), None)
+board.start()
+board.scalars(1, {"loss": 0.5})
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+import torch
+Board(pathlib.Path(sys.argv[1]), None)
+assert sys.modules["torch"] is torch
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 100
+
+
 def test_grid_has_every_image_where_it_belongs():
     images = np.zeros((2, 3, 64, 64, 3), np.uint8)
     images[1, 2] = (255, 0, 0)

@@ -6,11 +6,13 @@ then waits for ever. Here they are written where the error can be borne.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,10 @@ class Board:
             InputError: tensorboardX is not installed.
         """
         try:
-            from tensorboardX import summary
-            from tensorboardX.proto import event_pb2
-            from tensorboardX.record_writer import masked_crc32c
+            with without_torch():
+                from tensorboardX import summary
+                from tensorboardX.proto import event_pb2
+                from tensorboardX.record_writer import masked_crc32c
         except ImportError:
             raise InputError(
                 "tensorboardX is not installed; run `pip install tensorboardX`"
@@ -72,3 +75,20 @@ class Board:
         length = struct.pack("<Q", len(event))
         sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
         return b"".join([length, sums[0], event, sums[1]])
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """PyTorch, where it is installed and not in use already, cannot be imported meanwhile.
+
+    tensorboardX imports it for tensors that nobody hands it here, which takes seconds.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None  # what `import` takes for a module that there is not
+    try:
+        yield
+    finally:
+        del modules["torch"]
