@@ -160,6 +160,8 @@ def test_cached_and_padded_compute_the_same(found, task):
     assert padded["greedy_difference_max"] < 1e-4
     assert (padded["greedy_agreement"], padded["greedy_prefix"]) == (1.0, tokens)
     assert -8 < cached["logp_mean"] < -5  # near -log(512) and -log(640)
+    repeated = found["correctness", f"{task}, float32: repeated"]
+    assert (repeated["repeated_agreement"], repeated["repeated_prefix"]) == (1.0, tokens)
 
 
 def test_the_peer_does_the_same_work(lines, found):
@@ -422,6 +424,16 @@ def test_greedy_decodings_are_compared_to_where_they_part():
     )  # fmt: skip
     same = correctness.greedy(batched, batched)
     assert (same["greedy_agreement"], same["greedy_prefix"]) == (1.0, 5)
+
+
+def test_repeated_draws_are_compared_token_by_token():
+    def rollout(*tokens):
+        tokens = np.array(tokens)
+        return Rollout(None, tokens, tokens > 0, np.zeros(tokens.shape))
+
+    first, second = rollout([1, 2, 3, 4], [5, 6, 7, 8]), rollout([1, 2, 3, 4], [5, 6, 9, 8])
+    assert correctness.alike(first, second) == {"repeated_agreement": 0.875, "repeated_prefix": 2}
+    assert correctness.alike(first, first) == {"repeated_agreement": 1.0, "repeated_prefix": 4}
 
 
 def test_the_cache_is_made_where_janus_does_not_say_how():

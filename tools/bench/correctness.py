@@ -40,6 +40,8 @@ def correctness(setting: Setting) -> Iterator[Record]:
     good where two logits are closer than rounding; its log-probs are of the tokens before that and
     of the first that differs, which is the likeliest in both. Differences are absolute, in nats.
     Float32 products are taken without shortcuts.
+    `repeated`: the share of tokens that a second call draws alike with the same keys, and how many
+    every completion has before the first that differs: GPUs may sum in another order.
     """
     for dtype in map(jnp.dtype, setting.size.checked):
         params = setting.policy(dtype)
@@ -60,6 +62,8 @@ def compare(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator
     again = score(task, prompts, drawn.tokens)
     figures = difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
     yield Record("correctness", f"{name}: cached", None, figures)
+    figures = alike(drawn, sample(prompts, keys))
+    yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
     alone, own = unpadded(prompts, -1), drawn.tokens[-GROUP:]
@@ -131,6 +135,13 @@ def difference(first: Any, second: Any) -> dict[str, float]:
     """Mean and largest absolute difference of log-probs."""
     apart = np.abs(np.asarray(first, np.float64) - np.asarray(second, np.float64))
     return {"difference_mean": float(apart.mean()), "difference_max": float(apart.max())}
+
+
+def alike(first: Rollout, second: Rollout) -> dict[str, float]:
+    """Share of equal tokens; steps at which all completions are alike, before the first other."""
+    same = np.asarray(first.tokens) == np.asarray(second.tokens)
+    prefix = int(np.argmin([*same.all(axis=0), False]))
+    return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
 
 def greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
