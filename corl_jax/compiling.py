@@ -23,14 +23,19 @@ WITHOUT_TRITON = ("xla_gpu_enable_triton_gemm", False)
 Triton kernels; in a whole step of many rows they are slower, of few rows faster."""
 MANY_ROWS = 64
 """Rows a device from which the latter pays."""
+BUILDS = ("usual", "for_few_rows", "for_many_rows")
 
 
-class Decoding:
-    """A jitted sampler in builds for several circumstances, of which a call takes the fastest."""
+class SamplerProgram:
+    """A jitted sampler in BUILDS with other options each, of which a call takes the fastest."""
 
     def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
         self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
-        self.usual = self._build()
+
+    @functools.cached_property
+    def usual(self) -> Any:
+        """With XLA's own options."""
+        return self._build()
 
     @functools.cached_property
     def for_few_rows(self) -> Any:
@@ -55,19 +60,21 @@ class Decoding:
 
     def clear_cache(self) -> None:
         """Forgets what was traced and compiled."""
-        for build in vars(self).values():
-            if hasattr(build, "clear_cache"):
-                build.clear_cache()
+        for name in BUILDS:
+            if name in vars(self):
+                getattr(self, name).clear_cache()
 
 
 def accepted(*options: tuple[str, Any]) -> dict[str, Any]:
     """Those options that this XLA knows: they come and go, and an unknown one fails a program."""
-    known = {}
-    for name, value in options:
-        try:
-            jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
-        except jax.errors.JaxRuntimeError as error:
-            logger.warning("samplers do without XLA's %s=%s: %s", name, value, error)
-        else:
-            known[name] = value
-    return known
+    return {name: value for name, value in options if _known(name, value)}
+
+
+@functools.cache
+def _known(name: str, value: Any) -> bool:
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning("samplers do without XLA's %s=%s: %s", name, value, error)
+        return False
+    return True

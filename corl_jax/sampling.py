@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from corl_jax.compiling import Decoding
+from corl_jax.compiling import SamplerProgram
 from corl_jax.models import attention as attentions
 from corl_jax.models import janus
 from corl_jax.models.decoding import Rows, read_prompts
@@ -166,7 +166,7 @@ def _first_state(
 
 
 @functools.partial(
-    Decoding,
+    SamplerProgram,
     static_argnames=("config", "special", "guided", "score", "greedy", "dtype", "attention"),
 )
 def _image_program(
@@ -268,7 +268,7 @@ def sample_images(
 
 
 @functools.partial(
-    Decoding,
+    SamplerProgram,
     static_argnames=(
         "config", "special", "max_new_tokens", "top_k", "top_p", "greedy", "dtype", "attention",
     ),

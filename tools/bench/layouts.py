@@ -45,7 +45,7 @@ def as_stored() -> Iterator[None]:
     def gathered(params: Any) -> Any:
         return params
 
-    forget()
+    sampling._image_program.clear_cache()  # it would not notice
     try:
         with (
             mock.patch.object(decoding, "constrain", constrain),
@@ -53,9 +53,4 @@ def as_stored() -> Iterator[None]:
         ):
             yield
     finally:
-        forget()
-
-
-def forget() -> None:
-    """What was traced under one layout does not notice the other."""
-    sampling._image_program.clear_cache()
+        sampling._image_program.clear_cache()
