@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from corl_jax import sampling, sharding
+from corl_jax import compiling, sampling, sharding
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, InputError
 from corl_jax.models import binding, decoding, janus
 from corl_jax.models.janus import JanusConfig
@@ -268,6 +268,23 @@ def test_both_layouts_draw_the_same(monkeypatch):
     matrices = [names for names in laid_out if names[0] != "batch"]
     assert len(matrices) == 4 * SIZES["tiny"].janus.llama.num_layers, "of one of the two alone"
     assert (drawn[0] == drawn[1]).mean() > 0.5, "rounding alone parts them"
+
+
+def test_every_build_is_measured(monkeypatch, capsys):
+    """And not the one that a call would take."""
+    used = []
+    program = sampling._image_program
+    for name in compiling.BUILDS:
+        build = getattr(program, name)
+        monkeypatch.setattr(
+            program,
+            name,
+            lambda *a, _build=build, _name=name, **k: used.append(_name) or _build(*a, **k),
+        )
+    command.main([*TINY, "--parts", "builds"])
+    assert used == [name for name in compiling.BUILDS for _ in range(2)]
+    shown = capsys.readouterr().out
+    assert all(f"image tokens, {name} " in shown for name in compiling.BUILDS)
 
 
 # ---- arguments and failures

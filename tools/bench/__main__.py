@@ -7,8 +7,9 @@
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
 iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (does the
-update's attention differentiate as it should); on a mesh with fsdp also layouts (decoding with
-matrices gathered, and split as in training). Compute is bfloat16; training keeps float32. Each
+update's attention differentiate as it should); if named also builds (the image sampler with each
+set of options that it is compiled with) and, on a mesh with fsdp, layouts (decoding with matrices
+gathered, and split as in training). Compute is bfloat16; training keeps float32. Each
 time is the median of --repeats calls after one that compiles, on the host clock, to the moment
 when the results are there; `compile` is what the first call took longer. Every function says in
 its docstring what its figures are; roofline and MFU are against rates of copying and of matrix
@@ -51,7 +52,16 @@ from corl_jax.models import janus
 from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
-from tools.bench import correctness, generation, gradients, layouts, scoring, training, versus
+from tools.bench import (
+    builds,
+    correctness,
+    generation,
+    gradients,
+    layouts,
+    scoring,
+    training,
+    versus,
+)
 from tools.bench.ceilings import ceilings
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import SIZES
@@ -67,6 +77,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "iteration": training.iteration,
     "correctness": correctness.correctness,
     "gradients": gradients.gradients,
+    "builds": builds.builds,
     "layouts": layouts.layouts,
 }
 ALONE = ("rewards", "correctness", "gradients")  # parts for one device

@@ -1,0 +1,25 @@
+"""The image sampler in each of the builds of `corl_jax.compiling`, whichever a call would take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from unittest import mock
+
+from corl_jax import compiling, sampling
+from tools.bench.generation import keys, prompts_of, samplers
+from tools.bench.setting import COMPUTE, Setting
+from tools.bench.timing import Record
+
+
+def builds(setting: Setting) -> Iterator[Record]:
+    """Guided tokens without their pixels; the prefill counts into the milliseconds a step."""
+    params, program = setting.policy(COMPUTE), sampling._image_program
+    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
+    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
+    steps = setting.size.janus.num_image_tokens
+    for name in compiling.BUILDS:
+        with mock.patch.object(program, "built_for", return_value=getattr(program, name)):
+            timing = setting.measure(f"build_{name}", sample)
+        figures = {"ms_per_step": 1e3 * timing.median / steps}
+        yield Record("builds", f"image tokens, {name}", timing, figures)
