@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corl_jax import sampling
-from corl_jax.models import decoding, janus
+from corl_jax.models import attention, decoding, janus
 from corl_jax.models.attention import attend_to, fastest, merge
 from corl_jax.models.decoding import read_prompts
 from corl_jax.models.layers import attend
@@ -193,6 +193,33 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     own = f"{width * rows * GROUP}x{steps + length * copied}x2x8xbf16"
     assert sum(line.count(f"tensor<{own}>") == 2 for line in calls) == tiny_config.llama.num_layers
     assert len(calls) == tiny_config.llama.num_layers * (1 if copied else 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "queries"),
+    [
+        ("", 1), ("--xla_gpu_deterministic_ops", 2), ("--xla_gpu_deterministic_ops=True --x=1", 2),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", 1),
+        ("--xla_gpu_deterministic_ops_too=true", 1),
+    ],
+)  # fmt: skip
+def test_one_query_is_not_alone_where_bits_have_to_be_the_same(monkeypatch, flags, queries):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def of_first(query, key, value, *, q_seqlen, kv_seqlen, **_):
+        assert query.shape == (3, queries, 4, 8)
+        assert q_seqlen.tolist() == [1] * 3
+        averages, denominators = attention._xla(query, key, value, kv_seqlen)
+        return averages.at[:, 1:].set(jnp.nan), denominators.swapaxes(1, 2).at[..., 1:].set(jnp.nan)
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", of_first)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    draw = np.random.default_rng(0).normal
+    query, key, value = (jnp.float32(draw(size=(3, n, 4, 8))) for n in (1, 5, 5))
+    lengths = jnp.array([1, 3, 5])
+    found, expected = (attend_to(query, key, value, lengths, x) for x in ("cudnn", "xla"))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 @pytest.mark.parametrize(

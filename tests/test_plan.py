@@ -16,7 +16,7 @@ from corl_jax import config_file, plan
 from corl_jax.ahead import chips, cost, hlo, programs, report
 from corl_jax.errors import InputError
 from corl_jax.models import janus
-from corl_jax.train import planning, setup
+from corl_jax.train import attending, planning, setup
 from corl_jax.train.optimizer import make_optimizer, partition
 from corl_jax.weights.files import load_config
 from tests import tiny_train
@@ -24,6 +24,10 @@ from tests.tiny_train import options, write_config
 
 LENGTHS = {"t2i": 32, "mm2t": 64}
 LAYERS = 2
+SAME_BITS = "--xla_gpu_deterministic_ops=true"
+NVIDIA = SimpleNamespace(
+    platform="gpu", client=SimpleNamespace(platform_version="cuda 13000"), compute_capability="9.0"
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +133,7 @@ def test_products_are_those_of_the_network(outline, update):
 
 
 def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, monkeypatch):
-    gpu = SimpleNamespace(
-        platform="gpu", client=SimpleNamespace(platform_version="cuda 13000"),
-        compute_capability="9.0",
-    )  # fmt: skip
-    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax, "devices", lambda: [NVIDIA])
     config = config_file.validate(
         outline.config.model_dump() | {"model": {"path": "x", "dtype": "bfloat16"}}, "test"
     )
@@ -151,8 +151,39 @@ def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
     tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
     assert chosen(tpu) == ({"xla"}, "splash")
     assert chosen(cpu) == ({"xla"}, "xla")
-    assert chosen(gpu) == ({"cudnn"}, "cudnn")
-    assert chosen(gpu, "xla") == ({"cudnn"}, "xla")
+    assert chosen(NVIDIA) == ({"cudnn"}, "cudnn")
+    assert chosen(NVIDIA, "xla") == ({"cudnn"}, "xla")
+
+
+@pytest.mark.parametrize(
+    ("flags", "objective", "log_probs", "taken"),
+    [
+        ("", "grpo", "guided", "cudnn"), (SAME_BITS, "grpo", "conditional", "cudnn"),
+        (SAME_BITS, "grpo", "guided", "xla"), (SAME_BITS, "sft", "conditional", "xla"),
+    ],
+)  # fmt: skip
+def test_cudnn_is_not_taken_where_the_flag_for_the_same_bits_breaks_it(
+    outline, monkeypatch, flags, objective, log_probs, taken
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    devices = SimpleNamespace(devices=np.array([NVIDIA]))
+
+    def asked(attention):
+        changed = {
+            "objective": objective,
+            "model": outline.config.model.model_copy(
+                update={"attention": attention, "dtype": "bfloat16"}
+            ),
+            "grpo": outline.config.grpo.model_copy(update={"image_logprobs": log_probs}),
+        }
+        return outline.config.model_copy(update=changed), outline.model_config, devices
+
+    assert attending.of_update(*asked("auto")) == taken
+    problems = attending.problems(*asked("cudnn"))
+    assert bool(problems) == (taken == "xla")
+    assert all("set it to auto or xla" in problem for problem in problems)
+    for always in ("auto", "xla"):
+        assert attending.problems(*asked(always)) == []
 
 
 # ---- the command

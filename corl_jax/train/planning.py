@@ -20,13 +20,13 @@ from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, requi
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
-from corl_jax.models.causal import NEEDS, runs
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.lora import Lora
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.sharding import layout_problems, make_mesh
 from corl_jax.startup import inspect_model
+from corl_jax.train import attending
 from corl_jax.train.optimizer import partition
 from corl_jax.types import Params, SpecialTokens
 from corl_jax.weights.files import check_export
@@ -86,7 +86,7 @@ def outline(
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         problems += _batch_problems(config, mesh) + mesh_problems(model, mesh)
-        problems += _attention_problems(config, model, mesh)
+        problems += attending.problems(config, model, mesh)
     except InputError as error:
         problems += error.problems
     try:
@@ -231,17 +231,7 @@ def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> li
     problems += _export_problems(config, model)
     if mesh is None:
         return problems
-    return problems + mesh_problems(model, mesh) + _attention_problems(config, model, mesh)
-
-
-def _attention_problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
-    device, wanted = mesh.devices.flat[0], config.model.attention
-    if wanted == "auto" or runs(wanted, config.model.dtype, model.llama.head_dim, device):
-        return []
-    return [
-        f"model.attention: {wanted}, which {device.platform} with model.dtype {config.model.dtype} "
-        f"and heads of {model.llama.head_dim} cannot run; expected {NEEDS[wanted]}; set it to xla"
-    ]
+    return problems + mesh_problems(model, mesh) + attending.problems(config, model, mesh)
 
 
 def _size_problems(config: Config, model: JanusConfig) -> list[str]:

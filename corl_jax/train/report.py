@@ -12,7 +12,7 @@ import jax
 
 from corl_jax.models import janus
 from corl_jax.sharding import leaf_paths, param_spec
-from corl_jax.train import setup
+from corl_jax.train import attending
 from corl_jax.train.optimizer import partition
 from corl_jax.train.planning import Plan
 from corl_jax.types import Params
@@ -58,9 +58,10 @@ def attention(plan: Plan) -> str:
     """Which implementations the devices attend with; empty for the image tokenizer's stage."""
     if plan.config.objective == "vq":
         return ""
-    chosen = f"attention: {setup.attention_of_update(plan)} in updates"
+    where = plan.config, plan.model_config, plan.mesh
+    chosen = f"attention: {attending.of_update(*where)} in updates"
     if plan.config.objective == "grpo":
-        chosen += f", {setup.attention_of_samplers(plan)} in samplers"
+        chosen += f", {attending.of_samplers(*where)} in samplers"
     return chosen
 
 

@@ -13,11 +13,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
-from corl_jax.models import attention, causal, janus, lora
+from corl_jax.models import janus, lora
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Lent, Policy
 from corl_jax.sharding import leaf_paths, param_shardings
-from corl_jax.train import iterate, supervised, vq
+from corl_jax.train import attending, iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import (
     learning_rate,
@@ -183,7 +183,7 @@ def make_objective(plan: Outline) -> Objective:
         image_logprobs=config.grpo.image_logprobs,
         unshifted=config.compat.image_logprobs_unshifted and config.objective == "grpo",
         remat=config.model.remat,
-        attention=attention_of_update(plan),
+        attention=attending.of_update(plan.config, plan.model_config, plan.mesh),
         chunk=config.model.logprob_chunk,
     )
     weights = sft_weights if config.objective == "sft" else grpo_weights
@@ -198,20 +198,6 @@ def make_objective(plan: Outline) -> Objective:
     )
 
 
-def attention_of_update(plan: Outline) -> causal.CausalAttention:
-    """What `model.attention` comes to on the mesh's devices."""
-    wanted, device = plan.config.model.attention, plan.mesh.devices.flat[0]
-    if wanted != "auto":
-        return wanted
-    return causal.best(plan.config.model.dtype, plan.model_config.llama.head_dim, device)
-
-
-def attention_of_samplers(plan: Outline) -> attention.Implementation:
-    """What a decode step attends with on the mesh's devices, which need not be those present."""
-    device = plan.mesh.devices.flat[0]
-    return attention.fastest(plan.config.model.dtype, plan.model_config.llama.head_dim, device)
-
-
 def make_samplers(plan: Outline) -> dict[str, Callable]:
     """task -> (params, prompts, keys) -> Rollout, with the config's sampling options."""
     rollout, grpo = plan.config.rollout, plan.config.grpo
@@ -219,7 +205,7 @@ def make_samplers(plan: Outline) -> dict[str, Callable]:
         "special": plan.special,
         "temperature": rollout.temperature,
         "dtype": DTYPES[plan.config.model.dtype],
-        "attention": attention_of_samplers(plan),
+        "attention": attending.of_samplers(plan.config, plan.model_config, plan.mesh),
     }
     images = functools.partial(
         sampling.sample_images, plan.model_config,

@@ -1,0 +1,51 @@
+"""What a run attends with, on devices that need not be those present."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from corl_jax.config import Config
+from corl_jax.models import attention, causal
+from corl_jax.models.janus import JanusConfig
+
+
+def of_update(config: Config, model: JanusConfig, mesh: Mesh) -> causal.CausalAttention:
+    """What `model.attention` comes to on the mesh's devices."""
+    wanted, device = config.model.attention, mesh.devices.flat[0]
+    if wanted != "auto":
+        return wanted
+    best = causal.best(config.model.dtype, model.llama.head_dim, device)
+    return "xla" if best == "cudnn" and _loses_alike_calls(config) else best
+
+
+def of_samplers(config: Config, model: JanusConfig, mesh: Mesh) -> attention.Implementation:
+    """What a decode step attends with."""
+    return attention.fastest(config.model.dtype, model.llama.head_dim, mesh.devices.flat[0])
+
+
+def problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
+    """Why the devices cannot attend as `model.attention` says."""
+    wanted, dtype, device = config.model.attention, config.model.dtype, mesh.devices.flat[0]
+    size = model.llama.head_dim
+    if wanted != "auto" and not causal.runs(wanted, dtype, size, device):
+        return [
+            f"model.attention: {wanted}, which {device.platform} with model.dtype {dtype} and "
+            f"heads of {size} cannot run; expected {causal.NEEDS[wanted]}; set it to xla"
+        ]
+    if wanted == "cudnn" and _loses_alike_calls(config):
+        return [
+            "model.attention: cudnn, whose gradients XLA's xla_gpu_deterministic_ops (XLA_FLAGS) "
+            "breaks with guided log-probs and in sft (openxla/xla#46500); set it to auto or xla"
+        ]
+    return []
+
+
+def _loses_alike_calls(config: Config) -> bool:
+    """Whether updates that attend with cuDNN would fail in their first step.
+
+    With its flag for the same bits XLA does not find the kernel of a backward call that is like
+    another one. Two passes over the same shapes have such calls: those of guidance, or questions
+    and captions.
+    """
+    guided = config.grpo.image_logprobs == "guided"
+    return attention.same_bits() and (config.objective == "sft" or guided)
