@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -27,6 +29,7 @@ from corl_jax.types import Rollout, SpecialTokens
 from corl_jax.weights.networks import KINDS
 from tools.bench import __main__ as command
 from tools.bench import (
+    bits,
     correctness,
     generation,
     gradients,
@@ -285,6 +288,27 @@ def test_every_build_is_measured(monkeypatch, capsys):
     assert used == [name for name in compiling.BUILDS for _ in range(2)]
     shown = capsys.readouterr().out
     assert all(f"image tokens, {name} " in shown for name in compiling.BUILDS)
+
+
+def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
+    """On a CPU all are alike; an update that starts elsewhere is not."""
+    elsewhere, start = itertools.count(), training.start
+
+    def started(setting):
+        state, *rest = start(setting)
+        state = dataclasses.replace(
+            state, params=jax.tree.map(lambda x: x + 1e-6 * next(elsewhere), state.params)
+        )
+        return state, *rest
+
+    monkeypatch.setattr(bits, "start", started)
+    command.main([*TINY, "--parts", "bits"])
+    pattern = r"^bits +(.+?)  +results (\d)  of 2  digest (\w{12})\b"
+    shown = re.findall(pattern, capsys.readouterr().out, re.M)
+    assert [(name, int(count)) for name, count, _ in shown] == [
+        ("rollout t2i", 1), ("rollout mm2t", 1), ("pixels", 1), ("2 updates, xla", 2)
+    ]  # fmt: skip
+    assert len({digest for *_, digest in shown}) == 4
 
 
 # ---- arguments and failures

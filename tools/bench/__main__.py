@@ -7,14 +7,14 @@
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
 iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (does the
-update's attention differentiate as it should); if named also builds (the image sampler with each
-set of options that it is compiled with) and, on a mesh with fsdp, layouts (decoding with matrices
-gathered, and split as in training). Compute is bfloat16; training keeps float32. Each
-time is the median of --repeats calls after one that compiles, on the host clock, to the moment
-when the results are there; `compile` is what the first call took longer. Every function says in
-its docstring what its figures are; roofline and MFU are against rates of copying and of matrix
-products that are measured first, on one device. Memory peaks are the process's on its first
-device: run a part alone to have its own.
+update's attention differentiate as it should); if named also bits (are they the same in each call),
+builds (the image sampler with each set of options that it is compiled with) and, on a mesh with
+fsdp, layouts (decoding with matrices gathered, and split as in training). Compute is bfloat16;
+training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
+host clock, to the moment when the results are there; `compile` is what the first call took longer.
+Every function says in its docstring what its figures are; roofline and MFU are against rates of
+copying and of matrix products that are measured first, on one device. Memory peaks are the
+process's on its first device: run a part alone to have its own.
 
 One device is used, or those of --mesh, as the training command lays them out:
 
@@ -53,6 +53,7 @@ from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
 from corl_jax.sharding import AXES, BATCH, make_mesh
 from tools.bench import (
+    bits,
     builds,
     correctness,
     generation,
@@ -77,6 +78,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "iteration": training.iteration,
     "correctness": correctness.correctness,
     "gradients": gradients.gradients,
+    "bits": bits.bits,
     "builds": builds.builds,
     "layouts": layouts.layouts,
 }

@@ -60,6 +60,19 @@ def works(setting: Setting) -> tuple[Work, ...]:
     )
 
 
+def batch_of(setting: Setting) -> dict[str, Any]:
+    """A batch of both tasks, on the devices."""
+    size, special = setting.size, setting.processor.special
+    return setting.placed(
+        {
+            work.task: inputs.task_batch(
+                size.janus, special, prompts_of(setting, work.task), work.group, work.length
+            )
+            for work in works(setting)
+        }
+    )
+
+
 def train(setting: Setting) -> Iterator[Record]:
     """One optimizer step on both tasks: vision tower, padding masks, AdamW.
 
@@ -68,15 +81,7 @@ def train(setting: Setting) -> Iterator[Record]:
     rate of products; `mfu_repeated_prompts` takes the reference's operations.
     """
     state, frozen, step = start(setting)
-    batch = setting.placed(
-        {
-            work.task: inputs.task_batch(
-                setting.size.janus, setting.processor.special, prompts_of(setting, work.task),
-                work.group, work.length,
-            )
-            for work in works(setting)
-        }
-    )  # fmt: skip
+    batch = batch_of(setting)
 
     def update() -> dict[str, jax.Array]:
         nonlocal state
