@@ -24,7 +24,6 @@ from tests.tiny_train import options, write_config
 
 LENGTHS = {"t2i": 32, "mm2t": 64}
 LAYERS = 2
-SAME_BITS = "--xla_gpu_deterministic_ops=true"
 NVIDIA = SimpleNamespace(
     platform="gpu", client=SimpleNamespace(platform_version="cuda 13000"), compute_capability="9.0"
 )
@@ -156,31 +155,38 @@ def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
 
 
 @pytest.mark.parametrize(
-    ("flags", "objective", "log_probs", "taken"),
+    ("objective", "tasks", "log_probs", "refused"),
     [
-        ("", "grpo", "guided", "cudnn"), (SAME_BITS, "grpo", "conditional", "cudnn"),
-        (SAME_BITS, "grpo", "guided", "xla"), (SAME_BITS, "sft", "conditional", "xla"),
+        ("grpo", "unified", "conditional", False), ("grpo", "t2i", "guided", True),
+        ("grpo", "mm2t", "guided", False), ("sft", "mm2t", "conditional", True),
+        ("vq", "unified", "guided", False),
     ],
 )  # fmt: skip
 def test_cudnn_is_not_taken_where_the_flag_for_the_same_bits_breaks_it(
-    outline, monkeypatch, flags, objective, log_probs, taken
+    outline, monkeypatch, objective, tasks, log_probs, refused
 ):
-    monkeypatch.setenv("XLA_FLAGS", flags)
     devices = SimpleNamespace(devices=np.array([NVIDIA]))
 
     def asked(attention):
-        changed = {
-            "objective": objective,
-            "model": outline.config.model.model_copy(
-                update={"attention": attention, "dtype": "bfloat16"}
-            ),
-            "grpo": outline.config.grpo.model_copy(update={"image_logprobs": log_probs}),
+        changes = {
+            "model": {"attention": attention, "dtype": "bfloat16"},
+            "grpo": {"image_logprobs": log_probs, "tasks": tasks},
         }
-        return outline.config.model_copy(update=changed), outline.model_config, devices
+        changed = {
+            name: getattr(outline.config, name).model_copy(update=options)
+            for name, options in changes.items()
+        }
+        config = outline.config.model_copy(update={"objective": objective, **changed})
+        return config, outline.model_config, devices
 
-    assert attending.of_update(*asked("auto")) == taken
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert attending.of_update(*asked("auto")) == attending.of_update(*asked("cudnn")) == "cudnn"
+    assert attending.problems(*asked("cudnn")) == []
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert attending.of_update(*asked("auto")) == "xla"
     problems = attending.problems(*asked("cudnn"))
-    assert bool(problems) == (taken == "xla")
+    assert [problem.partition(":")[0] for problem in problems] == ["model.attention"] * refused
     assert all("set it to auto or xla" in problem for problem in problems)
     for always in ("auto", "xla"):
         assert attending.problems(*asked(always)) == []

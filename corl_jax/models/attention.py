@@ -39,7 +39,7 @@ def on_nvidia(device: Any = None) -> bool:
 
 
 def same_bits() -> bool:
-    """Whether this process was started with XLA's flag for the same bits in each call."""
+    """Whether XLA_FLAGS asks for the same bits in each call; a file that it names is not read."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     name = "--xla_gpu_deterministic_ops"
     given = [flag.removeprefix(name).lower() for flag in flags if flag.partition("=")[0] == name]
@@ -81,8 +81,8 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Arra
 
     count = query.shape[1]
     if count == 1 and same_bits():
-        # For one query cuDNN takes a kernel that sums parts of the keys in the order in which they
-        # are ready. XLA's flag does not reach it; a second query, of no length, avoids it.
+        # For one query cuDNN takes a kernel whose sums differ from call to call, which XLA's flag
+        # does not change. It takes another with a second query, here one behind the last.
         query = jnp.pad(query, [(0, 0), (0, 1), (0, 0), (0, 0)])
     results: Any = cudnn.dot_product_attention(
         query, key, value,

@@ -10,12 +10,17 @@ from corl_jax.models.janus import JanusConfig
 
 
 def of_update(config: Config, model: JanusConfig, mesh: Mesh) -> causal.CausalAttention:
-    """What `model.attention` comes to on the mesh's devices."""
+    """What `model.attention` comes to on the mesh's devices.
+
+    XLA's flag for the same bits breaks programs with two backward calls of cuDNN's attention that
+    are alike (openxla/xla#46500), which can come of two prompts that are padded to the same
+    length: `auto` does without.
+    """
     wanted, device = config.model.attention, mesh.devices.flat[0]
     if wanted != "auto":
         return wanted
     best = causal.best(config.model.dtype, model.llama.head_dim, device)
-    return "xla" if best == "cudnn" and _loses_alike_calls(config) else best
+    return "xla" if best == "cudnn" and attention.same_bits() else best
 
 
 def of_samplers(config: Config, model: JanusConfig, mesh: Mesh) -> attention.Implementation:
@@ -32,7 +37,7 @@ def problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
             f"model.attention: {wanted}, which {device.platform} with model.dtype {dtype} and "
             f"heads of {size} cannot run; expected {causal.NEEDS[wanted]}; set it to xla"
         ]
-    if wanted == "cudnn" and _loses_alike_calls(config):
+    if wanted == "cudnn" and attention.same_bits() and _has_alike_calls(config):
         return [
             "model.attention: cudnn, whose gradients XLA's xla_gpu_deterministic_ops (XLA_FLAGS) "
             "breaks with guided log-probs and in sft (openxla/xla#46500); set it to auto or xla"
@@ -40,12 +45,10 @@ def problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
     return []
 
 
-def _loses_alike_calls(config: Config) -> bool:
-    """Whether updates that attend with cuDNN would fail in their first step.
+def _has_alike_calls(config: Config) -> bool:
+    """Whether an update attends to several sequences of the same shapes.
 
-    With its flag for the same bits XLA does not find the kernel of a backward call that is like
-    another one. Two passes over the same shapes have such calls: those of guidance, or questions
-    and captions.
+    Guidance does with and without the prompt; supervised training may for its kinds of rows.
     """
-    guided = config.grpo.image_logprobs == "guided"
-    return attention.same_bits() and (config.objective == "sft" or guided)
+    guided = config.grpo.tasks != "mm2t" and config.grpo.image_logprobs == "guided"
+    return {"grpo": guided, "sft": True, "vq": False}[config.objective]
