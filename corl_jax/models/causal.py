@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from corl_jax.models.attention import fastest
+from corl_jax.models.attention import fastest, same_bits
 from corl_jax.sharding import constrain, on_own_heads
 
 CausalAttention = Literal["xla", "cudnn", "splash"]
@@ -28,14 +28,24 @@ INTERPRET = False  # splash attention on a CPU, for tests: slow
 
 
 def best(dtype: Any, head_dim: int, device: Any = None) -> CausalAttention:
-    """The fused kernel of a device, or else of the first one present; XLA's where it has none."""
+    """What to take on a device, or else on the first one present: its fused kernel, or XLA's.
+
+    XLA's flag for the same bits breaks programs with two backward calls of cuDNN's that are alike
+    (openxla/xla#46500). They can come of any two prompts that are padded to the same length.
+    """
+    kernel = fused(dtype, head_dim, device)
+    return "xla" if kernel == "cudnn" and same_bits() else kernel
+
+
+def fused(dtype: Any, head_dim: int, device: Any = None) -> CausalAttention:
+    """The fused kernel that a device has; XLA's where it has none."""
     device = device or jax.devices()[0]
     return "splash" if device.platform == "tpu" else fastest(dtype, head_dim, device)
 
 
 def runs(implementation: CausalAttention, dtype: Any, head_dim: int, device: Any = None) -> bool:
     """Whether a device, or else the first one present, can attend so."""
-    return implementation in ("xla", best(dtype, head_dim, device))
+    return implementation in ("xla", fused(dtype, head_dim, device))
 
 
 def attend_causally(

@@ -10,17 +10,11 @@ from corl_jax.models.janus import JanusConfig
 
 
 def of_update(config: Config, model: JanusConfig, mesh: Mesh) -> causal.CausalAttention:
-    """What `model.attention` comes to on the mesh's devices.
-
-    XLA's flag for the same bits breaks programs with two backward calls of cuDNN's attention that
-    are alike (openxla/xla#46500), which can come of two prompts that are padded to the same
-    length: `auto` does without.
-    """
+    """What `model.attention` comes to on the mesh's devices."""
     wanted, device = config.model.attention, mesh.devices.flat[0]
     if wanted != "auto":
         return wanted
-    best = causal.best(config.model.dtype, model.llama.head_dim, device)
-    return "xla" if best == "cudnn" and attention.same_bits() else best
+    return causal.best(config.model.dtype, model.llama.head_dim, device)
 
 
 def of_samplers(config: Config, model: JanusConfig, mesh: Mesh) -> attention.Implementation:
