@@ -6,11 +6,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from corl_jax import sampling
 from corl_jax.train.digests import summary
-from tools.bench.generation import STREAMS, keys, prompts_of, samplers
+from tools.bench.generation import STREAMS, codes, keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 from tools.bench.training import batch_of, start
@@ -37,7 +35,7 @@ def _drawn(setting: Setting) -> Iterator[Record]:
         sample = functools.partial(drawn[task], params, prompts, keys(setting, task))
         yield repeated(setting, f"rollout {task}", sample)
     decode = functools.partial(
-        sampling.decode_images, setting.size.janus, params, _codes(setting),
+        sampling.decode_images, setting.size.janus, params, codes(setting),
         dtype=setting.pixel_dtype,
     )  # fmt: skip
     yield repeated(setting, "pixels", decode)
@@ -57,10 +55,3 @@ def updated(setting: Setting) -> Any:
     for _ in range(UPDATES):
         state, _ = step(state, frozen, batch)
     return {"params": state.params, "moments": state.opt_state}
-
-
-def _codes(setting: Setting) -> Any:
-    """All of the codebook in turn, as the codes of --prompts x --group images."""
-    config = setting.size.janus
-    codes = np.arange(setting.completions * config.num_image_tokens) % config.vq.num_embeddings
-    return setting.placed(codes.reshape(setting.completions, -1).astype(np.int32))

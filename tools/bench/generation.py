@@ -35,6 +35,14 @@ def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
     return inputs.questions(size.janus, special, setting.prompts, size.text_prompt)
 
 
+def codes(setting: Setting) -> jax.Array:
+    """Of all completions, [N, T] int32, any of the codebook."""
+    config = setting.size.janus
+    shape = (setting.completions, config.num_image_tokens)
+    drawn = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
+    return setting.placed(drawn.astype(np.int32))
+
+
 def samplers(setting: Setting) -> dict[str, Any]:
     """task -> (params, prompts, keys) -> Rollout, with the options of the paper."""
     images = functools.partial(
@@ -59,10 +67,10 @@ def image(setting: Setting) -> Iterator[Record]:
     sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
 
     def with_pixels() -> np.ndarray:
-        codes = sample().tokens
-        return np.asarray(
-            sampling.decode_images(size.janus, params, codes, dtype=setting.pixel_dtype)
+        pixels = sampling.decode_images(
+            size.janus, params, sample().tokens, dtype=setting.pixel_dtype
         )
+        return np.asarray(pixels)
 
     tokens = setting.measure("image_tokens", sample)
     length = size.janus.num_image_tokens
@@ -105,13 +113,10 @@ def text(setting: Setting) -> Iterator[Record]:
 
 def vq(setting: Setting) -> Iterator[Record]:
     """Codes to pixels, uint8 on the host."""
-    config, params = setting.size.janus, setting.policy(COMPUTE)
-    rng = np.random.default_rng(0)
-    shape = (setting.completions, config.num_image_tokens)
-    codes = setting.placed(rng.integers(0, config.vq.num_embeddings, shape).astype(np.int32))
+    config, params, drawn = setting.size.janus, setting.policy(COMPUTE), codes(setting)
 
     def decode() -> np.ndarray:
-        return np.asarray(sampling.decode_images(config, params, codes, dtype=setting.pixel_dtype))
+        return np.asarray(sampling.decode_images(config, params, drawn, dtype=setting.pixel_dtype))
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median
