@@ -25,6 +25,8 @@ BAD_INPUT_EXIT_CODE = 2
 GUARD_EXIT_CODE = 3
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
+MAX_PRINTED_PROBLEMS = 20
+
 
 class InputError(ValueError):
     """A wrong config, file or argument: every problem of one input, reported together.
@@ -68,6 +70,13 @@ class Preempted(BaseException):
     exit_code = PREEMPTED_EXIT_CODE
 
 
+def shorten(problems: list[str], limit: int = MAX_PRINTED_PROBLEMS) -> list[str]:
+    """Returns the first `limit` problems and, for a longer list, a line that counts the rest."""
+    if len(problems) <= limit:
+        return problems
+    return [*problems[:limit], f"... and {len(problems) - limit:,} more problems"]
+
+
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
     """Turns an error of this module that leaves `main` into lines on stderr and its exit code."""
 
@@ -79,7 +88,7 @@ def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.exit_code)
         except (InputError, GuardError, SaveError) as error:
-            for problem in error.problems:
+            for problem in shorten(error.problems):
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(error.exit_code)
 

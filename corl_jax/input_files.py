@@ -1,0 +1,83 @@
+"""Reads what users hand over: paths with `~` and `$VAR`, UTF-8 text, files that git replaced.
+
+Every command reads such things through this module, so that each accepts and refuses the same.
+It imports nothing but `errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from corl_jax.errors import InputError
+
+LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER_MAX_BYTES = 1024  # the size that git-lfs allows a pointer
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
+
+
+def expand_path(text: str | os.PathLike[str]) -> str:
+    """Returns a path or URL with `~`, `$VAR` and `${VAR}` replaced, as a shell would do.
+
+    Raises: InputError for a variable that is not set, and for a `~` whose home is unknown.
+    """
+    given = os.fspath(text)
+    unset = sorted({a or b for a, b in _VARIABLE.findall(given) if (a or b) not in os.environ})
+    if unset:
+        raise InputError(
+            f"{given}: ${', $'.join(unset)} is not set; export it, or write the path out"
+        )
+    expanded = os.path.expandvars(given)
+    if not expanded.startswith("~"):
+        return expanded
+    with_home = os.path.expanduser(expanded)
+    if with_home == expanded:  # what expanduser returns for an unknown user or a missing home
+        raise InputError(f"{given}: the home directory of `~` is not known; write the path out")
+    return with_home
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """True for the text file that git leaves in place of a file kept in Git LFS.
+
+    A file that is missing or cannot be read is not one; reading it says why.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_PREFIX))
+            size = file.seek(0, os.SEEK_END)
+    except OSError:
+        return False
+    return start == LFS_PREFIX and size <= LFS_POINTER_MAX_BYTES
+
+
+def describe_lfs_pointer(path: Path) -> str:
+    """Returns the problem line of a file for which `is_lfs_pointer` is true."""
+    return f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its clone"
+
+
+def read_text(path: Path, expected: str = "a text file") -> str:
+    """Returns a file's UTF-8 text without a byte order mark; line ends stay as they are.
+
+    `expected` completes "expected ..." in messages.
+
+    Raises: InputError for a file that is missing, not readable, not UTF-8 or a Git LFS pointer.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from None
+    if content.startswith(LFS_PREFIX) and len(content) <= LFS_POINTER_MAX_BYTES:
+        raise InputError(describe_lfs_pointer(path))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: is not UTF-8 at byte {error.start}; expected {expected} in UTF-8"
+        ) from None
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """True for text that UTF-8 cannot hold, such as half of a \\ud83d\\ude00 pair from JSON."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
