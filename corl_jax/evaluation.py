@@ -253,10 +253,11 @@ class HeldOutShapes:
     enough of them to do without, with pictures and questions of seeds of their own.
     """
 
-    def __init__(self, rows: int, seed: int, image_size: int = 64):
+    def __init__(self, rows: int, seed: int, world: str = "full"):
         self.names = {name: name for name in shapes.FEATURES}
         self._rows = [
-            shapes.make_row(HELD_OUT_SEEDS + seed, i, image_size, "test") for i in range(rows)
+            shapes.make_row(HELD_OUT_SEEDS + seed, i, split="test", world=world)
+            for i in range(rows)
         ]
 
     def __len__(self) -> int:

@@ -37,10 +37,15 @@ OD = (
 CAPTION = "Describe the main content of the image in one sentence."
 
 
-def multiple_choice(question: str, options: Sequence[str]) -> str:
-    """The MC problem: the question line, `Options:`, a line per option, the MCQ template."""
+def list_options(question: str, options: Sequence[str]) -> str:
+    """The question line, `Options:`, and a line per option, `A. red`."""
     lines = [f"{letter}. {text}" for letter, text in zip(OPTION_LETTERS, options, strict=False)]
-    return MCQ.format(question="\n".join([question, "Options:", *lines]))
+    return "\n".join([question, "Options:", *lines])
+
+
+def multiple_choice(question: str, options: Sequence[str]) -> str:
+    """The MC problem: the question with its options, in the MCQ template."""
+    return MCQ.format(question=list_options(question, options))
 
 
 def open_ended(question: str) -> str:

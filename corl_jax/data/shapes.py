@@ -1,9 +1,10 @@
 """The drawn world as a dataset in the published layout: rows, parquet, and the command.
 
     python -m corl_jax.data.shapes --out DIR --rows N --seed S
-        [--image-size 64] [--start K] [--split train|test|all]
+        [--world full|small] [--image-size 64] [--start K] [--split train|test|all]
 
-Row i depends on (seed, i, image size, split) alone, so any range of rows can be written alone.
+Row i depends on (seed, i, world, image size, split) alone, so any range of rows can be written
+alone.
 Splits: `train` and `test` hold disjoint demands in the categories that have many combinations
 (position, color_attr; one combination in five is held out) and share the other four categories,
 whose few combinations every split needs; there the pictures still differ with the seed.
@@ -30,13 +31,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from corl_jax.data import shapes_text
-from corl_jax.data.shapes_scene import SPLITS, Spec, in_split, render, sample_scene, sample_spec
+from corl_jax.data.shapes_scene import (
+    SPLITS,
+    WORLDS,
+    Spec,
+    World,
+    in_split,
+    render,
+    sample_scene,
+    sample_spec,
+)
 from corl_jax.errors import InputError, exit_on_input_error
 
 __all__ = ["FEATURES", "make_row", "render", "sample_spec_of_row", "schema", "write"]
 
 ROW_GROUP = 100
-MIN_IMAGE_SIZE = 48  # below, the smallest objects are too few pixels for their shape to show
 
 TEXT_COLUMNS = (
     "prompt",
@@ -66,18 +75,18 @@ def _generator(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, index]))
 
 
-def _spec(rng: np.random.Generator, split: str) -> Spec:
+def _spec(rng: np.random.Generator, split: str, world: World) -> Spec:
     """A demand of the split; its category is drawn once, so that splits keep the shares."""
-    spec = sample_spec(rng)
+    spec = sample_spec(rng, world=world)
     category = spec["category"]
     while not in_split(spec, split):
-        spec = sample_spec(rng, category)
+        spec = sample_spec(rng, category, world)
     return spec
 
 
-def sample_spec_of_row(seed: int, index: int, split: str = "all") -> Spec:
+def sample_spec_of_row(seed: int, index: int, split: str = "all", world: str = "full") -> Spec:
     """The demand of row `index`, without drawing its picture."""
-    return _spec(_generator(seed, index), split)
+    return _spec(_generator(seed, index), split, WORLDS[world])
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -87,18 +96,25 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def make_row(
-    seed: int, index: int, image_size: int = 64, split: str = "all", *, encode: bool = True
+    seed: int,
+    index: int,
+    image_size: int | None = None,
+    split: str = "all",
+    *,
+    encode: bool = True,
+    world: str = "full",
 ) -> dict[str, Any]:
-    """Row `index` of the dataset.
+    """Row `index` of the dataset of a world of `WORLDS`, whose image size is the default.
 
     `real_image` is the Image struct, or uint8 [S, S, 3] if not `encode`.
     """
+    chosen = WORLDS[world]
     rng = _generator(seed, index)
-    spec = _spec(rng, split)
-    scene = sample_scene(rng, spec)
-    image = render(scene, image_size)
+    spec = _spec(rng, split, chosen)
+    scene = sample_scene(rng, spec, chosen)
+    image = render(scene, image_size or chosen.image_size)
     description = shapes_text.describe(scene)
-    question = shapes_text.ask(rng, scene)
+    question = shapes_text.ask(rng, scene, chosen)
     return {
         "prompt": shapes_text.caption(rng, spec),
         "real_image": {"bytes": _png(image), "path": f"{index:08d}.png"} if encode else image,
@@ -108,25 +124,27 @@ def make_row(
         "category": spec["category"],
         "spec": json.dumps(spec),
         "caption": f"{description}.",
-        "sft_answer": shapes_text.sft_answer(description, question),
+        "sft_answer": shapes_text.sft_answer(description, question, chosen),
     }
 
 
 def _row_groups(
-    rows: int, seed: int, image_size: int, start: int, split: str
+    rows: int, seed: int, image_size: int, start: int, split: str, world: str
 ) -> Iterator[pa.RecordBatch]:
     for first in range(start, start + rows, ROW_GROUP):
         last = min(first + ROW_GROUP, start + rows)
-        group = [make_row(seed, i, image_size, split) for i in range(first, last)]
+        group = [make_row(seed, i, image_size, split, world=world) for i in range(first, last)]
         yield pa.RecordBatch.from_pylist(group, schema=schema())
 
 
-def _problems(out: Path, rows: int, seed: int, image_size: int, start: int) -> list[str]:
+def _problems(
+    out: Path, rows: int, seed: int, image_size: int, start: int, world: World
+) -> list[str]:
     limits = {
         "--rows": (rows, 1),
         "--seed": (seed, 0),
         "--start": (start, 0),
-        "--image-size": (image_size, MIN_IMAGE_SIZE),
+        "--image-size": (image_size, world.min_image_size),
     }
     problems = [
         f"{name}: {value} found, an integer of at least {low} expected"
@@ -148,16 +166,17 @@ def write(
     rows: int,
     seed: int,
     *,
-    image_size: int = 64,
+    image_size: int | None = None,
     start: int = 0,
     split: str = "all",
+    world: str = "full",
 ) -> Path:
     """Writes rows start..start+rows-1 and returns the parquet file; the directory appears whole.
 
     Raises: InputError for numbers out of range or a directory that holds files.
     """
-    out = Path(out)
-    if problems := _problems(out, rows, seed, image_size, start):
+    out, size = Path(out), image_size or WORLDS[world].image_size
+    if problems := _problems(out, rows, seed, size, start, WORLDS[world]):
         raise InputError(problems)
     name = f"{'test' if split == 'test' else 'train'}-00000-of-00001.parquet"
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +184,7 @@ def write(
     temporary.mkdir()
     try:
         with pq.ParquetWriter(temporary / name, schema()) as writer:
-            for batch in _row_groups(rows, seed, image_size, start, split):
+            for batch in _row_groups(rows, seed, size, start, split, world):
                 writer.write_batch(batch, row_group_size=ROW_GROUP)
         temporary.rename(out.absolute())
     finally:
@@ -182,7 +201,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="new or empty directory")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--image-size", type=int, default=64, help="side in pixels")
+    parser.add_argument(
+        "--world", choices=tuple(WORLDS), default="full", help="small: for models of 32x32 pictures"
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="side in pixels (default 64, or 32 of the small world)"
+    )
     parser.add_argument("--start", type=int, default=0, help="index of the first row")
     parser.add_argument("--split", choices=SPLITS, default="all", help="see the module docstring")
     args = parser.parse_args(argv)
@@ -193,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         image_size=args.image_size,
         start=args.start,
         split=args.split,
+        world=args.world,
     )
     print(f"{args.rows} rows, {path.stat().st_size / 2**20:.1f} MiB: {path}")
 

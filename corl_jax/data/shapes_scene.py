@@ -1,13 +1,16 @@
 """The drawn world: what a picture may demand (spec), what it holds (scene), and its pixels.
 
-The world has 5 shapes and 6 colours on a light background; a picture holds one to four
-objects that neither touch each other nor the border, none rotated. A *spec* is a demand in
+A world has a few shapes and colours on a light background; a picture holds one to four
+objects that neither touch each other nor the border, none rotated. `FULL` has 5 shapes and
+6 colours in any place. `SMALL`, for models that learn on a CPU, has 4 and 4, each object in one
+of four cells, on pictures of half the side. A *spec* is a demand in
 GenEval's words, `{"category": .., "include": [{"class", "count", "color"?, "position"?}, ..]}`,
 where `position: [relation, j]` says how this entry lies relative to entry j. A *scene* fills in
 what the spec leaves open (free colours, sizes, places).
 
-Combinations per category (up to wording): single_object 5, two_object 10, counting 15,
-colors 30, position 40 without and 1,200 with colours, color_attr 300. The last two categories
+Combinations per category (up to wording), full and small: single_object 5, 4; two_object 10, 6;
+counting 15, 8; colors 30, 16; position 40, 24 without and 1,200, 288 with colours; color_attr
+300, 72. The last two categories
 have a held-out fifth (`held_out`); the other four are shared by all splits, because leaving out
 a fifth of so few would leave out a whole shape or number.
 """
@@ -42,7 +45,6 @@ SPLITS = ("train", "test", "all")
 HELD_OUT_ONE_IN = 5
 MARGIN = 2 / 64  # kept free at the border, as a fraction of the image side
 GAP = 4 / 64  # kept free between two objects' boxes, so that a lossy codec does not join them
-SIZES = {1: (0.34, 0.56), 2: (0.28, 0.42), 3: (0.26, 0.36), 4: (0.25, 0.33)}
 SUPERSAMPLE = 4
 RING_HOLE = 0.55  # inner radius over outer radius
 CROSS_ARM = 0.34  # half the arm's width over half the cross's width
@@ -50,6 +52,46 @@ TRIANGLE_HEIGHT = 0.866  # over its width: equilateral
 
 POSITION_THRESHOLD = 0.1  # GenEval's: offsets below this share of the summed sizes do not count
 CLEAR_MAIN, CLEAR_OTHER = 0.6, 0.4  # what the renderer asks of a relation; GenEval's border is 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What pictures may hold, where, and how questions about them are put."""
+
+    shapes: tuple[str, ...]
+    colors: tuple[str, ...]
+    max_count: int  # of equal objects that a demand counts
+    sizes: dict[int, tuple[float, float]]  # range of an object's size, by number of objects
+    image_size: int  # side in pixels of a picture unless another is asked for
+    min_image_size: int  # below, the smallest objects are too few pixels for their shape to show
+    cells: int | None = None  # each object is in one of cells x cells of its own; None: anywhere
+    instructions: bool = True  # questions carry the published templates; False: they stand alone
+
+
+FULL = World(
+    shapes=SHAPES,
+    colors=COLORS,
+    max_count=4,
+    sizes={1: (0.34, 0.56), 2: (0.28, 0.42), 3: (0.26, 0.36), 4: (0.25, 0.33)},
+    image_size=64,
+    min_image_size=48,
+)
+SMALL = World(
+    shapes=("circle", "square", "triangle", "cross"),
+    colors=("red", "green", "blue", "yellow"),
+    max_count=3,
+    sizes=dict.fromkeys((1, 2, 3), (0.37, 0.42)),  # of a cell's 0.5
+    image_size=32,
+    min_image_size=32,
+    cells=2,
+    instructions=False,
+)
+WORLDS = {"full": FULL, "small": SMALL}
+
+
+def choose_world(image_size: int) -> str:
+    """Returns the name of the largest world whose shapes show in pictures of this side."""
+    return "full" if image_size >= FULL.min_image_size else "small"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +158,16 @@ def _pick(rng: np.random.Generator, items: tuple[str, ...], count: int) -> list[
     return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
-def sample_spec(rng: np.random.Generator, category: str | None = None) -> Spec:
+def sample_spec(rng: np.random.Generator, category: str | None = None, world: World = FULL) -> Spec:
     """Draws a demand, of any category with the same probability unless one is named."""
     category = category or CATEGORIES[int(rng.integers(len(CATEGORIES)))]
     pair = category in ("two_object", "position", "color_attr")
-    shapes = _pick(rng, SHAPES, 2 if pair else 1)
-    count = int(rng.integers(2, 5)) if category == "counting" else 1
+    shapes = _pick(rng, world.shapes, 2 if pair else 1)
+    count = int(rng.integers(2, world.max_count + 1)) if category == "counting" else 1
     include: list[Spec] = [{"class": shape, "count": count} for shape in shapes]
     # A position names colours in half of the captions, as GenEval's position never does.
     if category in ("colors", "color_attr") or (category == "position" and rng.integers(2)):
-        for entry, color in zip(include, _pick(rng, COLORS, len(include)), strict=True):
+        for entry, color in zip(include, _pick(rng, world.colors, len(include)), strict=True):
             entry["color"] = color
     if category == "position":
         include[1]["position"] = [RELATIONS[int(rng.integers(4))], 0]
@@ -158,10 +200,10 @@ def in_split(spec: Spec, split: str) -> bool:
     return split == "all" or shared or held_out(spec) == (split == "test")
 
 
-def _kinds(rng: np.random.Generator, spec: Spec) -> list[tuple[str, str]]:
+def _kinds(rng: np.random.Generator, spec: Spec, world: World) -> list[tuple[str, str]]:
     """Shape and colour of each object, free colours drawn."""
     shapes = [(e["class"], e.get("color")) for e in spec["include"] for _ in range(e["count"])]
-    free = [COLORS[i] for i in rng.integers(len(COLORS), size=len(shapes))]
+    free = [world.colors[i] for i in rng.integers(len(world.colors), size=len(shapes))]
     if spec["category"] == "counting" and rng.integers(2):
         free = free[:1] * len(shapes)
     return [(shape, color or other) for (shape, color), other in zip(shapes, free, strict=True)]
@@ -175,9 +217,30 @@ def _apart(a: Object, b: Object) -> bool:
     return max(wide, high) >= GAP
 
 
-def _place(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> list[Object] | None:
+def _place_in_cells(
+    rng: np.random.Generator, kinds: list[tuple[str, str]], world: World
+) -> list[Object]:
+    """Places each object in a cell of its own, half the gap or more from the cell's border."""
+    assert world.cells is not None
+    side, (low, high) = 1 / world.cells, world.sizes[len(kinds)]
+    placed = []
+    for (shape, color), cell in zip(kinds, rng.permutation(world.cells**2), strict=False):
+        size = float(rng.uniform(low, high))
+        room = (side - GAP - size) / 2
+        x, y = rng.uniform(-room, room, size=2)
+        row, column = divmod(int(cell), world.cells)
+        center = (column + 0.5) * side + float(x), (row + 0.5) * side + float(y)
+        placed.append(Object(shape, color, *center, size))
+    return placed
+
+
+def _place(
+    rng: np.random.Generator, kinds: list[tuple[str, str]], world: World
+) -> list[Object] | None:
     """One try at placing all objects; None where two come too close."""
-    low, high = SIZES[len(kinds)]
+    if world.cells is not None:
+        return _place_in_cells(rng, kinds, world)
+    low, high = world.sizes[len(kinds)]
     placed: list[Object] = []
     for shape, color in kinds:
         for _ in range(10):
@@ -192,15 +255,15 @@ def _place(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> list[Objec
     return placed
 
 
-def sample_scene(rng: np.random.Generator, spec: Spec) -> Scene:
+def sample_scene(rng: np.random.Generator, spec: Spec, world: World = FULL) -> Scene:
     """Draws a picture that holds exactly what the spec demands and nothing else.
 
-    `spec["include"]` must demand one to four objects in all.
+    `spec["include"]` must demand one to four objects of the world in all.
     """
-    kinds = _kinds(rng, spec)
+    kinds = _kinds(rng, spec, world)
     wanted = spec["include"][-1].get("position")
     while True:
-        objects = _place(rng, kinds)
+        objects = _place(rng, kinds, world)
         if objects is None:
             continue
         if wanted is None or clear_relation(objects[-1], objects[wanted[1]]) == wanted[0]:

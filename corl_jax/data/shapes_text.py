@@ -8,12 +8,12 @@ import numpy as np
 
 from corl_jax.data import instructions
 from corl_jax.data.shapes_scene import (
-    COLORS,
+    FULL,
     RELATIONS,
-    SHAPES,
     Object,
     Scene,
     Spec,
+    World,
     clear_relation,
 )
 
@@ -35,7 +35,7 @@ class Fact:
 class Question:
     """A fact as the published columns hold it."""
 
-    problem: str  # with the instruction template
+    problem: str  # with the instruction template, if the world has them
     solution: str  # <answer>..</answer>
     kind: str  # MC or OE
     reason: str
@@ -97,25 +97,25 @@ def _alone(scene: Scene, field: str) -> list[Object]:
     return [one for one in scene.objects if values.count(getattr(one, field)) == 1]
 
 
-def _color(rng: np.random.Generator, scene: Scene) -> Fact | None:
+def _color(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
     if not (alone := _alone(scene, "shape")):
         return None
     one = alone[int(rng.integers(len(alone)))]
     question = f"What color is the {one.shape}?"
     reason = f"the {one.shape} is {one.color}"
-    return Fact(question, one.color, _others(COLORS, one.color), reason)
+    return Fact(question, one.color, _others(world.colors, one.color), reason)
 
 
-def _shape(rng: np.random.Generator, scene: Scene) -> Fact | None:
+def _shape(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
     if not (alone := _alone(scene, "color")):
         return None
     one = alone[int(rng.integers(len(alone)))]
     question = (f"Which shape is {one.color}?", f"What shape is the {one.color} object?")
     reason = f"the {one.color} object is {article(one.shape)}"
-    return Fact(question[rng.integers(2)], one.shape, _others(SHAPES, one.shape), reason)
+    return Fact(question[rng.integers(2)], one.shape, _others(world.shapes, one.shape), reason)
 
 
-def _count(rng: np.random.Generator, scene: Scene) -> Fact:
+def _count(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
     shapes = [one.shape for one in scene.objects]
     shape = shapes[int(rng.integers(len(shapes)))]
     if rng.integers(2):
@@ -124,10 +124,11 @@ def _count(rng: np.random.Generator, scene: Scene) -> Fact:
         single, many, count = shape, plural(shape), shapes.count(shape)
     reason = f"there is one {single}" if count == 1 else f"there are {NUMBERS[count]} {many}"
     answer = NUMBERS[count]
-    return Fact(f"How many {many} are there?", answer, _others(NUMBERS[1:5], answer), reason)
+    others = _others(NUMBERS[1 : world.max_count + 1], answer)
+    return Fact(f"How many {many} are there?", answer, others, reason)
 
 
-def _relation(rng: np.random.Generator, scene: Scene) -> Fact | None:
+def _relation(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
     if len(scene.objects) != 2:
         return None
     a, b = (scene.objects[i] for i in rng.permutation(2))
@@ -138,17 +139,19 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Fact | None:
     if rng.integers(2):
         question = f"Where is the {named(a)} relative to the {named(b)}?"
         return Fact(question, relation, _others(RELATIONS, relation), reason)
-    decoys = [f"{COLORS[i]} {SHAPES[j]}" for i, j in rng.integers((6, 5), size=(6, 2))]
+    drawn = rng.integers((len(world.colors), len(world.shapes)), size=(6, 2))
+    decoys = [f"{world.colors[i]} {world.shapes[j]}" for i, j in drawn]
     wrong = tuple(dict.fromkeys([named(b), *(d for d in decoys if d != named(a))]))
     return Fact(f"What is {relation} the {named(b)}?", named(a), wrong, reason)
 
 
-def _exists(rng: np.random.Generator, scene: Scene) -> Fact:
+def _exists(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
     if rng.integers(2):
         one = scene.objects[int(rng.integers(len(scene.objects)))]
         color, shape = one.color, one.shape
     else:
-        color, shape = COLORS[int(rng.integers(6))], SHAPES[int(rng.integers(5))]
+        color = world.colors[int(rng.integers(len(world.colors)))]
+        shape = world.shapes[int(rng.integers(len(world.shapes)))]
     present = any((one.color, one.shape) == (color, shape) for one in scene.objects)
     answer = "yes" if present else "no"
     reason = f"there is {'a' if present else 'no'} {color} {shape}"
@@ -158,27 +161,28 @@ def _exists(rng: np.random.Generator, scene: Scene) -> Fact:
 FACTS = (_color, _shape, _count, _relation, _exists)
 
 
-def ask(rng: np.random.Generator, scene: Scene) -> Question:
+def ask(rng: np.random.Generator, scene: Scene, world: World = FULL) -> Question:
     """Draws a question about the picture, multiple choice or open-ended with equal probability."""
     fact = None
     while fact is None:
-        fact = FACTS[int(rng.integers(len(FACTS)))](rng, scene)
+        fact = FACTS[int(rng.integers(len(FACTS)))](rng, scene, world)
     if rng.integers(2):
-        answer, reason = fact.answer, fact.reason
-        return Question(
-            instructions.open_ended(fact.question), f"<answer>{answer}</answer>", "OE", reason
-        )
+        problem = instructions.open_ended(fact.question) if world.instructions else fact.question
+        return Question(problem, f"<answer>{fact.answer}</answer>", "OE", fact.reason)
     wrong = [fact.wrong[i] for i in rng.permutation(len(fact.wrong))[: MAX_OPTIONS - 1]]
     options = [[fact.answer, *wrong][i] for i in rng.permutation(len(wrong) + 1)]
     letter = instructions.OPTION_LETTERS[options.index(fact.answer)]
+    listed = instructions.list_options(fact.question, options)
     return Question(
-        instructions.multiple_choice(fact.question, options),
+        instructions.MCQ.format(question=listed) if world.instructions else listed,
         f"<answer>{letter}</answer>",
         "MC",
         f"{fact.reason}, option {letter}",
     )
 
 
-def sft_answer(description: str, question: Question) -> str:
+def sft_answer(description: str, question: Question, world: World = FULL) -> str:
     """The worked answer in the format that the format reward asks for."""
+    if not world.instructions:
+        return f"<think>{question.reason}</think>{question.solution}"
     return f"<think>the image shows {description}. {question.reason}.</think>{question.solution}"

@@ -1,6 +1,6 @@
-"""Writes an untrained mini Janus in transformers' layout, for the supervised stages to train.
+"""Writes an untrained mini or nano Janus in transformers' layout, for the supervised stages.
 
-    python -m tools.mini_janus --out DIR [--seed 0]
+    python -m tools.mini_janus --out DIR [--size mini|nano] [--seed 0]
     python -m tools.mini_janus roundtrip --model DIR [--rows 1000] [--seed 0]
 
 `roundtrip` encodes and decodes held-out pictures of the drawn world with a model's image
@@ -23,18 +23,18 @@ from corl_jax.weights.leaves import MemoryLeaves
 from corl_jax.weights.table import flatten
 from tools.mini_janus import roundtrip
 from tools.mini_janus import tokenizer as tokenizers
-from tools.mini_janus.config import MAX_POSITIONS, mini_config
+from tools.mini_janus.config import CONFIGS, MAX_POSITIONS, WORLDS
 
 
-def create(out: Path, seed: int) -> int:
+def create(out: Path, seed: int, size: str = "mini") -> int:
     """Writes the directory, whole or not at all, and returns the number of parameters.
 
     Raises: InputError where the directory holds files.
     """
     with whole_directory(out) as folder, tempfile.TemporaryDirectory() as assets:
-        tokenizer = tokenizers.build(seed)
-        tokenizers.write(Path(assets), tokenizer, MAX_POSITIONS)
-        config = mini_config(tokenizers.embedding_rows(tokenizer))
+        tokenizer = tokenizers.build(seed, WORLDS[size])
+        tokenizers.write(Path(assets), tokenizer, MAX_POSITIONS[size])
+        config = CONFIGS[size](tokenizers.embedding_rows(tokenizer))
         params = janus.init(config, jax.random.key(seed))
         export = Export(
             layout="transformers",
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="new or empty directory")
+    parser.add_argument("--size", choices=tuple(CONFIGS), default="mini", help="see config.py")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the text, or of the pictures"
     )
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             f"checker after encoding and decoding: {args.model}"
         )
     else:
-        print(f"{create(args.out, args.seed):,} parameters: {args.out}")
+        print(f"{create(args.out, args.seed, args.size):,} parameters: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
-"""The sizes of the mini Janus: 3.8 million parameters, 7.6 MB in bfloat16.
+"""The sizes of the two Janus that ship with the package: `mini` and `nano`.
 
-Chosen so that an export stays under 8 MB. The language model has more than half of it; the image
+`mini` has 3.8 million parameters, 7.6 MB in bfloat16, for the full drawn world; `nano` has under
+one million, 1.9 MB, for the small one. The language model has the largest part of each; the image
 tokenizer's width is the least that its 32-group norms allow.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
 
-IMAGE_SIZE = 64
-MAX_POSITIONS = 1024
+WORLDS = {"mini": "full", "nano": "small"}
+"""The drawn world that each is made for."""
+MAX_POSITIONS = {"mini": 1024, "nano": 256}
 
 
 def mini_config(vocab_size: int) -> JanusConfig:
@@ -26,10 +30,10 @@ def mini_config(vocab_size: int) -> JanusConfig:
             num_heads=6,
             num_kv_heads=6,
             head_dim=32,
-            max_position_embeddings=MAX_POSITIONS,
+            max_position_embeddings=MAX_POSITIONS["mini"],
         ),
         siglip=SiglipConfig(
-            image_size=IMAGE_SIZE,
+            image_size=64,
             patch_size=8,
             hidden_size=96,
             intermediate_size=288,
@@ -46,3 +50,39 @@ def mini_config(vocab_size: int) -> JanusConfig:
         ),
         image_token_embed=192,
     )
+
+
+def nano_config(vocab_size: int) -> JanusConfig:
+    """A Janus for 32x32 pictures: 4x4 tokens an image."""
+    return JanusConfig(
+        llama=LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=96,
+            intermediate_size=256,
+            num_layers=3,
+            num_heads=3,
+            num_kv_heads=3,
+            head_dim=32,
+            max_position_embeddings=MAX_POSITIONS["nano"],
+        ),
+        siglip=SiglipConfig(
+            image_size=32,
+            patch_size=8,
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=2,
+            num_heads=2,
+        ),
+        vq=VQConfig(
+            num_embeddings=256,
+            embed_dim=8,
+            z_channels=32,
+            base_channels=32,
+            channel_multiplier=(1, 1, 1, 1),
+            num_res_blocks=1,
+        ),
+        image_token_embed=96,
+    )
+
+
+CONFIGS: dict[str, Callable[[int], JanusConfig]] = {"mini": mini_config, "nano": nano_config}

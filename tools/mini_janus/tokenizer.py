@@ -38,16 +38,16 @@ ROW_MULTIPLE = 64  # the embedding has more rows than the tokenizer has tokens, 
 PIECES = r"[\r\n]+| ?</?[a-z]+>|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+"
 
 
-def corpus(seed: int, rows: int = CORPUS_ROWS) -> Iterator[str]:
-    """All text that the mini Janus reads or writes."""
+def corpus(seed: int, rows: int = CORPUS_ROWS, world: str = "full") -> Iterator[str]:
+    """All text that a Janus of this drawn world reads or writes."""
     yield from [instructions.CAPTION, "\n", "\n\n", ": "]
     for index in range(rows):
-        row = shapes.make_row(seed, index, split="train", encode=False)
+        row = shapes.make_row(seed, index, split="train", encode=False, world=world)
         yield from (row[name] for name in ("prompt", "qa_problem", "sft_answer", "caption"))
 
 
-def build(seed: int = 0) -> Tokenizer:
-    """Trains the tokenizer on the train split of the seed."""
+def build(seed: int = 0, world: str = "full") -> Tokenizer:
+    """Trains the tokenizer on the train split of the seed in a drawn world."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,7 +61,7 @@ def build(seed: int = 0) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed), trainer)
+    tokenizer.train_from_iterator(corpus(seed, world=world), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(
