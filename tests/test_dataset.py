@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from corl_jax.data.dataset import Loader, held_out, required_columns
-from corl_jax.data.parquet import COLUMNS, ParquetSource, find_files
+from corl_jax.data.parquet import COLUMNS, ParquetSource
+from corl_jax.data.parquet_files import find_files
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from tests.tiny import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir

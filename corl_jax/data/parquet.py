@@ -5,22 +5,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
-import glob
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from corl_jax.data.parquet_files import find_files, first_line
 from corl_jax.errors import InputError
 
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
 IMAGE_COLUMN = "real_image"
-HUB_PREFIX = "hf://datasets/"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z0-9])", re.IGNORECASE)
 CACHE_BYTES = 2**30
 
 
@@ -146,7 +142,7 @@ class ParquetSource:
             with pq.ParquetFile(path) as file:
                 table = file.read_row_group(number, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            message = f"{path}: row group {number} is unreadable ({_first_line(error)})"
+            message = f"{path}: row group {number} is unreadable ({first_line(error)})"
             self._unreadable[group] = message
             raise InputError(message) from error
         chunks = {name: table[name].chunks for name in columns}
@@ -191,76 +187,6 @@ def held_out(source: Source, n: int) -> tuple[Rows, Rows]:
     return Rows(source, 0, cut), Rows(source, cut, len(source))
 
 
-def find_files(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Parquet files named by a file, directory, glob, list of these, or hub dataset id.
-
-    A hub id is `owner/name` or `hf://datasets/owner/name[/glob]`; a local path of the same
-    name wins. Directories are searched recursively.
-
-    Raises:
-        InputError: nothing found, several splits mixed, or the hub cannot be reached.
-    """
-    entries = [data] if isinstance(data, str | os.PathLike) else list(data)
-    if not entries:
-        raise InputError("data: found an empty list; expected at least one parquet file")
-    paths = [path for entry in entries for path in _expand(os.fspath(entry))]
-    doubled = sorted({path for path in paths if paths.count(path) > 1})
-    if doubled:
-        raise InputError([f"data: {path} is named twice" for path in doubled])
-    return paths
-
-
-def _expand(entry: str) -> list[str]:
-    if os.path.isfile(entry):
-        return [entry]
-    if entry.startswith(HUB_PREFIX):
-        owner, name, *rest = [*entry.removeprefix(HUB_PREFIX).split("/", 2), "**/*.parquet"]
-        local = _download(f"{owner}/{name}", rest[0].removeprefix("**/"))
-        return _from_directory(local, rest[0], entry)
-    if os.path.isdir(entry):
-        return _from_directory(entry, "**/*.parquet", entry)
-    found = sorted(path for path in glob.glob(entry, recursive=True) if os.path.isfile(path))
-    if found:
-        return found
-    if HUB_ID.fullmatch(entry) and not entry.endswith(".parquet"):
-        return _from_directory(_download(entry), "**/*.parquet", entry)
-    raise InputError(
-        f"data: {entry} not found; expected a parquet file, a directory or glob of them, or a "
-        "hub dataset id owner/name"
-    )
-
-
-def _from_directory(directory: str, pattern: str, entry: str) -> list[str]:
-    found = sorted(glob.glob(os.path.join(glob.escape(directory), pattern), recursive=True))
-    if not found:
-        raise InputError(f"data: {entry} holds no file that matches {pattern}")
-    matches = [SPLIT_NAME.match(os.path.basename(path)) for path in found]
-    splits = sorted({match.group(1) for match in matches if match})
-    if len(splits) > 1:  # training on the test split would otherwise go unnoticed
-        raise InputError(
-            f"data: {entry} holds the splits {', '.join(splits)}; name the files of one, for "
-            f"example {entry.rstrip('/')}/**/{splits[-1]}*.parquet"
-            + ("" if os.path.isdir(entry) or entry.startswith("hf:") else f" after {HUB_PREFIX}")
-        )
-    return found
-
-
-def _download(repo: str, pattern: str = "*.parquet") -> str:
-    """A local snapshot of a hub dataset's files that match; the hub's cache makes it cheap."""
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.snapshot_download(
-            repo, repo_type="dataset", allow_patterns=[pattern]
-        )
-    except Exception as error:  # the hub client raises its own, requests' and OS errors
-        raise InputError(
-            f"data: {repo} is neither a local path nor a dataset that could be fetched from the "
-            f"hub ({type(error).__name__}: {_first_line(error)}). Offline, fetch it elsewhere "
-            f"with `hf download --repo-type dataset {repo} --local-dir DIR` and give DIR"
-        ) from error
-
-
 def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]]:
     """The common schema, and (path, row group, rows) of every row group that has rows."""
     import pyarrow as pa
@@ -275,7 +201,7 @@ def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             size = os.path.getsize(path) if os.path.exists(path) else 0
             problems.append(
-                f"{path}: not a readable parquet file ({size:,} bytes; {_first_line(error)}); "
+                f"{path}: not a readable parquet file ({size:,} bytes; {first_line(error)}); "
                 "copy or write it again"
             )
             continue
@@ -357,7 +283,3 @@ def _type_problem(path: str, name: str, field: Any) -> list[str]:
 
 def _size(arrays: Mapping[str, Any]) -> int:
     return sum(array.nbytes for array in arrays.values())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
