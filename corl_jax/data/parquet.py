@@ -8,12 +8,15 @@ import difflib
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from corl_jax.data import other_formats
 from corl_jax.data.parquet_files import find_files, first_line
 from corl_jax.errors import InputError
+from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
 
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
 IMAGE_COLUMN = "real_image"
@@ -199,11 +202,7 @@ def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]
                 meta = file.metadata
                 schemas[path] = file.schema_arrow
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            problems.append(
-                f"{path}: not a readable parquet file ({size:,} bytes; {first_line(error)}); "
-                "copy or write it again"
-            )
+            problems.append(_describe_unreadable(path, error))
             continue
         rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
         row_groups += [(path, group, count) for group, count in enumerate(rows) if count]
@@ -217,6 +216,14 @@ def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]
     if problems:
         raise InputError(problems)
     return schemas[first], row_groups
+
+
+def _describe_unreadable(path: str, error: Exception) -> str:
+    if is_lfs_pointer(Path(path)):
+        return describe_lfs_pointer(Path(path))
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    remedy = other_formats.describe_file(path) or "copy or write it again"
+    return f"{path}: not a readable parquet file ({size:,} bytes; {first_line(error)}); {remedy}"
 
 
 def _schema_difference(schema: Any, expected: Any) -> str:
