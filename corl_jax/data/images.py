@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ MAX_FILE_BYTES = 2**28  # encoded; a BMP of MAX_PIXELS with alpha has half of it
 MAX_SIDE = 2**14  # a line of 100,000 pixels is no picture, and resizing it costs like one
 WHITE = (255, 255, 255)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-PNG_KEYWORD_BYTES = 80  # 79 and a NUL; such a chunk begins with it
+PNG_KEYWORD_BYTES = 80  # 79 and a NUL; a text begins with it
 ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # may tell how to turn it
 ROTATIONS = {  # by the value of EXIF's Orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,14 +76,14 @@ def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(value, Image.Image):
         _check_size(value.size, max_pixels)
         return _decode(value)
-    data = remove_png_metadata(_encoded_bytes(value), keep=ORIENTATION_TEXTS)
+    data = remove_png_metadata(_encoded_bytes(value))
     try:
         return _decode_bytes(data, max_pixels)
     except BadImage:
-        plain = remove_png_metadata(data)
-        if len(plain) == len(data):
+        pixels = keep_png_pixels(data)  # a wrong checksum in the metadata spoils no pixel
+        if len(pixels) == len(data):
             raise
-        return _decode_bytes(plain, max_pixels)
+    return _decode_bytes(pixels, max_pixels)
 
 
 def take_single_picture(value: Any) -> Any:
@@ -100,22 +99,37 @@ def take_single_picture(value: Any) -> Any:
     return value[0] if value else None
 
 
-def remove_png_metadata(data: bytes, keep: Sequence[bytes] = ()) -> bytes:
-    """Returns a PNG without its colour profile and texts, none of which is decompressed.
+def remove_png_metadata(data: bytes) -> bytes:
+    """Returns a PNG without its texts and colour profile, none of which is decompressed.
 
-    Pillow refuses a PNG for the size of these, and holds up to 64 MB of them.
-    Of each text with a keyword in `keep` the first stays. What is no PNG comes back as it is.
+    Pillow refuses a PNG for the size of these, and holds up to 64 MB of them. The first of each
+    text that may tell the orientation stays. What is no PNG comes back as it is.
     """
+    orientation = set(ORIENTATION_TEXTS)
+
+    def is_kept(kind: bytes, content: bytes) -> bool:
+        keyword = content[:PNG_KEYWORD_BYTES].partition(b"\0")[0]
+        kept = kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in orientation
+        orientation.discard(keyword)
+        return kept
+
+    return _filter_png_chunks(data, is_kept)
+
+
+def keep_png_pixels(data: bytes) -> bytes:
+    """Returns a PNG of only those chunks that its pixels need: critical ones and transparency."""
+    return _filter_png_chunks(data, lambda kind, _: kind[:1].isupper() or kind == b"tRNS")
+
+
+def _filter_png_chunks(data: bytes, is_kept: Callable[[bytes, bytes], bool]) -> bytes:
     if not data.startswith(PNG_SIGNATURE):
         return data
-    place, parts, kept = len(PNG_SIGNATURE), [PNG_SIGNATURE], set(keep)
+    place, parts = len(PNG_SIGNATURE), [PNG_SIGNATURE]
     while place + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 8 + length + 4  # length, type, content, checksum
-        keyword = data[place + 8 : min(end, place + 8 + PNG_KEYWORD_BYTES)].partition(b"\0")[0]
-        if kind not in PNG_METADATA or keyword in kept:
+        if is_kept(kind, data[place + 8 : min(end, place + 8 + PNG_KEYWORD_BYTES)]):
             parts.append(data[place:end])
-            kept.discard(keyword)
         place = end
     return b"".join([*parts, data[place:]])
 

@@ -17,7 +17,7 @@ from corl_jax.data import other_formats
 from corl_jax.data.columns import BYTE_ORDER_MARK, COLUMNS, resolve_columns
 from corl_jax.data.parquet_files import find_files, first_line
 from corl_jax.errors import InputError
-from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
+from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
 CACHE_BYTES = 2**30
 LARGE_GROUP_BYTES = 2**28  # some 1,000 pictures; `datasets` writes groups of 100
@@ -231,7 +231,7 @@ def _read_footers(
             with pq.ParquetFile(path) as file:
                 meta = file.metadata
                 schemas[path] = file.schema_arrow
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        except (OSError, pa.ArrowException, UnicodeError) as error:
             problems.append(_describe_unreadable(path, error))
             continue
         for number in range(meta.num_row_groups):
@@ -246,6 +246,8 @@ def _read_footers(
 def _describe_unreadable(path: str, error: Exception) -> str:
     if is_lfs_pointer(Path(path)):
         return describe_lfs_pointer(Path(path))
+    if has_lone_surrogate(path):
+        return f"{path!a}: cannot be opened, since its name is not UTF-8; rename it"
     size = os.path.getsize(path) if os.path.exists(path) else 0
     remedy = other_formats.describe_file(path) or "copy or write it again"
     return f"{path}: not a readable parquet file ({size:,} bytes; {first_line(error)}); {remedy}"
