@@ -200,6 +200,12 @@ def test_what_a_folder_holds_is_counted(tmp_path):
         find_files(tmp_path)
     with pytest.raises(InputError, match=r"not found.*2 \.tar"):
         find_files(tmp_path / "*.parquet")
+    touch(tmp_path, "c/metadata.csv", "c/0.jpg", "c/1.jpg", "d/0.tar.gz")
+    with pytest.raises(InputError, match=r'2 \.jpg, 1 \.csv.*"imagefolder", data_dir=".*/c"'):
+        find_files(tmp_path / "c")
+    (tmp_path / "d/0.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(InputError, match=r'"webdataset", data_files=".*/0\.tar\.gz"'):
+        find_files(tmp_path / "d")
     touch(tmp_path, "b/0.pq")
     with pytest.raises(InputError, match=r"name them by a glob: .*/\*\*/\*\.pq"):
         find_files(tmp_path)

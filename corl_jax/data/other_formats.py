@@ -6,8 +6,9 @@ import collections
 import json
 import os
 import shlex
+from pathlib import Path
 
-from corl_jax.input_files import LFS_PREFIX
+from corl_jax.input_files import LFS_PREFIX, describe_lfs_pointer, is_lfs_pointer
 
 MAX_FILES_LISTED = 10_000  # a wrong path may be a whole disk
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -53,11 +54,17 @@ def describe_folder(folder: str) -> str:
         if suffix in files:
             ending = os.path.splitext(files[suffix][0])[1]
             return f"{text}; name them by a glob: {os.path.join(folder, '**', '*' + ending)}"
-    for suffix in (*READERS, *LOADERS):
-        if suffix in files:
-            paths = sorted(files[suffix])
-            return f"{text}; {_describe_conversion(paths, _kind_of(paths[0]) or suffix)}"
-    return text
+    named = {os.path.basename(path).partition(".")[0] for paths in files.values() for path in paths}
+    # A folder of pictures has a metadata.jsonl or .csv, which is not the data itself.
+    order = (*LOADERS, *READERS) if "metadata" in named else (*READERS, *LOADERS)
+    suffix = next((suffix for suffix in order if suffix in files), None)
+    if suffix is None:
+        return text
+    paths = sorted(files[suffix])
+    if is_lfs_pointer(Path(paths[0])):
+        return f"{text}; {describe_lfs_pointer(Path(paths[0]))}"
+    kind = _kind_of(paths[0])
+    return f"{text}; {_describe_conversion(paths, kind if kind in order else suffix)}"
 
 
 def describe_file(path: str) -> str:
@@ -114,10 +121,12 @@ def _kind_of(path: str) -> str:
     except OSError:
         start = b""  # reading it as parquet says why
     suffix = _suffix(path)
-    if start[257:262] == b"ustar":
-        return ".tar"
     if start.startswith((LFS_PREFIX, b"PAR1")):
         return ""
+    if suffix in (".csv", ".tsv"):  # which may begin with anything
+        return suffix
+    if start[257:262] == b"ustar":
+        return ".tar"
     sniffed = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
     if sniffed == ".gz" and suffix in READERS:
         return suffix

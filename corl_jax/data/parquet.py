@@ -263,8 +263,8 @@ def _describe_large_groups(sizes: Sequence[tuple[str, int]]) -> str | None:
     others = f" (as have {more:,} more files)" if more else ""
     return (
         f"{path}: has a row group of {size / 1e6:,.0f} MB{others}. A row group is read whole and "
-        f"takes two to four times its size in memory. Write it again in smaller ones: "
-        f"{other_formats.rewrite_command(path, 100)}"
+        f"takes two to four times its size in memory. Write the file again in smaller ones and put "
+        f"the new one in its place: {other_formats.rewrite_command(path, 100)}"
     )
 
 

@@ -64,7 +64,7 @@ def _repeated_files(paths: Sequence[str]) -> list[str]:
             continue
         first = spelling[real]
         other = "" if first == path else f": {path} is the same file"
-        problems.append(f"data: {first} is named twice{other}; remove one")
+        problems.append(f"data: {first} is named twice{other}; name it once")
     return list(dict.fromkeys(problems))
 
 
@@ -89,7 +89,7 @@ def _expand(entry: str) -> list[str]:
         if _list_files(root, os.path.relpath(entry, root)):
             return _one_split(root, os.path.relpath(entry, root), entry, root)
         match = HUB_ID.fullmatch(entry)
-        if match and (match["pattern"] or entry.endswith(".parquet")):
+        if match and (match["pattern"] or entry.startswith(".") or entry.endswith(".parquet")):
             match = None
     if match is None:
         raise InputError(_describe_missing(entry))
