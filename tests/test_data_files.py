@@ -301,6 +301,7 @@ def test_shards_may_differ_where_nothing_is_required(tmp_path, caplog):
     third = {name: array for name, array in arrays().items() if name != "qa_type"}
     for number, columns in enumerate((first, second, third)):
         pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    pq.write_table(pa.table({}), tmp_path / "4.parquet")  # no rows, no columns
     source = ParquetSource(tmp_path, required=("prompt", "qa_problem"))
     assert len(source) == 9
     assert source.column("prompt") == 3 * [tiny_row(i)["prompt"] for i in range(3)]

@@ -68,10 +68,11 @@ def test_unreadable_exif_is_ignored(exif):
     assert decode_image(encode(picture, "JPEG", exif=exif)).size == (8, 4)
 
 
-@pytest.mark.parametrize("orientation", range(10))
-def test_every_orientation_is_that_of_pillow(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(tiny_image(0, (8, 4)), exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_every_orientation_is_that_of_pillow(image_format):
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(tiny_image(0, (8, 4)), image_format, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))

@@ -240,6 +240,8 @@ def _read_footers(
                 row_groups.append((path, number, group.num_rows, group.total_byte_size))
     if schemas and not row_groups and not problems:
         problems.append(f"{', '.join(paths)}: found 0 rows; expected at least one")
+    if row_groups:  # files without rows, which some writers leave, may have no columns either
+        schemas = {path: schemas[path] for path, *_ in row_groups}
     return schemas, row_groups, problems
 
 
