@@ -49,6 +49,8 @@ MIXED = {
     "infixes": ("foo-validation-0.parquet", "foo-train-0.parquet"),
     "digits": ("train2017.parquet", "val2017.parquet"),
     "upper case": ("Train.parquet", "TEST.parquet"),
+    "humps": ("rowsTest.parquet", "rowsTrain.parquet"),
+    "words in one": ("testdata/0.parquet", "traindata/0.parquet"),
     "dev": ("train.parquet", "dev.parquet"),
     "evaluation": ("training/0.parquet", "evaluation/0.parquet"),
     "held out": ("rows.parquet", "rows_held_out.parquet"),
