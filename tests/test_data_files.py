@@ -214,6 +214,13 @@ def test_what_a_folder_holds_is_counted(tmp_path):
     assert len(find_files(f"{tmp_path}/**/*.pq")) == 1
 
 
+def test_what_cannot_be_converted_is_named(tmp_path):
+    for content, message in ((b"<!doctype html>", "a web page"), (b"PK\x03\x04", "unpack it")):
+        (tmp_path / "a.parquet").write_bytes(content)
+        with pytest.raises(InputError, match=f"it looks like .*{message}"):
+            ParquetSource(tmp_path)
+
+
 def test_git_lfs_pointers_are_called_so(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
     (tmp_path / "a.parquet").write_bytes(pointer)

@@ -124,9 +124,13 @@ def _check_types(schemas: Mapping[str, Any], name: str, column: str) -> list[str
     """Problems of a standard column whose values are not of its kind, one for each type."""
     from pyarrow import types
 
-    is_good, expected = _is_text, "string"
+    is_good, expected = _is_text, "string; write it as text"
     if name == IMAGE_COLUMN:
-        is_good, expected = _is_picture, "struct<bytes: binary, path: string> or binary"
+        is_good = _is_picture
+        expected = (
+            "struct<bytes: binary, path: string> or binary; embed the encoded files as docs/data.md "
+            "shows"
+        )
     wrong: dict[str, list[str]] = {}
     for path, schema in schemas.items():
         if column not in schema.names:

@@ -37,7 +37,11 @@ _MAGIC = {
     b"\x1f\x8b": ".gz", b"PK\x03\x04": ".zip", b"<": ".html",
     b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg",
 }  # fmt: skip
-_UNREADABLE = {".html": "a web page", ".zip": "a zip archive", ".gz": "a gzip archive"}
+_UNREADABLE = {
+    ".html": "a web page, perhaps one that asks for a login; download the file again",
+    ".zip": "a zip archive; unpack it",
+    ".gz": "a gzip archive; unpack it",
+}
 
 
 def describe_folder(folder: str) -> str:
