@@ -128,8 +128,7 @@ def _check_types(schemas: Mapping[str, Any], name: str, column: str) -> list[str
     if name == IMAGE_COLUMN:
         is_good = _is_picture
         expected = (
-            "struct<bytes: binary, path: string> or binary; embed the encoded files as docs/data.md "
-            "shows"
+            "struct<bytes: binary, path: string> or binary; embed the files as docs/data.md shows"
         )
     wrong: dict[str, list[str]] = {}
     for path, schema in schemas.items():
