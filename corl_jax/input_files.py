@@ -6,14 +6,17 @@ It imports nothing but `errors`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from corl_jax.errors import InputError
 
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 LFS_POINTER_MAX_BYTES = 1024  # the size that git-lfs allows a pointer
+LONE_SURROGATE = "holds half of a surrogate pair (as \\ud83d alone), which is no character; mend it"
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
 
@@ -78,6 +81,34 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         ) from None
 
 
+def read_text_lines(path: Path, expected: str = "a text file") -> list[tuple[int, str]]:
+    """Returns (line number, stripped line) of each line with text; otherwise as `read_text`."""
+    lines = enumerate(read_text(path, expected).split("\n"), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_json_lines(path: Path, expected: str = "a JSON object a line") -> list[tuple[int, Any]]:
+    """Returns (line number, value) of each line with text; otherwise as `read_text`.
+
+    Raises: InputError also for each line that is not JSON or holds half of a surrogate pair.
+    """
+    problems, values = [], []
+    for number, line in read_text_lines(path, expected):
+        try:
+            values.append((number, json.loads(line)))
+            if has_lone_surrogate(json.dumps(values[-1][1], ensure_ascii=False)):
+                problems.append(f"{path}: line {number}: {LONE_SURROGATE}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{path}: line {number}: not valid JSON ({error})")
+    if problems:
+        raise InputError(problems)
+    return values
+
+
 def has_lone_surrogate(text: str) -> bool:
     """True for text that UTF-8 cannot hold, such as half of a \\ud83d\\ude00 pair from JSON."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

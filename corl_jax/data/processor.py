@@ -18,12 +18,14 @@ from PIL import Image
 
 from corl_jax.data.images import ImageSettings, image_settings, preprocess
 from corl_jax.errors import InputError
+from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.tokens import ROLES, STRINGS, special_tokens
 
 FILES = ("config", "processor_config", "preprocessor_config")
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
+LONGEST_SHOWN = 80  # characters of a text in a message
 
 
 class Processor:
@@ -222,6 +224,8 @@ class Processor:
         return self._plain_ids(text)
 
     def _plain_ids(self, text: str) -> list[int]:
+        if has_lone_surrogate(text):  # the tokenizer would end in a TypeError
+            raise InputError(f"the text {text[:LONGEST_SHOWN]!a} {LONE_SURROGATE}")
         return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
     # ---- images

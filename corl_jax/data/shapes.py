@@ -32,6 +32,7 @@ from PIL import Image
 from corl_jax.data import shapes_text
 from corl_jax.data.shapes_scene import SPLITS, Spec, in_split, render, sample_scene, sample_spec
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import expand_path
 
 __all__ = ["FEATURES", "make_row", "render", "sample_spec_of_row", "schema", "write"]
 
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="all", help="see the module docstring")
     args = parser.parse_args(argv)
     path = write(
-        args.out,
+        expand_path(args.out),
         args.rows,
         args.seed,
         image_size=args.image_size,
