@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from corl_jax import grpo
-from corl_jax.rewards.custom import RewardError
+from corl_jax.errors import RewardError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.weights.files import load_config, load_params
