@@ -308,7 +308,7 @@ def test_relative_imports_work_in_a_package(tree):
         """,
     })  # fmt: skip
     # by_its_folder has no package, so its own relative import cannot work.
-    with pytest.raises(InputError, match="relative import.*put an __init__.py into the file's fol"):
+    with pytest.raises(InputError, match=r"relative import.*put an __init__\.py into the file"):
         load("src/mypack/deep/rewards.py:f", {})
     tree({"src/mypack/deep/more.py": "from mypack.values import WEIGHT"})
     assert score_one("src/mypack/deep/rewards.py:f") == 8

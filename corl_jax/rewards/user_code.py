@@ -168,8 +168,9 @@ def _put_on_path(folder: Path, *, before_installed: bool) -> None:
 
     Python's own modules come first: a file beside the reward must not hide one from all others.
     """
-    python = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib")}
-    first = [entry for entry in sys.path if entry in python or entry.endswith((".zip", "dynload"))]
+    python = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    python |= {os.path.join(entry, "lib-dynload") for entry in python}
+    first = [entry for entry in sys.path if entry in python]
     rest = [entry for entry in sys.path if entry not in first]
     if before_installed:
         sys.path[:] = [*first, str(folder), *rest]

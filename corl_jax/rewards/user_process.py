@@ -99,9 +99,7 @@ class UserProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-P", "-c", _PROGRAM, str(theirs.fileno()), *self._path],
                 cwd=self._folder,
-                # JAX would take the devices that the run has.
-                env=os.environ
-                | {"JAX_PLATFORMS": "cpu", INDEX_VARIABLE: str(distributed.global_state.process_id)},
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output belongs to the command's own lines
                 pass_fds=[theirs.fileno()],
@@ -176,6 +174,12 @@ class UserProcess:
             assert self._connection is not None
             _kill_process(self._process, self._connection)
             self._process = self._connection = None
+
+
+def _environment() -> dict[str, str]:
+    index = distributed.global_state.process_id
+    # JAX would take memory of the devices that the run uses.
+    return os.environ | {"JAX_PLATFORMS": "cpu", INDEX_VARIABLE: str(index)}
 
 
 def _signal_name(number: int) -> str:
