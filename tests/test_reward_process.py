@@ -6,11 +6,9 @@ meets the conditions under which it runs.
 
 from __future__ import annotations
 
-import os
+import gc
 import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,8 +189,8 @@ def fork_pool(texts):
         return pool.map(length, texts)
 
 
-def spawn_executor(texts):
-    context = multiprocessing.get_context("spawn")
+def forkserver_executor(texts):
+    context = multiprocessing.get_context("forkserver")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         return list(pool.map(length, texts))
 
@@ -210,7 +208,7 @@ def reads(texts):
 NAMES = (
     "itimer", "alarm_in_silence", "alarm_that_rings", "alarm_in_a_coroutine", "database",
     "thread_local", "judge", "judge_by_hand", "judge_on_the_current_loop", "loop_of_its_own",
-    "keeps_a_task", "spawn_pool", "fork_pool", "spawn_executor", "program", "reads",
+    "keeps_a_task", "spawn_pool", "fork_pool", "forkserver_executor", "program", "reads",
 )  # fmt: skip
 
 
@@ -358,7 +356,7 @@ def test_a_reward_knows_its_place_and_takes_no_device(tree):
         import os, sys
         def f(texts):
             assert os.environ["JAX_PLATFORMS"] == "cpu" and os.environ["{INDEX_VARIABLE}"] == "0"
-            assert os.path.samefile(os.getcwd(), {os.getcwd()!r})
+            assert os.path.exists("a/rewards.py"), "paths start where the command's do"
             assert not {{"jax", "numpy"}} & sys.modules.keys(), "starts in no time"
             return [1]
     """})  # fmt: skip
@@ -404,13 +402,14 @@ def test_a_restart_that_fails_counts_as_a_failed_call(tree, monkeypatch):
         reward(one, NOWHERE)
 
 
-def test_a_program_that_ends_lets_a_reward_say_goodbye(tree, tmp_path):
+def test_what_a_module_does_at_exit_is_done(tree, tmp_path):
     tree({"a.py": """
         import atexit
         atexit.register(lambda: open("closed", "w").close())
         def f(texts): return [1]
     """})  # fmt: skip
-    script = "from corl_jax.rewards.custom import load\nreward = load('a.py:f', {})"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env)
+    reward = load("a.py:f", {})
+    assert not (tmp_path / "closed").exists()
+    del reward
+    gc.collect()
     assert (tmp_path / "closed").exists()
