@@ -316,8 +316,10 @@ def test_what_cannot_be_found_names_the_remedy(tree):
     tree({
         "a/missing.py": "from nothing_here import x\ndef f(texts): return [1]",
         "a/relative.py": "from .values import x\ndef f(texts): return [1]", "a/values.py": "x = 1",
+        "a/hidden.py": "from token import x\ndef f(texts): return [1]", "a/token.py": "x = 1",
     })  # fmt: skip
     for name, remedy in (
+        ("hidden", "line 1: .*token is a module of Python itself; rename the file beside"),
         ("missing", "line 1: .*No module named 'nothing_here'; install it, or put it beside"),
         ("relative", "line 1: .*no known parent package; put an __init__.py into"),
     ):
@@ -379,11 +381,21 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_reward_to_end_its_step(tr
     assert score_one("a.py:f") == 15
 
 
+def test_another_reward_of_a_file_whose_process_has_ended(tree):
+    tree({"a.py": """
+        import os
+        def f(texts): os._exit(1)
+        def g(texts): return [2]
+    """})  # fmt: skip
+    first, one = load("a.py:f", {}), Samples({}, texts=["a"])
+    assert np.isnan(first(one, NOWHERE))
+    second = load("a.py:g", {})
+    assert second.process is first.process and second(one, NOWHERE) == 2
+
+
 def test_an_import_that_ends_the_process_says_so(tree):
     tree({"a.py": "import os\nos._exit(4)"})
-    with pytest.raises(
-        InputError, match=r"a\.py:f: ChildProcessError.*exited with code 4 while it"
-    ):
+    with pytest.raises(InputError, match=r"a\.py:f: ChildProcessError.*exited with code 4"):
         load("a.py:f", {})
 
 
@@ -398,7 +410,7 @@ def test_a_restart_that_fails_counts_as_a_failed_call(tree, monkeypatch):
     monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.2)
     reward, one = load("a.py:f", {}, max_failures=2), Samples({}, texts=["a"])
     assert np.isnan(reward(one, NOWHERE))
-    with pytest.raises(RewardError, match=r"(?s)a.py line 3: .*OSError: no model"):
+    with pytest.raises(RewardError, match=r"a\.py line 3: .*OSError: no model"):
         reward(one, NOWHERE)
 
 

@@ -197,7 +197,15 @@ def _import_problem(error: BaseException) -> str:
         remedy = "install it, or put it beside the file"
     elif isinstance(error, ImportError) and "relative import" in what:
         remedy = "put an __init__.py into the file's folder, or leave out the dot"
+    elif isinstance(error, ImportError) and _hides_neighbour(error.name, file):
+        remedy = f"{error.name} is a module of Python itself; rename the file beside this one"
     elif isinstance(error, SystemExit):
         remedy = 'move what ends the program under if __name__ == "__main__"'
     place = f"{Path(file).name} line {line}: {(text or '').strip()}: " if file else ""
     return f"{place}{what}; {remedy}"
+
+
+def _hides_neighbour(name: str | None, file: str | None) -> bool:
+    """True for a module of Python itself whose name a file beside `file` has as well."""
+    hidden = Path(file or "").parent / f"{name}.py"
+    return name in sys.stdlib_module_names and Path(file or "") != hidden and hidden.is_file()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from multiprocessing.connection import Connection
@@ -49,13 +51,10 @@ class UserProcess:
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._stack = ""
+        self._one_at_a_time = threading.Lock()
         began = time.monotonic()
-        reply = self._start()
+        _raise_input_error(self._start())
         self._import_s = time.monotonic() - began
-        if isinstance(reply, Problems):
-            raise InputError(reply.lines)
-        if isinstance(reply, Failure):
-            raise InputError(f"{reply.line} while it was imported")
 
     @property
     def pid(self) -> int | None:
@@ -67,11 +66,11 @@ class UserProcess:
 
         Raises: InputError for a function or options that cannot be used.
         """
-        reply = self._ask(("inspect", name, options))
-        if isinstance(reply, Problems):
-            raise InputError(reply.lines)
-        if isinstance(reply, Failure):
-            raise InputError(reply.line)
+        with self._one_at_a_time:
+            if self._process is None:
+                _raise_input_error(self._start())
+            reply = self._ask(("inspect", name, options))
+        _raise_input_error(reply)
         return reply
 
     def call(
@@ -82,17 +81,15 @@ class UserProcess:
         After the end of the process the next call waits for the import too, for up to
         `timeout_s` and three times what it took at first.
         """
-        if self._process is None:
-            reply = self._start(timeout_s + 3 * self._import_s)
-            if isinstance(reply, Problems):
-                text = "\n".join(reply.lines)
-                reply = Failure(f"the file no longer imports: {text}", text)
-            if reply is not None:
-                self._kill()
-                return reply
-        return self._ask(("call", name, arguments, count, timeout_s), timeout_s, grace_s)
+        with self._one_at_a_time:
+            if self._process is None:
+                failure = self._start(timeout_s + 3 * self._import_s)
+                if failure is not None:
+                    line = f"{failure.line} (in the import after its process had ended)"
+                    return dataclasses.replace(failure, line=line)
+            return self._ask(("call", name, arguments, count, timeout_s), timeout_s, grace_s)
 
-    def _start(self, limit_s: float | None = None) -> Any:
+    def _start(self, limit_s: float | None = None) -> Failure | None:
         """Starts the process; returns None once it has imported the code, else why it has not."""
         ours, theirs = multiprocessing.Pipe()
         with theirs:
@@ -107,7 +104,13 @@ class UserProcess:
             )  # fmt: skip
         self._connection = ours
         self._end = weakref.finalize(self, _end_process, os.getpid(), self._process, ours)
-        return self._ask(("load", self._source), limit_s)
+        reply = self._ask(("load", self._source), limit_s)
+        if isinstance(reply, Problems):
+            text = "\n".join(reply.lines)
+            reply = Failure(text, f"{text}\n")
+        if reply is not None:
+            self._kill()
+        return reply
 
     def _ask(self, request: tuple, limit_s: float | None = None, grace_s: float = 0.0) -> Any:
         """Returns the reply, or a Failure where the process ends or is out of time."""
@@ -174,6 +177,13 @@ class UserProcess:
             assert self._connection is not None
             _kill_process(self._process, self._connection)
             self._process = self._connection = None
+
+
+def _raise_input_error(reply: Any) -> None:
+    if isinstance(reply, Problems):
+        raise InputError(reply.lines)
+    if isinstance(reply, Failure):
+        raise InputError(reply.line)
 
 
 def _environment() -> dict[str, str]:
