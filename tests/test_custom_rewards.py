@@ -323,7 +323,8 @@ def test_a_process_that_ends_costs_its_call_and_is_started_anew(made, caplog):
     reward = made(code)
     for end, what in (
         ("os._exit(3)", "exited with code 3"),
-        ("os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("os.kill(os.getpid(), 9)", "was ended by SIGKILL; has memory run out?"),
+        ("os.abort()", "was ended by SIGABRT"),
     ):
         assert reward(texts("pass"), NOWHERE) == 1
         assert np.isnan(reward(texts(end), NOWHERE)).all()
@@ -332,7 +333,7 @@ def test_a_process_that_ends_costs_its_call_and_is_started_anew(made, caplog):
             .getMessage()
             .endswith(f"ChildProcessError: the process of mine.py {what}")
         )
-    assert reward.failures == 2
+    assert reward.failures == 3
 
 
 def test_a_file_edited_during_a_run_counts_from_the_next_run_on(made, write):

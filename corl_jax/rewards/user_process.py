@@ -121,7 +121,7 @@ class UserProcess:
             received, reply = self._receive(limit_s)
             if received:
                 return reply
-            os.kill(self._process.pid, LATE_SIGNAL)
+            self._process.send_signal(LATE_SIGNAL)
             received, reply = self._receive(grace_s)
         except (EOFError, ConnectionError):
             return self._gone()
@@ -166,8 +166,11 @@ class UserProcess:
         self._kill()
         if code is None:
             how = "closed its connection"
+        elif code >= 0:
+            how = f"exited with code {code}"
         else:
-            how = f"exited with code {code}" if code >= 0 else f"ended by {_signal_name(-code)}"
+            hint = "; has memory run out?" if code == -signal.SIGKILL else ""
+            how = f"was ended by {_signal_name(-code)}{hint}"
         line = f"ChildProcessError: the process of {self._source.name} {how}"
         return Failure(line, f"{line}\n")
 
