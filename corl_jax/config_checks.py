@@ -26,7 +26,7 @@ UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b
 
 
 REWARD_GRACE_S = 1.0
-"""Seconds beyond its timeout_s that an async reward by `use` has to end tidily."""
+"""Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 
 
 def problems(config: Config) -> list[str]:

@@ -61,6 +61,16 @@ class SaveError(RuntimeError):
         return str(self).splitlines()
 
 
+class RewardError(RuntimeError):
+    """A user's reward has failed too often for the run to go on; shows the user's traceback."""
+
+    exit_code = FAILED_EXIT_CODE
+
+    @property
+    def problems(self) -> list[str]:
+        return [str(self).rstrip()]
+
+
 class Preempted(BaseException):
     """A run was asked to stop, and all that it has done is saved; says how to go on.
 
@@ -87,7 +97,7 @@ def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.exit_code)
-        except (InputError, GuardError, SaveError) as error:
+        except (InputError, GuardError, RewardError, SaveError) as error:
             for problem in shorten(error.problems):
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(error.exit_code)

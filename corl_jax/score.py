@@ -1,7 +1,7 @@
 """Tries a reward out on a file of cases.
 
     python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR]
-                             [--network NAME=PATH ...] [key=value ...]
+                             [--network NAME=PATH ...] [--repeat N] [key=value ...]
     python -m corl_jax.score --list
 
 NAME is a registered reward, or one of your own: FILE.py:FUNCTION.
@@ -16,7 +16,9 @@ reward of your own gets them as they are. key=value are the reward's options, va
 --network says where the weights of a reward network are, where that is not its usual place.
 
 Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
-mean goes to stderr.
+mean goes to stderr. --repeat N calls the reward N times with the same cases, as the steps of a run
+would: "reward" is the first call's, "rewards" lists all of them, null too where a call failed.
+stderr says which calls failed and how much the others differ; a failed call gives exit code 1.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config import Networks, Reward, RewardNetwork
 from corl_jax.data.images import decode_image
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, RewardError, exit_on_input_error
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
+from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import Frozen, Policy
 from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
 
@@ -55,13 +58,31 @@ def main(argv: list[str] | None = None) -> None:
         print(table())
         return
     reward, found, cases = plan(args)
-    values = _score(args, reward, found, cases)
-    for index, (line, value) in enumerate(zip(cases.lines, values, strict=True)):
-        number = None if np.isnan(value) else float(f"{value:.7g}")
-        print(json.dumps({"index": index, "line": line, "reward": number}))
+    context = _load_context(args, reward, found)
+    calls = [call_once(reward, cases.samples, context) for _ in range(args.repeat)]
+    traces = {number: call for number, call in enumerate(calls, 1) if isinstance(call, str)}
+    if len(traces) < len(calls):
+        _print_rewards(reward.name, cases, calls)
+    if traces:
+        raise RewardError(describe_failures(reward, traces, len(calls)))
+
+
+def _print_rewards(name: str, cases: Cases, calls: list[np.ndarray | str]) -> None:
+    """A line per case, and to stderr the mean and how the calls differ; a str is a failed call."""
+    count = len(cases.lines)
+    failed = np.full(count, np.nan, np.float32)
+    values = np.stack([failed if isinstance(call, str) else call for call in calls])
+    for index, (line, rewards) in enumerate(zip(cases.lines, values.T, strict=True)):
+        numbers = [None if np.isnan(value) else float(f"{value:.7g}") for value in rewards]
+        more = {"rewards": numbers} if len(calls) > 1 else {}
+        print(json.dumps({"index": index, "line": line, "reward": numbers[0]} | more))
     valid = values[~np.isnan(values)]
     mean = f"mean {valid.mean():.4f}" if valid.size else "no mean"
-    print(f"{reward.name}: {mean} over {valid.size} of {len(values)} cases", file=sys.stderr)
+    text = f"{name}: {mean} over {valid.size} of {values.size} cases"
+    if len(calls) > 1:
+        ended = np.stack([call for call in calls if not isinstance(call, str)])
+        text += f"; {describe_differences(ended, [f'that of line {x}' for x in cases.lines])}"
+    print(text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the networks'")
     parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="call it N times with the same cases"
+    )
     parser.add_argument("--list", action="store_true", help="show all rewards and stop")
     parser.add_argument("options", nargs="*", metavar="key=value", help="the reward's options")
     return parser
@@ -139,6 +163,8 @@ def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Case
     options = _options(args.options, problems)
     if args.seed < 0:
         problems.append(f"--seed: found {args.seed}; expected 0 or more")
+    if args.repeat < 1:
+        problems.append(f"--repeat: found {args.repeat}; expected 1 or more")
     reward = args.reward and attempt(_resolve, args.reward, options)
     asked = reward.networks if reward else ()
     settings = attempt(_network_settings, args.network, args.dtype, asked)
@@ -309,9 +335,9 @@ def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
     return Samples(columns, images=images if entry.any_size else np.stack(images))
 
 
-def _score(
-    args: argparse.Namespace, reward: Resolved, found: list[networks.Found], cases: Cases
-) -> np.ndarray:
+def _load_context(
+    args: argparse.Namespace, reward: Resolved, found: list[networks.Found]
+) -> Context:
     config = params = processor = dtype = None
     if found or reward.scorers:
         enable_compilation_cache()
@@ -324,8 +350,7 @@ def _score(
         loaded["initial"] = Frozen(initial, SingleDeviceSharding(jax.local_devices()[0]))
     elif args.model:
         print(f"note: {reward.name} asks no policy; --model is not loaded", file=sys.stderr)
-    context = Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)
-    return registry.score([reward], cases.samples, context)[reward.name]
+    return Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import pytest
 
 from corl_jax import config_file
 from corl_jax.config import Guards as Options
-from corl_jax.errors import GuardError, InputError
-from corl_jax.rewards.custom import RewardError
+from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.train import guards
 from corl_jax.train.guards import FAILED_WINDOW, RULES, WINDOW, Guards
 from corl_jax.train.iterate import duplicates

@@ -192,7 +192,7 @@ def test_a_reward_that_fails_on_one_process_ends_all(chain):
     assert chain.seconds < 20
     for text in chain.failing:
         assert "process 1: RuntimeError: the judge is out" in text
-        assert "corl_jax.rewards.custom.RewardError: reward answers" in text
+        assert "process 1: error: reward answers" in text
     assert "process 0: ends, for process 1 failed" in chain.failing[0]
 
 

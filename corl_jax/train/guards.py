@@ -12,8 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corl_jax.errors import GuardError
-from corl_jax.rewards.custom import RewardError
+from corl_jax.errors import GuardError, RewardError
 
 WINDOW = 10  # logged steps: over which shares are averaged, and after which an alarm is off again
 FAILED_WINDOW = 20  # steps over which the failures of a reward are averaged
