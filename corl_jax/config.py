@@ -357,8 +357,13 @@ class Compat(Section):
     mc_as_open_ended: bool = option(False, "Q3: choice answers scored by word overlap")
     text_top_k_50: bool = option(False, "Q4: transformers' implicit top_k")
     ti_sim_fixed_spans: bool = option(False, "Q7: spans 5:581 and 586: of the tokens")
-    format_without_strip: bool = option(False, "Q20")
+    format_without_strip: bool = option(False, "Q20: white space around spoils the format")
     answer_single_line: bool = option(False, "Q21: answers with a newline not found")
+    format_repeated_blocks: bool = option(False, "C1: blocks within blocks pass the format test")
+    answer_in_thoughts: bool = option(False, "C2: an answer block in the thoughts decides")
+    compare_by_letters: bool = option(
+        False, "C3: numbers resemble others by spelling, a class counts within any word"
+    )
 
 
 class Config(Section):

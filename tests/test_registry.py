@@ -106,11 +106,40 @@ def test_every_problem_is_reported_at_once():
         ("answer_single_line", "oc_accuracy",
          texts("so\n<answer>red\n</answer>", cls_solution=["red"])),
         ("format_without_strip", "format", texts(" <think>a</think><answer>b</answer>\n")),
+        ("answer_in_thoughts", "qa_accuracy",
+         texts("<think><answer>a</answer></think><answer>red</answer>", qa_solution=["red"],
+               qa_type=["OE"])),
+        ("answer_in_thoughts", "oc_accuracy",
+         texts("<think><answer>a</answer></think><answer>red</answer>", cls_solution=["red"])),
+        ("compare_by_letters", "qa_accuracy",
+         texts("twenty one", qa_solution=["21"], qa_type=["OE"])),
     ],
 )  # fmt: skip
 def test_compat_switches_change_what_they_should(switch, name, samples):
     assert score(name, samples) == 1.0
     assert score(name, samples, **{switch: True}) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("switch", "name", "samples"),
+    [
+        ("format_repeated_blocks", "format",
+         texts("<think>a</think><answer>b</answer><answer>c</answer>")),
+        ("compare_by_letters", "qa_accuracy", texts("35", qa_solution=["3.5"], qa_type=["OE"])),
+        ("compare_by_letters", "oc_accuracy", texts("not a dog", cls_solution=["dog"])),
+    ],
+)  # fmt: skip
+def test_compat_switches_bring_exploits_back(switch, name, samples):
+    assert score(name, samples) == 0.0
+    assert score(name, samples, **{switch: True}) > 0.6
+
+
+def test_unknown_question_types_are_refused_by_row():
+    batch = texts("B", "B", "B", qa_solution=["B"] * 3, qa_type=["mcq", "essay", None])
+    with pytest.raises(InputError) as caught:
+        score("qa_accuracy", batch)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("row 1: qa_type: found 'essay', expected MC or OE")
 
 
 def test_a_switch_sets_the_fixed_spans_and_refuses_a_contradiction():
@@ -140,7 +169,7 @@ def test_scores_per_row_with_nan_where_not_applicable():
 
 def test_classes_come_from_either_columns_row_by_row():
     batch = texts("fox", "fox", cls_solution=["red fox", None], qa_solution=["cat", "fox"])
-    np.testing.assert_allclose(score("oc_accuracy", batch), [0.9, 1.0])
+    np.testing.assert_allclose(score("oc_accuracy", batch), [0.45, 1.0])
     only = texts("fox", qa_solution=["fox"])
     assert score("oc_accuracy", only) == 1.0
 
