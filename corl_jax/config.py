@@ -328,6 +328,11 @@ class Guards(Section):
     zero_spread: Fraction | None = option(
         0.9, "alarm above: groups with equal rewards, mean of 10 steps"
     )
+    not_applicable: Fraction | None = option(
+        0.5,
+        "alarm above: completions without a reward, mean of 10 steps; or a reward that applies to "
+        "none; the end of a run without any",
+    )
     drift_mean: PositiveFloat | None = option(
         0.05, "alarm above: mean |sampler - trainer| log-prob, nats"
     )
@@ -337,7 +342,16 @@ class Guards(Section):
         "alarm: standard errors that a held-out score falls while the reward rises",
     )
     fatal: list[
-        Literal["kl", "entropy", "duplicates", "zero_spread", "drift_mean", "drift_max", "held_out"]
+        Literal[
+            "kl",
+            "entropy",
+            "duplicates",
+            "zero_spread",
+            "not_applicable",
+            "drift_mean",
+            "drift_max",
+            "held_out",
+        ]
     ] = Field(default_factory=list, description="alarms that end the run with exit code 3")
 
 

@@ -85,7 +85,8 @@ class Recorder:
             GuardError, RewardError: the run must not go on, nor be saved as it is.
         """
         self.watchdog.beat(compiled=True)
-        self.guards.step(step + 1, iteration.updates, iteration.metrics)
+        is_last = step + 1 == run.steps
+        self.guards.step(step + 1, iteration.updates, iteration.metrics, is_last)
         self.saver.poll()
         self.unlogged.append(seconds)
         if (step + 1) % self.config.log.every and step + 1 != run.steps:
