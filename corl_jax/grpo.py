@@ -79,10 +79,11 @@ def reward_stats(rewards: jax.Array, group_size: int) -> dict[str, jax.Array]:
     groups = _as_groups(rewards, group_size)
     valid = ~jnp.isnan(groups)
     count = valid.sum(axis=1)
-    std = jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=1), 0.0)
+    std = _spread_or_zero(groups, valid)
+    batch_std = _spread_or_zero(rewards[None], valid.reshape(1, -1))[0]
     return {
         "reward": jnp.nanmean(rewards),
-        "reward_std": jnp.nanstd(rewards, ddof=1),
+        "reward_std": jnp.where(valid.any(), batch_std, jnp.nan),
         "reward_group_std": _mean_where(std, count > 1),
         "frac_reward_zero_std": _mean_where((std == 0.0).astype(jnp.float32), count > 0),
         "not_applicable": jnp.isnan(rewards).mean(),
@@ -276,6 +277,11 @@ def _has_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
     lowest = jnp.where(valid, groups, jnp.inf).min(axis=1, keepdims=True)
     size = jnp.where(valid, jnp.abs(groups), 0.0).max(axis=1, keepdims=True)
     return highest - lowest > ROUNDING_UNITS * jnp.finfo(jnp.float32).eps * size
+
+
+def _spread_or_zero(groups: jax.Array, valid: jax.Array) -> jax.Array:
+    """The unbiased std of each group's valid rewards [groups]; exactly 0 if they are equal."""
+    return jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=1), 0.0)
 
 
 def _mean_where(values: jax.Array, kept: jax.Array) -> jax.Array:
