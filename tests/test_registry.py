@@ -13,7 +13,7 @@ from PIL import Image
 from corl_jax.config import Compat, Reward
 from corl_jax.data import shapes
 from corl_jax.errors import InputError
-from corl_jax.rewards import image, registry
+from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.options import option_problem
 from corl_jax.rewards.registry import REGISTRY, Context, Entry, Resolved, Samples
@@ -140,6 +140,29 @@ def test_unknown_question_types_are_refused_by_row():
         score("qa_accuracy", batch)
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith("row 1: qa_type: found 'essay', expected MC or OE")
+
+
+def test_rewards_that_can_score_none_of_the_first_rows_are_named():
+    rewards = resolve(
+        *({"name": n} for n in ("format", "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"))
+    )
+    listed = [*rewards["mm2t"], *rewards["t2i"]]
+    sound = {
+        "qa_solution": "<answer>B</answer>", "qa_type": "MC", "prompt": "a dog",
+        "od_problem": "where?", "od_solution": [[0, 0, 1, 1]],
+    }  # fmt: skip
+    assert applicable.inapplicable_rewards(listed, [sound]) == []
+    assert applicable.inapplicable_rewards(listed, []) == []
+    blank = {"qa_solution": "<answer> </answer>", "prompt": "  ", "od_solution": "no boxes"}
+    assert applicable.inapplicable_rewards(listed, [sound, sound | blank]) == []
+    lines = applicable.inapplicable_rewards(listed, [sound | blank] * 2)
+    assert [line.split(" ")[1] for line in lines] == [
+        "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"
+    ]  # fmt: skip
+    assert "none of the first 2 rows, because qa_solution is null or blank in each" in lines[0]
+    assert "cls_solution or qa_solution" in lines[1] and "od_solution" in lines[2]
+    (line,) = applicable.inapplicable_rewards(listed, [sound | {"qa_type": None}])
+    assert "qa_type is null" in line and "{default_type: MC}" in line
 
 
 def test_a_switch_sets_the_fixed_spans_and_refuses_a_contradiction():
