@@ -133,6 +133,16 @@ def test_a_reward_that_never_applies_is_an_alarm_beside_others_that_do():
     assert metrics["alarm/not_applicable"] == 1.0
 
 
+def test_a_reward_that_never_applies_is_said_at_the_end_of_a_short_run():
+    values = {"not_applicable": 0.0, "t2i/rewards/judge/not_applicable": 1.0}
+    watched = Guards(Options())
+    lines = [watched.logged(step, values, is_last=step == 3)[1] for step in (1, 2, 3)]
+    assert [len(said) for said in lines] == [0, 0, 1]
+    used = Guards(Options())
+    used.logged(1, values | {"t2i/rewards/judge/not_applicable": 0.9})
+    assert not used.logged(2, values, is_last=True)[1]
+
+
 def test_steps_without_a_reward_say_nothing_of_the_spread():
     watched = Guards(Options())
     for step in range(1, 25):

@@ -174,6 +174,7 @@ def test_an_answer_in_the_thoughts_decides_only_as_released():
         ("+7", "7", True),
         ("-7", "7", False),
         ("7 .", "seven", True),
+        ("\u22123.0", "-3", True),
     ],
 )
 def test_safe_string_equal(first, second, expected):
@@ -659,6 +660,8 @@ def test_every_reward_takes_any_string(completion, solution, qa_type):
         "answer" + " " * 8000 + "x",
         "'a' " * 2000,
         "\n" * 4000 + "A.",
+        "one hundred and " * 1000,
+        "<think></think>" * 1000,
         " ".join(map(str, range(2000))),
     ],
 )
@@ -668,6 +671,8 @@ def test_hostile_completions_are_scored_fast(completion):
     for qa_type in ("MC", "OE"):
         text.qa_accuracy(completion, "<answer>B</answer>", qa_type, problem=PROBLEM)
     text.soft_jaccard("a small red car on a long road", completion)
+    text.oc_accuracy(completion, "a small red car")
+    text.oc_accuracy(completion, completion[: len(completion) // 2])
     assert time.process_time() - start < 1.0
 
 

@@ -11,8 +11,9 @@ from fractions import Fraction
 
 from word2number import w2n
 
-_DIGITS = re.compile(r"[+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-LONGEST_NUMBER = 64  # characters of digits; int() refuses numbers of thousands of digits
+_DIGITS = re.compile(r"[+\u2212-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+# Characters of digits, as int() refuses thousands of them, or words, as reading them recurses.
+LONGEST_NUMBER = 64
 _OPENING, _CLOSING = "\"'([", ".,;:!?\"')]"
 
 _SCALES = ("billion", "million", "thousand", "hundred")
@@ -29,7 +30,9 @@ def read_number(text: str) -> Fraction | None:
     if (number := _read_digits(text)) is not None:
         return number
     words = text.replace("-", " ").split()
-    if not words or any(word not in w2n.american_number_system and word != "and" for word in words):
+    if not 0 < len(words) <= LONGEST_NUMBER:
+        return None
+    if any(word not in w2n.american_number_system and word != "and" for word in words):
         return None
     return _read_words(tuple(words))
 
@@ -37,7 +40,7 @@ def read_number(text: str) -> Fraction | None:
 def _read_digits(text: str) -> Fraction | None:
     if len(text) > LONGEST_NUMBER or not _DIGITS.fullmatch(text):
         return None
-    return Fraction(text.replace(",", ""))
+    return Fraction(text.replace(",", "").replace("\u2212", "-"))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,7 +54,7 @@ def _read_words(words: tuple[str, ...]) -> Fraction | None:
     if whole is None or not digits or any(word not in w2n.decimal_words for word in digits):
         return None
     decimals = "".join(str(_WORDS[word]) for word in digits)
-    return Fraction(f"{whole}.{decimals}") if len(decimals) <= LONGEST_NUMBER else None
+    return Fraction(f"{whole}.{decimals}")
 
 
 def _read_whole(words: tuple[str, ...]) -> int | None:

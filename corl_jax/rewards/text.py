@@ -167,10 +167,11 @@ def contained_score(prediction: str, truth: str, substrings: bool = False) -> fl
     if set(_DENIAL_OR_CHOICE.findall(prediction)) - set(_DENIAL_OR_CHOICE.findall(truth)):
         return 0.0
     shorter, longer = sorted((_class_words(prediction), _class_words(truth)), key=len)
-    places = range(len(longer) - len(shorter) + 1)
-    if not shorter or not any(all(map(_is_same_word, shorter, longer[place:])) for place in places):
+    size = len(shorter)
+    phrases = (longer[place : place + size] for place in range(len(longer) - size + 1))
+    if not shorter or not any(all(map(_is_same_word, shorter, phrase)) for phrase in phrases):
         return 0.0
-    return len(shorter) / len(longer)
+    return size / len(longer)
 
 
 def _class_words(text: str) -> list[str]:

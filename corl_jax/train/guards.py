@@ -170,9 +170,12 @@ class Guards:
 
     # ---- logged steps
 
-    def logged(self, step: int, values: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+    def logged(
+        self, step: int, values: Mapping[str, float], is_last: bool = False
+    ) -> tuple[dict[str, float], list[str]]:
         """(metrics to log beside a step's others, a line for each alarm that begins).
 
+        `is_last`: of the run, which may be shorter than what alarms are averaged over.
         Call `require` with the lines when they have been said.
         """
         state = self._state
@@ -191,7 +194,7 @@ class Guards:
             levels = {key: self._level(rule, key, values[key]) for key in present}
             over = [key for key, level in levels.items() if _beyond(rule, level, limit)]
             if name == "not_applicable":
-                over += self._never_applicable(values, levels)
+                over += self._never_applicable(values, levels, is_last)
             if self._switch(name, bool(over)):
                 side = "above" if rule.above else "below"
                 share = " of its first steps" if rule.relative else ""
@@ -201,15 +204,15 @@ class Guards:
         return metrics, lines
 
     def _never_applicable(
-        self, values: Mapping[str, float], levels: dict[str, float | None]
+        self, values: Mapping[str, float], levels: dict[str, float | None], is_last: bool
     ) -> list[str]:
-        """Rewards that applied to nothing in all of the last WINDOW logged steps.
+        """Rewards that applied to nothing in the last WINDOW logged steps, or in a shorter run.
 
         A share of its own for each would not do: a reward may be meant for few rows.
         """
         for key in filter(OF_REWARD.fullmatch, values):
             recent = self._window("recent", key, values[key], WINDOW)
-            if len(recent) == WINDOW and min(recent) == 1.0:
+            if (len(recent) == WINDOW or is_last) and min(recent) == 1.0:
                 levels[key] = 1.0
         return [key for key in levels if OF_REWARD.fullmatch(key)]
 

@@ -100,7 +100,7 @@ class Recorder:
         for kind, count in run.train_loader.counts.items():
             values[f"data/{kind}_rows"] = count
         values |= self._pace(run, values)
-        alarms, lines = self.guards.logged(step + 1, values)
+        alarms, lines = self.guards.logged(step + 1, values, is_last)
         self.metrics.log(step + 1, values | alarms)
         if self._samples_due(step + 1, run):
             self._answers(step + 1, iteration)
