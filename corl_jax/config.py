@@ -328,6 +328,11 @@ class Guards(Section):
     zero_spread: Fraction | None = option(
         0.9, "alarm above: groups with equal rewards, mean of 10 steps"
     )
+    not_applicable: Fraction | None = option(
+        0.5,
+        "alarm above: completions without a reward, mean of 10 steps; or a reward that applies to "
+        "none; the end of a run without any",
+    )
     drift_mean: PositiveFloat | None = option(
         0.05, "alarm above: mean |sampler - trainer| log-prob, nats"
     )
@@ -337,7 +342,16 @@ class Guards(Section):
         "alarm: standard errors that a held-out score falls while the reward rises",
     )
     fatal: list[
-        Literal["kl", "entropy", "duplicates", "zero_spread", "drift_mean", "drift_max", "held_out"]
+        Literal[
+            "kl",
+            "entropy",
+            "duplicates",
+            "zero_spread",
+            "not_applicable",
+            "drift_mean",
+            "drift_max",
+            "held_out",
+        ]
     ] = Field(default_factory=list, description="alarms that end the run with exit code 3")
 
 
@@ -357,8 +371,13 @@ class Compat(Section):
     mc_as_open_ended: bool = option(False, "Q3: choice answers scored by word overlap")
     text_top_k_50: bool = option(False, "Q4: transformers' implicit top_k")
     ti_sim_fixed_spans: bool = option(False, "Q7: spans 5:581 and 586: of the tokens")
-    format_without_strip: bool = option(False, "Q20")
+    format_without_strip: bool = option(False, "Q20: white space around spoils the format")
     answer_single_line: bool = option(False, "Q21: answers with a newline not found")
+    format_repeated_blocks: bool = option(False, "C1: blocks within blocks pass the format test")
+    answer_in_thoughts: bool = option(False, "C2: an answer block in the thoughts decides")
+    compare_by_letters: bool = option(
+        False, "C3: numbers resemble others by spelling, a class counts within any word"
+    )
 
 
 class Config(Section):

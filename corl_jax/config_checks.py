@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),
     "answer_single_line": ("qa_accuracy", "oc_accuracy"),
+    "answer_in_thoughts": ("qa_accuracy", "oc_accuracy"),
+    "compare_by_letters": ("qa_accuracy", "oc_accuracy", "t2i_oc"),
     "format_without_strip": ("format",),
+    "format_repeated_blocks": ("format",),
     "ti_sim_fixed_spans": ("t2i_ti_sim",),
 }
 """Switches of `compat` that act on rewards -> those rewards."""

@@ -6,7 +6,8 @@
 2   bad input: a config, file or argument; mend it. Found before anything is started, but for
     rows of the data: too many that cannot be used end a training on the way.
 3   a guard stopped the training: too many updates in a row with a loss or gradient that is not
-    finite, or an alarm of `guards.fatal`. Resuming without a change leads there again.
+    finite, no reward that applies to anything, or an alarm of `guards.fatal`. Resuming without a
+    change leads there again.
 75  preempted: saved at the step boundary after SIGTERM. The same command resumes.
 """
 

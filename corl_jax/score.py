@@ -286,6 +286,8 @@ def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> 
     row = dict(raw) if entry.every_column else {}
     for name in (completion, *known):
         problem, row[name] = _value(name, raw.get(name), folder)
+        if entry.any_size and name not in (completion, "real_image"):
+            problem = None  # a user's own reward reads other columns as it likes, as in training
         if problem is None and name == completion and name in raw and raw[name] is None:
             problem = f"found null, expected a {'text' if name == 'completion' else 'path'}"
         if problem:

@@ -33,7 +33,9 @@ FORBIDDEN = {
 
 MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 60
 # path (lines of the module) or path::function -> (limit, reason)
-EXCEPTIONS: dict[str, tuple[int, str]] = {}
+EXCEPTIONS: dict[str, tuple[int, str]] = {
+    "corl_jax/config.py": (450, "one schema: every option with its type, default and meaning"),
+}
 
 # What computes must import without what reads configs, reads data and draws curves.
 NUMERIC_MODULES = ("models.janus", "grpo", "sampling", "train.step")

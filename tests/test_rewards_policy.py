@@ -297,7 +297,9 @@ def test_oc_and_od_on_the_own_drawing(context, monkeypatch):
         "qa_solution": [None, "never read", "dog"],
         "prompt": ["a red fox", "a red fox", "a cat and a dog"],
     }
-    np.testing.assert_allclose(policy.oc(samples(**columns), context), [1.0, 0.7, 0.5])
+    np.testing.assert_allclose(policy.oc(samples(**columns), context), [1.0, 0.35, 0.5])
+    released = policy.oc(samples(**columns), context, substrings=True)
+    np.testing.assert_allclose(released, [1.0, 0.7, 0.5])
 
     answer = "<answer>[{'Position': [0, 0, 100, 100], 'Confidence': 0.90}]</answer>"
     fixed_answers(monkeypatch, [answer, "none", answer])

@@ -94,6 +94,27 @@ def test_an_answer_without_a_type_is_open_ended(tmp_path, capsys):
     assert "option default_type: found 'MCQ'" in err
 
 
+def test_question_types_in_usual_spellings_and_no_others(tmp_path, capsys):
+    case = {"completion": "B. dog", "problem": "?\nA. cat\nB. dog", "solution": "B"}
+    spelt = ("MC", "mcq", "MCQ", "Multiple Choice", "multiple-choice", "multi_choice")
+    path = cases(tmp_path, *(case | {"type": kind} for kind in spelt))
+    assert run(capsys, "--reward", "qa_accuracy", "--input", path)[0] == [1.0] * len(spelt)
+    path = cases(tmp_path, case | {"type": "open-ended"}, case | {"type": "essay"})
+    err = problems(capsys, "--reward", "qa_accuracy", "--input", path)
+    assert "line 2: qa_type: found 'essay', expected MC or OE" in err and "line 1" not in err
+    err = problems(capsys, "--reward", "t2i_qa", "--input", path, "--model", "nowhere")
+    assert "line 2: qa_type: found 'essay', expected MC or OE" in err
+
+
+def test_a_reward_of_the_users_own_reads_columns_of_any_kind(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def longer(texts, qa_type, least):\n"
+        "    return [float(len(t) > n) for t, n in zip(texts, least)]\n"
+    )
+    path = cases(tmp_path, {"completion": "four", "qa_type": "essay", "least": 3})
+    assert run(capsys, "--reward", f"{tmp_path}/mine.py:longer", "--input", path)[0] == [1.0]
+
+
 def test_images_relative_to_the_file(tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
     row = shapes.make_row(0, 0, encode=False)

@@ -22,7 +22,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from corl_jax import config_file, sharding
-from corl_jax.errors import InputError
+from corl_jax.config import Guards
+from corl_jax.errors import GuardError, InputError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.train import iterate, loop, planning, record, rundir
@@ -458,6 +459,36 @@ def test_columns_of_rewards_may_be_null(options, tmp_path):
     solutions = planned.train_loader.batch(0).columns["qa_solution"]
     solutions += planned.train_loader.batch(1).columns["qa_solution"]
     assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
+
+
+def test_check_names_rewards_that_can_score_none_of_the_first_rows(options, tmp_path, capsys):
+    rows = [tiny_row(i) | {"qa_solution": None} for i in range(8)]
+    data = {"path": str(tiny_parquet(tmp_path / "blank.parquet", rows))}
+    train(options(data=data), "--check")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "qa_accuracy can score none of the first 8 rows" in warnings[0]
+
+
+def test_check_refuses_question_types_that_are_neither(options, tmp_path, capsys):
+    rows = [tiny_row(i) | {"qa_type": "essay"} for i in range(4)]
+    data = {"path": str(tiny_parquet(tmp_path / "types.parquet", rows))}
+    lines = refused(capsys, options(data=data), "--check")
+    assert len(lines) == 4 and "row 0: qa_type: found 'essay', expected MC or OE" in lines[0]
+
+
+def test_the_last_iteration_of_a_run_without_rewards_ends_it():
+    """However short; nothing of it is saved then."""
+    config = SimpleNamespace(
+        guards=Guards(), checkpoint=SimpleNamespace(max_failures=1), log=SimpleNamespace(every=9)
+    )
+    saves = SimpleNamespace(poll=lambda: None, check=lambda: None)
+    recorder = record.Recorder(config, None, SimpleNamespace(say=print), saves, None)
+    recorder.saver = saves
+    done = SimpleNamespace(updates=[], metrics={"not_applicable": 1.0})
+    run = SimpleNamespace(steps=2)
+    recorder.iteration(0, done, {}, run)
+    with pytest.raises(GuardError, match="no reward has applied to any completion of the 2 step"):
+        recorder.iteration(1, done, {}, run)
 
 
 def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):

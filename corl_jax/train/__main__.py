@@ -206,6 +206,8 @@ def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Me
             metrics.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
     if shortage := report.disk_shortage(planned):
         metrics.say(f"warning: {shortage}")
+    for line in report.inapplicable(planned):
+        metrics.say(f"warning: {line}")
 
 
 if __name__ == "__main__":

@@ -392,5 +392,5 @@ def test_answer_parsers(hammer):
         assert detections is None or len(detections) <= answers.MAX_DETECTIONS
         assert time.process_time() - began < SECONDS, (len(answer), answer[:200])
 
-    kinds = st.sampled_from(["MC", "OE", None, "x"])
+    kinds = st.sampled_from(["MC", "OE", None, "multiple choice"])
     hammer("answers", st.tuples(said, said, said, kinds), check)
