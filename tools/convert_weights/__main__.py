@@ -19,14 +19,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, exit_on_input_error, shorten
 from corl_jax.weights.files import convert, resolve_model_dir
 from corl_jax.weights.hub import resolve_path
 from corl_jax.weights.networks import KINDS, convert_network, open_network, recognise
 from tools.convert_weights.compare import compare
 from tools.convert_weights.describe import describe, describe_network
-
-MAX_LINES = 50  # of differences; a wrong config would print a thousand
 
 
 def parser() -> argparse.ArgumentParser:
@@ -190,11 +188,8 @@ def run_verify(args: argparse.Namespace) -> int:
         result = compare(a, b, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
         print(f"note: {line}")
-    for line in result.differences[:MAX_LINES]:
-        print(f"differs: {line}")
-    hidden = len(result.differences) - MAX_LINES
-    if hidden > 0:
-        print(f"... and {hidden} more differences")
+    for line in shorten([f"differs: {line}" for line in result.differences], what="differences"):
+        print(line)
     verdict = f"{len(result.differences)} differences" if result.differences else "equal"
     print(f"{result.tensors} tensors compared: {verdict}")
     return 1 if result.differences else 0
