@@ -23,7 +23,7 @@ from corl_jax.weights.wrong_names import (
     Known,
     is_known_to,
     layout_of_names,
-    name_and_shape_problems,
+    with_wrong_names,
 )
 
 SOURCE_FOLDER = "source"  # in a converted directory: what only its source's layout needs
@@ -91,12 +91,15 @@ def open_checkpoint(folder: Path, config: JanusConfig | None = None) -> Checkpoi
     store = open_store(folder)
     try:
         found = {key: info.shape for key, info in store.infos.items()}
-        _check_layout(folder, layout, found, shapes)
         if layout == "jax":
+            _check_layout(folder, layout, found, shapes)
             return _open_jax(folder, config, shapes, store, data)
         table = TABLES[layout]
         slots = table.slots(shapes)
-        problems = name_and_shape_problems(table, slots, found, folder)
+        problems = table.problems(slots, found, folder)
+        if problems:
+            _check_layout(folder, layout, found, shapes)
+            problems = with_wrong_names(problems, table, slots, found, folder)
         if layout == "transformers" and data.get("tie_word_embeddings", True):
             problems = _with_untying(problems)
         used = {slot.key for slot in slots}
@@ -127,6 +130,8 @@ def _check_layout(
     folder: Path, layout: Layout, found: Mapping[str, Shape], shapes: Mapping[str, Shape]
 ) -> None:
     """Raises: InputError for tensors that are named as in another layout than the config's."""
+    if layout == "jax" and any(path in found for path in shapes):
+        return
     layouts: dict[str, Known] = {name: is_known_to(table) for name, table in TABLES.items()}
     named = layout_of_names(found, layouts | {"jax": shapes.__contains__})
     if named not in (None, layout):

@@ -59,7 +59,7 @@ from corl_jax.weights.shards import (
 from corl_jax.weights.storage import Store, open_any_store, read_json
 from corl_jax.weights.table import Shape, Table, flatten, unflatten
 from corl_jax.weights.tables import aesthetic, bert, blip, clip, vgg
-from corl_jax.weights.wrong_names import find_wrong_names, name_and_shape_problems
+from corl_jax.weights.wrong_names import find_wrong_names, with_wrong_names
 
 MODEL_TYPE = "corl_jax_network"
 TOKENIZER_FILES = (
@@ -180,7 +180,9 @@ def open_network(path: str | Path, name: str) -> NetworkCheckpoint:
             raise InputError(problems)
         table, shapes = kind.tables[layout], kind.shapes(config)
         slots = table.slots(shapes)
-        problems = name_and_shape_problems(table, slots, found, path)
+        problems = table.problems(slots, found, path)
+        if problems:
+            problems = with_wrong_names(problems, table, slots, found, path)
         keys = {slot.key for slot in slots}
         problems += _dtype_problems(path, store, keys)
         if problems:

@@ -49,13 +49,13 @@ def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
     return WrongNames(best, _describe(best, len(keys), table.name))
 
 
-def name_and_shape_problems(
-    table: Table, slots: list[Slot], found: Mapping[str, Shape], where: Path
+def with_wrong_names(
+    problems: list[str], table: Table, slots: list[Slot], found: Mapping[str, Shape], where: Path
 ) -> list[str]:
-    """As `Table.problems`, with one line for all names that are wrong in the same way."""
-    problems = table.problems(slots, found, where)
-    if not problems:
-        return []
+    """The `problems` that a table has with the tensors `found`, shorter where one cause has many.
+
+    All names that are wrong in the same way are one line; lines on other tensors stay.
+    """
     if unmerged := [key for key in found if ".lora_" in key]:
         return [
             f"{where}: {len(unmerged)} of {len(found)} tensors are of an adapter that is not "
