@@ -210,9 +210,14 @@ def test_an_adapter_given_as_a_model_is_one_line(tmp_path, use):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["inspect", "A"], ["verify", "A", "A"], ["to-jax", "A", "OUT"], ["inspect", "A", "--model=clip"],
-     ["to-torch", "A", "OUT", "--format", "original"]],
-)  # fmt: skip
+    [
+        ["inspect", "A"],
+        ["inspect", "A", "--model=clip"],
+        ["verify", "A", "A"],
+        ["to-jax", "A", "OUT"],
+        ["to-torch", "A", "OUT", "--format", "original"],
+    ],
+)
 def test_commands_say_that_a_folder_is_an_adapter(tmp_path, capsys, arguments):
     write_adapter(tmp_path / "A")
     places = {"A": str(tmp_path / "A"), "OUT": str(tmp_path / "out")}
