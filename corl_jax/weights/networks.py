@@ -301,6 +301,11 @@ def _open_converted(folder: Path, name: str, store: Store) -> NetworkCheckpoint:
     if problems:
         raise InputError(problems)
     shapes = KINDS[name].shapes(config)
+    if not shapes.keys() & store.infos.keys():
+        raise InputError(
+            f"{folder}: its config.json is of a converted network, but no tensor of its weights "
+            "is; convert the PyTorch checkpoint again"
+        )
     for path in sorted(shapes.keys() | store.infos.keys()):
         found = store.infos[path].shape if path in store.infos else None
         if found != shapes.get(path):

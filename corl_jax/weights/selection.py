@@ -56,7 +56,7 @@ def select_weights(folder: Path, *, any_name: bool = False) -> Selection | None:
             return Selection([], file) if name.endswith(INDEX) else Selection([file])
     if any_name:
         for group in ((SAFE_PATTERN,), BIN_PATTERNS):
-            if files := _weight_files(folder, group):
+            if files := list_weights(folder, group):
                 _check_shards(folder, files)
                 return Selection(files)
     return None
@@ -65,7 +65,7 @@ def select_weights(folder: Path, *, any_name: bool = False) -> Selection | None:
 def warn_of_other_weights(folder: Path, selection: Selection, files: Iterable[Path]) -> None:
     """Warns of weights in a folder beside the `files` that are read; once for each folder."""
     read = {*files, *([selection.index] if selection.index else [])}
-    others = [f for f in _weight_files(folder, (SAFE_PATTERN, *BIN_PATTERNS)) if f not in read]
+    others = [f for f in list_weights(folder) if f not in read]
     if others:  # an index without its shards, which a download may leave, is no set of weights
         indexes = [file for file in sorted(folder.glob(f"*{INDEX}")) if file not in read]
         first = selection.index or selection.files[0]
@@ -82,7 +82,10 @@ def _warn_once(folder: Path, chosen: str, others: tuple[str, ...]) -> None:
     )  # fmt: skip
 
 
-def _weight_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+def list_weights(
+    folder: Path, patterns: Iterable[str] = (SAFE_PATTERN, *BIN_PATTERNS)
+) -> list[Path]:
+    """Returns the files of a folder that are named as weights are, without a trainer's state."""
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     return sorted(file for file in files if not _STATE.fullmatch(file.name))
 

@@ -23,12 +23,13 @@ from corl_jax.errors import InputError
 from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer, read_text
 from corl_jax.weights.dtypes import SAFETENSORS
 from corl_jax.weights.selection import (
+    BIN_NAME,
     BIN_PATTERNS,
     INDEX,
     SAFE_NAME,
-    SAFE_PATTERN,
     STANDARD,
     Selection,
+    list_weights,
     select_weights,
     warn_of_other_weights,
 )
@@ -273,10 +274,9 @@ def open_store(folder: Path) -> Store:
     """
     selection = select_weights(folder)
     if selection is None:
-        partial = sorted(path.name for path in folder.glob(SAFE_PATTERN))
-        hint = (
-            f"; {', '.join(partial[:3])} stand there without {SAFE_NAME}{INDEX}" if partial else ""
-        )
+        partial = [file.name for file in list_weights(folder)]
+        name = SAFE_NAME if any(file.endswith(".safetensors") for file in partial) else BIN_NAME
+        hint = f"; {', '.join(partial[:3])} stand there without {name}{INDEX}" if partial else ""
         raise InputError(f"{folder}: no weights found, expected one of {', '.join(STANDARD)}{hint}")
     return _open_selection(folder, selection)
 

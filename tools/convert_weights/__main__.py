@@ -26,6 +26,8 @@ from corl_jax.weights.networks import KINDS, convert_network, open_network, reco
 from tools.convert_weights.compare import compare
 from tools.convert_weights.describe import describe, describe_network
 
+MAX_LINES = 50  # of differences; a wrong config would print a thousand
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -188,7 +190,8 @@ def run_verify(args: argparse.Namespace) -> int:
         result = compare(a, b, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
         print(f"note: {line}")
-    for line in shorten([f"differs: {line}" for line in result.differences], what="differences"):
+    lines = [f"differs: {line}" for line in result.differences]
+    for line in shorten(lines, MAX_LINES, "differences"):
         print(line)
     verdict = f"{len(result.differences)} differences" if result.differences else "equal"
     print(f"{result.tensors} tensors compared: {verdict}")
