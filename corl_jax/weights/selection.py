@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,8 +24,6 @@ SAFE_PATTERN, BIN_PATTERNS = "*.safetensors", ("*.bin", "*.pth", "*.pt")
 _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _NAMED = 3  # files of a set that a warning names
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +73,11 @@ def warn_of_other_weights(folder: Path, selection: Selection, files: Iterable[Pa
 @functools.cache
 def _warn_once(folder: Path, chosen: str, others: tuple[str, ...]) -> None:
     more = f" and {len(others) - _NAMED} more files" if len(others) > _NAMED else ""
-    logger.warning(
-        "warning: %s: holds more than one set of weights: %s is read, as transformers does, and "
-        "not %s%s; remove the set that is not wanted",
-        folder, chosen, ", ".join(others[:_NAMED]), more,
-    )  # fmt: skip
+    print(
+        f"warning: {folder}: holds more than one set of weights: {chosen} is read, as transformers "
+        f"does, and not {', '.join(others[:_NAMED])}{more}; remove the set that is not wanted",
+        file=sys.stderr,
+    )
 
 
 def list_weights(
