@@ -9,6 +9,7 @@ import pytest
 
 from corl_jax.errors import InputError
 from corl_jax.models.janus import PRESETS
+from corl_jax.train import exporting
 from corl_jax.weights import config_original, config_transformers
 from corl_jax.weights.configs import detect_layout, load_config, write_jax
 from corl_jax.weights.hub import resolve_model_dir
@@ -247,6 +248,13 @@ def test_a_revision_of_a_hub_id_is_downloaded(monkeypatch, tmp_path, revision):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model_dir(f"owner/name@{revision}") == tmp_path
     assert asked == [("owner/name", revision)]
+
+
+def test_an_adapter_names_its_base_as_peft_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    assert exporting._base("owner/name@v1", tmp_path / "cache") == ("owner/name", "v1")
+    assert exporting._base("owner/name", tmp_path / "cache") == ("owner/name", None)
+    assert exporting._base("$SCRATCH/m@1", tmp_path / "m@1") == (str(tmp_path / "m@1"), None)
 
 
 def test_an_unreachable_revision_says_how_to_fetch_it(monkeypatch):

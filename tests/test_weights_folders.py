@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from corl_jax import plan
 from corl_jax.errors import InputError
+from corl_jax.rewards import networks
 from corl_jax.startup import inspect_model
 from corl_jax.weights import selection
 from corl_jax.weights.files import convert, load_params
@@ -199,6 +201,8 @@ def write_adapter(folder, base: object = "someone/model") -> None:
         lambda place: open_network(place, "bert"),
         lambda place: open_network(place / "adapter_model.safetensors", "clip"),
         lambda place: convert(place, place.parent / "out", layout="jax"),
+        lambda place: plan.model_config(str(place), None),
+        lambda place: networks._locate("bert", str(place)),
     ],
 )
 def test_an_adapter_given_as_a_model_is_one_line(tmp_path, use):
