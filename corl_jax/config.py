@@ -31,7 +31,7 @@ ADAPTERS = "language_model/layers/.*/lora_[ab]"
 class Model(Section):
     """The policy: where its weights are and how it computes."""
 
-    path: str = Field(description="directory in any of the three layouts, or a hub id")
+    path: str = Field(description="directory in any layout, or hub id: owner/name[@revision]")
     dtype: Literal["float32", "bfloat16"] = option(
         "bfloat16", "compute dtype; parameters and optimizer stay float32"
     )

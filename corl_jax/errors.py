@@ -81,11 +81,16 @@ class Preempted(BaseException):
     exit_code = PREEMPTED_EXIT_CODE
 
 
-def shorten(problems: list[str], limit: int = MAX_PRINTED_PROBLEMS) -> list[str]:
-    """Returns the first `limit` problems and, for a longer list, a line that counts the rest."""
+def shorten(
+    problems: list[str], limit: int = MAX_PRINTED_PROBLEMS, what: str = "problems"
+) -> list[str]:
+    """Returns the first `limit` problems and, for a longer list, a line that counts the rest.
+
+    `what` is the word for them in that line.
+    """
     if len(problems) <= limit:
         return problems
-    return [*problems[:limit], f"... and {len(problems) - limit:,} more problems"]
+    return [*problems[:limit], f"... and {len(problems) - limit:,} more {what}"]
 
 
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:

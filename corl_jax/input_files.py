@@ -6,6 +6,7 @@ It imports nothing but `errors`.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from corl_jax.errors import InputError
 
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 LFS_POINTER_MAX_BYTES = 1024  # the size that git-lfs allows a pointer
+BYTE_ORDER_MARK = codecs.BOM_UTF8  # that Windows editors put before a text
 LONE_SURROGATE = "holds half of a surrogate pair (as \\ud83d alone), which is no character; mend it"
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
@@ -59,18 +61,22 @@ def describe_lfs_pointer(path: Path) -> str:
     return f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its clone"
 
 
-def read_text(path: Path, expected: str = "a text file") -> str:
+def read_text(path: Path, expected: str = "a text file", max_bytes: int | None = None) -> str:
     """Returns a file's UTF-8 text without a byte order mark; line ends stay as they are.
 
-    `expected` completes "expected ..." in messages.
+    `expected` completes "expected ..." in messages. A file of more than `max_bytes` is not read.
 
-    Raises: InputError for a file that is missing, not readable, not UTF-8 or a Git LFS pointer.
+    Raises: InputError for a file that is missing, too large, not readable, not UTF-8 or a Git LFS
+        pointer.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from None
+    if max_bytes is not None and len(content) > max_bytes:
+        raise InputError(f"{path}: has more than {max_bytes} bytes; expected {expected}")
     if content.startswith(LFS_PREFIX) and len(content) <= LFS_POINTER_MAX_BYTES:
         raise InputError(describe_lfs_pointer(path))
     try:

@@ -22,11 +22,13 @@ from corl_jax.ahead import chips, programs, report
 from corl_jax.config import Config
 from corl_jax.data.processor import BUCKET
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import expand_path
 from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS, JanusConfig
 from corl_jax.train import planning, setup
 from corl_jax.types import SpecialTokens
 from corl_jax.weights.files import load_config
+from corl_jax.weights.folders import refuse_adapter
 
 STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
 """Ids only enter a program as numbers, so that any will do where there is no tokenizer."""
@@ -93,8 +95,10 @@ def model_config(path: str, preset: str | None) -> JanusConfig:
     """
     if preset is not None:
         return PRESETS[preset]
-    if Path(path, "config.json").is_file():
-        return load_config(path)
+    folder = Path(expand_path(path))
+    refuse_adapter(folder)
+    if (folder / "config.json").is_file():
+        return load_config(folder)
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:

@@ -16,6 +16,7 @@ from corl_jax.models.janus import JanusConfig
 from corl_jax.sharding import param_shardings
 from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
+from corl_jax.weights.folders import pointer_problems
 from corl_jax.weights.placing import load_sharded
 
 CACHE_DIR = "jax_compilation_cache_dir"
@@ -54,7 +55,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
         InputError: listing every file, setting and tensor that is missing, malformed or at odds.
     """
     folder = resolve_model_dir(path_or_hub_id)
-    problems: list[str] = []
+    problems = pointer_problems(folder)
     config = processor = None
     try:
         config = load_config(folder)
@@ -63,7 +64,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
     try:
         processor = Processor.from_dir(folder)
     except InputError as error:
-        problems += [problem for problem in error.problems if problem not in problems]
+        problems += error.problems
     if config is not None:
         try:
             open_checkpoint(folder, config).close()
@@ -77,7 +78,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
                 "copy the tokenizer from the checkpoint that the network came from"
             )
     if problems or config is None or processor is None:
-        raise InputError(problems)
+        raise InputError(dict.fromkeys(problems))  # several readers may have met the same one
     return config, processor, folder
 
 

@@ -194,6 +194,20 @@ def test_merging_into_bfloat16_tells_what_it_loses(plain):
     assert gone(0.01, dict.fromkeys(dtypes, np.float32)) == 0
 
 
+def test_merging_rounds_each_layer_to_its_own_type(plain):
+    config, trained, frozen = adapted(plain)
+    exact = dict(sharding.leaf_paths(dense(config, trained, frozen)))
+    path = "language_model/layers/attn/q_proj/kernel"
+    merged, gone = adapters.merged(
+        merge(trained, frozen), config.llama.lora, dict.fromkeys(exact, np.float32),
+        layer_dtypes={path: ["float16", "bfloat16"]},
+    )  # fmt: skip
+    found = dict(sharding.leaf_paths(merged))[path]
+    for layer, kind in enumerate((np.float16, jnp.bfloat16)):
+        np.testing.assert_array_equal(found[layer], exact[path][layer].astype(kind))
+    assert gone > 0
+
+
 # ---- devices
 
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, exit_on_input_error, shorten
 from corl_jax.weights.files import convert, resolve_model_dir
 from corl_jax.weights.hub import resolve_path
 from corl_jax.weights.networks import KINDS, convert_network, open_network, recognise
@@ -190,11 +190,9 @@ def run_verify(args: argparse.Namespace) -> int:
         result = compare(a, b, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
         print(f"note: {line}")
-    for line in result.differences[:MAX_LINES]:
-        print(f"differs: {line}")
-    hidden = len(result.differences) - MAX_LINES
-    if hidden > 0:
-        print(f"... and {hidden} more differences")
+    lines = [f"differs: {line}" for line in result.differences]
+    for line in shorten(lines, MAX_LINES, "differences"):
+        print(line)
     verdict = f"{len(result.differences)} differences" if result.differences else "equal"
     print(f"{result.tensors} tensors compared: {verdict}")
     return 1 if result.differences else 0
