@@ -56,18 +56,22 @@ def describe_lfs_pointer(path: Path) -> str:
     return f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its clone"
 
 
-def read_text(path: Path, expected: str = "a text file") -> str:
+def read_text(path: Path, expected: str = "a text file", max_bytes: int | None = None) -> str:
     """Returns a file's UTF-8 text without a byte order mark; line ends stay as they are.
 
     `expected` completes "expected ..." in messages.
 
-    Raises: InputError for a file that is missing, not readable, not UTF-8 or a Git LFS pointer.
+    Raises: InputError for a file that is missing, not readable, larger than `max_bytes`, not
+        UTF-8 or a Git LFS pointer.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from None
+    if max_bytes is not None and len(content) > max_bytes:
+        raise InputError(f"{path}: has more than {max_bytes:,} bytes; expected {expected}")
     if content.startswith(LFS_PREFIX) and len(content) <= LFS_POINTER_MAX_BYTES:
         raise InputError(describe_lfs_pointer(path))
     try:

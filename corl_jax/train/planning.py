@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from corl_jax import evaluation, rows
 from corl_jax.config import Config
+from corl_jax.config_checks import warmup_problems
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
@@ -140,6 +141,8 @@ def plan(config: Config) -> Plan:
         and sources
         and attempt(_loaders, config, processor, tasks, share or (0, 1), listed, *sources)
     )
+    if loaders:
+        problems += warmup_problems(config, _steps(config, loaders[0]))
     if problems:
         raise InputError(problems)
     assert model_config and processor and model_dir and loaders and rewards is not None
