@@ -6,6 +6,7 @@ It imports nothing but `errors`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,19 @@ def expand_path(text: str | os.PathLike[str]) -> str:
     if with_home == expanded:  # what expanduser returns for an unknown user or a missing home
         raise InputError(f"{given}: the home directory of `~` is not known; write the path out")
     return with_home
+
+
+def parse_place(text: str) -> str:
+    """Returns a command line's path, URL or hub id as `expand_path` does; argparse's `type`."""
+    try:
+        return expand_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_path(text: str) -> Path:
+    """Returns a command line's path as `expand_path` does; argparse's `type`."""
+    return Path(parse_place(text))
 
 
 def is_lfs_pointer(path: Path) -> bool:

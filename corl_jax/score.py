@@ -31,17 +31,18 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config import Networks, Reward, RewardNetwork
+from corl_jax.config_yaml import parse_yaml
 from corl_jax.data.images import decode_image
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import expand_path, parse_path, parse_place
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
 from corl_jax.rewards.samples import Frozen, Policy
-from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
+from corl_jax.startup import inspect_model, load_model, prepare_devices
 
 SHORT = ("problem", "solution", "type")
 DTYPES = ("float32", "bfloat16")
@@ -70,9 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--reward", metavar="NAME", help="a name of --list, or FILE.py:FUNCTION")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="cases, JSON lines")
-    parser.add_argument("--model", metavar="DIR", help="for rewards that ask the policy")
+    parser.add_argument(
+        "--reward", type=parse_place, metavar="NAME", help="a name of --list, or FILE.py:FUNCTION"
+    )
+    parser.add_argument("--input", type=parse_path, metavar="FILE", help="cases, JSON lines")
+    parser.add_argument(
+        "--model", type=parse_place, metavar="DIR", help="for rewards that ask the policy"
+    )
     parser.add_argument(
         "--network", action="append", default=[], metavar="NAME=PATH", help="a network's weights"
     )
@@ -176,7 +181,10 @@ def _network_settings(
             problems.append(
                 f"--network: found {text!r}, expected NAME=PATH with a name of {', '.join(known)}"
             )
-        paths[name] = path
+        try:
+            paths[name] = expand_path(path)
+        except InputError as error:
+            problems.append(f"--network {name}: {error}")
     if problems:
         raise InputError(problems)
     blocks: Any = {
@@ -196,9 +204,11 @@ def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
             problems.append(f"argument {text!r}: option {key} is given twice")
         else:
             try:
-                options[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                problems.append(f"argument {text!r}: the value is not valid YAML")
+                parsed = parse_yaml(value)
+                is_path = key == "scorer" and isinstance(parsed, str)
+                options[key] = expand_path(parsed) if is_path else parsed
+            except ValueError as error:
+                problems.append(f"argument {text!r}: the value cannot be read: {error}")
     return options
 
 
@@ -314,7 +324,7 @@ def _score(
 ) -> np.ndarray:
     config = params = processor = dtype = None
     if found or reward.scorers:
-        enable_compilation_cache()
+        prepare_devices()
     loaded = {one.name: networks.load(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]

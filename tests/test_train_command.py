@@ -460,6 +460,15 @@ def test_columns_of_rewards_may_be_null(options, tmp_path):
     assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
 
 
+def test_warmup_that_outlasts_the_epochs_is_refused(options):
+    """The length of the run is known when its data is read."""
+    tree = options(train={"max_steps": None, "epochs": 1.0}, optimizer={"warmup_steps": 500})
+    config = config_file.validate(tree, "test")
+    with pytest.raises(InputError, match="warmup_steps: found 500, but the run has") as error:
+        planning.plan(config)
+    assert len(error.value.problems) == 1
+
+
 def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     """Whatever is trained."""
     extra = {"spec": "{}", "category": "counting"}

@@ -141,8 +141,6 @@ def plan(config: Config) -> Plan:
         and sources
         and attempt(_loaders, config, processor, tasks, share or (0, 1), listed, *sources)
     )
-    if loaders:
-        problems += warmup_problems(config, _steps(config, loaders[0]))
     if problems:
         raise InputError(problems)
     assert model_config and processor and model_dir and loaders and rewards is not None
@@ -357,6 +355,8 @@ def _loaders(
         required=_target_columns(config), **common,
     )  # fmt: skip
     train.check()
+    if problems := warmup_problems(config, _steps(config, train)):
+        raise InputError(problems)
     if held is None:
         return train, None
     measured = evaluation.TASKS if config.eval.suite == "shapes" else tasks
