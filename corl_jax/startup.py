@@ -27,18 +27,22 @@ PLATFORMS = "jax_platforms"
 CACHE_DIR = "jax_compilation_cache_dir"
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 JAX_DEFAULT_SECONDS = 1.0
-REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {
-    "jax_enable_x64": (False, "programs compute with 32 bits"),
-    "jax_numpy_dtype_promotion": ("standard", "float32 meets bfloat16 in every network"),
-    "jax_numpy_rank_promotion": ("allow", "biases and masks are broadcast"),
-    "jax_debug_nans": (False, "NaN stands for a reward that does not apply"),
-    "jax_debug_infs": (False, "masked logits and unset extremes are infinite"),
-    "jax_disable_jit": (False, "a step without compilation takes hours"),
-    "jax_default_prng_impl": ("threefry2x32", "other generators draw what depends on the batch"),
-    "jax_threefry_partitionable": (True, "samples would depend on the mesh"),
-    "jax_legacy_prng_key": ("allow", "keys are passed between processes as plain arrays"),
+_GUARDS = (None, "allow", "log", "log_explicit")
+ACCEPTED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "jax_enable_x64": ((False,), "programs compute with 32 bits"),
+    "jax_numpy_dtype_promotion": (("standard",), "float32 meets bfloat16 in every network"),
+    "jax_numpy_rank_promotion": (("allow", "warn"), "biases and masks are broadcast"),
+    "jax_debug_nans": ((False,), "NaN stands for a reward that does not apply"),
+    "jax_debug_infs": ((False,), "masked logits are infinite"),
+    "jax_disable_jit": ((False,), "a step without compilation takes hours"),
+    "jax_default_prng_impl": (("threefry2x32",), "with others samples depend on the batch"),
+    "jax_threefry_partitionable": ((True,), "samples would depend on the mesh"),
+    "jax_legacy_prng_key": (("allow", "warn"), "keys travel between processes as plain arrays"),
+    "jax_transfer_guard_host_to_device": (_GUARDS, "batches come from the host, see JAX_TRANSFER_GUARD"),
+    "jax_transfer_guard_device_to_device": (_GUARDS, "batches are laid out, see JAX_TRANSFER_GUARD"),
+    "jax_transfer_guard_device_to_host": (_GUARDS, "rewards are of the host, see JAX_TRANSFER_GUARD"),
 }
-"""Setting of JAX -> the only value with which results are right, and why."""
+"""Setting of JAX -> the values with which commands run and results are right, and why."""
 
 
 class Model(NamedTuple):
@@ -86,11 +90,11 @@ def start_devices(distributed: Distributed | None = None) -> None:
 
 
 def check_jax_settings() -> None:
-    """Raises InputError for each setting of JAX under which results would be wrong."""
+    """Raises InputError for settings of JAX that end a command, or with which results are wrong."""
     problems = [
-        f"{name.upper()}: found {value}; expected {expected}, since {reason}; unset it"
-        for name, (expected, reason) in REQUIRED_SETTINGS.items()
-        if (value := getattr(jax.config, name, expected)) != expected
+        f"{name.upper()}: found {value}, which is refused: {reason}; unset it"
+        for name, (accepted, reason) in ACCEPTED_SETTINGS.items()
+        if (value := getattr(jax.config, name, accepted[0])) not in accepted
     ]
     if problems:
         raise InputError(problems)
