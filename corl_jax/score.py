@@ -323,7 +323,8 @@ def _score(
     args: argparse.Namespace, reward: Resolved, found: list[networks.Found], cases: Cases
 ) -> np.ndarray:
     config = params = processor = dtype = None
-    if found or reward.scorers:
+    # Of rewards without a network those of images may use a device; a user's own readies itself.
+    if found or reward.scorers or (reward.entry.task == "t2i" and not reward.entry.any_size):
         prepare_devices()
     loaded = {one.name: networks.load(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):

@@ -202,7 +202,9 @@ OTHER_VALUES = {
 @pytest.mark.parametrize("name", startup.ACCEPTED_SETTINGS)
 def test_settings_that_would_change_results_are_refused(setting, name):
     startup.check_jax_settings()
-    setting(name, OTHER_VALUES.get(name, "disallow" if "guard" in name else True))
+    kinds = {"guard": "disallow", "error_checking": "raise"}
+    kind = next((value for part, value in kinds.items() if part in name), True)
+    setting(name, OTHER_VALUES.get(name, kind))
     with pytest.raises(InputError) as error:
         startup.check_jax_settings()
     (line,) = error.value.problems
