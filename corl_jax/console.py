@@ -12,7 +12,7 @@ import sys
 def escape_unprintable_text() -> None:
     """Lets standard output and error print what their encoding lacks as an escape such as \\u2265.
 
-    A handling of errors that PYTHONIOENCODING names stays as it is.
+    Another handling of errors than `strict`, which PYTHONIOENCODING can name, stays as it is.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):

@@ -131,9 +131,10 @@ def enable_compilation_cache() -> None:
             tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError, InputError) as error:
         jax.config.update(CACHE_DIR, None)
+        reason = str(error).rstrip(".")
         print(
-            f"note: compiled programs are not kept ({error}); name a folder that can be written in "
-            f"{CACHE_DIR.upper()}",
+            f"note: compiled programs are not kept ({reason}); name a folder that can be written "
+            f"in {CACHE_DIR.upper()}",
             file=sys.stderr,
         )
         return
