@@ -41,18 +41,10 @@ ACCEPTED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "jax_default_prng_impl": (("threefry2x32",), "with others samples depend on the batch"),
     "jax_threefry_partitionable": ((True,), "samples would depend on the mesh"),
     "jax_legacy_prng_key": (("allow", "warn"), "keys travel between processes as plain arrays"),
-    "jax_transfer_guard_host_to_device": (
-        _GUARDS,
-        "batches come from the host, see JAX_TRANSFER_GUARD",
-    ),
-    "jax_transfer_guard_device_to_device": (
-        _GUARDS,
-        "batches are laid out, see JAX_TRANSFER_GUARD",
-    ),
-    "jax_transfer_guard_device_to_host": (
-        _GUARDS,
-        "rewards are of the host, see JAX_TRANSFER_GUARD",
-    ),
+    **{
+        f"jax_transfer_guard_{way}": (_GUARDS, "batches and rewards are of the host")
+        for way in ("host_to_device", "device_to_device", "device_to_host")  # or JAX_TRANSFER_GUARD
+    },
 }
 """Setting of JAX -> the values with which commands run and results are right, and why."""
 
