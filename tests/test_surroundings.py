@@ -30,7 +30,7 @@ SOURCES = [path for folder in ("corl_jax", "tools") for path in (ROOT / folder).
 
 
 @pytest.fixture
-def homeless(monkeypatch):
+def homeless(tmp_path, monkeypatch):
     """As for a user of a container that only has a number; and the usual cache is looked for."""
     before = jax.config.jax_compilation_cache_dir
 
