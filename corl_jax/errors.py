@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
+from corl_jax.console import escape_unprintable_text
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -94,10 +96,14 @@ def shorten(
 
 
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Turns an error of this module that leaves `main` into lines on stderr and its exit code."""
+    """Turns an error of this module that leaves `main` into lines on stderr and its exit code.
+
+    Every command's main has it, so it readies the console for texts of any language too.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        escape_unprintable_text()
         try:
             return main(*args, **kwargs)
         except Preempted as stopped:

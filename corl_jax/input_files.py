@@ -6,6 +6,7 @@ It imports nothing but `errors`.
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import json
 import os
@@ -42,6 +43,19 @@ def expand_path(text: str | os.PathLike[str]) -> str:
     return with_home
 
 
+def parse_place(text: str) -> str:
+    """Returns a command line's path, URL or hub id as `expand_path` does; argparse's `type`."""
+    try:
+        return expand_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_path(text: str) -> Path:
+    """Returns a command line's path as `expand_path` does; argparse's `type`."""
+    return Path(parse_place(text))
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """True for the text file that git leaves in place of a file kept in Git LFS.
 
@@ -76,7 +90,7 @@ def read_text(path: Path, expected: str = "a text file", max_bytes: int | None =
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from None
     if max_bytes is not None and len(content) > max_bytes:
-        raise InputError(f"{path}: has more than {max_bytes} bytes; expected {expected}")
+        raise InputError(f"{path}: has more than {max_bytes:,} bytes; expected {expected}")
     if content.startswith(LFS_PREFIX) and len(content) <= LFS_POINTER_MAX_BYTES:
         raise InputError(describe_lfs_pointer(path))
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import config_file
+from corl_jax import config_file, startup
 from corl_jax.ahead import chips, programs, report
 from corl_jax.config import Config
 from corl_jax.data.processor import BUCKET
@@ -153,6 +153,8 @@ def selected(planned: list[programs.Program], names: list[str] | None) -> list[p
 
 
 def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+    if topology == "local":
+        startup.start_devices()
     devices, chip = chips.local() if topology == "local" else chips.described(topology)
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
@@ -178,6 +180,7 @@ def heading(outline: planning.Outline, chip: chips.Chip, lengths: dict[str, int]
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(argv)
+    startup.check_jax_settings()
     if args.topology != "local":
         # Nothing runs; and libtpu would otherwise look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")

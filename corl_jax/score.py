@@ -33,18 +33,19 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config import Networks, Reward, RewardNetwork
+from corl_jax.config_yaml import parse_yaml
 from corl_jax.data.images import decode_image
 from corl_jax.errors import InputError, RewardError, exit_on_input_error
+from corl_jax.input_files import expand_path, parse_path, parse_place
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import Frozen, Policy
-from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
+from corl_jax.startup import inspect_model, load_model, prepare_devices
 
 SHORT = ("problem", "solution", "type")
 DTYPES = ("float32", "bfloat16")
@@ -91,9 +92,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--reward", metavar="NAME", help="a name of --list, or FILE.py:FUNCTION")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="cases, JSON lines")
-    parser.add_argument("--model", metavar="DIR", help="for rewards that ask the policy")
+    parser.add_argument(
+        "--reward", type=parse_place, metavar="NAME", help="a name of --list, or FILE.py:FUNCTION"
+    )
+    parser.add_argument("--input", type=parse_path, metavar="FILE", help="cases, JSON lines")
+    parser.add_argument(
+        "--model", type=parse_place, metavar="DIR", help="for rewards that ask the policy"
+    )
     parser.add_argument(
         "--network", action="append", default=[], metavar="NAME=PATH", help="a network's weights"
     )
@@ -202,7 +207,10 @@ def _network_settings(
             problems.append(
                 f"--network: found {text!r}, expected NAME=PATH with a name of {', '.join(known)}"
             )
-        paths[name] = path
+        try:
+            paths[name] = expand_path(path)
+        except InputError as error:
+            problems.append(f"--network {name}: {error}")
     if problems:
         raise InputError(problems)
     blocks: Any = {
@@ -222,9 +230,11 @@ def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
             problems.append(f"argument {text!r}: option {key} is given twice")
         else:
             try:
-                options[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                problems.append(f"argument {text!r}: the value is not valid YAML")
+                parsed = parse_yaml(value)
+                is_path = key == "scorer" and isinstance(parsed, str)
+                options[key] = expand_path(parsed) if is_path else parsed
+            except ValueError as error:
+                problems.append(f"argument {text!r}: the value cannot be read: {error}")
     return options
 
 
@@ -341,8 +351,9 @@ def _load_context(
     args: argparse.Namespace, reward: Resolved, found: list[networks.Found]
 ) -> Context:
     config = params = processor = dtype = None
-    if found or reward.scorers:
-        enable_compilation_cache()
+    # Of rewards without a network those of images may use a device; a user's own readies itself.
+    if found or reward.scorers or (reward.entry.task == "t2i" and not reward.entry.any_size):
+        prepare_devices()
     loaded = {one.name: networks.load(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]

@@ -491,6 +491,15 @@ def test_the_last_iteration_of_a_run_without_rewards_ends_it():
         recorder.iteration(1, done, {}, run)
 
 
+def test_warmup_that_outlasts_the_epochs_is_refused(options):
+    """The length of the run is known when its data is read."""
+    tree = options(train={"max_steps": None, "epochs": 1.0}, optimizer={"warmup_steps": 500})
+    config = config_file.validate(tree, "test")
+    with pytest.raises(InputError, match="warmup_steps: found 500, but the run has") as error:
+        planning.plan(config)
+    assert len(error.value.problems) == 1
+
+
 def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     """Whatever is trained."""
     extra = {"spec": "{}", "category": "counting"}

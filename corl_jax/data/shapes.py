@@ -32,7 +32,7 @@ from PIL import Image
 from corl_jax.data import shapes_text
 from corl_jax.data.shapes_scene import SPLITS, Spec, in_split, render, sample_scene, sample_spec
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.input_files import expand_path
+from corl_jax.input_files import parse_place
 
 __all__ = ["FEATURES", "make_row", "render", "sample_spec_of_row", "schema", "write"]
 
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.data.shapes", description="Writes the drawn world as parquet."
     )
-    parser.add_argument("--out", required=True, help="new or empty directory")
+    parser.add_argument("--out", type=parse_place, required=True, help="new or empty directory")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels")
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="all", help="see the module docstring")
     args = parser.parse_args(argv)
     path = write(
-        expand_path(args.out),
+        args.out,
         args.rows,
         args.seed,
         image_size=args.image_size,

@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.print_config:
         print(config_file.dump(config), end="")
         return
-    startup.enable_compilation_cache()
-    processes.initialize(config.distributed)
+    startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.failing_together():
         planned = plan(config)
         if not args.check:

@@ -152,7 +152,7 @@ def test_config(hammer, tmp_path):
          "aliases written out"),
         ("a: &a [*a]", "refers to itself"),
         ("a: " + "[" * 100_000, "nested too deeply"),
-        ("seed: 2026-13-45", "not valid YAML"),
+        ("seed: 2026-13-45", "seed: found '2026-13-45'"),
         ("seed: " + "9" * 5000, "not valid YAML"),
         ("x" * (config_file.MAX_CHARACTERS + 1), "characters"),
         ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
