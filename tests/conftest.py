@@ -1,7 +1,8 @@
 """What every test runs on: eight virtual CPU devices, one torch thread, a compilation cache.
 
 The devices belong to this process only. A command that a test starts in a subprocess sees one
-CPU device, as a user's would, and shares the compilation cache through the environment.
+CPU device, as a user's would. It shares the compilation cache, and what makes compilation cheap,
+through the environment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is first
 # collective for the other devices, so with one per device two that a program may run in either
 # order can wait for each other for ever, and XLA ends the process.
 os.environ.setdefault("NPROC", "32")
+# Most of a test's time is compilation, and tiny arrays gain nothing from XLA's slower passes.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+# XLA's emitters of fused loops that are built on MLIR take three times as long to compile as those
+# before them. An extra option that another release of XLA does not know is ignored there.
+if "xla_backend_extra_options" not in os.environ.get("XLA_FLAGS", ""):
+    cheap = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cheap}".strip()
 
 import jax
 import numpy as np
@@ -28,7 +36,6 @@ from tests.figures import figure, pytest_terminal_summary  # noqa: F401 (pytest 
 DEVICES = 8
 
 jax.config.update("jax_platforms", "cpu")
-# Most of a test's time is compilation, and tiny arrays gain nothing from XLA's slower passes.
 jax.config.update("jax_disable_most_optimizations", True)
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", DEVICES)

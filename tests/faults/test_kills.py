@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import SUPERVISED, Job, outcome
+from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 
 # What one more kill falls into, as (object, function, which call of it). Two updates are made on
 # each rollout, so an even call is the second of its iteration.
@@ -172,7 +172,7 @@ def test_a_kill_in_every_phase(model, rows, tmp_path, figure):
     hits = 0
     for where, name, call in PHASES.values():
         job.driver = DIES.format(where=where, name=name, call=call)
-        code = job.start().wait(240)
+        code = job.start().wait(PATIENCE)
         hits += code == -9
         assert code in (-9, 0), job.log[-3000:]
     job.driver = ""
