@@ -40,10 +40,13 @@ def full_logits(config, params, prompts, tokens, image_token: int) -> jax.Array:
     return (model.image_logits if prompts.pixel_values is None else model.text_logits)(hidden)
 
 
-def margins(logits: Any, rollout: Rollout, keys: jax.Array, temperature: float) -> np.ndarray:
+def margins(
+    logits: Any, rollout: Rollout, keys: jax.Array | None = None, temperature: float = 1.0
+) -> np.ndarray:
     """By how much each kept token was ahead of the next, of logits [N, T, V] that were drawn from.
 
-    Vocabularies of one block only: see `sampling.Choice.draw`.
+    Without keys they were the largest logits. Vocabularies of one block only: see
+    `sampling.Choice.draw`.
     """
     _, length, size = logits.shape
 
@@ -51,8 +54,9 @@ def margins(logits: Any, rollout: Rollout, keys: jax.Array, temperature: float) 
         _, place = jax.random.split(jax.random.fold_in(key, step))
         return jax.random.gumbel(place, (size,))
 
-    drawn = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))(keys, jnp.arange(length))
-    scores = np.asarray(logits) / temperature + np.asarray(drawn)
+    scores = np.array(logits) / temperature
+    if keys is not None:
+        scores += jax.vmap(jax.vmap(noise, (None, 0)), (0, None))(keys, jnp.arange(length))
     kept = np.asarray(rollout.mask)
     chosen = np.take_along_axis(scores, np.asarray(rollout.tokens)[..., None], -1)[..., 0]
     np.put_along_axis(scores, np.asarray(rollout.tokens)[..., None], -np.inf, -1)

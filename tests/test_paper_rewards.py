@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
-from corl_jax import config_file, sharding
+from corl_jax import config_file, sampling, sharding
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning, report
 from tests import tiny_train
 from tests.tiny_networks import network_dir
 from tests.tiny_train import metric_lines
+from tests.tolerances import NETWORK
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("t2i/t2i_bid_cycle_reward", "t2i/t2i_ti_sim", "mm2t/qa_accuracy", "mm2t/format")
@@ -66,9 +69,23 @@ def test_check_lists_the_networks(tree, one_device, capsys):
     assert not Path(tree["output_dir"]).exists()
 
 
+def picture_codes(config, params, tokens, *, dtype):
+    """Pictures of codes without a network, for comparisons over devices.
+
+    A network's pixels are cut to whole numbers, and the last bit of a sum, which another number of
+    rows on a device may change, decides one here and there.
+    """
+    side = config.siglip.image_size
+    grid = math.isqrt(config.num_image_tokens)
+    codes = tokens.reshape(-1, grid, 1, grid, 1, 1) * jnp.array([5, 11, 23]) % 256
+    blocks = jnp.broadcast_to(codes, (len(tokens), grid, side // grid, grid, side // grid, 3))
+    return blocks.reshape(-1, side, side, 3).astype(jnp.uint8)
+
+
 @pytest.fixture(scope="module")
 def straight(tree):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "decode_images", picture_codes)
         make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
         patch.setattr(planning, "make_mesh", make)
         return run(tree)
@@ -96,6 +113,7 @@ def test_every_reward_is_scored_timed_and_learnt_from(straight):
 def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devices, monkeypatch):
     make = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
     monkeypatch.setattr(planning, "make_mesh", make)
+    monkeypatch.setattr(sampling, "decode_images", picture_codes)
     again = tree | {
         "output_dir": str(tmp_path / "run"),
         "networks": tree["networks"] | {"offload": devices == 1},
@@ -106,7 +124,7 @@ def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devic
         task, reward = name.split("/")
         for what in ("mean", "std"):
             key = f"{task}/rewards/{reward}/{what}"
-            assert second[key] == pytest.approx(first[key], abs=2e-6), key
+            assert second[key] == pytest.approx(first[key], abs=NETWORK), key
 
 
 OWN = """
