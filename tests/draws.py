@@ -56,7 +56,8 @@ def margins(
 
     scores = np.array(logits) / temperature
     if keys is not None:
-        scores += jax.vmap(jax.vmap(noise, (None, 0)), (0, None))(keys, jnp.arange(length))
+        drawn = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))(keys, jnp.arange(length))
+        scores += np.asarray(drawn)
     kept = np.asarray(rollout.mask)
     chosen = np.take_along_axis(scores, np.asarray(rollout.tokens)[..., None], -1)[..., 0]
     np.put_along_axis(scores, np.asarray(rollout.tokens)[..., None], -np.inf, -1)
