@@ -49,12 +49,27 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = str(cache.mkdir(name)) if cache else os.path.join(tempfile.gettempdir(), name)
     settings = {
         "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,  # to read a program is always quicker
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for key, value in settings.items():
         jax.config.update(key, value)
         os.environ[key.upper()] = str(value)
+
+
+LONGEST = (
+    "test_bench", "test_quickstart", "test_several_processes", "test_train_command",
+    "test_paper_rewards", "test_sampling", "test_lora_run", "test_train_step", "test_layouts",
+    "test_step", "test_generate", "test_evaluation", "test_resume",
+)  # fmt: skip
+"""Files that take longest, in the order in which workers begin them."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts long files first where workers share them: one that comes last keeps one worker busy."""
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +102,10 @@ def one_device():
 def module_on_one_device():
     with _one_device():
         yield
+
+
+# The small model and data of tests that run from files to files. What they are is said in
+# `tiny_train.model_dir` and `tiny_train.rows_file` alone.
 
 
 @pytest.fixture(scope="session")

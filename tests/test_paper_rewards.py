@@ -16,7 +16,6 @@ import yaml
 from corl_jax import config_file, sampling, sharding
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning, report
-from tests import tiny_train
 from tests.tiny_networks import network_dir
 from tests.tiny_train import metric_lines
 from tests.tolerances import NETWORK
@@ -26,10 +25,9 @@ NAMES = ("t2i/t2i_bid_cycle_reward", "t2i/t2i_ti_sim", "mm2t/qa_accuracy", "mm2t
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory, tiny_config):
+def tree(tmp_path_factory, model, rows):
     """configs/janus_pro_1b/unified.yaml with a tiny Janus, tiny networks and few rows."""
     root = tmp_path_factory.mktemp("paper")
-    model = tiny_train.model_dir(root / "model", tiny_config)
     networks = {
         name: {"path": str(network_dir(root / name, kind))}
         for name, kind in (("blip", "blip"), ("bert", "bert"), ("lpips", "vgg"))
@@ -38,10 +36,7 @@ def tree(tmp_path_factory, tiny_config):
         "base": str(ROOT / "configs" / "janus_pro_1b" / "unified.yaml"),
         "output_dir": str(root / "run"),
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {
-            "path": str(tiny_train.rows_file(root / "rows.parquet", 16)),
-            "max_prompt_length": 128,
-        },
+        "data": {"path": str(rows), "max_prompt_length": 128},
         "rollout": {"group_size": 2, "max_new_tokens": 6, "batch_prompts": 4},
         "train": {"prompts_per_step": 4, "micro_batch": 2, "max_steps": 2},
         "eval": {"rows": 4, "batch_prompts": 4, "every": 0},

@@ -88,7 +88,3 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("is there already") == 2
     assert json.loads((out / "summary.json").read_text()) == summary
-
-    other = start(out, *SMALL, "seed=5")
-    assert other.returncode == 2
-    assert "seed: found 5, the run has 0" in other.stderr

@@ -656,8 +656,9 @@ def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypa
     monkeypatch.setattr(command, "untrained_digests", take)
     monkeypatch.setattr(record.Recorder, "iteration", log)
     tree = options(
-        train={"max_steps": 3}, checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"}
-    )
+        grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
+        checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"},
+    )  # fmt: skip
     path = write_config(tmp_path / "config.yaml", tree)
     command.main(["--config", str(path), "train.stop_after=2"])
     assert taken == [1] and steps == [0, 1]

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 CALLS = itertools.count(1)
@@ -25,7 +26,7 @@ def answers(texts, qa_problem, *, folder: str):
 
     fail = Path(folder) / "fail"
     if fail.exists() and jax.process_index() == 1 and next(CALLS) == int(fail.read_text()):
-        (Path(folder) / "failed").touch()
+        (Path(folder) / "failed").write_text(str(time.time()))
         raise RuntimeError("the judge is out")
     _write(folder, "answers", list(zip(qa_problem, texts, strict=True)))
     return [len(set(text)) % 5 for text in texts]

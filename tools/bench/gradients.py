@@ -37,9 +37,15 @@ def gradients(setting: Setting) -> Iterator[Record]:
         with jax.default_matmul_precision("highest"):
             exact = _gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
         figures: dict[str, Any] = {"attention": setting.attention}
+        kernels = {setting.attention, "xla"}
+        off = {
+            kernel: errors(
+                _gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch), exact
+            )
+            for kernel in kernels
+        }
         for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
-            found = _gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
-            figures |= {f"{name}{suffix}": x for name, x in errors(found, exact).items()}
+            figures |= {f"{name}{suffix}": x for name, x in off[kernel].items()}
         yield Record("gradients", task, None, figures)
 
 
