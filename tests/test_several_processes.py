@@ -1,8 +1,8 @@
 """The train command as two processes of two devices equals one process of four, and ends as one.
 
 `alone` and `chain` are the same run of three steps, with evaluation, image grids, checkpoints and
-export. In `chain` two processes do the first step, fail in the second, one process does it and two
-do the third.
+export. In `chain` two processes do the first step, fail in the second, and one process does the
+others; or, which takes a compilation in two processes more, does it and two do the third.
 """
 
 from __future__ import annotations
@@ -91,11 +91,15 @@ class Chain:
     run: Path
     codes: list[int]  # of the two processes that fail
     failing: list[str]  # what they printed
-    last: list[str]  # what the two printed that finished the run
+    pairs: list[list[str]]  # what the two printed of each start in which they were two
+    starts: int
 
 
-@pytest.fixture(scope="module")
-def chain(model, rows, tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=["by one", pytest.param("by two", marks=pytest.mark.slow)]
+)
+def chain(request, model, rows, tmp_path_factory):
+    """A run that two processes begin and `request.param` end."""
     tree = run_options(model, rows, tmp_path_factory.mktemp("chain"))
     run = Path(tree["output_dir"])
     fail = run.parent / "seen" / "fail"
@@ -106,12 +110,13 @@ def chain(model, rows, tmp_path_factory):
     failing = [process.text for process in pair]
     fail.unlink()
     assert [line["step"] for line in metric_lines(run)] == [0, 1]
+    if request.param == "by one":
+        train_alone(tree)
+        return Chain(run, codes, failing, [failing], starts=2)
     train_alone(tree, "train.stop_after=1")
     assert [line["step"] for line in metric_lines(run)] == [0, 1, 2]
     last = several_processes.finished(several_processes.train(written(tree)))
-    noted = ["programs are compiled anew" in text for text in last]
-    assert noted == [True, False], "by the first process, of the cache that both leave alone"
-    return Chain(run, codes, failing, last)
+    return Chain(run, codes, failing, [failing, last], starts=3)
 
 
 def steady(line: dict) -> dict:
@@ -177,9 +182,12 @@ def test_two_processes_draw_the_same_grids(chain, alone):
 
 
 def test_only_the_first_process_logs(chain):
-    first, second = chain.last
-    assert "step 3/3" in first and "step" not in second
-    assert len(list((chain.run / "tensorboard").iterdir())) == 3
+    for pair in chain.pairs:
+        logged = [re.findall(r"^step \d/3", text, re.M) for text in pair]
+        assert len(logged[0]) == 1 and not logged[1]
+        noted = ["programs are compiled anew" in text for text in pair]
+        assert noted == [True, False], "of the cache that both leave alone"
+    assert len(list((chain.run / "tensorboard").iterdir())) == chain.starts
 
 
 # ---- ending

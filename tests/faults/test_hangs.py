@@ -151,9 +151,8 @@ command.main(sys.argv[1:])
 
 
 @pytest.fixture
-def config(tmp_path, tiny_config):
+def config(tmp_path, model):
     """A run without an end, as long as nobody ends it."""
-    model = tiny_train.model_dir(tmp_path / "model" / "tiny", tiny_config)
     rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
     tree = tiny_train.options(
         model, rows, tmp_path / "run", objective="vq", rewards=[],
@@ -185,9 +184,8 @@ Saver.finish = slow_finish
 
 
 @pytest.mark.slow
-def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, tiny_config, figure):
+def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, model, figure):
     limit, leaf_s = 8.0, 0.2
-    model = tiny_train.model_dir(tmp_path / "model" / "tiny", tiny_config)
     rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
     leaves = len(jax.tree.leaves(load_params(model, load_config(model))))
     assert leaves * leaf_s > 2 * limit
