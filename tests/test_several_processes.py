@@ -95,9 +95,7 @@ class Chain:
     starts: int
 
 
-@pytest.fixture(
-    scope="module", params=["by one", pytest.param("by two", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["by one", pytest.param("by two", marks=pytest.mark.slow)])
 def chain(request, model, rows, tmp_path_factory):
     """A run that two processes begin and `request.param` end."""
     tree = run_options(model, rows, tmp_path_factory.mktemp("chain"))
