@@ -117,7 +117,7 @@ def mismatches(job: Job, straight: dict[str, str]) -> list[str]:
 
 
 def killed(make, figure, saves: int, randomly: int, hits: int) -> None:
-    """`hits`: how many of the kills in saves have to fall into one, of four times `saves` at most."""
+    """`hits`: how many kills have to fall into a save, of four times `saves` at most."""
     straight = make("straight")
     assert straight.here() == 0
     expected = outcome(straight)
