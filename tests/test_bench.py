@@ -35,6 +35,7 @@ from tools.bench import (
     correctness,
     generation,
     gradients,
+    host,
     inputs,
     start,
     timing,
@@ -620,6 +621,18 @@ def test_a_wrong_kernel_shows_in_gradients(tmp_path, monkeypatch):
     found = {record.name: record.figures for record in gradients.gradients(setting)}
     for task in ("t2i", "mm2t"):
         assert found[task]["error"] > 5 * found[task]["error_xla"] > 0
+
+
+# ---- rewards on the host
+
+
+def test_rewards_on_the_host_are_timed(capsys):
+    host.main(["--repeats", "1"])
+    shown = re.findall(r"^(text|shapes) .* ([\d.]+) ms$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in shown] == ["text", "shapes"]
+    with pytest.raises(SystemExit) as error:
+        host.main(["--repeats", "0"])
+    assert error.value.code == BAD_INPUT_EXIT_CODE
 
 
 # ---- the training command's start
