@@ -118,9 +118,10 @@ def test_a_caption_is_greedy(network, images, tokens):
     ids = np.concatenate([np.full((len(images), 1), BOS), tokens[:, :-1]], axis=1)
     forward = jax.jit(lambda params, *x: binding.bind(Blip, CONFIG, params)(*x))
     logits = forward(network.params, captions.normalise(images, settings), ids)
-    best = np.asarray(logits).argmax(axis=-1)
+    second, first = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)
     read = np.cumsum(ids == SEP, axis=1) == 0  # what follows the end is not drawn
-    assert (best == tokens)[read].all()
+    assert (first - second)[read].min() > NETWORK, "a tie decides nothing: choose another seed"
+    assert (np.asarray(logits).argmax(axis=-1) == tokens)[read].all()
 
 
 def test_the_separator_ends_a_caption_and_fills_its_row(tokens):

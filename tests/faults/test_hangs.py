@@ -80,11 +80,11 @@ def test_a_hang_is_ended_and_shown(tmp_path, kind, figure):
 
 
 def test_compiling_gets_more_time(tmp_path):
-    script = WATCHED.format(hang="time.sleep(1.5)", timeout=0.8, compiled=False)
+    script = WATCHED.format(hang="time.sleep(2.5)", timeout=2.0, compiled=False)
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
-    script = WATCHED.format(hang="time.sleep(30)", timeout=0.8, compiled=True)
+    script = WATCHED.format(hang="time.sleep(600)", timeout=1.0, compiled=True)
     process = start("-c", script, cwd=tmp_path)
     assert process.wait(PATIENCE) == 1
     process.communicate()
@@ -96,7 +96,7 @@ def test_a_pause_does_not_count_and_ends(tmp_path):
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
-    script = WATCHED.format(hang=f"{wait}\n    time.sleep(30)", timeout=1.0, compiled=True)
+    script = WATCHED.format(hang=f"{wait}\n    time.sleep(600)", timeout=1.0, compiled=True)
     process = start("-c", script, cwd=tmp_path)
     assert process.wait(PATIENCE) == 1
     process.communicate()
@@ -104,11 +104,12 @@ def test_a_pause_does_not_count_and_ends(tmp_path):
 
 def test_a_process_that_was_stopped_has_not_hung(tmp_path):
     hang = "print('now', flush=True); time.sleep(0.5); watchdog.beat(); time.sleep(0.5)"
-    script = WATCHED.format(hang=hang, timeout=2.0, compiled=True)
+    # Stopped for longer than the limit, and for much less than what faulthandler's clock allows.
+    script = WATCHED.format(hang=hang, timeout=5.0, compiled=True)
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(6)
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
