@@ -58,9 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "test_bench", "test_quickstart", "test_several_processes", "test_train_command",
-    "test_paper_rewards", "test_sampling", "test_lora_run", "test_train_step", "test_layouts",
-    "test_step", "test_generate", "test_evaluation", "test_resume",
+    "test_bench", "test_several_processes", "test_train_command", "test_quickstart",
+    "test_paper_rewards", "test_sampling", "test_plan", "test_train_step", "test_layouts",
+    "test_step", "test_lora_run", "test_kills", "test_generate", "test_evaluation",
 )  # fmt: skip
 """Files that take longest, in the order in which workers begin them."""
 
