@@ -66,10 +66,9 @@ def test_every_switch_is_here():
 
 
 @pytest.fixture(scope="module")
-def observe(tiny_config, tmp_path_factory):
+def observe(model, tmp_path_factory):
     """compat block -> all that can be observed with it, by name."""
     folder = tmp_path_factory.mktemp("compat")
-    model = tiny_train.model_dir(folder / "tiny", tiny_config)
     rows = tiny_train.rows_file(folder / "rows.parquet", 4)
     rewards = [{"name": name} for name in ("format", "qa_accuracy", "oc_accuracy", "t2i_ti_sim")]
     make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])

@@ -34,7 +34,7 @@ EFFORT = [
     pytest.param(60, id="few"),
     pytest.param(2_000, id="many", marks=pytest.mark.slow),
 ]
-SECONDS = 2.0  # for the text of one answer, on a busy machine
+SECONDS = 60.0  # of processor, for what takes milliseconds: a reader that does not end takes more
 
 
 @pytest.fixture(params=EFFORT)
@@ -165,7 +165,7 @@ def test_configs_made_to_break_their_reader(figure, tmp_path, content, expected)
     began = time.process_time()
     with pytest.raises(InputError, match=expected):
         config_file.load(file)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < SECONDS
     figure("fuzz", fault="config: made by hand", tries=1, losses=0)
 
 

@@ -19,6 +19,7 @@ from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.weights.files import load_config, load_params
 from tests import several_processes, tiny_train
+from tests.faults.harness import PATIENCE
 from tests.tiny_train import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +205,7 @@ def test_a_hung_reward_does_not_keep_the_process(tmp_path, kind, figure):
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
-        timeout=120, env=environment(),
+        timeout=PATIENCE, env=environment(),
     )  # fmt: skip
     seconds = time.monotonic() - began
     assert done.returncode == 1 and done.stdout == "[nan nan]\n"
