@@ -27,7 +27,7 @@ quickstart: $(VENV)/installed  ## the main job on the shipped mini Janus, CPU, a
 
 test: $(VENV)/installed-dev  ## style and the tests that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/installed-dev  ## every test
 	$(BIN)/python -m pytest

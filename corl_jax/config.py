@@ -7,18 +7,22 @@ Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released s
 from __future__ import annotations
 
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from corl_jax import config_checks
 from corl_jax.config_fields import (
     Axis,
+    CodePath,
+    ConfigPath,
+    ConfigPaths,
     Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    RewardOptions,
     Section,
     option,
 )
@@ -31,7 +35,9 @@ ADAPTERS = "language_model/layers/.*/lora_[ab]"
 class Model(Section):
     """The policy: where its weights are and how it computes."""
 
-    path: str = Field(description="directory in any of the three layouts, or a hub id")
+    path: ConfigPath = Field(
+        description="directory in any layout, or hub id: owner/name[@revision]"
+    )
     dtype: Literal["float32", "bfloat16"] = option(
         "bfloat16", "compute dtype; parameters and optimizer stay float32"
     )
@@ -59,7 +65,7 @@ class Columns(Section):
 class Data(Section):
     """Rows and the prompts made of them."""
 
-    path: str | list[str] = Field(description="parquet file, directory, glob, list, or hub id")
+    path: ConfigPaths = Field(description="parquet file, directory, glob, list, or hub id")
     columns: Columns = Columns()
     max_prompt_length: Positive = option(
         1024, "tokens of an encoded prompt; longer rows are left out [P, R]"
@@ -91,9 +97,9 @@ class Reward(Section):
     """One reward: a registered name, or a function of your own by `use`."""
 
     name: str | None = option(None, "a name that `python -m corl_jax.score --list` shows")
-    use: str | None = option(None, "FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own")
+    use: CodePath | None = option(None, "FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own")
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    options: dict[str, Any] = Field(default_factory=dict, description="the reward's own keywords")
+    options: RewardOptions = Field(default_factory=dict, description="the reward's own keywords")
     timeout_s: PositiveFloat = option(60.0, "seconds that a call of `use` may take")
     max_failures: Positive = option(5, "failed calls of `use` in a row after which the run stops")
 
@@ -119,7 +125,7 @@ class Reward(Section):
 class RewardNetwork(Section):
     """Where the weights of a reward network are, and in which type they compute."""
 
-    path: str | None = option(None, "directory, file or hub id; null: the usual one")
+    path: ConfigPath | None = option(None, "directory, file or hub id; null: the usual one")
     dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype")
 
 
@@ -274,7 +280,7 @@ class Checkpoint(Section):
     keep: Positive = option(
         2, "newest checkpoints that stay; one more is there while the next is written"
     )
-    directory: str | None = option(
+    directory: ConfigPath | None = option(
         None, "where they are, also gs://BUCKET/..; null: in the run directory"
     )
     max_failures: Positive = option(
@@ -289,7 +295,7 @@ class Export(Section):
     dtype: Literal["keep", "float32", "bfloat16"] = option(
         "keep", "keep: each tensor's dtype in the source"
     )
-    base: str | None = option(None, "original directory that supplies dropped tensors")
+    base: ConfigPath | None = option(None, "original directory that supplies dropped tensors")
     lora: Literal["merged", "adapter"] = option(
         "merged",
         "merged: a whole model; adapter: a directory for PEFT, transformers layout",
@@ -301,7 +307,7 @@ class Eval(Section):
 
     suite: Literal["none", "shapes", "rewards"] = "none"
     every: NonNegative = option(0, "steps between; 0: only before and after")
-    path: str | list[str] | None = option(None, "rows; null: the last rows of the data")
+    path: ConfigPaths | None = option(None, "rows; null: the last rows of the data")
     rows: Positive = 64
     batch_prompts: Positive = 16
 
@@ -328,6 +334,11 @@ class Guards(Section):
     zero_spread: Fraction | None = option(
         0.9, "alarm above: groups with equal rewards, mean of 10 steps"
     )
+    not_applicable: Fraction | None = option(
+        0.5,
+        "alarm above: completions without a reward, mean of 10 steps; or a reward that applies to "
+        "none; the end of a run without any",
+    )
     drift_mean: PositiveFloat | None = option(
         0.05, "alarm above: mean |sampler - trainer| log-prob, nats"
     )
@@ -337,7 +348,16 @@ class Guards(Section):
         "alarm: standard errors that a held-out score falls while the reward rises",
     )
     fatal: list[
-        Literal["kl", "entropy", "duplicates", "zero_spread", "drift_mean", "drift_max", "held_out"]
+        Literal[
+            "kl",
+            "entropy",
+            "duplicates",
+            "zero_spread",
+            "not_applicable",
+            "drift_mean",
+            "drift_max",
+            "held_out",
+        ]
     ] = Field(default_factory=list, description="alarms that end the run with exit code 3")
 
 
@@ -357,14 +377,21 @@ class Compat(Section):
     mc_as_open_ended: bool = option(False, "Q3: choice answers scored by word overlap")
     text_top_k_50: bool = option(False, "Q4: transformers' implicit top_k")
     ti_sim_fixed_spans: bool = option(False, "Q7: spans 5:581 and 586: of the tokens")
-    format_without_strip: bool = option(False, "Q20")
+    format_without_strip: bool = option(False, "Q20: white space around spoils the format")
     answer_single_line: bool = option(False, "Q21: answers with a newline not found")
+    format_repeated_blocks: bool = option(False, "C1: blocks within blocks pass the format test")
+    answer_in_thoughts: bool = option(False, "C2: an answer block in the thoughts decides")
+    compare_by_letters: bool = option(
+        False, "C3: numbers resemble others by spelling, a class counts within any word"
+    )
 
 
 class Config(Section):
     """A whole run."""
 
-    output_dir: str = Field(description="run directory; a rerun of the same command resumes it")
+    output_dir: ConfigPath = Field(
+        description="run directory; a rerun of the same command resumes it"
+    )
     objective: Literal["grpo", "sft", "vq"] = "grpo"
     seed: NonNegative = 0
     model: Model

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),
     "answer_single_line": ("qa_accuracy", "oc_accuracy"),
+    "answer_in_thoughts": ("qa_accuracy", "oc_accuracy"),
+    "compare_by_letters": ("qa_accuracy", "oc_accuracy", "t2i_oc"),
     "format_without_strip": ("format",),
+    "format_repeated_blocks": ("format",),
     "ti_sim_fixed_spans": ("t2i_ti_sim",),
 }
 """Switches of `compat` that act on rewards -> those rewards."""
@@ -26,7 +29,7 @@ UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b
 
 
 REWARD_GRACE_S = 1.0
-"""Seconds beyond its timeout_s that an async reward by `use` has to end tidily."""
+"""Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 
 
 def problems(config: Config) -> list[str]:
@@ -37,6 +40,7 @@ def problems(config: Config) -> list[str]:
         *_unused_blocks(config),
         *_unused_switches(config),
         *_unused_moments(config),
+        *(warmup_problems(config, config.train.max_steps) if config.train.max_steps else []),
         *_guards(config),
         *_processes(config),
         *_places(config),
@@ -151,6 +155,20 @@ def _unused_moments(config: Config) -> list[str]:
         f"{default} or choose another optimizer.name"
         for name, (value, default) in changed(options).items()
         if name in unused
+    ]
+
+
+def warmup_problems(config: Config, steps: int) -> list[str]:
+    """Returns a problem if a run of `steps` ends before its learning rate is reached."""
+    warmup = config.optimizer.warmup_steps
+    iterations = config.grpo.num_iterations if config.objective == "grpo" else 1
+    updates = steps * iterations
+    if warmup < max(updates, 1):  # update number `warmup`, from 0, is the first at the full rate
+        return []
+    counted = f"{steps} steps" + (f" with {iterations} updates each" if iterations > 1 else "")
+    return [
+        f"optimizer.warmup_steps: found {warmup}, but the run has {counted}, so that it never "
+        f"reaches optimizer.learning_rate; expected less than {updates}; lower it or train longer"
     ]
 
 

@@ -7,9 +7,7 @@ keys are refused with the nearest known name, and all problems are reported at o
 
 from __future__ import annotations
 
-import collections
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterable
@@ -18,13 +16,14 @@ from typing import Any
 
 import annotated_types
 import pydantic
-import yaml
 
 from corl_jax.config import Config, Reward
 from corl_jax.config_fields import Section
+from corl_jax.config_yaml import MAX_CHARACTERS, dump_yaml, parse_yaml
 from corl_jax.errors import InputError
+from corl_jax.input_files import expand_path, read_text
 
-MAX_CHARACTERS = 2**20  # of a file; our largest has 2**11
+MAX_BYTES = 4 * MAX_CHARACTERS  # of a file; UTF-8 has at most four bytes a character
 LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
@@ -34,7 +33,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: every problem found, each with its key.
     """
-    tree = _read(Path(path), [])
+    tree = _read(Path(expand_path(path)), [])
     problems = [line for text in overrides or [] for line in _override(tree, text)]
     try:
         config = validate(tree, str(path))
@@ -59,7 +58,7 @@ def validate(tree: dict[str, Any], source: str) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, every option with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def describe(section: type[Section] = Config, prefix: str = "") -> str:
@@ -68,7 +67,7 @@ def describe(section: type[Section] = Config, prefix: str = "") -> str:
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if _is_section(kind):
             lines.append(f"{key}: {(kind.__doc__ or '').splitlines()[0]}")
             lines.append(describe(kind, f"{key}."))
             continue
@@ -116,18 +115,47 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
     try:
-        with path.open(encoding="utf-8") as file:
-            tree = _parse(file.read(MAX_CHARACTERS + 1)) or {}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --config wants a YAML file") from None
+        tree = parse_yaml(read_text(path, "a YAML file of options", MAX_BYTES)) or {}
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: found {type(tree).__name__}, expected a mapping of options")
+    tree = _drop_empty_blocks(tree, Config)
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(_read(path.parent / str(base), [*seen, path.resolve()]), tree)
+    try:
+        below = path.parent / expand_path(str(base))
+    except InputError as error:
+        raise InputError(f"{path}: base: {error}") from None
+    return _merge(_read(below, [*seen, path.resolve()]), tree)
+
+
+def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    """Leaves out blocks and lists without a value, as where all their lines are comments."""
+    kept = {}
+    for key, value in tree.items():
+        field = section.model_fields.get(str(key))
+        kind = field.annotation if field else None
+        inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+        if value is None and (_is_section(kind) or typing.get_origin(kind) in (list, dict)):
+            continue
+        if _is_section(inner):
+            if isinstance(value, dict):
+                value = _drop_empty_blocks(value, inner)
+            elif isinstance(value, list):
+                value = [
+                    _drop_empty_blocks(item, inner) if isinstance(item, dict) else item
+                    for item in value
+                ]
+        kept[key] = value
+    return kept
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -150,53 +178,10 @@ def _override(tree: dict[str, Any], text: str) -> list[str]:
             return [f"argument {text!r}: {part} is a value, not a block of options"]
         tree = child
     try:
-        tree[leaf] = _parse(value)
+        tree[leaf] = parse_yaml(value)
     except ValueError as error:
         return [f"argument {text!r}: value is not valid YAML: {error}"]
     return []
-
-
-def _parse(text: str) -> Any:
-    """A YAML document. Raises ValueError for what is none, or too large with its aliases."""
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
-    try:
-        tree = yaml.load(text, _Loader)
-        size = _expanded(tree, {})
-    except RecursionError:
-        raise ValueError("it is nested too deeply, or refers to itself") from None
-    except Exception as error:  # yaml's constructors end in many types, on "!!int ''" for one
-        raise ValueError(str(error) or type(error).__name__) from None
-    # Aliases of aliases double a tree with every line.
-    if size > MAX_CHARACTERS:
-        raise ValueError(f"it has more than {MAX_CHARACTERS:,} values, aliases written out")
-    return tree
-
-
-def _expanded(value: Any, known: dict[int, int]) -> int:
-    """How many values a tree has with its aliases written out; RecursionError for a cycle."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        children = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_expanded(child, known) for child in children)
-    return known[id(value)]
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, except that 1e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [name for name, count in collections.Counter(names).items() if count > 1]
-        if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def _explain(item: Any) -> tuple[str, str]:

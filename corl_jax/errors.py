@@ -6,7 +6,8 @@
 2   bad input: a config, file or argument; mend it. Found before anything is started, but for
     rows of the data: too many that cannot be used end a training on the way.
 3   a guard stopped the training: too many updates in a row with a loss or gradient that is not
-    finite, or an alarm of `guards.fatal`. Resuming without a change leads there again.
+    finite, no reward that applies to anything, or an alarm of `guards.fatal`. Resuming without a
+    change leads there again.
 75  preempted: saved at the step boundary after SIGTERM. The same command resumes.
 """
 
@@ -16,6 +17,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
+
+from corl_jax.console import escape_unprintable_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +64,16 @@ class SaveError(RuntimeError):
         return str(self).splitlines()
 
 
+class RewardError(RuntimeError):
+    """A user's reward has failed too often for the run to go on; shows the user's traceback."""
+
+    exit_code = FAILED_EXIT_CODE
+
+    @property
+    def problems(self) -> list[str]:
+        return [str(self).rstrip()]
+
+
 class Preempted(BaseException):
     """A run was asked to stop, and all that it has done is saved; says how to go on.
 
@@ -70,24 +83,33 @@ class Preempted(BaseException):
     exit_code = PREEMPTED_EXIT_CODE
 
 
-def shorten(problems: list[str], limit: int = MAX_PRINTED_PROBLEMS) -> list[str]:
-    """Returns the first `limit` problems and, for a longer list, a line that counts the rest."""
+def shorten(
+    problems: list[str], limit: int = MAX_PRINTED_PROBLEMS, what: str = "problems"
+) -> list[str]:
+    """Returns the first `limit` problems and, for a longer list, a line that counts the rest.
+
+    `what` is the word for them in that line.
+    """
     if len(problems) <= limit:
         return problems
-    return [*problems[:limit], f"... and {len(problems) - limit:,} more problems"]
+    return [*problems[:limit], f"... and {len(problems) - limit:,} more {what}"]
 
 
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Turns an error of this module that leaves `main` into lines on stderr and its exit code."""
+    """Turns an error of this module that leaves `main` into lines on stderr and its exit code.
+
+    Every command's main has it, so it readies the console for texts of any language too.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        escape_unprintable_text()
         try:
             return main(*args, **kwargs)
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.exit_code)
-        except (InputError, GuardError, SaveError) as error:
+        except (InputError, GuardError, RewardError, SaveError) as error:
             for problem in shorten(error.problems):
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import parse_path, parse_place
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
-MAX_PROBLEMS = 20
 SUITES = ("shapes",)
 
 
@@ -65,9 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="model directory of any of the three kinds, or a hub id")
+    add(
+        "--model",
+        type=parse_place,
+        required=True,
+        help="model directory of any of the three kinds, or a hub id",
+    )
     add("--suite", choices=SUITES, default="shapes", help="what is measured (default %(default)s)")
-    add("--data", metavar="PATH", help="parquet file or folder (default: drawn in memory)")
+    add(
+        "--data",
+        type=parse_place,
+        metavar="PATH",
+        help="parquet file or folder (default: drawn in memory)",
+    )
     add(
         "--rows",
         type=int,
@@ -84,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)",
     )
-    add("--out", type=Path, metavar="DIR", help="new or empty folder for the report")
+    add("--out", type=parse_path, metavar="DIR", help="new or empty folder for the report")
     return parser
 
 
@@ -117,8 +127,7 @@ def plan(args: argparse.Namespace) -> Any:
     )
     lengths = attempt(check_rows, source, model, args) if source is not None else None
     if problems or lengths is None:
-        more = len(problems) - MAX_PROBLEMS
-        raise InputError(problems[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else []))
+        raise InputError(problems)
     return make_loader(source, model[1], lengths, args.batch_size)
 
 
@@ -248,7 +257,7 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     from corl_jax import sharding, startup
     from corl_jax.evaluation import evaluate_shapes
 
-    startup.enable_compilation_cache()
+    startup.prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     # As many devices as divide a batch; the model is whole on each.
     ways = math.gcd(loader.batch_size, jax.local_device_count())

@@ -25,6 +25,7 @@ from corl_jax.data.dataset import Loader
 from corl_jax.data.shapes_checker import check
 from corl_jax.data.shapes_scene import CATEGORIES
 from corl_jax.errors import InputError
+from corl_jax.fonts import make_drawable
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards.answers import true_answer
 from corl_jax.rewards.functions import spec_problem
@@ -289,7 +290,8 @@ def contact_sheet(report: Report, most: int = 64, columns: int = 8) -> np.ndarra
         word, ink = ("pass", (20, 120, 50)) if report.passed[cell] else ("fail", (190, 30, 30))
         draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=ink, width=2)
         draw.text((x, y + side + 3), word, ink, font)
-        text = textwrap.wrap(report.prompts[cell], letters, max_lines=PROMPT_LINES, placeholder="…")
+        prompt = make_drawable(report.prompts[cell], font)
+        text = textwrap.wrap(prompt, letters, max_lines=PROMPT_LINES, placeholder="…")
         draw.multiline_text(
             (x, y + side + 3 + LINE), "\n".join(text), (20, 20, 20), font, spacing=2
         )

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from corl_jax.console import write_json_lines
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import parse_path, parse_place
 
-MAX_SEED, MAX_PROBLEMS = 2**32 - 1, 20
+MAX_SEED = 2**32 - 1
 GRID_PROMPTS, GRID_SAMPLES = 16, 8
 OUTPUT_KEYS = ("text", "tokens", "truncated", "seed", "index", "sample")  # of an answer
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no draw
@@ -33,9 +35,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     from corl_jax import startup
 
-    startup.enable_compilation_cache()
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(args.dtype or default)
+    startup.prepare_devices()
+    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     return startup.load_model(args.model, dtype), dtype
 
 
@@ -101,13 +102,6 @@ def check_model(
     ]
 
 
-def refuse(problems: list[str]) -> None:
-    if len(problems) > MAX_PROBLEMS:
-        problems = [*problems[:MAX_PROBLEMS], f"... and {len(problems) - MAX_PROBLEMS} more"]
-    if problems:
-        raise InputError(problems)
-
-
 # ---- image
 
 
@@ -132,7 +126,8 @@ def check_image(args: argparse.Namespace) -> list[str]:
     problems += wrong + check_model(
         args, None, lambda p: [(f"prompt {i}", p.t2i_ids(x)) for i, x in enumerate(prompts)]
     )
-    refuse(problems)
+    if problems:
+        raise InputError(problems)
     return prompts
 
 
@@ -277,7 +272,8 @@ def check_text(args: argparse.Namespace) -> list[Case]:
         args, 0 if no_room else args.max_new_tokens,
         lambda p: [(c.where, p.mm2t_ids(c.row["question"], args.system_prompt)) for c in cases],
     )  # fmt: skip
-    refuse(problems)
+    if problems:
+        raise InputError(problems)
     return cases
 
 
@@ -311,7 +307,7 @@ def write_text(out: Path | None, text: str) -> None:
     from corl_jax.train.rundir import replacing
 
     if out is None:
-        sys.stdout.write(text)
+        write_json_lines(text)
         return
     try:
         with replacing(out) as file:
@@ -335,7 +331,8 @@ def report(args: argparse.Namespace, count: int, what: str, started: float, wher
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, help="model directory of any of the three kinds, or a hub id")
+    add("--model", type=parse_place, required=True,
+        help="model directory of any of the three kinds, or a hub id")  # fmt: skip
     add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
     add("--greedy", action="store_true", help="always the most likely token; all samples equal")
     add("--temperature", type=float, help="divides the logits (default 1)")
@@ -347,8 +344,10 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 def add_image(parser: argparse.ArgumentParser) -> None:
     prompts, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     prompts.add_argument("--prompt", action="append", help="what to draw; may be repeated")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt a line")
-    add("--out", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    prompts.add_argument(
+        "--prompts", type=parse_path, metavar="FILE", help="text file, a prompt a line"
+    )
+    add("--out", type=parse_path, required=True, metavar="DIR", help="new or empty folder")
     add("--images-per-prompt", type=int, default=1, metavar="N", dest="samples",
         help="(default %(default)s)")  # fmt: skip
     add("--cfg-scale", type=float, default=5.0, help="guidance; 1 is none (default %(default)g)")
@@ -356,11 +355,11 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 def add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image", metavar="FILE", help="a picture, with --question")
+    add("--image", type=parse_place, metavar="FILE", help="a picture, with --question")
     add("--question", metavar="TEXT")
-    add("--input", type=Path, metavar="FILE.jsonl",
+    add("--input", type=parse_path, metavar="FILE.jsonl",
         help='lines {"image": PATH, "question": TEXT}; PATH from the folder of FILE')  # fmt: skip
-    add("--out", type=Path, metavar="FILE", help="a new file (default standard output)")
+    add("--out", type=parse_path, metavar="FILE", help="a new file (default standard output)")
     add("--system-prompt", default="", metavar="TEXT", help="(default none, as in CoRL)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="(default %(default)s)")
     add("--samples", type=int, default=1, metavar="N", help="a question (default %(default)s)")

@@ -50,9 +50,7 @@ def group_advantages(
     `rewards` [N], NaN where not applicable; such a row is left out of the mean and the std of
     its group and gets 0. The std is the unbiased one (ddof 1). Groups with fewer than two
     valid rewards, or with no spread, get exactly 0. `scale=False` leaves the std out.
-    Returns the advantages [N] and the metrics `reward` (mean of valid rewards), `reward_std`
-    (mean of the groups' std) and `frac_reward_zero_std` (share of the groups with any valid
-    reward that teach nothing); a metric with nothing to average is 0.
+    Returns the advantages [N] and the metrics of `reward_stats`.
     Raises: ValueError if N is not a multiple of the group size.
     Source: docs/method.md; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form.
     """
@@ -66,12 +64,30 @@ def group_advantages(
     informative = (count > 1) & _has_spread(groups, valid)
     std = jnp.where(informative, std, 0.0)
     advantages = jnp.where(informative, centred / (std + eps) if scale else centred, 0.0)
-    stats = {
-        "reward": _mean_where(kept, valid),
-        "reward_std": _mean_where(std, count > 1),
-        "frac_reward_zero_std": _mean_where((~informative).astype(jnp.float32), count > 0),
+    return advantages.reshape(-1), reward_stats(rewards, group_size)
+
+
+def reward_stats(rewards: jax.Array, group_size: int) -> dict[str, jax.Array]:
+    """Statistics of the compared rewards [N], NaN where a completion has none.
+
+    `reward` and `reward_std` are mean and unbiased std over all valid rewards of the batch, as
+    TRL means them; `reward_group_std` is the mean of the groups' std; `frac_reward_zero_std` the
+    share of the groups with any valid reward that teach nothing; `not_applicable` the share of
+    completions without a reward. A statistic of nothing is NaN: absent, not 0.
+    """
+    rewards = jnp.asarray(rewards, jnp.float32)
+    groups = _as_groups(rewards, group_size)
+    valid = ~jnp.isnan(groups)
+    count = valid.sum(axis=1)
+    std = _spread_or_zero(groups, valid)
+    batch_std = _spread_or_zero(rewards[None], valid.reshape(1, -1))[0]
+    return {
+        "reward": jnp.nanmean(rewards),
+        "reward_std": jnp.where(valid.any(), batch_std, jnp.nan),
+        "reward_group_std": _mean_where(std, count > 1),
+        "frac_reward_zero_std": _mean_where((std == 0.0).astype(jnp.float32), count > 0),
+        "not_applicable": jnp.isnan(rewards).mean(),
     }
-    return advantages.reshape(-1), stats
 
 
 def normalize_each(
@@ -263,8 +279,14 @@ def _has_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
     return highest - lowest > ROUNDING_UNITS * jnp.finfo(jnp.float32).eps * size
 
 
+def _spread_or_zero(groups: jax.Array, valid: jax.Array) -> jax.Array:
+    """The unbiased std of each group's valid rewards [groups]; exactly 0 if they are equal."""
+    return jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=1), 0.0)
+
+
 def _mean_where(values: jax.Array, kept: jax.Array) -> jax.Array:
-    return jnp.where(kept, values, 0.0).sum() / jnp.maximum(kept.sum(), 1)
+    """The mean of the kept values, NaN of none."""
+    return jnp.where(kept, values, 0.0).sum() / kept.sum()
 
 
 def _log_ratio(logprobs: jax.Array, old_logprobs: jax.Array | None, mask: jax.Array) -> jax.Array:

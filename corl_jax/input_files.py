@@ -6,14 +6,20 @@ It imports nothing but `errors`.
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from corl_jax.errors import InputError
 
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 LFS_POINTER_MAX_BYTES = 1024  # the size that git-lfs allows a pointer
+BYTE_ORDER_MARK = codecs.BOM_UTF8  # that Windows editors put before a text
+LONE_SURROGATE = "holds half of a surrogate pair (as \\ud83d alone), which is no character; mend it"
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
 
@@ -37,6 +43,19 @@ def expand_path(text: str | os.PathLike[str]) -> str:
     return with_home
 
 
+def parse_place(text: str) -> str:
+    """Returns a command line's path, URL or hub id as `expand_path` does; argparse's `type`."""
+    try:
+        return expand_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_path(text: str) -> Path:
+    """Returns a command line's path as `expand_path` does; argparse's `type`."""
+    return Path(parse_place(text))
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """True for the text file that git leaves in place of a file kept in Git LFS.
 
@@ -56,18 +75,22 @@ def describe_lfs_pointer(path: Path) -> str:
     return f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its clone"
 
 
-def read_text(path: Path, expected: str = "a text file") -> str:
+def read_text(path: Path, expected: str = "a text file", max_bytes: int | None = None) -> str:
     """Returns a file's UTF-8 text without a byte order mark; line ends stay as they are.
 
-    `expected` completes "expected ..." in messages.
+    `expected` completes "expected ..." in messages. A file of more than `max_bytes` is not read.
 
-    Raises: InputError for a file that is missing, not readable, not UTF-8 or a Git LFS pointer.
+    Raises: InputError for a file that is missing, too large, not readable, not UTF-8 or a Git LFS
+        pointer.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from None
+    if max_bytes is not None and len(content) > max_bytes:
+        raise InputError(f"{path}: has more than {max_bytes:,} bytes; expected {expected}")
     if content.startswith(LFS_PREFIX) and len(content) <= LFS_POINTER_MAX_BYTES:
         raise InputError(describe_lfs_pointer(path))
     try:
@@ -78,6 +101,34 @@ def read_text(path: Path, expected: str = "a text file") -> str:
         ) from None
 
 
+def read_text_lines(path: Path, expected: str = "a text file") -> list[tuple[int, str]]:
+    """Returns (line number, stripped line) of each line with text; otherwise as `read_text`."""
+    lines = enumerate(read_text(path, expected).split("\n"), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_json_lines(path: Path, expected: str = "a JSON object a line") -> list[tuple[int, Any]]:
+    """Returns (line number, value) of each line with text; otherwise as `read_text`.
+
+    Raises: InputError also for each line that is not JSON or holds half of a surrogate pair.
+    """
+    problems, values = [], []
+    for number, line in read_text_lines(path, expected):
+        try:
+            values.append((number, json.loads(line)))
+            if has_lone_surrogate(json.dumps(values[-1][1], ensure_ascii=False)):
+                problems.append(f"{path}: line {number}: {LONE_SURROGATE}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{path}: line {number}: not valid JSON ({error})")
+    if problems:
+        raise InputError(problems)
+    return values
+
+
 def has_lone_surrogate(text: str) -> bool:
     """True for text that UTF-8 cannot hold, such as half of a \\ud83d\\ude00 pair from JSON."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

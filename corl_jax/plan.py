@@ -17,16 +17,18 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import config_file
+from corl_jax import config_file, startup
 from corl_jax.ahead import chips, programs, report
 from corl_jax.config import Config
 from corl_jax.data.processor import BUCKET
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import expand_path
 from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS, JanusConfig
 from corl_jax.train import planning, setup
 from corl_jax.types import SpecialTokens
 from corl_jax.weights.files import load_config
+from corl_jax.weights.folders import refuse_adapter
 
 STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
 """Ids only enter a program as numbers, so that any will do where there is no tokenizer."""
@@ -93,8 +95,10 @@ def model_config(path: str, preset: str | None) -> JanusConfig:
     """
     if preset is not None:
         return PRESETS[preset]
-    if Path(path, "config.json").is_file():
-        return load_config(path)
+    folder = Path(expand_path(path))
+    refuse_adapter(folder)
+    if (folder / "config.json").is_file():
+        return load_config(folder)
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:
@@ -149,6 +153,8 @@ def selected(planned: list[programs.Program], names: list[str] | None) -> list[p
 
 
 def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+    if topology == "local":
+        startup.start_devices()
     devices, chip = chips.local() if topology == "local" else chips.described(topology)
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
@@ -174,6 +180,7 @@ def heading(outline: planning.Outline, chip: chips.Chip, lengths: dict[str, int]
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(argv)
+    startup.check_jax_settings()
     if args.topology != "local":
         # Nothing runs; and libtpu would otherwise look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")

@@ -27,6 +27,7 @@ from PIL import Image
 from corl_jax import config_file
 from corl_jax.data.instructions import open_ended
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import parse_path
 from corl_jax.train import gallery
 from corl_jax.train.metrics import read_lines
 from corl_jax.train.rundir import RunDir, jsonable
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+    parser.add_argument("--out", type=parse_path, default=Path("runs/quickstart"), metavar="DIR")
     parser.add_argument(
         "--rows",
         type=int,

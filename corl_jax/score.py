@@ -1,7 +1,7 @@
 """Tries a reward out on a file of cases.
 
     python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR]
-                             [--network NAME=PATH ...] [key=value ...]
+                             [--network NAME=PATH ...] [--repeat N] [key=value ...]
     python -m corl_jax.score --list
 
 NAME is a registered reward, or one of your own: FILE.py:FUNCTION.
@@ -16,7 +16,9 @@ reward of your own gets them as they are. key=value are the reward's options, va
 --network says where the weights of a reward network are, where that is not its usual place.
 
 Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
-mean goes to stderr.
+mean goes to stderr. --repeat N calls the reward N times with the same cases, as the steps of a run
+would: "reward" is the first call's, "rewards" lists all of them, null too where a call failed.
+stderr says which calls failed and how much the others differ; a failed call gives exit code 1.
 """
 
 from __future__ import annotations
@@ -31,17 +33,19 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config import Networks, Reward, RewardNetwork
+from corl_jax.config_yaml import parse_yaml
 from corl_jax.data.images import decode_image
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, RewardError, exit_on_input_error
+from corl_jax.input_files import expand_path, parse_path, parse_place
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
+from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import Frozen, Policy
-from corl_jax.startup import enable_compilation_cache, inspect_model, load_model
+from corl_jax.startup import inspect_model, load_model, prepare_devices
 
 SHORT = ("problem", "solution", "type")
 DTYPES = ("float32", "bfloat16")
@@ -55,13 +59,31 @@ def main(argv: list[str] | None = None) -> None:
         print(table())
         return
     reward, found, cases = plan(args)
-    values = _score(args, reward, found, cases)
-    for index, (line, value) in enumerate(zip(cases.lines, values, strict=True)):
-        number = None if np.isnan(value) else float(f"{value:.7g}")
-        print(json.dumps({"index": index, "line": line, "reward": number}))
+    context = _load_context(args, reward, found)
+    calls = [call_once(reward, cases.samples, context) for _ in range(args.repeat)]
+    traces = {number: call for number, call in enumerate(calls, 1) if isinstance(call, str)}
+    if len(traces) < len(calls):
+        _print_rewards(reward.name, cases, calls)
+    if traces:
+        raise RewardError(describe_failures(reward, traces, len(calls)))
+
+
+def _print_rewards(name: str, cases: Cases, calls: list[np.ndarray | str]) -> None:
+    """A line per case, and to stderr the mean and how the calls differ; a str is a failed call."""
+    count = len(cases.lines)
+    failed = np.full(count, np.nan, np.float32)
+    values = np.stack([failed if isinstance(call, str) else call for call in calls])
+    for index, (line, rewards) in enumerate(zip(cases.lines, values.T, strict=True)):
+        numbers = [None if np.isnan(value) else float(f"{value:.7g}") for value in rewards]
+        more = {"rewards": numbers} if len(calls) > 1 else {}
+        print(json.dumps({"index": index, "line": line, "reward": numbers[0]} | more))
     valid = values[~np.isnan(values)]
     mean = f"mean {valid.mean():.4f}" if valid.size else "no mean"
-    print(f"{reward.name}: {mean} over {valid.size} of {len(values)} cases", file=sys.stderr)
+    text = f"{name}: {mean} over {valid.size} of {values.size} cases"
+    if len(calls) > 1:
+        ended = np.stack([call for call in calls if not isinstance(call, str)])
+        text += f"; {describe_differences(ended, [f'that of line {x}' for x in cases.lines])}"
+    print(text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,14 +92,21 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--reward", metavar="NAME", help="a name of --list, or FILE.py:FUNCTION")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="cases, JSON lines")
-    parser.add_argument("--model", metavar="DIR", help="for rewards that ask the policy")
+    parser.add_argument(
+        "--reward", type=parse_place, metavar="NAME", help="a name of --list, or FILE.py:FUNCTION"
+    )
+    parser.add_argument("--input", type=parse_path, metavar="FILE", help="cases, JSON lines")
+    parser.add_argument(
+        "--model", type=parse_place, metavar="DIR", help="for rewards that ask the policy"
+    )
     parser.add_argument(
         "--network", action="append", default=[], metavar="NAME=PATH", help="a network's weights"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the networks'")
     parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="call it N times with the same cases"
+    )
     parser.add_argument("--list", action="store_true", help="show all rewards and stop")
     parser.add_argument("options", nargs="*", metavar="key=value", help="the reward's options")
     return parser
@@ -139,6 +168,8 @@ def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Case
     options = _options(args.options, problems)
     if args.seed < 0:
         problems.append(f"--seed: found {args.seed}; expected 0 or more")
+    if args.repeat < 1:
+        problems.append(f"--repeat: found {args.repeat}; expected 1 or more")
     reward = args.reward and attempt(_resolve, args.reward, options)
     asked = reward.networks if reward else ()
     settings = attempt(_network_settings, args.network, args.dtype, asked)
@@ -176,7 +207,10 @@ def _network_settings(
             problems.append(
                 f"--network: found {text!r}, expected NAME=PATH with a name of {', '.join(known)}"
             )
-        paths[name] = path
+        try:
+            paths[name] = expand_path(path)
+        except InputError as error:
+            problems.append(f"--network {name}: {error}")
     if problems:
         raise InputError(problems)
     blocks: Any = {
@@ -196,9 +230,11 @@ def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
             problems.append(f"argument {text!r}: option {key} is given twice")
         else:
             try:
-                options[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                problems.append(f"argument {text!r}: the value is not valid YAML")
+                parsed = parse_yaml(value)
+                is_path = key == "scorer" and isinstance(parsed, str)
+                options[key] = expand_path(parsed) if is_path else parsed
+            except ValueError as error:
+                problems.append(f"argument {text!r}: the value cannot be read: {error}")
     return options
 
 
@@ -260,6 +296,8 @@ def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> 
     row = dict(raw) if entry.every_column else {}
     for name in (completion, *known):
         problem, row[name] = _value(name, raw.get(name), folder)
+        if entry.any_size and name not in (completion, "real_image"):
+            problem = None  # a user's own reward reads other columns as it likes, as in training
         if problem is None and name == completion and name in raw and raw[name] is None:
             problem = f"found null, expected a {'text' if name == 'completion' else 'path'}"
         if problem:
@@ -309,12 +347,13 @@ def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
     return Samples(columns, images=images if entry.any_size else np.stack(images))
 
 
-def _score(
-    args: argparse.Namespace, reward: Resolved, found: list[networks.Found], cases: Cases
-) -> np.ndarray:
+def _load_context(
+    args: argparse.Namespace, reward: Resolved, found: list[networks.Found]
+) -> Context:
     config = params = processor = dtype = None
-    if found or reward.scorers:
-        enable_compilation_cache()
+    # Of rewards without a network those of images may use a device; a user's own readies itself.
+    if found or reward.scorers or (reward.entry.task == "t2i" and not reward.entry.any_size):
+        prepare_devices()
     loaded = {one.name: networks.load(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]
@@ -324,8 +363,7 @@ def _score(
         loaded["initial"] = Frozen(initial, SingleDeviceSharding(jax.local_devices()[0]))
     elif args.model:
         print(f"note: {reward.name} asks no policy; --model is not loaded", file=sys.stderr)
-    context = Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)
-    return registry.score([reward], cases.samples, context)[reward.name]
+    return Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,53 @@
-"""What every command does first: the compilation cache, and a model by its name."""
+"""What every command does first: JAX's settings, its programs' cache, its devices, and a model."""
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from corl_jax import processes
+from corl_jax.config import Distributed
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
+from corl_jax.input_files import expand_path
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.sharding import param_shardings
 from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
+from corl_jax.weights.folders import pointer_problems
 from corl_jax.weights.placing import load_sharded
 
+PLATFORMS = "jax_platforms"
 CACHE_DIR = "jax_compilation_cache_dir"
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 JAX_DEFAULT_SECONDS = 1.0
+_GUARDS = (None, "allow", "log", "log_explicit")
+ACCEPTED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "jax_enable_x64": ((False,), "programs compute with 32 bits"),
+    "jax_numpy_dtype_promotion": (("standard",), "float32 meets bfloat16 in every network"),
+    "jax_numpy_rank_promotion": (("allow", "warn"), "biases and masks are broadcast"),
+    "jax_debug_nans": ((False,), "NaN stands for a reward that does not apply"),
+    "jax_debug_infs": ((False,), "masked logits are infinite"),
+    "jax_error_checking_behavior_nan": (("ignore",), "it ends the samplers in an error of JAX"),
+    "jax_error_checking_behavior_divide": (("ignore",), "it ends the samplers in an error of JAX"),
+    "jax_error_checking_behavior_oob": (("ignore",), "it ends the samplers in an error of JAX"),
+    "jax_disable_jit": ((False,), "a step without compilation takes hours"),
+    "jax_default_prng_impl": (("threefry2x32",), "with others samples depend on the batch"),
+    "jax_threefry_partitionable": ((True,), "samples would depend on the mesh"),
+    "jax_legacy_prng_key": (("allow", "warn"), "keys travel between processes as plain arrays"),
+    **{
+        f"jax_transfer_guard_{way}": (_GUARDS, "batches and rewards are of the host")
+        for way in ("host_to_device", "device_to_device", "device_to_host")  # or JAX_TRANSFER_GUARD
+    },
+}
+"""Setting of JAX -> the values with which commands run and results are right, and why."""
 
 
 class Model(NamedTuple):
@@ -32,17 +59,85 @@ class Model(NamedTuple):
     path: Path
 
 
+def prepare_devices(distributed: Distributed | None = None) -> None:
+    """Checks JAX's settings, keeps compiled programs, joins other processes and starts the devices.
+
+    Every command calls it once, before its first use of a device.
+
+    Raises:
+        InputError: a setting of JAX with which results would be wrong, processes that cannot be
+            joined, or devices that are asked for and not there.
+    """
+    check_jax_settings()
+    enable_compilation_cache()
+    start_devices(distributed)
+
+
+def start_devices(distributed: Distributed | None = None) -> None:
+    """Joins the other processes, where there are some, and lets JAX start its devices.
+
+    Raises:
+        InputError: processes that cannot be joined, or devices that are asked for and not there.
+    """
+    try:
+        if distributed is not None:
+            processes.initialize(distributed)
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
+        asked = getattr(jax.config, PLATFORMS) or getattr(jax.config, "jax_platform_name", None)
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0]
+        raise InputError(
+            f"JAX_PLATFORMS: found {asked or 'nothing'}; JAX cannot start its devices "
+            f"({reason or 'it does not know them'}); "
+            "unset it to take what is there, or install the JAX of these devices, such as "
+            "`pip install 'corl-jax[cuda]'`"
+        ) from error
+
+
+def check_jax_settings() -> None:
+    """Raises InputError for settings of JAX that end a command, or with which results are wrong."""
+    problems = [
+        f"{name.upper()}: found {value}, which is refused: {reason}; unset it"
+        for name, (accepted, reason) in ACCEPTED_SETTINGS.items()
+        if (value := getattr(jax.config, name, accepted[0])) not in accepted
+    ]
+    if problems:
+        raise InputError(problems)
+
+
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, where the user says or in the usual place.
 
-    Small ones too, unless the user says otherwise: a start has a hundred of them.
+    Small ones too, unless the user says otherwise: a start has a hundred of them. Without a
+    folder that can be written nothing is kept, which a line on stderr says.
     """
     said = LEAST_SECONDS.upper() in os.environ
     if not said and getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
         jax.config.update(LEAST_SECONDS, 0.0)
-    if getattr(jax.config, CACHE_DIR) is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update(CACHE_DIR, str(Path(home) / "corl_jax" / "xla"))
+    chosen = getattr(jax.config, CACHE_DIR)
+    if chosen == "" or "://" in (chosen or "") or not jax.config.jax_enable_compilation_cache:
+        return
+    try:
+        folder = Path(expand_path(chosen)) if chosen else _usual_cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not chosen:  # the user's own may be there to be read only
+            tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError, InputError) as error:
+        jax.config.update(CACHE_DIR, None)
+        reason = str(error).rstrip(".")
+        print(
+            f"note: compiled programs are not kept ({reason}); name a folder that can be written "
+            f"in {CACHE_DIR.upper()}",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update(CACHE_DIR, str(folder))
+
+
+def _usual_cache_folder() -> Path:
+    """Raises RuntimeError where no home directory is known."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(expand_path(home)) / "corl_jax" / "xla"
 
 
 def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, Path]:
@@ -54,7 +149,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
         InputError: listing every file, setting and tensor that is missing, malformed or at odds.
     """
     folder = resolve_model_dir(path_or_hub_id)
-    problems: list[str] = []
+    problems = pointer_problems(folder)
     config = processor = None
     try:
         config = load_config(folder)
@@ -63,7 +158,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
     try:
         processor = Processor.from_dir(folder)
     except InputError as error:
-        problems += [problem for problem in error.problems if problem not in problems]
+        problems += error.problems
     if config is not None:
         try:
             open_checkpoint(folder, config).close()
@@ -77,7 +172,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
                 "copy the tokenizer from the checkpoint that the network came from"
             )
     if problems or config is None or processor is None:
-        raise InputError(problems)
+        raise InputError(dict.fromkeys(problems))  # several readers may have met the same one
     return config, processor, folder
 
 

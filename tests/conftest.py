@@ -1,7 +1,8 @@
 """What every test runs on: eight virtual CPU devices, one torch thread, a compilation cache.
 
 The devices belong to this process only. A command that a test starts in a subprocess sees one
-CPU device, as a user's would, and shares the compilation cache through the environment.
+CPU device, as a user's would. It shares the compilation cache, and what makes compilation cheap,
+through the environment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is first
 # collective for the other devices, so with one per device two that a program may run in either
 # order can wait for each other for ever, and XLA ends the process.
 os.environ.setdefault("NPROC", "32")
+# Most of a test's time is compilation, and tiny arrays gain nothing from XLA's slower passes.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+# XLA's emitters of fused loops that are built on MLIR take three times as long to compile as those
+# before them. An extra option that another release of XLA does not know is ignored there.
+if "xla_backend_extra_options" not in os.environ.get("XLA_FLAGS", ""):
+    cheap = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cheap}".strip()
 
 import jax
 import numpy as np
@@ -28,7 +36,6 @@ from tests.figures import figure, pytest_terminal_summary  # noqa: F401 (pytest 
 DEVICES = 8
 
 jax.config.update("jax_platforms", "cpu")
-# Most of a test's time is compilation, and tiny arrays gain nothing from XLA's slower passes.
 jax.config.update("jax_disable_most_optimizations", True)
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -42,12 +49,27 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = str(cache.mkdir(name)) if cache else os.path.join(tempfile.gettempdir(), name)
     settings = {
         "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,  # to read a program is always quicker
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for key, value in settings.items():
         jax.config.update(key, value)
         os.environ[key.upper()] = str(value)
+
+
+LONGEST = (
+    "test_bench", "test_several_processes", "test_train_command", "test_quickstart",
+    "test_paper_rewards", "test_sampling", "test_plan", "test_train_step", "test_layouts",
+    "test_step", "test_lora_run", "test_kills", "test_generate", "test_evaluation",
+)  # fmt: skip
+"""Files that take longest, in the order in which workers begin them."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts long files first where workers share them: one that comes last keeps one worker busy."""
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +102,10 @@ def one_device():
 def module_on_one_device():
     with _one_device():
         yield
+
+
+# The small model and data of tests that run from files to files. What they are is said in
+# `tiny_train.model_dir` and `tiny_train.rows_file` alone.
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,6 @@ def start(arguments: list[str], devices: int = 2, **environment: str) -> Process
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "PYTHONPATH": str(ROOT),
     }
     out = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as it runs)

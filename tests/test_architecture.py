@@ -18,7 +18,8 @@ PACKAGE = ROOT / "corl_jax"
 # command (it has a `main`) and stands on top.
 LAYERS = {
     "errors": 0, "types": 0, "config": 0, "config_checks": 0, "config_fields": 0, "config_file": 0,
-    "processes": 1, "rows": 1, "sharding": 1, "compiling": 1, "models": 1, "weights": 1,
+    "config_yaml": 0, "console": 0, "input_files": 0,
+    "processes": 1, "rows": 1, "sharding": 1, "compiling": 1, "fonts": 1, "models": 1, "weights": 1,
     "data": 1, "grpo": 1,
     "sampling": 2, "rewards": 2, "evaluation": 2, "startup": 2,
     "train": 3, "inference": 3, "ahead": 3,
@@ -32,7 +33,9 @@ FORBIDDEN = {
 
 MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 60
 # path (lines of the module) or path::function -> (limit, reason)
-EXCEPTIONS: dict[str, tuple[int, str]] = {}
+EXCEPTIONS: dict[str, tuple[int, str]] = {
+    "corl_jax/config.py": (450, "one schema: every option with its type, default and meaning"),
+}
 
 # What computes must import without what reads configs, reads data and draws curves.
 NUMERIC_MODULES = ("models.janus", "grpo", "sampling", "train.step")

@@ -21,6 +21,7 @@ from corl_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig, DecoderCache
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network
+from tests.tolerances import NETWORK
 
 SEP, BOS = 3, 40
 SIZE, POSITIONS = 16, 10
@@ -107,7 +108,7 @@ def test_decoding_with_a_cache_is_the_full_forward(network, images):
         return jnp.stack(stepwise, axis=1), model(pixels, ids)
 
     stepwise, whole = both(network.params, images[:3].astype(np.float32) / 128 - 1, ids)
-    np.testing.assert_allclose(stepwise, whole, atol=1e-5)
+    np.testing.assert_allclose(stepwise, whole, atol=NETWORK)
     assert np.std(whole) > 0.3
 
 
@@ -117,9 +118,10 @@ def test_a_caption_is_greedy(network, images, tokens):
     ids = np.concatenate([np.full((len(images), 1), BOS), tokens[:, :-1]], axis=1)
     forward = jax.jit(lambda params, *x: binding.bind(Blip, CONFIG, params)(*x))
     logits = forward(network.params, captions.normalise(images, settings), ids)
-    best = np.asarray(logits).argmax(axis=-1)
+    second, first = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)
     read = np.cumsum(ids == SEP, axis=1) == 0  # what follows the end is not drawn
-    assert (best == tokens)[read].all()
+    assert (first - second)[read].min() > NETWORK, "a tie decides nothing: choose another seed"
+    assert (np.asarray(logits).argmax(axis=-1) == tokens)[read].all()
 
 
 def test_the_separator_ends_a_caption_and_fills_its_row(tokens):

@@ -26,6 +26,7 @@ from corl_jax.rewards.samples import Context, Frozen, Network, Samples
 from corl_jax.weights import config_clip
 from corl_jax.weights.configs import from_dict
 from tests.tiny import tiny_image
+from tests.tolerances import NETWORK
 
 ALPHABET = sorted(ByteLevel.alphabet())
 WORDS = ["re", "red</w>", "fo", "fox</w>"]
@@ -156,7 +157,7 @@ def test_pixels_by_hand():
     found = clip_scores.normalised(ClipConfig(), pixels)[0, 0, 0]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     by_hand = [(0 - mean[0]) / std[0], (1 - mean[1]) / std[1], (0.2 - mean[2]) / std[2]]
-    assert found.tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert found.tolist() == pytest.approx(by_hand, abs=NETWORK)
 
 
 def test_images_of_the_right_size_are_left_alone(drawings):
@@ -173,7 +174,7 @@ def test_similarity_is_the_cosine(network, drawings):
     prompts = ["red fox", "fox", "red red red", "re", "a"]
     found = clip_scores.clip_similarity(network, drawings, prompts)
     tokens = [["red</w>", "fox</w>"], ["fox</w>"], ["red</w>"] * 3, ["r", "e</w>"], ["a</w>"]]
-    assert found == pytest.approx(expected_cosines(network, drawings, tokens), abs=1e-5)
+    assert found == pytest.approx(expected_cosines(network, drawings, tokens), abs=NETWORK)
     assert found.std() > 0.01
 
 
@@ -188,7 +189,7 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
     ratings = clip_scores.aesthetic_rating(network, head, drawings)
     monkeypatch.setattr(clip_scores, "IMAGES_AT_ONCE", 2)
     found = clip_scores.clip_similarity(network, drawings, prompts)
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, abs=NETWORK)
     network, head = (
         dataclasses.replace(
             x, params=jax.device_put(x.params, sharding.network_shardings(x.params, mesh))
@@ -197,9 +198,9 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
     )
     with jax.set_mesh(mesh):  # which does not divide the three heads of its pictures' tower
         found = clip_scores.clip_similarity(network, drawings, prompts)
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert found == pytest.approx(expected, abs=NETWORK)
         found = clip_scores.aesthetic_rating(network, head, drawings)
-        assert found == pytest.approx(ratings, abs=1e-6)
+        assert found == pytest.approx(ratings, abs=NETWORK)
 
 
 def test_ratings_are_the_heads(network, head, drawings):
@@ -210,7 +211,7 @@ def test_ratings_are_the_heads(network, head, drawings):
     for layer in ("0", "1"):
         weights = head.params["layers"][layer]
         x = x @ np.asarray(weights["kernel"]) + np.asarray(weights["bias"])
-    assert found == pytest.approx(x[:, 0], abs=1e-5)
+    assert found == pytest.approx(x[:, 0], abs=NETWORK)
     assert found.std() > 0.01
 
 
@@ -251,7 +252,7 @@ def test_rewards_are_multiples_of_the_scores(network, head, drawings):
         (clip_scores.aesthetic(samples, context, divisor=10.0), rating / 10),
     ):
         assert found.dtype == np.float32
-        assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
+        assert found == pytest.approx(expected, rel=NETWORK, nan_ok=True)
 
 
 # ---- files

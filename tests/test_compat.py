@@ -21,7 +21,7 @@ from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring
 from corl_jax.train.metrics import Phases
 from tests import tiny_train
 
-CHANGES = {
+CHANGES: dict[str, set[str]] = {
     "image_logprobs_unshifted": {"log-probs of t2i"},
     "bfloat16_master": {"trained dtypes", "optimizer dtypes"},
     "mc_as_open_ended": {"qa_accuracy: choice"},
@@ -29,6 +29,14 @@ CHANGES = {
     "ti_sim_fixed_spans": {"t2i_ti_sim"},
     "format_without_strip": {"format: white space around"},
     "answer_single_line": {"qa_accuracy: two lines", "oc_accuracy: two lines"},
+    "format_repeated_blocks": {"format: two answers", "format: answer in thoughts"},
+    "answer_in_thoughts": {"qa_accuracy: answer in thoughts", "oc_accuracy: answer in thoughts"},
+    "compare_by_letters": {
+        "qa_accuracy: number",
+        "oc_accuracy: two classes",
+        "oc_accuracy: choice",
+        "oc_accuracy: open",
+    },
 }
 GOOD = "<think>it is there</think><answer>{}</answer>"
 ANSWERS = {  # name -> (completion, qa_problem, qa_solution, qa_type)
@@ -40,6 +48,15 @@ ANSWERS = {  # name -> (completion, qa_problem, qa_solution, qa_type)
     "white space around": (
         f" \n{GOOD.format('a dog')}\n ", "What?", "<answer>a dog</answer>", "OE",
     ),
+    "two answers": (
+        f"{GOOD.format('a dog')}<answer>a cat</answer>", "What?", "<answer>a dog</answer>", "OE",
+    ),
+    "answer in thoughts": (
+        "<think><answer>a cat</answer></think><answer>a dog</answer>", "What?",
+        "<answer>a dog</answer>", "OE",
+    ),
+    "two classes": (GOOD.format("a dog or a cat"), "What?", "<answer>a dog</answer>", "OE"),
+    "number": (GOOD.format("35"), "How many?", "<answer>3.5</answer>", "OE"),
     "nothing": ("who knows", "What?", "<answer>a dog</answer>", "OE"),
 }  # fmt: skip
 
@@ -49,10 +66,9 @@ def test_every_switch_is_here():
 
 
 @pytest.fixture(scope="module")
-def observe(tiny_config, tmp_path_factory):
+def observe(model, tmp_path_factory):
     """compat block -> all that can be observed with it, by name."""
     folder = tmp_path_factory.mktemp("compat")
-    model = tiny_train.model_dir(folder / "tiny", tiny_config)
     rows = tiny_train.rows_file(folder / "rows.parquet", 4)
     rewards = [{"name": name} for name in ("format", "qa_accuracy", "oc_accuracy", "t2i_ti_sim")]
     make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
@@ -148,6 +164,11 @@ def test_the_released_behaviours(observe):
     assert observe("format_without_strip")["format: white space around"] == 0.0
     single = observe("answer_single_line")
     assert single["qa_accuracy: two lines"] < 1
+    assert observe("format_repeated_blocks")["format: two answers"] == 1.0
+    assert observe("answer_in_thoughts")["oc_accuracy: answer in thoughts"] == 0.0
+    letters = observe("compare_by_letters")
+    assert letters["qa_accuracy: number"] == pytest.approx(2 / 3)
+    assert letters["oc_accuracy: two classes"] == pytest.approx(0.9)
 
 
 def test_unshifted_image_logprobs_are_of_the_state_after_the_token(tiny_config):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import textwrap
+import typing
 
 import pytest
 import yaml
 
 from corl_jax import config_checks, config_file
+from corl_jax.config import Checkpoint, Columns, Config, Section
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
+from corl_jax.train.optimizer import learning_rate
 
 MINIMAL = """
     output_dir: out
@@ -77,9 +80,209 @@ def test_numbers_as_people_write_them(write, text, value):
     assert option.rewards[0].options["y"] == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("089", 89), ("-007", -7), ("0o10", 8), ("0x1F", 31), ("1_000", 1000),
+     ("1_000_000", 1_000_000), (".5", 0.5), ("1.", 1.0), ("010.5", 10.5), ("+3", 3),
+     ("1:30", "1:30"), ("190:20:30.5", "190:20:30.5"), ("0b11", "0b11"), ("2024_01", "2024_01"),
+     ("0_7", "0_7"), ("2026-11-29", "2026-11-29"), ("2026-11-29 10:00:00", "2026-11-29 10:00:00"),
+     ("1e5", 1e5), ("y", "y"), ("n", "n"), ("True", True), ("FALSE", False), ("~", None)],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(write, text, value):
+    rewards = f"rewards=[{{name: x, options: {{y: {text}}}}}]"
+    read = config_file.load(write(MINIMAL), [rewards]).rewards[0].options["y"]
+    assert read == value and type(read) is type(value)
+
+
+def test_an_octal_of_yaml_1_1_is_no_octal(write):
+    assert config_file.load(write(MINIMAL + "    train: {max_steps: 010}\n")).train.max_steps == 10
+    (line,) = problems(write(MINIMAL), "train.max_steps=1:30")
+    assert "train.max_steps: found '1:30'" in line
+
+
+@pytest.mark.parametrize("word", ["yes", "No", "ON", "off"])
+def test_words_that_yaml_1_1_takes_for_truth_are_refused_unless_quoted(write, word):
+    (line,) = problems(write(MINIMAL), f"data.system_prompt={word}")
+    assert word in line and "YAML 1.1" in line and f"'{word}' in quotes" in line
+    (line,) = problems(write(MINIMAL + f"    networks: {{offload: {word}}}\n"))
+    assert "line 6" in line and "write " + ("true" if word in ("yes", "ON") else "false") in line
+    quoted = config_file.load(write(MINIMAL), [f"data.system_prompt='{word}'"])
+    assert quoted.data.system_prompt == word
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "010", "0o7", "yes", "off", "1:30", "2026-11-29", "1_000", "null", "~x", ""]
+)
+def test_texts_that_look_like_numbers_survive_being_written_out(write, text):
+    loaded = config_file.load(write(MINIMAL), [f"data.system_prompt='{text}'"])
+    dumped = config_file.dump(loaded)
+    assert config_file.load(write(dumped, "again.yaml")) == loaded
+    assert yaml.safe_load(dumped)["data"]["system_prompt"] == text  # readers of YAML 1.1 too
+
+
 def test_words_stay_words(write):
     loaded = config_file.load(write(MINIMAL), ["output_dir=run1e", "data.path=[a, b]"])
     assert loaded.output_dir == "run1e" and loaded.data.path == ["a", "b"]
+
+
+# ---- blocks without options
+
+
+def test_empty_blocks_have_their_defaults(write):
+    blocks = [name for name, field in Config.model_fields.items()
+              if isinstance(field.annotation, type) and name not in ("model", "data")]  # fmt: skip
+    blocks = [name for name in blocks if name not in ("output_dir", "objective", "seed")]
+    text = MINIMAL + "".join(f"    {name}:\n      # x: 1\n" for name in blocks)
+    assert config_file.load(write(text)) == config_file.load(write(MINIMAL))
+    nested = """
+        output_dir: out
+        model: {path: weights}
+        data:
+          path: rows.parquet
+          columns:
+        rewards:
+          - name: format
+            options:
+              # strip: true
+        networks: {blip: , bert: }
+        train: {trainable: }
+        guards: {fatal: }
+    """
+    assert config_file.load(write(nested)) == config_file.load(write(MINIMAL))
+
+
+def test_empty_block_or_list_leaves_that_of_the_base(write):
+    write(MINIMAL + "    grpo: {kl_coef: 0.1}\n    networks: {blip: {path: b}}\n", "base.yaml")
+    path = write("base: base.yaml\ngrpo:\nrewards:\n  # - name: x\nnetworks: {blip: }\n")
+    assert config_file.load(path) == config_file.load(path.with_name("base.yaml"))
+    assert config_file.load(path, ["grpo.std_eps=0.5"]).grpo.kl_coef == 0.1
+
+
+def test_null_of_an_option_is_a_value(write):
+    write(MINIMAL + "    train: {max_steps: 5}\n    eval: {path: [a]}\n", "base.yaml")
+    loaded = config_file.load(write("base: base.yaml\ntrain: {max_steps: }\neval: {path: }\n"))
+    assert loaded.train.max_steps is None and loaded.eval.path is None
+
+
+def test_empty_required_block_is_missing(write):
+    (line,) = problems(write("output_dir: o\nmodel:\ndata: {path: x}\nrewards: [{name: format}]"))
+    assert "model: missing" in line
+
+
+def test_empty_list_of_rewards_is_no_reward(write):
+    (line,) = problems(write("output_dir: o\nmodel: {path: m}\ndata: {path: x}\nrewards:\n"))
+    assert "needs at least one" in line
+
+
+# ---- paths
+
+NO_PATHS = {
+    "rewards.name", "data.system_prompt", "sft.answer_column", "sft.caption_column",
+    "train.trainable", "distributed.coordinator_address",
+    *(f"data.columns.{name}" for name in Columns.model_fields),
+}  # fmt: skip
+
+
+def texts(section, prefix=""):
+    """The key and the field of every option that is free text or a list of it."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from texts(inner, f"{prefix}{name}.")
+        elif "text" in config_file.kind_text(kind):
+            yield f"{prefix}{name}"
+
+
+PATHS = sorted(set(texts(Config)) - NO_PATHS)
+
+
+def load_with(write, key, value):
+    """The config with one path, and how it was read."""
+    overrides = {
+        "rewards.use": f"rewards=[{{use: '{value}/r.py:f'}}]",
+        "eval.path": f"eval.path={value}",
+    }
+    loaded = config_file.load(write(MINIMAL), [overrides.get(key, f"{key}={value}")])
+    for part in key.split("."):
+        loaded = getattr(loaded, part)
+        loaded = loaded[0] if part == "rewards" else loaded
+    return loaded
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_every_option_that_names_a_place_expands_it(write, monkeypatch, key):
+    """An option of text is a path, for which config_fields has types, or stands in NO_PATHS."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORL_PLACE", "/scratch/me")
+    end = "/r.py:f" if key == "rewards.use" else ""
+    for text, place in (
+        ("~/x", "/home/me/x"), ("$CORL_PLACE/x", "/scratch/me/x"),
+        ("${CORL_PLACE}x/*.parquet", "/scratch/mex/*.parquet"), ("a/~b", "a/~b"),
+    ):  # fmt: skip
+        assert load_with(write, key, text) == place + end
+    monkeypatch.delenv("CORL_PLACE")
+    (line,) = problems_of(load_with, write, key, "$CORL_PLACE/x")
+    assert f"{key.partition('.')[0]}" in line and "$CORL_PLACE is not set" in line
+
+
+def problems_of(function, *arguments):
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    return error.value.problems
+
+
+def test_paths_in_lists_buckets_scorers_and_bases_are_expanded(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORL_PLACE", str(tmp_path))
+    write(MINIMAL, "base.yaml")
+    path = write("base: $CORL_PLACE/base.yaml\n")
+    monkeypatch.chdir("/")
+    overrides = ["data.path=[a, ~/b, $CORL_PLACE/c]", "eval.path=[~/e]"]
+    loaded = config_file.load("$CORL_PLACE/" + path.name, overrides)
+    assert loaded.data.path == ["a", "/home/me/b", f"{tmp_path}/c"]
+    assert loaded.eval.path == ["/home/me/e"]
+    reward = "rewards=[{name: t2i_ti_sim, options: {scorer: ~/janus}}]"
+    assert config_file.load(path, [reward]).rewards[0].options == {"scorer": "/home/me/janus"}
+    monkeypatch.setenv("CORL_PLACE", "bucket")
+    tree = {"directory": "gs://$CORL_PLACE/runs"}
+    assert Checkpoint.model_validate(tree).directory == "gs://bucket/runs"
+    monkeypatch.delenv("CORL_PLACE")
+    (line,) = problems(path)
+    assert line.startswith(f"{path}: base: ") and "$CORL_PLACE is not set" in line
+
+
+def test_unknown_home_is_refused_with_the_key(write, monkeypatch):
+    (line,) = problems(write(MINIMAL), "output_dir=~nobody-of-this-name/x")
+    assert "output_dir: found '~nobody-of-this-name/x'; the home directory" in line
+
+
+def test_the_written_config_keeps_the_expanded_path(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    dumped = config_file.dump(config_file.load(write(MINIMAL), ["output_dir=~/run"]))
+    monkeypatch.setenv("HOME", "/home/you")
+    assert config_file.load(write(dumped, "again.yaml")).output_dir == "/home/me/run"
+
+
+# ---- lengths
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        (["train.max_steps=3", "optimizer.warmup_steps=500"], 3),
+        (["train.max_steps=3", "optimizer.warmup_steps=3"], 3),
+        (["train.max_steps=3", "grpo.num_iterations=2", "optimizer.warmup_steps=6"], 6),
+        (["train.max_steps=1", "optimizer.warmup_steps=1"], 1),
+    ],
+)
+def test_warmup_that_outlasts_the_run(write, overrides, limit):
+    (line,) = problems(write(MINIMAL), *overrides)
+    assert "never reaches optimizer.learning_rate" in line and f"less than {limit};" in line
+    fewer = [*overrides[:-1], f"optimizer.warmup_steps={limit - 1}"]
+    options = config_file.load(write(MINIMAL), fewer).optimizer
+    rates = [float(learning_rate(options, limit)(update)) for update in range(limit)]
+    assert max(rates) == pytest.approx(options.learning_rate)
 
 
 def test_every_problem_is_reported_at_once(write):

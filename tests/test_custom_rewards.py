@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import json
 import logging
 import math
+import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -19,10 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, RewardError
 from corl_jax.rewards import custom
-from corl_jax.rewards.custom import RewardError, as_scores, load
+from corl_jax.rewards.custom import load
 from corl_jax.rewards.samples import Context, Samples
+from corl_jax.rewards.worker import as_scores
 
 NOWHERE = Context(None, None, None, None, seed=0, step=0)
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "my_rewards.py"
@@ -152,10 +156,9 @@ def test_no_samples_make_no_call(made):
         "[True, None, np.float64(0.5)]",
     ],
 )
-def test_lists_and_arrays_of_numbers_are_scores(made, values):
-    reward = made(f"import numpy as np, jax.numpy as jnp\ndef f(texts): return {values}")
-    scores = reward(texts("a", "b", "c"), NOWHERE)
-    assert reward.failures == 0 and scores.dtype == np.float32
+def test_lists_and_arrays_of_numbers_are_scores(values):
+    scores = as_scores(eval(values), 3)
+    assert all(type(score) is float for score in scores)
     np.testing.assert_array_equal(scores, [1, np.nan, 0.5])
 
 
@@ -180,12 +183,18 @@ def test_lists_and_arrays_of_numbers_are_scores(made, values):
         ("[1, 10**400]", "OverflowError: int too large to convert to float"),
     ],
 )
-def test_anything_else_fails(made, caplog, values, line):
-    reward = made(f"import numpy as np\ndef f(texts): return {values}")
+def test_anything_else_fails(values, line):
+    with pytest.raises((TypeError, ValueError, OverflowError)) as caught:
+        as_scores(eval(values), 2)
+    assert f"{type(caught.value).__name__}: {caught.value}".startswith(line)
+
+
+def test_a_wrong_result_costs_all_samples(made, caplog):
+    reward = made("def f(texts): return 1.0")
     assert np.isnan(reward(texts("a", "b"), NOWHERE)).all()
     assert (reward.failures, reward.failed_samples) == (1, 2)
     (record,) = caplog.records
-    assert line in record.getMessage()
+    assert "TypeError: returned float; expected a list or array of 2" in record.getMessage()
 
 
 @settings(deadline=None)
@@ -193,10 +202,8 @@ def test_anything_else_fails(made, caplog, values, line):
 def test_scores_are_the_values_whatever_holds_them(values):
     wanted = [math.nan if value is None else float(value) for value in values]
     for holder in (values, tuple(values), np.array(values, object), np.array(wanted)):
-        scores = as_scores(holder, len(values))
-        assert scores.dtype == np.float32
-        np.testing.assert_array_equal(scores, np.array(wanted, np.float32))
-    np.testing.assert_array_equal(as_scores(jnp.array(wanted, jnp.float32), len(values)), scores)
+        np.testing.assert_array_equal(as_scores(holder, len(values)), wanted)
+    np.testing.assert_array_equal(as_scores(jnp.array(wanted, jnp.float32), len(values)), wanted)
 
 
 @settings(deadline=None)
@@ -210,11 +217,12 @@ def test_whatever_comes_back_is_scores_or_an_error_that_is_caught(values, count)
         )
         assert not numbers or len(values) != count
     else:
-        assert scores.shape == (count,) and len(values) == count
+        assert len(scores) == count == len(values)
 
 
-def test_what_float32_cannot_hold_becomes_infinite_without_a_warning(recwarn):
-    assert as_scores([1e300, -1e300], 2).tolist() == [math.inf, -math.inf]
+def test_what_float32_cannot_hold_becomes_infinite_without_a_warning(made, recwarn):
+    reward = made("def f(texts): return [1e300, -1e300]")
+    assert reward(texts("a", "b"), NOWHERE).tolist() == [math.inf, -math.inf]
     assert not recwarn.list
 
 
@@ -234,8 +242,8 @@ def test_an_exception_costs_the_samples_and_then_the_run(made, caplog):
     assert message.startswith("reward f (mine.py:f): failed calls in a row: 3 (max_failures: 3)")
     assert "return helper(texts)" in message and "def helper(x): raise" in message
     assert message.rstrip().endswith("KeyError: 'gone'")
-    assert "custom.py" not in message and "threading.py" not in message
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    assert "worker.py" not in message and "asyncio" not in message
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert caplog.records[0].getMessage() == (
         "reward f: its call failed (1 in a row; 3 end the run), 2 samples go without: "
         "KeyError: 'gone'"
@@ -263,51 +271,131 @@ def test_ending_the_program_is_a_failure_like_others(made, caplog):
         assert caplog.records[-1].getMessage().endswith("SystemExit: 3")
 
 
-HANGS = """
-    import threading
-    release = threading.Event()
+CALLS = """
+    import os, sys, time
+    calls = []
     def f(texts):
-        if texts[0] == "slow":
-            release.wait()  # for ever
-        return [1.0]
+        calls.append(texts[0])
+        %s
+        return [float(len(calls))]
 """
 
 
-def until_threads_are(count: int) -> None:
-    """Threads that have given their result take a moment to end."""
-    limit = time.perf_counter() + 5
-    while threading.active_count() > count:
-        assert time.perf_counter() < limit, f"{threading.active_count()} threads, not {count}"
-        time.sleep(0.01)
+def test_a_plain_function_that_hangs_is_interrupted_and_keeps_its_state(made, caplog):
+    code = CALLS % "if texts[0] == 'slow': time.sleep(3600)  # for ever"
+    reward = made(code, timeout_s=0.2, max_failures=2)
+    began = time.perf_counter()
+    assert np.isnan(reward(texts("slow"), NOWHERE)).all()
+    assert time.perf_counter() - began >= 0.2
+    assert caplog.records[-1].getMessage().endswith("TimeoutError: no result after 0.2 s")
+    assert reward(texts("quick"), NOWHERE) == 2, "the process has gone on"
+    reward(texts("slow"), NOWHERE)
+    with pytest.raises(RewardError, match="failed calls in a row: 2") as caught:
+        reward(texts("slow"), NOWHERE)
+    assert "time.sleep(3600)  # for ever" in str(caught.value), "shows where it hangs"
+    assert "worker.py" not in str(caught.value)
 
 
-def test_a_plain_function_that_hangs_is_left_behind(made, caplog):
-    reward = made(HANGS, timeout_s=0.2, max_failures=2)
-    release = reward.function.__globals__["release"]
-    try:
-        began = time.perf_counter()
-        assert np.isnan(reward(texts("slow"), NOWHERE)).all()
-        assert 0.2 <= time.perf_counter() - began < 3
-        assert caplog.records[-1].getMessage().endswith("TimeoutError: no result after 0.2 s")
-        assert reward(texts("quick"), NOWHERE) == 1, "the next call has a thread of its own"
-        with pytest.raises(RewardError, match="calls that never came back: 2") as caught:
-            reward(texts("slow"), NOWHERE)
-        assert "release.wait()  # for ever" in str(caught.value), "shows where it hangs"
-    finally:
-        release.set()
+STUBBORN = """
+    while texts[0] == 'slow':
+            try:
+                time.sleep(3600)  # for ever
+            except Exception:
+                pass
+"""
 
 
-def test_hung_calls_that_came_back_later_no_longer_count(made):
-    reward = made(HANGS, timeout_s=0.2, max_failures=2)
-    release = reward.function.__globals__["release"]
-    threads = threading.active_count()
-    for _ in range(3):
-        assert np.isnan(reward(texts("slow"), NOWHERE)).all()
-        release.set()
-        until_threads_are(threads)
-        release.clear()
-        assert reward(texts("quick"), NOWHERE) == 1
+def test_a_function_that_does_not_stop_is_ended_with_its_process(made, monkeypatch, caplog):
+    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.2)
+    reward = made(CALLS % STUBBORN.strip(), timeout_s=0.2)
+    assert reward(texts("quick"), NOWHERE) == 1
+    first = reward.process.pid
+    assert np.isnan(reward(texts("slow"), NOWHERE)).all()
+    assert "its process did not stop and was ended" in caplog.records[-1].getMessage()
+    assert reward.last_failure is not None
+    assert "time.sleep(3600)  # for ever" in reward.last_failure.trace
+    assert reward(texts("quick"), NOWHERE) == 1, "the file was imported anew"
+    assert reward.process.pid != first and not is_alive(first)
+
+
+def test_a_process_that_ends_costs_its_call_and_is_started_anew(made, caplog):
+    code = CALLS % "exec(texts[0])"
+    reward = made(code)
+    for end, what in (
+        ("os._exit(3)", "exited with code 3"),
+        ("os.kill(os.getpid(), 9)", "was ended by SIGKILL; has memory run out?"),
+        ("os.abort()", "was ended by SIGABRT"),
+    ):
+        assert reward(texts("pass"), NOWHERE) == 1
+        assert np.isnan(reward(texts(end), NOWHERE)).all()
+        assert (
+            caplog.records[-1]
+            .getMessage()
+            .endswith(f"ChildProcessError: the process of mine.py {what}")
+        )
     assert reward.failures == 3
+
+
+def test_a_file_edited_during_a_run_counts_from_the_next_run_on(made, write):
+    """Also where its process had to be started anew."""
+    reward = made(CALLS % "exec(texts[0])")
+    write("def f(texts): return [-1.0]")
+    reward(texts("os._exit(3)"), NOWHERE)
+    assert reward(texts("pass"), NOWHERE) == 1
+    assert load("mine.py:f", {})(texts("pass"), NOWHERE) == -1
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def until_gone(pid: int) -> None:
+    limit = time.perf_counter() + 20
+    while is_alive(pid):
+        assert time.perf_counter() < limit, f"process {pid} is still there"
+        time.sleep(0.02)
+
+
+def test_no_process_stays_when_nobody_has_the_reward(made):
+    reward = made("import os\ndef f(texts): return [os.getpid()]")
+    pid = reward.process.pid
+    assert reward(texts("a"), NOWHERE) == pid and pid != os.getpid()
+    del reward
+    gc.collect()
+    assert not is_alive(pid)
+
+
+LEFT_ALONE = """
+import os, subprocess, sys, time
+def f(texts):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with open("pids", "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
+"""
+
+
+def test_no_process_stays_when_the_run_is_killed(write, tmp_path):
+    """In the middle of a call, together with what the reward has started itself."""
+    write(LEFT_ALONE)
+    script = (
+        "from corl_jax.rewards import custom\n"
+        "from corl_jax.rewards.samples import Context, Samples\n"
+        "custom.load('mine.py:f', {})(Samples({}, texts=['a']), None)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[2])}
+    run = subprocess.Popen([sys.executable, "-c", script], env=env)
+    pids = tmp_path / "pids"
+    while len(pids.read_text().split() if pids.exists() else ()) < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    for pid in pids.read_text().split():
+        until_gone(int(pid))
 
 
 def test_an_async_function_is_awaited(made):
@@ -330,6 +418,8 @@ def test_an_async_function_that_runs_out_of_time_is_cancelled(made):
         import asyncio
         cleaned = []
         async def f(texts):
+            if texts[0] == "cleaned":
+                return [len(cleaned)]
             try:
                 await asyncio.sleep(60)
             finally:
@@ -337,20 +427,19 @@ def test_an_async_function_that_runs_out_of_time_is_cancelled(made):
         """,
         timeout_s=0.1, max_failures=2,
     )  # fmt: skip
-    threads = threading.active_count()
     assert np.isnan(reward(texts("a"), NOWHERE)).all()
-    assert reward.function.__globals__["cleaned"] == [1]
+    assert reward(texts("cleaned"), NOWHERE) == 1
+    reward(texts("a"), NOWHERE)
     with pytest.raises(RewardError, match=r"TimeoutError: no result after 0\.1 s") as caught:
         reward(texts("a"), NOWHERE)
     assert "await asyncio.sleep(60)" in str(caught.value)
-    until_threads_are(threads)
 
 
-def test_an_async_function_that_does_not_yield_is_left_behind(made, monkeypatch):
+def test_an_async_function_that_does_not_yield_is_ended(made, monkeypatch):
     monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.05)
-    code = "import time\nasync def f(texts):\n    time.sleep(0.4)\n    return [1.0]"
+    code = "import time\nasync def f(texts):\n    time.sleep(60)\n    return [1.0]"
     reward = made(code, timeout_s=0.05, max_failures=1)
-    with pytest.raises(RewardError, match=r"time\.sleep\(0\.4\)"):
+    with pytest.raises(RewardError, match=r"time\.sleep\(60\)"):
         reward(texts("a"), NOWHERE)
 
 
@@ -369,11 +458,10 @@ def test_an_interrupt_ends_the_run(made, define):
 
 def test_an_interrupt_from_the_keyboard_does_not_wait(made):
     code = """
-        import signal, threading
-        release = threading.Event()
+        import os, signal, time
         def f(texts):
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            release.wait()
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(60)
     """
     reward = made(code, timeout_s=30)
     # A shell starts what it runs in the background with this signal ignored.
@@ -384,7 +472,6 @@ def test_an_interrupt_from_the_keyboard_does_not_wait(made):
             reward(texts("a"), NOWHERE)
     finally:
         signal.signal(signal.SIGINT, before)
-        reward.function.__globals__["release"].set()
     assert time.perf_counter() - began < 10
 
 
@@ -407,24 +494,21 @@ def test_two_rewards_of_a_file_share_one_import(write):
     assert first(texts("a"), NOWHERE) == 1 and second(texts("a"), NOWHERE) == 2
 
 
-def test_a_file_is_imported_when_it_is_loaded_and_only_once(write, capsys):
+def test_a_file_is_imported_when_it_is_loaded_and_only_once(write, capfd):
     name = write("print('imported')\ndef f(texts): return [0]\ndef g(texts): return [0]")
-    load(f"{name}:f", {}), load(f"{name}:g", {})
-    assert capsys.readouterr().out == "imported\n"
+    rewards = [load(f"{name}:f", {}), load(f"{name}:g", {})]
+    assert rewards[0].process is rewards[1].process
+    assert capfd.readouterr() == ("", "imported\n")
 
 
-def test_a_file_hides_no_module(write, monkeypatch):
-    name = write("value = 5\ndef f(texts): return [value]", "json.py")
-    before = dict(sys.modules)
-    assert load(f"{name}:f", {})(texts("a"), NOWHERE) == 5
-    assert {key: sys.modules[key] for key in before} == before
-    assert sys.modules["json"] is json
-
-
-def test_a_failed_import_leaves_no_module(write):
-    before = set(sys.modules)
-    problems(f"{write('1 / 0')}:f")
-    assert {key for key in sys.modules if key.startswith("mine")} <= before
+@pytest.mark.parametrize("name", ["json.py", "yaml.py", "v1.2 of-mine.py"])
+def test_a_file_may_have_any_name(write, name):
+    """Even that of a module of Python, or of an installed one that it imports itself."""
+    code = """
+        import json, yaml
+        def f(texts): return [len(json.dumps(yaml.safe_load("[1]")))]
+    """
+    assert load(f"{write(code, name)}:f", {})(texts("a"), NOWHERE) == 3
 
 
 def test_a_function_of_an_installed_module(write, monkeypatch, tmp_path):
@@ -435,7 +519,6 @@ def test_a_function_of_an_installed_module(write, monkeypatch, tmp_path):
     assert problems("pack.my_module:g") == [
         "pack.my_module has no function g; did you mean f? (found: f)"
     ]
-    sys.modules.pop("pack.my_module"), sys.modules.pop("pack")
 
 
 def test_callables_other_than_functions(write):
@@ -520,7 +603,7 @@ def test_functions_that_are_not_there_and_things_that_are_none(write):
          "mend the line"),
         ("import no_such_thing.at_all\n", "line 1: import no_such_thing.at_all",
          "ModuleNotFoundError: No module named 'no_such_thing'",
-         "install it, or start where Python finds it"),
+         "install it, or put it beside the file"),
         ("from math import sine\n", "line 1: from math import sine",
          "ImportError: cannot import name 'sine' from 'math'",
          "importing the file must not fail"),

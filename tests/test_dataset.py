@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from corl_jax.data.columns import COLUMNS
 from corl_jax.data.dataset import Loader, held_out, required_columns
-from corl_jax.data.parquet import COLUMNS, ParquetSource, find_files
+from corl_jax.data.parquet import ParquetSource
+from corl_jax.data.parquet_files import find_files
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from tests.tiny import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -104,11 +106,11 @@ def test_broken_and_differing_files_are_listed_together(tmp_path):
     (tmp_path / "c.parquet").write_bytes(b"")
     tiny_parquet(tmp_path / "d.parquet", [{"prompt": "x"}])
     with pytest.raises(InputError) as error:
-        ParquetSource(tmp_path)
+        ParquetSource(tmp_path, required=("real_image",))
     assert len(error.value.problems) == 3
     assert "b.parquet: not a readable" in error.value.problems[0]
     assert "0 bytes" in error.value.problems[1]
-    assert "real_image is absent" in error.value.problems[2]
+    assert "d.parquet: column real_image (for real_image) is absent" in error.value.problems[2]
     empty = tmp_path / "empty" / "e.parquet"
     empty.parent.mkdir()
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), empty)

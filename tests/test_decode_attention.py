@@ -16,6 +16,7 @@ from corl_jax.models.attention import attend_to, fastest, merge
 from corl_jax.models.decoding import read_prompts
 from corl_jax.models.layers import attend
 from corl_jax.types import EncodedPrompts, SpecialTokens
+from tests.tolerances import NETWORK
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -50,7 +51,7 @@ def test_two_parts_merge_to_attention_to_all_keys(heads):
             for part, n in zip(spoilt, lengths)
         )
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=NETWORK, atol=NETWORK)
 
 
 def test_denominators_are_those_of_the_softmax():
@@ -128,7 +129,7 @@ def test_prompts_once_and_cached_decode_equal_the_full_forward(
             outputs.append(hidden)
         return jnp.stack(outputs, axis=1)
 
-    np.testing.assert_allclose(cached(tiny_params), full(tiny_params), atol=1e-5)
+    np.testing.assert_allclose(cached(tiny_params), full(tiny_params), atol=NETWORK)
 
 
 def one_key_a_head(config, params):
@@ -220,7 +221,7 @@ def test_one_query_is_not_alone_where_bits_have_to_be_the_same(monkeypatch, flag
     lengths = jnp.array([1, 3, 5])
     found, expected = (attend_to(query, key, value, lengths, x) for x in ("cudnn", "xla"))
     for x, y in zip(found, expected, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-6)
+        np.testing.assert_allclose(x, y, atol=NETWORK)
 
 
 @pytest.mark.parametrize(

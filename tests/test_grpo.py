@@ -41,7 +41,24 @@ def test_group_advantages_by_hand():
     values, stats = advantages([1, 2, 3, 2, 4, 6], 3)
     expected = [-1 / 1.0001, 0, 1 / 1.0001, -2 / 2.0001, 0, 2 / 2.0001]
     np.testing.assert_allclose(values, expected, rtol=1e-6)
-    assert stats == pytest.approx({"reward": 3.0, "reward_std": 1.5, "frac_reward_zero_std": 0.0})
+    # The batch: mean 3, squared deviations 4 1 0 1 1 9, ddof-1 variance 16/5.
+    assert stats == pytest.approx(
+        {
+            "reward": 3.0, "reward_std": math.sqrt(16 / 5), "reward_group_std": 1.5,
+            "frac_reward_zero_std": 0.0, "not_applicable": 0.0,
+        }
+    )  # fmt: skip
+
+
+def test_statistics_of_rewards_that_apply_to_nothing_are_absent():
+    """A mean of 0 would be a reward."""
+    values, stats = advantages([NAN] * 4, 2)
+    assert np.array_equal(values, np.zeros(4))
+    assert stats.pop("not_applicable") == 1.0
+    assert all(math.isnan(value) for value in stats.values()), stats
+    _, stats = advantages([NAN, 2.0, NAN, NAN], 2)
+    assert (stats["reward"], stats["reward_std"], stats["not_applicable"]) == (2.0, 0.0, 0.75)
+    assert math.isnan(stats["reward_group_std"])
 
 
 def test_the_std_is_unbiased():
@@ -60,7 +77,9 @@ def test_nan_rewards_are_left_out_of_their_group():
     np.testing.assert_allclose(values, [-half, 0, half, 0, 0, 0, 0, 0, 0], rtol=1e-6)
     assert stats["reward"] == pytest.approx(3.0)  # of 1, 3 and 5
     assert stats["frac_reward_zero_std"] == pytest.approx(0.5)  # the group without any is no group
-    assert stats["reward_std"] == pytest.approx(math.sqrt(2))
+    assert stats["reward_group_std"] == pytest.approx(math.sqrt(2))
+    assert stats["reward_std"] == pytest.approx(2.0)  # of 1, 3 and 5
+    assert stats["not_applicable"] == pytest.approx(6 / 9)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1.9, 1e6, -0.7])

@@ -10,10 +10,9 @@ import pytest
 
 from corl_jax import config_file
 from corl_jax.config import Guards as Options
-from corl_jax.errors import GuardError, InputError
-from corl_jax.rewards.custom import RewardError
+from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.train import guards
-from corl_jax.train.guards import FAILED_WINDOW, RULES, WINDOW, Guards
+from corl_jax.train.guards import FAILED_WINDOW, RULES, UNREWARDED_STEPS, WINDOW, Guards
 from corl_jax.train.iterate import duplicates
 from corl_jax.train.rundir import jsonable
 
@@ -77,7 +76,77 @@ def test_a_reward_that_fails_too_often_ends_the_run():
         tolerant.step(step, [], {name: step % 2})
 
 
+def unrewarded(watched: Guards, shares: list[float], is_last: bool = False) -> None:
+    for step, share in enumerate(shares, 1):
+        watched.step(step, [], {"not_applicable": share}, is_last and step == len(shares))
+
+
+def test_a_run_in_which_no_reward_ever_applies_ends():
+    with pytest.raises(GuardError, match=rf"step {UNREWARDED_STEPS}: no reward has applied"):
+        unrewarded(Guards(Options()), [1.0] * UNREWARDED_STEPS)
+    with pytest.raises(GuardError, match=r"step 3: .* of the 3 step\(s\) of this run"):
+        unrewarded(Guards(Options()), [1.0] * 3, is_last=True)
+    unrewarded(Guards(Options()), [1.0, 0.99, *[1.0] * 50], is_last=True)
+    unrewarded(Guards(Options(not_applicable=None)), [1.0] * 50, is_last=True)
+
+
+def test_a_run_without_rewards_counts_on_when_it_is_resumed():
+    before, after = Guards(Options()), Guards(Options())
+    unrewarded(before, [1.0] * (UNREWARDED_STEPS - 1))
+    after.restore(json.loads(json.dumps(jsonable(before.state()))))
+    with pytest.raises(GuardError):
+        unrewarded(after, [1.0])
+    old = {key: value for key, value in before.state().items() if key != "unrewarded"}
+    earlier = Guards(Options())
+    earlier.restore(old)  # a checkpoint of a version that did not count them
+    unrewarded(earlier, [1.0])
+
+
 # ---- alarms
+
+
+def test_completions_without_a_reward_are_an_alarm():
+    share = {"not_applicable": 0.4, "mm2t/not_applicable": 0.8, "t2i/not_applicable": 0.0}
+    watched = Guards(Options())
+    lines = [watched.logged(step, share)[1] for step in range(1, 13)]
+    assert [bool(said) for said in lines] == [step == WINDOW for step in range(1, 13)]
+    assert "mm2t/not_applicable 0.8, above 0.5" in lines[WINDOW - 1][0]
+    with pytest.raises(GuardError, match=r"guards\.fatal lists it"):
+        Guards(Options(fatal=["not_applicable"])).require(lines[WINDOW - 1])
+
+
+def test_a_reward_that_never_applies_is_an_alarm_beside_others_that_do():
+    """One that applies to few rows is none."""
+    watched = Guards(Options())
+    for step in range(1, 30):
+        values = {
+            "not_applicable": 0.0,
+            "mm2t/rewards/judge/not_applicable": 1.0,
+            "mm2t/rewards/rare/not_applicable": 1.0 if step % 9 else 0.98,
+        }
+        metrics, lines = watched.logged(step, values)
+        assert bool(lines) == (step == WINDOW), (step, lines)
+        if lines:
+            assert "mm2t/rewards/judge/not_applicable 1, above" in lines[0]
+            assert "rare" not in lines[0]
+    assert metrics["alarm/not_applicable"] == 1.0
+
+
+def test_a_reward_that_never_applies_is_said_at_the_end_of_a_short_run():
+    values = {"not_applicable": 0.0, "t2i/rewards/judge/not_applicable": 1.0}
+    watched = Guards(Options())
+    lines = [watched.logged(step, values, is_last=step == 3)[1] for step in (1, 2, 3)]
+    assert [len(said) for said in lines] == [0, 0, 1]
+    used = Guards(Options())
+    used.logged(1, values | {"t2i/rewards/judge/not_applicable": 0.9})
+    assert not used.logged(2, values, is_last=True)[1]
+
+
+def test_steps_without_a_reward_say_nothing_of_the_spread():
+    watched = Guards(Options())
+    for step in range(1, 25):
+        assert not watched.logged(step, {"frac_reward_zero_std": math.nan})[1]
+    assert said(watched, "zero_spread", [1.0] * WINDOW, "frac_reward_zero_std") == [WINDOW]
 
 
 @pytest.mark.parametrize("name", ["kl", "drift_mean", "drift_max"])

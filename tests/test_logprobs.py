@@ -14,6 +14,7 @@ from corl_jax import sharding
 from corl_jax.models import causal, janus
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from tests.tiny_train import SPECIAL, both_tasks, random_params
+from tests.tolerances import LOGPROBS, NETWORK
 
 PROMPTS, GROUP = 3, 4
 
@@ -73,11 +74,11 @@ def unshared(config, params):
 def test_a_shared_prompt_gives_the_same_states_and_gradients(config, params, unshared, remat):
     hidden, grads = states_and_gradients(config, params, remat, shared=True)
     wanted, expected = unshared
-    np.testing.assert_allclose(hidden, wanted, atol=2e-5)
+    np.testing.assert_allclose(hidden, wanted, atol=NETWORK)
 
     def compare(a: jax.Array, b: jax.Array) -> None:
         # At least 1: nothing looks tokens up here, so that their table has no gradient.
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * max(np.abs(b).max(), 1.0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=NETWORK * max(np.abs(b).max(), 1.0))
 
     jax.tree.map(compare, grads, expected)
 
@@ -110,7 +111,7 @@ def test_a_completion_of_one_token_is_scored_by_the_prompt_alone(config, params)
     hidden = model.language_model(embeds, jnp.asarray(prompts.attention_mask))[:, -1:]
     logits = jnp.repeat(model.text_logits(hidden), GROUP, axis=0)
     wanted, _ = chunked_logprobs(lambda x: x, logits, tokens, 1.0, 1000)
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_allclose(found, wanted, atol=LOGPROBS)
 
 
 # ---- cuDNN, as far as it goes without a GPU
@@ -189,5 +190,5 @@ def test_splash_attention_is_attention(monkeypatch, devices):
     mesh = sharding.make_mesh(-1, 1 + (devices > 1), 1 + (devices > 1), jax.devices()[:devices])
     with jax.set_mesh(mesh) if devices > 1 else contextlib.nullcontext():
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found("splash"), expected
+            lambda a, b: np.testing.assert_allclose(a, b, atol=NETWORK), found("splash"), expected
         )

@@ -133,7 +133,7 @@ def test_phases_add_up_and_start_again():
         raise KeyError
     seconds = phases.take()
     assert list(seconds) == ["phase/rollout_seconds", "phase/reward_seconds"]
-    assert 0.02 <= seconds["phase/rollout_seconds"] < 1
+    assert seconds["phase/rollout_seconds"] >= 0.02
     assert phases.take() == {}
 
 

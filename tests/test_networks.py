@@ -56,6 +56,33 @@ def as_torch(kind: str, folder, layout: str | None = None):
 # ---- folders
 
 
+def test_a_network_whose_layers_differ_in_type_loads_and_converts_exactly(tmp_path):
+    source, sizes = as_torch("bert", tmp_path / "source"), TINY["bert"]
+    kinds = (np.float16, jnp.bfloat16, np.float32)
+    state = load_file(source / "model.safetensors")
+    mixed = {key: state[key].astype(kinds[i % 3]) for i, key in enumerate(sorted(state))}
+    save_file(mixed, source / "model.safetensors")
+    config = {
+        "model_type": "bert", "vocab_size": sizes.vocab_size, "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size, "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "max_position_embeddings": sizes.max_position_embeddings,
+    }  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config))
+    _, expected = load_network(source, "bert")
+    assert convert(["to-jax", str(source), str(tmp_path / "jax")]) == 0
+    _, found = load_network(tmp_path / "jax", "bert")
+    flat = flatten(found)
+    for path, leaf in flatten(expected).items():
+        assert flat[path].dtype == leaf.dtype, path
+        np.testing.assert_array_equal(flat[path], leaf)
+    kernel = flat["layers/attn/q_proj/kernel"]
+    name = "bert.encoder.layer.{}.attention.self.query.weight"
+    assert mixed[name.format(0)].dtype != mixed[name.format(1)].dtype
+    for layer in range(sizes.num_layers):
+        np.testing.assert_array_equal(kernel[layer], mixed[name.format(layer)].astype(np.float32).T)
+
+
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_a_converted_folder_is_read_back(folders, kind):
     assert recognise(folders[kind]) == kind

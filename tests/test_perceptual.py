@@ -22,6 +22,7 @@ from corl_jax.weights.config_vgg import parse
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables.vgg import TABLES
 from tests.tiny import tiny_image
+from tests.tolerances import NETWORK
 
 TINY = VggConfig(channels=(4, 6, 5, 3, 7))
 SIZE = 32
@@ -89,7 +90,7 @@ def test_without_a_real_image_there_is_no_distance(network, drawings):
     found = distance(network, drawings, real)
     assert np.isnan(found).tolist() == [False, True, False, True, True]
     alone = distance(network, drawings[2:3], real[2:3])
-    assert found[2] == pytest.approx(alone[0], abs=1e-6)
+    assert found[2] == pytest.approx(alone[0], abs=NETWORK)
 
 
 def test_both_are_resized_and_fitted(network, drawings):
@@ -104,7 +105,7 @@ def test_both_are_resized_and_fitted(network, drawings):
         arrays = (np.asarray(x, np.float32)[None] / 255 for x in (drawn, picture))
         (found[fit],) = distance(network, drawings[:1], [wide], fit=fit)
         assert found[fit] == pytest.approx(
-            float(direct(TINY, network.params, *arrays)[0]), abs=1e-5
+            float(direct(TINY, network.params, *arrays)[0]), abs=NETWORK
         )
     assert abs(found["squash"] - found["centre_crop"]) > 1e-2
 
@@ -122,10 +123,10 @@ def test_pieces_and_devices_change_nothing(network, drawings, mesh, monkeypatch)
     real = [tiny_image(seed, (40, 40)) for seed in (1, 2, 3, 4, 5)]
     expected = distance(network, drawings, real)
     monkeypatch.setattr(perceptual, "IMAGES_AT_ONCE", 2)
-    assert np.allclose(distance(network, drawings, real), expected, atol=1e-6)
+    assert np.allclose(distance(network, drawings, real), expected, atol=NETWORK)
     everywhere = NamedSharding(mesh, PartitionSpec())
     spread = Network(TINY, jax.device_put(network.params, everywhere), Path(), jnp.float32)
-    assert np.allclose(distance(spread, drawings, real), expected, atol=1e-6)
+    assert np.allclose(distance(spread, drawings, real), expected, atol=NETWORK)
 
 
 # ---- files

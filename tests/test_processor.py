@@ -297,6 +297,14 @@ def test_a_bomb_is_refused_before_decoding(monkeypatch):
         decode_image(bomb)
 
 
+def test_a_lone_surrogate_is_refused_where_texts_become_tokens(processor):
+    for encode_text in (processor.t2i_ids, processor.mm2t_ids, processor.answer_ids):
+        with pytest.raises(InputError, match=r"holds half of a surrogate pair"):
+            encode_text("a \ud83d b")
+    with pytest.raises(InputError, match="surrogate"):
+        processor.mm2t_ids("a", "system \udc80")
+
+
 def test_from_dir_reads_what_transformers_saves(tmp_path, model_dir, processor):
     janus_processor(model_dir).save_pretrained(tmp_path)
     saved = Processor.from_dir(tmp_path)

@@ -13,7 +13,7 @@ from PIL import Image
 from corl_jax.config import Compat, Reward
 from corl_jax.data import shapes
 from corl_jax.errors import InputError
-from corl_jax.rewards import image, registry
+from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.options import option_problem
 from corl_jax.rewards.registry import REGISTRY, Context, Entry, Resolved, Samples
@@ -106,11 +106,63 @@ def test_every_problem_is_reported_at_once():
         ("answer_single_line", "oc_accuracy",
          texts("so\n<answer>red\n</answer>", cls_solution=["red"])),
         ("format_without_strip", "format", texts(" <think>a</think><answer>b</answer>\n")),
+        ("answer_in_thoughts", "qa_accuracy",
+         texts("<think><answer>a</answer></think><answer>red</answer>", qa_solution=["red"],
+               qa_type=["OE"])),
+        ("answer_in_thoughts", "oc_accuracy",
+         texts("<think><answer>a</answer></think><answer>red</answer>", cls_solution=["red"])),
+        ("compare_by_letters", "qa_accuracy",
+         texts("twenty one", qa_solution=["21"], qa_type=["OE"])),
     ],
 )  # fmt: skip
 def test_compat_switches_change_what_they_should(switch, name, samples):
     assert score(name, samples) == 1.0
     assert score(name, samples, **{switch: True}) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("switch", "name", "samples"),
+    [
+        ("format_repeated_blocks", "format",
+         texts("<think>a</think><answer>b</answer><answer>c</answer>")),
+        ("compare_by_letters", "qa_accuracy", texts("35", qa_solution=["3.5"], qa_type=["OE"])),
+        ("compare_by_letters", "oc_accuracy", texts("not a dog", cls_solution=["dog"])),
+    ],
+)  # fmt: skip
+def test_compat_switches_bring_exploits_back(switch, name, samples):
+    assert score(name, samples) == 0.0
+    assert score(name, samples, **{switch: True}) > 0.6
+
+
+def test_unknown_question_types_are_refused_by_row():
+    batch = texts("B", "B", "B", qa_solution=["B"] * 3, qa_type=["mcq", "essay", None])
+    with pytest.raises(InputError) as caught:
+        score("qa_accuracy", batch)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("row 1: qa_type: found 'essay', expected MC or OE")
+
+
+def test_rewards_that_can_score_none_of_the_first_rows_are_named():
+    rewards = resolve(
+        *({"name": n} for n in ("format", "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"))
+    )
+    listed = [*rewards["mm2t"], *rewards["t2i"]]
+    sound = {
+        "qa_solution": "<answer>B</answer>", "qa_type": "MC", "prompt": "a dog",
+        "od_problem": "where?", "od_solution": [[0, 0, 1, 1]],
+    }  # fmt: skip
+    assert applicable.inapplicable_rewards(listed, [sound]) == []
+    assert applicable.inapplicable_rewards(listed, []) == []
+    blank = {"qa_solution": "<answer> </answer>", "prompt": "  ", "od_solution": "no boxes"}
+    assert applicable.inapplicable_rewards(listed, [sound, sound | blank]) == []
+    lines = applicable.inapplicable_rewards(listed, [sound | blank] * 2)
+    assert [line.split(" ")[1] for line in lines] == [
+        "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"
+    ]  # fmt: skip
+    assert "none of the first 2 rows, because qa_solution is null or blank in each" in lines[0]
+    assert "cls_solution or qa_solution" in lines[1] and "od_solution" in lines[2]
+    (line,) = applicable.inapplicable_rewards(listed, [sound | {"qa_type": None}])
+    assert "qa_type is null" in line and "{default_type: MC}" in line
 
 
 def test_a_switch_sets_the_fixed_spans_and_refuses_a_contradiction():
@@ -140,7 +192,7 @@ def test_scores_per_row_with_nan_where_not_applicable():
 
 def test_classes_come_from_either_columns_row_by_row():
     batch = texts("fox", "fox", cls_solution=["red fox", None], qa_solution=["cat", "fox"])
-    np.testing.assert_allclose(score("oc_accuracy", batch), [0.9, 1.0])
+    np.testing.assert_allclose(score("oc_accuracy", batch), [0.45, 1.0])
     only = texts("fox", qa_solution=["fox"])
     assert score("oc_accuracy", only) == 1.0
 

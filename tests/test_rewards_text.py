@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -16,7 +17,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from corl_jax.rewards import answers, text
+from corl_jax.errors import InputError
+from corl_jax.rewards import answers, numerals, text
 
 PROBLEM = """What is the hazard?
 Options:
@@ -58,7 +60,11 @@ def oe(answer, solution, **options):
         ("<think>a<answer>b</answer>", 0),
         ("<think>a</think>", 0),
         ("<Think>a</Think><answer>b</answer>", 0),
-        ("<think>a</think><answer>b</answer><answer>c</answer>", 1),  # repeated blocks match
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 0),
+        ("<think>a</think><think>b</think><answer>c</answer>", 0),
+        ("<think><answer>x</answer></think><answer>b</answer>", 0),
+        ("<think>a<think>b</think><answer>c</answer>", 0),
+        ("<think>a</think><answer>b</think></answer>", 0),
         ("", 0),
         (None, 0),
     ],
@@ -73,6 +79,20 @@ def test_format_strip_switch(space):
         assert text.format_reward(completion) == 1.0
         assert text.format_reward(completion, strip=False) == 0.0
     assert text.format_reward(full("b"), strip=False) == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>a</think><answer>b</answer><answer>c</answer>",
+        "<think>a</think><think>b</think><answer>c</answer>",
+        "<think><answer>x</answer></think><answer>b</answer>",
+    ],
+)
+def test_repeated_blocks_pass_only_as_released(completion):
+    assert text.format_reward(completion) == 0.0
+    assert text.format_reward(completion, repeated_blocks=True) == 1.0
+    assert text.format_reward(f" {completion}", strip=False, repeated_blocks=True) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -103,10 +123,28 @@ def test_format_tag(completion, expected):
         ("<think>dog and cat", "dog and cat"),
         ("<answer>a\nb</answer>", "a\nb"),
         ("", ""),
+        ("<think><answer>x</answer></think><answer>b</answer>", "b"),
+        ("<think>is it <answer>x</answer>?</think> b", "b"),
+        ("<think><answer>x</answer></think>", ""),
+        ("<think>a <think>b</think> <answer>x</answer></think><answer>c</answer>", "c"),
+        ("<think>a</think><answer>b</answer><think>c</think><answer>d</answer>", "b"),
+        ("<think>never closed <answer>b</answer>", "b"),
     ],
 )
 def test_predicted_answer(completion, expected):
     assert answers.predicted_answer(completion) == expected
+
+
+def test_an_answer_in_the_thoughts_decides_only_as_released():
+    completion = "<think><answer>dog</answer></think><answer>cat</answer>"
+    for score in (functools.partial(text.qa_accuracy, qa_type="OE"), text.oc_accuracy):
+        assert score(completion, "dog") == 0.0 and score(completion, "cat") == 1.0
+        assert score(completion, "dog", answer_in_thoughts=True) == 1.0
+    choice = full("B", think="<answer>A</answer>")
+    assert text.qa_accuracy(choice, "B", "MC") == 1.0
+    assert text.qa_accuracy(choice, "B", "MC", answer_in_thoughts=True) == 0.0
+    assert text.qa_answer_score(completion, "cat", "OE") == 1.0
+    assert text.oc_answer_score(completion, "cat", None) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -119,15 +157,58 @@ def test_predicted_answer(completion, expected):
         ("two", "three", False),
         ("two", "3", False),
         ("cat", "cats", False),
-        ("million", "2", False),  # word2number raises IndexError here
+        ("million", "2", False),
         ("one million million", "2", False),
         ("9" * 5000, "2", False),  # longer than int() reads
         ("²", "2", False),
         ("", "0", False),
+        ("no one is there", "1", False),
+        ("the one on the left", "1", False),
+        ("two dogs and three cats", "5", False),
+        ("two dogs", "2", False),
+        ("point", "0", False),
+        ("2.0", "two", True),
+        ("3.50", "3.5", True),
+        ("35", "3.5", False),
+        ("1,000", "one thousand", True),
+        ("+7", "7", True),
+        ("-7", "7", False),
+        ("7 .", "seven", True),
+        ("\u22123.0", "-3", True),
     ],
 )
 def test_safe_string_equal(first, second, expected):
     assert answers.safe_string_equal(first, second) is expected
+    assert answers.safe_string_equal(second, first) is expected
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ("zero", 0), ("twenty one", 21), ("Twenty-One", 21), ("hundred", 100),
+        ("one hundred and five", 105), ("two thousand", 2000), ("fifteen hundred", 1500),
+        ("two thousand three hundred and forty-five", 2345), ("hundred thousand", 100_000),
+        ("one million two hundred thousand and six", 1_200_006), ("one billion", 10**9),
+        ("three point five", 3.5), ("point five", 0.5), ("one two", None), ("two and three", None),
+        ("one hundred and", None), ("and five", None), ("twenty zero", None), ("and", None),
+        ("thousand million", None), ("zero hundred", None), ("three point", None),
+        ("three point ten", None), ("one point two point three", None), ("", None),
+    ],
+)  # fmt: skip
+def test_number_words_are_read_as_a_whole(words, number):
+    assert numerals.read_number(words) == number
+
+
+def test_number_words_as_released():
+    """One of word2number's 33 words as the whole text, and nothing else."""
+    equal = functools.partial(answers.safe_string_equal, by_value=False)
+    for first, second in (("two", "2"), ("Two.", "2"), ("hundred", "100"), ("point", "0")):
+        assert equal(first, second) and equal(second, first)
+    for text_, number in (
+        ("twenty one", "21"), ("twenty-one", "21"), ("no one is there", "1"),
+        ("two dogs and three cats", "5"), ("2.0", "two"), ("3.50", "3.5"),
+    ):  # fmt: skip
+        assert not equal(text_, number) and not equal(number, text_)
 
 
 # --- multiple choice ------------------------------------------------------------------------
@@ -237,14 +318,33 @@ def test_released_multiple_choice():
     assert mc("B.", mc=False) == 1.0  # equality comes first either way
 
 
-@pytest.mark.parametrize("qa_type", ["mc", " MC ", "MC"])
-def test_qa_type_is_read_leniently(qa_type):
+@pytest.mark.parametrize(
+    "qa_type",
+    ["mc", " MC ", "MC", "mcq", "MCQ", "Multiple Choice", "multiple-choice", "multi_choice",
+     "multi‑choice", "MultipleChoice", "multiple  choice", "single-choice"],
+)  # fmt: skip
+def test_spellings_of_multiple_choice(qa_type):
     assert text.qa_accuracy("B. burning", "B", qa_type) == 1.0
 
 
-@pytest.mark.parametrize("qa_type", ["OE", "", None, "other"])
-def test_every_other_type_is_open_ended(qa_type):
+@pytest.mark.parametrize(
+    "qa_type", ["OE", "oe", "open", "Open-Ended", "open_ended", "OPEN ENDED", "free form", "", None]
+)
+def test_spellings_of_open_ended(qa_type):
     assert text.qa_accuracy("<answer>the answer is B</answer>", "B", qa_type) == 0.25
+
+
+@pytest.mark.parametrize("qa_type", ["other", "M", "yes/no", "multiple", "open choice", "MC or OE"])
+def test_every_other_type_is_refused(qa_type):
+    with pytest.raises(InputError, match=r"found '.*', expected MC or OE"):
+        text.qa_accuracy("B", "B", qa_type)
+
+
+def test_of_two_options_with_one_letter_the_first_counts():
+    problem = "Which?\nA. cat\nB. dog\nB. owl\na. cow"
+    assert answers.options_of(problem) == {"A": "cat", "B": "dog"}
+    assert mc("dog", problem=problem) == 1.0
+    assert mc("owl", problem=problem) == 0.0
 
 
 # --- open ends ------------------------------------------------------------------------------
@@ -257,6 +357,7 @@ def test_open_answers():
     assert oe("red", "red car") == 0.5
     assert oe("green boat", "red car") == 0.0
     assert oe("", "red car") == 0.0
+    assert oe("no one is there", "1") < 1 and oe("two dogs and three cats", "5") == 0.0
     assert text.qa_accuracy("<think>red</think>car", "car", "OE") == 1.0
     assert text.qa_accuracy(None, "car", "OE") == 0.0
 
@@ -291,6 +392,23 @@ def test_soft_jaccard_by_hand():
     assert text.soft_jaccard("cat", "car") == 0.0  # 2/3 is below 0.8
     assert text.soft_jaccard("abcde", "abcdf") == pytest.approx(0.8 / 1.2)  # 0.8 counts
     assert text.soft_jaccard("", "") == text.soft_jaccard(None, "a") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "by_value", "by_letters"),
+    [
+        ("35", "3.5", 0, 2 / 3),
+        ("seventy", "seven", 0, 5 / 7),
+        ("10:30", "10:31", 0, 2 / 3),
+        ("3.5cm", "35cm", 0, 0.8),
+        ("3.50 cm", "3.5 cm", 1, 0.8667),
+        ("(2) cats", "2 cats", 1, 1 / 3),
+        ("cars", "car", 0.75, 0.75),
+    ],
+)
+def test_numbers_in_open_answers_are_compared_by_value(answer, solution, by_value, by_letters):
+    assert oe(answer, solution) == pytest.approx(by_value)
+    assert oe(answer, solution, numbers_by_value=False) == pytest.approx(by_letters, abs=1e-3)
 
 
 def test_each_word_is_matched_once():
@@ -336,19 +454,53 @@ def test_soft_jaccard_does_not_depend_on_the_hash_seed():
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [("Red Fox", 1.0), ("fox", 0.9), ("a red fox", 0.9), ("wolf", 0.0), ("", 0.0), (" ", 0.0)],
-)
+    [
+        ("Red Fox", 1.0), ("a red fox", 0.9), ("red foxes.", 0.9), ("fox", 0.45), ("wolf", 0.0),
+        ("a big red fox", 0.6), ("", 0.0), (" ", 0.0), ("a", 0.0), ("the", 0.0), ("ox", 0.0),
+        ("red", 0.45), ("fox red", 0.0), ("firefox", 0.0),
+        ("not a red fox", 0.0), ("no red fox", 0.0), ("it isn't a red fox", 0.0),
+        ("red fox or wolf", 0.0), ("wolf, red fox", 0.0), ("wolf/red fox", 0.0),
+        ("wolf cat cow red fox owl pig", 0.9 * 2 / 7),
+    ],
+)  # fmt: skip
 def test_oc_accuracy(answer, expected):
-    assert text.oc_accuracy(full(answer), "<answer>red fox</answer>") == expected
-    assert text.oc_accuracy(answer, "red fox") == expected
+    assert text.oc_accuracy(full(answer), "<answer>red fox</answer>") == pytest.approx(expected)
+    assert text.oc_accuracy(answer, "red fox") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("classes", range(2, 9))
+def test_naming_classes_never_earns_more_than_choosing_one(classes):
+    names = ["cat", "dog", "owl", "cow", "pig", "hen", "fox", "elk"][:classes]
+    for hedge in (" ".join(names), ", ".join(names), " or ".join(names), "|".join(names)):
+        assert text.oc_accuracy(full(hedge), "dog") < 1 / classes
+        assert text.oc_accuracy(full(hedge), "dog", substrings=True) == 0.9
+
+
+def test_classes_as_released():
+    for answer in ("fox", "red fox or wolf", "not a red fox", "e", "firefox", "red foxglove"):
+        held = answer in "red fox" or "red fox" in answer
+        score = text.oc_accuracy(full(answer), "red fox", substrings=True)
+        assert score == (0.9 if held else 0.0)
+    assert text.oc_accuracy("<think>dog</think>cat", "dog", answer_in_thoughts=True) == 0.0
+    both = {"answer_in_thoughts": True, "substrings": True}
+    assert text.oc_accuracy("<think>dog</think>cat", "dog", **both) == 0.9
+
+
+def test_a_class_may_hold_what_would_deny_or_leave_a_choice():
+    assert text.oc_accuracy(full("salt and pepper"), "salt and pepper") == 1.0
+    assert text.oc_accuracy(full("the salt and pepper"), "salt and pepper") == 0.9
+    assert text.oc_accuracy(full("A."), "a") == 0.9
 
 
 @pytest.mark.parametrize(
     ("answer", "tagged", "untagged"),
     [
         ("Red fox", 1.0, 0.8),
-        ("fox", 0.9, 0.7),
+        ("a red fox", 0.9, 0.7),
+        ("fox", 0.45, 0.35),
         ("snow", 0.5, 0.3),
+        ("s", 0.0, 0.0),
+        ("red fox or wolf", 0.0, 0.0),
         ("UNK", 0.2, 0.0),
         ("wolf", 0.0, 0.0),
         ("", 0.0, 0.0),
@@ -363,6 +515,8 @@ def test_oc_answer_score(answer, tagged, untagged):
 def test_oc_answer_score_without_a_prompt():
     assert text.oc_answer_score(full("snow"), "red fox", None) == 0.0
     assert text.oc_answer_score(None, "red fox", "p") == 0.0
+    assert text.oc_answer_score(full("a fox or not"), "fox", "p", substrings=True) == 0.9
+    assert text.oc_answer_score(full("s"), "red fox", "in snow", substrings=True) == 0.5
 
 
 def test_qa_answer_score():
@@ -469,7 +623,7 @@ def test_every_reward_takes_any_string(completion, solution, qa_type):
         text.qa_answer_score(completion, solution, qa_type, PROBLEM),
         text.od_answer_score(completion, solution),
     ]
-    for multiline, choice in itertools.product([True, False], repeat=2):
+    for multiline, choice, mended in itertools.product([True, False], repeat=3):
         scores.append(
             text.qa_accuracy(
                 completion,
@@ -477,7 +631,18 @@ def test_every_reward_takes_any_string(completion, solution, qa_type):
                 qa_type,
                 problem=PROBLEM,
                 multiline_answer=multiline,
+                answer_in_thoughts=not mended,
+                numbers_by_value=mended,
                 mc=choice,
+            )
+        )
+        scores.append(
+            text.oc_accuracy(
+                completion,
+                solution,
+                multiline_answer=multiline,
+                answer_in_thoughts=choice,
+                substrings=not mended,
             )
         )
     assert all(math.isnan(score) or 0.0 <= score <= 1.0 for score in scores)
@@ -495,29 +660,18 @@ def test_every_reward_takes_any_string(completion, solution, qa_type):
         "answer" + " " * 8000 + "x",
         "'a' " * 2000,
         "\n" * 4000 + "A.",
+        "one hundred and " * 1000,
+        "<think></think>" * 1000,
         " ".join(map(str, range(2000))),
     ],
 )
-def test_hostile_completions_are_scored_fast(completion):
+def test_hostile_completions_are_scored(completion):
+    """Each takes milliseconds; a pattern that backtracks would take minutes, or never end."""
     start = time.process_time()
     text.format_reward(completion)
     for qa_type in ("MC", "OE"):
         text.qa_accuracy(completion, "<answer>B</answer>", qa_type, problem=PROBLEM)
     text.soft_jaccard("a small red car on a long road", completion)
-    assert time.process_time() - start < 1.0
-
-
-def test_a_batch_takes_milliseconds():
-    """512 completions, half of them open-ended: format and accuracy."""
-    thought = "The picture shows a person near a stove, so we look at the flames. " * 8
-    said = ["B. burning", "The answer is B", "burning", "a person", "red cars on a road"]
-    cases = [(full(said[i % 5] + " " * (i % 7), thought), ("MC", "OE")[i % 2]) for i in range(512)]
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        for completion, qa_type in cases:
-            text.format_reward(completion)
-            text.qa_accuracy(completion, "<answer>B</answer>", qa_type, problem=PROBLEM)
-        best = min(best, time.perf_counter() - start)
-    print(f"{best * 1e3:.1f} ms")
-    assert best < 0.25  # five times the aim of 50 ms: the machine may be busy
+    text.oc_accuracy(completion, "a small red car")
+    text.oc_accuracy(completion, completion[: len(completion) // 2])
+    assert time.process_time() - start < 60

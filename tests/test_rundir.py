@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -169,9 +169,8 @@ def test_the_lock_of_a_killed_process_is_free_also_with_a_child_alive(tmp_path, 
         assert f"process {holder.pid} on " in line
         holder.kill()
         holder.wait()
-        start = time.monotonic()
         open_once(make_config(tmp_path))
-        assert time.monotonic() - start < 1
+        assert mode == "alone" or psutil.pid_exists(child), "the child was to be alive all along"
     finally:
         holder.kill()
         holder.wait()

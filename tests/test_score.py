@@ -94,6 +94,27 @@ def test_an_answer_without_a_type_is_open_ended(tmp_path, capsys):
     assert "option default_type: found 'MCQ'" in err
 
 
+def test_question_types_in_usual_spellings_and_no_others(tmp_path, capsys):
+    case = {"completion": "B. dog", "problem": "?\nA. cat\nB. dog", "solution": "B"}
+    spelt = ("MC", "mcq", "MCQ", "Multiple Choice", "multiple-choice", "multi_choice")
+    path = cases(tmp_path, *(case | {"type": kind} for kind in spelt))
+    assert run(capsys, "--reward", "qa_accuracy", "--input", path)[0] == [1.0] * len(spelt)
+    path = cases(tmp_path, case | {"type": "open-ended"}, case | {"type": "essay"})
+    err = problems(capsys, "--reward", "qa_accuracy", "--input", path)
+    assert "line 2: qa_type: found 'essay', expected MC or OE" in err and "line 1" not in err
+    err = problems(capsys, "--reward", "t2i_qa", "--input", path, "--model", "nowhere")
+    assert "line 2: qa_type: found 'essay', expected MC or OE" in err
+
+
+def test_a_reward_of_the_users_own_reads_columns_of_any_kind(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def longer(texts, qa_type, least):\n"
+        "    return [float(len(t) > n) for t, n in zip(texts, least)]\n"
+    )
+    path = cases(tmp_path, {"completion": "four", "qa_type": "essay", "least": 3})
+    assert run(capsys, "--reward", f"{tmp_path}/mine.py:longer", "--input", path)[0] == [1.0]
+
+
 def test_images_relative_to_the_file(tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
     row = shapes.make_row(0, 0, encode=False)
@@ -139,12 +160,88 @@ def test_a_reward_of_ones_own_gets_images_as_they_are(tmp_path, capsys):
     assert run(capsys, "--reward", f"{file}:shape", "--input", path)[0] == [2.0, 0.5, 3.0]
 
 
-def test_a_failing_reward_of_ones_own_fails_the_command(tmp_path):
+OWN = """
+import random
+calls = []
+def boom(texts): return one_half(texts)
+def one_half(texts): return 1 / 0
+def one_number(texts): return 1.0
+def chatty(texts):
+    print("scoring", {"reward": 99})
+    return [0.5] * len(texts)
+def counts(texts):
+    calls.append(1)
+    return [len(calls), 1.0, None if len(calls) == 2 else 2.0]
+def fails_later(texts):
+    calls.append(1)
+    if len(calls) in (2, 3):
+        raise OSError(f"call {len(calls)}")
+    return [0.0, 1.0, None]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """(FILE.py, cases of three answers)"""
     file = tmp_path / "own.py"
-    file.write_text("def boom(texts):\n    return 1 / 0\n")
-    path = cases(tmp_path, {"completion": "x"})
-    with pytest.raises(RuntimeError, match=r"(?s)boom.*ZeroDivisionError"):
-        score.main(["--reward", f"{file}:boom", "--input", str(path)])
+    file.write_text(OWN)
+    return file, cases(tmp_path, *({"completion": text} for text in ("x", "y", "z")))
+
+
+def test_a_failing_reward_of_ones_own_fails_the_command(own, capsys):
+    """With the user's traceback, and none of ours."""
+    file, path = own
+    for name, lines in {
+        "boom": ["in boom", "def one_half", "ZeroDivisionError: division by zero"],
+        "one_number": ["TypeError: returned float; expected a list or array of 3 numbers"],
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            score.main(["--reward", f"{file}:{name}", "--input", path])
+        out, err = capsys.readouterr()
+        assert caught.value.code == 1 and out == ""
+        assert err.startswith(f"error: reward {name} ({file}:{name}): its call failed with\n")
+        assert all(line in err for line in lines), err
+        assert "corl_jax/" not in err
+
+
+def test_what_a_reward_prints_stays_out_of_standard_output(own, capfd):
+    file, path = own
+    score.main(["--reward", f"{file}:chatty", "--input", path])
+    out, err = capfd.readouterr()
+    assert [json.loads(line)["reward"] for line in out.splitlines()] == [0.5] * 3
+    assert "scoring {'reward': 99}\n" in err
+
+
+def test_repeated_calls_show_what_differs(own, capsys):
+    file, path = own
+    score.main(["--reward", f"{file}:counts", "--input", path, "--repeat", "3"])
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"index": 0, "line": 1, "reward": 1.0, "rewards": [1.0, 2.0, 3.0]},
+        {"index": 1, "line": 2, "reward": 1.0, "rewards": [1.0, 1.0, 1.0]},
+        {"index": 2, "line": 3, "reward": 2.0, "rewards": [2.0, None, 2.0]},
+    ]
+    assert "3 calls differ in 2 of 3 cases, most in that of line 3, which is null at times" in err
+    score.main(["--reward", "format", "--input", path, "--repeat", "2"])
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["rewards"] for line in out.splitlines()] == [[0.0, 0.0]] * 3
+    assert err == "format: mean 0.0000 over 6 of 6 cases; 2 calls gave the same\n"
+    assert "--repeat: found 0" in problems(
+        capsys, "--reward", "format", "--input", path, "--repeat", "0"
+    )
+
+
+def test_calls_that_fail_after_the_first_are_shown(own, capsys):
+    file, path = own
+    with pytest.raises(SystemExit) as caught:
+        score.main(["--reward", f"{file}:fails_later", "--input", path, "--repeat", "4"])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 1
+    assert [json.loads(line)["rewards"] for line in out.splitlines()] == [
+        [0.0, None, None, 0.0], [1.0, None, None, 1.0], [None] * 4,
+    ]  # fmt: skip
+    assert "2 calls gave the same" in err
+    assert "2 of 4 calls failed (2, 3), the first of them with" in err and "OSError: call 2" in err
 
 
 def test_a_reward_that_asks_a_network(tmp_path, capsys):

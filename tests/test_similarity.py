@@ -19,6 +19,7 @@ from corl_jax.models import binding
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
+from tests.tolerances import NETWORK
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["a", "the", "red", "blue", "cat", "dog", "two", "small", "sits", "on", "under", "tree"]
@@ -71,7 +72,7 @@ def test_bert_score_word_by_word(network, layer):
         precision = sum(max(row) for row in matrix) / len(first)
         recall = sum(max(column) for column in zip(*matrix, strict=True)) / len(second)
         expected = 2 * precision * recall / (precision + recall)
-        assert value == pytest.approx(expected, abs=1e-5)
+        assert value == pytest.approx(expected, abs=NETWORK)
 
 
 def test_bert_score_by_hand():
@@ -88,7 +89,7 @@ def test_sentence_similarity_is_the_cosine_of_means(network):
     found = similarity.sentence_similarity(network, PREDICTIONS, TARGETS)
     means = [[states_of(network, text).mean(axis=0) for text in pair]
              for pair in zip(PREDICTIONS, TARGETS, strict=True)]  # fmt: skip
-    np.testing.assert_allclose(found, [cosine(*pair) for pair in means], atol=1e-5)
+    np.testing.assert_allclose(found, [cosine(*pair) for pair in means], atol=NETWORK)
     assert np.ptp(found) > 0.1
 
 
@@ -103,7 +104,7 @@ def test_clamp_takes_away_what_lies_below_zero(network, monkeypatch):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_a_text_with_itself_is_one(score, network):
-    np.testing.assert_allclose(score(network, TARGETS, TARGETS), 1.0, atol=1e-6)
+    np.testing.assert_allclose(score(network, TARGETS, TARGETS), 1.0, atol=NETWORK)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -111,10 +112,10 @@ def test_a_row_does_not_depend_on_its_neighbours(score, network):
     together = score(network, PREDICTIONS, TARGETS)
     order = [2, 0, 3, 1]
     shuffled = score(network, [PREDICTIONS[i] for i in order], [TARGETS[i] for i in order])
-    np.testing.assert_allclose(shuffled, together[order], atol=1e-6)
+    np.testing.assert_allclose(shuffled, together[order], atol=NETWORK)
     for row, pair in enumerate(zip(PREDICTIONS, TARGETS, strict=True)):
         alone = score(network, [pair[0]], [pair[1]])
-        np.testing.assert_allclose(alone, together[row : row + 1], atol=1e-6)
+        np.testing.assert_allclose(alone, together[row : row + 1], atol=NETWORK)
 
 
 @pytest.mark.parametrize("score", [*SCORES, lambda network, *texts: similarity.rouge_l(*texts)])
@@ -137,9 +138,9 @@ def test_what_is_longer_than_allowed_is_cut(score, network):
     target = ["a dog"]
     short = score(network, ["red cat under"], target)
     cut = score(network, ["red cat under the tree two"], target, max_tokens=5)  # [CLS], 3, [SEP]
-    np.testing.assert_allclose(cut, short, atol=1e-6)
+    np.testing.assert_allclose(cut, short, atol=NETWORK)
     cut = score(network, ["cat dog " * 100], target)  # 40 positions leave 38 words
-    np.testing.assert_allclose(cut, score(network, ["cat dog " * 19], target), atol=1e-6)
+    np.testing.assert_allclose(cut, score(network, ["cat dog " * 19], target), atol=NETWORK)
 
 
 def test_bfloat16_parameters_come_close(network):
@@ -199,7 +200,7 @@ def test_rows_are_rounded_up_to_few_sizes(count, chunk):
 def test_chunks_give_what_one_piece_gives(network):
     together = similarity.bert_score(network, PREDICTIONS, TARGETS)
     in_pieces = similarity.bert_score(network, PREDICTIONS, TARGETS, chunk=3)
-    np.testing.assert_allclose(in_pieces, together, atol=1e-6)
+    np.testing.assert_allclose(in_pieces, together, atol=NETWORK)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -208,7 +209,7 @@ def test_several_devices_give_what_one_gives(score, network, mesh):
     spread = Network(CONFIG, split, network.folder, jnp.float32)
     with jax.set_mesh(mesh):
         found = score(spread, PREDICTIONS, TARGETS)
-    np.testing.assert_allclose(found, score(network, PREDICTIONS, TARGETS), atol=1e-5)
+    np.testing.assert_allclose(found, score(network, PREDICTIONS, TARGETS), atol=NETWORK)
 
 
 def test_every_process_runs_the_programs_of_all(network, monkeypatch):
@@ -233,7 +234,7 @@ def test_every_process_runs_the_programs_of_all(network, monkeypatch):
         assert shapes == [(16, 16), (8, 40)]  # 40 of 64 positions: the network has no more
     assert math.isnan(found[0])
     found = similarity.bert_score(network, PREDICTIONS, TARGETS)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=NETWORK)
 
 
 # ---- what is refused

@@ -23,6 +23,7 @@ from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partit
 from corl_jax.types import Rollout
 from tests.tiny import LAYOUTS, divisible, layout_name, two_layers
 from tests.tiny_train import SPECIAL, both_tasks, random_params
+from tests.tolerances import LOGPROBS, NETWORK
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -115,7 +116,7 @@ def test_splitting_and_recomputing_change_nothing(
         micro_batches=micro_batches,
     )
     found = gradients(config, objective, *partition(params, DEFAULT), batch)
-    assert_same(found, whole, 2e-6)
+    assert_same(found, whole, NETWORK)
 
 
 @pytest.mark.parametrize("axes", LAYOUTS, ids=layout_name)
@@ -133,7 +134,7 @@ def test_devices_change_nothing(config, params, batch, whole, axes, capfd):
     )
     with jax.set_mesh(mesh):
         found = jax.device_get(program(trained, frozen, spread))
-    assert_same(found, whole, 1e-5)
+    assert_same(found, whole, NETWORK)
     assert "rematerialization" not in capfd.readouterr().err, "XLA found no way between layouts"
 
 
@@ -151,8 +152,10 @@ def test_chunks_do_not_show(length, chunk):
     normalised = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     found, entropy = chunked_logprobs(lambda x: x @ head, jnp.asarray(hidden), tokens, 0.7, chunk)
     wanted = np.take_along_axis(normalised, tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
-    np.testing.assert_allclose(entropy, -(np.exp(normalised) * normalised).sum(axis=-1), atol=2e-6)
+    np.testing.assert_allclose(found, wanted, atol=LOGPROBS)
+    np.testing.assert_allclose(
+        entropy, -(np.exp(normalised) * normalised).sum(axis=-1), atol=LOGPROBS
+    )
 
 
 def test_logits_are_never_whole(config, params, batch):
@@ -186,7 +189,7 @@ def test_guidance_of_scale_one_is_none(config, params, batch):
     plain = score(config, params, drawings)["t2i"]
     guided = {"image_logprobs": "guided"}
     same = score(config, params, drawings, **guided, cfg_scale=1.0)["t2i"]
-    np.testing.assert_allclose(same, plain, atol=1e-5)
+    np.testing.assert_allclose(same, plain, atol=LOGPROBS)
     other = score(config, params, drawings, **guided, cfg_scale=3.0)["t2i"]
     assert np.abs(other - plain).mean() > 0.1
 
@@ -215,14 +218,14 @@ def test_what_was_recorded_in_sampling_is_what_the_trainer_computes(
     for task, rollout in rollouts.items():
         error = np.where(rollout.mask, np.abs(found[task] - rollout.logprobs), 0).max()
         print(f"{task} {image_logprobs}: sampler against trainer {error:.1e}")
-        assert error < 2e-5
+        assert error < LOGPROBS
 
 
 def test_scoring_in_pieces_keeps_the_rows_in_order(config, params, batch):
     objective = dataclasses.replace(OBJECTIVE, micro_batches=4)
     split = step.make_score_step(config, objective)(*partition(params, DEFAULT), batch)
     for task, scores in score(config, params, batch).items():
-        np.testing.assert_allclose(split[task], scores, atol=1e-5)
+        np.testing.assert_allclose(split[task], scores, atol=LOGPROBS)
 
 
 # ---- several updates on one rollout
@@ -239,7 +242,7 @@ def test_the_first_update_has_ratio_one(config, params, batch):
         counts = part.mask.sum(axis=1)
         rows = np.where(part.mask, kl, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
         wanted = (OBJECTIVE.kl_coef * rows - part.advantages[counts > 0]).mean()
-        assert metrics[f"{task}/loss"] == pytest.approx(wanted, abs=1e-5)
+        assert metrics[f"{task}/loss"] == pytest.approx(wanted, abs=LOGPROBS)
 
 
 class Recording:

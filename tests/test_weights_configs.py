@@ -9,6 +9,7 @@ import pytest
 
 from corl_jax.errors import InputError
 from corl_jax.models.janus import PRESETS
+from corl_jax.train import exporting
 from corl_jax.weights import config_original, config_transformers
 from corl_jax.weights.configs import detect_layout, load_config, write_jax
 from corl_jax.weights.hub import resolve_model_dir
@@ -231,6 +232,79 @@ def test_a_hub_id_without_safetensors_falls_back_to_bin(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model_dir("owner/name") == tmp_path
     assert asked == ["*.safetensors", "*.bin"]
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", "0123abc", "fix-2+1"])
+def test_a_revision_of_a_hub_id_is_downloaded(monkeypatch, tmp_path, revision):
+    import huggingface_hub
+
+    asked = []
+
+    def download(hub_id, **options):
+        asked.append((hub_id, options.get("revision")))
+        (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model_dir(f"owner/name@{revision}") == tmp_path
+    assert asked == [("owner/name", revision)]
+
+
+def test_an_adapter_names_its_base_as_peft_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    assert exporting._base("owner/name@v1", tmp_path / "cache") == ("owner/name", "v1")
+    assert exporting._base("owner/name", tmp_path / "cache") == ("owner/name", None)
+    assert exporting._base("$SCRATCH/m@1", tmp_path / "m@1") == (str(tmp_path / "m@1"), None)
+
+
+def test_an_unreachable_revision_says_how_to_fetch_it(monkeypatch):
+    import huggingface_hub
+
+    def offline(*_args, **_kwargs):
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match="hf download owner/name --revision v2 --local-dir DIR"):
+        resolve_model_dir("owner/name@v2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("owner/name@", "its revision is ''"),
+        ("owner/name@a b", "its revision is 'a b'"),
+        ("owner/name@../x", "its revision is"),
+        ("owner/name@a..b", "its revision is"),
+        ("owner/name@-b", "its revision is"),
+        ("owner/name@v1@v2", "its revision is"),
+        ("owner/name@v1\n", "its revision is"),
+        ("name@v1", "owner/name@revision"),
+        ("a/b/c@v1", "owner/name@revision"),
+    ],
+)
+def test_a_malformed_revision_is_refused_before_any_download(monkeypatch, text, message):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(InputError, match=message):
+        resolve_model_dir(text)
+
+
+def test_a_folder_that_looks_like_a_revision_is_a_folder(monkeypatch, tmp_path):
+    (tmp_path / "owner" / "name@v1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert str(resolve_model_dir("owner/name@v1")) == "owner/name@v1"
+
+
+def test_home_and_variables_in_a_models_path_are_expanded(monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    for text in ("~/model", "$SCRATCH/model", "${SCRATCH}/model"):
+        assert resolve_model_dir(text) == tmp_path / "model"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(InputError, match=r"\$SCRATCH is not set"):
+        resolve_model_dir("$SCRATCH/model")
 
 
 def test_special_tokens_are_looked_up_by_string(tmp_path):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from corl_jax.errors import InputError
+from corl_jax.train import exporting
+from corl_jax.train.optimizer import partition
 from corl_jax.weights.assets import with_bos
 from corl_jax.weights.configs import load_config
+from corl_jax.weights.dtypes import widest
 from corl_jax.weights.files import (
     convert,
     detect_layout,
@@ -18,6 +22,7 @@ from corl_jax.weights.files import (
     save_checkpoint,
     special_tokens,
 )
+from corl_jax.weights.placing import stored_dtypes, stored_layer_dtypes
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tokens import STRINGS
 from tests.weights_fixtures import (
@@ -177,6 +182,82 @@ def test_save_checkpoint_writes_jax_arrays_of_any_layout(layout, dirs, tmp_path)
     assert_same_bits(flatten(found), {k: v.astype(BFLOAT16) for k, v in flatten(params).items()})
     assert special_tokens(tmp_path / "out") == special_tokens(dirs["original"])
     assert load_config(tmp_path / "out") == config
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers", "jax"])
+def test_layers_of_several_types_come_back_bit_for_bit(
+    layout, dirs, hf_state, original_state, tmp_path
+):
+    """float16 and bfloat16 layers of one parameter meet in float32, and part again."""
+    source = dirs["transformers" if layout == "transformers" else "original"]
+    config, params = load_config(source), load_params(source)
+    layers = stored_layer_dtypes(source, config)
+    assert any({"float16", "bfloat16"} <= set(kinds) for kinds in layers.values())
+    out = tmp_path / "out"
+    save_checkpoint(out, config, params, layout=layout, assets_from=source, layer_dtypes=layers)
+    if layout == "jax":
+        convert(out, tmp_path / "again", layout="original")
+        out = tmp_path / "again"
+    assert_same_bits(read_state(out), hf_state if layout == "transformers" else original_state)
+
+
+def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, tmp_path):
+    """What is frozen comes back bit for bit; what is trained is rounded to its own type."""
+    import jax
+
+    folder = dirs["transformers"]
+    config = load_config(folder)
+    params = jax.tree.map(jax.numpy.asarray, load_params(folder))
+    trained, frozen = partition(params, ["language_model/.*"])
+    trained = jax.tree.map(lambda x: x.astype(np.float32) + 0.25, trained)
+    options = SimpleNamespace(layout="transformers", lora="merged", dtype="keep", base=None)
+    exporting.export(
+        tmp_path / "out",
+        SimpleNamespace(export=options, model=SimpleNamespace(path=str(folder))),
+        SimpleNamespace(
+            model_config=config, frozen=frozen, source_dtypes=stored_dtypes(folder, config),
+            layer_dtypes=stored_layer_dtypes(folder, config),
+        ),
+        SimpleNamespace(params=trained), folder, primary=True,
+    )  # fmt: skip
+    expected = {
+        key: (value.astype(np.float32) + np.float32(0.25)).astype(value.dtype)
+        if ".language_model." in key
+        else value
+        for key, value in hf_state.items()
+    }
+    assert_same_bits(read_state(tmp_path / "out"), expected)
+
+
+def test_parts_of_different_types_that_a_layout_joins_are_noted(hf_state, tmp_path):
+    key = "model.vision_model.encoder.layers.0.self_attn.{}_proj.weight"
+    kinds = {"q": np.float16, "k": BFLOAT16, "v": np.float32}
+    state = hf_state | {
+        key.format(name): hf_state[key.format(name)].astype(np.float32).astype(kind)
+        for name, kind in kinds.items()
+    }
+    source = write_checkpoint(tmp_path / "hf", state, "transformers")
+    notes = convert(source, tmp_path / "original", layout="original")
+    joined = "vision_model.vision_tower.blocks.0.attn.qkv.weight"
+    assert any(f"1 tensors ({joined}) join parts" in note for note in notes)
+    found = read_state(tmp_path / "original")[joined]
+    parts = [state[key.format(name)].astype(np.float32) for name in "qkv"]
+    np.testing.assert_array_equal(found, np.concatenate(parts))
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ((np.float16, BFLOAT16), np.float32),
+        ((BFLOAT16, np.float16, np.float64), np.float64),
+        ((BFLOAT16, np.float32), np.float32),
+        ((np.float16, np.float16), np.float16),
+    ],
+)
+def test_the_type_that_holds_others_exactly(kinds, expected):
+    for order in (kinds, kinds[::-1]):
+        assert widest(np.dtype(kind) for kind in order) == expected
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])

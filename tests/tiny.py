@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from corl_jax.models.janus import JanusConfig
@@ -21,8 +22,13 @@ CORPUS = (
 )
 
 
-LAYOUTS = ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2))
-"""data, fsdp and tensor over eight devices."""
+LAYOUTS = (
+    pytest.param((8, 1, 1), marks=pytest.mark.slow),
+    (1, 8, 1),
+    pytest.param((2, 1, 4), marks=pytest.mark.slow),
+    (2, 2, 2),
+)
+"""data, fsdp and tensor over eight devices; those that run always have all of what others have."""
 
 
 def layout_name(axes: tuple[int, ...]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +175,17 @@ def hf_shapes() -> dict[str, tuple[int, ...]]:
 def random_state(
     shapes: dict[str, tuple[int, ...]], *, mixed: bool = False, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Noise for every key; bfloat16, or alternating with float32 when `mixed`."""
+    """Noise for every key; bfloat16, or one of three types by its name when `mixed`.
+
+    Layers then differ in type; q, k and v do not, since the original layout joins them.
+    """
     rng = np.random.default_rng(seed)
     state = {}
-    for i, (key, shape) in enumerate(sorted(shapes.items())):
+    for key, shape in sorted(shapes.items()):
         values = rng.standard_normal(shape).astype(np.float32) * 0.05
-        state[key] = values if mixed and i % 2 else values.astype(BFLOAT16)
+        joined = re.sub(r"\b[qkv]_proj\b", "qkv", key)
+        number = zlib.crc32(joined.encode()) % 3 if mixed else 0
+        state[key] = values.astype((BFLOAT16, np.float32, np.float16)[number])
     return state
 
 

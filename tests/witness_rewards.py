@@ -22,10 +22,9 @@ def answers(texts, qa_problem, *, folder: str):
 
     While `folder` has a file `fail`, the second process fails at the call that it names.
     """
-    import jax
-
     fail = Path(folder) / "fail"
-    if fail.exists() and jax.process_index() == 1 and next(CALLS) == int(fail.read_text()):
+    second = os.environ["CORL_JAX_PROCESS_INDEX"] == "1"
+    if fail.exists() and second and next(CALLS) == int(fail.read_text()):
         (Path(folder) / "failed").write_text(str(time.time()))
         raise RuntimeError("the judge is out")
     _write(folder, "answers", list(zip(qa_problem, texts, strict=True)))

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from corl_jax.data.columns import COLUMNS, IMAGE_COLUMN
 from corl_jax.data.images import MAX_PIXELS
-from corl_jax.data.parquet import COLUMNS, IMAGE_COLUMN, ParquetSource, Rows, Source, held_out
+from corl_jax.data.parquet import ParquetSource, Rows, Source, held_out
 from corl_jax.data.processor import Processor
 from corl_jax.data.usable import BadRow, Example, LongRow, UsableRows
 from corl_jax.errors import InputError

@@ -6,14 +6,16 @@ import dataclasses
 import io
 import os
 import stat
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from corl_jax.errors import InputError
+from corl_jax.input_files import LFS_PREFIX
 from corl_jax.weights.configs import parse_vision
 from corl_jax.weights.fields import Fields
 
@@ -22,7 +24,18 @@ MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with
 MAX_FILE_BYTES = 2**28  # encoded; a BMP of MAX_PIXELS with alpha has half of it
 MAX_SIDE = 2**14  # a line of 100,000 pixels is no picture, and resizing it costs like one
 WHITE = (255, 255, 255)
-
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_KEYWORD_BYTES = 80  # 79 and a NUL; a text begins with it
+ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # may tell how to turn it
+ROTATIONS = {  # by the value of EXIF's Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 DEFAULT_MIN_SIZE = 14
 FIXED_PREPROCESSING = {  # what preprocess_image does; a file that says otherwise is refused
@@ -53,28 +66,72 @@ class ImageSettings:
 def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes encoded bytes, a Hugging Face Image struct, a file path or a PIL image to RGB.
 
-    The EXIF rotation is applied, transparency is laid over white, and of an animation the
-    first frame is taken.
+    A list of one of these is that one. The EXIF rotation is applied, other metadata is ignored,
+    transparency is laid over white, and of an animation the first frame is taken.
 
     Raises:
         BadImage: nothing there, a format outside `FORMATS`, too large, truncated or corrupt.
     """
+    value = take_single_picture(value)
     if isinstance(value, Image.Image):
         _check_size(value.size, max_pixels)
         return _decode(value)
-    data = _encoded_bytes(value)
+    data = remove_png_metadata(_encoded_bytes(value))
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # Pillow's parsers raise a dozen types on hostile bytes
-        raise BadImage(
-            f"image: found {_describe(data)}, which does not open ({type(error).__name__}): "
-            f"truncated, corrupt, or not one of {', '.join(FORMATS)}"
-        ) from error
-    with image:
-        _check_size(image.size, max_pixels)
-        decoded = _decode(image)
-    _check_size(decoded.size, max_pixels)  # a damaged file may have said otherwise before
-    return decoded
+        return _decode_bytes(data, max_pixels)
+    except BadImage:
+        pixels = keep_png_pixels(data)  # a wrong checksum in the metadata spoils no pixel
+        if len(pixels) == len(data):
+            raise
+    return _decode_bytes(pixels, max_pixels)
+
+
+def take_single_picture(value: Any) -> Any:
+    """Returns the picture of a list of one, None for an empty list, and what is no list as it is.
+
+    Raises:
+        BadImage: a list of several.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) > 1:
+        raise BadImage(f"image: found a list of {len(value)} pictures; expected one picture a row")
+    return value[0] if value else None
+
+
+def remove_png_metadata(data: bytes) -> bytes:
+    """Returns a PNG without its texts and colour profile, none of which is decompressed.
+
+    Pillow refuses a PNG for the size of these, and holds up to 64 MB of them. The first of each
+    text that may tell the orientation stays. What is no PNG comes back as it is.
+    """
+    orientation = set(ORIENTATION_TEXTS)
+
+    def is_kept(kind: bytes, content: bytes) -> bool:
+        keyword = content[:PNG_KEYWORD_BYTES].partition(b"\0")[0]
+        kept = kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in orientation
+        orientation.discard(keyword)
+        return kept
+
+    return _filter_png_chunks(data, is_kept)
+
+
+def keep_png_pixels(data: bytes) -> bytes:
+    """Returns a PNG of only those chunks that its pixels need: critical ones and transparency."""
+    return _filter_png_chunks(data, lambda kind, _: kind[:1].isupper() or kind == b"tRNS")
+
+
+def _filter_png_chunks(data: bytes, is_kept: Callable[[bytes, bytes], bool]) -> bytes:
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    place, parts = len(PNG_SIGNATURE), [PNG_SIGNATURE]
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 8 + length + 4  # length, type, content, checksum
+        if is_kept(kind, data[place + 8 : min(end, place + 8 + PNG_KEYWORD_BYTES)]):
+            parts.append(data[place:end])
+        place = end
+    return b"".join([*parts, data[place:]])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -253,6 +310,8 @@ def _describe(data: bytes) -> str:
     """What undecodable bytes look like, for an error message."""
     if not data:
         return "0 bytes"
+    if data.startswith(LFS_PREFIX):
+        return "a Git LFS pointer, not the picture (run `git lfs pull` in its clone)"
     return f"{len(data)} bytes starting with {data[:12]!r}"
 
 
@@ -267,11 +326,34 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
+def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow's parsers raise a dozen types on hostile bytes
+        raise BadImage(
+            f"image: found {_describe(data)}, which does not open ({type(error).__name__}): "
+            f"truncated, corrupt, or not one of {', '.join(FORMATS)}"
+        ) from error
+    with image:
+        _check_size(image.size, max_pixels)
+        decoded = _decode(image)
+    _check_size(decoded.size, max_pixels)  # a damaged file may have said otherwise before
+    return decoded
+
+
+def _rotation(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a picture by its metadata; None where that says nothing or is unreadable."""
+    try:
+        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # cameras and editors write metadata that Pillow's parser cannot read
+        return None
+
+
 def _decode(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
-        return to_rgb(image)
+        rotation = _rotation(image)
+        return to_rgb(image if rotation is None else image.transpose(rotation))
     except BadImage:
         raise
     except Exception as error:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
-import glob
+import logging
 import os
-import re
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from corl_jax.data import other_formats
+from corl_jax.data.columns import BYTE_ORDER_MARK, COLUMNS, resolve_columns
+from corl_jax.data.parquet_files import find_files, first_line
 from corl_jax.errors import InputError
+from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
-COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
-IMAGE_COLUMN = "real_image"
-HUB_PREFIX = "hf://datasets/"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z0-9])", re.IGNORECASE)
 CACHE_BYTES = 2**30
+LARGE_GROUP_BYTES = 2**28  # some 1,000 pictures; `datasets` writes groups of 100
+UNREADABLE = (ValueError, OverflowError)  # of a value: no UTF-8, a date that Python cannot hold
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -39,8 +41,9 @@ class ParquetSource:
     """Rows of one or more parquet files by number, in file order, as dicts of Python values.
 
     `columns` maps a standard name (`COLUMNS`) to the file's name for it; a standard name that
-    is not mapped is looked for under its own name. Every other column of the file is kept under
-    its own name, unless a mapped column takes that name.
+    is not mapped is looked for under its own name. Every other column of the files is kept under
+    its own name, unless a mapped column takes that name. A column that is not `required` may be
+    absent from some files, whose rows then have None there.
     Row groups are read whole and kept, the least recently used ones dropped beyond
     `cache_bytes`. Only paths and settings are pickled.
 
@@ -61,6 +64,8 @@ class ParquetSource:
         self._cache_bytes = cache_bytes
         self.paths = find_files(data)
         self._open()
+        if warning := _describe_large_groups(self._group_sizes):
+            logger.warning("%s", warning)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -68,28 +73,27 @@ class ParquetSource:
     def __getitem__(self, row: int) -> dict[str, Any]:
         """One row. Raises InputError when it, or its row group, cannot be read."""
         group, offset = self._locate(row)
-        arrays, values = self._arrays(group), {}
-        for name, column in self.names.items():
-            try:
-                values[name] = arrays[column][offset].as_py()
-            except (ValueError, OverflowError) as error:  # no UTF-8, no date
-                raise InputError(f"column {column} cannot be read ({error})") from error
-        return values
+        arrays = self._arrays(group)
+        return {
+            name: self._value(name, arrays[column], offset) if column in arrays else None
+            for name, column in self.names.items()
+        }
 
     def column(self, name: str) -> list:
-        """A whole column by standard or own name, None in unreadable row groups."""
+        """A whole column by standard or own name, None where it is absent or cannot be read."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        values: list = []
+        column, values = self.names[name], []
         for (path, group), rows in zip(self._groups, np.diff(self._starts), strict=True):
-            try:
-                with pq.ParquetFile(path) as file:
-                    table = file.read_row_group(group, columns=[self.names[name]])
-                values.extend(table[self.names[name]].to_pylist())
-            # Reported when one of its rows is asked for.
-            except (OSError, pa.ArrowException, ValueError, OverflowError):
-                values.extend([None] * int(rows))
+            part: list = [None] * int(rows)
+            if column in self._schemas[path].names:
+                try:
+                    with pq.ParquetFile(path) as file:
+                        part = _to_list(file.read_row_group(group, columns=[column])[column])
+                except (OSError, pa.ArrowException):
+                    pass  # reported when one of its rows is asked for
+            values.extend(part)
         return values
 
     def where(self, row: int) -> str:
@@ -107,14 +111,36 @@ class ParquetSource:
         self._open()
 
     def _open(self) -> None:
-        schema, row_groups = _read_footers(self.paths)
-        self.names = _resolve_columns(schema, self._columns, self._required, self.paths[0])
-        self._groups = [(path, group) for path, group, _ in row_groups]
-        self._starts = np.cumsum([0] + [rows for _, _, rows in row_groups])
+        self._schemas, row_groups, problems = _read_footers(self.paths)
+        try:
+            self.names = resolve_columns(self._schemas, self._columns, self._required)
+        except InputError as error:
+            problems += error.problems
+        if problems:
+            raise InputError(problems)
+        self._groups = [(path, group) for path, group, _, _ in row_groups]
+        self._group_sizes = [(path, size) for path, _, _, size in row_groups]
+        self._starts = np.cumsum([0] + [rows for _, _, rows, _ in row_groups])
         self._lock = threading.Lock()
         self._cache: collections.OrderedDict[int, dict[str, Any]] = collections.OrderedDict()
         self._cached_bytes = 0
         self._unreadable: dict[int, str] = {}
+        self._unread: set[str] = set()  # columns with values that are given out as None
+
+    def _value(self, name: str, array: Any, offset: int) -> Any:
+        try:
+            return _to_python(array[offset])
+        except UNREADABLE as error:
+            column = self.names[name]
+            if name in COLUMNS or name in self._required:
+                raise InputError(f"column {column} cannot be read ({error})") from error
+            if column not in self._unread:
+                self._unread.add(column)
+                logger.warning(
+                    "data: values of column %s, which no option names, cannot be read (%s); they "
+                    "are null", column, first_line(error),
+                )  # fmt: skip
+            return None
 
     def _locate(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
@@ -141,12 +167,13 @@ class ParquetSource:
         import pyarrow.parquet as pq
 
         path, number = self._groups[group]
-        columns = list(set(self.names.values()))
+        present = set(self._schemas[path].names)
+        columns = sorted(present.intersection(self.names.values()))
         try:
             with pq.ParquetFile(path) as file:
                 table = file.read_row_group(number, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            message = f"{path}: row group {number} is unreadable ({_first_line(error)})"
+            message = f"{path}: row group {number} is unreadable ({first_line(error)})"
             self._unreadable[group] = message
             raise InputError(message) from error
         chunks = {name: table[name].chunks for name in columns}
@@ -191,78 +218,10 @@ def held_out(source: Source, n: int) -> tuple[Rows, Rows]:
     return Rows(source, 0, cut), Rows(source, cut, len(source))
 
 
-def find_files(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Parquet files named by a file, directory, glob, list of these, or hub dataset id.
-
-    A hub id is `owner/name` or `hf://datasets/owner/name[/glob]`; a local path of the same
-    name wins. Directories are searched recursively.
-
-    Raises:
-        InputError: nothing found, several splits mixed, or the hub cannot be reached.
-    """
-    entries = [data] if isinstance(data, str | os.PathLike) else list(data)
-    if not entries:
-        raise InputError("data: found an empty list; expected at least one parquet file")
-    paths = [path for entry in entries for path in _expand(os.fspath(entry))]
-    doubled = sorted({path for path in paths if paths.count(path) > 1})
-    if doubled:
-        raise InputError([f"data: {path} is named twice" for path in doubled])
-    return paths
-
-
-def _expand(entry: str) -> list[str]:
-    if os.path.isfile(entry):
-        return [entry]
-    if entry.startswith(HUB_PREFIX):
-        owner, name, *rest = [*entry.removeprefix(HUB_PREFIX).split("/", 2), "**/*.parquet"]
-        local = _download(f"{owner}/{name}", rest[0].removeprefix("**/"))
-        return _from_directory(local, rest[0], entry)
-    if os.path.isdir(entry):
-        return _from_directory(entry, "**/*.parquet", entry)
-    found = sorted(path for path in glob.glob(entry, recursive=True) if os.path.isfile(path))
-    if found:
-        return found
-    if HUB_ID.fullmatch(entry) and not entry.endswith(".parquet"):
-        return _from_directory(_download(entry), "**/*.parquet", entry)
-    raise InputError(
-        f"data: {entry} not found; expected a parquet file, a directory or glob of them, or a "
-        "hub dataset id owner/name"
-    )
-
-
-def _from_directory(directory: str, pattern: str, entry: str) -> list[str]:
-    found = sorted(glob.glob(os.path.join(glob.escape(directory), pattern), recursive=True))
-    if not found:
-        raise InputError(f"data: {entry} holds no file that matches {pattern}")
-    matches = [SPLIT_NAME.match(os.path.basename(path)) for path in found]
-    splits = sorted({match.group(1) for match in matches if match})
-    if len(splits) > 1:  # training on the test split would otherwise go unnoticed
-        raise InputError(
-            f"data: {entry} holds the splits {', '.join(splits)}; name the files of one, for "
-            f"example {entry.rstrip('/')}/**/{splits[-1]}*.parquet"
-            + ("" if os.path.isdir(entry) or entry.startswith("hf:") else f" after {HUB_PREFIX}")
-        )
-    return found
-
-
-def _download(repo: str, pattern: str = "*.parquet") -> str:
-    """A local snapshot of a hub dataset's files that match; the hub's cache makes it cheap."""
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.snapshot_download(
-            repo, repo_type="dataset", allow_patterns=[pattern]
-        )
-    except Exception as error:  # the hub client raises its own, requests' and OS errors
-        raise InputError(
-            f"data: {repo} is neither a local path nor a dataset that could be fetched from the "
-            f"hub ({type(error).__name__}: {_first_line(error)}). Offline, fetch it elsewhere "
-            f"with `hf download --repo-type dataset {repo} --local-dir DIR` and give DIR"
-        ) from error
-
-
-def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]]:
-    """The common schema, and (path, row group, rows) of every row group that has rows."""
+def _read_footers(
+    paths: Sequence[str],
+) -> tuple[dict[str, Any], list[tuple[str, int, int, int]], list[str]]:
+    """Arrow schemas by path, (path, row group, rows, bytes) of row groups with rows, problems."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -272,92 +231,61 @@ def _read_footers(paths: Sequence[str]) -> tuple[Any, list[tuple[str, int, int]]
             with pq.ParquetFile(path) as file:
                 meta = file.metadata
                 schemas[path] = file.schema_arrow
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            size = os.path.getsize(path) if os.path.exists(path) else 0
-            problems.append(
-                f"{path}: not a readable parquet file ({size:,} bytes; {_first_line(error)}); "
-                "copy or write it again"
-            )
+        except (OSError, pa.ArrowException, UnicodeError) as error:
+            problems.append(_describe_unreadable(path, error))
             continue
-        rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
-        row_groups += [(path, group, count) for group, count in enumerate(rows) if count]
-    first = next(iter(schemas), None)
-    for path, schema in schemas.items():
-        difference = _schema_difference(schema, schemas[first])
-        if difference:
-            problems.append(f"{path}: its columns differ from those of {first}: {difference}")
+        for number in range(meta.num_row_groups):
+            group = meta.row_group(number)
+            if group.num_rows:
+                row_groups.append((path, number, group.num_rows, group.total_byte_size))
     if schemas and not row_groups and not problems:
         problems.append(f"{', '.join(paths)}: found 0 rows; expected at least one")
-    if problems:
-        raise InputError(problems)
-    return schemas[first], row_groups
+    if row_groups:  # files without rows, which some writers leave, may have no columns either
+        schemas = {path: schemas[path] for path, *_ in row_groups}
+    return schemas, row_groups, problems
 
 
-def _schema_difference(schema: Any, expected: Any) -> str:
-    here = {field.name: str(field.type) for field in schema}
-    there = {field.name: str(field.type) for field in expected}
-    names = [name for name in {**there, **here} if here.get(name) != there.get(name)]
-    return "; ".join(
-        f"{name} is {here.get(name, 'absent')}, not {there.get(name, 'absent')}" for name in names
+def _describe_unreadable(path: str, error: Exception) -> str:
+    if is_lfs_pointer(Path(path)):
+        return describe_lfs_pointer(Path(path))
+    if has_lone_surrogate(path):
+        return f"{path!a}: cannot be opened, since its name is not UTF-8; rename it"
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    remedy = other_formats.describe_file(path) or "copy or write it again"
+    return f"{path}: not a readable parquet file ({size:,} bytes; {first_line(error)}); {remedy}"
+
+
+def _describe_large_groups(sizes: Sequence[tuple[str, int]]) -> str | None:
+    """Returns a warning about (path, bytes) of row groups that take much memory, or None."""
+    large = [(path, size) for path, size in sizes if size > LARGE_GROUP_BYTES]
+    if not large:
+        return None
+    path, size = max(large, key=lambda item: item[1])
+    more = len({other for other, _ in large}) - 1
+    others = f" (as have {more:,} more files)" if more else ""
+    return (
+        f"{path}: has a row group of {size / 1e6:,.0f} MB{others}. A row group is read whole and "
+        f"takes two to four times its size in memory. Write the file again in smaller ones and put "
+        f"the new one in its place: {other_formats.rewrite_command(path, 100)}"
     )
 
 
-def _resolve_columns(
-    schema: Any, columns: Mapping[str, str], required: Sequence[str], path: str
-) -> dict[str, str]:
-    """{name given out: column of the file}, with every problem reported at once."""
-    problems = [
-        f"data.columns.{name}: unknown standard name; expected one of {', '.join(COLUMNS)}"
-        for name in columns
-        if name not in COLUMNS
-    ]
-    found = list(schema.names)
-    names = {name: columns.get(name, name) for name in COLUMNS if columns.get(name, name) in found}
-    for name in dict.fromkeys((*required, *(name for name in columns if name in COLUMNS))):
-        wanted = columns.get(name, name)
-        if wanted not in found:
-            near = difflib.get_close_matches(wanted, found, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            remedy = (
-                f"set data.columns.{name} to the column that holds it"
-                if name in COLUMNS
-                else "add it to the data, or leave out what asks it"
-            )
-            problems.append(
-                f"{path}: column {wanted} (for {name}) is missing; {hint}found "
-                f"{', '.join(found)}; {remedy}"
-            )
-    for name, column in names.items():
-        problems += _type_problem(path, name, schema.field(column))
-    if problems:
-        raise InputError(problems)
-    taken = set(names.values())
-    return names | {name: name for name in found if name not in taken and name not in names}
+def _to_python(scalar: Any) -> Any:
+    """Returns a scalar's value; a text without the byte order mark of the file it came from."""
+    value = scalar.as_py()
+    return value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else value
 
 
-def _type_problem(path: str, name: str, field: Any) -> list[str]:
-    import pyarrow as pa
-
-    kind = field.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if name == IMAGE_COLUMN:
-        if pa.types.is_struct(kind):
-            inner = [part.type for part in kind if part.name == "bytes"]
-            kind = inner[0] if inner else kind
-        good = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        expected = "struct<bytes: binary, path: string> or binary"
-    else:
-        good = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        expected = "string"
-    if good or pa.types.is_null(kind):
-        return []
-    return [f"{path}: column {field.name} (for {name}) is {field.type}; expected {expected}"]
+def _to_list(array: Any) -> list:
+    """Returns the values of an array, None in place of those that cannot be converted."""
+    values = []
+    for scalar in array:
+        try:
+            values.append(_to_python(scalar))
+        except UNREADABLE:
+            values.append(None)  # reported when its row is asked for
+    return values
 
 
 def _size(arrays: Mapping[str, Any]) -> int:
     return sum(array.nbytes for array in arrays.values())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

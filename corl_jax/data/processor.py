@@ -18,12 +18,14 @@ from PIL import Image
 
 from corl_jax.data.images import ImageSettings, image_settings, preprocess
 from corl_jax.errors import InputError
+from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.tokens import ROLES, STRINGS, special_tokens
 
 FILES = ("config", "processor_config", "preprocessor_config")
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
+LONGEST_SHOWN = 80  # characters of a text in a message
 
 
 class Processor:
@@ -50,11 +52,11 @@ class Processor:
 
         tokenizer_file = Path(model_dir) / "tokenizer.json"
         self.special = special_tokens(model_dir)
-        self._added, self._plain = _load_plain_tokenizer(tokenizer_file)
+        tokenizer, self._added, self._plain = _load_tokenizers(tokenizer_file)
         for name, string in STRINGS.items():  # a vocabulary may hold one without adding it
             self._added.setdefault(string, {"id": getattr(self.special, name)})
         self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tokenizer_file),
+            tokenizer_object=tokenizer,
             bos_token=STRINGS["bos"],
             eos_token=STRINGS["eos"],
             pad_token=STRINGS["pad"],
@@ -222,6 +224,8 @@ class Processor:
         return self._plain_ids(text)
 
     def _plain_ids(self, text: str) -> list[int]:
+        if has_lone_surrogate(text):  # the tokenizer would end in a TypeError
+            raise InputError(f"the text {text[:LONGEST_SHOWN]!a} {LONE_SURROGATE}")
         return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
     # ---- images
@@ -231,8 +235,8 @@ class Processor:
         return preprocess(image, self.image)
 
 
-def _load_plain_tokenizer(path: Path) -> tuple[dict[str, dict], Any]:
-    """The added tokens by string, and a tokenizer that reads special strings as plain text.
+def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:
+    """The tokenizer, its added tokens by string, and one that reads special strings as plain text.
 
     Structural tokens that the file does not flag as special are flagged in memory, because
     only special ones can be switched off.
@@ -240,8 +244,9 @@ def _load_plain_tokenizer(path: Path) -> tuple[dict[str, dict], Any]:
     from tokenizers import Tokenizer
 
     structural = {*STRINGS.values(), *ROLES["deepseek"]}
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(json.dumps(content))
         added = {token["content"]: token for token in content.get("added_tokens") or []}
         for string in structural & added.keys():
             added[string]["special"] = True
@@ -251,4 +256,4 @@ def _load_plain_tokenizer(path: Path) -> tuple[dict[str, dict], Any]:
     plain.no_padding()
     plain.no_truncation()
     plain.encode_special_tokens = True
-    return added, plain
+    return tokenizer, added, plain

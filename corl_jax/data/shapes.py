@@ -42,6 +42,7 @@ from corl_jax.data.shapes_scene import (
     sample_spec,
 )
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import parse_place
 
 __all__ = ["FEATURES", "make_row", "render", "sample_spec_of_row", "schema", "write"]
 
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.data.shapes", description="Writes the drawn world as parquet."
     )
-    parser.add_argument("--out", required=True, help="new or empty directory")
+    parser.add_argument("--out", type=parse_place, required=True, help="new or empty directory")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument(

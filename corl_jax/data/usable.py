@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from corl_jax.data.images import decode_image
-from corl_jax.data.parquet import IMAGE_COLUMN, Source
+from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.data.images import decode_image, take_single_picture
+from corl_jax.data.parquet import Source
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 
@@ -142,6 +143,8 @@ class UsableRows:
     def example(self, row: int) -> Example:
         """The row itself. Raises BadRow or InputError when it is unusable."""
         columns = self._source[row]
+        if IMAGE_COLUMN in columns:
+            columns[IMAGE_COLUMN] = take_single_picture(columns[IMAGE_COLUMN])
         for name in self._required:
             value = columns[name]
             if value is None or (isinstance(value, str) and not value.strip()):

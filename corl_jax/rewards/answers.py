@@ -1,6 +1,7 @@
 """Reading answers: what a completion says, before anything is scored.
 
-Pure functions on strings: the answer span, string equality, option letters, detections.
+Pure functions on strings: the answer span, string equality, question types, option letters,
+detections. Numbers are in `numerals`.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import ast
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from word2number import w2n
+from corl_jax.errors import InputError
+from corl_jax.rewards import numerals
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ANSWER_ONE_LINE = re.compile(r"<answer>(.*?)</answer>")
 THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
-STRAY = re.compile(r"</?(?:think|answer)>|Answer:?")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+STRAY = (*TAGS, "Answer:", "Answer")
 OPTION_LINE = re.compile(r"^\s*([A-Na-n])\.\s*(.+?)\s*$", re.MULTILINE)
 QUOTED = re.compile(r"[\"“`]([^\"“”`]+)[\"”`]|(?<!\w)['‘]([^'‘’]+)['’](?!\w)")
 
@@ -59,6 +62,23 @@ NEGATED = re.compile(
 _EXPLICIT_FORMS = LETTER_FORMS[:7]
 _LEADING_FORMS = LETTER_FORMS[2:4]
 
+QuestionType = Literal["MC", "OE"]
+_SEPARATORS = re.compile(r"[\s_\-\u2010-\u2015./]+")
+QUESTION_TYPES: dict[str, QuestionType] = {
+    **dict.fromkeys(
+        ("mc", "mcq", "mcqs", "mcqa", "multichoice", "multiplechoice", "multiplechoices",
+         "multichoicequestion", "multiplechoicequestion", "multiplechoicequestions",
+         "singlechoice", "choice"),
+        "MC",
+    ),
+    **dict.fromkeys(
+        ("oe", "oeq", "open", "openend", "openended", "openquestion", "openendquestion",
+         "openendedquestion", "openendedquestions", "freeform", "freetext", "shortanswer"),
+        "OE",
+    ),
+}  # fmt: skip
+"""Spelling of a question's type, in small letters without spaces and dashes -> the type."""
+
 MAX_DETECTION_CHARACTERS = 4096
 MAX_DETECTIONS = 64
 _DETECTION_KEYS = re.compile(r"(['\"])(?:Position|Confidence)\1")
@@ -74,45 +94,100 @@ class Detection(NamedTuple):
     confidence: float
 
 
-def tagged_answer(text: str, multiline: bool = True) -> str | None:
-    """The content of the first answer block, or None without one.
+def read_question_type(value: str | None) -> QuestionType | None:
+    """MC or OE from one of the usual spellings; None for null and for a blank text.
 
-    `multiline=False` is the released behaviour (Q21): a block with a line break in it
-    is not seen.
+    Upper and lower case, spaces, dashes and underscores are alike: "Multiple Choice" is MC.
+
+    Raises:
+        InputError: any other text.
     """
-    found = (ANSWER if multiline else ANSWER_ONE_LINE).search(text)
+    if value is None or not value.strip():
+        return None
+    kind = QUESTION_TYPES.get(_SEPARATORS.sub("", value).lower())
+    if kind is None:
+        raise InputError(
+            f"found {value[:60]!r}, expected MC or OE (also spelt mcq, multiple choice, open, "
+            "open-ended, free-form, ..)"
+        )
+    return kind
+
+
+def tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
+    """The content of the first answer block outside the thoughts, or None without one.
+
+    `multiline=False` and `in_thoughts=True` are released behaviours: a block with a line break
+    in it is not seen (Q21); a block inside the thoughts counts.
+    """
+    found = (ANSWER if multiline else ANSWER_ONE_LINE).search(
+        text if in_thoughts else remove_thoughts(text)
+    )
     return found.group(1).strip() if found else None
 
 
-def predicted_answer(completion: str, multiline: bool = True) -> str:
+def predicted_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
     """What a completion answers: its answer block, else all but the thoughts and stray tags."""
-    tagged = tagged_answer(completion, multiline)
+    tagged = tagged_answer(completion, multiline, in_thoughts)
     if tagged is not None:
         return tagged
-    return STRAY.sub("", THINK.sub("", completion)).strip()
+    # The released code looks for the pairs of tags alone.
+    text = THINK.sub("", completion) if in_thoughts else remove_thoughts(completion)
+    for stray in STRAY:
+        text = text.replace(stray, "")
+    return text.strip()
+
+
+def remove_thoughts(text: str) -> str:
+    """Returns a text without its thoughts: from <think> to the last </think> before another.
+
+    "<think>a <think>b</think> c</think>d" is "d". Thoughts that nothing closes stay: what is
+    cut off there may be the answer.
+    """
+    opened, closed = "<think>", "</think>"
+    kept, position = [], 0
+    while (begin := text.find(opened, position)) >= 0:
+        first_end = text.find(closed, begin)
+        if first_end < 0:
+            break
+        following = text.find(opened, first_end)
+        end = text.rfind(closed, first_end, following if following >= 0 else len(text))
+        kept.append(text[position:begin])
+        position = end + len(closed)
+    return "".join([*kept, text[position:]])
 
 
 def true_answer(solution: str, multiline: bool = True) -> str:
     """What a solution column says: its answer block, else the whole of it."""
-    tagged = tagged_answer(solution, multiline)
+    # Also in thoughts: a solution is written by people, and has none to be misled by.
+    tagged = tagged_answer(solution, multiline, in_thoughts=True)
     return solution.strip() if tagged is None else tagged
 
 
-def safe_string_equal(first: str, second: str) -> bool:
-    """Equality without case, outer spaces and final dots, and across number words.
+def safe_string_equal(first: str, second: str, by_value: bool = True) -> bool:
+    """Equality without case, outer spaces and final dots, and of numbers by their values.
 
-    "two" equals "2". As word2number looks for number words anywhere, "two dogs" equals "2" too.
+    "two", "2" and "2.0" are equal, "twenty-one" and "21"; a text counts as a number only as a
+    whole ("two dogs" is none). `by_value=False` is the released behaviour: a text that is one
+    of word2number's 33 words equals its digits, and nothing else is a number.
     """
     first, second = _normalise(first), _normalise(second)
     if first == second:
         return True
-    return _number(first) == second or first == _number(second)
+    if not by_value:
+        return second == numerals.spell_digits(first) or first == numerals.spell_digits(second)
+    number = numerals.read_number(first)
+    return number is not None and number == numerals.read_number(second)
 
 
 def options_of(problem: str | None) -> dict[str, str]:
-    """The options of a question, letter -> text; one option per line, as "A. text"."""
-    lines = OPTION_LINE.findall(problem or "")
-    return {letter.upper(): text for letter, text in lines}
+    """The options of a question, letter -> text; one option per line, as "A. text".
+
+    Of two options with one letter the first counts.
+    """
+    options: dict[str, str] = {}
+    for letter, text in OPTION_LINE.findall(problem or ""):
+        options.setdefault(letter.upper(), text)
+    return options
 
 
 def option_letter(text: str) -> str | None:
@@ -191,13 +266,6 @@ def _is_finite(value: object) -> bool:
 
 def _normalise(text: str) -> str:
     return text.rstrip(".").lower().strip()
-
-
-def _number(text: str) -> str | None:
-    try:
-        return str(w2n.word_to_num(text))
-    except (ValueError, IndexError, KeyError, TypeError):  # how word2number says "no number"
-        return None
 
 
 def _first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:

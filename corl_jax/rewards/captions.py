@@ -25,6 +25,7 @@ from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.fields import Fields
+from corl_jax.weights.folders import unmarked_folder
 from corl_jax.weights.storage import read_json
 
 CHUNK = 64
@@ -245,7 +246,10 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
             f"{folder}: no tokenizer found, expected {' or '.join(files)} of the captioner"
         )
     try:
-        tokenizer = BertTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        with unmarked_folder(folder) as readable:
+            tokenizer = BertTokenizerFast.from_pretrained(str(readable), local_files_only=True)
+    except InputError:
+        raise
     except Exception as error:  # the Rust parser raises a bare Exception
         raise InputError(f"{folder}: its tokenizer cannot be used ({error})") from error
     problems = []

@@ -128,7 +128,7 @@ def compare_texts(
         return similarity.rouge_l(said, prompts)
 
     def overlap(prompt: str | None, caption: str) -> float:
-        return text.soft_jaccard(prompt, caption) if (prompt or "").strip() else float("nan")
+        return text.soft_jaccard(prompt, caption, True) if (prompt or "").strip() else float("nan")
 
     return each(overlap, list(prompts), list(said))
 

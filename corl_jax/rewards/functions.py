@@ -14,7 +14,8 @@ from corl_jax.config_fields import Fraction
 from corl_jax.data import shapes_checker
 from corl_jax.data.shapes_scene import CATEGORIES, RELATIONS, Spec
 from corl_jax.errors import InputError
-from corl_jax.rewards import image, text
+from corl_jax.rewards import answers, image, text
+from corl_jax.rewards.answers import QuestionType
 from corl_jax.rewards.samples import Context, Samples, in_pieces
 
 IMAGES_AT_ONCE = 16  # compared with their real ones; bounds float32 temporaries
@@ -23,14 +24,19 @@ LONGEST_SHOWN = 200  # characters of a value in a message
 
 ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
 Fit = Literal["squash", "centre_crop", "pad"]
-QuestionType = Literal["MC", "OE"]
 
 # ---- answers
 
 
-def well_formed(samples: Samples, context: Context, *, strip: bool = True) -> np.ndarray:
-    """1 for a think block followed by an answer block; `strip` drops white space around both."""
-    return each(functools.partial(text.format_reward, strip=strip), samples.written())
+def well_formed(
+    samples: Samples, context: Context, *, strip: bool = True, repeated_blocks: bool = False
+) -> np.ndarray:
+    """1 for one think block followed by one answer block; see `text.format_reward`.
+
+    `strip` drops white space around both.
+    """
+    score = functools.partial(text.format_reward, strip=strip, repeated_blocks=repeated_blocks)
+    return each(score, samples.written())
 
 
 def tags(samples: Samples, context: Context) -> np.ndarray:
@@ -43,27 +49,65 @@ def qa_accuracy(
     context: Context,
     *,
     multiline_answer: bool = True,
+    answer_in_thoughts: bool = False,
+    numbers_by_value: bool = True,
     mc: bool = True,
     default_type: QuestionType | None = None,
 ) -> np.ndarray:
     """How right the answers are; see `text.qa_accuracy` for the options.
 
     `default_type` is the type of rows without one, which count as OE where it is None.
+
+    Raises:
+        InputError: a type that is neither MC nor OE, by its row.
     """
 
-    def one(completion, solution, kind, problem) -> float:
+    def score_answer(completion, solution, kind, problem) -> float:
         return text.qa_accuracy(
             completion, solution, kind or default_type,
-            problem=problem, multiline_answer=multiline_answer, mc=mc,
+            problem=problem, multiline_answer=multiline_answer,
+            answer_in_thoughts=answer_in_thoughts, numbers_by_value=numbers_by_value, mc=mc,
         )  # fmt: skip
 
-    columns = (samples.column(name) for name in ("qa_solution", "qa_type", "qa_problem"))
-    return each(one, samples.written(), *columns)
+    solutions, problems = samples.column("qa_solution"), samples.column("qa_problem")
+    return each(score_answer, samples.written(), solutions, question_types(samples), problems)
 
 
-def oc_accuracy(samples: Samples, context: Context, *, multiline_answer: bool = True) -> np.ndarray:
-    """How well the answers name a class; rows without `cls_solution` use `qa_solution`."""
-    score = functools.partial(text.oc_accuracy, multiline_answer=multiline_answer)
+def question_types(samples: Samples) -> list[QuestionType | None]:
+    """Each row's `qa_type` as MC or OE, None for null.
+
+    Raises:
+        InputError: listing the rows whose type is neither.
+    """
+    types, problems = [], []
+    for row, value in enumerate(samples.column("qa_type")):
+        try:
+            types.append(answers.read_question_type(value))
+        except InputError as error:
+            problems += [f"row {row}: qa_type: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+    return types
+
+
+def oc_accuracy(
+    samples: Samples,
+    context: Context,
+    *,
+    multiline_answer: bool = True,
+    answer_in_thoughts: bool = False,
+    substrings: bool = False,
+) -> np.ndarray:
+    """How well the answers name a class; see `text.oc_accuracy` for the options.
+
+    Rows without `cls_solution` use `qa_solution`.
+    """
+    score = functools.partial(
+        text.oc_accuracy,
+        multiline_answer=multiline_answer,
+        answer_in_thoughts=answer_in_thoughts,
+        substrings=substrings,
+    )
     _, solutions = classification(samples)
     return each(score, samples.written(), solutions)
 
@@ -185,7 +229,28 @@ def column_problem(name: str, value: Any) -> str | None:
         sides = [side for box in value for side in box] if boxes else []
         boxes = boxes and all(type(one) in (int, float) and abs(one) < 2**31 for one in sides)
         return None if boxes else f"found {_shown(value)}, expected [[x1, y1, x2, y2], ..]"
-    return None if isinstance(value, str) else f"found {_shown(value)}, expected a text"
+    if not isinstance(value, str):
+        return f"found {_shown(value)}, expected a text"
+    if name == "qa_type":
+        try:
+            answers.read_question_type(value)
+        except InputError as error:
+            return str(error)
+    return None
+
+
+def is_blank(name: str, value: Any) -> bool:
+    """Whether a row's value of a column says nothing, so that no reward applies by it.
+
+    Null, a text of white space, a solution whose answer is empty, boxes that cannot be read.
+    """
+    if value is None:
+        return True
+    if not isinstance(value, str):
+        return False
+    if name == "od_solution":
+        return answers.parse_detections(answers.true_answer(value)) is None
+    return not (answers.true_answer(value) if name.endswith("_solution") else value.strip())
 
 
 def spec_problem(value: Any) -> str | None:

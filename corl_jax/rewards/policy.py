@@ -26,7 +26,7 @@ from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.processes import largest
 from corl_jax.rewards import text
-from corl_jax.rewards.functions import classification, each
+from corl_jax.rewards.functions import classification, each, question_types
 from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
 from corl_jax.rows import mesh_of, share
 from corl_jax.types import STREAMS, EncodedPrompts, Params
@@ -184,7 +184,7 @@ def qa(
         samples, context, questions, stream="qa", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    columns = (samples.column(name) for name in ("qa_solution", "qa_type", "qa_problem"))
+    columns = (samples.column("qa_solution"), question_types(samples), questions)
     return _where_asked(questions, each(text.qa_answer_score, answers, *columns))
 
 
@@ -192,6 +192,7 @@ def oc(
     samples: Samples,
     context: Context,
     *,
+    substrings: bool = False,
     scorer: str = "policy",
     greedy: bool = True,
     max_new_tokens: Positive = 512,
@@ -200,6 +201,7 @@ def oc(
     """How well the scorer names the class that the drawing should show, in [0, 1].
 
     As `qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
+    `substrings` is the released comparison.
     Source: the released code; scores in `text.oc_answer_score`.
     """
     questions, solutions = classification(samples)
@@ -207,7 +209,8 @@ def oc(
         samples, context, questions, stream="oc", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    scores = each(text.oc_answer_score, answers, solutions, samples.column("prompt"))
+    score = functools.partial(text.oc_answer_score, substrings=substrings)
+    scores = each(score, answers, solutions, samples.column("prompt"))
     return _where_asked(questions, scores)
 
 

@@ -133,7 +133,17 @@ COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
         ("qa_accuracy", "multiline_answer", False),
         ("oc_accuracy", "multiline_answer", False),
     ),
+    "answer_in_thoughts": (
+        ("qa_accuracy", "answer_in_thoughts", True),
+        ("oc_accuracy", "answer_in_thoughts", True),
+    ),
+    "compare_by_letters": (
+        ("qa_accuracy", "numbers_by_value", False),
+        ("oc_accuracy", "substrings", True),
+        ("t2i_oc", "substrings", True),
+    ),
     "format_without_strip": (("format", "strip", False),),
+    "format_repeated_blocks": (("format", "repeated_blocks", True),),
     "ti_sim_fixed_spans": (("t2i_ti_sim", "fixed_spans", True),),
 }
 """Switch of the config's `compat` block -> (reward, option, value) that it sets."""

@@ -24,6 +24,7 @@ from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.processes import of_all
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
+from corl_jax.weights.folders import unmarked_folder
 from corl_jax.weights.storage import read_json
 
 Texts = Sequence[str | None]
@@ -217,7 +218,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
             "model's own folder"
         )
     try:
-        tokenizer = BertTokenizer.from_pretrained(folder)
+        with unmarked_folder(folder) as readable:
+            tokenizer = BertTokenizer.from_pretrained(readable)
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
     if len(tokenizer) > vocab_size:

@@ -90,7 +90,12 @@ def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
         command = [_java(), f"-Xmx{HEAP}", "-jar", jar, str(source), "-out", str(out), "-silent"]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, check=False
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(
@@ -143,7 +148,12 @@ def _version(java: str) -> int | None:
     """8 for the `1.8.0_312` of old, 17 for `17.0.15`."""
     try:
         done = subprocess.run(
-            [java, "-version"], capture_output=True, text=True, timeout=60, check=False
+            [java, "-version"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

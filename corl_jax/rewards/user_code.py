@@ -1,15 +1,21 @@
-"""The function that a config names in a file or module of the user's, imported with care."""
+"""The function that a config names in a file or module of the user's, imported with care.
+
+`locate` runs in the run's own process, the rest in the reward's, see `worker`. Nothing here
+imports JAX or numpy.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Callable
@@ -17,20 +23,71 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.input_files import expand_path
 
 
-def find_function(use: str) -> Callable[..., Any]:
-    """What `FILE.py:FUNCTION` or `package.module:FUNCTION` names.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The file or module that `use` names before its colon."""
 
-    A file's path starts at the working directory. The file runs once, however often it is named.
+    name: str  # as the config spells it
+    path: Path | None = None  # None for a module
+    content: bytes = b""  # of the file when it was located: later edits act on later runs
 
-    Raises:
-        InputError: no such file, module or function, a class, or a file that fails on import.
+
+def locate(use: str) -> tuple[Source, str]:
+    """Returns where `FILE.py:FUNCTION` or `package.module:FUNCTION` is, and the function's name.
+
+    A file's path starts at the working directory. The user's code does not run yet.
+
+    Raises: InputError for another form, and for a file that cannot be read.
     """
-    source, _, name = use.rpartition(":")
-    if not source or not name.isidentifier():
+    name, _, function = use.rpartition(":")
+    if not name or not function.isidentifier():
         raise InputError("expected FILE.py:FUNCTION or package.module:FUNCTION")
-    module = _module(source)
+    path = Path(expand_path(name))
+    if path.suffix == ".py" or os.sep in name or path.is_file():
+        if path.suffix != ".py":
+            raise InputError(f"found {path.name}; expected a Python file, NAME.py")
+        try:
+            return Source(name, path.resolve(), path.read_bytes()), function
+        except OSError as error:
+            raise InputError(
+                f"cannot read {path} ({error.strerror}); paths start at the working directory, "
+                f"{Path.cwd()}"
+            ) from None
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise InputError("expected FILE.py:FUNCTION or package.module:FUNCTION")
+    return Source(name), function
+
+
+def import_module(source: Source) -> types.ModuleType:
+    """Runs the user's code once.
+
+    Raises: InputError for code that fails, and for a module that is not there.
+    """
+    if source.path is not None:
+        try:
+            return _run_file(source.path, source.content)
+        except (Exception, SystemExit) as error:
+            raise InputError(_import_problem(error)) from error
+    try:
+        return importlib.import_module(source.name)
+    except ModuleNotFoundError as error:
+        if not f"{source.name}.".startswith(f"{error.name}."):
+            raise InputError(_import_problem(error)) from error
+        raise InputError(
+            f"no module {error.name} is installed; install it, or name a file, PATH.py:FUNCTION"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise InputError(_import_problem(error)) from error
+
+
+def find_function(module: types.ModuleType, source: str, name: str) -> Callable[..., Any]:
+    """Returns the function `name` of the module that the config calls `source`.
+
+    Raises: InputError for a name that is not there or is no function.
+    """
     if not hasattr(module, name):
         listed = [
             key
@@ -54,48 +111,73 @@ def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
-def _module(source: str) -> types.ModuleType:
-    path = Path(source)
-    if path.suffix == ".py" or os.sep in source or path.is_file():
-        if path.suffix != ".py":
-            raise InputError(f"found {path.name}; expected a Python file, NAME.py")
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"cannot read {path} ({error.strerror}); paths start at the working directory, "
-                f"{Path.cwd()}"
-            ) from None
-        return _run_file(path.resolve(), content)
-    if not all(part.isidentifier() for part in source.split(".")):
-        raise InputError("expected FILE.py:FUNCTION or package.module:FUNCTION")
-    try:
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if not f"{source}.".startswith(f"{error.name}."):
-            raise InputError(_import_problem(error)) from error
-        raise InputError(
-            f"no module {error.name} is installed; install it, or name a file, PATH.py:FUNCTION"
-        ) from None
-    except (Exception, SystemExit) as error:
-        raise InputError(_import_problem(error)) from error
-
-
-@functools.cache
 def _run_file(path: Path, content: bytes) -> types.ModuleType:
-    """The module of a file, made once; not found by `import`, so that it hides no other."""
-    digest = hashlib.sha256(b"\0".join([bytes(path), content])).hexdigest()
-    name = f"{path.stem}_{digest[:16]}"
+    """Runs a file as the module that an import from its folder would make of it.
+
+    A process that the file spawns can import that name too, to unpickle a function of the file.
+    """
+    name = _name_module(path)
+    parent, _, last = name.rpartition(".")
+    package = importlib.import_module(parent) if parent else None
+    if name in sys.modules:  # the package's __init__.py imports it
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and others look up the module of a class there
-    try:
-        exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as error:
-        sys.modules.pop(name, None)
-        raise InputError(_import_problem(error)) from error
+    exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
+    if package is not None:
+        setattr(package, last, module)
     return module
+
+
+def _name_module(path: Path) -> str:
+    """Returns the module name of a file, and makes the files beside it importable.
+
+    A file in a package gets its dotted name, as pytest names it: the folders above it count as
+    long as they have an __init__.py. A name that Python or an installed module has already
+    (json.py) gives way to one that hides nothing.
+    """
+    folder, names = path.parent, [path.stem]
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    free = all(name.isidentifier() for name in names) and not _is_taken(names[0], folder)
+    if not free:
+        folder, names = path.parent, [path.stem]
+    _put_on_path(folder, before_installed=free)
+    if path.parent != folder:
+        sys.path.append(str(path.parent))  # for those who name files of a package without it
+    if free:
+        return ".".join(names)
+    return f"{path.stem.replace('.', '_')}_{hashlib.sha256(bytes(path)).hexdigest()[:16]}"
+
+
+def _is_taken(name: str, folder: Path) -> bool:
+    """True for a top-level name that Python or an installed module has."""
+    if name in sys.stdlib_module_names or name in sys.modules:
+        return True
+    own = (Path.cwd(), folder)
+    installed = [entry for entry in sys.path if Path(entry or ".").resolve() not in own]
+    spec = importlib.machinery.PathFinder.find_spec(name, installed)
+    return spec is not None and spec.loader is not None  # None: a mere folder
+
+
+def _put_on_path(folder: Path, *, before_installed: bool) -> None:
+    """Makes a folder's files importable, before those of the working directory.
+
+    Python's own modules come first: a file beside the reward must not hide one from all others.
+    """
+    python = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    python |= {os.path.join(entry, "lib-dynload") for entry in python}
+    first = [entry for entry in sys.path if entry in python]
+    rest = [entry for entry in sys.path if entry not in first]
+    if before_installed:
+        sys.path[:] = [*first, str(folder), *rest]
+        return
+    here = [entry for entry in rest if Path(entry or ".").resolve() == Path.cwd()]
+    installed = [entry for entry in rest if entry not in here]
+    sys.path[:] = [*first, *installed, str(folder), *here]
 
 
 def _import_problem(error: BaseException) -> str:
@@ -112,8 +194,18 @@ def _import_problem(error: BaseException) -> str:
         what = traceback.format_exception_only(error)[-1].strip()
         remedy = "importing the file must not fail"
     if isinstance(error, ModuleNotFoundError):
-        remedy = "install it, or start where Python finds it"
+        remedy = "install it, or put it beside the file"
+    elif isinstance(error, ImportError) and "relative import" in what:
+        remedy = "put an __init__.py into the file's folder, or leave out the dot"
+    elif isinstance(error, ImportError) and _hides_neighbour(error.name, file):
+        remedy = f"{error.name} is a module of Python itself; rename the file beside this one"
     elif isinstance(error, SystemExit):
         remedy = 'move what ends the program under if __name__ == "__main__"'
     place = f"{Path(file).name} line {line}: {(text or '').strip()}: " if file else ""
     return f"{place}{what}; {remedy}"
+
+
+def _hides_neighbour(name: str | None, file: str | None) -> bool:
+    """True for a module of Python itself whose name a file beside `file` has as well."""
+    hidden = Path(file or "").parent / f"{name}.py"
+    return name in sys.stdlib_module_names and Path(file or "") != hidden and hidden.is_file()

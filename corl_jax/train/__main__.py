@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.print_config:
         print(config_file.dump(config), end="")
         return
-    startup.enable_compilation_cache()
-    processes.initialize(config.distributed)
+    startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.failing_together():
         planned = plan(config)
         if not args.check:
@@ -206,6 +205,8 @@ def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Me
             metrics.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
     if shortage := report.disk_shortage(planned):
         metrics.say(f"warning: {shortage}")
+    for line in report.inapplicable(planned):
+        metrics.say(f"warning: {line}")
 
 
 if __name__ == "__main__":

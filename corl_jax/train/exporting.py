@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from corl_jax import rows
 from corl_jax.config import Config
+from corl_jax.input_files import expand_path
 from corl_jax.models import janus
 from corl_jax.sharding import map_with_path
 from corl_jax.train.optimizer import merge
@@ -19,6 +19,7 @@ from corl_jax.train.step import TrainState
 from corl_jax.types import Params
 from corl_jax.weights import adapters, files
 from corl_jax.weights.dtypes import named
+from corl_jax.weights.hub import split_hub_id
 
 
 def export(
@@ -37,24 +38,26 @@ def export(
             return []
         assert lora is not None  # or the config would have been refused
         fits = files.detect_layout(model_dir) == "transformers"
-        base = config.model.path if fits else None
+        base, revision = _base(config.model.path, model_dir) if fits else (None, None)
         adapters.save_adapter(
-            folder, trained, lora, base=base, dtype=options.dtype, progress=lambda _: beat()
-        )
+            folder, trained, lora, base=base, revision=revision, dtype=options.dtype,
+            progress=lambda _: beat(),
+        )  # fmt: skip
         return [] if fits else [_no_base(config.model.path)]
     params, gone = fetched(merge(state.params, run.frozen), primary, beat), 0.0
     if not primary:
         return []
-    dtypes: dict[str, Any] = dict(run.source_dtypes)
+    dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes
     if options.dtype != "keep":
-        dtypes = dict.fromkeys(dtypes, named(options.dtype))
+        dtypes, layer_dtypes = dict.fromkeys(dtypes, named(options.dtype)), {}
     if lora is not None:
-        params, gone = adapters.merged(params, lora, dtypes, beat)
+        params, gone = adapters.merged(params, lora, dtypes, beat, layer_dtypes)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
     assert options.layout != "none"  # or nobody would have asked for an export
     notes = files.save_checkpoint(
         folder, janus.base(run.model_config), params, layout=options.layout,
-        assets_from=model_dir, base=options.base, dtype=options.dtype, progress=lambda _: beat(),
+        assets_from=model_dir, base=options.base, dtype=options.dtype,
+        layer_dtypes=layer_dtypes, progress=lambda _: beat(),
     )  # fmt: skip
     return [*notes, *([_rounded(gone)] if gone else [])]
 
@@ -68,6 +71,12 @@ def fetched(params: Params, keep: bool, beat: Callable[[], None] = lambda: None)
         return array if keep else None
 
     return jax.tree.map(one, params)
+
+
+def _base(path: str, model_dir: Path) -> tuple[str, str | None]:
+    """`model.path` as PEFT reads it: (directory, None), or (hub id, revision)."""
+    directory = expand_path(path)
+    return (directory, None) if Path(directory) == model_dir else split_hub_id(path)
 
 
 def _no_base(source: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from corl_jax.fonts import make_drawable
 from corl_jax.train.rundir import replacing
 
 CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that text fits below
@@ -53,7 +54,12 @@ def grid(
     page = Image.new("RGB", (page_width, top + sum(heights)), _PAPER)
     draw, font = ImageDraw.Draw(page), _font()
     if title:
-        draw.text((MARGIN, MARGIN), _fitted(title, page_width - 2 * MARGIN), _INK, font)
+        draw.text(
+            (MARGIN, MARGIN),
+            _fitted(make_drawable(title, font), page_width - 2 * MARGIN),
+            _INK,
+            font,
+        )
     for row, (head, row_height) in enumerate(zip(heads, heights, strict=True)):
         _write(draw, (MARGIN, top), head, _INK)
         y = top + len(head) * _LINE
@@ -130,7 +136,7 @@ def reward_lines(rewards: Rewards, width: int) -> list[str]:
     for name, value in rewards.items():
         number = " " + _number(value)
         room = width - _font().getlength(number)
-        lines.append(_fitted(name, room) + number)
+        lines.append(_fitted(make_drawable(name, _font()), room) + number)
     return lines
 
 
@@ -154,7 +160,7 @@ def _fitted(text: str, width: float) -> str:
 
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
     """At most `lines` lines that fit into `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(make_drawable(text, _font()).split())
     characters = max(1, int(width / max(_font().getlength("n"), 1)))
     pieces = textwrap.wrap(text, characters) or [""]
     if len(pieces) > lines:

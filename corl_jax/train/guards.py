@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corl_jax.errors import GuardError
-from corl_jax.rewards.custom import RewardError
+from corl_jax.errors import GuardError, RewardError
 
 WINDOW = 10  # logged steps: over which shares are averaged, and after which an alarm is off again
 FAILED_WINDOW = 20  # steps over which the failures of a reward are averaged
+UNREWARDED_STEPS = 20  # without any reward, from the beginning, after which a run ends
 FAILED = "/failed"
 """Ends the names of the metrics that say which share of a batch a reward failed on."""
 
@@ -30,6 +31,9 @@ class Rule:
     above: bool = True  # sounds above its limit, else below
     span: int = 1  # logged steps whose mean is compared
     relative: bool = False  # to the mean of the first WINDOW logged steps
+    # NaN says that there was nothing to measure, and is left out of the mean; else it is beyond
+    # every limit.
+    nan_is_absent: bool = False
 
 
 def _of_both(name: str) -> tuple[str, str]:
@@ -45,7 +49,16 @@ RULES: dict[str, Rule] = {
         ("t2i/duplicate_fraction",), "drawings of a group are the same tokens", span=WINDOW
     ),
     "zero_spread": Rule(
-        ("frac_reward_zero_std",), "groups get equal rewards, so there is no signal", span=WINDOW
+        ("frac_reward_zero_std",),
+        "groups get equal rewards, so there is no signal",
+        span=WINDOW,
+        nan_is_absent=True,
+    ),
+    "not_applicable": Rule(
+        ("not_applicable", *_of_both("not_applicable")),
+        "these completions have no reward (None, NaN or infinite) and teach nothing; look at the "
+        "columns that the rewards need",
+        span=WINDOW,
     ),
     "drift_mean": Rule(
         _of_both("sampling/sampling_logp_difference/mean"),
@@ -57,6 +70,9 @@ RULES: dict[str, Rule] = {
     ),
 }
 """Alarm, which is also the option of `guards` with its limit -> what it looks at."""
+
+OF_REWARD = re.compile(r"(?:t2i|mm2t)/rewards/[^/]+/not_applicable")
+"""Metrics that the alarm `not_applicable` looks at too; over is a reward that never applies."""
 
 HELD_OUT = "held_out"
 HELD_OUT_HINT = "the reward is learned, not what it stands for"
@@ -72,6 +88,7 @@ class Guards:
             "skipped": 0,  # in the whole run
             "unlogged": 0,  # skipped since the last logged step
             "failed": {},  # metric of a reward -> its last FAILED_WINDOW values
+            "unrewarded": 0,  # steps from the beginning in which no reward applied; None: one did
             "recent": {},  # metric -> its last values, as many as its rule averages
             "first": {},  # metric -> its first WINDOW values
             "quiet": {},  # alarm that is on -> logged steps within the limit since
@@ -97,12 +114,17 @@ class Guards:
     # ---- every step
 
     def step(
-        self, step: int, updates: Sequence[Mapping[str, float]], metrics: Mapping[str, float]
+        self,
+        step: int,
+        updates: Sequence[Mapping[str, float]],
+        metrics: Mapping[str, float],
+        is_last: bool = False,
     ) -> None:
-        """Looks at a step's updates, in order, and at the rewards that failed in it.
+        """Looks at a step's updates, in order, and at its rewards; `is_last`: of the run.
 
         Raises:
-            GuardError: `max_skipped_updates` updates in a row were skipped.
+            GuardError: `max_skipped_updates` updates in a row were skipped, or no reward has
+                applied to any completion of the run.
             RewardError: a reward fails on more than `max_failed_reward_fraction` of the samples.
         """
         state = self._state
@@ -116,6 +138,22 @@ class Guards:
         for name, value in metrics.items():
             if name.endswith(FAILED):
                 self._failed(step, name, float(value))
+        if "not_applicable" in metrics and state["unrewarded"] is not None:
+            self._unrewarded(step, float(metrics["not_applicable"]), is_last)
+
+    def _unrewarded(self, step: int, share: float, is_last: bool) -> None:
+        state = self._state
+        state["unrewarded"] = state["unrewarded"] + 1 if share == 1.0 else None
+        limit = self._options.not_applicable
+        if limit is None or state["unrewarded"] is None:
+            return
+        if is_last or state["unrewarded"] >= UNREWARDED_STEPS:
+            raise GuardError(
+                f"step {step}: no reward has applied to any completion of the "
+                f"{state['unrewarded']} step(s) of this run, so it has learnt nothing: every "
+                "reward was None, NaN or infinite. Look at the columns that the rewards need, and "
+                "at rewards by use; guards.not_applicable null lets such a run go on"
+            )
 
     def _failed(self, step: int, name: str, value: float) -> None:
         last = self._state["failed"].setdefault(name, [])
@@ -131,9 +169,12 @@ class Guards:
 
     # ---- logged steps
 
-    def logged(self, step: int, values: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+    def logged(
+        self, step: int, values: Mapping[str, float], is_last: bool = False
+    ) -> tuple[dict[str, float], list[str]]:
         """(metrics to log beside a step's others, a line for each alarm that begins).
 
+        `is_last`: of the run, which may be shorter than what alarms are averaged over.
         Call `require` with the lines when they have been said.
         """
         state = self._state
@@ -151,6 +192,8 @@ class Guards:
                 continue
             levels = {key: self._level(rule, key, values[key]) for key in present}
             over = [key for key, level in levels.items() if _beyond(rule, level, limit)]
+            if name == "not_applicable":
+                over += self._never_applicable(values, levels, is_last)
             if self._switch(name, bool(over)):
                 side = "above" if rule.above else "below"
                 share = " of its first steps" if rule.relative else ""
@@ -159,10 +202,25 @@ class Guards:
             metrics[f"alarm/{name}"] = float(name in state["quiet"])
         return metrics, lines
 
+    def _never_applicable(
+        self, values: Mapping[str, float], levels: dict[str, float | None], is_last: bool
+    ) -> list[str]:
+        """Rewards that applied to nothing in the last WINDOW logged steps, or in a shorter run.
+
+        A share of its own for each would not do: a reward may be meant for few rows.
+        """
+        for key in filter(OF_REWARD.fullmatch, values):
+            recent = self._window("recent", key, values[key], WINDOW)
+            if (len(recent) == WINDOW or is_last) and min(recent) == 1.0:
+                levels[key] = 1.0
+        return [key for key in levels if OF_REWARD.fullmatch(key)]
+
     def _level(self, rule: Rule, key: str, value: float) -> float | None:
         """What is compared with the limit; None while there are too few steps."""
         if rule.span == 1:
             return value
+        if rule.nan_is_absent and math.isnan(value):
+            return None
         if rule.relative and len(self._state["first"].get(key, [])) < WINDOW:
             self._window("first", key, value)
             return None

@@ -175,22 +175,22 @@ def _compare(rewards, *, weights, mode, group_size, mm2t_weight, eps, scale, eac
     stats = {
         f"{task}/{name}": value
         for task, total in totals.items()
-        for name, value in grpo.group_advantages(total, group_size, eps, scale)[1].items()
+        for name, value in grpo.reward_stats(total, group_size).items()
     }
     if len(totals) == 2:
         joint = grpo.unified_reward(totals["t2i"], totals["mm2t"], mm2t_weight, group_size)
     else:
         (joint,) = totals.values()
-    stats |= grpo.group_advantages(joint, group_size, eps, scale)[1]
+    stats |= grpo.reward_stats(joint, group_size)
     spread = {task: jax.vmap(_spread)(values) for task, values in rewards.items()}
     return {"t2i": a_t2i, "mm2t": a_mm2t}, stats, spread
 
 
 def _spread(values: jax.Array) -> dict[str, jax.Array]:
-    """Mean and std of one reward [N] over the rows it applies to, and the share of the others."""
+    """Mean and unbiased std of one reward [N] over the rows it applies to; the others' share."""
     return {
         "mean": jnp.nanmean(values),
-        "std": jnp.nanstd(values),
+        "std": jnp.nanstd(values, ddof=1),
         "not_applicable": jnp.isnan(values).mean(),
     }
 

@@ -184,6 +184,12 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line.rstrip(b"\n") + b"\n", record
 
 
+def _headline(name: str, number: float) -> str:
+    # NaN would look like an overflow where no reward applied to anything.
+    absent = math.isnan(number) and name.endswith("reward")
+    return f"{name} none" if absent else f"{name} {number:.4g}"
+
+
 def _console_may_fail() -> contextlib.suppress:
     """For a console that is a file on a full disk: there is nowhere else to tell of it."""
     return contextlib.suppress(OSError)
@@ -205,7 +211,7 @@ class Console:
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         shown = {name: numbers[name] for name in HEADLINE if name in numbers}
-        texts = [f"{name} {number:.4g}" for name, number in (shown or numbers).items()]
+        texts = [_headline(name, number) for name, number in (shown or numbers).items()]
         if self._bar is None:
             self.say("  ".join([self._position(step), *texts, *self._pace(step)]))
             return

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from corl_jax import evaluation, rows
 from corl_jax.config import Config
+from corl_jax.config_checks import warmup_problems
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
@@ -354,6 +355,8 @@ def _loaders(
         required=_target_columns(config), **common,
     )  # fmt: skip
     train.check()
+    if problems := warmup_problems(config, _steps(config, train)):
+        raise InputError(problems)
     if held is None:
         return train, None
     measured = evaluation.TASKS if config.eval.suite == "shapes" else tasks

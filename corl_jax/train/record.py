@@ -85,7 +85,8 @@ class Recorder:
             GuardError, RewardError: the run must not go on, nor be saved as it is.
         """
         self.watchdog.beat(compiled=True)
-        self.guards.step(step + 1, iteration.updates, iteration.metrics)
+        is_last = step + 1 == run.steps
+        self.guards.step(step + 1, iteration.updates, iteration.metrics, is_last)
         self.saver.poll()
         self.unlogged.append(seconds)
         if (step + 1) % self.config.log.every and step + 1 != run.steps:
@@ -99,7 +100,7 @@ class Recorder:
         for kind, count in run.train_loader.counts.items():
             values[f"data/{kind}_rows"] = count
         values |= self._pace(run, values)
-        alarms, lines = self.guards.logged(step + 1, values)
+        alarms, lines = self.guards.logged(step + 1, values, is_last)
         self.metrics.log(step + 1, values | alarms)
         if self._samples_due(step + 1, run):
             self._answers(step + 1, iteration)

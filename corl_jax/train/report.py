@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 
+from corl_jax.data.dataset import ROWS_CHECKED_AT_START
+from corl_jax.errors import InputError
 from corl_jax.models import janus
+from corl_jax.rewards import applicable
 from corl_jax.sharding import leaf_paths, param_spec
 from corl_jax.train import attending
 from corl_jax.train.optimizer import partition
@@ -30,7 +33,18 @@ def describe(plan: Plan) -> str:
     sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
     if any(plan.rewards.values()):
         sections.append(_rewards(plan))
+    sections += [f"warning: {line}" for line in inapplicable(plan)]
     return "\n\n".join(sections)
+
+
+def inapplicable(plan: Plan) -> list[str]:
+    """A line for each reward that can score none of the first rows to train on."""
+    source, rows = plan.train_loader.source, []
+    for row in range(min(ROWS_CHECKED_AT_START, len(source))):
+        with contextlib.suppress(InputError):  # a row that cannot be read gives way to another
+            rows.append(source[row])
+    listed = [reward for of_task in plan.rewards.values() for reward in of_task]
+    return applicable.inapplicable_rewards(listed, rows)
 
 
 def _count(params: Params) -> int:

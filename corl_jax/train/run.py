@@ -27,6 +27,7 @@ class Run:
     frozen: Params
     reference: Lent | None  # trained parameters at the start of the run, for the KL
     source_dtypes: dict[str, Any]  # by path, as the checkpoint stores them
+    layer_dtypes: dict[str, list[str]]  # by path, where its layers are stored in several types
 
     # the data
     train_loader: Any  # data.dataset.Loader

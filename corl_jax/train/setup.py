@@ -30,7 +30,7 @@ from corl_jax.train.planning import Outline, Plan
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step
 from corl_jax.types import Params
-from corl_jax.weights.placing import load_sharded, stored_dtypes
+from corl_jax.weights.placing import load_sharded, stored_dtypes, stored_layer_dtypes
 
 ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
@@ -60,6 +60,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         frozen=frozen,
         reference=reference,
         source_dtypes=stored_dtypes(plan.model_dir, janus.base(plan.model_config)),
+        layer_dtypes=stored_layer_dtypes(plan.model_dir, janus.base(plan.model_config)),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,

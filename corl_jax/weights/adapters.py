@@ -17,11 +17,11 @@ from corl_jax.types import Params
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.dtypes import is_float, named
 from corl_jax.weights.export import DType
+from corl_jax.weights.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from corl_jax.weights.shards import Progress, TensorPlan, write_safetensors, write_text
 from corl_jax.weights.table import DENSE, Row, Slot, Table, flatten, unflatten
 from corl_jax.weights.tables import TABLES
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "language_model/layers/"
 
 
@@ -44,12 +44,14 @@ TABLE = Table("peft", _rows())
 
 
 def merged(
-    params: Params, lora: Lora, dtypes: Mapping[str, Any], beat: Callable[[], None] = lambda: None
-) -> tuple[Params, float]:
+    params: Params, lora: Lora, dtypes: Mapping[str, Any], beat: Callable[[], None] = lambda: None,
+    layer_dtypes: Mapping[str, list[str]] | None = None,
+) -> tuple[Params, float]:  # fmt: skip
     """(parameters of the network without adapters, share of the update that rounding removed).
 
     Kernels with an adapter become W + A B alpha / rank, computed in float32 on the host a layer
-    at a time, in the type that `dtypes` has for their path. The share is of the update's Euclidean
+    at a time, in the type that `dtypes` has for their path; a layer for which `layer_dtypes`
+    has a type is rounded to that one. The share is of the update's Euclidean
     norm over all kernels; 0 with float32. `beat` is called after each kernel.
     """
     flat = flatten(params)
@@ -60,10 +62,11 @@ def merged(
         a, b = (np.asarray(flat.pop(f"{name}/{leaf}"), np.float32) for leaf in ("lora_a", "lora_b"))
         kernel = flat[f"{name}/kernel"]
         out = np.empty(kernel.shape, dtypes[f"{name}/kernel"])
-        for layer in range(len(out)):
+        kinds = (layer_dtypes or {}).get(f"{name}/kernel", [out.dtype.name] * len(out))
+        for layer, kind in enumerate(kinds):
             update = (a[layer] @ b[layer]) * np.float32(lora.scale)
             exact = np.asarray(kernel[layer], np.float32) + update
-            out[layer] = exact
+            out[layer] = exact.astype(named(kind))
             gone += float(np.square(out[layer].astype(np.float32) - exact).sum())
             whole += float(np.square(update).sum())
         flat[f"{name}/kernel"] = out
@@ -72,12 +75,13 @@ def merged(
 
 
 def save_adapter(
-    out_dir: str | Path, params: Params, lora: Lora, *, base: str | None, dtype: DType = "keep",
-    progress: Progress | None = None,
+    out_dir: str | Path, params: Params, lora: Lora, *, base: str | None,
+    revision: str | None = None, dtype: DType = "keep", progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """Writes a tree of adapters as a PEFT directory, whole or not at all.
 
-    `base` names the model, in transformers' layout, that it belongs to. `keep` leaves the
+    `base` names the model, in transformers' layout, that it belongs to, and `revision` its
+    branch, tag or commit on the hub. `keep` leaves the
     adapters in the type that they were trained in.
 
     Raises: InputError for a folder that is taken or cannot be written.
@@ -86,8 +90,10 @@ def save_adapter(
     slots = TABLE.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
     with whole_directory(Path(out_dir)) as folder:
-        write_text(folder / CONFIG_FILE, json.dumps(_peft_config(lora, base), indent=2) + "\n")
-        write_safetensors(folder / WEIGHTS_FILE, plans, progress)
+        write_text(
+            folder / ADAPTER_CONFIG, json.dumps(_peft_config(lora, base, revision), indent=2) + "\n"
+        )
+        write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)
 
 
 def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
@@ -100,7 +106,7 @@ def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     return TensorPlan(slot.key, kind, slot.shape, chunks)
 
 
-def _peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
+def _peft_config(lora: Lora, base: str | None, revision: str | None) -> dict[str, Any]:
     """adapter_config.json; the targets are a regex, because the image tower has a q_proj too."""
     return {
         "peft_type": "LORA",
@@ -109,6 +115,7 @@ def _peft_config(lora: Lora, base: str | None) -> dict[str, Any]:
             "parent_library": "transformers.models.janus.modeling_janus",
         },
         "base_model_name_or_path": base,
+        "revision": revision,
         "task_type": None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,

@@ -8,6 +8,7 @@ from typing import Any
 
 from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
+from corl_jax.weights.folders import read_unmarked
 from corl_jax.weights.shards import write_bytes, write_text
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.tokens import ROLES, STRINGS, special_tokens
@@ -34,10 +35,10 @@ _IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
 
 
 def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
-    """The files of these names that the source has, byte for byte."""
+    """The files of these names that the source has, byte for byte but for byte order marks."""
     for name in names:
         if (source / name).is_file():
-            write_bytes(out / name, (source / name).read_bytes())
+            write_bytes(out / name, read_unmarked(source / name))
 
 
 def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:

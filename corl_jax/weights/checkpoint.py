@@ -14,10 +14,17 @@ from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig, abstract
 from corl_jax.weights.configs import Layout, layout_of, parse_config, read_config
 from corl_jax.weights.dtypes import BFLOAT16
+from corl_jax.weights.folders import pointer_problems, refuse_adapter
 from corl_jax.weights.leaves import JaxLeaves, Leaves, TorchLeaves
 from corl_jax.weights.storage import Store, open_safetensors, open_store
 from corl_jax.weights.table import Shape, flatten
 from corl_jax.weights.tables import TABLES
+from corl_jax.weights.wrong_names import (
+    Known,
+    is_known_to,
+    layout_of_names,
+    with_wrong_names,
+)
 
 SOURCE_FOLDER = "source"  # in a converted directory: what only its source's layout needs
 CARRIED_FILE = "carried.safetensors"
@@ -75,18 +82,24 @@ def open_checkpoint(folder: Path, config: JanusConfig | None = None) -> Checkpoi
     Raises: InputError listing every tensor that is missing, unknown or misshapen.
     """
     file = folder / "config.json"
+    refuse_adapter(folder)
+    _check_pointers(folder)
     data = read_config(folder)
     layout = layout_of(data, file)
     config = config or parse_config(data, file)
     shapes = leaf_shapes(config)
     store = open_store(folder)
     try:
+        found = {key: info.shape for key, info in store.infos.items()}
         if layout == "jax":
+            _check_layout(folder, layout, found, shapes)
             return _open_jax(folder, config, shapes, store, data)
         table = TABLES[layout]
         slots = table.slots(shapes)
-        found = {key: info.shape for key, info in store.infos.items()}
         problems = table.problems(slots, found, folder)
+        if problems:
+            _check_layout(folder, layout, found, shapes)
+            problems = with_wrong_names(problems, table, slots, found, folder)
         if layout == "transformers" and data.get("tie_word_embeddings", True):
             problems = _with_untying(problems)
         used = {slot.key for slot in slots}
@@ -99,6 +112,33 @@ def open_checkpoint(folder: Path, config: JanusConfig | None = None) -> Checkpoi
     except BaseException:
         store.close()
         raise
+
+
+def _check_pointers(folder: Path) -> None:
+    """Raises: InputError listing the Git LFS pointers among the small files and the weights."""
+    problems = pointer_problems(folder)
+    if not problems:
+        return
+    try:
+        open_store(folder).close()
+    except InputError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+    raise InputError(problems)
+
+
+def _check_layout(
+    folder: Path, layout: Layout, found: Mapping[str, Shape], shapes: Mapping[str, Shape]
+) -> None:
+    """Raises: InputError for tensors that are named as in another layout than the config's."""
+    if layout == "jax" and any(path in found for path in shapes):
+        return
+    layouts: dict[str, Known] = {name: is_known_to(table) for name, table in TABLES.items()}
+    named = layout_of_names(found, layouts | {"jax": shapes.__contains__})
+    if named not in (None, layout):
+        raise InputError(
+            f"{folder}: its tensors are named as in the {named} layout, but its config.json is of "
+            f"the {layout} layout; put the config.json there that came with the weights"
+        )
 
 
 def _with_untying(problems: list[str]) -> list[str]:

@@ -49,8 +49,12 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     kinds = list(dict.fromkeys(np.dtype(dtype) for dtype in dtypes))
     out = kinds[0]
     for kind in kinds[1:]:
-        # NumPy does not know that bfloat16 and float16 only meet in float32; ml_dtypes does.
-        out = np.promote_types(out, kind)
+        try:
+            out = np.promote_types(out, kind)
+        except TypeError:
+            # NumPy finds no common type of two small floats neither of which holds the other,
+            # such as bfloat16 and float16; float32 holds every float of up to 16 bits.
+            out = np.dtype(np.float32)
     return out
 
 

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, shorten
 from corl_jax.models.janus import JanusConfig
 from corl_jax.weights import assets, config_original, config_transformers
 from corl_jax.weights.checkpoint import CARRIED_FILE, SOURCE_FOLDER, is_stacked
 from corl_jax.weights.configs import Layout, parse_config, write_jax
 from corl_jax.weights.dtypes import is_float, named, widest
 from corl_jax.weights.finite import watched
+from corl_jax.weights.folders import read_unmarked
 from corl_jax.weights.leaves import Leaves, layer_count, leaf_dtype, mixed_dtypes, slots_by_key
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
@@ -132,7 +133,8 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
         carried, more = watched(carried_plans(export))
         write_safetensors(folder / SOURCE_FOLDER / CARRIED_FILE, carried, progress)
         not_finite += more
-    return notes + carried_notes(export) + not_finite
+    not_finite = shorten(not_finite, what="tensors with values that are NaN or infinite")
+    return notes + carried_notes(export) + fused_notes(export) + not_finite
 
 
 def carried_notes(export: Export) -> list[str]:
@@ -150,6 +152,24 @@ def carried_notes(export: Export) -> list[str]:
         f"no source has {_readable(pattern)}, so the output lacks it; Janus does not use it, but "
         "strict loaders ask for it: give --base with an original checkpoint"
         for pattern in absent
+    ]
+
+
+def fused_notes(export: Export) -> list[str]:
+    """Says which tensors hold parts that have different types in their source."""
+    if export.layout == "jax" or export.dtype != "keep":
+        return []
+    groups = slots_by_key(TABLES[export.layout].slots(export.leaves.shapes))
+    mixed = [
+        key
+        for key, group in groups.items()
+        if len({export.leaves.dtype(slot.path, slot.layer) for slot in group}) > 1
+    ]
+    if not mixed:
+        return []
+    return [
+        f"{len(mixed)} tensors ({mixed[0]}) join parts that have different types in the source; "
+        "each is written in the type that holds all of its parts exactly"
     ]
 
 
@@ -179,14 +199,14 @@ def write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None:
         write_text(folder / "config.json", write_jax(export.config, layout, mixed))
         if source and source.config.is_file():
             (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
-            write_bytes(folder / SOURCE_FOLDER / "config.json", source.config.read_bytes())
+            write_bytes(folder / SOURCE_FOLDER / "config.json", read_unmarked(source.config))
         return
     if source and source.layout == export.layout and source.config.is_file():
         old = read_json(source.config)
         if parse_config(old, source.config) == export.config:
             new = _patched(old, export)
             if new == old:
-                write_bytes(folder / "config.json", source.config.read_bytes())
+                write_bytes(folder / "config.json", read_unmarked(source.config))
             else:
                 _json(folder / "config.json", new)
             return

@@ -8,6 +8,7 @@ processor files beside them and, under `source/`, what only the source's layout 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def save_checkpoint(
     assets_from: str | Path | None = None,
     base: str | Path | None = None,
     dtype: DType = "keep",
+    layer_dtypes: Mapping[str, list[str]] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -77,7 +79,8 @@ def save_checkpoint(
 
     `assets_from` is a model directory of any layout: its tokenizer and processor files are
     copied or rewritten, and what it carries besides the model goes along. `base` overrides
-    where the latter comes from.
+    where the latter comes from. With `keep` a parameter is written in the type of its
+    array; `layer_dtypes` (see `placing.stored_layer_dtypes`) gives its layers types of their own.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """
@@ -88,7 +91,7 @@ def save_checkpoint(
         export = Export(
             layout=layout,
             config=config,
-            leaves=MemoryLeaves(flat),
+            leaves=MemoryLeaves(flat, layer_dtypes if dtype == "keep" else None),
             assets=_assets(source) if source else None,
             carried=_fitting(source, config),
             dtype=dtype,

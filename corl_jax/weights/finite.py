@@ -11,7 +11,6 @@ import numpy as np
 from corl_jax.weights.dtypes import BFLOAT16
 from corl_jax.weights.shards import TensorPlan
 
-LISTED = 20  # of the tensors that are named
 _BLOCK = 2**20  # values looked at at once, so that the masks stay in the processor's cache
 _EXPONENTS = {
     BFLOAT16: (np.uint16, 0x7F80),
@@ -54,9 +53,7 @@ def watched(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], list[str]]:
             for chunk in plan.chunks():
                 count += count_non_finite(chunk)
                 yield chunk
-            if count and len(lines) == LISTED:
-                lines.append("and more tensors with values that are NaN or infinite")
-            elif count and len(lines) < LISTED:
+            if count:
                 lines.append(
                     f"{plan.key}: {count} of {math.prod(plan.shape)} values are NaN or infinite; "
                     "written as they are, and refused where weights are loaded"

@@ -6,17 +6,21 @@ import re
 from pathlib import Path
 
 from corl_jax.errors import InputError
+from corl_jax.input_files import expand_path
+from corl_jax.weights.folders import refuse_adapter
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.*))?", re.DOTALL)
+_REVISION = re.compile(r"\w[\w.+-]*(/[\w.+-]+)*")  # a branch, tag, commit or refs/pr/1
 _SMALL = ["*.json", "*.jinja", "*.txt"]
 
 
 def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
     """The directory itself, or the downloaded (or cached) snapshot of a hub id.
 
-    Raises: InputError when there is neither, saying how to fetch the model elsewhere.
+    Raises: InputError when there is neither, saying how to fetch the model elsewhere, and for
+        the directory of an adapter.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = Path(expand_path(path_or_hub_id))
     if path.is_file():
         raise InputError(f"{path}: is a file, expected a model directory or a hub id")
     return resolve_path(path_or_hub_id)
@@ -26,26 +30,52 @@ def resolve_path(path_or_hub_id: str | Path) -> Path:
     """As `resolve_model_dir`, or a single file of weights."""
     if not str(path_or_hub_id).strip():  # which would mean the working directory
         raise InputError(f"{str(path_or_hub_id)!r}: is empty, expected a path or a hub id")
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
-        return path
-    if not _HUB_ID.fullmatch(str(path_or_hub_id)) or str(path_or_hub_id).startswith("."):
-        raise InputError(f"{path}: no such directory, and not a hub id of the form owner/name")
-    return _download(str(path_or_hub_id))
+    path = Path(expand_path(path_or_hub_id))
+    if not path.exists():
+        path = _download(*split_hub_id(str(path_or_hub_id)))
+    refuse_adapter(path)
+    return path
 
 
-def _download(hub_id: str) -> Path:
+def split_hub_id(text: str) -> tuple[str, str | None]:
+    """Returns (owner/name, revision) of `owner/name` or `owner/name@revision`.
+
+    Raises: InputError for anything else.
+    """
+    match = _HUB_ID.fullmatch(text)
+    if not match or text.startswith("."):
+        raise InputError(
+            f"{text}: no such directory, and not a hub id of the form owner/name or "
+            "owner/name@revision"
+        )
+    hub_id, revision = match.groups()
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise InputError(
+            f"{text}: no such directory, and as a hub id its revision is {revision!r}; expected a "
+            "branch, a tag or a commit after the @, or no @"
+        )
+    return hub_id, revision
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    name = hub_id if revision is None else f"{hub_id}@{revision}"
+    chosen = {} if revision is None else {"revision": revision}
+
+    def fetch(pattern: str) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, pattern], **chosen))
+
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, "*.safetensors"]))
+        folder = fetch("*.safetensors")
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, "*.bin"]))
+            folder = fetch("*.bin")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        option = "" if revision is None else f" --revision {revision}"
         raise InputError(
-            f"{hub_id}: no such directory here, and the hub did not give it ({reason}); where the "
-            f"hub can be reached, run `hf download {hub_id} --local-dir DIR`, and give DIR"
+            f"{name}: no such directory here, and the hub did not give it ({reason}); where the "
+            f"hub can be reached, run `hf download {hub_id}{option} --local-dir DIR`, and give DIR"
         ) from error
     return folder

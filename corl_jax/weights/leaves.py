@@ -88,22 +88,32 @@ class JaxLeaves:
 
 
 class MemoryLeaves:
-    """Leaves held in memory as NumPy or JAX arrays."""
+    """Leaves held in memory as NumPy or JAX arrays.
+
+    `layer_dtypes` names the type in which each slice is to be written, for the leaves whose
+    slices had different types in their source.
+    """
 
     concurrent = transposed = False
 
-    def __init__(self, flat: Mapping[str, Any]):
+    def __init__(
+        self, flat: Mapping[str, Any], layer_dtypes: Mapping[str, list[str]] | None = None
+    ):
         self.shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
         self._flat = flat
+        self._layer_dtypes = layer_dtypes or {}
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
+        if layer is not None and path in self._layer_dtypes:
+            return named(self._layer_dtypes[path][layer])
         return np.dtype(self._flat[path].dtype)
 
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
         leaf = self._flat[path]
         # A slice of a device array is fetched alone; the array itself may be gigabytes.
         leaf = leaf if layer is None else leaf[layer]
-        return np.asarray(leaf if box is None else leaf[tuple(slice(*ends) for ends in box)])
+        array = np.asarray(leaf if box is None else leaf[tuple(slice(*ends) for ends in box)])
+        return array.astype(self.dtype(path, layer), copy=False)
 
 
 def layer_count(leaves: Leaves, path: str, stacked: bool) -> list[int | None]:

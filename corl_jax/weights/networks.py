@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, shorten
 from corl_jax.models import binding
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.bert import Bert, BertConfig
@@ -39,6 +38,7 @@ from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.configs import FORMAT_VERSION, from_dict
 from corl_jax.weights.dtypes import is_float, named
 from corl_jax.weights.finite import non_finite_problem, watched
+from corl_jax.weights.folders import pointer_problems, read_unmarked, refuse_adapter
 from corl_jax.weights.leaves import (
     JaxLeaves,
     Leaves,
@@ -52,12 +52,14 @@ from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
     Progress,
     TensorPlan,
+    write_bytes,
     write_tensors,
     write_text,
 )
 from corl_jax.weights.storage import Store, open_any_store, read_json
 from corl_jax.weights.table import Shape, Table, flatten, unflatten
 from corl_jax.weights.tables import aesthetic, bert, blip, clip, vgg
+from corl_jax.weights.wrong_names import find_wrong_names, with_wrong_names
 
 MODEL_TYPE = "corl_jax_network"
 TOKENIZER_FILES = (
@@ -157,6 +159,10 @@ def open_network(path: str | Path, name: str) -> NetworkCheckpoint:
     """
     path, kind = Path(path), KINDS[name]
     folder = path if path.is_dir() else path.parent
+    refuse_adapter(path)
+    problems = pointer_problems(folder)
+    if problems:
+        raise InputError(problems)
     stated = recognise(path)
     if stated not in (None, name):
         raise InputError(
@@ -167,8 +173,7 @@ def open_network(path: str | Path, name: str) -> NetworkCheckpoint:
         if _is_converted(folder):
             return _open_converted(folder, name, store)
         found = {key: info.shape for key, info in store.infos.items()}
-        layout = _layout(kind, found)
-        problems: list[str] = []
+        layout = _layout(kind, found, path)
         config = kind.parse(folder, layout, found, problems)
         problems = problems or kind.check(config, f"{folder}: sizes")
         if problems:
@@ -176,6 +181,8 @@ def open_network(path: str | Path, name: str) -> NetworkCheckpoint:
         table, shapes = kind.tables[layout], kind.shapes(config)
         slots = table.slots(shapes)
         problems = table.problems(slots, found, path)
+        if problems:
+            problems = with_wrong_names(problems, table, slots, found, path)
         keys = {slot.key for slot in slots}
         problems += _dtype_problems(path, store, keys)
         if problems:
@@ -234,9 +241,9 @@ def convert_network(
             for file in TOKENIZER_FILES:
                 if (opened.folder / file).is_file():
                     (folder / file).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(opened.folder / file, folder / file)
+                    write_bytes(folder / file, read_unmarked(opened.folder / file))
             write_tensors(folder, plans, max_shard_bytes=max_shard_bytes, progress=progress)
-        for note in not_finite:
+        for note in shorten(not_finite, what="tensors with values that are NaN or infinite"):
             say(note)
         return opened
 
@@ -254,13 +261,24 @@ def _plan(opened: NetworkCheckpoint, path: str, dtype: str) -> TensorPlan:
     return TensorPlan(path, target, leaves.shapes[path], chunks)
 
 
-def _layout(kind: NetworkKind, found: Mapping[str, Shape]) -> str:
-    """The layout whose table knows the most of the tensors."""
+def _layout(kind: NetworkKind, found: Mapping[str, Shape], where: Path) -> str:
+    """The layout whose table knows the most of the tensors.
+
+    Raises: InputError where no table knows one, but all of them under other names.
+    """
 
     def known(table: Table) -> int:
         return sum(table.matches(key) for key in found)
 
-    return max(kind.tables, key=lambda layout: known(kind.tables[layout]))
+    layout = max(kind.tables, key=lambda layout: known(kind.tables[layout]))
+    if not known(kind.tables[layout]):
+        # The sizes are partly told by the tensors, so wrong names would be reported as wrong sizes.
+        wrong = [find_wrong_names(found, table) for table in kind.tables.values()]
+        explained = [names for names in wrong if names]
+        if explained:
+            best = max(explained, key=lambda names: len(names.corrected))
+            raise InputError(f"{where}: {best.problem}")
+    return layout
 
 
 def _is_converted(folder: Path) -> bool:
@@ -283,6 +301,11 @@ def _open_converted(folder: Path, name: str, store: Store) -> NetworkCheckpoint:
     if problems:
         raise InputError(problems)
     shapes = KINDS[name].shapes(config)
+    if not shapes.keys() & store.infos.keys():
+        raise InputError(
+            f"{folder}: its config.json is of a converted network, but no tensor of its weights "
+            "is; convert the PyTorch checkpoint again"
+        )
     for path in sorted(shapes.keys() | store.infos.keys()):
         found = store.infos[path].shape if path in store.infos else None
         if found != shapes.get(path):

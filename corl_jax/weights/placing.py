@@ -18,7 +18,7 @@ from corl_jax.models.janus import JanusConfig
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.finite import non_finite_problem
-from corl_jax.weights.leaves import Leaves, layer_count, leaf_dtype, read_leaf
+from corl_jax.weights.leaves import Leaves, layer_count, leaf_dtype, mixed_dtypes, read_leaf
 from corl_jax.weights.storage import Box
 from corl_jax.weights.table import flatten, unflatten
 
@@ -38,13 +38,20 @@ def load_sharded(
 
 
 def stored_dtypes(folder: str | Path, config: JanusConfig) -> dict[str, Any]:
-    """path -> dtype of each parameter in its files."""
+    """path -> dtype of each parameter in its files: the one that holds all of its layers."""
     with open_checkpoint(Path(folder), config) as checkpoint:
         leaves = checkpoint.leaves
         return {
             path: leaf_dtype(leaves, path, layer_count(leaves, path, is_stacked(path)))
             for path in leaves.shapes
         }
+
+
+def stored_layer_dtypes(folder: str | Path, config: JanusConfig) -> dict[str, list[str]]:
+    """path -> name of each layer's dtype, for the parameters whose layers differ in type."""
+    with open_checkpoint(Path(folder), config) as checkpoint:
+        stacked = {path: is_stacked(path) for path in checkpoint.leaves.shapes}
+        return mixed_dtypes(checkpoint.leaves, stacked)
 
 
 def place_leaves(

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from corl_jax.weights.dtypes import safetensors_name
-from corl_jax.weights.storage import BIN_NAME, SAFE_NAME, read_header
+from corl_jax.weights.selection import BIN_NAME, SAFE_NAME
+from corl_jax.weights.storage import read_header
 
 DEFAULT_SHARD_BYTES = 4 * 1000**3
 _ALIGN = 8

@@ -20,11 +20,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from corl_jax.errors import InputError
+from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer, read_text
 from corl_jax.weights.dtypes import SAFETENSORS
+from corl_jax.weights.selection import (
+    BIN_NAME,
+    BIN_PATTERNS,
+    INDEX,
+    SAFE_NAME,
+    STANDARD,
+    Selection,
+    list_weights,
+    select_weights,
+    warn_of_other_weights,
+)
 
-SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
-STANDARD, INDEX = (SAFE_NAME, BIN_NAME), ".index.json"
-BIN_PATTERNS = ("*.bin", "*.pth", "*.pt")
 MAX_HEADER_BYTES = 2**24  # a thousand tensors take 2**17; parsed, JSON takes some 30 times as much
 MAX_JSON_BYTES = 2**26  # of a config, an index or a tokenizer, of which the largest known has 2**25
 MAX_KEY = 256  # characters of a tensor's name
@@ -124,7 +133,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise InputError(_not_safetensors(file, start, size))
+                raise InputError(_not_safetensors(file, size))
             header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
@@ -139,9 +148,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return _checked_entries(file, header, data_start=8 + length, size=size)
 
 
-def _not_safetensors(file: Path, start: bytes, size: int) -> str:
-    if start.startswith(b"version "):
-        return f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+def _not_safetensors(file: Path, size: int) -> str:
+    if is_lfs_pointer(file):
+        return describe_lfs_pointer(file)
     return (
         f"{file}: {size} bytes that do not begin with a safetensors header; it is truncated or "
         f"another kind of file; {_AGAIN}"
@@ -221,20 +230,10 @@ def _entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[Tenso
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises: InputError naming the file."""
+    text = read_text(file, "a JSON file of settings", MAX_JSON_BYTES)
     try:
-        with file.open("rb") as stream:
-            data = stream.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise InputError(
-                f"{file}: has more than {MAX_JSON_BYTES} bytes, which no file of settings does; "
-                f"{_AGAIN}"
-            )
-        value = json.loads(data.decode("utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{file}: is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
@@ -250,7 +249,7 @@ def read_index(file: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file}: no weight_map found; {_AGAIN}")
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
-    problems = []
+    problems, suffix = [], Path(file.name.removesuffix(INDEX)).suffix
     for name in sorted(names):
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name or "\\" in name:
             problems.append(
@@ -258,36 +257,28 @@ def read_index(file: Path) -> dict[str, Path]:
             )
         elif not os.path.isfile(file.parent / name):  # False for names that no file can have
             problems.append(f"{file.parent / name}: is missing, named by {file.name}; {_AGAIN}")
+        elif not name.endswith(suffix):
+            problems.append(
+                f"{file}: names {name}, expected {suffix} files; it is the index of another save: "
+                "remove it, or give it the name that belongs to its files"
+            )
     if problems:
         raise InputError(problems)
     return {key: file.parent / name for key, name in weight_map.items()}
 
 
 def open_store(folder: Path) -> Store:
-    """The weights in a folder: safetensors before .bin, an index before a single file.
+    """The weights in a folder under their standard names; see `select_weights` for their order.
 
     Raises: InputError for a folder without weights, or with damaged ones.
     """
-    for name in STANDARD:
-        index = folder / f"{name}{INDEX}"
-        weight_map = read_index(index) if index.is_file() else None
-        if weight_map is None and not (folder / name).is_file():
-            continue
-        files = sorted(set(weight_map.values())) if weight_map else [folder / name]
-        store = _open_files(files, is_bin=name == BIN_NAME)
-        if weight_map:
-            _check_index(index, weight_map, store)
-        return store
-    partial = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = (
-        f"; {', '.join(partial[:3])} stand there without model.safetensors.index.json"
-        if partial
-        else ""
-    )
-    raise InputError(
-        f"{folder}: no weights found, expected one of {SAFE_NAME}, {SAFE_NAME}.index.json, "
-        f"{BIN_NAME}, {BIN_NAME}.index.json{hint}"
-    )
+    selection = select_weights(folder)
+    if selection is None:
+        partial = [file.name for file in list_weights(folder)]
+        name = SAFE_NAME if any(file.endswith(".safetensors") for file in partial) else BIN_NAME
+        hint = f"; {', '.join(partial[:3])} stand there without {name}{INDEX}" if partial else ""
+        raise InputError(f"{folder}: no weights found, expected one of {', '.join(STANDARD)}{hint}")
+    return _open_selection(folder, selection)
 
 
 def open_any_store(path: Path) -> Store:
@@ -299,19 +290,24 @@ def open_any_store(path: Path) -> Store:
     Raises: InputError for a place without weights, or with damaged ones.
     """
     if path.is_file():
-        files = [path]
-    elif any((path / f"{name}{end}").is_file() for name in STANDARD for end in ("", INDEX)):
-        return open_store(path)
-    else:
-        groups = (("*.safetensors",), BIN_PATTERNS)
-        found = (sorted(f for p in patterns for f in path.glob(p)) for patterns in groups)
-        files = next((group for group in found if group), [])
-    if not files:
+        return _open_files([path], is_bin=path.suffix != ".safetensors")
+    selection = select_weights(path, any_name=True)
+    if selection is None:
         raise InputError(
             f"{path}: no weights found, expected a .safetensors file, or one of PyTorch "
             f"({', '.join(pattern[1:] for pattern in BIN_PATTERNS)})"
         )
-    return _open_files(files, is_bin=files[0].suffix != ".safetensors")
+    return _open_selection(path, selection)
+
+
+def _open_selection(folder: Path, selection: Selection) -> Store:
+    weight_map = read_index(selection.index) if selection.index else None
+    files = sorted(set(weight_map.values())) if weight_map else list(selection.files)
+    warn_of_other_weights(folder, selection, files)
+    store = _open_files(files, is_bin=selection.is_bin)
+    if selection.index and weight_map:
+        _check_index(selection.index, weight_map, store)
+    return store
 
 
 def _open_files(files: list[Path], *, is_bin: bool) -> Store:

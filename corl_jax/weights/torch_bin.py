@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import InputError
+from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
 from corl_jax.weights.dtypes import BFLOAT16, named
 from corl_jax.weights.storage import Box, TensorInfo, bad_names, shared_keys
 
@@ -104,6 +105,8 @@ def load_bin(file: Path) -> dict[str, Any]:
     archives (PyTorch never writes them), large legacy files and tensors that exceed their
     storage.
     """
+    if is_lfs_pointer(file):
+        raise InputError(describe_lfs_pointer(file))
     torch = import_torch(file)
     legacy = _is_legacy(file)
     try:

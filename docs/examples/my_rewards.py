@@ -8,7 +8,8 @@ rewards:
     timeout_s: 30
 
 `images` makes it a reward of drawings, `texts` one of answers. Other parameters are columns of the
-data, a list with one value per sample; those after the `*` are options.
+data, a list with one value per sample; those after the `*` are options. The file is imported
+once and keeps its state from call to call: one thread, one event loop. docs/rewards.md says more.
 """
 
 from __future__ import annotations

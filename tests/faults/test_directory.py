@@ -11,7 +11,7 @@ from corl_jax import config_file
 from corl_jax.errors import InputError
 from corl_jax.train import record, rundir
 from tests import tiny_train
-from tests.faults.harness import SUPERVISED, Job, outcome, unsound
+from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome, unsound
 
 NOBODY = 65534
 
@@ -28,7 +28,7 @@ def test_a_second_run_on_one_directory(model, rows, tmp_path, one_device, straig
         if step in (1, 3):
             second = Job(job.output, job.config)
             began = time.monotonic()
-            codes.append(second.start().wait(120))
+            codes.append(second.start().wait(PATIENCE))
             seconds.append(time.monotonic() - began)
         return original(self, step, *args)
 

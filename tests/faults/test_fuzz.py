@@ -34,7 +34,7 @@ EFFORT = [
     pytest.param(60, id="few"),
     pytest.param(2_000, id="many", marks=pytest.mark.slow),
 ]
-SECONDS = 2.0  # for the text of one answer, on a busy machine
+SECONDS = 60.0  # of processor, for what takes milliseconds: a reader that does not end takes more
 
 
 @pytest.fixture(params=EFFORT)
@@ -152,7 +152,7 @@ def test_config(hammer, tmp_path):
          "aliases written out"),
         ("a: &a [*a]", "refers to itself"),
         ("a: " + "[" * 100_000, "nested too deeply"),
-        ("seed: 2026-13-45", "not valid YAML"),
+        ("seed: 2026-13-45", "seed: found '2026-13-45'"),
         ("seed: " + "9" * 5000, "not valid YAML"),
         ("x" * (config_file.MAX_CHARACTERS + 1), "characters"),
         ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
@@ -165,7 +165,7 @@ def test_configs_made_to_break_their_reader(figure, tmp_path, content, expected)
     began = time.process_time()
     with pytest.raises(InputError, match=expected):
         config_file.load(file)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < SECONDS
     figure("fuzz", fault="config: made by hand", tries=1, losses=0)
 
 
@@ -392,5 +392,5 @@ def test_answer_parsers(hammer):
         assert detections is None or len(detections) <= answers.MAX_DETECTIONS
         assert time.process_time() - began < SECONDS, (len(answer), answer[:200])
 
-    kinds = st.sampled_from(["MC", "OE", None, "x"])
+    kinds = st.sampled_from(["MC", "OE", None, "multiple choice"])
     hammer("answers", st.tuples(said, said, said, kinds), check)

@@ -18,14 +18,12 @@ from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.weights.files import load_config, load_params
 from tests import tiny_train
-from tests.faults.harness import SUPERVISED, Job
+from tests.faults.harness import PATIENCE, SUPERVISED, Job
 from tests.tiny import tiny_parquet
 from tests.tiny_train import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}  # fmt: skip
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
@@ -71,7 +69,7 @@ def test_a_hang_is_ended_and_shown(tmp_path, kind, figure):
     script = WATCHED.format(hang=HANGS[kind], timeout=1.0, compiled=True)
     began = time.monotonic()
     process = start("-c", script, cwd=tmp_path, stdin=subprocess.PIPE)
-    assert process.wait(60) == 1
+    assert process.wait(PATIENCE) == 1
     seconds = time.monotonic() - began
     err = process.stderr.read()
     assert "hang_here" in err and "most recent call first" in err
@@ -82,13 +80,13 @@ def test_a_hang_is_ended_and_shown(tmp_path, kind, figure):
 
 
 def test_compiling_gets_more_time(tmp_path):
-    script = WATCHED.format(hang="time.sleep(1.5)", timeout=0.8, compiled=False)
+    script = WATCHED.format(hang="time.sleep(2.5)", timeout=2.0, compiled=False)
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
-    script = WATCHED.format(hang="time.sleep(30)", timeout=0.8, compiled=True)
+    script = WATCHED.format(hang="time.sleep(600)", timeout=1.0, compiled=True)
     process = start("-c", script, cwd=tmp_path)
-    assert process.wait(60) == 1
+    assert process.wait(PATIENCE) == 1
     process.communicate()
 
 
@@ -96,23 +94,24 @@ def test_a_pause_does_not_count_and_ends(tmp_path):
     wait = "\n    with watchdog.paused(): time.sleep(4)"
     script = WATCHED.format(hang=wait, timeout=1.0, compiled=True)
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
-    script = WATCHED.format(hang=f"{wait}\n    time.sleep(30)", timeout=1.0, compiled=True)
+    script = WATCHED.format(hang=f"{wait}\n    time.sleep(600)", timeout=1.0, compiled=True)
     process = start("-c", script, cwd=tmp_path)
-    assert process.wait(60) == 1
+    assert process.wait(PATIENCE) == 1
     process.communicate()
 
 
 def test_a_process_that_was_stopped_has_not_hung(tmp_path):
     hang = "print('now', flush=True); time.sleep(0.5); watchdog.beat(); time.sleep(0.5)"
-    script = WATCHED.format(hang=hang, timeout=2.0, compiled=True)
+    # Stopped for longer than the limit, and for much less than what faulthandler's clock allows.
+    script = WATCHED.format(hang=hang, timeout=5.0, compiled=True)
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(6)
     process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (0, "ended by itself\n"), err
 
 
@@ -125,7 +124,7 @@ def test_a_process_that_was_stopped_for_long_goes_on_or_ends(tmp_path):
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
     process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     ended = process.returncode == 1 and "Timeout (" in err and "most recent call first" in err
     assert ended or (process.returncode, out) == (0, "ended by itself\n"), err
 
@@ -133,7 +132,7 @@ def test_a_process_that_was_stopped_for_long_goes_on_or_ends(tmp_path):
 def test_no_limit_no_watchdog(tmp_path):
     script = WATCHED.format(hang="print(threading.active_count())", timeout=None, compiled=True)
     process = start("-c", script, cwd=tmp_path, stdout=subprocess.PIPE)
-    assert process.communicate(timeout=60)[0] == "1\nended by itself\n"
+    assert process.communicate(timeout=PATIENCE)[0] == "1\nended by itself\n"
 
 
 # ---- the train command
@@ -153,9 +152,8 @@ command.main(sys.argv[1:])
 
 
 @pytest.fixture
-def config(tmp_path, tiny_config):
+def config(tmp_path, model):
     """A run without an end, as long as nobody ends it."""
-    model = tiny_train.model_dir(tmp_path / "model" / "tiny", tiny_config)
     rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
     tree = tiny_train.options(
         model, rows, tmp_path / "run", objective="vq", rewards=[],
@@ -187,9 +185,8 @@ Saver.finish = slow_finish
 
 
 @pytest.mark.slow
-def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, tiny_config, figure):
+def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, model, figure):
     limit, leaf_s = 8.0, 0.2
-    model = tiny_train.model_dir(tmp_path / "model" / "tiny", tiny_config)
     rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
     leaves = len(jax.tree.leaves(load_params(model, load_config(model))))
     assert leaves * leaf_s > 2 * limit
@@ -227,7 +224,7 @@ def test_a_hung_step_ends_the_run_and_a_killed_one_leaves_nothing(
     output, shared_before = tmp_path / "run", shared_memory()
     hung = start("-c", HANGING, "--config", str(config))
     began = time.monotonic()
-    assert hung.wait(300) == 1
+    assert hung.wait(PATIENCE) == 1
     err = hung.stderr.read()
     assert f"(also in {output / 'stacks_0.txt'})" in err
     assert "in iteration" in (output / "stacks_0.txt").read_text()
@@ -244,12 +241,12 @@ def test_a_hung_step_ends_the_run_and_a_killed_one_leaves_nothing(
     finally:
         again.kill()
     again.wait()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60  # the kernel tells a child of its parent's end at once
     while (alive := relatives(str(tmp_path))) and time.monotonic() < end:
         time.sleep(0.1)
     shared = sorted(made & shared_memory())
     figure("T22", fault="loader processes that could be killed", tries=1, losses=len(children))
-    figure("T23", fault="kill -9: alive after 5 s", tries=1, losses=len(alive))
+    figure("T23", fault="kill -9: alive after it", tries=1, losses=len(alive))
     figure("T23", fault="kill -9: kept in /dev/shm", tries=1, losses=len(shared))
     assert (children, alive, shared) == ([], [], [])
 
@@ -274,10 +271,7 @@ def test_a_loader_thread_that_dies_ends_the_run(tmp_path, error, threads, figure
     source = Failing(tiny_parquet(tmp_path / "rows.parquet", 16))
     source.error = error
     loader = Loader(source, None, tasks=(), batch_size=4, seed=0, threads=threads)
-    began = time.monotonic()
     with pytest.raises(type(error)):
         for _ in loader.iterate(0, 8):
             pass
-    seconds = time.monotonic() - began
-    assert seconds < 5
     figure("T22", fault="loader thread dies", tries=1, losses=0, note="error reaches the loop")

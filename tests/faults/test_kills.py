@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.harness import SUPERVISED, Job, outcome
+from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 
 # What one more kill falls into, as (object, function, which call of it). Two updates are made on
 # each rollout, so an even call is the second of its iteration.
@@ -117,13 +117,15 @@ def mismatches(job: Job, straight: dict[str, str]) -> list[str]:
 
 
 def killed(make, figure, saves: int, randomly: int, hits: int) -> None:
-    """`hits`: how many of the `saves` kills have to fall into one."""
+    """`hits`: how many kills have to fall into a save, of four times `saves` at most."""
     straight = make("straight")
-    straight.finish()
+    assert straight.here() == 0
     expected = outcome(straight)
     job = make("killed")
     mid = Kills(job, seed=1)
     for _ in range(saves):
+        mid.in_a_save()
+    while mid.hits < hits and mid.tries < 4 * saves:  # a save may be short on another machine
         mid.in_a_save()
     elsewhere = Kills(job, seed=2)
     longest = sum(mid.restarts) / len(mid.restarts) + 4
@@ -140,12 +142,12 @@ def killed(make, figure, saves: int, randomly: int, hits: int) -> None:
     assert not wrong
 
 
-def test_four_kills(model, rows, tmp_path, figure):
+def test_two_kills(model, rows, tmp_path, figure):
     def make(name):
         changes = SUPERVISED | {"train": {"max_steps": 28, "prompts_per_step": 8}}
         return Job.make(tmp_path / name, model, rows, devices=8, **changes)
 
-    killed(make, figure, saves=2, randomly=2, hits=1)
+    killed(make, figure, saves=1, randomly=1, hits=1)
 
 
 @pytest.mark.slow
@@ -172,7 +174,7 @@ def test_a_kill_in_every_phase(model, rows, tmp_path, figure):
     hits = 0
     for where, name, call in PHASES.values():
         job.driver = DIES.format(where=where, name=name, call=call)
-        code = job.start().wait(240)
+        code = job.start().wait(PATIENCE)
         hits += code == -9
         assert code in (-9, 0), job.log[-3000:]
     job.driver = ""

@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 
 from corl_jax import grpo
-from corl_jax.rewards.custom import RewardError
+from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.weights.files import load_config, load_params
 from tests import several_processes, tiny_train
+from tests.faults.harness import PATIENCE
 from tests.tiny_train import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 REWARDS = """
-import itertools, math, time
+import asyncio, itertools, math, os, signal, time
 
 calls = {}
+lock = asyncio.Lock()
 
 def call(name):
     return next(calls.setdefault(name, itertools.count(1)))
@@ -60,9 +62,22 @@ def sleeps_once(texts):
     return length(texts)
 
 def sleeps_on_one(texts):
-    import jax
-    if jax.process_index() == 1 and call("sleeps_on_one") == 1:
+    if os.environ["CORL_JAX_PROCESS_INDEX"] == "1" and call("sleeps_on_one") == 1:
         time.sleep(3600)
+    return length(texts)
+
+async def shares_lock(texts):
+    async def one(text):
+        async with lock:
+            await asyncio.sleep(0)
+            return float(len(text))
+
+    return await asyncio.gather(*map(one, texts))
+
+def sets_alarm(texts):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 100)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     return length(texts)
 
 def raises(texts):
@@ -108,15 +123,14 @@ FAILING = ("raises_once", "short_once", "words_once", "none_once", "sleeps_once"
 
 def test_every_kind_of_failure_costs_a_call_and_not_the_run(base, tmp_path, figure):
     began = time.monotonic()
-    output = train(base(tmp_path / "run", "length", "nan_once", *FAILING))
+    names = ("length", "shares_lock", "sets_alarm", "nan_once", *FAILING)
+    output = train(base(tmp_path / "run", *names))
     lines = metric_lines(output)
-    share = {
-        name: [line[f"mm2t/rewards/{name}/failed"] for line in lines]
-        for name in ("length", "nan_once", *FAILING)
-    }
+    share = {name: [line[f"mm2t/rewards/{name}/failed"] for line in lines] for name in names}
     assert share == {
-        "length": [0, 0], "nan_once": [0, 0], "raises_once": [1, 0], "short_once": [0, 1],
-        "words_once": [1, 0], "none_once": [1, 0], "sleeps_once": [0, 1],
+        "length": [0, 0], "shares_lock": [0, 0], "sets_alarm": [0, 0], "nan_once": [0, 0],
+        "raises_once": [1, 0], "short_once": [0, 1], "words_once": [1, 0],
+        "none_once": [1, 0], "sleeps_once": [0, 1],
     }  # fmt: skip
     assert [line["mm2t/rewards/nan_once/not_applicable"] for line in lines] == [0.5, 0]
     assert [line["mm2t/rewards/sleeps_once/failures"] for line in lines] == [0, 1]
@@ -150,22 +164,36 @@ def test_a_reward_that_hangs_on_one_of_two_processes_costs_its_samples(base, tmp
     assert all(line["loss"] is not None for line in lines)
 
 
-def test_a_reward_that_keeps_failing_ends_the_run_by_its_name(base, tmp_path, figure):
+def test_a_reward_that_keeps_failing_ends_the_run_by_its_name(base, tmp_path, capsys, figure):
     tree = base(tmp_path / "run", "length", "raises")
     tree["rewards"][1]["max_failures"] = 2
-    with pytest.raises(RewardError) as error:
+    with pytest.raises(SystemExit) as error:
         train(tree)
+    assert error.value.code == FAILED_EXIT_CODE
+    text = capsys.readouterr().err
     for part in ("reward raises", "2 (max_failures: 2)", "ZeroDivisionError: always", "mine.py"):
-        assert part in str(error.value), part
+        assert part in text, part
+    assert "corl_jax/" not in text, "the user's traceback alone"
     assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
     figure("T13", fault="raises for ever", tries=1, losses=0)
 
 
+STUBBORN = """
+import time
+def hung(texts):
+    while True:
+        try:
+            %s
+        except Exception:
+            pass
+"""
+
+
 @pytest.mark.parametrize("kind", ["sleeps", "spins"])
 def test_a_hung_reward_does_not_keep_the_process(tmp_path, kind, figure):
-    """Its thread cannot be ended, and must not have to be."""
-    body = {"sleeps": "time.sleep(3600)", "spins": "while True: pass"}[kind]
-    (tmp_path / "hung.py").write_text(f"import time\ndef hung(texts):\n    {body}\n")
+    """Even where it takes no notice of the end of its time."""
+    wait = {"sleeps": "time.sleep(3600)", "spins": "while True: pass"}[kind]
+    (tmp_path / "hung.py").write_text(STUBBORN % wait)
     script = (
         "from corl_jax.rewards import custom\n"
         "from corl_jax.rewards.samples import Context, Samples\n"
@@ -177,7 +205,7 @@ def test_a_hung_reward_does_not_keep_the_process(tmp_path, kind, figure):
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
-        timeout=120, env=environment(),
+        timeout=PATIENCE, env=environment(),
     )  # fmt: skip
     seconds = time.monotonic() - began
     assert done.returncode == 1 and done.stdout == "[nan nan]\n"

@@ -14,7 +14,7 @@ import pytest
 from corl_jax.train import __main__ as command
 from corl_jax.train import record, saving
 from tests import tiny_train
-from tests.faults.harness import ROOT, SUPERVISED, Job, outcome
+from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
 
 
 @pytest.fixture
@@ -137,9 +137,9 @@ def main():
                 while not interruption.reached(0):
                     time.sleep(0.01)
                 print("asked", flush=True)
-                time.sleep(60)
+                time.sleep(600)
         print("ready", flush=True)
-        for _ in range(600):
+        for _ in range(6000):
             time.sleep(0.1)  # a signal that comes just before a sleep waits for its end
 
 main()
@@ -149,11 +149,10 @@ main()
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_outside_of_the_loop_a_signal_ends_the_process_at_once(number, figure):
     process = _alone("load")
-    began = time.monotonic()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     figure("T2", fault="signal while nothing is at stake", tries=1, losses=process.returncode != 75)
-    assert process.returncode == 75 and time.monotonic() - began < 30
+    assert process.returncode == 75, "or it would have gone on to its end, with 0"
     assert "the same command goes on from the last checkpoint" in errors
 
 
@@ -162,7 +161,7 @@ def test_ctrl_c_twice_ends_the_process_at_once(figure):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     figure("T2", fault="Ctrl-C twice", tries=1, losses=process.returncode != 130)
     assert process.returncode == 130 and "stopped at once" in errors
 

@@ -71,9 +71,7 @@ class Pair:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         options = [str(every), str(steps)]
-        environment = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
-        }  # fmt: skip
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", WORKER, str(index), port, str(folder), *options], cwd=ROOT,
@@ -84,7 +82,7 @@ class Pair:
 
     def end(self) -> tuple[list[int], list[str], list[str]]:
         """(exit codes, stdout, stderr)"""
-        texts = [process.communicate(timeout=240) for process in self.processes]
+        texts = [process.communicate(timeout=PATIENCE) for process in self.processes]
         codes = [process.returncode for process in self.processes]
         return codes, [out for out, _ in texts], [error for _, error in texts]
 

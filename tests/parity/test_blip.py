@@ -2,7 +2,7 @@
 
 The weights travel as files: `save_pretrained`, then our table and config parser. The promise is
 1e-4 for features and 1e-3 for logits; measured differences are some 1e-6, and the tests ask for
-2e-5. Token sequences must be equal.
+NETWORK. Token sequences must be equal.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from corl_jax.weights.networks import KINDS, convert_network, load_network
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables.blip import TABLES
 from tests.parity import torch_janus
+from tests.tolerances import NETWORK
 
 torch.set_num_threads(1)
 
-TOLERANCE = 2e-5
+TOLERANCE = NETWORK
 BOS, SEP = 57, 3
 TEXT = {
     "vocab_size": 59, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -143,9 +144,13 @@ def test_greedy_captions_token_by_token(pair, max_new_tokens):
     bias = pair.torch.text_decoder.cls.predictions.decoder.bias
     usual = bias[SEP].item()
     bias[SEP] = pair.ending
-    theirs = pair.torch.generate(
-        nchw(images), do_sample=False, max_new_tokens=max_new_tokens
-    ).numpy()
+    answer = pair.torch.generate(
+        nchw(images), do_sample=False, max_new_tokens=max_new_tokens, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    first, second = torch.stack(answer.logits).topk(2).values.unbind(-1)
+    assert (first - second).min() > NETWORK, "a tie decides nothing: choose another seed"
+    theirs = answer.sequences.numpy()
     bias[SEP] = usual
 
     params = jax.tree.map(np.copy, pair.params)
@@ -208,7 +213,7 @@ def test_preprocessing(shape):
     assert found.shape == expected.shape == (3, 24, 24, 3)
     error = np.abs(found - expected).max()
     print(f"parity BLIP pixels {shape}: largest difference {error:.1e}")
-    assert error <= 1e-6
+    assert error <= NETWORK
 
 
 # ---- weights

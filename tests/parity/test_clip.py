@@ -23,8 +23,9 @@ from corl_jax.weights import config_aesthetic, config_clip
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables import aesthetic, clip
 from tests.parity.from_table import arrays, from_table
+from tests.tolerances import NETWORK
 
-TOLERANCE = 5e-6
+TOLERANCE = NETWORK
 VOCAB, LENGTH, EOS = 97, 12, 96
 VARIANTS = {
     "gelu": {"act": "gelu", "eos": EOS},

@@ -11,6 +11,7 @@ from corl_jax.data.processor import Processor
 from corl_jax.models import janus
 from corl_jax.quickstart import MINI_JANUS
 from corl_jax.weights import files
+from tests import draws
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -39,7 +40,7 @@ def test_transformers_draws_the_same_tokens_greedily(mini):
         ours = sampling.sample_images(
             config, params, encoded, sampling.sample_keys(0, np.arange(2), 1),
             special=processor.special, cfg_scale=5.0, greedy=True, dtype=np.float32,
-        ).tokens  # fmt: skip
+        )  # fmt: skip
     try:
         theirs = model.generate(
             torch.from_numpy(encoded.input_ids).long(),
@@ -52,7 +53,14 @@ def test_transformers_draws_the_same_tokens_greedily(mini):
         if "prefill_chunk_size" not in str(error):
             raise
         pytest.skip("this transformers release cannot draw with Janus at all")
-    np.testing.assert_array_equal(np.asarray(ours), theirs.numpy())
+    ids = processor.special.image
+    with_prompt, without = (
+        draws.full_logits(config, params, prompts, ours.tokens, ids)
+        for prompts in (encoded, draws.without_prompt(encoded, processor.special))
+    )
+    margins = draws.margins(without + 5.0 * (with_prompt - without), ours)
+    assert margins.min() > draws.SAFE, "a tie decides nothing: choose other prompts"
+    np.testing.assert_array_equal(np.asarray(ours.tokens), theirs.numpy())
 
 
 def test_both_directions_of_the_conversion_keep_its_bits(mini, tmp_path):

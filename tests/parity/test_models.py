@@ -18,8 +18,9 @@ from corl_jax import sharding
 from corl_jax.models import janus, layers
 from tests.parity import torch_janus
 from tests.parity.torch_janus import IMAGE_TOKEN, PAD_TOKEN
+from tests.tolerances import NETWORK
 
-TOLERANCE = 2e-5
+TOLERANCE = NETWORK
 
 VARIANTS = {
     "plain": {"seed": 0},

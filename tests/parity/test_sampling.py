@@ -13,6 +13,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from corl_jax import sampling
 from corl_jax.types import EncodedPrompts, SpecialTokens
+from tests import draws
 from tests.parity import torch_janus
 from tests.parity.torch_janus import BOI_TOKEN, BOS_TOKEN, IMAGE_TOKEN, PAD_TOKEN
 
@@ -72,6 +73,12 @@ def drawing_prompts() -> EncodedPrompts:
     return EncodedPrompts(ids, mask)
 
 
+def assert_no_ties(logits: torch.Tensor) -> None:
+    """Where the two best are as good as each other, rounding chooses."""
+    first, second = logits.topk(2).values.unbind(-1)
+    assert (first - second).min() > draws.SAFE, "choose another seed"
+
+
 @torch.no_grad()
 def drawn_without_cache(pair, prompts: EncodedPrompts) -> np.ndarray:
     """The plain loop over transformers' modules: every step reads everything again."""
@@ -88,7 +95,9 @@ def drawn_without_cache(pair, prompts: EncodedPrompts) -> np.ndarray:
             use_cache=False,
         ).last_hidden_state[:, -1]  # fmt: skip
         conditional, unconditional = model.model.generation_head(hidden).chunk(2)
-        token = (unconditional + CFG_SCALE * (conditional - unconditional)).argmax(-1)
+        mixed = unconditional + CFG_SCALE * (conditional - unconditional)
+        assert_no_ties(mixed)
+        token = mixed.argmax(-1)
         tokens.append(token)
         read = model.prepare_embeddings_for_image_generation(token[:, None].repeat(2, 1))
         embeds = torch.cat([embeds, read], dim=1)
@@ -152,9 +161,11 @@ def answered_by_transformers(pair, prompts: EncodedPrompts, eos: int | None) -> 
         torch.from_numpy(prompts.input_ids).long(),
         attention_mask=torch.from_numpy(prompts.attention_mask).long(),
         pixel_values=pixels, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=eos,
-        pad_token_id=PAD_TOKEN if eos is None else eos,
+        pad_token_id=PAD_TOKEN if eos is None else eos, output_logits=True,
+        return_dict_in_generate=True,
     )  # fmt: skip
-    return output[:, prompts.input_ids.shape[1] :].numpy()
+    assert_no_ties(torch.stack(output.logits))
+    return output.sequences[:, prompts.input_ids.shape[1] :].numpy()
 
 
 def test_greedy_texts(pair):

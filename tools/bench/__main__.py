@@ -46,8 +46,9 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from corl_jax import config
+from corl_jax import config, startup
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import parse_path
 from corl_jax.models import janus
 from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
@@ -107,7 +108,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"devices along data, fsdp and tensor; not for {', '.join(ALONE)}",
     )
     parser.add_argument(
-        "--trace", type=Path, metavar="DIR", help="profile one call of each thing, for Perfetto"
+        "--trace",
+        type=parse_path,
+        metavar="DIR",
+        help="profile one call of each thing, for Perfetto",
     )
     parser.add_argument(
         "--offload",
@@ -118,7 +122,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peer", choices=versus.PEERS, help="measure PyTorch with it on the same shapes too"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
+    parser.add_argument(
+        "--out", type=parse_path, metavar="FILE.json", help="one JSON object a line"
+    )
     args = parser.parse_args(argv)
     usual = WITH_ADAPTERS if args.lora else SIZES[args.size].parts
     usual = [part for part in usual if not (args.mesh and part in ALONE)]
@@ -305,7 +311,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     # Before JAX uses the device.
+    startup.check_jax_settings()
     peers = versus.measure(args) if args.peer else versus.NOBODY
+    startup.start_devices()
     with contextlib.ExitStack() as stack:
         out: TextIO | None = None
         if args.out is not None:

@@ -37,9 +37,12 @@ def gradients(setting: Setting) -> Iterator[Record]:
         with jax.default_matmul_precision("highest"):
             exact = _gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
         figures: dict[str, Any] = {"attention": setting.attention}
-        for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
+        off = {}
+        for kernel in {setting.attention, "xla"}:
             found = _gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
-            figures |= {f"{name}{suffix}": x for name, x in errors(found, exact).items()}
+            off[kernel] = errors(found, exact)
+        for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
+            figures |= {f"{name}{suffix}": x for name, x in off[kernel].items()}
         yield Record("gradients", task, None, figures)
 
 

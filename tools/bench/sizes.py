@@ -92,8 +92,9 @@ def _tiny_janus() -> JanusConfig:
     """The shipped mini Janus with less of everything that a step or a compilation repeats."""
     config = mini_config(vocab_size=640)
     llama = dataclasses.replace(config.llama, num_layers=2)
-    siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=32)
-    return dataclasses.replace(config, llama=llama, siglip=siglip)
+    siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=16, patch_size=4)
+    vq = dataclasses.replace(config.vq, channel_multiplier=(1, 1, 2))
+    return dataclasses.replace(config, llama=llama, siglip=siglip, vq=vq)
 
 
 SIZES = {

@@ -32,6 +32,7 @@ import yaml
 
 from corl_jax import config_file
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import parse_path
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.weights.export import Assets, Export, write_export
@@ -141,7 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", choices=("1b", "tiny"), default="1b")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="one JSON object a line")
+    parser.add_argument(
+        "--out", type=parse_path, metavar="FILE.json", help="one JSON object a line"
+    )
     args, overrides = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the device is the training command's
     lines = []

@@ -145,7 +145,7 @@ def _run(setting: Setting, frozen: Params, step: Any) -> Run:
     weights = tuple((task, (1.0,)) for task in TASKS)
     return Run(
         model_config=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
-        dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={},
+        dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={}, layer_dtypes={},
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
         iterate=iterate.grpo_iteration, train_step=step, score_step=step,

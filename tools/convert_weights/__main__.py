@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, exit_on_input_error, shorten
+from corl_jax.input_files import parse_path, parse_place
 from corl_jax.weights.files import convert, resolve_model_dir
 from corl_jax.weights.hub import resolve_path
 from corl_jax.weights.networks import KINDS, convert_network, open_network, recognise
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     for sub in (to_jax, to_torch):
         _add_conversion_arguments(sub)
     inspect = commands.add_parser("inspect", help="sizes, types, files and special tokens")
-    inspect.add_argument("source", metavar="SRC")
+    inspect.add_argument("source", type=parse_place, metavar="SRC")
     for sub in (to_jax, inspect):
         sub.add_argument(
             "--model",
@@ -54,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
         "--bin", action="store_true", help="write pytorch_model.bin files; needs PyTorch"
     )
     verify = commands.add_parser("verify", help="compare two checkpoints tensor by tensor")
-    verify.add_argument("a", metavar="A")
-    verify.add_argument("b", metavar="B")
+    verify.add_argument("a", type=parse_place, metavar="A")
+    verify.add_argument("b", type=parse_place, metavar="B")
     verify.add_argument(
         "--ignore-dtype", action="store_true", help="equal values of another type are the same"
     )
@@ -63,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", metavar="SRC", help="model directory or hub id")
-    sub.add_argument("out", metavar="DST", type=Path, help="folder to be made")
+    sub.add_argument("source", type=parse_place, metavar="SRC", help="model directory or hub id")
+    sub.add_argument("out", metavar="DST", type=parse_path, help="folder to be made")
     sub.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16"),
@@ -73,6 +74,7 @@ def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--base",
+        type=parse_place,
         metavar="DIR",
         help="original checkpoint for the tensors that transformers' layout drops",
     )
@@ -190,11 +192,9 @@ def run_verify(args: argparse.Namespace) -> int:
         result = compare(a, b, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
         print(f"note: {line}")
-    for line in result.differences[:MAX_LINES]:
-        print(f"differs: {line}")
-    hidden = len(result.differences) - MAX_LINES
-    if hidden > 0:
-        print(f"... and {hidden} more differences")
+    lines = [f"differs: {line}" for line in result.differences]
+    for line in shorten(lines, MAX_LINES, "differences"):
+        print(line)
     verdict = f"{len(result.differences)} differences" if result.differences else "equal"
     print(f"{result.tensors} tensors compared: {verdict}")
     return 1 if result.differences else 0

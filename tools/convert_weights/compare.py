@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from corl_jax.weights.checkpoint import Checkpoint, is_stacked, open_checkpoint
+from corl_jax.weights.dtypes import widest
 from corl_jax.weights.leaves import layer_count
 
 BLOCK_VALUES = 2**22
@@ -79,7 +80,7 @@ def difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
     """What differs between two arrays, in words; None when nothing does."""
     if x.shape != y.shape:
         return f"shape {x.shape} against {y.shape}"
-    wide = np.promote_types(x.dtype, y.dtype)
+    wide = widest((x.dtype, y.dtype))
     same, unequal, gap = True, 0, 0.0
     for a, b in _blocks(x, y, wide):
         if a.tobytes() != b.tobytes():

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import jax
 
+from corl_jax import startup
 from corl_jax.errors import exit_on_input_error
+from corl_jax.input_files import parse_path
 from corl_jax.models import janus
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.export import Assets, Export, write_export
@@ -56,19 +58,21 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="new or empty directory")
+    parser.add_argument("--out", type=parse_path, help="new or empty directory")
     parser.add_argument("--size", choices=tuple(CONFIGS), default="mini", help="see config.py")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the text, or of the pictures"
     )
     commands = parser.add_subparsers(dest="command", metavar="roundtrip")
     measured = commands.add_parser("roundtrip", help="what a model's image tokenizer loses")
-    measured.add_argument("--model", required=True, type=Path, help="in any of the layouts")
+    measured.add_argument("--model", required=True, type=parse_path, help="in any of the layouts")
     measured.add_argument("--rows", type=int, default=1000, help="held-out pictures")
     measured.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="of the pictures")
     args = parser.parse_args(argv)
     if (args.command is None) == (args.out is None):
         parser.error("expected either --out DIR or roundtrip")
+    startup.check_jax_settings()
+    startup.start_devices()
     if args.command == "roundtrip":
         rate = roundtrip.measure(args.model, args.rows, args.seed)
         print(

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from corl_jax.data import shapes
 from corl_jax.data.shapes_scene import WORLDS
 from corl_jax.errors import exit_on_input_error
+from corl_jax.input_files import parse_path
 from corl_jax.weights.atomic import whole_directory
 
 THOUGHTS = re.compile(r"<think>.*?</think>")
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="new or empty directory")
+    add("--out", type=parse_path, required=True, help="new or empty directory")
     add("--rows", type=int, default=6000)
     add("--seed", type=int, default=1)
     add("--world", choices=tuple(WORLDS), default="small")

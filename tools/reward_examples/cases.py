@@ -76,6 +76,7 @@ def _draw(prompt: str) -> None:
     """What the mini Janus draws for both prompts; of its samples the chosen ones are kept."""
     from corl_jax import inference, startup
 
+    startup.prepare_devices()
     model = startup.load_model(MODEL, np.float32)
     chosen = {(which, number): file for file, which, number in DRAWN.values()}
     samples = 1 + max(number for _, number in chosen)

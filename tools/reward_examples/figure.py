@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from corl_jax.fonts import make_drawable
 from corl_jax.train.rundir import replacing
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import T2I, Example, Found
@@ -85,7 +86,7 @@ def _lines(caption: str) -> list[str]:
 
 
 def _write(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, ink: tuple) -> None:
-    pen.text(corner, text, ink, _font())
+    pen.text(corner, make_drawable(text, _font()), ink, _font())
 
 
 @functools.cache

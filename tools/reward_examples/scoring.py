@@ -92,7 +92,7 @@ def score_all() -> Found:
     Raises:
         InputError: weights or cases that cannot be read.
     """
-    startup.enable_compilation_cache()
+    startup.prepare_devices()
     drawn = [registry.resolve_one(one.reward, one.options) for one in T2I]
     loaded = {one.name: networks.load(one, None, offload=False) for one in _networks(drawn)}
     config, params, processor, _ = startup.load_model(cases.MODEL, np.float32)

@@ -1,0 +1,164 @@
+"""Names the format of data that is not parquet, with a command that converts it."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import shlex
+from pathlib import Path
+
+from corl_jax.input_files import LFS_PREFIX, describe_lfs_pointer, is_lfs_pointer
+
+MAX_FILES_LISTED = 10_000  # a wrong path may be a whole disk
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PARQUET_NAMES = (".parquet", ".pq", ".parq")
+# The module to import and the call that reads a format, FILE being its path. The first format
+# that a folder holds is named.
+READERS = {
+    ".arrow": ("pyarrow.ipc", "pyarrow.ipc.open_stream(pyarrow.memory_map(FILE)).read_all()"),
+    ".feather": ("pyarrow.feather", "pyarrow.feather.read_table(FILE)"),
+    ".jsonl": ("pyarrow.json", "pyarrow.json.read_json(FILE)"),
+    ".ndjson": ("pyarrow.json", "pyarrow.json.read_json(FILE)"),
+    ".csv": ("pyarrow.csv", "pyarrow.csv.read_csv(FILE)"),
+    ".tsv": (
+        "pyarrow.csv as c",
+        'c.read_csv(FILE, parse_options=c.ParseOptions(delimiter="\\t"))',
+    ),
+    ".json": (
+        "json, pyarrow",
+        'pyarrow.Table.from_pylist(json.load(open(FILE, encoding="utf-8-sig")))',
+    ),
+}
+LOADERS = {".tar": "webdataset", **dict.fromkeys(PICTURES, "imagefolder")}
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+_MAGIC = {
+    b"ARROW1": ".feather", b"\xff\xff\xff\xff": ".arrow", b"{": ".jsonl", b"[": ".json",
+    b"\x1f\x8b": ".gz", b"PK\x03\x04": ".zip", b"<": ".html",
+    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg",
+}  # fmt: skip
+_UNREADABLE = {
+    ".html": "a web page, perhaps one that asks for a login; download the file again",
+    ".zip": "a zip archive; unpack it",
+    ".gz": "a gzip archive; unpack it",
+}
+
+
+def describe_folder(folder: str) -> str:
+    """Returns what a folder without `.parquet` files holds and how to make one of it."""
+    files: dict[str, list[str]] = collections.defaultdict(list)
+    for path in _walk(folder):
+        files[_suffix(path)].append(path)
+    if not files:
+        return "it holds no file at all"
+    counts = sorted(((len(paths), suffix) for suffix, paths in files.items()), reverse=True)
+    listed = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for count, suffix in counts[:5])
+    text = f"it holds these files: {listed}"
+    for suffix in PARQUET_NAMES:
+        if suffix in files:
+            ending = os.path.splitext(files[suffix][0])[1]
+            return f"{text}; name them by a glob: {os.path.join(folder, '**', '*' + ending)}"
+    named = {os.path.basename(path).partition(".")[0] for paths in files.values() for path in paths}
+    # A folder of pictures has a metadata.jsonl or .csv, which is not the data itself.
+    order = (*LOADERS, *READERS) if "metadata" in named else (*READERS, *LOADERS)
+    suffix = next((suffix for suffix in order if suffix in files), None)
+    if suffix is None:
+        return text
+    paths = sorted(files[suffix])
+    if is_lfs_pointer(Path(paths[0])):
+        return f"{text}; {describe_lfs_pointer(Path(paths[0]))}"
+    kind = _kind_of(paths[0])
+    return f"{text}; {_describe_conversion(paths, kind if kind in order else suffix)}"
+
+
+def describe_file(path: str) -> str:
+    """Returns what a file that is not parquet seems to be and how to convert it, or ''."""
+    kind = _kind_of(path)
+    if kind in READERS or kind in LOADERS:
+        return f"it looks like {kind} data; {_describe_conversion([path], kind)}"
+    return f"it looks like {_UNREADABLE[kind]}" if kind in _UNREADABLE else ""
+
+
+def rewrite_command(path: str, rows: int) -> str:
+    """Returns a shell command that writes a parquet file again in row groups of `rows` rows.
+
+    It holds one batch of rows in memory, besides the row group that it reads.
+    """
+    target = f"{os.path.splitext(path)[0]}.rewritten.parquet"
+    return _python(
+        f"import pyarrow.parquet as p; f = p.ParquetFile({_quote(path)}); "
+        f"w = p.ParquetWriter({_quote(target)}, f.schema_arrow); "
+        f"[w.write_batch(b) for b in f.iter_batches({rows})]; w.close()"
+    )
+
+
+def _describe_conversion(paths: list[str], suffix: str) -> str:
+    path = paths[0]
+    target = f"{os.path.splitext(path.removesuffix(_compression(path)))[0]}.parquet"
+    if suffix in LOADERS:
+        source = f"data_files={_quote(path)}"
+        if suffix in PICTURES:
+            source = f"data_dir={_quote(os.path.dirname(path) or '.')}"
+        code = (
+            f'import datasets; datasets.load_dataset("{LOADERS[suffix]}", {source}, '
+            f'split="train").to_parquet({_quote(target)})'
+        )
+    else:
+        modules, call = READERS[suffix]
+        code = (
+            f"import {modules}, pyarrow.parquet as p; "
+            f"p.write_table({call.replace('FILE', _quote(path))}, {_quote(target)}, "
+            "row_group_size=100)"
+        )
+    others = f" (and so each of the {len(paths)})" if len(paths) > 1 else ""
+    return (
+        f"convert it{others}, for example: {_python(code)} ; "
+        "docs/data.md says which columns are read and how pictures are embedded"
+    )
+
+
+def _kind_of(path: str) -> str:
+    """Returns the suffix of a file's format by its first bytes, else by its name, else ''."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512).removeprefix(b"\xef\xbb\xbf")
+    except OSError:
+        start = b""  # reading it as parquet says why
+    suffix = _suffix(path)
+    if start.startswith((LFS_PREFIX, b"PAR1")):
+        return ""
+    if suffix in (".csv", ".tsv"):  # which may begin with anything
+        return suffix
+    if start[257:262] == b"ustar":
+        return ".tar"
+    sniffed = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
+    if sniffed == ".gz" and suffix in READERS:
+        return suffix
+    return sniffed or (suffix if suffix in READERS or suffix in LOADERS else "")
+
+
+def _python(code: str) -> str:
+    return f"python -c {shlex.quote(code)}"
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _compression(path: str) -> str:
+    return next((end for end in COMPRESSED if path.lower().endswith(end)), "")
+
+
+def _suffix(path: str) -> str:
+    """The ending of a file's name in lower case, without that of a compression."""
+    return os.path.splitext(path.lower().removesuffix(_compression(path)))[1]
+
+
+def _walk(folder: str) -> list[str]:
+    paths: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        if len(paths) >= MAX_FILES_LISTED:
+            break
+    return paths

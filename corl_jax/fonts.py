@@ -1,0 +1,45 @@
+"""Text for pictures: what a font has no glyph for is replaced, as it would be drawn as a box."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+
+from PIL import ImageFont
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+PUNCTUATION = str.maketrans("‚„–—−", "'\"---")
+MISSING = "\uffff"  # of no font
+BITMAP_CHARACTERS = 256  # of Pillow's font without FreeType, which knows Latin-1
+
+
+def make_drawable(text: str, font: Font) -> str:
+    """Returns a text in characters that the font has.
+
+    An accented letter loses its accent; of other scripts the escapes of Python remain.
+    In: "Bäume, 木"  Out: "Baume, \\u6728"
+    """
+    composed = unicodedata.normalize("NFC", text)
+    return "".join(_replacement(character, font) for character in composed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _replacement(character: str, font: Font) -> str:
+    if character.isspace():
+        return " "
+    if _has_glyph(character, font):
+        return character
+    plain = unicodedata.normalize("NFKD", character.translate(PUNCTUATION))
+    base = "".join(part for part in plain if not unicodedata.combining(part))
+    if base and all(_has_glyph(part, font) for part in base):
+        return base
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _has_glyph(character: str, font: Font) -> bool:
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        return ord(character) < BITMAP_CHARACTERS and character.isprintable()
+    if "\ud800" <= character <= "\udfff":  # half a pair, which cannot be drawn
+        return False
+    drawn, box = font.getmask(character), font.getmask(MISSING)
+    return drawn.size != box.size or bytes(drawn) != bytes(box)

@@ -1,0 +1,55 @@
+"""Says before a run which rewards can score none of the rows that are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from corl_jax.rewards.functions import is_blank
+from corl_jax.rewards.registry import REGISTRY, Resolved
+
+
+def inapplicable_rewards(
+    rewards: Sequence[Resolved], rows: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Returns a line for each built-in reward that can score none of the rows, with the reason.
+
+    A row cannot be scored where a column that the reward needs is null or blank. What a user's
+    own reward makes of a row only the reward knows.
+    """
+    lines = []
+    for reward in rewards:
+        if not rows or reward.name not in REGISTRY:
+            continue
+        lines += _open_by_default(reward, rows)
+        missing = [_blank_columns(reward, row) for row in rows]
+        if not all(missing):
+            continue
+        names = dict.fromkeys(name for columns in missing for name in columns)
+        lines.append(
+            f"rewards: {reward.name} can score none of the first {len(rows)} rows, because "
+            f"{' or '.join(names)} is null or blank in each; check data.columns and the data, "
+            "or remove the reward"
+        )
+    return lines
+
+
+def _blank_columns(reward: Resolved, row: Mapping[str, Any]) -> list[str]:
+    """The columns for which the reward does not apply to the row."""
+    entry = reward.entry
+    blank = [name for name in entry.columns if is_blank(name, row.get(name))]
+    # Some rewards need a type beside the question; null stands for OE there.
+    blank = [name for name in blank if name != "qa_type"]
+    if entry.either and all(is_blank(name, row.get(name)) for name in entry.either):
+        blank += entry.either
+    return blank
+
+
+def _open_by_default(reward: Resolved, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    options = getattr(reward.function, "keywords", {})
+    return [
+        f"rewards: {reward.name}: {column} is null in each of the first {len(rows)} rows, which "
+        f"count as open-ended; set options: {{{option}: MC}} if they are multiple choice"
+        for column, option in reward.entry.stand_ins.items()
+        if options.get(option) is None and all(is_blank(column, row.get(column)) for row in rows)
+    ]

@@ -1,0 +1,112 @@
+"""Numbers in answers: digits and English number words by value.
+
+`read_number` is our own reading; `spell_digits` is the released code's.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from fractions import Fraction
+
+from word2number import w2n
+
+_DIGITS = re.compile(r"[+\u2212-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+# Characters of digits, as int() refuses thousands of them, or words, as reading them recurses.
+LONGEST_NUMBER = 64
+_OPENING, _CLOSING = "\"'([", ".,;:!?\"')]"
+
+_SCALES = ("billion", "million", "thousand", "hundred")
+_WORDS = {word: value for word, value in w2n.american_number_system.items() if word != "point"}
+
+
+def read_number(text: str) -> Fraction | None:
+    """The number that a text is as a whole, in digits or English words; None if it is none.
+
+    In: "21", "1,000", "-3.50", "twenty-one", "one hundred and five", "three point five".
+    None: "two dogs", "no one", "two and three", "3.5 cm".
+    """
+    text = text.strip().lower()
+    if (number := _read_digits(text)) is not None:
+        return number
+    words = text.replace("-", " ").split()
+    if not 0 < len(words) <= LONGEST_NUMBER:
+        return None
+    if any(word not in w2n.american_number_system and word != "and" for word in words):
+        return None
+    return _read_words(tuple(words))
+
+
+def _read_digits(text: str) -> Fraction | None:
+    if len(text) > LONGEST_NUMBER or not _DIGITS.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", "").replace("\u2212", "-"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_words(words: tuple[str, ...]) -> Fraction | None:
+    if "point" not in words:
+        whole = _read_whole(words)
+        return None if whole is None else Fraction(whole)
+    place = words.index("point")
+    before, digits = words[:place], words[place + 1 :]
+    whole = _read_whole(before) if before else 0
+    if whole is None or not digits or any(word not in w2n.decimal_words for word in digits):
+        return None
+    decimals = "".join(str(_WORDS[word]) for word in digits)
+    return Fraction(f"{whole}.{decimals}")
+
+
+def _read_whole(words: tuple[str, ...]) -> int | None:
+    """The whole number that words spell: "two hundred and five" is 205, "two three" none."""
+    for scale in _SCALES:
+        if scale not in words:
+            continue
+        place, size = words.index(scale), _WORDS[scale]
+        before, after = words[:place], words[place + 1 :]
+        if after[:1] == ("and",):
+            after = after[1:]
+            if not after:
+                return None
+        times = _read_whole(before) if before else 1
+        rest = _read_whole(after) if after else 0
+        # "fifteen hundred" is said, "two thousand thousand" is not.
+        most = 100 if scale == "hundred" else 1000
+        if times is None or rest is None or not 0 < times < most or rest >= size:
+            return None
+        return times * size + rest
+    values = [_WORDS.get(word) for word in words]
+    if None in values:  # an "and" that joins nothing
+        return None
+    if len(values) == 1:
+        return values[0]
+    if len(values) == 2 and values[0] in range(20, 100, 10) and values[1] in range(1, 10):
+        return values[0] + values[1]
+    return None
+
+
+def spell_digits(text: str) -> str | None:
+    """The digits of a text that is one of word2number's 33 words, else None: "two" gives "2".
+
+    Source: the released code, which never converts a longer text.
+    """
+    return str(w2n.word_to_num(text)) if text in w2n.american_number_system else None
+
+
+def canonical_word(word: str) -> str:
+    """A word of a text, with digits written in one way: "2.0", "2," and "(2)" are "2".
+
+    Number words stay: in "no one is there" nobody counts.
+    """
+    for candidate in (word, word.lstrip(_OPENING).rstrip(_CLOSING)):
+        if (number := _read_digits(candidate)) is not None:
+            return str(number)
+    return word
+
+
+def is_by_value(word: str) -> bool:
+    """Whether a word resembles no other, because it holds a digit or is a number word.
+
+    "35" and "3.5" are spelt alike, as are "10:30" and "10:31", "seven" and "seventy".
+    """
+    return any(letter.isdigit() for letter in word) or read_number(word) is not None

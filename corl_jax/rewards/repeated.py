@@ -1,0 +1,52 @@
+"""Several calls of one reward with the same samples, and how they differ.
+
+The first call of a user's function may work where later ones do not, as with a client whose
+connection belongs to an event loop.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from corl_jax.errors import RewardError
+from corl_jax.rewards import registry
+from corl_jax.rewards.registry import Context, Resolved, Samples
+
+
+def call_once(reward: Resolved, samples: Samples, context: Context) -> np.ndarray | str:
+    """Returns the rewards [N], or the user's traceback where their own reward failed."""
+    try:
+        return registry.score([reward], samples, context)[reward.name]
+    except RewardError:
+        return reward.function.last_failure.trace  # type: ignore[union-attr]
+
+
+def describe_failures(reward: Resolved, traces: dict[int, str], num_calls: int) -> str:
+    """Returns which calls of a user's reward failed, and the first one's traceback.
+
+    `traces`: number of a failed call, from 1 on -> its traceback.
+    """
+    use, trace = reward.function.use, next(iter(traces.values()))  # type: ignore[union-attr]
+    if num_calls == 1:
+        return f"reward {reward.name} ({use}): its call failed with\n{trace}"
+    numbers = ", ".join(map(str, traces))
+    return (
+        f"reward {reward.name} ({use}): {len(traces)} of {num_calls} calls failed ({numbers}), "
+        f"the first of them with\n{trace}"
+    )
+
+
+def describe_differences(values: np.ndarray, names: list[str]) -> str:
+    """Returns how much the rewards [calls, samples] differ between calls; `names` of samples."""
+    absent = np.isnan(values)
+    at_times = (absent != absent[:1]).any(0)
+    present = np.where(absent, 0, values)
+    spread = np.where(at_times, np.inf, present.max(0) - present.min(0))
+    if not spread.any():
+        return f"{len(values)} calls gave the same"
+    largest = int(spread.argmax())
+    what = "is null at times" if at_times[largest] else f"differs by {spread[largest]:.4g}"
+    return (
+        f"{len(values)} calls differ in {np.count_nonzero(spread)} of {len(names)} cases, most in "
+        f"{names[largest]}, which {what}"
+    )

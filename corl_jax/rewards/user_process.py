@@ -1,0 +1,221 @@
+"""A process for a user's code, as the run's process sees it: started, asked, ended in time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from multiprocessing.connection import Connection
+from typing import Any
+
+# What jax.distributed knows before a device starts is not public.
+from jax._src import distributed
+
+from corl_jax.errors import InputError
+from corl_jax.rewards.signature import Parameters
+from corl_jax.rewards.user_code import Source
+from corl_jax.rewards.worker import LATE_SIGNAL, Failure, Problems, Stack
+
+INDEX_VARIABLE = "CORL_JAX_PROCESS_INDEX"
+END_S = 1.0  # for what a user's code does at its end
+TICK_S = 0.5  # between looks at whether the process lives
+_PROGRAM = """
+import sys
+descriptor, *sys.path = sys.argv[1:]
+del sys.argv[1:]
+from corl_jax.rewards.worker import main
+main(int(descriptor))
+"""
+
+
+class UserProcess:
+    """A process that has imported a user's file or module once, and calls functions of it.
+
+    A call that is out of time and does not end when it is asked to is ended with its process and
+    all that this has started. The next call starts a process anew, from the same content.
+    """
+
+    def __init__(self, source: Source):
+        """Starts the process and imports; the import has no time limit.
+
+        Raises: InputError for code that fails.
+        """
+        self._source, self._folder, self._path = source, os.getcwd(), list(sys.path)
+        self._process: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+        self._stack = ""
+        self._one_at_a_time = threading.Lock()
+        began = time.monotonic()
+        _raise_input_error(self._start())
+        self._import_s = time.monotonic() - began
+
+    @property
+    def pid(self) -> int | None:
+        """None between the end of a process and the next call."""
+        return self._process and self._process.pid
+
+    def inspect(self, name: str, options: dict[str, Any]) -> Parameters:
+        """Returns what a function asks for.
+
+        Raises: InputError for a function or options that cannot be used.
+        """
+        with self._one_at_a_time:
+            if self._process is None:
+                _raise_input_error(self._start())
+            reply = self._ask(("inspect", name, options))
+        _raise_input_error(reply)
+        return reply
+
+    def call(
+        self, name: str, arguments: dict[str, Any], count: int, timeout_s: float, grace_s: float
+    ) -> Any:
+        """Returns `count` scores, a Failure or an Interrupt, after `timeout_s + grace_s` at most.
+
+        After the end of the process the next call waits for the import too, for up to
+        `timeout_s` and three times what it took at first.
+        """
+        with self._one_at_a_time:
+            if self._process is None:
+                failure = self._start(timeout_s + 3 * self._import_s)
+                if failure is not None:
+                    line = f"{failure.line} (in the import after its process had ended)"
+                    return dataclasses.replace(failure, line=line)
+            return self._ask(("call", name, arguments, count, timeout_s), timeout_s, grace_s)
+
+    def _start(self, limit_s: float | None = None) -> Failure | None:
+        """Starts the process; returns None once it has imported the code, else why it has not."""
+        ours, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-P", "-c", _PROGRAM, str(theirs.fileno()), *self._path],
+                cwd=self._folder,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # standard output belongs to the command's own lines
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the run alone
+            )  # fmt: skip
+        self._connection = ours
+        self._end = weakref.finalize(self, _end_process, os.getpid(), self._process, ours)
+        reply = self._ask(("load", self._source), limit_s)
+        if isinstance(reply, Problems):
+            text = "\n".join(reply.lines)
+            reply = Failure(text, f"{text}\n")
+        if reply is not None:
+            self._kill()
+        return reply
+
+    def _ask(self, request: tuple, limit_s: float | None = None, grace_s: float = 0.0) -> Any:
+        """Returns the reply, or a Failure where the process ends or is out of time."""
+        assert self._process is not None and self._connection is not None
+        self._stack = ""
+        try:
+            self._connection.send(request)
+            received, reply = self._receive(limit_s)
+            if received:
+                return reply
+            self._process.send_signal(LATE_SIGNAL)
+            received, reply = self._receive(grace_s)
+        except (EOFError, ConnectionError):
+            return self._gone()
+        except BaseException:  # an interrupt: nobody will wait for the reply
+            self._kill()
+            raise
+        line = f"TimeoutError: no result after {limit_s:g} s"
+        if received and isinstance(reply, Failure):
+            return reply
+        if not received:
+            self._kill()
+            line += "; its process did not stop and was ended, the next call starts it anew"
+        stack = f"Traceback (most recent call last):\n{self._stack}" if self._stack else ""
+        return Failure(line, f"{stack}{line}\n")
+
+    def _receive(self, limit_s: float | None) -> tuple[bool, Any]:
+        """Returns (True, reply), or (False, None) after the time limit.
+
+        Raises: EOFError, ConnectionError if the process has ended.
+        """
+        assert self._process is not None and self._connection is not None
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        while True:
+            rest = TICK_S if deadline is None else max(0.0, deadline - time.monotonic())
+            # A process that the user's code forks keeps the socket open.
+            ended = self._process.poll() is not None
+            if self._connection.poll(0 if ended else min(rest, TICK_S)):
+                reply = self._connection.recv()
+                if not isinstance(reply, Stack):
+                    return True, reply
+                self._stack = reply.lines
+            elif ended:
+                raise EOFError
+            elif not rest:
+                return False, None
+
+    def _gone(self) -> Failure:
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        code = self._process.returncode
+        self._kill()
+        if code is None:
+            how = "closed its connection"
+        elif code >= 0:
+            how = f"exited with code {code}"
+        else:
+            hint = "; has memory run out?" if code == -signal.SIGKILL else ""
+            how = f"was ended by {_signal_name(-code)}{hint}"
+        line = f"ChildProcessError: the process of {self._source.name} {how}"
+        return Failure(line, f"{line}\n")
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._end.detach()
+            assert self._connection is not None
+            _kill_process(self._process, self._connection)
+            self._process = self._connection = None
+
+
+def _raise_input_error(reply: Any) -> None:
+    if isinstance(reply, Problems):
+        raise InputError(reply.lines)
+    if isinstance(reply, Failure):
+        raise InputError(reply.line)
+
+
+def _environment() -> dict[str, str]:
+    index = distributed.global_state.process_id
+    # JAX would take memory of the devices that the run uses.
+    return os.environ | {"JAX_PLATFORMS": "cpu", INDEX_VARIABLE: str(index)}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _end_process(owner: int, process: subprocess.Popen, connection: Connection) -> None:
+    """Lets a process end by itself, with what its code does at exit, and then ends it."""
+    if os.getpid() != owner:  # a fork of the run's process ends, not the run
+        return
+    with contextlib.suppress(OSError):  # it may have ended already
+        connection.send(None)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
+    _kill_process(process, connection)
+
+
+def _kill_process(process: subprocess.Popen, connection: Connection) -> None:
+    """Ends a process and all that it has started, unless they have left its process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    connection.close()

@@ -1,0 +1,281 @@
+"""The process in which a file of user's rewards runs, from its import to the end of the run.
+
+`custom` starts it and sends it requests over a socket. The user's code has the main thread, as in
+a program of its own, and one event loop. Nothing here imports JAX or numpy, so that the process
+starts in a few hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Awaitable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from corl_jax.errors import InputError
+from corl_jax.rewards.signature import read_parameters
+from corl_jax.rewards.user_code import Source, find_function, import_module
+
+LATE_SIGNAL = signal.SIGUSR2
+"""What the run's process sends when a call's time is up."""
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""What a scheduler or a terminal sends to all processes of a job."""
+
+MACHINERY = (__file__, os.path.dirname(asyncio.__file__), "<string>")
+"""Files whose frames lead to the user's code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image on its way to the user's code."""
+
+    size: tuple[int, int]  # width, height
+    pixels: bytes  # RGB
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a call has no result."""
+
+    line: str  # the last one of the traceback
+    trace: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problems:
+    """Why code cannot be imported or a function cannot be used."""
+
+    lines: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Where a call was when its time was up; the reply itself still follows."""
+
+    lines: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupt:
+    """The user's code raised KeyboardInterrupt."""
+
+
+def main(descriptor: int) -> None:
+    """Serves requests until the run's process says that it ends, or is gone."""
+    connection = Connection(descriptor)
+    _die_with(connection)
+    # What user's code prints goes to standard error, which takes any character.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    Server(connection).serve()
+
+
+class Server:
+    """Runs the functions of one module in the main thread, one call after the other."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._loop = asyncio.new_event_loop()
+        self._module: types.ModuleType | None = None
+        self._source: Source | None = None
+        self._running = self._awaiting = False
+        self._timeout_s = math.inf
+        self._handle_signals()
+
+    def serve(self) -> None:
+        """Answers requests (name of a method, its arguments) in turn; None ends."""
+        while True:
+            self._wait_for_request()
+            request = self._connection.recv()
+            if request is None:
+                return
+            # asyncio.run in a plain function leaves the thread without a loop.
+            asyncio.set_event_loop(self._loop)
+            name, *arguments = request
+            try:
+                reply = getattr(self, name)(*arguments)
+            except InputError as error:
+                reply = Problems(error.problems)
+            self._connection.send(reply)
+
+    def load(self, source: Source) -> None:
+        """Imports the user's code."""
+        self._source, self._module = source, import_module(source)
+
+    def inspect(self, name: str, options: dict[str, Any]) -> Any:
+        """Returns what a function asks for; checks its options."""
+        return read_parameters(self._find(name), options)
+
+    def call(self, name: str, arguments: dict[str, Any], count: int, timeout_s: float) -> Any:
+        """Returns the `count` scores of a call, or why there are none."""
+        if "images" in arguments and isinstance(arguments["images"][0], Picture):
+            from PIL import Image
+
+            arguments["images"] = [
+                Image.frombytes("RGB", image.size, image.pixels) for image in arguments["images"]
+            ]
+        function = self._find(name)
+        self._timeout_s = timeout_s
+        try:
+            self._running = True
+            values = function(**arguments)
+            if inspect.isawaitable(values):
+                self._awaiting = True
+                values = self._loop.run_until_complete(self._await(values))
+            scores = as_scores(values, count)
+            self._running = False
+            return scores
+        except KeyboardInterrupt:
+            return Interrupt()
+        except BaseException as error:  # SystemExit too
+            return _describe(error)
+        finally:
+            self._running = self._awaiting = False
+
+    def _find(self, name: str) -> Any:
+        assert self._module is not None and self._source is not None
+        return find_function(self._module, self._source.name, name)
+
+    async def _await(self, values: Awaitable) -> Any:
+        limit = asyncio.timeout(self._timeout_s)
+        try:
+            async with limit:
+                return await values
+        except TimeoutError as error:
+            if limit.expired():
+                raise self._late() from error.__cause__
+            raise  # the function's own
+
+    def _late(self) -> TimeoutError:
+        return TimeoutError(f"no result after {self._timeout_s:g} s")
+
+    def _wait_for_request(self) -> None:
+        """Runs the loop meanwhile, so that clients can keep their connections alive."""
+        self._loop.add_reader(self._connection.fileno(), self._loop.stop)
+        self._loop.run_forever()
+        self._loop.remove_reader(self._connection.fileno())
+
+    def _handle_signals(self) -> None:
+        """Ends a plain call that is late; leaves it to the run's process to stop otherwise.
+
+        A scheduler that stops a job sends SIGTERM to all of its processes. The run's process
+        then ends its step, and still needs its rewards.
+        """
+
+        def end_call(number: int, frame: types.FrameType | None) -> None:
+            if not self._running:
+                return
+            self._connection.send(Stack("".join(_user_frames(traceback.extract_stack(frame)))))
+            if not self._awaiting:  # else the loop cancels it
+                raise self._late()
+
+        signal.signal(LATE_SIGNAL, end_call)
+        # Handlers, since a program that the user starts would go on ignoring what is ignored.
+        for number in STOPPING:
+            signal.signal(number, lambda number, frame: None)
+        _restore_signals_in_forks()
+
+
+def _restore_signals_in_forks() -> None:
+    """Lets SIGTERM end what the user's code forks, as Pool.terminate wants."""
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(LATE_SIGNAL, signal.SIG_DFL)
+        unblock()
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    # Blocked meanwhile: Python drops a signal that comes between the fork and `restore`.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
+        after_in_parent=unblock,
+        after_in_child=restore,
+    )
+
+
+def as_scores(values: Any, count: int) -> list[float]:
+    """Returns what a user's function returned as `count` floats; None becomes NaN.
+
+    Raises:
+        TypeError: no sequence, or a value that is not a number.
+        ValueError: not `count` values.
+    """
+    expected = f"expected a list or array of {count} numbers or None, one per sample"
+    if hasattr(values, "__array__"):
+        import numpy as np
+
+        values = np.asarray(values)
+        if values.ndim != 1:
+            raise ValueError(f"returned an array of shape {values.shape}; {expected}")
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"returned {type(values).__name__}; {expected}")
+    if len(values) != count:
+        raise ValueError(f"returned {len(values)} values; {expected}")
+    scores = []
+    for row, value in enumerate(values):
+        try:
+            if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 0):
+                raise TypeError
+            scores.append(math.nan if value is None else float(value))
+        except TypeError:
+            raise TypeError(f"returned {value!r} for sample {row}; {expected}") from None
+    return scores
+
+
+def _describe(error: BaseException) -> Failure:
+    """The error's traceback from the user's first frame on."""
+    trace = traceback.TracebackException.from_exception(error)
+    part: traceback.TracebackException | None = trace
+    while part is not None:
+        part.stack[:] = _user_part(part.stack)
+        part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
+    text = "".join(trace.format())
+    return Failure(text.rstrip().splitlines()[-1], text)
+
+
+def _user_frames(stack: traceback.StackSummary) -> list[str]:
+    return traceback.StackSummary.from_list(_user_part(stack)).format()
+
+
+def _user_part(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Without the frames of this module and of event loops that lead to the user's code."""
+    users = [number for number, frame in enumerate(stack) if not _is_machinery(frame)]
+    return stack[users[0] : _past_last(stack)] if users else []
+
+
+def _past_last(stack: list[traceback.FrameSummary]) -> int:
+    """The number of frames without those of this module at the end: its handler of signals."""
+    count = len(stack)
+    while count and stack[count - 1].filename == __file__:
+        count -= 1
+    return count
+
+
+def _is_machinery(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith(MACHINERY)
+
+
+def _die_with(connection: Connection) -> None:
+    """Ends this process and all that it has started as soon as the run's process is gone."""
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(connection.fileno(), 0)  # 0: only that the other end is closed
+        poller.poll()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end of the run", daemon=True).start()

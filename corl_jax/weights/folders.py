@@ -1,0 +1,104 @@
+"""What a model folder may hold in place of a model: adapters, pointers of Git LFS, marked text."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from corl_jax.errors import InputError
+from corl_jax.input_files import BYTE_ORDER_MARK, describe_lfs_pointer, is_lfs_pointer
+from corl_jax.weights.selection import BIN_NAME, INDEX, SAFE_NAME, STANDARD
+from corl_jax.weights.storage import read_json
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin")
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "open_clip_config.json",
+    "1_Pooling/config.json",
+    f"{SAFE_NAME}{INDEX}",
+    f"{BIN_NAME}{INDEX}",
+)
+"""Files of a model folder, weights apart, that are read or travel along."""
+
+
+def refuse_adapter(path: Path) -> None:
+    """Refuses an adapter of PEFT, which is no model without the one that it belongs to.
+
+    `path` is a folder, or a file of weights.
+
+    Raises: InputError in one line that names the base model and the remedy.
+    """
+    folder = path.parent if path.is_file() else path
+    adapter = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if not adapter or (path != folder and path.name not in adapter):
+        return
+    base = _base_model(folder / ADAPTER_CONFIG)
+    beside = next((name for name in STANDARD if (folder / name).is_file()), None)
+    if beside:
+        raise InputError(
+            f"{path}: holds both a model ({beside}) and {adapter[0]}, which makes it an adapter of "
+            f"{base}, and transformers would load that; keep one of the two in the folder"
+        )
+    raise InputError(
+        f"{path}: is an adapter of {base}, expected a whole model; merge the two with peft "
+        "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and "
+        "give DIR"
+    )
+
+
+def _base_model(file: Path) -> str:
+    name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    usable = isinstance(name, str) and 0 < len(name) <= 400 and name.isprintable()
+    return name if usable else "a model that it does not name"
+
+
+def pointer_problems(folder: Path, names: Iterable[str] = SMALL_FILES) -> list[str]:
+    """Returns a line for each of a folder's small files in whose place a Git LFS pointer stands."""
+    return [describe_lfs_pointer(folder / name) for name in names if is_lfs_pointer(folder / name)]
+
+
+def read_unmarked(file: Path) -> bytes:
+    """Returns a text file's bytes without the byte order mark that it may begin with."""
+    return file.read_bytes().removeprefix(BYTE_ORDER_MARK)
+
+
+@contextlib.contextmanager
+def unmarked_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder whose small files other libraries can read: the same, or a copy.
+
+    A byte order mark stops their JSON parsers, and silently joins the first line of a vocabulary.
+
+    Raises: InputError listing the small files that are Git LFS pointers.
+    """
+    if problems := pointer_problems(folder):
+        raise InputError(problems)
+    files = [folder / name for name in SMALL_FILES if (folder / name).is_file()]
+    if not any(_is_marked(file) for file in files):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for file in files:
+            copy = Path(place) / file.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(read_unmarked(file))
+        yield Path(place)
+
+
+def _is_marked(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK

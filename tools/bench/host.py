@@ -1,0 +1,67 @@
+"""How long rewards take that run on the host, one after the other, with no network.
+
+    python -m tools.bench.host
+    python -m tools.bench.host --repeats 20
+
+`text` scores 512 completions, half of them to questions of multiple choice: format and accuracy.
+`shapes` looks for objects in 500 pictures of the drawn world. Each time is the shortest of
+--repeats rounds, in processor seconds, so that other work on the machine counts little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+from corl_jax.data import shapes, shapes_checker
+from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.rewards import text
+
+COMPLETIONS = 512
+PICTURES = 500
+PROBLEM = "What is shown?\nOptions:\nA. a lake\nB. burning\nC. a person\nD. two cars"
+THOUGHT = "The picture shows a person near a stove, so we look at the flames. " * 8
+ANSWERS = ("B. burning", "The answer is B", "burning", "a person", "red cars on a road")
+
+
+def score_texts() -> None:
+    for i in range(COMPLETIONS):
+        answer = ANSWERS[i % len(ANSWERS)] + " " * (i % 7)
+        completion = f"<think>{THOUGHT}</think><answer>{answer}</answer>"
+        text.format_reward(completion)
+        text.qa_accuracy(
+            completion, "<answer>B</answer>", ("MC", "OE")[i % 2], problem=PROBLEM
+        )  # fmt: skip
+
+
+def shortest(function: Callable[[], object], repeats: int) -> float:
+    """Processor seconds of the quickest of `repeats` calls."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+@exit_on_input_error
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.host",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args(argv).repeats
+    if repeats < 1:
+        raise InputError([f"--repeats: found {repeats}, expected an integer of at least 1"])
+    pictures = [shapes.make_row(11, i, encode=False)["real_image"] for i in range(PICTURES)]
+    seconds = shortest(score_texts, repeats)
+    print(f"text    {COMPLETIONS} completions  {1e3 * seconds:8.1f} ms")
+    seconds = shortest(lambda: [shapes_checker.detect(x) for x in pictures], repeats)
+    print(f"shapes  one picture      {1e3 * seconds / PICTURES:8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
