@@ -8,6 +8,7 @@ processor files beside them and, under `source/`, what only the source's layout 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from corl_jax.weights.checkpoint import Checkpoint, is_stacked, leaf_shapes, ope
 from corl_jax.weights.configs import Layout, detect_layout, load_config
 from corl_jax.weights.export import Assets, DType, Export, main_dtype, plan_tensors, write_export
 from corl_jax.weights.finite import non_finite_problem
+from corl_jax.weights.generation import NOTHING_STATED, Generation
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.leaves import MemoryLeaves, read_leaf
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
@@ -72,12 +74,15 @@ def save_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    generation: Generation = NOTHING_STATED,
+    extra: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[str]:
     """Writes parameters as a checkpoint directory, whole or not at all; returns notes.
 
     `assets_from` is a model directory of any layout: its tokenizer and processor files are
     copied or rewritten, and what it carries besides the model goes along. `base` overrides
-    where the latter comes from.
+    where the latter comes from. `generation` has values for generation_config.json, `extra`
+    further JSON files by name.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """
@@ -93,6 +98,8 @@ def save_checkpoint(
             carried=_fitting(source, config),
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
+            generation=generation,
+            extra=extra or {},
         )
         stated = main_dtype(plan_tensors(export))
         return _write(Path(out_dir), export, base, stated, overwrite, progress)
