@@ -30,6 +30,7 @@ from corl_jax.train import attending
 from corl_jax.train.optimizer import partition
 from corl_jax.types import Params, SpecialTokens
 from corl_jax.weights.files import check_export
+from corl_jax.weights.generation import read_generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,8 @@ def plan(config: Config) -> Plan:
 
     model = attempt(inspect_model, config.model.path)
     model_config, processor, model_dir = model or (None, None, None)
+    if model_dir:
+        attempt(read_generation, model_dir)  # the export hands its values on
     rewards = attempt(registry.resolve, config.rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
     # Without the rewards nobody can say which networks are asked.

@@ -25,6 +25,16 @@ ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
 """Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
 
 
+KEPT = (
+    "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
+)  # fmt: skip
+WORKING = {
+    "during an update": ("gradients", "compute copy", "activations (kept by remat)"),
+    "while sampling": ("compute copy", "sampling caches (largest task)"),
+}
+"""Which parts of `memory_estimate` a device holds always, and which in which program."""
+
+
 def describe(plan: Plan) -> str:
     """The report as text."""
     sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
@@ -148,18 +158,25 @@ def _ways(plan: Plan) -> int:
 
 
 def _cache(plan: Plan, task: str) -> int:
-    """Key and value numbers of one device's rows, all layers, prompt at its longest."""
+    """Key and value numbers of one device's rows, all layers."""
     config, llama = plan.config, plan.model_config.llama
     rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
         config.rollout.group_size
     )
     if task == "t2i":
         rows *= 1 if config.rollout.cfg_scale == 1 else 2
-        length = 64 + plan.model_config.num_image_tokens
+        length = plan.model_config.num_image_tokens
     else:
-        length = plan.model_config.num_image_tokens + 100 + config.rollout.max_new_tokens
+        length = config.rollout.max_new_tokens
+    length += assumed_prompt(plan, task)
     per_token = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
     return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
+
+
+def assumed_prompt(plan: Plan, task: str) -> int:
+    """Tokens of a prompt of ordinary length; `data.max_prompt_length` is what none exceeds."""
+    usual = 64 if task == "t2i" else plan.model_config.num_image_tokens + 100
+    return min(usual, plan.config.data.max_prompt_length)
 
 
 def _activations(plan: Plan) -> int:
@@ -167,17 +184,46 @@ def _activations(plan: Plan) -> int:
     config, llama = plan.config, plan.model_config.llama
     group = config.rollout.group_size if config.objective == "grpo" else 1
     rows = (config.train.micro_batch or config.train.prompts_per_step) * group
-    length = plan.model_config.num_image_tokens + 100 + config.rollout.max_new_tokens
+    length = assumed_prompt(plan, "mm2t") + config.rollout.max_new_tokens
     wide = 3 * llama.intermediate_size + 4 * llama.hidden_size
     kept = {"full": 0, "dots": wide, "none": 2 * wide}[config.model.remat]
     return rows * length * llama.num_layers * (llama.hidden_size + kept) // _ways(plan)
 
 
 def _memory(plan: Plan) -> str:
-    estimate = memory_estimate(plan)
-    lines = [f"memory a device, estimated, over {plan.mesh.size} device(s): GiB"]
-    lines += [f"  {name:32}{size:>10.2f}" for name, size in estimate.items()]
-    return "\n".join([*lines, f"  {'sum':32}{sum(estimate.values()):>10.2f}"])
+    """What a device holds all the time, and at least on top of that while a program runs."""
+    estimate, kept = memory_estimate(plan), 0.0
+    lines = [
+        f"memory of each of {plan.mesh.size} device(s), GiB",
+        "  kept for the whole run, exact",
+    ]
+    for name, size in estimate.items():
+        if name in KEPT:
+            lines.append(f"    {name:32}{size:>10.2f}")
+            kept += size
+    lines.append(f"    {'sum':32}{kept:>10.2f}")
+    for program, parts in WORKING.items():
+        sizes = {name: estimate[name] for name in parts if name in estimate}
+        if sizes:
+            lines.append(f"  {program}, at least")
+            lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
+            lines.append(f"    {'with what is kept':32}{kept + sum(sizes.values()):>10.2f}")
+    return "\n".join([*lines, *_uncounted(plan)])
+
+
+def _uncounted(plan: Plan) -> list[str]:
+    """What the figures leave out, and the command that compiles the programs and counts it all."""
+    missing = "logits, scores of attention xla, copies that the compiler makes"
+    if plan.config.objective != "grpo":
+        return [f"  not counted: {missing}; they can be several times as much"]
+    image, text = (assumed_prompt(plan, task) for task in ("t2i", "mm2t"))
+    return [
+        f"  prompts are taken to have {image} tokens for drawings and {text} for questions",
+        f"  not counted: {missing}, decoding of pictures; they can be several times as much.",
+        "  `python -m corl_jax.plan --topology local` with this config compiles the programs and",
+        f"  counts all but the rewards; --image-prompt {image} --text-prompt {text} for the same "
+        "prompts",
+    ]
 
 
 def disk_estimate(plan: Plan) -> dict[str, float]:
@@ -192,7 +238,11 @@ def disk_estimate(plan: Plan) -> dict[str, float]:
         estimate[name] = (config.checkpoint.keep + 1) * state / GIB
     if config.export.layout != "none":
         exported = trained if config.export.lora == "adapter" else shapes
-        estimate["export"] = _count(exported) * 4 / GIB
+        size = _count(exported) * 4 / GIB
+        replaces = (Path(config.output_dir) / "export").exists()
+        estimate["export, beside the one it replaces" if replaces else "export"] = size * (
+            1 + replaces
+        )
     return estimate
 
 
