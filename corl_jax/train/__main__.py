@@ -118,6 +118,7 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
                 meta.get("seconds", 0.0), weights=weights, interruption=interruption,
                 watchdog=watchdog,
             )  # fmt: skip
+            metrics.pace.count_milestones = functools.partial(recorder.count_milestones, run)
             recorder.guards.restore(meta.get("guards", {}))
             with interruption.waits():
                 if start == 0 or meta["unreported"] or measures_otherwise(resumed, run):

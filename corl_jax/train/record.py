@@ -161,13 +161,26 @@ class Recorder:
                 f"saved in {self.checkpoints.directory}; the same command goes on from there"
             )
         self.watchdog.beat()
+        pace = self.metrics.pace
         if self._images_due(step, run):
-            self._fixed_prompts(run, state, step)
+            with pace.milestone("images"):
+                self._fixed_prompts(run, state, step)
             self.watchdog.beat()
         if self._evaluation_due(step, run):
-            self._evaluate(run, state, step)
+            with pace.milestone("evaluation"):
+                self._evaluate(run, state, step)
         if step and (step % self.config.checkpoint.every == 0 or step == run.steps):
-            self.save(run, state, step)
+            with pace.milestone("save"):
+                self.save(run, state, step)
+
+    def count_milestones(self, run: Run, step: int) -> dict[str, int]:
+        """How many grids, evaluations and saves come from `step` on, its own included."""
+        every = {"save": self.config.checkpoint.every}
+        if "t2i" in run.tasks and self.config.log.images_every:
+            every["images"] = self.config.log.images_every
+        if run.eval_loader is not None:
+            every["evaluation"] = self.config.eval.every
+        return {kind: count_due(number, step, run.steps) for kind, number in every.items()}
 
     def save(self, run: Run, state: TrainState, step: int, unreported: bool = False) -> None:
         """Starts a checkpoint of all that the next iterations depend on.
@@ -311,6 +324,12 @@ class Recorder:
         before = self.run_dir.read_json("summary.json") or {}
         if {name: before.get(name) for name in summary} != summary:
             self.run_dir.write_json("summary.json", {**summary, "seconds": self.seconds})
+
+
+def count_due(every: int, first: int, last: int) -> int:
+    """Steps from `first` to `last` that are multiples of `every` (0: none), or the last."""
+    multiples = last // every - (first - 1) // every if every else 0
+    return multiples + (first <= last and (not every or last % every != 0))
 
 
 def take(prompts: Prompts, places: np.ndarray) -> Prompts:
