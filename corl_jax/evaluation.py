@@ -110,6 +110,7 @@ def evaluate_shapes(
     max_new_tokens: int,
     dtype: Any,
     greedy_text: bool = True,
+    greedy_images: bool = False,
     rows: int | None = None,
     place: Callable[[Any], Any] = lambda tree: tree,
     total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
@@ -118,7 +119,8 @@ def evaluate_shapes(
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
     position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
-    filled up; `total` adds up counts over processes. `greedy_text`: answers at no temperature.
+    filled up; `total` adds up counts over processes. `greedy_text`: answers at no temperature, and
+    `greedy_images` drawings.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.
@@ -127,7 +129,7 @@ def evaluate_shapes(
         rows = min(len(batches.source), len(batches.source) if rows is None else rows)
         batches = batches.iterate(0, -(-rows // batches.batch_size))
     samplers = {
-        "t2i": functools.partial(sampling.sample_images, cfg_scale=cfg_scale),
+        "t2i": functools.partial(sampling.sample_images, cfg_scale=cfg_scale, greedy=greedy_images),
         "mm2t": functools.partial(
             sampling.sample_text, max_new_tokens=max_new_tokens, greedy=greedy_text
         ),
