@@ -119,8 +119,7 @@ def evaluate_shapes(
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
     position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
-    filled up; `total` adds up counts over processes. `greedy_text`: answers at no temperature, and
-    `greedy_images` drawings.
+    filled up; `total` adds up counts over processes. `greedy_..`: the likeliest tokens are taken.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.
@@ -128,11 +127,10 @@ def evaluate_shapes(
     if isinstance(batches, Loader):
         rows = min(len(batches.source), len(batches.source) if rows is None else rows)
         batches = batches.iterate(0, -(-rows // batches.batch_size))
-    samplers = {
-        "t2i": functools.partial(sampling.sample_images, cfg_scale=cfg_scale, greedy=greedy_images),
-        "mm2t": functools.partial(
-            sampling.sample_text, max_new_tokens=max_new_tokens, greedy=greedy_text
-        ),
+    samplers = {"t2i": sampling.sample_images, "mm2t": sampling.sample_text}
+    options = {
+        "t2i": {"cfg_scale": cfg_scale, "greedy": greedy_images},
+        "mm2t": {"max_new_tokens": max_new_tokens, "greedy": greedy_text},
     }
     common = {"special": processor.special, "temperature": temperature, "dtype": dtype}
     size, pieces = 0, []
@@ -143,7 +141,13 @@ def evaluate_shapes(
         check_columns(prompts)
         size = max(size, len(prompts))
         found = {
-            task: sampler(config, params, *_inputs(prompts, task, size, seed, place), **common)
+            task: sampler(
+                config,
+                params,
+                *_inputs(prompts, task, size, seed, place),
+                **options[task],
+                **common,
+            )
             for task, sampler in samplers.items()
         }
         images = sampling.decode_images(config, params, found["t2i"].tokens)

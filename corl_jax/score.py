@@ -36,7 +36,9 @@ from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config import Networks, Reward, RewardNetwork
 from corl_jax.data.images import decode_image
+from corl_jax.data.questions import HALF, holds_half
 from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.input_files import read_text
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
@@ -208,12 +210,7 @@ def read_cases(path: Path, entry: Entry | None) -> Cases:
     Raises:
         InputError: listing the problems of all lines.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --input wants a file of JSON lines") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected JSON lines") from None
+    text = read_text(path, "JSON lines")
     lines, rows, problems = [], [], []
     # Not splitlines(): it also breaks at separators that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -257,6 +254,10 @@ def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> 
     if entry.either and not set(entry.either) & raw.keys():
         missing.append(" or ".join(entry.either))
     problems += [f"{name} is missing; found {', '.join(raw) or 'nothing'}" for name in missing]
+    read = raw if entry.every_column else (completion, *known)
+    problems += [
+        f"{ascii(name)[1:-1]} {HALF}" for name in read if holds_half({name: raw.get(name)})
+    ]
     row = dict(raw) if entry.every_column else {}
     for name in (completion, *known):
         problem, row[name] = _value(name, raw.get(name), folder)

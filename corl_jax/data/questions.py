@@ -14,6 +14,12 @@ from corl_jax.input_files import has_lone_surrogate, read_text
 
 EXPECTED = '; expected {"image": PATH, "question": TEXT}'
 
+HALF = (
+    "holds a lone surrogate (half of a character, such as \\ud83d), which is no text; expected "
+    "whole characters: write it again from its source"
+)
+"""What is wrong with a value for which `holds_half` is true, and the remedy."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -72,19 +78,12 @@ def row_problems(row: Any, output_keys: Collection[str]) -> list[str]:
     for key in ("image", "question"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             problems.append(f"{key} is {row.get(key)!r}{EXPECTED}")
-    if has_lone_surrogate(json.dumps(row, ensure_ascii=False)):
-        names = [key for key, value in row.items() if _holds_half({key: value})]
-        problems.append(f"{ascii(', '.join(names))[1:-1]} {HALF}")
-    return problems
+    halves = [key for key, value in row.items() if holds_half({key: value})]
+    return problems + [f"{ascii(key)[1:-1]} {HALF}" for key in halves]
 
 
-HALF = (
-    "holds a lone surrogate (half of a character, such as \\ud83d), which is no text; expected "
-    "whole characters: write it again from its source"
-)
-
-
-def _holds_half(value: Any) -> bool:
+def holds_half(value: Any) -> bool:
+    """True for a JSON value with a lone surrogate in any of its texts or keys."""
     return has_lone_surrogate(json.dumps(value, ensure_ascii=False))
 
 

@@ -20,7 +20,7 @@ import jax
 from corl_jax import config_file, processes, startup
 from corl_jax.config import Config
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.train import digests, exporting, report, rundir, same_files
+from corl_jax.train import digests, export_record, report, rundir, same_files
 from corl_jax.train.checkpoint import Checkpoints, Restored, abstract_of
 from corl_jax.train.loop import train
 from corl_jax.train.metrics import Metrics, Phases
@@ -93,7 +93,6 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
         steps = checkpoints.steps()  # by all: their managers may wait for each other
         if primary:
             directory.require_saved(steps, config.checkpoint.directory, place)
-            exporting.check_place(directory.export, config.export)
         run, state = build(planned, Phases())
         files = reward_files(config)  # now: users may mend them while the run goes on
         weights = functools.cache(lambda: untrained_digests(run) | files)
@@ -222,7 +221,7 @@ def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Me
             directory.note_changes(resumed.step, resumed.changes)
         if resumed.step > planned.steps:
             metrics.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
-    if metrics.primary and (line := exporting.describe_age(directory.export, planned.steps)):
+    if metrics.primary and (line := export_record.describe_age(directory.export, planned.steps)):
         metrics.say(line)
     if shortage := report.disk_shortage(planned):
         metrics.say(f"warning: {shortage}")

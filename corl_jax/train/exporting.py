@@ -6,7 +6,6 @@ written. An export that is older than the run's end, or of other options, is wri
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import numpy as np
 
 from corl_jax import processes, rows
 from corl_jax.config import Config
-from corl_jax.config import Export as ExportOptions
 from corl_jax.data.instructions import recognise_instruction
-from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.sharding import map_with_path
 from corl_jax.train import digests
+from corl_jax.train.export_record import RECORD_FILE, name_step, read_record, rename_stale
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
@@ -30,51 +28,6 @@ from corl_jax.weights import adapters, files
 from corl_jax.weights.dtypes import named
 from corl_jax.weights.generation import FILE as GENERATION_FILE
 from corl_jax.weights.generation import NOTHING_STATED, Generation
-
-RECORD_FILE = "corl_jax_export.json"
-MARKS = (RECORD_FILE, "config.json", adapters.CONFIG_FILE)
-"""Files of which an export has one; a folder with none of them is somebody else's."""
-
-
-def check_place(folder: Path, options: ExportOptions) -> None:
-    """Refuses, before any training, what the export could not take the place of.
-
-    Raises: InputError for a file, a link, or a folder with files that are no export.
-    """
-    if options.layout == "none" or not (folder.exists() or folder.is_symlink()):
-        return
-    remedy = "move it away: the export of the trained model comes here"
-    if folder.is_symlink() or not folder.is_dir():
-        raise InputError(f"{folder}: is no folder of its own; {remedy}")
-    if any(folder.iterdir()) and not any((folder / name).is_file() for name in MARKS):
-        raise InputError(f"{folder}: holds files that are no export; {remedy}")
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What an export says of itself; None without an export, {} for one that says nothing."""
-    if not folder.is_dir():
-        return None
-    try:
-        record = json.loads((folder / RECORD_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def describe_age(folder: Path, steps: int) -> str | None:
-    """A line for an export of fewer than `steps` steps, which stays until the run is done."""
-    record = read_record(folder)
-    step = (record or {}).get("step")
-    if record is None or (type(step) is int and step >= steps):
-        return None
-    return (
-        f"{folder} is of {_name_step(record)}; it stays as it is until the run has done its "
-        f"{steps} steps"
-    )
-
-
-def _name_step(record: dict[str, Any]) -> str:
-    return f"step {record['step']}" if "step" in record else "an unknown step"
 
 
 def refresh_export(
@@ -101,7 +54,7 @@ def refresh_export(
     current = {name: (before or {}).get(name) for name in record} == record
     current = bool(processes.agreed(int(current)))  # the first process reads, all do the same
     if not wanted:
-        return _rename_stale(folder, before) if primary and not current else []
+        return rename_stale(folder, before) if primary and not current else []
     if current:
         return [f"{folder} is of step {step} and stays; move it away to export again"]
     extra = {RECORD_FILE: record}
@@ -112,21 +65,8 @@ def refresh_export(
             "the export is drawn without guidance; state another one where it is used"
         )
     if before is not None:
-        notes = [*notes, f"{folder}: of {_name_step(before)} before, now of step {step}"]
+        notes = [*notes, f"{folder}: of {name_step(before)} before, now of step {step}"]
     return notes
-
-
-def _rename_stale(folder: Path, record: dict[str, Any] | None) -> list[str]:
-    if record is None or not any((folder / name).is_file() for name in MARKS):
-        return []
-    name = f"export_of_{_name_step(record).replace(' ', '_')}"
-    aside, number = folder.with_name(name), 1
-    while aside.exists():
-        aside, number = folder.with_name(f"{name}-{number}"), number + 1
-    folder.rename(aside)
-    return [
-        f"{folder} was of {_name_step(record)} and is now {aside}; export.layout none writes none"
-    ]
 
 
 def describe_sampling(config: Config, run: Run) -> Generation:
