@@ -8,7 +8,6 @@ the batch size changes nothing but speed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import textwrap
@@ -127,11 +126,9 @@ def evaluate_shapes(
     if isinstance(batches, Loader):
         rows = min(len(batches.source), len(batches.source) if rows is None else rows)
         batches = batches.iterate(0, -(-rows // batches.batch_size))
-    samplers = {"t2i": sampling.sample_images, "mm2t": sampling.sample_text}
-    options = {
-        "t2i": {"cfg_scale": cfg_scale, "greedy": greedy_images},
-        "mm2t": {"max_new_tokens": max_new_tokens, "greedy": greedy_text},
-    }
+    drawn = {"cfg_scale": cfg_scale, "greedy": greedy_images}
+    answered = {"max_new_tokens": max_new_tokens, "greedy": greedy_text}
+    samplers = {"t2i": (sampling.sample_images, drawn), "mm2t": (sampling.sample_text, answered)}
     common = {"special": processor.special, "temperature": temperature, "dtype": dtype}
     size, pieces = 0, []
     for prompts in batches:
@@ -140,16 +137,10 @@ def evaluate_shapes(
             break
         check_columns(prompts)
         size = max(size, len(prompts))
-        found = {
-            task: sampler(
-                config,
-                params,
-                *_inputs(prompts, task, size, seed, place),
-                **options[task],
-                **common,
-            )
-            for task, sampler in samplers.items()
-        }
+        found = {}
+        for task, (sampler, options) in samplers.items():
+            inputs = _inputs(prompts, task, size, seed, place)
+            found[task] = sampler(config, params, *inputs, **options, **common)
         images = sampling.decode_images(config, params, found["t2i"].tokens)
         texts = _texts(processor, found["mm2t"], kept)
         pieces.append((local(images)[kept], texts, _rows(prompts.columns, kept)))
