@@ -210,7 +210,8 @@ class Console:
         shown = {name: numbers[name] for name in HEADLINE if name in numbers}
         texts = [f"{name} {number:.4g}" for name, number in (shown or numbers).items()]
         if not any(name.startswith("eval/") for name in numbers):
-            texts += self._pace_texts(step, numbers.get("step_time"))
+            compiling = numbers.get("phase/compile_seconds", 0.0)
+            texts += self._pace_texts(step, numbers.get("step_time"), compiling)
         if self._bar is None:
             self.say("  ".join([self._position(step), *texts]))
             return
@@ -233,8 +234,8 @@ class Console:
     def _position(self, step: int) -> str:
         return f"step {step}" if self._total is None else f"step {step}/{self._total}"
 
-    def _pace_texts(self, step: int, seconds: float | None) -> list[str]:
-        """Seconds a step, and to the end of the run; nothing before the second log of steps.
+    def _pace_texts(self, step: int, seconds: float | None, compiling: float) -> list[str]:
+        """Seconds a step, and to the end of the run; nothing while all steps compile.
 
         `seconds`: of a step, if they were measured; else those between logs count.
         """
@@ -242,7 +243,7 @@ class Console:
         last, self._last = self._last, (step, now)
         if seconds is None and last is not None and step > last[0]:
             seconds = (now - last[1]) / (step - last[0])
-        self._pace.add_step(seconds)
+        self._pace.add_step(seconds, compiling)
         if self._pace.seconds_per_step is None:
             return []
         texts = [f"{self._pace.seconds_per_step:.3g} s/step"]

@@ -8,28 +8,32 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-WINDOW = 50  # steps; prompts and answers may get longer in the course of a run
+WINDOW = 50  # logs of steps; prompts and answers may get longer in the course of a run
+COMPILING = 0.1  # share of a step's time from which on it counts as one that compiles
 
 
 class Pace:
-    """Seconds of a process's steps and milestones, those that compile left out where known.
+    """Seconds of a process's steps and milestones, without those of steps that compile.
 
-    The first step of a process compiles; a later one that meets a new shape does not move the
-    median. Of each kind of milestone the first compiles too, and counts only until the second.
+    That is the first step of a process, and each later one that meets a new shape. Of each kind
+    of milestone the first compiles too, and counts only until the second.
     """
 
     def __init__(self) -> None:
         self.count_milestones: Callable[[int], Mapping[str, int]] = lambda step: {}
         """How many milestones of each kind come from a step on, its own included."""
-        self._compiled = False
+        self._first = True
         self._steps: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self._milestones: dict[str, list[float]] = {}
 
-    def add_step(self, seconds: float | None) -> None:
-        """Notes a step of the training, milestones not included; None if it was not measured."""
-        if self._compiled and seconds is not None:
+    def add_step(self, seconds: float | None, compiling: float = 0.0) -> None:
+        """Notes a step of the training, milestones not included; None if it was not measured.
+
+        `compiling`: how many of the seconds were spent on that.
+        """
+        if seconds is not None and not self._first and compiling < COMPILING * seconds:
             self._steps.append(seconds)
-        self._compiled = True
+        self._first = False
 
     @contextlib.contextmanager
     def milestone(self, kind: str) -> Iterator[None]:
@@ -40,7 +44,7 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median of the last steps; None before the second step of the process."""
+        """Median of the last steps; None as long as all have compiled."""
         return statistics.median(self._steps) if self._steps else None
 
     def seconds_left(self, step: int, total: int) -> float | None:
