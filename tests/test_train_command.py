@@ -25,7 +25,7 @@ from corl_jax import config_file, sharding
 from corl_jax.errors import InputError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
-from corl_jax.train import iterate, loop, planning, record, rundir
+from corl_jax.train import export_record, iterate, loop, planning, record, rundir
 from corl_jax.train.metrics import Phases
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
@@ -212,6 +212,60 @@ def test_rerunning_a_finished_run_changes_nothing(resumed, model, rows, capsys):
     train(full_options(functools.partial(tiny_train.options, model, rows, resumed)))
     assert "stays; move it away to export again" in capsys.readouterr().err
     assert contents() == before
+
+
+def test_an_extended_run_leaves_nothing_of_the_old_end(straight, model, rows, tmp_path, capsys):
+    """Export and summary are of the last step, and of the options that hold then."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+    tree["train"]["max_steps"] = 5
+    train(tree, "--allow-changed-config")
+    said = capsys.readouterr().err
+    assert "export is of step 4; it stays as it is until the run has done its 5 steps" in said
+    assert "export: of step 4 before, now of step 5" in said
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 5
+    assert not [path for path in folder.iterdir() if path.name.startswith(".export")]
+    record = json.loads((folder / "export" / export_record.RECORD_FILE).read_text())
+    assert record["step"] == 5
+    exported = load_params(folder / "export")["lm_head"]["kernel"]
+    saved = checkpoint_of(folder, 5)["params/lm_head/kernel"]
+    np.testing.assert_array_equal(exported, saved)
+
+    train(tree, "export.layout=original")  # a rerun with another kind of export
+    assert json.loads((folder / "export/config.json").read_text())["model_type"] != "corl_jax"
+    train(tree, "--allow-changed-config", "rollout.cfg_scale=2", "eval.rows=4")
+    generation = json.loads((folder / "export/generation_config.json").read_text())
+    assert generation["guidance_scale"] == 2.0
+    last = [line for line in metric_lines(folder) if "eval/seconds" in line]
+    assert [line["step"] for line in last] == [0, 2, 4, 5, 5]  # measured again, as asked now
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last_evaluation"] == {
+        k: v for k, v in last[-1].items() if k == "step" or k.startswith("eval/")
+    }
+
+
+def test_a_run_goes_on_from_another_directory(straight, model, rows, tmp_path, monkeypatch):
+    """Its paths are spelt from there, one by way of a link; nothing needs a flag."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+    tree["output_dir"] = "../run"
+    tree["model"]["path"] = "link"
+    tree["data"]["path"] = os.path.relpath(rows)
+    before = (folder / "export" / export_record.RECORD_FILE).read_bytes()
+    train(tree)
+    assert not (folder / "config_changes.jsonl").exists()
+    assert (folder / "export" / export_record.RECORD_FILE).read_bytes() == before
+    # Noted with where they start, so that the way back is as short.
+    assert (
+        (folder / "config.yaml").read_text().startswith(f'# Relative paths start at "{Path.cwd()}"')
+    )
+    monkeypatch.chdir(tmp_path)
+    tree["output_dir"], tree["model"]["path"] = "run", "elsewhere/link"
+    tree["data"]["path"] = os.path.relpath(rows)
+    train(tree)
 
 
 @pytest.mark.slow
