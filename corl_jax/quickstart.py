@@ -266,8 +266,7 @@ def place_lines(work: Work, pictures: list[Path]) -> list[str]:
 
 
 def next_lines(work: Work) -> list[str]:
-    """Commands with the trained model, whose export says how to sample; the second looks at a
-    drawing of the first."""
+    """Commands with the trained model; the second looks at a drawing of the first."""
     model, out = ["--model", work.train.export], work.out / "drawings"
     commands = [
         python("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,

@@ -22,10 +22,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from corl_jax import config_file, sharding
+from corl_jax.ahead import programs
+from corl_jax.ahead import report as ahead_report
 from corl_jax.errors import InputError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
-from corl_jax.train import export_record, iterate, loop, planning, record, rundir
+from corl_jax.train import export_record, iterate, loop, planning, record, report, rundir
 from corl_jax.train.metrics import Phases
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
@@ -395,6 +397,38 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
     ):  # fmt: skip
         assert part in out, part
     assert not (tmp_path / "run").exists()
+
+
+def plan_and_programs(options) -> tuple:
+    """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
+    planned = planning.plan(config_file.validate(options(grpo={"kl_coef": 0.1}), "test"))
+    lengths = report.prompt_lengths(planned)
+    return planned, *programs.programs(planned, lengths, jax.numpy.float32)
+
+
+def test_check_counts_what_is_kept_as_plan_does(options):
+    planned, kept, _ = plan_and_programs(options)
+    counted = report.memory_estimate(planned)
+    sizes = {name: programs.shard_bytes(part) / report.GIB for name, part in kept.parts().items()}
+    for ours, theirs in (
+        ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
+        ("optimizer", "optimizer"), ("reference", "reference"),
+    ):  # fmt: skip
+        assert counted[ours] == pytest.approx(sizes[theirs], rel=1e-3), ours
+    text = report.describe(planned)
+    for part in ("whole run, exact", "during an update, at least", "not counted", "--text-prompt"):
+        assert part in text
+
+
+@pytest.mark.slow
+def test_check_is_near_what_the_compiler_needs_for_an_update(options):
+    planned, kept, listed = plan_and_programs(options)
+    counted = report.memory_estimate(planned)
+    (update,) = (program for program in listed if program.name == "update")
+    with jax.set_mesh(planned.mesh):
+        needed = ahead_report.compiled(update, kept).temporaries / report.GIB
+    at_least = sum(counted.get(name, 0) for name in report.WORKING["during an update"])
+    assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
 
 
 def test_help_names_every_option(capsys):

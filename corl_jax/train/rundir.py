@@ -1,13 +1,13 @@
 """The run directory: one writer, one config, files that are either whole or not there.
 
-config.yaml            the resolved config, every option with its value
+config.yaml            the resolved config, every option with its value, and where paths start
 config_changes.jsonl   what --allow-changed-config let pass, and at which step
 metrics.jsonl          one line per logged step
 saved.json             the newest step that was said to be saved, and where
 tensorboard/           event files
 checkpoints/           one directory per finished step; STEP.corrupt-N is one that was put aside
 images/                grids of fixed prompts
-export/                the final model
+export/                the final model; corl_jax_export.json in it says of which step
 summary.json           steps, seconds, first and last evaluation
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
 .lock                  held while a process writes here
