@@ -78,3 +78,29 @@ def _known(name: str, value: Any) -> bool:
         logger.warning("samplers do without XLA's %s=%s: %s", name, value, error)
         return False
     return True
+
+
+class _CompileSeconds:
+    """Adds up what this process spends on tracing and compiling."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def add(self, event: str, seconds: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += seconds
+
+
+@functools.cache
+def _counter() -> _CompileSeconds:
+    """The counter of the process: jax keeps a listener until its end."""
+    counter = _CompileSeconds()
+    jax.monitoring.register_event_duration_secs_listener(counter.add)
+    return counter
+
+
+def take_compile_seconds() -> float:
+    """Returns the seconds of tracing and compiling since the last call, or the first one's 0."""
+    counter = _counter()
+    seconds, counter.seconds = counter.seconds, 0.0
+    return seconds

@@ -1,10 +1,11 @@
 """Measures a Janus checkpoint on held-out rows: drawings by an exact checker, answers by solution.
 
     python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH] [--rows 256]
-        [--batch-size 32] [--cfg-scale 5] [--temperature 1] [--max-new-tokens 512] [--seed 0]
-        [--dtype float32|bfloat16] [--out DIR]
+        [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]
+        [--seed 0] [--dtype float32|bfloat16] [--out DIR]
 
-Every row is drawn once, with guidance, and answered once, greedily. Without --data the rows are
+Every row is drawn once, with guidance, and answered once, greedily. Guidance, temperature and
+length that are not given are those of the checkpoint. Without --data the rows are
 of the drawn world's split `test`, made in memory from the seed; with it, the first of a parquet
 file or folder that `python -m corl_jax.data.shapes` wrote. Prints each rate with its 95%
 interval (Wilson). --out writes report.json, grid.png and answers.jsonl.
@@ -24,6 +25,12 @@ from typing import Any
 
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
+from corl_jax.sampling_options import (
+    complete_options,
+    describe_default,
+    tell_sampling,
+    temperature_problems,
+)
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
@@ -35,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = build_parser().parse_args(argv)
     loader = plan(args)
+    tell_sampling(args)
     started = time.monotonic()
     dtype, report = measure(args, loader)
     seconds = time.monotonic() - started
@@ -46,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             "data": args.data,
             "seed": args.seed,
             "cfg_scale": args.cfg_scale,
+            "greedy": args.greedy,
             "temperature": args.temperature,
             "max_new_tokens": args.max_new_tokens,
             "dtype": dtype,
@@ -85,9 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)",
     )
     add("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
-    add("--cfg-scale", type=float, default=5.0, help="guidance; 1 is none (default %(default)g)")
-    add("--temperature", type=float, default=1.0, help="of drawings (default %(default)g)")
-    add("--max-new-tokens", type=int, default=512, help="of an answer (default %(default)s)")
+    add(
+        "--cfg-scale",
+        type=float,
+        help=f"guidance; 1 is none ({describe_default('cfg_scale')})",
+    )
+    add("--temperature", type=float, help=f"of drawings ({describe_default('temperature')})")
+    add(
+        "--greedy",
+        action=argparse.BooleanOptionalAction,
+        help="draw the likeliest codes (default: as the checkpoint states); answers always are",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        help=f"of an answer ({describe_default('max_new_tokens')})",
+    )
     add("--seed", type=int, default=0, help="of drawings and of rows (default %(default)s)")
     add(
         "--dtype",
@@ -110,6 +132,7 @@ def plan(args: argparse.Namespace) -> Any:
     from corl_jax.startup import inspect_model
 
     problems = option_problems(args)
+    problems += complete_options(args, ("cfg_scale", "temperature", "max_new_tokens"))
 
     def attempt(function: Callable, *values: Any) -> Any:
         try:
@@ -140,10 +163,11 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     ]
     if not 0 <= args.seed <= MAX_SEED:
         problems.append(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
-    if not 0 <= args.cfg_scale < math.inf:
+    if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
         problems.append(f"--cfg-scale: found {args.cfg_scale:g}; expected a number of at least 0")
-    if not 0 < args.temperature < math.inf:
-        problems.append(f"--temperature: found {args.temperature:g}; expected a number above 0")
+    problems += temperature_problems(args.temperature)
+    if args.greedy and args.temperature is not None:
+        problems.append("--temperature: --greedy would ignore it; leave one of them out")
     out = args.out
     if out is None:
         return problems
@@ -273,7 +297,8 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
             batches,
             seed=args.seed,
             cfg_scale=args.cfg_scale,
-            temperature=args.temperature,
+            temperature=args.temperature or 1.0,
+            greedy_images=args.greedy,
             max_new_tokens=args.max_new_tokens,
             dtype=dtype,
             rows=len(loader.source),
@@ -297,6 +322,7 @@ def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
     """report.json, grid.png and answers.jsonl, all or none."""
     from PIL import Image
 
+    from corl_jax.data.questions import to_json_line
     from corl_jax.evaluation import contact_sheet
     from corl_jax.weights.atomic import whole_directory
 
@@ -305,10 +331,7 @@ def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
         Image.fromarray(contact_sheet(report)).save(folder / "grid.png")
-        lines = [
-            json.dumps({"row": row, **answer}, ensure_ascii=False) + "\n"
-            for row, answer in enumerate(report.answers)
-        ]
+        lines = [to_json_line({"row": row, **answer}) for row, answer in enumerate(report.answers)]
         (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -8,7 +8,6 @@ the batch size changes nothing but speed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import textwrap
@@ -111,6 +110,7 @@ def evaluate_shapes(
     max_new_tokens: int,
     dtype: Any,
     greedy_text: bool = True,
+    greedy_images: bool = False,
     rows: int | None = None,
     place: Callable[[Any], Any] = lambda tree: tree,
     total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
@@ -119,7 +119,7 @@ def evaluate_shapes(
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
     position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
-    filled up; `total` adds up counts over processes. `greedy_text`: answers at no temperature.
+    filled up; `total` adds up counts over processes. `greedy_..`: the likeliest tokens are taken.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.
@@ -127,12 +127,9 @@ def evaluate_shapes(
     if isinstance(batches, Loader):
         rows = min(len(batches.source), len(batches.source) if rows is None else rows)
         batches = batches.iterate(0, -(-rows // batches.batch_size))
-    samplers = {
-        "t2i": functools.partial(sampling.sample_images, cfg_scale=cfg_scale),
-        "mm2t": functools.partial(
-            sampling.sample_text, max_new_tokens=max_new_tokens, greedy=greedy_text
-        ),
-    }
+    drawn = {"cfg_scale": cfg_scale, "greedy": greedy_images}
+    answered = {"max_new_tokens": max_new_tokens, "greedy": greedy_text}
+    samplers = {"t2i": (sampling.sample_images, drawn), "mm2t": (sampling.sample_text, answered)}
     common = {"special": processor.special, "temperature": temperature, "dtype": dtype}
     size, pieces = 0, []
     for prompts in batches:
@@ -141,10 +138,10 @@ def evaluate_shapes(
             break
         check_columns(prompts)
         size = max(size, len(prompts))
-        found = {
-            task: sampler(config, params, *_inputs(prompts, task, size, seed, place), **common)
-            for task, sampler in samplers.items()
-        }
+        found = {}
+        for task, (sampler, options) in samplers.items():
+            inputs = _inputs(prompts, task, size, seed, place)
+            found[task] = sampler(config, params, *inputs, **options, **common)
         images = sampling.decode_images(config, params, found["t2i"].tokens)
         texts = _texts(processor, found["mm2t"], kept)
         pieces.append((local(images)[kept], texts, _rows(prompts.columns, kept)))

@@ -7,25 +7,35 @@ else: batch size, company and devices change it only where rounding decides a ne
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from corl_jax.console import write_json_lines
+from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
+from corl_jax.sampling_options import (
+    HARMLESS,
+    complete_options,
+    describe_default,
+    tell_sampling,
+    temperature_problems,
+)
+
+if TYPE_CHECKING:
+    from corl_jax.data.questions import Case
 
 MAX_SEED = 2**32 - 1
 GRID_PROMPTS, GRID_SAMPLES = 16, 8
 OUTPUT_KEYS = ("text", "tokens", "truncated", "seed", "index", "sample")  # of an answer
-HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no draw
+TEXT_OPTIONS = ("temperature", "top_k", "top_p", "max_new_tokens", "instruction")
+Records = dict[tuple[int, int], dict[str, Any]]
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -57,7 +67,7 @@ def check_options(args: argparse.Namespace, samples: str) -> list[str]:
     problems = check_number("--batch-size", args.batch_size, 1)
     problems += check_number(f"--{samples}", args.samples, 1)
     problems += check_number("--seed", args.seed, 0, MAX_SEED)
-    problems += check_number("--temperature", args.temperature, 0, above=True)
+    problems += temperature_problems(args.temperature)
     if args.greedy:
         problems += [
             f"--{name.replace('_', '-')}: found {value:g}, which --greedy would ignore; leave one "
@@ -66,17 +76,6 @@ def check_options(args: argparse.Namespace, samples: str) -> list[str]:
             if (value := getattr(args, name, None)) not in (None, harmless)
         ]
     return problems
-
-
-def read_lines(path: Path, option: str) -> tuple[list[tuple[int, str]], list[str]]:
-    """(line number, line) of every line with text in it, and problems."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        return [], [f"{option} {path}: cannot be read ({reason})"]
-    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    return found, ([] if found else [f"{option} {path}: found no line with text; expected some"])
 
 
 def check_model(
@@ -107,15 +106,23 @@ def check_model(
 
 def image_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The drawing prompts, and problems."""
-    if args.prompts is None:
-        empty = [i for i, prompt in enumerate(args.prompt, 1) if not prompt.strip()]
-        return args.prompt, [f"--prompt: number {i} is empty; expected a text" for i in empty]
-    lines, problems = read_lines(args.prompts, "--prompts")
-    return [line for _, line in lines], problems
+    from corl_jax.data import questions
+
+    if args.prompts is not None:
+        return questions.read_prompts(args.prompts, "--prompts")
+    problems = []
+    for number, prompt in enumerate(args.prompt, 1):
+        if prompt.strip():
+            problems += questions.text_problems(f"--prompt: number {number}", prompt)
+        else:
+            problems.append(f"--prompt: number {number} is empty; expected a text")
+    return args.prompt, problems
 
 
 def check_image(args: argparse.Namespace) -> list[str]:
     """The prompts. Raises: InputError listing all that is wrong with options, files and model."""
+    from corl_jax.data import questions
+
     problems = check_options(args, "images-per-prompt")
     problems += check_number("--cfg-scale", args.cfg_scale, 0)
     if args.out.is_dir() and any(args.out.iterdir()):
@@ -123,8 +130,10 @@ def check_image(args: argparse.Namespace) -> list[str]:
     elif args.out.exists() and not args.out.is_dir():
         problems.append(f"--out {args.out}: is a file; name a new or an empty folder")
     prompts, wrong = image_prompts(args)
-    problems += wrong + check_model(
-        args, None, lambda p: [(f"prompt {i}", p.t2i_ids(x)) for i, x in enumerate(prompts)]
+    problems += wrong + complete_options(args, ("cfg_scale", "temperature"))
+    texts = [questions.without_surrogates(prompt) for prompt in prompts]
+    problems += check_model(
+        args, None, lambda p: [(f"prompt {i}", p.t2i_ids(x)) for i, x in enumerate(texts)]
     )
     if problems:
         raise InputError(problems)
@@ -139,6 +148,7 @@ def generate_images(args: argparse.Namespace) -> None:
     from corl_jax.weights.atomic import whole_directory
 
     prompts = check_image(args)
+    tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load(args)
     with whole_directory(args.out) as folder:
@@ -177,65 +187,19 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
 # ---- text
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A question about a picture."""
-
-    row: dict[str, Any]  # image (as given), question, and what else its line holds
-    file: Path  # where the picture lies
-    where: str  # for messages
-
-
 def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
     """The questions, and problems."""
+    from corl_jax.data import questions
+
     if args.input is None:
         if args.image is None or args.question is None:
             return [], ["give --image FILE and --question TEXT, or --input FILE.jsonl"]
         row = {"image": args.image, "question": args.question}
-        case = Case(row, Path(args.image), "--image, --question")
-        return [case], ([] if args.question.strip() else ["--question: found an empty text"])
+        case = questions.Case(row, Path(args.image), "--image, --question")
+        return [case], questions.text_problems("--question", args.question)
     if args.image is not None or args.question is not None:
         return [], ["--input: has its own images and questions; leave --image, --question out"]
-    lines, problems = read_lines(args.input, "--input")
-    cases = []
-    for number, line in lines:
-        where = f"--input {args.input}: line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{where}: not valid JSON ({error})")
-            continue
-        wrong = row_problems(row)
-        problems += [f"{where}: {problem}" for problem in wrong]
-        if not wrong:
-            cases.append(Case(row, args.input.parent / row["image"], where))
-    return cases, problems
-
-
-def row_problems(row: Any) -> list[str]:
-    expected = '; expected {"image": PATH, "question": TEXT}'
-    if not isinstance(row, dict):
-        return [f"found a {type(row).__name__}{expected}"]
-    problems = [
-        f"{key} is a key of the output; expected another name" for key in OUTPUT_KEYS if key in row
-    ]
-    for key in ("image", "question"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            problems.append(f"{key} is {row.get(key)!r}{expected}")
-    return problems
-
-
-def picture_problems(cases: Sequence[Case]) -> list[str]:
-    """Decodes every picture once, so that a bad one stops nothing half-way."""
-    from corl_jax.data.images import BadImage, decode_image
-
-    problems = []
-    for case in cases:
-        try:
-            decode_image(case.file)
-        except BadImage as error:
-            problems += [f"{case.where}: {case.file}: {problem}" for problem in error.problems]
-    return problems
+    return questions.read_cases(args.input, "--input", OUTPUT_KEYS)
 
 
 def check_room(args: argparse.Namespace) -> list[str]:
@@ -257,6 +221,8 @@ def check_room(args: argparse.Namespace) -> list[str]:
 
 def check_text(args: argparse.Namespace) -> list[Case]:
     """The cases. Raises: InputError listing all that is wrong with options, files and model."""
+    from corl_jax.data import questions
+
     problems = check_options(args, "samples")
     problems += check_number("--max-new-tokens", args.max_new_tokens, 1)
     problems += check_number("--top-k", args.top_k, 0)
@@ -266,15 +232,26 @@ def check_text(args: argparse.Namespace) -> list[Case]:
     elif args.out is not None and not args.out.absolute().parent.is_dir():
         problems.append(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
     cases, wrong = text_cases(args)
+    if args.system_prompt:
+        wrong += questions.text_problems("--system-prompt", args.system_prompt)
+    problems += wrong + questions.picture_problems(cases)
+    problems += complete_options(args, TEXT_OPTIONS)
     no_room = check_room(args)
-    problems += wrong + picture_problems(cases) + no_room
+    problems += no_room
+    system = questions.without_surrogates(args.system_prompt)
+    asked = [(case.where, questions.without_surrogates(ask(args, case))) for case in cases]
     problems += check_model(
         args, 0 if no_room else args.max_new_tokens,
-        lambda p: [(c.where, p.mm2t_ids(c.row["question"], args.system_prompt)) for c in cases],
+        lambda p: [(where, p.mm2t_ids(text, system)) for where, text in asked],
     )  # fmt: skip
     if problems:
         raise InputError(problems)
     return cases
+
+
+def ask(args: argparse.Namespace, case: Case) -> str:
+    """The question as the model gets it."""
+    return add_instruction(case.row["question"], args.instruction)
 
 
 def generate_texts(args: argparse.Namespace) -> None:
@@ -283,10 +260,11 @@ def generate_texts(args: argparse.Namespace) -> None:
     from corl_jax.data.images import decode_image
 
     cases = check_text(args)
+    tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load(args)
     for sample in inference.answer_questions(
-        model, [case.row["question"] for case in cases], lambda i: decode_image(cases[i].file),
+        model, [ask(args, case) for case in cases], lambda i: decode_image(cases[i].file),
         dtype=dtype, system_prompt=args.system_prompt, samples=args.samples,
         batch_size=args.batch_size, seed=args.seed, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
@@ -298,27 +276,29 @@ def generate_texts(args: argparse.Namespace) -> None:
             "truncated": tokens[-1] != model.processor.special.eos, "seed": args.seed,
             "index": sample.prompt, "sample": sample.number,
         }  # fmt: skip
-    write_text(args.out, json_lines(records))
+    write_text(args.out, records)
     report(args, len(records), "texts", started, args.out or "standard output")
 
 
-def write_text(out: Path | None, text: str) -> None:
+def write_text(out: Path | None, records: Records) -> None:
     """To standard output, or to a file that appears whole."""
     from corl_jax.train.rundir import replacing
 
     if out is None:
-        write_json_lines(text)
+        write_json_lines(json_lines(records))
         return
     try:
         with replacing(out) as file:
-            file.write(text.encode())
+            file.write(json_lines(records).encode())
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-def json_lines(records: dict[tuple[int, int], dict[str, Any]]) -> str:
+def json_lines(records: Records, ascii_only: bool = False) -> str:
     """A line a record, in the order of prompts and samples."""
-    return "".join(json.dumps(records[at], ensure_ascii=False) + "\n" for at in sorted(records))
+    from corl_jax.data.questions import to_json_line
+
+    return "".join(to_json_line(records[at], ascii_only) for at in sorted(records))
 
 
 def report(args: argparse.Namespace, count: int, what: str, started: float, where: Any) -> None:
@@ -334,8 +314,10 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add("--model", type=parse_place, required=True,
         help="model directory of any of the three kinds, or a hub id")  # fmt: skip
     add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
-    add("--greedy", action="store_true", help="always the most likely token; all samples equal")
-    add("--temperature", type=float, help="divides the logits (default 1)")
+    add("--greedy", action=argparse.BooleanOptionalAction,
+        help="always the most likely token; all samples equal (default: as the checkpoint "
+        "states)")  # fmt: skip
+    add("--temperature", type=float, help=f"divides the logits ({describe_default('temperature')})")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
     add("--batch-size", type=int, default=16, help="samples at once (default %(default)s)")
@@ -350,7 +332,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--out", type=parse_path, required=True, metavar="DIR", help="new or empty folder")
     add("--images-per-prompt", type=int, default=1, metavar="N", dest="samples",
         help="(default %(default)s)")  # fmt: skip
-    add("--cfg-scale", type=float, default=5.0, help="guidance; 1 is none (default %(default)g)")
+    add("--cfg-scale", type=float, help=f"guidance; 1 is none ({describe_default('cfg_scale')})")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
@@ -361,12 +343,18 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         help='lines {"image": PATH, "question": TEXT}; PATH from the folder of FILE')  # fmt: skip
     add("--out", type=parse_path, metavar="FILE", help="a new file (default standard output)")
     add("--system-prompt", default="", metavar="TEXT", help="(default none, as in CoRL)")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="(default %(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help=f"({describe_default('max_new_tokens')})")
+    add("--instruction", choices=INSTRUCTIONS,
+        help="put into each question that asks for no answer tags: choice, for an option's letter; "
+        "open, for a few words; auto, choice where lines A., B. list options, else open; none "
+        f"({describe_default('instruction')})")  # fmt: skip
     add("--samples", type=int, default=1, metavar="N", help="a question (default %(default)s)")
     add("--top-k", type=int, metavar="K",
-        help="draw from the K most likely tokens (default 0, all of them)")  # fmt: skip
+        help="draw from the K most likely tokens; 0: all "
+        f"({describe_default('top_k')})")  # fmt: skip
     add("--top-p", type=float, metavar="P",
-        help="draw from the likeliest tokens of probability P together (default 1)")  # fmt: skip
+        help="draw from the likeliest tokens of probability P together "
+        f"({describe_default('top_p')})")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

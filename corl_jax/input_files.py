@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from corl_jax.errors import InputError
 
 LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 LFS_POINTER_MAX_BYTES = 1024  # the size that git-lfs allows a pointer
 BYTE_ORDER_MARK = codecs.BOM_UTF8  # that Windows editors put before a text
-LONE_SURROGATE = "holds half of a surrogate pair (as \\ud83d alone), which is no character; mend it"
+LONE_SURROGATE = (
+    "holds a lone surrogate (half of a character, such as \\ud83d), which is no text; expected "
+    "whole characters: write it again from its source"
+)
+"""What is wrong with a text for which `has_lone_surrogate` is true, and the remedy."""
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
 
@@ -99,30 +101,6 @@ def read_text(path: Path, expected: str = "a text file", max_bytes: int | None =
         raise InputError(
             f"{path}: is not UTF-8 at byte {error.start}; expected {expected} in UTF-8"
         ) from None
-
-
-def read_text_lines(path: Path, expected: str = "a text file") -> list[tuple[int, str]]:
-    """Returns (line number, stripped line) of each line with text; otherwise as `read_text`."""
-    lines = enumerate(read_text(path, expected).split("\n"), 1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]
-
-
-def read_json_lines(path: Path, expected: str = "a JSON object a line") -> list[tuple[int, Any]]:
-    """Returns (line number, value) of each line with text; otherwise as `read_text`.
-
-    Raises: InputError also for each line that is not JSON or holds half of a surrogate pair.
-    """
-    problems, values = [], []
-    for number, line in read_text_lines(path, expected):
-        try:
-            values.append((number, json.loads(line)))
-            if has_lone_surrogate(json.dumps(values[-1][1], ensure_ascii=False)):
-                problems.append(f"{path}: line {number}: {LONE_SURROGATE}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{path}: line {number}: not valid JSON ({error})")
-    if problems:
-        raise InputError(problems)
-    return values
 
 
 def has_lone_surrogate(text: str) -> bool:

@@ -24,8 +24,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax import config_file
-from corl_jax.data.instructions import open_ended
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.train import gallery
@@ -270,16 +268,13 @@ def place_lines(work: Work, pictures: list[Path]) -> list[str]:
 
 def next_lines(work: Work) -> list[str]:
     """Commands with the trained model; the second looks at a drawing of the first."""
-    rollout = config_file.load(work.train.config).rollout
     model, out = ["--model", work.train.export], work.out / "drawings"
-    guidance = ["--cfg-scale", f"{rollout.cfg_scale:g}"]
-    length = ["--max-new-tokens", rollout.max_new_tokens]
     commands = [
         python("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,
-               *guidance, "--images-per-prompt", 8),
+               "--images-per-prompt", 8),
         python("corl_jax.generate", "text", *model, "--image", out / "00000_00.png",
-               "--question", open_ended(QUESTION), "--greedy", *length),
-        python("corl_jax.evaluate", *model, *guidance, *length),
+               "--question", QUESTION, "--greedy"),
+        python("corl_jax.evaluate", *model),
     ]  # fmt: skip
     return [f"$ {shlex.join(command)}" for command in commands]
 

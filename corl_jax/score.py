@@ -38,8 +38,9 @@ from jax.sharding import SingleDeviceSharding
 from corl_jax.config import Networks, Reward, RewardNetwork
 from corl_jax.config_yaml import parse_yaml
 from corl_jax.data.images import decode_image
+from corl_jax.data.questions import holds_surrogate
 from corl_jax.errors import InputError, RewardError, exit_on_input_error
-from corl_jax.input_files import expand_path, parse_path, parse_place
+from corl_jax.input_files import LONE_SURROGATE, expand_path, parse_path, parse_place, read_text
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
@@ -244,12 +245,7 @@ def read_cases(path: Path, entry: Entry | None) -> Cases:
     Raises:
         InputError: listing the problems of all lines.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --input wants a file of JSON lines") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; expected JSON lines") from None
+    text = read_text(path, "JSON lines")
     lines, rows, problems = [], [], []
     # Not splitlines(): it also breaks at separators that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -293,6 +289,12 @@ def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> 
     if entry.either and not set(entry.either) & raw.keys():
         missing.append(" or ".join(entry.either))
     problems += [f"{name} is missing; found {', '.join(raw) or 'nothing'}" for name in missing]
+    read = raw if entry.every_column else (completion, *known)
+    problems += [
+        f"{ascii(name)[1:-1]} {LONE_SURROGATE}"
+        for name in read
+        if holds_surrogate({name: raw.get(name)})
+    ]
     row = dict(raw) if entry.every_column else {}
     for name in (completion, *known):
         problem, row[name] = _value(name, raw.get(name), folder)

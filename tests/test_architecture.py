@@ -21,7 +21,7 @@ LAYERS = {
     "config_yaml": 0, "console": 0, "input_files": 0,
     "processes": 1, "rows": 1, "sharding": 1, "compiling": 1, "fonts": 1, "models": 1, "weights": 1,
     "data": 1, "grpo": 1,
-    "sampling": 2, "rewards": 2, "evaluation": 2, "startup": 2,
+    "sampling": 2, "sampling_options": 2, "rewards": 2, "evaluation": 2, "startup": 2,
     "train": 3, "inference": 3, "ahead": 3,
 }  # fmt: skip
 COMMANDS = 4

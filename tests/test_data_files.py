@@ -18,8 +18,8 @@ from corl_jax.data.dataset import Loader
 from corl_jax.data.images import decode_image
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.parquet_files import find_files
+from corl_jax.data.questions import read_cases
 from corl_jax.errors import InputError
-from corl_jax.input_files import read_json_lines
 from tests.tiny import encode, tiny_image, tiny_parquet, tiny_row
 
 REQUIRED = ("prompt", "real_image")
@@ -368,12 +368,12 @@ def test_a_large_row_group_is_named_with_a_command_that_divides_it(tmp_path, mon
     assert written.read() == pq.read_table(path)
 
 
-def test_json_lines_with_a_mark_and_with_lone_surrogates(tmp_path):
+def test_questions_with_a_mark_and_with_lone_surrogates(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"q": "\\ud83d\\ude00"}\n\n{"q": "\xc3\xa4"}\r\n')
-    assert read_json_lines(path) == [(1, {"q": "\U0001f600"}), (3, {"q": "\xe4"})]
-    path.write_text('{"q": [{"a\\ud83d": 1}]}\n{\n{"q": 1}\n')
-    with pytest.raises(InputError) as error:
-        read_json_lines(path)
-    first, second = error.value.problems
-    assert "line 1: holds half of a surrogate pair" in first and "line 2: not valid" in second
+    question = '{"image": "a.png", "question": %s}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + (question % '"\\ud83d\\ude00"' + "\n").encode())
+    (case,), problems = read_cases(path, "--input", ())
+    assert case.row["question"] == "\U0001f600" and not problems
+    path.write_text(question % '"a\\ud83d"' + "{\n")
+    _, (first, second) = read_cases(path, "--input", ())
+    assert "line 1: question holds a lone surrogate" in first and "line 2: not valid" in second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from corl_jax import generate, inference, sampling, sharding, startup
+from corl_jax.data import questions
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.models import janus
@@ -263,7 +265,7 @@ def test_image_problems_are_told_together(model_dir, tmp_path, capsys):
         "--batch-size: found -1; expected a number at least 1",
         "--images-per-prompt: found 0",
         "--seed: found -1; expected a number at least 0 and at most 4294967295",
-        "--temperature: found 0.0; expected a number above 0",
+        "--temperature: found 0.0; expected a number above 0; give --greedy in its place",
         "--temperature: found 0, which --greedy would ignore",
         "--cfg-scale: found nan",
         f"--out {tmp_path / 'out'}: holds files",
@@ -309,6 +311,80 @@ def test_text_problems_are_told_together(cases, model_dir, tmp_path, capsys):
     assert "give --image FILE and --question TEXT" in refused(capsys, "text", "--model", model_dir)
     both = ["--input", cases, "--image", "a.png"]
     assert "--input: has its own" in refused(capsys, "text", "--model", model_dir, *both)
+
+
+@pytest.mark.usefixtures("no_device_work")
+def test_half_characters_are_refused_with_their_line(cases, model_dir, tmp_path, capsys):
+    picture = cases.parent / "pictures" / "a.png"
+    row = {"image": str(picture), "question": "what?"}
+    rows = [row, row | {"question": "what \ud83d?"}, row | {"id": ["\udc00"]}, row | {"\ud83d": 1}]
+    file = tmp_path / "halves.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    said = refused(capsys, "text", "--model", model_dir, "--input", file, "--max-new-tokens", 8)
+    assert said.count("error: ") == 3
+    for part in ("line 2: question holds", "line 3: id holds", "line 4: \\ud83d holds"):
+        assert part in said
+    for option, other in (("--question", "--image"), ("--system-prompt", "--input")):
+        arguments = [other, picture if other == "--image" else cases, option, "what \udcff?"]
+        said = refused(capsys, "text", "--model", model_dir, "--max-new-tokens", 8, *arguments)
+        assert f"{option}: holds a lone surrogate" in said and said.count("error: ") == 1
+    said = refused(
+        capsys, "image", "--model", model_dir, "--out", tmp_path / "out", "--prompt", "a \ud83d"
+    )
+    assert "--prompt: number 1: holds a lone surrogate" in said and said.count("error: ") == 1
+
+
+def test_files_with_a_byte_order_mark_are_read(cases, tmp_path):
+    text = "\ufeff" + cases.read_text(encoding="utf-8")
+    (tmp_path / "cases.jsonl").write_text(text, encoding="utf-8")
+    found, problems = questions.read_cases(tmp_path / "cases.jsonl", "--input", ())
+    assert [case.row for case in found] == lines_of(cases) and not problems
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\ntwo\n")
+    assert questions.read_prompts(tmp_path / "prompts.txt", "--prompts") == (
+        ["a red circle", "two"], []
+    )  # fmt: skip
+    (tmp_path / "latin.txt").write_bytes("Stra\xdfe".encode("latin-1"))
+    _, (problem,) = questions.read_prompts(tmp_path / "latin.txt", "--prompts")
+    assert "latin.txt: is not UTF-8 at byte 4" in problem
+
+
+def test_a_record_is_one_line_for_every_reader(monkeypatch, capsys):
+    """Some split lines at more characters than the line feed; a console may lack some."""
+    records = {
+        (0, 0): {"text": "a\u2028b\u2029c\x85d\x0be \u4e2d \U0001f600"},
+        (0, 1): {"text": "x"},
+    }
+    text = generate.json_lines(records)
+    assert len(text.splitlines()) == 2 and "\u4e2d" in text
+    assert [json.loads(line) for line in text.splitlines()] == list(records.values())
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", newline="")
+    monkeypatch.setattr(sys, "stdout", stream)
+    generate.write_text(None, records)
+    stream.flush()
+    lines = stream.buffer.getvalue().decode("ascii").splitlines()
+    assert [json.loads(line) for line in lines] == list(records.values())
+
+
+def test_a_plain_question_is_asked_as_the_checkpoint_states(cases, model_dir, tmp_path, capsys):
+    """And only its own values count: what is asked, and how it is sampled."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    stated = {"question_instruction": "open", "max_new_tokens": 5, "temperature": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    parse = generate.build_parser().parse_args
+    base = ["text", "--model", str(folder), "--input", str(cases)]
+    args = parse(base)
+    with pytest.raises(InputError, match="tokens; expected at most"):
+        generate.check_text(args)  # the instruction is too long for this tiny model
+    assert (args.max_new_tokens, args.temperature, args.instruction) == (5, 0.5, "open")
+    args = parse([*base, "--instruction", "none", "--max-new-tokens", "6", "--top-k", "3"])
+    found = generate.check_text(args)
+    assert generate.ask(args, found[0]) == "how many squares?"
+    assert (args.max_new_tokens, args.top_k, args.temperature) == (6, 3, 0.5)
+    args.instruction = "choice"
+    assert "option letter" in generate.ask(args, found[0])
+    (folder / "generation_config.json").write_text('{"guidance_scale": "x"}')
+    said = refused(capsys, *base, "--max-new-tokens", 5)
+    assert said.count("error: ") == 1 and "guidance_scale is 'x'" in said
 
 
 @pytest.mark.usefixtures("no_device_work")

@@ -100,6 +100,58 @@ def test_differences_of_plain_dicts():
     assert rundir.differences(new, new) == []
 
 
+def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "rows.parquet").write_bytes(b"rows")
+    (first / "judge.py").write_text("")
+    (second / "link.parquet").symlink_to(first / "rows.parquet")
+    start = str(first)
+    monkeypatch.chdir(second)
+
+    def changed(key, was, now):
+        old, new = ({}, {})
+        for tree, value in ((old, was), (new, now)):
+            section, name = key.split(".")
+            tree[section] = {name: value}
+        return rundir.differences(old, new, start)
+
+    for spelt in ("../first/rows.parquet", "link.parquet", f"{first}/./rows.parquet"):
+        assert not changed("data.path", "rows.parquet", spelt)
+    assert not changed("data.path", ["rows.parquet"], ["../first/rows.parquet"])
+    assert not changed("data.path", "*.parquet", "../first/*.parquet")
+    assert not changed("data.path", "hf://datasets/a/b", "hf://datasets/a/b")
+    assert changed("data.path", "hf://datasets/a/b", "hf://datasets/a/c")
+    assert changed("data.path", "rows.parquet", "../first/judge.py")
+    assert changed("model.dtype", "../first", "../first/.")  # no path
+    rewards = [{"rewards": [{"use": use}]} for use in ("judge.py:f", "../first/judge.py:f")]
+    assert not rundir.differences(*rewards, start)
+    assert rundir.differences(rewards[0], {"rewards": [{"use": "../first/judge.py:g"}]}, start)
+
+    # One spelling, two files: only while the old one is there and of another size.
+    (second / "rows.parquet").write_bytes(b"rows")
+    assert not changed("data.path", "rows.parquet", "rows.parquet")  # copied along
+    (second / "rows.parquet").write_bytes(b"others")
+    (line,) = changed("data.path", "rows.parquet", "rows.parquet")
+    assert f"the run has 'rows.parquet', from {first}" in line
+    (first / "rows.parquet").unlink()
+    assert not changed("data.path", "rows.parquet", "rows.parquet")  # moved
+
+
+def test_an_export_whose_replacement_was_killed_comes_back(tmp_path):
+    config = make_config(tmp_path)
+    open_once(config)
+    (tmp_path / ".export.a1.old").mkdir()
+    (tmp_path / ".export.a1.old" / "config.json").write_text("{}")
+    (tmp_path / ".export.a1.partial").mkdir()
+    open_once(config)
+    assert (tmp_path / "export" / "config.json").is_file()
+    (tmp_path / ".export.b2.old").mkdir()  # killed when the new one was in its place
+    open_once(config)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.yaml", "export"]
+
+
 def test_an_option_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     run = open_once(make_config(tmp_path))
     tree = yaml.safe_load(run.config.read_text())

@@ -22,11 +22,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from corl_jax import config_file, sharding
+from corl_jax.ahead import programs
+from corl_jax.ahead import report as ahead_report
 from corl_jax.config import Guards
 from corl_jax.errors import GuardError, InputError
 from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
-from corl_jax.train import iterate, loop, planning, record, rundir
+from corl_jax.train import export_record, iterate, loop, planning, record, report, rundir
 from corl_jax.train.metrics import Phases
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
@@ -216,6 +218,67 @@ def test_rerunning_a_finished_run_changes_nothing(resumed, model, rows, capsys):
     assert contents() == before
 
 
+def test_an_extended_run_leaves_nothing_of_the_old_end(straight, model, rows, tmp_path, capsys):
+    """Export and summary are of the last step, and of the options that hold then."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+    tree["train"]["max_steps"] = 5
+    train(tree, "--allow-changed-config")
+    said = capsys.readouterr().err
+    assert "export is of step 4; it stays as it is until the run has done its 5 steps" in said
+    assert "export: of step 4 before, now of step 5" in said
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 5
+    assert not [path for path in folder.iterdir() if path.name.startswith(".export")]
+    record = json.loads((folder / "export" / export_record.RECORD_FILE).read_text())
+    assert record["step"] == 5
+    exported = load_params(folder / "export")["lm_head"]["kernel"]
+    saved = checkpoint_of(folder, 5).items()  # the parameters' moments are among them
+    assert any(np.array_equal(exported, x) for path, x in saved if path.endswith("lm_head/kernel"))
+
+
+@pytest.mark.slow
+def test_a_finished_run_with_other_options_is_exported_and_measured_again(
+    straight, model, rows, tmp_path
+):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+    train(tree, "export.layout=original")
+    assert json.loads((folder / "export/config.json").read_text())["model_type"] != "corl_jax"
+    train(tree, "--allow-changed-config", "rollout.cfg_scale=2", "eval.rows=4")
+    generation = json.loads((folder / "export/generation_config.json").read_text())
+    assert generation["guidance_scale"] == 2.0
+    last = [line for line in metric_lines(folder) if "eval/seconds" in line]
+    assert [line["step"] for line in last] == [0, 2, 4, 4]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last_evaluation"] == {
+        k: v for k, v in last[-1].items() if k == "step" or k.startswith("eval/")
+    }
+
+
+def test_a_run_goes_on_from_another_directory(straight, model, rows, tmp_path, monkeypatch):
+    """Its paths are spelt from there, one by way of a link; nothing needs a flag."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tree = full_options(functools.partial(tiny_train.options, model, rows, folder))
+    tree["output_dir"] = "../run"
+    tree["model"]["path"] = "link"
+    tree["data"]["path"] = os.path.relpath(rows)
+    before = (folder / "export" / export_record.RECORD_FILE).read_bytes()
+    train(tree)
+    assert not (folder / "config_changes.jsonl").exists()
+    assert (folder / "export" / export_record.RECORD_FILE).read_bytes() == before
+    # Noted with where they start, so that the way back is as short.
+    assert (
+        (folder / "config.yaml").read_text().startswith(f'# Relative paths start at "{Path.cwd()}"')
+    )
+    monkeypatch.chdir(tmp_path)
+    tree["output_dir"], tree["model"]["path"] = "run", "elsewhere/link"
+    tree["data"]["path"] = os.path.relpath(rows)
+    train(tree)
+
+
 @pytest.mark.slow
 def test_a_longer_interruption_between_checkpoints_is_repeated(straight, model, rows, tmp_path):
     """A run that dies before its first checkpoint starts over and logs no step twice."""
@@ -336,6 +399,38 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
     ):  # fmt: skip
         assert part in out, part
     assert not (tmp_path / "run").exists()
+
+
+def plan_and_programs(options) -> tuple:
+    """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
+    planned = planning.plan(config_file.validate(options(grpo={"kl_coef": 0.1}), "test"))
+    lengths = report.prompt_lengths(planned)
+    return planned, *programs.programs(planned, lengths, jax.numpy.float32)
+
+
+def test_check_counts_what_is_kept_as_plan_does(options):
+    planned, kept, _ = plan_and_programs(options)
+    counted = report.memory_estimate(planned)
+    sizes = {name: programs.shard_bytes(part) / report.GIB for name, part in kept.parts().items()}
+    for ours, theirs in (
+        ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
+        ("optimizer", "optimizer"), ("reference", "reference"),
+    ):  # fmt: skip
+        assert counted[ours] == pytest.approx(sizes[theirs], rel=1e-3), ours
+    text = report.describe(planned)
+    for part in ("whole run, exact", "during an update, at least", "not counted", "--text-prompt"):
+        assert part in text
+
+
+@pytest.mark.slow
+def test_check_is_near_what_the_compiler_needs_for_an_update(options):
+    planned, kept, listed = plan_and_programs(options)
+    counted = report.memory_estimate(planned)
+    (update,) = (program for program in listed if program.name == "update")
+    with jax.set_mesh(planned.mesh):
+        needed = ahead_report.compiled(update, kept).temporaries / report.GIB
+    at_least = sum(counted.get(name, 0) for name in report.WORKING["during an update"])
+    assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
 
 
 def test_help_names_every_option(capsys):

@@ -6,9 +6,13 @@ Source: the appendix of the CoRL paper and ULM-R1's data files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 OPTION_LETTERS = "ABCDEFGHIJKLMN"
+INSTRUCTIONS = ("auto", "choice", "open", "none")
+"""How a plain question is asked: `choice` and `open` put it into MCQ and VQA, `none` leaves it, and
+`auto` takes MCQ for a question that lists its options, else VQA."""
 
 _KNOWLEDGE = "Answer the question based on the image and your world knowledge."
 _THINK = (
@@ -51,3 +55,40 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
 def open_ended(question: str) -> str:
     """The OE problem: the question in the VQA template."""
     return VQA.format(question=question)
+
+
+def add_instruction(question: str, instruction: str) -> str:
+    """Returns a question as one of INSTRUCTIONS has it asked.
+
+    A question that asks for answer tags itself stays as it is.
+    """
+    if instruction == "none" or ("<answer>" in question and "</answer>" in question):
+        return question
+    if instruction == "auto":
+        instruction = "choice" if lists_options(question) else "open"
+    return (MCQ if instruction == "choice" else VQA).format(question=question.strip())
+
+
+def lists_options(question: str) -> bool:
+    """True for a text with a line `A. ...` and a line `B. ...` after it, or with A) or (A)."""
+    letters = re.findall(r"^\s*\(?([A-N])[.):]\s*\S", question, re.MULTILINE)
+    return letters[:2] == ["A", "B"]
+
+
+def recognise_instruction(questions: Iterable[str]) -> str | None:
+    """Returns the one of INSTRUCTIONS under which all these questions were asked.
+
+    `auto` where both templates occur; None without questions or where one has neither.
+    """
+    kinds = {_template_of(question) for question in questions}
+    if not kinds or None in kinds:
+        return None
+    return kinds.pop() if len(kinds) == 1 else "auto"
+
+
+def _template_of(question: str) -> str | None:
+    text = " ".join(question.split())
+    for name, template in (("choice", MCQ), ("open", VQA)):
+        if text.endswith(" ".join(template.removeprefix("{question}").split())):
+            return name
+    return None

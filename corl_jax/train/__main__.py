@@ -20,7 +20,7 @@ import jax
 from corl_jax import config_file, processes, startup
 from corl_jax.config import Config
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.train import digests, report, rundir
+from corl_jax.train import digests, export_record, report, rundir, same_files
 from corl_jax.train.checkpoint import Checkpoints, Restored, abstract_of
 from corl_jax.train.loop import train
 from corl_jax.train.metrics import Metrics, Phases
@@ -32,6 +32,9 @@ from corl_jax.train.rundir import RunDir
 from corl_jax.train.setup import build
 from corl_jax.train.step import TrainState
 from corl_jax.train.watchdog import Watchdog
+
+MEASURED_WITH = ("eval.", "rollout.", "rewards.", "data.", "model.", "networks.", "compat.")
+"""Beginnings of the options that pictures and evaluations depend on."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -113,9 +116,10 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
                 meta.get("seconds", 0.0), weights=weights, interruption=interruption,
                 watchdog=watchdog,
             )  # fmt: skip
+            metrics.pace.count_milestones = functools.partial(recorder.count_milestones, run)
             recorder.guards.restore(meta.get("guards", {}))
             with interruption.waits():
-                if start == 0 or meta["unreported"]:
+                if start == 0 or meta["unreported"] or measures_otherwise(resumed, run):
                     recorder.milestone(run, state, start)
                 state = train(run, state, recorder, start, stop)
                 if start < stop < run.steps:
@@ -123,8 +127,15 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
                 recorder.saver.finish()
             interruption.leave_if_asked(f"after step {stop}; the same command goes on from there")
             if stop == run.steps:
-                recorder.finish(run, state)
+                recorder.finish(run, state, max(start, stop))
         processes.met("the end")  # jax gives the last to leave no time for its export
+
+
+def measures_otherwise(resumed: Restored | None, run: Run) -> bool:
+    """True for a finished run whose last pictures and evaluation other options would give now."""
+    if resumed is None or resumed.step < run.steps:
+        return False
+    return any(change.startswith(MEASURED_WITH) for change in resumed.changes)
 
 
 def untrained_digests(run: Run) -> dict[str, str]:
@@ -167,8 +178,9 @@ def resume(
         leaf.delete()  # the devices have room for one state
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.newest(wanted, config, allow_changes)
-    before, now = resumed.meta["weights"], weights()
-    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    now, start = weights(), resumed.meta.get("working_directory")
+    before = {_as_file(name, start): mark for name, mark in resumed.meta["weights"].items()}
+    changed = [name for name in now if before.get(_as_file(name), now[name]) != now[name]]
     problems = [
         f"{name}: its weights are not those that the run began with; bring them back, or "
         "--allow-changed-config to go on with these"
@@ -190,6 +202,11 @@ def resume(
     return resumed
 
 
+def _as_file(name: str, start: str | None = None) -> str:
+    """The file of a user's reward without links and relative parts; another name as it is."""
+    return same_files.resolve_path(name, start) if name.endswith(".py") else name
+
+
 def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Metrics) -> None:
     """What a user should know before the first step."""
     if chosen := report.attention(planned):
@@ -203,6 +220,8 @@ def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Me
             directory.note_changes(resumed.step, resumed.changes)
         if resumed.step > planned.steps:
             metrics.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
+    if metrics.primary and (line := export_record.describe_age(directory.export, planned.steps)):
+        metrics.say(line)
     if shortage := report.disk_shortage(planned):
         metrics.say(f"warning: {shortage}")
     for line in report.inapplicable(planned):

@@ -213,7 +213,8 @@ class Checkpoints:
         changes = []
         if config is not None:
             saved = record["run"].get("config", {})
-            changes = config_changes(saved, jsonable(config), str(source), allow_changes)
+            start = record["run"].get("working_directory")
+            changes = config_changes(saved, jsonable(config), str(source), allow_changes, start)
         _refuse(source, digests.mismatches(record, wanted))
         tree = self._agreed(step, lambda: self._arrays(step, wanted))
         self._agreed(step, lambda: self._require_saved_bits(step, tree, record))

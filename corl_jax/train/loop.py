@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from corl_jax.compiling import take_compile_seconds
 from corl_jax.train.record import Recorder
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
@@ -24,7 +25,10 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
         if pending is not None:
             recorder.iteration(*pending, run)
         now = time.perf_counter()
-        seconds = run.phases.take() | {"step_time": now - began}
+        seconds = run.phases.take() | {
+            "step_time": now - began,
+            "phase/compile_seconds": take_compile_seconds(),
+        }
         pending, began = (step, iteration, seconds), now
         due = recorder.due(step + 1, run)
         if due or step == start:
@@ -32,10 +36,11 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
             pending = None
         if step == start:
             recorder.prepare_saves()
-            began = time.perf_counter()
         if due:
             recorder.milestone(run, state, step + 1)
+        if due or step == start:
             began = time.perf_counter()
+            take_compile_seconds()  # of the above, not of the next step
     if pending is not None:
         recorder.iteration(*pending, run)
     return state

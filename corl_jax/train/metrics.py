@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from corl_jax.train.board import Board
+from corl_jax.train.pace import Pace
 from corl_jax.train.records import Records
 from corl_jax.train.rundir import RunDir, jsonable, replacing
 
@@ -48,11 +49,11 @@ class Metrics:
         Raises:
             InputError: tensorboardX is not installed.
         """
-        self.primary = primary
+        self.primary, self.pace = primary, Pace()
         self._failing: set[str] = set()
         if not primary:
             return
-        self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr)
+        self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr, self.pace)
         self._lines = JsonLines(run.metrics, resumed_at, resumed_lines)
         self._board = Board(run.tensorboard, resumed_at)
         with self.bearing("tensorboard"):
@@ -198,22 +199,27 @@ def _console_may_fail() -> contextlib.suppress:
 class Console:
     """A progress bar on a terminal, a line per step elsewhere."""
 
-    def __init__(self, first_step: int, total_steps: int | None, stream: TextIO):
-        self._stream, self._total = stream, total_steps
-        self._start: tuple[int, float] | None = None  # step and time of the first log
+    def __init__(self, first_step: int, total_steps: int | None, stream: TextIO, pace: Pace):
+        self._stream, self._total, self._pace = stream, total_steps, pace
+        self._last: tuple[int, float] | None = None  # step and time of the newest log of a step
         self._bar: Any = None
         if stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True
-            )
+                total=total_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True,
+                # Without tqdm's own time left, whose mean has compilation and evaluations in it.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            )  # fmt: skip
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         shown = {name: numbers[name] for name in HEADLINE if name in numbers}
         texts = [_headline(name, number) for name, number in (shown or numbers).items()]
+        if not any(name.startswith("eval/") for name in numbers):
+            compiling = numbers.get("phase/compile_seconds", 0.0)
+            texts += self._pace_texts(step, numbers.get("step_time"), compiling)
         if self._bar is None:
-            self.say("  ".join([self._position(step), *texts, *self._pace(step)]))
+            self.say("  ".join([self._position(step), *texts]))
             return
         if shown:
             self._bar.set_postfix_str("  ".join(texts), refresh=False)
@@ -234,18 +240,21 @@ class Console:
     def _position(self, step: int) -> str:
         return f"step {step}" if self._total is None else f"step {step}/{self._total}"
 
-    def _pace(self, step: int) -> list[str]:
-        """Seconds per step since the first log, which leaves compilation out, and to the end."""
+    def _pace_texts(self, step: int, seconds: float | None, compiling: float) -> list[str]:
+        """Seconds a step, and to the end of the run; nothing while all steps compile.
+
+        `seconds`: of a step, if they were measured; else those between logs count.
+        """
         now = time.monotonic()
-        if self._start is None:
-            self._start = step, now
-        first, since = self._start
-        if step <= first:
+        last, self._last = self._last, (step, now)
+        if seconds is None and last is not None and step > last[0]:
+            seconds = (now - last[1]) / (step - last[0])
+        self._pace.add_step(seconds, compiling)
+        if self._pace.seconds_per_step is None:
             return []
-        pace = (now - since) / (step - first)
-        texts = [f"{pace:.3g} s/step"]
+        texts = [f"{self._pace.seconds_per_step:.3g} s/step"]
         if self._total is not None:
-            left = int(pace * max(self._total - step, 0))
+            left = int(self._pace.seconds_left(step, self._total) or 0)
             texts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         return texts
 

@@ -28,9 +28,12 @@ from corl_jax.rewards.functions import column_problem
 from corl_jax.sharding import layout_problems, make_mesh
 from corl_jax.startup import inspect_model
 from corl_jax.train import attending
+from corl_jax.train.export_record import place_problems
 from corl_jax.train.optimizer import partition
+from corl_jax.train.rundir import RunDir
 from corl_jax.types import Params, SpecialTokens
 from corl_jax.weights.files import check_export
+from corl_jax.weights.generation import read_generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,7 @@ def plan(config: Config) -> Plan:
             problems.extend(error.problems)
             return None
 
-    model = attempt(inspect_model, config.model.path)
+    model = attempt(_inspect_model, config.model.path)
     model_config, processor, model_dir = model or (None, None, None)
     rewards = attempt(registry.resolve, config.rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
@@ -150,6 +153,12 @@ def plan(config: Config) -> Plan:
         tasks=tasks, steps=_steps(config, train_loader), model_dir=model_dir, processor=processor,
         rewards=rewards, networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
+
+
+def _inspect_model(path: str) -> tuple[JanusConfig, Processor, Path]:
+    found = inspect_model(path)
+    read_generation(found[2])  # the export hands its values on
+    return found
 
 
 def _steps(config: Config, loader: Loader) -> int:
@@ -273,6 +282,8 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
     """What would stop the export, which is written only when all the training is done."""
     layout, base = config.export.layout, config.export.base
     problems = []
+    if layout != "none":
+        problems += place_problems(RunDir(Path(config.output_dir)).export)
     if base is not None and layout in ("transformers", "none"):
         problems.append(
             f"export.base: found {base!r}, which export.layout {layout} has no use for; remove it, "

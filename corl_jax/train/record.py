@@ -14,15 +14,15 @@ import numpy as np
 from corl_jax import evaluation, processes, rows
 from corl_jax.config import Config
 from corl_jax.errors import InputError, Preempted, SaveError
-from corl_jax.train import gallery, iterate
+from corl_jax.train import gallery, iterate, same_files
 from corl_jax.train.checkpoint import Checkpoints
-from corl_jax.train.exporting import export
+from corl_jax.train.exporting import refresh_export
 from corl_jax.train.guards import Guards
 from corl_jax.train.metrics import Metrics, read_lines
 from corl_jax.train.optimizer import merge
 from corl_jax.train.preemption import Interruption
 from corl_jax.train.run import Iteration, Run, put
-from corl_jax.train.rundir import RunDir
+from corl_jax.train.rundir import RunDir, jsonable
 from corl_jax.train.saving import Saver
 from corl_jax.train.step import TrainState
 from corl_jax.train.watchdog import Watchdog
@@ -162,13 +162,26 @@ class Recorder:
                 f"saved in {self.checkpoints.directory}; the same command goes on from there"
             )
         self.watchdog.beat()
+        pace = self.metrics.pace
         if self._images_due(step, run):
-            self._fixed_prompts(run, state, step)
+            with pace.milestone("images"):
+                self._fixed_prompts(run, state, step)
             self.watchdog.beat()
         if self._evaluation_due(step, run):
-            self._evaluate(run, state, step)
+            with pace.milestone("evaluation"):
+                self._evaluate(run, state, step)
         if step and (step % self.config.checkpoint.every == 0 or step == run.steps):
-            self.save(run, state, step)
+            with pace.milestone("save"):
+                self.save(run, state, step)
+
+    def count_milestones(self, run: Run, step: int) -> dict[str, int]:
+        """How many grids, evaluations and saves come from `step` on, its own included."""
+        every = {"save": self.config.checkpoint.every}
+        if "t2i" in run.tasks and self.config.log.images_every:
+            every["images"] = self.config.log.images_every
+        if run.eval_loader is not None:
+            every["evaluation"] = self.config.eval.every
+        return {kind: count_due(number, step, run.steps) for kind, number in every.items()}
 
     def save(self, run: Run, state: TrainState, step: int, unreported: bool = False) -> None:
         """Starts a checkpoint of all that the next iterations depend on.
@@ -180,6 +193,7 @@ class Recorder:
             "seed": run.seed,
             "config": self.config.model_dump(mode="json"),
             "seconds": self.seconds,
+            "working_directory": same_files.find_working_directory(),
             "weights": self.weights(),
             "metric_lines": self.metrics.lines,
             "unreported": unreported,
@@ -276,40 +290,47 @@ class Recorder:
             if any(key.startswith("eval/") for key in record)
         ]
 
-    def finish(self, run: Run, state: TrainState) -> None:
-        """The export and `summary.json` of a run that has done all its steps.
+    def finish(self, run: Run, state: TrainState, step: int) -> None:
+        """Brings the export and `summary.json` of a run with all its steps up to `step`.
 
-        What is there already stays: then this is the rerun of a finished run. Only a summary of
-        fewer steps is replaced, as that run has been extended.
+        What is there and current stays, byte for byte: then this is the rerun of a finished run.
 
         Raises:
             SaveError: the export could not be written.
         """
         self.watchdog.beat()
-        if processes.agreed(int(self.run_dir.export.exists())):
-            self.metrics.say(f"{self.run_dir.export} stays; move it away to export again")
-        elif self.config.export.layout != "none":
-            try:
-                notes = export(
-                    self.run_dir.export, self.config, run, state, self.model_dir, self.primary,
-                    self.watchdog.beat,
-                )  # fmt: skip
-            except InputError as error:  # what the config can be blamed for was checked before
-                raise SaveError(
-                    f"{error}\nall steps are done and saved; the same command exports again"
-                ) from error
-            for note in notes:
-                self.metrics.say(note)
-        if self.primary and self.run_dir.summarised() < run.steps:
-            evaluations = self.evaluations()
-            self.run_dir.write_json("summary.json", {
-                "steps": run.steps,
-                "optimizer_steps": int(state.step),
-                "skipped_updates": self.guards.skipped,
-                "seconds": self.seconds,
-                "first_evaluation": evaluations[0] if evaluations else None,
-                "last_evaluation": evaluations[-1] if evaluations else None,
-            })  # fmt: skip
+        try:
+            notes = refresh_export(
+                self.run_dir.export, self.config, run, state, step, self.weights()["model.path"],
+                self.model_dir, self.primary, self.watchdog.beat,
+            )  # fmt: skip
+        except InputError as error:  # what the config can be blamed for was checked before
+            raise SaveError(
+                f"{error}\nall steps are done and saved; the same command exports again"
+            ) from error
+        for note in notes:
+            self.metrics.say(note)
+        if self.primary:
+            self._summarise(state, step)
+
+    def _summarise(self, state: TrainState, step: int) -> None:
+        evaluations = self.evaluations()
+        summary = jsonable({
+            "steps": step,
+            "optimizer_steps": int(state.step),
+            "skipped_updates": self.guards.skipped,
+            "first_evaluation": evaluations[0] if evaluations else None,
+            "last_evaluation": evaluations[-1] if evaluations else None,
+        })  # fmt: skip
+        before = self.run_dir.read_json("summary.json") or {}
+        if {name: before.get(name) for name in summary} != summary:
+            self.run_dir.write_json("summary.json", {**summary, "seconds": self.seconds})
+
+
+def count_due(every: int, first: int, last: int) -> int:
+    """Steps from `first` to `last` that are multiples of `every` (0: none), or the last."""
+    multiples = last // every - (first - 1) // every if every else 0
+    return multiples + (first <= last and (not every or last % every != 0))
 
 
 def take(prompts: Prompts, places: np.ndarray) -> Prompts:

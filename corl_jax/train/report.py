@@ -28,6 +28,21 @@ ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
 """Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
 
 
+KEPT = (
+    "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
+)  # fmt: skip
+WORKING = {
+    "during an update": (
+        "gradients",
+        "compute copy",
+        "activations (kept by remat)",
+        "attention scores (xla)",
+    ),
+    "while sampling": ("compute copy", "sampling caches (largest task)"),
+}
+"""Which parts of `memory_estimate` a device holds always, and which in which program."""
+
+
 def describe(plan: Plan) -> str:
     """The report as text."""
     sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
@@ -120,6 +135,7 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
     shapes = janus.abstract(model)
     trained, frozen = partition(shapes, config.trained)
     own, (rest, copied) = _share(trained, mesh), _frozen(plan, frozen)
+    prompts = prompt_lengths(plan)
     width = jax.numpy.dtype(config.model.dtype).itemsize
     master = 2 if config.compat.bfloat16_master else 4
     estimate = {
@@ -134,11 +150,13 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
         second = config.grpo.kl_coef and not config.lora.rank
         estimate["reference"] = own * width if second else 0
         estimate["reward networks"] = _networks(plan)
-        estimate["sampling caches (largest task)"] = (
-            max(_cache(plan, t) for t in plan.tasks) * width
-        )
+        caches = [_cache(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["sampling caches (largest task)"] = max(caches) * width
     if config.objective != "vq":
-        estimate["activations (kept by remat)"] = _activations(plan) * width
+        activations = [_activations(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["activations (kept by remat)"] = max(activations) * width
+        scores = [_scores(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["attention scores (xla)"] = max(scores) * 4
     return {name: size / GIB for name, size in estimate.items()}
 
 
@@ -161,37 +179,99 @@ def _ways(plan: Plan) -> int:
     return plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
 
 
-def _cache(plan: Plan, task: str) -> int:
-    """Key and value numbers of one device's rows, all layers, prompt at its longest."""
+def _cache(plan: Plan, task: str, prompt: int) -> int:
+    """Key and value numbers of one device's rows, all layers."""
     config, llama = plan.config, plan.model_config.llama
     rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
         config.rollout.group_size
     )
-    if task == "t2i":
-        rows *= 1 if config.rollout.cfg_scale == 1 else 2
-        length = 64 + plan.model_config.num_image_tokens
-    else:
-        length = plan.model_config.num_image_tokens + 100 + config.rollout.max_new_tokens
+    if task == "t2i" and config.rollout.cfg_scale != 1:
+        rows *= 2
+    length = prompt + _completion(plan, task)
     per_token = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
     return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
 
 
-def _activations(plan: Plan) -> int:
+def prompt_lengths(plan: Plan) -> dict[str, int]:
+    """Padded tokens of the first batch's prompts by task; later batches may have longer ones."""
+    batch = plan.train_loader.batch(0)
+    return {task: getattr(batch, task).input_ids.shape[1] for task in plan.tasks}
+
+
+def _completion(plan: Plan, task: str) -> int:
+    config = plan.config
+    return plan.model_config.num_image_tokens if task == "t2i" else config.rollout.max_new_tokens
+
+
+def _update_rows(plan: Plan, task: str) -> int:
+    """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
+    config = plan.config
+    if config.objective != "grpo":
+        return config.train.micro_batch or config.train.prompts_per_step
+    guided = task == "t2i" and config.grpo.image_logprobs == "guided"
+    rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
+    return rows * (1 + guided)
+
+
+def _activations(plan: Plan, task: str, prompt: int) -> int:
     """Numbers that the backward pass keeps: each layer's input with remat `full`."""
-    config, llama = plan.config, plan.model_config.llama
-    group = config.rollout.group_size if config.objective == "grpo" else 1
-    rows = (config.train.micro_batch or config.train.prompts_per_step) * group
-    length = plan.model_config.num_image_tokens + 100 + config.rollout.max_new_tokens
+    llama = plan.model_config.llama
     wide = 3 * llama.intermediate_size + 4 * llama.hidden_size
-    kept = {"full": 0, "dots": wide, "none": 2 * wide}[config.model.remat]
-    return rows * length * llama.num_layers * (llama.hidden_size + kept) // _ways(plan)
+    kept = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
+    length = prompt + _completion(plan, task)
+    numbers = length * llama.num_layers * (llama.hidden_size + kept)
+    return _update_rows(plan, task) * numbers // _ways(plan)
+
+
+def _scores(plan: Plan, task: str, prompt: int) -> int:
+    """Attention scores that `xla` writes out: of every layer with remat `none`, else of one."""
+    if attending.of_update(plan.config, plan.model_config, plan.mesh) != "xla":
+        return 0
+    llama = plan.model_config.llama
+    layers = llama.num_layers if plan.config.model.remat == "none" else 1
+    numbers = layers * llama.num_heads * (prompt + _completion(plan, task)) ** 2
+    return _update_rows(plan, task) * numbers // (_ways(plan) * plan.mesh.shape["tensor"])
 
 
 def _memory(plan: Plan) -> str:
-    estimate = memory_estimate(plan)
-    lines = [f"memory a device, estimated, over {plan.mesh.size} device(s): GiB"]
-    lines += [f"  {name:32}{size:>10.2f}" for name, size in estimate.items()]
-    return "\n".join([*lines, f"  {'sum':32}{sum(estimate.values()):>10.2f}"])
+    """What a device holds all the time, and at least on top of that while a program runs."""
+    estimate, kept = memory_estimate(plan), 0.0
+    lines = [
+        f"memory of each of {plan.mesh.size} device(s), GiB",
+        "  kept for the whole run, exact",
+    ]
+    for name, size in estimate.items():
+        if name in KEPT:
+            lines.append(f"    {name:32}{size:>10.2f}")
+            kept += size
+    lines.append(f"    {'sum':32}{kept:>10.2f}")
+    for program, parts in WORKING.items():
+        sizes = {name: estimate[name] for name in parts if name in estimate}
+        if sizes:
+            lines.append(f"  {program}, at least")
+            lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
+            lines.append(f"    {'with what is kept':32}{kept + sum(sizes.values()):>10.2f}")
+    return "\n".join([*lines, *_uncounted(plan)])
+
+
+def _uncounted(plan: Plan) -> list[str]:
+    """What the figures leave out, and the command that compiles the programs and counts it all."""
+    missing = (
+        "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
+    )
+    if plan.config.objective != "grpo":
+        return [missing]
+    lengths = prompt_lengths(plan)
+    shown = ", ".join(f"{task} {tokens}" for task, tokens in lengths.items())
+    names = {"t2i": "--image-prompt", "mm2t": "--text-prompt"}
+    options = " ".join(f"{names[task]} {tokens}" for task, tokens in lengths.items())
+    return [
+        f"  padded prompts as in the first batch, in tokens: {shown}; of at most "
+        f"{plan.config.data.max_prompt_length:,} (data.max_prompt_length)",
+        missing,
+        "  to count all but the reward networks, for the same prompts, compile the programs:",
+        f"  python -m corl_jax.plan --config FILE --topology local {options}",
+    ]
 
 
 def disk_estimate(plan: Plan) -> dict[str, float]:
@@ -206,7 +286,11 @@ def disk_estimate(plan: Plan) -> dict[str, float]:
         estimate[name] = (config.checkpoint.keep + 1) * state / GIB
     if config.export.layout != "none":
         exported = trained if config.export.lora == "adapter" else shapes
-        estimate["export"] = _count(exported) * 4 / GIB
+        size = _count(exported) * 4 / GIB
+        replaces = (Path(config.output_dir) / "export").exists()
+        estimate["export, beside the one it replaces" if replaces else "export"] = size * (
+            1 + replaces
+        )
     return estimate
 
 

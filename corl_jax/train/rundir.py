@@ -1,13 +1,13 @@
 """The run directory: one writer, one config, files that are either whole or not there.
 
-config.yaml            the resolved config, every option with its value
+config.yaml            the resolved config, every option with its value, and where paths start
 config_changes.jsonl   what --allow-changed-config let pass, and at which step
 metrics.jsonl          one line per logged step
 saved.json             the newest step that was said to be saved, and where
 tensorboard/           event files
 checkpoints/           one directory per finished step; STEP.corrupt-N is one that was put aside
 images/                grids of fixed prompts
-export/                the final model
+export/                the final model; corl_jax_export.json in it says of which step
 summary.json           steps, seconds, first and last evaluation
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
 .lock                  held while a process writes here
@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -35,6 +32,8 @@ import yaml
 from corl_jax import config_file, processes
 from corl_jax.config import Config
 from corl_jax.errors import InputError
+from corl_jax.train import same_files
+from corl_jax.train.locking import locked
 
 MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
@@ -99,13 +98,14 @@ class RunDir:
         """
         try:
             with replacing(self.config) as file:
-                file.write(config_file.dump(config).encode())
+                file.write(_config_text(config))
         except OSError as error:
             raise _unwritable(self.root, error) from None
 
     def note_saved(self, step: int, directory: str | None) -> None:
         """Writes `saved.json`: `step` is saved, in `directory` or (None) in the run directory."""
-        self.write_json("saved.json", {"step": step, "directory": directory})
+        place = directory and same_files.resolve_path(directory)
+        self.write_json("saved.json", {"step": step, "directory": place})
 
     def require_saved(self, steps: list[int], directory: str | None, place: Any) -> None:
         """Refuses to start afresh, or from further back, where the saved steps are not found.
@@ -123,27 +123,29 @@ class RunDir:
         try:
             noted = json.loads(path.read_bytes())
             step, before = int(noted["step"]), noted["directory"]
+            same = before == (directory and same_files.resolve_path(directory))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: unreadable ({type(error).__name__}), expected the newest saved step; "
                 "remove it if the checkpoints are where they were"
             ) from None
-        if steps and (before == directory or steps[-1] >= step):
+        if steps and (same or before == directory or steps[-1] >= step):
             return
         found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
-        moved = f" (checkpoint.directory was {before})" if before != directory else ""
+        moved = "" if same else f" (checkpoint.directory was {before})"
         raise InputError(
             f"{path}: step {step} was saved, but {place} has {found}{moved}; bring the checkpoints "
             "back, name their place in checkpoint.directory, or choose another output_dir to "
             "start afresh"
         )
 
-    def summarised(self) -> int:
-        """The steps of `summary.json`; -1 without one."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object of a JSON file of the run; None if it is not there or not whole."""
         try:
-            return int(json.loads(self.summary.read_bytes())["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return -1
+            value = json.loads(self.path(name).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
 
     def note_changes(self, step: int, changes: list[str]) -> None:
         """Adds to `config_changes.jsonl` that the run goes on from `step` with another config."""
@@ -204,9 +206,11 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
                 leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
                 shutil.rmtree(leftover)
+            for replaced in run.root.glob(".export.*.old"):  # killed before the new one came
+                shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
             kept = run.config.read_bytes() if run.config.exists() else None
             with replacing(run.config) as file:  # also shows that the directory can be written
-                file.write(kept or config_file.dump(config).encode())
+                file.write(kept or _config_text(config))
         except OSError as error:
             raise _unwritable(run.root, error) from None
         processes.met("run directory")
@@ -240,6 +244,10 @@ def checkpoints_locked(
         yield place
 
 
+def _config_text(config: Config) -> bytes:
+    return (same_files.write_header() + config_file.dump(config)).encode()
+
+
 def _unwritable(root: Path, error: OSError) -> InputError:
     return InputError(
         f"output_dir: {error.filename or root}: {error.strerror}; name a directory that can be "
@@ -257,7 +265,8 @@ def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
             )
         return
     try:
-        old = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        text = run.config.read_text(encoding="utf-8")
+        old = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{run.config}: unreadable: {error}; choose another output_dir") from None
     if not isinstance(old, dict):
@@ -265,20 +274,27 @@ def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
             f"{run.config}: found {type(old).__name__}, expected a mapping of options; "
             "choose another output_dir"
         )
-    config_changes(old, config.model_dump(mode="json"), str(run.config), allow_changes)
+    new, start = config.model_dump(mode="json"), same_files.read_header(text)
+    config_changes(old, new, str(run.config), allow_changes, start)
 
 
 def config_changes(
-    old: dict[str, Any], new: dict[str, Any], source: str, allowed: bool = False
+    old: dict[str, Any],
+    new: dict[str, Any],
+    source: str,
+    allowed: bool = False,
+    start: str | None = None,
 ) -> list[str]:
     """Options that differ from the config that `source` recorded, MAY_CHANGE left out.
+
+    `start`: the directory that the recorded relative paths start at, if it is known.
 
     Raises:
         InputError: some differ and they are not `allowed`; a line for each.
     """
     with contextlib.suppress(InputError):  # an older version's: compared as it stands
         old = config_file.validate(old, source).model_dump(mode="json")
-    problems = differences(old, new)
+    problems = differences(old, new, start)
     if problems and not allowed:
         remedy = (
             "give the old values, another output_dir for a new run, or --allow-changed-config to "
@@ -288,7 +304,7 @@ def config_changes(
     return problems
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], start: str | None = None) -> list[str]:
     """`key: found X, the run has Y` of every option that differs and may not."""
     was, now = dict(_leaves(old)), dict(_leaves(new))
     lines = []
@@ -299,8 +315,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             lines.append(f"{key}: found {now[key]!r}, the run has no such option")
         elif key not in now:
             lines.append(f"{key}: not given, the run has {was[key]!r}")
-        elif was[key] != now[key]:
-            lines.append(f"{key}: found {now[key]!r}, the run has {was[key]!r}")
+        elif same_files.is_changed(key, was[key], now[key], start):
+            other = f", from {start}" if was[key] == now[key] else ""
+            lines.append(f"{key}: found {now[key]!r}, the run has {was[key]!r}{other}")
     return lines
 
 
@@ -314,56 +331,6 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
-
-
-@contextlib.contextmanager
-def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
-    """Holds `.lock` of the directory of option `key`; the kernel releases it at any end.
-
-    Raises:
-        InputError: another process holds it, which is named, or the file cannot be locked.
-    """
-    path = directory / ".lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name a writable {key}") from None
-    held = [descriptor]
-    # A forked child that outlives this process would hold the lock on.
-    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{key}: {directory} is being written by {_holder(descriptor)}; "
-                "wait for it, stop it, or choose another directory"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be locked ({error.strerror}); put {key} on a file system "
-                "with flock"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        yield
-        os.ftruncate(descriptor, 0)
-    finally:
-        held.clear()
-        os.close(descriptor)
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"  # which has locked the file but not yet written its name
 
 
 @contextlib.contextmanager

@@ -77,22 +77,23 @@ def merged(
 def save_adapter(
     out_dir: str | Path, params: Params, lora: Lora, *, base: str | None,
     revision: str | None = None, dtype: DType = "keep", progress: Progress | None = None,
+    overwrite: bool = False, extra: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:  # fmt: skip
     """Writes a tree of adapters as a PEFT directory, whole or not at all.
 
     `base` names the model, in transformers' layout, that it belongs to, and `revision` its
-    branch, tag or commit on the hub. `keep` leaves the
-    adapters in the type that they were trained in.
+    branch, tag or commit on the hub. `keep` leaves the adapters in the type that they were
+    trained in. `extra` has further JSON files by name.
 
     Raises: InputError for a folder that is taken or cannot be written.
     """
     flat = flatten(params)
     slots = TABLE.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
-    with whole_directory(Path(out_dir)) as folder:
-        write_text(
-            folder / ADAPTER_CONFIG, json.dumps(_peft_config(lora, base, revision), indent=2) + "\n"
-        )
+    small = {ADAPTER_CONFIG: _peft_config(lora, base, revision), **(extra or {})}
+    with whole_directory(Path(out_dir), overwrite=overwrite) as folder:
+        for name, data in small.items():
+            write_text(folder / name, json.dumps(data, indent=2) + "\n")
         write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)
 
 

@@ -24,7 +24,6 @@ COPIED = (
     "preprocessor_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
 )
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 ORIGINAL_SPECIALS = (

@@ -20,6 +20,8 @@ from corl_jax.weights.configs import Layout, parse_config, write_jax
 from corl_jax.weights.dtypes import is_float, named, widest
 from corl_jax.weights.finite import watched
 from corl_jax.weights.folders import read_unmarked
+from corl_jax.weights.generation import FILE as GENERATION_FILE
+from corl_jax.weights.generation import NOTHING_STATED, Generation, parse_generation
 from corl_jax.weights.leaves import Leaves, layer_count, leaf_dtype, mixed_dtypes, slots_by_key
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
@@ -60,6 +62,8 @@ class Export:
     stated_dtype: str | None = None  # what config.json must say; None leaves a copied one alone
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     as_bin: bool = False
+    generation: Generation = NOTHING_STATED  # what it states replaces what the source states
+    extra: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # JSON by name
 
     def cast_to(self, dtype: np.dtype) -> np.dtype:
         return named(self.dtype) if self.dtype != "keep" and is_float(dtype) else dtype
@@ -249,8 +253,9 @@ def write_assets(folder: Path, export: Export) -> list[str]:
         if (origin / "chat_template.json").is_file():
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         assets.copy_assets(origin, folder)
-    if export.layout == "transformers":
-        _write_generation(folder, export)
+    _write_generation(folder, export)
+    for name, data in export.extra.items():
+        _json(folder / name, data)
     if (folder / "tokenizer.json").is_file():
         return []
     return [
@@ -259,15 +264,26 @@ def write_assets(folder: Path, export: Export) -> list[str]:
 
 
 def _write_generation(folder: Path, export: Export) -> None:
-    """The copied file with the BOI id put where transformers reads it, or a new one."""
-    file = folder / "generation_config.json"
-    old = read_json(file) if file.is_file() else {}
+    """generation_config.json: the source's bytes where nothing changes, in every layout.
+
+    transformers' layout always has one, with the BOI id where transformers reads it. An original
+    checkpoint usually has none, and the other layouts then get one only to hold stated values.
+    """
+    source = export.assets.folder / GENERATION_FILE if export.assets else None
+    old = read_json(source) if source and source.is_file() else {}
+    parse_generation(old, source or folder / GENERATION_FILE)  # a wrong value is not handed on
+    stated = export.generation.as_json()
+    new = {**old, **stated}
     given = old.get("generation_kwargs")
-    if isinstance(given, dict) and "boi_token_id" in given:
-        return
-    new = config_transformers.write_generation(special_tokens(_tokenizer_folder(export)))
-    kwargs = {**(given if isinstance(given, dict) else {}), **new["generation_kwargs"]}
-    _json(file, {**new, **old, "generation_kwargs": kwargs})
+    has_boi = isinstance(given, dict) and "boi_token_id" in given
+    if export.layout == "transformers" and not has_boi:
+        made = config_transformers.write_generation(special_tokens(_tokenizer_folder(export)))
+        kwargs = {**(given if isinstance(given, dict) else {}), **made["generation_kwargs"]}
+        new = {**made, **new, "generation_kwargs": kwargs}
+    if source and new == old and source.is_file():
+        write_bytes(folder / GENERATION_FILE, source.read_bytes())
+    elif new:
+        _json(folder / GENERATION_FILE, new)
 
 
 def _tokenizer_folder(export: Export) -> Path:

@@ -21,6 +21,7 @@ from corl_jax.weights.checkpoint import Checkpoint, is_stacked, leaf_shapes, ope
 from corl_jax.weights.configs import Layout, detect_layout, load_config
 from corl_jax.weights.export import Assets, DType, Export, main_dtype, plan_tensors, write_export
 from corl_jax.weights.finite import non_finite_problem
+from corl_jax.weights.generation import NOTHING_STATED, Generation
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.leaves import MemoryLeaves, read_leaf
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
@@ -74,6 +75,8 @@ def save_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    generation: Generation = NOTHING_STATED,
+    extra: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[str]:
     """Writes parameters as a checkpoint directory, whole or not at all; returns notes.
 
@@ -81,6 +84,7 @@ def save_checkpoint(
     copied or rewritten, and what it carries besides the model goes along. `base` overrides
     where the latter comes from. With `keep` a parameter is written in the type of its
     array; `layer_dtypes` (see `placing.stored_layer_dtypes`) gives its layers types of their own.
+    `generation` has values for generation_config.json, `extra` further JSON files by name.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """
@@ -96,6 +100,8 @@ def save_checkpoint(
             carried=_fitting(source, config),
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
+            generation=generation,
+            extra=extra or {},
         )
         stated = main_dtype(plan_tensors(export))
         return _write(Path(out_dir), export, base, stated, overwrite, progress)

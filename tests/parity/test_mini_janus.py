@@ -63,6 +63,13 @@ def test_transformers_draws_the_same_tokens_greedily(mini):
     np.testing.assert_array_equal(np.asarray(ours.tokens), theirs.numpy())
 
 
+def test_transformers_reads_how_it_is_sampled():
+    """Our own key among them is kept and harms nothing."""
+    read = transformers.GenerationConfig.from_pretrained(MINI_JANUS)
+    assert (read.guidance_scale, read.max_new_tokens, read.do_sample) == (3.0, 48, True)
+    assert read.question_instruction == "auto"
+
+
 def test_both_directions_of_the_conversion_keep_its_bits(mini, tmp_path):
     config, _, _ = mini
     stored = files.load_params(MINI_JANUS, config)

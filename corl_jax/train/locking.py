@@ -1,0 +1,64 @@
+"""A lock on a directory that the kernel releases when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from corl_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
+    """Holds `.lock` of the directory of option `key`; the kernel releases it at any end.
+
+    Raises:
+        InputError: another process holds it, which is named, or the file cannot be locked.
+    """
+    path = directory / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name a writable {key}") from None
+    held = [descriptor]
+    # A forked child that outlives this process would hold the lock on.
+    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{key}: {directory} is being written by {_holder(descriptor)}; "
+                "wait for it, stop it, or choose another directory"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be locked ({error.strerror}); put {key} on a file system "
+                "with flock"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        held.clear()
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"  # which has locked the file but not yet written its name
