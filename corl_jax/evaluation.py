@@ -39,6 +39,7 @@ HELD_OUT_SEEDS = 2**40
 """Added to the seed of `HeldOutShapes`: row i of a training set of the same seed is another."""
 PROBLEMS_SHOWN = 10
 CELL, GAP, FONT_SIZE, LINE, PROMPT_LINES = 128, 8, 12, 15, 3  # of the contact sheet, pixels
+FRAME = 4  # green around a drawing as demanded, red around another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +286,8 @@ def contact_sheet(report: Report, most: int = 64, columns: int = 8) -> np.ndarra
         picture = Image.fromarray(report.images[cell])
         page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         word, ink = ("pass", (20, 120, 50)) if report.passed[cell] else ("fail", (190, 30, 30))
-        draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=ink, width=2)
+        left, top, last = x - FRAME, y - FRAME, side + FRAME - 1
+        draw.rectangle((left, top, x + last, y + last), outline=ink, width=FRAME)
         draw.text((x, y + side + 3), word, ink, font)
         prompt = make_drawable(report.prompts[cell], font)
         text = textwrap.wrap(prompt, letters, max_lines=PROMPT_LINES, placeholder="…")

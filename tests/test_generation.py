@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from corl_jax import sampling_options
+from corl_jax.assets import MINI_JANUS
 from corl_jax.config_file import validate
 from corl_jax.data import instructions
 from corl_jax.errors import InputError
-from corl_jax.quickstart import MINI_JANUS
 from corl_jax.train import exporting
 from corl_jax.weights.files import convert, load_config, load_params, save_checkpoint
 from corl_jax.weights.generation import FILE, Generation, read_generation

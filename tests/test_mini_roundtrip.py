@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from corl_jax.assets import MINI_JANUS
 from corl_jax.data import shapes
 from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
-from corl_jax.quickstart import MINI_JANUS
 from corl_jax.startup import load_model
 from tests.tiny_train import model_dir
 from tools.mini_janus import roundtrip

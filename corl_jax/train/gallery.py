@@ -17,6 +17,8 @@ from corl_jax.train.rundir import replacing
 CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that text fits below
 FONT_SIZE = 12
 MARGIN = 6
+HELD_OUT = "held_out"
+"""Files `held_out_STEP.png` show drawings of an evaluation."""
 _LINE = FONT_SIZE + 3
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 

@@ -51,6 +51,7 @@ class Metrics:
         """
         self.primary, self.pace = primary, Pace()
         self._failing: set[str] = set()
+        self._announced: set[str] = set()
         if not primary:
             return
         self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr, self.pace)
@@ -96,6 +97,12 @@ class Metrics:
         if self.primary:
             with _console_may_fail():
                 self._console.say(message)
+
+    def announce_compilation(self, what: str) -> None:
+        """Says once that the first `what` takes longer than later ones."""
+        if what not in self._announced:
+            self._announced.add(what)
+            self.say(f"compiling for the first {what} ...")
 
     @contextlib.contextmanager
     def bearing(self, what: str) -> Iterator[None]:
@@ -217,7 +224,8 @@ class Console:
         texts = [_headline(name, number) for name, number in (shown or numbers).items()]
         if not any(name.startswith("eval/") for name in numbers):
             compiling = numbers.get("phase/compile_seconds", 0.0)
-            texts += self._pace_texts(step, numbers.get("step_time"), compiling)
+            self._note_pace(step, numbers.get("step_time"), compiling)
+        texts += self._pace_texts(step)
         if self._bar is None:
             self.say("  ".join([self._position(step), *texts]))
             return
@@ -240,16 +248,16 @@ class Console:
     def _position(self, step: int) -> str:
         return f"step {step}" if self._total is None else f"step {step}/{self._total}"
 
-    def _pace_texts(self, step: int, seconds: float | None, compiling: float) -> list[str]:
-        """Seconds a step, and to the end of the run; nothing while all steps compile.
-
-        `seconds`: of a step, if they were measured; else those between logs count.
-        """
+    def _note_pace(self, step: int, seconds: float | None, compiling: float) -> None:
+        """Notes how long a step took: `seconds` if it was measured, else the time between logs."""
         now = time.monotonic()
         last, self._last = self._last, (step, now)
         if seconds is None and last is not None and step > last[0]:
             seconds = (now - last[1]) / (step - last[0])
         self._pace.add_step(seconds, compiling)
+
+    def _pace_texts(self, step: int) -> list[str]:
+        """Seconds a step, and to the end of the run; nothing while all steps compile."""
         if self._pace.seconds_per_step is None:
             return []
         texts = [f"{self._pace.seconds_per_step:.3g} s/step"]

@@ -30,6 +30,7 @@ from corl_jax.types import Params, Prompts
 
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
+SHEET_DRAWINGS, SHEET_COLUMNS = 16, 4  # of an evaluation's picture
 
 
 @dataclasses.dataclass
@@ -164,10 +165,12 @@ class Recorder:
         self.watchdog.beat()
         pace = self.metrics.pace
         if self._images_due(step, run):
+            self.metrics.announce_compilation("picture grid")
             with pace.milestone("images"):
                 self._fixed_prompts(run, state, step)
             self.watchdog.beat()
         if self._evaluation_due(step, run):
+            self.metrics.announce_compilation("evaluation")
             with pace.milestone("evaluation"):
                 self._evaluate(run, state, step)
         if step and (step % self.config.checkpoint.every == 0 or step == run.steps):
@@ -267,10 +270,21 @@ class Recorder:
                 total=lambda counts: rows.gathered(run.mesh, counts[None]).sum(axis=0),
             )  # fmt: skip
             values = report.metrics()
+            self._held_out_drawings(step, report)
         values = values | {"eval/seconds": time.perf_counter() - began}
         alarms, lines = self.guards.evaluated(step, values)
         self.metrics.log(step, values | alarms)
         self._alarm(lines)
+
+    def _held_out_drawings(self, step: int, report: evaluation.Report) -> None:
+        """Shows the first drawings of an evaluation, the same rows and keys each time."""
+        if not self.primary:
+            return
+        page = evaluation.contact_sheet(report, most=SHEET_DRAWINGS, columns=SHEET_COLUMNS)
+        with self.metrics.bearing("images"):
+            path = self.run_dir.images / f"{gallery.HELD_OUT}_{step:06d}.png"
+            gallery.save_png(path, page)
+        self.metrics.image(step, "eval/drawings", page)
 
     def _place(self, run: Run) -> Callable:
         """`put`, which comes once a batch, so that the watchdog hears of each."""

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from corl_jax import sampling
+from corl_jax.assets import MINI_JANUS
 from corl_jax.data.processor import Processor
 from corl_jax.models import janus
-from corl_jax.quickstart import MINI_JANUS
 from corl_jax.weights import files
 from tests import draws
 
