@@ -1,14 +1,14 @@
 """Measures a Janus checkpoint on held-out rows: drawings by an exact checker, answers by solution.
 
-    python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH] [--rows 256]
+    python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
         [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]
         [--seed 0] [--dtype float32|bfloat16] [--out DIR]
 
 Every row is drawn once, with guidance, and answered once, greedily. Guidance, temperature and
-length that are not given are those of the checkpoint. Without --data the rows are
-of the drawn world's split `test`, made in memory from the seed; with it, the first of a parquet
-file or folder that `python -m corl_jax.data.shapes` wrote. Prints each rate with its 95%
-interval (Wilson). --out writes report.json, grid.png and answers.jsonl.
+length that are not given are those of the checkpoint. Without --data the rows are of the
+drawn world's split `test`, made in memory from the seed; with it, the first of a parquet file or
+folder that `python -m corl_jax.data.shapes` wrote. Prints each rate with its 95% interval
+(Wilson). --out writes report.json, grid.png and answers.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
@@ -31,6 +31,9 @@ from corl_jax.sampling_options import (
     tell_sampling,
     temperature_problems,
 )
+
+if TYPE_CHECKING:
+    from corl_jax.models.janus import JanusConfig
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
@@ -81,18 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="model directory of any of the three kinds, or a hub id",
     )
     add("--suite", choices=SUITES, default="shapes", help="what is measured (default %(default)s)")
-    add(
-        "--data",
-        type=parse_place,
-        metavar="PATH",
-        help="parquet file or folder (default: drawn in memory)",
-    )
-    add(
-        "--rows",
-        type=int,
-        metavar="N",
-        help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)",
-    )
+    add("--world", choices=("full", "small"),
+        help="of rows drawn in memory (default: small for pictures below 48 pixels)")  # fmt: skip
+    add("--data", type=parse_place, metavar="PATH",
+        help="parquet file or folder (default: drawn in memory)")  # fmt: skip
+    add("--rows", type=int, metavar="N",
+        help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)")  # fmt: skip
     add("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
     add(
         "--cfg-scale",
@@ -146,7 +143,7 @@ def plan(args: argparse.Namespace) -> Any:
     source = (
         None
         if any(p.startswith(("--rows", "--seed")) for p in problems)
-        else (attempt(open_rows, args))
+        else attempt(open_rows, args, model and model[0])
     )
     lengths = attempt(check_rows, source, model, args) if source is not None else None
     if problems or lengths is None:
@@ -182,13 +179,20 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def open_rows(args: argparse.Namespace) -> Any:
-    """The rows to measure on. Raises InputError for a file that cannot be, or has too few."""
+def open_rows(args: argparse.Namespace, config: JanusConfig | None) -> Any:
+    """The rows to measure on. Raises InputError for a file that cannot be, or has too few.
+
+    `config` is the model's, by which the drawn world is chosen; None if it cannot be read.
+    """
     from corl_jax.data.dataset import ParquetSource, Rows
+    from corl_jax.data.shapes_scene import choose_world
     from corl_jax.evaluation import REQUIRED, HeldOutShapes
 
     if args.data is None:
-        return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed)
+        world = args.world or choose_world(config.siglip.image_size if config else 64)
+        return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed, world)
+    if args.world is not None:
+        raise InputError("--world: --data has its own rows; leave one of the two out")
     source: Any = ParquetSource(args.data, required=[*REQUIRED, "real_image"])
     if args.rows is not None and args.rows > len(source):
         raise InputError(

@@ -272,17 +272,20 @@ class HeldOutShapes:
         return f"drawn row {row}"
 
 
-def contact_sheet(report: Report, most: int = 64, columns: int = 8) -> np.ndarray:
+def contact_sheet(report: Report, most: int = 64, columns: int = 8, title: str = "") -> np.ndarray:
     """The first `most` drawings, prompt and verdict under each: [H', W', 3] uint8."""
     count = min(most, len(report.prompts))
     columns = min(columns, count)
     side = CELL * max(1, round(report.images.shape[1] / CELL))
     width, height = side + 2 * GAP, side + 2 * GAP + PROMPT_LINES * LINE + LINE
-    page = Image.new("RGB", (columns * width, -(-count // columns) * height), (255, 255, 255))
+    above = LINE + GAP if title else 0
+    size = columns * width, above + -(-count // columns) * height
+    page = Image.new("RGB", size, (255, 255, 255))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
+    draw.text((GAP, GAP), title, (20, 20, 20), font)
     letters = max(1, int(side / font.getlength("n")))
     for cell in range(count):
-        x, y = cell % columns * width + GAP, cell // columns * height + GAP
+        x, y = cell % columns * width + GAP, above + cell // columns * height + GAP
         picture = Image.fromarray(report.images[cell])
         page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         word, ink = ("pass", (20, 120, 50)) if report.passed[cell] else ("fail", (190, 30, 30))

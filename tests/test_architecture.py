@@ -18,7 +18,7 @@ PACKAGE = ROOT / "corl_jax"
 # command (it has a `main`) and stands on top.
 LAYERS = {
     "errors": 0, "types": 0, "config": 0, "config_checks": 0, "config_fields": 0, "config_file": 0,
-    "config_yaml": 0, "console": 0, "input_files": 0,
+    "config_yaml": 0, "console": 0, "input_files": 0, "assets": 0,
     "processes": 1, "rows": 1, "sharding": 1, "compiling": 1, "fonts": 1, "models": 1, "weights": 1,
     "data": 1, "grpo": 1,
     "sampling": 2, "sampling_options": 2, "rewards": 2, "evaluation": 2, "startup": 2,

@@ -3,6 +3,7 @@ batches and on a mesh, and the command from files to files."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -264,6 +265,27 @@ def test_bad_columns_stop_before_sampling(model, monkeypatch):
         measure(model, [])
 
 
+def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
+    args = argparse.Namespace(data=None, rows=3, seed=7, world=None)
+    for size, world in ((16, "small"), (64, "full")):
+        siglip = dataclasses.replace(tiny_config.siglip, image_size=size)
+        config = dataclasses.replace(tiny_config, siglip=siglip)
+        rows = evaluate.open_rows(args, config)
+        assert rows.column("spec") == HeldOutShapes(3, 7, world).column("spec")
+
+
+def test_the_sheet_frames_right_and_wrong_drawings(report):
+    title = evaluation.LINE + evaluation.GAP
+    sheet = evaluation.contact_sheet(report, 2, 2, "step 0")
+    plain = evaluation.contact_sheet(report, 2, 2)
+    assert sheet.shape == (plain.shape[0] + title, *plain.shape[1:])
+    assert np.array_equal(sheet[title + evaluation.GAP :], plain[evaluation.GAP :])
+    for passed, ink in ((True, (20, 120, 50)), (False, (190, 30, 30))):
+        marked = dataclasses.replace(report, passed=[passed] * ROWS)
+        frame = evaluation.contact_sheet(marked, 1)[evaluation.GAP - 1, evaluation.GAP : 100]
+        assert (frame == ink).all()
+
+
 # ---- the command
 
 
@@ -273,7 +295,8 @@ def run(model_dir, *args: str) -> None:
 
 def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    run(model_dir, "--rows", str(ROWS), "--batch-size", "4", "--seed", "5", "--out", str(out))
+    options = ("--rows", str(ROWS), "--batch-size", "4", "--seed", "5", "--world", "full")
+    run(model_dir, *options, "--out", str(out))
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["metric", "mean", "95%", "interval", "n"]
     assert [line.split()[0] for line in printed[1:]] == list(NAMES)
@@ -333,5 +356,7 @@ def test_command_refuses_bad_input_before_any_device_work(model_dir, tmp_path, c
     assert "row 2: spec" in error
     assert "has 3 rows" in refusal(capsys, model_dir, "--data", str(broken), "--rows", "4")
     good = tiny_parquet(tmp_path / "good.parquet", [shapes.make_row(0, 0)])
+    error = refusal(capsys, model_dir, "--data", str(good), "--world", "full")
+    assert "--world: --data has its own rows" in error
     error = refusal(capsys, model_dir, "--data", str(good), "--max-new-tokens", "1024")
     assert "its mm2t prompt has" in error

@@ -17,8 +17,8 @@ from corl_jax.quickstart import Rise
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    "train.max_steps=2", "train.prompts_per_step=2", "train.micro_batch=1", "rollout.group_size=2",
-    "rollout.max_new_tokens=4", "eval.rows=4", "eval.batch_prompts=4", "log.fixed_prompts=2",
+    "train.max_steps=2", "train.prompts_per_step=2", "rollout.group_size=2", "log.every=1",
+    "rollout.max_new_tokens=4", "eval.rows=4", "eval.batch_prompts=4",
 )  # fmt: skip
 
 
@@ -43,10 +43,15 @@ def test_config_is_found_from_elsewhere_or_missed_by_name(tmp_path, monkeypatch)
         quickstart.find_config()
 
 
-def test_every_step_has_the_same_rows():
-    """Or a step's mean reward would show which rows came up beside what was learnt."""
+def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
     config = config_file.load(ROOT / quickstart.CONFIG)
-    assert quickstart.ROWS - config.eval.rows == config.train.prompts_per_step
+    assert config.train.max_steps * config.train.prompts_per_step == 1920
+    assert config.eval.rows >= 400
+    work = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=3",))
+    commands = [" ".join(command) for _, command, _ in work.steps()]
+    assert "--rows 96 --seed 21 --split train" in commands[1]
+    assert "--rows 512 --seed 22 --split test" in commands[2]
+    assert "train.max_steps=3" in commands[3]
 
 
 def test_a_step_that_fails_ends_with_its_exit_code(capfd):
@@ -58,7 +63,7 @@ def test_a_step_that_fails_ends_with_its_exit_code(capfd):
 
 
 def start(out: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = ["corl_jax.quickstart", "--out", str(out), "--rows", "40", *overrides]
+    command = ["corl_jax.quickstart", "--out", str(out), *overrides]
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -74,7 +79,7 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
         assert (out / "train" / "export" / name).is_file()
     with Image.open(out / "before_after.png") as picture:
         width = picture.width
-    with Image.open(out / "train" / "images" / "step_000002.png") as picture:
+    with Image.open(out / "train" / "images" / "held_out_000002.png") as picture:
         assert width > 2 * picture.width
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 2
@@ -82,9 +87,11 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     assert 0 <= summary["after"]["eval/answer/accuracy"] <= 1
     printed = done.stdout.partition("What came out")[2]
     assert "drawings as demanded" in printed and "answers right" in printed
+    assert "compiling for the first evaluation" in done.stderr
+    assert "compiling for the first step" in done.stderr
     assert "corl_jax.generate image" in printed and str(out / "train" / "export") in printed
 
     again = start(out, *SMALL)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is there already") == 2
+    assert again.stdout.count("is there already") == 3
     assert json.loads((out / "summary.json").read_text()) == summary

@@ -121,8 +121,6 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
             with interruption.waits():
                 if start == 0 or meta["unreported"] or measures_otherwise(resumed, run):
                     recorder.milestone(run, state, start)
-                if start < stop:
-                    metrics.announce_compilation("step")
                 state = train(run, state, recorder, start, stop)
                 if start < stop < run.steps:
                     recorder.save(run, state, stop)

@@ -18,6 +18,8 @@ def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int
     """
     pending: tuple[int, Any, dict[str, float]] | None = None
     began = time.perf_counter()
+    if start < stop:
+        recorder.metrics.announce_compilation("step")
     for step, prompts in zip(
         range(start, stop), run.train_loader.iterate(start, stop), strict=True
     ):

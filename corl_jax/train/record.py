@@ -30,7 +30,7 @@ from corl_jax.types import Params, Prompts
 
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
-SHEET_DRAWINGS, SHEET_COLUMNS = 16, 4  # of an evaluation's picture
+SHEET_DRAWINGS, SHEET_COLUMNS = 36, 6  # of an evaluation's picture
 
 
 @dataclasses.dataclass
@@ -280,7 +280,9 @@ class Recorder:
         """Shows the first drawings of an evaluation, the same rows and keys each time."""
         if not self.primary:
             return
-        page = evaluation.contact_sheet(report, most=SHEET_DRAWINGS, columns=SHEET_COLUMNS)
+        rate = report.rates["draw/accuracy"]
+        title = f"step {step}: {rate.mean:.1%} of {rate.n} drawings as demanded"
+        page = evaluation.contact_sheet(report, SHEET_DRAWINGS, SHEET_COLUMNS, title)
         with self.metrics.bearing("images"):
             path = self.run_dir.images / f"{gallery.HELD_OUT}_{step:06d}.png"
             gallery.save_png(path, page)

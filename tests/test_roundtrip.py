@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from corl_jax.assets import MINI_JANUS
+from corl_jax.assets import NANO_JANUS
 from corl_jax.data import shapes
 from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
 from corl_jax.startup import load_model
@@ -19,28 +19,31 @@ LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) pictures pass the checke
 
 
 @pytest.fixture(scope="module")
-def mini():
-    config, params, _, _ = load_model(MINI_JANUS)
+def nano():
+    config, params, _, _ = load_model(NANO_JANUS)
     return config, params
 
 
 def pictures(rows: int) -> np.ndarray:
-    drawn = (shapes.make_row(HELD_OUT_SEEDS + 2, i, 64, "test", encode=False) for i in range(rows))
+    drawn = (
+        shapes.make_row(HELD_OUT_SEEDS + 2, i, split="test", encode=False, world="small")
+        for i in range(rows)
+    )
     return np.stack([row["real_image"] for row in drawn])
 
 
-def test_the_shipped_tokenizer_keeps_pictures_close(mini):
+def test_the_shipped_tokenizer_keeps_pictures_close(nano):
     before = pictures(4)
-    after = roundtrip.reconstruct(*mini, before)
+    after = roundtrip.reconstruct(*nano, before)
     assert after.shape == before.shape and after.dtype == np.uint8
     errors = np.sqrt(((after.astype(float) - before) ** 2).mean((1, 2, 3))) / 255
-    assert (errors > 0).all() and (errors < 0.06).all(), errors
+    assert (errors > 0).all() and (errors < 0.15).all(), errors
 
 
 def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatch):
     """7 rows in chunks of 4 repeat one; every second picture comes back as another row's."""
     made = pictures(7)
-    assert roundtrip.measure(MINI_JANUS, 7, seed=2) == Rate.of(7, 7)
+    assert roundtrip.measure(NANO_JANUS, 7, seed=2) == Rate.of(7, 7)
 
     def spoil(config, params, batch):
         assert len(batch) == 4
@@ -49,11 +52,11 @@ def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatc
 
     monkeypatch.setattr(roundtrip, "BATCH", 4)
     monkeypatch.setattr(roundtrip, "reconstruct", spoil)
-    assert roundtrip.measure(MINI_JANUS, 7, seed=2) == Rate.of(4, 7)
+    assert roundtrip.measure(NANO_JANUS, 7, seed=2) == Rate.of(4, 7)
 
 
 def test_the_command_prints_the_share_and_its_interval(capsys):
-    main(["roundtrip", "--model", str(MINI_JANUS), "--rows", "7", "--seed", "2"])
+    main(["roundtrip", "--model", str(NANO_JANUS), "--rows", "7", "--seed", "2"])
     found = LINE.match(capsys.readouterr().out)
     assert found and found.groups() == ("100.00", "64.57", "100.00", "7")  # Wilson's 7 of 7
 
@@ -62,7 +65,7 @@ def test_wrong_numbers_and_models_are_named(tmp_path, tiny_config, capsys):
     small = model_dir(tmp_path / "model", tiny_config)
     for arguments, lines in [
         (["--rows", "0", "--seed", "-1"], ["--rows: found 0", "--seed: found -1"]),
-        ([], [f"{small}: draws pictures of 16 pixels a side; the drawn world needs at least 48"]),
+        ([], [f"{small}: draws pictures of 16 pixels a side; the drawn world needs at least 32"]),
     ]:
         with pytest.raises(SystemExit, match="2"):
             main(["roundtrip", "--model", str(small), *arguments])
