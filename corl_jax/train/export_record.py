@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from corl_jax.weights.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from corl_jax.weights.folders import ADAPTER_CONFIG
 
 RECORD_FILE = "corl_jax_export.json"
 MARKS = (RECORD_FILE, "config.json", ADAPTER_CONFIG)
