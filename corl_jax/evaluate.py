@@ -94,11 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)",
     )
     add("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
-    add(
-        "--cfg-scale",
-        type=float,
-        help=f"guidance; 1 is none ({describe_default('cfg_scale')})",
-    )
+    add("--cfg-scale", type=float, help=f"guidance; 1 is none ({describe_default('cfg_scale')})")
     add("--temperature", type=float, help=f"of drawings ({describe_default('temperature')})")
     add(
         "--greedy",

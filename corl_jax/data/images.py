@@ -344,7 +344,7 @@ def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
 def _rotation(image: Image.Image) -> Image.Transpose | None:
     """How to turn a picture by its metadata; None where that says nothing or is unreadable."""
     try:
-        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # cameras and editors write metadata that Pillow's parser cannot read
         return None
 
