@@ -86,9 +86,9 @@ class _CompileSeconds:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def add(self, event: str, seconds: float, **_: object) -> None:
+    def add(self, event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import annotated_types
 import pydantic
@@ -154,7 +154,7 @@ def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str
     return kept
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 

@@ -91,11 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", type=int, metavar="N",
         help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)")  # fmt: skip
     add("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
-    add(
-        "--cfg-scale",
-        type=float,
-        help=f"guidance; 1 is none ({describe_default('cfg_scale')})",
-    )
+    add("--cfg-scale", type=float, help=f"guidance; 1 is none ({describe_default('cfg_scale')})")
     add("--temperature", type=float, help=f"of drawings ({describe_default('temperature')})")
     add(
         "--greedy",

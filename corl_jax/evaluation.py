@@ -26,7 +26,7 @@ from corl_jax.data.shapes_scene import CATEGORIES
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.models.janus import JanusConfig
-from corl_jax.rewards.answers import true_answer
+from corl_jax.rewards.answers import read_question_type, true_answer
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.text import format_reward, qa_accuracy
 from corl_jax.rows import local
@@ -37,7 +37,6 @@ TASKS = ("t2i", "mm2t")
 REQUIRED = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
 HELD_OUT_SEEDS = 2**40
 """Added to the seed of `HeldOutShapes`: row i of a training set of the same seed is another."""
-PROBLEMS_SHOWN = 10
 CELL, GAP, FONT_SIZE, LINE, PROMPT_LINES = 128, 8, 12, 15, 3  # of the contact sheet, pixels
 FRAME = 4  # green around a drawing as demanded, red around another
 
@@ -190,11 +189,11 @@ def row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> list[
             )
         if not true_answer(columns["qa_solution"][row] or ""):
             problems.append(f"{name}: qa_solution is empty; expected <answer>..</answer>")
-        if columns["qa_type"][row] not in ("MC", "OE"):
-            problems.append(f"{name}: qa_type is {columns['qa_type'][row]!r}; expected MC or OE")
-    if len(problems) > PROBLEMS_SHOWN:
-        more = len(problems) - PROBLEMS_SHOWN
-        return [*problems[:PROBLEMS_SHOWN], f"evaluation: {more} more of the kind"]
+        try:
+            if read_question_type(columns["qa_type"][row]) is None:
+                problems.append(f"{name}: qa_type is empty; expected MC or OE")
+        except InputError as error:
+            problems += [f"{name}: qa_type: {problem}" for problem in error.problems]
     return problems
 
 
@@ -215,7 +214,7 @@ def score_answers(texts: Sequence[str], columns: Mapping[str, Sequence]) -> list
             "question": question,
             "answer": text,
             "solution": solution,
-            "qa_type": kind,
+            "qa_type": read_question_type(kind),
             "correct": qa_accuracy(text, solution, kind, problem=question) >= 1.0,
             "format": format_reward(text) >= 1.0,
         }

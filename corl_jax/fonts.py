@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+from typing import Any
 
 from PIL import ImageFont
 
@@ -42,4 +43,8 @@ def _has_glyph(character: str, font: Font) -> bool:
     if "\ud800" <= character <= "\udfff":  # half a pair, which cannot be drawn
         return False
     drawn, box = font.getmask(character), font.getmask(MISSING)
-    return drawn.size != box.size or bytes(drawn) != bytes(box)
+    return drawn.size != box.size or _read_pixels(drawn) != _read_pixels(box)
+
+
+def _read_pixels(mask: Any) -> bytes:  # of a type that Pillow keeps to itself
+    return bytes(mask)

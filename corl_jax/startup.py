@@ -26,6 +26,7 @@ from corl_jax.weights.placing import load_sharded
 
 PLATFORMS = "jax_platforms"
 CACHE_DIR = "jax_compilation_cache_dir"
+CACHE_ENABLED = "jax_enable_compilation_cache"
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 JAX_DEFAULT_SECONDS = 1.0
 _GUARDS = (None, "allow", "log", "log_explicit")
@@ -115,7 +116,7 @@ def enable_compilation_cache() -> None:
     if not said and getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
         jax.config.update(LEAST_SECONDS, 0.0)
     chosen = getattr(jax.config, CACHE_DIR)
-    if chosen == "" or "://" in (chosen or "") or not jax.config.jax_enable_compilation_cache:
+    if chosen == "" or "://" in (chosen or "") or not getattr(jax.config, CACHE_ENABLED):
         return
     try:
         folder = Path(expand_path(chosen)) if chosen else _usual_cache_folder()

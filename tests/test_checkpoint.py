@@ -164,14 +164,6 @@ def test_everything_that_does_not_fit_is_listed(saved):
         assert part in text
 
 
-def test_long_lists_of_differences_are_cut(saved):
-    folder, _ = saved
-    many = {f"x{index}": jnp.float32(0) for index in range(50)}
-    with Checkpoints(folder) as checkpoints:
-        found = refusal(checkpoints.restore, 7, many)
-    assert len(found) == 21 and "more" in found[-1]
-
-
 def test_a_changed_option_is_named_before_any_shape(saved):
     folder, _ = saved
     with Checkpoints(folder) as checkpoints:

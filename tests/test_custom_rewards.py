@@ -573,6 +573,12 @@ def test_files_and_modules_that_are_not_there(write, tmp_path):
         assert problems(use) == ["expected FILE.py:FUNCTION or package.module:FUNCTION"]
 
 
+def test_a_file_that_git_left_as_a_pointer_is_named(write):
+    path = write(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 900\n")
+    with pytest.raises(InputError, match=r"is a Git LFS pointer.*`git lfs pull`"):
+        load(f"{path}:f", {})
+
+
 def test_functions_that_are_not_there_and_things_that_are_none(write):
     name = write("""
         from math import sqrt

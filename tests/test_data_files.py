@@ -46,6 +46,7 @@ MIXED = {
     "nested": ("data/train/a/0.parquet", "data/test/b/0.parquet"),
     "hive": ("split=test/0.parquet", "split=train/0.parquet"),
     "suffixes": ("x_test.parquet", "x_train.parquet"),
+    "a small split": ("coco_minival.parquet", "coco_train.parquet"),
     "infixes": ("foo-validation-0.parquet", "foo-train-0.parquet"),
     "digits": ("train2017.parquet", "val2017.parquet"),
     "upper case": ("Train.parquet", "TEST.parquet"),

@@ -164,6 +164,14 @@ def test_half_an_open_answer_is_not_right():
     assert not answer["correct"]
 
 
+@pytest.mark.parametrize(("spelling", "kind"), [("mcq", "MC"), ("Open-ended", "OE")])
+def test_question_types_in_usual_spellings_count_as_what_they_are(spelling, kind):
+    columns = {"qa_problem": ["?"], "qa_solution": ["<answer>A</answer>"], "qa_type": [spelling]}
+    answers = evaluation.score_answers(["<answer>A</answer>"], columns)
+    assert answers[0]["qa_type"] == kind and answers[0]["correct"]
+    assert evaluation.summarize([True], ["counting"], answers)[f"answer/{kind.lower()}"].n == 1
+
+
 def test_held_out_rows_are_no_training_rows():
     held = HeldOutShapes(40, 7)
     train = [shapes.make_row(7, i, split="train") for i in range(40)]
@@ -254,11 +262,13 @@ def test_bad_columns_stop_before_sampling(model, monkeypatch):
         "spec": ["{", *batch.columns["spec"][1:]],
         "category": [*batch.columns["category"][:3], "pets"],
         "qa_solution": [batch.columns["qa_solution"][0], "<answer> </answer>", None, "x"],
+        "qa_type": ["mcq", "Open-ended", "essay", None],
     }
     with pytest.raises(InputError) as error:
         measure(model, [dataclasses.replace(batch, columns=broken)])
     text = str(error.value)
-    assert len(error.value.problems) == 4
+    assert len(error.value.problems) == 6
+    assert "row 2: qa_type: found 'essay'" in text and "row 3: qa_type is empty" in text
     assert "row 0: spec" in text and "row 3: category is 'pets'" in text
     assert "row 1: qa_solution is empty" in text and "row 2: qa_solution is empty" in text
     with pytest.raises(InputError, match="no rows"):

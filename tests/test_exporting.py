@@ -48,19 +48,20 @@ def test_an_export_is_written_again_when_anything_of_it_is_old(refresh):
     lines, written = refresh(12)
     assert written == [(12, 3.0)] and "is of step 12 and stays" in lines[0]
     lines, written = refresh(15)
-    assert written[-1] == (15, 3.0) and "of step 12 before, now of step 15" in lines[0]
+    assert written[-1] == (15, 3.0) and "of step 12, now of step 15" in lines[0]
     refresh(15, weight=2.0)  # the step was made again, from an older checkpoint
     refresh(15, weight=2.0, frozen="other")  # model.path has other weights
     refresh(15, weight=2.0, frozen="other", dtype="bfloat16")
-    _, written = refresh(15, weight=2.0, frozen="other", dtype="bfloat16", cfg_scale=4.0)
+    lines, written = refresh(15, weight=2.0, frozen="other", dtype="bfloat16", cfg_scale=4.0)
     assert len(written) == 6 and written[-1] == (15, 4.0)
+    assert "of step 15, written again" in lines[0]
 
 
 def test_an_export_that_says_nothing_of_itself_is_old(refresh, tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}")
     lines, written = refresh(4)
-    assert written == [(4, 3.0)] and "of an unknown step before, now of step 4" in lines[0]
+    assert written == [(4, 3.0)] and "of an unknown step, now of step 4" in lines[0]
 
 
 def test_without_an_export_an_old_one_is_moved_away(refresh, tmp_path):

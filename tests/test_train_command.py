@@ -226,7 +226,7 @@ def test_an_extended_run_leaves_nothing_of_the_old_end(straight, model, rows, tm
     train(tree, "--allow-changed-config")
     said = capsys.readouterr().err
     assert "export is of step 4; it stays as it is until the run has done its 5 steps" in said
-    assert "export: of step 4 before, now of step 5" in said
+    assert "export: was of step 4, now of step 5" in said
     assert json.loads((folder / "summary.json").read_text())["steps"] == 5
     assert not [path for path in folder.iterdir() if path.name.startswith(".export")]
     record = json.loads((folder / "export" / export_record.RECORD_FILE).read_text())

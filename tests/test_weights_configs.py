@@ -225,7 +225,7 @@ def test_a_hub_id_without_safetensors_falls_back_to_bin(monkeypatch, tmp_path):
 
     asked = []
 
-    def download(_id, allow_patterns):
+    def download(_id, allow_patterns, revision):
         asked.append(allow_patterns[-1])
         return str(tmp_path)
 

@@ -310,8 +310,6 @@ def _describe(data: bytes) -> str:
     """What undecodable bytes look like, for an error message."""
     if not data:
         return "0 bytes"
-    if data.startswith(LFS_PREFIX):
-        return "a Git LFS pointer, not the picture (run `git lfs pull` in its clone)"
     return f"{len(data)} bytes starting with {data[:12]!r}"
 
 
@@ -327,6 +325,10 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
+    if data.startswith(LFS_PREFIX):
+        raise BadImage(
+            "image: found a Git LFS pointer, not the picture; run `git lfs pull` in its clone"
+        )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow's parsers raise a dozen types on hostile bytes
@@ -344,7 +346,7 @@ def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
 def _rotation(image: Image.Image) -> Image.Transpose | None:
     """How to turn a picture by its metadata; None where that says nothing or is unreadable."""
     try:
-        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # cameras and editors write metadata that Pillow's parser cannot read
         return None
 

@@ -8,7 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
-from corl_jax.input_files import LFS_PREFIX, describe_lfs_pointer, is_lfs_pointer
+from corl_jax.input_files import BYTE_ORDER_MARK, LFS_PREFIX, describe_lfs_pointer, is_lfs_pointer
 
 MAX_FILES_LISTED = 10_000  # a wrong path may be a whole disk
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -121,7 +121,7 @@ def _kind_of(path: str) -> str:
     """Returns the suffix of a file's format by its first bytes, else by its name, else ''."""
     try:
         with open(path, "rb") as file:
-            start = file.read(512).removeprefix(b"\xef\xbb\xbf")
+            start = file.read(512).removeprefix(BYTE_ORDER_MARK)
     except OSError:
         start = b""  # reading it as parquet says why
     suffix = _suffix(path)

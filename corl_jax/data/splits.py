@@ -2,8 +2,8 @@
 
 The rules are those of Hugging Face `datasets` (`data_files.py`): a keyword that stands between
 separators, digits or the ends of a folder's or file's name. Beyond them `=` separates
-(`split=test`), upper case counts (`xTest`), so do `testset`, `testdata` and `testsplit`, and
-held-out rows are test rows.
+(`split=test`), upper case counts (`xTest`), so do `testset`, `testdata`, `testsplit` and COCO's
+`minival`, and held-out rows are test rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KEYWORDS = {
 _SPLIT_OF = {re.compile(word): split for split, words in KEYWORDS.items() for word in words}
 _LETTER = r"[^\W\d_]"
 _WORDS = "|".join(word.pattern for word in _SPLIT_OF)
-_KEYWORD = re.compile(rf"(?<!{_LETTER})({_WORDS})(?:set|data|split)?(?!{_LETTER})", re.IGNORECASE)
+_KEYWORD = re.compile(
+    rf"(?<!{_LETTER})(?:mini)?({_WORDS})(?:set|data|split)?(?!{_LETTER})", re.IGNORECASE
+)
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # xTest -> x Test
 # Names that the hub gives to files of any split: NAME-00000-of-00001.parquet, NAME/0000.parquet.
 _HUB_NAME = re.compile(r"([^/]+?)(?:-\d{5}-of-\d{5}[^/]*|/\d{4})\.parquet")

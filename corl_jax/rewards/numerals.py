@@ -75,8 +75,8 @@ def _read_whole(words: tuple[str, ...]) -> int | None:
         if times is None or rest is None or not 0 < times < most or rest >= size:
             return None
         return times * size + rest
-    values = [_WORDS.get(word) for word in words]
-    if None in values:  # an "and" that joins nothing
+    values = [_WORDS[word] for word in words if word in _WORDS]
+    if len(values) < len(words):  # an "and" that joins nothing
         return None
     if len(values) == 1:
         return values[0]

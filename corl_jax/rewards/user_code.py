@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
-from corl_jax.input_files import expand_path
+from corl_jax.input_files import describe_lfs_pointer, expand_path, is_lfs_pointer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ def locate(use: str) -> tuple[Source, str]:
     if path.suffix == ".py" or os.sep in name or path.is_file():
         if path.suffix != ".py":
             raise InputError(f"found {path.name}; expected a Python file, NAME.py")
+        if is_lfs_pointer(path):
+            raise InputError(describe_lfs_pointer(path))
         try:
             return Source(name, path.resolve(), path.read_bytes()), function
         except OSError as error:

@@ -30,8 +30,8 @@ _PROGRAM = """
 import sys
 descriptor, *sys.path = sys.argv[1:]
 del sys.argv[1:]
-from corl_jax.rewards.worker import main
-main(int(descriptor))
+from corl_jax.rewards.worker import serve_calls
+serve_calls(int(descriptor))
 """
 
 

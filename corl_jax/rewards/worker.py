@@ -71,7 +71,7 @@ class Interrupt:
     """The user's code raised KeyboardInterrupt."""
 
 
-def main(descriptor: int) -> None:
+def serve_calls(descriptor: int) -> None:
     """Serves requests until the run's process says that it ends, or is gone."""
     connection = Connection(descriptor)
     _die_with(connection)

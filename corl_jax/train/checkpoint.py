@@ -32,7 +32,6 @@ from corl_jax.errors import InputError, SaveError
 from corl_jax.train import digests
 from corl_jax.train.rundir import config_changes, jsonable
 
-LISTED = 20  # a wrong model differs in every parameter; the first ones tell which
 GIB = 2**30
 SETTLE_S = 60  # of a save that all processes are at when one of them fails
 
@@ -356,8 +355,7 @@ def _on_all(good: bool) -> bool:
 
 def _refuse(source: epath.Path, problems: list[str]) -> None:
     if problems:
-        more = [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
-        raise InputError([f"{source}: {line}" for line in [*problems[:LISTED], *more]])
+        raise InputError([f"{source}: {line}" for line in problems])
 
 
 def _worth_printing(record: logging.LogRecord) -> bool:

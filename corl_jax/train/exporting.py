@@ -67,7 +67,10 @@ def refresh_export(
             "the export is drawn without guidance; state another one where it is used"
         )
     if before is not None:
-        notes = [*notes, f"{folder}: of {name_step(before)} before, now of step {step}"]
+        change = f"was of {name_step(before)}, now of step {step}"
+        if before.get("step") == step:
+            change = f"of step {step}, written again because its options or weights were others"
+        notes = [*notes, f"{folder}: {change}"]
     return notes
 
 

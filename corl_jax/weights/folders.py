@@ -63,8 +63,9 @@ def refuse_adapter(path: Path) -> None:
 
 def _base_model(file: Path) -> str:
     name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
-    usable = isinstance(name, str) and 0 < len(name) <= 400 and name.isprintable()
-    return name if usable else "a model that it does not name"
+    if isinstance(name, str) and 0 < len(name) <= 400 and name.isprintable():
+        return name
+    return "a model that it does not name"
 
 
 def pointer_problems(folder: Path, names: Iterable[str] = SMALL_FILES) -> list[str]:

@@ -62,10 +62,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name = hub_id if revision is None else f"{hub_id}@{revision}"
-    chosen = {} if revision is None else {"revision": revision}
 
     def fetch(pattern: str) -> Path:
-        return Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, pattern], **chosen))
+        patterns = [*_SMALL, pattern]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 
     try:
         folder = fetch("*.safetensors")
