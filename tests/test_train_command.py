@@ -758,6 +758,7 @@ def test_the_first_step_is_told_and_saves_prepared_before_the_second():
         prepare_saves=lambda: told.append("prepared"),
         due=lambda step, run: step == 6,
         milestone=lambda run, state, step: told.append(f"milestone {step}"),
+        metrics=SimpleNamespace(announce_compilation=lambda what: told.append(f"first {what}")),
     )
     run = SimpleNamespace(
         iterate=iterate, phases=Phases(),
@@ -765,7 +766,7 @@ def test_the_first_step_is_told_and_saves_prepared_before_the_second():
     )  # fmt: skip
     assert loop.train(run, 0, recorder, 3, 7) == 100
     assert told == [
-        "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5", "milestone 6",
+        "first step", "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5", "milestone 6",
         "step 6", "done 6",
     ]  # fmt: skip
 
