@@ -766,8 +766,8 @@ def test_the_first_step_is_told_and_saves_prepared_before_the_second():
     )  # fmt: skip
     assert loop.train(run, 0, recorder, 3, 7) == 100
     assert told == [
-        "first step", "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5", "milestone 6",
-        "step 6", "done 6",
+        "first step", "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5",
+        "milestone 6", "step 6", "done 6",
     ]  # fmt: skip
 
 
