@@ -294,11 +294,11 @@ def write_text(out: Path | None, records: Records) -> None:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-def json_lines(records: Records, ascii_only: bool = False) -> str:
+def json_lines(records: Records) -> str:
     """A line a record, in the order of prompts and samples."""
     from corl_jax.data.questions import to_json_line
 
-    return "".join(to_json_line(records[at], ascii_only) for at in sorted(records))
+    return "".join(to_json_line(records[at]) for at in sorted(records))
 
 
 def report(args: argparse.Namespace, count: int, what: str, started: float, where: Any) -> None:

@@ -467,9 +467,10 @@ def test_compilation_cache_is_where_and_as_the_user_says(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         startup.enable_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == before
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == least > 0
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.2
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # JAX's own
         startup.enable_compilation_cache()
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 1, "the environment has it"

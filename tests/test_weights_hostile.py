@@ -161,7 +161,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path, state):
 def test_shards_without_an_index_are_pointed_out(tmp_path, state):
     folder = sharded(tmp_path, state)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(InputError, match=r"stand there without model\.safetensors\.index\.json"):
+    with pytest.raises(InputError, match=r"found .*without model\.safetensors\.index\.json"):
         load_params(folder)
 
 

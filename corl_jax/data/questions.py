@@ -104,13 +104,12 @@ def picture_problems(cases: Sequence[Case]) -> list[str]:
     return problems
 
 
-def to_json_line(value: Any, ascii_only: bool = False) -> str:
+def to_json_line(value: Any) -> str:
     """Returns a value as one line of JSON with its end.
 
-    Characters that some readers take for the end of a line are escaped; `ascii_only` escapes all
-    that a console of another encoding could not print.
+    Characters that some readers take for the end of a line are escaped.
     """
-    text = json.dumps(value, ensure_ascii=ascii_only)
+    text = json.dumps(value, ensure_ascii=False)
     for character in "\u2028\u2029\x85":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text + "\n"

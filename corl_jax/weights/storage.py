@@ -276,7 +276,7 @@ def open_store(folder: Path) -> Store:
     if selection is None:
         partial = [file.name for file in list_weights(folder)]
         name = SAFE_NAME if any(file.endswith(".safetensors") for file in partial) else BIN_NAME
-        hint = f"; {', '.join(partial[:3])} stand there without {name}{INDEX}" if partial else ""
+        hint = f"; found {', '.join(partial[:3])} without {name}{INDEX}" if partial else ""
         raise InputError(f"{folder}: no weights found, expected one of {', '.join(STANDARD)}{hint}")
     return _open_selection(folder, selection)
 
