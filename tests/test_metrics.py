@@ -6,6 +6,7 @@ import io
 import json
 import resource
 import struct
+import re
 import subprocess
 import sys
 import time
@@ -121,7 +122,8 @@ def test_a_bar_on_a_terminal_with_evaluations_above_it(tmp_path):
         metrics.say("saved")
     text = stream.getvalue()
     assert "4/5" in text and "reward 0.75" in text and "\r" in text
-    assert "step 4/5  eval/accuracy 0.5\n" in text and "saved\n" in text
+    assert re.search(r"step 4/5  eval/accuracy 0.5  \S+ s/step  0:00:\d\d left\n", text)
+    assert "saved\n" in text
 
 
 def test_phases_add_up_and_start_again():

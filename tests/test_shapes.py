@@ -245,7 +245,7 @@ def test_command_reports_all_problems_and_writes_nothing(tmp_path, capsys):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "make_row", lambda *_: 1 / 0)
+    monkeypatch.setattr(shapes, "make_row", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shapes.write(tmp_path / "data", 10, 0)
     assert list(tmp_path.iterdir()) == []
