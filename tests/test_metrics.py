@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import struct
-import re
 import subprocess
 import sys
 import time
