@@ -89,7 +89,8 @@ def test_first_values_are_pefts(plain):
     assert not np.array_equal(q, k)
 
 
-def test_fresh_adapters_change_no_bit(plain, batch):
+def test_fresh_adapters_change_nothing(plain, batch):
+    """But rounding: what XLA fuses with the zeros that they add may sum in another order."""
     config = janus.adapted(plain, Lora(8, 16.0, ALL))
     shapes, _ = partition(janus.abstract(config), [ADAPTERS])
     frozen, score = random_params(plain), step.make_score_step(config, OBJECTIVE)
@@ -97,8 +98,11 @@ def test_fresh_adapters_change_no_bit(plain, batch):
     with_them = score(lora.init(shapes, jax.random.key(0)), frozen, batch)
     alone = step.make_score_step(plain, OBJECTIVE)({}, frozen, batch)
     reference = score({}, frozen, batch)
-    np.testing.assert_array_equal(with_them["mm2t"], alone["mm2t"])
-    np.testing.assert_array_equal(reference["mm2t"], alone["mm2t"])
+    np.testing.assert_allclose(with_them["mm2t"], alone["mm2t"], rtol=0, atol=LOGPROBS)
+    np.testing.assert_allclose(reference["mm2t"], alone["mm2t"], rtol=0, atol=LOGPROBS)
+    _, trained, _ = adapted(plain)  # adapters that are not fresh
+    changed = score(trained, frozen, batch)
+    assert np.abs(np.asarray(changed["mm2t"]) - np.asarray(alone["mm2t"])).max() > 10 * LOGPROBS
 
 
 def test_gradients_are_projections_of_the_dense_ones(plain, batch, found):
