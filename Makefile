@@ -22,7 +22,7 @@ $(VENV)/installed-lint: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --editable ".[lint]"
 	touch $@
 
-quickstart: $(VENV)/installed  ## the main job on the shipped nano Janus, CPU, four minutes
+quickstart: $(VENV)/installed  ## the main job on the shipped nano Janus, CPU, three minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m corl_jax.quickstart --out $(OUT)
 
 test: $(VENV)/installed-dev  ## style and the tests that CI runs
