@@ -124,8 +124,16 @@ class Work:
 
 
 def num_train_rows(config: Config) -> int:
-    """Returns how many rows the run reads if it reads none twice."""
-    return (config.train.max_steps or 1) * config.train.prompts_per_step
+    """Returns how many rows the run reads if it reads none twice.
+
+    Raises: InputError for a run whose length depends on the rows that are yet to be drawn.
+    """
+    if config.train.max_steps is None:
+        raise InputError(
+            "train.max_steps: found null; expected a number, by which the quickstart draws as many "
+            "rows as the run reads"
+        )
+    return config.train.max_steps * config.train.prompts_per_step
 
 
 def draw_rows(out: Path, rows: int, seed: int, split: str) -> list[str]:

@@ -52,6 +52,9 @@ def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
     assert "--rows 96 --seed 21 --split train" in commands[1]
     assert "--rows 512 --seed 22 --split test" in commands[2]
     assert "train.max_steps=3" in commands[3]
+    endless = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=null",))
+    with pytest.raises(InputError, match="max_steps: found null"):
+        endless.steps()
 
 
 def test_a_step_that_fails_ends_with_its_exit_code(capfd):
