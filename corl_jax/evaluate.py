@@ -7,7 +7,7 @@
 Every row is drawn once, with guidance, and answered once, greedily. Guidance, temperature and
 length that are not given are those of the checkpoint. Without --data the rows are of the
 drawn world's split `test`, made in memory from the seed; with it, the first of a parquet file or
-folder that `python -m corl_jax.data.shapes` wrote. Prints each rate with its 95% interval
+folder that `python -m corl_jax.data.drawn_world` wrote. Prints each rate with its 95% interval
 (Wilson). --out writes report.json, grid.png and answers.jsonl.
 """
 
@@ -181,7 +181,7 @@ def open_rows(args: argparse.Namespace, config: JanusConfig | None) -> Any:
     `config` is the model's, by which the drawn world is chosen; None if it cannot be read.
     """
     from corl_jax.data.dataset import ParquetSource, Rows
-    from corl_jax.data.shapes_scene import choose_world
+    from corl_jax.data.drawn_world.scene import choose_world
     from corl_jax.evaluation import REQUIRED, HeldOutShapes
 
     if args.data is None:
@@ -278,14 +278,15 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     import jax.numpy as jnp
     from tqdm import tqdm
 
-    from corl_jax import sharding, startup
+    from corl_jax import startup
+    from corl_jax.devices.mesh import batch_sharding, make_mesh
     from corl_jax.evaluation import evaluate_shapes
 
     startup.prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     # As many devices as divide a batch; the model is whole on each.
     ways = math.gcd(loader.batch_size, jax.local_device_count())
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:ways])
+    mesh = make_mesh(devices=jax.local_devices()[:ways])
     config, params, processor, _ = startup.load_model(args.model, dtype, mesh)
     steps = loader.steps_per_epoch
     batches = tqdm(loader.iterate(0, steps), total=steps, unit="batch", disable=None)
@@ -302,7 +303,7 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
             max_new_tokens=args.max_new_tokens,
             dtype=dtype,
             rows=len(loader.source),
-            place=lambda tree: jax.device_put(tree, sharding.batch_sharding(mesh)),
+            place=lambda tree: jax.device_put(tree, batch_sharding(mesh)),
         )
     return dtype.name, report
 

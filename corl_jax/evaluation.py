@@ -19,17 +19,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from corl_jax import sampling
-from corl_jax.data import shapes
 from corl_jax.data.dataset import Loader
-from corl_jax.data.shapes_checker import check
-from corl_jax.data.shapes_scene import CATEGORIES
+from corl_jax.data.drawn_world import generator
+from corl_jax.data.drawn_world.checker import check
+from corl_jax.data.drawn_world.scene import CATEGORIES
+from corl_jax.devices.batches import local
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards.answers import read_question_type, true_answer
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.text import format_reward, qa_accuracy
-from corl_jax.rows import local
 from corl_jax.types import STREAMS, Params, Prompts
 
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -162,7 +162,7 @@ def check_columns(prompts: Prompts) -> None:
     ]
     problems += [
         f"evaluation: column {name} is missing; found {', '.join(prompts.columns)}; the suite "
-        "`shapes` needs rows as `python -m corl_jax.data.shapes` writes them"
+        "`shapes` needs rows as `python -m corl_jax.data.drawn_world` writes them"
         for name in REQUIRED
         if name not in prompts.columns
     ]
@@ -180,7 +180,9 @@ def row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> list[
         spec = columns["spec"][row]
         problem = spec_problem(spec)
         if problem:
-            problems.append(f"{name}: spec: {problem}; write the rows with corl_jax.data.shapes")
+            problems.append(
+                f"{name}: spec: {problem}; write the rows with corl_jax.data.drawn_world"
+            )
         category = columns["category"][row] if problem else _spec(spec)["category"]
         if columns["category"][row] not in CATEGORIES or columns["category"][row] != category:
             problems.append(
@@ -252,9 +254,9 @@ class HeldOutShapes:
     """
 
     def __init__(self, rows: int, seed: int, world: str = "full"):
-        self.names = {name: name for name in shapes.FEATURES}
+        self.names = {name: name for name in generator.FEATURES}
         self._rows = [
-            shapes.make_row(HELD_OUT_SEEDS + seed, i, split="test", world=world)
+            generator.make_row(HELD_OUT_SEEDS + seed, i, split="test", world=world)
             for i in range(rows)
         ]
 

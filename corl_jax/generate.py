@@ -176,12 +176,12 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
     """A row a prompt, of the first GRID_PROMPTS prompts and GRID_SAMPLES samples."""
     from PIL import Image
 
-    from corl_jax.train import gallery
+    from corl_jax.runs import pictures
 
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
     files = [[folder / image_name(row, column) for column in columns] for row in range(len(shown))]
     images = [[np.asarray(Image.open(file)) for file in row] for row in files]
-    Image.fromarray(gallery.grid(np.asarray(images), shown)).save(folder / "grid.png")
+    Image.fromarray(pictures.grid(np.asarray(images), shown)).save(folder / "grid.png")
 
 
 # ---- text
@@ -282,7 +282,7 @@ def generate_texts(args: argparse.Namespace) -> None:
 
 def write_text(out: Path | None, records: Records) -> None:
     """To standard output, or to a file that appears whole."""
-    from corl_jax.train.rundir import replacing
+    from corl_jax.runs.directory import replacing
 
     if out is None:
         write_json_lines(json_lines(records))

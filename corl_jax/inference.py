@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from corl_jax import sampling, sharding
+from corl_jax import sampling
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.startup import Model
 from corl_jax.types import STREAMS
 
@@ -151,4 +152,4 @@ def _run(
 def _mesh(rows: int) -> jax.sharding.Mesh:
     """As many of this process's devices as the rows divide among evenly."""
     devices = jax.local_devices()
-    return sharding.make_mesh(devices=devices[: math.gcd(rows, len(devices))])
+    return make_mesh(devices=devices[: math.gcd(rows, len(devices))])

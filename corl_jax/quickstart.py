@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax import config_file
 from corl_jax.assets import NANO_JANUS
-from corl_jax.config import Config
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Config
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.train import gallery
-from corl_jax.train.metrics import read_lines
-from corl_jax.train.rundir import RunDir, jsonable
+from corl_jax.runs import pictures
+from corl_jax.runs.directory import RunDir, jsonable
+from corl_jax.runs.log import read_lines
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG = Path("configs") / "quickstart.yaml"
@@ -104,7 +104,7 @@ class Work:
 
         Raises: InputError for overrides that make no config.
         """
-        config = config_file.load(self.config, self.training[2:])
+        config = config_files.load(self.config, self.training[2:])
         draw_train = draw_rows(self.train_data, num_train_rows(config), TRAIN_SEED, "train")
         draw_test = draw_rows(self.test_data, config.eval.rows, TEST_SEED, "test")
         return [
@@ -139,7 +139,7 @@ def num_train_rows(config: Config) -> int:
 def draw_rows(out: Path, rows: int, seed: int, split: str) -> list[str]:
     """Returns the command that writes rows of the small drawn world."""
     numbers = ["--rows", rows, "--seed", seed, "--split", split]
-    return python("corl_jax.data.shapes", "--world", WORLD, "--out", out, *numbers)
+    return python("corl_jax.data.drawn_world", "--world", WORLD, "--out", out, *numbers)
 
 
 def find_config() -> Path:
@@ -250,12 +250,12 @@ def finish(work: Work) -> None:
 
 def before_and_after(work: Work) -> Path:
     """Writes the drawings of the first and the last evaluation side by side; returns the file."""
-    sheets = sorted(work.train.images.glob(f"{gallery.HELD_OUT}_*.png"))
+    sheets = sorted(work.train.images.glob(f"{pictures.HELD_OUT}_*.png"))
     pages = []
     for path in (sheets[0], sheets[-1]):
         with Image.open(path) as picture:
             pages.append(np.asarray(picture.convert("RGB")))
-    return gallery.save_png(work.out / "before_after.png", gallery.side_by_side(*pages))
+    return pictures.save_png(work.out / "before_after.png", pictures.side_by_side(*pages))
 
 
 def result_lines(rise: Rise, steps: int, before: dict, after: dict) -> list[str]:
@@ -296,7 +296,7 @@ def place_lines(work: Work, picture: Path) -> list[str]:
 def next_lines(work: Work) -> list[str]:
     """Commands with the trained model: the second looks at a drawing of the first, the third
     measures again what the table says."""
-    rows = config_file.load(work.train.config).eval.rows
+    rows = config_files.load(work.train.config).eval.rows
     model, out = ["--model", work.train.export], work.out / "drawings"
     commands = [
         python("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from corl_jax.compiling import SamplerProgram
+from corl_jax.devices.compiling import SamplerProgram
+from corl_jax.devices.mesh import batch_ways, constrain, gathered
 from corl_jax.models import attention as attentions
 from corl_jax.models import janus
 from corl_jax.models.decoding import Rows, read_prompts
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import KVCache
-from corl_jax.sharding import batch_ways, constrain, gathered
 from corl_jax.types import EncodedPrompts, Params, Rollout, SpecialTokens
 
 VQ_BATCH = 8

@@ -35,8 +35,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from corl_jax.config import Networks, Reward, RewardNetwork
-from corl_jax.config_yaml import parse_yaml
+from corl_jax.config.schema import Networks, Reward, RewardNetwork
+from corl_jax.config.yaml_text import parse_yaml
 from corl_jax.data.images import decode_image
 from corl_jax.data.questions import holds_surrogate
 from corl_jax.errors import InputError, RewardError, exit_on_input_error

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from corl_jax import processes
-from corl_jax.config import Distributed
+from corl_jax.config.schema import Distributed
 from corl_jax.data.processor import Processor
+from corl_jax.devices import processes
+from corl_jax.devices.mesh import param_shardings
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
-from corl_jax.sharding import param_shardings
 from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
 from corl_jax.weights.folders import pointer_problems

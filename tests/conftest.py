@@ -83,10 +83,10 @@ def _programs_of_one_module():
 @contextlib.contextmanager
 def _one_device():
     """Commands in this process see one device; `mesh` of the config is read all the same."""
-    from corl_jax import sharding
+    from corl_jax.devices.mesh import make_mesh
     from corl_jax.train import planning
 
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    make = functools.partial(make_mesh, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "make_mesh", make)
         yield
@@ -155,7 +155,7 @@ def tiny_params(tiny_config):
 
     Drawn by NumPy: compiling `janus.init` takes longer than the tests that need parameters.
     """
-    from corl_jax import sharding
+    from corl_jax.devices.mesh import map_with_path
     from corl_jax.models import janus
 
     rng = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def tiny_params(tiny_config):
         noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jax.numpy.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    return sharding.map_with_path(draw, janus.abstract(tiny_config))
+    return map_with_path(draw, janus.abstract(tiny_config))
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +177,9 @@ def exact_products():
 @pytest.fixture(scope="session")
 def mesh():
     """Two ways of each kind of parallelism over the eight virtual devices."""
-    from corl_jax import sharding
+    from corl_jax.devices.mesh import make_mesh
 
-    return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    return make_mesh(data=2, fsdp=2, tensor=2)
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from corl_jax import compiling, sampling, sharding
+from corl_jax import sampling
+from corl_jax.devices import compiling
+from corl_jax.devices import mesh as device_mesh
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, InputError
 from corl_jax.models import binding, decoding, janus
 from corl_jax.models.janus import JanusConfig
@@ -25,7 +28,6 @@ from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
-from corl_jax.sharding import make_mesh
 from corl_jax.types import Rollout, SpecialTokens
 from corl_jax.weights.networks import KINDS
 from tests.tolerances import LOGPROBS
@@ -256,7 +258,7 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
 def test_both_layouts_draw_the_same(monkeypatch):
     """And only one of them asks for the policy's matrices to be gathered, inside of layers too."""
     drawn, asked, laid_out = [], [], []
-    gathered, constrain = sampling.gathered, sharding.constrain
+    gathered, constrain = sampling.gathered, device_mesh.constrain
 
     def keep(call, repeats):
         drawn.append(np.asarray(call().tokens))
@@ -265,9 +267,9 @@ def test_both_layouts_draw_the_same(monkeypatch):
     monkeypatch.setattr("tools.bench.setting.measure", keep)
     monkeypatch.setattr(sampling, "gathered", lambda params: asked.append(1) or gathered(params))
     monkeypatch.setattr(
-        sharding, "constrain", lambda x, *names: laid_out.append(names) or constrain(x, *names)
+        device_mesh, "constrain", lambda x, *names: laid_out.append(names) or constrain(x, *names)
     )
-    monkeypatch.setattr(decoding, "constrain", sharding.constrain)
+    monkeypatch.setattr(decoding, "constrain", device_mesh.constrain)
     small = ["--prompts", "2", "--group", "2", "--mesh", "fsdp=2", "--repeats", "1"]
     command.main(["--size", "tiny", "--parts", "layouts", *small])
     assert len(drawn) == 2 and len(asked) == 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import map_with_path, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
@@ -69,7 +69,7 @@ def network(tmp_path_factory):
             return jnp.asarray(noise / np.prod(leaf.shape[-4:-1] or leaf.shape[:1]) ** 0.5)
         return jnp.asarray(0.3 * noise)
 
-    params = sharding.map_with_path(draw, binding.abstract(Blip, CONFIG))
+    params = map_with_path(draw, binding.abstract(Blip, CONFIG))
     bias = params["text_decoder"]["head"]["bias"]
     params["text_decoder"]["head"]["bias"] = bias.at[SEP].set(1.2)
     return Network(CONFIG, params, write_files(tmp_path_factory.mktemp("blip")), jnp.float32)
@@ -178,7 +178,7 @@ def test_pieces_and_devices_change_nothing(network, images, tokens, mesh):
     for chunk in (1, 5):
         found = captions.caption_tokens(network, images, max_new_tokens=POSITIONS, chunk=chunk)
         np.testing.assert_array_equal(found, tokens)
-    split = jax.device_put(network.params, sharding.network_shardings(network.params, mesh))
+    split = jax.device_put(network.params, network_shardings(network.params, mesh))
     spread = dataclasses.replace(network, params=split)
     with jax.set_mesh(mesh):
         found = captions.caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)

@@ -19,12 +19,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError, SaveError
-from corl_jax.train import checkpoint, digests
-from corl_jax.train.checkpoint import Checkpoints, DamagedError
-from corl_jax.train.digests import fingerprints
-from corl_jax.train.saving import Saver
+from corl_jax.runs import checkpoints as run_checkpoints
+from corl_jax.runs import fingerprints as run_fingerprints
+from corl_jax.runs.checkpoints import Checkpoints, DamagedError
+from corl_jax.runs.fingerprints import fingerprints
+from corl_jax.runs.saving import Saver
 
 ROOT = Path(__file__).resolve().parents[1]
 STRAGGLERS = 0.05  # seconds in which the reads that were under way beside a failed one come in
@@ -83,7 +84,7 @@ def refusal(function, *args, **options):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A directory with the finished step 7, to be copied, and the state that is in it."""
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     folder, state = tmp_path_factory.mktemp("saved"), make_state(mesh, 7)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(7, state, {"config": {"seed": 1}, "position": np.int64(112)})
@@ -104,7 +105,7 @@ def test_the_same_bits_come_back_in_the_same_containers(saved):
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (8, 1, 1), (1, 1, 1)])
 def test_another_mesh_gets_the_same_bits(saved, sizes):
     folder, state = saved
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     with Checkpoints(folder) as checkpoints:
         found, *_ = checkpoints.restore(7, abstract(state, mesh))
     assert_same_bits(found, state)
@@ -209,7 +210,7 @@ def test_a_checkpoint_of_another_version(saved, tmp_path, version):
     del record["sha256"]
     record["schema_version"] = version
     if version > 1:
-        record["sha256"] = digests._sha256(record)
+        record["sha256"] = run_fingerprints._sha256(record)
     path.write_text(json.dumps(record))
     with Checkpoints(tmp_path / "c") as checkpoints:
         (line,) = refusal(checkpoints.restore, 7, abstract(state))
@@ -230,7 +231,7 @@ def test_leaves_need_a_place(saved):
 SAVE = """
 import resource, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.runs.checkpoints import Checkpoints
 
 mode, directory = sys.argv[1:]
 checkpoints = Checkpoints(directory, keep=1)
@@ -377,7 +378,7 @@ def test_a_save_under_way_is_given_time_but_not_for_ever(tmp_path, monkeypatch):
         patch.setattr(Checkpoints, "saving", property(lambda self: states.pop(0)))
         checkpoints.settle()
         assert not states
-        patch.setattr(checkpoint, "SETTLE_S", 0.3)
+        patch.setattr(run_checkpoints, "SETTLE_S", 0.3)
         under_way = [True]
         patch.setattr(Checkpoints, "saving", property(lambda self: bool(under_way)))
         checkpoints.settle()

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizerFast
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import map_with_path, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
@@ -67,7 +67,7 @@ def drawn(kind, config, seed: int):
         noise = 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = sharding.map_with_path(draw, binding.abstract(kind, config))
+    params = map_with_path(draw, binding.abstract(kind, config))
     return params | ({"logit_scale": jnp.float32(np.log(100))} if kind is Clip else {})
 
 
@@ -191,9 +191,7 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
     found = clip_scores.clip_similarity(network, drawings, prompts)
     assert found == pytest.approx(expected, abs=NETWORK)
     network, head = (
-        dataclasses.replace(
-            x, params=jax.device_put(x.params, sharding.network_shardings(x.params, mesh))
-        )
+        dataclasses.replace(x, params=jax.device_put(x.params, network_shardings(x.params, mesh)))
         for x in (network, head)
     )
     with jax.set_mesh(mesh):  # which does not divide the three heads of its pictures' tower

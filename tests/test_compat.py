@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import config_file, sharding
-from corl_jax.config import Compat
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Compat
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.models import janus
 from corl_jax.rewards.registry import Context, Samples, score
+from corl_jax.runs.log import Phases
 from corl_jax.train import planning, setup
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring
-from corl_jax.train.metrics import Phases
 from tests import tiny_train
 
 CHANGES: dict[str, set[str]] = {
@@ -71,7 +72,7 @@ def observe(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compat")
     rows = tiny_train.rows_file(folder / "rows.parquet", 4)
     rewards = [{"name": name} for name in ("format", "qa_accuracy", "oc_accuracy", "t2i_ti_sim")]
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    make = functools.partial(make_mesh, devices=jax.devices()[:1])
 
     @functools.cache
     def observed(switch: str | None) -> dict:
@@ -79,7 +80,7 @@ def observe(model, tmp_path_factory):
         tree["compat"] = {switch: True} if switch else {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planning, "make_mesh", make)
-            plan = planning.plan(config_file.validate(tree, "test"))
+            plan = planning.plan(config_files.validate(tree, "test"))
         run, state = setup.build(plan, Phases())
         scoring = setup.make_objective(plan).scoring
         scored = logprobs(plan.model_config, scoring)

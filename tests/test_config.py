@@ -8,8 +8,9 @@ import typing
 import pytest
 import yaml
 
-from corl_jax import config_checks, config_file
-from corl_jax.config import Checkpoint, Columns, Config, Section
+from corl_jax.config import checks
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Checkpoint, Columns, Config, Section
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 from corl_jax.train.optimizer import learning_rate
@@ -34,12 +35,12 @@ def write(tmp_path):
 
 def problems(path, *overrides):
     with pytest.raises(InputError) as error:
-        config_file.load(path, list(overrides))
+        config_files.load(path, list(overrides))
     return error.value.problems
 
 
 def test_defaults_are_the_papers_and_the_config_is_frozen(write):
-    loaded = config_file.load(write(MINIMAL))
+    loaded = config_files.load(write(MINIMAL))
     assert loaded.rollout.group_size == 8 and loaded.rollout.cfg_scale == 5.0
     assert loaded.grpo.mm2t_weight == 0.8 and loaded.optimizer.learning_rate == 4e-6
     with pytest.raises(ValueError, match="frozen"):
@@ -47,10 +48,12 @@ def test_defaults_are_the_papers_and_the_config_is_frozen(write):
 
 
 def test_dump_reads_back_as_the_same_config(write):
-    loaded = config_file.load(write(MINIMAL), ["optimizer.learning_rate=3e-7", "train.max_steps=5"])
-    again = config_file.load(write(config_file.dump(loaded), "again.yaml"))
+    loaded = config_files.load(
+        write(MINIMAL), ["optimizer.learning_rate=3e-7", "train.max_steps=5"]
+    )
+    again = config_files.load(write(config_files.dump(loaded), "again.yaml"))
     assert again == loaded
-    assert yaml.safe_load(config_file.dump(loaded))["optimizer"]["learning_rate"] == 3e-7
+    assert yaml.safe_load(config_files.dump(loaded))["optimizer"]["learning_rate"] == 3e-7
 
 
 def test_base_is_relative_to_the_file_and_blocks_are_merged(write, tmp_path):
@@ -59,7 +62,7 @@ def test_base_is_relative_to_the_file_and_blocks_are_merged(write, tmp_path):
     path = write(
         "base: ../base.yaml\noptimizer: {b2: 0.5}\nrewards: [{name: a}]", "deeper/run.yaml"
     )
-    loaded = config_file.load(path, ["optimizer.b1=0.7"])
+    loaded = config_files.load(path, ["optimizer.b1=0.7"])
     assert (loaded.optimizer.b1, loaded.optimizer.b2) == (0.7, 0.5)
     assert [reward.name for reward in loaded.rewards] == ["a"]  # lists are replaced, not merged
 
@@ -74,9 +77,9 @@ def test_base_that_leads_back_to_itself(write):
     [("1e-4", 1e-4), ("2E+3", 2000.0), ("1.e-3", 1e-3), ("0.5", 0.5), ("3", 3.0)],
 )
 def test_numbers_as_people_write_them(write, text, value):
-    loaded = config_file.load(write(MINIMAL), [f"optimizer.eps={text}"])
+    loaded = config_files.load(write(MINIMAL), [f"optimizer.eps={text}"])
     assert loaded.optimizer.eps == value
-    option = config_file.load(write(MINIMAL), [f"rewards=[{{name: x, options: {{y: {text}}}}}]"])
+    option = config_files.load(write(MINIMAL), [f"rewards=[{{name: x, options: {{y: {text}}}}}]"])
     assert option.rewards[0].options["y"] == value
 
 
@@ -90,12 +93,12 @@ def test_numbers_as_people_write_them(write, text, value):
 )  # fmt: skip
 def test_numbers_are_those_of_yaml_1_2(write, text, value):
     rewards = f"rewards=[{{name: x, options: {{y: {text}}}}}]"
-    read = config_file.load(write(MINIMAL), [rewards]).rewards[0].options["y"]
+    read = config_files.load(write(MINIMAL), [rewards]).rewards[0].options["y"]
     assert read == value and type(read) is type(value)
 
 
 def test_an_octal_of_yaml_1_1_is_no_octal(write):
-    assert config_file.load(write(MINIMAL + "    train: {max_steps: 010}\n")).train.max_steps == 10
+    assert config_files.load(write(MINIMAL + "    train: {max_steps: 010}\n")).train.max_steps == 10
     (line,) = problems(write(MINIMAL), "train.max_steps=1:30")
     assert "train.max_steps: found '1:30'" in line
 
@@ -106,7 +109,7 @@ def test_words_that_yaml_1_1_takes_for_truth_are_refused_unless_quoted(write, wo
     assert word in line and "YAML 1.1" in line and f"'{word}' in quotes" in line
     (line,) = problems(write(MINIMAL + f"    networks: {{offload: {word}}}\n"))
     assert "line 6" in line and "write " + ("true" if word in ("yes", "ON") else "false") in line
-    quoted = config_file.load(write(MINIMAL), [f"data.system_prompt='{word}'"])
+    quoted = config_files.load(write(MINIMAL), [f"data.system_prompt='{word}'"])
     assert quoted.data.system_prompt == word
 
 
@@ -114,14 +117,14 @@ def test_words_that_yaml_1_1_takes_for_truth_are_refused_unless_quoted(write, wo
     "text", ["1e5", "010", "0o7", "yes", "off", "1:30", "2026-11-29", "1_000", "null", "~x", ""]
 )
 def test_texts_that_look_like_numbers_survive_being_written_out(write, text):
-    loaded = config_file.load(write(MINIMAL), [f"data.system_prompt='{text}'"])
-    dumped = config_file.dump(loaded)
-    assert config_file.load(write(dumped, "again.yaml")) == loaded
+    loaded = config_files.load(write(MINIMAL), [f"data.system_prompt='{text}'"])
+    dumped = config_files.dump(loaded)
+    assert config_files.load(write(dumped, "again.yaml")) == loaded
     assert yaml.safe_load(dumped)["data"]["system_prompt"] == text  # readers of YAML 1.1 too
 
 
 def test_words_stay_words(write):
-    loaded = config_file.load(write(MINIMAL), ["output_dir=run1e", "data.path=[a, b]"])
+    loaded = config_files.load(write(MINIMAL), ["output_dir=run1e", "data.path=[a, b]"])
     assert loaded.output_dir == "run1e" and loaded.data.path == ["a", "b"]
 
 
@@ -133,7 +136,7 @@ def test_empty_blocks_have_their_defaults(write):
               if isinstance(field.annotation, type) and name not in ("model", "data")]  # fmt: skip
     blocks = [name for name in blocks if name not in ("output_dir", "objective", "seed")]
     text = MINIMAL + "".join(f"    {name}:\n      # x: 1\n" for name in blocks)
-    assert config_file.load(write(text)) == config_file.load(write(MINIMAL))
+    assert config_files.load(write(text)) == config_files.load(write(MINIMAL))
     nested = """
         output_dir: out
         model: {path: weights}
@@ -148,19 +151,19 @@ def test_empty_blocks_have_their_defaults(write):
         train: {trainable: }
         guards: {fatal: }
     """
-    assert config_file.load(write(nested)) == config_file.load(write(MINIMAL))
+    assert config_files.load(write(nested)) == config_files.load(write(MINIMAL))
 
 
 def test_empty_block_or_list_leaves_that_of_the_base(write):
     write(MINIMAL + "    grpo: {kl_coef: 0.1}\n    networks: {blip: {path: b}}\n", "base.yaml")
     path = write("base: base.yaml\ngrpo:\nrewards:\n  # - name: x\nnetworks: {blip: }\n")
-    assert config_file.load(path) == config_file.load(path.with_name("base.yaml"))
-    assert config_file.load(path, ["grpo.std_eps=0.5"]).grpo.kl_coef == 0.1
+    assert config_files.load(path) == config_files.load(path.with_name("base.yaml"))
+    assert config_files.load(path, ["grpo.std_eps=0.5"]).grpo.kl_coef == 0.1
 
 
 def test_null_of_an_option_is_a_value(write):
     write(MINIMAL + "    train: {max_steps: 5}\n    eval: {path: [a]}\n", "base.yaml")
-    loaded = config_file.load(write("base: base.yaml\ntrain: {max_steps: }\neval: {path: }\n"))
+    loaded = config_files.load(write("base: base.yaml\ntrain: {max_steps: }\neval: {path: }\n"))
     assert loaded.train.max_steps is None and loaded.eval.path is None
 
 
@@ -190,7 +193,7 @@ def texts(section, prefix=""):
         inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
         if isinstance(inner, type) and issubclass(inner, Section):
             yield from texts(inner, f"{prefix}{name}.")
-        elif "text" in config_file.kind_text(kind):
+        elif "text" in config_files.kind_text(kind):
             yield f"{prefix}{name}"
 
 
@@ -203,7 +206,7 @@ def load_with(write, key, value):
         "rewards.use": f"rewards=[{{use: '{value}/r.py:f'}}]",
         "eval.path": f"eval.path={value}",
     }
-    loaded = config_file.load(write(MINIMAL), [overrides.get(key, f"{key}={value}")])
+    loaded = config_files.load(write(MINIMAL), [overrides.get(key, f"{key}={value}")])
     for part in key.split("."):
         loaded = getattr(loaded, part)
         loaded = loaded[0] if part == "rewards" else loaded
@@ -212,7 +215,7 @@ def load_with(write, key, value):
 
 @pytest.mark.parametrize("key", PATHS)
 def test_every_option_that_names_a_place_expands_it(write, monkeypatch, key):
-    """An option of text is a path, for which config_fields has types, or stands in NO_PATHS."""
+    """An option of text is a path, for which config.fields has types, or stands in NO_PATHS."""
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("CORL_PLACE", "/scratch/me")
     end = "/r.py:f" if key == "rewards.use" else ""
@@ -239,11 +242,11 @@ def test_paths_in_lists_buckets_scorers_and_bases_are_expanded(write, monkeypatc
     path = write("base: $CORL_PLACE/base.yaml\n")
     monkeypatch.chdir("/")
     overrides = ["data.path=[a, ~/b, $CORL_PLACE/c]", "eval.path=[~/e]"]
-    loaded = config_file.load("$CORL_PLACE/" + path.name, overrides)
+    loaded = config_files.load("$CORL_PLACE/" + path.name, overrides)
     assert loaded.data.path == ["a", "/home/me/b", f"{tmp_path}/c"]
     assert loaded.eval.path == ["/home/me/e"]
     reward = "rewards=[{name: t2i_ti_sim, options: {scorer: ~/janus}}]"
-    assert config_file.load(path, [reward]).rewards[0].options == {"scorer": "/home/me/janus"}
+    assert config_files.load(path, [reward]).rewards[0].options == {"scorer": "/home/me/janus"}
     monkeypatch.setenv("CORL_PLACE", "bucket")
     tree = {"directory": "gs://$CORL_PLACE/runs"}
     assert Checkpoint.model_validate(tree).directory == "gs://bucket/runs"
@@ -259,9 +262,9 @@ def test_unknown_home_is_refused_with_the_key(write, monkeypatch):
 
 def test_the_written_config_keeps_the_expanded_path(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    dumped = config_file.dump(config_file.load(write(MINIMAL), ["output_dir=~/run"]))
+    dumped = config_files.dump(config_files.load(write(MINIMAL), ["output_dir=~/run"]))
     monkeypatch.setenv("HOME", "/home/you")
-    assert config_file.load(write(dumped, "again.yaml")).output_dir == "/home/me/run"
+    assert config_files.load(write(dumped, "again.yaml")).output_dir == "/home/me/run"
 
 
 # ---- lengths
@@ -280,7 +283,7 @@ def test_warmup_that_outlasts_the_run(write, overrides, limit):
     (line,) = problems(write(MINIMAL), *overrides)
     assert "never reaches optimizer.learning_rate" in line and f"less than {limit};" in line
     fewer = [*overrides[:-1], f"optimizer.warmup_steps={limit - 1}"]
-    options = config_file.load(write(MINIMAL), fewer).optimizer
+    options = config_files.load(write(MINIMAL), fewer).optimizer
     rates = [float(learning_rate(options, limit)(update)) for update in range(limit)]
     assert max(rates) == pytest.approx(options.learning_rate)
 
@@ -396,12 +399,12 @@ def test_options_that_only_look_ignored(write):
         ["optimizer.name=sgd", "optimizer.b1=0.5"],  # its momentum
         ["optimizer.name=lion", "optimizer.b2=0.5"],
     ):
-        config_file.load(path, overrides)
+        config_files.load(path, overrides)
 
 
 def test_switches_of_rewards_are_the_registrys():
     found = {switch: tuple(x[0] for x in effects) for switch, effects in registry.COMPAT.items()}
-    assert found == config_checks.SWITCH_USERS
+    assert found == checks.SWITCH_USERS
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from corl_jax import config_file
-from corl_jax.config import Compat, Config, Reward, RewardNetwork, Section
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Compat, Config, Reward, RewardNetwork, Section
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.rewards import networks, registry
@@ -42,7 +42,7 @@ REWARDS = {
 
 
 def load(name: str) -> Config:
-    return config_file.load(CONFIGS / name)
+    return config_files.load(CONFIGS / name)
 
 
 def flat(config: Config) -> dict:
@@ -87,8 +87,8 @@ def test_config_loads_and_its_rewards_fit_its_tasks(name):
 @pytest.mark.parametrize("name", FILES)
 def test_config_survives_being_written_out(name, tmp_path):
     config = load(name)
-    (tmp_path / "again.yaml").write_text(config_file.dump(config))
-    assert config_file.load(tmp_path / "again.yaml") == config
+    (tmp_path / "again.yaml").write_text(config_files.dump(config))
+    assert config_files.load(tmp_path / "again.yaml") == config
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -151,7 +151,7 @@ def test_7b_differs_from_1b_in_model_mesh_and_adapters_alone(stage):
     adapters = set() if stage == "released" else {"lora.rank"}
     expected = {"output_dir", "model.path", "mesh.data", "mesh.fsdp"} | adapters
     assert differing(small, large) == expected
-    config_file.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
+    config_files.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
     assert len(large.lora.targets) == 7 and large.export.lora == "merged"
     assert (large.mesh.data, large.mesh.fsdp, large.mesh.tensor) == (1, -1, 1)
 
@@ -249,7 +249,7 @@ def test_prompt_and_completion_fit_the_models_positions(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_key_on_top_of_any_config_is_refused(name):
     with pytest.raises(InputError, match="did you mean learning_rate"):
-        config_file.load(CONFIGS / name, ["optimizer.learning_rat=1"])
+        config_files.load(CONFIGS / name, ["optimizer.learning_rat=1"])
 
 
 # ---- docs/configuration.md
@@ -292,7 +292,7 @@ def options_table(key: str) -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             continue
-        values = " ".join([config_file.kind_text(kind), *config_file.limits(field.metadata)])
+        values = " ".join([config_files.kind_text(kind), *config_files.limits(field.metadata)])
         meaning = (field.description or "").replace("|", "\\|")
         lines.append(f"| `{prefix}{name}` | {default_text(field)} | {values} | {meaning} |")
     return "\n".join(lines)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import evaluate, evaluation, sampling, sharding, startup
-from corl_jax.data import shapes
+from corl_jax import evaluate, evaluation, sampling, startup
 from corl_jax.data.dataset import Loader
-from corl_jax.data.shapes_scene import CATEGORIES
+from corl_jax.data.drawn_world import generator
+from corl_jax.data.drawn_world.scene import CATEGORIES
+from corl_jax.devices.mesh import batch_sharding, make_mesh, map_with_path, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.evaluation import HeldOutShapes, Rate, evaluate_shapes
 from corl_jax.models import janus
@@ -52,7 +53,7 @@ def model_dir(tmp_path_factory, tiny_config):
         return noise + 1 if path.endswith("/scale") else noise
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    params = sharding.map_with_path(draw, janus.abstract(config))
+    params = map_with_path(draw, janus.abstract(config))
     files.save_checkpoint(folder, config, params, layout="jax")
     words = tiny_tokenizer_dir(folder.parent / "words", image_size=16, patch_size=4)
     shutil.copytree(words, folder, dirs_exist_ok=True)
@@ -67,7 +68,7 @@ def model(model_dir):
 @pytest.fixture(scope="module")
 def drawn():
     """Columns of rows of the drawn world, pictures as arrays."""
-    rows = [shapes.make_row(11, i, split="test", encode=False) for i in range(150)]
+    rows = [generator.make_row(11, i, split="test", encode=False) for i in range(150)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -174,7 +175,7 @@ def test_question_types_in_usual_spellings_count_as_what_they_are(spelling, kind
 
 def test_held_out_rows_are_no_training_rows():
     held = HeldOutShapes(40, 7)
-    train = [shapes.make_row(7, i, split="train") for i in range(40)]
+    train = [generator.make_row(7, i, split="train") for i in range(40)]
     pictures = {row["real_image"]["bytes"] for row in train}
     assert not pictures & {held[i]["real_image"]["bytes"] for i in range(40)}
     assert held.column("spec") == HeldOutShapes(40, 7).column("spec")
@@ -231,9 +232,9 @@ def test_rows_cut_and_seeds_matter(report, model):
 
 
 def test_a_mesh_changes_nothing(report, model):
-    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
-    params = jax.device_put(model.params, sharding.param_shardings(model.params, mesh))
-    rows = sharding.batch_sharding(mesh)
+    mesh = make_mesh(data=4, devices=jax.devices()[:4])
+    params = jax.device_put(model.params, param_shardings(model.params, mesh))
+    rows = batch_sharding(mesh)
     with jax.set_mesh(mesh):
         spread = measure(
             model._replace(params=params), loader(model, 4),
@@ -324,7 +325,7 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
 
 
 def test_command_reads_files(model_dir, tmp_path, capsys):
-    path = shapes.write(tmp_path / "data", 5, 2, split="test")
+    path = generator.write(tmp_path / "data", 5, 2, split="test")
     run(model_dir, "--data", str(path), "--batch-size", "4")
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1].split()[-1] == "5"
@@ -356,7 +357,7 @@ def test_command_refuses_bad_input_before_any_device_work(model_dir, tmp_path, c
     published = tiny_parquet(tmp_path / "published.parquet", 3)
     error = refusal(capsys, model_dir, "--data", str(published))
     assert "column spec" in error and "column category" in error
-    rows = [shapes.make_row(0, i) for i in range(3)]
+    rows = [generator.make_row(0, i) for i in range(3)]
     rows[0]["real_image"] = {"bytes": b"no picture", "path": None}
     rows[1]["prompt"] = " "
     rows[2]["spec"] = "[]"
@@ -365,7 +366,7 @@ def test_command_refuses_bad_input_before_any_device_work(model_dir, tmp_path, c
     assert "row 0: image" in error and "row 1: prompt is empty" in error
     assert "row 2: spec" in error
     assert "has 3 rows" in refusal(capsys, model_dir, "--data", str(broken), "--rows", "4")
-    good = tiny_parquet(tmp_path / "good.parquet", [shapes.make_row(0, 0)])
+    good = tiny_parquet(tmp_path / "good.parquet", [generator.make_row(0, 0)])
     error = refusal(capsys, model_dir, "--data", str(good), "--world", "full")
     assert "--world: --data has its own rows" in error
     error = refusal(capsys, model_dir, "--data", str(good), "--max-new-tokens", "1024")

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from corl_jax.config_file import validate
-from corl_jax.train import export_record, exporting
-from corl_jax.train.export_record import RECORD_FILE, describe_age, place_problems
+from corl_jax.config.files import validate
+from corl_jax.runs import export_record
+from corl_jax.runs.export_record import RECORD_FILE, describe_age, place_problems
+from corl_jax.train import exporting
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, inference, sampling, sharding, startup
+from corl_jax import generate, inference, sampling, startup
 from corl_jax.data import questions
 from corl_jax.data.processor import Processor
+from corl_jax.devices.mesh import leaf_paths, map_with_path
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.weights.files import load_params, save_checkpoint
@@ -49,7 +50,7 @@ def model_dir(config, tmp_path_factory):
         noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
         return noise + 1 if path.endswith("/scale") else noise
 
-    params = sharding.map_with_path(draw, janus.abstract(config))
+    params = map_with_path(draw, janus.abstract(config))
     files = tiny_tokenizer_dir(folder.parent / "tokenizer", image_size=16, patch_size=4)
     params["lm_head"]["kernel"][:, Processor.from_dir(files).special.eos] *= 12
     save_checkpoint(folder, config, params, layout="jax")
@@ -488,7 +489,7 @@ def test_compilation_cache_is_where_and_as_the_user_says(monkeypatch, tmp_path):
 
 def test_load_model_casts_all_but_the_image_tokenizer(model_dir):
     model = startup.load_model(model_dir, jnp.bfloat16)
-    kinds = {path: leaf.dtype for path, leaf in sharding.leaf_paths(model.params)}
+    kinds = {path: leaf.dtype for path, leaf in leaf_paths(model.params)}
     assert all(
         dtype == (jnp.float32 if path.startswith("vqmodel/") else jnp.bfloat16)
         for path, dtype in kinds.items()

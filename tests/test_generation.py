@@ -11,7 +11,7 @@ import pytest
 
 from corl_jax import sampling_options
 from corl_jax.assets import MINI_JANUS
-from corl_jax.config_file import validate
+from corl_jax.config.files import validate
 from corl_jax.data import instructions
 from corl_jax.errors import InputError
 from corl_jax.train import exporting

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from corl_jax import config_file
-from corl_jax.config import Guards as Options
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Guards as Options
 from corl_jax.errors import GuardError, InputError, RewardError
-from corl_jax.train import guards
-from corl_jax.train.guards import FAILED_WINDOW, RULES, UNREWARDED_STEPS, WINDOW, Guards
+from corl_jax.runs import guards
+from corl_jax.runs.directory import jsonable
+from corl_jax.runs.guards import FAILED_WINDOW, RULES, UNREWARDED_STEPS, WINDOW, Guards
 from corl_jax.train.iterate import duplicates
-from corl_jax.train.rundir import jsonable
 
 GOOD = {"update/skipped": 0.0, "loss": 1.0, "grad_norm": 2.0, "t2i/loss": 1.0, "mm2t/loss": 0.1}
 BAD = GOOD | {"update/skipped": 1.0, "loss": math.nan, "grad_norm": math.inf, "t2i/loss": math.nan}
@@ -335,17 +335,17 @@ def test_an_alarm_that_is_on_is_fatal_for_a_resumed_run_that_lists_it():
 )
 def test_guards_that_have_nothing_to_watch_are_refused(tree, part):
     with pytest.raises(InputError) as error:
-        config_file.validate(BASE | tree, "test")
+        config_files.validate(BASE | tree, "test")
     assert any(part in problem for problem in error.value.problems), error.value.problems
 
 
 def test_the_watchdog_waits_for_all_rewards_together():
     rewards = [{"use": "f.py:judge"}, {"use": "f.py:critic"}]
     tree = BASE | {"guards": {"step_timeout_s": 123.0}, "rewards": rewards}
-    config_file.validate(tree, "test")
+    config_files.validate(tree, "test")
 
 
 def test_any_guard_may_be_switched_off_and_every_fatal_one_has_a_limit():
     off = dict.fromkeys([*RULES, "held_out", "step_timeout_s"])
-    config_file.validate(BASE | {"guards": off}, "test")
+    config_files.validate(BASE | {"guards": off}, "test")
     assert Options().max_skipped_updates == 3

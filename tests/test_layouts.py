@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sampling, sharding
+from corl_jax import sampling
+from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.types import Rollout
 from tests import draws
 from tests.tiny import LAYOUTS, divisible, layout_name, two_layers
@@ -86,9 +87,9 @@ def single(config, params, prompts):
 
 @pytest.fixture(params=LAYOUTS, ids=layout_name)
 def layout(request, config, params, prompts, capfd, compiled_anew):
-    mesh = sharding.make_mesh(*request.param)
-    spread = sharding.batch_sharding(mesh)
-    placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+    mesh = make_mesh(*request.param)
+    spread = batch_sharding(mesh)
+    placed = jax.device_put(params, param_shardings(params, mesh))
     rows = {task: jax.device_put(x, spread) for task, x in prompts.items()}
     with jax.set_mesh(mesh):
         compiled = programs(config, placed, rows, jax.device_put(keys(), spread))
@@ -138,7 +139,7 @@ def test_layouts_do_not_matter(layout, single, config):
         if temperature != GREEDY:
             np.testing.assert_allclose(logprobs, expected[-1], atol=LOGPROBS)
         for array in found:
-            assert array.sharding.is_equivalent_to(sharding.batch_sharding(layout.mesh), array.ndim)
+            assert array.sharding.is_equivalent_to(batch_sharding(layout.mesh), array.ndim)
     check_loops(layout.t2i.as_text(), layout.mesh)
     check_loops(layout.mm2t.as_text(), layout.mesh)
     check_caches(layout, config)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.models import causal, janus
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from tests.tiny_train import SPECIAL, both_tasks, random_params
@@ -187,7 +187,7 @@ def test_splash_attention_is_attention(monkeypatch, devices):
         return jax.jit(program)((query, key, value))
 
     expected = found("xla")
-    mesh = sharding.make_mesh(-1, 1 + (devices > 1), 1 + (devices > 1), jax.devices()[:devices])
+    mesh = make_mesh(-1, 1 + (devices > 1), 1 + (devices > 1), jax.devices()[:devices])
     with jax.set_mesh(mesh) if devices > 1 else contextlib.nullcontext():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=NETWORK), found("splash"), expected

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sampling, sharding
-from corl_jax.config import ADAPTERS
+from corl_jax import sampling
+from corl_jax.config.schema import ADAPTERS
+from corl_jax.devices.mesh import batch_sharding, leaf_paths, param_spec
 from corl_jax.models import janus, layers, lora
 from corl_jax.models.decoding import FusedBlock
 from corl_jax.models.lora import Lora
@@ -46,7 +47,7 @@ def adapted(plain, targets=ALL, rank=4):
 
 def dense(config, trained, frozen):
     """Parameters of the merged network, float32."""
-    dtypes = dict.fromkeys((path for path, _ in sharding.leaf_paths(frozen)), np.float32)
+    dtypes = dict.fromkeys((path for path, _ in leaf_paths(frozen)), np.float32)
     return adapters.merged(merge(trained, frozen), config.llama.lora, dtypes)[0]
 
 
@@ -74,8 +75,8 @@ def test_first_values_are_pefts(plain):
     config = janus.adapted(plain, Lora(8, 16.0, ALL))
     shapes, _ = partition(janus.abstract(config), [ADAPTERS])
     first, again, other = (lora.init(shapes, jax.random.key(seed)) for seed in (0, 0, 1))
-    flat, others = dict(sharding.leaf_paths(first)), dict(sharding.leaf_paths(other))
-    for path, leaf in sharding.leaf_paths(again):
+    flat, others = dict(leaf_paths(first)), dict(leaf_paths(other))
+    for path, leaf in leaf_paths(again):
         np.testing.assert_array_equal(leaf, flat[path])
         if path.endswith("lora_b"):
             assert not leaf.any()
@@ -112,9 +113,9 @@ def test_gradients_are_projections_of_the_dense_ones(plain, batch, found):
     kernels, rest = partition(dense(config, trained, frozen), ["language_model/layers/.*/kernel"])
     whole, wanted = jax.device_get(program(plain)(kernels, rest, batch))
     assert metrics["loss"] == pytest.approx(wanted["loss"], rel=NETWORK)
-    whole, values = (dict(sharding.leaf_paths(tree)) for tree in (whole, trained))
+    whole, values = (dict(leaf_paths(tree)) for tree in (whole, trained))
     scale, worst = config.llama.lora.scale, 0.0
-    for path, grad in sharding.leaf_paths(grads):
+    for path, grad in leaf_paths(grads):
         name = path.rpartition("/")[0]
         a, b = values[f"{name}/lora_a"], values[f"{name}/lora_b"]
         gradient = whole[f"{name}/kernel"]
@@ -123,7 +124,7 @@ def test_gradients_are_projections_of_the_dense_ones(plain, batch, found):
         else:
             expected = scale * a.swapaxes(1, 2) @ gradient
         worst = max(worst, np.abs(grad - expected).max() / np.abs(expected).max())
-    assert len(dict(sharding.leaf_paths(grads))) == 2 * len(ALL)
+    assert len(dict(leaf_paths(grads))) == 2 * len(ALL)
     print(f"largest gradient error {worst:.1e}")
     assert worst < NETWORK
 
@@ -208,7 +209,7 @@ def test_a_decode_step_multiplies_as_training_does(plain, targets):
 def test_merging_into_bfloat16_tells_what_it_loses(plain):
     config, trained, frozen = adapted(plain)
     half = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), frozen)
-    dtypes = {path: leaf.dtype for path, leaf in sharding.leaf_paths(half)}
+    dtypes = {path: leaf.dtype for path, leaf in leaf_paths(half)}
 
     def gone(factor, dtypes):
         small = jax.tree.map(lambda x: x * factor, trained)
@@ -221,13 +222,13 @@ def test_merging_into_bfloat16_tells_what_it_loses(plain):
 
 def test_merging_rounds_each_layer_to_its_own_type(plain):
     config, trained, frozen = adapted(plain)
-    exact = dict(sharding.leaf_paths(dense(config, trained, frozen)))
+    exact = dict(leaf_paths(dense(config, trained, frozen)))
     path = "language_model/layers/attn/q_proj/kernel"
     merged, gone = adapters.merged(
         merge(trained, frozen), config.llama.lora, dict.fromkeys(exact, np.float32),
         layer_dtypes={path: ["float16", "bfloat16"]},
     )  # fmt: skip
-    found = dict(sharding.leaf_paths(merged))[path]
+    found = dict(leaf_paths(merged))[path]
     for layer, kind in enumerate((np.float16, jnp.bfloat16)):
         np.testing.assert_array_equal(found[layer], exact[path][layer].astype(kind))
     assert gone > 0
@@ -239,13 +240,11 @@ def test_merging_rounds_each_layer_to_its_own_type(plain):
 def test_devices_change_nothing(plain, batch, found, mesh):
     config, trained, frozen = adapted(plain)
     parts = (setup.place(part, mesh) for part in (trained, frozen))
-    spread = jax.device_put(batch, sharding.batch_sharding(mesh))
+    spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         grads, metrics = jax.device_get(program(config)(*parts, spread))
     assert metrics["loss"] == pytest.approx(found[1]["loss"], rel=NETWORK)
-    for (path, leaf), wanted in zip(
-        sharding.leaf_paths(grads), jax.tree.leaves(found[0]), strict=True
-    ):
+    for (path, leaf), wanted in zip(leaf_paths(grads), jax.tree.leaves(found[0]), strict=True):
         assert np.abs(leaf - wanted).max() < NETWORK * np.abs(wanted).max(), path
 
 
@@ -254,7 +253,7 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
     batch = {"mm2t": batch["mm2t"]}
     alone = rollouts(config, merge(trained, frozen), batch, greedy=True)
     params = merge(setup.place(trained, mesh), setup.place(frozen, mesh))
-    spread = jax.device_put(batch, sharding.batch_sharding(mesh))
+    spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         found = rollouts(config, params, spread, greedy=True)
     logits = full_logits(config, merge(trained, frozen), alone["mm2t"])
@@ -266,8 +265,8 @@ def test_adapters_lie_as_their_kernels(plain, mesh):
     """Where a kernel's inputs or outputs are split, so is the adapter's side of them."""
     config = janus.adapted(janus.PRESETS["janus-pro-7b"], Lora(16, 32.0, ALL))
     specs = {
-        path: sharding.param_spec(path, leaf.shape, mesh)
-        for path, leaf in sharding.leaf_paths(janus.abstract(config))
+        path: param_spec(path, leaf.shape, mesh)
+        for path, leaf in leaf_paths(janus.abstract(config))
     }
     for path, spec in specs.items():
         if path.endswith("lora_a"):

@@ -14,11 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.lora import Lora
-from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.weights import adapters
 from corl_jax.weights.files import convert, load_config, load_params
@@ -257,7 +257,7 @@ def test_check_counts_adapters(model, rows, tmp_path, capsys):
 def test_contradictions_are_refused(model, rows, tmp_path, overrides, parts):
     path = write_config(tmp_path / "run.yaml", options(model, rows, tmp_path))
     with pytest.raises(InputError) as refused:
-        config_file.load(path, ["lora.alpha=12.0", *overrides])
+        config_files.load(path, ["lora.alpha=12.0", *overrides])
     joined = "\n".join(refused.value.problems)
     assert all(part in joined for part in parts), joined
 

@@ -14,9 +14,9 @@ import time
 import numpy as np
 import pytest
 
-from corl_jax.train import gallery, records
-from corl_jax.train.metrics import Metrics, Phases, read_lines
-from corl_jax.train.rundir import RunDir
+from corl_jax.runs import append_log, pictures
+from corl_jax.runs.directory import RunDir
+from corl_jax.runs.log import Metrics, Phases, read_lines
 
 pytest.importorskip("tensorboardX")
 
@@ -140,7 +140,7 @@ def test_phases_add_up_and_start_again():
 
 
 def test_tensorboardx_is_imported_by_the_writer_only():
-    code = "import sys, corl_jax.train.metrics; sys.exit('tensorboardX' in sys.modules)"
+    code = "import sys, corl_jax.runs.log; sys.exit('tensorboardX' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -149,7 +149,7 @@ def test_tensorboardx_does_not_bring_torch(tmp_path):
     pytest.importorskip("torch")
     code = """
 import pathlib, sys
-from corl_jax.train.board import Board
+from corl_jax.runs.tensorboard import Board
 board = Board(pathlib.Path(sys.argv[1]), None)
 board.start()
 board.scalars(1, {"loss": 0.5})
@@ -167,46 +167,46 @@ def test_grid_has_every_image_where_it_belongs():
     images[1, 2] = (255, 0, 0)
     images[0, 1] = (0, 0, 255)
     rewards = [[{"ti_sim": 0.5, "cycle": float("nan")}] * 3] * 2
-    page = gallery.grid(images, ["a red square", "two\nblue circles " * 20], rewards, "step 5")
-    assert page.dtype == np.uint8 and page.shape[1] == 3 * 128 + 4 * gallery.MARGIN
+    page = pictures.grid(images, ["a red square", "two\nblue circles " * 20], rewards, "step 5")
+    assert page.dtype == np.uint8 and page.shape[1] == 3 * 128 + 4 * pictures.MARGIN
     red = np.argwhere((page == (255, 0, 0)).all(-1))
     blue = np.argwhere((page == (0, 0, 255)).all(-1))
     assert len(red) == len(blue) == 128 * 128
     assert red.min(0)[1] > blue.max(0)[1] and red.min(0)[0] > blue.max(0)[0]
-    assert gallery.grid(images, ["a", "b"]).shape[0] < page.shape[0]  # no room for captions
-    assert gallery.grid(images, ["描いて", "b"]).shape[2] == 3
+    assert pictures.grid(images, ["a", "b"]).shape[0] < page.shape[0]  # no room for captions
+    assert pictures.grid(images, ["描いて", "b"]).shape[2] == 3
 
 
 def test_grid_keeps_large_images_at_their_size():
-    page = gallery.grid(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"])
-    assert page.shape[1] == 2 * 384 + 3 * gallery.MARGIN
+    page = pictures.grid(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"])
+    assert page.shape[1] == 2 * 384 + 3 * pictures.MARGIN
 
 
 @pytest.mark.parametrize("prompts,rewards", [(["a"], None), (["a", "b"], [[{}], [{}, {}]])])
 def test_grid_refuses_lists_that_do_not_fit(prompts, rewards):
     with pytest.raises(ValueError, match="2 prompts"):
-        gallery.grid(np.zeros((2, 2, 8, 8, 3), np.uint8), prompts, rewards)
+        pictures.grid(np.zeros((2, 2, 8, 8, 3), np.uint8), prompts, rewards)
 
 
 def test_reward_text_fits_below_its_image():
-    (line,) = gallery.reward_lines({"t2i_bid_cycle_reward_of_a_long_name": 0.12345}, 100)
+    (line,) = pictures.reward_lines({"t2i_bid_cycle_reward_of_a_long_name": 0.12345}, 100)
     assert line.endswith(" 0.123") and "…" in line
-    assert gallery._font().getlength(line) <= 100
-    assert gallery.reward_lines({"a": float("nan")}, 100) == ["a n/a"]
+    assert pictures._font().getlength(line) <= 100
+    assert pictures.reward_lines({"a": float("nan")}, 100) == ["a n/a"]
 
 
 def test_side_by_side_and_png(tmp_path):
     left, right = np.zeros((4, 5, 3), np.uint8), np.zeros((6, 7, 3), np.uint8)
-    both = gallery.side_by_side(left, right)
+    both = pictures.side_by_side(left, right)
     assert both.shape == (6, 14, 3) and (both[4:, :5] == 255).all()
-    path = gallery.save_png(tmp_path / "images" / "x.png", both)
-    with gallery.Image.open(path) as image:
+    path = pictures.save_png(tmp_path / "images" / "x.png", both)
+    with pictures.Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), both)
     assert [item.name for item in path.parent.iterdir()] == ["x.png"]
 
 
 def test_answers_table_survives_any_text():
-    table = gallery.answers_table(
+    table = pictures.answers_table(
         ["how many | circles?\nTwo lines", "b"],
         ["<think>a</think> *x*", "y" * 400],
         [{"format": 1.0}, {"format": 0.0, "qa": 0.25}],
@@ -279,7 +279,7 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, disk, 
 
 
 def test_what_never_finds_room_is_counted(tmp_path, disk, monkeypatch):
-    monkeypatch.setattr(records, "WAITING_BYTES", 100)
+    monkeypatch.setattr(append_log, "WAITING_BYTES", 100)
     run, stream = RunDir(tmp_path), io.StringIO()
     metrics = Metrics(run, stream=stream)
     disk(0)

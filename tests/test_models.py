@@ -11,8 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import config as schema
-from corl_jax import sharding
+from corl_jax.config import schema
+from corl_jax.devices.mesh import (
+    PARAM_RULES,
+    batch_sharding,
+    constrain,
+    leaf_paths,
+    make_mesh,
+    param_shardings,
+    param_spec,
+)
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS
@@ -43,9 +51,7 @@ COUNTS = {
 
 
 def sizes(config) -> dict[str, int]:
-    return {
-        path: math.prod(leaf.shape) for path, leaf in sharding.leaf_paths(janus.abstract(config))
-    }
+    return {path: math.prod(leaf.shape) for path, leaf in leaf_paths(janus.abstract(config))}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_init_has_the_abstract_shapes_and_draws_every_layer_anew(tiny_config):
     kernel = params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].astype(np.float32)
     assert np.std(kernel) == pytest.approx(0.02, rel=0.1)
     assert not np.allclose(kernel[0], kernel[1])
-    for path, leaf in sharding.leaf_paths(params):
+    for path, leaf in leaf_paths(params):
         if path.endswith(("/scale", "/bias")):
             assert (leaf == path.endswith("/scale")).all(), path
 
@@ -98,7 +104,7 @@ def test_bind_uses_the_parameters_it_is_given(tiny_config, tiny_params):
         "/".join(str(key.key) for key in keys): leaf
         for keys, leaf in jax.tree_util.tree_flatten_with_path(back)[0]
     }
-    expected = dict(sharding.leaf_paths(tiny_params))
+    expected = dict(leaf_paths(tiny_params))
     assert found.keys() == expected.keys()
     for path, leaf in expected.items():
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
@@ -106,7 +112,7 @@ def test_bind_uses_the_parameters_it_is_given(tiny_config, tiny_params):
 
 def test_cast_leaves_the_image_tokenizer_in_float32(tiny_config, tiny_params):
     params = janus.cast(tiny_params, jnp.bfloat16)
-    for path, leaf in sharding.leaf_paths(params):
+    for path, leaf in leaf_paths(params):
         wanted = jnp.float32 if path.startswith("vqmodel/") else jnp.bfloat16
         assert leaf.dtype == wanted, path
 
@@ -238,8 +244,8 @@ def test_image_tokenizer_ignores_the_length_of_codebook_rows(tiny_config, tiny_p
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
     replicated = ("vision_model/patch_embedding/", "vision_model/position_embedding/", "vqmodel/")
-    for path, leaf in sharding.leaf_paths(janus.abstract(PRESETS[name])):
-        spec = sharding.param_spec(path, leaf.shape, mesh)
+    for path, leaf in leaf_paths(janus.abstract(PRESETS[name])):
+        spec = param_spec(path, leaf.shape, mesh)
         large = leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6 and "bias" not in path
         if large and not path.startswith(replicated):
             assert {"fsdp", "tensor"} <= {axis for axis in spec if axis}, (path, spec)
@@ -251,30 +257,30 @@ def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
     targets = tuple(schema.Lora().targets)
     config = janus.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
-    paths = [path for path, _ in sharding.leaf_paths(janus.abstract(config))]
+    paths = [path for path, _ in leaf_paths(janus.abstract(config))]
     first = {
-        next(i for i, (rule, _) in enumerate(sharding.PARAM_RULES) if re.fullmatch(rule, path))
+        next(i for i, (rule, _) in enumerate(PARAM_RULES) if re.fullmatch(rule, path))
         for path in paths
     }
-    unused = [rule for i, (rule, _) in enumerate(sharding.PARAM_RULES) if i not in first]
+    unused = [rule for i, (rule, _) in enumerate(PARAM_RULES) if i not in first]
     assert not unused
 
 
 def test_a_path_without_a_rule_is_refused(mesh):
     with pytest.raises(InputError, match=r"adapter/kernel.*PARAM_RULES"):
-        sharding.param_spec("language_model/layers/adapter/kernel", (2, 8, 8), mesh)
+        param_spec("language_model/layers/adapter/kernel", (2, 8, 8), mesh)
 
 
 def test_mesh_axes_must_use_all_devices():
-    assert dict(sharding.make_mesh(data=-1, fsdp=4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(data=-1, fsdp=4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     for axes in ({"data": 3}, {"data": -1, "fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 1}):
         with pytest.raises(InputError, match="mesh"):
-            sharding.make_mesh(**axes)
+            make_mesh(**axes)
 
 
 def test_constrain_does_nothing_without_a_mesh():
     x = jnp.ones((8, 3, 4))
-    assert sharding.constrain(x, "batch", "length", "embed") is x
+    assert constrain(x, "batch", "length", "embed") is x
 
 
 def test_eight_devices_compute_what_one_computes(tiny_config, tiny_params, mesh):
@@ -300,16 +306,16 @@ def test_eight_devices_compute_what_one_computes(tiny_config, tiny_params, mesh)
         *arguments(tiny_params), ids, mask, images
     )
 
-    shardings = sharding.param_shardings(tiny_params, mesh)
+    shardings = param_shardings(tiny_params, mesh)
     params = jax.device_put(tiny_params, shardings)
     kernel = params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    batch = jax.device_put((ids, mask, images), sharding.batch_sharding(mesh))
+    batch = jax.device_put((ids, mask, images), batch_sharding(mesh))
     with jax.set_mesh(mesh):
         sharded = jax.jit(step, out_shardings=(None, arguments(shardings)[0]))
         (found, hidden), gradients = sharded(*arguments(params), *batch)
 
-    assert hidden.sharding.is_equivalent_to(sharding.batch_sharding(mesh), hidden.ndim)
+    assert hidden.sharding.is_equivalent_to(batch_sharding(mesh), hidden.ndim)
     np.testing.assert_allclose(found, expected, rtol=NETWORK)
     np.testing.assert_allclose(hidden, expected_hidden, atol=NETWORK)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected_gradients))

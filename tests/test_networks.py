@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
-from corl_jax import sharding
-from corl_jax.config import Networks, RewardNetwork
+from corl_jax.config.schema import Networks, RewardNetwork
+from corl_jax.devices.mesh import make_mesh, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.rewards import networks, registry
@@ -343,7 +343,7 @@ def test_a_tokenizer_of_another_network_is_refused(folders, tmp_path):
 
 
 def everywhere(devices: int = 1):
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    mesh = make_mesh(devices=jax.devices()[:devices])
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -373,7 +373,7 @@ def test_a_loaded_network_is_split_over_the_mesh(folders, mesh, kind, offload):
     frozen = networks.load(found, mesh, offload)
     _, expected = load_network(folders[kind], kind, jnp.bfloat16)
     with frozen.use() as network:
-        wanted = sharding.network_shardings(network.params, mesh)
+        wanted = network_shardings(network.params, mesh)
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, network.params, wanted)), (
             "not where the table says"
         )

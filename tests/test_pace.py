@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from corl_jax.compiling import take_compile_seconds
-from corl_jax.train import pace as pacing
-from corl_jax.train.pace import Pace
+from corl_jax.devices.compiling import take_compile_seconds
+from corl_jax.runs import pace as pacing
+from corl_jax.runs.pace import Pace
 from corl_jax.train.record import count_due
 
 

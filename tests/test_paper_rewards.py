@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from corl_jax import config_file, sampling, sharding
+from corl_jax import sampling
+from corl_jax.config import files as config_files
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning, report
 from tests.tiny_networks import network_dir
@@ -81,7 +83,7 @@ def picture_codes(config, params, tokens, *, dtype):
 def straight(tree):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "decode_images", picture_codes)
-        make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+        make = functools.partial(make_mesh, devices=jax.devices()[:1])
         patch.setattr(planning, "make_mesh", make)
         return run(tree)
 
@@ -106,7 +108,7 @@ def test_every_reward_is_scored_timed_and_learnt_from(straight):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devices, monkeypatch):
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+    make = functools.partial(make_mesh, devices=jax.devices()[:devices])
     monkeypatch.setattr(planning, "make_mesh", make)
     monkeypatch.setattr(sampling, "decode_images", picture_codes)
     again = tree | {
@@ -184,7 +186,7 @@ def test_frozen_scorers_and_gdpo(tree, tmp_path, one_device):
 
 def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monkeypatch):
     """Both are spread over the mesh; another network lies whole on every device."""
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:4])
+    make = functools.partial(make_mesh, devices=jax.devices()[:4])
     monkeypatch.setattr(planning, "make_mesh", make)
     estimates, plans = {}, {}
     for scorer in ("initial", tree["model"]["path"]):
@@ -194,7 +196,7 @@ def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monke
         del changed["networks"]
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(changed), encoding="utf-8")
-        plans[scorer] = planning.plan(config_file.load(path))
+        plans[scorer] = planning.plan(config_files.load(path))
         estimates[scorer] = report.memory_estimate(plans[scorer])["reward networks"]
     mine, theirs = estimates.values()
     (found,) = plans[tree["model"]["path"]].networks

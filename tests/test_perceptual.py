@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import map_with_path
 from corl_jax.models import binding, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.rewards import image, perceptual
@@ -36,7 +36,7 @@ def network():
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    params = sharding.map_with_path(draw, binding.abstract(Lpips, TINY))
+    params = map_with_path(draw, binding.abstract(Lpips, TINY))
     return Network(TINY, params, Path(), jnp.float32)
 
 
@@ -78,7 +78,7 @@ def test_a_known_distance():
             kernel[1, 1, 0, 0] = 1
         return jnp.asarray(kernel)
 
-    params = sharding.map_with_path(middle, binding.abstract(Lpips, config))
+    params = map_with_path(middle, binding.abstract(Lpips, config))
     white, black = jnp.ones((1, 16, 16, 3)), jnp.zeros((1, 16, 16, 3))
     found = direct(config, params, white, black)
     # White is (1, 0) in every stage and black (0, 0): 5 stages x 0.25 x 1.

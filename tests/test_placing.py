@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from corl_jax import config as schema
-from corl_jax import sharding
+from corl_jax.config import schema
+from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.models import janus
+from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.train import setup
-from corl_jax.train.checkpoint import Checkpoints
 from corl_jax.train.optimizer import make_optimizer, partition
 from corl_jax.train.step import TrainState
 from corl_jax.weights import dtypes, leaves, placing, storage
@@ -62,10 +62,10 @@ def layouts(config, mesh):
     """The table's, but whole where this odd model does not divide."""
 
     def one(path, leaf):
-        spec = sharding._fitting(sharding.rule(path), leaf.shape, mesh)
+        spec = device_mesh._fitting(device_mesh.rule(path), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
-    return sharding.map_with_path(one, janus.abstract(config))
+    return device_mesh.map_with_path(one, janus.abstract(config))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -124,7 +124,7 @@ def part_of_devices(whole: NamedSharding, devices) -> SimpleNamespace:
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_a_process_reads_what_its_devices_hold(folders, config, monkeypatch, layout, axis):
     """Both axes, so that rows and columns of the files' matrices are split."""
-    mesh = sharding.make_mesh(**{"data": 1, axis: 2}, devices=jax.devices()[:2])
+    mesh = device_mesh.make_mesh(**{"data": 1, axis: 2}, devices=jax.devices()[:2])
     wanted = flatten(layouts(config, mesh))
     expected = flatten(load_params(folders[layout]))
     split = [path for path, one in wanted.items() if axis in one.spec]
@@ -152,7 +152,7 @@ def test_a_replica_is_read_once(folders, config, monkeypatch):
     load_params(folders["transformers"])
     once = counting.take()
     for axes in ((8, 1, 1), (2, 2, 2)):
-        shardings = layouts(config, sharding.make_mesh(*axes))
+        shardings = layouts(config, device_mesh.make_mesh(*axes))
         load_sharded(folders["transformers"], config, shardings, lambda path: jnp.float32)
         assert counting.take() == once
 
@@ -237,10 +237,10 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, tiny_config, before):
     optimizer = make_optimizer(schema.Optimizer(), 10)
     rng = np.random.default_rng(0)
     meshes = {
-        1: sharding.make_mesh(devices=jax.devices()[:1]),
-        2: sharding.make_mesh(1, 2, 1, devices=jax.devices()[:2]),
-        4: sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4]),
-        8: sharding.make_mesh(2, 2, 2),
+        1: device_mesh.make_mesh(devices=jax.devices()[:1]),
+        2: device_mesh.make_mesh(1, 2, 1, devices=jax.devices()[:2]),
+        4: device_mesh.make_mesh(1, 2, 2, devices=jax.devices()[:4]),
+        8: device_mesh.make_mesh(2, 2, 2),
     }
 
     def draw(leaf):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from corl_jax import config_file, plan
-from corl_jax.ahead import chips, cost, hlo, programs, report
+from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.models import janus
+from corl_jax.plan import __main__ as plan
+from corl_jax.plan import chips, cost, hlo, programs, tables
 from corl_jax.train import attending, planning, setup
 from corl_jax.train.optimizer import make_optimizer, partition
 from corl_jax.weights.files import load_config
@@ -44,7 +45,7 @@ def config_path(tmp_path_factory, model):
 
 @pytest.fixture(scope="module")
 def outline(config_path):
-    config = config_file.load(config_path)
+    config = config_files.load(config_path)
     return planning.outline(config, load_config(config.model.path), plan.STAND_INS)
 
 
@@ -57,7 +58,7 @@ def planned(outline):
 def update(outline, planned):
     kept, listed = planned
     with jax.set_mesh(outline.mesh):
-        return report.compiled(listed[-1], kept)
+        return tables.compiled(listed[-1], kept)
 
 
 # ---- the programs are the run's own
@@ -102,7 +103,7 @@ def test_kept_memory_counts_where_a_program_does_not_read_it(outline, planned):
     """While an image is drawn the optimizer's moments lie there all the same."""
     kept, listed = planned
     with jax.set_mesh(outline.mesh):
-        decode = report.compiled(listed[2], kept)
+        decode = tables.compiled(listed[2], kept)
     assert decode.program.name == "codes to pixels"
     everything = programs.shard_bytes(kept.parts())
     assert decode.arguments < everything < decode.peak
@@ -133,7 +134,7 @@ def test_products_are_those_of_the_network(outline, update):
 
 def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [NVIDIA])
-    config = config_file.validate(
+    config = config_files.validate(
         outline.config.model_dump() | {"model": {"path": "x", "dtype": "bfloat16"}}, "test"
     )
 
@@ -199,12 +200,12 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
     """One compilation for three capacities; all but the update are taken from it, too."""
     compile_once = {}
 
-    def compiled(program, kept, real=report.compiled):
+    def compiled(program, kept, real=tables.compiled):
         if program.name not in compile_once:
             compile_once[program.name] = real(program, kept)
         return compile_once[program.name]
 
-    monkeypatch.setattr(report, "compiled", compiled)
+    monkeypatch.setattr(tables, "compiled", compiled)
     command = ["--config", str(config_path), "--topology", "local", "--text-prompt", "64"]
     plan.main(command)
     out = capsys.readouterr().out
@@ -234,7 +235,7 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
 
 
 def test_what_is_kept_is_too_much_before_anything_is_compiled(config_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "compiled", None)
+    monkeypatch.setattr(tables, "compiled", None)
     with pytest.raises(SystemExit) as stopped:
         plan.main(["--config", str(config_path), "--topology", "local", "--hbm", "1e-5"])
     assert stopped.value.code == 1
@@ -244,12 +245,12 @@ def test_what_is_kept_is_too_much_before_anything_is_compiled(config_path, capsy
 def test_time_is_between_perfect_overlap_and_none():
     chip = chips.Chip("test", 2**30, bandwidth=100.0, peak=1000.0, links=10.0)
     work = cost.Cost(flops=1200.0, hbm=80.0, collectives={"all-gather": cost.Traffic(1, 21.0)})
-    one = report.Compiled(programs.Program("update", None, (), (), 2), 0, 0, 0, 0, 0, work)
+    one = tables.Compiled(programs.Program("update", None, (), (), 2), 0, 0, 0, 0, 0, work)
     assert one.seconds(chip) == pytest.approx((2.0, 1.0, 3.0))
-    assert "6.0 s if products, memory and links overlap, 12.0 s" in report.iteration([one], chip)
-    refused = report.Compiled(one.program, 0, 2**31, 0, 0, 2**31, None)
-    assert not report.fits([one, refused], chip, 0)
-    assert "no estimate" in report.iteration([one, refused], chip)
+    assert "6.0 s if products, memory and links overlap, 12.0 s" in tables.iteration([one], chip)
+    refused = tables.Compiled(one.program, 0, 2**31, 0, 0, 2**31, None)
+    assert not tables.fits([one, refused], chip, 0)
+    assert "no estimate" in tables.iteration([one, refused], chip)
 
 
 @pytest.mark.parametrize(

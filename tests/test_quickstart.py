@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from corl_jax import config_file, quickstart
+from corl_jax import quickstart
+from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.quickstart import Rise
 
@@ -44,7 +45,7 @@ def test_config_is_found_from_elsewhere_or_missed_by_name(tmp_path, monkeypatch)
 
 
 def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
-    config = config_file.load(ROOT / quickstart.CONFIG)
+    config = config_files.load(ROOT / quickstart.CONFIG)
     assert config.train.max_steps * config.train.prompts_per_step == 1920
     assert config.eval.rows >= 400
     work = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=3",))
@@ -76,7 +77,7 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     out = tmp_path / "quick"
     done = start(out, *SMALL)
     assert done.returncode == 0, done.stderr
-    for command in ("tools.convert_weights to-jax", "corl_jax.data.shapes", "corl_jax.train"):
+    for command in ("tools.convert_weights to-jax", "corl_jax.data.drawn_world", "corl_jax.train"):
         assert f"-m {command} " in done.stdout
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (out / "train" / "export" / name).is_file()

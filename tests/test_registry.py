@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.config import Compat, Reward
-from corl_jax.data import shapes
+from corl_jax.config.schema import Compat, Reward
+from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
@@ -246,7 +246,7 @@ def test_pixel_mse_against_the_formula(mesh):
 
 
 def test_the_drawn_world_is_checked_by_its_pixels():
-    rows = [shapes.make_row(0, i, encode=False) for i in range(6)]
+    rows = [generator.make_row(0, i, encode=False) for i in range(6)]
     pictures = np.stack([row["real_image"] for row in rows])
     specs = [row["spec"] for row in rows]
     assert (score("shapes_checker", Samples({"spec": specs}, images=pictures)) == 1).all()
@@ -259,7 +259,7 @@ def test_partial_credit_counts_the_demanded_objects():
     row = next(
         row
         for i in range(100)
-        if (row := shapes.make_row(0, i, encode=False))["category"] == "color_attr"
+        if (row := generator.make_row(0, i, encode=False))["category"] == "color_attr"
     )
     spec = json.loads(row["spec"])
     spec["include"][1]["color"] = next(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from corl_jax import score
-from corl_jax.data import shapes
+from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 from tools.reward_examples import __main__ as command
@@ -144,7 +144,7 @@ def test_the_cases_are_small_and_the_real_image_is_the_row():
     assert sum(file.stat().st_size for file in files) < 300_000
     with Image.open(page.FIGURE) as image:
         assert image.width <= 1200
-    row = shapes.make_row(cases.ROW_SEED, cases.ROW, split="test", encode=False)
+    row = generator.make_row(cases.ROW_SEED, cases.ROW, split="test", encode=False)
     first = cases.read(cases.DRAWINGS)[0]
     assert np.array_equal(np.asarray(cases.picture(first)), row["real_image"])
     assert first["prompt"] == row["prompt"]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import sampling, sharding
+from corl_jax import sampling
 from corl_jax.data.instructions import CAPTION
 from corl_jax.data.processor import Processor
+from corl_jax.devices.mesh import make_mesh, map_with_path, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.rewards import cycle, functions, policy, text
@@ -43,7 +44,7 @@ def context(tiny_config, processor):
         noise = 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = sharding.map_with_path(draw, janus.abstract(config))
+    params = map_with_path(draw, janus.abstract(config))
     return Context(config, params, processor, jnp.float32, seed=3, step=0)
 
 
@@ -136,8 +137,8 @@ def test_ti_sim_does_not_apply_without_a_caption(context):
 
 def test_ti_sim_and_answers_on_a_mesh(context):
     """Rows that the devices do not divide, parameters split over them."""
-    mesh = sharding.make_mesh(data=2, fsdp=4)
-    placed = jax.device_put(context.params, sharding.param_shardings(context.params, mesh))
+    mesh = make_mesh(data=2, fsdp=4)
+    placed = jax.device_put(context.params, param_shardings(context.params, mesh))
     spread = dataclasses.replace(context, params=placed)
     options = {"stream": "caption", "greedy": True, "max_new_tokens": 3}
     with jax.set_mesh(mesh):

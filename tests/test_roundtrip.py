@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from corl_jax.assets import NANO_JANUS
-from corl_jax.data import shapes
+from corl_jax.data.drawn_world import generator
 from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
 from corl_jax.startup import load_model
 from tests.tiny_train import model_dir
@@ -26,7 +26,7 @@ def nano():
 
 def pictures(rows: int) -> np.ndarray:
     drawn = (
-        shapes.make_row(HELD_OUT_SEEDS + 2, i, split="test", encode=False, world="small")
+        generator.make_row(HELD_OUT_SEEDS + 2, i, split="test", encode=False, world="small")
         for i in range(rows)
     )
     return np.stack([row["real_image"] for row in drawn])

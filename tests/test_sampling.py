@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import compiling, sampling, sharding
+from corl_jax import sampling
+from corl_jax.devices import compiling
+from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.models import decoding, janus
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from tests import draws
@@ -258,9 +260,9 @@ def test_keys_must_be_a_multiple_of_the_prompts(config, params):
 
 def on_mesh(mesh, params, prompts):
     """Parameters, prompts and keys laid out over the devices."""
-    spread = sharding.batch_sharding(mesh)
+    spread = batch_sharding(mesh)
     return (
-        jax.device_put(params, sharding.param_shardings(params, mesh)),
+        jax.device_put(params, param_shardings(params, mesh)),
         jax.device_put(prompts, spread),
         jax.device_put(keys_of(range(4)), spread),
     )
@@ -287,7 +289,7 @@ def test_copied_prompts_change_nothing(config, params, images, texts, copied):
 
 
 def test_data_parallel_decoding_needs_no_communication(config, params, images, copied):
-    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
+    mesh = make_mesh(data=4, devices=jax.devices()[:4])
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
     with jax.set_mesh(mesh):
         arguments = *on_mesh(mesh, params, images.prompts), scale, temperature
@@ -426,7 +428,7 @@ def test_pictures_in_half_precision_are_nearly_the_same(config, params):
 @pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (8, (1, 8)), (9, (2, 5))])
 def test_chunks_are_even(images, chunks):
     assert sampling._vq_chunks(images) == chunks
-    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         count, size = sampling._vq_chunks(images)
     assert size % 4 == 0 and count * size >= images
 
@@ -445,7 +447,7 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
     monkeypatch.setattr(compiling, "on_nvidia", lambda: True)
     assert text.built_for(8 * GROUP, keys) is text.for_many_rows
     assert text.built_for(8 * GROUP - 1, keys) is text.for_few_rows
-    with jax.set_mesh(sharding.make_mesh(data=2, devices=jax.devices()[:2])):  # rows are a device's
+    with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):  # rows are a device's
         assert text.built_for(8 * GROUP, keys) is text.for_few_rows
         assert text.built_for(16 * GROUP, keys) is text.for_many_rows
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import score, sharding
-from corl_jax.data import shapes
+from corl_jax import score
+from corl_jax.data.drawn_world import generator
 from corl_jax.data.processor import Processor
+from corl_jax.devices.mesh import map_with_path
 from corl_jax.models import janus
 from corl_jax.rewards import registry
 from corl_jax.weights import files
@@ -117,7 +118,7 @@ def test_a_reward_of_the_users_own_reads_columns_of_any_kind(tmp_path, capsys):
 
 def test_images_relative_to_the_file(tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
-    row = shapes.make_row(0, 0, encode=False)
+    row = generator.make_row(0, 0, encode=False)
     Image.fromarray(row["real_image"]).save(tmp_path / "pictures" / "a.png")
     tiny_image(0, (64, 64)).save(tmp_path / "b.png")
     path = cases(
@@ -266,7 +267,7 @@ def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
     llama = dataclasses.replace(tiny_config.llama, vocab_size=len(processor.tokenizer))
     config = dataclasses.replace(tiny_config, llama=llama)
     rng = np.random.default_rng(0)
-    params = sharding.map_with_path(
+    params = map_with_path(
         lambda path, leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
         janus.abstract(config),
     )

@@ -24,11 +24,13 @@ import numpy as np
 import pytest
 import yaml
 
-from corl_jax import config_file, plan, processes, sharding
-from corl_jax.config import Distributed
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Distributed
+from corl_jax.devices import processes
+from corl_jax.devices.mesh import leaf_paths, make_mesh
 from corl_jax.errors import GuardError, InputError
 from corl_jax.models import janus
-from corl_jax.sharding import leaf_paths
+from corl_jax.plan import __main__ as plan
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning
 from corl_jax.weights.files import load_config, load_params
@@ -68,7 +70,7 @@ def run_options(model: Path, rows: Path, folder: Path, **changes) -> dict:
 
 def train_alone(tree: dict, *overrides: str) -> Path:
     """In this process, on four of its devices."""
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:4])
+    make = functools.partial(make_mesh, devices=jax.devices()[:4])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "make_mesh", make)
         command.main(["--config", str(written(tree)), *overrides])
@@ -333,7 +335,7 @@ def test_examples_are_well_formed(script):
         arguments = container["command"]
         assert arguments[:3] == ["python", "-m", "corl_jax.train"]
         file = ROOT / arguments[arguments.index("--config") + 1]
-        config = config_file.load(file, [x for x in arguments if x.startswith("output_dir=")])
+        config = config_files.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
         devices = [Chip(i, i // 4) for i in range(16)]
         planning.outline(config, janus.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
@@ -426,7 +428,7 @@ def test_half_of_the_settings_are_refused(no_cluster, options):
 def test_contradictions_are_refused_with_the_config(model, rows, tmp_path, options, part):
     tree = run_options(model, rows, tmp_path) | {"distributed": options}
     with pytest.raises(InputError, match=part):
-        config_file.validate(tree, "test")
+        config_files.validate(tree, "test")
 
 
 def test_a_coordinator_that_cannot_be(tmp_path, model, rows):

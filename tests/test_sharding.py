@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from corl_jax import config as schema
-from corl_jax import sharding
-from corl_jax.config import ADAPTERS
+from corl_jax.config import schema
+from corl_jax.config.schema import ADAPTERS
+from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.models import binding, janus
 from corl_jax.models.blip import BlipConfig
@@ -39,7 +39,7 @@ CLIP_L14 = ClipConfig(
 
 
 def mesh_of(axes: tuple[int, ...]) -> AbstractMesh:
-    return AbstractMesh(axes, sharding.AXES)
+    return AbstractMesh(axes, device_mesh.AXES)
 
 
 def networks() -> dict[str, Any]:
@@ -53,10 +53,10 @@ def networks() -> dict[str, Any]:
     }
 
 
-def table(params: Any, rules: sharding.Rules, spec_of: Callable) -> str:
+def table(params: Any, rules: device_mesh.Rules, spec_of: Callable) -> str:
     """A line a parameter: path, shape, dtype, layout, bytes a device on each mesh; and the sums."""
     lines, sums = [], dict.fromkeys(MESHES, 0)
-    for path, leaf in sharding.leaf_paths(params):
+    for path, leaf in device_mesh.leaf_paths(params):
         held = []
         for name, axes in MESHES.items():
             mesh = mesh_of(axes)
@@ -64,7 +64,7 @@ def table(params: Any, rules: sharding.Rules, spec_of: Callable) -> str:
             count = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             held.append(f"{count:>13,}")
             sums[name] += count
-        layout = ", ".join(axis or "-" for axis in sharding.rule(path, rules)) or "whole"
+        layout = ", ".join(axis or "-" for axis in device_mesh.rule(path, rules)) or "whole"
         shape = ", ".join(map(str, leaf.shape)) or "scalar"
         lines.append(f"{path:62} {shape:18} {leaf.dtype.name:8} {layout:18} {' '.join(held)}")
     heads = " ".join(f"{name:>13}" for name in MESHES)
@@ -78,14 +78,16 @@ def tables() -> dict[str, str]:
     out = {}
     for size in ("1b", "7b"):
         params = janus.abstract(PRESETS[f"janus-pro-{size}"])
-        out[f"janus_pro_{size}.txt"] = table(params, sharding.PARAM_RULES, sharding.param_spec)
+        out[f"janus_pro_{size}.txt"] = table(
+            params, device_mesh.PARAM_RULES, device_mesh.param_spec
+        )
     lora = Lora(16, 32.0, tuple(schema.Lora().targets))
     adapted = janus.adapted(PRESETS["janus-pro-7b"], lora)
     adapters, _ = partition(janus.abstract(adapted), [ADAPTERS])
-    text = table(adapters, sharding.PARAM_RULES, sharding.param_spec)
+    text = table(adapters, device_mesh.PARAM_RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
-        text = table(params, sharding.NETWORK_RULES, sharding.network_spec)
+        text = table(params, device_mesh.NETWORK_RULES, device_mesh.network_spec)
         out[f"network_{name}.txt"] = text
     return out
 
@@ -97,15 +99,15 @@ def test_resolved_layouts_are_those_on_file():
 
 @pytest.mark.parametrize("name", [n for n in KINDS if n not in ("vgg", "aesthetic")])
 def test_large_matrices_of_reward_networks_are_split(name, mesh):
-    for path, leaf in sharding.leaf_paths(networks()[name]):
+    for path, leaf in device_mesh.leaf_paths(networks()[name]):
         if leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6:
-            spec = sharding.network_spec(path, leaf.shape, mesh)
+            spec = device_mesh.network_spec(path, leaf.shape, mesh)
             assert {"fsdp", "tensor"} <= {axis for axis in spec if axis}, path
 
 
 def test_no_rule_of_the_networks_is_shadowed_or_unused():
-    rules = [pattern for pattern, _ in sharding.NETWORK_RULES]
-    paths = [path for tree in networks().values() for path, _ in sharding.leaf_paths(tree)]
+    rules = [pattern for pattern, _ in device_mesh.NETWORK_RULES]
+    paths = [path for tree in networks().values() for path, _ in device_mesh.leaf_paths(tree)]
     first = {next(rule for rule in rules if re.fullmatch(rule, path)) for path in paths}
     assert first == set(rules)
 
@@ -114,11 +116,11 @@ def test_a_reward_network_does_not_limit_the_mesh():
     """BERT's vocabulary, 30522, has few divisors; its twelve heads are no matter."""
     shape = (30522, 768)
     path = "embeddings/word_embeddings/embedding"
-    spec = sharding.network_spec(path, shape, mesh_of((1, 4, 8)))
+    spec = device_mesh.network_spec(path, shape, mesh_of((1, 4, 8)))
     assert spec == PartitionSpec(None, "fsdp")
-    assert sharding.network_spec(path, shape, mesh_of((1, 5, 7))) == PartitionSpec(None, None)
+    assert device_mesh.network_spec(path, shape, mesh_of((1, 5, 7))) == PartitionSpec(None, None)
     with pytest.raises(InputError, match="no sharding rule matches it; add one to NETWORK_RULES"):
-        sharding.network_spec("tower/kernel", (4, 4), mesh_of((1, 1, 1)))
+        device_mesh.network_spec("tower/kernel", (4, 4), mesh_of((1, 1, 1)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -146,16 +148,16 @@ def test_a_mesh_that_does_not_divide_is_refused_with_the_nearest(axes, expected)
 
 def test_a_parameter_that_is_not_divided_is_refused():
     with pytest.raises(InputError, match=r"tensor: 2 does not divide 97 \(axis 1 of lm_h"):
-        sharding.param_spec("lm_head/kernel", (32, 97), mesh_of((2, 2, 2)))
+        device_mesh.param_spec("lm_head/kernel", (32, 97), mesh_of((2, 2, 2)))
 
 
 def test_activations_of_odd_sizes_stay_whole(mesh):
     """Heads of a reward network; the numbers are the same."""
     with jax.set_mesh(mesh):
-        x = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "heads", None) * 2)(
+        x = jax.jit(lambda x: device_mesh.constrain(x, "batch", "length", "heads", None) * 2)(
             jnp.ones((4, 5, 3, 2))
         )
-    assert x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
+    assert x.sharding.is_equivalent_to(device_mesh.batch_sharding(mesh), 4)
 
 
 if __name__ == "__main__":

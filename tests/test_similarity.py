@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import map_with_path, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.bert import Bert, BertConfig
@@ -42,7 +42,7 @@ def network(tmp_path_factory) -> Network:
         noise = 0.4 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = sharding.map_with_path(draw, binding.abstract(Bert, CONFIG))
+    params = map_with_path(draw, binding.abstract(Bert, CONFIG))
     return Network(CONFIG, params, folder, jnp.float32)
 
 
@@ -205,7 +205,7 @@ def test_chunks_give_what_one_piece_gives(network):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_several_devices_give_what_one_gives(score, network, mesh):
-    split = jax.device_put(network.params, sharding.network_shardings(network.params, mesh))
+    split = jax.device_put(network.params, network_shardings(network.params, mesh))
     spread = Network(CONFIG, split, network.folder, jnp.float32)
     with jax.set_mesh(mesh):
         found = score(spread, PREDICTIONS, TARGETS)

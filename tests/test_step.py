@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import config as schema
-from corl_jax import grpo, sampling, sharding
+from corl_jax import grpo, sampling
+from corl_jax.config import schema
+from corl_jax.devices.mesh import batch_sharding, leaf_paths, make_mesh, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.rewards.samples import Lent
+from corl_jax.runs.log import Phases
 from corl_jax.train import iterate, setup, step
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
-from corl_jax.train.metrics import Phases
 from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
 from corl_jax.types import Rollout
 from tests.tiny import LAYOUTS, divisible, layout_name, two_layers
@@ -82,8 +83,8 @@ def assert_same(found, expected, tolerance: float) -> float:
         np.testing.assert_allclose(
             metrics[name], wanted[name], rtol=tolerance, atol=tolerance, err_msg=name
         )
-    worst, theirs = 0.0, dict(sharding.leaf_paths(wanted_grads))
-    for path, leaf in sharding.leaf_paths(grads):
+    worst, theirs = 0.0, dict(leaf_paths(wanted_grads))
+    for path, leaf in leaf_paths(grads):
         worst = max(worst, np.abs(leaf - theirs[path]).max() / np.abs(theirs[path]).max())
         assert worst < tolerance, path
     print(f"largest gradient error {worst:.1e}")
@@ -122,15 +123,15 @@ def test_splitting_and_recomputing_change_nothing(
 @pytest.mark.parametrize("axes", LAYOUTS, ids=layout_name)
 @pytest.mark.usefixtures("compiled_anew")
 def test_devices_change_nothing(config, params, batch, whole, axes, capfd):
-    mesh = sharding.make_mesh(*axes)
+    mesh = make_mesh(*axes)
     trained, frozen = (setup.place(part, mesh) for part in partition(params, DEFAULT))
-    spread = jax.device_put(batch, sharding.batch_sharding(mesh))
+    spread = jax.device_put(batch, batch_sharding(mesh))
     # Pieces interleave the prompts, of which each must have as many as there are ways.
     pieces = 2 if axes[0] * axes[1] * 2 <= PROMPTS else 1
     objective = dataclasses.replace(OBJECTIVE, micro_batches=pieces)
     program = jax.jit(
         lambda *args: step.gradients(config, objective, *args),
-        out_shardings=(sharding.param_shardings(trained, mesh), None),
+        out_shardings=(param_shardings(trained, mesh), None),
     )
     with jax.set_mesh(mesh):
         found = jax.device_get(program(trained, frozen, spread))
@@ -273,7 +274,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
     monkeypatch.setattr(iterate, "score_task", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
-        "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": sharding.make_mesh(8), "frozen": {},
+        "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": make_mesh(8), "frozen": {},
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "score_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),
@@ -313,7 +314,7 @@ def test_the_reference_scores_with_its_own_parameters(monkeypatch, batch):
 
 
 def test_a_reference_may_rest_in_host_memory(config, params):
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = make_mesh(2, 2, 2)
     trained = setup.place(partition(params, DEFAULT)[0], mesh)
     kinds = {}
     for place in ("device", "host"):
@@ -325,7 +326,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
         with lent.use() as reference:
             for (path, found), one in zip(
-                sharding.leaf_paths(reference), jax.tree.leaves(trained), strict=True
+                leaf_paths(reference), jax.tree.leaves(trained), strict=True
             ):
                 np.testing.assert_array_equal(found, one.astype(jnp.bfloat16), err_msg=path)
                 assert found.sharding.is_equivalent_to(one.sharding, one.ndim), path
@@ -363,7 +364,7 @@ def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
 @pytest.fixture(scope="module", params=["adamw", "adafactor", "lion", "sgd"])
 def stepped(request, params):
     """(parameters before, state, metrics) of an update on a mesh, laid out as a run does it."""
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = make_mesh(2, 2, 2)
     optimizer = make_optimizer(
         schema.Optimizer(name=request.param, learning_rate=1e-3, weight_decay=0.01), 10
     )
@@ -382,15 +383,15 @@ def stepped(request, params):
 
 
 def test_a_step_moves_what_is_trained_and_keeps_its_layout(stepped):
-    before = dict(sharding.leaf_paths(stepped.before))
+    before = dict(leaf_paths(stepped.before))
     assert int(stepped.state.step) == 1
     size = sum(leaf.size for leaf in jax.tree.leaves(stepped.state.params))
     assert float(stepped.norm) == pytest.approx(np.sqrt(size), rel=1e-5)
-    trained = dict(sharding.leaf_paths(jax.device_get(stepped.state.params)))
+    trained = dict(leaf_paths(jax.device_get(stepped.state.params)))
     assert {path.split("/")[0] for path in trained} == {"language_model", "lm_head"}
     for path, leaf in trained.items():
         assert leaf.dtype == np.float32 and np.abs(leaf - before[path]).max() > 1e-6, path
-    for path, leaf in sharding.leaf_paths(jax.device_get(stepped.frozen)):
+    for path, leaf in leaf_paths(jax.device_get(stepped.frozen)):
         np.testing.assert_array_equal(leaf, before[path], err_msg=path)
     layouts = jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), stepped.state, stepped.shardings
@@ -399,7 +400,7 @@ def test_a_step_moves_what_is_trained_and_keeps_its_layout(stepped):
 
 
 def test_moments_lie_as_their_parameters(config, params):
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = make_mesh(2, 2, 2)
     trained = setup.place(partition(params, DEFAULT)[0], mesh)
     optimizer = make_optimizer(schema.Optimizer(), 10)
     moments = [
@@ -418,7 +419,7 @@ def test_moments_lie_as_their_parameters(config, params):
 
 def test_partition_by_regex(params):
     trained, frozen = partition(params, ["language_model/layers/.*/kernel", "lm_head/kernel"])
-    paths = {path for path, _ in sharding.leaf_paths(trained)}
+    paths = {path for path, _ in leaf_paths(trained)}
     assert "lm_head/kernel" in paths and "language_model/layers/mlp/up_proj/kernel" in paths
     assert not any(path.endswith("scale") or "embed" in path for path in paths)
     assert jax.tree.structure(merge(trained, frozen)) == jax.tree.structure(params)
@@ -427,7 +428,7 @@ def test_partition_by_regex(params):
 
 
 def test_patterns_are_of_whole_paths(params):
-    assert {path for path, _ in sharding.leaf_paths(partition(params, ["lm_head/k.*"])[0])} == {
+    assert {path for path, _ in leaf_paths(partition(params, ["lm_head/k.*"])[0])} == {
         "lm_head/kernel"
     }
     with pytest.raises(InputError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import config as schema
+from corl_jax.config import schema
 from corl_jax.data.processor import Processor
 from corl_jax.models import janus
 from corl_jax.train import step, supervised, vq

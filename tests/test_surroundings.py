@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from corl_jax import console, evaluate, evaluation, generate, plan, startup
+from corl_jax import console, evaluate, evaluation, generate, startup
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.input_files import parse_path, parse_place
+from corl_jax.plan import __main__ as plan
+from corl_jax.runs import pictures
 from corl_jax.train import __main__ as train
-from corl_jax.train import gallery
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for folder in ("corl_jax", "tools") for path in (ROOT / folder).rglob("*.py")
@@ -281,14 +282,14 @@ def test_cuda_without_its_plugin_is_one_line(monkeypatch):
     ],
 )
 def test_texts_that_the_font_lacks_are_escaped(text, drawn):
-    assert make_drawable(text, gallery._font()) == drawn
+    assert make_drawable(text, pictures._font()) == drawn
 
 
 def test_no_picture_of_prompts_has_boxes():
     """The picture of a text is that of its escapes, so that nothing of it is a box."""
     images = np.zeros((1, 2, 64, 64, 3), np.uint8)
     pages = [
-        gallery.grid(images, [prompt], [[{name: 0.5}] * 2], title)
+        pictures.grid(images, [prompt], [[{name: 0.5}] * 2], title)
         for prompt, name, title in (
             ("红 круг", "награда", "étape 1"),
             (r"\u7ea2 \u043a\u0440\u0443\u0433", r"\u043d\u0430\u0433\u0440\u0430\u0434\u0430",

@@ -21,15 +21,17 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from corl_jax import config_file, sharding
-from corl_jax.ahead import programs
-from corl_jax.ahead import report as ahead_report
-from corl_jax.config import Guards
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Guards
+from corl_jax.devices.mesh import leaf_paths, make_mesh
 from corl_jax.errors import GuardError, InputError
-from corl_jax.sharding import leaf_paths
+from corl_jax.plan import programs
+from corl_jax.plan import tables as plan_tables
+from corl_jax.runs import directory as run_directory
+from corl_jax.runs import export_record
+from corl_jax.runs.log import Phases
 from corl_jax.train import __main__ as command
-from corl_jax.train import export_record, iterate, loop, planning, record, report, rundir
-from corl_jax.train.metrics import Phases
+from corl_jax.train import iterate, loop, planning, record, report
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests import metrics_page, tiny_train
@@ -361,12 +363,12 @@ def test_image_tokenizer(options, model):
 @pytest.mark.slow
 def test_a_mesh_of_eight_devices(options, monkeypatch):
     """The whole iteration on data x fsdp x tensor: rewards too see rows in order."""
-    monkeypatch.setattr(planning, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(planning, "make_mesh", make_mesh)
     changes = {"train": {"max_steps": 1}, "grpo": {"kl_coef": 0.1}, "log": {"images_every": 1}}
     tree = options(**changes, eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
     spread = train(tree | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
     monkeypatch.undo()
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    make = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(planning, "make_mesh", make)
     alone = train(tree | {"output_dir": tree["output_dir"] + "-alone"})
     for found, wanted in zip(metric_lines(spread), metric_lines(alone), strict=True):
@@ -383,7 +385,7 @@ def test_print_config_is_a_config(options, tmp_path, capsys):
     train(options(), "--print-config", "seed=7")
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out)
-    loaded = config_file.load(path)
+    loaded = config_files.load(path)
     assert loaded.seed == 7 and loaded.optimizer.schedule == "linear"
     assert not (tmp_path / "run").exists()
 
@@ -403,7 +405,7 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
 
 def plan_and_programs(options) -> tuple:
     """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
-    planned = planning.plan(config_file.validate(options(grpo={"kl_coef": 0.1}), "test"))
+    planned = planning.plan(config_files.validate(options(grpo={"kl_coef": 0.1}), "test"))
     lengths = report.prompt_lengths(planned)
     return planned, *programs.programs(planned, lengths, jax.numpy.float32)
 
@@ -428,7 +430,7 @@ def test_check_is_near_what_the_compiler_needs_for_an_update(options):
     counted = report.memory_estimate(planned)
     (update,) = (program for program in listed if program.name == "update")
     with jax.set_mesh(planned.mesh):
-        needed = ahead_report.compiled(update, kept).temporaries / report.GIB
+        needed = plan_tables.compiled(update, kept).temporaries / report.GIB
     at_least = sum(counted.get(name, 0) for name in report.WORKING["during an update"])
     assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
 
@@ -511,14 +513,14 @@ def test_contradictions_are_refused(options, capsys, changes, parts):
 
 
 def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(planning, "make_mesh", make_mesh)
     lines = refused(capsys, options(train={"prompts_per_step": 12}))
     assert "train.prompts_per_step: 12 is not a multiple of the 8 ways" in lines[0]
     assert "nearest: 8 or 16" in lines[0]
 
 
 def test_heads_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(planning, "make_mesh", make_mesh)
     (line,) = refused(capsys, options(mesh={"data": 1, "tensor": 8}))
     assert "mesh.tensor: 8 does not divide 4 (heads of language_model), 2 (key heads of" in line
     assert line.endswith("nearest: 2")
@@ -526,14 +528,14 @@ def test_heads_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
 
 def test_a_second_writer_is_refused(options, capsys):
     tree = options()
-    with rundir.opened(config_file.validate(tree, "test")):
+    with run_directory.opened(config_files.validate(tree, "test")):
         (line,) = refused(capsys, tree)
     assert f"is being written by process {os.getpid()}" in line
 
 
 def test_another_config_in_the_same_directory_is_refused(options, capsys):
     tree = options()
-    with rundir.opened(config_file.validate(tree, "test")):
+    with run_directory.opened(config_files.validate(tree, "test")):
         pass
     lines = refused(
         capsys, tree, "optimizer.learning_rate=1e-5", "train.max_steps=9", "log.every=5"
@@ -551,7 +553,7 @@ def test_columns_of_rewards_may_be_null(options, tmp_path):
         tiny_row(i) | {"qa_solution": None if i % 2 else "<answer>1</answer>"} for i in range(8)
     ]
     data = {"path": str(tiny_parquet(tmp_path / "some.parquet", rows))}
-    planned = planning.plan(config_file.validate(options(data=data), "test"))
+    planned = planning.plan(config_files.validate(options(data=data), "test"))
     solutions = planned.train_loader.batch(0).columns["qa_solution"]
     solutions += planned.train_loader.batch(1).columns["qa_solution"]
     assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
@@ -590,7 +592,7 @@ def test_the_last_iteration_of_a_run_without_rewards_ends_it():
 def test_warmup_that_outlasts_the_epochs_is_refused(options):
     """The length of the run is known when its data is read."""
     tree = options(train={"max_steps": None, "epochs": 1.0}, optimizer={"warmup_steps": 500})
-    config = config_file.validate(tree, "test")
+    config = config_files.validate(tree, "test")
     with pytest.raises(InputError, match="warmup_steps: found 500, but the run has") as error:
         planning.plan(config)
     assert len(error.value.problems) == 1
@@ -605,7 +607,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
         data=data, grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
         eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
     )  # fmt: skip
-    planned = planning.plan(config_file.validate(tree, "test"))
+    planned = planning.plan(config_files.validate(tree, "test"))
     assert planned.train_loader.tasks == ("t2i",)
     batch = planned.eval_loader.batch(0)
     assert batch.t2i is not None and batch.mm2t is not None
@@ -627,7 +629,7 @@ def test_held_out_rows_count_once(monkeypatch):
     monkeypatch.setattr(iterate, "decode", lambda run, task, params, prompts, rollout: prompts)
     monkeypatch.setattr(iterate, "score_task", scored)
     loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
     everything = record.held_out_rewards(run, {}, 99)
     assert everything["eval/t2i/r"] == pytest.approx(4.0)
@@ -640,7 +642,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
     """Unlogged steps count in the mean; the line of one step has nothing of the next."""
     taken = []
     recorder = record.Recorder(
-        config=config_file.validate(options(log={"every": 2}), "test"), run_dir=None,
+        config=config_files.validate(options(log={"every": 2}), "test"), run_dir=None,
         metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
         checkpoints=SimpleNamespace(poll=lambda: None), model_dir=None,
     )  # fmt: skip
@@ -663,7 +665,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
 def test_problems_of_the_data_come_with_those_of_the_model(options, tmp_path):
     tree = options(model={"path": str(tmp_path)}, data={"columns": {"qa_type": "kind"}})
     with pytest.raises(InputError) as error:
-        planning.plan(config_file.validate(tree, "test"))
+        planning.plan(config_files.validate(tree, "test"))
     joined = "\n".join(error.value.problems)
     assert "data.columns.qa_type" in joined and str(tmp_path) in joined
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from corl_jax import plan
 from corl_jax.errors import InputError
+from corl_jax.plan import __main__ as plan
 from corl_jax.rewards import networks
 from corl_jax.startup import inspect_model
 from corl_jax.weights import selection

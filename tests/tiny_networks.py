@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import map_with_path
 from corl_jax.models import binding
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipVisionConfig
@@ -68,7 +68,7 @@ def random_network(kind: str, seed: int = 0) -> Params:
             return np.asarray(1 + 0.1 * noise)
         return np.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    return sharding.map_with_path(draw, binding.abstract(KINDS[kind].module, TINY[kind]))
+    return map_with_path(draw, binding.abstract(KINDS[kind].module, TINY[kind]))
 
 
 def network_dir(folder: Path, kind: str, seed: int = 0) -> Path:

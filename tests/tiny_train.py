@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from corl_jax import sharding
 from corl_jax.data.processor import Processor
+from corl_jax.devices.mesh import map_with_path
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.train.step import Batch, TaskBatch
@@ -81,7 +81,7 @@ def random_params(config: JanusConfig, seed: int = 0) -> dict:
         noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
         return noise + 1 if path.endswith("/scale") else noise
 
-    return sharding.map_with_path(draw, janus.abstract(config))
+    return map_with_path(draw, janus.abstract(config))
 
 
 # ---- runs

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
 from corl_jax.models.encoder import MLP, Attention, KVCache, layer_norm
 from corl_jax.models.layers import linear
-from corl_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

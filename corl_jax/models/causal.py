@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from corl_jax.devices.mesh import constrain, on_own_heads
 from corl_jax.models.attention import fastest, same_bits
-from corl_jax.sharding import constrain, on_own_heads
 
 CausalAttention = Literal["xla", "cudnn", "splash"]
 """XLA's own products, or a fused kernel that keeps no scores in memory: cuDNN's on NVIDIA GPUs in

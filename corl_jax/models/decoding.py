@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
 from corl_jax.models.attention import Implementation, attend_to, merge
 from corl_jax.models.layers import apply_rope
 from corl_jax.models.llama import Block, KVCache, Llama
 from corl_jax.models.lora import LoraLinear
-from corl_jax.sharding import constrain
 
 SHORT_PROMPT = 128
 """Tokens, padding included, up to which cuDNN attends to a prompt and a completion in one call."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from corl_jax.sharding import constrain
+from corl_jax.devices.mesh import constrain
 
 Remat = Literal["none", "full", "dots"]
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
 from corl_jax.models.causal import CausalAttention, attend_causally
 from corl_jax.models.layers import Remat, apply_rope, merge_heads, split_heads
 from corl_jax.models.lora import Lora, projection
-from corl_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from corl_jax.config_fields import PositiveFloat
+from corl_jax.config.fields import PositiveFloat
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from corl_jax.config_checks import REWARD_GRACE_S
+from corl_jax.config.checks import REWARD_GRACE_S
 from corl_jax.errors import InputError, RewardError
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.signature import Parameters

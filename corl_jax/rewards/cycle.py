@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.config_fields import Positive
+from corl_jax.config.fields import Positive
 from corl_jax.data.instructions import CAPTION
 from corl_jax.rewards import captions, image, perceptual, policy, similarity, spice, text
 from corl_jax.rewards.functions import Fit, compare_images, each

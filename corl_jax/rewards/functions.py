@@ -10,9 +10,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from corl_jax.config_fields import Fraction
-from corl_jax.data import shapes_checker
-from corl_jax.data.shapes_scene import CATEGORIES, RELATIONS, Spec
+from corl_jax.config.fields import Fraction
+from corl_jax.data.drawn_world import checker
+from corl_jax.data.drawn_world.scene import CATEGORIES, RELATIONS, Spec
 from corl_jax.errors import InputError
 from corl_jax.rewards import answers, image, text
 from corl_jax.rewards.answers import QuestionType
@@ -198,15 +198,15 @@ def shapes(
         if spec is None:
             return float("nan")
         demand: Spec = json.loads(spec) if isinstance(spec, str) else spec
-        found = shapes_checker.detect(picture)
-        if shapes_checker.satisfies(found, demand, strict=strict):
+        found = checker.detect(picture)
+        if checker.satisfies(found, demand, strict=strict):
             return 1.0
         return partial_credit * _share(found, demand)
 
     return each(one, list(samples.drawn()), specs)
 
 
-def _share(found: list[shapes_checker.Detection], demand: Spec) -> float:
+def _share(found: list[checker.Detection], demand: Spec) -> float:
     right = 0
     for entry in demand["include"]:
         color = entry.get("color")

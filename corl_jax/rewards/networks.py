@@ -1,7 +1,7 @@
 """The networks that rewards ask: which ones, where their weights are expected, and loading them.
 
 All are frozen. Their matrices are split over the mesh as the policy's are (see
-`sharding.NETWORK_RULES`), and rows are spread over it.
+`mesh.NETWORK_RULES`), and rows are spread over it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from corl_jax.config import Networks
+from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
+from corl_jax.devices.mesh import network_shardings, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
@@ -26,7 +27,6 @@ from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION
 from corl_jax.rewards.registry import REGISTRY, Resolved, options_of
 from corl_jax.rewards.samples import Frozen, Network, Policy, resting
-from corl_jax.sharding import network_shardings, param_shardings
 from corl_jax.startup import inspect_model
 from corl_jax.types import Params
 from corl_jax.weights.hub import resolve_path

@@ -20,15 +20,15 @@ import numpy as np
 from PIL import Image
 
 from corl_jax import sampling
-from corl_jax.config_fields import Fraction, Positive
+from corl_jax.config.fields import Fraction, Positive
+from corl_jax.devices.batches import mesh_of, share
+from corl_jax.devices.processes import largest
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
-from corl_jax.processes import largest
 from corl_jax.rewards import text
 from corl_jax.rewards.functions import classification, each, question_types
 from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
-from corl_jax.rows import mesh_of, share
 from corl_jax.types import STREAMS, EncodedPrompts, Params
 
 CHUNK = 64

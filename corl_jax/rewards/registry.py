@@ -24,7 +24,7 @@ from corl_jax.rewards.options import Option, option_problem
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
 
 if TYPE_CHECKING:
-    from corl_jax.config import Compat, Reward
+    from corl_jax.config.schema import Compat, Reward
 
 __all__ = [
     "COMPAT",

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from corl_jax.devices.batches import local, mesh_of, put, share, ways
 from corl_jax.errors import InputError
 from corl_jax.models.janus import JanusConfig
-from corl_jax.rows import local, mesh_of, put, share, ways
 from corl_jax.types import Params
 
 

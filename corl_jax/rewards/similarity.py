@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.devices.processes import of_all
 from corl_jax.errors import InputError
 from corl_jax.models import binding
 from corl_jax.models.bert import Bert, BertConfig
-from corl_jax.processes import of_all
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.folders import unmarked_folder

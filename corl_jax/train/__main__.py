@@ -17,21 +17,25 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import config_file, processes, startup
-from corl_jax.config import Config
+from corl_jax import startup
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Config
+from corl_jax.devices import processes
 from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.train import digests, export_record, report, rundir, same_files
-from corl_jax.train.checkpoint import Checkpoints, Restored, abstract_of
+from corl_jax.runs import directory as run_directory
+from corl_jax.runs import export_record, fingerprints, same_files
+from corl_jax.runs.checkpoints import Checkpoints, Restored, abstract_of
+from corl_jax.runs.directory import RunDir
+from corl_jax.runs.log import Metrics, Phases
+from corl_jax.runs.signals import Interruption
+from corl_jax.runs.watchdog import Watchdog
+from corl_jax.train import report
 from corl_jax.train.loop import train
-from corl_jax.train.metrics import Metrics, Phases
 from corl_jax.train.planning import Plan, plan
-from corl_jax.train.preemption import Interruption
 from corl_jax.train.record import Recorder
 from corl_jax.train.run import Run
-from corl_jax.train.rundir import RunDir
 from corl_jax.train.setup import build
 from corl_jax.train.step import TrainState
-from corl_jax.train.watchdog import Watchdog
 
 MEASURED_WITH = ("eval.", "rollout.", "rewards.", "data.", "model.", "networks.", "compat.")
 """Beginnings of the options that pictures and evaluations depend on."""
@@ -41,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.train",
         description=__doc__,
-        epilog="Every option with its default, range and source:\n\n" + config_file.describe(),
+        epilog="Every option with its default, range and source:\n\n" + config_files.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
@@ -66,9 +70,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(argv)
-    config = config_file.load(args.config, args.overrides)
+    config = config_files.load(args.config, args.overrides)
     if args.print_config:
-        print(config_file.dump(config), end="")
+        print(config_files.dump(config), end="")
         return
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.failing_together():
@@ -83,8 +87,8 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
     """Resumes or starts the planned run, to its end or to train.stop_after."""
     config, primary = planned.config, jax.process_index() == 0
     with (
-        rundir.opened(config, primary, allow_changes) as directory,
-        rundir.checkpoints_locked(directory, config.checkpoint.directory, primary) as place,
+        run_directory.opened(config, primary, allow_changes) as directory,
+        run_directory.checkpoints_locked(directory, config.checkpoint.directory, primary) as place,
         Checkpoints(place, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
         processes.failing_together(checkpoints.settle),  # before the above waits for the others
@@ -144,10 +148,10 @@ def untrained_digests(run: Run) -> dict[str, str]:
     Takes seconds in a run's first process, since each shape of an array is a program to compile.
     """
     with run.reference.use() if run.reference else contextlib.nullcontext() as reference:
-        found = {"model.path": digests.summary({"frozen": run.frozen, "reference": reference})}
+        found = {"model.path": fingerprints.summary({"frozen": run.frozen, "reference": reference})}
     for name, network in run.networks.items():
         with network.use() as lent:
-            found[f"networks.{name}"] = digests.summary(lent.params)
+            found[f"networks.{name}"] = fingerprints.summary(lent.params)
     return found
 
 

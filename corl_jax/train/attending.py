@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from corl_jax.config import Config
+from corl_jax.config.schema import Config
 from corl_jax.models import attention, causal
 from corl_jax.models.janus import JanusConfig
 

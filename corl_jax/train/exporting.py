@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from corl_jax import processes, rows
-from corl_jax.config import Config
+from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognise_instruction
+from corl_jax.devices import batches, processes
+from corl_jax.devices.mesh import map_with_path
 from corl_jax.input_files import expand_path
 from corl_jax.models import janus
-from corl_jax.sharding import map_with_path
-from corl_jax.train import digests
-from corl_jax.train.export_record import RECORD_FILE, name_step, read_record, rename_stale
+from corl_jax.runs import fingerprints
+from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
@@ -43,7 +43,7 @@ def refresh_export(
     """
     record: dict[str, Any] = {
         "step": step,
-        "trained": digests.summary(state.params),
+        "trained": fingerprints.summary(state.params),
         "untrained": untrained,
     }
     wanted = config.export.layout != "none"
@@ -148,7 +148,7 @@ def fetched(params: Params, keep: bool, beat: Callable[[], None] = lambda: None)
     """Parameters on the host, a leaf at a time; None for each where they are not to `keep`."""
 
     def one(leaf: jax.Array) -> np.ndarray | None:
-        array = rows.whole(leaf)
+        array = batches.whole(leaf)
         beat()
         return array if keep else None
 

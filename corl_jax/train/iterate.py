@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax import grpo, sampling
+from corl_jax.devices.batches import gathered, local, own, share, ways
+from corl_jax.devices.mesh import constrain
 from corl_jax.rewards.registry import Context, Samples, score_timed
-from corl_jax.rows import gathered, local, own, share, ways
-from corl_jax.sharding import constrain
-from corl_jax.train.guards import FAILED
+from corl_jax.runs.guards import FAILED
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState

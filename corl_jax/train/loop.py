@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from corl_jax.compiling import take_compile_seconds
+from corl_jax.devices.compiling import take_compile_seconds
 from corl_jax.train.record import Recorder
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState

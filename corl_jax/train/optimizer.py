@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import InputError
-from corl_jax.sharding import leaf_paths
 from corl_jax.types import Params
 
 
@@ -28,7 +28,7 @@ def learning_rate(options: Any, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(options: Any, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named optimizer; `options` is `config.Optimizer`."""
+    """Clipping by global norm, then the named optimizer; `options` is `schema.Optimizer`."""
     rate = learning_rate(options, total_steps)
     decay = options.weight_decay
     update = {

@@ -1,7 +1,6 @@
 """From a config to a `Plan`: all that can be checked before a device is touched.
 
-Files, data, tokenizer, rewards, sizes; every problem that is found is reported. `setup` goes on
-from there.
+Files, data, tokenizer, rewards, sizes; every problem is reported. `setup` goes on from there.
 """
 
 from __future__ import annotations
@@ -14,23 +13,24 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from corl_jax import evaluation, rows
-from corl_jax.config import Config
-from corl_jax.config_checks import warmup_problems
+from corl_jax import evaluation
+from corl_jax.config.checks import warmup_problems
+from corl_jax.config.schema import Config
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
 from corl_jax.data.processor import Processor
+from corl_jax.devices import batches
+from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
 from corl_jax.models.lora import Lora
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
-from corl_jax.sharding import layout_problems, make_mesh
+from corl_jax.runs.directory import RunDir
+from corl_jax.runs.export_record import place_problems
 from corl_jax.startup import inspect_model
 from corl_jax.train import attending
-from corl_jax.train.export_record import place_problems
 from corl_jax.train.optimizer import partition
-from corl_jax.train.rundir import RunDir
 from corl_jax.types import Params, SpecialTokens
 from corl_jax.weights.files import check_export
 from corl_jax.weights.generation import read_generation
@@ -129,7 +129,7 @@ def plan(config: Config) -> Plan:
     sources = attempt(_sources, config, tasks, rewards or {})
     problems += _task_problems(config, tasks, rewards)
     mesh = attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    share = mesh and attempt(rows.share, mesh)
+    share = mesh and attempt(batches.share, mesh)
     problems += _batch_problems(config, mesh) if mesh else []
     if model_config and processor:
         problems += _answer_problems(config, listed, model_config, processor)
@@ -200,7 +200,7 @@ def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None)
 
 
 def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
-    ways = rows.ways(mesh)
+    ways = batches.ways(mesh)
     batch = config.train.prompts_per_step
     sizes = {
         "train.prompts_per_step": batch,

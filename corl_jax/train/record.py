@@ -11,21 +11,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from corl_jax import evaluation, processes, rows
-from corl_jax.config import Config
+from corl_jax import evaluation
+from corl_jax.config.schema import Config
+from corl_jax.devices import batches, processes
 from corl_jax.errors import InputError, Preempted, SaveError
-from corl_jax.train import gallery, iterate, same_files
-from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.runs import pictures, same_files
+from corl_jax.runs.checkpoints import Checkpoints
+from corl_jax.runs.directory import RunDir, jsonable
+from corl_jax.runs.guards import Guards
+from corl_jax.runs.log import Metrics, read_lines
+from corl_jax.runs.saving import Saver
+from corl_jax.runs.signals import Interruption
+from corl_jax.runs.watchdog import Watchdog
+from corl_jax.train import iterate
 from corl_jax.train.exporting import refresh_export
-from corl_jax.train.guards import Guards
-from corl_jax.train.metrics import Metrics, read_lines
 from corl_jax.train.optimizer import merge
-from corl_jax.train.preemption import Interruption
 from corl_jax.train.run import Iteration, Run, put
-from corl_jax.train.rundir import RunDir, jsonable
-from corl_jax.train.saving import Saver
 from corl_jax.train.step import TrainState
-from corl_jax.train.watchdog import Watchdog
 from corl_jax.types import Params, Prompts
 
 TABLE_ROWS = 16
@@ -215,7 +217,7 @@ class Recorder:
             for row in range(count)
         ]
         columns = {name: values[:count] for name, values in samples.columns.items()}
-        table = gallery.answers_table(
+        table = pictures.answers_table(
             columns["qa_problem"], samples.texts[:count], rewards, columns.get("qa_solution")
         )
         self.metrics.text(step, "mm2t/answers", table)
@@ -223,14 +225,14 @@ class Recorder:
     def _fixed_prompts(self, run: Run, state: TrainState, step: int) -> None:
         """Draws the same held-out prompts with the same keys, so that grids can be compared."""
         everyone = self._first_prompts(run)
-        prompts = take(everyone, rows.own(run.mesh, np.arange(len(everyone))))
+        prompts = take(everyone, batches.own(run.mesh, np.arange(len(everyone))))
         params = merge(state.params, run.frozen)
         rollout = iterate.sample(run, "t2i", params, prompts)
         samples = iterate.decode(run, "t2i", params, prompts, rollout)
         self.watchdog.beat()
         scores, _ = iterate.score_task(run, "t2i", params, samples, step)
-        scores = {name: rows.gathered(run.mesh, values) for name, values in scores.items()}
-        images = rows.gathered(run.mesh, np.asarray(samples.images))
+        scores = {name: batches.gathered(run.mesh, values) for name, values in scores.items()}
+        images = batches.gathered(run.mesh, np.asarray(samples.images))
         if not self.primary:
             return
         shape = (len(everyone), run.group_size)
@@ -242,16 +244,16 @@ class Recorder:
             for row in range(len(everyone))
         ]
         images = images.reshape(*shape, *images.shape[1:])
-        page = gallery.grid(images, everyone.columns["prompt"], rewards, f"step {step}")
+        page = pictures.grid(images, everyone.columns["prompt"], rewards, f"step {step}")
         with self.metrics.bearing("images"):
-            gallery.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
+            pictures.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
         self.metrics.image(step, "t2i/fixed_prompts", page)
 
     def _first_prompts(self, run: Run) -> Prompts:
         """The first held-out prompts, or without any the first of training; of all processes."""
         wanted = self.config.log.fixed_prompts
         loader = run.eval_loader or run.train_loader
-        ways = rows.ways(run.mesh)
+        ways = batches.ways(run.mesh)
         count = min(-(-wanted // ways) * ways, loader.batch_size)
         return loader.at(np.arange(count))
 
@@ -267,7 +269,7 @@ class Recorder:
                 seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
                 max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
                 place=self._place(run),
-                total=lambda counts: rows.gathered(run.mesh, counts[None]).sum(axis=0),
+                total=lambda counts: batches.gathered(run.mesh, counts[None]).sum(axis=0),
             )  # fmt: skip
             values = report.metrics()
             self._held_out_drawings(step, report)
@@ -284,8 +286,8 @@ class Recorder:
         title = f"step {step}: {rate.mean:.1%} of {rate.n} drawings as demanded"
         page = evaluation.contact_sheet(report, SHEET_DRAWINGS, SHEET_COLUMNS, title)
         with self.metrics.bearing("images"):
-            path = self.run_dir.images / f"{gallery.HELD_OUT}_{step:06d}.png"
-            gallery.save_png(path, page)
+            path = self.run_dir.images / f"{pictures.HELD_OUT}_{step:06d}.png"
+            pictures.save_png(path, page)
         self.metrics.image(step, "eval/drawings", page)
 
     def _place(self, run: Run) -> Callable:
@@ -384,7 +386,7 @@ def held_out_rewards(
             rollout = iterate.sample(run, task, params, prompts)
             samples = iterate.decode(run, task, params, prompts, rollout)
             for name, values in iterate.score_task(run, task, params, samples, 0)[0].items():
-                everyone = rows.gathered(run.mesh, np.where(kept, values, np.nan))
+                everyone = batches.gathered(run.mesh, np.where(kept, values, np.nan))
                 scores.setdefault(f"eval/{task}/{name}", []).append(everyone)
     metrics = {}
     for name, pieces in scores.items():

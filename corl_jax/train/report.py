@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from corl_jax.data.dataset import ROWS_CHECKED_AT_START
+from corl_jax.devices.mesh import leaf_paths, param_spec
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.rewards import applicable
-from corl_jax.sharding import leaf_paths, param_spec
 from corl_jax.train import attending
 from corl_jax.train.optimizer import partition
 from corl_jax.train.planning import Plan

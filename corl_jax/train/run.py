@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from corl_jax import rows
+from corl_jax.devices import batches
 from corl_jax.models.janus import JanusConfig
 from corl_jax.rewards.samples import Lent
 from corl_jax.types import Params
@@ -67,4 +67,4 @@ class Iteration:
 
 def put(run: Run, tree: Any) -> Any:
     """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
-    return rows.put(run.mesh, tree)
+    return batches.put(run.mesh, tree)

@@ -13,10 +13,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax import sampling
+from corl_jax.devices.mesh import leaf_paths, param_shardings
 from corl_jax.models import janus, lora
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Lent, Policy
-from corl_jax.sharding import leaf_paths, param_shardings
 from corl_jax.train import attending, iterate, supervised, vq
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import (

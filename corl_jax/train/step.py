@@ -18,9 +18,9 @@ import optax
 from jax import lax
 
 from corl_jax import grpo
+from corl_jax.devices.mesh import constrain
 from corl_jax.models import janus
 from corl_jax.models.janus import Janus, JanusConfig
-from corl_jax.sharding import constrain
 from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring
 from corl_jax.train.optimizer import merge
 from corl_jax.types import Array, EncodedPrompts, Params

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from corl_jax.data import instructions
+from corl_jax.devices.processes import largest
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
-from corl_jax.processes import largest
 from corl_jax.sampling import unconditional_ids
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put

@@ -9,7 +9,7 @@ from unittest import mock
 import jax
 import pytest
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.train import planning
 from tests.faults import harness
 
@@ -18,7 +18,7 @@ from tests.faults import harness
 def straight(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the run of `harness.SUPERVISED` comes to when nothing happens to it."""
     job = harness.Job.make(tmp_path_factory.mktemp("straight"), model, rows, **harness.SUPERVISED)
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    make = functools.partial(make_mesh, devices=jax.devices()[:1])
     with mock.patch.object(planning, "make_mesh", make):
         assert job.here() == 0
     return harness.outcome(job)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
 from tests import tiny_train
@@ -118,7 +118,7 @@ def test_all_wrong_values_are_refused_together(figure, options, tmp_path):
     last = {wrong.partition("=")[0]: wrong for wrong in several}  # of two for a key, the second
     path = tiny_train.write_config(tmp_path / "run.yaml", options)
     with pytest.raises(InputError) as error:  # the command prints the first twenty
-        config_file.load(path, list(last.values()))
+        config_files.load(path, list(last.values()))
     lines = error.value.problems
     missing = [key for key in last if not any(f"{key}: found" in line for line in lines)]
     figure("T18", fault="all at once", tries=len(last), losses=len(missing))
@@ -156,5 +156,5 @@ def test_the_config_that_was_spoilt_is_sound(options, capsys, tmp_path):
     path = tiny_train.write_config(tmp_path / "run.yaml", options)
     command.main(["--config", str(path), "--check"])
     assert "mesh: {'data': 8" in capsys.readouterr().out
-    assert config_file.load(path).train.prompts_per_step == 8
+    assert config_files.load(path).train.prompts_per_step == 8
     assert yaml.safe_load(path.read_text()) == options

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from corl_jax.errors import InputError
-from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.runs.checkpoints import Checkpoints
 
 TRIES = 200
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.processor import Processor
@@ -174,7 +174,7 @@ def planned_batch(model, tmp_path, rows, **changes):
         model, path, tmp_path / "run", train={"prompts_per_step": len(rows)},
         data={"max_bad_fraction": 0.5}, **changes,
     )  # fmt: skip
-    loader = planning.plan(config_file.validate(tree, "test")).train_loader
+    loader = planning.plan(config_files.validate(tree, "test")).train_loader
     return loader.batch(0), loader.counts
 
 

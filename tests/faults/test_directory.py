@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
-from corl_jax.train import record, rundir
+from corl_jax.runs import directory as run_directory
+from corl_jax.train import record
 from tests import tiny_train
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome, unsound
 
@@ -64,7 +65,7 @@ def test_a_second_run_on_one_directory_of_checkpoints(model, rows, tmp_path, one
     partial = shared / "1.orbax-checkpoint-tmp"  # the first one's save under way
     partial.mkdir(parents=True)
     job = Job.make(tmp_path, model, rows, **SUPERVISED)
-    with rundir.locked(shared):
+    with run_directory.locked(shared):
         code = job.here(f"checkpoint.directory={shared}")
     figure("T20", fault="second run on checkpoints in use", tries=1, losses=code != 2)
     assert code == 2 and partial.exists()
@@ -74,7 +75,10 @@ def test_a_second_run_on_one_directory_of_checkpoints(model, rows, tmp_path, one
 def opened(root) -> str:
     """What the run directory says when it is opened."""
     tree = tiny_train.options("weights", "rows.parquet", root)
-    with pytest.raises(InputError) as error, rundir.opened(config_file.validate(tree, "test")):
+    with (
+        pytest.raises(InputError) as error,
+        run_directory.opened(config_files.validate(tree, "test")),
+    ):
         pass
     (line,) = error.value.problems
     return line
@@ -91,7 +95,7 @@ def test_directories_that_cannot_be_used(tmp_path, figure):
     closed, written = tmp_path / "closed", tmp_path / "written"
     closed.mkdir(mode=0o555)
     tree = tiny_train.options("weights", "rows.parquet", written)
-    with rundir.opened(config_file.validate(tree, "test")):
+    with run_directory.opened(config_files.validate(tree, "test")):
         pass
     (written / ".lock").chmod(0o666)
     tmp_path.chmod(0o755)
@@ -116,5 +120,5 @@ def test_a_symbolic_link_is_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     tree = tiny_train.options("weights", "rows.parquet", tmp_path / "link")
-    with rundir.opened(config_file.validate(tree, "test")):
+    with run_directory.opened(config_files.validate(tree, "test")):
         assert "is being written" in opened(tmp_path / "real")

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from corl_jax.errors import InputError, SaveError
-from corl_jax.train import checkpoint, exporting, record
-from corl_jax.train.saving import Saver
+from corl_jax.runs import checkpoints as run_checkpoints
+from corl_jax.runs.saving import Saver
+from corl_jax.train import exporting, record
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 
 # Writes that were under way beside a failed one find the event loop closed: Python complains.
@@ -181,7 +182,7 @@ def test_room_is_looked_for_before_anything_is_written(job, monkeypatch, capsys,
     def little(path):
         return usage(path)._replace(free=100_000)
 
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", little)
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", little)
     assert job.here("checkpoint.max_failures=1") == 1
     text = capsys.readouterr().err
     assert "GiB and 9.31e-05 GiB are free" in text

@@ -16,9 +16,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corl_jax import config_file
-from corl_jax.config import Config
-from corl_jax.data import shapes_checker
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Config
+from corl_jax.data.drawn_world import checker
 from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
 from corl_jax.rewards import answers, functions, text
@@ -123,7 +123,7 @@ def test_config(hammer, tmp_path):
         tree = yaml.safe_dump(content) if isinstance(content, dict) else content
         file.write_text(tree, encoding="utf-8", errors="surrogatepass")
         try:
-            assert isinstance(config_file.load(file), Config)
+            assert isinstance(config_files.load(file), Config)
         except InputError as error:
             assert error.problems and all(str(file) in line for line in error.problems)
 
@@ -137,7 +137,7 @@ def test_config(hammer, tmp_path):
 
     def overridden(argument):
         try:
-            config_file.load(file, [argument])
+            config_files.load(file, [argument])
         except InputError as error:
             assert error.problems
 
@@ -154,7 +154,7 @@ def test_config(hammer, tmp_path):
         ("a: " + "[" * 100_000, "nested too deeply"),
         ("seed: 2026-13-45", "seed: found '2026-13-45'"),
         ("seed: " + "9" * 5000, "not valid YAML"),
-        ("x" * (config_file.MAX_CHARACTERS + 1), "characters"),
+        ("x" * (config_files.MAX_CHARACTERS + 1), "characters"),
         ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
     ],
     ids=["aliases", "cycle", "deep", "date", "digits", "long", "python"],
@@ -164,7 +164,7 @@ def test_configs_made_to_break_their_reader(figure, tmp_path, content, expected)
     file.write_text(content)
     began = time.process_time()
     with pytest.raises(InputError, match=expected):
-        config_file.load(file)
+        config_files.load(file)
     assert time.process_time() - began < SECONDS
     figure("fuzz", fault="config: made by hand", tries=1, losses=0)
 
@@ -313,8 +313,8 @@ DEMAND = {
     ],
 }
 FOUND = [
-    shapes_checker.Detection("circle", "red", (9.0, 5.0), (2, 2, 8, 16), 0.1, 1.0),
-    shapes_checker.Detection("square", "blue", (9.0, 20.0), (16, 2, 24, 16), 0.1, 1.0),
+    checker.Detection("circle", "red", (9.0, 5.0), (2, 2, 8, 16), 0.1, 1.0),
+    checker.Detection("square", "blue", (9.0, 20.0), (16, 2, 24, 16), 0.1, 1.0),
 ]
 
 
@@ -331,7 +331,7 @@ def test_columns_of_rewards(hammer):
             if value is not None and problems["spec"] is None:
                 demand = json.loads(value) if isinstance(value, str) else value
                 for strict in (True, False):
-                    assert shapes_checker.satisfies(FOUND, demand, strict=strict) in (True, False)
+                    assert checker.satisfies(FOUND, demand, strict=strict) in (True, False)
                 assert 0 <= functions._share(FOUND, demand) <= 1
             if problems["od_solution"] is None:
                 answer = "<answer>[{'Position': [0, 0, 9, 9], 'Confidence': 1}]</answer>"

@@ -45,7 +45,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds
 WATCHED = """
 import ctypes, sys, threading, time
 from pathlib import Path
-from corl_jax.train.watchdog import Watchdog
+from corl_jax.runs.watchdog import Watchdog
 
 def hang_here():
     {hang}
@@ -166,9 +166,10 @@ def config(tmp_path, model):
 SLOW = """
 import time
 import orbax.checkpoint as ocp
-from corl_jax import rows
-from corl_jax.train.saving import Saver
-whole, wait, finish, last = rows.whole, ocp.CheckpointManager.wait_until_finished, Saver.finish, []
+from corl_jax.devices import batches
+from corl_jax.runs.saving import Saver
+whole, wait = batches.whole, ocp.CheckpointManager.wait_until_finished
+finish, last = Saver.finish, []
 def slow_whole(leaf):
     time.sleep({leaf_s})
     return whole(leaf)
@@ -179,7 +180,7 @@ def slow_wait(self):
 def slow_finish(self):
     last.append({wait_s})
     return finish(self)
-rows.whole, ocp.CheckpointManager.wait_until_finished = slow_whole, slow_wait
+batches.whole, ocp.CheckpointManager.wait_until_finished = slow_whole, slow_wait
 Saver.finish = slow_finish
 """
 

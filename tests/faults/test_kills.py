@@ -18,14 +18,14 @@ PHASES = {
     "reward": ("corl_jax.train.iterate", "reward", 4),
     "old log-probs": ("corl_jax.train.iterate", "make_batch", 2),
     "between two updates of one rollout": ("corl_jax.train.run:Run", "train_step", 4),
-    "log of a step": ("corl_jax.train.metrics:JsonLines", "write", 1),
-    "picture grid": ("corl_jax.train.gallery", "save_png", 1),
+    "log of a step": ("corl_jax.runs.log:JsonLines", "write", 1),
+    "picture grid": ("corl_jax.runs.pictures", "save_png", 1),
     "evaluation": ("corl_jax.train.record:Recorder", "_evaluate", 1),
-    "start of a save": ("corl_jax.train.digests", "make_record", 2),
-    "restoring": ("corl_jax.train.digests", "damaged_leaves", 1),
-    "wait for the last save": ("corl_jax.train.saving:Saver", "finish", 1),
+    "start of a save": ("corl_jax.runs.fingerprints", "make_record", 2),
+    "restoring": ("corl_jax.runs.fingerprints", "damaged_leaves", 1),
+    "wait for the last save": ("corl_jax.runs.saving:Saver", "finish", 1),
     "export, before it has its name": ("corl_jax.weights.atomic", "_move", 1),
-    "summary": ("corl_jax.train.rundir:RunDir", "write_json", 1),
+    "summary": ("corl_jax.runs.directory:RunDir", "write_json", 1),
 }
 
 STEPS = 3

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from corl_jax import config as schema
+from corl_jax.config import schema
 from corl_jax.train import __main__ as command
 from corl_jax.train import setup, step, supervised
 from corl_jax.train.optimizer import make_optimizer

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from corl_jax import config_file, sharding
+from corl_jax.config import files as config_files
 from corl_jax.data.dataset import Loader, ParquetSource, required_columns
 from corl_jax.data.processor import Processor
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.rewards.samples import Frozen, Network
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning, setup
@@ -115,9 +116,7 @@ def test_other_devices_get_the_same_values_and_nearly_the_same_losses(
     model, rows, tmp_path, monkeypatch, figure
 ):
     def on(*sizes: int):
-        make = functools.partial(
-            sharding.make_mesh, *sizes, devices=jax.devices()[: int(np.prod(sizes))]
-        )
+        make = functools.partial(make_mesh, *sizes, devices=jax.devices()[: int(np.prod(sizes))])
         return lambda *args, **options: make()
 
     changes = SUPERVISED | {"train": {"max_steps": 8, "prompts_per_step": 8}}
@@ -231,7 +230,7 @@ def test_digests_of_what_a_reward_asks(tmp_path):
     judge.write_text(JUDGE)
     tree = tiny_train.options("weights", "rows.parquet", tmp_path)
     tree["rewards"] += [{"use": f"{judge}:judge"}, {"use": "package.judges:judge_too"}]
-    config = config_file.validate(tree, "test")
+    config = config_files.validate(tree, "test")
 
     def found(number: float) -> dict[str, str]:
         params = {"kernel": np.full((2, 3), number, np.float32)}

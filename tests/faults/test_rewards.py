@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from corl_jax import grpo
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import FAILED_EXIT_CODE
-from corl_jax.sharding import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.weights.files import load_config, load_params
 from tests import several_processes, tiny_train

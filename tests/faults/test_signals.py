@@ -11,8 +11,9 @@ import time
 import jax
 import pytest
 
+from corl_jax.runs import saving
 from corl_jax.train import __main__ as command
-from corl_jax.train import record, saving
+from corl_jax.train import record
 from tests import tiny_train
 from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
 
@@ -125,7 +126,7 @@ def _dies(*args):
 ALONE = """
 import signal, sys, time
 from corl_jax.errors import exit_on_input_error
-from corl_jax.train.preemption import Interruption
+from corl_jax.runs.signals import Interruption
 
 @exit_on_input_error
 def main():

@@ -31,11 +31,11 @@ index, every, steps = int(index), int(every), int(steps)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, heartbeat_timeout_seconds=10)
 
 from jax.sharding import NamedSharding, PartitionSpec
-from corl_jax import sharding
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import exit_on_input_error
-from corl_jax.train.checkpoint import Checkpoints, abstract_of
+from corl_jax.runs.checkpoints import Checkpoints, abstract_of
 
-mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1)
+mesh = make_mesh(data=1, fsdp=4, tensor=1)
 spread = NamedSharding(mesh, PartitionSpec("fsdp"))
 everywhere = NamedSharding(mesh, PartitionSpec())
 start = lambda: {"w": jnp.arange(4096.0).reshape(64, 64) / 7, "step": jnp.int32(0)}

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from corl_jax.errors import InputError
-from corl_jax.train import rundir
+from corl_jax.runs import directory as run_directory
 from corl_jax.weights import storage, torch_bin
 from corl_jax.weights.files import load_params
 from corl_jax.weights.networks import load_network
@@ -357,7 +357,7 @@ def test_output_stays_where_it_was_asked_for(figure, tmp_path, state, capsys, as
 @pytest.mark.parametrize("name", ["../x", "/abs", "a/../../x", "", "."])
 def test_a_runs_files_stay_in_its_directory(figure, tmp_path, name):
     with pytest.raises(ValueError, match="does not stay inside"):
-        rundir.RunDir(tmp_path / "run").write_json(name, {})
+        run_directory.RunDir(tmp_path / "run").write_json(name, {})
     assert not tree(tmp_path)
     figure("T16", fault="names that leave the run directory", tries=1, losses=0)
 

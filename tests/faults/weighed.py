@@ -10,8 +10,8 @@ import ctypes
 import sys
 from typing import Any
 
+from corl_jax.runs.log import Console
 from corl_jax.train.__main__ import main
-from corl_jax.train.metrics import Console
 
 
 class Mallinfo(ctypes.Structure):

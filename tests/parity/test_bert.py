@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.models import binding
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
-from corl_jax.sharding import leaf_paths
 from corl_jax.weights import config_bert
 from corl_jax.weights.storage import open_store
 from corl_jax.weights.tables.bert import TABLES

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from corl_jax import sharding
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.models import janus, layers
 from tests.parity import torch_janus
 from tests.parity.torch_janus import IMAGE_TOKEN, PAD_TOKEN
@@ -94,9 +94,9 @@ def prompts(pair, rows: int, length: int, padding: list[int], images: bool):
 
 
 def test_mapped_parameters_are_exactly_those_of_the_network(pair):
-    found = {path: leaf.shape for path, leaf in sharding.leaf_paths(pair.params)}
+    found = {path: leaf.shape for path, leaf in leaf_paths(pair.params)}
     abstract = janus.abstract(pair.config)
-    assert found == {path: leaf.shape for path, leaf in sharding.leaf_paths(abstract)}
+    assert found == {path: leaf.shape for path, leaf in leaf_paths(abstract)}
 
 
 def test_image_tower(pair):

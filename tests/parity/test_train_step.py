@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from corl_jax import config as schema
-from corl_jax.sharding import leaf_paths
+from corl_jax.config import schema
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.train import step
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, partition

@@ -46,13 +46,14 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from corl_jax import config, startup
+from corl_jax import startup
+from corl_jax.config import schema
+from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.models import janus
 from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
-from corl_jax.sharding import AXES, BATCH, make_mesh
 from tools.bench import (
     bits,
     builds,
@@ -289,7 +290,7 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
             ceilings=found, trace=args.trace,
         )  # fmt: skip
         if args.lora:
-            adapters = Lora(args.lora, 2.0 * args.lora, tuple(config.Lora().targets))
+            adapters = Lora(args.lora, 2.0 * args.lora, tuple(schema.Lora().targets))
             adapted = dataclasses.replace(size, janus=janus.adapted(size.janus, adapters))
             setting = dataclasses.replace(setting, size=adapted)
         for part in args.parts:

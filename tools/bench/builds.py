@@ -1,4 +1,4 @@
-"""The image sampler in each of the builds of `corl_jax.compiling`, whichever a call would take."""
+"""The image sampler in each of the builds of `devices.compiling`, whichever a call would take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 from collections.abc import Iterator
 from unittest import mock
 
-from corl_jax import compiling, sampling
+from corl_jax import sampling
+from corl_jax.devices import compiling
 from tools.bench.generation import keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record

@@ -29,10 +29,10 @@ import dataclasses
 import math
 import re
 
-from corl_jax.config import ADAPTERS
+from corl_jax.config.schema import ADAPTERS
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.models import janus
 from corl_jax.models.janus import JanusConfig
-from corl_jax.sharding import leaf_paths
 
 BYTES = 2  # of a bfloat16
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from corl_jax.config import ADAPTERS, Train
-from corl_jax.sharding import leaf_paths
+from corl_jax.config.schema import ADAPTERS, Train
+from corl_jax.devices.mesh import leaf_paths
 from corl_jax.train import step
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import partition

@@ -14,7 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from corl_jax.data import shapes, shapes_checker
+from corl_jax.data.drawn_world import checker, generator
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.rewards import text
 
@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     repeats = parser.parse_args(argv).repeats
     if repeats < 1:
         raise InputError([f"--repeats: found {repeats}, expected an integer of at least 1"])
-    pictures = [shapes.make_row(11, i, encode=False)["real_image"] for i in range(PICTURES)]
+    pictures = [generator.make_row(11, i, encode=False)["real_image"] for i in range(PICTURES)]
     seconds = shortest(score_texts, repeats)
     print(f"text    {COMPLETIONS} completions  {1e3 * seconds:8.1f} ms")
-    seconds = shortest(lambda: [shapes_checker.detect(x) for x in pictures], repeats)
+    seconds = shortest(lambda: [checker.detect(x) for x in pictures], repeats)
     print(f"shapes  one picture      {1e3 * seconds / PICTURES:8.2f} ms")
 
 

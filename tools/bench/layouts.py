@@ -14,7 +14,8 @@ from unittest import mock
 
 import jax
 
-from corl_jax import sampling, sharding
+from corl_jax import sampling
+from corl_jax.devices import mesh as device_mesh
 from corl_jax.models import decoding
 from tools.bench.generation import keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
@@ -40,7 +41,7 @@ def as_stored() -> Iterator[None]:
     """Takes what lays matrices out for decoding away from the samplers; activations keep theirs."""
 
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-        return sharding.constrain(x, *names) if names[0] == "batch" else x
+        return device_mesh.constrain(x, *names) if names[0] == "batch" else x
 
     def gathered(params: Any) -> Any:
         return params

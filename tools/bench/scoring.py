@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
+from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import binding
 from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import Resolved
 from corl_jax.rewards.samples import Context, Frozen, Network, Samples
-from corl_jax.sharding import network_shardings
 from corl_jax.weights.networks import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
@@ -76,7 +76,7 @@ def _one_reward(
 
 def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
     """All rewards of the config, one after another, on the images and as many answers."""
-    config = config_file.load(UNIFIED)
+    config = config_files.load(UNIFIED)
     resolved = registry.resolve(config.rewards, config.compat)
     answered = _answers(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)

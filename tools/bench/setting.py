@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from corl_jax.data.processor import Processor
+from corl_jax.devices.mesh import BATCH, batch_sharding, param_spec
 from corl_jax.models import janus
 from corl_jax.models.causal import CausalAttention
 from corl_jax.models.layers import Remat
-from corl_jax.sharding import BATCH, batch_sharding, param_spec
 from corl_jax.types import Params, SpecialTokens
 from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.models import janus
@@ -93,7 +93,7 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
             f"{one}: this option is the measurement's own; leave it out" for one in taken
         )
     options += [f"{key}={value}" for key, value in changed.items()]
-    config = config_file.load(UNIFIED, [*options, *overrides])
+    config = config_files.load(UNIFIED, [*options, *overrides])
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)), encoding="utf-8")
     return file

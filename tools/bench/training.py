@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.config import ADAPTERS, Optimizer, Train
+from corl_jax.config.schema import ADAPTERS, Optimizer, Train
 from corl_jax.rewards.registry import Entry, Resolved
 from corl_jax.rewards.samples import Context, Samples
+from corl_jax.runs.log import Phases
 from corl_jax.train import iterate
 from corl_jax.train.logprobs import Scoring
-from corl_jax.train.metrics import Phases
 from corl_jax.train.optimizer import learning_rate, make_optimizer, partition
 from corl_jax.train.run import Run
 from corl_jax.train.setup import state_shardings

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from corl_jax.devices.mesh import map_with_path
 from corl_jax.models.janus import FLOAT32_PARTS
-from corl_jax.sharding import map_with_path
 from corl_jax.types import Params
 
 STD = 0.02

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax import sampling
-from corl_jax.data import shapes, shapes_checker, shapes_scene
+from corl_jax.data.drawn_world import checker, generator, scene
 from corl_jax.errors import InputError
 from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
 from corl_jax.models.janus import JanusConfig
@@ -38,8 +38,8 @@ def measure(model: Path, rows: int, seed: int) -> Rate:
         raise InputError(problems)
     config, params, _, folder = load_model(model)
     side = math.isqrt(config.num_image_tokens) * config.vq.downsample
-    world = shapes_scene.choose_world(side)
-    if side < (least := shapes_scene.WORLDS[world].min_image_size):
+    world = scene.choose_world(side)
+    if side < (least := scene.WORLDS[world].min_image_size):
         raise InputError(
             f"{folder}: draws pictures of {side} pixels a side; the drawn world needs at least "
             f"{least}"
@@ -47,13 +47,15 @@ def measure(model: Path, rows: int, seed: int) -> Rate:
     hits = 0
     for index in chunks(rows, BATCH):
         drawn = [
-            shapes.make_row(HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False, world=world)
+            generator.make_row(
+                HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False, world=world
+            )
             for i in index
         ]
         seen = reconstruct(config, params, np.stack([row["real_image"] for row in drawn]))
         fresh = len(np.unique(index))  # the last chunk repeats its last row to be full
         hits += sum(
-            shapes_checker.check(picture, json.loads(row["spec"]))
+            checker.check(picture, json.loads(row["spec"]))
             for picture, row in zip(seen[:fresh], drawn[:fresh], strict=True)
         )
     return Rate.of(hits, rows)

@@ -21,7 +21,8 @@ from tokenizers import (
     trainers,
 )
 
-from corl_jax.data import instructions, shapes
+from corl_jax.data import instructions
+from corl_jax.data.drawn_world import generator
 from corl_jax.weights.assets import ORIGINAL_SPECIALS
 from corl_jax.weights.tokens import STRINGS
 
@@ -42,7 +43,7 @@ def corpus(seed: int, rows: int = CORPUS_ROWS, world: str = "full") -> Iterator[
     """All text that a Janus of this drawn world reads or writes."""
     yield from [instructions.CAPTION, "\n", "\n\n", ": "]
     for index in range(rows):
-        row = shapes.make_row(seed, index, split="train", encode=False, world=world)
+        row = generator.make_row(seed, index, split="train", encode=False, world=world)
         yield from (row[name] for name in ("prompt", "qa_problem", "sft_answer", "caption"))
 
 

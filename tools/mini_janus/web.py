@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corl_jax.data import shapes
-from corl_jax.data.shapes_scene import WORLDS
+from corl_jax.data.drawn_world import generator
+from corl_jax.data.drawn_world.scene import WORLDS
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.weights.atomic import whole_directory
@@ -32,17 +32,17 @@ THOUGHTS = re.compile(r"<think>.*?</think>")
 def make_rows(
     rows: int, seed: int, world: str, mismatched: float, terse: float
 ) -> Iterator[dict[str, Any]]:
-    """Yields rows as `shapes.make_row` makes them, of split `train`, with two kinds of fault.
+    """Yields rows as `generator.make_row` makes them, of split `train`, with two kinds of fault.
 
     A share of `mismatched` has the prompt of another row, a share of `terse` has supervised
     answers without thoughts, `<think></think><answer>..</answer>`.
     """
     rng = np.random.default_rng([seed, rows])
     for index in range(rows):
-        row = shapes.make_row(seed, index, split="train", world=world)
+        row = generator.make_row(seed, index, split="train", world=world)
         if rng.random() < mismatched:
             other = int(rng.integers(rows))
-            source = shapes.make_row(seed, other, split="train", world=world, encode=False)
+            source = generator.make_row(seed, other, split="train", world=world, encode=False)
             row["prompt"] = source["prompt"]
         if rng.random() < terse:
             row["sft_answer"] = THOUGHTS.sub("<think></think>", row["sft_answer"])
@@ -56,10 +56,10 @@ def write(out: Path, rows: int, seed: int, world: str, mismatched: float, terse:
     """
     name = "train-00000-of-00001.parquet"
     table = pa.Table.from_pylist(
-        list(make_rows(rows, seed, world, mismatched, terse)), schema=shapes.schema()
+        list(make_rows(rows, seed, world, mismatched, terse)), schema=generator.schema()
     )
     with whole_directory(out) as folder:
-        pq.write_table(table, folder / name, row_group_size=shapes.ROW_GROUP)
+        pq.write_table(table, folder / name, row_group_size=generator.ROW_GROUP)
     return out / name
 
 

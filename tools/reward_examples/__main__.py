@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 from corl_jax.errors import exit_on_input_error
-from corl_jax.train.rundir import replacing
+from corl_jax.runs.directory import replacing
 from tools.reward_examples import cases, figure, page
 from tools.reward_examples.scoring import Found, score_all
 

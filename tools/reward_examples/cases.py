@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.data import instructions, shapes, shapes_checker
-from corl_jax.train.gallery import save_png
+from corl_jax.data import instructions
+from corl_jax.data.drawn_world import checker, generator
+from corl_jax.runs.pictures import save_png
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "examples" / "rewards"
@@ -56,7 +57,7 @@ ANSWER_TEXTS = {
 def write_missing() -> None:
     """Draws the pictures and writes the two files of cases, where they are not there yet."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    row = shapes.make_row(ROW_SEED, ROW, split="test", encode=False)
+    row = generator.make_row(ROW_SEED, ROW, split="test", encode=False)
     if not (FOLDER / REAL[1]).exists():
         save_png(FOLDER / REAL[1], row["real_image"])
     if not all((FOLDER / file).exists() for file, _, _ in DRAWN.values()):
@@ -116,7 +117,7 @@ def _boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
     """Where the checker finds the entry in a picture, on the question's scale."""
     return [
         [round(side * OD_SIDE) for side in one.box]
-        for one in shapes_checker.detect(image)
+        for one in checker.detect(image)
         if (one.color, one.shape) == (entry["color"], entry["class"])
     ]
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from corl_jax.fonts import make_drawable
-from corl_jax.train.rundir import replacing
+from corl_jax.runs.directory import replacing
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import T2I, Example, Found
 

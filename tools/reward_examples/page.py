@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
-from corl_jax.train.gallery import cell_text
+from corl_jax.runs.pictures import cell_text
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Found
 

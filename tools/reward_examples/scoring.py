@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax import startup
-from corl_jax.config import Networks
+from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
 from corl_jax.rewards import cycle, networks, registry, text
 from corl_jax.rewards import policy as asking

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import rows, sharding
+from corl_jax.devices import batches
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import InputError
 from corl_jax.train import iterate
 from corl_jax.types import EncodedPrompts, Prompts, Rollout
@@ -33,7 +34,7 @@ def devices(processes: int, each: int) -> list[Device]:
 
 def mesh_of(monkeypatch, processes: int, each: int, **shape: int):
     monkeypatch.setattr(jax, "devices", lambda: devices(processes, each))
-    return sharding.make_mesh(**shape)
+    return make_mesh(**shape)
 
 
 @pytest.mark.parametrize(
@@ -46,26 +47,26 @@ def mesh_of(monkeypatch, processes: int, each: int, **shape: int):
     ],
 )
 def test_shares_of_two_processes(monkeypatch, shape, shares):
-    assert rows.shares(mesh_of(monkeypatch, 2, 4, **shape)) == shares
+    assert batches.shares(mesh_of(monkeypatch, 2, 4, **shape)) == shares
 
 
 def test_four_processes_hold_two_shares(monkeypatch):
-    assert rows.shares(mesh_of(monkeypatch, 4, 2, data=2, tensor=4)) == [0, 0, 1, 1]
+    assert batches.shares(mesh_of(monkeypatch, 4, 2, data=2, tensor=4)) == [0, 0, 1, 1]
 
 
 def test_shares_that_do_not_follow_each_other_are_refused(monkeypatch):
     mesh = mesh_of(monkeypatch, 2, 6, data=3, tensor=4)
     with pytest.raises(InputError, match="divisor or a multiple of the devices of a process"):
-        rows.shares(mesh)
+        batches.shares(mesh)
 
 
 def test_rows_come_back_in_order(mesh):
     values = np.arange(24.0).reshape(8, 3)
-    placed = rows.put(mesh, values)
+    placed = batches.put(mesh, values)
     assert placed.sharding.shard_shape(placed.shape) == (2, 3)
-    for found in (rows.local(placed), rows.whole(placed), rows.gathered(mesh, values)):
+    for found in (batches.local(placed), batches.whole(placed), batches.gathered(mesh, values)):
         np.testing.assert_array_equal(found, values)
-    assert rows.own(mesh, list(range(8))) == list(range(8)) and rows.share(mesh) == (0, 1)
+    assert batches.own(mesh, list(range(8))) == list(range(8)) and batches.share(mesh) == (0, 1)
 
 
 @pytest.mark.parametrize("at_once", [4, 8, 12, 16])

@@ -1,6 +1,6 @@
 """The drawn world as a dataset in the published layout: rows, parquet, and the command.
 
-    python -m corl_jax.data.shapes --out DIR --rows N --seed S
+    python -m corl_jax.data.drawn_world --out DIR --rows N --seed S
         [--world full|small] [--image-size 64] [--start K] [--split train|test|all]
 
 Row i depends on (seed, i, world, image size, split) alone, so any range of rows can be written
@@ -10,7 +10,7 @@ Splits: `train` and `test` hold disjoint demands in the categories that have man
 whose few combinations every split needs; there the pictures still differ with the seed.
 
 Columns: `prompt`, `real_image` (Hugging Face Image struct, PNG), `qa_problem`, `qa_solution`,
-`qa_type` as published; `category`, `spec` (JSON, see `shapes_scene`) for the exact checker;
+`qa_type` as published; `category`, `spec` (JSON, see `drawn_world.scene`) for the exact checker;
 `caption` (everything the picture holds) and `sft_answer` as supervised targets.
 """
 
@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from corl_jax.data import shapes_text
-from corl_jax.data.shapes_scene import (
+from corl_jax.data.drawn_world import language
+from corl_jax.data.drawn_world.scene import (
     SPLITS,
     WORLDS,
     Spec,
@@ -114,10 +114,10 @@ def make_row(
     spec = _spec(rng, split, chosen)
     scene = sample_scene(rng, spec, chosen)
     image = render(scene, image_size or chosen.image_size)
-    description = shapes_text.describe(scene)
-    question = shapes_text.ask(rng, scene, chosen)
+    description = language.describe(scene)
+    question = language.ask(rng, scene, chosen)
     return {
-        "prompt": shapes_text.caption(rng, spec),
+        "prompt": language.caption(rng, spec),
         "real_image": {"bytes": _png(image), "path": f"{index:08d}.png"} if encode else image,
         "qa_problem": question.problem,
         "qa_solution": question.solution,
@@ -125,7 +125,7 @@ def make_row(
         "category": spec["category"],
         "spec": json.dumps(spec),
         "caption": f"{description}.",
-        "sft_answer": shapes_text.sft_answer(description, question, chosen),
+        "sft_answer": language.sft_answer(description, question, chosen),
     }
 
 
@@ -197,7 +197,7 @@ def write(
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.data.shapes", description="Writes the drawn world as parquet."
+        prog="python -m corl_jax.data.drawn_world", description="Writes the drawn world as parquet."
     )
     parser.add_argument("--out", type=parse_place, required=True, help="new or empty directory")
     parser.add_argument("--rows", type=int, required=True)
@@ -221,7 +221,3 @@ def main(argv: list[str] | None = None) -> None:
         world=args.world,
     )
     print(f"{args.rows} rows, {path.stat().st_size / 2**20:.1f} MiB: {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -79,7 +79,7 @@ HELD_OUT_HINT = "the reward is learned, not what it stands for"
 
 
 class Guards:
-    """The guards of a run; `options` is `config.Guards`."""
+    """The guards of a run; `options` is `schema.Guards`."""
 
     def __init__(self, options: Any):
         self._options = options

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from corl_jax.fonts import make_drawable
-from corl_jax.train.rundir import replacing
+from corl_jax.runs.directory import replacing
 
 CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that text fits below
 FONT_SIZE = 12

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from corl_jax.devices.mesh import batch_ways
 from corl_jax.models.attention import on_nvidia
-from corl_jax.sharding import batch_ways
 
 logger = logging.getLogger(__name__)
 

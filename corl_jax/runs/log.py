@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from corl_jax.train.board import Board
-from corl_jax.train.pace import Pace
-from corl_jax.train.records import Records
-from corl_jax.train.rundir import RunDir, jsonable, replacing
+from corl_jax.runs.append_log import Records
+from corl_jax.runs.directory import RunDir, jsonable, replacing
+from corl_jax.runs.pace import Pace
+from corl_jax.runs.tensorboard import Board
 
 HEADLINE = (
     "loss", "reward", "t2i/reward", "mm2t/reward", "t2i/nll", "mm2t/nll", "kl", "t2i/kl",

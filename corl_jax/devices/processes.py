@@ -27,7 +27,7 @@ import numpy as np
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
-from corl_jax.config import Distributed
+from corl_jax.config.schema import Distributed
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, FAILED_EXIT_CODE, InputError
 
 MARGIN_S = 15  # jax ends a process that cannot connect without a word to the user; we come first

@@ -17,9 +17,9 @@ from typing import Any, TypeGuard
 import annotated_types
 import pydantic
 
-from corl_jax.config import Config, Reward
-from corl_jax.config_fields import Section
-from corl_jax.config_yaml import MAX_CHARACTERS, dump_yaml, parse_yaml
+from corl_jax.config.fields import Section
+from corl_jax.config.schema import Config, Reward
+from corl_jax.config.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path, read_text
 

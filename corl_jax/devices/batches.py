@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from corl_jax import processes
+from corl_jax.devices import processes
+from corl_jax.devices.mesh import BATCH, batch_sharding
 from corl_jax.errors import InputError
-from corl_jax.sharding import BATCH, batch_sharding
 
 
 def ways(mesh: Any) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import InputError
-from corl_jax.train.records import Records
+from corl_jax.runs.append_log import Records
 
 
 class Board:

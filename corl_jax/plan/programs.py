@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from corl_jax import sampling
+from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.models import janus
-from corl_jax.sharding import batch_sharding, param_shardings
 from corl_jax.train import setup
 from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
 from corl_jax.train.planning import Outline

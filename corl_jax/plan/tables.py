@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from corl_jax.ahead.chips import GIB, Chip
-from corl_jax.ahead.cost import Cost, cost_of
-from corl_jax.ahead.programs import Held, Program, shard_bytes
+from corl_jax.plan.chips import GIB, Chip
+from corl_jax.plan.cost import Cost, cost_of
+from corl_jax.plan.programs import Held, Program, shard_bytes
 
 PRODUCTS, MEMORY, LINKS = 0.6, 0.8, 0.7
 """Shares of a chip's peak figures that a program is taken to reach; a guess, not a measurement."""

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from corl_jax.data import instructions
-from corl_jax.data.shapes_scene import (
+from corl_jax.data.drawn_world.scene import (
     FULL,
     RELATIONS,
     Object,

@@ -1,6 +1,6 @@
 """What is wrong with a config as a whole: options that contradict or idle beside others.
 
-Types and ranges are pydantic's part, in `config`.
+Types and ranges are pydantic's part, in `schema`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from corl_jax.config import Config
-    from corl_jax.config_fields import Section
+    from corl_jax.config.fields import Section
+    from corl_jax.config.schema import Config
 
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),

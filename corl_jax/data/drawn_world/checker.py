@@ -18,7 +18,7 @@ import json
 import numpy as np
 from scipy import ndimage
 
-from corl_jax.data.shapes_scene import (
+from corl_jax.data.drawn_world.scene import (
     COLORS,
     PALETTE,
     SHAPES,

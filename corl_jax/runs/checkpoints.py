@@ -3,8 +3,8 @@
 A step is written to a temporary directory and renamed when complete, so a run that dies in a
 save finds the step before. Trees are stored as nested dicts of their path's keys, whatever
 containers they are made of, and restored into the containers and shardings that are asked for.
-What comes back is compared with the record of `digests`; a step that fails is put aside, and the
-newest one that is sound is used.
+What comes back is compared with the record of `fingerprints`; a step that fails is put aside, and
+the newest one that is sound is used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from corl_jax import processes
+from corl_jax.devices import processes
 from corl_jax.errors import InputError, SaveError
-from corl_jax.train import digests
-from corl_jax.train.rundir import config_changes, jsonable
+from corl_jax.runs import fingerprints
+from corl_jax.runs.directory import config_changes, jsonable
 
 GIB = 2**30
 SETTLE_S = 60  # of a save that all processes are at when one of them fails
@@ -104,7 +104,7 @@ class Checkpoints:
         self._unfinished.discard(step)
         try:
             self._require_room(tree)
-            record = digests.make_record(step, tree, jsonable(meta))
+            record = fingerprints.make_record(step, tree, jsonable(meta))
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(_nested(tree)), meta=ocp.args.JsonSave(record)
             )
@@ -204,17 +204,17 @@ class Checkpoints:
         wanted = abstract_of(abstract)
         record = self._agreed(step, lambda: self._record(step))
         source = self.directory / str(step)
-        if (version := record["schema_version"]) != digests.SCHEMA_VERSION:
+        if (version := record["schema_version"]) != fingerprints.SCHEMA_VERSION:
             raise InputError(
                 f"{source}: found schema version {version}, expected "
-                f"{digests.SCHEMA_VERSION}; resume with the version of corl_jax that wrote it"
+                f"{fingerprints.SCHEMA_VERSION}; resume with the version of corl_jax that wrote it"
             )
         changes = []
         if config is not None:
             saved = record["run"].get("config", {})
             start = record["run"].get("working_directory")
             changes = config_changes(saved, jsonable(config), str(source), allow_changes, start)
-        _refuse(source, digests.mismatches(record, wanted))
+        _refuse(source, fingerprints.mismatches(record, wanted))
         tree = self._agreed(step, lambda: self._arrays(step, wanted))
         self._agreed(step, lambda: self._require_saved_bits(step, tree, record))
         return tree, record["run"], changes
@@ -227,7 +227,7 @@ class Checkpoints:
         # Not by the manager, whose readers wait for each other: one that fails would not come.
         folder = self.directory / str(step) / "meta"
         record: Any = ocp.JsonCheckpointHandler().restore(folder)
-        if damage := digests.record_damage(record, step):
+        if damage := fingerprints.record_damage(record, step):
             raise DamagedError(f"{self.directory / str(step)}: {damage}")
         return record
 
@@ -235,13 +235,13 @@ class Checkpoints:
         args = ocp.args.StandardRestore(_nested(wanted))
         folder = self.directory / str(step) / "state"
         found = dict(
-            digests.named_leaves(ocp.StandardCheckpointHandler().restore(folder, args=args))
+            fingerprints.named_leaves(ocp.StandardCheckpointHandler().restore(folder, args=args))
         )
-        leaves = [found[name] for name, _ in digests.named_leaves(wanted)]
+        leaves = [found[name] for name, _ in fingerprints.named_leaves(wanted)]
         return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
     def _require_saved_bits(self, step: int, tree: Any, record: dict[str, Any]) -> None:
-        if changed := digests.damaged_leaves(record, tree):
+        if changed := fingerprints.damaged_leaves(record, tree):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise DamagedError(
                 f"{self.directory / str(step)}: the bits of {', '.join(changed[:3])}{more} are not "
@@ -373,7 +373,7 @@ def _nested(tree: Any) -> dict[str, Any]:
     """Any pytree as nested dicts of strings; empty containers vanish."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = digests.names(path)
+        *parents, last = fingerprints.names(path)
         node = nested
         for name in parents:
             node = node.setdefault(name, {})

@@ -1,5 +1,5 @@
-"""Every knob of a run: typed, bounded and documented. `config_file` reads, checks and writes it.
-What options mean to each other stands in `config_checks`.
+"""Every knob of a run: typed, bounded and documented. `config.files` reads, checks and writes it.
+What options mean to each other stands in `config.checks`.
 
 Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released script.
 """
@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from corl_jax import config_checks
-from corl_jax.config_fields import (
+from corl_jax.config import checks
+from corl_jax.config.fields import (
     Axis,
     CodePath,
     ConfigPath,
@@ -114,7 +114,7 @@ class Reward(Section):
             raise ValueError(
                 "needs exactly one of name, a registered reward, and use, FILE.py:FUNCTION"
             )
-        idle = sorted({"timeout_s", "max_failures"} & config_checks.changed(self).keys())
+        idle = sorted({"timeout_s", "max_failures"} & checks.changed(self).keys())
         if self.name is not None and idle:
             raise ValueError(
                 f"{' and '.join(idle)} act on rewards by use alone; {self.name} is built in"
@@ -421,7 +421,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        problems = config_checks.problems(self)
+        problems = checks.problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self

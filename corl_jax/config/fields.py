@@ -1,4 +1,4 @@
-"""What the options of `config` are made of: numbers with bounds, paths, defaults, sections."""
+"""What the options of `schema` are made of: numbers with bounds, paths, defaults, sections."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from corl_jax.data import instructions, shapes, shapes_checker, shapes_scene, shapes_text
-from corl_jax.data.shapes_scene import Object, Scene
+from corl_jax.data import instructions
+from corl_jax.data.drawn_world import checker, generator, language, scene
+from corl_jax.data.drawn_world.scene import Object, Scene
 from corl_jax.errors import InputError
 from corl_jax.models import janus
 from corl_jax.weights.files import load_config, load_params, special_tokens
@@ -30,7 +31,7 @@ FORMAT = re.compile(r"<think>.*?</think>[.\s]*<answer>.*?</answer>", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def rows():
-    return [shapes.make_row(11, index, encode=False) for index in range(ROWS)]
+    return [generator.make_row(11, index, encode=False) for index in range(ROWS)]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,11 @@ def specs(rows):
 
 @pytest.fixture(scope="module")
 def detections(rows):
-    return [shapes_checker.detect(row["real_image"]) for row in rows]
+    return [checker.detect(row["real_image"]) for row in rows]
 
 
 def accuracy(images, specs):
-    return np.mean([shapes_checker.check(i, s) for i, s in zip(images, specs, strict=True)])
+    return np.mean([checker.check(i, s) for i, s in zip(images, specs, strict=True)])
 
 
 def blurred(image, sigma):
@@ -52,18 +53,18 @@ def blurred(image, sigma):
 
 
 def test_checker_accepts_what_the_renderer_draws(detections, specs):
-    held = [shapes_checker.satisfies(d, s) for d, s in zip(detections, specs, strict=True)]
+    held = [checker.satisfies(d, s) for d, s in zip(detections, specs, strict=True)]
     assert np.mean(held) >= 0.999
 
 
 def test_checker_refuses_mismatched_pictures(detections, specs):
     rng = np.random.default_rng(0)
     pairs = [(i, int(j)) for i in range(ROWS) for j in rng.integers(ROWS, size=3)]
-    keys = [shapes_scene.combination(spec) for spec in specs]
+    keys = [scene.combination(spec) for spec in specs]
     passed = collections.defaultdict(list)
     for i, j in pairs:
         if keys[i] != keys[j]:
-            verdict = shapes_checker.satisfies(detections[i], specs[j])
+            verdict = checker.satisfies(detections[i], specs[j])
             passed[specs[j]["category"]].append(verdict)
     assert np.mean([v for verdicts in passed.values() for v in verdicts]) < 0.05
     assert all(np.mean(verdicts) < 0.05 for verdicts in passed.values()), passed.keys()
@@ -86,13 +87,13 @@ def test_checker_tolerates_two_pixels_of_blur(rows, specs):
 
 @pytest.mark.parametrize("size", [48, 128])
 def test_checker_works_at_other_sizes(size):
-    rows = [shapes.make_row(3, index, size, encode=False) for index in range(150)]
+    rows = [generator.make_row(3, index, size, encode=False) for index in range(150)]
     assert accuracy([r["real_image"] for r in rows], [r["spec"] for r in rows]) >= 0.98
 
 
 def test_detections_say_where_and_what():
     drawn = Scene((Object("ring", "blue", 0.25, 0.3, 0.3), Object("cross", "red", 0.7, 0.7, 0.28)))
-    found = shapes_checker.detect(shapes_scene.render(drawn))
+    found = checker.detect(scene.render(drawn))
     assert [(d.shape, d.color) for d in found] == [("ring", "blue"), ("cross", "red")]
     for detection, one in zip(found, drawn.objects, strict=True):
         assert np.allclose(detection.center, (one.x, one.y), atol=0.01)
@@ -101,13 +102,13 @@ def test_detections_say_where_and_what():
 
 def test_touching_objects_of_two_colors_are_two():
     drawn = Scene((Object("square", "blue", 0.3, 0.5, 0.3), Object("square", "red", 0.6, 0.5, 0.3)))
-    found = shapes_checker.detect(shapes_scene.render(drawn))
+    found = checker.detect(scene.render(drawn))
     assert [(d.shape, d.color) for d in found] == [("square", "blue"), ("square", "red")]
 
 
 @pytest.mark.parametrize("value", [0, 127, 255])
 def test_a_plain_picture_holds_nothing(value):
-    assert shapes_checker.detect(np.full((64, 64, 3), value, np.uint8)) == []
+    assert checker.detect(np.full((64, 64, 3), value, np.uint8)) == []
 
 
 def test_noise_satisfies_nothing(specs):
@@ -121,7 +122,7 @@ def test_semantics_by_hand():
         return {"category": category, "include": list(include)}
 
     red_circle = Object("circle", "red", 0.25, 0.5, 0.3)
-    image = shapes_scene.render(Scene((red_circle, Object("square", "blue", 0.75, 0.5, 0.3))))
+    image = scene.render(Scene((red_circle, Object("square", "blue", 0.75, 0.5, 0.3))))
     circle, square = {"class": "circle", "count": 1}, {"class": "square", "count": 1}
     right, above = {"position": ["right of", 0]}, {"position": ["above", 0]}
     cases = [
@@ -135,34 +136,34 @@ def test_semantics_by_hand():
         (spec("position", circle, square | above), False, False),
     ]
     for demand, strict, loose in cases:
-        assert shapes_checker.check(image, demand) is strict, demand
-        assert shapes_checker.check(image, json.dumps(demand), strict=False) is loose, demand
+        assert checker.check(image, demand) is strict, demand
+        assert checker.check(image, json.dumps(demand), strict=False) is loose, demand
 
 
 def test_rows_depend_on_seed_and_index_alone():
-    row = shapes.make_row(5, 42)
-    assert row == shapes.make_row(5, 42)
-    assert row != shapes.make_row(6, 42)
-    assert json.loads(row["spec"]) == shapes.sample_spec_of_row(5, 42)
+    row = generator.make_row(5, 42)
+    assert row == generator.make_row(5, 42)
+    assert row != generator.make_row(6, 42)
+    assert json.loads(row["spec"]) == generator.sample_spec_of_row(5, 42)
 
 
 def test_every_category_has_its_share(rows):
     counts = collections.Counter(row["category"] for row in rows)
-    assert set(counts) == set(shapes_scene.CATEGORIES)
+    assert set(counts) == set(scene.CATEGORIES)
     assert min(counts.values()) > ROWS / 6 * 0.8
 
 
 def test_splits_are_disjoint_where_they_say_so():
     def keys(split):
-        drawn = [shapes.sample_spec_of_row(8, index, split) for index in range(3000)]
+        drawn = [generator.sample_spec_of_row(8, index, split) for index in range(3000)]
         return {
-            name: {shapes_scene.combination(s) for s in drawn if s["category"] == name}
-            for name in shapes_scene.CATEGORIES
+            name: {scene.combination(s) for s in drawn if s["category"] == name}
+            for name in scene.CATEGORIES
         }
 
     train, test = keys("train"), keys("test")
-    for name in shapes_scene.CATEGORIES:
-        assert bool(train[name] & test[name]) != (name in shapes_scene.SPLIT_CATEGORIES), name
+    for name in scene.CATEGORIES:
+        assert bool(train[name] & test[name]) != (name in scene.SPLIT_CATEGORIES), name
     assert len(train["single_object"]) == len(test["single_object"]) == 5
 
 
@@ -171,7 +172,7 @@ def test_held_out_ignores_order_and_wording():
     left = {"category": "position", "include": [a, b | {"position": ["left of", 0]}]}
     right = {"category": "position", "include": [b, a | {"position": ["right of", 0]}]}
     above = {"category": "position", "include": [b, a | {"position": ["above", 0]}]}
-    combination = shapes_scene.combination
+    combination = scene.combination
     assert combination(left) == combination(right) != combination(above)
     assert left["include"][1]["position"] == ["left of", 0]
 
@@ -206,8 +207,8 @@ def test_answers_are_true_of_the_picture(rows, detections):
             expected = {d.color for d in found if d.shape == match[1]}
         elif match := re.match(r"How many (\w+) are there\?", question):
             names = ["object" if match[1] == "objects" else d.shape for d in found]
-            number = sum(match[1] in ("objects", shapes_text.plural(name)) for name in names)
-            expected = {shapes_text.NUMBERS[number]}
+            number = sum(match[1] in ("objects", language.plural(name)) for name in names)
+            expected = {language.NUMBERS[number]}
         else:
             continue
         checked += 1
@@ -221,7 +222,7 @@ def test_option_letters_are_balanced(rows):
 
 
 def test_parquet_is_in_the_published_layout(tmp_path):
-    path = shapes.write(tmp_path / "data", 230, 1, start=7, split="train")
+    path = generator.write(tmp_path / "data", 230, 1, start=7, split="train")
     assert path.name == "train-00000-of-00001.parquet"
     file = pq.ParquetFile(path)
     assert [file.metadata.row_group(i).num_rows for i in range(3)] == [100, 100, 30]
@@ -229,7 +230,7 @@ def test_parquet_is_in_the_published_layout(tmp_path):
     assert features["real_image"] == {"_type": "Image"}
     assert list(features) == file.schema_arrow.names
     row = file.read().slice(200, 1).to_pylist()[0]
-    assert row == shapes.make_row(1, 207, split="train")
+    assert row == generator.make_row(1, 207, split="train")
     image = Image.open(io.BytesIO(row["real_image"]["bytes"]))
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
 
@@ -238,23 +239,23 @@ def test_command_reports_all_problems_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     arguments = ["--out", str(tmp_path), "--rows", "0", "--seed", "-1", "--image-size", "8"]
     with pytest.raises(SystemExit, match="2"):
-        shapes.main(arguments)
+        generator.main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and any("directory with files" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "make_row", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(generator, "make_row", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        shapes.write(tmp_path / "data", 10, 0)
+        generator.write(tmp_path / "data", 10, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_write_accepts_an_empty_directory(tmp_path):
-    shapes.write(tmp_path, 2, 0)
+    generator.write(tmp_path, 2, 0)
     with pytest.raises(InputError):
-        shapes.write(tmp_path, 2, 0)
+        generator.write(tmp_path, 2, 0)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def test_texts_are_short(tokenizer, rows):
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
-    for word in (*shapes_scene.SHAPES, *shapes_scene.COLORS, *shapes_text.NUMBERS[1:5]):
+    for word in (*scene.SHAPES, *scene.COLORS, *language.NUMBERS[1:5]):
         assert len(tokenizer.encode(f" {word}", add_special_tokens=False).ids) == 1, word
 
 

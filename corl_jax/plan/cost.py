@@ -14,8 +14,8 @@ from collections import Counter
 
 import numpy as np
 
-from corl_jax.ahead import hlo
-from corl_jax.ahead.hlo import Array, Computation, Instruction, Module
+from corl_jax.plan import hlo
+from corl_jax.plan.hlo import Array, Computation, Instruction, Module
 
 COLLECTIVES = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from corl_jax.errors import SaveError
-from corl_jax.train.checkpoint import Checkpoints
+from corl_jax.runs.checkpoints import Checkpoints
 
 
 class Saver:

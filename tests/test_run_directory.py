@@ -15,9 +15,9 @@ import psutil
 import pytest
 import yaml
 
-from corl_jax import config_file
+from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
-from corl_jax.train import rundir
+from corl_jax.runs import directory as run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,16 +29,16 @@ def make_config(root, **changes):
         "data": {"path": "rows.parquet"},
         "rewards": [{"name": "format", "weight": 1.0}],
     }
-    return config_file.validate(tree | changes, "test")
+    return config_files.validate(tree | changes, "test")
 
 
 def open_once(config):
-    with rundir.opened(config) as run:
+    with run_directory.opened(config) as run:
         return run
 
 
 def refused(config):
-    with pytest.raises(InputError) as error, rundir.opened(config):
+    with pytest.raises(InputError) as error, run_directory.opened(config):
         pass
     return error.value.problems
 
@@ -46,7 +46,7 @@ def refused(config):
 def test_a_new_run_holds_its_resolved_config(tmp_path):
     config = make_config(tmp_path / "a" / "b")
     run = open_once(config)
-    assert config_file.load(run.config) == config
+    assert config_files.load(run.config) == config
     assert sorted(path.name for path in run.root.iterdir()) == [".lock", "config.yaml"]
 
 
@@ -65,9 +65,9 @@ def test_the_same_config_and_harmless_changes_resume(tmp_path):
         mesh={"fsdp": 2},
     )
     run = open_once(changed)
-    assert config_file.load(run.config) != changed  # whether it resumes is not known yet
+    assert config_files.load(run.config) != changed  # whether it resumes is not known yet
     run.keep_config(changed)
-    assert config_file.load(run.config) == changed
+    assert config_files.load(run.config) == changed
 
 
 def test_every_other_difference_is_listed_and_nothing_is_written(tmp_path):
@@ -93,11 +93,11 @@ def test_every_other_difference_is_listed_and_nothing_is_written(tmp_path):
 def test_differences_of_plain_dicts():
     old = {"a": {"b": 1, "gone": 2}, "train": {"stop_after": 1}, "list": [1, 2]}
     new = {"a": {"b": 1.0}, "train": {"stop_after": None}, "list": [1]}
-    assert rundir.differences(old, new) == [
+    assert run_directory.differences(old, new) == [
         "a.gone: not given, the run has 2",
         "list.1: not given, the run has 2",
     ]
-    assert rundir.differences(new, new) == []
+    assert run_directory.differences(new, new) == []
 
 
 def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatc
         for tree, value in ((old, was), (new, now)):
             section, name = key.split(".")
             tree[section] = {name: value}
-        return rundir.differences(old, new, start)
+        return run_directory.differences(old, new, start)
 
     for spelt in ("../first/rows.parquet", "link.parquet", f"{first}/./rows.parquet"):
         assert not changed("data.path", "rows.parquet", spelt)
@@ -126,8 +126,10 @@ def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatc
     assert changed("data.path", "rows.parquet", "../first/judge.py")
     assert changed("model.dtype", "../first", "../first/.")  # no path
     rewards = [{"rewards": [{"use": use}]} for use in ("judge.py:f", "../first/judge.py:f")]
-    assert not rundir.differences(*rewards, start)
-    assert rundir.differences(rewards[0], {"rewards": [{"use": "../first/judge.py:g"}]}, start)
+    assert not run_directory.differences(*rewards, start)
+    assert run_directory.differences(
+        rewards[0], {"rewards": [{"use": "../first/judge.py:g"}]}, start
+    )
 
     # One spelling, two files: only while the old one is there and of another size.
     (second / "rows.parquet").write_bytes(b"rows")
@@ -185,14 +187,14 @@ def test_a_config_file_that_is_broken(tmp_path, text):
 
 
 def test_only_the_first_process_touches_the_directory(tmp_path):
-    with rundir.opened(make_config(tmp_path / "run"), primary=False) as run:
+    with run_directory.opened(make_config(tmp_path / "run"), primary=False) as run:
         assert run.checkpoints == tmp_path / "run" / "checkpoints"
     assert not (tmp_path / "run").exists()
 
 
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
     config = make_config(tmp_path)
-    with rundir.opened(config):
+    with run_directory.opened(config):
         (line,) = refused(config)
         assert f"process {os.getpid()} on " in line
     open_once(config)
@@ -201,7 +203,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from corl_jax.train.rundir import locked
+from corl_jax.runs.directory import locked
 with locked(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2] == "fork" else 1
     if not child:
@@ -233,7 +235,7 @@ def test_the_lock_of_a_killed_process_is_free_also_with_a_child_alive(tmp_path, 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ""])
 def test_no_name_leads_out_of_the_directory(tmp_path, name):
-    run = rundir.RunDir(tmp_path)
+    run = run_directory.RunDir(tmp_path)
     with pytest.raises(ValueError, match="does not stay inside"):
         run.path(name)
     with pytest.raises(ValueError, match="does not stay inside"):
@@ -241,7 +243,7 @@ def test_no_name_leads_out_of_the_directory(tmp_path, name):
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
-    run = rundir.RunDir(tmp_path)
+    run = run_directory.RunDir(tmp_path)
     value = {
         "steps": np.int64(3),
         "loss": jnp.float32(0.5),
@@ -266,7 +268,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     before = path.read_bytes()
     with pytest.raises(TypeError, match="no place in JSON"):
         run.write_json("summary.json", {"x": object()})
-    with pytest.raises(KeyboardInterrupt), rundir.replacing(path) as file:
+    with pytest.raises(KeyboardInterrupt), run_directory.replacing(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == before
@@ -277,7 +279,7 @@ def test_leftovers_of_a_killed_process_are_cleared_away(tmp_path):
     (tmp_path / "images").mkdir()
     for name in (".summary.json.123.tmp", "images/.step_000001.png.123.tmp"):
         (tmp_path / name).write_text("half")
-    (tmp_path / "config.yaml").write_text(config_file.dump(make_config(tmp_path)))
+    (tmp_path / "config.yaml").write_text(config_files.dump(make_config(tmp_path)))
     open_once(make_config(tmp_path))
     assert not list(tmp_path.rglob(".*.tmp"))
 
@@ -314,24 +316,24 @@ def test_saved_steps_have_to_be_found(tmp_path):
 
 def test_two_runs_cannot_share_a_place_of_checkpoints(tmp_path):
     shared = tmp_path / "shared"
-    one, two = rundir.RunDir(tmp_path / "one"), rundir.RunDir(tmp_path / "two")
+    one, two = run_directory.RunDir(tmp_path / "one"), run_directory.RunDir(tmp_path / "two")
     one.root.mkdir()
     two.root.mkdir()
-    with rundir.checkpoints_locked(one, str(shared)) as place:
+    with run_directory.checkpoints_locked(one, str(shared)) as place:
         assert place == str(shared)
-        with pytest.raises(InputError) as error, rundir.checkpoints_locked(two, str(shared)):
+        with pytest.raises(InputError) as error, run_directory.checkpoints_locked(two, str(shared)):
             pass
         assert f"checkpoint.directory: {shared} is being written by process" in str(error.value)
-        with rundir.checkpoints_locked(two, str(shared), primary=False):
+        with run_directory.checkpoints_locked(two, str(shared), primary=False):
             pass
-    with rundir.checkpoints_locked(two, None) as place:  # whose own another run may name
+    with run_directory.checkpoints_locked(two, None) as place:  # whose own another run may name
         assert place == two.checkpoints
-        with pytest.raises(InputError), rundir.checkpoints_locked(one, str(place)):
+        with pytest.raises(InputError), run_directory.checkpoints_locked(one, str(place)):
             pass
-    with rundir.checkpoints_locked(one, "gs://bucket/run") as place:
+    with run_directory.checkpoints_locked(one, "gs://bucket/run") as place:
         assert place == "gs://bucket/run"
     with (
-        rundir.opened(make_config(tmp_path / "same")) as run,
-        rundir.checkpoints_locked(run, str(run.root)),
+        run_directory.opened(make_config(tmp_path / "same")) as run,
+        run_directory.checkpoints_locked(run, str(run.root)),
     ):
         pass

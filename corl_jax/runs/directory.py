@@ -29,11 +29,12 @@ from typing import IO, Any
 import numpy as np
 import yaml
 
-from corl_jax import config_file, processes
-from corl_jax.config import Config
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Config
+from corl_jax.devices import processes
 from corl_jax.errors import InputError
-from corl_jax.train import same_files
-from corl_jax.train.locking import locked
+from corl_jax.runs import same_files
+from corl_jax.runs.locking import locked
 
 MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
@@ -245,7 +246,7 @@ def checkpoints_locked(
 
 
 def _config_text(config: Config) -> bytes:
-    return (same_files.write_header() + config_file.dump(config)).encode()
+    return (same_files.write_header() + config_files.dump(config)).encode()
 
 
 def _unwritable(root: Path, error: OSError) -> InputError:
@@ -293,7 +294,7 @@ def config_changes(
         InputError: some differ and they are not `allowed`; a line for each.
     """
     with contextlib.suppress(InputError):  # an older version's: compared as it stands
-        old = config_file.validate(old, source).model_dump(mode="json")
+        old = config_files.validate(old, source).model_dump(mode="json")
     problems = differences(old, new, start)
     if problems and not allowed:
         remedy = (

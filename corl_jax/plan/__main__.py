@@ -17,14 +17,15 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import config_file, startup
-from corl_jax.ahead import chips, programs, report
-from corl_jax.config import Config
+from corl_jax import startup
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Config
 from corl_jax.data.processor import BUCKET
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import expand_path
 from corl_jax.models import janus
 from corl_jax.models.janus import PRESETS, JanusConfig
+from corl_jax.plan import chips, programs, tables
 from corl_jax.train import planning, setup
 from corl_jax.types import SpecialTokens
 from corl_jax.weights.files import load_config
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.topology != "local":
         # Nothing runs; and libtpu would otherwise look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")
-    config = config_file.load(args.config, args.overrides)
+    config = config_files.load(args.config, args.overrides)
     if config.objective != "grpo":
         raise InputError(f"objective: found {config.objective}; the plan is of grpo's iterations")
     model = model_config(config.model.path, args.model)
@@ -196,21 +197,21 @@ def main(argv: list[str] | None = None) -> None:
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
     kept, planned = programs.programs(outline, lengths, setup.DTYPES[args.stored])
     planned = selected(planned, args.only)
-    print(f"\n{report.kept_table(kept, reserve)}", flush=True)
-    if reason := report.too_much_kept(kept, chip, reserve):
+    print(f"\n{tables.kept_table(kept, reserve)}", flush=True)
+    if reason := tables.too_much_kept(kept, chip, reserve):
         print(f"  {reason}")
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
-            listed.append(report.compiled(program, kept))
+            listed.append(tables.compiled(program, kept))
     for part in (
-        report.memory_table(listed, chip, reserve),
-        report.cost_table(listed, chip),
-        report.iteration(listed, chip),
+        tables.memory_table(listed, chip, reserve),
+        tables.cost_table(listed, chip),
+        tables.iteration(listed, chip),
     ):
         print(f"\n{part}")
-    if report.fits(listed, chip, reserve) is False:
+    if tables.fits(listed, chip, reserve) is False:
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
 
 
