@@ -33,7 +33,7 @@ test-all: $(VENV)/installed-dev  ## every test
 	$(BIN)/python -m pytest
 
 test-faults: $(VENV)/installed-dev  ## kills, full disks, corrupt files: the table of what was survived
-	$(BIN)/python -m pytest tests/faults tests/test_several_processes.py
+	$(BIN)/python -m pytest tests/faults tests/devices/test_several_processes.py
 
 lint: $(VENV)/installed-lint  ## style and types; also as hooks: pre-commit install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

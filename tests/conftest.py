@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.figures import figure, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
+from tests.support.fault_table import figure, pytest_terminal_summary  # noqa: F401 (pytest finds them here)
 
 DEVICES = 8
 
@@ -105,23 +105,23 @@ def module_on_one_device():
 
 
 # The small model and data of tests that run from files to files. What they are is said in
-# `tiny_train.model_dir` and `tiny_train.rows_file` alone.
+# `tiny_runs.model_dir` and `tiny_runs.rows_file` alone.
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, tiny_config):
     """A tiny Janus on disk."""
-    from tests import tiny_train
+    from tests.support import tiny_runs
 
-    return tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+    return tiny_runs.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
 
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     """Sixteen rows with all columns."""
-    from tests import tiny_train
+    from tests.support import tiny_runs
 
-    return tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
+    return tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 16)
 
 
 @pytest.fixture(scope="session")

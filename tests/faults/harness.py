@@ -34,7 +34,7 @@ from corl_jax.runs.checkpoints import Checkpoints, DamagedError
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning
 from corl_jax.types import STREAMS
-from tests import tiny_train
+from tests.support import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 900  # seconds that anything may take on a busy machine
@@ -64,10 +64,10 @@ class Job:
         cls, folder: Path, model: Path, rows: Path, *, devices: int = 1, driver: str = "",
         **changes: Any,
     ) -> Job:  # fmt: skip
-        tree = tiny_train.options(model, rows, folder / "run", **{**BUSY, **changes})
+        tree = tiny_runs.options(model, rows, folder / "run", **{**BUSY, **changes})
         folder.mkdir(parents=True, exist_ok=True)
         return cls(
-            folder / "run", tiny_train.write_config(folder / "run.yaml", tree), devices, driver
+            folder / "run", tiny_runs.write_config(folder / "run.yaml", tree), devices, driver
         )
 
     @property
@@ -173,7 +173,7 @@ def outcome(job: Job) -> dict[str, str]:
     found["next"] = _sha256(_leaves(parts))
     lines = [
         {k: v for k, v in line.items() if "second" not in k and k != "step_time"}
-        for line in tiny_train.metric_lines(job.output)
+        for line in tiny_runs.metric_lines(job.output)
     ]
     found["metrics"] = _sha256([("", json.dumps(lines).encode())])
     for folder in ("images", "export"):

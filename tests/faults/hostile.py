@@ -123,7 +123,7 @@ def _pickles() -> list[bytes]:
 def read_image(folder: Path, rng: np.random.Generator) -> None:
     """A mutated picture of any of the formats."""
     from corl_jax.data.images import FORMATS, MAX_PIXELS, decode_image
-    from tests.tiny import encode, tiny_image
+    from tests.support.tiny_models import encode, tiny_image
 
     if not _made:
         _made.extend(encode(tiny_image(0, (40, 30)), kind) for kind in FORMATS)
@@ -138,7 +138,7 @@ def read_parquet(folder: Path, rng: np.random.Generator) -> None:
     """A mutated data file of two row groups; what opens is read to its last row."""
     from corl_jax.data.dataset import BadRow, UsableRows
     from corl_jax.data.parquet import ParquetSource
-    from tests.tiny import tiny_parquet
+    from tests.support.tiny_models import tiny_parquet
 
     if not _made:
         _made.append(tiny_parquet(folder / "rows.parquet", 4, row_group_size=2).read_bytes())

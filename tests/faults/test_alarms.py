@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from corl_jax.train import record
-from tests import tiny_train
 from tests.faults.harness import Job
+from tests.support import tiny_runs
 
 REWARDS = """
 calls = 0
@@ -47,13 +47,13 @@ def test_a_fatal_alarm_ends_the_run_and_one_that_is_not_is_logged(job, name, cap
     assert code == 3 and f"error: alarm {name} at step 2: " in text, text
     assert "guards.fatal lists it" in text
     assert job.steps() == [1]  # each step is saved, but for the one that the alarm is about
-    lines = tiny_train.metric_lines(job.output)
+    lines = tiny_runs.metric_lines(job.output)
     flags = [line[f"alarm/{name}"] for line in lines if f"alarm/{name}" in line]
     assert (flags[-2:], lines[-1]["step"]) == ([0, 1], 2)
 
     code, text = job.here("guards.fatal=[]"), capsys.readouterr().err
     assert code == 0 and job.steps() == [2, 3], text
     assert text.count(f"alarm {name} at step ") == 1 and "error" not in text
-    lines = tiny_train.metric_lines(job.output)
+    lines = tiny_runs.metric_lines(job.output)
     assert [line[f"alarm/{name}"] for line in lines if f"alarm/{name}" in line][-1] == 1
     figure("alarms", fault=f"{name}: fatal, and not", tries=2, losses=0)

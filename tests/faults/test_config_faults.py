@@ -14,7 +14,7 @@ import yaml
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
-from tests import tiny_train
+from tests.support import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of processor time, from the shell to the message: about 2 here, which is what imports take.
@@ -25,13 +25,13 @@ SECONDS = 60.0
 def options(tmp_path_factory, model):
     """A config that runs; the tests spoil it."""
     root = tmp_path_factory.mktemp("config")
-    rows = tiny_train.rows_file(root / "rows.parquet", 32)
-    return tiny_train.options(model, rows, root / "run", train={"prompts_per_step": 8})
+    rows = tiny_runs.rows_file(root / "rows.parquet", 32)
+    return tiny_runs.options(model, rows, root / "run", train={"prompts_per_step": 8})
 
 
 def refused(capsys, tmp_path: Path, tree: dict, *overrides: str) -> list[str]:
     """The lines of the train command, which ends with exit code 2 and makes no directory."""
-    path = tiny_train.write_config(tmp_path / "run.yaml", tree)
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         command.main(["--config", str(path), *overrides])
@@ -61,7 +61,7 @@ def test_typos_are_answered_with_the_nearest_name(figure, options, capsys, tmp_p
 
 
 def test_a_typo_ends_the_command_before_a_device_starts(figure, options, tmp_path):
-    path = tiny_train.write_config(tmp_path / "run.yaml", options)
+    path = tiny_runs.write_config(tmp_path / "run.yaml", options)
     code = (
         "import sys\n"
         "from corl_jax.train.__main__ import main\n"
@@ -116,7 +116,7 @@ def test_wrong_values_are_refused_by_key(figure, options, capsys, tmp_path):
 def test_all_wrong_values_are_refused_together(figure, options, tmp_path):
     several = [wrong for wrong in WRONG if wrong.partition("=")[0].count(".") == 1]
     last = {wrong.partition("=")[0]: wrong for wrong in several}  # of two for a key, the second
-    path = tiny_train.write_config(tmp_path / "run.yaml", options)
+    path = tiny_runs.write_config(tmp_path / "run.yaml", options)
     with pytest.raises(InputError) as error:  # the command prints the first twenty
         config_files.load(path, list(last.values()))
     lines = error.value.problems
@@ -153,7 +153,7 @@ def test_sizes_that_do_not_divide_are_refused_with_their_numbers(figure, options
 
 
 def test_the_config_that_was_spoilt_is_sound(options, capsys, tmp_path):
-    path = tiny_train.write_config(tmp_path / "run.yaml", options)
+    path = tiny_runs.write_config(tmp_path / "run.yaml", options)
     command.main(["--config", str(path), "--check"])
     assert "mesh: {'data': 8" in capsys.readouterr().out
     assert config_files.load(path).train.prompts_per_step == 8

@@ -17,9 +17,9 @@ from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning
 from corl_jax.weights.tokens import ROLES, STRINGS
-from tests import tiny_train
-from tests.tiny import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
-from tests.tiny_train import write_config
+from tests.support import tiny_runs
+from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
+from tests.support.tiny_runs import write_config
 
 BOTH = ("t2i", "mm2t")
 
@@ -88,9 +88,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_wrong_file_is_refused_before_the_run(model, tmp_path, capsys, fault, figure):
-    rows = tiny_train.rows_file(tmp_path / "rows.parquet", 12)
+    rows = tiny_runs.rows_file(tmp_path / "rows.parquet", 12)
     fault(rows)
-    tree = tiny_train.options(model, rows, tmp_path / "run")
+    tree = tiny_runs.options(model, rows, tmp_path / "run")
     path = write_config(tmp_path / "run.yaml", tree)
     with pytest.raises(SystemExit) as error:
         command.main(["--config", str(path)])
@@ -170,7 +170,7 @@ BAD_SPECS = {
 def planned_batch(model, tmp_path, rows, **changes):
     """The first batch of a run, of all rows, and what was left out of it."""
     path = tiny_parquet(tmp_path / "rows.parquet", rows)
-    tree = tiny_train.options(
+    tree = tiny_runs.options(
         model, path, tmp_path / "run", train={"prompts_per_step": len(rows)},
         data={"max_bad_fraction": 0.5}, **changes,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.runs import directory as run_directory
 from corl_jax.train import record
-from tests import tiny_train
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome, unsound
+from tests.support import tiny_runs
 
 NOBODY = 65534
 
@@ -74,7 +74,7 @@ def test_a_second_run_on_one_directory_of_checkpoints(model, rows, tmp_path, one
 
 def opened(root) -> str:
     """What the run directory says when it is opened."""
-    tree = tiny_train.options("weights", "rows.parquet", root)
+    tree = tiny_runs.options("weights", "rows.parquet", root)
     with (
         pytest.raises(InputError) as error,
         run_directory.opened(config_files.validate(tree, "test")),
@@ -94,7 +94,7 @@ def test_directories_that_cannot_be_used(tmp_path, figure):
     lines = [opened(tmp_path / case) for case in cases] + [opened("/proc/run")]
     closed, written = tmp_path / "closed", tmp_path / "written"
     closed.mkdir(mode=0o555)
-    tree = tiny_train.options("weights", "rows.parquet", written)
+    tree = tiny_runs.options("weights", "rows.parquet", written)
     with run_directory.opened(config_files.validate(tree, "test")):
         pass
     (written / ".lock").chmod(0o666)
@@ -119,6 +119,6 @@ def test_directories_that_cannot_be_used(tmp_path, figure):
 def test_a_symbolic_link_is_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    tree = tiny_train.options("weights", "rows.parquet", tmp_path / "link")
+    tree = tiny_runs.options("weights", "rows.parquet", tmp_path / "link")
     with run_directory.opened(config_files.validate(tree, "test")):
         assert "is being written" in opened(tmp_path / "real")

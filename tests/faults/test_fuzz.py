@@ -27,8 +27,8 @@ from corl_jax.weights.networks import KINDS
 from corl_jax.weights.tokens import ROLES, STRINGS
 from tests.faults.hostile import SOUND, header
 from tests.faults.test_untrusted import hostile
-from tests.tiny import tiny_tokenizer_dir
-from tests.weights_fixtures import hf_config_dict, original_config_dict
+from tests.support.tiny_models import tiny_tokenizer_dir
+from tests.support.weight_files import hf_config_dict, original_config_dict
 
 EFFORT = [
     pytest.param(60, id="few"),

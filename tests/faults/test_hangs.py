@@ -17,10 +17,10 @@ import pytest
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.weights.files import load_config, load_params
-from tests import tiny_train
 from tests.faults.harness import PATIENCE, SUPERVISED, Job
-from tests.tiny import tiny_parquet
-from tests.tiny_train import metric_lines, write_config
+from tests.support import tiny_runs
+from tests.support.tiny_models import tiny_parquet
+from tests.support.tiny_runs import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -154,8 +154,8 @@ command.main(sys.argv[1:])
 @pytest.fixture
 def config(tmp_path, model):
     """A run without an end, as long as nobody ends it."""
-    rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
-    tree = tiny_train.options(
+    rows = tiny_runs.rows_file(tmp_path / "rows.parquet", 8)
+    tree = tiny_runs.options(
         model, rows, tmp_path / "run", objective="vq", rewards=[],
         train={"max_steps": 10**6, "trainable": ["vqmodel/.*"]},
         checkpoint={"every": 3}, guards={"step_timeout_s": 20.0},
@@ -188,7 +188,7 @@ Saver.finish = slow_finish
 @pytest.mark.slow
 def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, model, figure):
     limit, leaf_s = 8.0, 0.2
-    rows = tiny_train.rows_file(tmp_path / "rows.parquet", 8)
+    rows = tiny_runs.rows_file(tmp_path / "rows.parquet", 8)
     leaves = len(jax.tree.leaves(load_params(model, load_config(model))))
     assert leaves * leaf_s > 2 * limit
     job = Job.make(

@@ -19,8 +19,8 @@ from corl_jax.train import __main__ as command
 from corl_jax.train import setup, step, supervised
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
-from tests import tiny_train
-from tests.tiny_train import metric_lines, write_config
+from tests.support import tiny_runs
+from tests.support.tiny_runs import metric_lines, write_config
 
 FOR_EVER = range(3, 1000)
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("module_on_one_device")
 @pytest.fixture(scope="module")
 def options(model, tmp_path_factory):
     """Answers alone, supervised: what compiles soonest. Every step is saved."""
-    rows = tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 8)
+    rows = tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 8)
 
     def tree(output: Path, **changes):
         base = {
@@ -40,7 +40,7 @@ def options(model, tmp_path_factory):
             "checkpoint": {"every": 1, "keep": 20},
             "train": {"max_steps": 6, "prompts_per_step": 4},
         }  # fmt: skip
-        return tiny_train.options(model, rows, output, **(base | changes))
+        return tiny_runs.options(model, rows, output, **(base | changes))
 
     return tree
 

@@ -19,9 +19,9 @@ from corl_jax.devices.mesh import make_mesh
 from corl_jax.rewards.samples import Frozen, Network
 from corl_jax.train import __main__ as command
 from corl_jax.train import planning, setup
-from tests import tiny_train
 from tests.faults.harness import SUPERVISED, Job, outcome
-from tests.tiny import tiny_parquet, tiny_row, tiny_tokenizer_dir
+from tests.support import tiny_runs
+from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir
 
 GRPO = {"train": {"max_steps": 3}}
 
@@ -127,7 +127,7 @@ def test_other_devices_get_the_same_values_and_nearly_the_same_losses(
         assert job.here("train.stop_after=4") == 0
         monkeypatch.setattr(planning, "make_mesh", on(*sizes))
         assert job.here() == 0  # verified: the fingerprints are those of the other mesh
-        losses[sizes] = [line["loss"] for line in tiny_train.metric_lines(job.output)]
+        losses[sizes] = [line["loss"] for line in tiny_runs.metric_lines(job.output)]
         difference = np.abs(np.array(losses[sizes]) - losses[1, 1, 1]) / losses[1, 1, 1]
         assert (difference[:4] == 0).all()
         worst = max(worst, float(difference.max()))
@@ -151,7 +151,7 @@ def begun(model, rows, tmp_path, one_device):
 @pytest.mark.slow
 def test_another_config_is_refused_and_allowed_by_the_flag(begun, model, rows, tmp_path, capsys,
                                                            figure):  # fmt: skip
-    other = tiny_train.rows_file(tmp_path / "other.parquet", 12)
+    other = tiny_runs.rows_file(tmp_path / "other.parquet", 12)
     copy = shutil.copytree(model, tmp_path / "copy")
     cases = {
         "seed=7": "seed: found 7, the run has 0",
@@ -228,7 +228,7 @@ def test_digests_of_what_a_reward_asks(tmp_path):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     judge = tmp_path / "judge.py"
     judge.write_text(JUDGE)
-    tree = tiny_train.options("weights", "rows.parquet", tmp_path)
+    tree = tiny_runs.options("weights", "rows.parquet", tmp_path)
     tree["rewards"] += [{"use": f"{judge}:judge"}, {"use": "package.judges:judge_too"}]
     config = config_files.validate(tree, "test")
 

@@ -18,9 +18,9 @@ from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.train import __main__ as command
 from corl_jax.weights.files import load_config, load_params
-from tests import several_processes, tiny_train
 from tests.faults.harness import PATIENCE
-from tests.tiny_train import metric_lines, write_config
+from tests.support import several_processes, tiny_runs
+from tests.support.tiny_runs import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,12 +98,12 @@ def written(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_config, written):
     """Options of a run on answers alone, with rewards of the file by name."""
-    model = tiny_train.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
-    rows = tiny_train.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 8)
+    model = tiny_runs.model_dir(tmp_path_factory.mktemp("models") / "tiny", tiny_config)
+    rows = tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 8)
 
     def tree(output: Path, *names: str, **changes):
         listed = [{"use": f"{written}:{name}", "timeout_s": 3.0} for name in names]
-        return tiny_train.options(
+        return tiny_runs.options(
             model, rows, output, rewards=listed, grpo={"tasks": "mm2t"},
             **{"train": {"max_steps": 2, "prompts_per_step": 2}} | changes,
         )  # fmt: skip

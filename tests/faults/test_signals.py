@@ -14,8 +14,8 @@ import pytest
 from corl_jax.runs import saving
 from corl_jax.train import __main__ as command
 from corl_jax.train import record
-from tests import tiny_train
 from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
+from tests.support import tiny_runs
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_what_was_due_at_the_step_is_made_by_the_next_process(model, rows, tmp_p
         patch.setattr(record.Recorder, "iteration", _dies)
         with pytest.raises(KeyboardInterrupt):
             job.here()
-    assert [line["step"] for line in tiny_train.metric_lines(job.output)] == [0, 1, 2, 2]
+    assert [line["step"] for line in tiny_runs.metric_lines(job.output)] == [0, 1, 2, 2]
     assert job.here() == 0
     lost = outcome(job) != outcome(calm)
     figure("T2", fault="SIGTERM where an evaluation is due", tries=1, losses=lost)

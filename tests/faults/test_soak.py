@@ -18,9 +18,9 @@ import numpy as np
 import psutil
 import pytest
 
-from tests import tiny_train
-from tests.tiny import tiny_parquet, tiny_row
-from tests.tiny_train import metric_lines, write_config
+from tests.support import tiny_runs
+from tests.support.tiny_models import tiny_parquet, tiny_row
+from tests.support.tiny_runs import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOCATOR = {
@@ -90,7 +90,7 @@ def sft_run(model: Path, tmp_path: Path, steps: int) -> dict:
     """The cheapest steps: answers to two questions; one of the rows cannot be decoded."""
     bad = {3: {"real_image": {"bytes": b"no picture", "path": "3.png"}}}
     rows = [tiny_row(i, sft_answer="two", **bad.get(i, {})) for i in range(32)]
-    return tiny_train.options(
+    return tiny_runs.options(
         model, tiny_parquet(tmp_path / "rows.parquet", rows), tmp_path / "run",
         objective="sft", rewards=[], export={"layout": "none"},
         sft={"t2i_weight": 0.0, "caption_column": None}, data={"max_bad_fraction": 0.1},
@@ -102,8 +102,8 @@ def sft_run(model: Path, tmp_path: Path, steps: int) -> dict:
 def grpo_run(model: Path, tmp_path: Path, steps: int) -> dict:
     """Everything that a step can do, at its smallest; a reward of the user's, and evaluations."""
     (tmp_path / "mine.py").write_text("def size(texts):\n    return [len(t) for t in texts]\n")
-    return tiny_train.options(
-        model, tiny_train.rows_file(tmp_path / "rows.parquet", 16), tmp_path / "run",
+    return tiny_runs.options(
+        model, tiny_runs.rows_file(tmp_path / "rows.parquet", 16), tmp_path / "run",
         rewards=[{"use": "mine.py:size"}, {"name": "t2i_pixel_mse"}],
         rollout={"max_new_tokens": 4}, grpo={"kl_coef": 0.01}, export={"layout": "none"},
         train={"max_steps": steps, "prompts_per_step": 2},

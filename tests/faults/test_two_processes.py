@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests import several_processes
 from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
+from tests.support import several_processes
 
 WORKER = """
 import sys

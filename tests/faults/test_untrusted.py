@@ -25,9 +25,9 @@ from corl_jax.weights import storage, torch_bin
 from corl_jax.weights.files import load_params
 from corl_jax.weights.networks import load_network
 from tests.faults.hostile import SOUND, entry, header
-from tests.tiny import encode, tiny_image
-from tests.tiny_networks import network_dir
-from tests.weights_fixtures import hf_shapes, random_state, write_checkpoint
+from tests.support.tiny_models import encode, tiny_image
+from tests.support.tiny_networks import network_dir
+from tests.support.weight_files import hf_shapes, random_state, write_checkpoint
 from tools.convert_weights.__main__ import run as convert
 
 ROOT = Path(__file__).resolve().parents[2]

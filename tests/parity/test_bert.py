@@ -25,7 +25,7 @@ from corl_jax.weights import config_bert
 from corl_jax.weights.storage import open_store
 from corl_jax.weights.tables.bert import TABLES
 from tests.parity.from_table import arrays, from_table
-from tests.tolerances import NETWORK
+from tests.support.tolerances import NETWORK
 
 TOLERANCE = NETWORK
 VARIANTS = {

@@ -33,7 +33,7 @@ from corl_jax.weights.networks import KINDS, convert_network, load_network
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables.blip import TABLES
 from tests.parity import torch_janus
-from tests.tolerances import NETWORK
+from tests.support.tolerances import NETWORK
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ from corl_jax.weights import config_aesthetic, config_clip
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables import aesthetic, clip
 from tests.parity.from_table import arrays, from_table
-from tests.tolerances import NETWORK
+from tests.support.tolerances import NETWORK
 
 TOLERANCE = NETWORK
 VOCAB, LENGTH, EOS = 97, 12, 96

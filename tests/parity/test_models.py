@@ -18,7 +18,7 @@ from corl_jax.devices.mesh import leaf_paths
 from corl_jax.models import janus, layers
 from tests.parity import torch_janus
 from tests.parity.torch_janus import IMAGE_TOKEN, PAD_TOKEN
-from tests.tolerances import NETWORK
+from tests.support.tolerances import NETWORK
 
 TOLERANCE = NETWORK
 

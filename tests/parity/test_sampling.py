@@ -13,9 +13,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from corl_jax import sampling
 from corl_jax.types import EncodedPrompts, SpecialTokens
-from tests import draws
 from tests.parity import torch_janus
 from tests.parity.torch_janus import BOI_TOKEN, BOS_TOKEN, IMAGE_TOKEN, PAD_TOKEN
+from tests.support import draws
 
 PADDING = (0, 2, 5)
 CFG_SCALE = 5.0

@@ -14,7 +14,7 @@ from corl_jax.assets import MINI_JANUS, NANO_JANUS
 from corl_jax.data.processor import Processor
 from corl_jax.models import janus
 from corl_jax.weights import files
-from tests import draws
+from tests.support import draws
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

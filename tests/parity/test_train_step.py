@@ -18,8 +18,8 @@ from corl_jax.train import step
 from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, partition
 from tests.parity import torch_janus
-from tests.tiny_train import SPECIAL, both_tasks
-from tests.tolerances import LOGPROBS, NETWORK
+from tests.support.tiny_runs import SPECIAL, both_tasks
+from tests.support.tolerances import LOGPROBS, NETWORK
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

@@ -22,7 +22,7 @@ from corl_jax.weights.storage import open_any_store
 from corl_jax.weights.table import flatten
 from corl_jax.weights.tables.vgg import TABLES
 from tests.parity.from_table import arrays, from_table
-from tests.tolerances import NETWORK
+from tests.support.tolerances import NETWORK
 
 CONFIGURATION_D = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M",
                    512, 512, 512, "M")  # fmt: skip

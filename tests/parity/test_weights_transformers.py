@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from corl_jax.weights.files import convert, special_tokens
-from tests.weights_fixtures import (
+from tests.support.weight_files import (
     SPECIALS,
     carried_state,
     hf_config_dict,

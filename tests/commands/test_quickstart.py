@@ -1,0 +1,101 @@
+"""The quickstart: its arithmetic, and two steps of all of it, twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from corl_jax import quickstart
+from corl_jax.config import files as config_files
+from corl_jax.errors import InputError
+from corl_jax.quickstart import Rise
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "train.max_steps=2", "train.prompts_per_step=2", "rollout.group_size=2", "log.every=1",
+    "rollout.max_new_tokens=4", "eval.rows=4", "eval.batch_prompts=4",
+)  # fmt: skip
+
+
+def test_rise_by_hand():
+    rise = Rise.of([1.0, 3.0, 9.0, 9.0, 9.0, 9.0, 6.0, 10.0])
+    assert (rise.first, rise.last) == (2.0, 8.0)
+    # Two values with deviations 1 and 2: stdev sqrt(2) and sqrt(8), over sqrt(2).
+    assert (rise.first_error, rise.last_error) == pytest.approx((1.0, 2.0))
+    assert rise.in_errors == pytest.approx(6 / math.sqrt(5))
+
+
+def test_rise_without_spread_or_with_one_step_a_quarter_has_no_error():
+    assert math.isnan(Rise.of([1.0, 2.0]).in_errors)
+    assert math.isnan(Rise.of([1.0] * 8).in_errors)
+
+
+def test_config_is_found_from_elsewhere_or_missed_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert quickstart.find_config() == ROOT / quickstart.CONFIG
+    monkeypatch.setattr(quickstart, "PACKAGE", tmp_path / "site-packages" / "corl_jax")
+    with pytest.raises(InputError, match="clone the repository"):
+        quickstart.find_config()
+
+
+def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
+    config = config_files.load(ROOT / quickstart.CONFIG)
+    assert config.train.max_steps * config.train.prompts_per_step == 1920
+    assert config.eval.rows >= 400
+    work = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=3",))
+    commands = [" ".join(command) for _, command, _ in work.steps()]
+    assert "--rows 96 --seed 21 --split train" in commands[1]
+    assert "--rows 512 --seed 22 --split test" in commands[2]
+    assert "train.max_steps=3" in commands[3]
+    endless = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=null",))
+    with pytest.raises(InputError, match="max_steps: found null"):
+        endless.steps()
+
+
+def test_a_step_that_fails_ends_with_its_exit_code(capfd):
+    with pytest.raises(SystemExit) as ended:
+        quickstart.run([sys.executable, "-c", "raise SystemExit(2)"])
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert "raise SystemExit" in out and "exit code 2" in err
+
+
+def start(out: Path, *overrides: str) -> subprocess.CompletedProcess:
+    command = ["corl_jax.quickstart", "--out", str(out), *overrides]
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
+    out = tmp_path / "quick"
+    done = start(out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    for command in ("tools.convert_weights to-jax", "corl_jax.data.drawn_world", "corl_jax.train"):
+        assert f"-m {command} " in done.stdout
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (out / "train" / "export" / name).is_file()
+    with Image.open(out / "before_after.png") as picture:
+        width = picture.width
+    with Image.open(out / "train" / "images" / "held_out_000002.png") as picture:
+        assert width > 2 * picture.width
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["reward"]["first"] > 0 and summary["reward"]["first_error"] is None
+    assert 0 <= summary["after"]["eval/answer/accuracy"] <= 1
+    printed = done.stdout.partition("What came out")[2]
+    assert "drawings as demanded" in printed and "answers right" in printed
+    assert "compiling for the first evaluation" in done.stderr
+    assert "compiling for the first step" in done.stderr
+    assert "corl_jax.generate image" in printed and str(out / "train" / "export") in printed
+
+    again = start(out, *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is there already") == 3
+    assert json.loads((out / "summary.json").read_text()) == summary

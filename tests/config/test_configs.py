@@ -1,0 +1,373 @@
+"""The shipped configs load and hold the paper's values; the docs describe what the code has.
+
+`python -m tests.config.test_configs` writes the option tables of docs/configuration.md anew.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Compat, Config, Reward, RewardNetwork, Section
+from corl_jax.errors import InputError
+from corl_jax.models import janus
+from corl_jax.rewards import networks, registry
+from corl_jax.train.optimizer import partition
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+PAPER = [name for name in FILES if name.startswith("janus_pro_")]
+STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
+DEVICES = (1, 2, 4, 8)
+
+# The paper's table of values: G, beta, prompt tokens, answer tokens, prompts a step, peak rate.
+TABLE = {
+    "unified": (8, 0.0, 1024, 512, 16, 4e-6),
+    "refined_t2i": (16, 0.02, 256, 512, 16, 1e-6),
+    "refined_mc": (16, 0.02, 1024, 512, 32, 1e-6),
+    "refined_oe": (16, 0.02, 1024, 512, 32, 1e-6),
+}
+DRAWING, ANSWERING = ["t2i_bid_cycle_reward", "t2i_ti_sim"], ["qa_accuracy", "format"]
+REWARDS = {
+    "unified": ("unified", DRAWING + ANSWERING),
+    "refined_t2i": ("t2i", DRAWING),
+    "refined_mc": ("mm2t", ANSWERING),
+    "refined_oe": ("mm2t", ANSWERING),
+}
+
+
+def load(name: str) -> Config:
+    return config_files.load(CONFIGS / name)
+
+
+def flat(config: Config) -> dict:
+    """Every option by its whole key; lists are values."""
+
+    def leaves(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(leaves(config.model_dump()))
+
+
+def differing(a: Config, b: Config) -> set[str]:
+    left, right = flat(a), flat(b)
+    return {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)}
+
+
+# ---- every config
+
+
+def test_the_promised_configs_are_there():
+    promised = {f"janus_pro_{size}/{stage}.yaml" for size in ("1b", "7b") for stage in STAGES}
+    promised |= {f"janus_pro_{size}/released.yaml" for size in ("1b", "7b")}
+    promised |= {"quickstart.yaml", "mini/unified.yaml"}
+    assert promised <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_loads_and_its_rewards_fit_its_tasks(name):
+    config = load(name)
+    resolved = registry.resolve(config.rewards, config.compat)
+    if config.objective != "grpo":
+        assert not config.rewards
+        return
+    trained = {"unified": ["t2i", "mm2t"]}.get(config.grpo.tasks, [config.grpo.tasks])
+    assert [task for task, rewards in resolved.items() if rewards] == trained
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_survives_being_written_out(name, tmp_path):
+    config = load(name)
+    (tmp_path / "again.yaml").write_text(config_files.dump(config))
+    assert config_files.load(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_trainable_patterns_match_parameters(name):
+    shapes = janus.abstract(janus.PRESETS["janus-pro-1b"])
+    trained, frozen = partition(shapes, load(name).train.trainable)
+    assert trained and frozen
+
+
+def test_run_directories_are_distinct():
+    folders = [load(name).output_dir for name in FILES]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_head_comment_keeps_its_promise(name):
+    head = re.match(r"(#.*\n)+", (CONFIGS / name).read_text())
+    assert head, "no head comment"
+    assert f"python -m corl_jax.train --config configs/{name}\n" in head[0]
+    for word in ("Hardware:", "Expect:", "Differs from the "):
+        assert f"# {word}" in head[0], word
+    for before in re.findall(r"configs/[\w/]+\.yaml", head[0]):
+        assert (ROOT / before).is_file(), before
+
+
+# ---- base
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_file_holds_no_key_that_its_base_already_says(name):
+    own = yaml.safe_load((CONFIGS / name).read_text())
+    base = own.pop("base", None)
+    if base is None:
+        pytest.skip("has no base")
+    inherited = load(str(Path(name).parent / base)).model_dump()
+
+    def repeated(mine, theirs, prefix=""):
+        for key, value in mine.items():
+            if isinstance(value, dict):
+                yield from repeated(value, theirs[key], f"{prefix}{key}.")
+            elif theirs[key] == value:
+                yield prefix + key
+
+    # The batch of a rollout depends on the group size beside it, so both may stand together.
+    assert set(repeated(own, inherited)) <= {"rollout.batch_prompts"}
+
+
+def test_base_leads_through_two_files():
+    config = load("janus_pro_7b/refined_oe.yaml")  # -> 1b/refined_oe -> 1b/unified
+    assert config.mesh.fsdp == -1
+    assert config.data.path == "mm-vl/mcot_r1_vqa_66k"
+    assert config.optimizer.max_grad_norm == 1.0 and config.log.images_every == 50
+    assert config.export.layout == "transformers"
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "released"])
+def test_7b_differs_from_1b_in_model_mesh_and_adapters_alone(stage):
+    """The paper tunes adapters on 7B; the released script knows none."""
+    small, large = (load(f"janus_pro_{size}/{stage}.yaml") for size in ("1b", "7b"))
+    adapters = set() if stage == "released" else {"lora.rank"}
+    expected = {"output_dir", "model.path", "mesh.data", "mesh.fsdp"} | adapters
+    assert differing(small, large) == expected
+    config_files.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
+    assert len(large.lora.targets) == 7 and large.export.lora == "merged"
+    assert (large.mesh.data, large.mesh.fsdp, large.mesh.tensor) == (1, -1, 1)
+
+
+# ---- the paper's values
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_values_are_those_of_the_papers_table(size, stage):
+    config = load(f"janus_pro_{size}/{stage}.yaml")
+    found = (
+        config.rollout.group_size,
+        config.grpo.kl_coef,
+        config.data.max_prompt_length,
+        config.rollout.max_new_tokens,
+        config.train.prompts_per_step,
+        config.optimizer.learning_rate,
+    )
+    assert found == TABLE[stage]
+    assert config.train.epochs == 1.0 and config.train.max_steps is None
+    assert (config.rollout.cfg_scale, config.rollout.temperature) == (5.0, 1.0)
+    assert config.rollout.top_k == 0 and config.rollout.top_p == 1.0
+    assert (config.grpo.tasks, [r.name for r in config.rewards]) == REWARDS[stage]
+    assert config.grpo.advantages == "unified_reward" and config.grpo.mm2t_weight == 0.8
+    assert (config.optimizer.name, config.optimizer.schedule) == ("adamw", "linear")
+    assert config.optimizer.max_grad_norm == 1.0 and config.optimizer.warmup_steps == 0
+    assert config.compat == Compat()
+    assert config.train.trainable == ["language_model/.*", "lm_head/.*"]
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_stage_two_starts_from_what_stage_one_exports(size):
+    first = load(f"janus_pro_{size}/unified.yaml")
+    assert first.model.path == f"deepseek-community/Janus-Pro-{size.upper()}"
+    assert first.export.layout != "none"
+    for stage in STAGES[1:]:
+        config = load(f"janus_pro_{size}/{stage}.yaml")
+        assert config.model.path == f"{first.output_dir}/export"
+
+
+def test_data_sets_are_the_published_ones():
+    sets = [load(f"janus_pro_1b/{stage}.yaml").data.path for stage in STAGES]
+    assert sets == [
+        "mm-vl/x2x_rft_22k",
+        "mm-vl/x2x_rft_16k",
+        "mm-vl/mcot_r1_mcq_66k",
+        "mm-vl/mcot_r1_vqa_66k",
+    ]
+
+
+def test_answering_stages_need_no_column_of_types():
+    for stage, kind in (("refined_mc", "MC"), ("refined_oe", "OE")):
+        config = load(f"janus_pro_1b/{stage}.yaml")
+        (reward, _) = registry.resolve(config.rewards, config.compat)["mm2t"]
+        assert not registry.missing_columns([reward], ["qa_problem", "qa_solution"])
+        assert reward.function.keywords == {"default_type": kind}
+    plain = registry.resolve_one("qa_accuracy", {})
+    (problem,) = registry.missing_columns([plain], ["qa_problem", "qa_solution"])
+    assert "column qa_type is missing" in problem and "its option default_type" in problem
+
+
+def test_released_is_unified_with_the_scripts_values_and_every_switch():
+    unified, released = (load(f"janus_pro_1b/{name}.yaml") for name in ("unified", "released"))
+    assert all(flag for flag in released.compat.model_dump().values())
+    assert differing(unified, released) == {
+        "output_dir", "seed", "eval.suite", "eval.every", "rollout.max_new_tokens",
+        "train.prompts_per_step",
+        *(f"compat.{name}" for name in Compat.model_fields),
+    }  # fmt: skip
+    assert (released.rollout.max_new_tokens, released.train.prompts_per_step) == (576, 32)
+    assert (released.seed, released.optimizer.learning_rate) == (42, 4e-6)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_batches_split_over_up_to_eight_devices(name):
+    config = load(name)
+    sizes = (
+        config.train.prompts_per_step,
+        config.train.micro_batch or config.train.prompts_per_step,
+        config.rollout.batch_prompts or config.train.prompts_per_step,
+        config.eval.batch_prompts,
+    )
+    assert all(size % devices == 0 for size in sizes for devices in DEVICES)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_prompt_and_completion_fit_the_models_positions(name):
+    config = load(name)
+    model = janus.PRESETS["janus-pro-7b" if "7b" in name else "janus-pro-1b"]
+    longest = max(config.rollout.max_new_tokens, model.num_image_tokens)
+    assert config.data.max_prompt_length + longest <= model.llama.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_key_on_top_of_any_config_is_refused(name):
+    with pytest.raises(InputError, match="did you mean learning_rate"):
+        config_files.load(CONFIGS / name, ["optimizer.learning_rat=1"])
+
+
+# ---- docs/configuration.md
+
+BLOCK = re.compile(r"(<!-- options: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def sections() -> dict[str, type[Section]]:
+    """Every block of the config by its key; `run` is the top level, `rewards` one of the list."""
+    found: dict[str, type[Section]] = {"run": Config}
+
+    def visit(section, prefix):
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            if kind is RewardNetwork:
+                found[f"{prefix}NAME"] = kind
+            elif isinstance(kind, type) and issubclass(kind, Section):
+                found[prefix + name] = kind
+                visit(kind, f"{prefix}{name}.")
+            if name == "rewards":
+                found[name] = Reward
+
+    visit(Config, "")
+    return found
+
+
+def default_text(field) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    return f"`{text.removesuffix('...').strip()}`"
+
+
+def options_table(key: str) -> str:
+    """The options of one block as a Markdown table."""
+    prefix = {"run": "", "rewards": "rewards[]."}.get(key, f"{key}.")
+    lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
+    for name, field in sections()[key].model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            continue
+        values = " ".join([config_files.kind_text(kind), *config_files.limits(field.metadata)])
+        meaning = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{prefix}{name}` | {default_text(field)} | {values} | {meaning} |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str) -> str:
+    """The document with its option tables as the code has them."""
+    return BLOCK.sub(lambda m: f"{m[1]}{options_table(m[2])}\n{m[3]}", text)
+
+
+def test_configuration_doc_lists_every_block():
+    documented = [m[2] for m in BLOCK.finditer((DOCS / "configuration.md").read_text())]
+    assert sorted(documented) == sorted(sections())
+
+
+def test_configuration_doc_is_up_to_date():
+    text = (DOCS / "configuration.md").read_text()
+    assert text == with_tables(text), "run `python -m tests.config.test_configs`"
+
+
+# ---- the other documents
+
+
+def test_rewards_doc_covers_the_registry():
+    text = (DOCS / "rewards.md").read_text()
+    for name in registry.REGISTRY:
+        assert f"`{name}`" in text, name
+        (row,) = re.findall(rf"^\| `{name}` \| (?:t2i|mm2t) \|.*$", text, re.MULTILINE)
+        for option, accepted in registry.options_of(name).items():
+            value = yaml.safe_dump(accepted.default).removesuffix("...\n").strip()
+            assert f"`{option}={value}`" in row, (name, option)
+
+
+def test_rewards_doc_lists_the_networks_and_their_sizes():
+    text = (DOCS / "rewards.md").read_text()
+    for name, expected in networks.NETWORKS.items():
+        size = f"{expected.parameters:,}"
+        row = rf"^\| `{name}` \| .* \| `{re.escape(expected.place)}` \| {size} \|$"
+        assert re.search(row, text, re.MULTILINE), name
+
+
+def test_released_code_doc_covers_every_quirk_and_switch():
+    text = (DOCS / "released_code.md").read_text()
+    quirks = re.findall(r"^\| Q(\d+) \|", text, re.MULTILINE)
+    assert quirks == [str(number) for number in range(1, 40)]
+    for name in Compat.model_fields:
+        assert f"`compat.{name}`" in text, name
+
+
+def documents() -> list[Path]:
+    return sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_links_and_paths_in_a_document_exist(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    for name in re.findall(r"`((?:corl_jax|tools|tests|configs|docs)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+    for module in re.findall(r"python -m ((?:corl_jax|tools|tests)[\w.]*)", text):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_options_named_in_a_document_exist(path):
+    known = {f"{key}.{name}" for key, kind in sections().items() for name in kind.model_fields}
+    blocks = "|".join(sorted({key.split(".")[0] for key in sections()} - {"run", "rewards"}))
+    for name in re.findall(rf"`((?:{blocks})\.[a-z_0-9.]+)(?:=[^`]*)?`", path.read_text()):
+        module = (ROOT / "corl_jax" / name.replace(".", "/", 1)).with_suffix(".py").exists()
+        file = name.endswith((".py", ".yaml", ".json", ".md", ".safetensors"))
+        assert name in known or module or file, name
+
+
+if __name__ == "__main__":
+    document = DOCS / "configuration.md"
+    document.write_text(with_tables(document.read_text()))

@@ -1,0 +1,486 @@
+"""The train command as two processes of two devices equals one process of four, and ends as one.
+
+`alone` and `chain` are the same run of three steps, with evaluation, image grids, checkpoints and
+export. In `chain` two processes do the first step, fail in the second, and one process does the
+others; or, which takes a compilation in two processes more, does it and two do the third.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Distributed
+from corl_jax.devices import processes
+from corl_jax.devices.mesh import leaf_paths, make_mesh
+from corl_jax.errors import GuardError, InputError
+from corl_jax.models import janus
+from corl_jax.plan import __main__ as plan
+from corl_jax.train import __main__ as command
+from corl_jax.train import planning
+from corl_jax.weights.files import load_config, load_params
+from tests.support import several_processes, tiny_runs
+from tests.support.tiny_runs import metric_lines, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+WITNESS = Path(__file__).with_name("witness_rewards.py")
+# Sums over processes are taken in another order; measured after two steps: 3e-8 in 9 of 225 arrays.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+FAILING_CALL = 4  # of the reward of answers: two batches are evaluated, and a step is done
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 20)
+
+
+def run_options(model: Path, rows: Path, folder: Path, **changes) -> dict:
+    """A unified run with everything on, in pieces and micro-batches."""
+    seen = folder / "seen"
+    seen.mkdir(parents=True)
+    own = [
+        {"use": f"{WITNESS}:{name}", "options": {"folder": str(seen)}, "max_failures": 1}
+        for name in ("answers", "drawings")
+    ]
+    common = {
+        "rollout": {"batch_prompts": 4},
+        "rewards": own,
+        "train": {"max_steps": 3, "prompts_per_step": 8, "micro_batch": 4},
+        "eval": {"suite": "rewards", "rows": 6, "batch_prompts": 4},
+        "log": {"images_every": 3, "fixed_prompts": 3},
+        "checkpoint": {"every": 1, "keep": 1},
+    }
+    return tiny_runs.options(model, rows, folder / "run", **common | changes)
+
+
+def train_alone(tree: dict, *overrides: str) -> Path:
+    """In this process, on four of its devices."""
+    make = functools.partial(make_mesh, devices=jax.devices()[:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "make_mesh", make)
+        command.main(["--config", str(written(tree)), *overrides])
+    return Path(tree["output_dir"])
+
+
+def written(tree: dict) -> Path:
+    return write_config(Path(tree["output_dir"]).with_suffix(".yaml"), tree)
+
+
+@pytest.fixture(scope="module")
+def alone(model, rows, tmp_path_factory):
+    return train_alone(run_options(model, rows, tmp_path_factory.mktemp("alone")))
+
+
+@dataclasses.dataclass
+class Chain:
+    """One run by several hands."""
+
+    run: Path
+    codes: list[int]  # of the two processes that fail
+    failing: list[str]  # what they printed
+    pairs: list[list[str]]  # what the two printed of each start in which they were two
+    starts: int
+
+
+@pytest.fixture(scope="module", params=["by one", pytest.param("by two", marks=pytest.mark.slow)])
+def chain(request, model, rows, tmp_path_factory):
+    """A run that two processes begin and `request.param` end."""
+    tree = run_options(model, rows, tmp_path_factory.mktemp("chain"))
+    run = Path(tree["output_dir"])
+    fail = run.parent / "seen" / "fail"
+    fail.write_text(str(FAILING_CALL))
+    pair = several_processes.train(written(tree))
+    codes = [process.wait() for process in pair]
+    assert fail.with_name("failed").exists(), pair[1].text
+    failing = [process.text for process in pair]
+    fail.unlink()
+    assert [line["step"] for line in metric_lines(run)] == [0, 1]
+    if request.param == "by one":
+        train_alone(tree)
+        return Chain(run, codes, failing, [failing], starts=2)
+    train_alone(tree, "train.stop_after=1")
+    assert [line["step"] for line in metric_lines(run)] == [0, 1, 2]
+    last = several_processes.finished(several_processes.train(written(tree)))
+    return Chain(run, codes, failing, [failing, last], starts=3)
+
+
+def steady(line: dict) -> dict:
+    """A metrics line without what a clock decides."""
+    return {k: v for k, v in line.items() if "second" not in k and k != "step_time"}
+
+
+def seen(run: Path, kind: str) -> set[tuple[str, str]]:
+    """What a reward was given by all processes."""
+    files = (run.parent / "seen").glob(f"{kind}-*.jsonl")
+    return {tuple(json.loads(line)) for file in files for line in file.read_text().splitlines()}
+
+
+def exported(run: Path, model: Path) -> dict[str, np.ndarray]:
+    return dict(leaf_paths(load_params(run / "export", load_config(model))))
+
+
+def assert_same_parameters(found: Path, wanted: Path, model: Path) -> None:
+    ours, theirs = exported(found, model), exported(wanted, model)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        np.testing.assert_allclose(leaf, theirs[path], err_msg=path, **TOLERANCE)
+
+
+def assert_same_metrics(found: Path, wanted: Path) -> None:
+    ours, theirs = metric_lines(found), metric_lines(wanted)
+    for line, other in zip(map(steady, ours), map(steady, theirs), strict=True):
+        assert line.keys() == other.keys()
+        for name, value in other.items():
+            if "sampling" not in name:  # differences of rounding
+                assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+# ---- the same run
+
+
+@pytest.mark.parametrize("kind", ["answers", "drawings"])
+def test_two_processes_sample_what_one_does(chain, alone, kind):
+    """All rollouts of the steps, of the evaluations and of the grids."""
+    wanted = seen(alone, kind)
+    assert len(wanted) > 30
+    assert seen(chain.run, kind) == wanted
+
+
+def test_two_processes_log_the_same_numbers(chain, alone):
+    assert [line["step"] for line in metric_lines(chain.run)] == [0, 1, 2, 3, 3]
+    assert_same_metrics(chain.run, alone)
+
+
+def test_two_processes_end_with_the_same_parameters(chain, alone, model):
+    """Over checkpoints that two write and one restores, and the reverse."""
+    assert_same_parameters(chain.run, alone, model)
+    start = dict(leaf_paths(load_params(model, load_config(model))))
+    moved = exported(alone, model)["lm_head/kernel"] - start["lm_head/kernel"]
+    assert np.abs(moved).max() > 100 * TOLERANCE["atol"]
+
+
+def test_two_processes_draw_the_same_grids(chain, alone):
+    names = ["step_000000.png", "step_000003.png"]
+    assert sorted(path.name for path in (chain.run / "images").iterdir()) == names
+    for name in names:
+        assert (chain.run / "images" / name).read_bytes() == (alone / "images" / name).read_bytes()
+
+
+def test_only_the_first_process_logs(chain):
+    for pair in chain.pairs:
+        logged = [re.findall(r"^step \d/3", text, re.M) for text in pair]
+        assert logged[0] and not logged[1]
+        noted = ["programs are compiled anew" in text for text in pair]
+        assert noted == [True, False], "of the cache that both leave alone"
+    assert len(list((chain.run / "tensorboard").iterdir())) == chain.starts
+
+
+# ---- ending
+
+
+def test_a_reward_that_fails_on_one_process_ends_all(chain):
+    assert chain.codes == [1, 1]
+    for text in chain.failing:
+        assert "process 1: RuntimeError: the judge is out" in text
+        assert "process 1: error: reward answers" in text
+    assert "process 0: ends, for process 1 failed" in chain.failing[0]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_never_starts(tmp_path, model, rows, index, figure):
+    config = written(run_options(model, rows, tmp_path))
+    (one,) = several_processes.train(
+        config, "distributed.initialization_timeout_s=2", only=(index,)
+    )
+    assert one.wait() == 1
+    assert f"process {index} of 2 at 127.0.0.1:" in one.text
+    assert "waited 2 s, and not all processes came" in one.text
+    assert not (tmp_path / "run").exists()
+    figure("T4b", fault=f"only process {index} starts", tries=1, losses=0, note="limit 2 s")
+
+
+def test_bad_input_ends_all_with_its_exit_code(tmp_path, model, rows):
+    """Found by both; said once, by the first."""
+    tree = run_options(model, tmp_path / "none.parquet", tmp_path)
+    pair = several_processes.train(written(tree))
+    assert [process.wait() for process in pair] == [2, 2]
+    first, second = (process.text for process in pair)
+    assert first.count("none.parquet") == 1, first
+    assert second.count("none.parquet") <= 1, second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ({"data": 1, "fsdp": 2, "tensor": 2}, {}),
+        ({"data": 2, "tensor": 2}, {"grpo": {"kl_coef": 0.1}}),
+        ({"data": 1, "fsdp": 4}, {"lora": {"rank": 3}, "grpo": {"kl_coef": 0.1}}),
+        ({"data": 1, "fsdp": 4}, {"objective": "sft", "rewards": [], "eval": {"suite": "none"}}),
+    ],
+)
+def test_other_layouts(mesh, changes, model, rows, tmp_path):
+    """With rewards that ask the policy, and the supervised stage."""
+    runs = []
+    for name, train in (("alone", train_alone), ("pair", train_as_two)):
+        tree = run_options(model, rows, tmp_path / name, **changes)
+        if "objective" not in changes:
+            asked = {"greedy": False, "max_new_tokens": 4}
+            tree["rewards"] += [{"name": "t2i_qa", "options": asked}, {"name": "t2i_ti_sim"}]
+        else:
+            tree["rollout"].pop("batch_prompts")
+        runs.append(train(tree | {"mesh": mesh}, "train.max_steps=2"))
+    alone, pair = runs
+    assert_same_metrics(pair, alone)
+    assert_same_parameters(pair, alone, model)
+    for kind in () if "objective" in changes else ("answers", "drawings"):
+        assert seen(pair, kind) == seen(alone, kind)
+
+
+def train_as_two(tree: dict, *overrides: str) -> Path:
+    several_processes.finished(several_processes.train(written(tree), *overrides))
+    return Path(tree["output_dir"])
+
+
+HEARTBEAT_S = 10
+# The transport names the other's address, if its connection breaks; else jax's coordination
+# service the process, after the heartbeat. The first process is a part of that service.
+ADDRESS = r"\[127\.0\.0\.1\]:\d+"
+NAMES = {
+    0: f"{ADDRESS}|coordination service|CoordinationService",
+    1: rf"{ADDRESS}|heartbeats\):\s+1\b",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_stops_ends_the_other(victim, how, model, rows, tmp_path, figure):
+    tree = run_options(model, rows, tmp_path, train={"max_steps": 500, "prompts_per_step": 4})
+    pair = several_processes.train(
+        written(tree), f"distributed.heartbeat_timeout_s={HEARTBEAT_S}",
+        "rollout.batch_prompts=null", "log.images_every=0", "checkpoint.every=500",
+    )  # fmt: skip
+    while "step 3/" not in pair[0].text:
+        assert pair[0].popen.poll() is None, pair[0].text
+        time.sleep(0.2)
+    began = time.monotonic()
+    pair[victim].popen.send_signal(how)
+    try:
+        assert pair[1 - victim].wait() != 0
+        seconds = time.monotonic() - began
+    finally:
+        pair[victim].popen.kill()
+        pair[victim].popen.wait()
+    text = pair[1 - victim].text
+    named = re.search(NAMES[victim], text) is not None
+    row, fault = {signal.SIGKILL: ("T3", "killed"), signal.SIGSTOP: ("T4", "stopped")}[how]
+    figure(
+        row, fault=f"process {victim} of two {fault}", tries=1, losses=not named,
+        note=f"heartbeat {HEARTBEAT_S} s, the other ends after {seconds:.1f} s",
+    )  # fmt: skip
+    assert named, text[-3000:]
+
+
+LAUNCH = ROOT / "docs/examples/launch"
+
+
+def test_the_example_of_several_processes_on_one_machine(tmp_path, model, rows):
+    """Checks the config with two processes; the first one reports."""
+    config = written(run_options(model, rows, tmp_path))
+    environment = os.environ | {
+        "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+        "PORT": str(several_processes.free_port()),
+    }  # fmt: skip
+    command = ["sh", str(LAUNCH / "loopback.sh"), "2", str(config), "--check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'data': 4") == 1, done.stdout
+    wrong = subprocess.run(
+        [*command, "seed=-1"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2 and "seed: found -1" in wrong.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU as a mesh needs."""
+
+    id: int
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_examples_are_well_formed(script):
+    text = script.read_text()
+    if script.suffix == ".yaml":
+        (container,) = _containers(yaml.safe_load(text))
+        arguments = container["command"]
+        assert arguments[:3] == ["python", "-m", "corl_jax.train"]
+        file = ROOT / arguments[arguments.index("--config") + 1]
+        config = config_files.load(file, [x for x in arguments if x.startswith("output_dir=")])
+        assert config.output_dir == "/runs/corl"
+        devices = [Chip(i, i // 4) for i in range(16)]
+        planning.outline(config, janus.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
+    else:
+        shell = text.splitlines()[0].removeprefix("#!")
+        subprocess.run([shell, "-n", str(script)], check=True)
+
+
+def _containers(tree) -> list:
+    if isinstance(tree, dict):
+        found = [one for value in tree.values() for one in _containers(value)]
+        return found + tree.get("containers", [])
+    return [one for value in tree for one in _containers(value)] if isinstance(tree, list) else []
+
+
+# ---- whether to start, and as which
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", *SLURM):
+        monkeypatch.delenv(name, raising=False)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4096", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+def settings(**options) -> dict | None:
+    return processes._settings(Distributed(**options))
+
+
+def test_nothing_starts_without_a_cluster(no_cluster, monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: started.append(1))
+    processes.initialize(Distributed())
+    assert not started
+
+
+def test_a_cluster_says_who_this_is(no_cluster, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert settings() == {"address": "node03:61440", "count": 2, "index": 1, "devices": [0]}
+    assert settings(coordinator_address="other:1")["address"] == "other:1"
+    assert settings(initialize="never") is None
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1,2,3")
+    assert settings()["devices"] == [0, 1, 2, 3], "one task for all GPUs of a node"
+
+
+def test_a_cluster_that_makes_no_sense(no_cluster, monkeypatch):
+    for name, value in (SLURM | {"SLURM_NTASKS": "2(x2)"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="found slurm, whose description cannot be used"):
+        settings()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with pytest.raises(InputError, match="process_id: found 1 of 1 processes"):
+        settings()
+
+
+def test_the_config_says_who_this_is(no_cluster, monkeypatch):
+    given = {"coordinator_address": "host:1", "num_processes": 3, "process_id": 2}
+    assert settings(**given) == {"address": "host:1", "count": 3, "index": 2, "devices": None}
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:2")
+    assert settings(num_processes=1, process_id=0)["address"] == "host:2"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"coordinator_address": "host:1"}, {"process_id": 0}, {"initialize": "always"}],
+)
+def test_half_of_the_settings_are_refused(no_cluster, options):
+    with pytest.raises(InputError) as error:
+        settings(**options)
+    missing = {"coordinator_address", "num_processes", "process_id"} - options.keys()
+    assert len(error.value.problems) == len(missing)
+    for name in missing:
+        assert f"distributed.{name}: not given" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"initialize": "never", "process_id": 1}, "process_id: found 1, but"),
+        ({"coordinator_address": "host"}, "expected HOST:PORT"),
+        ({"process_id": 2, "num_processes": 2}, "found 2 of 2 processes; expected 0 to 1"),
+    ],
+)
+def test_contradictions_are_refused_with_the_config(model, rows, tmp_path, options, part):
+    tree = run_options(model, rows, tmp_path) | {"distributed": options}
+    with pytest.raises(InputError, match=part):
+        config_files.validate(tree, "test")
+
+
+def test_a_coordinator_that_cannot_be(tmp_path, model, rows):
+    """A port that another program has taken."""
+    config = written(run_options(model, rows, tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (one,) = several_processes.train(
+            config, "distributed.initialization_timeout_s=600", only=(0,), port=port
+        )
+        assert one.wait() == 2
+    expected = f"error: distributed: process 0 of 2 at 127.0.0.1:{port}: port {port} cannot be "
+    assert f"{expected}opened (Address already in use); give coordinator_address" in one.text
+
+
+def test_something_runs_before_the_others_hear_of_a_failure(monkeypatch):
+    order = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_publish", lambda failure: order.append("told") or failure)
+    monkeypatch.setattr(processes, "_end", lambda failure: order.append(failure["code"]))
+    with processes.failing_together(lambda: order.append("first")):
+        raise GuardError("the loss is not finite")
+    assert order == ["first", "told", 3]
+
+
+def test_a_connection_that_fails_is_no_bad_input(no_cluster, monkeypatch, capsys):
+    def late(*args, **options):
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
+
+    monkeypatch.setattr(jax.distributed, "initialize", late)
+    with pytest.raises(SystemExit) as error:
+        processes.initialize(
+            Distributed(coordinator_address="127.0.0.1:1", num_processes=2, process_id=1)
+        )
+    assert error.value.code == 1
+    text = capsys.readouterr().err
+    assert "process 1 of 2 at 127.0.0.1:1: DEADLINE_EXCEEDED" in text and "same command" in text
+
+
+@pytest.mark.parametrize(("backend", "cached"), [("cpu", False), ("gpu", True)])
+def test_programs_of_cpus_are_compiled_anew(monkeypatch, backend, cached):
+    before = jax.config.jax_enable_compilation_cache
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    try:
+        jax.config.update("jax_enable_compilation_cache", True)
+        monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        processes._compile_anew_on_cpus(0)
+        assert jax.config.jax_enable_compilation_cache, "the user says so"
+        monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
+        processes._compile_anew_on_cpus(0)
+        assert jax.config.jax_enable_compilation_cache == cached
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

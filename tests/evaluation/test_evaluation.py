@@ -1,0 +1,373 @@
+"""Evaluation: intervals by hand, the scorers on perfect and wrong work, the same rows in any
+batches and on a mesh, and the command from files to files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from corl_jax import evaluate, evaluation, sampling, startup
+from corl_jax.data.dataset import Loader
+from corl_jax.data.drawn_world import generator
+from corl_jax.data.drawn_world.scene import CATEGORIES
+from corl_jax.devices.mesh import batch_sharding, make_mesh, map_with_path, param_shardings
+from corl_jax.errors import InputError
+from corl_jax.evaluation import HeldOutShapes, Rate, evaluate_shapes
+from corl_jax.models import janus
+from corl_jax.types import Prompts
+from corl_jax.weights import files
+from tests.support import metrics_page
+from tests.support.tiny_models import tiny_parquet, tiny_tokenizer_dir
+
+ROWS = 6
+NAMES = (
+    "draw/accuracy",
+    *(f"draw/{category}" for category in CATEGORIES),
+    *(f"answer/{name}" for name in ("accuracy", "mc", "oe", "format")),
+)
+SHORT = {"seed": 3, "cfg_scale": 5.0, "max_new_tokens": 6, "dtype": jnp.float32}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tiny_config):
+    """A random Janus with room for the instructions, as a directory that commands take."""
+    config = dataclasses.replace(
+        tiny_config,
+        llama=dataclasses.replace(
+            tiny_config.llama, vocab_size=400, num_layers=1, max_position_embeddings=1024
+        ),
+    )
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
+        return noise + 1 if path.endswith("/scale") else noise
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    params = map_with_path(draw, janus.abstract(config))
+    files.save_checkpoint(folder, config, params, layout="jax")
+    words = tiny_tokenizer_dir(folder.parent / "words", image_size=16, patch_size=4)
+    shutil.copytree(words, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return startup.load_model(model_dir)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Columns of rows of the drawn world, pictures as arrays."""
+    rows = [generator.make_row(11, i, split="test", encode=False) for i in range(150)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def loader(model, batch_size: int, rows: int = ROWS) -> Loader:
+    return Loader(
+        HeldOutShapes(rows, 5), model.processor, tasks=("t2i", "mm2t"), batch_size=batch_size,
+        seed=0, shuffle=False, lengths="dataset",
+    )  # fmt: skip
+
+
+def measure(model, batches, **options):
+    return evaluate_shapes(model.config, model.params, model.processor, batches, **SHORT, **options)
+
+
+@pytest.fixture(scope="module")
+def report(model):
+    return measure(model, loader(model, 4))
+
+
+# ---- rates
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        (5, 10, 0.23659, 0.76341),
+        (0, 10, 0.0, 0.27753),
+        (10, 10, 0.72247, 1.0),
+        (1, 1, 0.20654, 1.0),
+        (81, 263, 0.25527, 0.36621),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.06237, 0.16053),
+    ],
+)
+def test_wilson_intervals_by_hand(hits, n, low, high):
+    rate = Rate.of(hits, n)
+    assert (rate.mean, rate.n) == (hits / n, n)
+    assert (rate.low, rate.high) == pytest.approx((low, high), abs=1e-4)
+    assert rate.low <= rate.mean <= rate.high
+
+
+def test_no_try_says_nothing(drawn):
+    rate = Rate.of(0, 0)
+    assert math.isnan(rate.mean) and (rate.low, rate.high, rate.n) == (0.0, 1.0, 0)
+    rates = evaluation.summarize([True], ["counting"], [])
+    report = evaluation.Report(rates, np.zeros((1, 4, 4, 3), np.uint8), ["p"], [True], [])
+    assert set(report.metrics()) == {
+        f"eval/draw/{name}{suffix}"
+        for name in ("accuracy", "counting")
+        for suffix in ("", "_low", "_high")
+    }
+    assert report.as_json()["rates"]["answer/mc"]["mean"] is None
+    assert json.loads(json.dumps(report.as_json(), allow_nan=False))["rows"] == 1
+
+
+def test_the_page_of_metrics_lists_them(report):
+    found = report.metrics()
+    assert not metrics_page.missing(found)
+    elsewhere = ["eval/seconds", "eval/TASK/NAME", "eval/TASK/NAME_stderr"]
+    assert metrics_page.never(["Evaluations"], found) == elsewhere
+
+
+# ---- scorers
+
+
+def test_perfect_work_scores_one(drawn):
+    passed = evaluation.score_drawings(np.stack(drawn["real_image"]), drawn)
+    answers = evaluation.score_answers(drawn["sft_answer"], drawn)
+    rates = evaluation.summarize(passed, drawn["category"], answers)
+    assert tuple(rates) == NAMES
+    assert all(rate.mean == 1.0 and rate.n for rate in rates.values())
+    assert rates["answer/mc"].n + rates["answer/oe"].n == rates["answer/accuracy"].n == 150
+    assert sum(rates[f"draw/{category}"].n for category in CATEGORIES) == 150
+
+
+def test_wrong_work_scores_about_nothing(drawn):
+    others = np.roll(np.stack(drawn["real_image"]), 1, axis=0)
+    assert np.mean(evaluation.score_drawings(others, drawn)) < 0.06
+    blank = np.full_like(others, 248)
+    assert not any(evaluation.score_drawings(blank, drawn))
+    answers = evaluation.score_answers(["<think>.</think><answer>what?</answer>"] * 150, drawn)
+    assert not any(a["correct"] for a in answers) and all(a["format"] for a in answers)
+    bare = [text.rpartition("</think>")[2] for text in drawn["sft_answer"]]
+    answers = evaluation.score_answers(bare, drawn)
+    assert all(a["correct"] for a in answers) and not any(a["format"] for a in answers)
+
+
+def test_half_an_open_answer_is_not_right():
+    columns = {
+        "qa_problem": ["?"],
+        "qa_solution": ["<answer>a red ring</answer>"],
+        "qa_type": ["OE"],
+    }
+    (answer,) = evaluation.score_answers(["<answer>a red</answer>"], columns)
+    assert not answer["correct"]
+
+
+@pytest.mark.parametrize(("spelling", "kind"), [("mcq", "MC"), ("Open-ended", "OE")])
+def test_question_types_in_usual_spellings_count_as_what_they_are(spelling, kind):
+    columns = {"qa_problem": ["?"], "qa_solution": ["<answer>A</answer>"], "qa_type": [spelling]}
+    answers = evaluation.score_answers(["<answer>A</answer>"], columns)
+    assert answers[0]["qa_type"] == kind and answers[0]["correct"]
+    assert evaluation.summarize([True], ["counting"], answers)[f"answer/{kind.lower()}"].n == 1
+
+
+def test_held_out_rows_are_no_training_rows():
+    held = HeldOutShapes(40, 7)
+    train = [generator.make_row(7, i, split="train") for i in range(40)]
+    pictures = {row["real_image"]["bytes"] for row in train}
+    assert not pictures & {held[i]["real_image"]["bytes"] for i in range(40)}
+    assert held.column("spec") == HeldOutShapes(40, 7).column("spec")
+    assert held.column("spec") != HeldOutShapes(40, 8).column("spec")
+
+
+# ---- the same rows in any company
+
+
+def assert_same(report, other):
+    # The same codes; their pixels are cut to whole numbers after rounding that a batch decides.
+    difference = np.abs(report.images.astype(int) - other.images.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    assert report.answers == other.answers
+    assert (report.passed, report.prompts) == (other.passed, other.prompts)
+
+
+def test_each_row_counts_once(report, model):
+    held = HeldOutShapes(ROWS, 5)
+    assert report.prompts == held.column("prompt")  # of batches of 4, the second is half repeats
+    assert [a["question"] for a in report.answers] == held.column("qa_problem")
+    assert report.images.shape == (ROWS, 16, 16, 3) and report.images.dtype == np.uint8
+    assert report.rates["draw/accuracy"].n == report.rates["answer/format"].n == ROWS
+    assert len({image.tobytes() for image in report.images}) == ROWS
+    assert any(a["answer"] for a in report.answers)
+
+
+def test_batch_size_changes_nothing(report, model):
+    assert_same(report, measure(model, loader(model, 3)))
+
+
+def test_a_partial_batch_compiles_nothing_new(report, model):
+    first, second = loader(model, 4).batch(0), loader(model, 4).batch(1)
+    partial = Prompts(
+        second.index[:2],
+        {name: values[:2] for name, values in second.columns.items()},
+        *(jax.tree.map(lambda x: x[:2], part) for part in (second.t2i, second.mm2t)),
+    )
+    programs = sampling._image_program.usual, sampling._text_program.usual, sampling.decode_images
+    before = [program._cache_size() for program in programs]
+    assert_same(report, measure(model, [first, partial]))
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_rows_cut_and_seeds_matter(report, model):
+    fewer = measure(model, loader(model, 4), rows=3)
+    assert fewer.prompts == report.prompts[:3]
+    np.testing.assert_array_equal(fewer.images, report.images[:3])
+    other = evaluate_shapes(
+        model.config, model.params, model.processor, loader(model, 4), **(SHORT | {"seed": 4})
+    )
+    assert all((a != b).any() for a, b in zip(report.images, other.images, strict=True))
+    assert other.answers == report.answers  # greedy
+
+
+def test_a_mesh_changes_nothing(report, model):
+    mesh = make_mesh(data=4, devices=jax.devices()[:4])
+    params = jax.device_put(model.params, param_shardings(model.params, mesh))
+    rows = batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        spread = measure(
+            model._replace(params=params), loader(model, 4),
+            place=lambda tree: jax.device_put(tree, rows),
+        )  # fmt: skip
+    assert_same(report, spread)
+
+
+# ---- bad rows
+
+
+def test_bad_columns_stop_before_sampling(model, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(sampling, "sample_images", never)
+    batch = loader(model, 4).batch(0)
+    columns = {k: v for k, v in batch.columns.items() if k not in ("spec", "qa_type")}
+    with pytest.raises(InputError) as error:
+        measure(model, [dataclasses.replace(batch, columns=columns, mm2t=None)])
+    assert [p.split(" is ")[0] for p in error.value.problems[1:]] == [
+        "evaluation: column spec", "evaluation: column qa_type"
+    ]  # fmt: skip
+    broken = {
+        **batch.columns,
+        "spec": ["{", *batch.columns["spec"][1:]],
+        "category": [*batch.columns["category"][:3], "pets"],
+        "qa_solution": [batch.columns["qa_solution"][0], "<answer> </answer>", None, "x"],
+        "qa_type": ["mcq", "Open-ended", "essay", None],
+    }
+    with pytest.raises(InputError) as error:
+        measure(model, [dataclasses.replace(batch, columns=broken)])
+    text = str(error.value)
+    assert len(error.value.problems) == 6
+    assert "row 2: qa_type: found 'essay'" in text and "row 3: qa_type is empty" in text
+    assert "row 0: spec" in text and "row 3: category is 'pets'" in text
+    assert "row 1: qa_solution is empty" in text and "row 2: qa_solution is empty" in text
+    with pytest.raises(InputError, match="no rows"):
+        measure(model, [])
+
+
+def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
+    args = argparse.Namespace(data=None, rows=3, seed=7, world=None)
+    for size, world in ((16, "small"), (64, "full")):
+        siglip = dataclasses.replace(tiny_config.siglip, image_size=size)
+        config = dataclasses.replace(tiny_config, siglip=siglip)
+        rows = evaluate.open_rows(args, config)
+        assert rows.column("spec") == HeldOutShapes(3, 7, world).column("spec")
+
+
+def test_the_sheet_frames_right_and_wrong_drawings(report):
+    title = evaluation.LINE + evaluation.GAP
+    sheet = evaluation.contact_sheet(report, 2, 2, "step 0")
+    plain = evaluation.contact_sheet(report, 2, 2)
+    assert sheet.shape == (plain.shape[0] + title, *plain.shape[1:])
+    assert np.array_equal(sheet[title + evaluation.GAP :], plain[evaluation.GAP :])
+    for passed, ink in ((True, (20, 120, 50)), (False, (190, 30, 30))):
+        marked = dataclasses.replace(report, passed=[passed] * ROWS)
+        frame = evaluation.contact_sheet(marked, 1)[evaluation.GAP - 1, evaluation.GAP : 100]
+        assert (frame == ink).all()
+
+
+# ---- the command
+
+
+def run(model_dir, *args: str) -> None:
+    evaluate.main(["--model", str(model_dir), "--max-new-tokens", "6", *args])
+
+
+def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    options = ("--rows", str(ROWS), "--batch-size", "4", "--seed", "5", "--world", "full")
+    run(model_dir, *options, "--out", str(out))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["metric", "mean", "95%", "interval", "n"]
+    assert [line.split()[0] for line in printed[1:]] == list(NAMES)
+    assert sorted(file.name for file in out.iterdir()) == [
+        "answers.jsonl", "grid.png", "report.json"
+    ]  # fmt: skip
+    found = json.loads((out / "report.json").read_text())
+    assert found["rows"] == ROWS and found["settings"]["dtype"] == "float32"
+    assert [d["prompt"] for d in found["drawings"]] == report.prompts
+    assert found["rates"]["draw/accuracy"]["n"] == ROWS
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(ROWS))
+    assert [line["answer"] for line in lines] == [a["answer"] for a in report.answers]
+    assert Image.open(out / "grid.png").width == ROWS * 144
+
+
+def test_command_reads_files(model_dir, tmp_path, capsys):
+    path = generator.write(tmp_path / "data", 5, 2, split="test")
+    run(model_dir, "--data", str(path), "--batch-size", "4")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1].split()[-1] == "5"
+    assert printed.err.splitlines()[-1].startswith("5 rows in ")
+
+
+def refusal(capsys, model_dir, *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(model_dir, *args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_command_refuses_bad_input_before_any_device_work(model_dir, tmp_path, capsys, monkeypatch):
+    def never(*args):
+        raise AssertionError("loaded weights")
+
+    monkeypatch.setattr(startup, "load_model", never)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    error = refusal(
+        capsys, tmp_path / "no-model", "--data", str(tmp_path / "no.parquet"), "--cfg-scale=nan",
+        "--batch-size=0", "--temperature=0", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    for name in ("--batch-size", "--cfg-scale", "--temperature", "--out", "no-model", "no.parquet"):
+        assert name in error
+    assert "--rows: found 0" in refusal(capsys, model_dir, "--rows=0")
+    assert "--seed: found -1" in refusal(capsys, model_dir, "--seed=-1")
+    published = tiny_parquet(tmp_path / "published.parquet", 3)
+    error = refusal(capsys, model_dir, "--data", str(published))
+    assert "column spec" in error and "column category" in error
+    rows = [generator.make_row(0, i) for i in range(3)]
+    rows[0]["real_image"] = {"bytes": b"no picture", "path": None}
+    rows[1]["prompt"] = " "
+    rows[2]["spec"] = "[]"
+    broken = tiny_parquet(tmp_path / "broken.parquet", rows)
+    error = refusal(capsys, model_dir, "--data", str(broken))
+    assert "row 0: image" in error and "row 1: prompt is empty" in error
+    assert "row 2: spec" in error
+    assert "has 3 rows" in refusal(capsys, model_dir, "--data", str(broken), "--rows", "4")
+    good = tiny_parquet(tmp_path / "good.parquet", [generator.make_row(0, 0)])
+    error = refusal(capsys, model_dir, "--data", str(good), "--world", "full")
+    assert "--world: --data has its own rows" in error
+    error = refusal(capsys, model_dir, "--data", str(good), "--max-new-tokens", "1024")
+    assert "its mm2t prompt has" in error

@@ -1,0 +1,292 @@
+"""The table of rewards: names, options, switches, columns, and scoring a batch."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from corl_jax.config.schema import Compat, Reward
+from corl_jax.data.drawn_world import generator
+from corl_jax.errors import InputError
+from corl_jax.rewards import applicable, image, registry
+from corl_jax.rewards.networks import NETWORKS
+from corl_jax.rewards.options import option_problem
+from corl_jax.rewards.registry import REGISTRY, Context, Entry, Resolved, Samples
+from corl_jax.rewards.samples import chunks
+from tests.support.tiny_models import tiny_image
+
+NOWHERE = Context(None, None, None, None, seed=0, step=0)
+ISSUE = (
+    "format format_tag qa_accuracy oc_accuracy t2i_ti_sim t2i_bid_cycle_reward t2i_pixel_mse "
+    "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 aesthetic"
+)
+
+
+def resolve(*rewards, **compat):
+    return registry.resolve([Reward(**reward) for reward in rewards], Compat(**compat))
+
+
+def score(name, samples, options=None, **compat):
+    reward = {"name": name, "options": options or {}}
+    (one,) = [r for listed in resolve(reward, **compat).values() for r in listed]
+    return registry.score([one], samples, NOWHERE)[name]
+
+
+def texts(*completions, **columns):
+    return Samples({name: list(values) for name, values in columns.items()}, texts=[*completions])
+
+
+def test_the_table_is_complete_and_consistent():
+    assert set(REGISTRY) == set(ISSUE.split())
+    for name, entry in REGISTRY.items():
+        assert entry.task in registry.TASKS and entry.function.__doc__
+        others = ("shapes_checker", "pickscore", "hpsv2", "aesthetic")
+        assert name.startswith("t2i") == (entry.task == "t2i") or name in others
+        for key, option in registry.options_of(name).items():
+            accepted = registry.options_of(name)
+            assert option_problem(accepted, key, option.default) is None
+        assert set(entry.chosen) <= set(registry.options_of(name))
+        asked = {network for values in entry.chosen.values() for network in values.values()}
+        assert asked | set(entry.networks) <= {"policy", *NETWORKS}
+    for effects in registry.COMPAT.values():
+        for name, option, value in effects:
+            assert registry.options_of(name)[option].default is (not value)
+
+
+def test_rewards_are_split_by_task_in_order():
+    found = resolve({"name": "qa_accuracy", "weight": 0.5}, {"name": "t2i_pixel_mse"},
+                    {"name": "format", "weight": 2})  # fmt: skip
+    assert [(r.name, r.weight) for r in found["mm2t"]] == [("qa_accuracy", 0.5), ("format", 2.0)]
+    assert [r.name for r in found["t2i"]] == ["t2i_pixel_mse"]
+    assert found["t2i"][0].entry is REGISTRY["t2i_pixel_mse"]
+    assert resolve() == {"t2i": [], "mm2t": []}
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(InputError) as caught:
+        resolve(
+            {"name": "qa_acuracy"},
+            {"name": "format", "options": {"stripp": True}},
+            {"name": "format"},
+            {"name": "format_tag", "options": {"strip": True}},
+            {"name": "t2i_bid_cycle_reward", "options": {
+                "caption": "blipp", "image_term": "lpips", "text_term": "words",
+                "max_new_tokens": 0, "normalise": "yes"}},
+            {"name": "t2i_ti_sim", "options": {"chunk": 1.5}},
+        )  # fmt: skip
+    problems = caught.value.problems
+    expected = [
+        "unknown reward 'qa_acuracy'; did you mean qa_accuracy?",
+        "format: option stripp: unknown; did you mean strip?",
+        "format is listed more than once",
+        "format_tag: option strip: unknown; this reward has no options",
+        "caption: found 'blipp'; Input should be 'policy' or 'blip' (default 'policy')",
+        "text_term: found 'words'",
+        "max_new_tokens: found 0",
+        "normalise: found 'yes'",
+        "t2i_ti_sim: option chunk: found 1.5",
+    ]
+    assert len(problems) == len(expected)
+    for text in expected:
+        assert any(text in problem for problem in problems), text
+
+
+@pytest.mark.parametrize(
+    ("switch", "name", "samples"),
+    [
+        ("mc_as_open_ended", "qa_accuracy",
+         texts("<answer>A. choking</answer>", qa_solution=["A"], qa_type=["MC"])),
+        ("answer_single_line", "qa_accuracy",
+         texts("so\n<answer>red\n</answer>", qa_solution=["red"], qa_type=["OE"])),
+        ("answer_single_line", "oc_accuracy",
+         texts("so\n<answer>red\n</answer>", cls_solution=["red"])),
+        ("format_without_strip", "format", texts(" <think>a</think><answer>b</answer>\n")),
+        ("answer_in_thoughts", "qa_accuracy",
+         texts("<think><answer>a</answer></think><answer>red</answer>", qa_solution=["red"],
+               qa_type=["OE"])),
+        ("answer_in_thoughts", "oc_accuracy",
+         texts("<think><answer>a</answer></think><answer>red</answer>", cls_solution=["red"])),
+        ("compare_by_letters", "qa_accuracy",
+         texts("twenty one", qa_solution=["21"], qa_type=["OE"])),
+    ],
+)  # fmt: skip
+def test_compat_switches_change_what_they_should(switch, name, samples):
+    assert score(name, samples) == 1.0
+    assert score(name, samples, **{switch: True}) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("switch", "name", "samples"),
+    [
+        ("format_repeated_blocks", "format",
+         texts("<think>a</think><answer>b</answer><answer>c</answer>")),
+        ("compare_by_letters", "qa_accuracy", texts("35", qa_solution=["3.5"], qa_type=["OE"])),
+        ("compare_by_letters", "oc_accuracy", texts("not a dog", cls_solution=["dog"])),
+    ],
+)  # fmt: skip
+def test_compat_switches_bring_exploits_back(switch, name, samples):
+    assert score(name, samples) == 0.0
+    assert score(name, samples, **{switch: True}) > 0.6
+
+
+def test_unknown_question_types_are_refused_by_row():
+    batch = texts("B", "B", "B", qa_solution=["B"] * 3, qa_type=["mcq", "essay", None])
+    with pytest.raises(InputError) as caught:
+        score("qa_accuracy", batch)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("row 1: qa_type: found 'essay', expected MC or OE")
+
+
+def test_rewards_that_can_score_none_of_the_first_rows_are_named():
+    rewards = resolve(
+        *({"name": n} for n in ("format", "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"))
+    )
+    listed = [*rewards["mm2t"], *rewards["t2i"]]
+    sound = {
+        "qa_solution": "<answer>B</answer>", "qa_type": "MC", "prompt": "a dog",
+        "od_problem": "where?", "od_solution": [[0, 0, 1, 1]],
+    }  # fmt: skip
+    assert applicable.inapplicable_rewards(listed, [sound]) == []
+    assert applicable.inapplicable_rewards(listed, []) == []
+    blank = {"qa_solution": "<answer> </answer>", "prompt": "  ", "od_solution": "no boxes"}
+    assert applicable.inapplicable_rewards(listed, [sound, sound | blank]) == []
+    lines = applicable.inapplicable_rewards(listed, [sound | blank] * 2)
+    assert [line.split(" ")[1] for line in lines] == [
+        "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"
+    ]  # fmt: skip
+    assert "none of the first 2 rows, because qa_solution is null or blank in each" in lines[0]
+    assert "cls_solution or qa_solution" in lines[1] and "od_solution" in lines[2]
+    (line,) = applicable.inapplicable_rewards(listed, [sound | {"qa_type": None}])
+    assert "qa_type is null" in line and "{default_type: MC}" in line
+
+
+def test_a_switch_sets_the_fixed_spans_and_refuses_a_contradiction():
+    ((one,), _) = resolve({"name": "t2i_ti_sim"}, ti_sim_fixed_spans=True).values()
+    assert isinstance(one.function, functools.partial)
+    assert one.function.keywords == {"fixed_spans": True}
+    options = {"fixed_spans": False}
+    with pytest.raises(InputError, match=r"contradicts compat\.ti_sim_fixed_spans"):
+        resolve({"name": "t2i_ti_sim", "options": options}, ti_sim_fixed_spans=True)
+    assert options == {"fixed_spans": False}
+
+
+def test_scores_per_row_with_nan_where_not_applicable():
+    batch = texts(
+        "<think>x</think><answer>B</answer>", "<answer>two</answer>", "anything",
+        qa_problem=["?\nA. red\nB. blue", "how many?", "?"], qa_solution=["B", "2", None],
+        qa_type=["MC", "OE", "OE"],
+    )  # fmt: skip
+    rewards = resolve(*({"name": n} for n in ("qa_accuracy", "format", "format_tag")))["mm2t"]
+    found = registry.score(rewards, batch, NOWHERE)
+    assert list(found) == ["qa_accuracy", "format", "format_tag"]
+    assert all(values.dtype == np.float32 for values in found.values())
+    np.testing.assert_array_equal(found["qa_accuracy"], [1, 1, np.nan])
+    np.testing.assert_array_equal(found["format"], [1, 0, 0])
+    np.testing.assert_array_equal(found["format_tag"], [0.5, 0.25, 0])
+
+
+def test_classes_come_from_either_columns_row_by_row():
+    batch = texts("fox", "fox", cls_solution=["red fox", None], qa_solution=["cat", "fox"])
+    np.testing.assert_allclose(score("oc_accuracy", batch), [0.45, 1.0])
+    only = texts("fox", qa_solution=["fox"])
+    assert score("oc_accuracy", only) == 1.0
+
+
+def test_missing_columns_are_named():
+    rewards = resolve({"name": "qa_accuracy"}, {"name": "oc_accuracy"})["mm2t"]
+    with pytest.raises(InputError) as caught:
+        registry.score(rewards, texts("x", prompt=["y"]), NOWHERE)
+    assert caught.value.problems == registry.missing_columns(rewards, {"prompt": 0})
+    assert len(caught.value.problems) == 3
+    assert "no column cls_solution or qa_solution" in caught.value.problems[2]
+
+
+def test_what_a_function_returns_is_checked():
+    def of(function):
+        return [Resolved("mine", 1.0, function, Entry(function, "mm2t"))]
+
+    samples = texts("a", "b", "c")
+    found = registry.score(of(lambda s, c: [1, np.inf, -np.inf]), samples, NOWHERE)
+    np.testing.assert_array_equal(found["mine"], [1, np.nan, np.nan])
+    with pytest.raises(ValueError, match=r"reward mine: gave shape \(2,\) for 3 samples"):
+        registry.score(of(lambda s, c: [1, 2]), samples, NOWHERE)
+
+
+def test_samples_are_of_one_task_and_of_one_length():
+    with pytest.raises(ValueError, match="both or neither"):
+        Samples({})
+    with pytest.raises(ValueError, match="lengths"):
+        Samples({"a": [1]}, texts=["x", "y"])
+    with pytest.raises(ValueError, match="found images"):
+        score("format", Samples({}, images=np.zeros((1, 8, 8, 3), np.uint8)))
+
+
+def test_pixel_mse_against_the_formula(mesh):
+    pictures = np.stack([np.asarray(tiny_image(i, (32, 32))) for i in range(3)])
+    real = [Image.fromarray(pictures[0]), tiny_image(9, (50, 30)), None]
+    batch = Samples({"real_image": real}, images=pictures)
+    found = score("t2i_pixel_mse", batch)
+    pair = (pictures[1:2] / np.float32(255), image.squash(real[1], 32)[None])
+    np.testing.assert_allclose(found[:2], [1.0, image.pixel_mse_reward(*pair)[0]], atol=1e-6)
+    assert np.isnan(found[2])
+    cropped = score("t2i_pixel_mse", batch, {"image_fit": "centre_crop"})
+    assert cropped[1] != found[1]
+
+    params = jax.device_put({"w": np.zeros(8)}, jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec("fsdp")))  # fmt: skip
+    spread = Context(None, params, None, None, 0, 0)
+    with jax.set_mesh(mesh):
+        again = REGISTRY["t2i_pixel_mse"].function(batch, spread)
+    np.testing.assert_allclose(again, found, atol=1e-6)
+
+
+def test_the_drawn_world_is_checked_by_its_pixels():
+    rows = [generator.make_row(0, i, encode=False) for i in range(6)]
+    pictures = np.stack([row["real_image"] for row in rows])
+    specs = [row["spec"] for row in rows]
+    assert (score("shapes_checker", Samples({"spec": specs}, images=pictures)) == 1).all()
+    assert (score("shapes_checker", Samples({"spec": specs}, images=pictures[::-1])) < 1).any()
+    blank = Samples({"spec": [specs[0], None]}, images=np.full((2, 64, 64, 3), 250, np.uint8))
+    np.testing.assert_array_equal(score("shapes_checker", blank), [0, np.nan])
+
+
+def test_partial_credit_counts_the_demanded_objects():
+    row = next(
+        row
+        for i in range(100)
+        if (row := generator.make_row(0, i, encode=False))["category"] == "color_attr"
+    )
+    spec = json.loads(row["spec"])
+    spec["include"][1]["color"] = next(
+        c for c in ("red", "green", "blue") if c not in {e["color"] for e in spec["include"]}
+    )
+    batch = Samples({"spec": [spec]}, images=row["real_image"][None])
+    assert score("shapes_checker", batch) == 0
+    assert score("shapes_checker", batch, {"partial_credit": 0.5}) == 0.25
+
+
+@pytest.mark.parametrize(
+    "spec", ["{", "[]", '{"category": "colors"}', {"category": "x", "include": []},
+             '{"category": "position", "include": [{"class": "ring", "count": 1, '
+             '"position": ["left of", 4]}]}'],
+)  # fmt: skip
+def test_an_unreadable_spec_is_refused(spec):
+    batch = Samples({"spec": [spec]}, images=np.zeros((1, 64, 64, 3), np.uint8))
+    with pytest.raises(InputError, match="row 0: spec: found"):
+        score("shapes_checker", batch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "multiple", "sizes"),
+    [(7, 64, 1, [7]), (72, 64, 1, [36, 36]), (7, 3, 1, [3, 3, 3]), (6, 64, 4, [8]),
+     (9, 4, 4, [4] * 3)],
+)  # fmt: skip
+def test_pieces_have_one_size_and_hold_every_row(rows, most, multiple, sizes):
+    pieces = list(chunks(rows, most, multiple))
+    assert [len(piece) for piece in pieces] == sizes
+    np.testing.assert_array_equal(np.concatenate(pieces)[:rows], np.arange(rows))

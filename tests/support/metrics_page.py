@@ -1,0 +1,48 @@
+"""docs/metrics.md as the tests read it: which metrics it lists, by section."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+STANDS_FOR = {"TASK": "(t2i|mm2t|caption)", "NAME": "[^/]+", "ALARM": "[a-z_]+", "KIND": "[a-z_]+"}
+
+
+@functools.cache
+def listed() -> dict[str, dict[str, re.Pattern]]:
+    """Section -> name as it is written -> what it matches."""
+    found: dict[str, dict[str, re.Pattern]] = {}
+    section = ""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        if line.startswith("| `"):
+            for name in re.findall(r"`([^`]+)`", line.split("|")[1]):
+                found.setdefault(section, {})[name] = _pattern(name)
+    return found
+
+
+def _pattern(name: str) -> re.Pattern:
+    for word, expression in STANDS_FOR.items():
+        name = re.sub(rf"(?<![A-Z]){word}(?![A-Z])", lambda _: expression, name)  # noqa: B023
+    return re.compile(name)
+
+
+def missing(names: Iterable[str]) -> list[str]:
+    """The metrics that the page lacks."""
+    patterns = [pattern for of in listed().values() for pattern in of.values()]
+    return sorted(name for name in set(names) if not any(p.fullmatch(name) for p in patterns))
+
+
+def never(sections: Iterable[str], names: Iterable[str]) -> list[str]:
+    """What the page lists in these sections and none of the metrics is."""
+    found = list(names)
+    return [
+        written
+        for section in sections
+        for written, pattern in listed()[section].items()
+        if not any(map(pattern.fullmatch, found))
+    ]

@@ -1,0 +1,805 @@
+"""The train command from files to files: resuming, refusing, and every objective for two steps.
+
+One device stands for the machine, except where the test is about several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from corl_jax.config import files as config_files
+from corl_jax.config.schema import Guards
+from corl_jax.devices.mesh import leaf_paths, make_mesh
+from corl_jax.errors import GuardError, InputError
+from corl_jax.plan import programs
+from corl_jax.plan import tables as plan_tables
+from corl_jax.runs import directory as run_directory
+from corl_jax.runs import export_record
+from corl_jax.runs.log import Phases
+from corl_jax.train import __main__ as command
+from corl_jax.train import iterate, loop, planning, record, report
+from corl_jax.types import Prompts
+from corl_jax.weights.files import load_config, load_params, save_checkpoint
+from tests.support import metrics_page, tiny_runs
+from tests.support.tiny_models import tiny_parquet, tiny_row
+from tests.support.tiny_runs import metric_lines, write_config
+from tests.support.tolerances import LOGPROBS
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY_STEP = ("loss", "grad_norm", "learning_rate", "epoch", "step_time", "phase/update_seconds")
+JOINT = ("reward", "reward_std", "frac_reward_zero_std")
+OF_BOTH = (
+    *JOINT, "loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    "clip_ratio/region_mean", "completions/mean_length",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+)  # fmt: skip
+ANSWERS = (
+    "mm2t/rewards/format/mean", "mm2t/rewards/qa_accuracy/std", "mm2t/completions/min_length",
+    "mm2t/completions/max_length", "mm2t/completions/clipped_ratio", "perf/tokens_per_second",
+)  # fmt: skip
+DRAWINGS = ("t2i/rewards/t2i_pixel_mse/mean", "perf/images_per_second")
+
+
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
+
+
+@pytest.fixture
+def options(model, rows, tmp_path):
+    return functools.partial(tiny_runs.options, model, rows, tmp_path / "run")
+
+
+def train(tree: dict, *arguments: str) -> Path:
+    """Runs the command on a config; the run directory."""
+    output = Path(tree["output_dir"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = write_config(output.parent / f"{output.name}.yaml", tree)
+    command.main(["--config", str(path), *arguments])
+    return output
+
+
+def refused(capsys, tree: dict, *arguments: str) -> list[str]:
+    """The lines that the command prints when it exits with 2."""
+    with pytest.raises(SystemExit) as error:
+        train(tree, *arguments)
+    assert error.value.code == 2
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def unseen(lines: list[dict], *sections: str) -> list[str]:
+    """What docs/metrics.md promises in its sections and no line has."""
+    return metrics_page.never(sections, {name for line in lines for name in line})
+
+
+def steady(line: dict) -> dict:
+    """A metrics line without what a clock decides."""
+    return {k: v for k, v in line.items() if "second" not in k and k != "step_time"}
+
+
+# ---- GRPO, and resuming
+
+
+def full_options(options) -> dict:
+    """Everything at once: old log-probs, a reference, micro-batches, evaluation, image grids."""
+    return options(
+        grpo={"kl_coef": 0.1, "num_iterations": 2, "mask_truncated": True},
+        train={"max_steps": 4, "micro_batch": 2},
+        eval={"suite": "rewards", "rows": 6, "batch_prompts": 4, "every": 2},
+        log={"images_every": 2},
+        checkpoint={"every": 3, "keep": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(model, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return train(full_options(functools.partial(tiny_runs.options, model, rows, folder)))
+
+
+@pytest.fixture(scope="module")
+def resumed(model, rows, tmp_path_factory):
+    """The same run in two processes' worth of steps, between two checkpoints of its own.
+
+    The first keeps its reference in host memory.
+    """
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    tree = full_options(functools.partial(tiny_runs.options, model, rows, folder))
+    train(tree, "train.stop_after=2", "grpo.reference=host")
+    assert not (folder / "export").exists() and not (folder / "summary.json").exists()
+    assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2]
+    return train(tree)
+
+
+def checkpoint_of(folder: Path, step: int) -> dict[str, np.ndarray]:
+    state = ocp.StandardCheckpointer().restore((folder / f"checkpoints/{step}/state").absolute())
+    return {path: np.asarray(leaf) for path, leaf in leaf_paths(dict_keys(state))}
+
+
+def dict_keys(tree):
+    return {str(k): dict_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def test_a_run_leaves_what_it_should(straight):
+    assert {path.name for path in straight.iterdir()} == {
+        ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
+        "summary.json", "saved.json",
+    }  # fmt: skip
+    lines = metric_lines(straight)
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+    # No reward of this run is the user's own.
+    assert unseen(lines, "Every run", "GRPO") == ["TASK/rewards/NAME/failed"]
+    checkpoints = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert checkpoints == [".lock", "3", "4"]
+    assert json.loads((straight / "saved.json").read_text()) == {"step": 4, "directory": None}
+    names = [f"step_{step:06d}.png" for step in (0, 2, 4)]
+    assert sorted(path.name for path in (straight / "images").iterdir()) == names
+    summary = json.loads((straight / "summary.json").read_text())
+    assert (summary["steps"], summary["optimizer_steps"]) == (4, 8)
+    assert summary["first_evaluation"]["step"] == 0 and summary["last_evaluation"]["step"] == 4
+    assert summary["seconds"] > 0
+    assert list((straight / "tensorboard").iterdir())
+
+
+def test_metrics_have_trls_names(straight):
+    line = next(x for x in metric_lines(straight) if x["step"] == 2 and "loss" in x)
+    both = [f"{task}/{name}" for task in ("t2i", "mm2t") for name in (*OF_BOTH, "kl")]
+    wanted = {*EVERY_STEP, *JOINT, *both, *ANSWERS, *DRAWINGS}
+    wanted |= {"phase/rollout_seconds", "phase/reward_seconds"}
+    assert not wanted - line.keys()
+    assert line["learning_rate"] == pytest.approx(1e-3 * (1 - 3 / 8))  # of the step's last update
+    assert line["t2i/completions/mean_length"] == 16
+    assert 0 < line["t2i/sampling/sampling_logp_difference/max"] < LOGPROBS
+    assert 0 < line["t2i/kl"] < 1
+
+
+def test_the_first_steps_metrics_are_of_the_untrained_policy(straight):
+    """At the second of two updates the first one's move shows: in the ratio and in the KL."""
+    first = metric_lines(straight)[1]
+    assert first["t2i/kl"] > 0 and first["t2i/sampling/sampling_logp_difference/mean"] < LOGPROBS
+
+
+def test_evaluation_lines(straight):
+    evaluations = [line for line in metric_lines(straight) if "eval/seconds" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    name = "eval/t2i/t2i_pixel_mse"
+    assert evaluations[0][name] != evaluations[-1][name]
+    assert all(line[f"{name}_stderr"] > 0 for line in evaluations)
+
+
+def test_only_the_trained_part_of_the_export_differs(straight, model):
+    config = load_config(model)
+    before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, straight / "export"))
+    assert before.keys() == after.keys()
+    for path, leaf in after.items():
+        trained = path.startswith(("language_model/", "lm_head/"))
+        assert trained == (not np.array_equal(leaf, before[path])), path
+
+
+def test_a_resumed_run_gives_the_same_bits(straight, resumed):
+    ours, theirs = checkpoint_of(resumed, 4), checkpoint_of(straight, 4)
+    assert ours.keys() == theirs.keys() and any("mu" in path for path in ours)
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+    files = sorted(p.relative_to(straight) for p in (straight / "export").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
+    for image in (straight / "images").iterdir():
+        assert (resumed / "images" / image.name).read_bytes() == image.read_bytes()
+
+
+def test_a_resumed_run_logs_the_same_numbers(straight, resumed):
+    found, wanted = (list(map(steady, metric_lines(x))) for x in (resumed, straight))
+    assert found == wanted
+
+
+def test_rerunning_a_finished_run_changes_nothing(resumed, model, rows, capsys):
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in sorted(resumed.rglob("*"))
+            if path.is_file() and path.parent.name != "tensorboard" and path.name != ".lock"
+        }
+
+    before = contents()
+    train(full_options(functools.partial(tiny_runs.options, model, rows, resumed)))
+    assert "stays; move it away to export again" in capsys.readouterr().err
+    assert contents() == before
+
+
+def test_an_extended_run_leaves_nothing_of_the_old_end(straight, model, rows, tmp_path, capsys):
+    """Export and summary are of the last step, and of the options that hold then."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    tree = full_options(functools.partial(tiny_runs.options, model, rows, folder))
+    tree["train"]["max_steps"] = 5
+    train(tree, "--allow-changed-config")
+    said = capsys.readouterr().err
+    assert "export is of step 4; it stays as it is until the run has done its 5 steps" in said
+    assert "export: was of step 4, now of step 5" in said
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 5
+    assert not [path for path in folder.iterdir() if path.name.startswith(".export")]
+    record = json.loads((folder / "export" / export_record.RECORD_FILE).read_text())
+    assert record["step"] == 5
+    exported = load_params(folder / "export")["lm_head"]["kernel"]
+    saved = checkpoint_of(folder, 5).items()  # the parameters' moments are among them
+    assert any(np.array_equal(exported, x) for path, x in saved if path.endswith("lm_head/kernel"))
+
+
+@pytest.mark.slow
+def test_a_finished_run_with_other_options_is_exported_and_measured_again(
+    straight, model, rows, tmp_path
+):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    tree = full_options(functools.partial(tiny_runs.options, model, rows, folder))
+    train(tree, "export.layout=original")
+    assert json.loads((folder / "export/config.json").read_text())["model_type"] != "corl_jax"
+    train(tree, "--allow-changed-config", "rollout.cfg_scale=2", "eval.rows=4")
+    generation = json.loads((folder / "export/generation_config.json").read_text())
+    assert generation["guidance_scale"] == 2.0
+    last = [line for line in metric_lines(folder) if "eval/seconds" in line]
+    assert [line["step"] for line in last] == [0, 2, 4, 4]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last_evaluation"] == {
+        k: v for k, v in last[-1].items() if k == "step" or k.startswith("eval/")
+    }
+
+
+def test_a_run_goes_on_from_another_directory(straight, model, rows, tmp_path, monkeypatch):
+    """Its paths are spelt from there, one by way of a link; nothing needs a flag."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tree = full_options(functools.partial(tiny_runs.options, model, rows, folder))
+    tree["output_dir"] = "../run"
+    tree["model"]["path"] = "link"
+    tree["data"]["path"] = os.path.relpath(rows)
+    before = (folder / "export" / export_record.RECORD_FILE).read_bytes()
+    train(tree)
+    assert not (folder / "config_changes.jsonl").exists()
+    assert (folder / "export" / export_record.RECORD_FILE).read_bytes() == before
+    # Noted with where they start, so that the way back is as short.
+    assert (
+        (folder / "config.yaml").read_text().startswith(f'# Relative paths start at "{Path.cwd()}"')
+    )
+    monkeypatch.chdir(tmp_path)
+    tree["output_dir"], tree["model"]["path"] = "run", "elsewhere/link"
+    tree["data"]["path"] = os.path.relpath(rows)
+    train(tree)
+
+
+@pytest.mark.slow
+def test_a_longer_interruption_between_checkpoints_is_repeated(straight, model, rows, tmp_path):
+    """A run that dies before its first checkpoint starts over and logs no step twice."""
+    folder = tmp_path / "run"
+    tree = full_options(functools.partial(tiny_runs.options, model, rows, folder))
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record.Recorder, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(tree)
+    assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2, 3]
+    train(tree, "train.stop_after=1")
+    found = list(map(steady, metric_lines(folder)))
+    assert found == list(map(steady, metric_lines(straight)))[:2]
+
+
+# ---- single tasks and other objectives
+
+
+def test_drawing_alone(options, tmp_path):
+    """Data without questions will do, and nothing of the other task is logged."""
+    rows = [{k: tiny_row(i)[k] for k in ("prompt", "real_image")} for i in range(8)]
+    data = {"path": str(tiny_parquet(tmp_path / "drawings.parquet", rows))}
+    tree = options(grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], data=data)
+    lines = metric_lines(train(tree))
+    assert [line["step"] for line in lines] == [1, 2]
+    line = lines[-1]
+    assert not {*EVERY_STEP, *JOINT, *DRAWINGS, *(f"t2i/{name}" for name in OF_BOTH)} - line.keys()
+    assert not [name for name in line if name.startswith("mm2t")] and "t2i/kl" not in line
+    assert line["reward"] == line["t2i/reward"]
+
+
+def test_answering_alone(options, monkeypatch):
+    """The table of answers comes without drawings, too."""
+    tables = []
+    monkeypatch.setattr(record.Metrics, "text", lambda *args: tables.append(args))
+    tree = options(
+        grpo={"tasks": "mm2t"}, rewards=[{"name": "qa_accuracy"}], log={"images_every": 2}
+    )
+    lines = metric_lines(train(tree))
+    assert not {*EVERY_STEP, *JOINT, "perf/tokens_per_second"} - lines[-1].keys()
+    assert not {f"mm2t/{name}" for name in OF_BOTH} - lines[-1].keys()
+    assert not [name for name in lines[-1] if name.startswith("t2i")]
+    ((_, step, name, table),) = tables
+    assert (step, name) == (2, "mm2t/answers") and "how many squares" in table
+
+
+def test_supervised_stage(options):
+    tree = options(
+        objective="sft",
+        rewards=[],
+        model={"dtype": "bfloat16"},
+        train={"max_steps": 3, "micro_batch": 2},
+        optimizer={"learning_rate": 1e-2},
+        log={"every": 2},
+    )
+    lines = metric_lines(train(tree))
+    assert [line["step"] for line in lines] == [2, 3]  # the last line always
+    assert not unseen(lines, "Every run", "Supervised stages")
+    names = [f"{kind}/nll" for kind in ("t2i", "mm2t", "caption")]
+    assert not {*EVERY_STEP, *names, "phase/data_seconds"} - lines[0].keys()
+    assert lines[1]["loss"] == pytest.approx(sum(lines[1][name] for name in names), rel=1e-3)
+    assert lines[1]["mm2t/nll"] < lines[0]["mm2t/nll"]
+
+
+def test_image_tokenizer(options, model):
+    tree = options(objective="vq", rewards=[], train={"trainable": ["vqmodel/.*"]})
+    output = train(tree)
+    lines = metric_lines(output)
+    assert not unseen(lines, "Every run", "Image tokenizer")
+    config = load_config(model)
+    before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, output / "export"))
+    for path, leaf in after.items():
+        assert path.startswith("vqmodel/") == (not np.array_equal(leaf, before[path])), path
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices(options, monkeypatch):
+    """The whole iteration on data x fsdp x tensor: rewards too see rows in order."""
+    monkeypatch.setattr(planning, "make_mesh", make_mesh)
+    changes = {"train": {"max_steps": 1}, "grpo": {"kl_coef": 0.1}, "log": {"images_every": 1}}
+    tree = options(**changes, eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
+    spread = train(tree | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
+    monkeypatch.undo()
+    make = functools.partial(make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(planning, "make_mesh", make)
+    alone = train(tree | {"output_dir": tree["output_dir"] + "-alone"})
+    for found, wanted in zip(metric_lines(spread), metric_lines(alone), strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in steady(wanted).items():
+            if "sampling" not in name:
+                assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+# ---- before training
+
+
+def test_print_config_is_a_config(options, tmp_path, capsys):
+    train(options(), "--print-config", "seed=7")
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    loaded = config_files.load(path)
+    assert loaded.seed == 7 and loaded.optimizer.schedule == "linear"
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
+    tree = options(eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
+    train(tree, "--check", "train.max_steps=null", "train.epochs=2", "train.micro_batch=2")
+    out = capsys.readouterr().out
+    for part in (
+        "language_model", "total", "GiB", "optimizer", "12 rows to train on, 4 held out",
+        "steps: 6 of 4 prompts in 2 micro-batch(es), 6 optimizer steps", "'data': 1", "on cpu",
+        "t2i_pixel_mse", "qa_accuracy", "attention: xla in updates, xla in samplers",
+    ):  # fmt: skip
+        assert part in out, part
+    assert not (tmp_path / "run").exists()
+
+
+def plan_and_programs(options) -> tuple:
+    """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
+    planned = planning.plan(config_files.validate(options(grpo={"kl_coef": 0.1}), "test"))
+    lengths = report.prompt_lengths(planned)
+    return planned, *programs.programs(planned, lengths, jax.numpy.float32)
+
+
+def test_check_counts_what_is_kept_as_plan_does(options):
+    planned, kept, _ = plan_and_programs(options)
+    counted = report.memory_estimate(planned)
+    sizes = {name: programs.shard_bytes(part) / report.GIB for name, part in kept.parts().items()}
+    for ours, theirs in (
+        ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
+        ("optimizer", "optimizer"), ("reference", "reference"),
+    ):  # fmt: skip
+        assert counted[ours] == pytest.approx(sizes[theirs], rel=1e-3), ours
+    text = report.describe(planned)
+    for part in ("whole run, exact", "during an update, at least", "not counted", "--text-prompt"):
+        assert part in text
+
+
+@pytest.mark.slow
+def test_check_is_near_what_the_compiler_needs_for_an_update(options):
+    planned, kept, listed = plan_and_programs(options)
+    counted = report.memory_estimate(planned)
+    (update,) = (program for program in listed if program.name == "update")
+    with jax.set_mesh(planned.mesh):
+        needed = plan_tables.compiled(update, kept).temporaries / report.GIB
+    at_least = sum(counted.get(name, 0) for name in report.WORKING["during an update"])
+    assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as error:
+        command.main(["--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    for part in ("--check", "grpo.mm2t_weight = 0.8", "optimizer.learning_rate = 4e-06", "resumes"):
+        assert part in out
+
+
+def test_the_command_as_a_user_starts_it(options, tmp_path):
+    """In a process of its own, with one device and without the tests' settings."""
+    good = write_config(tmp_path / "good.yaml", options())
+    start = [sys.executable, "-m", "corl_jax.train", "--config"]
+    common = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*start, str(good), "--check"], env=environment, **common)
+    assert done.returncode == 0, done.stderr
+    assert "steps: 2 of 4 prompts" in done.stdout
+
+
+def test_wrong_options_are_all_listed(options, capsys):
+    tree = options(train={"prompts_per_stp": 4}, seed=-1)
+    lines = refused(capsys, tree, "optimizer.b1=3", "nonsense")
+    assert len(lines) == 4
+    joined = "\n".join(lines)
+    for part in ("did you mean prompts_per_step?", "seed: found -1", "b1: found 3", "'nonsense'"):
+        assert part in joined
+
+
+def test_wrong_files_and_sizes_are_all_listed(options, tmp_path, capsys):
+    tree = options(
+        model={"path": str(tmp_path / "nowhere")},
+        data={"path": str(tmp_path / "none.parquet")},
+        mesh={"data": 3},
+        rewards=[{"name": "formt"}, {"name": "t2i_qa", "options": {"greedily": True}}],
+    )
+    joined = "\n".join(refused(capsys, tree))
+    for part in ("nowhere", "none.parquet", "mesh: data 3", "did you mean format?", "greedily"):
+        assert part in joined, part
+
+
+def test_what_does_not_fit_the_model_and_data_is_all_listed(options, capsys):
+    tree = options(
+        data={"max_prompt_length": 4096},
+        train={"trainable": ["language_modl/.*"]},
+        rewards=[{"name": "format"}, {"name": "t2i_od"}, {"name": "shapes_checker"}],
+    )
+    joined = "\n".join(refused(capsys, tree))
+    for part in (
+        "data.max_prompt_length: 4096 plus a completion", "'language_modl/.*' matches no",
+        "od_problem", "od_solution", "spec",
+    ):  # fmt: skip
+        assert part in joined, part
+
+
+VQ = {"objective": "vq", "rewards": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"grpo": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
+        ({"rewards": [{"name": "format"}]}, ["none is for t2i"]),
+        (VQ | {"train": {"micro_batch": 2}}, ["vq has no micro-batches"]),
+        (VQ, ["train.trainable: found language_model, lm_head, which objective"]),
+        ({"objective": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
+        ({"objective": "sft", "rewards": [], "sft": {"caption_column": "captoin"}}, ["captoin"]),
+        ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
+        ({"eval": {"suite": "shapes", "rows": 4}}, ["spec", "category"]),
+        ({"data": {"columns": {"prompt": "caption_of_it"}}}, ["data.columns.prompt"]),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(options, capsys, changes, parts):
+    joined = "\n".join(refused(capsys, options(**changes)))
+    assert all(part in joined for part in parts), joined
+
+
+def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "make_mesh", make_mesh)
+    lines = refused(capsys, options(train={"prompts_per_step": 12}))
+    assert "train.prompts_per_step: 12 is not a multiple of the 8 ways" in lines[0]
+    assert "nearest: 8 or 16" in lines[0]
+
+
+def test_heads_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "make_mesh", make_mesh)
+    (line,) = refused(capsys, options(mesh={"data": 1, "tensor": 8}))
+    assert "mesh.tensor: 8 does not divide 4 (heads of language_model), 2 (key heads of" in line
+    assert line.endswith("nearest: 2")
+
+
+def test_a_second_writer_is_refused(options, capsys):
+    tree = options()
+    with run_directory.opened(config_files.validate(tree, "test")):
+        (line,) = refused(capsys, tree)
+    assert f"is being written by process {os.getpid()}" in line
+
+
+def test_another_config_in_the_same_directory_is_refused(options, capsys):
+    tree = options()
+    with run_directory.opened(config_files.validate(tree, "test")):
+        pass
+    lines = refused(
+        capsys, tree, "optimizer.learning_rate=1e-5", "train.max_steps=9", "log.every=5"
+    )
+    assert len(lines) == 2
+    assert "optimizer.learning_rate: found 1e-05, the run has 0.001" in lines[0]
+
+
+# ---- evaluation
+
+
+def test_columns_of_rewards_may_be_null(options, tmp_path):
+    """A reward does not apply to such a row; the row stays."""
+    rows = [
+        tiny_row(i) | {"qa_solution": None if i % 2 else "<answer>1</answer>"} for i in range(8)
+    ]
+    data = {"path": str(tiny_parquet(tmp_path / "some.parquet", rows))}
+    planned = planning.plan(config_files.validate(options(data=data), "test"))
+    solutions = planned.train_loader.batch(0).columns["qa_solution"]
+    solutions += planned.train_loader.batch(1).columns["qa_solution"]
+    assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
+
+
+def test_check_names_rewards_that_can_score_none_of_the_first_rows(options, tmp_path, capsys):
+    rows = [tiny_row(i) | {"qa_solution": None} for i in range(8)]
+    data = {"path": str(tiny_parquet(tmp_path / "blank.parquet", rows))}
+    train(options(data=data), "--check")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "qa_accuracy can score none of the first 8 rows" in warnings[0]
+
+
+def test_check_refuses_question_types_that_are_neither(options, tmp_path, capsys):
+    rows = [tiny_row(i) | {"qa_type": "essay"} for i in range(4)]
+    data = {"path": str(tiny_parquet(tmp_path / "types.parquet", rows))}
+    lines = refused(capsys, options(data=data), "--check")
+    assert len(lines) == 4 and "row 0: qa_type: found 'essay', expected MC or OE" in lines[0]
+
+
+def test_the_last_iteration_of_a_run_without_rewards_ends_it():
+    """However short; nothing of it is saved then."""
+    config = SimpleNamespace(
+        guards=Guards(), checkpoint=SimpleNamespace(max_failures=1), log=SimpleNamespace(every=9)
+    )
+    saves = SimpleNamespace(poll=lambda: None, check=lambda: None)
+    recorder = record.Recorder(config, None, SimpleNamespace(say=print), saves, None)
+    recorder.saver = saves
+    done = SimpleNamespace(updates=[], metrics={"not_applicable": 1.0})
+    run = SimpleNamespace(steps=2)
+    recorder.iteration(0, done, {}, run)
+    with pytest.raises(GuardError, match="no reward has applied to any completion of the 2 step"):
+        recorder.iteration(1, done, {}, run)
+
+
+def test_warmup_that_outlasts_the_epochs_is_refused(options):
+    """The length of the run is known when its data is read."""
+    tree = options(train={"max_steps": None, "epochs": 1.0}, optimizer={"warmup_steps": 500})
+    config = config_files.validate(tree, "test")
+    with pytest.raises(InputError, match="warmup_steps: found 500, but the run has") as error:
+        planning.plan(config)
+    assert len(error.value.problems) == 1
+
+
+def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
+    """Whatever is trained."""
+    extra = {"spec": "{}", "category": "counting"}
+    rows = [tiny_row(i) | extra for i in range(8)]
+    data = {"path": str(tiny_parquet(tmp_path / "drawn.parquet", rows))}
+    tree = options(
+        data=data, grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
+        eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
+    )  # fmt: skip
+    planned = planning.plan(config_files.validate(tree, "test"))
+    assert planned.train_loader.tasks == ("t2i",)
+    batch = planned.eval_loader.batch(0)
+    assert batch.t2i is not None and batch.mm2t is not None
+
+
+def test_held_out_rows_count_once(monkeypatch):
+    """Seven rows in batches of three: the last batch runs into a second pass."""
+    rewards = np.array([1, 2, 3, 4, 5, 6, 7, np.nan], np.float32)
+
+    def batches(first, last):
+        for start in range(3 * first, 3 * last, 3):
+            yield Prompts(np.arange(start, start + 3), {})
+
+    def scored(run, task, params, prompts, step):
+        per_prompt = rewards[prompts.index % 7]
+        return {"r": np.repeat(per_prompt, 2)}, {}
+
+    monkeypatch.setattr(iterate, "sample", lambda *_: None)
+    monkeypatch.setattr(iterate, "decode", lambda run, task, params, prompts, rollout: prompts)
+    monkeypatch.setattr(iterate, "score_task", scored)
+    loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
+    everything = record.held_out_rewards(run, {}, 99)
+    assert everything["eval/t2i/r"] == pytest.approx(4.0)
+    spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
+    assert everything["eval/t2i/r_stderr"] == pytest.approx(spread)
+    assert record.held_out_rewards(run, {}, 4)["eval/t2i/r"] == pytest.approx(2.5)
+
+
+def test_seconds_are_those_of_the_step_that_is_logged(options):
+    """Unlogged steps count in the mean; the line of one step has nothing of the next."""
+    taken = []
+    recorder = record.Recorder(
+        config=config_files.validate(options(log={"every": 2}), "test"), run_dir=None,
+        metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
+        checkpoints=SimpleNamespace(poll=lambda: None), model_dir=None,
+    )  # fmt: skip
+    loader = SimpleNamespace(
+        steps_per_epoch=4, counts={"bad": 0}, share_unusable=lambda union: None
+    )
+    run = SimpleNamespace(
+        steps=5, num_iterations=1, schedule=float, train_loader=loader, group_size=2,
+        tasks=("t2i",),
+    )  # fmt: skip
+    for step in range(5):
+        seconds = {"step_time": step + 1.0, "phase/rollout_seconds": 2.0}
+        metrics = {"update/applied": step + 1}
+        done = SimpleNamespace(metrics=metrics, samples={}, rewards={}, updates=[])
+        recorder.iteration(step, done, seconds, run)
+    assert [(step, values["step_time"]) for step, values in taken] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+    assert all(values["perf/images_per_second"] == 4 for _, values in taken)
+
+
+def test_problems_of_the_data_come_with_those_of_the_model(options, tmp_path):
+    tree = options(model={"path": str(tmp_path)}, data={"columns": {"qa_type": "kind"}})
+    with pytest.raises(InputError) as error:
+        planning.plan(config_files.validate(tree, "test"))
+    joined = "\n".join(error.value.problems)
+    assert "data.columns.qa_type" in joined and str(tmp_path) in joined
+
+
+# ---- weights and the export, before training
+
+
+def changed_model(model: Path, folder: Path, change: str) -> Path:
+    shutil.copytree(model, folder)
+    weights = folder / "model.safetensors"
+    if change == "missing":
+        weights.unlink()
+    elif change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        tensors["lm_head/kernel"] = tensors["lm_head/kernel"][:, :-1].copy()
+        save_file(tensors, weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("missing", "no weights found"),
+        ("truncated", "its header promises"),
+        ("misshapen", "lm_head/kernel has shape"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("--check",), ()])
+def test_weights_are_checked_with_the_rest(
+    options, model, tmp_path, capsys, change, part, arguments
+):
+    folder = changed_model(model, tmp_path / "model", change)
+    tree = options(model={"path": str(folder)}, data={"path": str(tmp_path / "none.parquet")})
+    joined = "\n".join(refused(capsys, tree, *arguments))
+    assert part in joined and "none.parquet" in joined
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_export_is_checked_before_training(options, model, tmp_path, capsys):
+    def check(**export):
+        return refused(capsys, options(export=export), "--check")
+
+    missing = str(tmp_path / "nowhere")
+    (line,) = check(layout="original", base=missing)
+    assert "export: base: " in line and "no such directory" in line
+    (line,) = check(layout="original", base=str(model))
+    assert "it has nothing to give" in line
+    for layout in ("transformers", "none"):
+        (line,) = check(layout=layout, base=missing)
+        assert f"which export.layout {layout} has no use for" in line
+
+
+def test_an_export_that_transformers_cannot_express(options, model, tmp_path, capsys):
+    """Sizes that only the other layouts can hold."""
+    config, params = load_config(model), load_params(model)
+    config = dataclasses.replace(config, image_token_embed=48)
+    width = params["generation_head"]["proj_out"]["kernel"].shape[0]
+    params["generation_head"] = {
+        "proj_out": {"kernel": np.zeros((width, 48)), "bias": np.zeros(48)},
+        "vision_head": {
+            "kernel": np.zeros((48, config.vq.num_embeddings)),
+            "bias": np.zeros(config.vq.num_embeddings),
+        },
+    }
+    folder = tmp_path / "wide"
+    save_checkpoint(folder, config, params, layout="jax")
+    shutil.copytree(
+        model, folder, dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("model.safetensors", "config.json"),
+    )  # fmt: skip
+    tree = options(model={"path": str(folder)}, export={"layout": "transformers"})
+    (line,) = refused(capsys, tree, "--check")
+    assert "export: image_token_embed is 48" in line
+    train(tree, "--check", "export.layout=original")
+
+
+# ---- the loop
+
+
+def test_the_first_step_is_told_and_saves_prepared_before_the_second():
+    """Later ones are read after the next is dispatched; the last one at the end."""
+    told = []
+
+    def iterate(run, state, prompts, step):
+        told.append(f"step {step}")
+        return state + prompts, f"done {step}"
+
+    recorder = SimpleNamespace(
+        iteration=lambda step, done, seconds, run: told.append(done),
+        prepare_saves=lambda: told.append("prepared"),
+        due=lambda step, run: step == 6,
+        milestone=lambda run, state, step: told.append(f"milestone {step}"),
+        metrics=SimpleNamespace(announce_compilation=lambda what: told.append(f"first {what}")),
+    )
+    run = SimpleNamespace(
+        iterate=iterate, phases=Phases(),
+        train_loader=SimpleNamespace(iterate=lambda start, stop: [10, 20, 30, 40]),
+    )  # fmt: skip
+    assert loop.train(run, 0, recorder, 3, 7) == 100
+    assert told == [
+        "first step", "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5",
+        "milestone 6", "step 6", "done 6",
+    ]  # fmt: skip
+
+
+def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypatch):
+    """Two saves and the look before the second process resumes."""
+    taken, steps = [], []
+    digests, iteration = command.untrained_digests, record.Recorder.iteration
+
+    def take(run):
+        taken.append(len(steps))
+        return digests(run)
+
+    def log(self, step, *rest):
+        steps.append(step)
+        return iteration(self, step, *rest)
+
+    pixels, dtypes = iterate.sampling.decode_images, []
+    monkeypatch.setattr(
+        iterate.sampling, "decode_images",
+        lambda *args, dtype: dtypes.append(dtype) or pixels(*args, dtype=dtype),
+    )  # fmt: skip
+    monkeypatch.setattr(command, "untrained_digests", take)
+    monkeypatch.setattr(record.Recorder, "iteration", log)
+    tree = options(
+        grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
+        checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"},
+    )  # fmt: skip
+    path = write_config(tmp_path / "config.yaml", tree)
+    command.main(["--config", str(path), "train.stop_after=2"])
+    assert taken == [1] and steps == [0, 1]
+    assert set(dtypes) == {jax.numpy.bfloat16}, "of rollout.pixel_dtype"
+    command.main(["--config", str(path)])
+    assert taken == [1, 2] and steps == [0, 1, 2]
