@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.sampling_options import (
+from corl_jax.policies.sampling_options import (
     complete_options,
     describe_default,
     tell_sampling,
@@ -33,7 +33,7 @@ from corl_jax.sampling_options import (
 )
 
 if TYPE_CHECKING:
-    from corl_jax.models.janus import JanusConfig
+    from corl_jax.policies.janus.network import JanusConfig
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
@@ -182,7 +182,7 @@ def open_rows(args: argparse.Namespace, config: JanusConfig | None) -> Any:
     """
     from corl_jax.data.dataset import ParquetSource, Rows
     from corl_jax.data.drawn_world.scene import choose_world
-    from corl_jax.evaluation import REQUIRED, HeldOutShapes
+    from corl_jax.evaluation.shapes import REQUIRED, HeldOutShapes
 
     if args.data is None:
         world = args.world or choose_world(config.siglip.image_size if config else 64)
@@ -205,7 +205,7 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
         InputError: listing every row that could not be drawn, answered or scored.
     """
     from corl_jax.data.images import decode_image
-    from corl_jax.evaluation import REQUIRED, row_problems
+    from corl_jax.evaluation.shapes import REQUIRED, row_problems
 
     names = [source.where(row) for row in range(len(source))]
     problems = row_problems({name: source.column(name) for name in REQUIRED}, names)
@@ -253,7 +253,7 @@ def prompt_lengths(
 def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size: int) -> Any:
     """Rows in file order, all padded alike, so that each task compiles once."""
     from corl_jax.data.dataset import Loader
-    from corl_jax.evaluation import REQUIRED, TASKS
+    from corl_jax.evaluation.shapes import REQUIRED, TASKS
 
     return Loader(
         source,
@@ -280,7 +280,7 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
 
     from corl_jax import startup
     from corl_jax.devices.mesh import batch_sharding, make_mesh
-    from corl_jax.evaluation import evaluate_shapes
+    from corl_jax.evaluation.shapes import evaluate_shapes
 
     startup.prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
@@ -324,7 +324,7 @@ def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
     from PIL import Image
 
     from corl_jax.data.questions import to_json_line
-    from corl_jax.evaluation import contact_sheet
+    from corl_jax.evaluation.shapes import contact_sheet
     from corl_jax.weights.atomic import whole_directory
 
     with whole_directory(out) as folder:

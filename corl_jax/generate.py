@@ -20,7 +20,7 @@ from corl_jax.console import write_json_lines
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.sampling_options import (
+from corl_jax.policies.sampling_options import (
     HARMLESS,
     complete_options,
     describe_default,
@@ -144,7 +144,7 @@ def generate_images(args: argparse.Namespace) -> None:
     """The `image` subcommand."""
     from PIL import Image
 
-    from corl_jax import inference
+    from corl_jax.policies import batched
     from corl_jax.weights.atomic import whole_directory
 
     prompts = check_image(args)
@@ -152,7 +152,7 @@ def generate_images(args: argparse.Namespace) -> None:
     started, records = time.monotonic(), {}
     model, dtype = load(args)
     with whole_directory(args.out) as folder:
-        for sample in inference.draw_images(
+        for sample in batched.draw_images(
             model, prompts, dtype=dtype, samples=args.samples, batch_size=args.batch_size,
             seed=args.seed, cfg_scale=args.cfg_scale, temperature=args.temperature or 1.0,
             greedy=args.greedy, show_progress=True,
@@ -256,14 +256,14 @@ def ask(args: argparse.Namespace, case: Case) -> str:
 
 def generate_texts(args: argparse.Namespace) -> None:
     """The `text` subcommand."""
-    from corl_jax import inference
     from corl_jax.data.images import decode_image
+    from corl_jax.policies import batched
 
     cases = check_text(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load(args)
-    for sample in inference.answer_questions(
+    for sample in batched.answer_questions(
         model, [ask(args, case) for case in cases], lambda i: decode_image(cases[i].file),
         dtype=dtype, system_prompt=args.system_prompt, samples=args.samples,
         batch_size=args.batch_size, seed=args.seed, max_new_tokens=args.max_new_tokens,

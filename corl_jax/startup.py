@@ -12,17 +12,17 @@ import jax
 from jax.sharding import Mesh
 
 from corl_jax.config.schema import Distributed
-from corl_jax.data.processor import Processor
 from corl_jax.devices import processes
 from corl_jax.devices.mesh import param_shardings
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params
 from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
 from corl_jax.weights.folders import pointer_problems
-from corl_jax.weights.placing import load_sharded
+from corl_jax.weights.sharded_load import load_sharded
 
 PLATFORMS = "jax_platforms"
 CACHE_DIR = "jax_compilation_cache_dir"
@@ -188,13 +188,13 @@ def load_model(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None 
     """
     config, processor, folder = inspect_model(path_or_hub_id)
     if mesh is not None:
-        shardings = param_shardings(janus.abstract(config), mesh)
+        shardings = param_shardings(network.abstract(config), mesh)
 
         def kept(path: str) -> Any:
-            return None if dtype is None else janus.compute_dtype(path, dtype)
+            return None if dtype is None else network.compute_dtype(path, dtype)
 
         return Model(config, load_sharded(folder, config, shardings, kept), processor, folder)
     params = load_params(folder, config)
     if dtype is not None:
-        params = janus.cast(params, dtype)
+        params = network.cast(params, dtype)
     return Model(config, jax.device_put(params), processor, folder)

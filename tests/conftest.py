@@ -84,11 +84,11 @@ def _programs_of_one_module():
 def _one_device():
     """Commands in this process see one device; `mesh` of the config is read all the same."""
     from corl_jax.devices.mesh import make_mesh
-    from corl_jax.train import planning
+    from corl_jax.train import resolve
 
     make = functools.partial(make_mesh, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
+        patch.setattr(resolve, "make_mesh", make)
         yield
 
 
@@ -127,10 +127,10 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_config():
     """A Janus of a few hundred thousand parameters: every kind of layer, nothing square."""
-    from corl_jax.models.janus import JanusConfig
     from corl_jax.models.llama import LlamaConfig
     from corl_jax.models.siglip import SiglipConfig
     from corl_jax.models.vq import VQConfig
+    from corl_jax.policies.janus.network import JanusConfig
 
     return JanusConfig(
         llama=LlamaConfig(
@@ -156,7 +156,7 @@ def tiny_params(tiny_config):
     Drawn by NumPy: compiling `janus.init` takes longer than the tests that need parameters.
     """
     from corl_jax.devices.mesh import map_with_path
-    from corl_jax.models import janus
+    from corl_jax.policies.janus import network
 
     rng = np.random.default_rng(0)
 
@@ -164,7 +164,7 @@ def tiny_params(tiny_config):
         noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jax.numpy.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    return map_with_path(draw, janus.abstract(tiny_config))
+    return map_with_path(draw, network.abstract(tiny_config))
 
 
 @pytest.fixture(scope="module")

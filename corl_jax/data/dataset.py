@@ -23,9 +23,9 @@ import numpy as np
 from corl_jax.data.columns import COLUMNS, IMAGE_COLUMN
 from corl_jax.data.images import MAX_PIXELS
 from corl_jax.data.parquet import ParquetSource, Rows, Source, held_out
-from corl_jax.data.processor import Processor
-from corl_jax.data.usable import BadRow, Example, LongRow, UsableRows
+from corl_jax.data.usable_rows import BadRow, Example, LongRow, UsableRows
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import EncodedPrompts, Prompts
 
 __all__ = ["COLUMNS", "Loader", "ParquetSource", "Rows", "Source", "held_out", "required_columns"]

@@ -16,8 +16,8 @@ from PIL import ExifTags, Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LFS_PREFIX
-from corl_jax.weights.configs import parse_vision
-from corl_jax.weights.fields import Fields
+from corl_jax.policies.janus.checkpoint.settings import parse_vision
+from corl_jax.weights.foreign_config import Fields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with a warning

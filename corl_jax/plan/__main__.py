@@ -20,13 +20,13 @@ import jax
 from corl_jax import startup
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
-from corl_jax.data.processor import BUCKET
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import expand_path
-from corl_jax.models import janus
-from corl_jax.models.janus import PRESETS, JanusConfig
 from corl_jax.plan import chips, programs, tables
-from corl_jax.train import planning, setup
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import PRESETS, JanusConfig
+from corl_jax.policies.janus.prompts import BUCKET
+from corl_jax.train import build, resolve
 from corl_jax.types import SpecialTokens
 from corl_jax.weights.files import load_config
 from corl_jax.weights.folders import refuse_adapter
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     parser.add_argument(
         "--stored",
-        choices=setup.DTYPES,
+        choices=build.DTYPES,
         default="bfloat16",
         help="dtype of the model's files and so of what is frozen (default: bfloat16)",
     )
@@ -160,9 +160,9 @@ def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
 
-def heading(outline: planning.Outline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+def heading(outline: resolve.Outline, chip: chips.Chip, lengths: dict[str, int]) -> str:
     config, model = outline.config, outline.model_config
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(janus.abstract(model)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract(model)))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
         f"{task} {lengths[task]} + {programs.completion_length(outline, task)} tokens"
@@ -191,11 +191,11 @@ def main(argv: list[str] | None = None) -> None:
     model = model_config(config.model.path, args.model)
     lengths = prompt_lengths(args, config, model)
     devices, chip = devices_of(args.topology, args.hbm)
-    outline = planning.outline(config, model, STAND_INS, devices)
+    outline = resolve.outline(config, model, STAND_INS, devices)
     print(heading(outline, chip, lengths), flush=True)
     listed, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
-    kept, planned = programs.programs(outline, lengths, setup.DTYPES[args.stored])
+    kept, planned = programs.programs(outline, lengths, build.DTYPES[args.stored])
     planned = selected(planned, args.only)
     print(f"\n{tables.kept_table(kept, reserve)}", flush=True)
     if reason := tables.too_much_kept(kept, chip, reserve):

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from corl_jax import sampling
 from corl_jax.devices.mesh import batch_sharding, param_shardings
-from corl_jax.models import janus
-from corl_jax.train import setup
+from corl_jax.policies.janus import network, sampling
+from corl_jax.train import build
 from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
-from corl_jax.train.planning import Outline
+from corl_jax.train.resolve import Outline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import EncodedPrompts, Params
 
@@ -78,25 +77,25 @@ def shard_bytes(tree: Any) -> int:
 
 
 def held(outline: Outline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, TrainState]:
-    """(what the run keeps, its optimizer, the state's shardings), as `setup.build` lays it out.
+    """(what the run keeps, its optimizer, the state's shardings), as `build.build` lays it out.
 
     `stored` is the dtype of the model's files, in which the frozen parameters stay.
     """
     config, mesh = outline.config, outline.mesh
-    parts = partition(janus.abstract(outline.model_config), config.trained)
+    parts = partition(network.abstract(outline.model_config), config.trained)
     master = master_dtype(config.compat.bfloat16_master)
     trained, frozen = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)
     )
     optimizer = make_optimizer(config.optimizer, outline.optimizer_steps)
-    shardings = setup.state_shardings(optimizer, trained, mesh)
+    shardings = build.state_shardings(optimizer, trained, mesh)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )
     reference = None
     if config.grpo.kl_coef:
-        cast = functools.partial(janus.cast, dtype=setup.DTYPES[config.model.dtype])
+        cast = functools.partial(network.cast, dtype=build.DTYPES[config.model.dtype])
         # Adapters have none: the reference is what is frozen.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
         reference = with_shardings(jax.eval_shape(cast, first), where)
@@ -163,16 +162,16 @@ def programs(
             calls=config.train.prompts_per_step // count,
             rounds=sampling.strides(completion_length(outline, task) - 1)[0],
         )
-        for task, sampler in setup.make_samplers(outline).items()
+        for task, sampler in build.make_samplers(outline).items()
         if task in outline.tasks
     ]
     if "t2i" in outline.tasks:
         shape = (config.train.prompts_per_step * group, completion_length(outline, "t2i"))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        dtype = setup.DTYPES[config.rollout.pixel_dtype]
+        dtype = build.DTYPES[config.rollout.pixel_dtype]
         decode = functools.partial(sampling.decode_images, outline.model_config, dtype=dtype)
         listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
-    train_step, score_step = setup.make_steps(outline, optimizer, shardings)
+    train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
     extra = (*old, *(("ref_logprobs",) if kept.reference is not None else ()))
     if extra:

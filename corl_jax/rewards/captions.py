@@ -19,13 +19,13 @@ from jax import lax
 from PIL import Image
 
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
-from corl_jax.weights.fields import Fields
 from corl_jax.weights.folders import unmarked_folder
+from corl_jax.weights.foreign_config import Fields
 from corl_jax.weights.storage import read_json
 
 CHUNK = 64
@@ -95,7 +95,7 @@ def _caption_program(
     dtype: Any,
 ) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        model = binding.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
+        model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
         features = model.vision_model(normalise(images, settings))
         return greedy(model.text_decoder, features, max_new_tokens)
 

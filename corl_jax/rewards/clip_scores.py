@@ -18,7 +18,7 @@ from PIL import Image
 
 from corl_jax.config.fields import PositiveFloat
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig
 from corl_jax.rewards.samples import Context, Samples, in_pieces
@@ -120,7 +120,7 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _cosines(config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:
-    model = binding.bind(Clip, config, params)
+    model = modules.bind(Clip, config, params)
     pictures = model.image_embeds(normalised(config, pixels))
     return (pictures * model.text_embeds(ids)).sum(axis=-1)
 
@@ -133,8 +133,8 @@ def _ratings(
     head_params: Params,
     pixels: jax.Array,
 ) -> jax.Array:
-    pictures = binding.bind(Clip, config, params).image_embeds(normalised(config, pixels))
-    head = binding.bind(AestheticHead, head_config, head_params)
+    pictures = modules.bind(Clip, config, params).image_embeds(normalised(config, pixels))
+    head = modules.bind(AestheticHead, head_config, head_params)
     with jax.default_matmul_precision("highest"):
         return head(pictures).astype(jnp.float32)
 

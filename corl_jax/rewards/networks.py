@@ -21,8 +21,8 @@ from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
 from corl_jax.devices.mesh import network_shardings, param_shardings
 from corl_jax.errors import InputError
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus import network as janus_network
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION
 from corl_jax.rewards.registry import REGISTRY, Resolved, options_of
@@ -31,7 +31,7 @@ from corl_jax.startup import inspect_model
 from corl_jax.types import Params
 from corl_jax.weights.hub import resolve_path
 from corl_jax.weights.networks import NetworkCheckpoint, open_network
-from corl_jax.weights.placing import load_sharded
+from corl_jax.weights.sharded_load import load_sharded
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -280,11 +280,11 @@ def load(found: Found, mesh: Mesh | None, offload: bool) -> Frozen:
 
 def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> Frozen:
     """A frozen scorer in its compute dtype, read from its folder and laid out as the policy is."""
-    shapes = janus.abstract(policy.config)
+    shapes = janus_network.abstract(policy.config)
     shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh)
     params = load_sharded(
         folder, policy.config, _place(shardings, offload),
-        lambda path: janus.compute_dtype(path, policy.dtype),
+        lambda path: janus_network.compute_dtype(path, policy.dtype),
     )  # fmt: skip
     return Frozen(dataclasses.replace(policy, params=params), shardings, offload=offload)
 
@@ -300,7 +300,7 @@ def _place(shardings: Params, offload: bool) -> Params:
 
 
 def _shapes(config: JanusConfig) -> list[tuple[int, ...]]:
-    return [leaf.shape for leaf in jax.tree.leaves(janus.abstract(config))]
+    return [leaf.shape for leaf in jax.tree.leaves(janus_network.abstract(config))]
 
 
 def _locate(name: str, path: str | None) -> Path:

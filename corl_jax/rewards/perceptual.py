@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.rewards import image
 from corl_jax.rewards.samples import in_pieces
@@ -62,4 +62,4 @@ def _distances(
 ) -> jax.Array:
     # Rounded products of an accelerator shift the distance by as much as small edits do.
     with jax.default_matmul_precision("highest"):
-        return binding.bind(Lpips, config, params)(generated, real)
+        return modules.bind(Lpips, config, params)(generated, real)

@@ -19,13 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from corl_jax import sampling
 from corl_jax.config.fields import Fraction, Positive
 from corl_jax.devices.batches import mesh_of, share
 from corl_jax.devices.processes import largest
 from corl_jax.errors import InputError
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import text
 from corl_jax.rewards.functions import classification, each, question_types
 from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
@@ -135,7 +134,7 @@ def _similarity_program(
     image_token: int,
     dtype: Any,
 ) -> jax.Array:
-    model = janus.bind(config, janus.cast(params, dtype))
+    model = network.bind(config, network.cast(params, dtype))
     assert prompts.pixel_values is not None
     features = model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, image_token, features)

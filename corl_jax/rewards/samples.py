@@ -17,7 +17,7 @@ import numpy as np
 
 from corl_jax.devices.batches import local, mesh_of, put, share, ways
 from corl_jax.errors import InputError
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from corl_jax.devices.processes import of_all
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
@@ -107,7 +107,7 @@ def _token_vectors(
 ) -> jax.Array:
     """Unit vectors [B, T, D] float32 of all tokens of ids [B, T], the padding's among them."""
     with jax.default_matmul_precision("highest"):
-        return _unit(binding.bind(Bert, config, params)(ids, _kept(ids, lengths), layer=layer))
+        return _unit(modules.bind(Bert, config, params)(ids, _kept(ids, lengths), layer=layer))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -117,7 +117,7 @@ def _sentence_vectors(
     """Unit vectors [B, D] float32 of the texts whose first `lengths` [B] of ids [B, T] count."""
     kept = _kept(ids, lengths)
     with jax.default_matmul_precision("highest"):
-        hidden = binding.bind(Bert, config, params)(ids, kept).astype(jnp.float32)
+        hidden = modules.bind(Bert, config, params)(ids, kept).astype(jnp.float32)
     return _unit(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
 
 

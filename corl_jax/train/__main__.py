@@ -29,12 +29,12 @@ from corl_jax.runs.directory import RunDir
 from corl_jax.runs.log import Metrics, Phases
 from corl_jax.runs.signals import Interruption
 from corl_jax.runs.watchdog import Watchdog
-from corl_jax.train import report
+from corl_jax.train import check
+from corl_jax.train.build import build
 from corl_jax.train.loop import train
-from corl_jax.train.planning import Plan, plan
-from corl_jax.train.record import Recorder
+from corl_jax.train.milestones import Recorder
+from corl_jax.train.resolve import Plan, plan
 from corl_jax.train.run import Run
-from corl_jax.train.setup import build
 from corl_jax.train.step import TrainState
 
 MEASURED_WITH = ("eval.", "rollout.", "rewards.", "data.", "model.", "networks.", "compat.")
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
-            print(report.describe(planned))
+            print(check.describe(planned))
 
 
 def run_training(planned: Plan, interruption: Interruption, allow_changes: bool = False) -> None:
@@ -213,7 +213,7 @@ def _as_file(name: str, start: str | None = None) -> str:
 
 def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Metrics) -> None:
     """What a user should know before the first step."""
-    if chosen := report.attention(planned):
+    if chosen := check.attention(planned):
         metrics.say(chosen)
     if resumed is not None:
         for text in resumed.warnings:
@@ -226,9 +226,9 @@ def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Me
             metrics.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
     if metrics.primary and (line := export_record.describe_age(directory.export, planned.steps)):
         metrics.say(line)
-    if shortage := report.disk_shortage(planned):
+    if shortage := check.disk_shortage(planned):
         metrics.say(f"warning: {shortage}")
-    for line in report.inapplicable(planned):
+    for line in check.inapplicable(planned):
         metrics.say(f"warning: {line}")
 
 

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from corl_jax.config.schema import Config
 from corl_jax.models import attention, causal
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.network import JanusConfig
 
 
 def of_update(config: Config, model: JanusConfig, mesh: Mesh) -> causal.CausalAttention:

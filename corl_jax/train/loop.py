@@ -1,4 +1,4 @@
-"""The training loop. Verbs only: every option became a value in `setup`."""
+"""The training loop. Verbs only: every option became a value in `build`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from corl_jax.devices.compiling import take_compile_seconds
-from corl_jax.train.record import Recorder
+from corl_jax.train.milestones import Recorder
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 

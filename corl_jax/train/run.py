@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from corl_jax.devices import batches
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards.samples import Lent
 from corl_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Values and functions; built by `setup`, read by everything else in `train`."""
+    """Values and functions; built by `build`, read by everything else in `train`."""
 
     # the policy
     model_config: JanusConfig

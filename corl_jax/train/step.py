@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from corl_jax import grpo
+from corl_jax.algorithms import grpo
 from corl_jax.devices.mesh import constrain
-from corl_jax.models import janus
-from corl_jax.models.janus import Janus, JanusConfig
-from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
+from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.train.optimizer import merge
 from corl_jax.types import Array, EncodedPrompts, Params
 
@@ -139,7 +139,7 @@ def gradients(
     weights = dict(objective.weights)
 
     def loss(trained: Params, piece: Batch) -> tuple[jax.Array, tuple[Sums, dict]]:
-        model = janus.bind(config, janus.cast(merge(trained, frozen), objective.dtype))
+        model = network.bind(config, network.cast(merge(trained, frozen), objective.dtype))
         total, sums, largest = jnp.float32(0), {}, {}
         for name, task in piece.items():
             summed, metrics, most = task_loss(model, name, task, objective)
@@ -231,8 +231,8 @@ def make_score_step(config: JanusConfig, objective: Objective) -> Callable:
 
     @jax.jit
     def score_step(trained: Params, frozen: Params, batch: Batch) -> dict[str, jax.Array]:
-        params = janus.cast(merge(trained, frozen), objective.dtype)
-        model = janus.bind(config if trained else janus.base(config), params)
+        params = network.cast(merge(trained, frozen), objective.dtype)
+        model = network.bind(config if trained else network.base(config), params)
 
         def score(piece: Batch) -> dict[str, jax.Array]:
             return {

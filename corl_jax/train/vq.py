@@ -22,13 +22,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
 from corl_jax.models.vq import VQModel
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.sft import drawing_pixels
 from corl_jax.train.step import TrainState, apply_gradients
-from corl_jax.train.supervised import drawing_pixels
 from corl_jax.types import Params, Prompts
 
 ENTROPY_TEMPERATURE = 0.05
@@ -86,8 +86,8 @@ def make_vq_step(
     def train_step(state: TrainState, frozen: Params, pixels: jax.Array):
         def loss(trained: Params):
             # What is frozen has the dtype of its checkpoint.
-            params = janus.cast(merge(trained, frozen), jnp.float32)
-            model = janus.bind(config, params).vqmodel
+            params = network.cast(merge(trained, frozen), jnp.float32)
+            model = network.bind(config, params).vqmodel
             return vq_loss(model, pixels, *weights)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)

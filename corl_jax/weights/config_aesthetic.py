@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.aesthetic import AestheticConfig
-from corl_jax.weights.fields import wrong_count
+from corl_jax.weights.foreign_config import wrong_count
 from corl_jax.weights.table import Shape
 from corl_jax.weights.tables.aesthetic import PLACES
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.bert import BertConfig
-from corl_jax.weights.fields import Fields, indivisible
+from corl_jax.weights.foreign_config import Fields, indivisible
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 

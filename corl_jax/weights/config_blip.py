@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corl_jax.models.blip import BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig
-from corl_jax.weights.fields import Fields, indivisible, not_below
+from corl_jax.weights.foreign_config import Fields, indivisible, not_below
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.models.clip import Activation, ClipConfig, TowerConfig
-from corl_jax.weights.fields import Fields, indivisible, not_below, wrong_count
+from corl_jax.weights.foreign_config import Fields, indivisible, not_below, wrong_count
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 

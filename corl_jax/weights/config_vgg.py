@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.vgg import VggConfig
-from corl_jax.weights.fields import wrong_count
+from corl_jax.weights.foreign_config import wrong_count
 from corl_jax.weights.table import Shape
 from corl_jax.weights.tables.vgg import PLACES, head_key, trunk_key
 

@@ -13,16 +13,22 @@ from typing import Any, Literal
 import numpy as np
 
 from corl_jax.errors import InputError, shorten
-from corl_jax.models.janus import JanusConfig
-from corl_jax.weights import assets, config_original, config_transformers
+from corl_jax.policies.janus.checkpoint import assets
+from corl_jax.policies.janus.checkpoint import original as original_layout
+from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
+from corl_jax.policies.janus.checkpoint.generation import FILE as GENERATION_FILE
+from corl_jax.policies.janus.checkpoint.generation import (
+    NOTHING_STATED,
+    Generation,
+    parse_generation,
+)
+from corl_jax.policies.janus.checkpoint.settings import Layout, parse_config, write_jax
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.weights.checkpoint import CARRIED_FILE, SOURCE_FOLDER, is_stacked
-from corl_jax.weights.configs import Layout, parse_config, write_jax
 from corl_jax.weights.dtypes import is_float, named, widest
-from corl_jax.weights.finite import watched
 from corl_jax.weights.folders import read_unmarked
-from corl_jax.weights.generation import FILE as GENERATION_FILE
-from corl_jax.weights.generation import NOTHING_STATED, Generation, parse_generation
-from corl_jax.weights.leaves import Leaves, layer_count, leaf_dtype, mixed_dtypes, slots_by_key
+from corl_jax.weights.nan_check import watched
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
     Progress,
@@ -32,10 +38,10 @@ from corl_jax.weights.shards import (
     write_tensors,
     write_text,
 )
+from corl_jax.weights.sources import Leaves, layer_count, leaf_dtype, mixed_dtypes, slots_by_key
 from corl_jax.weights.storage import Store, read_json
 from corl_jax.weights.table import Slot
 from corl_jax.weights.tables import TABLES
-from corl_jax.weights.tokens import special_tokens
 
 DType = Literal["keep", "float32", "bfloat16"]
 
@@ -216,10 +222,10 @@ def write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None:
             return
     dtype = main_dtype(plans)
     if export.layout == "original":
-        _json(folder / "config.json", config_original.write(export.config, dtype))
+        _json(folder / "config.json", original_layout.write(export.config, dtype))
     else:
         special = special_tokens(_tokenizer_folder(export))
-        _json(folder / "config.json", config_transformers.write(export.config, dtype, special))
+        _json(folder / "config.json", transformers_layout.write(export.config, dtype, special))
 
 
 def _patched(config: dict[str, Any], export: Export) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def _write_generation(folder: Path, export: Export) -> None:
     given = old.get("generation_kwargs")
     has_boi = isinstance(given, dict) and "boi_token_id" in given
     if export.layout == "transformers" and not has_boi:
-        made = config_transformers.write_generation(special_tokens(_tokenizer_folder(export)))
+        made = transformers_layout.write_generation(special_tokens(_tokenizer_folder(export)))
         kwargs = {**(given if isinstance(given, dict) else {}), **made["generation_kwargs"]}
         new = {**made, **new, "generation_kwargs": kwargs}
     if source and new == old and source.is_file():

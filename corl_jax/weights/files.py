@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
+from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, Generation
+from corl_jax.policies.janus.checkpoint.settings import Layout, detect_layout, load_config
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.types import Params
-from corl_jax.weights import config_transformers
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.checkpoint import Checkpoint, is_stacked, leaf_shapes, open_checkpoint
-from corl_jax.weights.configs import Layout, detect_layout, load_config
 from corl_jax.weights.export import Assets, DType, Export, main_dtype, plan_tensors, write_export
-from corl_jax.weights.finite import non_finite_problem
-from corl_jax.weights.generation import NOTHING_STATED, Generation
 from corl_jax.weights.hub import resolve_model_dir
-from corl_jax.weights.leaves import MemoryLeaves, read_leaf
+from corl_jax.weights.nan_check import non_finite_problem
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
+from corl_jax.weights.sources import MemoryLeaves, read_leaf
 from corl_jax.weights.storage import Store
 from corl_jax.weights.table import flatten, unflatten
-from corl_jax.weights.tokens import special_tokens
 
 __all__ = [
     "Layout",
@@ -118,7 +118,7 @@ def check_export(layout: Layout, config: JanusConfig, base: str | Path | None = 
     problems: list[str] = []
     try:
         if layout == "transformers":
-            config_transformers.check_expressible(config)
+            transformers_layout.check_expressible(config)
     except InputError as error:
         problems += error.problems
     try:

@@ -20,12 +20,13 @@ import numpy as np
 from flax import nnx
 
 from corl_jax.errors import InputError, shorten
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.models.blip import Blip, BlipConfig
 from corl_jax.models.clip import Clip, ClipConfig
 from corl_jax.models.vgg import Lpips, VggConfig
+from corl_jax.policies.janus.checkpoint.settings import FORMAT_VERSION, from_dict
 from corl_jax.types import Params
 from corl_jax.weights import (
     config_aesthetic,
@@ -35,19 +36,10 @@ from corl_jax.weights import (
     config_vgg,
 )
 from corl_jax.weights.atomic import whole_directory
-from corl_jax.weights.configs import FORMAT_VERSION, from_dict
 from corl_jax.weights.dtypes import is_float, named
-from corl_jax.weights.finite import non_finite_problem, watched
 from corl_jax.weights.folders import pointer_problems, read_unmarked, refuse_adapter
-from corl_jax.weights.leaves import (
-    JaxLeaves,
-    Leaves,
-    TorchLeaves,
-    layer_count,
-    leaf_dtype,
-    read_leaf,
-)
-from corl_jax.weights.placing import place_leaves
+from corl_jax.weights.nan_check import non_finite_problem, watched
+from corl_jax.weights.sharded_load import place_leaves
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
     Progress,
@@ -55,6 +47,14 @@ from corl_jax.weights.shards import (
     write_bytes,
     write_tensors,
     write_text,
+)
+from corl_jax.weights.sources import (
+    JaxLeaves,
+    Leaves,
+    TorchLeaves,
+    layer_count,
+    leaf_dtype,
+    read_leaf,
 )
 from corl_jax.weights.storage import Store, open_any_store, read_json
 from corl_jax.weights.table import Shape, Table, flatten, unflatten
@@ -84,7 +84,7 @@ class NetworkKind:
 
     def shapes(self, config: Any) -> dict[str, Shape]:
         """{path: shape} of every parameter."""
-        abstract = binding.abstract(self.module, config)
+        abstract = modules.abstract(self.module, config)
         return {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
 
 

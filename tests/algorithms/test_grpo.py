@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_jax import grpo
+from corl_jax.algorithms import grpo
 
 NAN = math.nan
 

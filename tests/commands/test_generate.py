@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, inference, sampling, startup
+from corl_jax import generate, startup
 from corl_jax.data import questions
-from corl_jax.data.processor import Processor
 from corl_jax.devices.mesh import leaf_paths, map_with_path
 from corl_jax.errors import InputError
-from corl_jax.models import janus
+from corl_jax.policies import batched
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.weights.files import load_params, save_checkpoint
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
 
@@ -50,7 +51,7 @@ def model_dir(config, tmp_path_factory):
         noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
         return noise + 1 if path.endswith("/scale") else noise
 
-    params = map_with_path(draw, janus.abstract(config))
+    params = map_with_path(draw, network.abstract(config))
     files = tiny_tokenizer_dir(folder.parent / "tokenizer", image_size=16, patch_size=4)
     params["lm_head"]["kernel"][:, Processor.from_dir(files).special.eos] *= 12
     save_checkpoint(folder, config, params, layout="jax")
@@ -211,7 +212,7 @@ def test_one_question_in_its_own_process(cases, model_dir, tmp_path):
     (row,) = [json.loads(line) for line in done.stdout.splitlines()]
 
     model = startup.load_model(model_dir, jnp.float32)
-    (sample,) = inference.answer_questions(
+    (sample,) = batched.answer_questions(
         model, ["how many squares?"], lambda _: Image.open(picture), dtype=jnp.float32,
         system_prompt="Count.", greedy=True, max_new_tokens=NEW_TOKENS,
     )  # fmt: skip
@@ -438,7 +439,7 @@ def test_help_tells_every_default(capsys):
 @pytest.mark.parametrize("samples", [1, 2, 5, 20])
 def test_pieces_hold_every_sample_once_in_one_shape_a_length(samples, batch_size):
     lengths = [32, 64, 32, 32, 96, 64, 32, 32, 32]
-    planned = list(inference.pieces(lengths, samples, batch_size))
+    planned = list(batched.pieces(lengths, samples, batch_size))
     found = Counter(
         (prompt, piece.first + g)
         for piece in planned
@@ -456,7 +457,7 @@ def test_pieces_hold_every_sample_once_in_one_shape_a_length(samples, batch_size
 
 def test_keys_of_a_piece_are_those_of_the_whole():
     whole = jax.random.key_data(sampling.sample_keys(5, np.arange(4), 6)).reshape(4, 6, -1)
-    piece = inference.Piece(length=32, prompts=(1, 3), rows=3, first=2, group=4)
+    piece = batched.Piece(length=32, prompts=(1, 3), rows=3, first=2, group=4)
     found = jax.random.key_data(piece.keys(5, "t2i")).reshape(3, 4, -1)
     np.testing.assert_array_equal(found, whole[[1, 3, 1], 2:6])
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from corl_jax import score
 from corl_jax.data.drawn_world import generator
-from corl_jax.data.processor import Processor
 from corl_jax.devices.mesh import map_with_path
-from corl_jax.models import janus
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import registry
 from corl_jax.weights import files
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
@@ -269,7 +269,7 @@ def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
     rng = np.random.default_rng(0)
     params = map_with_path(
         lambda path, leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
-        janus.abstract(config),
+        network.abstract(config),
     )
     model = tmp_path / "model"
     files.save_checkpoint(model, config, params, layout="jax")

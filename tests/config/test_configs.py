@@ -14,7 +14,7 @@ import yaml
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Compat, Config, Reward, RewardNetwork, Section
 from corl_jax.errors import InputError
-from corl_jax.models import janus
+from corl_jax.policies.janus import network
 from corl_jax.rewards import networks, registry
 from corl_jax.train.optimizer import partition
 
@@ -93,7 +93,7 @@ def test_config_survives_being_written_out(name, tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_trainable_patterns_match_parameters(name):
-    shapes = janus.abstract(janus.PRESETS["janus-pro-1b"])
+    shapes = network.abstract(network.PRESETS["janus-pro-1b"])
     trained, frozen = partition(shapes, load(name).train.trainable)
     assert trained and frozen
 
@@ -241,7 +241,7 @@ def test_batches_split_over_up_to_eight_devices(name):
 @pytest.mark.parametrize("name", PAPER)
 def test_prompt_and_completion_fit_the_models_positions(name):
     config = load(name)
-    model = janus.PRESETS["janus-pro-7b" if "7b" in name else "janus-pro-1b"]
+    model = network.PRESETS["janus-pro-7b" if "7b" in name else "janus-pro-1b"]
     longest = max(config.rollout.max_new_tokens, model.num_image_tokens)
     assert config.data.max_prompt_length + longest <= model.llama.max_position_embeddings
 

@@ -14,8 +14,8 @@ from corl_jax.data.columns import COLUMNS
 from corl_jax.data.dataset import Loader, held_out, required_columns
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.parquet_files import find_files
-from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.prompts import Processor
 from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
 
 BOTH = ("t2i", "mm2t")

@@ -19,7 +19,7 @@ from corl_jax.data import instructions
 from corl_jax.data.drawn_world import checker, generator, language, scene
 from corl_jax.data.drawn_world.scene import Object, Scene
 from corl_jax.errors import InputError
-from corl_jax.models import janus
+from corl_jax.policies.janus import network
 from corl_jax.weights.files import load_config, load_params, special_tokens
 from tools.mini_janus import tokenizer as mini_tokenizer
 from tools.mini_janus.__main__ import main
@@ -291,7 +291,7 @@ def test_model_stays_small(tokenizer):
         )
     )
     shapes_of = jax.tree.leaves(
-        janus.abstract(mini_config(mini_tokenizer.embedding_rows(tokenizer)))
+        network.abstract(mini_config(mini_tokenizer.embedding_rows(tokenizer)))
     )
     assert sum(math.prod(leaf.shape) for leaf in shapes_of) * 2 < 7.8e6
 
@@ -304,6 +304,6 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     assert config == mini_config(config.llama.vocab_size)
     assert tokens.bos < tokens.eos < tokens.pad < tokens.boi < tokens.image
     read = jax.tree.map(np.shape, load_params(tmp_path / "mini"))
-    assert read == jax.tree.map(lambda leaf: leaf.shape, janus.abstract(config))
+    assert read == jax.tree.map(lambda leaf: leaf.shape, network.abstract(config))
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path / "mini")])

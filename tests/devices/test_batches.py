@@ -12,7 +12,7 @@ import pytest
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import InputError
-from corl_jax.train import iterate
+from corl_jax.train import iteration
 from corl_jax.types import EncodedPrompts, Prompts, Rollout
 
 
@@ -84,10 +84,10 @@ def test_pieces_of_a_rollout_are_put_together_in_order(mesh, at_once):
     ids = np.arange(16)[:, None] * np.ones((1, 5), np.int32)
     prompts = Prompts(np.arange(16), {}, t2i=EncodedPrompts(ids, np.ones(ids.shape, bool)))
     with jax.set_mesh(mesh):
-        found = iterate.sample(run, "t2i", {}, prompts)
+        found = iteration.sample(run, "t2i", {}, prompts)
     np.testing.assert_array_equal(found.tokens[:, 0], np.repeat(np.arange(16), 2))
     np.testing.assert_array_equal(found.prompts.input_ids, ids)
     whole = SimpleNamespace(**{**vars(run), "rollout_batch": 16})
     with jax.set_mesh(mesh):
-        wanted = iterate.sample(whole, "t2i", {}, prompts)
+        wanted = iteration.sample(whole, "t2i", {}, prompts)
     np.testing.assert_array_equal(found.logprobs, wanted.logprobs)

@@ -29,10 +29,10 @@ from corl_jax.config.schema import Distributed
 from corl_jax.devices import processes
 from corl_jax.devices.mesh import leaf_paths, make_mesh
 from corl_jax.errors import GuardError, InputError
-from corl_jax.models import janus
 from corl_jax.plan import __main__ as plan
+from corl_jax.policies.janus import network
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
+from corl_jax.train import resolve
 from corl_jax.weights.files import load_config, load_params
 from tests.support import several_processes, tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
@@ -72,7 +72,7 @@ def train_alone(tree: dict, *overrides: str) -> Path:
     """In this process, on four of its devices."""
     make = functools.partial(make_mesh, devices=jax.devices()[:4])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "make_mesh", make)
+        patch.setattr(resolve, "make_mesh", make)
         command.main(["--config", str(written(tree)), *overrides])
     return Path(tree["output_dir"])
 
@@ -338,7 +338,7 @@ def test_examples_are_well_formed(script):
         config = config_files.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
         devices = [Chip(i, i // 4) for i in range(16)]
-        planning.outline(config, janus.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
+        resolve.outline(config, network.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
     else:
         shell = text.splitlines()[0].removeprefix("#!")
         subprocess.run([shell, "-n", str(script)], check=True)

@@ -20,14 +20,15 @@ from corl_jax.config import schema
 from corl_jax.config.schema import ADAPTERS
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
-from corl_jax.models import binding, janus
+from corl_jax.models import modules
 from corl_jax.models.blip import BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
-from corl_jax.models.janus import PRESETS
 from corl_jax.models.lora import Lora
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import PRESETS
 from corl_jax.train.optimizer import partition
-from corl_jax.train.planning import mesh_problems
+from corl_jax.train.resolve import mesh_problems
 from corl_jax.weights.networks import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"
@@ -48,7 +49,7 @@ def networks() -> dict[str, Any]:
     configs = {name: kind.config() for name, kind in KINDS.items()}
     configs |= {"clip_l14": CLIP_L14, "blip_untied": untied}
     return {
-        name: binding.abstract(KINDS[name.split("_")[0]].module, config)
+        name: modules.abstract(KINDS[name.split("_")[0]].module, config)
         for name, config in configs.items()
     }
 
@@ -77,13 +78,13 @@ def tables() -> dict[str, str]:
     """File name -> text. Trained and frozen parameters lie alike, in float32."""
     out = {}
     for size in ("1b", "7b"):
-        params = janus.abstract(PRESETS[f"janus-pro-{size}"])
+        params = network.abstract(PRESETS[f"janus-pro-{size}"])
         out[f"janus_pro_{size}.txt"] = table(
             params, device_mesh.PARAM_RULES, device_mesh.param_spec
         )
     lora = Lora(16, 32.0, tuple(schema.Lora().targets))
-    adapted = janus.adapted(PRESETS["janus-pro-7b"], lora)
-    adapters, _ = partition(janus.abstract(adapted), [ADAPTERS])
+    adapted = network.adapted(PRESETS["janus-pro-7b"], lora)
+    adapters, _ = partition(network.abstract(adapted), [ADAPTERS])
     text = table(adapters, device_mesh.PARAM_RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():

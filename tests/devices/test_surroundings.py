@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from corl_jax import console, evaluate, evaluation, generate, startup
+from corl_jax import console, evaluate, generate, startup
 from corl_jax.errors import InputError
+from corl_jax.evaluation import shapes
 from corl_jax.fonts import make_drawable
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.plan import __main__ as plan
@@ -298,9 +299,7 @@ def test_no_picture_of_prompts_has_boxes():
     ]  # fmt: skip
     np.testing.assert_array_equal(*pages)
     sheets = [
-        evaluation.contact_sheet(
-            evaluation.Report({}, images[0], [prompt] * 2, [True, False], [{}, {}])
-        )
+        shapes.contact_sheet(shapes.Report({}, images[0], [prompt] * 2, [True, False], [{}, {}]))
         for prompt in ("红", r"\u7ea2")
     ]
     np.testing.assert_array_equal(*sheets)

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import evaluate, evaluation, sampling, startup
+from corl_jax import evaluate, startup
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.devices.mesh import batch_sharding, make_mesh, map_with_path, param_shardings
 from corl_jax.errors import InputError
-from corl_jax.evaluation import HeldOutShapes, Rate, evaluate_shapes
-from corl_jax.models import janus
+from corl_jax.evaluation import shapes
+from corl_jax.evaluation.shapes import HeldOutShapes, Rate, evaluate_shapes
+from corl_jax.policies.janus import network, sampling
 from corl_jax.types import Prompts
 from corl_jax.weights import files
 from tests.support import metrics_page
@@ -53,7 +54,7 @@ def model_dir(tmp_path_factory, tiny_config):
         return noise + 1 if path.endswith("/scale") else noise
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    params = map_with_path(draw, janus.abstract(config))
+    params = map_with_path(draw, network.abstract(config))
     files.save_checkpoint(folder, config, params, layout="jax")
     words = tiny_tokenizer_dir(folder.parent / "words", image_size=16, patch_size=4)
     shutil.copytree(words, folder, dirs_exist_ok=True)
@@ -112,8 +113,8 @@ def test_wilson_intervals_by_hand(hits, n, low, high):
 def test_no_try_says_nothing(drawn):
     rate = Rate.of(0, 0)
     assert math.isnan(rate.mean) and (rate.low, rate.high, rate.n) == (0.0, 1.0, 0)
-    rates = evaluation.summarize([True], ["counting"], [])
-    report = evaluation.Report(rates, np.zeros((1, 4, 4, 3), np.uint8), ["p"], [True], [])
+    rates = shapes.summarize([True], ["counting"], [])
+    report = shapes.Report(rates, np.zeros((1, 4, 4, 3), np.uint8), ["p"], [True], [])
     assert set(report.metrics()) == {
         f"eval/draw/{name}{suffix}"
         for name in ("accuracy", "counting")
@@ -134,9 +135,9 @@ def test_the_page_of_metrics_lists_them(report):
 
 
 def test_perfect_work_scores_one(drawn):
-    passed = evaluation.score_drawings(np.stack(drawn["real_image"]), drawn)
-    answers = evaluation.score_answers(drawn["sft_answer"], drawn)
-    rates = evaluation.summarize(passed, drawn["category"], answers)
+    passed = shapes.score_drawings(np.stack(drawn["real_image"]), drawn)
+    answers = shapes.score_answers(drawn["sft_answer"], drawn)
+    rates = shapes.summarize(passed, drawn["category"], answers)
     assert tuple(rates) == NAMES
     assert all(rate.mean == 1.0 and rate.n for rate in rates.values())
     assert rates["answer/mc"].n + rates["answer/oe"].n == rates["answer/accuracy"].n == 150
@@ -145,13 +146,13 @@ def test_perfect_work_scores_one(drawn):
 
 def test_wrong_work_scores_about_nothing(drawn):
     others = np.roll(np.stack(drawn["real_image"]), 1, axis=0)
-    assert np.mean(evaluation.score_drawings(others, drawn)) < 0.06
+    assert np.mean(shapes.score_drawings(others, drawn)) < 0.06
     blank = np.full_like(others, 248)
-    assert not any(evaluation.score_drawings(blank, drawn))
-    answers = evaluation.score_answers(["<think>.</think><answer>what?</answer>"] * 150, drawn)
+    assert not any(shapes.score_drawings(blank, drawn))
+    answers = shapes.score_answers(["<think>.</think><answer>what?</answer>"] * 150, drawn)
     assert not any(a["correct"] for a in answers) and all(a["format"] for a in answers)
     bare = [text.rpartition("</think>")[2] for text in drawn["sft_answer"]]
-    answers = evaluation.score_answers(bare, drawn)
+    answers = shapes.score_answers(bare, drawn)
     assert all(a["correct"] for a in answers) and not any(a["format"] for a in answers)
 
 
@@ -161,16 +162,16 @@ def test_half_an_open_answer_is_not_right():
         "qa_solution": ["<answer>a red ring</answer>"],
         "qa_type": ["OE"],
     }
-    (answer,) = evaluation.score_answers(["<answer>a red</answer>"], columns)
+    (answer,) = shapes.score_answers(["<answer>a red</answer>"], columns)
     assert not answer["correct"]
 
 
 @pytest.mark.parametrize(("spelling", "kind"), [("mcq", "MC"), ("Open-ended", "OE")])
 def test_question_types_in_usual_spellings_count_as_what_they_are(spelling, kind):
     columns = {"qa_problem": ["?"], "qa_solution": ["<answer>A</answer>"], "qa_type": [spelling]}
-    answers = evaluation.score_answers(["<answer>A</answer>"], columns)
+    answers = shapes.score_answers(["<answer>A</answer>"], columns)
     assert answers[0]["qa_type"] == kind and answers[0]["correct"]
-    assert evaluation.summarize([True], ["counting"], answers)[f"answer/{kind.lower()}"].n == 1
+    assert shapes.summarize([True], ["counting"], answers)[f"answer/{kind.lower()}"].n == 1
 
 
 def test_held_out_rows_are_no_training_rows():
@@ -286,14 +287,14 @@ def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
 
 
 def test_the_sheet_frames_right_and_wrong_drawings(report):
-    title = evaluation.LINE + evaluation.GAP
-    sheet = evaluation.contact_sheet(report, 2, 2, "step 0")
-    plain = evaluation.contact_sheet(report, 2, 2)
+    title = shapes.LINE + shapes.GAP
+    sheet = shapes.contact_sheet(report, 2, 2, "step 0")
+    plain = shapes.contact_sheet(report, 2, 2)
     assert sheet.shape == (plain.shape[0] + title, *plain.shape[1:])
-    assert np.array_equal(sheet[title + evaluation.GAP :], plain[evaluation.GAP :])
+    assert np.array_equal(sheet[title + shapes.GAP :], plain[shapes.GAP :])
     for passed, ink in ((True, (20, 120, 50)), (False, (190, 30, 30))):
         marked = dataclasses.replace(report, passed=[passed] * ROWS)
-        frame = evaluation.contact_sheet(marked, 1)[evaluation.GAP - 1, evaluation.GAP : 100]
+        frame = shapes.contact_sheet(marked, 1)[shapes.GAP - 1, shapes.GAP : 100]
         assert (frame == ink).all()
 
 

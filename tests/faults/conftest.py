@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.train import planning
+from corl_jax.train import resolve
 from tests.faults import harness
 
 
@@ -19,6 +19,6 @@ def straight(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
     """What the run of `harness.SUPERVISED` comes to when nothing happens to it."""
     job = harness.Job.make(tmp_path_factory.mktemp("straight"), model, rows, **harness.SUPERVISED)
     make = functools.partial(make_mesh, devices=jax.devices()[:1])
-    with mock.patch.object(planning, "make_mesh", make):
+    with mock.patch.object(resolve, "make_mesh", make):
         assert job.here() == 0
     return harness.outcome(job)

@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from corl_jax import sampling
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import make_mesh
+from corl_jax.policies.janus import sampling
 from corl_jax.runs.checkpoints import Checkpoints, DamagedError
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
+from corl_jax.train import resolve
 from corl_jax.types import STREAMS
 from tests.support import tiny_runs
 
@@ -161,8 +161,8 @@ def outcome(job: Job) -> dict[str, str]:
     )
     found = {"step": str(step), "state": _sha256(_leaves(state))}
     mesh = functools.partial(make_mesh, devices=jax.devices()[: job.devices])
-    with mock.patch.object(planning, "make_mesh", mesh):
-        plan = planning.plan(config_files.load(job.config))
+    with mock.patch.object(resolve, "make_mesh", mesh):
+        plan = resolve.plan(config_files.load(job.config))
     plan.train_loader.set_state(record["run"]["data"])
     batch = plan.train_loader.batch(record["run"]["data"]["step"])
     parts: list[Any] = [batch.index, batch.t2i, batch.mm2t]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from corl_jax.train import record
+from corl_jax.train import milestones
 from tests.faults.harness import Job
 from tests.support import tiny_runs
 
@@ -28,7 +28,7 @@ def job(model, rows, tmp_path, one_device, monkeypatch, request):
     def falling(*args):
         return {"eval/score": float(next(scores)), "eval/score_stderr": 0.01}
 
-    monkeypatch.setattr(record, "held_out_rewards", falling)
+    monkeypatch.setattr(milestones, "held_out_rewards", falling)
     changes = {
         "rewards": [{"use": f"{tmp_path / 'mine.py'}:rising"}],
         "grpo": {"tasks": "mm2t", "kl_coef": 0.1},

@@ -12,11 +12,11 @@ import pytest
 from corl_jax.config import files as config_files
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
-from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.janus.tokens import ROLES, STRINGS
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning
-from corl_jax.weights.tokens import ROLES, STRINGS
+from corl_jax.train import resolve
 from tests.support import tiny_runs
 from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
 from tests.support.tiny_runs import write_config
@@ -174,7 +174,7 @@ def planned_batch(model, tmp_path, rows, **changes):
         model, path, tmp_path / "run", train={"prompts_per_step": len(rows)},
         data={"max_bad_fraction": 0.5}, **changes,
     )  # fmt: skip
-    loader = planning.plan(config_files.validate(tree, "test")).train_loader
+    loader = resolve.plan(config_files.validate(tree, "test")).train_loader
     return loader.batch(0), loader.counts
 
 

@@ -10,7 +10,7 @@ import pytest
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.runs import directory as run_directory
-from corl_jax.train import record
+from corl_jax.train import milestones
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome, unsound
 from tests.support import tiny_runs
 
@@ -23,7 +23,7 @@ def test_a_second_run_on_one_directory(model, rows, tmp_path, one_device, straig
     """Started in the middle of the first, twice; then the first is killed and its lock is free."""
     job = Job.make(tmp_path, model, rows, **SUPERVISED)
     seconds, codes = [], []
-    original = record.Recorder.iteration
+    original = milestones.Recorder.iteration
 
     def iteration(self, step, *args):
         if step in (1, 3):
@@ -33,7 +33,7 @@ def test_a_second_run_on_one_directory(model, rows, tmp_path, one_device, straig
             seconds.append(time.monotonic() - began)
         return original(self, step, *args)
 
-    monkeypatch.setattr(record.Recorder, "iteration", iteration)
+    monkeypatch.setattr(milestones.Recorder, "iteration", iteration)
     assert job.here() == 0
     assert codes == [2, 2], job.log
     assert job.log.count(f"is being written by process {os.getpid()}") == 2

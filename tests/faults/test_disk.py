@@ -13,7 +13,7 @@ import pytest
 from corl_jax.errors import InputError, SaveError
 from corl_jax.runs import checkpoints as run_checkpoints
 from corl_jax.runs.saving import Saver
-from corl_jax.train import exporting, record
+from corl_jax.train import export, milestones
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 
 # Writes that were under way beside a failed one find the event loop closed: Python complains.
@@ -23,10 +23,10 @@ SMALL = 64 * 1024  # bytes: less than the arrays of a checkpoint, more than any 
 
 FULL = """
 import os, resource, subprocess, time
-from corl_jax.train import record
+from corl_jax.train import milestones
 # The console is behind a pipe, so that the test can read it.
 os.dup2(subprocess.Popen(["cat"], stdin=subprocess.PIPE).stdin.fileno(), 2)
-original = record.Recorder.iteration
+original = milestones.Recorder.iteration
 def iteration(self, step, *args):
     while step + 1 in ({full_from}, {room_again}) and self.checkpoints.saving:
         time.sleep(0.01)
@@ -34,7 +34,7 @@ def iteration(self, step, *args):
         room = 0 if step + 1 == {full_from} else -1
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, -1))
     return original(self, step, *args)
-record.Recorder.iteration = iteration
+milestones.Recorder.iteration = iteration
 """  # not a byte for any file: checkpoints, logs and pictures
 
 
@@ -47,7 +47,7 @@ def job(model, rows, tmp_path, one_device):
 def disk(monkeypatch):
     """Lets files grow no more from one logged step on, until another; Python gets EFBIG."""
 
-    original = record.Recorder.iteration
+    original = milestones.Recorder.iteration
 
     def limit(full_from: int, room_again: int = 99):
         def iteration(self, step, *args):
@@ -59,7 +59,7 @@ def disk(monkeypatch):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
             return original(self, step, *args)
 
-        monkeypatch.setattr(record.Recorder, "iteration", iteration)
+        monkeypatch.setattr(milestones.Recorder, "iteration", iteration)
 
     yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
@@ -166,7 +166,7 @@ def test_an_export_without_room_is_made_up_for(job, straight, monkeypatch, capsy
         raise InputError("export: cannot be written (No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporting.files, "save_checkpoint", full)
+        patch.setattr(export.files, "save_checkpoint", full)
         assert job.here() == 1
     assert "the same command exports again" in capsys.readouterr().err
     assert job.here() == 0

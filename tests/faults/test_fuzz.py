@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.data.drawn_world import checker
-from corl_jax.data.processor import Processor
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.checkpoint import settings as configs
+from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.janus.tokens import ROLES, STRINGS
 from corl_jax.rewards import answers, functions, text
-from corl_jax.weights import configs, storage
+from corl_jax.weights import storage
 from corl_jax.weights.networks import KINDS
-from corl_jax.weights.tokens import ROLES, STRINGS
 from tests.faults.hostile import SOUND, header
 from tests.faults.test_untrusted import hostile
 from tests.support.tiny_models import tiny_tokenizer_dir

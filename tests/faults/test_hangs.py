@@ -139,14 +139,15 @@ def test_no_limit_no_watchdog(tmp_path):
 
 HANGING = """
 import sys, threading
-from corl_jax.train import __main__ as command, setup, vq
+from corl_jax.train import __main__ as command, vq
+from corl_jax.train import build
 
 def iteration(run, state, prompts, step):
     if step == 4:
         threading.Event().wait()
     return vq.vq_iteration(run, state, prompts, step)
 
-setup.ITERATIONS["vq"] = iteration
+build.ITERATIONS["vq"] = iteration
 command.main(sys.argv[1:])
 """
 

@@ -12,15 +12,15 @@ from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 # What one more kill falls into, as (object, function, which call of it). Two updates are made on
 # each rollout, so an even call is the second of its iteration.
 PHASES = {
-    "before the first checkpoint": ("corl_jax.train.record:Recorder", "iteration", 1),
-    "evaluation before training": ("corl_jax.train.record:Recorder", "_evaluate", 1),
-    "rollout": ("corl_jax.train.iterate", "sample", 4),
-    "reward": ("corl_jax.train.iterate", "reward", 4),
-    "old log-probs": ("corl_jax.train.iterate", "make_batch", 2),
+    "before the first checkpoint": ("corl_jax.train.milestones:Recorder", "iteration", 1),
+    "evaluation before training": ("corl_jax.train.milestones:Recorder", "_evaluate", 1),
+    "rollout": ("corl_jax.train.iteration", "sample", 4),
+    "reward": ("corl_jax.train.iteration", "reward", 4),
+    "old log-probs": ("corl_jax.train.iteration", "make_batch", 2),
     "between two updates of one rollout": ("corl_jax.train.run:Run", "train_step", 4),
     "log of a step": ("corl_jax.runs.log:JsonLines", "write", 1),
     "picture grid": ("corl_jax.runs.pictures", "save_png", 1),
-    "evaluation": ("corl_jax.train.record:Recorder", "_evaluate", 1),
+    "evaluation": ("corl_jax.train.milestones:Recorder", "_evaluate", 1),
     "start of a save": ("corl_jax.runs.fingerprints", "make_record", 2),
     "restoring": ("corl_jax.runs.fingerprints", "damaged_leaves", 1),
     "wait for the last save": ("corl_jax.runs.saving:Saver", "finish", 1),

@@ -16,7 +16,7 @@ import pytest
 
 from corl_jax.config import schema
 from corl_jax.train import __main__ as command
-from corl_jax.train import setup, step, supervised
+from corl_jax.train import build, sft, step
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests.support import tiny_runs
@@ -72,9 +72,9 @@ def poison(monkeypatch):
 
             if number in steps:
                 run = dataclasses.replace(run, train_step=poisoned)
-            return supervised.sft_iteration(run, state, prompts, number)
+            return sft.sft_iteration(run, state, prompts, number)
 
-        monkeypatch.setitem(setup.ITERATIONS, "sft", iteration)
+        monkeypatch.setitem(build.ITERATIONS, "sft", iteration)
 
     return infect
 

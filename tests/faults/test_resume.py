@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from corl_jax.config import files as config_files
 from corl_jax.data.dataset import Loader, ParquetSource, required_columns
-from corl_jax.data.processor import Processor
 from corl_jax.devices.mesh import make_mesh
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards.samples import Frozen, Network
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning, setup
+from corl_jax.train import build, resolve
 from tests.faults.harness import SUPERVISED, Job, outcome
 from tests.support import tiny_runs
 from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -84,7 +84,7 @@ def test_an_iteration_that_broke_off_between_its_updates_is_repeated(
     calm = Job.make(tmp_path / "calm", model, rows, **GRPO)
     assert calm.here() == 0
     job = Job.make(tmp_path / "broken", model, rows, **GRPO)
-    original, calls = setup.make_steps, []
+    original, calls = build.make_steps, []
 
     def make_steps(*args):
         train_step, *rest = original(*args)
@@ -98,7 +98,7 @@ def test_an_iteration_that_broke_off_between_its_updates_is_repeated(
         return dying, *rest
 
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_steps", make_steps)
+        patch.setattr(build, "make_steps", make_steps)
         with pytest.raises(KeyboardInterrupt):
             job.here()
     assert job.steps() == [1]
@@ -123,9 +123,9 @@ def test_other_devices_get_the_same_values_and_nearly_the_same_losses(
     losses, worst = {}, 0.0
     for sizes in ((1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2)):
         job = Job.make(tmp_path / "x".join(map(str, sizes)), model, rows, **changes)
-        monkeypatch.setattr(planning, "make_mesh", on(2, 2, 1))
+        monkeypatch.setattr(resolve, "make_mesh", on(2, 2, 1))
         assert job.here("train.stop_after=4") == 0
-        monkeypatch.setattr(planning, "make_mesh", on(*sizes))
+        monkeypatch.setattr(resolve, "make_mesh", on(*sizes))
         assert job.here() == 0  # verified: the fingerprints are those of the other mesh
         losses[sizes] = [line["loss"] for line in tiny_runs.metric_lines(job.output)]
         difference = np.abs(np.array(losses[sizes]) - losses[1, 1, 1]) / losses[1, 1, 1]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import grpo
+from corl_jax.algorithms import grpo
 from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.train import __main__ as command

@@ -13,7 +13,7 @@ import pytest
 
 from corl_jax.runs import saving
 from corl_jax.train import __main__ as command
-from corl_jax.train import record
+from corl_jax.train import milestones
 from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
 from tests.support import tiny_runs
 
@@ -23,7 +23,7 @@ def job(model, rows, tmp_path, one_device):
     return Job.make(tmp_path, model, rows, **SUPERVISED | {"checkpoint": {"every": 100}})
 
 
-def signalled(patch, number: int, call: int, target=record.Recorder, name="iteration") -> None:
+def signalled(patch, number: int, call: int, target=milestones.Recorder, name="iteration") -> None:
     """This process gets a signal at the n-th call of a method."""
     original, calls = getattr(target, name), []
 
@@ -98,7 +98,7 @@ def test_what_was_due_at_the_step_is_made_by_the_next_process(model, rows, tmp_p
         "checkpoint": {"every": 100},
     }  # fmt: skip
     monkeypatch.setattr(
-        record.Recorder, "_evaluate", lambda self, run, state, step: self.metrics.log(
+        milestones.Recorder, "_evaluate", lambda self, run, state, step: self.metrics.log(
             step, {"eval/parameters": float(sum(x.sum() for x in jax.tree.leaves(state.params)))}
         ),
     )  # fmt: skip
@@ -109,7 +109,7 @@ def test_what_was_due_at_the_step_is_made_by_the_next_process(model, rows, tmp_p
         signalled(patch, signal.SIGTERM, call=1)
         assert job.here() == 75 and job.steps() == [2]
     with monkeypatch.context() as patch:  # dies after the evaluation and before the next save
-        patch.setattr(record.Recorder, "iteration", _dies)
+        patch.setattr(milestones.Recorder, "iteration", _dies)
         with pytest.raises(KeyboardInterrupt):
             job.here()
     assert [line["step"] for line in tiny_runs.metric_lines(job.output)] == [0, 1, 2, 2]

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sampling
-from corl_jax.models import attention, decoding, janus
+from corl_jax.models import attention
 from corl_jax.models.attention import attend_to, fastest, merge
-from corl_jax.models.decoding import read_prompts
 from corl_jax.models.layers import attend
+from corl_jax.policies import decoding
+from corl_jax.policies.decoding import read_prompts
+from corl_jax.policies.janus import network, sampling
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from tests.support.tolerances import NETWORK
 
@@ -104,14 +105,14 @@ def test_prompts_once_and_cached_decode_equal_the_full_forward(
 
     @jax.jit
     def full(params):
-        model = janus.bind(tiny_config, params)
+        model = network.bind(tiny_config, params)
         ids = np.concatenate([np.repeat(prompts, GROUP, axis=0), tokens], axis=1)
         seen = np.concatenate([np.repeat(mask, GROUP, axis=0), np.ones(tokens.shape, bool)], axis=1)
         return model.language_model(model.embed_text(ids), jnp.asarray(seen))[:, PROMPT - 1 :]
 
     @jax.jit
     def cached(params):
-        model = janus.bind(tiny_config, params)
+        model = network.bind(tiny_config, params)
         embeds = model.embed_text(prompts)
         decoder, last = read_prompts(model.language_model, embeds, jnp.asarray(mask), "xla")
         # What the buffers hold before it is written must not show.
@@ -148,7 +149,7 @@ def one_key_a_head(config, params):
 
 def test_caches_keep_the_compute_dtype(tiny_config, tiny_params):
     def caches(params):
-        model = janus.bind(tiny_config, janus.cast(params, jnp.bfloat16))
+        model = network.bind(tiny_config, network.cast(params, jnp.bfloat16))
         embeds = model.embed_text(jnp.zeros((3, PROMPT), jnp.int32))
         decoder, last = read_prompts(
             model.language_model, embeds, jnp.ones((3, PROMPT), bool), "xla"
@@ -185,7 +186,7 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     else:
         options, scalars, width = {**options, "max_new_tokens": 9, "top_k": 0, "top_p": 1.0}, 1, 1
     traced = getattr(sampling, program).usual.trace(
-        tiny_config, janus.abstract(tiny_config), prompts, keys,
+        tiny_config, network.abstract(tiny_config), prompts, keys,
         *[shape((), jnp.float32)] * scalars, **options,
     )  # fmt: skip
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

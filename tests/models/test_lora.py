@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sampling
 from corl_jax.config.schema import ADAPTERS
 from corl_jax.devices.mesh import batch_sharding, leaf_paths, param_spec
-from corl_jax.models import janus, layers, lora
-from corl_jax.models.decoding import FusedBlock
+from corl_jax.models import layers, lora
 from corl_jax.models.lora import Lora
-from corl_jax.train import setup, step
-from corl_jax.train.logprobs import Scoring
+from corl_jax.policies.decoding import FusedBlock
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.logprobs import Scoring
+from corl_jax.train import build, step
 from corl_jax.train.optimizer import merge, partition
 from corl_jax.weights import adapters
 from tests.support import draws
@@ -41,7 +41,7 @@ def plain(tiny_config):
 
 def adapted(plain, targets=ALL, rank=4):
     """(config with adapters, adapters, base parameters), all random, so that none is idle."""
-    config = janus.adapted(plain, Lora(rank, 6.0, targets))
+    config = network.adapted(plain, Lora(rank, 6.0, targets))
     return config, *partition(random_params(config), [ADAPTERS])
 
 
@@ -72,8 +72,8 @@ def found(plain, batch):
 
 
 def test_first_values_are_pefts(plain):
-    config = janus.adapted(plain, Lora(8, 16.0, ALL))
-    shapes, _ = partition(janus.abstract(config), [ADAPTERS])
+    config = network.adapted(plain, Lora(8, 16.0, ALL))
+    shapes, _ = partition(network.abstract(config), [ADAPTERS])
     first, again, other = (lora.init(shapes, jax.random.key(seed)) for seed in (0, 0, 1))
     flat, others = dict(leaf_paths(first)), dict(leaf_paths(other))
     for path, leaf in leaf_paths(again):
@@ -92,8 +92,8 @@ def test_first_values_are_pefts(plain):
 
 def test_fresh_adapters_change_nothing(plain, batch):
     """But rounding: what XLA fuses with the zeros that they add may sum in another order."""
-    config = janus.adapted(plain, Lora(8, 16.0, ALL))
-    shapes, _ = partition(janus.abstract(config), [ADAPTERS])
+    config = network.adapted(plain, Lora(8, 16.0, ALL))
+    shapes, _ = partition(network.abstract(config), [ADAPTERS])
     frozen, score = random_params(plain), step.make_score_step(config, OBJECTIVE)
     batch = {"mm2t": batch["mm2t"]}
     with_them = score(lora.init(shapes, jax.random.key(0)), frozen, batch)
@@ -191,8 +191,8 @@ def test_samples_are_those_of_the_merged_model(plain, batch):
 def test_a_decode_step_multiplies_as_training_does(plain, targets):
     """In bfloat16 too, where a merged kernel would round most of a small update away."""
     config, trained, frozen = adapted(plain, targets)
-    params = janus.cast(merge(trained, frozen), jnp.bfloat16)
-    block = layers.unstack(janus.bind(config, params).language_model.layers, 2)[1]
+    params = network.cast(merge(trained, frozen), jnp.bfloat16)
+    block = layers.unstack(network.bind(config, params).language_model.layers, 2)[1]
     fused, attn, mlp = FusedBlock.of(block), block.attn, block.mlp
     x = jax.random.normal(jax.random.key(0), (6, config.llama.hidden_size), jnp.bfloat16)
     heads = [layers.split_heads(p(x[:, None]), n)[:, 0] for p, n in (
@@ -239,7 +239,7 @@ def test_merging_rounds_each_layer_to_its_own_type(plain):
 
 def test_devices_change_nothing(plain, batch, found, mesh):
     config, trained, frozen = adapted(plain)
-    parts = (setup.place(part, mesh) for part in (trained, frozen))
+    parts = (build.place(part, mesh) for part in (trained, frozen))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         grads, metrics = jax.device_get(program(config)(*parts, spread))
@@ -252,7 +252,7 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
     config, trained, frozen = adapted(plain)
     batch = {"mm2t": batch["mm2t"]}
     alone = rollouts(config, merge(trained, frozen), batch, greedy=True)
-    params = merge(setup.place(trained, mesh), setup.place(frozen, mesh))
+    params = merge(build.place(trained, mesh), build.place(frozen, mesh))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         found = rollouts(config, params, spread, greedy=True)
@@ -263,10 +263,10 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
 
 def test_adapters_lie_as_their_kernels(plain, mesh):
     """Where a kernel's inputs or outputs are split, so is the adapter's side of them."""
-    config = janus.adapted(janus.PRESETS["janus-pro-7b"], Lora(16, 32.0, ALL))
+    config = network.adapted(network.PRESETS["janus-pro-7b"], Lora(16, 32.0, ALL))
     specs = {
         path: param_spec(path, leaf.shape, mesh)
-        for path, leaf in leaf_paths(janus.abstract(config))
+        for path, leaf in leaf_paths(network.abstract(config))
     }
     for path, spec in specs.items():
         if path.endswith("lora_a"):

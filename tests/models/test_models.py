@@ -22,10 +22,10 @@ from corl_jax.devices.mesh import (
     param_spec,
 )
 from corl_jax.errors import InputError
-from corl_jax.models import janus
-from corl_jax.models.janus import PRESETS
 from corl_jax.models.llama import positions_of
 from corl_jax.models.lora import Lora
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import PRESETS
 from tests.support.tolerances import NETWORK
 
 # Counts by part as the specification states them: (1.3B and Pro-1B, Pro-7B).
@@ -51,7 +51,7 @@ COUNTS = {
 
 
 def sizes(config) -> dict[str, int]:
-    return {path: math.prod(leaf.shape) for path, leaf in leaf_paths(janus.abstract(config))}
+    return {path: math.prod(leaf.shape) for path, leaf in leaf_paths(network.abstract(config))}
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_init_has_the_abstract_shapes_and_draws_every_layer_anew(tiny_config):
     # Compiling one draw for each convolution is slow: as few of them as possible.
     vq = dataclasses.replace(tiny_config.vq, channel_multiplier=(1,))
     config = dataclasses.replace(tiny_config, vq=vq)
-    params = janus.init(config, jax.random.key(1), jnp.bfloat16)
-    abstract = janus.abstract(config, jnp.bfloat16)
+    params = network.init(config, jax.random.key(1), jnp.bfloat16)
+    abstract = network.abstract(config, jnp.bfloat16)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     kernel = params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].astype(np.float32)
@@ -98,7 +98,7 @@ def test_bind_uses_the_parameters_it_is_given(tiny_config, tiny_params):
     """Every leaf comes back at its own path, so none is dropped or swapped."""
     from flax import nnx
 
-    model = janus.bind(tiny_config, tiny_params)
+    model = network.bind(tiny_config, tiny_params)
     back = nnx.to_pure_dict(nnx.state(model))
     found = {
         "/".join(str(key.key) for key in keys): leaf
@@ -111,7 +111,7 @@ def test_bind_uses_the_parameters_it_is_given(tiny_config, tiny_params):
 
 
 def test_cast_leaves_the_image_tokenizer_in_float32(tiny_config, tiny_params):
-    params = janus.cast(tiny_params, jnp.bfloat16)
+    params = network.cast(tiny_params, jnp.bfloat16)
     for path, leaf in leaf_paths(params):
         wanted = jnp.float32 if path.startswith("vqmodel/") else jnp.bfloat16
         assert leaf.dtype == wanted, path
@@ -126,7 +126,7 @@ def test_bfloat16_stays_bfloat16_and_near_float32(tiny_config, tiny_params):
 
     @jax.jit
     def outputs(params):
-        model = janus.bind(tiny_config, params)
+        model = network.bind(tiny_config, params)
         hidden = model.language_model(model.embed_text(ids), mask)
         return {
             "hidden": hidden,
@@ -138,7 +138,7 @@ def test_bfloat16_stays_bfloat16_and_near_float32(tiny_config, tiny_params):
         }
 
     exact = outputs(tiny_params)
-    rounded = outputs(janus.cast(tiny_params, jnp.bfloat16))
+    rounded = outputs(network.cast(tiny_params, jnp.bfloat16))
     for name, value in rounded.items():
         assert value.dtype == (jnp.float32 if name == "pixels" else jnp.bfloat16), name
         difference = np.abs(np.asarray(value, np.float32) - exact[name]).mean()
@@ -160,12 +160,12 @@ def losses(config, params):
     target = np.linspace(-1, 1, config.llama.hidden_size)
 
     def text(part, remat):
-        model = janus.bind(config, params | {"language_model": part})
+        model = network.bind(config, params | {"language_model": part})
         hidden = model.language_model(model.embed_text(ids), mask, remat=remat)
         return jnp.square(hidden * target).mean()
 
     def image(part, remat):
-        model = janus.bind(config, params | {"vision_model": part})
+        model = network.bind(config, params | {"vision_model": part})
         return jnp.square(model.image_features(images, remat=remat)).mean()
 
     return {"text": (text, params["language_model"]), "image": (image, params["vision_model"])}
@@ -191,7 +191,7 @@ def test_remat_keeps_less_and_changes_no_gradient(tiny_config, tiny_params, towe
 def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
     """A row alone and unpadded gives what it gives left-padded inside a batch."""
     ids, mask = prompts(3, 9)
-    model = janus.bind(tiny_config, tiny_params)
+    model = network.bind(tiny_config, tiny_params)
     forward = jax.jit(lambda ids, mask: model.language_model(model.embed_text(ids), mask))
     batch = forward(ids, mask)
     for row in range(3):
@@ -205,7 +205,7 @@ def test_positions_count_kept_tokens():
 
 
 def test_image_features_fill_the_placeholders_in_order(tiny_config, tiny_params):
-    model = janus.bind(tiny_config, tiny_params)
+    model = network.bind(tiny_config, tiny_params)
     tokens, width = tiny_config.num_image_tokens, tiny_config.llama.hidden_size
     ids = np.full((2, tokens + 4), 5)
     ids[0, 1 : 1 + tokens] = ids[1, 3 : 3 + tokens] = 90
@@ -224,7 +224,7 @@ def test_image_tokenizer_ignores_the_length_of_codebook_rows(tiny_config, tiny_p
 
     @jax.jit
     def round_trip(params):
-        vqmodel = janus.bind(tiny_config, params).vqmodel
+        vqmodel = network.bind(tiny_config, params).vqmodel
         pixels = vqmodel.decode(codes)
         return pixels, vqmodel.encode(pixels)
 
@@ -244,7 +244,7 @@ def test_image_tokenizer_ignores_the_length_of_codebook_rows(tiny_config, tiny_p
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
     replicated = ("vision_model/patch_embedding/", "vision_model/position_embedding/", "vqmodel/")
-    for path, leaf in leaf_paths(janus.abstract(PRESETS[name])):
+    for path, leaf in leaf_paths(network.abstract(PRESETS[name])):
         spec = param_spec(path, leaf.shape, mesh)
         large = leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6 and "bias" not in path
         if large and not path.startswith(replicated):
@@ -256,8 +256,8 @@ def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
 def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
     targets = tuple(schema.Lora().targets)
-    config = janus.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
-    paths = [path for path, _ in leaf_paths(janus.abstract(config))]
+    config = network.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
+    paths = [path for path, _ in leaf_paths(network.abstract(config))]
     first = {
         next(i for i, (rule, _) in enumerate(PARAM_RULES) if re.fullmatch(rule, path))
         for path in paths
@@ -290,7 +290,7 @@ def test_eight_devices_compute_what_one_computes(tiny_config, tiny_params, mesh)
     images = np.random.default_rng(0).standard_normal((8, side, side, 3)).astype(np.float32)
 
     def loss(trained, params, ids, mask, images):
-        model = janus.bind(tiny_config, params | trained)
+        model = network.bind(tiny_config, params | trained)
         features = model.image_features(images)
         embeds = jnp.concatenate([features, model.embed_text(ids)], axis=1)
         kept = jnp.concatenate([jnp.ones(features.shape[:2], bool), mask], axis=1)

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.types import Params
 from corl_jax.weights.storage import whole
 from corl_jax.weights.table import Table, flatten, unflatten
@@ -16,7 +16,7 @@ from corl_jax.weights.table import Table, flatten, unflatten
 
 def from_table(table: Table, kind: Any, config: Any, state: Mapping[str, np.ndarray]) -> Params:
     """Every leaf filled from `state`, whose keys and shapes must be exactly the table's."""
-    shapes = {path: leaf.shape for path, leaf in flatten(binding.abstract(kind, config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(modules.abstract(kind, config)).items()}
     slots = table.slots(shapes)
     assert not table.problems(slots, {key: x.shape for key, x in state.items()}, "test")
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from corl_jax.devices.mesh import leaf_paths
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
@@ -72,7 +72,7 @@ def config_of(model: torch.nn.Module, folder: Path) -> BertConfig:
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def forward(config: BertConfig, params: dict, ids, mask, layer: int = -1):
     with jax.default_matmul_precision("highest"):
-        return binding.bind(Bert, config, params)(ids, mask, layer=layer)
+        return modules.bind(Bert, config, params)(ids, mask, layer=layer)
 
 
 def padded_batch() -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +112,7 @@ def test_a_row_alone_equals_its_row_of_a_padded_batch(tmp_path):
 
 def test_a_layer_that_does_not_exist_is_an_error():
     config = BertConfig(60, 8, 8, 2, 2, 16)
-    params = binding.init(Bert, config, jax.random.key(0))
+    params = modules.init(Bert, config, jax.random.key(0))
     for layer in (3, -4):
         with pytest.raises(IndexError):
             forward(config, params, *padded_batch(), layer)
@@ -141,7 +141,7 @@ def test_every_layout_gives_the_same_parameters(tmp_path):
 def test_tables_report_what_is_missing_and_what_is_unknown():
     shapes = {
         path: leaf.shape
-        for path, leaf in leaf_paths(binding.abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
+        for path, leaf in leaf_paths(modules.abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
     }
     slots = TABLES["bert"].slots(shapes)
     found = {slot.key: slot.shape for slot in slots}
@@ -155,7 +155,7 @@ def test_tables_report_what_is_missing_and_what_is_unknown():
 
 def test_the_defaults_are_bert_base():
     """109,482,240 parameters of the published encoder, less its pooler's 768 * 769."""
-    leaves = jax.tree.leaves(binding.abstract(Bert, BertConfig()))
+    leaves = jax.tree.leaves(modules.abstract(Bert, BertConfig()))
     assert sum(leaf.size for leaf in leaves) == 109_482_240 - 768 * 769
 
 

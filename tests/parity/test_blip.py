@@ -23,7 +23,7 @@ from transformers import BlipConfig as TorchConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.rewards import captions
@@ -96,7 +96,7 @@ def ours(pair, function, *arguments) -> np.ndarray:
     """function(bound Blip, *arguments), compiled, with exact float32 products."""
     with jax.default_matmul_precision("highest"):
         compiled = jax.jit(
-            lambda params, *rest: function(binding.bind(Blip, pair.config, params), *rest)
+            lambda params, *rest: function(modules.bind(Blip, pair.config, params), *rest)
         )
         return np.asarray(compiled(pair.params, *arguments))
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
 from corl_jax.weights import config_aesthetic, config_clip
@@ -110,7 +110,7 @@ def pair(request, tmp_path_factory):
 def ours(pair, method: str, x: np.ndarray) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         compiled = jax.jit(
-            lambda params, x: getattr(binding.bind(Clip, pair.config, params), method)(x)
+            lambda params, x: getattr(modules.bind(Clip, pair.config, params), method)(x)
         )
         return np.asarray(compiled(pair.params, x))
 
@@ -247,7 +247,7 @@ def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
     shapes = full_shapes(name, layout)
     config = config_clip.parse(tmp_path, layout, shapes, problems)
     assert (config, problems) == (size["config"], [])
-    leaves = {k: leaf.shape for k, leaf in flatten(binding.abstract(Clip, config)).items()}
+    leaves = {k: leaf.shape for k, leaf in flatten(modules.abstract(Clip, config)).items()}
     table = clip.TABLES[layout]
     assert not table.problems(table.slots(leaves), shapes, "x")
     assert sum(math.prod(shape) for shape in leaves.values()) == size["parameters"]
@@ -284,5 +284,5 @@ def test_the_aesthetic_head():
     params = from_table(aesthetic.TABLES["published"], AestheticHead, config, state)
     x = np.random.default_rng(0).standard_normal((5, 768)).astype(np.float32)
     with jax.default_matmul_precision("highest"):
-        found = jax.jit(lambda p, x: binding.bind(AestheticHead, config, p)(x))(params, x)
+        found = jax.jit(lambda p, x: modules.bind(AestheticHead, config, p)(x))(params, x)
     assert_close("aesthetic head", np.asarray(found), chain(torch.from_numpy(x))[:, 0])

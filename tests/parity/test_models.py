@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from corl_jax.devices.mesh import leaf_paths
-from corl_jax.models import janus, layers
+from corl_jax.models import layers
+from corl_jax.policies.janus import network
 from tests.parity import torch_janus
 from tests.parity.torch_janus import IMAGE_TOKEN, PAD_TOKEN
 from tests.support.tolerances import NETWORK
@@ -47,7 +48,7 @@ def pair(request):
 def ours(pair, function, *arguments) -> np.ndarray:
     """function(bound Janus, *arguments), compiled, with exact float32 products."""
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(lambda params, *rest: function(janus.bind(pair.config, params), *rest))
+        compiled = jax.jit(lambda params, *rest: function(network.bind(pair.config, params), *rest))
         return np.asarray(compiled(pair.params, *arguments))
 
 
@@ -95,7 +96,7 @@ def prompts(pair, rows: int, length: int, padding: list[int], images: bool):
 
 def test_mapped_parameters_are_exactly_those_of_the_network(pair):
     found = {path: leaf.shape for path, leaf in leaf_paths(pair.params)}
-    abstract = janus.abstract(pair.config)
+    abstract = network.abstract(pair.config)
     assert found == {path: leaf.shape for path, leaf in leaf_paths(abstract)}
 
 
@@ -257,7 +258,7 @@ def test_vq_decoder_pixels(pair):
 def test_norms_add_the_same_epsilon(pair):
     """On values so small that the epsilon decides."""
     model, vqmodel = pair.torch.model, pair.torch.model.vqmodel
-    bound = janus.bind(pair.config, pair.params)
+    bound = network.bind(pair.config, pair.params)
     last = pair.config.llama.num_layers - 1, pair.config.siglip.num_layers - 1
     block = layers.unstack(bound.language_model.layers, last[0] + 1)[last[0]]
     encoder = layers.unstack(bound.vision_model.layers, last[1] + 1)[last[1]]
@@ -294,7 +295,7 @@ def test_gradients_of_the_language_model(pair):
     model.zero_grad()
 
     def loss(params):
-        bound = janus.bind(pair.config, params)
+        bound = network.bind(pair.config, params)
         logits = bound.text_logits(bound.language_model(bound.embed_text(ids), mask))
         logprobs = jax.nn.log_softmax(logits[:, 2:-1], axis=-1)
         return jnp.take_along_axis(logprobs, ids[:, 3:, None], axis=-1).mean()

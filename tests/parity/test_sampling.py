@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from corl_jax import sampling
+from corl_jax.policies.janus import sampling
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from tests.parity import torch_janus
 from tests.parity.torch_janus import BOI_TOKEN, BOS_TOKEN, IMAGE_TOKEN, PAD_TOKEN

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from corl_jax import sampling
 from corl_jax.assets import MINI_JANUS, NANO_JANUS
-from corl_jax.data.processor import Processor
-from corl_jax.models import janus
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.weights import files
 from tests.support import draws
 
@@ -103,4 +102,4 @@ def test_both_directions_of_the_conversion_keep_its_bits(shipped, loaded, tmp_pa
     files.convert(tmp_path / "jax", tmp_path / "back", layout="transformers")
     again = files.load_params(tmp_path / "back", config)
     jax.tree.map(np.testing.assert_array_equal, stored, again)
-    assert jax.tree.structure(stored) == jax.tree.structure(janus.abstract(config))
+    assert jax.tree.structure(stored) == jax.tree.structure(network.abstract(config))

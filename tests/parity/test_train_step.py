@@ -14,8 +14,8 @@ import torch
 
 from corl_jax.config import schema
 from corl_jax.devices.mesh import leaf_paths
+from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.train import step
-from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, partition
 from tests.parity import torch_janus
 from tests.support.tiny_runs import SPECIAL, both_tasks

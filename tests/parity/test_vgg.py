@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchmetrics.functional.image import lpips as reference
 
-from corl_jax.models import binding, vgg
+from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.weights.config_vgg import parse
 from corl_jax.weights.storage import open_any_store
@@ -74,7 +74,7 @@ def distances(theirs, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Ours, with the other network's weights."""
     params = from_table(TABLES["lpips"], Lpips, VggConfig(), arrays(theirs.state_dict()))
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(lambda params, *x: binding.bind(Lpips, VggConfig(), params)(*x))
+        compiled = jax.jit(lambda params, *x: modules.bind(Lpips, VggConfig(), params)(*x))
         return np.asarray(compiled(params, first, second))
 
 

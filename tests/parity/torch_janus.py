@@ -17,7 +17,7 @@ from transformers import JanusForConditionalGeneration, LlamaConfig
 from transformers.models.janus import JanusVisionConfig, JanusVQVAEConfig
 
 from corl_jax.models import llama, siglip, vq
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.network import JanusConfig
 
 torch.set_num_threads(1)
 

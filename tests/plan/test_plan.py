@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
-from corl_jax.models import janus
 from corl_jax.plan import __main__ as plan
 from corl_jax.plan import chips, cost, hlo, programs, tables
-from corl_jax.train import attending, planning, setup
+from corl_jax.policies.janus import network
+from corl_jax.train import attending, build, resolve
 from corl_jax.train.optimizer import make_optimizer, partition
 from corl_jax.weights.files import load_config
 from tests.support import tiny_runs
@@ -46,7 +46,7 @@ def config_path(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def outline(config_path):
     config = config_files.load(config_path)
-    return planning.outline(config, load_config(config.model.path), plan.STAND_INS)
+    return resolve.outline(config, load_config(config.model.path), plan.STAND_INS)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, ti
     """Against arrays that are really on the devices, laid out by the functions of `build`."""
     config, mesh = outline.config, outline.mesh
     params = tiny_runs.random_params(outline.model_config)
-    trained, frozen = (setup.place(x, mesh) for x in partition(params, config.train.trainable))
+    trained, frozen = (build.place(x, mesh) for x in partition(params, config.train.trainable))
     optimizer = make_optimizer(config.optimizer, 1)
-    shardings = setup.state_shardings(optimizer, trained, mesh)
+    shardings = build.state_shardings(optimizer, trained, mesh)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
 
     def on_first(tree):
@@ -145,8 +145,8 @@ def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
             model_config=outline.model_config, mesh=SimpleNamespace(devices=np.array([[[device]]])),
             micro_batches=1,
         )  # fmt: skip
-        samplers = {f.keywords["attention"] for f in setup.make_samplers(described).values()}
-        return samplers, setup.make_objective(described).scoring.attention
+        samplers = {f.keywords["attention"] for f in build.make_samplers(described).values()}
+        return samplers, build.make_objective(described).scoring.attention
 
     tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
     assert chosen(tpu) == ({"xla"}, "splash")
@@ -290,7 +290,7 @@ def test_missing_libtpu_is_named_with_the_remedy(monkeypatch):
     ],
 )
 def test_sizes_come_from_a_name_where_there_are_no_files(path, preset, expected):
-    assert plan.model_config(path, preset) == janus.PRESETS[expected]
+    assert plan.model_config(path, preset) == network.PRESETS[expected]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from corl_jax.devices.mesh import map_with_path, network_shardings
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig, DecoderCache
 from corl_jax.rewards import captions
@@ -69,7 +69,7 @@ def network(tmp_path_factory):
             return jnp.asarray(noise / np.prod(leaf.shape[-4:-1] or leaf.shape[:1]) ** 0.5)
         return jnp.asarray(0.3 * noise)
 
-    params = map_with_path(draw, binding.abstract(Blip, CONFIG))
+    params = map_with_path(draw, modules.abstract(Blip, CONFIG))
     bias = params["text_decoder"]["head"]["bias"]
     params["text_decoder"]["head"]["bias"] = bias.at[SEP].set(1.2)
     return Network(CONFIG, params, write_files(tmp_path_factory.mktemp("blip")), jnp.float32)
@@ -98,7 +98,7 @@ def test_decoding_with_a_cache_is_the_full_forward(network, images):
 
     @jax.jit
     def both(params, pixels, ids):
-        model = binding.bind(Blip, CONFIG, params)
+        model = modules.bind(Blip, CONFIG, params)
         features = model.vision_model(pixels)
         blocks, cache = model.text_decoder.start(features, POSITIONS)
         stepwise = []
@@ -116,7 +116,7 @@ def test_a_caption_is_greedy(network, images, tokens):
     """Each token is the most likely one after those before it, by the full forward."""
     settings = captions.image_settings(network.folder, SIZE)
     ids = np.concatenate([np.full((len(images), 1), BOS), tokens[:, :-1]], axis=1)
-    forward = jax.jit(lambda params, *x: binding.bind(Blip, CONFIG, params)(*x))
+    forward = jax.jit(lambda params, *x: modules.bind(Blip, CONFIG, params)(*x))
     logits = forward(network.params, captions.normalise(images, settings), ids)
     second, first = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)
     read = np.cumsum(ids == SEP, axis=1) == 0  # what follows the end is not drawn

@@ -18,13 +18,13 @@ from transformers import CLIPTokenizerFast
 
 from corl_jax.devices.mesh import map_with_path, network_shardings
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
+from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, Frozen, Network, Samples
 from corl_jax.weights import config_clip
-from corl_jax.weights.configs import from_dict
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 
@@ -67,7 +67,7 @@ def drawn(kind, config, seed: int):
         noise = 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, binding.abstract(kind, config))
+    params = map_with_path(draw, modules.abstract(kind, config))
     return params | ({"logit_scale": jnp.float32(np.log(100))} if kind is Clip else {})
 
 
@@ -88,7 +88,7 @@ def drawings():
 
 @functools.partial(jax.jit, static_argnames=("config", "method"))
 def features(config, method, params, x):
-    return getattr(binding.bind(Clip, config, params), method)(x)
+    return getattr(modules.bind(Clip, config, params), method)(x)
 
 
 def expected_cosines(network, drawings, prompts) -> np.ndarray:

@@ -15,11 +15,11 @@ import pytest
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Compat
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.models import janus
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
 from corl_jax.rewards.registry import Context, Samples, score
 from corl_jax.runs.log import Phases
-from corl_jax.train import planning, setup
-from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring
+from corl_jax.train import build, resolve
 from tests.support import tiny_runs
 
 CHANGES: dict[str, set[str]] = {
@@ -79,10 +79,10 @@ def observe(model, tmp_path_factory):
         tree = tiny_runs.options(model, rows, folder / "run", rewards=rewards)
         tree["compat"] = {switch: True} if switch else {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(planning, "make_mesh", make)
-            plan = planning.plan(config_files.validate(tree, "test"))
-        run, state = setup.build(plan, Phases())
-        scoring = setup.make_objective(plan).scoring
+            patch.setattr(resolve, "make_mesh", make)
+            plan = resolve.plan(config_files.validate(tree, "test"))
+        run, state = build.build(plan, Phases())
+        scoring = build.make_objective(plan).scoring
         scored = logprobs(plan.model_config, scoring)
         return {**dtypes(run, state), **samplers(run), **scored, **scores(plan, run)}
 
@@ -113,7 +113,7 @@ def logprobs(config, scoring) -> dict:
 
     @jax.jit
     def compute(params):
-        model = janus.bind(config, params)
+        model = network.bind(config, params)
         return {
             task: TASK_LOGPROBS[task](model, part.prompts, part.tokens, scoring)[0]
             for task, part in batch.items()
@@ -181,7 +181,7 @@ def test_unshifted_image_logprobs_are_of_the_state_after_the_token(tiny_config):
 
     @jax.jit
     def both(params):
-        model = janus.bind(config, params)
+        model = network.bind(config, params)
         prompt = model.embed_text(part.prompts.input_ids)
         embeds = jnp.concatenate([prompt, model.embed_image_tokens(part.tokens)], axis=1)
         logits = model.image_logits(model.language_model(embeds, seen)[:, prompt.shape[1] :])

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from corl_jax import sampling
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import make_mesh
+from corl_jax.policies.janus import sampling
 from corl_jax.train import __main__ as command
-from corl_jax.train import planning, report
+from corl_jax.train import check, resolve
 from tests.support.tiny_networks import network_dir
 from tests.support.tiny_runs import metric_lines
 from tests.support.tolerances import NETWORK
@@ -84,7 +84,7 @@ def straight(tree):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "decode_images", picture_codes)
         make = functools.partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr(planning, "make_mesh", make)
+        patch.setattr(resolve, "make_mesh", make)
         return run(tree)
 
 
@@ -109,7 +109,7 @@ def test_every_reward_is_scored_timed_and_learnt_from(straight):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devices, monkeypatch):
     make = functools.partial(make_mesh, devices=jax.devices()[:devices])
-    monkeypatch.setattr(planning, "make_mesh", make)
+    monkeypatch.setattr(resolve, "make_mesh", make)
     monkeypatch.setattr(sampling, "decode_images", picture_codes)
     again = tree | {
         "output_dir": str(tmp_path / "run"),
@@ -187,7 +187,7 @@ def test_frozen_scorers_and_gdpo(tree, tmp_path, one_device):
 def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monkeypatch):
     """Both are spread over the mesh; another network lies whole on every device."""
     make = functools.partial(make_mesh, devices=jax.devices()[:4])
-    monkeypatch.setattr(planning, "make_mesh", make)
+    monkeypatch.setattr(resolve, "make_mesh", make)
     estimates, plans = {}, {}
     for scorer in ("initial", tree["model"]["path"]):
         ti_sim = {"name": "t2i_ti_sim", "options": {"scorer": scorer}}
@@ -196,12 +196,12 @@ def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monke
         del changed["networks"]
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(changed), encoding="utf-8")
-        plans[scorer] = planning.plan(config_files.load(path))
-        estimates[scorer] = report.memory_estimate(plans[scorer])["reward networks"]
+        plans[scorer] = resolve.plan(config_files.load(path))
+        estimates[scorer] = check.memory_estimate(plans[scorer])["reward networks"]
     mine, theirs = estimates.values()
     (found,) = plans[tree["model"]["path"]].networks
-    assert mine == theirs and 0 < theirs < found.nbytes / report.GIB
-    assert "scorers sharded as the policy" in report.describe(plans[tree["model"]["path"]])
+    assert mine == theirs and 0 < theirs < found.nbytes / check.GIB
+    assert "scorers sharded as the policy" in check.describe(plans[tree["model"]["path"]])
 
 
 @pytest.mark.parametrize("whose", ["policy", "initial", "path"])

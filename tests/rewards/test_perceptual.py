@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from corl_jax.devices.mesh import map_with_path
-from corl_jax.models import binding, vgg
+from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.rewards import image, perceptual
 from corl_jax.rewards.samples import Network
@@ -36,7 +36,7 @@ def network():
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    params = map_with_path(draw, binding.abstract(Lpips, TINY))
+    params = map_with_path(draw, modules.abstract(Lpips, TINY))
     return Network(TINY, params, Path(), jnp.float32)
 
 
@@ -51,7 +51,7 @@ def distance(network, drawings, real, **options) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="config")
 def direct(config, params, first, second):
-    return binding.bind(Lpips, config, params)(first, second)
+    return modules.bind(Lpips, config, params)(first, second)
 
 
 def test_pooling_takes_the_maximum_and_leaves_out_odd_ends():
@@ -78,7 +78,7 @@ def test_a_known_distance():
             kernel[1, 1, 0, 0] = 1
         return jnp.asarray(kernel)
 
-    params = map_with_path(middle, binding.abstract(Lpips, config))
+    params = map_with_path(middle, modules.abstract(Lpips, config))
     white, black = jnp.ones((1, 16, 16, 3)), jnp.zeros((1, 16, 16, 3))
     found = direct(config, params, white, black)
     # White is (1, 0) in every stage and black (0, 0): 5 stages x 0.25 x 1.
@@ -157,7 +157,7 @@ def full_shapes(layout: str) -> dict[str, tuple[int, ...]]:
 def test_the_published_files_are_covered(layout):
     shapes, problems = full_shapes(layout), []
     config = parse(Path("x"), layout, shapes, problems)
-    leaves = {k: leaf.shape for k, leaf in flatten(binding.abstract(Lpips, config)).items()}
+    leaves = {k: leaf.shape for k, leaf in flatten(modules.abstract(Lpips, config)).items()}
     slots = TABLES[layout].slots(leaves)
     assert (config, problems) == (VggConfig(), [])
     assert not TABLES[layout].problems(slots, shapes, "x")

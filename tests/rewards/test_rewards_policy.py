@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import sampling
 from corl_jax.data.instructions import CAPTION
-from corl_jax.data.processor import Processor
 from corl_jax.devices.mesh import make_mesh, map_with_path, param_shardings
 from corl_jax.errors import InputError
-from corl_jax.models import janus
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import cycle, functions, policy, text
 from corl_jax.rewards.registry import REGISTRY, Context, Samples
 from corl_jax.types import EncodedPrompts
@@ -44,7 +43,7 @@ def context(tiny_config, processor):
         noise = 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, janus.abstract(config))
+    params = map_with_path(draw, network.abstract(config))
     return Context(config, params, processor, jnp.float32, seed=3, step=0)
 
 
@@ -77,7 +76,7 @@ def unpadded_hidden(context, caption, image):
     processor = context.processor
     encoded = processor.encode_mm2t([caption], [Image.fromarray(image)])
     ids = np.asarray(encoded.input_ids[0])[np.asarray(encoded.attention_mask[0])]
-    model = janus.bind(context.config, context.params)
+    model = network.bind(context.config, context.params)
     features = model.image_features(jnp.asarray(encoded.pixel_values))
     embeds = model.prompt_embeds(jnp.asarray(ids[None]), processor.special.image, features)
     hidden = model.language_model(embeds, jnp.ones((1, len(ids)), bool))

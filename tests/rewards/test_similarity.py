@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from corl_jax.devices.mesh import map_with_path, network_shardings
 from corl_jax.errors import InputError
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
@@ -42,7 +42,7 @@ def network(tmp_path_factory) -> Network:
         noise = 0.4 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, binding.abstract(Bert, CONFIG))
+    params = map_with_path(draw, modules.abstract(Bert, CONFIG))
     return Network(CONFIG, params, folder, jnp.float32)
 
 
@@ -51,7 +51,7 @@ def states_of(network: Network, text: str, layer: int = -1) -> np.ndarray:
     vocabulary = SPECIALS + WORDS
     ids = np.array([[vocabulary.index(word) for word in f"[CLS] {text} [SEP]".split()]])
     with jax.default_matmul_precision("highest"):
-        model = binding.bind(Bert, network.config, network.params)
+        model = modules.bind(Bert, network.config, network.params)
         return np.asarray(model(ids, np.ones_like(ids, bool), layer=layer)[0], np.float64)
 
 

@@ -14,7 +14,7 @@ from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.runs import guards
 from corl_jax.runs.directory import jsonable
 from corl_jax.runs.guards import FAILED_WINDOW, RULES, UNREWARDED_STEPS, WINDOW, Guards
-from corl_jax.train.iterate import duplicates
+from corl_jax.train.iteration import duplicates
 
 GOOD = {"update/skipped": 0.0, "loss": 1.0, "grad_norm": 2.0, "t2i/loss": 1.0, "mm2t/loss": 0.1}
 BAD = GOOD | {"update/skipped": 1.0, "loss": math.nan, "grad_norm": math.inf, "t2i/loss": math.nan}

@@ -9,7 +9,7 @@ import pytest
 from corl_jax.devices.compiling import take_compile_seconds
 from corl_jax.runs import pace as pacing
 from corl_jax.runs.pace import Pace
-from corl_jax.train.record import count_due
+from corl_jax.train.milestones import count_due
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.models import janus
+from corl_jax.policies.janus import network
 from corl_jax.types import EncodedPrompts, Rollout, SpecialTokens
 from tests.support.tolerances import LOGPROBS
 
@@ -26,7 +26,7 @@ SAFE = LOGPROBS
 def full_logits(config, params, prompts, tokens, image_token: int) -> jax.Array:
     """Teacher-forced logits [N, T, .] of the distributions that `tokens` [N, T] came from."""
     group = tokens.shape[0] // prompts.input_ids.shape[0]
-    model, read = janus.bind(config, params), tokens[:, :-1]
+    model, read = network.bind(config, params), tokens[:, :-1]
     if prompts.pixel_values is None:
         prompt, read = model.embed_text(prompts.input_ids), model.embed_image_tokens(read)
     else:

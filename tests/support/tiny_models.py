@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.models.janus import JanusConfig
-from corl_jax.weights.tokens import ROLES, STRINGS
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.tokens import ROLES, STRINGS
 
 CORPUS = (
     "a red circle and two blue squares; how many green triangles are there? A. one B. two "

@@ -14,14 +14,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from corl_jax.devices.mesh import map_with_path
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.vgg import VggConfig
+from corl_jax.policies.janus.checkpoint.settings import FORMAT_VERSION
 from corl_jax.types import Params
-from corl_jax.weights.configs import FORMAT_VERSION
 from corl_jax.weights.networks import KINDS, MODEL_TYPE
 from corl_jax.weights.table import flatten
 
@@ -68,7 +68,7 @@ def random_network(kind: str, seed: int = 0) -> Params:
             return np.asarray(1 + 0.1 * noise)
         return np.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    return map_with_path(draw, binding.abstract(KINDS[kind].module, TINY[kind]))
+    return map_with_path(draw, modules.abstract(KINDS[kind].module, TINY[kind]))
 
 
 def network_dir(folder: Path, kind: str, seed: int = 0) -> Path:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from corl_jax.data.processor import Processor
 from corl_jax.devices.mesh import map_with_path
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.train.step import Batch, TaskBatch
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from corl_jax.weights.files import save_checkpoint
@@ -81,7 +81,7 @@ def random_params(config: JanusConfig, seed: int = 0) -> dict:
         noise = 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)
         return noise + 1 if path.endswith("/scale") else noise
 
-    return map_with_path(draw, janus.abstract(config))
+    return map_with_path(draw, network.abstract(config))
 
 
 # ---- runs

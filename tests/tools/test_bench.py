@@ -13,17 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from corl_jax import sampling
 from corl_jax.devices import compiling
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, InputError
-from corl_jax.models import binding, decoding, janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.models import modules
 from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.lora import Lora
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
+from corl_jax.policies import decoding
+from corl_jax.policies.janus import network as janus_network
+from corl_jax.policies.janus import sampling
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
@@ -83,7 +85,7 @@ def published(name: str, folder: Path) -> Setting:
 
 
 def parameter_bytes(name: str) -> int:
-    abstract = binding.abstract(KINDS[NETWORKS[name].kind].module, SIZES["tiny"].networks[name])
+    abstract = modules.abstract(KINDS[NETWORKS[name].kind].module, SIZES["tiny"].networks[name])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
@@ -529,7 +531,7 @@ def test_work_by_hand():
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
     assert training_operations(config, (text,), shared=True) == operations
     llama = config.llama
-    adapted = janus.adapted(config, Lora(3, 6.0, ("q_proj", "down_proj")))
+    adapted = janus_network.adapted(config, Lora(3, 6.0, ("q_proj", "down_proj")))
     wide = llama.num_heads * llama.head_dim
     adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
     operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs
@@ -589,7 +591,7 @@ def test_a_made_up_caption_is_as_many_tokens_again(tmp_path):
 @pytest.mark.parametrize("name", ["1b", pytest.param("7b", marks=pytest.mark.slow)])
 def test_published_sizes_trace(name, tmp_path):
     setting = published(name, tmp_path)
-    params = janus.abstract(setting.size.janus)
+    params = janus_network.abstract(setting.size.janus)
     for task, length in (("t2i", 576), ("mm2t", 512)):
         prompts = generation.prompts_of(setting, task)
         keys = jax.eval_shape(lambda: generation.keys(setting, task))  # noqa: B023

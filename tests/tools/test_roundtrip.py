@@ -9,7 +9,7 @@ import pytest
 
 from corl_jax.assets import NANO_JANUS
 from corl_jax.data.drawn_world import generator
-from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
+from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
 from corl_jax.startup import load_model
 from tests.support.tiny_runs import model_dir
 from tools.mini_janus import roundtrip

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import InputError
-from corl_jax.models import janus
 from corl_jax.models.lora import Lora
+from corl_jax.policies.janus import network as janus_network
 from corl_jax.train import __main__ as command
 from corl_jax.weights import adapters
 from corl_jax.weights.files import convert, load_config, load_params
@@ -158,9 +158,9 @@ def test_peft_loads_the_adapter(adapter, merged, model):
     assert loaded.keys() == stored.keys() and len(stored) == 2 * 2 * len(TARGETS)
     for key, value in loaded.items():
         np.testing.assert_array_equal(value.numpy(), stored[key])
-    config = janus.adapted(load_config(model), Lora(3, 12.0, tuple(TARGETS)))
+    config = janus_network.adapted(load_config(model), Lora(3, 12.0, tuple(TARGETS)))
     params = unflatten(dict(leaf_paths(load_params(model))) | trained_of(adapter))
-    network = janus.bind(config, jax.tree.map(jax.numpy.asarray, params))
+    network = janus_network.bind(config, jax.tree.map(jax.numpy.asarray, params))
     mask = np.ones(ids.shape, bool)
     with jax.default_matmul_precision("highest"):
         hidden = network.language_model(network.embed_text(ids.numpy()), mask)
@@ -188,11 +188,11 @@ def test_peft_trains_on_with_the_same_gradients(adapter, model):
         n.replace(".default", ""): p.grad for n, p in wrapped.named_parameters() if p.requires_grad
     }
 
-    config = janus.adapted(load_config(model), Lora(3, 12.0, tuple(TARGETS)))
+    config = janus_network.adapted(load_config(model), Lora(3, 12.0, tuple(TARGETS)))
     frozen = dict(leaf_paths(load_params(model)))
 
     def loss(trained):
-        network = janus.bind(config, unflatten(frozen | trained))
+        network = janus_network.bind(config, unflatten(frozen | trained))
         hidden = network.language_model(network.embed_text(ids), np.ones(ids.shape, bool))
         logprobs = jax.nn.log_softmax(network.text_logits(hidden)[:, :-1])
         return -jax.numpy.take_along_axis(logprobs, ids[:, 1:, None], axis=-1).mean()

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import grpo, sampling
+from corl_jax.algorithms import grpo
 from corl_jax.config import schema
 from corl_jax.devices.mesh import batch_sharding, leaf_paths, make_mesh, param_shardings
 from corl_jax.errors import InputError
-from corl_jax.models import janus
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from corl_jax.rewards.samples import Lent
 from corl_jax.runs.log import Phases
-from corl_jax.train import iterate, setup, step
-from corl_jax.train.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
+from corl_jax.train import build, step
+from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
 from corl_jax.types import Rollout
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
@@ -124,7 +125,7 @@ def test_splitting_and_recomputing_change_nothing(
 @pytest.mark.usefixtures("compiled_anew")
 def test_devices_change_nothing(config, params, batch, whole, axes, capfd):
     mesh = make_mesh(*axes)
-    trained, frozen = (setup.place(part, mesh) for part in partition(params, DEFAULT))
+    trained, frozen = (build.place(part, mesh) for part in partition(params, DEFAULT))
     spread = jax.device_put(batch, batch_sharding(mesh))
     # Pieces interleave the prompts, of which each must have as many as there are ways.
     pieces = 2 if axes[0] * axes[1] * 2 <= PROMPTS else 1
@@ -268,10 +269,10 @@ def recorded_iteration(monkeypatch, batch, **changes):
         t: Rollout(b.prompts, jnp.asarray(b.tokens), jnp.asarray(b.mask), b.sampler_logprobs)
         for t, b in batch.items()
     }
-    monkeypatch.setattr(iterate, "sample", lambda run, task, *_: rollouts[task])
-    monkeypatch.setattr(iterate, "decode", lambda *_: None)
+    monkeypatch.setattr(rl_iteration, "sample", lambda run, task, *_: rollouts[task])
+    monkeypatch.setattr(rl_iteration, "decode", lambda *_: None)
     rewards = np.arange(PROMPTS * GROUP, dtype=np.float32)
-    monkeypatch.setattr(iterate, "score_task", lambda *_: ({"r": rewards}, {}))
+    monkeypatch.setattr(rl_iteration, "score_task", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": make_mesh(8), "frozen": {},
@@ -284,7 +285,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
         },
     } | changes)  # fmt: skip
     state = step.TrainState(0, {"w": 5}, None)
-    state, iteration = iterate.grpo_iteration(run, state, None, 0)
+    state, iteration = rl_iteration.grpo_iteration(run, state, None, 0)
     assert state.step == run.num_iterations
     return calls, iteration.metrics
 
@@ -315,14 +316,14 @@ def test_the_reference_scores_with_its_own_parameters(monkeypatch, batch):
 
 def test_a_reference_may_rest_in_host_memory(config, params):
     mesh = make_mesh(2, 2, 2)
-    trained = setup.place(partition(params, DEFAULT)[0], mesh)
+    trained = build.place(partition(params, DEFAULT)[0], mesh)
     kinds = {}
     for place in ("device", "host"):
         block = schema.Grpo(kl_coef=0.1, reference=place)
         options = SimpleNamespace(
             objective="grpo", grpo=block, model=schema.Model(path="x"), lora=schema.Lora()
         )
-        lent = setup.make_reference(SimpleNamespace(config=options, mesh=mesh), trained)
+        lent = build.make_reference(SimpleNamespace(config=options, mesh=mesh), trained)
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
         with lent.use() as reference:
             for (path, found), one in zip(
@@ -333,7 +334,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
         assert all(x.is_deleted() == (place == "host") for x in jax.tree.leaves(reference))
     assert kinds["host"].endswith("host") and kinds["device"] != kinds["host"]
     options = SimpleNamespace(objective="grpo", grpo=schema.Grpo())
-    assert setup.make_reference(SimpleNamespace(config=options, mesh=mesh), trained) is None
+    assert build.make_reference(SimpleNamespace(config=options, mesh=mesh), trained) is None
 
 
 def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
@@ -368,8 +369,8 @@ def stepped(request, params):
     optimizer = make_optimizer(
         schema.Optimizer(name=request.param, learning_rate=1e-3, weight_decay=0.01), 10
     )
-    trained, frozen = (setup.place(part, mesh) for part in partition(params, DEFAULT))
-    shardings = setup.state_shardings(optimizer, trained, mesh)
+    trained, frozen = (build.place(part, mesh) for part in partition(params, DEFAULT))
+    shardings = build.state_shardings(optimizer, trained, mesh)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
         state = jax.device_put(step.TrainState(jnp.int32(0), trained, opt_state), shardings)
@@ -401,12 +402,12 @@ def test_a_step_moves_what_is_trained_and_keeps_its_layout(stepped):
 
 def test_moments_lie_as_their_parameters(config, params):
     mesh = make_mesh(2, 2, 2)
-    trained = setup.place(partition(params, DEFAULT)[0], mesh)
+    trained = build.place(partition(params, DEFAULT)[0], mesh)
     optimizer = make_optimizer(schema.Optimizer(), 10)
     moments = [
         leaf.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            setup.state_shardings(optimizer, trained, mesh).opt_state
+            build.state_shardings(optimizer, trained, mesh).opt_state
         )
         if "q_proj" in jax.tree_util.keystr(path)
     ]
@@ -448,7 +449,7 @@ def test_compute_dtype_leaves_master_weights_alone(config, params, batch):
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     assert jnp.dtype(master_dtype(False)) == np.dtype("float32")
-    model = janus.bind(config, janus.cast(params, jnp.bfloat16))
+    model = network.bind(config, network.cast(params, jnp.bfloat16))
     hidden = jax.eval_shape(lambda: TASK_LOGPROBS["t2i"](
         model, batch["t2i"].prompts, batch["t2i"].tokens, SCORING
     ))  # fmt: skip

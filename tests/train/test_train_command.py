@@ -31,7 +31,9 @@ from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
 from corl_jax.runs.log import Phases
 from corl_jax.train import __main__ as command
-from corl_jax.train import iterate, loop, planning, record, report
+from corl_jax.train import check as run_check
+from corl_jax.train import iteration as rl_iteration
+from corl_jax.train import loop, milestones, resolve
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests.support import metrics_page, tiny_runs
@@ -291,7 +293,7 @@ def test_a_longer_interruption_between_checkpoints_is_repeated(straight, model, 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record.Recorder, "save", dies)
+        patch.setattr(milestones.Recorder, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             train(tree)
     assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2, 3]
@@ -319,7 +321,7 @@ def test_drawing_alone(options, tmp_path):
 def test_answering_alone(options, monkeypatch):
     """The table of answers comes without drawings, too."""
     tables = []
-    monkeypatch.setattr(record.Metrics, "text", lambda *args: tables.append(args))
+    monkeypatch.setattr(milestones.Metrics, "text", lambda *args: tables.append(args))
     tree = options(
         grpo={"tasks": "mm2t"}, rewards=[{"name": "qa_accuracy"}], log={"images_every": 2}
     )
@@ -363,13 +365,13 @@ def test_image_tokenizer(options, model):
 @pytest.mark.slow
 def test_a_mesh_of_eight_devices(options, monkeypatch):
     """The whole iteration on data x fsdp x tensor: rewards too see rows in order."""
-    monkeypatch.setattr(planning, "make_mesh", make_mesh)
+    monkeypatch.setattr(resolve, "make_mesh", make_mesh)
     changes = {"train": {"max_steps": 1}, "grpo": {"kl_coef": 0.1}, "log": {"images_every": 1}}
     tree = options(**changes, eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
     spread = train(tree | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
     monkeypatch.undo()
     make = functools.partial(make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(planning, "make_mesh", make)
+    monkeypatch.setattr(resolve, "make_mesh", make)
     alone = train(tree | {"output_dir": tree["output_dir"] + "-alone"})
     for found, wanted in zip(metric_lines(spread), metric_lines(alone), strict=True):
         assert found.keys() == wanted.keys()
@@ -405,21 +407,23 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
 
 def plan_and_programs(options) -> tuple:
     """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
-    planned = planning.plan(config_files.validate(options(grpo={"kl_coef": 0.1}), "test"))
-    lengths = report.prompt_lengths(planned)
+    planned = resolve.plan(config_files.validate(options(grpo={"kl_coef": 0.1}), "test"))
+    lengths = run_check.prompt_lengths(planned)
     return planned, *programs.programs(planned, lengths, jax.numpy.float32)
 
 
 def test_check_counts_what_is_kept_as_plan_does(options):
     planned, kept, _ = plan_and_programs(options)
-    counted = report.memory_estimate(planned)
-    sizes = {name: programs.shard_bytes(part) / report.GIB for name, part in kept.parts().items()}
+    counted = run_check.memory_estimate(planned)
+    sizes = {
+        name: programs.shard_bytes(part) / run_check.GIB for name, part in kept.parts().items()
+    }
     for ours, theirs in (
         ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
         ("optimizer", "optimizer"), ("reference", "reference"),
     ):  # fmt: skip
         assert counted[ours] == pytest.approx(sizes[theirs], rel=1e-3), ours
-    text = report.describe(planned)
+    text = run_check.describe(planned)
     for part in ("whole run, exact", "during an update, at least", "not counted", "--text-prompt"):
         assert part in text
 
@@ -427,11 +431,11 @@ def test_check_counts_what_is_kept_as_plan_does(options):
 @pytest.mark.slow
 def test_check_is_near_what_the_compiler_needs_for_an_update(options):
     planned, kept, listed = plan_and_programs(options)
-    counted = report.memory_estimate(planned)
+    counted = run_check.memory_estimate(planned)
     (update,) = (program for program in listed if program.name == "update")
     with jax.set_mesh(planned.mesh):
-        needed = plan_tables.compiled(update, kept).temporaries / report.GIB
-    at_least = sum(counted.get(name, 0) for name in report.WORKING["during an update"])
+        needed = plan_tables.compiled(update, kept).temporaries / run_check.GIB
+    at_least = sum(counted.get(name, 0) for name in run_check.WORKING["during an update"])
     assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
 
 
@@ -513,14 +517,14 @@ def test_contradictions_are_refused(options, capsys, changes, parts):
 
 
 def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "make_mesh", make_mesh)
+    monkeypatch.setattr(resolve, "make_mesh", make_mesh)
     lines = refused(capsys, options(train={"prompts_per_step": 12}))
     assert "train.prompts_per_step: 12 is not a multiple of the 8 ways" in lines[0]
     assert "nearest: 8 or 16" in lines[0]
 
 
 def test_heads_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
-    monkeypatch.setattr(planning, "make_mesh", make_mesh)
+    monkeypatch.setattr(resolve, "make_mesh", make_mesh)
     (line,) = refused(capsys, options(mesh={"data": 1, "tensor": 8}))
     assert "mesh.tensor: 8 does not divide 4 (heads of language_model), 2 (key heads of" in line
     assert line.endswith("nearest: 2")
@@ -553,7 +557,7 @@ def test_columns_of_rewards_may_be_null(options, tmp_path):
         tiny_row(i) | {"qa_solution": None if i % 2 else "<answer>1</answer>"} for i in range(8)
     ]
     data = {"path": str(tiny_parquet(tmp_path / "some.parquet", rows))}
-    planned = planning.plan(config_files.validate(options(data=data), "test"))
+    planned = resolve.plan(config_files.validate(options(data=data), "test"))
     solutions = planned.train_loader.batch(0).columns["qa_solution"]
     solutions += planned.train_loader.batch(1).columns["qa_solution"]
     assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
@@ -580,7 +584,7 @@ def test_the_last_iteration_of_a_run_without_rewards_ends_it():
         guards=Guards(), checkpoint=SimpleNamespace(max_failures=1), log=SimpleNamespace(every=9)
     )
     saves = SimpleNamespace(poll=lambda: None, check=lambda: None)
-    recorder = record.Recorder(config, None, SimpleNamespace(say=print), saves, None)
+    recorder = milestones.Recorder(config, None, SimpleNamespace(say=print), saves, None)
     recorder.saver = saves
     done = SimpleNamespace(updates=[], metrics={"not_applicable": 1.0})
     run = SimpleNamespace(steps=2)
@@ -594,7 +598,7 @@ def test_warmup_that_outlasts_the_epochs_is_refused(options):
     tree = options(train={"max_steps": None, "epochs": 1.0}, optimizer={"warmup_steps": 500})
     config = config_files.validate(tree, "test")
     with pytest.raises(InputError, match="warmup_steps: found 500, but the run has") as error:
-        planning.plan(config)
+        resolve.plan(config)
     assert len(error.value.problems) == 1
 
 
@@ -607,7 +611,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
         data=data, grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
         eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
     )  # fmt: skip
-    planned = planning.plan(config_files.validate(tree, "test"))
+    planned = resolve.plan(config_files.validate(tree, "test"))
     assert planned.train_loader.tasks == ("t2i",)
     batch = planned.eval_loader.batch(0)
     assert batch.t2i is not None and batch.mm2t is not None
@@ -625,23 +629,23 @@ def test_held_out_rows_count_once(monkeypatch):
         per_prompt = rewards[prompts.index % 7]
         return {"r": np.repeat(per_prompt, 2)}, {}
 
-    monkeypatch.setattr(iterate, "sample", lambda *_: None)
-    monkeypatch.setattr(iterate, "decode", lambda run, task, params, prompts, rollout: prompts)
-    monkeypatch.setattr(iterate, "score_task", scored)
+    monkeypatch.setattr(rl_iteration, "sample", lambda *_: None)
+    monkeypatch.setattr(rl_iteration, "decode", lambda run, task, params, prompts, rollout: prompts)
+    monkeypatch.setattr(rl_iteration, "score_task", scored)
     loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
-    everything = record.held_out_rewards(run, {}, 99)
+    everything = milestones.held_out_rewards(run, {}, 99)
     assert everything["eval/t2i/r"] == pytest.approx(4.0)
     spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
     assert everything["eval/t2i/r_stderr"] == pytest.approx(spread)
-    assert record.held_out_rewards(run, {}, 4)["eval/t2i/r"] == pytest.approx(2.5)
+    assert milestones.held_out_rewards(run, {}, 4)["eval/t2i/r"] == pytest.approx(2.5)
 
 
 def test_seconds_are_those_of_the_step_that_is_logged(options):
     """Unlogged steps count in the mean; the line of one step has nothing of the next."""
     taken = []
-    recorder = record.Recorder(
+    recorder = milestones.Recorder(
         config=config_files.validate(options(log={"every": 2}), "test"), run_dir=None,
         metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
         checkpoints=SimpleNamespace(poll=lambda: None), model_dir=None,
@@ -665,7 +669,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
 def test_problems_of_the_data_come_with_those_of_the_model(options, tmp_path):
     tree = options(model={"path": str(tmp_path)}, data={"columns": {"qa_type": "kind"}})
     with pytest.raises(InputError) as error:
-        planning.plan(config_files.validate(tree, "test"))
+        resolve.plan(config_files.validate(tree, "test"))
     joined = "\n".join(error.value.problems)
     assert "data.columns.qa_type" in joined and str(tmp_path) in joined
 
@@ -776,7 +780,7 @@ def test_the_first_step_is_told_and_saves_prepared_before_the_second():
 def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypatch):
     """Two saves and the look before the second process resumes."""
     taken, steps = [], []
-    digests, iteration = command.untrained_digests, record.Recorder.iteration
+    digests, iteration = command.untrained_digests, milestones.Recorder.iteration
 
     def take(run):
         taken.append(len(steps))
@@ -786,13 +790,13 @@ def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypa
         steps.append(step)
         return iteration(self, step, *rest)
 
-    pixels, dtypes = iterate.sampling.decode_images, []
+    pixels, dtypes = rl_iteration.sampling.decode_images, []
     monkeypatch.setattr(
-        iterate.sampling, "decode_images",
+        rl_iteration.sampling, "decode_images",
         lambda *args, dtype: dtypes.append(dtype) or pixels(*args, dtype=dtype),
     )  # fmt: skip
     monkeypatch.setattr(command, "untrained_digests", take)
-    monkeypatch.setattr(record.Recorder, "iteration", log)
+    monkeypatch.setattr(milestones.Recorder, "iteration", log)
     tree = options(
         grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
         checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"},

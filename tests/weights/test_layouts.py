@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax import sampling
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
+from corl_jax.policies.janus import sampling
 from corl_jax.types import Rollout
 from tests.support import draws
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers

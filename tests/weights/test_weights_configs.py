@@ -8,12 +8,13 @@ import json
 import pytest
 
 from corl_jax.errors import InputError
-from corl_jax.models.janus import PRESETS
-from corl_jax.train import exporting
-from corl_jax.weights import config_original, config_transformers
-from corl_jax.weights.configs import detect_layout, load_config, write_jax
+from corl_jax.policies.janus.checkpoint import original as original_layout
+from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
+from corl_jax.policies.janus.checkpoint.settings import detect_layout, load_config, write_jax
+from corl_jax.policies.janus.network import PRESETS
+from corl_jax.policies.janus.tokens import special_tokens
+from corl_jax.train import export
 from corl_jax.weights.hub import resolve_model_dir
-from corl_jax.weights.tokens import special_tokens
 from tests.support.weight_files import hf_config_dict, original_config_dict, write_tokenizer
 
 
@@ -74,7 +75,7 @@ def test_released_original_configs_are_the_presets(folder, name, data):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_written_original_config_reads_back(folder, name):
-    data = config_original.write(PRESETS[name], "bfloat16")
+    data = original_layout.write(PRESETS[name], "bfloat16")
     assert load_config(folder(data)) == PRESETS[name]
     assert "width" not in data["vision_config"]["params"]  # presets stay named, not spelt out
 
@@ -82,7 +83,7 @@ def test_a_written_original_config_reads_back(folder, name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_written_transformers_config_reads_back(folder, name, tmp_path):
     write_tokenizer(tmp_path, "original")
-    data = config_transformers.write(PRESETS[name], "bfloat16", special_tokens(tmp_path))
+    data = transformers_layout.write(PRESETS[name], "bfloat16", special_tokens(tmp_path))
     assert load_config(folder(data)) == PRESETS[name]
     assert data["tie_word_embeddings"] is False
 
@@ -252,9 +253,9 @@ def test_a_revision_of_a_hub_id_is_downloaded(monkeypatch, tmp_path, revision):
 
 def test_an_adapter_names_its_base_as_peft_reads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", str(tmp_path))
-    assert exporting._base("owner/name@v1", tmp_path / "cache") == ("owner/name", "v1")
-    assert exporting._base("owner/name", tmp_path / "cache") == ("owner/name", None)
-    assert exporting._base("$SCRATCH/m@1", tmp_path / "m@1") == (str(tmp_path / "m@1"), None)
+    assert export._base("owner/name@v1", tmp_path / "cache") == ("owner/name", "v1")
+    assert export._base("owner/name", tmp_path / "cache") == ("owner/name", None)
+    assert export._base("$SCRATCH/m@1", tmp_path / "m@1") == (str(tmp_path / "m@1"), None)
 
 
 def test_an_unreachable_revision_says_how_to_fetch_it(monkeypatch):

@@ -10,10 +10,11 @@ import pytest
 from safetensors import safe_open
 
 from corl_jax.errors import InputError
-from corl_jax.train import exporting
+from corl_jax.policies.janus.checkpoint.assets import with_bos
+from corl_jax.policies.janus.checkpoint.settings import load_config
+from corl_jax.policies.janus.tokens import STRINGS
+from corl_jax.train import export
 from corl_jax.train.optimizer import partition
-from corl_jax.weights.assets import with_bos
-from corl_jax.weights.configs import load_config
 from corl_jax.weights.dtypes import widest
 from corl_jax.weights.files import (
     convert,
@@ -22,9 +23,8 @@ from corl_jax.weights.files import (
     save_checkpoint,
     special_tokens,
 )
-from corl_jax.weights.placing import stored_dtypes, stored_layer_dtypes
+from corl_jax.weights.sharded_load import stored_dtypes, stored_layer_dtypes
 from corl_jax.weights.table import flatten
-from corl_jax.weights.tokens import STRINGS
 from tests.support.weight_files import (
     BFLOAT16,
     assert_same_bits,
@@ -211,7 +211,7 @@ def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, t
     trained, frozen = partition(params, ["language_model/.*"])
     trained = jax.tree.map(lambda x: x.astype(np.float32) + 0.25, trained)
     options = SimpleNamespace(layout="transformers", lora="merged", dtype="keep", base=None)
-    exporting.export(
+    export.export(
         tmp_path / "out",
         SimpleNamespace(export=options, model=SimpleNamespace(path=str(folder))),
         SimpleNamespace(

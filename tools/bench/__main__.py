@@ -51,9 +51,9 @@ from corl_jax.config import schema
 from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.models import janus
 from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
 from corl_jax.models.lora import Lora
+from corl_jax.policies.janus import network
 from tools.bench import (
     bits,
     builds,
@@ -291,7 +291,7 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
         )  # fmt: skip
         if args.lora:
             adapters = Lora(args.lora, 2.0 * args.lora, tuple(schema.Lora().targets))
-            adapted = dataclasses.replace(size, janus=janus.adapted(size.janus, adapters))
+            adapted = dataclasses.replace(size, janus=network.adapted(size.janus, adapters))
             setting = dataclasses.replace(setting, size=adapted)
         for part in args.parts:
             try:

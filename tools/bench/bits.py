@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from corl_jax import sampling
+from corl_jax.policies.janus import sampling
 from corl_jax.runs.fingerprints import summary
 from tools.bench.generation import STREAMS, codes, keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting

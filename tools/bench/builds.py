@@ -6,8 +6,8 @@ import functools
 from collections.abc import Iterator
 from unittest import mock
 
-from corl_jax import sampling
 from corl_jax.devices import compiling
+from corl_jax.policies.janus import sampling
 from tools.bench.generation import keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax import sampling
 from corl_jax.models.causal import CausalAttention
-from corl_jax.train.logprobs import Scoring
+from corl_jax.policies.janus import sampling
+from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.train.step import Objective, TaskBatch, make_score_step
 from corl_jax.types import EncodedPrompts, Params, Rollout
 from tools.bench import inputs

@@ -31,8 +31,8 @@ import re
 
 from corl_jax.config.schema import ADAPTERS
 from corl_jax.devices.mesh import leaf_paths
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import JanusConfig
 
 BYTES = 2  # of a bfloat16
 
@@ -47,7 +47,7 @@ def layer_weights(config: JanusConfig) -> int:
 
 def adapter_weights(config: JanusConfig) -> int:
     """Of the low-rank adapters of all layers."""
-    leaves = leaf_paths(janus.abstract(config))
+    leaves = leaf_paths(network.abstract(config))
     return sum(math.prod(x.shape) for path, x in leaves if re.fullmatch(ADAPTERS, path))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from corl_jax import sampling
+from corl_jax.policies.janus import sampling
 from corl_jax.types import EncodedPrompts, Rollout
 from tools.bench import inputs
 from tools.bench.cost import Work, step_bytes

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from corl_jax.config.schema import ADAPTERS, Train
 from corl_jax.devices.mesh import leaf_paths
+from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.train import step
-from corl_jax.train.logprobs import Scoring
 from corl_jax.train.optimizer import partition
 from corl_jax.types import Params
 from tools.bench import inputs

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.train.step import TaskBatch
 from corl_jax.types import EncodedPrompts, SpecialTokens
 from tools.bench.vocabularies import COMMON

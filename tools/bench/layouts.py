@@ -14,9 +14,9 @@ from unittest import mock
 
 import jax
 
-from corl_jax import sampling
 from corl_jax.devices import mesh as device_mesh
-from corl_jax.models import decoding
+from corl_jax.policies import decoding
+from corl_jax.policies.janus import sampling
 from tools.bench.generation import keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record

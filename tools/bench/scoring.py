@@ -15,7 +15,7 @@ from PIL import Image
 
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
-from corl_jax.models import binding
+from corl_jax.models import modules
 from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import Resolved
@@ -173,7 +173,7 @@ class Networks:
         folder = self._setting.folder / name
         if not folder.is_dir():
             write_network(folder, kind, config)
-        abstract = binding.abstract(KINDS[kind].module, config)
+        abstract = modules.abstract(KINDS[kind].module, config)
         params = draw(abstract, 1)
         if kind == "blip":
             params = without_separator(params, config)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from corl_jax.data.processor import Processor
 from corl_jax.devices.mesh import BATCH, batch_sharding, param_spec
-from corl_jax.models import janus
 from corl_jax.models.causal import CausalAttention
 from corl_jax.models.layers import Remat
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params, SpecialTokens
 from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
@@ -66,7 +66,7 @@ class Setting:
         def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
             return NamedSharding(self.mesh, param_spec(path, shape, self.mesh))
 
-        return draw(janus.abstract(self.size.janus), 0, dtype, place)
+        return draw(network.abstract(self.size.janus), 0, dtype, place)
 
     def placed(self, tree: Any) -> Any:
         """Arrays on the devices, their leading axis spread over them as prompts are."""

@@ -11,8 +11,8 @@ from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
-from corl_jax.models.janus import PRESETS, JanusConfig
 from corl_jax.models.vgg import VggConfig
+from corl_jax.policies.janus.network import PRESETS, JanusConfig
 from tools.mini_janus.config import mini_config
 
 PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")

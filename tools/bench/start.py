@@ -33,10 +33,10 @@ import yaml
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.models import janus
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.weights.export import Assets, Export, write_export
-from corl_jax.weights.leaves import MemoryLeaves
+from corl_jax.weights.sources import MemoryLeaves
 from corl_jax.weights.table import flatten
 from tools.bench import inputs
 from tools.bench.scoring import UNIFIED
@@ -51,7 +51,7 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 
 def write_model(folder: Path, config: JanusConfig) -> None:
     """Random bfloat16 weights, drawn on the host, with the mini Janus's words."""
-    params = draw(janus.abstract(config), 0, jnp.bfloat16)
+    params = draw(network.abstract(config), 0, jnp.bfloat16)
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
     folder.mkdir()

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.config.schema import ADAPTERS, Optimizer, Train
+from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.rewards.registry import Entry, Resolved
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.log import Phases
-from corl_jax.train import iterate
-from corl_jax.train.logprobs import Scoring
+from corl_jax.train import iteration as rl_iteration
+from corl_jax.train.build import state_shardings
 from corl_jax.train.optimizer import learning_rate, make_optimizer, partition
 from corl_jax.train.run import Run
-from corl_jax.train.setup import state_shardings
 from corl_jax.train.step import Objective, TrainState, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
@@ -112,7 +112,7 @@ def iteration(setting: Setting) -> Iterator[Record]:
 
     def iterate_once() -> Any:
         nonlocal state, number
-        state, done = iterate.grpo_iteration(run, state, prompts, number)
+        state, done = rl_iteration.grpo_iteration(run, state, prompts, number)
         number += 1
         return done.metrics
 
@@ -148,7 +148,7 @@ def _run(setting: Setting, frozen: Params, step: Any) -> Run:
         dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={}, layer_dtypes={},
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
-        iterate=iterate.grpo_iteration, train_step=step, score_step=step,
+        iterate=rl_iteration.grpo_iteration, train_step=step, score_step=step,
         samplers=samplers(setting), rewards=rewards, networks={},
         comparison={
             "weights": weights, "mode": "unified_reward", "group_size": setting.group,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import corl_jax
-from corl_jax.data.processor import Processor
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.prompts import Processor
 
 MINI = Path(corl_jax.__file__).parent / "assets" / "mini_janus"
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.devices.mesh import map_with_path
-from corl_jax.models.janus import FLOAT32_PARTS
+from corl_jax.policies.janus.network import FLOAT32_PARTS
 from corl_jax.types import Params
 
 STD = 0.02

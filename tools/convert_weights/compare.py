@@ -10,7 +10,7 @@ import numpy as np
 
 from corl_jax.weights.checkpoint import Checkpoint, is_stacked, open_checkpoint
 from corl_jax.weights.dtypes import widest
-from corl_jax.weights.leaves import layer_count
+from corl_jax.weights.sources import layer_count
 
 BLOCK_VALUES = 2**22
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from corl_jax.weights.networks import open_network
 from corl_jax.weights.storage import Store
-from corl_jax.weights.tokens import special_tokens
 
 
 def describe(folder: Path) -> Iterator[str]:

@@ -18,10 +18,10 @@ import jax
 from corl_jax import startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.models import janus
+from corl_jax.policies.janus import network
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.export import Assets, Export, write_export
-from corl_jax.weights.leaves import MemoryLeaves
+from corl_jax.weights.sources import MemoryLeaves
 from corl_jax.weights.table import flatten
 from tools.mini_janus import roundtrip
 from tools.mini_janus import tokenizer as tokenizers
@@ -37,7 +37,7 @@ def create(out: Path, seed: int, size: str = "mini") -> int:
         tokenizer = tokenizers.build(seed, WORLDS[size])
         tokenizers.write(Path(assets), tokenizer, MAX_POSITIONS[size])
         config = CONFIGS[size](tokenizers.embedding_rows(tokenizer))
-        params = janus.init(config, jax.random.key(seed))
+        params = network.init(config, jax.random.key(seed))
         export = Export(
             layout="transformers",
             config=config,

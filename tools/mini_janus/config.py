@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from corl_jax.models.janus import JanusConfig
 from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
+from corl_jax.policies.janus.network import JanusConfig
 
 WORLDS = {"mini": "full", "nano": "small"}
 """The drawn world that each is made for."""

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax import sampling
 from corl_jax.data.drawn_world import checker, generator, scene
 from corl_jax.errors import InputError
-from corl_jax.evaluation import HELD_OUT_SEEDS, Rate
-from corl_jax.models.janus import JanusConfig
+from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
+from corl_jax.policies.janus import sampling
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards.samples import chunks
 from corl_jax.startup import load_model
-from corl_jax.train.supervised import encode_images
+from corl_jax.train.sft import encode_images
 from corl_jax.types import Params
 
 BATCH = 100  # pictures encoded at once

@@ -23,8 +23,8 @@ from tokenizers import (
 
 from corl_jax.data import instructions
 from corl_jax.data.drawn_world import generator
-from corl_jax.weights.assets import ORIGINAL_SPECIALS
-from corl_jax.weights.tokens import STRINGS
+from corl_jax.policies.janus.checkpoint.assets import ORIGINAL_SPECIALS
+from corl_jax.policies.janus.tokens import STRINGS
 
 BOS = STRINGS["bos"]
 _STRUCTURE = ("bos", "eos", "pad", "boi", "eoi")

@@ -75,13 +75,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _draw(prompt: str) -> None:
     """What the mini Janus draws for both prompts; of its samples the chosen ones are kept."""
-    from corl_jax import inference, startup
+    from corl_jax import startup
+    from corl_jax.policies import batched
 
     startup.prepare_devices()
     model = startup.load_model(MODEL, np.float32)
     chosen = {(which, number): file for file, which, number in DRAWN.values()}
     samples = 1 + max(number for _, number in chosen)
-    for sample in inference.draw_images(
+    for sample in batched.draw_images(
         model, [prompt, OTHER_PROMPT], dtype=np.float32, samples=samples,
         batch_size=2 * samples, seed=DRAWING_SEED,
     ):  # fmt: skip

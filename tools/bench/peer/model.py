@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers import JanusConfig as TorchConfig
 
-from corl_jax.models.janus import JanusConfig
+from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
+from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import EncodedPrompts, SpecialTokens
-from corl_jax.weights import config_transformers
 from tools.bench.sizes import Size
 
 DTYPE = torch.bfloat16
@@ -67,12 +67,12 @@ class Peer:
 
 def build(config: JanusConfig, special: SpecialTokens, device: str) -> Any:
     """A random model; its texts never end and its images are drawn from the full softmax."""
-    settings = TorchConfig.from_dict(config_transformers.write(config, "bfloat16", special))
+    settings = TorchConfig.from_dict(transformers_layout.write(config, "bfloat16", special))
     with torch.device(device):  # made where it is used: on the host it would take minutes
         model = AutoModelForImageTextToText.from_config(
             settings, dtype=DTYPE, attn_implementation="sdpa"
         )
     model.generation_config = GenerationConfig(
-        **config_transformers.write_generation(special) | {"eos_token_id": None}
+        **transformers_layout.write_generation(special) | {"eos_token_id": None}
     )
     return model.eval()

@@ -1,0 +1,258 @@
+"""Tokenizer and processor files: copied within a layout, rewritten between layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from corl_jax.errors import InputError
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
+from corl_jax.weights.folders import read_unmarked
+from corl_jax.weights.shards import write_bytes, write_text
+from corl_jax.weights.storage import read_json
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+ORIGINAL_SPECIALS = (
+    *(STRINGS["image"], "<patch_placeholder>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"),
+    *("<|grounding|>", *ROLES["deepseek"]),
+)
+_IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
+
+
+def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
+    """The files of these names that the source has, byte for byte but for byte order marks."""
+    for name in names:
+        if (source / name).is_file():
+            write_bytes(out / name, read_unmarked(source / name))
+
+
+def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
+    """What the original package's VLChatProcessor reads."""
+    if source is not None and (source / "tokenizer.json").is_file():
+        copy_assets(source, out, _TOKENIZER)
+        _json(out / "tokenizer_config.json", _original_tokenizer(source))
+        _json(out / "special_tokens_map.json", _special_map(source))
+    processor = {
+        "add_special_token": False,
+        "ignore_id": -100,
+        "image_tag": STRINGS["image"],
+        "mask_prompt": True,
+        "num_image_tokens": config.siglip.num_tokens,
+        "processor_class": "VLChatProcessor",
+        "sft_format": _sft_format(source),
+    }
+    _json(out / "processor_config.json", processor)
+    image = {
+        "background_color": [127, 127, 127],
+        "do_normalize": True,
+        "image_processor_type": "VLMImageProcessor",
+        "image_size": config.siglip.image_size,
+        "processor_class": "VLChatProcessor",
+        "rescale_factor": 1 / 255,
+        **_image_settings(source),
+    }
+    _json(out / "preprocessor_config.json", image)
+
+
+def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> None:
+    """What transformers' JanusProcessor reads."""
+    if source is not None and (source / "tokenizer.json").is_file():
+        copy_assets(source, out, _TOKENIZER)
+        _json(out / "tokenizer.json", with_bos(read_json(source / "tokenizer.json"), source))
+        _json(out / "tokenizer_config.json", _transformers_tokenizer(source))
+    processor = {
+        "num_image_tokens": config.siglip.num_tokens,
+        "processor_class": "JanusProcessor",
+        "use_default_system_prompt": False,
+    }
+    _json(out / "processor_config.json", processor)
+    size = config.siglip.image_size
+    image = {
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_processor_type": "JanusImageProcessor",
+        "processor_class": "JanusProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": size, "width": size},
+        **_image_settings(source),
+    }
+    _json(out / "preprocessor_config.json", image)
+    write_text(out / "chat_template.jinja", chat_template(_sft_format(source)))
+
+
+def chat_template(sft_format: str) -> str:
+    """The original's conversation template; contents are strings or lists of parts."""
+    user, assistant = ROLES.get(sft_format, ROLES["deepseek"])
+    return f"""\
+{{%- macro text_of(content) -%}}
+    {{%- if content is string -%}}
+        {{{{- content -}}}}
+    {{%- else -%}}
+        {{%- for part in content -%}}
+            {{%- if part["type"] == "image" -%}}
+                {{{{- "{STRINGS["image"]}" + ("" if loop.last else "\\n") -}}}}
+            {{%- else -%}}
+                {{{{- part["text"] -}}}}
+            {{%- endif -%}}
+        {{%- endfor -%}}
+    {{%- endif -%}}
+{{%- endmacro -%}}
+{{%- for message in messages -%}}
+    {{%- set text = text_of(message["content"]) | trim -%}}
+    {{%- if message["role"] == "system" -%}}
+        {{{{- text + "\\n\\n" if text else "" -}}}}
+    {{%- elif message["role"] | lower == "user" -%}}
+        {{{{- "{user}: " + text + "\\n\\n" -}}}}
+    {{%- else -%}}
+        {{{{- "{assistant}:" + (" " + text if text else "") -}}}}
+        {{{{- "{STRINGS["eos"]}" if text and not (loop.last and not add_generation_prompt) -}}}}
+    {{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+    {{{{- "{assistant}:" -}}}}
+{{%- endif -%}}
+"""
+
+
+def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A tokenizer.json whose post-processor puts BOS first.
+
+    The original leaves that to the tokenizer class it names, which transformers no longer
+    builds from the file as it stands; a class that follows the file needs it in the file.
+
+    Raises: InputError for a file that the tokenizers library cannot use.
+    """
+    bos = special_tokens(folder).bos
+    if _first_id(tokenizer, folder / "tokenizer.json") == bos:
+        return tokenizer
+    post = tokenizer.get("post_processor")
+    steps = [] if post is None else [post]
+    if post is not None and post["type"] == "Sequence":
+        steps = list(post["processors"])
+    templates = [i for i, step in enumerate(steps) if step["type"] == "TemplateProcessing"]
+    if templates:  # a second one would take the parts of the first for a pair of texts
+        steps[templates[0]] = _bos_first(steps[templates[0]], bos)
+    else:
+        first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
+        bare = {"single": [first], "pair": [first, second], "special_tokens": {}}
+        steps.append(_bos_first({"type": "TemplateProcessing", **bare}, bos))
+    processor = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
+    return tokenizer | {"post_processor": processor}
+
+
+def _first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
+    """The id that a text starts with, as the file has it."""
+    from tokenizers import Tokenizer
+
+    try:
+        ids = Tokenizer.from_str(json.dumps(tokenizer)).encode("a").ids
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f"{file}: not a usable tokenizer.json ({error})") from error
+    return ids[0] if ids else None
+
+
+def _bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
+    """A TemplateProcessing with BOS before what it has."""
+    bos = STRINGS["bos"]
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    known = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
+    return {
+        **template,
+        **{name: [special, *template[name]] for name in ("single", "pair")},
+        "special_tokens": {**template["special_tokens"], **known},
+    }
+
+
+def _transformers_tokenizer(source: Path) -> dict[str, Any]:
+    """A generic class that follows tokenizer.json, and the names that JanusProcessor asks for."""
+    named = {f"{name}_token": STRINGS[name] for name in ("image", "boi", "eoi")}
+    return {
+        **_common_tokenizer(source),
+        **named,
+        "extra_special_tokens": named,
+        "processor_class": "JanusProcessor",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _original_tokenizer(source: Path) -> dict[str, Any]:
+    return {
+        **_common_tokenizer(source),
+        "add_eos_token": False,
+        "processor_class": "VLChatProcessor",
+        "tokenizer_class": "LlamaTokenizerFast",
+    }
+
+
+def _common_tokenizer(source: Path) -> dict[str, Any]:
+    old = _read(source, "tokenizer_config.json")
+    length = old.get("model_max_length")
+    return {
+        "add_bos_token": True,
+        "bos_token": STRINGS["bos"],
+        "clean_up_tokenization_spaces": False,
+        "eos_token": STRINGS["eos"],
+        "model_max_length": length if type(length) is int and length < 10**9 else 16384,
+        "pad_token": STRINGS["pad"],
+        "padding_side": "left",
+    }
+
+
+def _special_map(source: Path) -> dict[str, Any]:
+    added = read_json(source / "tokenizer.json").get("added_tokens") or []
+    have = {token.get("content") for token in added if isinstance(token, dict)}
+    return {
+        "additional_special_tokens": [name for name in ORIGINAL_SPECIALS if name in have],
+        **{f"{name}_token": STRINGS[name] for name in ("bos", "eos", "pad")},
+    }
+
+
+def _sft_format(source: Path | None) -> str:
+    """Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens."""
+    stated = _read(source, "processor_config.json").get("sft_format")
+    if isinstance(stated, str):
+        return stated
+    if source is None or not (source / "tokenizer.json").is_file():
+        return "deepseek"
+    return (
+        "deepseek"
+        if ROLES["deepseek"][0] in _special_map(source)["additional_special_tokens"]
+        else ("deepseek_old")
+    )
+
+
+def _image_settings(source: Path | None) -> dict[str, Any]:
+    """Normalisation as the source states it, in either place where transformers keeps it."""
+    nested = _read(source, "processor_config.json").get("image_processor")
+    settings = {
+        **(nested if isinstance(nested, dict) else {}),
+        **_read(source, "preprocessor_config.json"),
+    }
+    return {name: settings.get(name) or default for name, default in _IMAGE.items()}
+
+
+def _read(source: Path | None, name: str) -> dict[str, Any]:
+    if source is None or not (source / name).is_file():
+        return {}
+    return read_json(source / name)
+
+
+def _json(file: Path, data: dict[str, Any]) -> None:
+    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

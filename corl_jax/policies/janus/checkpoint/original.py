@@ -1,0 +1,174 @@
+"""The original layout's config.json: read, and written where there is none to copy.
+
+It names presets instead of sizes; explicit `params` override them. What `language_config` leaves
+out has the default of transformers' LlamaConfig, as the 7B file relies on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from corl_jax.models.siglip import SiglipConfig
+from corl_jax.models.vq import VQConfig
+from corl_jax.policies.janus.checkpoint.llama_sizes import llama_config, llama_fields
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.weights.foreign_config import Fields
+
+SIGLIP_PRESETS = {"siglip_large_patch16_384": SiglipConfig()}
+VQ_PRESETS = {"VQ-16": VQConfig()}
+_SIGLIP_SIZES = ("width", "layers", "heads", "patch_size", "mlp_ratio", "image_size")
+
+
+def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
+    """The sizes that a config.json of the original layout means; problems are appended."""
+    top = Fields(where, data, problems)
+    llama = llama_config(top.section("language_config"))
+    siglip = siglip_config(top.section("vision_config"))
+    vq = _vq(top.section("gen_vision_config"))
+    aligner = top.section("aligner_config").section("params")
+    gen_aligner = top.section("gen_aligner_config").section("params")
+    head = top.section("gen_head_config").section("params")
+    for fields, width in ((aligner, siglip.hidden_size), (gen_aligner, vq.embed_dim)):
+        fields.expect("projector_type", ("mlp_gelu",), "the only one that Janus ships with")
+        fields.equal("input_dim", width)
+        fields.equal("n_embed", llama.hidden_size)
+    head.equal("n_embed", llama.hidden_size)
+    head.equal("image_token_size", vq.num_embeddings)
+    return JanusConfig(
+        llama=llama,
+        siglip=siglip,
+        vq=vq,
+        aligner_depth=aligner.size("depth", 2, limit=8),
+        generation_aligner_depth=gen_aligner.size("depth", 2, limit=8),
+        image_token_embed=head.size("image_token_embed", llama.hidden_size),
+    )
+
+
+def siglip_config(section: Fields) -> SiglipConfig:
+    """The sizes that a `vision_config` of the original layout means."""
+    params = section.section("params")
+    name = params.data.get("model_name", "siglip_large_patch16_384")
+    preset = SIGLIP_PRESETS.get(name) if isinstance(name, str) else None
+    explicit = [size for size in _SIGLIP_SIZES if params.has(size)]
+    if preset is None and len(explicit) < len(_SIGLIP_SIZES):
+        missing = ", ".join(size for size in _SIGLIP_SIZES if size not in explicit)
+        section.problems.append(
+            f"{params.where}: model_name is {name!r}, expected one of {', '.join(SIGLIP_PRESETS)}, "
+            f"or all sizes stated; {missing} are not"
+        )
+    preset = preset or SiglipConfig()
+    params.expect("select_layer", (-1,), "Janus uses all layers")
+    width = params.size("width", preset.hidden_size)
+    ratio = params.number("mlp_ratio", preset.intermediate_size / preset.hidden_size)
+    return SiglipConfig(
+        image_size=params.size("image_size", preset.image_size),
+        patch_size=params.size("patch_size", preset.patch_size),
+        hidden_size=width,
+        intermediate_size=int(width * ratio),
+        num_layers=params.size("layers", preset.num_layers, limit=10_000),
+        num_heads=params.size("heads", preset.num_heads),
+        layer_norm_eps=preset.layer_norm_eps,
+    )
+
+
+def _vq(section: Fields) -> VQConfig:
+    section.expect("cls", tuple(VQ_PRESETS), "the tokenizer that Janus ships with")
+    preset = VQ_PRESETS["VQ-16"]
+    params = section.section("params")
+    return VQConfig(
+        num_embeddings=params.size("image_token_size", preset.num_embeddings),
+        embed_dim=params.size("n_embed", preset.embed_dim),
+        z_channels=params.size("z_channels", preset.z_channels),
+        base_channels=params.size("ch", preset.base_channels),
+        channel_multiplier=params.sizes("ch_mult", preset.channel_multiplier),
+        num_res_blocks=params.size("num_res_blocks", preset.num_res_blocks, limit=1000),
+    )
+
+
+def write(config: JanusConfig, dtype: str) -> dict[str, Any]:
+    """A config.json that the original package and `parse` both read; no nulls in it."""
+    return {
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        "torch_dtype": dtype,
+        "aligner_config": _projector(
+            "aligner", config.aligner_depth, config.siglip.hidden_size, config
+        ),
+        "gen_aligner_config": _projector(
+            "gen_aligner", config.generation_aligner_depth, config.vq.embed_dim, config
+        ),
+        "gen_head_config": {
+            "cls": "vision_head",
+            "model_type": "gen_head",
+            "params": {
+                "image_token_embed": config.image_token_embed,
+                "image_token_size": config.vq.num_embeddings,
+                "n_embed": config.llama.hidden_size,
+            },
+        },
+        "gen_vision_config": {
+            "cls": "VQ-16",
+            "model_type": "gen_vision",
+            "params": _vq_params(config.vq),
+        },
+        "language_config": {
+            **llama_fields(config.llama),
+            "torch_dtype": dtype,
+            "_attn_implementation": "eager",
+        },
+        "vision_config": {
+            "cls": "CLIPVisionTower",
+            "model_type": "vision",
+            "params": _siglip_params(config.siglip),
+        },
+    }
+
+
+def _projector(name: str, depth: int, width: int, config: JanusConfig) -> dict[str, Any]:
+    return {
+        "cls": "MlpProjector",
+        "model_type": name,
+        "params": {
+            "depth": depth,
+            "input_dim": width,
+            "n_embed": config.llama.hidden_size,
+            "projector_type": "mlp_gelu",
+        },
+    }
+
+
+def _vq_params(vq: VQConfig) -> dict[str, Any]:
+    preset = VQ_PRESETS["VQ-16"]
+    params = {"image_token_size": vq.num_embeddings, "n_embed": vq.embed_dim}
+    explicit = {
+        "ch": (vq.base_channels, preset.base_channels),
+        "ch_mult": (list(vq.channel_multiplier), list(preset.channel_multiplier)),
+        "num_res_blocks": (vq.num_res_blocks, preset.num_res_blocks),
+        "z_channels": (vq.z_channels, preset.z_channels),
+    }
+    return params | {name: value for name, (value, usual) in explicit.items() if value != usual}
+
+
+def _siglip_params(siglip: SiglipConfig) -> dict[str, Any]:
+    """The preset's name, and the sizes in which this tower differs from it."""
+    preset = SIGLIP_PRESETS["siglip_large_patch16_384"]
+    params: dict[str, Any] = {
+        "image_size": siglip.image_size,
+        "model_name": "siglip_large_patch16_384",
+        "select_feature": "same",
+        "select_layer": -1,
+    }
+    explicit = {
+        "width": (siglip.hidden_size, preset.hidden_size),
+        "layers": (siglip.num_layers, preset.num_layers),
+        "heads": (siglip.num_heads, preset.num_heads),
+        "patch_size": (siglip.patch_size, preset.patch_size),
+        "mlp_ratio": (mlp_ratio(siglip), mlp_ratio(preset)),
+    }
+    return params | {name: value for name, (value, usual) in explicit.items() if value != usual}
+
+
+def mlp_ratio(siglip: SiglipConfig) -> float:
+    """A ratio whose product with the width, truncated, is exactly the inner width."""
+    ratio = siglip.intermediate_size / siglip.hidden_size
+    return ratio if int(siglip.hidden_size * ratio) == siglip.intermediate_size else ratio + 1e-9

@@ -1,0 +1,158 @@
+"""Janus: one language model that reads images through SigLIP and draws them as VQ codes.
+
+`abstract`, `init` and `bind` move between the network and its parameters, a nested dict of
+arrays: `bind(config, params).text_logits(...)` works with concrete arrays and inside `jit`.
+
+Source: Wu et al. 2024 (Janus, arXiv 2410.13848); Chen et al. 2025 (Janus-Pro, 2501.17811).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from corl_jax.models import modules
+from corl_jax.models.layers import Embedding, Projector, Remat, linear
+from corl_jax.models.llama import AdaptedLlamaConfig, Llama, LlamaConfig
+from corl_jax.models.lora import Lora
+from corl_jax.models.siglip import Siglip, SiglipConfig
+from corl_jax.models.vq import VQConfig, VQModel
+from corl_jax.types import Params
+
+FLOAT32_PARTS = ("vqmodel",)
+"""Parts that compute in float32 whatever the compute dtype: pixels show bfloat16's rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JanusConfig:
+    """Sizes of all parts; the defaults are Janus-Pro-1B's."""
+
+    llama: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    siglip: SiglipConfig = dataclasses.field(default_factory=SiglipConfig)
+    vq: VQConfig = dataclasses.field(default_factory=VQConfig)
+    aligner_depth: int = 2
+    generation_aligner_depth: int = 2
+    image_token_embed: int = 2048  # inner width of the head that scores image tokens
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of an image, read or drawn: both towers use the same grid."""
+        return self.siglip.num_tokens
+
+
+def adapted(config: JanusConfig, lora: Lora) -> JanusConfig:
+    """The same Janus with adapters in the layers of its language model."""
+    sizes = dataclasses.asdict(base(config).llama)
+    return dataclasses.replace(config, llama=AdaptedLlamaConfig(**sizes, lora=lora))
+
+
+def base(config: JanusConfig) -> JanusConfig:
+    """The same Janus without adapters: what checkpoints hold, and the reference."""
+    if config.llama.lora is None:
+        return config
+    sizes = {f.name: getattr(config.llama, f.name) for f in dataclasses.fields(LlamaConfig)}
+    return dataclasses.replace(config, llama=LlamaConfig(**sizes))
+
+
+_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_layers=30, num_heads=32, num_kv_heads=32
+)
+PRESETS = {
+    "janus-1.3b": JanusConfig(),
+    "janus-pro-1b": JanusConfig(),
+    "janus-pro-7b": JanusConfig(llama=_7B, image_token_embed=4096),
+}
+
+
+class GenerationHead(nnx.Module):
+    """Hidden states -> logits over image codes."""
+
+    def __init__(self, width: int, inner: int, codes: int, *, rngs: nnx.Rngs):
+        self.proj_out = linear(width, inner, bias=True, rngs=rngs)
+        self.vision_head = linear(inner, codes, bias=True, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        return self.vision_head(jax.nn.gelu(self.proj_out(hidden), approximate=False))
+
+
+class Janus(nnx.Module):
+    """The parts and how they are wired; sampling and losses live elsewhere."""
+
+    def __init__(self, config: JanusConfig, *, rngs: nnx.Rngs):
+        width, vq = config.llama.hidden_size, config.vq
+        self.language_model = Llama(config.llama, rngs=rngs)
+        self.lm_head = linear(width, config.llama.vocab_size, bias=False, rngs=rngs)
+        self.vision_model = Siglip(config.siglip, rngs=rngs)
+        self.aligner = Projector(config.siglip.hidden_size, width, config.aligner_depth, rngs=rngs)
+        self.generation_embeddings = Embedding(vq.num_embeddings, vq.embed_dim, rngs=rngs)
+        self.generation_aligner = Projector(
+            vq.embed_dim, width, config.generation_aligner_depth, rngs=rngs
+        )
+        self.generation_head = GenerationHead(
+            width, config.image_token_embed, vq.num_embeddings, rngs=rngs
+        )
+        self.vqmodel = VQModel(vq, rngs=rngs)
+
+    def embed_text(self, input_ids: jax.Array) -> jax.Array:
+        """[..., T] ids -> [..., T, D]."""
+        return self.language_model.embed_tokens(input_ids)
+
+    def embed_image_tokens(self, tokens: jax.Array) -> jax.Array:
+        """[..., T] image codes -> [..., T, D], as the language model reads what it drew."""
+        return self.generation_aligner(self.generation_embeddings(tokens))
+
+    def image_features(self, pixel_values: jax.Array, *, remat: Remat = "none") -> jax.Array:
+        """[B, S, S, 3] normalised pixels -> [B, image tokens, D]."""
+        return self.aligner(self.vision_model(pixel_values, remat=remat))
+
+    def prompt_embeds(
+        self, input_ids: jax.Array, image_token: int, image_features: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, P] ids -> [B, P, D], image features standing at the `image_token` positions."""
+        embeds = self.embed_text(input_ids)
+        if image_features is None:
+            return embeds
+        is_image = input_ids == image_token
+        order = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, image_features.shape[1] - 1)
+        placed = jnp.take_along_axis(image_features, order[..., None], axis=1)
+        return jnp.where(is_image[..., None], placed.astype(embeds.dtype), embeds)
+
+    def text_logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V]."""
+        return self.lm_head(hidden)
+
+    def image_logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., image codes]."""
+        return self.generation_head(hidden)
+
+
+def abstract(config: JanusConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
+    return modules.abstract(Janus, config, dtype)
+
+
+def init(config: JanusConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters: normal(0.02) for the transformers, flax's defaults for convolutions."""
+    return modules.init(Janus, config, key, dtype)
+
+
+def bind(config: JanusConfig, params: Params) -> Janus:
+    """The network with these parameters."""
+    return modules.bind(Janus, config, params)
+
+
+def compute_dtype(path: str, dtype: Any) -> Any:
+    """That of one parameter where the network computes in `dtype`; see FLOAT32_PARTS."""
+    return jnp.float32 if path.split("/")[0] in FLOAT32_PARTS else dtype
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """A compute copy of the parameters; the parts named in FLOAT32_PARTS become float32."""
+    return {
+        name: jax.tree.map(lambda x: x.astype(compute_dtype(name, dtype)), part)  # noqa: B023
+        for name, part in params.items()
+    }

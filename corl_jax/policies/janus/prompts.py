@@ -1,0 +1,259 @@
+"""Prompts and pictures to arrays, on the host: chat template, tokenizer, resize, normalise.
+
+Sources: Janus `VLChatProcessor`, `conversation.py` and `VLMImageProcessor`; transformers'
+`JanusProcessor` produces the same ids (system prompt off) and, where `int()` and `round()`
+agree on the resized sides, the same pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from corl_jax.data.images import ImageSettings, image_settings, preprocess
+from corl_jax.errors import InputError
+from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
+from corl_jax.types import EncodedPrompts
+from corl_jax.weights.storage import read_json
+
+FILES = ("config", "processor_config", "preprocessor_config")
+BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
+LONGEST_SHOWN = 80  # characters of a text in a message
+
+
+class Processor:
+    """Chat template, tokenizer and image preprocessing of one Janus directory.
+
+    Text of the user never becomes structure: a special token's string inside a prompt or a
+    question is tokenised as the plain characters that it is.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        image: ImageSettings,
+        *,
+        template: str | None = None,
+        bucket_size: int = BUCKET,
+    ):
+        """`template` is a key of `ROLES`; None chooses by whether the role tokens exist.
+
+        Raises:
+            InputError: unreadable tokenizer, missing special tokens, unknown template.
+        """
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer_file = Path(model_dir) / "tokenizer.json"
+        self.special = special_tokens(model_dir)
+        tokenizer, self._added, self._plain = _load_tokenizers(tokenizer_file)
+        for name, string in STRINGS.items():  # a vocabulary may hold one without adding it
+            self._added.setdefault(string, {"id": getattr(self.special, name)})
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=STRINGS["bos"],
+            eos_token=STRINGS["eos"],
+            pad_token=STRINGS["pad"],
+            padding_side="left",
+            clean_up_tokenization_spaces=False,
+        )
+        self.image = image
+        self.bucket_size = bucket_size
+        if template is None:
+            template = "deepseek" if ROLES["deepseek"][0] in self._added else "deepseek_old"
+        if template not in tuple(ROLES):  # which need not be hashable
+            raise InputError(f"sft_format: found {template!r}; expected one of {', '.join(ROLES)}")
+        self.roles = ROLES[template]
+
+    @classmethod
+    def from_dir(cls, model_dir: str | Path, *, bucket_size: int = BUCKET) -> Processor:
+        """Reads any of the three kinds of model directory.
+
+        Raises:
+            InputError: listing every missing file, setting and special token.
+        """
+        folder = Path(model_dir)
+        problems, configs = [], {}
+        try:
+            special_tokens(folder)
+        except InputError as error:
+            problems += error.problems
+        try:
+            for name in FILES:
+                file = folder / f"{name}.json"
+                configs[name] = read_json(file) if file.is_file() else {}
+            image = image_settings(configs, folder)
+        except InputError as error:
+            raise InputError(problems + error.problems) from error
+        if problems:
+            raise InputError(problems)
+        template = configs["processor_config"].get("sft_format")
+        return cls(folder, image, template=template, bucket_size=bucket_size)
+
+    @property
+    def image_size(self) -> int:
+        return self.image.size
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.image.num_tokens
+
+    # ---- templates
+
+    def t2i_text(self, prompt: str) -> str:
+        """The drawing prompt, without BOS. Source: Janus's `deepseek` template."""
+        return "".join(self._t2i_parts(prompt))
+
+    def mm2t_text(self, question: str, system_prompt: str = "") -> str:
+        """The understanding prompt before image expansion, without BOS."""
+        return "".join(self._mm2t_parts(question, system_prompt))
+
+    def _t2i_parts(self, prompt: str) -> list[str]:
+        user, assistant = self.roles
+        return [user, f": {prompt.strip()}\n\n", assistant, ":", STRINGS["boi"]]
+
+    def _mm2t_parts(self, question: str, system_prompt: str) -> list[str]:
+        user, assistant = self.roles
+        system = f"{system_prompt.strip()}\n\n" if system_prompt.strip() else ""
+        image = STRINGS["image"]
+        # The original strips the whole message, which starts with the placeholder.
+        return [system, user, ": ", image, f"\n{question.rstrip()}\n\n", assistant, ":"]
+
+    # ---- ids
+
+    def t2i_ids(self, prompt: str) -> list[int]:
+        """BOS, the drawing prompt and BOI, unpadded."""
+        return self._ids(self._t2i_parts(prompt), structure=(0, 2, 4))
+
+    def mm2t_ids(self, question: str, system_prompt: str = "") -> list[int]:
+        """BOS and the understanding prompt with BOI, the image slots and EOI, unpadded."""
+        ids = self._ids(self._mm2t_parts(question, system_prompt), structure=(1, 3, 5))
+        slot = ids.index(self.special.image)
+        special = self.special
+        picture = [special.boi, *[special.image] * self.num_image_tokens, special.eoi]
+        return ids[:slot] + picture + ids[slot + 1 :]
+
+    def encode_t2i(self, prompts: Sequence[str], length: int | None = None) -> EncodedPrompts:
+        """Left-padded drawing prompts, to `length` or to the bucket of the longest.
+
+        Raises:
+            InputError: no prompt, an empty one, or one longer than `length`.
+        """
+        empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
+        if empty:
+            raise InputError([f"prompt {i}: found an empty text" for i in empty])
+        return self.pad([self.t2i_ids(prompt) for prompt in prompts], length)
+
+    def encode_mm2t(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Image.Image],
+        length: int | None = None,
+        system_prompt: str = "",
+    ) -> EncodedPrompts:
+        """Left-padded understanding prompts with their pixel values, one image each.
+
+        Raises:
+            InputError: counts differ, an empty question, or one longer than `length`.
+        """
+        problems = [
+            f"question {i}: found an empty text" for i, q in enumerate(questions) if not q.strip()
+        ]
+        if len(questions) != len(images):
+            problems.append(f"found {len(questions)} questions and {len(images)} images")
+        if problems:
+            raise InputError(problems)
+        encoded = self.pad([self.mm2t_ids(q, system_prompt) for q in questions], length)
+        pixels = np.stack([self.preprocess_image(image) for image in images])
+        return dataclasses.replace(encoded, pixel_values=pixels)
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
+        """Left-pads rows of ids to `length`, or to the bucket of the longest; never cuts."""
+        if not rows:
+            raise InputError("found no prompts; expected at least one")
+        if length is None:
+            length = self.bucket(max(map(len, rows)))
+        problems = [
+            f"prompt {i}: found {len(row)} tokens (image tokens counted); expected at most {length}"
+            for i, row in enumerate(rows)
+            if len(row) > length
+        ]
+        if problems:
+            raise InputError(problems)
+        input_ids = np.full((len(rows), length), self.special.pad, np.int32)
+        attention_mask = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            input_ids[i, length - len(row) :] = row
+            attention_mask[i, length - len(row) :] = True
+        return EncodedPrompts(input_ids, attention_mask)
+
+    def bucket(self, length: int) -> int:
+        """The padded length of a prompt: the next multiple of `bucket_size`."""
+        return -(-length // self.bucket_size) * self.bucket_size
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
+
+    def _ids(self, parts: Sequence[str], structure: Sequence[int]) -> list[int]:
+        """BOS and the parts; those numbered in `structure` may be tokens of their own.
+
+        Pieces between added tokens are tokenised alone by the tokenizer itself, so this gives
+        the ids of the whole string, except that other parts cannot turn into special tokens.
+        """
+        ids, text = [self.special.bos], ""
+        strip_next = False
+        for number, part in enumerate(parts):
+            token = self._added.get(part) if number in structure else None
+            if token is None:
+                text += part.lstrip() if strip_next and not text else part
+                continue
+            ids += self._plain_ids(text.rstrip() if token.get("lstrip") else text)
+            ids.append(token["id"])
+            text, strip_next = "", bool(token.get("rstrip"))
+        return ids + self._plain_ids(text)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Ids of a completion's text, without BOS or EOS; special strings are plain text."""
+        return self._plain_ids(text)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        if has_lone_surrogate(text):  # the tokenizer would end in a TypeError
+            raise InputError(f"the text {text[:LONGEST_SHOWN]!a} {LONE_SURROGATE}")
+        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+
+    # ---- images
+
+    def preprocess_image(self, image: Image.Image) -> np.ndarray:
+        """A picture as normalised float32 [S, S, 3]; see `images.preprocess`."""
+        return preprocess(image, self.image)
+
+
+def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:
+    """The tokenizer, its added tokens by string, and one that reads special strings as plain text.
+
+    Structural tokens that the file does not flag as special are flagged in memory, because
+    only special ones can be switched off.
+    """
+    from tokenizers import Tokenizer
+
+    structural = {*STRINGS.values(), *ROLES["deepseek"]}
+    content = read_json(path)
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        added = {token["content"]: token for token in content.get("added_tokens") or []}
+        for string in structural & added.keys():
+            added[string]["special"] = True
+        plain = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the Rust parser raises a bare Exception
+        raise InputError(f"{path}: not a usable tokenizer.json ({error})") from error
+    plain.no_padding()
+    plain.no_truncation()
+    plain.encode_special_tokens = True
+    return tokenizer, added, plain

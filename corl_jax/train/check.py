@@ -1,0 +1,353 @@
+"""What `--check` prints: parameters, memory, steps and rewards of a planned run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from corl_jax.data.dataset import ROWS_CHECKED_AT_START
+from corl_jax.devices.mesh import leaf_paths, param_spec
+from corl_jax.errors import InputError
+from corl_jax.policies.janus import network
+from corl_jax.rewards import applicable
+from corl_jax.train import attending
+from corl_jax.train.optimizer import partition
+from corl_jax.train.resolve import Plan
+from corl_jax.types import Params
+from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
+from corl_jax.weights.sources import layer_count, leaf_dtype
+from corl_jax.weights.table import unflatten
+
+GIB = 2**30
+ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
+"""Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
+
+
+KEPT = (
+    "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
+)  # fmt: skip
+WORKING = {
+    "during an update": (
+        "gradients",
+        "compute copy",
+        "activations (kept by remat)",
+        "attention scores (xla)",
+    ),
+    "while sampling": ("compute copy", "sampling caches (largest task)"),
+}
+"""Which parts of `memory_estimate` a device holds always, and which in which program."""
+
+
+def describe(plan: Plan) -> str:
+    """The report as text."""
+    sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
+    if any(plan.rewards.values()):
+        sections.append(_rewards(plan))
+    sections += [f"warning: {line}" for line in inapplicable(plan)]
+    return "\n\n".join(sections)
+
+
+def inapplicable(plan: Plan) -> list[str]:
+    """A line for each reward that can score none of the first rows to train on."""
+    source, rows = plan.train_loader.source, []
+    for row in range(min(ROWS_CHECKED_AT_START, len(source))):
+        with contextlib.suppress(InputError):  # a row that cannot be read gives way to another
+            rows.append(source[row])
+    listed = [reward for of_task in plan.rewards.values() for reward in of_task]
+    return applicable.inapplicable_rewards(listed, rows)
+
+
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _parameters(plan: Plan) -> str:
+    shapes, lora = network.abstract(plan.model_config), plan.config.lora
+    trained, _ = partition(shapes, plan.config.trained)
+    lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
+    for part, tree in shapes.items():
+        lines.append(f"  {part:24}{_count(tree):>16,}{_count(trained.get(part, {})):>16,}")
+    lines.append(f"  {'total':24}{_count(shapes):>16,}{_count(trained):>16,}")
+    if lora.rank:
+        lines.append(
+            f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
+            f"{', '.join(lora.targets)}"
+        )
+    if chosen := attention(plan):
+        lines.append(f"  {chosen}")
+    return "\n".join(lines)
+
+
+def attention(plan: Plan) -> str:
+    """Which implementations the devices attend with; empty for the image tokenizer's stage."""
+    if plan.config.objective == "vq":
+        return ""
+    where = plan.config, plan.model_config, plan.mesh
+    chosen = f"attention: {attending.of_update(*where)} in updates"
+    if plan.config.objective == "grpo":
+        chosen += f", {attending.of_samplers(*where)} in samplers"
+    return chosen
+
+
+def _frozen(plan: Plan, frozen: Params) -> tuple[int, int]:
+    """(bytes, parameters that computing copies) of what is frozen, on one device.
+
+    It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
+    """
+    by_dtype: dict[Any, dict[str, Any]] = {}
+    with open_checkpoint(plan.model_dir, network.base(plan.model_config)) as checkpoint:
+        leaves = checkpoint.leaves
+        for path, leaf in leaf_paths(frozen):
+            layers = layer_count(leaves, path, is_stacked(path))
+            by_dtype.setdefault(leaf_dtype(leaves, path, layers), {})[path] = leaf
+    stored = sum(
+        min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh)
+        for kind, part in by_dtype.items()
+    )
+    compute = jax.numpy.dtype(plan.config.model.dtype)
+    copied = {
+        path: leaf
+        for kind, part in by_dtype.items()
+        for path, leaf in part.items()
+        if kind != jax.numpy.dtype(network.compute_dtype(path, compute))
+    }
+    return stored, _share(unflatten(copied), plan.mesh) if copied else 0
+
+
+def _share(params: Params, mesh: Any) -> int:
+    """Parameters that one device holds."""
+    total = 0
+    for path, leaf in leaf_paths(params):
+        spec = param_spec(path, leaf.shape, mesh)
+        names = [n for axes in spec if axes for n in ((axes,) if isinstance(axes, str) else axes)]
+        total += math.prod(leaf.shape) // math.prod(mesh.shape[name] for name in names)
+    return total
+
+
+def memory_estimate(plan: Plan) -> dict[str, float]:
+    """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
+    config, model, mesh = plan.config, plan.model_config, plan.mesh
+    shapes = network.abstract(model)
+    trained, frozen = partition(shapes, config.trained)
+    own, (rest, copied) = _share(trained, mesh), _frozen(plan, frozen)
+    prompts = prompt_lengths(plan)
+    width = jax.numpy.dtype(config.model.dtype).itemsize
+    master = 2 if config.compat.bfloat16_master else 4
+    estimate = {
+        "parameters, trained": own * master,
+        "parameters, frozen": rest,
+        "optimizer": own * master * ADAM_COPIES[config.optimizer.name],
+        "gradients": own * master,
+        "compute copy": (own + copied) * width,
+    }
+    if config.objective == "grpo":
+        # With adapters the reference is what is frozen.
+        second = config.grpo.kl_coef and not config.lora.rank
+        estimate["reference"] = own * width if second else 0
+        estimate["reward networks"] = _networks(plan)
+        caches = [_cache(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["sampling caches (largest task)"] = max(caches) * width
+    if config.objective != "vq":
+        activations = [_activations(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["activations (kept by remat)"] = max(activations) * width
+        scores = [_scores(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["attention scores (xla)"] = max(scores) * 4
+    return {name: size / GIB for name, size in estimate.items()}
+
+
+def _networks(plan: Plan) -> int:
+    """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time.
+
+    A scorer is sharded as the policy is. The others are counted whole on each device, which on a
+    mesh with fsdp or tensor is more than they take.
+    """
+    width = jax.numpy.dtype(plan.config.model.dtype).itemsize
+    sizes = [found.nbytes for found in plan.networks if found.janus is None]
+    scorers = [found.janus for found in plan.networks if found.janus is not None]
+    if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
+        scorers.append(network.base(plan.model_config))
+    sizes += [_share(network.abstract(scorer), plan.mesh) * width for scorer in scorers]
+    return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
+
+
+def _ways(plan: Plan) -> int:
+    return plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+
+
+def _cache(plan: Plan, task: str, prompt: int) -> int:
+    """Key and value numbers of one device's rows, all layers."""
+    config, llama = plan.config, plan.model_config.llama
+    rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
+        config.rollout.group_size
+    )
+    if task == "t2i" and config.rollout.cfg_scale != 1:
+        rows *= 2
+    length = prompt + _completion(plan, task)
+    per_token = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
+    return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
+
+
+def prompt_lengths(plan: Plan) -> dict[str, int]:
+    """Padded tokens of the first batch's prompts by task; later batches may have longer ones."""
+    batch = plan.train_loader.batch(0)
+    return {task: getattr(batch, task).input_ids.shape[1] for task in plan.tasks}
+
+
+def _completion(plan: Plan, task: str) -> int:
+    config = plan.config
+    return plan.model_config.num_image_tokens if task == "t2i" else config.rollout.max_new_tokens
+
+
+def _update_rows(plan: Plan, task: str) -> int:
+    """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
+    config = plan.config
+    if config.objective != "grpo":
+        return config.train.micro_batch or config.train.prompts_per_step
+    guided = task == "t2i" and config.grpo.image_logprobs == "guided"
+    rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
+    return rows * (1 + guided)
+
+
+def _activations(plan: Plan, task: str, prompt: int) -> int:
+    """Numbers that the backward pass keeps: each layer's input with remat `full`."""
+    llama = plan.model_config.llama
+    wide = 3 * llama.intermediate_size + 4 * llama.hidden_size
+    kept = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
+    length = prompt + _completion(plan, task)
+    numbers = length * llama.num_layers * (llama.hidden_size + kept)
+    return _update_rows(plan, task) * numbers // _ways(plan)
+
+
+def _scores(plan: Plan, task: str, prompt: int) -> int:
+    """Attention scores that `xla` writes out: of every layer with remat `none`, else of one."""
+    if attending.of_update(plan.config, plan.model_config, plan.mesh) != "xla":
+        return 0
+    llama = plan.model_config.llama
+    layers = llama.num_layers if plan.config.model.remat == "none" else 1
+    numbers = layers * llama.num_heads * (prompt + _completion(plan, task)) ** 2
+    return _update_rows(plan, task) * numbers // (_ways(plan) * plan.mesh.shape["tensor"])
+
+
+def _memory(plan: Plan) -> str:
+    """What a device holds all the time, and at least on top of that while a program runs."""
+    estimate, kept = memory_estimate(plan), 0.0
+    lines = [
+        f"memory of each of {plan.mesh.size} device(s), GiB",
+        "  kept for the whole run, exact",
+    ]
+    for name, size in estimate.items():
+        if name in KEPT:
+            lines.append(f"    {name:32}{size:>10.2f}")
+            kept += size
+    lines.append(f"    {'sum':32}{kept:>10.2f}")
+    for program, parts in WORKING.items():
+        sizes = {name: estimate[name] for name in parts if name in estimate}
+        if sizes:
+            lines.append(f"  {program}, at least")
+            lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
+            lines.append(f"    {'with what is kept':32}{kept + sum(sizes.values()):>10.2f}")
+    return "\n".join([*lines, *_uncounted(plan)])
+
+
+def _uncounted(plan: Plan) -> list[str]:
+    """What the figures leave out, and the command that compiles the programs and counts it all."""
+    missing = (
+        "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
+    )
+    if plan.config.objective != "grpo":
+        return [missing]
+    lengths = prompt_lengths(plan)
+    shown = ", ".join(f"{task} {tokens}" for task, tokens in lengths.items())
+    names = {"t2i": "--image-prompt", "mm2t": "--text-prompt"}
+    options = " ".join(f"{names[task]} {tokens}" for task, tokens in lengths.items())
+    return [
+        f"  padded prompts as in the first batch, in tokens: {shown}; of at most "
+        f"{plan.config.data.max_prompt_length:,} (data.max_prompt_length)",
+        missing,
+        "  to count all but the reward networks, for the same prompts, compile the programs:",
+        f"  python -m corl_jax.plan --config FILE --topology local {options}",
+    ]
+
+
+def disk_estimate(plan: Plan) -> dict[str, float]:
+    """GiB that the run directory may come to hold."""
+    config, shapes = plan.config, network.abstract(plan.model_config)
+    trained, _ = partition(shapes, config.trained)
+    master = 2 if config.compat.bfloat16_master else 4
+    state = _count(trained) * master * (1 + ADAM_COPIES[config.optimizer.name])
+    estimate = {}
+    if config.checkpoint.directory is None:
+        name = f"checkpoints, {config.checkpoint.keep} and one being written"
+        estimate[name] = (config.checkpoint.keep + 1) * state / GIB
+    if config.export.layout != "none":
+        exported = trained if config.export.lora == "adapter" else shapes
+        size = _count(exported) * 4 / GIB
+        replaces = (Path(config.output_dir) / "export").exists()
+        estimate["export, beside the one it replaces" if replaces else "export"] = size * (
+            1 + replaces
+        )
+    return estimate
+
+
+def _free(plan: Plan) -> float:
+    """GiB free where the run directory is, or will be."""
+    folder = Path(plan.config.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / GIB
+
+
+def disk_shortage(plan: Plan) -> str | None:
+    """A line when a run from its beginning may find the disk full."""
+    needed, free = sum(disk_estimate(plan).values()), _free(plan)
+    for path in Path(plan.config.output_dir).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # the first process may write and rename
+            free += path.stat().st_size * path.is_file() / GIB
+    if needed <= free:
+        return None
+    return (
+        f"{plan.config.output_dir} may come to hold {needed:.3g} GiB and has room for "
+        f"{free:.3g} GiB; make room, lower checkpoint.keep, or name another output_dir"
+    )
+
+
+def _disk(plan: Plan) -> str:
+    estimate = disk_estimate(plan)
+    lines = [f"disk, at most, with {_free(plan):,.2f} GiB free: GiB"]
+    lines += [f"  {name:40}{size:>10.2f}" for name, size in estimate.items()]
+    return "\n".join([*lines, f"  {'sum':40}{sum(estimate.values()):>10.2f}"])
+
+
+def _steps(plan: Plan) -> str:
+    train = plan.config.train
+    held = len(plan.eval_loader.source) if plan.eval_loader else 0
+    return "\n".join([
+        f"data: {len(plan.train_loader.source):,} rows to train on, {held:,} held out",
+        f"steps: {plan.steps:,} of {train.prompts_per_step} prompts in {plan.micro_batches} "
+        f"micro-batch(es), {plan.optimizer_steps:,} optimizer steps",
+        f"mesh: {dict(plan.mesh.shape)} on {plan.mesh.devices.flat[0].platform}",
+    ])  # fmt: skip
+
+
+def _rewards(plan: Plan) -> str:
+    lines = ["rewards:", f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
+    for task, listed in plan.rewards.items():
+        for reward in listed:
+            asked = ", ".join((*reward.networks, *reward.scorers)) or "none"
+            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {asked}")
+    if plan.networks:
+        place = "host memory between uses" if plan.config.networks.offload else "every device"
+        scorers = any(found.janus for found in plan.networks)
+        note = ", scorers sharded as the policy" if scorers else ""
+        lines.append(f"reward networks, in {place}{note}:")
+        lines.append(f"  {'network':16}{'parameters':>16}{'MiB':>10}  weights")
+        lines += [
+            f"  {found.name:16}{found.parameters:>16,}{found.nbytes / 2**20:>10,.0f}  {found.path}"
+            for found in plan.networks
+        ]
+    return "\n".join(lines)
