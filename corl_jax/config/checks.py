@@ -24,6 +24,9 @@ SWITCH_USERS = {
 }
 """Switches of `compat` that act on rewards -> those rewards."""
 
+STAGE_BLOCKS = {"rl": "algorithm", "sft": "sft", "vq": "vq"}
+"""Stage -> the block of options that it alone reads."""
+
 UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
 """Optimizer -> what it does not read."""
 
@@ -65,14 +68,14 @@ def _batches(config: Config) -> list[str]:
 
 def _contradictions(config: Config) -> list[str]:
     problems = []
-    if config.objective == "vq" and config.train.micro_batch not in (
+    if config.stage == "vq" and config.train.micro_batch not in (
         None,
         config.train.prompts_per_step,
     ):
-        problems.append("train.micro_batch: objective vq has no micro-batches; leave it out")
-    if config.eval.suite == "rewards" and (config.objective == "vq" or not config.rewards):
+        problems.append("train.micro_batch: stage vq has no micro-batches; leave it out")
+    if config.eval.suite == "rewards" and (config.stage == "vq" or not config.rewards):
         problems.append(
-            "eval.suite: rewards, but there are none to score, or objective vq, which "
+            "eval.suite: rewards, but there are none to score, or stage vq, which "
             "samples nothing; list rewards or choose another suite"
         )
     if config.eval.every and config.eval.suite == "none":
@@ -80,15 +83,21 @@ def _contradictions(config: Config) -> list[str]:
             f"eval.every: {config.eval.every} has no use with eval.suite none; choose a suite "
             "or drop it"
         )
-    if config.objective == "grpo" and not config.rewards:
-        problems.append("rewards: empty; objective grpo needs at least one: {name: format}")
-    if config.objective == "grpo" and config.grpo.reference != "device" and not config.grpo.kl_coef:
+    if config.stage == "rl" and not config.rewards:
+        problems.append("rewards: empty; stage rl needs at least one: {name: format}")
+    if (
+        config.stage == "rl"
+        and config.algorithm.reference != "device"
+        and not config.algorithm.kl_coef
+    ):
         problems.append(
-            f"grpo.reference: found {config.grpo.reference}, but with grpo.kl_coef 0 there is no "
-            "reference; leave it out, or set grpo.kl_coef"
+            f"algorithm.reference: found {config.algorithm.reference}, but with "
+            "algorithm.kl_coef 0 there is no reference; leave it out, or set algorithm.kl_coef"
         )
-    if config.compat.image_logprobs_unshifted and config.grpo.image_logprobs == "guided":
-        problems.append("compat.image_logprobs_unshifted: needs grpo.image_logprobs conditional")
+    if config.compat.image_logprobs_unshifted and config.algorithm.image_logprobs == "guided":
+        problems.append(
+            "compat.image_logprobs_unshifted: needs algorithm.image_logprobs conditional"
+        )
     if config.compat.text_top_k_50 and config.rollout.top_k not in (0, 50):
         problems.append(
             f"rollout.top_k: {config.rollout.top_k} contradicts compat.text_top_k_50; drop one"
@@ -109,21 +118,21 @@ def changed(section: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def _unused_blocks(config: Config) -> list[str]:
-    """Options in blocks of another objective, and rewards that nothing scores."""
-    objective = config.objective
+    """Options in blocks of another stage, and rewards that nothing scores."""
+    stage = config.stage
     problems = [
-        f"{block}.{name}: found {value!r}, but objective {objective} does not read the block "
-        f"{block}; leave it at {default!r} or set objective to {block}"
-        for block in ("grpo", "sft", "vq")
-        if block != objective
+        f"{block}.{name}: found {value!r}, but stage {stage} does not read the block {block}; "
+        f"leave it at {default!r} or set stage to {reader}"
+        for reader, block in STAGE_BLOCKS.items()
+        if reader != stage
         for name, (value, default) in changed(getattr(config, block)).items()
     ]
-    scored = objective == "grpo" or config.eval.suite == "rewards"
+    scored = stage == "rl" or config.eval.suite == "rewards"
     if config.rewards and not scored:
         names = ", ".join(reward.label for reward in config.rewards)
         problems.append(
-            f"rewards: found {names}, but objective {objective} learns from none; set rewards to "
-            "[]" + (", or eval.suite to rewards" if objective == "sft" else "")
+            f"rewards: found {names}, but stage {stage} learns from none; set rewards to []"
+            + (", or eval.suite to rewards" if stage == "sft" else "")
         )
     return problems
 
@@ -131,16 +140,16 @@ def _unused_blocks(config: Config) -> list[str]:
 def _unused_switches(config: Config) -> list[str]:
     """Switches of `compat` that nothing in the run asks."""
     listed = {reward.label for reward in config.rewards}
-    tasks = config.grpo.tasks
+    tasks = config.algorithm.tasks
     problems = []
     for switch in changed(config.compat):
         users = SWITCH_USERS.get(switch, ())
         if users and listed.isdisjoint(users):
             why = f"none of its rewards is listed ({' or '.join(users)})"
-        elif not users and switch != "bfloat16_master" and config.objective != "grpo":
-            why = f"objective {config.objective} has no rollouts; it acts on those of grpo alone"
+        elif not users and switch != "bfloat16_master" and config.stage != "rl":
+            why = f"stage {config.stage} has no rollouts; it acts on those of rl alone"
         elif (switch, tasks) in (("text_top_k_50", "t2i"), ("image_logprobs_unshifted", "mm2t")):
-            why = f"grpo.tasks {tasks} leaves out the task that it acts on"
+            why = f"algorithm.tasks {tasks} leaves out the task that it acts on"
         else:
             continue
         problems.append(f"compat.{switch}: found True, but {why}; leave it out")
@@ -161,7 +170,7 @@ def _unused_moments(config: Config) -> list[str]:
 def warmup_problems(config: Config, steps: int) -> list[str]:
     """Returns a problem if a run of `steps` ends before its learning rate is reached."""
     warmup = config.optimizer.warmup_steps
-    iterations = config.grpo.num_iterations if config.objective == "grpo" else 1
+    iterations = config.algorithm.num_iterations if config.stage == "rl" else 1
     updates = steps * iterations
     if warmup < max(updates, 1):  # update number `warmup`, from 0, is the first at the full rate
         return []
@@ -205,11 +214,11 @@ def _blind(config: Config, guard: str) -> str:
     """Why a guard of a rollout or an evaluation has nothing to look at."""
     if guard in ("max_skipped_updates", "step_timeout_s", "fatal"):
         return ""
-    if config.objective != "grpo":
-        return f"objective {config.objective} has no rollouts and rewards"
+    if config.stage != "rl":
+        return f"stage {config.stage} has no rollouts and rewards"
     reasons = {
-        "kl": not config.grpo.kl_coef and "grpo.kl_coef 0 measures none",
-        "duplicates": config.grpo.tasks == "mm2t" and "grpo.tasks mm2t draws nothing",
+        "kl": not config.algorithm.kl_coef and "algorithm.kl_coef 0 measures none",
+        "duplicates": config.algorithm.tasks == "mm2t" and "algorithm.tasks mm2t draws nothing",
         "held_out": config.eval.suite == "none" and "eval.suite none evaluates nothing",
         "max_failed_reward_fraction": not any(reward.use for reward in config.rewards)
         and "no reward by use is listed",
@@ -278,9 +287,9 @@ def _adapters(config: Config) -> list[str]:
             for key, (value, default) in idle.items()
         ]
     problems = []
-    if config.objective == "vq":
+    if config.stage == "vq":
         problems.append(
-            f"lora.rank: found {lora.rank}, but objective vq does not use the language model, "
+            f"lora.rank: found {lora.rank}, but stage vq does not use the language model, "
             "which adapters are for; set it to 0"
         )
     elif "trainable" in changed(config.train):
@@ -288,10 +297,10 @@ def _adapters(config: Config) -> list[str]:
             f"train.trainable: found {config.train.trainable}, but with lora.rank {lora.rank} the "
             "adapters alone are trained; leave it out, or set lora.rank to 0"
         )
-    if config.grpo.reference == "host":
+    if config.algorithm.reference == "host":
         problems.append(
-            f"grpo.reference: host, but with lora.rank {lora.rank} the reference is what is frozen "
-            "and takes no memory of its own; leave it at 'device'"
+            f"algorithm.reference: host, but with lora.rank {lora.rank} the reference is what is "
+            "frozen and takes no memory of its own; leave it at 'device'"
         )
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         problems.append(

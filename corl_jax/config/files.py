@@ -24,6 +24,8 @@ from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path, read_text
 
 MAX_BYTES = 4 * MAX_CHARACTERS  # of a file; UTF-8 has at most four bytes a character
+RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
+"""Key of an earlier version -> what it is called now."""
 LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
@@ -189,6 +191,8 @@ def _explain(item: Any) -> tuple[str, str]:
     # A value of several types has an error for each, with the type's name behind the key.
     key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
     if item["type"] == "extra_forbidden":
+        if new := RENAMED.get(key):
+            return f"{key}: ", f"has a new name; use {new}"
         known = _known(item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.0)[0]
         return f"{key}: ", f"unknown key; did you mean {near}? (known: {', '.join(known)})"

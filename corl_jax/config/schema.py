@@ -144,8 +144,10 @@ class Networks(Section):
     aesthetic: RewardNetwork = RewardNetwork()
 
 
-class Grpo(Section):
-    """The objective: which tasks, which advantages, which penalty."""
+class Algorithm(Section):
+    """The reinforcement learning algorithm: tasks, advantages, loss and penalty."""
+
+    name: Literal["grpo"] = option("grpo", "row of the table of algorithms")
 
     tasks: Literal["unified", "t2i", "mm2t"] = "unified"
     advantages: Literal["unified_reward", "unified_advantage", "separate"] = "unified_reward"
@@ -392,14 +394,16 @@ class Config(Section):
     output_dir: ConfigPath = Field(
         description="run directory; a rerun of the same command resumes it"
     )
-    objective: Literal["grpo", "sft", "vq"] = "grpo"
+    stage: Literal["rl", "sft", "vq"] = option(
+        "rl", "reinforcement learning, supervised fine-tuning, or the image tokenizer"
+    )
     seed: NonNegative = 0
     model: Model
     data: Data
     rollout: Rollout = Rollout()
     rewards: list[Reward] = Field(default_factory=list)
     networks: Networks = Networks()
-    grpo: Grpo = Grpo()
+    algorithm: Algorithm = Algorithm()
     sft: Sft = Sft()
     vq: Vq = Vq()
     lora: Lora = Lora()

@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, objective grpo")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, stage rl")
     parser.add_argument(
         "--topology",
         required=True,
@@ -186,8 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         # Nothing runs; and libtpu would otherwise look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")
     config = config_files.load(args.config, args.overrides)
-    if config.objective != "grpo":
-        raise InputError(f"objective: found {config.objective}; the plan is of grpo's iterations")
+    if config.stage != "rl":
+        raise InputError(f"stage: found {config.stage}; the plan is of the iterations of rl")
     model = model_config(config.model.path, args.model)
     lengths = prompt_lengths(args, config, model)
     devices, chip = devices_of(args.topology, args.hbm)

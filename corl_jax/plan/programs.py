@@ -94,7 +94,7 @@ def held(outline: Outline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, Train
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )
     reference = None
-    if config.grpo.kl_coef:
+    if config.algorithm.kl_coef:
         cast = functools.partial(network.cast, dtype=build.DTYPES[config.model.dtype])
         # Adapters have none: the reference is what is frozen.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)

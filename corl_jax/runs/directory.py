@@ -47,7 +47,7 @@ MAY_CHANGE = (
     r"rewards\.\d+\.(timeout_s|max_failures)",
     r"guards\..*",  # they watch, and change nothing that they let pass
     r"networks\.offload",
-    r"grpo\.reference",  # where it lies, not what it is
+    r"algorithm\.reference",  # where it lies, not what it is
 )
 """Options that a resumed run may give another value; regexes of whole keys."""
 

@@ -44,5 +44,5 @@ def _has_alike_calls(config: Config) -> bool:
 
     Guidance does with and without the prompt; supervised training may for its kinds of rows.
     """
-    guided = config.grpo.tasks != "mm2t" and config.grpo.image_logprobs == "guided"
-    return {"grpo": guided, "sft": True, "vq": False}[config.objective]
+    guided = config.algorithm.tasks != "mm2t" and config.algorithm.image_logprobs == "guided"
+    return {"rl": guided, "sft": True, "vq": False}[config.stage]

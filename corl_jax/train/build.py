@@ -36,7 +36,7 @@ ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ITERATIONS = {
-    "grpo": iteration.grpo_iteration,
+    "rl": iteration.rl_iteration,
     "sft": sft.sft_iteration,
     "vq": vq.vq_iteration,
 }
@@ -67,7 +67,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         seed=config.seed,
         image_side=round(math.sqrt(plan.model_config.num_image_tokens))
         * plan.model_config.vq.downsample,
-        iterate=ITERATIONS[config.objective],
+        iterate=ITERATIONS[config.stage],
         train_step=train_step,
         score_step=score_step,
         samplers=make_samplers(plan),
@@ -79,7 +79,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
         pixel_dtype=DTYPES[config.rollout.pixel_dtype],
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
-        mask_truncated=config.grpo.mask_truncated,
+        mask_truncated=config.algorithm.mask_truncated,
         sft=config.sft,
         schedule=learning_rate(config.optimizer, plan.optimizer_steps),
         phases=phases,
@@ -111,13 +111,13 @@ def load_parts(plan: Plan) -> tuple[Params, Params]:
 
 def make_reference(plan: Plan, trained: Params) -> Lent | None:
     """What the KL penalty compares with: the trained part at the start, in the compute dtype."""
-    if plan.config.objective != "grpo" or not plan.config.grpo.kl_coef:
+    if plan.config.stage != "rl" or not plan.config.algorithm.kl_coef:
         return None
     # A copy: the state's own buffers are donated to the first step.
     # Adapters have none: the reference is what is frozen.
     first = {} if plan.config.lora.rank else trained
     copied = jax.tree.map(jnp.copy, network.cast(first, DTYPES[plan.config.model.dtype]))
-    offload = plan.config.grpo.reference == "host"
+    offload = plan.config.algorithm.reference == "host"
     return Lent(copied, param_shardings(first, plan.mesh), offload=offload)
 
 
@@ -137,7 +137,7 @@ def make_steps(
 ) -> tuple[Callable, Callable]:
     """The jitted update and the jitted scoring of the plan's objective."""
     objective, jit = make_objective(plan), {"out_shardings": (shardings, None)}
-    if plan.config.objective == "vq":
+    if plan.config.stage == "vq":
         train_step = vq.make_vq_step(plan.model_config, plan.config.vq, optimizer, **jit)
     else:
         train_step = make_train_step(plan.model_config, objective, optimizer, **jit)
@@ -171,7 +171,8 @@ def state_shardings(
 def make_objective(plan: Outline) -> Objective:
     """The loss's constants from the config."""
     config = plan.config
-    grpo_weights = {"t2i": config.grpo.t2i_loss_weight, "mm2t": config.grpo.mm2t_loss_weight}
+    algorithm = config.algorithm
+    rl_weights = {"t2i": algorithm.t2i_loss_weight, "mm2t": algorithm.mm2t_loss_weight}
     sft_weights = {
         "t2i": config.sft.t2i_weight,
         "mm2t": config.sft.mm2t_weight,
@@ -179,21 +180,21 @@ def make_objective(plan: Outline) -> Objective:
     }
     scoring = Scoring(
         special=plan.special,
-        temperature=config.rollout.temperature if config.objective == "grpo" else 1.0,
+        temperature=config.rollout.temperature if config.stage == "rl" else 1.0,
         cfg_scale=config.rollout.cfg_scale,
-        image_logprobs=config.grpo.image_logprobs,
-        unshifted=config.compat.image_logprobs_unshifted and config.objective == "grpo",
+        image_logprobs=config.algorithm.image_logprobs,
+        unshifted=config.compat.image_logprobs_unshifted and config.stage == "rl",
         remat=config.model.remat,
         attention=attending.of_update(plan.config, plan.model_config, plan.mesh),
         chunk=config.model.logprob_chunk,
     )
-    weights = sft_weights if config.objective == "sft" else grpo_weights
+    weights = sft_weights if config.stage == "sft" else rl_weights
     return Objective(
         scoring=scoring,
         weights=tuple(weights.items()),
-        kl_coef=config.grpo.kl_coef,
-        clip_low=config.grpo.clip_low,
-        clip_high=config.grpo.clip_high,
+        kl_coef=config.algorithm.kl_coef,
+        clip_low=config.algorithm.clip_low,
+        clip_high=config.algorithm.clip_high,
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
     )
@@ -201,7 +202,7 @@ def make_objective(plan: Outline) -> Objective:
 
 def make_samplers(plan: Outline) -> dict[str, Callable]:
     """task -> (params, prompts, keys) -> Rollout, with the config's sampling options."""
-    rollout, grpo = plan.config.rollout, plan.config.grpo
+    rollout, algorithm = plan.config.rollout, plan.config.algorithm
     common = {
         "special": plan.special,
         "temperature": rollout.temperature,
@@ -210,7 +211,7 @@ def make_samplers(plan: Outline) -> dict[str, Callable]:
     }
     images = functools.partial(
         sampling.sample_images, plan.model_config,
-        cfg_scale=rollout.cfg_scale, score=grpo.image_logprobs, **common,
+        cfg_scale=rollout.cfg_scale, score=algorithm.image_logprobs, **common,
     )  # fmt: skip
     texts = functools.partial(
         sampling.sample_text, plan.model_config,
@@ -222,14 +223,14 @@ def make_samplers(plan: Outline) -> dict[str, Callable]:
 
 
 def _comparison(plan: Plan) -> dict[str, Any]:
-    grpo = plan.config.grpo
+    algorithm = plan.config.algorithm
     weights = {t: tuple(r.weight for r in listed) for t, listed in plan.rewards.items()}
     return {
         "weights": tuple(weights.items()),
-        "mode": grpo.advantages,
+        "mode": algorithm.advantages,
         "group_size": plan.config.rollout.group_size,
-        "mm2t_weight": grpo.mm2t_weight,
-        "eps": grpo.std_eps,
-        "scale": grpo.scale_by_std,
-        "each": grpo.multi_objective_aggregation == "normalize_then_sum",
+        "mm2t_weight": algorithm.mm2t_weight,
+        "eps": algorithm.std_eps,
+        "scale": algorithm.scale_by_std,
+        "each": algorithm.multi_objective_aggregation == "normalize_then_sum",
     }

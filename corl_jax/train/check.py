@@ -85,11 +85,11 @@ def _parameters(plan: Plan) -> str:
 
 def attention(plan: Plan) -> str:
     """Which implementations the devices attend with; empty for the image tokenizer's stage."""
-    if plan.config.objective == "vq":
+    if plan.config.stage == "vq":
         return ""
     where = plan.config, plan.model_config, plan.mesh
     chosen = f"attention: {attending.of_update(*where)} in updates"
-    if plan.config.objective == "grpo":
+    if plan.config.stage == "rl":
         chosen += f", {attending.of_samplers(*where)} in samplers"
     return chosen
 
@@ -145,14 +145,14 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
         "gradients": own * master,
         "compute copy": (own + copied) * width,
     }
-    if config.objective == "grpo":
+    if config.stage == "rl":
         # With adapters the reference is what is frozen.
-        second = config.grpo.kl_coef and not config.lora.rank
+        second = config.algorithm.kl_coef and not config.lora.rank
         estimate["reference"] = own * width if second else 0
         estimate["reward networks"] = _networks(plan)
         caches = [_cache(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["sampling caches (largest task)"] = max(caches) * width
-    if config.objective != "vq":
+    if config.stage != "vq":
         activations = [_activations(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["activations (kept by remat)"] = max(activations) * width
         scores = [_scores(plan, task, prompt) for task, prompt in prompts.items()]
@@ -206,9 +206,9 @@ def _completion(plan: Plan, task: str) -> int:
 def _update_rows(plan: Plan, task: str) -> int:
     """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
     config = plan.config
-    if config.objective != "grpo":
+    if config.stage != "rl":
         return config.train.micro_batch or config.train.prompts_per_step
-    guided = task == "t2i" and config.grpo.image_logprobs == "guided"
+    guided = task == "t2i" and config.algorithm.image_logprobs == "guided"
     rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
     return rows * (1 + guided)
 
@@ -259,7 +259,7 @@ def _uncounted(plan: Plan) -> list[str]:
     missing = (
         "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
     )
-    if plan.config.objective != "grpo":
+    if plan.config.stage != "rl":
         return [missing]
     lengths = prompt_lengths(plan)
     shown = ", ".join(f"{task} {tokens}" for task, tokens in lengths.items())

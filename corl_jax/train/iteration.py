@@ -27,7 +27,7 @@ from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import STREAMS, EncodedPrompts, Params, Prompts, Rollout
 
 
-def grpo_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
+def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """(next state, Iteration) of one batch of prompts."""
     params = merge(state.params, run.frozen)
     scored: dict[str, Scored] = {}

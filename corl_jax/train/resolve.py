@@ -54,7 +54,7 @@ class Outline:
 
     @property
     def updates_per_step(self) -> int:
-        return self.config.grpo.num_iterations if self.config.objective == "grpo" else 1
+        return self.config.algorithm.num_iterations if self.config.stage == "rl" else 1
 
     @property
     def optimizer_steps(self) -> int:
@@ -167,11 +167,11 @@ def _steps(config: Config, loader: Loader) -> int:
 
 
 def _tasks(config: Config) -> tuple[str, ...]:
-    if config.objective == "vq":
+    if config.stage == "vq":
         return ()
-    if config.objective == "sft":
+    if config.stage == "sft":
         return ("t2i", "mm2t")
-    return {"unified": ("t2i", "mm2t")}.get(config.grpo.tasks, (config.grpo.tasks,))
+    return {"unified": ("t2i", "mm2t")}.get(config.algorithm.tasks, (config.algorithm.tasks,))
 
 
 def _with_adapters(config: Config, model: JanusConfig) -> JanusConfig:
@@ -182,17 +182,17 @@ def _with_adapters(config: Config, model: JanusConfig) -> JanusConfig:
 
 
 def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None) -> list[str]:
-    if config.objective != "grpo" or rewards is None:
+    if config.stage != "rl" or rewards is None:
         return []
     problems = [
-        f"rewards: none is for {task}, which grpo.tasks {config.grpo.tasks} trains; "
-        f"add one, or set grpo.tasks to the other task"
+        f"rewards: none is for {task}, which algorithm.tasks {config.algorithm.tasks} trains; "
+        f"add one, or set algorithm.tasks to the other task"
         for task in tasks
         if not rewards.get(task)
     ]
     return problems + [
-        f"rewards: {reward.name} is for {task}, which grpo.tasks {config.grpo.tasks} leaves out; "
-        "remove it"
+        f"rewards: {reward.name} is for {task}, which algorithm.tasks "
+        f"{config.algorithm.tasks} leaves out; remove it"
         for task, listed in rewards.items()
         if task not in tasks
         for reward in listed
@@ -245,9 +245,9 @@ def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> li
 
 
 def _size_problems(config: Config, model: JanusConfig) -> list[str]:
-    if config.objective == "vq":
+    if config.stage == "vq":
         return []
-    answer = config.rollout.max_new_tokens if config.objective == "grpo" else 0
+    answer = config.rollout.max_new_tokens if config.stage == "rl" else 0
     longest = config.data.max_prompt_length + max(answer, model.num_image_tokens)
     limit = model.llama.max_position_embeddings
     if longest <= limit:
@@ -299,16 +299,16 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
 
 
 def _trainable_problems(config: Config, parts: tuple[Params, Params]) -> list[str]:
-    if config.objective != "vq" and "vqmodel" in parts[0]:
+    if config.stage != "vq" and "vqmodel" in parts[0]:
         return [
-            f"train.trainable: found vqmodel, through which objective {config.objective} takes no "
+            f"train.trainable: found vqmodel, through which stage {config.stage} takes no "
             "gradient, so that it would only decay; leave it out"
         ]
     idle = sorted(parts[0].keys() - {"vqmodel"})
-    if config.objective != "vq" or not idle:
+    if config.stage != "vq" or not idle:
         return []
     return [
-        f"train.trainable: found {', '.join(idle)}, which objective vq does not use; "
+        f"train.trainable: found {', '.join(idle)}, which stage vq does not use; "
         'expected ["vqmodel/.*"] or a part of it'
     ]
 
@@ -378,7 +378,7 @@ def _loaders(
 def _readable(
     config: Config, rewards: list[registry.Resolved]
 ) -> dict[str, Callable[[Any], str | None]]:
-    """Checks of the columns that the objective and our own rewards read; pictures have theirs."""
+    """Checks of the columns that the stage and our own rewards read; pictures have theirs."""
     read = set(_target_columns(config))
     for reward in rewards:
         if reward.name in registry.REGISTRY:  # a user's own takes what it likes
@@ -389,11 +389,11 @@ def _readable(
 
 
 def _target_columns(config: Config) -> list[str]:
-    """Columns that the objective learns from, in which a row must not be null."""
+    """Columns that the stage learns from, in which a row must not be null."""
     sft = config.sft
-    if config.objective == "grpo":
+    if config.stage == "rl":
         return []
-    if config.objective == "vq":
+    if config.stage == "vq":
         return ["real_image"]
     answers = [sft.answer_column] if sft.mm2t_weight else []
     captions = [sft.caption_column] if sft.caption_column and sft.caption_weight else []

@@ -42,7 +42,7 @@ def problems(path, *overrides):
 def test_defaults_are_the_papers_and_the_config_is_frozen(write):
     loaded = config_files.load(write(MINIMAL))
     assert loaded.rollout.group_size == 8 and loaded.rollout.cfg_scale == 5.0
-    assert loaded.grpo.mm2t_weight == 0.8 and loaded.optimizer.learning_rate == 4e-6
+    assert loaded.algorithm.mm2t_weight == 0.8 and loaded.optimizer.learning_rate == 4e-6
     with pytest.raises(ValueError, match="frozen"):
         loaded.seed = 1
 
@@ -134,7 +134,7 @@ def test_words_stay_words(write):
 def test_empty_blocks_have_their_defaults(write):
     blocks = [name for name, field in Config.model_fields.items()
               if isinstance(field.annotation, type) and name not in ("model", "data")]  # fmt: skip
-    blocks = [name for name in blocks if name not in ("output_dir", "objective", "seed")]
+    blocks = [name for name in blocks if name not in ("output_dir", "stage", "seed")]
     text = MINIMAL + "".join(f"    {name}:\n      # x: 1\n" for name in blocks)
     assert config_files.load(write(text)) == config_files.load(write(MINIMAL))
     nested = """
@@ -155,10 +155,10 @@ def test_empty_blocks_have_their_defaults(write):
 
 
 def test_empty_block_or_list_leaves_that_of_the_base(write):
-    write(MINIMAL + "    grpo: {kl_coef: 0.1}\n    networks: {blip: {path: b}}\n", "base.yaml")
-    path = write("base: base.yaml\ngrpo:\nrewards:\n  # - name: x\nnetworks: {blip: }\n")
+    write(MINIMAL + "    algorithm: {kl_coef: 0.1}\n    networks: {blip: {path: b}}\n", "base.yaml")
+    path = write("base: base.yaml\nalgorithm:\nrewards:\n  # - name: x\nnetworks: {blip: }\n")
     assert config_files.load(path) == config_files.load(path.with_name("base.yaml"))
-    assert config_files.load(path, ["grpo.std_eps=0.5"]).grpo.kl_coef == 0.1
+    assert config_files.load(path, ["algorithm.std_eps=0.5"]).algorithm.kl_coef == 0.1
 
 
 def test_null_of_an_option_is_a_value(write):
@@ -275,7 +275,7 @@ def test_the_written_config_keeps_the_expanded_path(write, monkeypatch):
     [
         (["train.max_steps=3", "optimizer.warmup_steps=500"], 3),
         (["train.max_steps=3", "optimizer.warmup_steps=3"], 3),
-        (["train.max_steps=3", "grpo.num_iterations=2", "optimizer.warmup_steps=6"], 6),
+        (["train.max_steps=3", "algorithm.num_iterations=2", "optimizer.warmup_steps=6"], 6),
         (["train.max_steps=1", "optimizer.warmup_steps=1"], 1),
     ],
 )
@@ -316,8 +316,8 @@ def test_every_problem_is_reported_at_once(write):
         "optimizer.learning_rate='1e-4'",
         "rollout.group_size=1",
         "rollout.top_p=0",
-        "grpo.mask_truncated=1",
-        "grpo.tasks=both",
+        "algorithm.mask_truncated=1",
+        "algorithm.tasks=both",
         "mesh.data=true",
         "seed=-1",
         "data.path=5",
@@ -354,8 +354,8 @@ def test_missing_keys_say_how_to_give_them(write):
         (["rewards=[]"], "needs at least one"),
         (["compat.text_top_k_50=true", "rollout.top_k=7"], "contradicts compat.text_top_k_50"),
         (
-            ["compat.image_logprobs_unshifted=true", "grpo.image_logprobs=guided"],
-            "needs grpo.image_logprobs conditional",
+            ["compat.image_logprobs_unshifted=true", "algorithm.image_logprobs=guided"],
+            "needs algorithm.image_logprobs conditional",
         ),
     ],
 )
@@ -367,19 +367,22 @@ def test_options_that_contradict_each_other(write, overrides, part):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["sft.cfg_dropout=0.2"], "sft.cfg_dropout: found 0.2, but objective grpo does not read"),
-        (["vq.commitment=1.0"], "leave it at 0.25 or set objective to vq"),
-        (["objective=sft"], "rewards: found format, but objective sft learns from none"),
-        (["objective=vq", "rewards=[]", "grpo.kl_coef=0.1"], "grpo.kl_coef: found 0.1"),
-        (["grpo.reference=host"], "grpo.reference: found host, but with grpo.kl_coef 0"),
-        (["objective=sft", "rewards=[]", "vq.commitment=1.0"], "vq.commitment: found 1.0"),
-        (["objective=sft", "rewards=[]", "compat.text_top_k_50=true"], "sft has no rollouts"),
+        (["sft.cfg_dropout=0.2"], "sft.cfg_dropout: found 0.2, but stage rl does not read"),
+        (["vq.commitment=1.0"], "leave it at 0.25 or set stage to vq"),
+        (["stage=sft"], "rewards: found format, but stage sft learns from none"),
+        (["stage=vq", "rewards=[]", "algorithm.kl_coef=0.1"], "algorithm.kl_coef: found 0.1"),
+        (
+            ["algorithm.reference=host"],
+            "algorithm.reference: found host, but with algorithm.kl_coef 0",
+        ),
+        (["stage=sft", "rewards=[]", "vq.commitment=1.0"], "vq.commitment: found 1.0"),
+        (["stage=sft", "rewards=[]", "compat.text_top_k_50=true"], "sft has no rollouts"),
         (["compat.mc_as_open_ended=true"], "rewards is listed (qa_accuracy)"),
         (["compat.answer_single_line=true"], "(qa_accuracy or oc_accuracy)"),
         (["compat.ti_sim_fixed_spans=true"], "(t2i_ti_sim)"),
         (["compat.format_without_strip=true", "rewards=[{name: format_tag}]"], "(format)"),
-        (["compat.text_top_k_50=true", "grpo.tasks=t2i"], "grpo.tasks t2i leaves out"),
-        (["compat.image_logprobs_unshifted=true", "grpo.tasks=mm2t"], "mm2t leaves out"),
+        (["compat.text_top_k_50=true", "algorithm.tasks=t2i"], "algorithm.tasks t2i leaves out"),
+        (["compat.image_logprobs_unshifted=true", "algorithm.tasks=mm2t"], "mm2t leaves out"),
         (["optimizer.name=lion", "optimizer.eps=1e-6"], "lion does not use it; leave it at 1e-08"),
         (["optimizer.name=sgd", "optimizer.b2=0.9"], "optimizer.b2: found 0.9, but sgd"),
         (["optimizer.name=adafactor", "optimizer.b1=0.8"], "optimizer.b1: found 0.8"),
@@ -393,9 +396,9 @@ def test_options_that_the_run_would_ignore(write, overrides, part):
 def test_options_that_only_look_ignored(write):
     path = write(MINIMAL)
     for overrides in (
-        ["objective=sft", "eval.suite=rewards"],  # the evaluation scores them
-        ["objective=sft", "eval.suite=rewards", "compat.format_without_strip=true"],
-        ["objective=vq", "rewards=[]", "compat.bfloat16_master=true", "grpo.kl_coef=0.0"],
+        ["stage=sft", "eval.suite=rewards"],  # the evaluation scores them
+        ["stage=sft", "eval.suite=rewards", "compat.format_without_strip=true"],
+        ["stage=vq", "rewards=[]", "compat.bfloat16_master=true", "algorithm.kl_coef=0.0"],
         ["optimizer.name=sgd", "optimizer.b1=0.5"],  # its momentum
         ["optimizer.name=lion", "optimizer.b2=0.5"],
     ):
@@ -422,3 +425,11 @@ def test_files_that_are_no_config(write, text, part):
 
 def test_file_that_is_not_there(tmp_path):
     assert "No such file" in problems(tmp_path / "none.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("objective=grpo", "stage"), ("grpo.kl_coef=0.1", "algorithm")]
+)
+def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(write, old, new):
+    with pytest.raises(InputError, match=f"has a new name; use {new}"):
+        config_files.load(write(MINIMAL), [old])

@@ -77,10 +77,10 @@ def test_the_promised_configs_are_there():
 def test_config_loads_and_its_rewards_fit_its_tasks(name):
     config = load(name)
     resolved = registry.resolve(config.rewards, config.compat)
-    if config.objective != "grpo":
+    if config.stage != "rl":
         assert not config.rewards
         return
-    trained = {"unified": ["t2i", "mm2t"]}.get(config.grpo.tasks, [config.grpo.tasks])
+    trained = {"unified": ["t2i", "mm2t"]}.get(config.algorithm.tasks, [config.algorithm.tasks])
     assert [task for task, rewards in resolved.items() if rewards] == trained
 
 
@@ -165,7 +165,7 @@ def test_values_are_those_of_the_papers_table(size, stage):
     config = load(f"janus_pro_{size}/{stage}.yaml")
     found = (
         config.rollout.group_size,
-        config.grpo.kl_coef,
+        config.algorithm.kl_coef,
         config.data.max_prompt_length,
         config.rollout.max_new_tokens,
         config.train.prompts_per_step,
@@ -175,8 +175,8 @@ def test_values_are_those_of_the_papers_table(size, stage):
     assert config.train.epochs == 1.0 and config.train.max_steps is None
     assert (config.rollout.cfg_scale, config.rollout.temperature) == (5.0, 1.0)
     assert config.rollout.top_k == 0 and config.rollout.top_p == 1.0
-    assert (config.grpo.tasks, [r.name for r in config.rewards]) == REWARDS[stage]
-    assert config.grpo.advantages == "unified_reward" and config.grpo.mm2t_weight == 0.8
+    assert (config.algorithm.tasks, [r.name for r in config.rewards]) == REWARDS[stage]
+    assert config.algorithm.advantages == "unified_reward" and config.algorithm.mm2t_weight == 0.8
     assert (config.optimizer.name, config.optimizer.schedule) == ("adamw", "linear")
     assert config.optimizer.max_grad_norm == 1.0 and config.optimizer.warmup_steps == 0
     assert config.compat == Compat()

@@ -229,9 +229,9 @@ def test_bad_input_ends_all_with_its_exit_code(tmp_path, model, rows):
     ("mesh", "changes"),
     [
         ({"data": 1, "fsdp": 2, "tensor": 2}, {}),
-        ({"data": 2, "tensor": 2}, {"grpo": {"kl_coef": 0.1}}),
-        ({"data": 1, "fsdp": 4}, {"lora": {"rank": 3}, "grpo": {"kl_coef": 0.1}}),
-        ({"data": 1, "fsdp": 4}, {"objective": "sft", "rewards": [], "eval": {"suite": "none"}}),
+        ({"data": 2, "tensor": 2}, {"algorithm": {"kl_coef": 0.1}}),
+        ({"data": 1, "fsdp": 4}, {"lora": {"rank": 3}, "algorithm": {"kl_coef": 0.1}}),
+        ({"data": 1, "fsdp": 4}, {"stage": "sft", "rewards": [], "eval": {"suite": "none"}}),
     ],
 )
 def test_other_layouts(mesh, changes, model, rows, tmp_path):
@@ -239,7 +239,7 @@ def test_other_layouts(mesh, changes, model, rows, tmp_path):
     runs = []
     for name, train in (("alone", train_alone), ("pair", train_as_two)):
         tree = run_options(model, rows, tmp_path / name, **changes)
-        if "objective" not in changes:
+        if "stage" not in changes:
             asked = {"greedy": False, "max_new_tokens": 4}
             tree["rewards"] += [{"name": "t2i_qa", "options": asked}, {"name": "t2i_ti_sim"}]
         else:
@@ -248,7 +248,7 @@ def test_other_layouts(mesh, changes, model, rows, tmp_path):
     alone, pair = runs
     assert_same_metrics(pair, alone)
     assert_same_parameters(pair, alone, model)
-    for kind in () if "objective" in changes else ("answers", "drawings"):
+    for kind in () if "stage" in changes else ("answers", "drawings"):
         assert seen(pair, kind) == seen(alone, kind)
 
 

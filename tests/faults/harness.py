@@ -41,12 +41,12 @@ PATIENCE = 900  # seconds that anything may take on a busy machine
 # Saves last longer with more to write, so that kills can fall into them; each step is one update
 # more than it has rollouts, so that kills fall between updates too.
 BUSY = {
-    "grpo": {"kl_coef": 0.1, "num_iterations": 2},
+    "algorithm": {"kl_coef": 0.1, "num_iterations": 2},
     "checkpoint": {"every": 1},
     "export": {"layout": "jax"},
 }
 # The cheapest run that has parameters, an optimizer, batches and metrics.
-SUPERVISED = {"objective": "sft", "rewards": [], "grpo": {}, "train": {"max_steps": 6}}
+SUPERVISED = {"stage": "sft", "rewards": [], "algorithm": {}, "train": {"max_steps": 6}}
 
 
 @dataclasses.dataclass

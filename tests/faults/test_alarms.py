@@ -31,7 +31,7 @@ def job(model, rows, tmp_path, one_device, monkeypatch, request):
     monkeypatch.setattr(milestones, "held_out_rewards", falling)
     changes = {
         "rewards": [{"use": f"{tmp_path / 'mine.py'}:rising"}],
-        "grpo": {"tasks": "mm2t", "kl_coef": 0.1},
+        "algorithm": {"tasks": "mm2t", "kl_coef": 0.1},
         "guards": {name: LIMITS[name], "fatal": [name]},
         "train": {"max_steps": 3, "prompts_per_step": 2},
     }

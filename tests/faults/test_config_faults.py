@@ -46,7 +46,7 @@ TYPOS = {
     "train.max_step=5": "max_steps",
     "rollout.groupsize=4": "group_size", "rollout.temprature=1.0": "temperature",
     "optimizer.lr=1e-4": "learning_rate", "optimizer.learningrate=1e-4": "learning_rate",
-    "grpo.kl_coeff=0.1": "kl_coef", "grpo.num_iteration=2": "num_iterations",
+    "algorithm.kl_coeff=0.1": "kl_coef", "algorithm.num_iteration=2": "num_iterations",
     "checkpoint.evry=5": "every", "data.columns.promt=x": "prompt", "networks.blib.path=x": "blip",
     "compat.text_topk_50=true": "text_top_k_50", "rewards=[{nmae: format}]": "name",
     "eval.suit=none": "suite", "mesh.fdsp=2": "fsdp",
@@ -97,7 +97,8 @@ WRONG = [
     "train.prompts_per_step='8'", "train.prompts_per_step=1e3", "train.epochs=0",
     "train.trainable=x",
     "train.max_steps=[1]", "train=5", "seed=-1", "seed=null", "model.dtype=float16", "data.path=7",
-    "data.max_bad_fraction=2", "grpo.kl_coef=-0.1", "grpo.tasks=both", "grpo.scale_by_std=1",
+    "data.max_bad_fraction=2", "algorithm.kl_coef=-0.1", "algorithm.tasks=both",
+    "algorithm.scale_by_std=1",
     "rewards=format", "rewards=[{name: format, weight: .nan}]", "rewards=[{weight: 1}]",
     "mesh.data=0", "mesh.fsdp=-2", "mesh.tensor=true", "checkpoint.keep=0", "eval.suite=all",
 ]  # fmt: skip

@@ -182,7 +182,7 @@ def test_a_row_whose_spec_cannot_be_read_is_a_bad_row(model, tmp_path, figure):
     """Its reward would end the run; null is no fault."""
     good = {0: None, 1: SPEC.replace("1", "1.0")} | dict.fromkeys(range(2, 24), SPEC)
     rows = [tiny_row(i, spec=(good | BAD_SPECS)[i]) for i in range(24)]
-    changes = {"rewards": [{"name": "shapes_checker"}], "grpo": {"tasks": "t2i"}}
+    changes = {"rewards": [{"name": "shapes_checker"}], "algorithm": {"tasks": "t2i"}}
     batch, counts = planned_batch(model, tmp_path, rows, **changes)
     lost = set(batch.columns["spec"]) != set(good.values()) or counts != {
         "bad": len(BAD_SPECS),
@@ -198,9 +198,7 @@ def test_a_row_whose_spec_cannot_be_read_is_a_bad_row(model, tmp_path, figure):
 def test_a_target_that_is_no_text_is_refused_at_the_start(model, tmp_path):
     rows = [tiny_row(i, sft_answer=i) for i in range(8)]
     with pytest.raises(InputError, match=r"row 0: sft_answer: found 0, expected a text"):
-        planned_batch(
-            model, tmp_path, rows, objective="sft", rewards=[], sft={"caption_column": None}
-        )
+        planned_batch(model, tmp_path, rows, stage="sft", rewards=[], sft={"caption_column": None})
 
 
 # ---- T21

@@ -106,7 +106,7 @@ RUN = {
     "rewards": [{"name": "format", "weight": 0.5}, {"use": "a.py:b", "options": {"x": 1}}],
     "rollout": {"group_size": 4, "top_p": 0.9}, "train": {"prompts_per_step": 8, "micro_batch": 4},
     "optimizer": {"learning_rate": 1e-4, "name": "lion"}, "mesh": {"data": -1, "fsdp": 2},
-    "grpo": {"tasks": "t2i"}, "eval": {"suite": "none"}, "compat": {"mc_as_open_ended": True},
+    "algorithm": {"tasks": "t2i"}, "eval": {"suite": "none"}, "compat": {"mc_as_open_ended": True},
 }  # fmt: skip
 yaml_pieces = st.sampled_from(
     ["&a ", "*a", "- ", ": ", "{", "}", "[", "]", "!!python/object/apply:os.system [ls]", "!!float",

@@ -157,7 +157,7 @@ def config(tmp_path, model):
     """A run without an end, as long as nobody ends it."""
     rows = tiny_runs.rows_file(tmp_path / "rows.parquet", 8)
     tree = tiny_runs.options(
-        model, rows, tmp_path / "run", objective="vq", rewards=[],
+        model, rows, tmp_path / "run", stage="vq", rewards=[],
         train={"max_steps": 10**6, "trainable": ["vqmodel/.*"]},
         checkpoint={"every": 3}, guards={"step_timeout_s": 20.0},
     )  # fmt: skip

@@ -35,7 +35,7 @@ def options(model, tmp_path_factory):
 
     def tree(output: Path, **changes):
         base = {
-            "objective": "sft", "rewards": [], "export": {"layout": "none"},
+            "stage": "sft", "rewards": [], "export": {"layout": "none"},
             "sft": {"t2i_weight": 0.0, "caption_column": None},
             "checkpoint": {"every": 1, "keep": 20},
             "train": {"max_steps": 6, "prompts_per_step": 4},

@@ -160,12 +160,12 @@ def test_another_config_is_refused_and_allowed_by_the_flag(begun, model, rows, t
         f"model.path={copy}": "model.path: found",
         "train.prompts_per_step=8": "train.prompts_per_step: found 8, the run has 4",
         "train.max_steps=9": "train.max_steps: found 9, the run has 6",
-        "objective=vq": "objective: found 'vq', the run has 'sft'",
+        "stage=vq": "objective: found 'vq', the run has 'sft'",
     }
     losses = int(begun.here(f"model.path={model}/", "train.stop_after=1") != 0)  # the same folder
     capsys.readouterr()
     for change, part in cases.items():
-        more = ["train.trainable=[vqmodel/.*]"] if change == "objective=vq" else []
+        more = ["train.trainable=[vqmodel/.*]"] if change == "stage=vq" else []
         code, text = begun.here(change, *more), capsys.readouterr().err
         losses += code != 2 or part not in text or "--allow-changed-config" not in text
     changed = begun.config.read_text().replace("max_steps: 6", "max_steps: 9")
@@ -212,7 +212,7 @@ def test_a_changed_file_of_a_reward_is_told(model, rows, tmp_path, one_device, c
     """Mending one that failed needs no flag."""
     judge = tmp_path / "judge.py"
     judge.write_text(JUDGE)
-    tasks = {"grpo": {"tasks": "mm2t"}, "rewards": [{"use": f"{judge}:judge"}]}
+    tasks = {"algorithm": {"tasks": "mm2t"}, "rewards": [{"use": f"{judge}:judge"}]}
     job = Job.make(tmp_path, model, rows, **GRPO | tasks)
     assert job.here("train.stop_after=1") == 0
     judge.write_text(JUDGE.replace("float", "0.1 * "))

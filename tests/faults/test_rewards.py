@@ -104,7 +104,7 @@ def base(tmp_path_factory, tiny_config, written):
     def tree(output: Path, *names: str, **changes):
         listed = [{"use": f"{written}:{name}", "timeout_s": 3.0} for name in names]
         return tiny_runs.options(
-            model, rows, output, rewards=listed, grpo={"tasks": "mm2t"},
+            model, rows, output, rewards=listed, algorithm={"tasks": "mm2t"},
             **{"train": {"max_steps": 2, "prompts_per_step": 2}} | changes,
         )  # fmt: skip
 

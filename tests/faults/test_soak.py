@@ -92,7 +92,7 @@ def sft_run(model: Path, tmp_path: Path, steps: int) -> dict:
     rows = [tiny_row(i, sft_answer="two", **bad.get(i, {})) for i in range(32)]
     return tiny_runs.options(
         model, tiny_parquet(tmp_path / "rows.parquet", rows), tmp_path / "run",
-        objective="sft", rewards=[], export={"layout": "none"},
+        stage="sft", rewards=[], export={"layout": "none"},
         sft={"t2i_weight": 0.0, "caption_column": None}, data={"max_bad_fraction": 0.1},
         train={"max_steps": steps, "prompts_per_step": 2},
         log={"every": max(1, steps // 100)}, checkpoint={"every": max(40, steps // 20)},
@@ -105,7 +105,7 @@ def grpo_run(model: Path, tmp_path: Path, steps: int) -> dict:
     return tiny_runs.options(
         model, tiny_runs.rows_file(tmp_path / "rows.parquet", 16), tmp_path / "run",
         rewards=[{"use": "mine.py:size"}, {"name": "t2i_pixel_mse"}],
-        rollout={"max_new_tokens": 4}, grpo={"kl_coef": 0.01}, export={"layout": "none"},
+        rollout={"max_new_tokens": 4}, algorithm={"kl_coef": 0.01}, export={"layout": "none"},
         train={"max_steps": steps, "prompts_per_step": 2},
         eval={"suite": "rewards", "rows": 2, "batch_prompts": 2, "every": steps // 80},
         log={"every": max(1, steps // 100), "images_every": steps // 40, "fixed_prompts": 2},

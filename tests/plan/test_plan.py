@@ -38,7 +38,7 @@ def config_path(tmp_path_factory, model):
     (folder / "sizes" / "config.json").write_text((model / "config.json").read_text())
     tree = options(
         folder / "sizes", folder / "no_data", folder / "run",
-        mesh={"data": 1, "fsdp": -1}, train={"prompts_per_step": 8}, grpo={"kl_coef": 0.1},
+        mesh={"data": 1, "fsdp": -1}, train={"prompts_per_step": 8}, algorithm={"kl_coef": 0.1},
     )  # fmt: skip
     return write_config(folder / "config.yaml", tree)
 
@@ -156,28 +156,28 @@ def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
 
 
 @pytest.mark.parametrize(
-    ("objective", "tasks", "log_probs", "refused"),
+    ("stage", "tasks", "log_probs", "refused"),
     [
-        ("grpo", "unified", "conditional", False), ("grpo", "t2i", "guided", True),
-        ("grpo", "mm2t", "guided", False), ("sft", "mm2t", "conditional", True),
+        ("rl", "unified", "conditional", False), ("rl", "t2i", "guided", True),
+        ("rl", "mm2t", "guided", False), ("sft", "mm2t", "conditional", True),
         ("vq", "unified", "guided", False),
     ],
 )  # fmt: skip
 def test_cudnn_is_not_taken_where_the_flag_for_the_same_bits_breaks_it(
-    outline, monkeypatch, objective, tasks, log_probs, refused
+    outline, monkeypatch, stage, tasks, log_probs, refused
 ):
     devices = SimpleNamespace(devices=np.array([NVIDIA]))
 
     def asked(attention):
         changes = {
             "model": {"attention": attention, "dtype": "bfloat16"},
-            "grpo": {"image_logprobs": log_probs, "tasks": tasks},
+            "algorithm": {"image_logprobs": log_probs, "tasks": tasks},
         }
         changed = {
             name: getattr(outline.config, name).model_copy(update=options)
             for name, options in changes.items()
         }
-        config = outline.config.model_copy(update={"objective": objective, **changed})
+        config = outline.config.model_copy(update={"stage": stage, **changed})
         return config, outline.model_config, devices
 
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -297,7 +297,8 @@ def test_sizes_come_from_a_name_where_there_are_no_files(path, preset, expected)
 def test_tpu_slice_is_compiled_for(config_path, capsys):
     plan.main([
         "--config", str(config_path), "--topology", "v5e:2x2", "model.dtype=bfloat16",
-        "grpo.tasks=t2i", "rewards=[{name: t2i_pixel_mse}]",  # half of the programs, and of kernels
+        # half of the programs, and of kernels
+        "algorithm.tasks=t2i", "rewards=[{name: t2i_pixel_mse}]",
     ])  # fmt: skip
     out = capsys.readouterr().out
     assert "4 x TPU v5e" in out

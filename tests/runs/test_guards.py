@@ -306,18 +306,18 @@ def test_an_alarm_that_is_on_is_fatal_for_a_resumed_run_that_lists_it():
 @pytest.mark.parametrize(
     ("tree", "part"),
     [
-        ({"guards": {"kl": 0.5}}, "guards.kl: found 0.5, but grpo.kl_coef 0 measures none"),
-        ({"guards": {"fatal": ["kl"]}}, "guards.fatal: found kl, but grpo.kl_coef 0"),
+        ({"guards": {"kl": 0.5}}, "guards.kl: found 0.5, but algorithm.kl_coef 0 measures none"),
+        ({"guards": {"fatal": ["kl"]}}, "guards.fatal: found kl, but algorithm.kl_coef 0"),
         (
             {"guards": {"fatal": ["entropy"], "entropy": None}},
             "guards.fatal: found entropy, but guards.entropy is null",
         ),
         ({"guards": {"held_out": 2.0}}, "eval.suite none evaluates nothing"),
-        ({"guards": {"duplicates": 0.1}, "grpo": {"tasks": "mm2t"}}, "mm2t draws nothing"),
+        ({"guards": {"duplicates": 0.1}, "algorithm": {"tasks": "mm2t"}}, "mm2t draws nothing"),
         ({"guards": {"max_failed_reward_fraction": 0.1}}, "no reward by use is listed"),
         (
-            {"guards": {"drift_max": 1.0}, "objective": "sft", "rewards": []},
-            "objective sft has no rollouts",
+            {"guards": {"drift_max": 1.0}, "stage": "sft", "rewards": []},
+            "stage sft has no rollouts",
         ),
         (
             {"guards": {"step_timeout_s": 60.0}, "rewards": [{"use": "f.py:judge"}]},

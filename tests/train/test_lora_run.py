@@ -54,7 +54,7 @@ def options(model: Path, rows: Path, folder: Path) -> dict:
     """Three steps with a penalty towards the reference."""
     tree = tiny_runs.options(
         model, rows, folder / "run",
-        lora=LORA, grpo={"kl_coef": 0.1, "tasks": "t2i"}, train={"max_steps": 3},
+        lora=LORA, algorithm={"kl_coef": 0.1, "tasks": "t2i"}, train={"max_steps": 3},
         rewards=[{"name": "t2i_pixel_mse"}],
     )  # fmt: skip
     return tree | {"export": {"layout": "transformers"}, "optimizer": {"learning_rate": 0.03}}
@@ -209,7 +209,7 @@ def test_peft_trains_on_with_the_same_gradients(adapter, model):
 
 @pytest.mark.slow
 def test_the_supervised_stage_trains_adapters(model, rows, tmp_path):
-    tree = options(model, rows, tmp_path) | {"objective": "sft", "rewards": [], "grpo": {}}
+    tree = options(model, rows, tmp_path) | {"stage": "sft", "rewards": [], "algorithm": {}}
     tree["train"] = {"prompts_per_step": 4, "max_steps": 1}
     folder = train(tree, "export.layout=none")
     saved = {path: np.abs(leaf).max() for path, leaf in checkpoint_of(folder, 1).items()}
@@ -251,7 +251,7 @@ def test_check_counts_adapters(model, rows, tmp_path, capsys):
             ["train.trainable: found ['lm_head/.*'], but with lora.rank 3 the adapters alone"],
         ),
         (["export.layout=original", "export.lora=adapter"], ["export.lora: adapter, but"]),
-        (["objective=vq", "rewards=[]", "grpo={}"], ["lora.rank: found 3, but objective vq"]),
+        (["stage=vq", "rewards=[]", "algorithm={}"], ["lora.rank: found 3, but stage vq"]),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(model, rows, tmp_path, overrides, parts):

@@ -285,7 +285,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
         },
     } | changes)  # fmt: skip
     state = step.TrainState(0, {"w": 5}, None)
-    state, iteration = rl_iteration.grpo_iteration(run, state, None, 0)
+    state, iteration = rl_iteration.rl_iteration(run, state, None, 0)
     assert state.step == run.num_iterations
     return calls, iteration.metrics
 
@@ -319,9 +319,9 @@ def test_a_reference_may_rest_in_host_memory(config, params):
     trained = build.place(partition(params, DEFAULT)[0], mesh)
     kinds = {}
     for place in ("device", "host"):
-        block = schema.Grpo(kl_coef=0.1, reference=place)
+        block = schema.Algorithm(kl_coef=0.1, reference=place)
         options = SimpleNamespace(
-            objective="grpo", grpo=block, model=schema.Model(path="x"), lora=schema.Lora()
+            stage="rl", algorithm=block, model=schema.Model(path="x"), lora=schema.Lora()
         )
         lent = build.make_reference(SimpleNamespace(config=options, mesh=mesh), trained)
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
@@ -333,7 +333,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
                 assert found.sharding.is_equivalent_to(one.sharding, one.ndim), path
         assert all(x.is_deleted() == (place == "host") for x in jax.tree.leaves(reference))
     assert kinds["host"].endswith("host") and kinds["device"] != kinds["host"]
-    options = SimpleNamespace(objective="grpo", grpo=schema.Grpo())
+    options = SimpleNamespace(stage="rl", algorithm=schema.Algorithm())
     assert build.make_reference(SimpleNamespace(config=options, mesh=mesh), trained) is None
 
 

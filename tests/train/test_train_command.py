@@ -97,7 +97,7 @@ def steady(line: dict) -> dict:
 def full_options(options) -> dict:
     """Everything at once: old log-probs, a reference, micro-batches, evaluation, image grids."""
     return options(
-        grpo={"kl_coef": 0.1, "num_iterations": 2, "mask_truncated": True},
+        algorithm={"kl_coef": 0.1, "num_iterations": 2, "mask_truncated": True},
         train={"max_steps": 4, "micro_batch": 2},
         eval={"suite": "rewards", "rows": 6, "batch_prompts": 4, "every": 2},
         log={"images_every": 2},
@@ -119,7 +119,7 @@ def resumed(model, rows, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("resumed") / "run"
     tree = full_options(functools.partial(tiny_runs.options, model, rows, folder))
-    train(tree, "train.stop_after=2", "grpo.reference=host")
+    train(tree, "train.stop_after=2", "algorithm.reference=host")
     assert not (folder / "export").exists() and not (folder / "summary.json").exists()
     assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2]
     return train(tree)
@@ -309,7 +309,7 @@ def test_drawing_alone(options, tmp_path):
     """Data without questions will do, and nothing of the other task is logged."""
     rows = [{k: tiny_row(i)[k] for k in ("prompt", "real_image")} for i in range(8)]
     data = {"path": str(tiny_parquet(tmp_path / "drawings.parquet", rows))}
-    tree = options(grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], data=data)
+    tree = options(algorithm={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], data=data)
     lines = metric_lines(train(tree))
     assert [line["step"] for line in lines] == [1, 2]
     line = lines[-1]
@@ -323,7 +323,7 @@ def test_answering_alone(options, monkeypatch):
     tables = []
     monkeypatch.setattr(milestones.Metrics, "text", lambda *args: tables.append(args))
     tree = options(
-        grpo={"tasks": "mm2t"}, rewards=[{"name": "qa_accuracy"}], log={"images_every": 2}
+        algorithm={"tasks": "mm2t"}, rewards=[{"name": "qa_accuracy"}], log={"images_every": 2}
     )
     lines = metric_lines(train(tree))
     assert not {*EVERY_STEP, *JOINT, "perf/tokens_per_second"} - lines[-1].keys()
@@ -335,7 +335,7 @@ def test_answering_alone(options, monkeypatch):
 
 def test_supervised_stage(options):
     tree = options(
-        objective="sft",
+        stage="sft",
         rewards=[],
         model={"dtype": "bfloat16"},
         train={"max_steps": 3, "micro_batch": 2},
@@ -352,7 +352,7 @@ def test_supervised_stage(options):
 
 
 def test_image_tokenizer(options, model):
-    tree = options(objective="vq", rewards=[], train={"trainable": ["vqmodel/.*"]})
+    tree = options(stage="vq", rewards=[], train={"trainable": ["vqmodel/.*"]})
     output = train(tree)
     lines = metric_lines(output)
     assert not unseen(lines, "Every run", "Image tokenizer")
@@ -366,7 +366,7 @@ def test_image_tokenizer(options, model):
 def test_a_mesh_of_eight_devices(options, monkeypatch):
     """The whole iteration on data x fsdp x tensor: rewards too see rows in order."""
     monkeypatch.setattr(resolve, "make_mesh", make_mesh)
-    changes = {"train": {"max_steps": 1}, "grpo": {"kl_coef": 0.1}, "log": {"images_every": 1}}
+    changes = {"train": {"max_steps": 1}, "algorithm": {"kl_coef": 0.1}, "log": {"images_every": 1}}
     tree = options(**changes, eval={"suite": "rewards", "rows": 4, "batch_prompts": 4})
     spread = train(tree | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
     monkeypatch.undo()
@@ -407,7 +407,7 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
 
 def plan_and_programs(options) -> tuple:
     """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
-    planned = resolve.plan(config_files.validate(options(grpo={"kl_coef": 0.1}), "test"))
+    planned = resolve.plan(config_files.validate(options(algorithm={"kl_coef": 0.1}), "test"))
     lengths = run_check.prompt_lengths(planned)
     return planned, *programs.programs(planned, lengths, jax.numpy.float32)
 
@@ -444,7 +444,12 @@ def test_help_names_every_option(capsys):
         command.main(["--help"])
     assert error.value.code == 0
     out = capsys.readouterr().out
-    for part in ("--check", "grpo.mm2t_weight = 0.8", "optimizer.learning_rate = 4e-06", "resumes"):
+    for part in (
+        "--check",
+        "algorithm.mm2t_weight = 0.8",
+        "optimizer.learning_rate = 4e-06",
+        "resumes",
+    ):
         assert part in out
 
 
@@ -494,18 +499,18 @@ def test_what_does_not_fit_the_model_and_data_is_all_listed(options, capsys):
         assert part in joined, part
 
 
-VQ = {"objective": "vq", "rewards": []}
+VQ = {"stage": "vq", "rewards": []}
 
 
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"grpo": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
+        ({"algorithm": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
         ({"rewards": [{"name": "format"}]}, ["none is for t2i"]),
         (VQ | {"train": {"micro_batch": 2}}, ["vq has no micro-batches"]),
-        (VQ, ["train.trainable: found language_model, lm_head, which objective"]),
-        ({"objective": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
-        ({"objective": "sft", "rewards": [], "sft": {"caption_column": "captoin"}}, ["captoin"]),
+        (VQ, ["train.trainable: found language_model, lm_head, which stage"]),
+        ({"stage": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
+        ({"stage": "sft", "rewards": [], "sft": {"caption_column": "captoin"}}, ["captoin"]),
         ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
         ({"eval": {"suite": "shapes", "rows": 4}}, ["spec", "category"]),
         ({"data": {"columns": {"prompt": "caption_of_it"}}}, ["data.columns.prompt"]),
@@ -608,7 +613,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     rows = [tiny_row(i) | extra for i in range(8)]
     data = {"path": str(tiny_parquet(tmp_path / "drawn.parquet", rows))}
     tree = options(
-        data=data, grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
+        data=data, algorithm={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
         eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
     )  # fmt: skip
     planned = resolve.plan(config_files.validate(tree, "test"))
@@ -798,7 +803,7 @@ def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypa
     monkeypatch.setattr(command, "untrained_digests", take)
     monkeypatch.setattr(milestones.Recorder, "iteration", log)
     tree = options(
-        grpo={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
+        algorithm={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
         checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"},
     )  # fmt: skip
     path = write_config(tmp_path / "config.yaml", tree)

@@ -112,7 +112,7 @@ def iteration(setting: Setting) -> Iterator[Record]:
 
     def iterate_once() -> Any:
         nonlocal state, number
-        state, done = rl_iteration.grpo_iteration(run, state, prompts, number)
+        state, done = rl_iteration.rl_iteration(run, state, prompts, number)
         number += 1
         return done.metrics
 
@@ -148,7 +148,7 @@ def _run(setting: Setting, frozen: Params, step: Any) -> Run:
         dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={}, layer_dtypes={},
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
-        iterate=rl_iteration.grpo_iteration, train_step=step, score_step=step,
+        iterate=rl_iteration.rl_iteration, train_step=step, score_step=step,
         samplers=samplers(setting), rewards=rewards, networks={},
         comparison={
             "weights": weights, "mode": "unified_reward", "group_size": setting.group,
