@@ -155,7 +155,7 @@ def tiny_params(tiny_config):
 
     Drawn by NumPy: compiling `janus.init` takes longer than the tests that need parameters.
     """
-    from corl_jax.devices.mesh import map_with_path
+    from corl_jax.params import map_with_path
     from corl_jax.policies.janus import network
 
     rng = np.random.default_rng(0)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.errors import InputError
+from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
@@ -176,19 +177,6 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partitio
     """The spec without what the mesh does not divide."""
     pairs = zip(spec, shape, strict=False)
     return PartitionSpec(*(axes if size % _ways(axes, mesh) == 0 else None for axes, size in pairs))
-
-
-def leaf_paths(params: Params) -> list[tuple[str, Any]]:
-    """(path, leaf) of every parameter, in tree order."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [("/".join(str(key.key) for key in keys), leaf) for keys, leaf in flat]
-
-
-def map_with_path(function: Any, params: Params) -> Params:
-    """A tree of function(path, leaf)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: function("/".join(str(key.key) for key in keys), leaf), params
-    )
 
 
 def rule(path: str, rules: Rules = PARAM_RULES) -> PartitionSpec:

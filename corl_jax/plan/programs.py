@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from corl_jax.devices.mesh import batch_sharding, param_shardings
+from corl_jax.params import merge, partition
 from corl_jax.policies.janus import network, sampling
 from corl_jax.train import build
-from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
+from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.resolve import Outline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import EncodedPrompts, Params

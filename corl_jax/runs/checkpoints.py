@@ -29,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from corl_jax.devices import processes
 from corl_jax.errors import InputError, SaveError
+from corl_jax.params import leaf_paths, unflatten
 from corl_jax.runs import fingerprints
 from corl_jax.runs.directory import config_changes, jsonable
 
@@ -106,7 +107,9 @@ class Checkpoints:
             self._require_room(tree)
             record = fingerprints.make_record(step, tree, jsonable(meta))
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(_nested(tree)), meta=ocp.args.JsonSave(record)
+                state=ocp.args.StandardSave(unflatten(dict(leaf_paths(tree)))),
+                meta=ocp.args.JsonSave(record),
+                meta=ocp.args.JsonSave(record),
             )
             return self._manager.save(step, args=args, force=True)
         except Exception as error:
@@ -232,12 +235,10 @@ class Checkpoints:
         return record
 
     def _arrays(self, step: int, wanted: Any) -> Any:
-        args = ocp.args.StandardRestore(_nested(wanted))
+        args = ocp.args.StandardRestore(unflatten(dict(leaf_paths(wanted))))
         folder = self.directory / str(step) / "state"
-        found = dict(
-            fingerprints.named_leaves(ocp.StandardCheckpointHandler().restore(folder, args=args))
-        )
-        leaves = [found[name] for name, _ in fingerprints.named_leaves(wanted)]
+        found = dict(leaf_paths(ocp.StandardCheckpointHandler().restore(folder, args=args)))
+        leaves = [found[name] for name, _ in leaf_paths(wanted)]
         return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
     def _require_saved_bits(self, step: int, tree: Any, record: dict[str, Any]) -> None:
@@ -367,15 +368,3 @@ def _first_line(error: Exception) -> str:
     line = (str(error).splitlines() or [""])[0]
     # The reason stands at the end, behind all the paths.
     return f"{type(error).__name__}: {line if len(line) <= 200 else '...' + line[-200:]}"
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    """Any pytree as nested dicts of strings; empty containers vanish."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = fingerprints.names(path)
-        node = nested
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return nested

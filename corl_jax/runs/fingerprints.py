@@ -15,22 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.params import leaf_paths
+
 SCHEMA_VERSION = 2
-
-
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """(path of keys joined by /, leaf) of any pytree, in its order."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [("/".join(names(path)), leaf) for path, leaf in flat]
-
-
-def names(path: tuple) -> list[str]:
-    return [jax.tree_util.keystr((key,), simple=True) for key in path]
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
     """path -> 64 bits of each array in hex; one changed bit changes them, another mesh does not."""
-    sums = {name: _sums(leaf) for name, leaf in named_leaves(tree)}
+    sums = {name: _sums(leaf) for name, leaf in leaf_paths(tree)}
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in jax.device_get(sums).items()}
 
 
@@ -71,7 +63,7 @@ def _scrambled(x: jax.Array) -> jax.Array:
 def make_record(step: int, tree: Any, run: dict[str, Any]) -> dict[str, Any]:
     """The JSON values that lie beside a step's arrays; `run` are those of the caller."""
     marks = fingerprints(tree)
-    leaves = {name: [*_kind(leaf), marks[name]] for name, leaf in named_leaves(tree)}
+    leaves = {name: [*_kind(leaf), marks[name]] for name, leaf in leaf_paths(tree)}
     record = {"schema_version": SCHEMA_VERSION, "step": step, "run": run, "leaves": leaves}
     return record | {"sha256": _sha256(record)}
 
@@ -94,7 +86,7 @@ def mismatches(record: dict[str, Any], wanted: Any) -> list[str]:
     """Leaves that a (sound) record has and `wanted` has not, or otherwise; shapes and dtypes."""
     remedy = "resume with the model, options and version that wrote it"
     stored = {name: tuple(leaf[:2]) for name, leaf in record["leaves"].items()}
-    expected = {name: _kind(leaf) for name, leaf in named_leaves(wanted)}
+    expected = {name: _kind(leaf) for name, leaf in leaf_paths(wanted)}
     lines = [f"{name}: missing; {remedy}" for name in expected if name not in stored]
     lines += [f"{name}: unknown; {remedy}" for name in stored if name not in expected]
     for name in expected.keys() & stored.keys():

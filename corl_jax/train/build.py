@@ -12,20 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from corl_jax.devices.mesh import leaf_paths, param_shardings
+from corl_jax.devices.mesh import param_shardings
 from corl_jax.models import lora
+from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import Frozen, Lent, Policy
 from corl_jax.train import attending, iteration, sft, vq
-from corl_jax.train.optimizer import (
-    learning_rate,
-    make_optimizer,
-    master_dtype,
-    merge,
-    partition,
-)
+from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
 from corl_jax.train.resolve import Outline, Plan
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step

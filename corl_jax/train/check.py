@@ -11,17 +11,16 @@ from typing import Any
 import jax
 
 from corl_jax.data.dataset import ROWS_CHECKED_AT_START
-from corl_jax.devices.mesh import leaf_paths, param_spec
+from corl_jax.devices.mesh import param_spec
 from corl_jax.errors import InputError
+from corl_jax.params import leaf_paths, partition, unflatten
 from corl_jax.policies.janus import network
 from corl_jax.rewards import applicable
 from corl_jax.train import attending
-from corl_jax.train.optimizer import partition
 from corl_jax.train.resolve import Plan
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.sources import layer_count, leaf_dtype
-from corl_jax.weights.table import unflatten
 
 GIB = 2**30
 ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}

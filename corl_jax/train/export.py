@@ -16,14 +16,13 @@ import numpy as np
 from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognise_instruction
 from corl_jax.devices import batches, processes
-from corl_jax.devices.mesh import map_with_path
 from corl_jax.input_files import expand_path
+from corl_jax.params import map_with_path, merge
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint.generation import FILE as GENERATION_FILE
 from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
 from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
-from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params

@@ -18,10 +18,10 @@ import numpy as np
 from corl_jax.algorithms import grpo
 from corl_jax.devices.batches import gathered, local, own, share, ways
 from corl_jax.devices.mesh import constrain
+from corl_jax.params import merge
 from corl_jax.policies.janus import sampling
 from corl_jax.rewards.registry import Context, Samples, score_timed
 from corl_jax.runs.guards import FAILED
-from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import STREAMS, EncodedPrompts, Params, Prompts, Rollout

@@ -15,6 +15,7 @@ from corl_jax.config.schema import Config
 from corl_jax.devices import batches, processes
 from corl_jax.errors import InputError, Preempted, SaveError
 from corl_jax.evaluation import shapes
+from corl_jax.params import merge
 from corl_jax.runs import pictures, same_files
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.runs.directory import RunDir, jsonable
@@ -25,7 +26,6 @@ from corl_jax.runs.signals import Interruption
 from corl_jax.runs.watchdog import Watchdog
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.export import refresh_export
-from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params, Prompts

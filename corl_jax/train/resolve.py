@@ -21,6 +21,7 @@ from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
 from corl_jax.models.lora import Lora
+from corl_jax.params import partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint.generation import read_generation
 from corl_jax.policies.janus.network import JanusConfig
@@ -31,7 +32,6 @@ from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import place_problems
 from corl_jax.startup import inspect_model
 from corl_jax.train import attending
-from corl_jax.train.optimizer import partition
 from corl_jax.types import Params, SpecialTokens
 from corl_jax.weights.files import check_export
 

@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 
 from corl_jax.data import instructions
 from corl_jax.devices.processes import largest
+from corl_jax.params import merge
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.sampling import unconditional_ids
-from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, SpecialTokens

@@ -19,10 +19,10 @@ from jax import lax
 
 from corl_jax.algorithms import grpo
 from corl_jax.devices.mesh import constrain
+from corl_jax.params import merge
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
 from corl_jax.policies.janus.network import Janus, JanusConfig
-from corl_jax.train.optimizer import merge
 from corl_jax.types import Array, EncodedPrompts, Params
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]

@@ -23,9 +23,9 @@ import optax
 from jax import lax
 
 from corl_jax.models.vq import VQModel
+from corl_jax.params import merge
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.train.optimizer import merge
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.sft import drawing_pixels
 from corl_jax.train.step import TrainState, apply_gradients

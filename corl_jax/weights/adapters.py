@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from corl_jax.models.lora import Lora
+from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.dtypes import is_float, named
 from corl_jax.weights.export import DType
 from corl_jax.weights.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from corl_jax.weights.shards import Progress, TensorPlan, write_safetensors, write_text
-from corl_jax.weights.table import DENSE, Row, Slot, Table, flatten, unflatten
+from corl_jax.weights.table import DENSE, Row, Slot, Table
 from corl_jax.weights.tables import TABLES
 
 _ROOT = "language_model/layers/"

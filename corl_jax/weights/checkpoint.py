@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import InputError
+from corl_jax.params import flatten
 from corl_jax.policies.janus.checkpoint.settings import Layout, layout_of, parse_config, read_config
 from corl_jax.policies.janus.network import JanusConfig, abstract
 from corl_jax.weights.dtypes import BFLOAT16
 from corl_jax.weights.folders import pointer_problems, refuse_adapter
 from corl_jax.weights.sources import JaxLeaves, Leaves, TorchLeaves
 from corl_jax.weights.storage import Store, open_safetensors, open_store
-from corl_jax.weights.table import Shape, flatten
+from corl_jax.weights.table import Shape
 from corl_jax.weights.tables import TABLES
 from corl_jax.weights.wrong_names import (
     Known,

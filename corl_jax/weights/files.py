@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
 from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, Generation
 from corl_jax.policies.janus.checkpoint.settings import Layout, detect_layout, load_config
@@ -27,7 +28,6 @@ from corl_jax.weights.nan_check import non_finite_problem
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
 from corl_jax.weights.sources import MemoryLeaves, read_leaf
 from corl_jax.weights.storage import Store
-from corl_jax.weights.table import flatten, unflatten
 
 __all__ = [
     "Layout",

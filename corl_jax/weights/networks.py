@@ -26,6 +26,7 @@ from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.models.blip import Blip, BlipConfig
 from corl_jax.models.clip import Clip, ClipConfig
 from corl_jax.models.vgg import Lpips, VggConfig
+from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.checkpoint.settings import FORMAT_VERSION, from_dict
 from corl_jax.types import Params
 from corl_jax.weights import (
@@ -57,7 +58,7 @@ from corl_jax.weights.sources import (
     read_leaf,
 )
 from corl_jax.weights.storage import Store, open_any_store, read_json
-from corl_jax.weights.table import Shape, Table, flatten, unflatten
+from corl_jax.weights.table import Shape, Table
 from corl_jax.weights.tables import aesthetic, bert, blip, clip, vgg
 from corl_jax.weights.wrong_names import find_wrong_names, with_wrong_names
 

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import Sharding
 
 from corl_jax.errors import InputError
+from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.nan_check import non_finite_problem
 from corl_jax.weights.sources import Leaves, layer_count, leaf_dtype, mixed_dtypes, read_leaf
 from corl_jax.weights.storage import Box
-from corl_jax.weights.table import flatten, unflatten
 
 DTypes = Callable[[str], Any]
 """path -> dtype of a parameter; None is as stored."""

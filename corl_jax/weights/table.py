@@ -225,24 +225,3 @@ def _fill(pattern: str, values: Mapping[str, str]) -> str:
 def _layer(match: re.Match[str]) -> int | None:
     layer = match.groupdict().get("layer")
     return None if layer is None else int(layer)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {path: leaf}, in the tree's order."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else str(name)
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: leaf} as a nested dict."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

@@ -18,8 +18,8 @@ from PIL import Image
 
 from corl_jax import generate, startup
 from corl_jax.data import questions
-from corl_jax.devices.mesh import leaf_paths, map_with_path
 from corl_jax.errors import InputError
+from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.policies import batched
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.prompts import Processor

@@ -16,7 +16,7 @@ from PIL import Image
 
 from corl_jax import score
 from corl_jax.data.drawn_world import generator
-from corl_jax.devices.mesh import map_with_path
+from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import registry

@@ -14,9 +14,9 @@ import yaml
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Compat, Config, Reward, RewardNetwork, Section
 from corl_jax.errors import InputError
+from corl_jax.params import partition
 from corl_jax.policies.janus import network
 from corl_jax.rewards import networks, registry
-from corl_jax.train.optimizer import partition
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"

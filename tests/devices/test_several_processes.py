@@ -27,8 +27,9 @@ import yaml
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Distributed
 from corl_jax.devices import processes
-from corl_jax.devices.mesh import leaf_paths, make_mesh
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
+from corl_jax.params import leaf_paths
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies.janus import network
 from corl_jax.train import __main__ as command

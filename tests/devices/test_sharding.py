@@ -25,9 +25,9 @@ from corl_jax.models.blip import BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.lora import Lora
+from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import PRESETS
-from corl_jax.train.optimizer import partition
 from corl_jax.train.resolve import mesh_problems
 from corl_jax.weights.networks import KINDS
 
@@ -57,7 +57,7 @@ def networks() -> dict[str, Any]:
 def table(params: Any, rules: device_mesh.Rules, spec_of: Callable) -> str:
     """A line a parameter: path, shape, dtype, layout, bytes a device on each mesh; and the sums."""
     lines, sums = [], dict.fromkeys(MESHES, 0)
-    for path, leaf in device_mesh.leaf_paths(params):
+    for path, leaf in leaf_paths(params):
         held = []
         for name, axes in MESHES.items():
             mesh = mesh_of(axes)
@@ -102,7 +102,7 @@ def test_resolved_layouts_are_those_on_file():
 
 @pytest.mark.parametrize("name", [n for n in KINDS if n not in ("vgg", "aesthetic")])
 def test_large_matrices_of_reward_networks_are_split(name, mesh):
-    for path, leaf in device_mesh.leaf_paths(networks()[name]):
+    for path, leaf in leaf_paths(networks()[name]):
         if leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6:
             spec = device_mesh.network_spec(path, leaf.shape, mesh)
             assert {"fsdp", "tensor"} <= {axis for axis in spec if axis}, path
@@ -110,7 +110,7 @@ def test_large_matrices_of_reward_networks_are_split(name, mesh):
 
 def test_no_rule_of_the_networks_is_shadowed_or_unused():
     rules = [pattern for pattern, _ in device_mesh.NETWORK_RULES]
-    paths = [path for tree in networks().values() for path, _ in device_mesh.leaf_paths(tree)]
+    paths = [path for tree in networks().values() for path, _ in leaf_paths(tree)]
     first = {next(rule for rule in rules if re.fullmatch(rule, path)) for path in paths}
     assert first == set(rules)
 

@@ -19,10 +19,11 @@ from corl_jax import evaluate, startup
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.scene import CATEGORIES
-from corl_jax.devices.mesh import batch_sharding, make_mesh, map_with_path, param_shardings
+from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
 from corl_jax.evaluation.shapes import HeldOutShapes, Rate, evaluate_shapes
+from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network, sampling
 from corl_jax.types import Prompts
 from corl_jax.weights import files

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from corl_jax.algorithms import grpo
-from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import FAILED_EXIT_CODE
+from corl_jax.params import leaf_paths
 from corl_jax.train import __main__ as command
 from corl_jax.weights.files import load_config, load_params
 from tests.faults.harness import PATIENCE

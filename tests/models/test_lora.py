@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from corl_jax.config.schema import ADAPTERS
-from corl_jax.devices.mesh import batch_sharding, leaf_paths, param_spec
+from corl_jax.devices.mesh import batch_sharding, param_spec
 from corl_jax.models import layers, lora
 from corl_jax.models.lora import Lora
+from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.decoding import FusedBlock
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.train import build, step
-from corl_jax.train.optimizer import merge, partition
 from corl_jax.weights import adapters
 from tests.support import draws
 from tests.support.tiny_models import two_layers

@@ -16,7 +16,6 @@ from corl_jax.devices.mesh import (
     PARAM_RULES,
     batch_sharding,
     constrain,
-    leaf_paths,
     make_mesh,
     param_shardings,
     param_spec,
@@ -24,6 +23,7 @@ from corl_jax.devices.mesh import (
 from corl_jax.errors import InputError
 from corl_jax.models.llama import positions_of
 from corl_jax.models.lora import Lora
+from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import PRESETS
 from tests.support.tolerances import NETWORK

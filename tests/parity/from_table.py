@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.models import modules
+from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
 from corl_jax.weights.storage import whole
-from corl_jax.weights.table import Table, flatten, unflatten
+from corl_jax.weights.table import Table
 
 
 def from_table(table: Table, kind: Any, config: Any, state: Mapping[str, np.ndarray]) -> Params:

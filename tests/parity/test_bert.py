@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers
 
-from corl_jax.devices.mesh import leaf_paths
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
+from corl_jax.params import leaf_paths
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
 from corl_jax.weights import config_bert

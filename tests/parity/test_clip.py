@@ -19,8 +19,8 @@ from transformers import CLIPConfig, CLIPModel
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
+from corl_jax.params import flatten
 from corl_jax.weights import config_aesthetic, config_clip
-from corl_jax.weights.table import flatten
 from corl_jax.weights.tables import aesthetic, clip
 from tests.parity.from_table import arrays, from_table
 from tests.support.tolerances import NETWORK

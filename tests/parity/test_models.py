@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from corl_jax.devices.mesh import leaf_paths
 from corl_jax.models import layers
+from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
 from tests.parity import torch_janus
 from tests.parity.torch_janus import IMAGE_TOKEN, PAD_TOKEN

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from corl_jax.config import schema
-from corl_jax.devices.mesh import leaf_paths
+from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.train import step
-from corl_jax.train.optimizer import learning_rate, make_optimizer, merge, partition
+from corl_jax.train.optimizer import learning_rate, make_optimizer
 from tests.parity import torch_janus
 from tests.support.tiny_runs import SPECIAL, both_tasks
 from tests.support.tolerances import LOGPROBS, NETWORK

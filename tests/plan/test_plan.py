@@ -14,11 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
+from corl_jax.params import partition
 from corl_jax.plan import __main__ as plan
 from corl_jax.plan import chips, cost, hlo, programs, tables
 from corl_jax.policies.janus import network
 from corl_jax.train import attending, build, resolve
-from corl_jax.train.optimizer import make_optimizer, partition
+from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.files import load_config
 from tests.support import tiny_runs
 from tests.support.tiny_runs import options, write_config

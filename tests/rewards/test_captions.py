@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from corl_jax.devices.mesh import map_with_path, network_shardings
+from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
 from corl_jax.models.blip_text import BlipTextConfig, DecoderCache
+from corl_jax.params import map_with_path
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network
 from tests.support.tolerances import NETWORK

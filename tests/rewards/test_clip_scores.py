@@ -16,11 +16,12 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizerFast
 
-from corl_jax.devices.mesh import map_with_path, network_shardings
+from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
+from corl_jax.params import map_with_path
 from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, Frozen, Network, Samples

@@ -13,13 +13,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from corl_jax.devices.mesh import map_with_path
 from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
+from corl_jax.params import flatten, map_with_path
 from corl_jax.rewards import image, perceptual
 from corl_jax.rewards.samples import Network
 from corl_jax.weights.config_vgg import parse
-from corl_jax.weights.table import flatten
 from corl_jax.weights.tables.vgg import TABLES
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from corl_jax.data.instructions import CAPTION
-from corl_jax.devices.mesh import make_mesh, map_with_path, param_shardings
+from corl_jax.devices.mesh import make_mesh, param_shardings
 from corl_jax.errors import InputError
+from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import cycle, functions, policy, text

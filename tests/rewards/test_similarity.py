@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corl_jax.devices.mesh import map_with_path, network_shardings
+from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
+from corl_jax.params import map_with_path
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
 from tests.support.tolerances import NETWORK

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from corl_jax.devices.mesh import map_with_path
+from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor

@@ -15,14 +15,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from corl_jax.config import files as config_files
-from corl_jax.devices.mesh import leaf_paths
 from corl_jax.errors import InputError
 from corl_jax.models.lora import Lora
+from corl_jax.params import leaf_paths, unflatten
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.train import __main__ as command
 from corl_jax.weights import adapters
 from corl_jax.weights.files import convert, load_config, load_params
-from corl_jax.weights.table import unflatten
 from tests.support import tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 from tests.support.tolerances import NETWORK

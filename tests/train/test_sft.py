@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from corl_jax.config import schema
+from corl_jax.params import partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.train import sft, step, vq
-from corl_jax.train.optimizer import partition
 from corl_jax.types import Prompts
 from tests.support import tiny_runs
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir

@@ -13,15 +13,16 @@ import pytest
 
 from corl_jax.algorithms import grpo
 from corl_jax.config import schema
-from corl_jax.devices.mesh import batch_sharding, leaf_paths, make_mesh, param_shardings
+from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.errors import InputError
+from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
 from corl_jax.rewards.samples import Lent
 from corl_jax.runs.log import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
-from corl_jax.train.optimizer import make_optimizer, master_dtype, merge, partition
+from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.types import Rollout
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params

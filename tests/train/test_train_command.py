@@ -23,8 +23,9 @@ from safetensors.numpy import load_file, save_file
 
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Guards
-from corl_jax.devices.mesh import leaf_paths, make_mesh
+from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
+from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.plan import tables as plan_tables
 from corl_jax.runs import directory as run_directory

@@ -17,11 +17,11 @@ from corl_jax.config.schema import Networks, RewardNetwork
 from corl_jax.devices.mesh import make_mesh, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models.aesthetic import AestheticConfig
+from corl_jax.params import flatten
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.samples import Context, Frozen, Network
 from corl_jax.types import Params
 from corl_jax.weights.networks import KINDS, MODEL_TYPE, load_network, open_network, recognise
-from corl_jax.weights.table import flatten
 from tests.support.tiny_networks import TINY, network_dir, random_network
 from tools.convert_weights.__main__ import run as convert
 

@@ -17,16 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from corl_jax.config import schema
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
+from corl_jax.params import flatten, map_with_path, partition, unflatten
 from corl_jax.policies.janus import network
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.train import build
-from corl_jax.train.optimizer import make_optimizer, partition
+from corl_jax.train.optimizer import make_optimizer
 from corl_jax.train.step import TrainState
 from corl_jax.weights import dtypes, sharded_load, sources, storage
 from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.files import convert, load_config, load_params
 from corl_jax.weights.sharded_load import load_sharded, local_part, stored_dtypes
-from corl_jax.weights.table import flatten, unflatten
 from tests.support.weight_files import (
     assert_same_bits,
     carried_state,
@@ -65,7 +65,7 @@ def layouts(config, mesh):
         spec = device_mesh._fitting(device_mesh.rule(path), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
-    return device_mesh.map_with_path(one, network.abstract(config))
+    return map_with_path(one, network.abstract(config))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -172,9 +172,9 @@ def _big_checkpoint(folder: Path) -> None:
     config["vision_config"]["projection_dim"] = 1024
     config["vq_config"] |= {"projection_dim": 1024, "image_token_embed_dim": 1024}
     import corl_jax.weights.files as files
+    from corl_jax.params import unflatten
     from corl_jax.policies.janus.checkpoint.transformers import parse
     from corl_jax.weights.checkpoint import leaf_shapes
-    from corl_jax.weights.table import unflatten
 
     problems: list[str] = []
     parsed = parse(config, "big", problems)

@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 
 from corl_jax.errors import InputError
+from corl_jax.params import flatten, partition
 from corl_jax.policies.janus.checkpoint.assets import with_bos
 from corl_jax.policies.janus.checkpoint.settings import load_config
 from corl_jax.policies.janus.tokens import STRINGS
 from corl_jax.train import export
-from corl_jax.train.optimizer import partition
 from corl_jax.weights.dtypes import widest
 from corl_jax.weights.files import (
     convert,
@@ -24,7 +24,6 @@ from corl_jax.weights.files import (
     special_tokens,
 )
 from corl_jax.weights.sharded_load import stored_dtypes, stored_layer_dtypes
-from corl_jax.weights.table import flatten
 from tests.support.weight_files import (
     BFLOAT16,
     assert_same_bits,

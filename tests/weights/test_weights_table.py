@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from corl_jax.errors import InputError
+from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.weights.checkpoint import leaf_shapes
 from corl_jax.weights.storage import whole
-from corl_jax.weights.table import CONV, DENSE, DROP_LEADING, Row, Table, flatten, unflatten
+from corl_jax.weights.table import CONV, DENSE, DROP_LEADING, Row, Table
 from corl_jax.weights.tables import TABLES
 from tests.support.weight_files import full_keys
 

@@ -30,7 +30,7 @@ import math
 import re
 
 from corl_jax.config.schema import ADAPTERS
-from corl_jax.devices.mesh import leaf_paths
+from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 

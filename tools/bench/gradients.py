@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.config.schema import ADAPTERS, Train
-from corl_jax.devices.mesh import leaf_paths
+from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.train import step
-from corl_jax.train.optimizer import partition
 from corl_jax.types import Params
 from tools.bench import inputs
 from tools.bench.generation import STREAMS, prompts_of

@@ -33,11 +33,11 @@ import yaml
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
+from corl_jax.params import flatten
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.weights.export import Assets, Export, write_export
 from corl_jax.weights.sources import MemoryLeaves
-from corl_jax.weights.table import flatten
 from tools.bench import inputs
 from tools.bench.scoring import UNIFIED
 from tools.bench.sizes import SIZES

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.config.schema import ADAPTERS, Optimizer, Train
+from corl_jax.params import partition
 from corl_jax.policies.janus.logprobs import Scoring
 from corl_jax.rewards.registry import Entry, Resolved
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.log import Phases
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.build import state_shardings
-from corl_jax.train.optimizer import learning_rate, make_optimizer, partition
+from corl_jax.train.optimizer import learning_rate, make_optimizer
 from corl_jax.train.run import Run
 from corl_jax.train.step import Objective, TrainState, make_train_step
 from corl_jax.types import Params, Prompts

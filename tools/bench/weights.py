@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from corl_jax.devices.mesh import map_with_path
+from corl_jax.params import map_with_path
 from corl_jax.policies.janus.network import FLOAT32_PARTS
 from corl_jax.types import Params
 

@@ -18,11 +18,11 @@ import jax
 from corl_jax import startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
+from corl_jax.params import flatten
 from corl_jax.policies.janus import network
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.export import Assets, Export, write_export
 from corl_jax.weights.sources import MemoryLeaves
-from corl_jax.weights.table import flatten
 from tools.mini_janus import roundtrip
 from tools.mini_janus import tokenizer as tokenizers
 from tools.mini_janus.config import CONFIGS, MAX_POSITIONS, WORLDS
