@@ -13,9 +13,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
 from corl_jax.console import escape_unprintable_text
@@ -42,6 +43,52 @@ class InputError(ValueError):
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class Problems:
+    """Collects what is wrong with an input, so that all of it is reported together.
+
+        problems = Problems()
+        rows = problems.attempt(open_rows, path)  # None, and noted, if it raises an InputError
+        if rows is not None and not len(rows):
+            problems.add(f"{path}: found no rows; expected at least one")
+        problems.raise_any()
+
+    A problem that was noted before is not noted again: several readers may meet the same one.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, None] = {}  # a dict keeps the order
+
+    def add(self, problems: str | Iterable[str], prefix: str = "") -> None:
+        """Notes one problem, or several, each with `prefix` in front."""
+        lines = [problems] if isinstance(problems, str) else problems
+        self._lines.update(dict.fromkeys(prefix + line for line in lines))
+
+    def attempt(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """Returns what the function returns; None, and its problems noted, for an InputError."""
+        with self.collect():
+            return function(*args, **kwargs)
+        return None
+
+    @contextlib.contextmanager
+    def collect(self, prefix: str = "") -> Iterator[None]:
+        """Notes the problems of an InputError that is raised inside, which ends there."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error.problems, prefix)
+
+    def raise_any(self) -> None:
+        """Raises an InputError of all problems, if there are any."""
+        if self._lines:
+            raise InputError(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
 
 
 class GuardError(RuntimeError):

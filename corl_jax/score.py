@@ -43,9 +43,9 @@ from corl_jax.errors import InputError, RewardError, exit_on_input_error
 from corl_jax.input_files import LONE_SURROGATE, expand_path, parse_path, parse_place, read_text
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
-from corl_jax.rewards.registry import Context, Entry, Resolved, Samples
+from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
-from corl_jax.rewards.samples import Frozen, Policy
+from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.startup import inspect_model, load_model, prepare_devices
 
 SHORT = ("problem", "solution", "type")
@@ -131,7 +131,7 @@ def table() -> str:
     return "\n".join(blocks)
 
 
-def _networks(entry: Entry) -> str:
+def _networks(entry: RewardRow) -> str:
     chosen = (
         f"{network} ({option}={value})"
         for option, values in entry.chosen.items()
@@ -148,7 +148,7 @@ class Cases:
         self.samples = samples
 
 
-def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Cases]:
+def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNetwork], Cases]:
     """The reward, the networks that it asks and its cases, checked; nothing needs a device.
 
     Raises:
@@ -190,7 +190,7 @@ def plan(args: argparse.Namespace) -> tuple[Resolved, list[networks.Found], Case
     return reward, found, cases
 
 
-def _resolve(name: str, options: dict[str, Any]) -> Resolved:
+def _resolve(name: str, options: dict[str, Any]) -> BoundReward:
     if ":" in name:
         # Tried out, a reward that fails should say so, not count as "does not apply".
         return registry.resolve_custom(Reward(use=name, options=options, max_failures=1), "reward")
@@ -239,7 +239,7 @@ def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
     return options
 
 
-def read_cases(path: Path, entry: Entry | None) -> Cases:
+def read_cases(path: Path, entry: RewardRow | None) -> Cases:
     """The cases of a JSONL file for a reward; with no entry only the file itself is checked.
 
     Raises:
@@ -264,7 +264,7 @@ def read_cases(path: Path, entry: Entry | None) -> Cases:
     return Cases(lines, _samples(entry, rows) if entry else Samples({}, texts=[]))
 
 
-def _case(line: str, folder: Path, entry: Entry | None, problems: list[str]) -> dict[str, Any]:
+def _case(line: str, folder: Path, entry: RewardRow | None, problems: list[str]) -> dict[str, Any]:
     """One line's values by column name; appends what is wrong with it."""
     try:
         raw = json.loads(line)
@@ -334,7 +334,7 @@ def _size_problems(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> 
     return problems
 
 
-def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
+def _samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
     names = dict.fromkeys([*entry.columns, *entry.either, *entry.optional])
     if entry.every_column:
         names |= dict.fromkeys(name for row in rows for name in row)
@@ -350,7 +350,7 @@ def _samples(entry: Entry, rows: list[dict[str, Any]]) -> Samples:
 
 
 def _load_context(
-    args: argparse.Namespace, reward: Resolved, found: list[networks.Found]
+    args: argparse.Namespace, reward: BoundReward, found: list[networks.CheckedNetwork]
 ) -> Context:
     config = params = processor = dtype = None
     # Of rewards without a network those of images may use a device; a user's own readies itself.
@@ -362,7 +362,7 @@ def _load_context(
         config, params, processor, _ = load_model(args.model, dtype)
         # Nothing was trained: the model is what a run of it would start from.
         initial = Policy(config, params, processor, dtype)
-        loaded["initial"] = Frozen(initial, SingleDeviceSharding(jax.local_devices()[0]))
+        loaded["initial"] = FrozenNetwork(initial, SingleDeviceSharding(jax.local_devices()[0]))
     elif args.model:
         print(f"note: {reward.name} asks no policy; --model is not loaded", file=sys.stderr)
     return Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)

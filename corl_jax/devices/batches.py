@@ -19,7 +19,7 @@ from corl_jax.devices.mesh import BATCH, batch_sharding
 from corl_jax.errors import InputError
 
 
-def ways(mesh: Any) -> int:
+def num_batch_shards(mesh: Any) -> int:
     """Blocks that a mesh splits a batch into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
@@ -30,7 +30,7 @@ def shares(mesh: Mesh) -> list[int]:
     Raises:
         InputError: shares that are no equal runs of blocks.
     """
-    count = ways(mesh)
+    count = num_batch_shards(mesh)
     held: dict[int, set[int]] = {}
     for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
         held.setdefault(device.process_index, set()).add(index[0].start or 0)
@@ -46,7 +46,7 @@ def shares(mesh: Mesh) -> list[int]:
     return [min(held[process]) // size for process in sorted(held)]
 
 
-def share(mesh: Mesh) -> tuple[int, int]:
+def process_shard(mesh: Mesh) -> tuple[int, int]:
     """(this process's share, number of shares). Raises: InputError as `shares`."""
     if len({device.process_index for device in mesh.devices.flat}) == 1:
         return 0, 1
@@ -54,7 +54,7 @@ def share(mesh: Mesh) -> tuple[int, int]:
     return found[jax.process_index()], max(found) + 1
 
 
-def put(mesh: Mesh, tree: Any) -> Any:
+def put_rows(mesh: Mesh, tree: Any) -> Any:
     """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
@@ -62,7 +62,7 @@ def put(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def local(x: jax.Array) -> np.ndarray:
+def to_host_rows(x: jax.Array) -> np.ndarray:
     """This process's rows of a global array on a mesh, in order."""
     if x.is_fully_addressable:
         return np.asarray(x)
@@ -75,26 +75,26 @@ def local(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def gathered(mesh: Mesh, values: np.ndarray) -> np.ndarray:
+def all_gather_rows(mesh: Mesh, values: np.ndarray) -> np.ndarray:
     """All rows of which each process has its share, in every process the same.
 
     A share that several processes hold is taken from the first, should they differ.
     """
-    if share(mesh)[1] == 1 and jax.process_count() == 1:
+    if process_shard(mesh)[1] == 1 and jax.process_count() == 1:
         return values
     found = shares(mesh)
-    everyone = processes.of_all(values)
+    everyone = processes.all_gather(values)
     return np.concatenate([everyone[found.index(number)] for number in range(max(found) + 1)])
 
 
-def own(mesh: Mesh, values: Any) -> Any:
+def take_own_rows(mesh: Mesh, values: Any) -> Any:
     """This process's share of something that has all rows."""
-    index, count = share(mesh)
+    index, count = process_shard(mesh)
     size = len(values) // count
     return values[index * size : (index + 1) * size]
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def all_gather_array(x: jax.Array) -> np.ndarray:
     """A global array on the host of every process."""
     if x.is_fully_addressable:
         return np.asarray(x)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from corl_jax.devices.mesh import batch_ways
+from corl_jax.devices.mesh import context_batch_shards
 from corl_jax.models.attention import on_nvidia
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ class SamplerProgram:
         nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
         if nested or not on_nvidia():
             return self.usual
-        return self.for_many_rows if rows >= MANY_ROWS * batch_ways() else self.for_few_rows
+        return (
+            self.for_many_rows if rows >= MANY_ROWS * context_batch_shards() else self.for_few_rows
+        )
 
     def clear_cache(self) -> None:
         """Forgets what was traced and compiled."""

@@ -124,7 +124,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(wanted, x.shape, mesh))
 
 
-def on_own_heads(function: Callable) -> Callable:
+def shard_heads(function: Callable) -> Callable:
     """A function that each device computes for its own rows and heads, as a kernel has to be.
 
     Of arrays [B, T, heads, head_dim] and [B, T]; it returns one of the former.
@@ -141,7 +141,7 @@ def on_own_heads(function: Callable) -> Callable:
     return spread
 
 
-def gathered(params: Params) -> Params:
+def gather_over_fsdp(params: Params) -> Params:
     """Inside of jit: the policy's parameters outside of its stacked layers, gathered over `fsdp`.
 
     Decoding reads them once a token. Left split, they would be gathered as often.
@@ -159,7 +159,7 @@ def gathered(params: Params) -> Params:
     return map_with_path(leaf, params)
 
 
-def batch_ways() -> int:
+def context_batch_shards() -> int:
     """Parts that the rows of a batch are split into on the mesh of the context; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _ways(BATCH, mesh)
@@ -179,7 +179,7 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partitio
     return PartitionSpec(*(axes if size % _ways(axes, mesh) == 0 else None for axes, size in pairs))
 
 
-def rule(path: str, rules: Rules = PARAM_RULES) -> PartitionSpec:
+def find_rule(path: str, rules: Rules = PARAM_RULES) -> PartitionSpec:
     """The layout that a table gives a path.
 
     Raises:
@@ -198,7 +198,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     Raises:
         InputError: no rule matches the path, or the mesh does not divide an axis.
     """
-    spec = rule(path)
+    spec = find_rule(path)
     if _fitting(spec, shape, mesh) != spec:
         raise InputError(layout_problems({path: jax.ShapeDtypeStruct(shape, "float32")}, {}, mesh))
     return spec
@@ -210,7 +210,7 @@ def network_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     Raises:
         InputError: no rule matches the path.
     """
-    return _fitting(rule(path, NETWORK_RULES), shape, mesh)
+    return _fitting(find_rule(path, NETWORK_RULES), shape, mesh)
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Params:
@@ -237,7 +237,7 @@ def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any) -> list
     for name, count in heads.items():
         sizes["tensor"].setdefault(count, name)
     for path, leaf in leaf_paths(params):
-        for place, (axis, size) in enumerate(zip(rule(path), leaf.shape, strict=False)):
+        for place, (axis, size) in enumerate(zip(find_rule(path), leaf.shape, strict=False)):
             if axis is not None:
                 sizes[axis].setdefault(size, f"axis {place} of {path}")
     problems = []

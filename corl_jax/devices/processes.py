@@ -282,7 +282,7 @@ def _watch() -> None:
 # ---- agreeing
 
 
-def agreed(number: int | None) -> int | None:
+def broadcast_first(number: int | None) -> int | None:
     """The first process's number (above -1) or None, for a decision that all must share.
 
     Files that one process sees another may not yet see.
@@ -295,7 +295,7 @@ def agreed(number: int | None) -> int | None:
     return None if found < 0 else int(found)
 
 
-def met(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when all processes have come here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -303,7 +303,7 @@ def met(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def of_all(values: np.ndarray) -> np.ndarray:
+def all_gather(values: np.ndarray) -> np.ndarray:
     """[processes, ...]: an array of each process, of the same shape in all."""
     if jax.process_count() == 1:
         return values[None]
@@ -312,17 +312,17 @@ def of_all(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(values)).reshape(-1, *values.shape)
 
 
-def largest(value: int) -> int:
+def all_max(value: int) -> int:
     """Over all processes."""
-    return int(of_all(np.array([value], np.int32)).max())
+    return int(all_gather(np.array([value], np.int32)).max())
 
 
-def union(numbers: set[int]) -> set[int]:
+def all_union(numbers: set[int]) -> set[int]:
     """The numbers (from 0 on) of all processes."""
     if jax.process_count() == 1:
         return numbers
-    padded = np.full(largest(len(numbers)), -1, np.int32)
+    padded = np.full(all_max(len(numbers)), -1, np.int32)
     if not padded.size:
         return set()
     padded[: len(numbers)] = sorted(numbers)
-    return set(of_all(padded).ravel().tolist()) - {-1}
+    return set(all_gather(padded).ravel().tolist()) - {-1}

@@ -22,7 +22,7 @@ from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.checker import check
 from corl_jax.data.drawn_world.scene import CATEGORIES
-from corl_jax.devices.batches import local
+from corl_jax.devices.batches import to_host_rows
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.policies.janus import sampling
@@ -144,7 +144,7 @@ def evaluate_shapes(
             found[task] = sampler(config, params, *inputs, **options, **common)
         images = sampling.decode_images(config, params, found["t2i"].tokens)
         texts = _texts(processor, found["mm2t"], kept)
-        pieces.append((local(images)[kept], texts, _rows(prompts.columns, kept)))
+        pieces.append((to_host_rows(images)[kept], texts, _rows(prompts.columns, kept)))
     return _report(pieces, total)
 
 
@@ -323,7 +323,7 @@ def _inputs(prompts: Prompts, task: str, size: int, seed: int, place: Callable) 
 
 
 def _texts(processor: Any, rollout: Any, rows: np.ndarray) -> list[str]:
-    tokens, mask = local(rollout.tokens), local(rollout.mask)
+    tokens, mask = to_host_rows(rollout.tokens), to_host_rows(rollout.mask)
     return [processor.decode(tokens[row][mask[row]]) for row in rows]
 
 

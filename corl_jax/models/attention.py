@@ -19,7 +19,7 @@ Partial = tuple[jax.Array, jax.Array]
 """Averages [R, Q, H, head_dim] in the queries' dtype, log-denominators [R, Q, H] float32."""
 
 
-def fastest(dtype: Any, head_dim: int, device: Any = None) -> Implementation:
+def fastest_attention(dtype: Any, head_dim: int, device: Any = None) -> Implementation:
     """What a device, or else the first one present, can run: cuDNN on NVIDIA GPUs, or XLA.
 
     cuDNN's fused attention wants half precision, compute capability 8.0 and head sizes that are

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from corl_jax.devices.mesh import constrain, on_own_heads
-from corl_jax.models.attention import fastest, same_bits
+from corl_jax.devices.mesh import constrain, shard_heads
+from corl_jax.models.attention import fastest_attention, same_bits
 
 CausalAttention = Literal["xla", "cudnn", "splash"]
 """XLA's own products, or a fused kernel that keeps no scores in memory: cuDNN's on NVIDIA GPUs in
@@ -40,7 +40,7 @@ def best(dtype: Any, head_dim: int, device: Any = None) -> CausalAttention:
 def fused(dtype: Any, head_dim: int, device: Any = None) -> CausalAttention:
     """The fused kernel that a device has; XLA's where it has none."""
     device = device or jax.devices()[0]
-    return "splash" if device.platform == "tpu" else fastest(dtype, head_dim, device)
+    return "splash" if device.platform == "tpu" else fastest_attention(dtype, head_dim, device)
 
 
 def runs(implementation: CausalAttention, dtype: Any, head_dim: int, device: Any = None) -> bool:
@@ -82,7 +82,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, kept: jax.Array)
     segments = kept.astype(jnp.int32)
     filled = [_filled(x, 0) for x in (query, key, value)]
     filled += [_filled(x, 1) for x in (segments[:, total - length :], segments)]
-    return on_own_heads(_kernel(length, total))(*filled)[:, :length]
+    return shard_heads(_kernel(length, total))(*filled)[:, :length]
 
 
 def _filled(x: jax.Array, value: int) -> jax.Array:

@@ -160,7 +160,7 @@ def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
 
-def heading(outline: resolve.Outline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+def heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
     config, model = outline.config, outline.model_config
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract(model)))
     train, rollout = config.train, config.rollout
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     model = model_config(config.model.path, args.model)
     lengths = prompt_lengths(args, config, model)
     devices, chip = devices_of(args.topology, args.hbm)
-    outline = resolve.outline(config, model, STAND_INS, devices)
+    outline = resolve.outline_run(config, model, STAND_INS, devices)
     print(heading(outline, chip, lengths), flush=True)
     listed, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.

@@ -20,7 +20,7 @@ from corl_jax.params import merge, partition
 from corl_jax.policies.janus import network, sampling
 from corl_jax.train import build
 from corl_jax.train.optimizer import make_optimizer, master_dtype
-from corl_jax.train.resolve import Outline
+from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import EncodedPrompts, Params
 
@@ -77,7 +77,7 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def held(outline: Outline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, TrainState]:
+def held(outline: RunOutline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, TrainState]:
     """(what the run keeps, its optimizer, the state's shardings), as `build.build` lays it out.
 
     `stored` is the dtype of the model's files, in which the frozen parameters stay.
@@ -104,7 +104,7 @@ def held(outline: Outline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, Train
     return Held(with_shardings(fresh, shardings), frozen, reference), optimizer, shardings
 
 
-def prompts(outline: Outline, task: str, count: int, length: int) -> EncodedPrompts:
+def prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
     """`count` prompts of `length` padded tokens, with pixels where the task reads a picture."""
     rows = batch_sharding(outline.mesh)
     side = outline.model_config.siglip.image_size
@@ -116,13 +116,13 @@ def prompts(outline: Outline, task: str, count: int, length: int) -> EncodedProm
     )
 
 
-def completion_length(outline: Outline, task: str) -> int:
+def completion_length(outline: RunOutline, task: str) -> int:
     if task == "t2i":
         return outline.model_config.num_image_tokens
     return outline.config.rollout.max_new_tokens
 
 
-def batch(outline: Outline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
+def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
     """What an update reads; `extra` names the log-probs that it needs besides the sampler's."""
     config = outline.config
     count = config.train.prompts_per_step
@@ -141,7 +141,7 @@ def batch(outline: Outline, lengths: dict[str, int], extra: tuple[str, ...]) -> 
 
 
 def programs(
-    outline: Outline, lengths: dict[str, int], stored: Any = jnp.bfloat16
+    outline: RunOutline, lengths: dict[str, int], stored: Any = jnp.bfloat16
 ) -> tuple[Held, list[Program]]:
     """What a GRPO iteration runs on the devices, rewards excluded, in its order.
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corl_jax.rewards.functions import is_blank
-from corl_jax.rewards.registry import REGISTRY, Resolved
+from corl_jax.rewards.registry import REGISTRY, BoundReward
 
 
 def inapplicable_rewards(
-    rewards: Sequence[Resolved], rows: Sequence[Mapping[str, Any]]
+    rewards: Sequence[BoundReward], rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Returns a line for each built-in reward that can score none of the rows, with the reason.
 
@@ -34,7 +34,7 @@ def inapplicable_rewards(
     return lines
 
 
-def _blank_columns(reward: Resolved, row: Mapping[str, Any]) -> list[str]:
+def _blank_columns(reward: BoundReward, row: Mapping[str, Any]) -> list[str]:
     """The columns for which the reward does not apply to the row."""
     entry = reward.entry
     blank = [name for name in entry.columns if is_blank(name, row.get(name))]
@@ -45,7 +45,7 @@ def _blank_columns(reward: Resolved, row: Mapping[str, Any]) -> list[str]:
     return blank
 
 
-def _open_by_default(reward: Resolved, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _open_by_default(reward: BoundReward, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     options = getattr(reward.function, "keywords", {})
     return [
         f"rewards: {reward.name}: {column} is null in each of the first {len(rows)} rows, which "

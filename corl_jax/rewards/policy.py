@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import mesh_of, share
-from corl_jax.devices.processes import largest
+from corl_jax.devices.batches import mesh_of, process_shard
+from corl_jax.devices.processes import all_max
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.network import JanusConfig
@@ -260,7 +260,7 @@ def ask(
     """
     with context.scorer(scorer) as policy:
         mesh = mesh_of(policy.params)
-        first = 0 if mesh is None else share(mesh)[0] * len(samples)
+        first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
         row = first + np.arange(len(samples))
         keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
@@ -328,7 +328,7 @@ def normalised_levels(processor: Any) -> np.ndarray:
 
 def _padded(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
     """Left-padded to the bucket of the longest row of all processes."""
-    longest = largest(max(map(len, rows)))
+    longest = all_max(max(map(len, rows)))
     return policy.processor.pad(rows, policy.processor.bucket(longest))
 
 

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPAT",
     "REGISTRY",
+    "BoundReward",
     "Context",
-    "Entry",
     "Option",
     "Policy",
-    "Resolved",
     "RewardFunction",
+    "RewardRow",
     "Samples",
     "missing_columns",
     "options_of",
@@ -49,7 +49,7 @@ TASKS = ("t2i", "mm2t")
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class RewardRow:
     """One reward of the table."""
 
     function: RewardFunction
@@ -68,23 +68,23 @@ class Entry:
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = lambda options, _: []
 
 
-REGISTRY: dict[str, Entry] = {
-    "format": Entry(functions.well_formed, "mm2t"),
-    "format_tag": Entry(functions.tags, "mm2t"),
-    "qa_accuracy": Entry(
+REGISTRY: dict[str, RewardRow] = {
+    "format": RewardRow(functions.well_formed, "mm2t"),
+    "format_tag": RewardRow(functions.tags, "mm2t"),
+    "qa_accuracy": RewardRow(
         functions.qa_accuracy,
         "mm2t",
         columns=("qa_solution",),
         optional=("qa_type", "qa_problem"),
         stand_ins={"qa_type": "default_type"},
     ),
-    "oc_accuracy": Entry(
+    "oc_accuracy": RewardRow(
         functions.oc_accuracy,
         "mm2t",
         either=("cls_solution", "qa_solution"),
     ),
-    "t2i_ti_sim": Entry(policy.ti_sim, "t2i", ("policy",), columns=("prompt",)),
-    "t2i_bid_cycle_reward": Entry(
+    "t2i_ti_sim": RewardRow(policy.ti_sim, "t2i", ("policy",), columns=("prompt",)),
+    "t2i_bid_cycle_reward": RewardRow(
         cycle.bid_cycle,
         "t2i",
         chosen={
@@ -95,7 +95,7 @@ REGISTRY: dict[str, Entry] = {
         columns=("prompt", "real_image"),
         check=cycle.option_problems,
     ),
-    "t2i_cycle_reward": Entry(
+    "t2i_cycle_reward": RewardRow(
         cycle.cycle,
         "t2i",
         chosen={
@@ -105,26 +105,26 @@ REGISTRY: dict[str, Entry] = {
         columns=("prompt",),
         check=cycle.option_problems,
     ),
-    "t2i_clip_reward": Entry(clip_scores.clip_reward, "t2i", ("clip",), columns=("prompt",)),
-    "pickscore": Entry(clip_scores.pickscore, "t2i", ("pickscore",), columns=("prompt",)),
-    "hpsv2": Entry(clip_scores.hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
-    "aesthetic": Entry(clip_scores.aesthetic, "t2i", ("clip_l14", "aesthetic")),
-    "t2i_pixel_mse": Entry(functions.pixel_mse, "t2i", columns=("real_image",)),
-    "t2i_qa": Entry(
+    "t2i_clip_reward": RewardRow(clip_scores.clip_reward, "t2i", ("clip",), columns=("prompt",)),
+    "pickscore": RewardRow(clip_scores.pickscore, "t2i", ("pickscore",), columns=("prompt",)),
+    "hpsv2": RewardRow(clip_scores.hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
+    "aesthetic": RewardRow(clip_scores.aesthetic, "t2i", ("clip_l14", "aesthetic")),
+    "t2i_pixel_mse": RewardRow(functions.pixel_mse, "t2i", columns=("real_image",)),
+    "t2i_qa": RewardRow(
         policy.qa,
         "t2i",
         ("policy",),
         columns=("qa_problem", "qa_solution", "qa_type"),
     ),
-    "t2i_oc": Entry(
+    "t2i_oc": RewardRow(
         policy.oc,
         "t2i",
         ("policy",),
         either=("cls_solution", "qa_solution"),
         optional=("cls_problem", "qa_problem", "prompt"),
     ),
-    "t2i_od": Entry(policy.od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
-    "shapes_checker": Entry(functions.shapes, "t2i", columns=("spec",)),
+    "t2i_od": RewardRow(policy.od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
+    "shapes_checker": RewardRow(functions.shapes, "t2i", columns=("spec",)),
 }
 
 COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -150,24 +150,24 @@ COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Resolved:
+class BoundReward:
     """A reward as one run uses it: its options are bound."""
 
     name: str
     weight: float
     function: RewardFunction
-    entry: Entry
+    entry: RewardRow
     networks: tuple[str, ...] = ()  # reward networks by name, see `networks.NETWORKS`
     scorers: tuple[str, ...] = ()  # `policy`, `initial` or the path of a checkpoint
 
 
-def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Resolved]]:
+def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundReward]]:
     """The rewards of each task, in the config's order, with options and compat switches bound.
 
     Raises:
         InputError: unknown or repeated names, unknown or unfitting options, contradictions.
     """
-    resolved: dict[str, list[Resolved]] = {task: [] for task in TASKS}
+    resolved: dict[str, list[BoundReward]] = {task: [] for task in TASKS}
     problems, seen = [], set()
     for reward in rewards:
         if reward.label in seen:
@@ -189,7 +189,7 @@ def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Resolve
     return resolved
 
 
-def resolve_custom(reward: Reward, where: str = "rewards") -> Resolved:
+def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
     """A reward by `use`, from the user's own file or module.
 
     Raises:
@@ -206,7 +206,7 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> Resolved:
         raise InputError(
             f"{where}: {reward.use}: {function.name} is the name of a built-in reward; rename it"
         )
-    entry = Entry(
+    entry = RewardRow(
         function,
         function.task,
         columns=function.columns,
@@ -214,12 +214,12 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> Resolved:
         every_column=function.parameters.every_column,
         any_size=True,
     )
-    return Resolved(function.name, reward.weight, function, entry)
+    return BoundReward(function.name, reward.weight, function, entry)
 
 
 def resolve_one(
     name: str, options: Mapping[str, Any], weight: float = 1.0, where: str = "reward"
-) -> Resolved:
+) -> BoundReward:
     """One reward with its options bound; `where` starts the error messages.
 
     Raises:
@@ -250,10 +250,10 @@ def resolve_one(
     scorers = (str(options.get("scorer", "policy")),) if "policy" in asked else ()
     networks = tuple(network for network in asked if network != "policy")
     function = functools.partial(entry.function, **options)
-    return Resolved(name, weight, function, entry, networks, scorers)
+    return BoundReward(name, weight, function, entry, networks, scorers)
 
 
-def _asked(entry: Entry, options: Mapping[str, Any]) -> tuple[str, ...]:
+def _asked(entry: RewardRow, options: Mapping[str, Any]) -> tuple[str, ...]:
     """The networks that a reward with these options runs."""
     by_option = (values.get(options[option]) for option, values in entry.chosen.items())
     return (*entry.networks, *(network for network in by_option if network))
@@ -286,7 +286,7 @@ def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[st
     return problems
 
 
-def missing_columns(resolved: Sequence[Resolved], available: Collection[str]) -> list[str]:
+def missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
     """A problem for each column that a reward needs and the data does not have."""
     problems = []
     for reward in resolved:
@@ -311,7 +311,7 @@ def missing_columns(resolved: Sequence[Resolved], available: Collection[str]) ->
 
 
 def score(
-    resolved: Sequence[Resolved], samples: Samples, context: Context
+    resolved: Sequence[BoundReward], samples: Samples, context: Context
 ) -> dict[str, np.ndarray]:
     """Each reward of the samples by name, [N] float32; NaN where it does not apply or overflows.
 
@@ -323,7 +323,7 @@ def score(
 
 
 def score_timed(
-    resolved: Sequence[Resolved], samples: Samples, context: Context
+    resolved: Sequence[BoundReward], samples: Samples, context: Context
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
     """As `score`, and what each reward cost: name -> {seconds, failures, failed}.
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from corl_jax.errors import RewardError
 from corl_jax.rewards import registry
-from corl_jax.rewards.registry import Context, Resolved, Samples
+from corl_jax.rewards.registry import BoundReward, Context, Samples
 
 
-def call_once(reward: Resolved, samples: Samples, context: Context) -> np.ndarray | str:
+def call_once(reward: BoundReward, samples: Samples, context: Context) -> np.ndarray | str:
     """Returns the rewards [N], or the user's traceback where their own reward failed."""
     try:
         return registry.score([reward], samples, context)[reward.name]
@@ -21,7 +21,7 @@ def call_once(reward: Resolved, samples: Samples, context: Context) -> np.ndarra
         return reward.function.last_failure.trace  # type: ignore[union-attr]
 
 
-def describe_failures(reward: Resolved, traces: dict[int, str], num_calls: int) -> str:
+def describe_failures(reward: BoundReward, traces: dict[int, str], num_calls: int) -> str:
     """Returns which calls of a user's reward failed, and the first one's traceback.
 
     `traces`: number of a failed call, from 1 on -> its traceback.

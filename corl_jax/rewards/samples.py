@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from corl_jax.devices.batches import local, mesh_of, put, share, ways
+from corl_jax.devices.batches import (
+    mesh_of,
+    num_batch_shards,
+    process_shard,
+    put_rows,
+    to_host_rows,
+)
+from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
@@ -83,40 +90,11 @@ class Network:
     dtype: Any  # of the parameters
 
 
-class Lent:
-    """Parameters that no update changes, between their uses: on the device, or in host memory.
-
-    `sharding` says where they lie while they are used. Offloaded, they take device memory only
-    inside `use`.
-    """
-
-    def __init__(self, params: Params, sharding: Any, *, offload: bool = False):
-        self._sharding = sharding
-        self._offload = offload
-        self._params = jax.device_put(params, resting(sharding) if offload else sharding)
-
-    @contextlib.contextmanager
-    def use(self) -> Iterator[Params]:
-        """The parameters, on the device."""
-        if not self._offload:
-            yield self._params
-            return
-        params = jax.device_put(self._params, self._sharding)
-        try:
-            yield params
-        finally:
-            for leaf in jax.tree.leaves(params):
-                leaf.delete()
-
-
-class Frozen:
-    """A network whose parameters are lent.
-
-    `holder` is a Network or a Policy whose parameters are anywhere; see `Lent` for the others.
-    """
+class FrozenNetwork:
+    """A frozen `Network` or `Policy` whose parameters are on the device only inside `use()`."""
 
     def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
-        self._lent = Lent(holder.params, sharding, offload=offload)
+        self._lent = Offloadable(holder.params, sharding, offload=offload)
         self._holder = dataclasses.replace(holder, params=None)
 
     @contextlib.contextmanager
@@ -124,13 +102,6 @@ class Frozen:
         """The network with its parameters on the device."""
         with self._lent.use() as params:
             yield dataclasses.replace(self._holder, params=params)
-
-
-def resting(sharding: Any) -> Any:
-    """The same places in host memory, page-locked where the platform has that."""
-    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
-    kind = "pinned_host" if "pinned_host" in kinds else "unpinned_host"
-    return jax.tree.map(lambda one: one.with_memory_kind(kind), sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +118,7 @@ class Context:
     dtype: Any
     seed: int
     step: int
-    networks: Mapping[str, Frozen] = dataclasses.field(default_factory=dict)
+    networks: Mapping[str, FrozenNetwork] = dataclasses.field(default_factory=dict)
 
     @property
     def policy(self) -> Policy:
@@ -189,13 +160,13 @@ def in_pieces(
     them; the last row fills up. Rows are spread over the devices on which `params` lie.
     """
     mesh = mesh_of(params)
-    blocks = 1 if mesh is None else ways(mesh) // share(mesh)[1]
+    blocks = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
     outputs = []
     for index in chunks(rows, most, blocks):
-        placed = take(index) if mesh is None else put(mesh, take(index))
+        placed = take(index) if mesh is None else put_rows(mesh, take(index))
         outputs.append(jax.tree.leaves(program(*placed)))
     columns = zip(*outputs, strict=True)
-    return [np.concatenate([local(x) for x in xs])[:rows] for xs in columns]
+    return [np.concatenate([to_host_rows(x) for x in xs])[:rows] for xs in columns]
 
 
 def chunks(rows: int, most: int, multiple: int = 1) -> Iterator[np.ndarray]:

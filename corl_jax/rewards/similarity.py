@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.devices.processes import of_all
+from corl_jax.devices.processes import all_gather
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
@@ -251,7 +251,7 @@ def _padded(
 
 
 def _largest_of_all_processes(counts: list[int]) -> list[int]:
-    return of_all(np.array(counts, np.int32)).max(axis=0).tolist()
+    return all_gather(np.array(counts, np.int32)).max(axis=0).tolist()
 
 
 def check_pooling(folder: Path) -> None:

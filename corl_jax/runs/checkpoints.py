@@ -109,7 +109,6 @@ class Checkpoints:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(unflatten(dict(leaf_paths(tree)))),
                 meta=ocp.args.JsonSave(record),
-                meta=ocp.args.JsonSave(record),
             )
             return self._manager.save(step, args=args, force=True)
         except Exception as error:
@@ -272,10 +271,10 @@ class Checkpoints:
         number = 0
         while (aside := self.directory / f"{step}.corrupt-{number}").exists():
             number += 1
-        processes.met(f"{aside} is free")
+        processes.barrier(f"{aside} is free")
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(aside)
-        processes.met(f"{aside} is taken")
+        processes.barrier(f"{aside} is taken")
         return aside
 
     def _require_room(self, tree: Any) -> None:
@@ -351,7 +350,7 @@ def abstract_of(tree: Any) -> Any:
 
 
 def _on_all(good: bool) -> bool:
-    return bool(processes.of_all(np.array(good)).all())
+    return bool(processes.all_gather(np.array(good)).all())
 
 
 def _refuse(source: epath.Path, problems: list[str]) -> None:

@@ -191,7 +191,7 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
     """
     run = RunDir(Path(config.output_dir))
     if not primary:
-        processes.met("run directory")
+        processes.barrier("run directory")
         yield run
         return
     try:
@@ -214,7 +214,7 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
                 file.write(kept or _config_text(config))
         except OSError as error:
             raise _unwritable(run.root, error) from None
-        processes.met("run directory")
+        processes.barrier("run directory")
         yield run
 
 

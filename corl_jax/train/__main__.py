@@ -33,7 +33,7 @@ from corl_jax.train import check
 from corl_jax.train.build import build
 from corl_jax.train.loop import train
 from corl_jax.train.milestones import Recorder
-from corl_jax.train.resolve import Plan, plan
+from corl_jax.train.resolve import ResolvedRun, resolve_run
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 
@@ -76,14 +76,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.failing_together():
-        planned = plan(config)
+        planned = resolve_run(config)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(check.describe(planned))
 
 
-def run_training(planned: Plan, interruption: Interruption, allow_changes: bool = False) -> None:
+def run_training(
+    planned: ResolvedRun, interruption: Interruption, allow_changes: bool = False
+) -> None:
     """Resumes or starts the planned run, to its end or to train.stop_after."""
     config, primary = planned.config, jax.process_index() == 0
     with (
@@ -132,7 +134,7 @@ def run_training(planned: Plan, interruption: Interruption, allow_changes: bool 
             interruption.leave_if_asked(f"after step {stop}; the same command goes on from there")
             if stop == run.steps:
                 recorder.finish(run, state, max(start, stop))
-        processes.met("the end")  # jax gives the last to leave no time for its export
+        processes.barrier("the end")  # jax gives the last to leave no time for its export
 
 
 def measures_otherwise(resumed: Restored | None, run: Run) -> bool:
@@ -166,7 +168,7 @@ def reward_files(config: Config) -> dict[str, str]:
 
 
 def resume(
-    planned: Plan, checkpoints: Checkpoints, state: TrainState,
+    planned: ResolvedRun, checkpoints: Checkpoints, state: TrainState,
     weights: Callable[[], dict[str, str]], allow_changes: bool,
 ) -> Restored | None:  # fmt: skip
     """The newest sound checkpoint, with the data where it was; None for a run without any.
@@ -175,7 +177,7 @@ def resume(
     are the digests of what checkpoints leave out; a reward's file that was mended is told, not
     refused.
     """
-    if not processes.agreed(len(checkpoints.steps())):
+    if not processes.broadcast_first(len(checkpoints.steps())):
         return None
     wanted = abstract_of({"state": state})
     for leaf in jax.tree.leaves(state):
@@ -211,7 +213,9 @@ def _as_file(name: str, start: str | None = None) -> str:
     return same_files.resolve_path(name, start) if name.endswith(".py") else name
 
 
-def tell(planned: Plan, resumed: Restored | None, directory: RunDir, metrics: Metrics) -> None:
+def tell(
+    planned: ResolvedRun, resumed: Restored | None, directory: RunDir, metrics: Metrics
+) -> None:
     """What a user should know before the first step."""
     if chosen := check.attention(planned):
         metrics.say(chosen)

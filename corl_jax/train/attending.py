@@ -19,7 +19,9 @@ def of_update(config: Config, model: JanusConfig, mesh: Mesh) -> causal.CausalAt
 
 def of_samplers(config: Config, model: JanusConfig, mesh: Mesh) -> attention.Implementation:
     """What a decode step attends with."""
-    return attention.fastest(config.model.dtype, model.llama.head_dim, mesh.devices.flat[0])
+    return attention.fastest_attention(
+        config.model.dtype, model.llama.head_dim, mesh.devices.flat[0]
+    )
 
 
 def problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:

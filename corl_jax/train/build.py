@@ -1,4 +1,4 @@
-"""From a `Plan` to a `Run` and its first `TrainState`: weights on the mesh, jitted functions."""
+"""Builds a `Run` and its first `TrainState` from a `ResolvedRun`: loads weights, jits functions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.devices.mesh import param_shardings
+from corl_jax.devices.offload import Offloadable
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import Scoring
+from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.rewards import networks
-from corl_jax.rewards.samples import Frozen, Lent, Policy
+from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.train import attending, iteration, sft, vq
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
-from corl_jax.train.resolve import Outline, Plan
+from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
-from corl_jax.train.step import Objective, TrainState, make_score_step, make_train_step
+from corl_jax.train.step import LossOptions, TrainState, make_logprob_step, make_train_step
 from corl_jax.types import Params
 from corl_jax.weights.sharded_load import load_sharded, stored_dtypes, stored_layer_dtypes
 
@@ -37,7 +38,7 @@ ITERATIONS = {
 }
 
 
-def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
+def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     """Weights on the mesh, jitted functions, and the state of a fresh start."""
     config, mesh = plan.config, plan.mesh
     trained, frozen = load_parts(plan)
@@ -82,7 +83,7 @@ def build(plan: Plan, phases: Any) -> tuple[Run, TrainState]:
     return run, state
 
 
-def load_parts(plan: Plan) -> tuple[Params, Params]:
+def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     """(trained, frozen) parameters on the mesh at the start: master copies, and as stored."""
     config, mesh, base = plan.config, plan.mesh, network.base(plan.model_config)
     shapes, rest = partition(network.abstract(plan.model_config), config.trained)
@@ -104,7 +105,7 @@ def load_parts(plan: Plan) -> tuple[Params, Params]:
     return jax.jit(draw, out_shardings=shardings)(key), frozen
 
 
-def make_reference(plan: Plan, trained: Params) -> Lent | None:
+def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
     """What the KL penalty compares with: the trained part at the start, in the compute dtype."""
     if plan.config.stage != "rl" or not plan.config.algorithm.kl_coef:
         return None
@@ -113,10 +114,10 @@ def make_reference(plan: Plan, trained: Params) -> Lent | None:
     first = {} if plan.config.lora.rank else trained
     copied = jax.tree.map(jnp.copy, network.cast(first, DTYPES[plan.config.model.dtype]))
     offload = plan.config.algorithm.reference == "host"
-    return Lent(copied, param_shardings(first, plan.mesh), offload=offload)
+    return Offloadable(copied, param_shardings(first, plan.mesh), offload=offload)
 
 
-def load_networks(plan: Plan) -> dict[str, Frozen]:
+def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
     """What the rewards ask besides the policy; `initial` has the weights of the run's start."""
     offload = plan.config.networks.offload
     loaded = {found.name: networks.load(found, plan.mesh, offload) for found in plan.networks}
@@ -128,15 +129,15 @@ def load_networks(plan: Plan) -> dict[str, Frozen]:
 
 
 def make_steps(
-    plan: Outline, optimizer: optax.GradientTransformation, shardings: TrainState
+    plan: RunOutline, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> tuple[Callable, Callable]:
     """The jitted update and the jitted scoring of the plan's objective."""
-    objective, jit = make_objective(plan), {"out_shardings": (shardings, None)}
+    objective, jit = make_loss_options(plan), {"out_shardings": (shardings, None)}
     if plan.config.stage == "vq":
         train_step = vq.make_vq_step(plan.model_config, plan.config.vq, optimizer, **jit)
     else:
         train_step = make_train_step(plan.model_config, objective, optimizer, **jit)
-    return train_step, make_score_step(plan.model_config, objective)
+    return train_step, make_logprob_step(plan.model_config, objective)
 
 
 def place(params: Params, mesh: Mesh) -> Params:
@@ -163,7 +164,7 @@ def state_shardings(
     return TrainState(replicated, params, moments)
 
 
-def make_objective(plan: Outline) -> Objective:
+def make_loss_options(plan: RunOutline) -> LossOptions:
     """The loss's constants from the config."""
     config = plan.config
     algorithm = config.algorithm
@@ -173,7 +174,7 @@ def make_objective(plan: Outline) -> Objective:
         "mm2t": config.sft.mm2t_weight,
         "caption": config.sft.caption_weight,
     }
-    scoring = Scoring(
+    scoring = LogprobOptions(
         special=plan.special,
         temperature=config.rollout.temperature if config.stage == "rl" else 1.0,
         cfg_scale=config.rollout.cfg_scale,
@@ -184,7 +185,7 @@ def make_objective(plan: Outline) -> Objective:
         chunk=config.model.logprob_chunk,
     )
     weights = sft_weights if config.stage == "sft" else rl_weights
-    return Objective(
+    return LossOptions(
         scoring=scoring,
         weights=tuple(weights.items()),
         kl_coef=config.algorithm.kl_coef,
@@ -195,7 +196,7 @@ def make_objective(plan: Outline) -> Objective:
     )
 
 
-def make_samplers(plan: Outline) -> dict[str, Callable]:
+def make_samplers(plan: RunOutline) -> dict[str, Callable]:
     """task -> (params, prompts, keys) -> Rollout, with the config's sampling options."""
     rollout, algorithm = plan.config.rollout, plan.config.algorithm
     common = {
@@ -217,7 +218,7 @@ def make_samplers(plan: Outline) -> dict[str, Callable]:
     return {"t2i": images, "mm2t": texts}
 
 
-def _comparison(plan: Plan) -> dict[str, Any]:
+def _comparison(plan: ResolvedRun) -> dict[str, Any]:
     algorithm = plan.config.algorithm
     weights = {t: tuple(r.weight for r in listed) for t, listed in plan.rewards.items()}
     return {

@@ -17,7 +17,7 @@ from corl_jax.params import leaf_paths, partition, unflatten
 from corl_jax.policies.janus import network
 from corl_jax.rewards import applicable
 from corl_jax.train import attending
-from corl_jax.train.resolve import Plan
+from corl_jax.train.resolve import ResolvedRun
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.sources import layer_count, leaf_dtype
@@ -42,7 +42,7 @@ WORKING = {
 """Which parts of `memory_estimate` a device holds always, and which in which program."""
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: ResolvedRun) -> str:
     """The report as text."""
     sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
     if any(plan.rewards.values()):
@@ -51,7 +51,7 @@ def describe(plan: Plan) -> str:
     return "\n\n".join(sections)
 
 
-def inapplicable(plan: Plan) -> list[str]:
+def inapplicable(plan: ResolvedRun) -> list[str]:
     """A line for each reward that can score none of the first rows to train on."""
     source, rows = plan.train_loader.source, []
     for row in range(min(ROWS_CHECKED_AT_START, len(source))):
@@ -65,7 +65,7 @@ def _count(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _parameters(plan: Plan) -> str:
+def _parameters(plan: ResolvedRun) -> str:
     shapes, lora = network.abstract(plan.model_config), plan.config.lora
     trained, _ = partition(shapes, plan.config.trained)
     lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
@@ -82,7 +82,7 @@ def _parameters(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def attention(plan: Plan) -> str:
+def attention(plan: ResolvedRun) -> str:
     """Which implementations the devices attend with; empty for the image tokenizer's stage."""
     if plan.config.stage == "vq":
         return ""
@@ -93,7 +93,7 @@ def attention(plan: Plan) -> str:
     return chosen
 
 
-def _frozen(plan: Plan, frozen: Params) -> tuple[int, int]:
+def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
     """(bytes, parameters that computing copies) of what is frozen, on one device.
 
     It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
@@ -128,7 +128,7 @@ def _share(params: Params, mesh: Any) -> int:
     return total
 
 
-def memory_estimate(plan: Plan) -> dict[str, float]:
+def memory_estimate(plan: ResolvedRun) -> dict[str, float]:
     """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
     config, model, mesh = plan.config, plan.model_config, plan.mesh
     shapes = network.abstract(model)
@@ -159,7 +159,7 @@ def memory_estimate(plan: Plan) -> dict[str, float]:
     return {name: size / GIB for name, size in estimate.items()}
 
 
-def _networks(plan: Plan) -> int:
+def _networks(plan: ResolvedRun) -> int:
     """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time.
 
     A scorer is sharded as the policy is. The others are counted whole on each device, which on a
@@ -174,11 +174,11 @@ def _networks(plan: Plan) -> int:
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
-def _ways(plan: Plan) -> int:
+def _ways(plan: ResolvedRun) -> int:
     return plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
 
 
-def _cache(plan: Plan, task: str, prompt: int) -> int:
+def _cache(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Key and value numbers of one device's rows, all layers."""
     config, llama = plan.config, plan.model_config.llama
     rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
@@ -191,18 +191,18 @@ def _cache(plan: Plan, task: str, prompt: int) -> int:
     return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
 
 
-def prompt_lengths(plan: Plan) -> dict[str, int]:
+def prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
     """Padded tokens of the first batch's prompts by task; later batches may have longer ones."""
     batch = plan.train_loader.batch(0)
     return {task: getattr(batch, task).input_ids.shape[1] for task in plan.tasks}
 
 
-def _completion(plan: Plan, task: str) -> int:
+def _completion(plan: ResolvedRun, task: str) -> int:
     config = plan.config
     return plan.model_config.num_image_tokens if task == "t2i" else config.rollout.max_new_tokens
 
 
-def _update_rows(plan: Plan, task: str) -> int:
+def _update_rows(plan: ResolvedRun, task: str) -> int:
     """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
     config = plan.config
     if config.stage != "rl":
@@ -212,7 +212,7 @@ def _update_rows(plan: Plan, task: str) -> int:
     return rows * (1 + guided)
 
 
-def _activations(plan: Plan, task: str, prompt: int) -> int:
+def _activations(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Numbers that the backward pass keeps: each layer's input with remat `full`."""
     llama = plan.model_config.llama
     wide = 3 * llama.intermediate_size + 4 * llama.hidden_size
@@ -222,7 +222,7 @@ def _activations(plan: Plan, task: str, prompt: int) -> int:
     return _update_rows(plan, task) * numbers // _ways(plan)
 
 
-def _scores(plan: Plan, task: str, prompt: int) -> int:
+def _scores(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Attention scores that `xla` writes out: of every layer with remat `none`, else of one."""
     if attending.of_update(plan.config, plan.model_config, plan.mesh) != "xla":
         return 0
@@ -232,7 +232,7 @@ def _scores(plan: Plan, task: str, prompt: int) -> int:
     return _update_rows(plan, task) * numbers // (_ways(plan) * plan.mesh.shape["tensor"])
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: ResolvedRun) -> str:
     """What a device holds all the time, and at least on top of that while a program runs."""
     estimate, kept = memory_estimate(plan), 0.0
     lines = [
@@ -253,7 +253,7 @@ def _memory(plan: Plan) -> str:
     return "\n".join([*lines, *_uncounted(plan)])
 
 
-def _uncounted(plan: Plan) -> list[str]:
+def _uncounted(plan: ResolvedRun) -> list[str]:
     """What the figures leave out, and the command that compiles the programs and counts it all."""
     missing = (
         "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
@@ -273,7 +273,7 @@ def _uncounted(plan: Plan) -> list[str]:
     ]
 
 
-def disk_estimate(plan: Plan) -> dict[str, float]:
+def disk_estimate(plan: ResolvedRun) -> dict[str, float]:
     """GiB that the run directory may come to hold."""
     config, shapes = plan.config, network.abstract(plan.model_config)
     trained, _ = partition(shapes, config.trained)
@@ -293,7 +293,7 @@ def disk_estimate(plan: Plan) -> dict[str, float]:
     return estimate
 
 
-def _free(plan: Plan) -> float:
+def _free(plan: ResolvedRun) -> float:
     """GiB free where the run directory is, or will be."""
     folder = Path(plan.config.output_dir).absolute()
     while not folder.exists():
@@ -301,7 +301,7 @@ def _free(plan: Plan) -> float:
     return shutil.disk_usage(folder).free / GIB
 
 
-def disk_shortage(plan: Plan) -> str | None:
+def disk_shortage(plan: ResolvedRun) -> str | None:
     """A line when a run from its beginning may find the disk full."""
     needed, free = sum(disk_estimate(plan).values()), _free(plan)
     for path in Path(plan.config.output_dir).rglob("*"):
@@ -315,14 +315,14 @@ def disk_shortage(plan: Plan) -> str | None:
     )
 
 
-def _disk(plan: Plan) -> str:
+def _disk(plan: ResolvedRun) -> str:
     estimate = disk_estimate(plan)
     lines = [f"disk, at most, with {_free(plan):,.2f} GiB free: GiB"]
     lines += [f"  {name:40}{size:>10.2f}" for name, size in estimate.items()]
     return "\n".join([*lines, f"  {'sum':40}{sum(estimate.values()):>10.2f}"])
 
 
-def _steps(plan: Plan) -> str:
+def _steps(plan: ResolvedRun) -> str:
     train = plan.config.train
     held = len(plan.eval_loader.source) if plan.eval_loader else 0
     return "\n".join([
@@ -333,7 +333,7 @@ def _steps(plan: Plan) -> str:
     ])  # fmt: skip
 
 
-def _rewards(plan: Plan) -> str:
+def _rewards(plan: ResolvedRun) -> str:
     lines = ["rewards:", f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
     for task, listed in plan.rewards.items():
         for reward in listed:

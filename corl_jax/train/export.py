@@ -53,7 +53,9 @@ def refresh_export(
         record["generation"] = generation.as_json()
     before = read_record(folder)
     current = {name: (before or {}).get(name) for name in record} == record
-    current = bool(processes.agreed(int(current)))  # the first process reads, all do the same
+    current = bool(
+        processes.broadcast_first(int(current))
+    )  # the first process reads, all do the same
     if not wanted:
         return rename_stale(folder, before) if primary and not current else []
     if current:
@@ -147,7 +149,7 @@ def fetched(params: Params, keep: bool, beat: Callable[[], None] = lambda: None)
     """Parameters on the host, a leaf at a time; None for each where they are not to `keep`."""
 
     def one(leaf: jax.Array) -> np.ndarray | None:
-        array = batches.whole(leaf)
+        array = batches.all_gather_array(leaf)
         beat()
         return array if keep else None
 

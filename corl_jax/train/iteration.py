@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.algorithms import grpo
-from corl_jax.devices.batches import gathered, local, own, share, ways
+from corl_jax.devices.batches import (
+    all_gather_rows,
+    num_batch_shards,
+    process_shard,
+    take_own_rows,
+    to_host_rows,
+)
 from corl_jax.devices.mesh import constrain
 from corl_jax.params import merge
 from corl_jax.policies.janus import sampling
@@ -94,10 +100,10 @@ def failed_shares(run: Run, scored: Scored) -> dict[str, jax.Array]:
 def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
     """`group_size` completions of every prompt, at most `rollout_batch` prompts at a time."""
     encoded: EncodedPrompts = getattr(prompts, task)
-    blocks = ways(run.mesh)
+    blocks = num_batch_shards(run.mesh)
     each = run.rollout_batch // blocks
     # Every piece has rows of each block of the mesh, so that all of them stay where they are.
-    places = np.arange(len(prompts)).reshape(blocks // share(run.mesh)[1], -1)
+    places = np.arange(len(prompts)).reshape(blocks // process_shard(run.mesh)[1], -1)
     pieces = []
     for first in range(0, places.shape[1], each):
         rows = places[:, first : first + each].ravel()
@@ -127,12 +133,12 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         name: [value for value in values for _ in range(run.group_size)]
         for name, values in prompts.columns.items()
     }
-    tokens, mask = local(rollout.tokens), local(rollout.mask)
+    tokens, mask = to_host_rows(rollout.tokens), to_host_rows(rollout.mask)
     if task == "t2i":
         pixels = sampling.decode_images(
             run.model_config, params, rollout.tokens, dtype=run.pixel_dtype
         )
-        return Samples(columns, images=local(pixels))
+        return Samples(columns, images=to_host_rows(pixels))
     texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
     return Samples(columns, texts=texts)
 
@@ -202,7 +208,7 @@ def compare(run: Run, rewards: dict[str, dict[str, np.ndarray]]):
     Every process sees the rewards of all, so that all compute the same advantages.
     """
     stacked = {
-        task: own(run.mesh, gathered(run.mesh, np.stack(list(values.values())).T))
+        task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
     placed = {task: value.T for task, value in put(run, stacked).items()}

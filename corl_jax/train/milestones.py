@@ -99,7 +99,7 @@ class Recorder:
         self.unlogged.clear()
         values["learning_rate"] = float(run.schedule(max(values["update/applied"] - 1, 0)))
         values["epoch"] = (step + 1) / run.train_loader.steps_per_epoch
-        run.train_loader.share_unusable(processes.union)
+        run.train_loader.share_unusable(processes.all_union)
         for kind, count in run.train_loader.counts.items():
             values[f"data/{kind}_rows"] = count
         values |= self._pace(run, values)
@@ -225,14 +225,16 @@ class Recorder:
     def _fixed_prompts(self, run: Run, state: TrainState, step: int) -> None:
         """Draws the same held-out prompts with the same keys, so that grids can be compared."""
         everyone = self._first_prompts(run)
-        prompts = take(everyone, batches.own(run.mesh, np.arange(len(everyone))))
+        prompts = take(everyone, batches.take_own_rows(run.mesh, np.arange(len(everyone))))
         params = merge(state.params, run.frozen)
         rollout = rl_iteration.sample(run, "t2i", params, prompts)
         samples = rl_iteration.decode(run, "t2i", params, prompts, rollout)
         self.watchdog.beat()
         scores, _ = rl_iteration.score_task(run, "t2i", params, samples, step)
-        scores = {name: batches.gathered(run.mesh, values) for name, values in scores.items()}
-        images = batches.gathered(run.mesh, np.asarray(samples.images))
+        scores = {
+            name: batches.all_gather_rows(run.mesh, values) for name, values in scores.items()
+        }
+        images = batches.all_gather_rows(run.mesh, np.asarray(samples.images))
         if not self.primary:
             return
         shape = (len(everyone), run.group_size)
@@ -253,7 +255,7 @@ class Recorder:
         """The first held-out prompts, or without any the first of training; of all processes."""
         wanted = self.config.log.fixed_prompts
         loader = run.eval_loader or run.train_loader
-        ways = batches.ways(run.mesh)
+        ways = batches.num_batch_shards(run.mesh)
         count = min(-(-wanted // ways) * ways, loader.batch_size)
         return loader.at(np.arange(count))
 
@@ -269,7 +271,7 @@ class Recorder:
                 seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
                 max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
                 place=self._place(run),
-                total=lambda counts: batches.gathered(run.mesh, counts[None]).sum(axis=0),
+                total=lambda counts: batches.all_gather_rows(run.mesh, counts[None]).sum(axis=0),
             )  # fmt: skip
             values = report.metrics()
             self._held_out_drawings(step, report)
@@ -366,7 +368,7 @@ def _of_all_processes(metrics: Mapping[str, Any]) -> dict[str, float]:
     for ending, over in (("/seconds", np.max), ("/failures", np.sum)):
         names = [name for name in values if name.endswith(ending)]
         if names:
-            found = processes.of_all(np.array([values[name] for name in names], np.float32))
+            found = processes.all_gather(np.array([values[name] for name in names], np.float32))
             values |= dict(zip(names, over(found, axis=0).tolist(), strict=True))
     return values
 
@@ -386,7 +388,7 @@ def held_out_rewards(
             rollout = rl_iteration.sample(run, task, params, prompts)
             samples = rl_iteration.decode(run, task, params, prompts, rollout)
             for name, values in rl_iteration.score_task(run, task, params, samples, 0)[0].items():
-                everyone = batches.gathered(run.mesh, np.where(kept, values, np.nan))
+                everyone = batches.all_gather_rows(run.mesh, np.where(kept, values, np.nan))
                 scores.setdefault(f"eval/{task}/{name}", []).append(everyone)
     metrics = {}
     for name, pieces in scores.items():

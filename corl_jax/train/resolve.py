@@ -1,4 +1,4 @@
-"""From a config to a `Plan`: all that can be checked before a device is touched.
+"""From a config to a `ResolvedRun`: all that can be checked before a device is touched.
 
 Files, data, tokenizer, rewards, sizes; every problem is reported. `build` goes on from there.
 """
@@ -37,7 +37,7 @@ from corl_jax.weights.files import check_export
 
 
 @dataclasses.dataclass(frozen=True)
-class Outline:
+class RunOutline:
     """What a run's jitted functions depend on: sizes and options, no file and no array."""
 
     config: Config
@@ -62,20 +62,20 @@ class Outline:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(Outline):
+class ResolvedRun(RunOutline):
     """A checked config: what `build` needs, read from files and not yet on a device."""
 
     model_dir: Path
     processor: Processor
     rewards: dict[str, list]
-    networks: list[networks.Found]  # that the rewards ask
+    networks: list[networks.CheckedNetwork]  # that the rewards ask
     train_loader: Loader
     eval_loader: Loader | None
 
 
-def outline(
+def outline_run(
     config: Config, model: JanusConfig, special: SpecialTokens, devices: list | None = None
-) -> Outline:
+) -> RunOutline:
     """The outline of a config for a model of known sizes, with no data and no weights at hand.
 
     `devices` are those of the mesh, which need not be present; None takes those that are.
@@ -101,10 +101,10 @@ def outline(
     problems += _size_problems(config, model)
     if problems or mesh is None:
         raise InputError(problems)
-    return Outline(config, model, special, mesh, _tasks(config), config.train.max_steps or 1)
+    return RunOutline(config, model, special, mesh, _tasks(config), config.train.max_steps or 1)
 
 
-def plan(config: Config) -> Plan:
+def resolve_run(config: Config) -> ResolvedRun:
     """Reads and checks everything but the weights' values.
 
     Raises:
@@ -129,7 +129,7 @@ def plan(config: Config) -> Plan:
     sources = attempt(_sources, config, tasks, rewards or {})
     problems += _task_problems(config, tasks, rewards)
     mesh = attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    share = mesh and attempt(batches.share, mesh)
+    share = mesh and attempt(batches.process_shard, mesh)
     problems += _batch_problems(config, mesh) if mesh else []
     if model_config and processor:
         problems += _answer_problems(config, listed, model_config, processor)
@@ -148,7 +148,7 @@ def plan(config: Config) -> Plan:
         raise InputError(problems)
     assert model_config and processor and model_dir and loaders and rewards is not None
     train_loader, eval_loader = loaders
-    return Plan(
+    return ResolvedRun(
         config=config, model_config=model_config, special=processor.special, mesh=mesh,
         tasks=tasks, steps=_steps(config, train_loader), model_dir=model_dir, processor=processor,
         rewards=rewards, networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
@@ -200,7 +200,7 @@ def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None)
 
 
 def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
-    ways = batches.ways(mesh)
+    ways = batches.num_batch_shards(mesh)
     batch = config.train.prompts_per_step
     sizes = {
         "train.prompts_per_step": batch,
@@ -258,14 +258,14 @@ def _size_problems(config: Config, model: JanusConfig) -> list[str]:
     ]
 
 
-def _networks(config: Config, listed: list[registry.Resolved]) -> list[networks.Found]:
+def _networks(config: Config, listed: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
     return networks.inspect(
         listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
     )
 
 
 def _answer_problems(
-    config: Config, listed: list[registry.Resolved], model: JanusConfig, processor: Processor
+    config: Config, listed: list[registry.BoundReward], model: JanusConfig, processor: Processor
 ) -> list[str]:
     """Answers of the policy to rewards, or of its first state, that would pass its positions."""
     return [
@@ -345,7 +345,7 @@ def _loaders(
     processor: Processor,
     tasks: tuple[str, ...],
     share: tuple[int, int],
-    rewards: list[registry.Resolved],
+    rewards: list[registry.BoundReward],
     trained: Source,
     held: Source | None,
 ) -> tuple[Loader, Loader | None]:
@@ -376,7 +376,7 @@ def _loaders(
 
 
 def _readable(
-    config: Config, rewards: list[registry.Resolved]
+    config: Config, rewards: list[registry.BoundReward]
 ) -> dict[str, Callable[[Any], str | None]]:
     """Checks of the columns that the stage and our own rewards read; pictures have theirs."""
     read = set(_target_columns(config))

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from corl_jax.devices import batches
+from corl_jax.devices.offload import Offloadable
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.rewards.samples import Lent
 from corl_jax.types import Params
 
 
@@ -25,7 +25,7 @@ class Run:
     mesh: Mesh
     dtype: Any  # compute dtype
     frozen: Params
-    reference: Lent | None  # trained parameters at the start of the run, for the KL
+    reference: Offloadable | None  # trained parameters at the start of the run, for the KL
     source_dtypes: dict[str, Any]  # by path, as the checkpoint stores them
     layer_dtypes: dict[str, list[str]]  # by path, where its layers are stored in several types
 
@@ -42,7 +42,9 @@ class Run:
     score_step: Callable
     samplers: dict[str, Callable]  # task -> (params, prompts, keys) -> Rollout
     rewards: dict[str, list]  # task -> resolved rewards
-    networks: dict[str, Any]  # frozen networks that rewards ask, rewards.samples.Frozen by name
+    networks: dict[
+        str, Any
+    ]  # frozen networks that rewards ask, rewards.samples.FrozenNetwork by name
     comparison: dict[str, Any]  # keywords of the advantage computation
     tasks: tuple[str, ...]
     group_size: int
@@ -67,4 +69,4 @@ class Iteration:
 
 def put(run: Run, tree: Any) -> Any:
     """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
-    return batches.put(run.mesh, tree)
+    return batches.put_rows(run.mesh, tree)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from corl_jax.data import instructions
-from corl_jax.devices.processes import largest
+from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
@@ -75,7 +75,7 @@ def targets(run: Run, answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, mask) [B, T]: each answer and EOS, right-padded to a bucket."""
     processor = run.processor
     rows = [[*processor.answer_ids(text), processor.special.eos] for text in answers]
-    length = processor.bucket(largest(max(map(len, rows))))
+    length = processor.bucket(all_max(max(map(len, rows))))
     tokens = np.full((len(rows), length), processor.special.eos, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for index, row in enumerate(rows):

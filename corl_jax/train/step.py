@@ -21,7 +21,7 @@ from corl_jax.algorithms import grpo
 from corl_jax.devices.mesh import constrain
 from corl_jax.params import merge
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
 from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.types import Array, EncodedPrompts, Params
 
@@ -58,10 +58,10 @@ Batch = dict[str, TaskBatch]
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class LossOptions:
     """What is minimised; hashable, so that a step is compiled once for it."""
 
-    scoring: Scoring
+    scoring: LogprobOptions
     weights: tuple[tuple[str, float], ...]  # task name -> weight of its loss
     kl_coef: float = 0.0
     clip_low: float = 0.2
@@ -78,7 +78,7 @@ def loss_rows(batch: TaskBatch) -> jax.Array:
 
 
 def task_loss(
-    model: Janus, task: str, batch: TaskBatch, objective: Objective
+    model: Janus, task: str, batch: TaskBatch, objective: LossOptions
 ) -> tuple[jax.Array, Sums, jax.Array]:
     """(summed loss, metrics, largest sampler/trainer difference) of one task's rows."""
     logprobs, entropy = TASK_LOGPROBS[objective_task(task)](
@@ -132,7 +132,7 @@ def split_batch(batch: Batch, pieces: int) -> Batch:
 
 
 def gradients(
-    config: JanusConfig, objective: Objective, trained: Params, frozen: Params, batch: Batch
+    config: JanusConfig, objective: LossOptions, trained: Params, frozen: Params, batch: Batch
 ) -> tuple[Params, dict[str, jax.Array]]:
     """(gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
     counts = {name: jnp.maximum(loss_rows(task), 1.0) for name, task in batch.items()}
@@ -206,7 +206,7 @@ def apply_gradients(
 
 
 def make_train_step(
-    config: JanusConfig, objective: Objective, optimizer: optax.GradientTransformation, **jit: Any
+    config: JanusConfig, objective: LossOptions, optimizer: optax.GradientTransformation, **jit: Any
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
@@ -222,7 +222,7 @@ def make_train_step(
     return train_step
 
 
-def make_score_step(config: JanusConfig, objective: Objective) -> Callable:
+def make_logprob_step(config: JanusConfig, objective: LossOptions) -> Callable:
     """The jitted (trained, frozen, batch) -> {task: log-probs [N, T]}, no gradients.
 
     For old log-probs before the first of several updates, and for the reference: with adapters

@@ -62,11 +62,17 @@ def test_shares_that_do_not_follow_each_other_are_refused(monkeypatch):
 
 def test_rows_come_back_in_order(mesh):
     values = np.arange(24.0).reshape(8, 3)
-    placed = batches.put(mesh, values)
+    placed = batches.put_rows(mesh, values)
     assert placed.sharding.shard_shape(placed.shape) == (2, 3)
-    for found in (batches.local(placed), batches.whole(placed), batches.gathered(mesh, values)):
+    for found in (
+        batches.to_host_rows(placed),
+        batches.all_gather_array(placed),
+        batches.all_gather_rows(mesh, values),
+    ):
         np.testing.assert_array_equal(found, values)
-    assert batches.own(mesh, list(range(8))) == list(range(8)) and batches.share(mesh) == (0, 1)
+    assert batches.take_own_rows(mesh, list(range(8))) == list(range(8)) and batches.process_shard(
+        mesh
+    ) == (0, 1)
 
 
 @pytest.mark.parametrize("at_once", [4, 8, 12, 16])

@@ -339,7 +339,7 @@ def test_examples_are_well_formed(script):
         config = config_files.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
         devices = [Chip(i, i // 4) for i in range(16)]
-        resolve.outline(config, network.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
+        resolve.outline_run(config, network.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
     else:
         shell = text.splitlines()[0].removeprefix("#!")
         subprocess.run([shell, "-n", str(script)], check=True)

@@ -65,7 +65,7 @@ def table(params: Any, rules: device_mesh.Rules, spec_of: Callable) -> str:
             count = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             held.append(f"{count:>13,}")
             sums[name] += count
-        layout = ", ".join(axis or "-" for axis in device_mesh.rule(path, rules)) or "whole"
+        layout = ", ".join(axis or "-" for axis in device_mesh.find_rule(path, rules)) or "whole"
         shape = ", ".join(map(str, leaf.shape)) or "scalar"
         lines.append(f"{path:62} {shape:18} {leaf.dtype.name:8} {layout:18} {' '.join(held)}")
     heads = " ".join(f"{name:>13}" for name in MESHES)

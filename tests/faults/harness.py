@@ -162,7 +162,7 @@ def outcome(job: Job) -> dict[str, str]:
     found = {"step": str(step), "state": _sha256(_leaves(state))}
     mesh = functools.partial(make_mesh, devices=jax.devices()[: job.devices])
     with mock.patch.object(resolve, "make_mesh", mesh):
-        plan = resolve.plan(config_files.load(job.config))
+        plan = resolve.resolve_run(config_files.load(job.config))
     plan.train_loader.set_state(record["run"]["data"])
     batch = plan.train_loader.batch(record["run"]["data"]["step"])
     parts: list[Any] = [batch.index, batch.t2i, batch.mm2t]

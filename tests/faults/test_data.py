@@ -174,7 +174,7 @@ def planned_batch(model, tmp_path, rows, **changes):
         model, path, tmp_path / "run", train={"prompts_per_step": len(rows)},
         data={"max_bad_fraction": 0.5}, **changes,
     )  # fmt: skip
-    loader = resolve.plan(config_files.validate(tree, "test")).train_loader
+    loader = resolve.resolve_run(config_files.validate(tree, "test")).train_loader
     return loader.batch(0), loader.counts
 
 

@@ -16,7 +16,7 @@ from corl_jax.config import files as config_files
 from corl_jax.data.dataset import Loader, ParquetSource, required_columns
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.rewards.samples import Frozen, Network
+from corl_jax.rewards.samples import FrozenNetwork, Network
 from corl_jax.train import __main__ as command
 from corl_jax.train import build, resolve
 from tests.faults.harness import SUPERVISED, Job, outcome
@@ -234,7 +234,7 @@ def test_digests_of_what_a_reward_asks(tmp_path):
 
     def found(number: float) -> dict[str, str]:
         params = {"kernel": np.full((2, 3), number, np.float32)}
-        blip = Frozen(Network(None, params, tmp_path, np.float32), place, offload=True)
+        blip = FrozenNetwork(Network(None, params, tmp_path, np.float32), place, offload=True)
         run = SimpleNamespace(reference=None, frozen={}, networks={"blip": blip})
         return command.untrained_digests(run) | command.reward_files(config)
 

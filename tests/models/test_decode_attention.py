@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corl_jax.models import attention
-from corl_jax.models.attention import attend_to, fastest, merge
+from corl_jax.models.attention import attend_to, fastest_attention, merge
 from corl_jax.models.layers import attend
 from corl_jax.policies import decoding
 from corl_jax.policies.decoding import read_prompts
@@ -229,14 +229,14 @@ def test_one_query_is_not_alone_where_bits_have_to_be_the_same(monkeypatch, flag
     ("dtype", "head_dim"), [("bfloat16", 128), ("float32", 128), ("float16", 12), ("float16", 256)]
 )
 def test_cudnn_needs_an_nvidia_gpu_half_precision_and_its_head_sizes(monkeypatch, dtype, head_dim):
-    assert fastest(dtype, head_dim) == "xla", "these tests run on a CPU"
+    assert fastest_attention(dtype, head_dim) == "xla", "these tests run on a CPU"
     client = SimpleNamespace(platform_version="cuda 13000")
     gpu = SimpleNamespace(platform="gpu", client=client, compute_capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    assert fastest(dtype, head_dim) == (
+    assert fastest_attention(dtype, head_dim) == (
         "cudnn" if (dtype, head_dim) == ("bfloat16", 128) else "xla"
     )
     gpu.compute_capability = "7.5"
-    assert fastest(dtype, head_dim) == "xla"
+    assert fastest_attention(dtype, head_dim) == "xla"
     gpu.compute_capability, client.platform_version = "gfx942", "rocm 70000"
-    assert fastest(dtype, head_dim) == "xla"
+    assert fastest_attention(dtype, head_dim) == "xla"

@@ -16,7 +16,7 @@ from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.decoding import FusedBlock
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import Scoring
+from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.train import build, step
 from corl_jax.weights import adapters
 from tests.support import draws
@@ -29,8 +29,10 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOME = ("q_proj", "v_proj", "up_proj")
 PROMPTS, GROUP = 4, 2
-OBJECTIVE = step.Objective(
-    Scoring(SPECIAL, remat="none", chunk=10_000), (("t2i", 1.0), ("mm2t", 0.7)), dtype=jnp.float32
+OBJECTIVE = step.LossOptions(
+    LogprobOptions(SPECIAL, remat="none", chunk=10_000),
+    (("t2i", 1.0), ("mm2t", 0.7)),
+    dtype=jnp.float32,
 )
 
 
@@ -94,10 +96,10 @@ def test_fresh_adapters_change_nothing(plain, batch):
     """But rounding: what XLA fuses with the zeros that they add may sum in another order."""
     config = network.adapted(plain, Lora(8, 16.0, ALL))
     shapes, _ = partition(network.abstract(config), [ADAPTERS])
-    frozen, score = random_params(plain), step.make_score_step(config, OBJECTIVE)
+    frozen, score = random_params(plain), step.make_logprob_step(config, OBJECTIVE)
     batch = {"mm2t": batch["mm2t"]}
     with_them = score(lora.init(shapes, jax.random.key(0)), frozen, batch)
-    alone = step.make_score_step(plain, OBJECTIVE)({}, frozen, batch)
+    alone = step.make_logprob_step(plain, OBJECTIVE)({}, frozen, batch)
     reference = score({}, frozen, batch)
     np.testing.assert_allclose(with_them["mm2t"], alone["mm2t"], rtol=0, atol=LOGPROBS)
     np.testing.assert_allclose(reference["mm2t"], alone["mm2t"], rtol=0, atol=LOGPROBS)

@@ -14,7 +14,7 @@ import torch
 
 from corl_jax.config import schema
 from corl_jax.params import leaf_paths, merge, partition
-from corl_jax.policies.janus.logprobs import Scoring
+from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.train import step
 from corl_jax.train.optimizer import learning_rate, make_optimizer
 from tests.parity import torch_janus
@@ -38,8 +38,8 @@ TRAINABLE = [r"(?!vqmodel).*"]
 OPTIMIZER = schema.Optimizer(
     learning_rate=1e-2, eps=1e-3, weight_decay=0.1, b2=0.99, max_grad_norm=0.5
 )
-OBJECTIVE = step.Objective(
-    scoring=Scoring(SPECIAL, temperature=TEMPERATURE, remat="full", chunk=30),
+OBJECTIVE = step.LossOptions(
+    scoring=LogprobOptions(SPECIAL, temperature=TEMPERATURE, remat="full", chunk=30),
     weights=tuple(WEIGHTS.items()),
     kl_coef=KL, clip_low=LOW, clip_high=HIGH, dtype=jnp.float32, micro_batches=2,
 )  # fmt: skip
@@ -146,7 +146,7 @@ def case():
 @pytest.fixture(scope="module")
 def scored(case):
     """The batch with the reference's log-probs as our own scoring gives them."""
-    score = step.make_score_step(case.config, OBJECTIVE)
+    score = step.make_logprob_step(case.config, OBJECTIVE)
     scores = score(*partition(case.ref_params, TRAINABLE), case.batch)
     return {
         task: dataclasses.replace(

@@ -47,7 +47,7 @@ def config_path(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def outline(config_path):
     config = config_files.load(config_path)
-    return resolve.outline(config, load_config(config.model.path), plan.STAND_INS)
+    return resolve.outline_run(config, load_config(config.model.path), plan.STAND_INS)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
             micro_batches=1,
         )  # fmt: skip
         samplers = {f.keywords["attention"] for f in build.make_samplers(described).values()}
-        return samplers, build.make_objective(described).scoring.attention
+        return samplers, build.make_loss_options(described).scoring.attention
 
     tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
     assert chosen(tpu) == ({"xla"}, "splash")

@@ -24,7 +24,7 @@ from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
-from corl_jax.rewards.samples import Context, Frozen, Network, Samples
+from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights import config_clip
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
@@ -237,7 +237,7 @@ def test_rewards_are_multiples_of_the_scores(network, head, drawings):
     place = SingleDeviceSharding(jax.devices()[0])
     names = {"clip": network, "pickscore": network, "hpsv2": network, "clip_l14": network}
     holders = {**names, "aesthetic": head}
-    networks = {name: Frozen(holder, place) for name, holder in holders.items()}
+    networks = {name: FrozenNetwork(holder, place) for name, holder in holders.items()}
     context = Context(None, None, None, None, 0, 0, networks)
     samples = Samples({"prompt": PROMPTS}, images=drawings)
     cosine = clip_scores.clip_similarity(network, drawings, PROMPTS)

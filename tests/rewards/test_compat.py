@@ -16,7 +16,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Compat
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
 from corl_jax.rewards.registry import Context, Samples, score
 from corl_jax.runs.log import Phases
 from corl_jax.train import build, resolve
@@ -80,9 +80,9 @@ def observe(model, tmp_path_factory):
         tree["compat"] = {switch: True} if switch else {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(resolve, "make_mesh", make)
-            plan = resolve.plan(config_files.validate(tree, "test"))
+            plan = resolve.resolve_run(config_files.validate(tree, "test"))
         run, state = build.build(plan, Phases())
-        scoring = build.make_objective(plan).scoring
+        scoring = build.make_loss_options(plan).scoring
         scored = logprobs(plan.model_config, scoring)
         return {**dtypes(run, state), **samplers(run), **scored, **scores(plan, run)}
 
@@ -176,7 +176,7 @@ def test_unshifted_image_logprobs_are_of_the_state_after_the_token(tiny_config):
     """Q1: what our own scoring gives the next token's place, read at this token."""
     config = tiny_config
     part = tiny_runs.both_tasks(config, 2, 1)["t2i"]
-    scoring = Scoring(tiny_runs.SPECIAL, unshifted=True, remat="none")
+    scoring = LogprobOptions(tiny_runs.SPECIAL, unshifted=True, remat="none")
     seen = np.concatenate([part.prompts.attention_mask, part.mask], axis=1)
 
     @jax.jit

@@ -196,7 +196,7 @@ def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monke
         del changed["networks"]
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(changed), encoding="utf-8")
-        plans[scorer] = resolve.plan(config_files.load(path))
+        plans[scorer] = resolve.resolve_run(config_files.load(path))
         estimates[scorer] = check.memory_estimate(plans[scorer])["reward networks"]
     mine, theirs = estimates.values()
     (found,) = plans[tree["model"]["path"]].networks

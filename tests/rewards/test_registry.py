@@ -16,7 +16,7 @@ from corl_jax.errors import InputError
 from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.options import option_problem
-from corl_jax.rewards.registry import REGISTRY, Context, Entry, Resolved, Samples
+from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.samples import chunks
 from tests.support.tiny_models import tiny_image
 
@@ -208,7 +208,7 @@ def test_missing_columns_are_named():
 
 def test_what_a_function_returns_is_checked():
     def of(function):
-        return [Resolved("mine", 1.0, function, Entry(function, "mm2t"))]
+        return [BoundReward("mine", 1.0, function, RewardRow(function, "mm2t"))]
 
     samples = texts("a", "b", "c")
     found = registry.score(of(lambda s, c: [1, np.inf, -np.inf]), samples, NOWHERE)

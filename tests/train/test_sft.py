@@ -14,7 +14,7 @@ from PIL import Image
 from corl_jax.config import schema
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.train import sft, step, vq
 from corl_jax.types import Prompts
@@ -129,8 +129,8 @@ def test_the_loss_is_the_mean_over_tokens(tiny_config, params):
         batch["caption"].prompts, batch["caption"].tokens, batch["caption"].mask
     )
     weights = {"t2i": 1.0, "mm2t": 0.5, "caption": 0.25}
-    scoring = Scoring(tiny_runs.SPECIAL, remat="none")
-    objective = step.Objective(scoring, tuple(weights.items()), dtype=jnp.float32)
+    scoring = LogprobOptions(tiny_runs.SPECIAL, remat="none")
+    objective = step.LossOptions(scoring, tuple(weights.items()), dtype=jnp.float32)
     trained, frozen = partition(params, ["lm_head/.*"])
     compute = jax.jit(lambda *args: step.gradients(tiny_config, objective, *args)[1])
     metrics, total = compute(trained, frozen, batch), 0.0

@@ -14,11 +14,11 @@ import pytest
 from corl_jax.algorithms import grpo
 from corl_jax.config import schema
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
+from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
-from corl_jax.rewards.samples import Lent
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions, chunked_logprobs
 from corl_jax.runs.log import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 PROMPTS, GROUP = 8, 2
 DEFAULT = schema.Train().trainable
 WEIGHTS = (("t2i", 1.0), ("mm2t", 0.7))
-SCORING = Scoring(SPECIAL, temperature=0.9, remat="none", chunk=10_000)
-OBJECTIVE = step.Objective(SCORING, WEIGHTS, kl_coef=0.2, dtype=jnp.float32)
+SCORING = LogprobOptions(SPECIAL, temperature=0.9, remat="none", chunk=10_000)
+OBJECTIVE = step.LossOptions(SCORING, WEIGHTS, kl_coef=0.2, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_logits_are_never_whole(config, params, batch):
     assert f"[{length // 2},{rows},2,{vocabulary}]" not in text
 
 
-score_program = functools.cache(step.make_score_step)
+score_program = functools.cache(step.make_logprob_step)
 
 
 def score(config, params, batch, **changes):
@@ -226,7 +226,7 @@ def test_what_was_recorded_in_sampling_is_what_the_trainer_computes(
 
 def test_scoring_in_pieces_keeps_the_rows_in_order(config, params, batch):
     objective = dataclasses.replace(OBJECTIVE, micro_batches=4)
-    split = step.make_score_step(config, objective)(*partition(params, DEFAULT), batch)
+    split = step.make_logprob_step(config, objective)(*partition(params, DEFAULT), batch)
     for task, scores in score(config, params, batch).items():
         np.testing.assert_allclose(split[task], scores, atol=LOGPROBS)
 
@@ -308,7 +308,7 @@ def test_one_update_needs_no_old_logprobs(monkeypatch, batch):
 
 
 def test_the_reference_scores_with_its_own_parameters(monkeypatch, batch):
-    reference = Lent({"w": -1}, jax.devices()[0])
+    reference = Offloadable({"w": -1}, jax.devices()[0])
     calls, _ = recorded_iteration(monkeypatch, batch, num_iterations=2, reference=reference)
     assert calls.scored == [5, -1]
     for part in calls.trained[1].values():

@@ -408,7 +408,9 @@ def test_check_reports_and_touches_nothing(options, tmp_path, capsys):
 
 def plan_and_programs(options) -> tuple:
     """A planned run, what it keeps on a device and its programs, for its own prompts' lengths."""
-    planned = resolve.plan(config_files.validate(options(algorithm={"kl_coef": 0.1}), "test"))
+    planned = resolve.resolve_run(
+        config_files.validate(options(algorithm={"kl_coef": 0.1}), "test")
+    )
     lengths = run_check.prompt_lengths(planned)
     return planned, *programs.programs(planned, lengths, jax.numpy.float32)
 
@@ -563,7 +565,7 @@ def test_columns_of_rewards_may_be_null(options, tmp_path):
         tiny_row(i) | {"qa_solution": None if i % 2 else "<answer>1</answer>"} for i in range(8)
     ]
     data = {"path": str(tiny_parquet(tmp_path / "some.parquet", rows))}
-    planned = resolve.plan(config_files.validate(options(data=data), "test"))
+    planned = resolve.resolve_run(config_files.validate(options(data=data), "test"))
     solutions = planned.train_loader.batch(0).columns["qa_solution"]
     solutions += planned.train_loader.batch(1).columns["qa_solution"]
     assert solutions.count(None) == 4 and planned.train_loader.counts["bad"] == 0
@@ -604,7 +606,7 @@ def test_warmup_that_outlasts_the_epochs_is_refused(options):
     tree = options(train={"max_steps": None, "epochs": 1.0}, optimizer={"warmup_steps": 500})
     config = config_files.validate(tree, "test")
     with pytest.raises(InputError, match="warmup_steps: found 500, but the run has") as error:
-        resolve.plan(config)
+        resolve.resolve_run(config)
     assert len(error.value.problems) == 1
 
 
@@ -617,7 +619,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
         data=data, algorithm={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}],
         eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
     )  # fmt: skip
-    planned = resolve.plan(config_files.validate(tree, "test"))
+    planned = resolve.resolve_run(config_files.validate(tree, "test"))
     assert planned.train_loader.tasks == ("t2i",)
     batch = planned.eval_loader.batch(0)
     assert batch.t2i is not None and batch.mm2t is not None
@@ -675,7 +677,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
 def test_problems_of_the_data_come_with_those_of_the_model(options, tmp_path):
     tree = options(model={"path": str(tmp_path)}, data={"columns": {"qa_type": "kind"}})
     with pytest.raises(InputError) as error:
-        resolve.plan(config_files.validate(tree, "test"))
+        resolve.resolve_run(config_files.validate(tree, "test"))
     joined = "\n".join(error.value.problems)
     assert "data.columns.qa_type" in joined and str(tmp_path) in joined
 

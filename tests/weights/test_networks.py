@@ -19,7 +19,7 @@ from corl_jax.errors import InputError
 from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.params import flatten
 from corl_jax.rewards import networks, registry
-from corl_jax.rewards.samples import Context, Frozen, Network
+from corl_jax.rewards.samples import Context, FrozenNetwork, Network
 from corl_jax.types import Params
 from corl_jax.weights.networks import KINDS, MODEL_TYPE, load_network, open_network, recognise
 from tests.support.tiny_networks import TINY, network_dir, random_network
@@ -350,7 +350,7 @@ def everywhere(devices: int = 1):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_offloaded_parameters_take_the_device_only_while_used(folders, devices):
     params: Params = random_network("bert")
-    frozen = Frozen(
+    frozen = FrozenNetwork(
         Network(TINY["bert"], params, folders["bert"], jnp.float32),
         everywhere(devices),
         offload=True,
@@ -369,7 +369,7 @@ def test_offloaded_parameters_take_the_device_only_while_used(folders, devices):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("kind", ["clip", "blip"])
 def test_a_loaded_network_is_split_over_the_mesh(folders, mesh, kind, offload):
-    found = networks.Found(kind, folders[kind], 0, "bfloat16", ())
+    found = networks.CheckedNetwork(kind, folders[kind], 0, "bfloat16", ())
     frozen = networks.load(found, mesh, offload)
     _, expected = load_network(folders[kind], kind, jnp.bfloat16)
     with frozen.use() as network:
@@ -384,7 +384,7 @@ def test_a_loaded_network_is_split_over_the_mesh(folders, mesh, kind, offload):
 
 
 def test_resident_parameters_stay(folders):
-    frozen = Frozen(
+    frozen = FrozenNetwork(
         Network(TINY["bert"], random_network("bert"), folders["bert"], jnp.float32),
         SingleDeviceSharding(jax.devices()[0]),
     )
@@ -406,7 +406,7 @@ def test_a_network_that_was_not_loaded_is_named():
 def test_the_scorer_is_whom_the_option_names():
     policy = SimpleNamespace()
     named = Network("its config", {}, None, None)
-    frozen = Frozen(named, SingleDeviceSharding(jax.devices()[0]))
+    frozen = FrozenNetwork(named, SingleDeviceSharding(jax.devices()[0]))
     context = Context(policy, {"x": 1}, policy, None, 0, 0, {"initial": frozen, "dir": frozen})
     with context.scorer("policy") as scorer:
         assert scorer.config is policy

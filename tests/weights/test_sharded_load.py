@@ -62,7 +62,7 @@ def layouts(config, mesh):
     """The table's, but whole where this odd model does not divide."""
 
     def one(path, leaf):
-        spec = device_mesh._fitting(device_mesh.rule(path), leaf.shape, mesh)
+        spec = device_mesh._fitting(device_mesh.find_rule(path), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
     return map_with_path(one, network.abstract(config))

@@ -16,8 +16,8 @@ import numpy as np
 
 from corl_jax.models.causal import CausalAttention
 from corl_jax.policies.janus import sampling
-from corl_jax.policies.janus.logprobs import Scoring
-from corl_jax.train.step import Objective, TaskBatch, make_score_step
+from corl_jax.policies.janus.logprobs import LogprobOptions
+from corl_jax.train.step import LossOptions, TaskBatch, make_logprob_step
 from corl_jax.types import EncodedPrompts, Params, Rollout
 from tools.bench import inputs
 from tools.bench.generation import CFG_SCALE, STREAMS
@@ -127,8 +127,8 @@ def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
 
 @functools.lru_cache(maxsize=4)
 def _score_step(config: Any, special: Any, dtype: Any, kernel: CausalAttention) -> Callable:
-    scoring = Scoring(special, remat="none", attention=kernel)
-    return make_score_step(config, Objective(scoring, (), dtype=dtype))
+    scoring = LogprobOptions(special, remat="none", attention=kernel)
+    return make_logprob_step(config, LossOptions(scoring, (), dtype=dtype))
 
 
 def difference(first: Any, second: Any) -> dict[str, float]:

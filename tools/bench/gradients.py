@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from corl_jax.config.schema import ADAPTERS, Train
 from corl_jax.params import leaf_paths, partition
-from corl_jax.policies.janus.logprobs import Scoring
+from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.train import step
 from corl_jax.types import Params
 from tools.bench import inputs
@@ -56,9 +56,9 @@ def _batch(setting: Setting, task: str) -> step.TaskBatch:
 
 
 def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
-    scoring = Scoring(setting.processor.special, remat=setting.remat, attention=kernel)
+    scoring = LogprobOptions(setting.processor.special, remat=setting.remat, attention=kernel)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
-    objective = step.Objective(scoring, ((task, 1.0),), dtype=dtype, micro_batches=pieces)
+    objective = step.LossOptions(scoring, ((task, 1.0),), dtype=dtype, micro_batches=pieces)
 
     @jax.jit
     def compute(trained: Params, frozen: Params, batch: step.Batch) -> Params:

@@ -18,8 +18,8 @@ from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
 from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
-from corl_jax.rewards.registry import Resolved
-from corl_jax.rewards.samples import Context, Frozen, Network, Samples
+from corl_jax.rewards.registry import BoundReward
+from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights.networks import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
@@ -43,7 +43,7 @@ def rewards(setting: Setting) -> Iterator[Record]:
     yield from _answer_rewards(setting)
 
 
-def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, Resolved]]:
+def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
     size = setting.size
     blip = {
         "caption": "blip", "text_term": "bertscore", "image_term": "lpips",
@@ -62,7 +62,7 @@ def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, Resolved]]:
 
 
 def _one_reward(
-    setting: Setting, policy: Any, scored: Samples, label: str, reward: Resolved
+    setting: Setting, policy: Any, scored: Samples, label: str, reward: BoundReward
 ) -> Iterator[Record]:
     networks = Networks(setting, reward.networks)
     for held in networks.held():
@@ -96,7 +96,9 @@ def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Recor
             yield from _cycle_terms(setting, scored, held)
 
 
-def _cycle_terms(setting: Setting, scored: Samples, held: Mapping[str, Frozen]) -> Iterator[Record]:
+def _cycle_terms(
+    setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
+) -> Iterator[Record]:
     """What the cycle reward's time goes to, as far as its networks are there."""
     pictures, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
     said = prompts
@@ -141,7 +143,7 @@ def _answer_rewards(setting: Setting) -> Iterator[Record]:
 # ---- networks
 
 
-class Counted(Frozen):
+class Counted(FrozenNetwork):
     """A frozen network that adds up the bytes of its parameters, each time that it is used."""
 
     def __init__(self, network: Network, sharding: Any, offload: bool):
@@ -150,7 +152,7 @@ class Counted(Frozen):
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Any]:
-        """As a Frozen's."""
+        """As a FrozenNetwork's."""
         with super().use() as network:
             self.moved += sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
             yield network
@@ -181,7 +183,7 @@ class Networks:
         return Counted(network, network_shardings(params, self._setting.mesh), offload)
 
 
-def _context(setting: Setting, policy: Any, held: Mapping[str, Frozen]) -> Context:
+def _context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
     return Context(setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
 
 

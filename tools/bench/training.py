@@ -11,15 +11,15 @@ import numpy as np
 
 from corl_jax.config.schema import ADAPTERS, Optimizer, Train
 from corl_jax.params import partition
-from corl_jax.policies.janus.logprobs import Scoring
-from corl_jax.rewards.registry import Entry, Resolved
+from corl_jax.policies.janus.logprobs import LogprobOptions
+from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.log import Phases
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.build import state_shardings
 from corl_jax.train.optimizer import learning_rate, make_optimizer
 from corl_jax.train.run import Run
-from corl_jax.train.step import Objective, TrainState, make_train_step
+from corl_jax.train.step import LossOptions, TrainState, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
 from tools.bench.cost import Work, training_operations
@@ -45,11 +45,13 @@ def start(setting: Setting) -> tuple[TrainState, Params, Any]:
     return jax.device_put(TrainState(jnp.int32(0), trained, moments), shardings), frozen, step
 
 
-def objective(setting: Setting) -> Objective:
+def objective(setting: Setting) -> LossOptions:
     """That of the paper's first stage."""
-    scoring = Scoring(setting.processor.special, remat=setting.remat, attention=setting.attention)
+    scoring = LogprobOptions(
+        setting.processor.special, remat=setting.remat, attention=setting.attention
+    )
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
-    return Objective(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
+    return LossOptions(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
 
 
 def works(setting: Setting) -> tuple[Work, ...]:
@@ -141,7 +143,8 @@ def _free_reward(samples: Samples, context: Context) -> np.ndarray:
 def _run(setting: Setting, frozen: Params, step: Any) -> Run:
     """What an iteration uses of a run; nothing is loaded, saved or evaluated."""
     rewards = {
-        task: [Resolved("free", 1.0, _free_reward, Entry(_free_reward, task))] for task in TASKS
+        task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
+        for task in TASKS
     }
     weights = tuple((task, (1.0,)) for task in TASKS)
     return Run(

@@ -106,17 +106,17 @@ def score_all() -> Found:
     )
 
 
-def _networks(resolved: list[registry.Resolved]) -> list[networks.Found]:
+def _networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
     """The networks of the rewards, each once."""
     found = networks.inspect(resolved, Networks(), "float32")
     return [one for one in found if one.name in networks.NETWORKS]
 
 
-def _score(reward: registry.Resolved, context: Context) -> np.ndarray:
+def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
     return registry.score([reward], _samples(reward.entry), context)[reward.name]
 
 
-def _samples(entry: registry.Entry) -> Samples:
+def _samples(entry: registry.RewardRow) -> Samples:
     path = cases.DRAWINGS if entry.task == "t2i" else cases.ANSWERS
     return read_cases(path, entry).samples
 

@@ -22,7 +22,7 @@ from corl_jax.types import EncodedPrompts, SpecialTokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
+class LogprobOptions:
     """How completions are scored; hashable, closed over by the jitted steps."""
 
     special: SpecialTokens
@@ -74,7 +74,7 @@ def chunked_logprobs(
 
 
 def _completion_states(
-    model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, scoring: Scoring
+    model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, scoring: LogprobOptions
 ) -> jax.Array:
     """Hidden states [N, T, D] that score each completion token.
 
@@ -97,7 +97,7 @@ def _completion_states(
 
 
 def image_logprobs(
-    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: Scoring
+    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probs, entropies) [N, T] of image codes `tokens` [N, T] given B prompts."""
     drawn = model.embed_image_tokens(tokens)
@@ -121,7 +121,7 @@ def image_logprobs(
 
 
 def text_logprobs(
-    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: Scoring
+    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
     features = None

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from corl_jax.devices.compiling import SamplerProgram
-from corl_jax.devices.mesh import batch_ways, constrain, gathered
+from corl_jax.devices.mesh import constrain, context_batch_shards, gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
 from corl_jax.policies.decoding import Rows, read_prompts
@@ -184,7 +184,7 @@ def _image_program(
     dtype: Any,
     attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array]:
-    model = network.bind(config, gathered(network.cast(params, dtype)))
+    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype)))
     ids, mask = prompts.input_ids, prompts.attention_mask
     rows, length = Rows(_group_size(prompts, keys), guided), config.num_image_tokens
     embeds = model.embed_text(rows.of_prompts(ids, unconditional_ids(ids, special)))
@@ -235,7 +235,11 @@ def guide(conditional: jax.Array, unconditional: jax.Array, cfg_scale: Any) -> j
 def _implementation(
     config: JanusConfig, attention: Attention, dtype: Any
 ) -> attentions.Implementation:
-    return attentions.fastest(dtype, config.llama.head_dim) if attention == "auto" else attention
+    return (
+        attentions.fastest_attention(dtype, config.llama.head_dim)
+        if attention == "auto"
+        else attention
+    )
 
 
 def sample_images(
@@ -288,7 +292,7 @@ def _text_program(
     dtype: Any,
     attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    model = network.bind(config, gathered(network.cast(params, dtype)))
+    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype)))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
     rows = Rows(_group_size(prompts, keys))
@@ -385,6 +389,6 @@ def decode_images(
 
 def _vq_chunks(images: int) -> tuple[int, int]:
     """(chunks, images a chunk): at most VQ_BATCH a device, spread evenly over all of them."""
-    ways = batch_ways()
+    ways = context_batch_shards()
     chunks = math.ceil(images / (VQ_BATCH * ways))
     return chunks, math.ceil(images / (chunks * ways)) * ways

@@ -13,7 +13,7 @@ import pytest
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.models import causal
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, Scoring, chunked_logprobs
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions, chunked_logprobs
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
 from tests.support.tolerances import LOGPROBS, NETWORK
 
@@ -88,7 +88,7 @@ def test_a_shared_prompt_gives_the_same_states_and_gradients(config, params, uns
 def test_no_prompt_is_read_once_per_completion(config, params, task):
     """Of the completions, no array of the gradient's program has the prompt's length in front."""
     batch = both_tasks(config, PROMPTS, GROUP)[task]
-    scoring = Scoring(SPECIAL, remat="none", image_logprobs="guided")
+    scoring = LogprobOptions(SPECIAL, remat="none", image_logprobs="guided")
 
     def loss(params):
         model = network.bind(config, params)
@@ -106,7 +106,7 @@ def test_no_prompt_is_read_once_per_completion(config, params, task):
 def test_a_completion_of_one_token_is_scored_by_the_prompt_alone(config, params):
     batch = both_tasks(config, PROMPTS, GROUP)["mm2t"]
     model, prompts, tokens = network.bind(config, params), batch.prompts, batch.tokens[:, :1]
-    found, _ = TASK_LOGPROBS["mm2t"](model, prompts, tokens, Scoring(SPECIAL, remat="none"))
+    found, _ = TASK_LOGPROBS["mm2t"](model, prompts, tokens, LogprobOptions(SPECIAL, remat="none"))
     features = model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, SPECIAL.image, features)
     hidden = model.language_model(embeds, jnp.asarray(prompts.attention_mask))[:, -1:]
