@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from corl_jax.errors import InputError
 from corl_jax.types import Params
@@ -92,3 +93,16 @@ def merge(first: Params, second: Params) -> Params:
     for key, value in second.items():
         merged[key] = merge(merged[key], value) if key in merged else value
     return merged
+
+
+def compute_dtype(path: str, dtype: Any, float32_parts: Sequence[str]) -> Any:
+    """Returns the dtype of one parameter where a network computes in `dtype`.
+
+    Paths that begin with one of `float32_parts` compute in float32 in any case.
+    """
+    return jnp.float32 if path.split("/")[0] in float32_parts else dtype
+
+
+def cast(params: Params, dtype: Any, float32_parts: Sequence[str]) -> Params:
+    """Returns a copy of the parameters for computing in `dtype`; see `compute_dtype`."""
+    return map_with_path(lambda path, x: x.astype(compute_dtype(path, dtype, float32_parts)), params)

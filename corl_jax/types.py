@@ -1,10 +1,10 @@
-"""The pytrees that cross module borders.
+"""The values that cross module borders.
 
 Axis legend, used in every docstring and annotation:
 
     B  prompts in a batch            G  completions per prompt (the paper's group size)
     N  B * G completions, prompt-major: row b * G + g is completion g of prompt b
-    P  padded prompt length          T  completion length (image tokens or text tokens)
+    P  padded prompt length          T  choices of a segment (text tokens, image codes, ...)
     D  width of the language model   V  vocabulary       S  image side in pixels
     L  layers (leading axis of every stacked parameter)
 """
@@ -21,22 +21,8 @@ Array = Any
 """A jax.Array; a numpy array while a batch is on the host, and its shape where one is planned."""
 Params = dict[str, Any]
 """A nested dict of arrays; a leaf's path is its keys joined by `/`."""
-
-STREAMS = {"t2i": 0, "mm2t": 1, "caption": 2, "qa": 3, "oc": 4, "od": 5}
-"""Random streams, so that what one row's prompt is asked for is drawn independently: the two tasks,
-and the answers of the rewards that question a Janus."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that carry structure; always read from the tokenizer by string."""
-
-    bos: int
-    eos: int
-    pad: int
-    boi: int  # <begin_of_image>
-    eoi: int  # <end_of_image>
-    image: int  # <image_placeholder>; one per image token of an understanding prompt
+Sizes = Any
+"""The sizes of one network: a frozen, hashable dataclass of its family or kind."""
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +41,7 @@ class Prompts:
 
     index: np.ndarray  # [B] int64, global position in the data order; seeds the samples
     columns: dict[str, list]  # raw row values by standard column name
-    t2i: EncodedPrompts | None = None
-    mm2t: EncodedPrompts | None = None
+    encoded: dict[str, EncodedPrompts] = dataclasses.field(default_factory=dict)  # by task
 
     def __len__(self) -> int:
         return len(self.index)
@@ -64,18 +49,30 @@ class Prompts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rollout:
-    """What sampling produced for one task.
+class Segment:
+    """A sequence of choices that a policy made, one a column: tokens, codes or denoising steps.
 
-    `logprobs` are under the conditional distribution's full softmax at the sampling
-    temperature: top-k, top-p and guidance change what is drawn, not what is recorded.
+    `logprobs` are under the full distribution that the family records: for text the softmax at
+    the sampling temperature, which top-k and top-p do not change.
     """
 
+    kind: str = dataclasses.field(metadata={"static": True})  # "text", "codes", "latents"
+    values: Array  # [N, T] int32; of denoising steps the latents, [N, T + 1, ...]
+    mask: Array  # [N, T] bool, the choices that count
+    logprobs: Array | None = None  # [N, T] float32, as sampled; None for given completions
+    # What scoring needs to repeat the choices, by name: the step at which a code was chosen, ...
+    replay: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The completions of a batch of prompts: the segments of one turn, in order."""
+
     prompts: EncodedPrompts  # B rows
-    tokens: Array  # [N, T] int32
-    mask: Array  # [N, T] bool, True up to and including the first EOS
-    logprobs: Array  # [N, T] float32
+    segments: tuple[Segment, ...]  # each of N rows
 
     @property
     def group_size(self) -> int:
-        return self.tokens.shape[0] // self.prompts.input_ids.shape[0]
+        """Completions per prompt."""
+        return self.segments[0].mask.shape[0] // self.prompts.input_ids.shape[0]

@@ -7,15 +7,18 @@ hold the same one.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from corl_jax.devices import processes
-from corl_jax.devices.mesh import BATCH, batch_sharding
+from corl_jax.devices.mesh import BATCH, batch_sharding, constrain
 from corl_jax.errors import InputError
 
 
@@ -101,6 +104,31 @@ def all_gather_array(x: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def split_positions(mesh: Mesh, rows: int, batch: int) -> Iterator[np.ndarray]:
+    """Yields positions of this process's `rows` in pieces of `batch` rows of all processes.
+
+    Every piece has rows of each shard of the mesh, so that all rows stay on their devices:
+    two shards, 8 rows, batch 4: [0, 1, 4, 5], then [2, 3, 6, 7].
+    """
+    shards = num_batch_shards(mesh)
+    size = batch // shards
+    positions = np.arange(rows).reshape(shards // process_shard(mesh)[1], -1)
+    for first in range(0, positions.shape[1], size):
+        yield positions[:, first : first + size].ravel()
+
+
+@functools.partial(jax.jit, static_argnames="shards")
+def join_pieces(pieces: list[Any], *, shards: int) -> Any:
+    """Joins pytrees of rows that `split_positions` has split, in the order of the rows."""
+
+    def join(*xs: jax.Array) -> jax.Array:
+        split = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
+        joined = jnp.concatenate(split, axis=1).reshape(-1, *xs[0].shape[1:])
+        return constrain(joined, "batch", *[None] * (joined.ndim - 1))
+
+    return jax.tree.map(join, *pieces)
 
 
 def mesh_of(params: Any) -> Mesh | None:

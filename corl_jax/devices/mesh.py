@@ -1,13 +1,13 @@
-"""Where arrays live: the device mesh, the tables from parameter path to layout, `constrain`.
+"""Decides where arrays live: the device mesh, sharding rules by parameter path, `constrain`.
 
-A mesh has the axes `data`, `fsdp` and `tensor`. Prompts and completions are spread over
-`data` and `fsdp`; parameters over `fsdp` and `tensor` by a table, the first rule whose regex
-matches the whole path. A path that no rule matches is an error, so that a new parameter cannot
-be replicated by accident; what lies whole on each device has a rule that says so.
+A mesh has the axes `data`, `fsdp` and `tensor`. Prompts and completions are split over `data` and
+`fsdp`. Parameters are split over `fsdp` and `tensor` by the rules of their network: the first rule
+whose regex matches the whole path decides. A path that no rule matches is an error, so that no
+parameter is replicated by accident; a parameter that each device holds whole has a rule for it.
 
-A mesh must divide the policy evenly: `layout_problems` says where it does not, before a device
-is used, and `param_spec` refuses. A frozen reward network never limits the mesh: an axis that
-does not divide one of its matrices leaves that axis whole.
+A mesh must divide a policy evenly: `layout_problems` says where it does not, before a device is
+used, and `param_spec` refuses. A reward network never limits the mesh: an axis that does not
+divide one of its matrices leaves that axis whole.
 """
 
 from __future__ import annotations
@@ -41,53 +41,7 @@ ACTIVATION_AXES: dict[str | None, Any] = {
 }
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
-
-_WHOLE = PartitionSpec()
-_INNER, _OUTER = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
-_COLUMN = PartitionSpec(None, "fsdp", "tensor")  # [L, in, out], outputs split
-_ROW = PartitionSpec(None, "tensor", "fsdp")  # [L, in, out], inputs split
-PARAM_RULES: Rules = (
-    (r"(language_model|vision_model)/layers/attn/[qkv]_proj/kernel", _COLUMN),
-    (r"(language_model|vision_model)/layers/attn/(o_proj|out_proj)/kernel", _ROW),
-    (r"language_model/layers/mlp/(gate|up)_proj/kernel", _COLUMN),
-    (r"language_model/layers/mlp/down_proj/kernel", _ROW),
-    (r"language_model/layers/.*/(q|k|v|gate|up)_proj/lora_a", PartitionSpec(None, "fsdp")),
-    (r"language_model/layers/.*/(q|k|v|gate|up)_proj/lora_b", PartitionSpec(None, None, "tensor")),
-    (r"language_model/layers/.*/(o|down)_proj/lora_a", PartitionSpec(None, "tensor")),
-    (r"language_model/layers/.*/(o|down)_proj/lora_b", PartitionSpec(None, None, "fsdp")),
-    (r"vision_model/layers/mlp/fc1/kernel", _COLUMN),
-    (r"vision_model/layers/mlp/fc2/kernel", _ROW),
-    (r"language_model/embed_tokens/embedding", _OUTER),
-    (r"lm_head/kernel", _INNER),
-    (r"generation_head/(proj_out|vision_head)/kernel", _INNER),
-    (r"(generation_)?aligner/hidden_layers/\d+/kernel", _INNER),
-    (r"aligner/fc1/kernel", _INNER),
-    (r"generation_aligner/fc1/kernel", PartitionSpec(None, "tensor")),
-    (r"(language_model|vision_model)/.*(norm|norm1|norm2|layernorm)/(scale|bias)", _WHOLE),
-    (r"vision_model/(patch_embedding|position_embedding)/.*", _WHOLE),
-    (r".*/bias", _WHOLE),
-    (r"generation_embeddings/embedding", _WHOLE),
-    (r"vqmodel/.*", _WHOLE),
-)
-"""The policy's, and a frozen Janus's."""
-
-NETWORK_RULES: Rules = (
-    (r"(.*/)?layers/(cross_)?attn/[qkv]_proj/kernel", _COLUMN),
-    (r"(.*/)?layers/(cross_)?attn/out_proj/kernel", _ROW),
-    (r"(.*/)?layers/mlp/fc1/kernel", _COLUMN),
-    (r"(.*/)?layers/mlp/fc2/kernel", _ROW),
-    (r".*/(word_embeddings|token_embedding)/embedding", _OUTER),
-    (r"(text_projection|visual_projection|text_decoder/head(/dense)?)/kernel", _INNER),
-    (r"(.*/)?(layer_?norm[12]?|\w+_layer_?norm)/(scale|bias)", _WHOLE),
-    (r"vision_model/(patch_embedding|position_embedding|class_embedding)(/.*)?", _WHOLE),
-    (r".*/(position|token_type)_embeddings?/embedding", _WHOLE),
-    (r"(stages|heads)/.*/kernel", _WHOLE),  # LPIPS: 59 MB of convolutions
-    (r"layers/\d+/kernel", _WHOLE),  # the aesthetic head: 4 MB
-    (r"logit_scale", _WHOLE),
-    (r".*/bias", _WHOLE),
-)
-"""Those of the networks in `weights.networks.KINDS`."""
-
+"""(regex of a parameter path, its layout); every network has such a table beside it."""
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
@@ -141,22 +95,23 @@ def shard_heads(function: Callable) -> Callable:
     return spread
 
 
-def gather_over_fsdp(params: Params) -> Params:
-    """Inside of jit: the policy's parameters outside of its stacked layers, gathered over `fsdp`.
+def gather_over_fsdp(params: Params, rules: Rules) -> Params:
+    """Gathers a policy's parameters over `fsdp`, but for its stacked layers. For use inside jit.
 
-    Decoding reads them once a token. Left split, they would be gathered as often.
+    Decoding reads these parameters once a token; left split, they would be gathered as often.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
 
-    def leaf(path: str, x: jax.Array) -> jax.Array:
+    def gather(path: str, x: jax.Array) -> jax.Array:
         if "/layers/" in path:
             return x
-        spec = (None if axis == "fsdp" else axis for axis in param_spec(path, x.shape, mesh))
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+        spec = param_spec(path, x.shape, mesh, rules)
+        kept = (None if axis == "fsdp" else axis for axis in spec)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
 
-    return map_with_path(leaf, params)
+    return map_with_path(gather, params)
 
 
 def context_batch_shards() -> int:
@@ -179,8 +134,8 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partitio
     return PartitionSpec(*(axes if size % _ways(axes, mesh) == 0 else None for axes, size in pairs))
 
 
-def find_rule(path: str, rules: Rules = PARAM_RULES) -> PartitionSpec:
-    """The layout that a table gives a path.
+def find_rule(path: str, rules: Rules) -> PartitionSpec:
+    """Returns the layout that a table of rules gives a path.
 
     Raises:
         InputError: no rule matches the path.
@@ -188,67 +143,73 @@ def find_rule(path: str, rules: Rules = PARAM_RULES) -> PartitionSpec:
     for pattern, spec in rules:
         if re.fullmatch(pattern, path):
             return spec
-    table = "PARAM_RULES" if rules is PARAM_RULES else "NETWORK_RULES"
-    raise InputError(f"parameter {path}: no sharding rule matches it; add one to {table}")
+    raise InputError(
+        f"parameter {path}: no sharding rule matches it; add one to the rules of its network"
+    )
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The layout of one parameter of the policy.
+def param_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules) -> PartitionSpec:
+    """Returns the layout of one parameter of a policy.
 
     Raises:
         InputError: no rule matches the path, or the mesh does not divide an axis.
     """
-    spec = find_rule(path)
+    spec = find_rule(path, rules)
     if _fitting(spec, shape, mesh) != spec:
-        raise InputError(layout_problems({path: jax.ShapeDtypeStruct(shape, "float32")}, {}, mesh))
+        leaf = jax.ShapeDtypeStruct(shape, "float32")
+        raise InputError(layout_problems({path: leaf}, {}, mesh, rules))
     return spec
 
 
-def network_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The layout of one parameter of a reward network, whole where the mesh does not divide it.
+def network_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules) -> PartitionSpec:
+    """Returns the layout of one parameter of a reward network.
+
+    An axis that the mesh does not divide stays whole.
 
     Raises:
         InputError: no rule matches the path.
     """
-    return _fitting(find_rule(path, NETWORK_RULES), shape, mesh)
+    return _fitting(find_rule(path, rules), shape, mesh)
 
 
-def param_shardings(params: Params, mesh: Mesh) -> Params:
-    """A tree of NamedSharding for arrays or shapes of the policy's parameters."""
+def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
+    """Returns a tree of NamedSharding for arrays or shapes of a policy's parameters."""
     return map_with_path(
-        lambda path, leaf: NamedSharding(mesh, param_spec(path, leaf.shape, mesh)), params
+        lambda path, leaf: NamedSharding(mesh, param_spec(path, leaf.shape, mesh, rules)), params
     )
 
 
-def network_shardings(params: Params, mesh: Mesh) -> Params:
-    """A tree of NamedSharding for arrays or shapes of a reward network's parameters."""
+def network_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
+    """Returns a tree of NamedSharding for arrays or shapes of a reward network's parameters."""
     return map_with_path(
-        lambda path, leaf: NamedSharding(mesh, network_spec(path, leaf.shape, mesh)), params
+        lambda path, leaf: NamedSharding(mesh, network_spec(path, leaf.shape, mesh, rules)), params
     )
 
 
-def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any) -> list[str]:
-    """Where a mesh does not divide the policy's parameters, or its counts of `heads` by name.
+def layout_problems(
+    params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules
+) -> list[str]:
+    """Lists where a mesh does not divide a policy's parameters, or its counts of `heads` by name.
 
-    One line an axis of the mesh, with the sizes and the nearest values that divide all of them
+    One line for an axis of the mesh, with the sizes and the nearest values that divide all of them
     and the number of devices.
     """
     sizes: dict[str, dict[int, str]] = {"fsdp": {}, "tensor": {}}
     for name, count in heads.items():
         sizes["tensor"].setdefault(count, name)
     for path, leaf in leaf_paths(params):
-        for place, (axis, size) in enumerate(zip(find_rule(path), leaf.shape, strict=False)):
+        for place, (axis, size) in enumerate(zip(find_rule(path, rules), leaf.shape, strict=False)):
             if axis is not None:
                 sizes[axis].setdefault(size, f"axis {place} of {path}")
     problems = []
-    for axis, found in sizes.items():
+    for axis, names in sizes.items():
         ways = mesh.shape[axis]
-        left = [f"{size} ({name})" for size, name in found.items() if size % ways]
+        left = [f"{size} ({name})" for size, name in names.items() if size % ways]
         if left:
             more = f" and {len(left) - LISTED} sizes more" if len(left) > LISTED else ""
             problems.append(
                 f"mesh.{axis}: {ways} does not divide {', '.join(left[:LISTED])}{more}; "
-                f"nearest: {_near(ways, math.gcd(mesh.size, *found))}"
+                f"nearest: {_near(ways, math.gcd(mesh.size, *names))}"
             )
     return problems
 

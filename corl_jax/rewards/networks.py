@@ -1,7 +1,7 @@
 """The networks that rewards ask: which ones, where their weights are expected, and loading them.
 
 All are frozen. Their matrices are split over the mesh as the policy's are (see
-`mesh.NETWORK_RULES`), and rows are spread over it.
+`weights.network_rules`), and rows are spread over it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
 from corl_jax.devices.mesh import network_shardings, param_shardings
+from corl_jax.weights.network_rules import NETWORK_RULES
 from corl_jax.devices.offload import host_shardings
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network as janus_network
@@ -273,7 +274,7 @@ def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwo
         return load_policy(policy, found.path, mesh, offload=offload)
     with open_network(found.path, NETWORKS[found.name].kind) as opened:
         shapes = opened.shapes
-        shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh)
+        shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh, NETWORK_RULES)
         params = opened.place(_place(shardings, offload), dtype)
         network = Network(opened.config, params, opened.folder, dtype)
     return FrozenNetwork(network, shardings, offload=offload)

@@ -83,46 +83,6 @@ def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: in
     return rewards
 
 
-@dataclasses.dataclass(frozen=True)
-class Spans:
-    """An understanding prompt whose question is a caption, and where its parts lie."""
-
-    ids: list[int]  # unpadded
-    image_start: int  # position of the first image token
-    caption: np.ndarray  # [len(ids)] bool, tokens of the caption
-
-
-def token_spans(processor: Any, caption: str, fixed: bool = False) -> Spans:
-    """The prompt of a caption; its tokens are those that hold a character of it.
-
-    The line break after the image and the tail with the assistant's role hold none. A token that
-    merges a line break with a part of the caption counts as caption.
-
-    Raises:
-        InputError: the tokenizer changes the text between its special tokens.
-    """
-    caption = caption.strip()
-    ids = processor.mm2t_ids(caption)
-    picture = processor.num_image_tokens
-    kept = np.zeros(len(ids), bool)
-    if fixed:
-        kept[FIXED_START + picture + FIXED_GAP :] = True
-        return Spans(ids, FIXED_START, kept)
-    start = ids.index(processor.special.image)
-    first = start + picture + 1  # behind the end-of-image token
-    role = processor.roles[1]
-    tail = "" if role in processor.tokenizer.get_added_vocab() else f"{role}:"
-    encoding = processor._plain.encode(f"\n{caption}\n\n{tail}", add_special_tokens=False)
-    if encoding.ids != ids[first : first + len(encoding.ids)]:
-        raise InputError(
-            "t2i_ti_sim: the tokenizer drops white space next to its special tokens, so the "
-            "caption's tokens cannot be told apart; set the tokens' lstrip and rstrip to false"
-        )
-    for position, (begin, end) in enumerate(encoding.offsets, start=first):
-        kept[position] = max(begin, 1) < min(end, 1 + len(caption))
-    return Spans(ids, start, kept)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "image_token", "dtype"))
 def _similarity_program(
     config: JanusConfig,

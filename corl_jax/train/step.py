@@ -1,15 +1,16 @@
 """One optimizer step: gradients over micro-batches, clip, update. Mathematics only.
 
-The loss of a batch is w_t2i L_t2i + w_mm2t L_mm2t; each L is a sum over rows (or tokens)
-divided by a count that depends on masks alone. The counts are taken over the whole batch
-before the first micro-batch, so that splitting it changes nothing but memory.
+The loss of a batch is the weighted sum of its tasks' losses. Each is a sum over rows (or tokens)
+divided by a count that depends on masks alone. The counts are taken over the whole batch before
+the first micro-batch, so that splitting it changes nothing but memory. Which model, which task
+and which algorithm run is not known here: the family, the segments and the loss are values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,22 +18,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from corl_jax.algorithms import grpo
+from corl_jax.algorithms.losses import Loss, LossConstants, LossInputs, logprob_difference
 from corl_jax.devices.mesh import constrain
 from corl_jax.params import merge
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
-from corl_jax.policies.janus.network import Janus, JanusConfig
-from corl_jax.types import Array, EncodedPrompts, Params
+from corl_jax.policies.family import Family, LogprobOptions
+from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-"""Metrics as (sum, denominator), so that micro-batches add up exactly."""
+"""Metrics as (sum, count), so that micro-batches add up exactly."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes; donated to each step."""
+    """Everything that training changes; donated to each step."""
 
     step: Array  # scalar int32, updates applied; a skipped one does not count
     params: Params  # the trained ones
@@ -42,15 +41,19 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TaskBatch:
-    """The completions of one task with all that its loss needs; None where it does not."""
+    """The completions of one task with what its loss needs; None where it does not."""
 
     prompts: EncodedPrompts  # B rows
-    tokens: Array  # [N, T] int32
-    mask: Array  # [N, T] bool, tokens in the loss
+    # The masks say which choices are in the loss. The log-probs are the sampler's, or None.
+    segments: tuple[Segment, ...]
     advantages: Array | None = None  # [N]; None in supervised training
-    sampler_logprobs: Array | None = None  # [N, T] as recorded when drawn
-    old_logprobs: Array | None = None  # [N, T]; None: the policy itself
-    ref_logprobs: Array | None = None  # [N, T]; None: no KL
+    old_logprobs: tuple[Array, ...] | None = None  # of each segment; None: the policy itself
+    ref_logprobs: tuple[Array, ...] | None = None  # None: no KL penalty
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the segments, by which a family finds how to score them."""
+        return tuple(segment.kind for segment in self.segments)
 
 
 Batch = dict[str, TaskBatch]
@@ -58,95 +61,89 @@ Batch = dict[str, TaskBatch]
 
 
 @dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """What is minimised; hashable, so that a step is compiled once for it."""
+class UpdateOptions:
+    """What is minimised, and how; hashable, so that a step is compiled once for it."""
 
-    scoring: LogprobOptions
+    loss: Loss
+    constants: LossConstants
+    logprobs: LogprobOptions
     weights: tuple[tuple[str, float], ...]  # task name -> weight of its loss
-    kl_coef: float = 0.0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dtype: Any = jnp.bfloat16
+    dtype: Any = jnp.bfloat16  # compute dtype
     micro_batches: int = 1
 
 
-def loss_rows(batch: TaskBatch) -> jax.Array:
-    """What a task's summed loss is divided by: rows for GRPO, tokens for supervised training."""
-    if batch.advantages is None:
-        return batch.mask.sum().astype(jnp.float32)
-    return batch.mask.any(axis=-1).sum().astype(jnp.float32)
+def segment_names(name: str, task: TaskBatch) -> list[str]:
+    """Returns the prefix of each segment's metrics: the task, and the kind where it has several."""
+    if len(task.segments) == 1:
+        return [name]
+    return [f"{name}/{segment.kind}" for segment in task.segments]
 
 
-def task_loss(
-    model: Janus, task: str, batch: TaskBatch, objective: LossOptions
-) -> tuple[jax.Array, Sums, jax.Array]:
-    """(summed loss, metrics, largest sampler/trainer difference) of one task's rows."""
-    logprobs, entropy = TASK_LOGPROBS[objective_task(task)](
-        model, batch.prompts, batch.tokens, objective.scoring
-    )
-    tokens = batch.mask.sum().astype(jnp.float32)
-    if batch.advantages is None:
-        total = -jnp.where(batch.mask, logprobs, 0.0).sum()
-        sums = {"nll": (total, tokens)}
-        return total, sums | {"entropy": _masked(entropy, batch.mask)}, jnp.float32(0)
-    total, rows, sums = grpo.policy_loss(
-        logprobs, batch.old_logprobs, batch.advantages, batch.mask, batch.ref_logprobs,
-        objective.kl_coef, objective.clip_low, objective.clip_high, entropy,
-    )  # fmt: skip
-    sums = sums | {"loss": (total, rows)}
-    if batch.sampler_logprobs is None:
-        return total, sums, jnp.float32(0)
-    difference, count, largest = grpo.logprob_difference(
-        batch.sampler_logprobs, logprobs, batch.mask
-    )
-    return total, sums | {"sampling/sampling_logp_difference/mean": (difference, count)}, largest
-
-
-def objective_task(name: str) -> str:
-    """The task whose scoring a batch entry uses: `caption` is understanding, like `mm2t`."""
-    return "t2i" if name == "t2i" else "mm2t"
-
-
-def _masked(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.where(mask, values, 0.0).sum(), mask.sum().astype(jnp.float32)
+def segment_inputs(
+    task: TaskBatch, outputs: tuple[tuple[jax.Array, jax.Array], ...]
+) -> list[LossInputs]:
+    """Returns what the loss reads of each segment; `outputs` are its (log-probs, entropy)."""
+    return [
+        LossInputs(
+            logprobs=logprobs,
+            mask=segment.mask,
+            advantages=task.advantages,
+            old_logprobs=task.old_logprobs[i] if task.old_logprobs is not None else None,
+            ref_logprobs=task.ref_logprobs[i] if task.ref_logprobs is not None else None,
+            entropy=entropy,
+        )
+        for i, (segment, (logprobs, entropy)) in enumerate(zip(task.segments, outputs, strict=True))
+    ]
 
 
 def split_batch(batch: Batch, pieces: int) -> Batch:
-    """Leaves [rows, ...] -> [pieces, rows / pieces, ...], whole groups staying together.
+    """Splits leaves [rows, ...] into [pieces, rows / pieces, ...], groups staying together.
 
     Piece m takes every pieces-th prompt, so that each device contributes to each piece the
-    prompts it already holds.
+    prompts that it already holds.
     """
 
     def split(task: TaskBatch) -> TaskBatch:
         prompts = task.prompts.input_ids.shape[0]
 
-        def leaf(x: jax.Array) -> jax.Array:
+        def split_leaf(x: jax.Array) -> jax.Array:
+            # Two pieces, G = 1: rows [p0, p1, p2, p3] -> [[p0, p2], [p1, p3]].
             group = x.shape[0] // prompts
             x = x.reshape(prompts // pieces, pieces, group, *x.shape[1:]).swapaxes(0, 1)
             return x.reshape(pieces, -1, *x.shape[3:])
 
-        return jax.tree.map(leaf, task)
+        return jax.tree.map(split_leaf, task)
 
     return {name: split(task) for name, task in batch.items()}
 
 
 def gradients(
-    config: JanusConfig, objective: LossOptions, trained: Params, frozen: Params, batch: Batch
-) -> tuple[Params, dict[str, jax.Array]]:
-    """(gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
-    counts = {name: jnp.maximum(loss_rows(task), 1.0) for name, task in batch.items()}
-    weights = dict(objective.weights)
+    family: Family, sizes: Sizes, options: UpdateOptions, trained: Params, frozen: Params,
+    batch: Batch,
+) -> tuple[Params, dict[str, jax.Array]]:  # fmt: skip
+    """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
+    counts = {
+        name: [jnp.maximum(options.loss.count(segment.mask), 1.0) for segment in task.segments]
+        for name, task in batch.items()
+    }
+    weights = dict(options.weights)
 
     def loss(trained: Params, piece: Batch) -> tuple[jax.Array, tuple[Sums, dict]]:
-        model = network.bind(config, network.cast(merge(trained, frozen), objective.dtype))
+        params = family.cast(merge(trained, frozen), options.dtype)
         total, sums, largest = jnp.float32(0), {}, {}
         for name, task in piece.items():
-            summed, metrics, most = task_loss(model, name, task, objective)
-            total += weights[name] * summed / counts[name]
-            sums |= {f"{name}/{key}": value for key, value in metrics.items()}
-            if task.sampler_logprobs is not None:
-                largest[f"{name}/sampling/sampling_logp_difference/max"] = most
+            outputs = family.turns[task.kinds].logprobs(
+                sizes, params, task.prompts, task.segments, options.logprobs
+            )
+            inputs = segment_inputs(task, outputs)
+            for prefix, segment, of_segment, count in zip(
+                segment_names(name, task), task.segments, inputs, counts[name], strict=True
+            ):
+                value, metrics, difference = segment_loss(of_segment, segment, options)
+                total += weights[name] * value / count
+                sums |= {f"{prefix}/{key}": pair for key, pair in metrics.items()}
+                if difference is not None:
+                    largest[f"{prefix}/sampling/sampling_logp_difference/max"] = difference
         return total, (sums, largest)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -156,18 +153,34 @@ def gradients(
         (value, (sums, largest)), grads = gradient(trained, piece)
         return value, sums, largest, grads
 
-    if objective.micro_batches == 1:
+    if options.micro_batches == 1:
         value, sums, largest, grads = accumulate(batch)
     else:
         value, sums, largest, grads = _scan_sum(
-            accumulate, split_batch(batch, objective.micro_batches)
+            accumulate, split_batch(batch, options.micro_batches)
         )
     metrics = {key: total / jnp.maximum(count, 1.0) for key, (total, count) in sums.items()}
     return grads, metrics | largest | {"loss": value}
 
 
+def segment_loss(
+    inputs: LossInputs, segment: Segment, options: UpdateOptions
+) -> tuple[jax.Array, Sums, jax.Array | None]:
+    """Returns (summed loss, metrics, largest sampler-trainer difference) of one segment's rows."""
+    total, count, sums = options.loss.compute(inputs, options.constants)
+    if inputs.advantages is None:
+        return total, sums, None
+    sums = sums | {"loss": (total, count)}
+    if segment.logprobs is None:
+        return total, sums, None
+    difference, tokens, largest = logprob_difference(
+        segment.logprobs, inputs.logprobs, segment.mask
+    )
+    return total, sums | {"sampling/sampling_logp_difference/mean": (difference, tokens)}, largest
+
+
 def _scan_sum(accumulate: Callable, pieces: Batch):
-    """Sums of values, metrics and gradients over pieces; the maximum of the differences."""
+    """Sums values, metrics and gradients over pieces; takes the maximum of the differences."""
 
     def add(carry, piece):
         value, sums, largest, grads = accumulate(piece)
@@ -187,7 +200,7 @@ def _scan_sum(accumulate: Callable, pieces: Batch):
 def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, loss: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """(next state, metrics); `grad_norm` is the gradients' global norm before clipping.
+    """Returns (next state, metrics); `grad_norm` is the global norm before clipping.
 
     Unless both loss and norm are finite, the update is skipped: parameters, optimizer and `step`
     keep their bits, and so the learning rate its place in the schedule. A norm is finite only
@@ -206,52 +219,67 @@ def apply_gradients(
 
 
 def make_train_step(
-    config: JanusConfig, objective: LossOptions, optimizer: optax.GradientTransformation, **jit: Any
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
+    family: Family, sizes: Sizes, options: UpdateOptions, optimizer: optax.GradientTransformation,
+    **jit: Any,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
+    """Returns the jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
-    `jit` passes on to jax.jit, e.g. out_shardings.
+    `jit` passes on to jax.jit, for example out_shardings.
     """
 
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, batch: Batch):
-        grads, metrics = gradients(config, objective, state.params, frozen, batch)
+        grads, metrics = gradients(family, sizes, options, state.params, frozen, batch)
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
         return state, metrics | update
 
     return train_step
 
 
-def make_logprob_step(config: JanusConfig, objective: LossOptions) -> Callable:
-    """The jitted (trained, frozen, batch) -> {task: log-probs [N, T]}, no gradients.
+def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> Callable:
+    """Returns the jitted (trained, frozen, batch) -> {task: log-probs [N, T] of each segment}.
 
     For old log-probs before the first of several updates, and for the reference: with adapters
     that is the network without them, which has nothing trained.
     """
 
     @jax.jit
-    def score_step(trained: Params, frozen: Params, batch: Batch) -> dict[str, jax.Array]:
-        params = network.cast(merge(trained, frozen), objective.dtype)
-        model = network.bind(config if trained else network.base(config), params)
+    def logprob_step(
+        trained: Params, frozen: Params, batch: Batch
+    ) -> dict[str, tuple[jax.Array, ...]]:
+        params = family.cast(merge(trained, frozen), options.dtype)
+        scored_sizes = sizes if trained else family.base(sizes)
 
-        def score(piece: Batch) -> dict[str, jax.Array]:
-            return {
-                name: TASK_LOGPROBS[name](model, task.prompts, task.tokens, objective.scoring)[0]
+        def compute(piece: Batch) -> dict[str, tuple[jax.Array, ...]]:
+            outputs = {
+                name: family.turns[task.kinds].logprobs(
+                    scored_sizes, params, task.prompts, task.segments, options.logprobs
+                )
                 for name, task in piece.items()
             }
+            return {
+                name: tuple(logprobs for logprobs, _ in segments)
+                for name, segments in outputs.items()
+            }
 
-        pieces = objective.micro_batches
+        pieces = options.micro_batches
         if pieces == 1:
-            return score(batch)
-        scores = lax.map(score, split_batch(batch, pieces))
-        return {name: _unsplit(x, batch[name], pieces) for name, x in scores.items()}
+            return compute(batch)
+        return _undo_split(lax.map(compute, split_batch(batch, pieces)), batch, pieces)
 
-    return score_step
+    return logprob_step
 
 
-def _unsplit(x: jax.Array, task: TaskBatch, pieces: int) -> jax.Array:
-    """Undoes split_batch for one array [pieces, rows / pieces, T]."""
-    prompts = task.prompts.input_ids.shape[0]
-    group = task.tokens.shape[0] // prompts
-    x = x.reshape(pieces, prompts // pieces, group, x.shape[-1]).swapaxes(0, 1)
-    return x.reshape(prompts * group, -1)
+def _undo_split(
+    logprobs: Mapping[str, tuple[jax.Array, ...]], batch: Batch, pieces: int
+) -> dict[str, tuple[jax.Array, ...]]:
+    """Undoes `split_batch` for arrays [pieces, rows / pieces, T]."""
+
+    def join(x: jax.Array, prompts: int) -> jax.Array:
+        x = x.reshape(pieces, prompts // pieces, -1, x.shape[-1]).swapaxes(0, 1)
+        return x.reshape(-1, x.shape[-1])
+
+    return {
+        name: tuple(join(x, batch[name].prompts.input_ids.shape[0]) for x in segments)
+        for name, segments in logprobs.items()
+    }

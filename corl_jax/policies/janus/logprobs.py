@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from corl_jax.models.causal import CausalAttention
-from corl_jax.models.layers import Remat
-from corl_jax.policies.janus.network import Janus
+from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.policies.janus.sampling import guide, unconditional_ids
-from corl_jax.types import EncodedPrompts, SpecialTokens
-
-
-@dataclasses.dataclass(frozen=True)
-class LogprobOptions:
-    """How completions are scored; hashable, closed over by the jitted steps."""
-
-    special: SpecialTokens
-    temperature: float = 1.0
-    cfg_scale: float = 5.0
-    image_logprobs: Literal["conditional", "guided"] = "conditional"
-    unshifted: bool = False  # compat Q1: the logits that follow a token score that token
-    remat: Remat = "full"
-    attention: CausalAttention = "xla"
-    chunk: int = 1024  # tokens, over all rows, whose logits exist at once
+from corl_jax.types import EncodedPrompts, Params, Segment
 
 
 def fan_out(x: jax.Array, group_size: int) -> jax.Array:
@@ -74,7 +60,7 @@ def chunked_logprobs(
 
 
 def _completion_states(
-    model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, scoring: LogprobOptions
+    model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, options: LogprobOptions
 ) -> jax.Array:
     """Hidden states [N, T, D] that score each completion token.
 
@@ -83,56 +69,70 @@ def _completion_states(
     Each prompt is read once, not once per completion.
     """
     length = completion.shape[1]
-    read = completion if scoring.unshifted else completion[:, : length - 1]
+    read = completion if options.unshifted else completion[:, : length - 1]
     group_size = len(completion) // len(embeds)
     if not read.shape[1]:
-        hidden = model.language_model(embeds, mask, remat=scoring.remat)
+        hidden = model.language_model(embeds, mask, remat=options.remat)
         return fan_out(hidden[:, -1:], group_size)
     prompts, states = model.language_model.after_prompts(
-        embeds, mask, read.astype(embeds.dtype), remat=scoring.remat, attention=scoring.attention
+        embeds, mask, read.astype(embeds.dtype), remat=options.remat, attention=options.attention
     )
-    if scoring.unshifted:
+    if options.unshifted:
         return states
     return jnp.concatenate([fan_out(prompts[:, -1:], group_size), states], axis=1)
 
 
 def image_logprobs(
-    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: LogprobOptions
+    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probs, entropies) [N, T] of image codes `tokens` [N, T] given B prompts."""
     drawn = model.embed_image_tokens(tokens)
 
     def states(input_ids: jax.Array) -> jax.Array:
         embeds = model.embed_text(input_ids)
-        return _completion_states(model, embeds, prompts.attention_mask, drawn, scoring)
+        return _completion_states(model, embeds, prompts.attention_mask, drawn, options)
 
     def guided_logits(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         with_prompt, without = (model.image_logits(x).astype(jnp.float32) for x in pair)
-        return guide(with_prompt, without, scoring.cfg_scale)
+        return guide(with_prompt, without, options.cfg_scale)
 
     conditional = states(prompts.input_ids)
-    if scoring.image_logprobs == "conditional":
+    if options.image_logprobs == "conditional":
         logits_of, hidden = model.image_logits, conditional
     else:
-        hidden = (conditional, states(unconditional_ids(prompts.input_ids, scoring.special)))
+        hidden = (conditional, states(unconditional_ids(prompts.input_ids, options.special)))
         logits_of = guided_logits
 
-    return chunked_logprobs(logits_of, hidden, tokens, scoring.temperature, scoring.chunk)
+    return chunked_logprobs(logits_of, hidden, tokens, options.temperature, options.chunk)
 
 
 def text_logprobs(
-    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, scoring: LogprobOptions
+    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
     """(log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
     features = None
     if prompts.pixel_values is not None:
-        features = model.image_features(prompts.pixel_values, remat=scoring.remat)
-    embeds = model.prompt_embeds(prompts.input_ids, scoring.special.image, features)
-    scoring = dataclasses.replace(scoring, unshifted=False)
+        features = model.image_features(prompts.pixel_values, remat=options.remat)
+    embeds = model.prompt_embeds(prompts.input_ids, options.special.image, features)
+    options = dataclasses.replace(options, unshifted=False)
     answers = model.embed_text(tokens)
-    hidden = _completion_states(model, embeds, prompts.attention_mask, answers, scoring)
-    return chunked_logprobs(model.text_logits, hidden, tokens, scoring.temperature, scoring.chunk)
+    hidden = _completion_states(model, embeds, prompts.attention_mask, answers, options)
+    return chunked_logprobs(model.text_logits, hidden, tokens, options.temperature, options.chunk)
 
 
-TASK_LOGPROBS = {"t2i": image_logprobs, "mm2t": text_logprobs}
-"""The scoring function of each task."""
+def score_codes(
+    sizes: JanusConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
+    options: LogprobOptions,
+) -> tuple[tuple[jax.Array, jax.Array], ...]:  # fmt: skip
+    """Scores the segment of a turn that made an image; see `image_logprobs`."""
+    (codes,) = segments
+    return (image_logprobs(network.bind(sizes, params), prompts, codes.values, options),)
+
+
+def score_answers(
+    sizes: JanusConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
+    options: LogprobOptions,
+) -> tuple[tuple[jax.Array, jax.Array], ...]:  # fmt: skip
+    """Scores the segment of a turn that made a text; see `text_logprobs`."""
+    (text,) = segments
+    return (text_logprobs(network.bind(sizes, params), prompts, text.values, options),)

@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from corl_jax import params as params_lib
 from corl_jax.models import modules
 from corl_jax.models.layers import Embedding, Projector, Remat, linear
 from corl_jax.models.llama import AdaptedLlamaConfig, Llama, LlamaConfig
 from corl_jax.models.lora import Lora
 from corl_jax.models.siglip import Siglip, SiglipConfig
 from corl_jax.models.vq import VQConfig, VQModel
+from corl_jax.policies.janus.layout import FLOAT32_PARTS
 from corl_jax.types import Params
-
-FLOAT32_PARTS = ("vqmodel",)
-"""Parts that compute in float32 whatever the compute dtype: pixels show bfloat16's rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +144,6 @@ def bind(config: JanusConfig, params: Params) -> Janus:
     return modules.bind(Janus, config, params)
 
 
-def compute_dtype(path: str, dtype: Any) -> Any:
-    """That of one parameter where the network computes in `dtype`; see FLOAT32_PARTS."""
-    return jnp.float32 if path.split("/")[0] in FLOAT32_PARTS else dtype
-
-
 def cast(params: Params, dtype: Any) -> Params:
-    """A compute copy of the parameters; the parts named in FLOAT32_PARTS become float32."""
-    return {
-        name: jax.tree.map(lambda x: x.astype(compute_dtype(name, dtype)), part)  # noqa: B023
-        for name, part in params.items()
-    }
+    """Returns a copy of the parameters for computing in `dtype`; see `layout.FLOAT32_PARTS`."""
+    return params_lib.cast(params, dtype, FLOAT32_PARTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,20 @@ from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 
 FILES = ("config", "processor_config", "preprocessor_config")
+GENERATE, QUESTION = "generate", "question"
+"""Kinds of prompts: a text to draw; a question about an image."""
+FIXED_START, FIXED_GAP = 5, 5  # Q7: image tokens from 5 on, "caption" five tokens after them
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 LONGEST_SHOWN = 80  # characters of a text in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionPrompt:
+    """A question prompt whose question is a caption, and where its parts lie."""
+
+    ids: list[int]  # unpadded
+    image_start: int  # position of the first image token
+    is_caption: np.ndarray  # [len(ids)] bool, tokens of the caption
 
 
 class Processor:
@@ -169,9 +181,8 @@ class Processor:
             problems.append(f"found {len(questions)} questions and {len(images)} images")
         if problems:
             raise InputError(problems)
-        encoded = self.pad([self.mm2t_ids(q, system_prompt) for q in questions], length)
-        pixels = np.stack([self.preprocess_image(image) for image in images])
-        return dataclasses.replace(encoded, pixel_values=pixels)
+        ids = [self.mm2t_ids(question, system_prompt) for question in questions]
+        return self.encode(QUESTION, ids, images, length)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
         """Left-pads rows of ids to `length`, or to the bucket of the longest; never cuts."""
@@ -192,6 +203,62 @@ class Processor:
             input_ids[i, length - len(row) :] = row
             attention_mask[i, length - len(row) :] = True
         return EncodedPrompts(input_ids, attention_mask)
+
+    def caption_prompt(self, caption: str, fixed_spans: bool = False) -> CaptionPrompt:
+        """Returns the question prompt of a caption; its tokens hold a character of the caption.
+
+        The line break after the image and the tail with the assistant's role hold none. A token
+        that merges a line break with a part of the caption counts as caption. `fixed_spans` takes
+        the positions of the released code (Q7).
+
+        Raises:
+            InputError: the tokenizer changes the text between its special tokens.
+        """
+        caption = caption.strip()
+        ids = self.mm2t_ids(caption)
+        is_caption = np.zeros(len(ids), bool)
+        if fixed_spans:
+            is_caption[FIXED_START + self.num_image_tokens + FIXED_GAP :] = True
+            return CaptionPrompt(ids, FIXED_START, is_caption)
+        start = ids.index(self.special.image)
+        first = start + self.num_image_tokens + 1  # behind the end-of-image token
+        role = self.roles[1]
+        tail = "" if role in self.tokenizer.get_added_vocab() else f"{role}:"
+        encoding = self._plain.encode(f"\n{caption}\n\n{tail}", add_special_tokens=False)
+        if encoding.ids != ids[first : first + len(encoding.ids)]:
+            raise InputError(
+                "t2i_ti_sim: the tokenizer drops white space next to its special tokens, so the "
+                "caption's tokens cannot be told apart; set the tokens' lstrip and rstrip to false"
+            )
+        for position, (begin, end) in enumerate(encoding.offsets, start=first):
+            is_caption[position] = max(begin, 1) < min(end, 1 + len(caption))
+        return CaptionPrompt(ids, start, is_caption)
+
+    # ---- kinds of prompts, by the names that `tasks.TASKS` uses
+
+    def prompt_ids(
+        self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
+    ) -> list[int]:
+        """Returns the unpadded ids of a row's prompt of the kind `prompt`."""
+        if prompt == GENERATE:
+            return self.t2i_ids(columns["prompt"])
+        assert prompt == QUESTION, prompt
+        return self.mm2t_ids(columns["qa_problem"], system_prompt)
+
+    def encode(
+        self,
+        prompt: str,
+        ids: Sequence[Sequence[int]],
+        images: Sequence[Image.Image] | None = None,
+        length: int | None = None,
+    ) -> EncodedPrompts:
+        """Pads prompts of the kind `prompt`, as `pad`; a question gets its image's pixels."""
+        encoded = self.pad(ids, length)
+        if prompt != QUESTION:
+            return encoded
+        assert images is not None, "a question is about an image"
+        pixels = np.stack([self.preprocess_image(image) for image in images])
+        return dataclasses.replace(encoded, pixel_values=pixels)
 
     def bucket(self, length: int) -> int:
         """The padded length of a prompt: the next multiple of `bucket_size`."""

@@ -20,16 +20,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from corl_jax.devices.compiling import SamplerProgram
-from corl_jax.devices.mesh import constrain, context_batch_shards, gather_over_fsdp
+from corl_jax.devices.mesh import gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
 from corl_jax.policies.decoding import Rows, read_prompts
+from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.types import EncodedPrompts, Params, Rollout, SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.tasks import CODES, TEXT
+from corl_jax.types import EncodedPrompts, Params, Segment
 
-VQ_BATCH = 8
-"""Images that a device decodes at once: activations in float32 take 75 MB an image and layer."""
 BLOCK = 512
 """Tokens of the vocabulary that are drawn from together; see `Choice.draw`."""
 STRIDE = 16
@@ -167,7 +169,15 @@ def _first_state(
 
 @functools.partial(
     SamplerProgram,
-    static_argnames=("config", "special", "guided", "score", "greedy", "dtype", "attention"),
+    static_argnames=(
+        "config",
+        "special",
+        "guided",
+        "image_logprobs",
+        "greedy",
+        "dtype",
+        "attention",
+    ),
 )
 def _image_program(
     config: JanusConfig,
@@ -179,12 +189,12 @@ def _image_program(
     *,
     special: SpecialTokens,
     guided: bool,
-    score: str,
+    image_logprobs: str,
     greedy: bool,
     dtype: Any,
     attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array]:
-    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype)))
+    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     ids, mask = prompts.input_ids, prompts.attention_mask
     rows, length = Rows(_group_size(prompts, keys), guided), config.num_image_tokens
     embeds = model.embed_text(rows.of_prompts(ids, unconditional_ids(ids, special)))
@@ -197,7 +207,7 @@ def _image_program(
         conditional, other = rows.split(model.image_logits(hidden).astype(jnp.float32))
         mixed = guide(conditional, other, cfg_scale) if guided else conditional
         token = choice.draw(keys, step, mixed / temperature)
-        scored = mixed if score == "guided" else conditional
+        scored = mixed if image_logprobs == "guided" else conditional
         return token, token_logprobs(scored / temperature, token)
 
     def step(state: DecodeState) -> DecodeState:
@@ -251,24 +261,24 @@ def sample_images(
     special: SpecialTokens,
     cfg_scale: float = 5.0,
     temperature: float = 1.0,
-    score: Literal["conditional", "guided"] = "conditional",
+    image_logprobs: Literal["conditional", "guided"] = "conditional",
     greedy: bool = False,
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
-) -> Rollout:
-    """Draws `len(keys) / B` images a prompt as codes; every image has all its tokens.
+) -> Segment:
+    """Samples `len(keys) / B` images a prompt as codes [N, T]; every image has all its codes.
 
-    `score` says which distribution the recorded log-probs are of. `cfg_scale` 1 runs no
-    unconditional rows.
+    `image_logprobs` says which distribution the recorded log-probs are of. `cfg_scale` 1 runs
+    without unconditional rows.
     """
     guided = cfg_scale != 1.0
     program = _image_program.built_for(len(keys) * (1 + guided), params, prompts, keys)
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
-        special=special, guided=guided, score=score, greedy=greedy, dtype=dtype,
+        special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy, dtype=dtype,
         attention=_implementation(config, attention, dtype),
     )  # fmt: skip
-    return Rollout(prompts, tokens, jnp.ones(tokens.shape, bool), logprobs)
+    return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
 
 @functools.partial(
@@ -292,7 +302,7 @@ def _text_program(
     dtype: Any,
     attention: attentions.Implementation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype)))
+    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
     rows = Rows(_group_size(prompts, keys))
@@ -352,7 +362,7 @@ def sample_text(
     greedy: bool = False,
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
-) -> Rollout:
+) -> Segment:
     """Answers each prompt `len(keys) / B` times; stops soon after all rows drew EOS.
 
     Tokens after a row's end are EOS and masked out. A row whose mask is full and whose last
@@ -364,31 +374,33 @@ def sample_text(
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
         greedy=greedy, dtype=dtype, attention=_implementation(config, attention, dtype),
     )  # fmt: skip
-    return Rollout(prompts, tokens, mask, logprobs)
+    return Segment(TEXT, tokens, mask, logprobs)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def decode_images(
-    config: JanusConfig, params: Params, tokens: jax.Array, *, dtype: Any = jnp.float32
-) -> jax.Array:
-    """uint8 [N, S, S, 3] of codes [N, T], computed in `dtype`, truncated like the original."""
-    tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
-    model = network.bind(config, params | {"vqmodel": tokenizer})
-    chunks, size = _vq_chunks(tokens.shape[0])
-    padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
-
-    def decode(codes: jax.Array) -> jax.Array:
-        pixels = model.vqmodel.decode(constrain(codes, "batch", "length"))
-        pixels = (pixels.astype(jnp.float32) + 1) / 2 * 255
-        return jnp.clip(pixels, 0, 255).astype(jnp.uint8)
-
-    images = lax.map(decode, padded.reshape(chunks, size, -1))
-    images = images.reshape(-1, *images.shape[2:])[: tokens.shape[0]]
-    return constrain(images, "batch", None, None, None)
+def sample_codes(
+    sizes: JanusConfig, params: Params, prompts: EncodedPrompts, keys: jax.Array,
+    options: SamplingOptions,
+) -> tuple[Segment, ...]:  # fmt: skip
+    """Samples a turn that makes an image; see `sample_images`."""
+    return (
+        sample_images(
+            sizes, params, prompts, keys, special=options.special, cfg_scale=options.cfg_scale,
+            temperature=options.temperature, image_logprobs=options.image_logprobs,
+            greedy=options.greedy, dtype=options.dtype, attention=options.attention,
+        ),
+    )  # fmt: skip
 
 
-def _vq_chunks(images: int) -> tuple[int, int]:
-    """(chunks, images a chunk): at most VQ_BATCH a device, spread evenly over all of them."""
-    ways = context_batch_shards()
-    chunks = math.ceil(images / (VQ_BATCH * ways))
-    return chunks, math.ceil(images / (chunks * ways)) * ways
+def sample_answers(
+    sizes: JanusConfig, params: Params, prompts: EncodedPrompts, keys: jax.Array,
+    options: SamplingOptions,
+) -> tuple[Segment, ...]:  # fmt: skip
+    """Samples a turn that makes a text; see `sample_text`."""
+    return (
+        sample_text(
+            sizes, params, prompts, keys, special=options.special,
+            max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+            top_k=options.top_k, top_p=options.top_p, greedy=options.greedy,
+            dtype=options.dtype, attention=options.attention,
+        ),
+    )  # fmt: skip

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
-from corl_jax.types import SpecialTokens
 from corl_jax.weights.storage import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that carry structure; always read from the tokenizer by string."""
+
+    bos: int
+    eos: int
+    pad: int
+    boi: int  # <begin_of_image>
+    eoi: int  # <end_of_image>
+    image: int  # <image_placeholder>; one for each image token of an understanding prompt
+
 
 STRINGS = {
     "bos": "<｜begin▁of▁sentence｜>",
