@@ -31,9 +31,10 @@ from corl_jax.policies.sampling_options import (
     tell_sampling,
     temperature_problems,
 )
+from corl_jax.tasks import TASKS
 
 if TYPE_CHECKING:
-    from corl_jax.policies.janus.network import JanusConfig
+    from corl_jax.policies import PolicyFiles
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
@@ -122,7 +123,7 @@ def plan(args: argparse.Namespace) -> Any:
     Raises:
         InputError: listing everything that is wrong with the options, files and model.
     """
-    from corl_jax.startup import inspect_model
+    from corl_jax.policies import inspect_policy
 
     problems = option_problems(args)
     problems += complete_options(args, ("cfg_scale", "temperature", "max_new_tokens"))
@@ -134,17 +135,17 @@ def plan(args: argparse.Namespace) -> Any:
             problems.extend(error.problems)
             return None
 
-    model = attempt(inspect_model, args.model)
+    model = attempt(inspect_policy, args.model)
     # With a wrong number of rows there are none to check.
     source = (
         None
         if any(p.startswith(("--rows", "--seed")) for p in problems)
-        else attempt(open_rows, args, model and model[0])
+        else attempt(open_rows, args, model)
     )
     lengths = attempt(check_rows, source, model, args) if source is not None else None
     if problems or lengths is None:
         raise InputError(problems)
-    return make_loader(source, model[1], lengths, args.batch_size)
+    return make_loader(source, model.processor, lengths, args.batch_size)
 
 
 def option_problems(args: argparse.Namespace) -> list[str]:
@@ -175,17 +176,18 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def open_rows(args: argparse.Namespace, config: JanusConfig | None) -> Any:
+def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
     """The rows to measure on. Raises InputError for a file that cannot be, or has too few.
 
-    `config` is the model's, by which the drawn world is chosen; None if it cannot be read.
+    The drawn world is chosen by the image size of `model`; None if it cannot be read.
     """
     from corl_jax.data.dataset import ParquetSource, Rows
     from corl_jax.data.drawn_world.scene import choose_world
     from corl_jax.evaluation.shapes import REQUIRED, HeldOutShapes
 
     if args.data is None:
-        world = args.world or choose_world(config.siglip.image_size if config else 64)
+        side = model.family.limits(model.sizes).input_image_side if model else 64
+        world = args.world or choose_world(side)
         return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed, world)
     if args.world is not None:
         raise InputError("--world: --data has its own rows; leave one of the two out")
@@ -209,7 +211,7 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
 
     names = [source.where(row) for row in range(len(source))]
     problems = row_problems({name: source.column(name) for name in REQUIRED}, names)
-    longest = {"t2i": 1, "mm2t": 1}
+    longest = dict.fromkeys(TASKS, 1)
     for row, name in enumerate(names):
         try:
             columns = source[row]
@@ -231,34 +233,31 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
                 )
     if problems:
         raise InputError(problems)
-    return model and {task: model[1].bucket(length) for task, length in longest.items()}
+    return model and {task: model.processor.bucket(length) for task, length in longest.items()}
 
 
 def prompt_lengths(
     columns: dict[str, Any], model: Any, max_new_tokens: int
 ) -> dict[str, tuple[int, int]]:
     """(tokens of the row's prompt, most that leave room for a completion) by task."""
-    config, processor, _ = model
-    positions = config.llama.max_position_embeddings
-    drawing, question = (
-        processor.t2i_ids(columns["prompt"]),
-        processor.mm2t_ids(columns["qa_problem"]),
-    )
-    return {
-        "t2i": (len(drawing), positions - config.num_image_tokens),
-        "mm2t": (len(question), positions - max_new_tokens),
-    }
+    limits = model.family.limits(model.sizes)
+    lengths = {}
+    for name, task in TASKS.items():
+        ids = model.processor.prompt_ids(task.turn.prompt, columns)
+        completion = max_new_tokens if task.makes_text else limits.image_tokens
+        lengths[name] = (len(ids), limits.positions - completion)
+    return lengths
 
 
 def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size: int) -> Any:
     """Rows in file order, all padded alike, so that each task compiles once."""
     from corl_jax.data.dataset import Loader
-    from corl_jax.evaluation.shapes import REQUIRED, TASKS
+    from corl_jax.evaluation.shapes import REQUIRED
 
     return Loader(
         source,
         processor,
-        tasks=TASKS,
+        tasks=tuple(TASKS),
         batch_size=min(batch_size, len(source)),
         seed=0,
         required=REQUIRED,
@@ -278,30 +277,34 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     import jax.numpy as jnp
     from tqdm import tqdm
 
-    from corl_jax import startup
     from corl_jax.devices.mesh import batch_sharding, make_mesh
+    from corl_jax.devices.startup import prepare_devices
     from corl_jax.evaluation.shapes import evaluate_shapes
+    from corl_jax.policies import load_policy
+    from corl_jax.policies.family import SamplingOptions
 
-    startup.prepare_devices()
+    prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     # As many devices as divide a batch; the model is whole on each.
     ways = math.gcd(loader.batch_size, jax.local_device_count())
     mesh = make_mesh(devices=jax.local_devices()[:ways])
-    config, params, processor, _ = startup.load_model(args.model, dtype, mesh)
+    model = load_policy(args.model, dtype, mesh)
     steps = loader.steps_per_epoch
     batches = tqdm(loader.iterate(0, steps), total=steps, unit="batch", disable=None)
+    options = SamplingOptions(
+        special=model.processor.special,
+        cfg_scale=args.cfg_scale,
+        temperature=args.temperature or 1.0,
+        max_new_tokens=args.max_new_tokens,
+        dtype=dtype,
+    )
     with jax.set_mesh(mesh):
         report = evaluate_shapes(
-            config,
-            params,
-            processor,
+            model,
             batches,
+            options,
             seed=args.seed,
-            cfg_scale=args.cfg_scale,
-            temperature=args.temperature or 1.0,
             greedy_images=args.greedy,
-            max_new_tokens=args.max_new_tokens,
-            dtype=dtype,
             rows=len(loader.source),
             place=lambda tree: jax.device_put(tree, batch_sharding(mesh)),
         )

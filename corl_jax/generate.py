@@ -27,6 +27,7 @@ from corl_jax.policies.sampling_options import (
     tell_sampling,
     temperature_problems,
 )
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import Case
@@ -43,11 +44,12 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from corl_jax import startup
+    from corl_jax.devices.startup import prepare_devices
+    from corl_jax.policies import load_policy
 
-    startup.prepare_devices()
+    prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    return startup.load_model(args.model, dtype), dtype
+    return load_policy(args.model, dtype), dtype
 
 
 # ---- checks
@@ -85,18 +87,19 @@ def check_model(
 
     `ids_of(processor)` gives (what it is, token ids) of each prompt.
     """
-    from corl_jax.startup import inspect_model
+    from corl_jax.policies import inspect_policy
 
     try:
-        config, processor, _ = inspect_model(args.model)
+        model = inspect_policy(args.model)
     except InputError as error:
         return [f"--model: {problem}" for problem in error.problems]
-    positions = config.llama.max_position_embeddings
-    room = positions - (config.num_image_tokens if new_tokens is None else new_tokens)
+    limits = model.family.limits(model.sizes)
+    positions = limits.positions
+    room = positions - (limits.image_tokens if new_tokens is None else new_tokens)
     return [
         f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
         f"is generated in the model's {positions} positions"
-        for what, ids in ids_of(processor)
+        for what, ids in ids_of(model.processor)
         if len(ids) > room
     ]
 
@@ -133,7 +136,12 @@ def check_image(args: argparse.Namespace) -> list[str]:
     problems += wrong + complete_options(args, ("cfg_scale", "temperature"))
     texts = [questions.without_surrogates(prompt) for prompt in prompts]
     problems += check_model(
-        args, None, lambda p: [(f"prompt {i}", p.t2i_ids(x)) for i, x in enumerate(texts)]
+        args,
+        None,
+        lambda p: [
+            (f"prompt {i}", p.prompt_ids(IMAGE_GENERATION.turn.prompt, {"prompt": x}))
+            for i, x in enumerate(texts)
+        ],
     )
     if problems:
         raise InputError(problems)
@@ -145,6 +153,7 @@ def generate_images(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from corl_jax.policies import batched
+    from corl_jax.policies.family import SamplingOptions
     from corl_jax.weights.atomic import whole_directory
 
     prompts = check_image(args)
@@ -152,10 +161,13 @@ def generate_images(args: argparse.Namespace) -> None:
     started, records = time.monotonic(), {}
     model, dtype = load(args)
     with whole_directory(args.out) as folder:
-        for sample in batched.draw_images(
-            model, prompts, dtype=dtype, samples=args.samples, batch_size=args.batch_size,
-            seed=args.seed, cfg_scale=args.cfg_scale, temperature=args.temperature or 1.0,
-            greedy=args.greedy, show_progress=True,
+        options = SamplingOptions(
+            special=model.processor.special, cfg_scale=args.cfg_scale, greedy=args.greedy,
+            temperature=args.temperature or 1.0, dtype=dtype,
+        )  # fmt: skip
+        for sample in batched.generate_images(
+            model, prompts, options, samples=args.samples, batch_size=args.batch_size,
+            seed=args.seed, show_progress=True,
         ):  # fmt: skip
             name = image_name(sample.prompt, sample.number)
             Image.fromarray(np.asarray(sample.pixels)).save(folder / name)
@@ -242,7 +254,10 @@ def check_text(args: argparse.Namespace) -> list[Case]:
     asked = [(case.where, questions.without_surrogates(ask(args, case))) for case in cases]
     problems += check_model(
         args, 0 if no_room else args.max_new_tokens,
-        lambda p: [(where, p.mm2t_ids(text, system)) for where, text in asked],
+        lambda p: [
+            (where, p.prompt_ids(IMAGE_UNDERSTANDING.turn.prompt, {"qa_problem": text}, system))
+            for where, text in asked
+        ],
     )  # fmt: skip
     if problems:
         raise InputError(problems)
@@ -258,17 +273,21 @@ def generate_texts(args: argparse.Namespace) -> None:
     """The `text` subcommand."""
     from corl_jax.data.images import decode_image
     from corl_jax.policies import batched
+    from corl_jax.policies.family import SamplingOptions
 
     cases = check_text(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load(args)
+    options = SamplingOptions(
+        special=model.processor.special, max_new_tokens=args.max_new_tokens, greedy=args.greedy,
+        temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
+        dtype=dtype,
+    )  # fmt: skip
     for sample in batched.answer_questions(
         model, [ask(args, case) for case in cases], lambda i: decode_image(cases[i].file),
-        dtype=dtype, system_prompt=args.system_prompt, samples=args.samples,
-        batch_size=args.batch_size, seed=args.seed, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
-        greedy=args.greedy, show_progress=True,
+        options, system_prompt=args.system_prompt, samples=args.samples,
+        batch_size=args.batch_size, seed=args.seed, show_progress=True,
     ):  # fmt: skip
         tokens = sample.tokens.tolist()
         records[sample.prompt, sample.number] = {

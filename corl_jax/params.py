@@ -105,4 +105,8 @@ def compute_dtype(path: str, dtype: Any, float32_parts: Sequence[str]) -> Any:
 
 def cast(params: Params, dtype: Any, float32_parts: Sequence[str]) -> Params:
     """Returns a copy of the parameters for computing in `dtype`; see `compute_dtype`."""
-    return map_with_path(lambda path, x: x.astype(compute_dtype(path, dtype, float32_parts)), params)
+
+    def cast_leaf(path: str, x: Any) -> Any:
+        return x.astype(compute_dtype(path, dtype, float32_parts))
+
+    return map_with_path(cast_leaf, params)

@@ -39,14 +39,16 @@ from corl_jax.config.schema import Networks, Reward, RewardNetwork
 from corl_jax.config.yaml_text import parse_yaml
 from corl_jax.data.images import decode_image
 from corl_jax.data.questions import holds_surrogate
+from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, RewardError, exit_on_input_error
 from corl_jax.input_files import LONE_SURROGATE, expand_path, parse_path, parse_place, read_text
+from corl_jax.policies import inspect_policy, load_policy
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import FrozenNetwork, Policy
-from corl_jax.startup import inspect_model, load_model, prepare_devices
+from corl_jax.tasks import TASKS
 
 SHORT = ("problem", "solution", "type")
 DTYPES = ("float32", "bfloat16")
@@ -179,9 +181,11 @@ def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNe
     if asks and not args.model:
         problems.append(f"--model: missing; {reward.name} asks the policy")
     elif args.model and (asks or reward is None):
-        model = attempt(inspect_model, args.model)
+        model = attempt(inspect_policy, args.model)
         if reward and model:
-            problems += networks.position_problems(reward, model[0], model[1])
+            problems += networks.position_problems(
+                reward, model.family.limits(model.sizes), model.processor
+            )
     entry = reward.entry if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
@@ -352,20 +356,28 @@ def _samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
 def _load_context(
     args: argparse.Namespace, reward: BoundReward, found: list[networks.CheckedNetwork]
 ) -> Context:
-    config = params = processor = dtype = None
+    model = dtype = None
     # Of rewards without a network those of images may use a device; a user's own readies itself.
-    if found or reward.scorers or (reward.entry.task == "t2i" and not reward.entry.any_size):
+    if (
+        found
+        or reward.scorers
+        or (not TASKS[reward.entry.task].makes_text and not reward.entry.any_size)
+    ):
         prepare_devices()
     loaded = {one.name: networks.load(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]
-        config, params, processor, _ = load_model(args.model, dtype)
+        model = load_policy(args.model, dtype)
         # Nothing was trained: the model is what a run of it would start from.
-        initial = Policy(config, params, processor, dtype)
+        initial = Policy(model.family, model.sizes, model.params, model.processor, dtype)
         loaded["initial"] = FrozenNetwork(initial, SingleDeviceSharding(jax.local_devices()[0]))
     elif args.model:
         print(f"note: {reward.name} asks no policy; --model is not loaded", file=sys.stderr)
-    return Context(config, params, processor, dtype, args.seed, step=0, networks=loaded)
+    return Context(
+        family=model and model.family, config=model and model.sizes,
+        params=model and model.params, processor=model and model.processor, dtype=dtype,
+        seed=args.seed, step=0, networks=loaded,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

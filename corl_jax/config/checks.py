@@ -302,10 +302,6 @@ def _adapters(config: Config) -> list[str]:
             f"algorithm.reference: host, but with lora.rank {lora.rank} the reference is what is "
             "frozen and takes no memory of its own; leave it at 'device'"
         )
-    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
-        problems.append(
-            f"lora.targets: found {lora.targets}, expected one projection or more, each once"
-        )
     if export.lora == "adapter" and export.layout != "transformers":
         problems.append(
             f"export.lora: adapter, but export.layout {export.layout}; PEFT loads an adapter onto "

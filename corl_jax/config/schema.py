@@ -6,7 +6,6 @@ Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released s
 
 from __future__ import annotations
 
-import typing
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -26,10 +25,6 @@ from corl_jax.config.fields import (
     Section,
     option,
 )
-
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = "language_model/layers/.*/lora_[ab]"
-"""Regex of the adapters' paths."""
 
 
 class Model(Section):
@@ -184,8 +179,8 @@ class Lora(Section):
         0, "inner width of the adapters; 0: none, train.trainable says what is trained"
     )
     alpha: PositiveFloat = option(32.0, "what they add is scaled by alpha / rank")
-    targets: list[Projection] = option(
-        list(typing.get_args(Projection)), "projections of each layer that have one"
+    targets: list[str] | None = option(
+        None, "projections of each layer that have one; null: all that the model can have"
     )
 
 
@@ -240,9 +235,10 @@ class Train(Section):
         None,
         "overrides epochs; a step is a batch with all its updates",
     )
-    trainable: list[str] = option(
-        ["language_model/.*", "lm_head/.*"],
-        "regexes of parameter paths; the rest is frozen (all but the adapters is, with lora.rank)",
+    trainable: list[str] | None = option(
+        None,
+        "regexes of parameter paths; the rest is frozen (all but the adapters is, with lora.rank); "
+        "null: those of the model's published recipe, for Janus language_model and lm_head",
     )
     stop_after: Positive | None = option(
         None,
@@ -417,11 +413,6 @@ class Config(Section):
     guards: Guards = Guards()
     log: Log = Log()
     compat: Compat = Compat()
-
-    @property
-    def trained(self) -> list[str]:
-        """Regexes of the paths of all trained parameters."""
-        return [ADAPTERS] if self.lora.rank else self.train.trainable
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:

@@ -13,7 +13,6 @@ next usable row of the file, which depends on the row alone.
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -25,19 +24,13 @@ from corl_jax.data.images import MAX_PIXELS
 from corl_jax.data.parquet import ParquetSource, Rows, Source, held_out
 from corl_jax.data.usable_rows import BadRow, Example, LongRow, UsableRows
 from corl_jax.errors import InputError
-from corl_jax.policies.janus.prompts import Processor
+from corl_jax.tasks import TASKS, required_columns
 from corl_jax.types import EncodedPrompts, Prompts
 
 __all__ = ["COLUMNS", "Loader", "ParquetSource", "Rows", "Source", "held_out", "required_columns"]
 
-TASK_COLUMNS = {"t2i": ("prompt",), "mm2t": ("real_image", "qa_problem")}
 ROWS_CHECKED_AT_START = 8
 MAX_SEED = 2**32 - 1  # grain's shuffle takes 32 bits
-
-
-def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Standard columns that the tasks' prompts are made of; rewards may need more."""
-    return tuple(dict.fromkeys(name for task in tasks for name in TASK_COLUMNS[task]))
 
 
 class Loader:
@@ -63,7 +56,7 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        processor: Processor | None,
+        processor: Any,
         *,
         tasks: Sequence[str],
         batch_size: int,
@@ -136,7 +129,7 @@ class Loader:
         examples = [self._order[int(position)] for position in index]
         columns = {name: [e.columns[name] for e in examples] for name in self.source.names}
         encoded = {task: self._encode(task, examples, columns) for task in self.tasks}
-        return Prompts(index, columns, encoded.get("t2i"), encoded.get("mm2t"))
+        return Prompts(index, columns, encoded)
 
     def iterate(self, start: int, stop: int) -> Iterator[Prompts]:
         """Batches `start` to `stop` - 1, made ahead of time by background threads."""
@@ -203,11 +196,8 @@ class Loader:
     ) -> EncodedPrompts:
         assert self.processor is not None
         ids = [example.ids[task] for example in examples]
-        encoded = self.processor.pad(ids, self.lengths.get(task))
-        if task != "mm2t":
-            return encoded
-        pixels = [self.processor.preprocess_image(image) for image in columns[IMAGE_COLUMN]]
-        return dataclasses.replace(encoded, pixel_values=np.stack(pixels))
+        images = columns[IMAGE_COLUMN] if IMAGE_COLUMN in TASKS[task].columns else None
+        return self.processor.encode(TASKS[task].turn.prompt, ids, images, self.lengths.get(task))
 
     def _fixed_lengths(self, lengths: str | Mapping[str, int]) -> dict[str, int]:
         """Padded length by task; empty when every batch chooses its own."""
@@ -232,9 +222,9 @@ class Loader:
 
     def _check_arguments(self, required: Sequence[str], lengths: Any) -> None:
         problems = [
-            f"tasks: found {task!r}; expected {' or '.join(TASK_COLUMNS)}"
+            f"tasks: found {task!r}; expected {' or '.join(TASKS)}"
             for task in self.tasks
-            if task not in TASK_COLUMNS
+            if task not in TASKS
         ]
         if self.tasks and self.processor is None:
             problems.append("processor: found None; encoding prompts needs one")

@@ -15,7 +15,7 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.data.images import decode_image, take_single_picture
 from corl_jax.data.parquet import Source
 from corl_jax.errors import InputError
-from corl_jax.policies.janus.prompts import Processor
+from corl_jax.tasks import TASKS
 
 ROWS_IN_MESSAGE = 5
 
@@ -46,7 +46,7 @@ class UsableRows:
     def __init__(
         self,
         source: Source,
-        processor: Processor | None,
+        processor: Any,
         tasks: Sequence[str],
         required: Sequence[str],
         *,
@@ -115,10 +115,8 @@ class UsableRows:
         ids = {}
         for task in self._tasks:
             assert self._processor is not None  # the loader refuses tasks without one
-            if task == "t2i":
-                ids[task] = self._processor.t2i_ids(columns["prompt"])
-            else:
-                ids[task] = self._processor.mm2t_ids(columns["qa_problem"], self._system_prompt)
+            prompt = TASKS[task].turn.prompt
+            ids[task] = self._processor.prompt_ids(prompt, columns, self._system_prompt)
             limit = self._max_prompt_length
             if limit is not None and len(ids[task]) > limit:
                 raise LongRow(

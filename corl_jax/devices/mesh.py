@@ -43,6 +43,7 @@ ACTIVATION_AXES: dict[str | None, Any] = {
 Rules = tuple[tuple[str, PartitionSpec], ...]
 """(regex of a parameter path, its layout); every network has such a table beside it."""
 
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
@@ -186,9 +187,7 @@ def network_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
     )
 
 
-def layout_problems(
-    params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules
-) -> list[str]:
+def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules) -> list[str]:
     """Lists where a mesh does not divide a policy's parameters, or its counts of `heads` by name.
 
     One line for an axis of the mesh, with the sizes and the nearest values that divide all of them

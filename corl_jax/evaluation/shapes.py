@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from corl_jax import tasks
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.checker import check
@@ -25,15 +26,17 @@ from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.devices.batches import to_host_rows
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
-from corl_jax.policies.janus import sampling
-from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies import Model
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.answers import read_question_type, true_answer
 from corl_jax.rewards.functions import spec_problem
 from corl_jax.rewards.text import format_reward, qa_accuracy
-from corl_jax.types import STREAMS, Params, Prompts
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING
+from corl_jax.types import Prompts, Segment
 
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
-TASKS = ("t2i", "mm2t")
+TASKS = tuple(tasks.TASKS)
 REQUIRED = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
 HELD_OUT_SEEDS = 2**40
 """Added to the seed of `HeldOutShapes`: row i of a training set of the same seed is another."""
@@ -99,23 +102,18 @@ class Report:
 
 
 def evaluate_shapes(
-    config: JanusConfig,
-    params: Params,
-    processor: Any,
+    model: Model,
     batches: Iterable[Prompts],
+    options: SamplingOptions,
     *,
     seed: int,
-    cfg_scale: float,
-    temperature: float = 1.0,
-    max_new_tokens: int,
-    dtype: Any,
     greedy_text: bool = True,
     greedy_images: bool = False,
     rows: int | None = None,
     place: Callable[[Any], Any] = lambda tree: tree,
     total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
 ) -> Report:
-    """Draws and answers every row of `batches` once and scores both.
+    """Generates an image and an answer for every row of `batches` and scores both.
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
     position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
@@ -127,10 +125,7 @@ def evaluate_shapes(
     if isinstance(batches, Loader):
         rows = min(len(batches.source), len(batches.source) if rows is None else rows)
         batches = batches.iterate(0, -(-rows // batches.batch_size))
-    drawn = {"cfg_scale": cfg_scale, "greedy": greedy_images}
-    answered = {"max_new_tokens": max_new_tokens, "greedy": greedy_text}
-    samplers = {"t2i": (sampling.sample_images, drawn), "mm2t": (sampling.sample_text, answered)}
-    common = {"special": processor.special, "temperature": temperature, "dtype": dtype}
+    greedy = {IMAGE_GENERATION: greedy_images, IMAGE_UNDERSTANDING: greedy_text}
     size, pieces = 0, []
     for prompts in batches:
         kept = np.flatnonzero(prompts.index < (np.inf if rows is None else rows))
@@ -138,12 +133,18 @@ def evaluate_shapes(
             break
         check_columns(prompts)
         size = max(size, len(prompts))
-        found = {}
-        for task, (sampler, options) in samplers.items():
-            inputs = _inputs(prompts, task, size, seed, place)
-            found[task] = sampler(config, params, *inputs, **options, **common)
-        images = sampling.decode_images(config, params, found["t2i"].tokens)
-        texts = _texts(processor, found["mm2t"], kept)
+        images = texts = None
+        for name in TASKS:
+            task = tasks.TASKS[name]
+            encoded, keys = _inputs(prompts, name, size, seed, place)
+            chosen = dataclasses.replace(options, greedy=greedy[task])
+            sample = model.family.turns[task.turn.segments].sample
+            result = sample(model.sizes, model.params, encoded, keys, chosen)[-1]
+            if task.makes_text:
+                texts = _texts(model.processor, result, kept)
+            else:
+                images = model.family.decode_images(model.sizes, model.params, result.values)
+        assert images is not None and texts is not None
         pieces.append((to_host_rows(images)[kept], texts, _rows(prompts.columns, kept)))
     return _report(pieces, total)
 
@@ -156,9 +157,9 @@ def filled(values: np.ndarray, size: int) -> np.ndarray:
 def check_columns(prompts: Prompts) -> None:
     """Raises: InputError for all that drawings and answers of this batch could not be scored by."""
     problems = [
-        f"evaluation: the batch has no {task} prompts; give the loader tasks=('t2i', 'mm2t')"
+        f"evaluation: the batch has no {task} prompts; give the loader tasks={TASKS}"
         for task in TASKS
-        if getattr(prompts, task) is None
+        if task not in prompts.encoded
     ]
     problems += [
         f"evaluation: column {name} is missing; found {', '.join(prompts.columns)}; the suite "
@@ -315,15 +316,15 @@ def _report(pieces: list[tuple[np.ndarray, list[str], dict[str, list]]], total: 
 def _inputs(prompts: Prompts, task: str, size: int, seed: int, place: Callable) -> tuple:
     """(encoded prompts, keys) of a batch filled up to `size` rows, on the devices."""
     index = filled(prompts.index, size)
-    encoded = jax.tree.map(lambda x: filled(x, size), getattr(prompts, task))
-    keys = sampling.sample_keys(seed, index, 1, STREAMS[task])
+    encoded = jax.tree.map(lambda x: filled(x, size), prompts.encoded[task])
+    keys = sample_keys(seed, index, 1, tasks.TASKS[task].stream)
     # Typed keys are no host arrays: `place` gets their bits.
     encoded, bits = place((encoded, np.asarray(jax.random.key_data(keys))))
     return encoded, jax.random.wrap_key_data(bits)
 
 
-def _texts(processor: Any, rollout: Any, rows: np.ndarray) -> list[str]:
-    tokens, mask = to_host_rows(rollout.tokens), to_host_rows(rollout.mask)
+def _texts(processor: Any, text: Segment, rows: np.ndarray) -> list[str]:
+    tokens, mask = to_host_rows(text.values), to_host_rows(text.mask)
     return [processor.decode(tokens[row][mask[row]]) for row in rows]
 
 

@@ -17,22 +17,28 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import startup
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
+from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.devices import startup
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import expand_path
 from corl_jax.plan import chips, programs, tables
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.network import PRESETS, JanusConfig
-from corl_jax.policies.janus.prompts import BUCKET
+from corl_jax.policies import FAMILIES, find_family
+from corl_jax.policies.family import Family, Limits
+from corl_jax.tasks import TASKS
 from corl_jax.train import build, resolve
-from corl_jax.types import SpecialTokens
+from corl_jax.train.check import PROMPT_OPTIONS
+from corl_jax.train.stages import STAGES
+from corl_jax.types import Sizes
 from corl_jax.weights.files import load_config
 from corl_jax.weights.folders import refuse_adapter
 
-STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
-"""Ids only enter a program as numbers, so that any will do where there is no tokenizer."""
+BUCKET = 32  # prompts are padded to a multiple
+PRESETS: dict[str, tuple[Family, Sizes]] = {
+    name: (family, sizes) for family in FAMILIES.values() for name, sizes in family.presets.items()
+}
+"""Published sizes by name."""
 DOES_NOT_FIT_EXIT_CODE = 1
 
 
@@ -88,8 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def model_config(path: str, preset: str | None) -> JanusConfig:
-    """Sizes by a preset's name, a directory's config.json, or a name that holds a preset's.
+def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
+    """Returns sizes by a preset's name, a directory's config.json, or a preset named in the path.
 
     Raises:
         InputError: none of them says what the model is.
@@ -99,7 +105,7 @@ def model_config(path: str, preset: str | None) -> JanusConfig:
     folder = Path(expand_path(path))
     refuse_adapter(folder)
     if (folder / "config.json").is_file():
-        return load_config(folder)
+        return find_family(folder), load_config(folder)
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:
@@ -110,27 +116,26 @@ def model_config(path: str, preset: str | None) -> JanusConfig:
     return PRESETS[named]
 
 
-def prompt_lengths(args: argparse.Namespace, config: Config, model: JanusConfig) -> dict[str, int]:
+def prompt_lengths(
+    args: argparse.Namespace, config: Config, limits: Limits, bucket: int
+) -> dict[str, int]:
     """Padded tokens of each task's longest prompt.
 
     Raises:
         InputError: a length that the config or the model does not admit.
     """
     limit, problems = config.data.max_prompt_length, []
-    shortest = {"t2i": 1, "mm2t": model.num_image_tokens + 2}
-    given = {
-        "t2i": ("--image-prompt", args.image_prompt),
-        "mm2t": ("--text-prompt", args.text_prompt),
-    }
     lengths = {}
-    for task, (option, tokens) in given.items():
+    for task, option in PROMPT_OPTIONS.items():
+        tokens = getattr(args, option.removeprefix("--").replace("-", "_"))
         tokens = limit if tokens is None else tokens
-        if not shortest[task] <= tokens <= limit:
+        # An image stands between a begin and an end token.
+        shortest = limits.input_image_tokens + 2 if IMAGE_COLUMN in TASKS[task].columns else 1
+        if not shortest <= tokens <= limit:
             problems.append(
-                f"{option}: found {tokens}; expected {shortest[task]} to data.max_prompt_length, "
-                f"{limit}"
+                f"{option}: found {tokens}; expected {shortest} to data.max_prompt_length, {limit}"
             )
-        lengths[task] = math.ceil(tokens / BUCKET) * BUCKET
+        lengths[task] = math.ceil(tokens / bucket) * bucket
     if problems:
         raise InputError(problems)
     return lengths
@@ -161,8 +166,8 @@ def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
 
 
 def heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
-    config, model = outline.config, outline.model_config
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract(model)))
+    config, shapes = outline.config, outline.family.abstract(outline.sizes)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
         f"{task} {lengths[task]} + {programs.completion_length(outline, task)} tokens"
@@ -186,12 +191,15 @@ def main(argv: list[str] | None = None) -> None:
         # Nothing runs; and libtpu would otherwise look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")
     config = config_files.load(args.config, args.overrides)
-    if config.stage != "rl":
-        raise InputError(f"stage: found {config.stage}; the plan is of the iterations of rl")
-    model = model_config(config.model.path, args.model)
-    lengths = prompt_lengths(args, config, model)
+    if not STAGES[config.stage].samples:
+        sampling = ", ".join(name for name, stage in STAGES.items() if stage.samples)
+        raise InputError(
+            f"stage: found {config.stage}; expected one that samples completions: {sampling}"
+        )
+    family, sizes = find_sizes(config.model.path, args.model)
+    lengths = prompt_lengths(args, config, family.limits(sizes), BUCKET)
     devices, chip = devices_of(args.topology, args.hbm)
-    outline = resolve.outline_run(config, model, STAND_INS, devices)
+    outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
     print(heading(outline, chip, lengths), flush=True)
     listed, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.

@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
-from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.choices import split_steps
+from corl_jax.tasks import TASKS, image_tasks
 from corl_jax.train import build
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import EncodedPrompts, Params
+from corl_jax.types import EncodedPrompts, Params, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,43 +85,44 @@ def held(outline: RunOutline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, Tr
     `stored` is the dtype of the model's files, in which the frozen parameters stay.
     """
     config, mesh = outline.config, outline.mesh
-    parts = partition(network.abstract(outline.model_config), config.trained)
+    parts = partition(outline.family.abstract(outline.sizes), outline.trained)
     master = master_dtype(config.compat.bfloat16_master)
     trained, frozen = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)
     )
     optimizer = make_optimizer(config.optimizer, outline.optimizer_steps)
-    shardings = build.state_shardings(optimizer, trained, mesh)
+    shardings = build.state_shardings(optimizer, trained, mesh, outline.family.rules)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )
     reference = None
     if config.algorithm.kl_coef:
-        cast = functools.partial(network.cast, dtype=build.DTYPES[config.model.dtype])
+        cast = functools.partial(outline.family.cast, dtype=build.DTYPES[config.model.dtype])
         # Adapters have none: the reference is what is frozen.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
         reference = with_shardings(jax.eval_shape(cast, first), where)
-    frozen = with_shardings(frozen, param_shardings(frozen, mesh))
+    frozen = with_shardings(frozen, param_shardings(frozen, mesh, outline.family.rules))
     return Held(with_shardings(fresh, shardings), frozen, reference), optimizer, shardings
 
 
 def prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
     """`count` prompts of `length` padded tokens, with pixels where the task reads a picture."""
     rows = batch_sharding(outline.mesh)
-    side = outline.model_config.siglip.image_size
+    side = outline.limits.input_image_side
+    has_image = IMAGE_COLUMN in TASKS[task].columns
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
     return EncodedPrompts(
         shape((count, length), jnp.int32),
         shape((count, length), jnp.bool_),
-        shape((count, side, side, 3), jnp.float32) if task == "mm2t" else None,
+        shape((count, side, side, 3), jnp.float32) if has_image else None,
     )
 
 
 def completion_length(outline: RunOutline, task: str) -> int:
-    if task == "t2i":
-        return outline.model_config.num_image_tokens
-    return outline.config.rollout.max_new_tokens
+    if TASKS[task].makes_text:
+        return outline.config.rollout.max_new_tokens
+    return outline.limits.image_tokens
 
 
 def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
@@ -131,11 +134,14 @@ def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) 
 
     def of(task: str) -> TaskBatch:
         size = (rows, completion_length(outline, task))
+        (kind,) = TASKS[task].turn.segments
+        logprobs = shape(size, jnp.float32)
         return TaskBatch(
             prompts(outline, task, count, lengths[task]),
-            shape(size, jnp.int32), shape(size, jnp.bool_), shape((rows,), jnp.float32),
-            **{name: shape(size, jnp.float32) for name in ("sampler_logprobs", *extra)},
-        )  # fmt: skip
+            (Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), logprobs),),
+            shape((rows,), jnp.float32),
+            **dict.fromkeys(extra, (logprobs,)),
+        )
 
     return {task: of(task) for task in outline.tasks}
 
@@ -161,16 +167,16 @@ def programs(
             (params,),
             (prompts(outline, task, count, lengths[task]), with_shardings(keys, rows)),
             calls=config.train.prompts_per_step // count,
-            rounds=sampling.strides(completion_length(outline, task) - 1)[0],
+            rounds=split_steps(completion_length(outline, task) - 1)[0],
         )
         for task, sampler in build.make_samplers(outline).items()
         if task in outline.tasks
     ]
-    if "t2i" in outline.tasks:
-        shape = (config.train.prompts_per_step * group, completion_length(outline, "t2i"))
+    for task in image_tasks(outline.tasks):
+        shape = (config.train.prompts_per_step * group, completion_length(outline, task))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         dtype = build.DTYPES[config.rollout.pixel_dtype]
-        decode = functools.partial(sampling.decode_images, outline.model_config, dtype=dtype)
+        decode = functools.partial(outline.family.decode_images, outline.sizes, dtype=dtype)
         listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
     train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()

@@ -1,0 +1,103 @@
+"""Kinds of unified models, and how a checkpoint of one is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from corl_jax.devices.mesh import param_shardings
+from corl_jax.errors import Problems
+from corl_jax.policies.family import Family
+from corl_jax.policies.janus.family import FAMILY as JANUS
+from corl_jax.types import Params, Sizes
+from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
+from corl_jax.weights.folders import pointer_problems
+from corl_jax.weights.sharded_load import load_sharded
+
+FAMILIES: dict[str, Family] = {"janus": JANUS}
+"""Every kind of unified model that can be trained, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyFiles:
+    """A checkpoint whose files were checked; its weights are not read yet."""
+
+    family: Family
+    sizes: Sizes
+    processor: Any  # family.Processor
+    folder: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(PolicyFiles):
+    """A checkpoint, ready to use."""
+
+    params: Params
+
+
+def find_family(folder: Path) -> Family:
+    """Returns the family of the checkpoint in a folder, by what its config.json states.
+
+    Raises:
+        InputError: no config.json, or one that no family recognises.
+    """
+    (family,) = FAMILIES.values()
+    return family
+
+
+def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
+    """Reads the small files of a checkpoint, and checks that its tensors are whole and fit.
+
+    Of the weights only names, shapes and sizes are looked at; no device starts.
+
+    Raises:
+        InputError: listing every file, setting and tensor that is missing, malformed or at odds.
+    """
+    folder = resolve_model_dir(path_or_hub_id)
+    problems = Problems()
+    problems.add(pointer_problems(folder))
+    family = find_family(folder)
+    sizes = problems.attempt(load_config, folder)
+    processor = problems.attempt(family.open_processor, folder)
+    if sizes is not None:
+        with problems.collect():
+            open_checkpoint(folder, sizes).close()
+    if sizes is not None and processor is not None:
+        tokens, rows = processor.num_tokens, family.limits(sizes).vocab_size
+        if tokens > rows:
+            problems.add(
+                f"{folder / 'tokenizer.json'}: found {tokens} tokens, the network embeds {rows}; "
+                "copy the tokenizer from the checkpoint that the network came from"
+            )
+    problems.raise_any()
+    assert sizes is not None and processor is not None
+    return PolicyFiles(family, sizes, processor, folder)
+
+
+def load_policy(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Model:
+    """Loads a checkpoint of any family and layout, on a mesh or on the default device.
+
+    `dtype` casts the parameters to a compute dtype; None keeps each as it is stored.
+
+    Raises:
+        InputError: as `inspect_policy`.
+    """
+    files = inspect_policy(path_or_hub_id)
+    family, sizes, folder = files.family, files.sizes, files.folder
+    if mesh is not None:
+        shardings = param_shardings(family.abstract(sizes), mesh, family.rules)
+
+        def choose_dtype(path: str) -> Any:
+            return None if dtype is None else family.compute_dtype(path, dtype)
+
+        params = load_sharded(folder, sizes, shardings, choose_dtype)
+    else:
+        params = load_params(folder, sizes)
+        if dtype is not None:
+            params = family.cast(params, dtype)
+        params = jax.device_put(params)
+    return Model(family, sizes, files.processor, folder, params)

@@ -1,14 +1,14 @@
-"""Many prompts through the samplers: batches of fixed shape, samples in whatever order.
+"""Samples many prompts in batches of fixed shape.
 
-A sample depends on the seed, its prompt's place in the input and its number, and on nothing
-else: batch size, company and devices change it only where rounding decides a near tie.
+A sample depends on the seed, its prompt's place in the input and its number. Batch size, the other
+prompts and the number of devices change it only by rounding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,19 +17,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.policies.janus import sampling
-from corl_jax.startup import Model
-from corl_jax.types import STREAMS
+from corl_jax.policies import Model
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import SamplingOptions
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, TEXT, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One drawing or one answer."""
+    """One generated image or one answer."""
 
     prompt: int  # place in the input
     number: int  # among the samples of its prompt
     tokens: np.ndarray  # [T] int32; of an answer up to and including its EOS
-    pixels: np.ndarray | None = None  # of a drawing, uint8 [S, S, 3]
+    pixels: np.ndarray | None = None  # of an image, uint8 [S, S, 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Piece:
     def filled(self) -> list[int]:
         return [*self.prompts, *[self.prompts[0]] * (self.rows - len(self.prompts))]
 
-    def keys(self, seed: int, task: str) -> jax.Array:
-        """[rows * group], prompt-major."""
+    def keys(self, seed: int, stream: int) -> jax.Array:
+        """Returns the keys [rows * group], prompt-major."""
         last = self.first + self.group
-        keys = sampling.sample_keys(seed, self.filled, last, STREAMS[task])
+        keys = sample_keys(seed, self.filled, last, stream)
         return keys.reshape(self.rows, last)[:, self.first :].reshape(-1)
 
 
@@ -70,66 +71,80 @@ def pieces(lengths: Sequence[int], samples: int, batch_size: int) -> Iterator[Pi
                 yield Piece(length, prompts, rows, number * group, group)
 
 
-def draw_images(
+def generate_images(
     model: Model,
     prompts: Sequence[str],
+    options: SamplingOptions,
     *,
-    dtype: Any,
     samples: int = 1,
     batch_size: int = 16,
     seed: int = 0,
     show_progress: bool = False,
-    **options: Any,
 ) -> Iterator[Sample]:
-    """Drawings of each prompt; `options` as those of `sampling.sample_images`."""
-    config, params, processor, _ = model
-    bucket = processor.bucket
-    lengths = [bucket(len(processor.t2i_ids(prompt))) for prompt in prompts]
-
-    def call(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-        rollout = sampling.sample_images(
-            config, params,
-            processor.encode_t2i([prompts[i] for i in piece.filled], piece.length),
-            piece.keys(seed, "t2i"), special=processor.special, dtype=dtype, **options,
-        )  # fmt: skip
-        pixels = sampling.decode_images(config, params, rollout.tokens)
-        return np.asarray(rollout.tokens), np.asarray(pixels)
-
-    planned = list(pieces(lengths, samples, batch_size))
-    yield from _run(planned, samples, call, "image", show_progress)
+    """Yields `samples` images of each prompt."""
+    rows = [{"prompt": prompt} for prompt in prompts]
+    yield from _sample_turn(
+        model, IMAGE_GENERATION, rows, options, None,
+        Batching(samples, batch_size, seed, "image", show_progress),
+    )  # fmt: skip
 
 
 def answer_questions(
     model: Model,
     questions: Sequence[str],
     image_of: Callable[[int], Image.Image],
+    options: SamplingOptions,
     *,
-    dtype: Any,
     system_prompt: str = "",
     samples: int = 1,
     batch_size: int = 16,
     seed: int = 0,
     show_progress: bool = False,
-    **options: Any,
 ) -> Iterator[Sample]:
-    """Answers to each question about its picture; `options` as of `sampling.sample_text`."""
-    config, params, processor, _ = model
-    lengths = [processor.bucket(len(processor.mm2t_ids(q, system_prompt))) for q in questions]
+    """Yields `samples` answers to each question about its image; `image_of(i)` opens image i."""
+    rows = [{"qa_problem": question} for question in questions]
+    yield from _sample_turn(
+        model, IMAGE_UNDERSTANDING, rows, options, image_of,
+        Batching(samples, batch_size, seed, "text", show_progress), system_prompt,
+    )  # fmt: skip
 
-    def call(piece: Piece) -> tuple[list[np.ndarray]]:
-        encoded = processor.encode_mm2t(
-            [questions[i] for i in piece.filled], [image_of(i) for i in piece.filled],
-            piece.length, system_prompt,
-        )  # fmt: skip
-        rollout = sampling.sample_text(
-            config, params, encoded, piece.keys(seed, "mm2t"),
-            special=processor.special, dtype=dtype, **options,
-        )  # fmt: skip
-        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-        return ([row[kept] for row, kept in zip(tokens, mask, strict=True)],)
 
-    planned = list(pieces(lengths, samples, batch_size))
-    yield from _run(planned, samples, call, "text", show_progress)
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How many samples, how they are batched, and how progress is shown."""
+
+    samples: int
+    batch_size: int
+    seed: int
+    unit: str
+    show_progress: bool
+
+
+def _sample_turn(
+    model: Model, task: Task, rows: Sequence[Mapping[str, Any]],
+    options: SamplingOptions, image_of: Callable[[int], Image.Image] | None, batching: Batching,
+    system_prompt: str = "",
+) -> Iterator[Sample]:  # fmt: skip
+    processor, turn = model.processor, task.turn
+    program = model.family.turns[turn.segments]
+    ids = [processor.prompt_ids(turn.prompt, row, system_prompt) for row in rows]
+
+    def call(piece: Piece) -> tuple[Sequence[Any], ...]:
+        images = [image_of(i) for i in piece.filled] if image_of is not None else None
+        encoded = processor.encode(
+            turn.prompt, [ids[i] for i in piece.filled], images, piece.length
+        )
+        keys = piece.keys(batching.seed, task.stream)
+        result = program.sample(model.sizes, model.params, encoded, keys, options)[-1]
+        tokens, mask = np.asarray(result.values), np.asarray(result.mask)
+        if result.kind == TEXT:
+            return ([row[kept] for row, kept in zip(tokens, mask, strict=True)],)
+        pixels = model.family.decode_images(model.sizes, model.params, result.values)
+        return tokens, np.asarray(pixels)
+
+    lengths = [processor.bucket(len(row)) for row in ids]
+    planned = list(pieces(lengths, batching.samples, batching.batch_size))
+    yield from _run(planned, batching.samples, call, batching.unit, batching.show_progress)
 
 
 def _run(

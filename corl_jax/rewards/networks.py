@@ -20,18 +20,17 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
 from corl_jax.devices.mesh import network_shardings, param_shardings
-from corl_jax.weights.network_rules import NETWORK_RULES
 from corl_jax.devices.offload import host_shardings
 from corl_jax.errors import InputError
-from corl_jax.policies.janus import network as janus_network
-from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies import PolicyFiles, inspect_policy
+from corl_jax.policies.family import Limits
 from corl_jax.rewards import captions, clip_scores, similarity
-from corl_jax.rewards.policy import NO_QUESTION
+from corl_jax.rewards.policy import NO_QUESTION, question_ids
 from corl_jax.rewards.registry import REGISTRY, BoundReward, options_of
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
-from corl_jax.startup import inspect_model
 from corl_jax.types import Params
 from corl_jax.weights.hub import resolve_path
+from corl_jax.weights.network_rules import NETWORK_RULES
 from corl_jax.weights.networks import NetworkCheckpoint, open_network
 from corl_jax.weights.sharded_load import load_sharded
 
@@ -111,8 +110,7 @@ class CheckedNetwork:
     parameters: int
     dtype: str
     rewards: tuple[str, ...]  # that ask it
-    janus: JanusConfig | None = None  # a scorer's sizes
-    processor: Any = None  # a scorer's
+    policy: PolicyFiles | None = None  # of a scorer
 
     @property
     def nbytes(self) -> int:
@@ -146,14 +144,16 @@ def inspect(
         if path in ("policy", "initial"):
             continue
         try:
-            janus_config, processor, folder = inspect_model(path)
-            count = sum(math.prod(shape) for shape in _shapes(janus_config))
-            found.append(CheckedNetwork(path, folder, count, dtype, users, janus_config, processor))
+            scorer = inspect_policy(path)
+            shapes = jax.tree.leaves(scorer.family.abstract(scorer.sizes))
+            count = sum(math.prod(leaf.shape) for leaf in shapes)
+            found.append(CheckedNetwork(path, scorer.folder, count, dtype, users, scorer))
+            limits = scorer.family.limits(scorer.sizes)
             problems += [
                 line
                 for reward in resolved
                 if path in reward.scorers
-                for line in position_problems(reward, janus_config, processor, longest_prompt)
+                for line in position_problems(reward, limits, scorer.processor, longest_prompt)
             ]
         except InputError as error:
             asked = f"rewards: option scorer of {', '.join(users)}"
@@ -240,7 +240,7 @@ def _option_problems(reward: BoundReward, configs: Mapping[str, Any]) -> list[st
 
 
 def position_problems(
-    reward: BoundReward, config: JanusConfig, processor: Any, longest_prompt: int = 0
+    reward: BoundReward, limits: Limits, processor: Any, longest_prompt: int = 0
 ) -> list[str]:
     """Answers of a reward's scorer that would pass its last position.
 
@@ -253,10 +253,10 @@ def position_problems(
     if "max_new_tokens" not in options:
         return []
     if options.get("caption") == "policy":
-        taken = len(processor.mm2t_ids(CAPTION))
+        taken = len(question_ids(processor, CAPTION))
     else:
-        taken = max(len(processor.mm2t_ids(NO_QUESTION)), longest_prompt)
-    positions = config.llama.max_position_embeddings
+        taken = max(len(question_ids(processor, NO_QUESTION)), longest_prompt)
+    positions = limits.positions
     if taken + options["max_new_tokens"] <= positions:
         return []
     return [
@@ -269,12 +269,13 @@ def position_problems(
 def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwork:
     """A network on the devices of the mesh, or on the default one."""
     dtype = DTYPES[found.dtype]
-    if found.janus is not None:
-        policy = Policy(found.janus, {}, found.processor, dtype)
+    if found.policy is not None:
+        scorer = found.policy
+        policy = Policy(scorer.family, scorer.sizes, {}, scorer.processor, dtype)
         return load_policy(policy, found.path, mesh, offload=offload)
     with open_network(found.path, NETWORKS[found.name].kind) as opened:
         shapes = opened.shapes
-        shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh, NETWORK_RULES)
+        shardings = _one_device(shapes) if mesh is None else _network_places(shapes, mesh)
         params = opened.place(_place(shardings, offload), dtype)
         network = Network(opened.config, params, opened.folder, dtype)
     return FrozenNetwork(network, shardings, offload=offload)
@@ -282,11 +283,12 @@ def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwo
 
 def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> FrozenNetwork:
     """A frozen scorer in its compute dtype, read from its folder and laid out as the policy is."""
-    shapes = janus_network.abstract(policy.config)
-    shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh)
+    family = policy.family
+    shapes = family.abstract(policy.config)
+    shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh, family.rules)
     params = load_sharded(
         folder, policy.config, _place(shardings, offload),
-        lambda path: janus_network.compute_dtype(path, policy.dtype),
+        lambda path: family.compute_dtype(path, policy.dtype),
     )  # fmt: skip
     return FrozenNetwork(dataclasses.replace(policy, params=params), shardings, offload=offload)
 
@@ -296,13 +298,13 @@ def _one_device(shapes: Params) -> Params:
     return jax.tree.map(lambda _: place, shapes)
 
 
+def _network_places(shapes: Params, mesh: Mesh) -> Params:
+    return network_shardings(shapes, mesh, NETWORK_RULES)
+
+
 def _place(shardings: Params, offload: bool) -> Params:
     """Where they are read to: offloaded ones do not pass through the device."""
     return host_shardings(shardings) if offload else shardings
-
-
-def _shapes(config: JanusConfig) -> list[tuple[int, ...]]:
-    return [leaf.shape for leaf in jax.tree.leaves(janus_network.abstract(config))]
 
 
 def _locate(name: str, path: str | None) -> Path:

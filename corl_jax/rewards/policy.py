@@ -22,18 +22,18 @@ from PIL import Image
 from corl_jax.config.fields import Fraction, Positive
 from corl_jax.devices.batches import mesh_of, process_shard
 from corl_jax.devices.processes import all_max
-from corl_jax.errors import InputError
-from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import Family, SamplingOptions
 from corl_jax.rewards import text
 from corl_jax.rewards.functions import classification, each, question_types
 from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
-from corl_jax.types import STREAMS, EncodedPrompts, Params
+from corl_jax.tasks import QUESTION_STREAMS, TASKS
+from corl_jax.types import EncodedPrompts, Params, Sizes
 
 CHUNK = 64
 """Images looked at in one program; bounds the memory of caches and attention."""
-FIXED_START, FIXED_GAP = 5, 5  # Q7: image tokens from 5 on, "caption" five tokens after them
 NO_QUESTION = "?"  # fills up rows to which a reward does not apply
+(QUESTION,) = TASKS["mm2t"].turns  # a question about an image, answered with a text
 
 # ---- similarity of image and caption
 
@@ -64,44 +64,46 @@ def ti_sim(
 
 def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: int) -> np.ndarray:
     captions = [caption or "" for caption in samples.column("prompt")]
-    found = {c: token_spans(policy.processor, c, fixed_spans) for c in dict.fromkeys(captions)}
-    spans = [found[caption] for caption in captions]
-    prompts = _padded(policy, [span.ids for span in spans])
-    padding = prompts.input_ids.shape[1] - np.array([len(span.ids) for span in spans])
-    start = (padding + [span.image_start for span in spans]).astype(np.int32)
-    kept = np.zeros(prompts.attention_mask.shape, bool)
-    for row, span in zip(kept, spans, strict=True):
-        row[len(row) - len(span.ids) :] = span.caption
+    prompt_of = {
+        caption: policy.processor.caption_prompt(caption, fixed_spans)
+        for caption in dict.fromkeys(captions)
+    }
+    rows = [prompt_of[caption] for caption in captions]
+    prompts = _padded(policy, [row.ids for row in rows])
+    padding = prompts.input_ids.shape[1] - np.array([len(row.ids) for row in rows])
+    start = (padding + [row.image_start for row in rows]).astype(np.int32)
+    is_caption = np.zeros(prompts.attention_mask.shape, bool)
+    for padded, row in zip(is_caption, rows, strict=True):
+        padded[len(padded) - len(row.ids) :] = row.is_caption
+    image_tokens = policy.family.limits(policy.config).input_image_tokens
 
-    def program(prompts: EncodedPrompts, start: jax.Array, kept: jax.Array) -> jax.Array:
+    def program(prompts: EncodedPrompts, start: jax.Array, is_caption: jax.Array) -> jax.Array:
         return _similarity_program(
-            policy.config, policy.params, prompts, start, kept,
-            image_token=policy.processor.special.image, dtype=policy.dtype,
+            policy.params, prompts, start, is_caption, family=policy.family, sizes=policy.config,
+            special=policy.processor.special, dtype=policy.dtype, image_tokens=image_tokens,
         )  # fmt: skip
 
-    (rewards,) = _run(policy, samples.drawn(), prompts, (start, kept), program, chunk)
+    (rewards,) = _run(policy, samples.drawn(), prompts, (start, is_caption), program, chunk)
     return rewards
 
 
-@functools.partial(jax.jit, static_argnames=("config", "image_token", "dtype"))
+@functools.partial(jax.jit, static_argnames=("family", "sizes", "special", "dtype", "image_tokens"))
 def _similarity_program(
-    config: JanusConfig,
     params: Params,
     prompts: EncodedPrompts,
     image_start: jax.Array,
-    kept: jax.Array,
+    is_caption: jax.Array,
     *,
-    image_token: int,
+    family: Family,
+    sizes: Sizes,
+    special: Any,
     dtype: Any,
+    image_tokens: int,
 ) -> jax.Array:
-    model = network.bind(config, network.cast(params, dtype))
-    assert prompts.pixel_values is not None
-    features = model.image_features(prompts.pixel_values)
-    embeds = model.prompt_embeds(prompts.input_ids, image_token, features)
-    hidden = model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)
-    places = image_start[:, None] + jnp.arange(config.num_image_tokens)
-    pictures = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    return matched_similarity(pictures, hidden, kept)
+    hidden = family.hidden_states(sizes, params, prompts, special, dtype)
+    places = image_start[:, None] + jnp.arange(image_tokens)
+    images = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    return matched_similarity(images, hidden, is_caption)
 
 
 def matched_similarity(pictures: jax.Array, tokens: jax.Array, kept: jax.Array) -> jax.Array:
@@ -214,7 +216,7 @@ def ask(
 ) -> list[str]:
     """The scorer's answers to one question about each image, N strings.
 
-    A row's draws depend on its number, the seed, the step and `stream` (a key of STREAMS).
+    A row's draws depend on its number, the seed, the step and `stream` (a key of QUESTION_STREAMS).
     Rows without a question are asked something all the same, so that every process of a run
     calls the same programs.
     """
@@ -222,7 +224,7 @@ def ask(
         mesh = mesh_of(policy.params)
         first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
         row = first + np.arange(len(samples))
-        keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
+        keys = sample_keys(context.seed, row, 1, QUESTION_STREAMS[stream])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
         data = np.asarray(jax.random.key_data(keys))
         return _answers(policy, samples.drawn(), questions, data, greedy, max_new_tokens, chunk)
@@ -238,16 +240,19 @@ def _answers(
     chunk: int,
 ) -> list[str]:
     asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
-    ids = {question: policy.processor.mm2t_ids(question) for question in dict.fromkeys(asked)}
+    ids = {question: question_ids(policy.processor, question) for question in dict.fromkeys(asked)}
     prompts = _padded(policy, [ids[question] for question in asked])
+    sample = policy.family.turns[QUESTION.segments].sample
+    options = SamplingOptions(
+        special=policy.processor.special, greedy=greedy, max_new_tokens=max_new_tokens,
+        dtype=policy.dtype,
+    )  # fmt: skip
 
     def program(prompts: EncodedPrompts, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rollout = sampling.sample_text(
-            policy.config, policy.params, prompts, jax.random.wrap_key_data(keys),
-            special=policy.processor.special, max_new_tokens=max_new_tokens, greedy=greedy,
-            dtype=policy.dtype,
-        )  # fmt: skip
-        return rollout.tokens, rollout.mask
+        (answer,) = sample(
+            policy.config, policy.params, prompts, jax.random.wrap_key_data(keys), options
+        )
+        return answer.values, answer.mask
 
     tokens, mask = _run(policy, images, prompts, (keys,), program, chunk)
     return [policy.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
@@ -284,6 +289,11 @@ def normalised_levels(processor: Any) -> np.ndarray:
     levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     mean, std = (np.asarray(x, np.float32) for x in (processor.image.mean, processor.image.std))
     return (levels - mean) / std
+
+
+def question_ids(processor: Any, question: str) -> list[int]:
+    """Returns the prompt of a question about an image, unpadded."""
+    return processor.prompt_ids(QUESTION.prompt, {"qa_problem": question})
 
 
 def _padded(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:

@@ -24,8 +24,8 @@ from corl_jax.devices.batches import (
 )
 from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError
-from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.types import Params
+from corl_jax.policies.family import Family
+from corl_jax.types import Params, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,10 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The network that rewards may question, and how its prompts are made."""
+    """A unified model that rewards may question, and how its prompts are made."""
 
-    config: JanusConfig
+    family: Family
+    config: Sizes
     params: Params
     processor: Any  # data.processor.Processor
     dtype: Any
@@ -112,7 +113,8 @@ class Context:
     holds the reward networks by name, and the frozen scorers by what an option `scorer` says.
     """
 
-    config: JanusConfig | None
+    family: Family | None
+    config: Sizes | None
     params: Params | None
     processor: Any
     dtype: Any
@@ -125,7 +127,8 @@ class Context:
         """The policy. Raises InputError where there is none."""
         if self.config is None or self.params is None or self.processor is None:
             raise InputError("rewards: found no model; a reward that asks the policy needs one")
-        return Policy(self.config, self.params, self.processor, self.dtype)
+        assert self.family is not None
+        return Policy(self.family, self.config, self.params, self.processor, self.dtype)
 
     def scorer(self, name: str) -> AbstractContextManager[Policy]:
         """The policy as it stands (`policy`), or the frozen one that `name` says."""

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import startup
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
-from corl_jax.devices import processes
+from corl_jax.devices import processes, startup
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record, fingerprints, same_files

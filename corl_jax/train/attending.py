@@ -1,4 +1,4 @@
-"""What a run attends with, on devices that need not be those present."""
+"""Chooses the attention kernels of a run; the devices may be described only."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ from jax.sharding import Mesh
 
 from corl_jax.config.schema import Config
 from corl_jax.models import attention, causal
-from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.tasks import image_tasks
+from corl_jax.train.stages import STAGES
 
 
-def of_update(config: Config, model: JanusConfig, mesh: Mesh) -> causal.CausalAttention:
-    """What `model.attention` comes to on the mesh's devices."""
+def of_update(config: Config, head_dim: int, mesh: Mesh) -> causal.CausalAttention:
+    """Returns the kernel that `model.attention` selects on this mesh for the update."""
     wanted, device = config.model.attention, mesh.devices.flat[0]
     if wanted != "auto":
         return wanted
-    return causal.best(config.model.dtype, model.llama.head_dim, device)
+    return causal.best(config.model.dtype, head_dim, device)
 
 
-def of_samplers(config: Config, model: JanusConfig, mesh: Mesh) -> attention.Implementation:
-    """What a decode step attends with."""
-    return attention.fastest_attention(
-        config.model.dtype, model.llama.head_dim, mesh.devices.flat[0]
-    )
+def of_samplers(config: Config, head_dim: int, mesh: Mesh) -> attention.Implementation:
+    """Returns the kernel of a decode step."""
+    return attention.fastest_attention(config.model.dtype, head_dim, mesh.devices.flat[0])
 
 
-def problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
-    """Why the devices cannot attend as `model.attention` says."""
+def problems(config: Config, head_dim: int, mesh: Mesh) -> list[str]:
+    """Returns why the devices cannot attend as `model.attention` says."""
     wanted, dtype, device = config.model.attention, config.model.dtype, mesh.devices.flat[0]
-    size = model.llama.head_dim
-    if wanted != "auto" and not causal.runs(wanted, dtype, size, device):
+    if wanted != "auto" and not causal.runs(wanted, dtype, head_dim, device):
         return [
             f"model.attention: {wanted}, which {device.platform} with model.dtype {dtype} and "
-            f"heads of {size} cannot run; expected {causal.NEEDS[wanted]}; set it to xla"
+            f"heads of {head_dim} cannot run; expected {causal.NEEDS[wanted]}; set it to xla"
         ]
-    if wanted == "cudnn" and attention.same_bits() and _has_alike_calls(config):
+    if wanted == "cudnn" and attention.same_bits() and _attends_to_alike_shapes(config):
         return [
             "model.attention: cudnn, whose gradients XLA's xla_gpu_deterministic_ops (XLA_FLAGS) "
             "breaks with guided log-probs and in sft (openxla/xla#46500); set it to auto or xla"
@@ -41,10 +39,13 @@ def problems(config: Config, model: JanusConfig, mesh: Mesh) -> list[str]:
     return []
 
 
-def _has_alike_calls(config: Config) -> bool:
-    """Whether an update attends to several sequences of the same shapes.
+def _attends_to_alike_shapes(config: Config) -> bool:
+    """Returns whether an update attends to several sequences of the same shapes.
 
     Guidance does with and without the prompt; supervised training may for its kinds of rows.
     """
-    guided = config.algorithm.tasks != "mm2t" and config.algorithm.image_logprobs == "guided"
-    return {"rl": guided, "sft": True, "vq": False}[config.stage]
+    stage = STAGES[config.stage]
+    if not stage.samples:
+        return stage.uses_language_model
+    guided = config.algorithm.image_logprobs == "guided"
+    return guided and bool(image_tasks(stage.tasks(config)))

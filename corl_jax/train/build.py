@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,64 +11,65 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from corl_jax.devices.mesh import param_shardings
+from corl_jax.algorithms.advantages import AdvantageOptions
+from corl_jax.algorithms.losses import LossConstants
+from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.devices.mesh import Rules, param_shardings
 from corl_jax.devices.offload import Offloadable
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
-from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import LogprobOptions
+from corl_jax.policies.family import LogprobOptions, SamplingOptions
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
-from corl_jax.train import attending, iteration, sft, vq
+from corl_jax.tasks import TASKS
+from corl_jax.train import attending
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
-from corl_jax.train.step import LossOptions, TrainState, make_logprob_step, make_train_step
+from corl_jax.train.step import TrainState, UpdateOptions, make_logprob_step
 from corl_jax.types import Params
 from corl_jax.weights.sharded_load import load_sharded, stored_dtypes, stored_layer_dtypes
 
 ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-ITERATIONS = {
-    "rl": iteration.rl_iteration,
-    "sft": sft.sft_iteration,
-    "vq": vq.vq_iteration,
-}
 
 
 def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
-    """Weights on the mesh, jitted functions, and the state of a fresh start."""
+    """Loads weights onto the mesh, jits functions, and makes the state of a fresh start."""
     config, mesh = plan.config, plan.mesh
     trained, frozen = load_parts(plan)
     reference = make_reference(plan, trained)
     optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
-    shardings = state_shardings(optimizer, trained, mesh)
+    shardings = state_shardings(optimizer, trained, mesh, plan.family.rules)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
-    train_step, score_step = make_steps(plan, optimizer, shardings)
+    train_step, logprob_step = make_steps(plan, optimizer, shardings)
+    base = plan.family.base(plan.sizes)
     run = Run(
-        model_config=plan.model_config,
+        family=plan.family,
+        sizes=plan.sizes,
         processor=plan.processor,
         mesh=mesh,
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
-        source_dtypes=stored_dtypes(plan.model_dir, network.base(plan.model_config)),
-        layer_dtypes=stored_layer_dtypes(plan.model_dir, network.base(plan.model_config)),
+        source_dtypes=stored_dtypes(plan.model_dir, base),
+        layer_dtypes=stored_layer_dtypes(plan.model_dir, base),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,
         seed=config.seed,
-        image_side=round(math.sqrt(plan.model_config.num_image_tokens))
-        * plan.model_config.vq.downsample,
-        iterate=ITERATIONS[config.stage],
+        image_side=plan.limits.image_side,
+        iterate=plan.stage.iterate,
         train_step=train_step,
-        score_step=score_step,
+        logprob_step=logprob_step,
         samplers=make_samplers(plan),
         rewards=plan.rewards,
         networks=load_networks(plan),
-        comparison=_comparison(plan),
+        recipe=RECIPES[config.algorithm.name],
+        advantage_options=make_advantage_options(plan),
+        loss_weights=tuple(plan.stage.loss_weights(config).items()),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
         pixel_dtype=DTYPES[config.rollout.pixel_dtype],
@@ -84,46 +84,48 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
 
 
 def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
-    """(trained, frozen) parameters on the mesh at the start: master copies, and as stored."""
-    config, mesh, base = plan.config, plan.mesh, network.base(plan.model_config)
-    shapes, rest = partition(network.abstract(plan.model_config), config.trained)
-    shardings, master = param_shardings(shapes, mesh), master_dtype(config.compat.bfloat16_master)
+    """Returns (trained, frozen) parameters on the mesh: master copies, and as stored."""
+    config, mesh, family = plan.config, plan.mesh, plan.family
+    base, rules = family.base(plan.sizes), family.rules
+    shapes, rest = partition(family.abstract(plan.sizes), plan.trained)
+    shardings = param_shardings(shapes, mesh, rules)
+    master = master_dtype(config.compat.bfloat16_master)
     if not config.lora.rank:
         trained = dict(leaf_paths(shapes))
         loaded = load_sharded(
-            plan.model_dir, base, param_shardings(merge(shapes, rest), mesh),
+            plan.model_dir, base, param_shardings(merge(shapes, rest), mesh, rules),
             lambda path: master if path in trained else None,
         )  # fmt: skip
-        return partition(loaded, config.trained)
-    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh), lambda _: None)
+        return partition(loaded, plan.trained)
+    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh, rules), lambda _: None)
 
-    def draw(key: jax.Array) -> Params:
+    def init_adapters(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))
 
     # Not the seed itself, which the samples' keys are made of.
     key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
-    return jax.jit(draw, out_shardings=shardings)(key), frozen
+    return jax.jit(init_adapters, out_shardings=shardings)(key), frozen
 
 
 def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
-    """What the KL penalty compares with: the trained part at the start, in the compute dtype."""
-    if plan.config.stage != "rl" or not plan.config.algorithm.kl_coef:
+    """Returns what the KL penalty compares with: the trained part at the start of the run."""
+    if not plan.stage.samples or not plan.config.algorithm.kl_coef:
         return None
-    # A copy: the state's own buffers are donated to the first step.
-    # Adapters have none: the reference is what is frozen.
+    # Adapters have no reference of their own: it is what is frozen.
     first = {} if plan.config.lora.rank else trained
-    copied = jax.tree.map(jnp.copy, network.cast(first, DTYPES[plan.config.model.dtype]))
-    offload = plan.config.algorithm.reference == "host"
-    return Offloadable(copied, param_shardings(first, plan.mesh), offload=offload)
+    # A copy: the state's own buffers are donated to the first step.
+    copied = jax.tree.map(jnp.copy, plan.family.cast(first, DTYPES[plan.config.model.dtype]))
+    shardings = param_shardings(first, plan.mesh, plan.family.rules)
+    return Offloadable(copied, shardings, offload=plan.config.algorithm.reference == "host")
 
 
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
-    """What the rewards ask besides the policy; `initial` has the weights of the run's start."""
+    """Loads the networks that rewards ask; `initial` is the policy at the start of the run."""
     offload = plan.config.networks.offload
-    loaded = {found.name: networks.load(found, plan.mesh, offload) for found in plan.networks}
+    loaded = {network.name: networks.load(network, plan.mesh, offload) for network in plan.networks}
     if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
-        base = network.base(plan.model_config)
-        start = Policy(base, {}, plan.processor, DTYPES[plan.config.model.dtype])
+        base, dtype = plan.family.base(plan.sizes), DTYPES[plan.config.model.dtype]
+        start = Policy(plan.family, base, {}, plan.processor, dtype)
         loaded["initial"] = networks.load_policy(start, plan.model_dir, plan.mesh, offload=offload)
     return loaded
 
@@ -131,26 +133,24 @@ def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
 def make_steps(
     plan: RunOutline, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> tuple[Callable, Callable]:
-    """The jitted update and the jitted scoring of the plan's objective."""
-    objective, jit = make_loss_options(plan), {"out_shardings": (shardings, None)}
-    if plan.config.stage == "vq":
-        train_step = vq.make_vq_step(plan.model_config, plan.config.vq, optimizer, **jit)
-    else:
-        train_step = make_train_step(plan.model_config, objective, optimizer, **jit)
-    return train_step, make_logprob_step(plan.model_config, objective)
+    """Returns the jitted update and the jitted scoring of the stage."""
+    options = make_update_options(plan)
+    jit = {"out_shardings": (shardings, None)}
+    train_step = plan.stage.make_step(plan, options, optimizer, **jit)
+    return train_step, make_logprob_step(plan.family, plan.sizes, options)
 
 
-def place(params: Params, mesh: Mesh) -> Params:
-    """Host parameters on the mesh, by the sharding table."""
-    return jax.device_put(params, param_shardings(params, mesh))
+def place(params: Params, mesh: Mesh, rules: Rules) -> Params:
+    """Puts host parameters on the mesh, by the sharding rules."""
+    return jax.device_put(params, param_shardings(params, mesh, rules))
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh
+    optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """A TrainState of shardings: optimizer moments lie as their parameters do."""
+    """Returns a TrainState of shardings: optimizer moments lie as their parameters do."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    params = param_shardings(trained, mesh)
+    params = param_shardings(trained, mesh, rules)
     shapes = jax.eval_shape(optimizer.init, trained)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
@@ -164,69 +164,80 @@ def state_shardings(
     return TrainState(replicated, params, moments)
 
 
-def make_loss_options(plan: RunOutline) -> LossOptions:
-    """The loss's constants from the config."""
-    config = plan.config
+def make_update_options(plan: RunOutline) -> UpdateOptions:
+    """Returns the loss and its constants from the config."""
+    config, samples = plan.config, plan.stage.samples
     algorithm = config.algorithm
-    rl_weights = {"t2i": algorithm.t2i_loss_weight, "mm2t": algorithm.mm2t_loss_weight}
-    sft_weights = {
-        "t2i": config.sft.t2i_weight,
-        "mm2t": config.sft.mm2t_weight,
-        "caption": config.sft.caption_weight,
-    }
-    scoring = LogprobOptions(
+    logprobs = LogprobOptions(
         special=plan.special,
-        temperature=config.rollout.temperature if config.stage == "rl" else 1.0,
+        temperature=config.rollout.temperature if samples else 1.0,
         cfg_scale=config.rollout.cfg_scale,
-        image_logprobs=config.algorithm.image_logprobs,
-        unshifted=config.compat.image_logprobs_unshifted and config.stage == "rl",
+        image_logprobs=algorithm.image_logprobs,
+        unshifted=config.compat.image_logprobs_unshifted and samples,
         remat=config.model.remat,
-        attention=attending.of_update(plan.config, plan.model_config, plan.mesh),
+        attention=attending.of_update(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
     )
-    weights = sft_weights if config.stage == "sft" else rl_weights
-    return LossOptions(
-        scoring=scoring,
-        weights=tuple(weights.items()),
-        kl_coef=config.algorithm.kl_coef,
-        clip_low=config.algorithm.clip_low,
-        clip_high=config.algorithm.clip_high,
+    return UpdateOptions(
+        loss=plan.stage.loss(config),
+        constants=LossConstants(algorithm.kl_coef, algorithm.clip_low, algorithm.clip_high),
+        logprobs=logprobs,
+        weights=tuple(plan.stage.loss_weights(config).items()),
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
     )
 
 
-def make_samplers(plan: RunOutline) -> dict[str, Callable]:
-    """task -> (params, prompts, keys) -> Rollout, with the config's sampling options."""
-    rollout, algorithm = plan.config.rollout, plan.config.algorithm
-    common = {
-        "special": plan.special,
-        "temperature": rollout.temperature,
-        "dtype": DTYPES[plan.config.model.dtype],
-        "attention": attending.of_samplers(plan.config, plan.model_config, plan.mesh),
-    }
-    images = functools.partial(
-        sampling.sample_images, plan.model_config,
-        cfg_scale=rollout.cfg_scale, score=algorithm.image_logprobs, **common,
-    )  # fmt: skip
-    texts = functools.partial(
-        sampling.sample_text, plan.model_config,
+def make_sampling_options(plan: RunOutline) -> SamplingOptions:
+    """Returns the sampling options of the config."""
+    rollout, compat = plan.config.rollout, plan.config.compat
+    return SamplingOptions(
+        special=plan.special,
+        temperature=rollout.temperature,
+        top_k=50 if compat.text_top_k_50 else rollout.top_k,
+        top_p=rollout.top_p,
         max_new_tokens=rollout.max_new_tokens,
-        top_k=50 if plan.config.compat.text_top_k_50 else rollout.top_k,
-        top_p=rollout.top_p, **common,
-    )  # fmt: skip
-    return {"t2i": images, "mm2t": texts}
+        cfg_scale=rollout.cfg_scale,
+        image_logprobs=plan.config.algorithm.image_logprobs,
+        dtype=DTYPES[plan.config.model.dtype],
+        attention=attending.of_samplers(plan.config, plan.limits.head_dim, plan.mesh),
+    )
 
 
-def _comparison(plan: ResolvedRun) -> dict[str, Any]:
+def make_samplers(plan: RunOutline) -> dict[str, Callable]:
+    """Returns (params, prompts, keys) -> segments for each task that the family can do."""
+    options = make_sampling_options(plan)
+    samplers = {}
+    for name, task in TASKS.items():
+        program = plan.family.turns.get(task.turn.segments)
+        if program is not None:
+            samplers[name] = functools.partial(_sample, program.sample, plan.sizes, options)
+    return samplers
+
+
+def _sample(
+    sample: Any, sizes: Any, options: SamplingOptions, params: Any, prompts: Any, keys: Any
+):
+    return sample(sizes, params, prompts, keys, options)
+
+
+def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
+    """Returns how the config turns rewards into advantages."""
     algorithm = plan.config.algorithm
-    weights = {t: tuple(r.weight for r in listed) for t, listed in plan.rewards.items()}
-    return {
-        "weights": tuple(weights.items()),
-        "mode": algorithm.advantages,
-        "group_size": plan.config.rollout.group_size,
-        "mm2t_weight": algorithm.mm2t_weight,
-        "eps": algorithm.std_eps,
-        "scale": algorithm.scale_by_std,
-        "each": algorithm.multi_objective_aggregation == "normalize_then_sum",
-    }
+    weights = {task: tuple(r.weight for r in listed) for task, listed in plan.rewards.items()}
+    return AdvantageOptions(
+        reward_weights=tuple(weights.items()),
+        task_weights=task_weights(algorithm),
+        mode=algorithm.advantages,
+        group_size=plan.config.rollout.group_size,
+        eps=algorithm.std_eps,
+        scale=algorithm.scale_by_std,
+        normalize_each=algorithm.multi_objective_aggregation == "normalize_then_sum",
+    )
+
+
+def task_weights(algorithm: Any) -> tuple[tuple[str, float], ...]:
+    """Returns the weight of each task in the joint reward: 1 for images, lambda for texts."""
+    return tuple(
+        (name, algorithm.mm2t_weight if task.makes_text else 1.0) for name, task in TASKS.items()
+    )

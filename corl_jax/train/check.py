@@ -14,8 +14,10 @@ from corl_jax.data.dataset import ROWS_CHECKED_AT_START
 from corl_jax.devices.mesh import param_spec
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, partition, unflatten
-from corl_jax.policies.janus import network
+from corl_jax.policies import PolicyFiles
+from corl_jax.policies.family import Family
 from corl_jax.rewards import applicable
+from corl_jax.tasks import TASKS
 from corl_jax.train import attending
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.types import Params
@@ -27,6 +29,10 @@ ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
 """Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
 
 
+PROMPT_OPTIONS = {
+    name: "--text-prompt" if task.makes_text else "--image-prompt" for name, task in TASKS.items()
+}
+"""Task -> option of `python -m corl_jax.plan` for its prompts' length."""
 KEPT = (
     "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
 )  # fmt: skip
@@ -66,8 +72,8 @@ def _count(params: Params) -> int:
 
 
 def _parameters(plan: ResolvedRun) -> str:
-    shapes, lora = network.abstract(plan.model_config), plan.config.lora
-    trained, _ = partition(shapes, plan.config.trained)
+    shapes, lora = plan.family.abstract(plan.sizes), plan.config.lora
+    trained, _ = partition(shapes, plan.trained)
     lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
     for part, tree in shapes.items():
         lines.append(f"  {part:24}{_count(tree):>16,}{_count(trained.get(part, {})):>16,}")
@@ -75,7 +81,7 @@ def _parameters(plan: ResolvedRun) -> str:
     if lora.rank:
         lines.append(
             f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
-            f"{', '.join(lora.targets)}"
+            f"{', '.join(plan.family.adapters.options_of(plan.sizes).targets)}"
         )
     if chosen := attention(plan):
         lines.append(f"  {chosen}")
@@ -84,11 +90,11 @@ def _parameters(plan: ResolvedRun) -> str:
 
 def attention(plan: ResolvedRun) -> str:
     """Which implementations the devices attend with; empty for the image tokenizer's stage."""
-    if plan.config.stage == "vq":
+    if not plan.stage.uses_language_model:
         return ""
-    where = plan.config, plan.model_config, plan.mesh
+    where = plan.config, plan.limits.head_dim, plan.mesh
     chosen = f"attention: {attending.of_update(*where)} in updates"
-    if plan.config.stage == "rl":
+    if plan.stage.samples:
         chosen += f", {attending.of_samplers(*where)} in samplers"
     return chosen
 
@@ -99,13 +105,13 @@ def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
     It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
     """
     by_dtype: dict[Any, dict[str, Any]] = {}
-    with open_checkpoint(plan.model_dir, network.base(plan.model_config)) as checkpoint:
+    with open_checkpoint(plan.model_dir, plan.family.base(plan.sizes)) as checkpoint:
         leaves = checkpoint.leaves
         for path, leaf in leaf_paths(frozen):
             layers = layer_count(leaves, path, is_stacked(path))
             by_dtype.setdefault(leaf_dtype(leaves, path, layers), {})[path] = leaf
     stored = sum(
-        min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh)
+        min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh, plan.family)
         for kind, part in by_dtype.items()
     )
     compute = jax.numpy.dtype(plan.config.model.dtype)
@@ -113,16 +119,16 @@ def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
         path: leaf
         for kind, part in by_dtype.items()
         for path, leaf in part.items()
-        if kind != jax.numpy.dtype(network.compute_dtype(path, compute))
+        if kind != jax.numpy.dtype(plan.family.compute_dtype(path, compute))
     }
-    return stored, _share(unflatten(copied), plan.mesh) if copied else 0
+    return stored, _share(unflatten(copied), plan.mesh, plan.family) if copied else 0
 
 
-def _share(params: Params, mesh: Any) -> int:
-    """Parameters that one device holds."""
+def _share(params: Params, mesh: Any, family: Family) -> int:
+    """Returns the number of parameters that one device holds."""
     total = 0
     for path, leaf in leaf_paths(params):
-        spec = param_spec(path, leaf.shape, mesh)
+        spec = param_spec(path, leaf.shape, mesh, family.rules)
         names = [n for axes in spec if axes for n in ((axes,) if isinstance(axes, str) else axes)]
         total += math.prod(leaf.shape) // math.prod(mesh.shape[name] for name in names)
     return total
@@ -130,10 +136,10 @@ def _share(params: Params, mesh: Any) -> int:
 
 def memory_estimate(plan: ResolvedRun) -> dict[str, float]:
     """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
-    config, model, mesh = plan.config, plan.model_config, plan.mesh
-    shapes = network.abstract(model)
-    trained, frozen = partition(shapes, config.trained)
-    own, (rest, copied) = _share(trained, mesh), _frozen(plan, frozen)
+    config, mesh = plan.config, plan.mesh
+    shapes = plan.family.abstract(plan.sizes)
+    trained, frozen = partition(shapes, plan.trained)
+    own, (rest, copied) = _share(trained, mesh, plan.family), _frozen(plan, frozen)
     prompts = prompt_lengths(plan)
     width = jax.numpy.dtype(config.model.dtype).itemsize
     master = 2 if config.compat.bfloat16_master else 4
@@ -144,14 +150,14 @@ def memory_estimate(plan: ResolvedRun) -> dict[str, float]:
         "gradients": own * master,
         "compute copy": (own + copied) * width,
     }
-    if config.stage == "rl":
+    if plan.stage.samples:
         # With adapters the reference is what is frozen.
         second = config.algorithm.kl_coef and not config.lora.rank
         estimate["reference"] = own * width if second else 0
         estimate["reward networks"] = _networks(plan)
         caches = [_cache(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["sampling caches (largest task)"] = max(caches) * width
-    if config.stage != "vq":
+    if plan.stage.uses_language_model:
         activations = [_activations(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["activations (kept by remat)"] = max(activations) * width
         scores = [_scores(plan, task, prompt) for task, prompt in prompts.items()]
@@ -166,11 +172,15 @@ def _networks(plan: ResolvedRun) -> int:
     mesh with fsdp or tensor is more than they take.
     """
     width = jax.numpy.dtype(plan.config.model.dtype).itemsize
-    sizes = [found.nbytes for found in plan.networks if found.janus is None]
-    scorers = [found.janus for found in plan.networks if found.janus is not None]
+    sizes = [network.nbytes for network in plan.networks if network.policy is None]
+    scorers: list[Any] = [network.policy for network in plan.networks if network.policy]
     if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
-        scorers.append(network.base(plan.model_config))
-    sizes += [_share(network.abstract(scorer), plan.mesh) * width for scorer in scorers]
+        base = plan.family.base(plan.sizes)
+        scorers.append(PolicyFiles(plan.family, base, plan.processor, plan.model_dir))
+    sizes += [
+        _share(scorer.family.abstract(scorer.sizes), plan.mesh, scorer.family) * width
+        for scorer in scorers
+    ]
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
@@ -180,55 +190,56 @@ def _ways(plan: ResolvedRun) -> int:
 
 def _cache(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Key and value numbers of one device's rows, all layers."""
-    config, llama = plan.config, plan.model_config.llama
+    config, limits = plan.config, plan.limits
     rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
         config.rollout.group_size
     )
-    if task == "t2i" and config.rollout.cfg_scale != 1:
+    if not TASKS[task].makes_text and config.rollout.cfg_scale != 1:
         rows *= 2
     length = prompt + _completion(plan, task)
-    per_token = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
+    per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
 
 
 def prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
     """Padded tokens of the first batch's prompts by task; later batches may have longer ones."""
     batch = plan.train_loader.batch(0)
-    return {task: getattr(batch, task).input_ids.shape[1] for task in plan.tasks}
+    return {task: batch.encoded[task].input_ids.shape[1] for task in plan.tasks}
 
 
 def _completion(plan: ResolvedRun, task: str) -> int:
-    config = plan.config
-    return plan.model_config.num_image_tokens if task == "t2i" else config.rollout.max_new_tokens
+    if TASKS[task].makes_text:
+        return plan.config.rollout.max_new_tokens
+    return plan.limits.image_tokens
 
 
 def _update_rows(plan: ResolvedRun, task: str) -> int:
     """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
     config = plan.config
-    if config.stage != "rl":
+    if not plan.stage.samples:
         return config.train.micro_batch or config.train.prompts_per_step
-    guided = task == "t2i" and config.algorithm.image_logprobs == "guided"
+    guided = not TASKS[task].makes_text and config.algorithm.image_logprobs == "guided"
     rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
     return rows * (1 + guided)
 
 
 def _activations(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Numbers that the backward pass keeps: each layer's input with remat `full`."""
-    llama = plan.model_config.llama
-    wide = 3 * llama.intermediate_size + 4 * llama.hidden_size
+    limits = plan.limits
+    wide = 3 * limits.inner_width + 4 * limits.width
     kept = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
     length = prompt + _completion(plan, task)
-    numbers = length * llama.num_layers * (llama.hidden_size + kept)
+    numbers = length * limits.layers * (limits.width + kept)
     return _update_rows(plan, task) * numbers // _ways(plan)
 
 
 def _scores(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Attention scores that `xla` writes out: of every layer with remat `none`, else of one."""
-    if attending.of_update(plan.config, plan.model_config, plan.mesh) != "xla":
+    if attending.of_update(plan.config, plan.limits.head_dim, plan.mesh) != "xla":
         return 0
-    llama = plan.model_config.llama
-    layers = llama.num_layers if plan.config.model.remat == "none" else 1
-    numbers = layers * llama.num_heads * (prompt + _completion(plan, task)) ** 2
+    limits = plan.limits
+    layers = limits.layers if plan.config.model.remat == "none" else 1
+    numbers = layers * limits.heads * (prompt + _completion(plan, task)) ** 2
     return _update_rows(plan, task) * numbers // (_ways(plan) * plan.mesh.shape["tensor"])
 
 
@@ -258,12 +269,11 @@ def _uncounted(plan: ResolvedRun) -> list[str]:
     missing = (
         "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
     )
-    if plan.config.stage != "rl":
+    if not plan.stage.samples:
         return [missing]
     lengths = prompt_lengths(plan)
     shown = ", ".join(f"{task} {tokens}" for task, tokens in lengths.items())
-    names = {"t2i": "--image-prompt", "mm2t": "--text-prompt"}
-    options = " ".join(f"{names[task]} {tokens}" for task, tokens in lengths.items())
+    options = " ".join(f"{PROMPT_OPTIONS[task]} {tokens}" for task, tokens in lengths.items())
     return [
         f"  padded prompts as in the first batch, in tokens: {shown}; of at most "
         f"{plan.config.data.max_prompt_length:,} (data.max_prompt_length)",
@@ -275,8 +285,8 @@ def _uncounted(plan: ResolvedRun) -> list[str]:
 
 def disk_estimate(plan: ResolvedRun) -> dict[str, float]:
     """GiB that the run directory may come to hold."""
-    config, shapes = plan.config, network.abstract(plan.model_config)
-    trained, _ = partition(shapes, config.trained)
+    config, shapes = plan.config, plan.family.abstract(plan.sizes)
+    trained, _ = partition(shapes, plan.trained)
     master = 2 if config.compat.bfloat16_master else 4
     state = _count(trained) * master * (1 + ADAM_COPIES[config.optimizer.name])
     estimate = {}
@@ -341,7 +351,7 @@ def _rewards(plan: ResolvedRun) -> str:
             lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {asked}")
     if plan.networks:
         place = "host memory between uses" if plan.config.networks.offload else "every device"
-        scorers = any(found.janus for found in plan.networks)
+        scorers = any(network.policy for network in plan.networks)
         note = ", scorers sharded as the policy" if scorers else ""
         lines.append(f"reward networks, in {place}{note}:")
         lines.append(f"  {'network':16}{'parameters':>16}{'MiB':>10}  weights")

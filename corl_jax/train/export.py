@@ -18,11 +18,11 @@ from corl_jax.data.instructions import recognise_instruction
 from corl_jax.devices import batches, processes
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
-from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint.generation import FILE as GENERATION_FILE
 from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
 from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
+from corl_jax.tasks import image_tasks, text_tasks
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
@@ -62,7 +62,7 @@ def refresh_export(
         return [f"{folder} is of step {step} and stays; move it away to export again"]
     extra = {RECORD_FILE: record}
     notes = export(folder, config, run, state, model_dir, primary, beat, generation, extra)
-    if "t2i" in run.tasks and config.rollout.cfg_scale < 1:
+    if image_tasks(run.tasks) and config.rollout.cfg_scale < 1:
         notes.append(
             f"rollout.cfg_scale {config.rollout.cfg_scale:g}: transformers guides above 1 only, so "
             "the export is drawn without guidance; state another one where it is used"
@@ -85,15 +85,15 @@ def describe_sampling(config: Config, run: Run) -> Generation:
     rollout, stated = config.rollout, {}
     if run.tasks:
         stated |= {"do_sample": True, "temperature": rollout.temperature}
-    if "t2i" in run.tasks or both:
+    if image_tasks(run.tasks) or both:
         stated |= {"guidance_scale": rollout.cfg_scale}
-    if "mm2t" in run.tasks or both:
+    if text_tasks(run.tasks) or both:
         stated |= {
             "top_k": 50 if config.compat.text_top_k_50 else rollout.top_k,
             "top_p": rollout.top_p,
             "max_new_tokens": rollout.max_new_tokens,
         }
-    if "mm2t" in run.tasks:
+    if text_tasks(run.tasks):
         questions = [text for text in run.train_loader.source.column("qa_problem") if text]
         if questions:
             stated["instruction"] = recognise_instruction(questions) or "none"
@@ -112,7 +112,7 @@ def export(
     `generation` says how to sample, `extra` has further JSON files by name. What stands at
     `folder` is replaced.
     """
-    options, lora = config.export, run.model_config.llama.lora
+    options, lora = config.export, run.family.adapters.options_of(run.sizes)
     if options.lora == "adapter":
         trained = fetched(state.params, primary, beat)
         if not primary:
@@ -137,7 +137,7 @@ def export(
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
     assert options.layout != "none"  # or nobody would have asked for an export
     notes = files.save_checkpoint(
-        folder, network.base(run.model_config), params, layout=options.layout,
+        folder, run.family.base(run.sizes), params, layout=options.layout,
         assets_from=model_dir, base=options.base, dtype=options.dtype,
         layer_dtypes=layer_dtypes, progress=lambda _: beat(),
         overwrite=True, generation=generation, extra=extra,

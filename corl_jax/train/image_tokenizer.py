@@ -7,43 +7,36 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
-from corl_jax.models.vq import VQModel
+from corl_jax.data.images import fit_pixels
 from corl_jax.params import merge
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.family import Family
 from corl_jax.train.run import Iteration, Run, put
-from corl_jax.train.sft import drawing_pixels
 from corl_jax.train.step import TrainState, apply_gradients
-from corl_jax.types import Params, Prompts
+from corl_jax.types import Params, Prompts, Sizes
 
-def vq_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
-    """(next state, Iteration) of one batch of images."""
+
+def tokenizer_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
+    """Returns (next state, Iteration) of one batch of images."""
     with run.phases("data"):
         images = prompts.columns["real_image"]
-        pixels = put(run, np.stack([drawing_pixels(image, run.image_side) for image in images]))
+        pixels = put(run, np.stack([fit_pixels(image, run.image_side) for image in images]))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, pixels)
     return state, Iteration(metrics, {}, {}, [metrics])
 
 
-def make_vq_step(
-    config: JanusConfig, options: Any, optimizer: optax.GradientTransformation, **jit: Any
+def make_tokenizer_step(
+    family: Family, sizes: Sizes, options: Any, optimizer: optax.GradientTransformation, **jit: Any
 ) -> Callable:
-    """The jitted step (state, frozen, pixels) -> (state, metrics); the state is donated."""
-    weights = (options.perceptual_weight, options.commitment, options.entropy_weight)
+    """Returns the jitted step (state, frozen, pixels) -> (state, metrics); donates the state."""
 
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, pixels: jax.Array):
         def loss(trained: Params):
-            # What is frozen has the dtype of its checkpoint.
-            params = network.cast(merge(trained, frozen), jnp.float32)
-            model = network.bind(config, params).vqmodel
-            return vq_loss(model, pixels, *weights)
+            return family.tokenizer_loss(sizes, merge(trained, frozen), pixels, options)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, update = apply_gradients(state, grads, optimizer, value)

@@ -63,9 +63,7 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     # difference means anything.
     agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
     metrics = updates[-1] | agreement | stats
-    metrics |= describe_rollouts(
-        rollouts, eos=run.processor.special.eos, group_size=run.group_size
-    )
+    metrics |= describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
     for result in scored.values():
         metrics |= result.metrics | mean_failures(run, result)
     samples = {task: scored[task].samples for task in run.tasks}
@@ -173,9 +171,7 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
     Every process sees the rewards of all, so that all compute the same advantages.
     """
     stacked = {
-        task: take_own_rows(
-            run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T)
-        )
+        task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
     placed = {task: value.T for task, value in put(run, stacked).items()}

@@ -16,6 +16,8 @@ from corl_jax.devices import batches, processes
 from corl_jax.errors import InputError, Preempted, SaveError
 from corl_jax.evaluation import shapes
 from corl_jax.params import merge
+from corl_jax.policies import Model
+from corl_jax.policies.family import SamplingOptions
 from corl_jax.runs import pictures, same_files
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.runs.directory import RunDir, jsonable
@@ -230,7 +232,7 @@ class Recorder:
         rollout = rl_iteration.sample(run, "t2i", params, prompts)
         samples = rl_iteration.decode(run, "t2i", params, prompts, rollout)
         self.watchdog.beat()
-        scores, _ = rl_iteration.score_task(run, "t2i", params, samples, step)
+        scores, _ = rl_iteration.score_samples(run, "t2i", params, samples, step)
         scores = {
             name: batches.all_gather_rows(run.mesh, values) for name, values in scores.items()
         }
@@ -266,10 +268,14 @@ class Recorder:
         if suite.suite == "rewards":
             values = held_out_rewards(run, params, suite.rows, self.watchdog.beat)
         else:
+            model = Model(run.family, run.sizes, run.processor, self.model_dir, params)
+            options = SamplingOptions(
+                special=run.processor.special, cfg_scale=rollout.cfg_scale,
+                temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens,
+                dtype=run.dtype,
+            )  # fmt: skip
             report = shapes.evaluate_shapes(
-                run.model_config, params, run.processor, run.eval_loader,
-                seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
-                max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
+                model, run.eval_loader, options, seed=run.seed, rows=suite.rows,
                 place=self._place(run),
                 total=lambda counts: batches.all_gather_rows(run.mesh, counts[None]).sum(axis=0),
             )  # fmt: skip
@@ -387,7 +393,9 @@ def held_out_rewards(
         for task in run.tasks:
             rollout = rl_iteration.sample(run, task, params, prompts)
             samples = rl_iteration.decode(run, task, params, prompts, rollout)
-            for name, values in rl_iteration.score_task(run, task, params, samples, 0)[0].items():
+            for name, values in rl_iteration.score_samples(run, task, params, samples, 0)[
+                0
+            ].items():
                 everyone = batches.all_gather_rows(run.mesh, np.where(kept, values, np.nan))
                 scores.setdefault(f"eval/{task}/{name}", []).append(everyone)
     metrics = {}

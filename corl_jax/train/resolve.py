@@ -1,38 +1,35 @@
-"""From a config to a `ResolvedRun`: all that can be checked before a device is touched.
+"""Resolves a config: everything that can be checked before a device is touched.
 
-Files, data, tokenizer, rewards, sizes; every problem is reported. `build` goes on from there.
+Files, data, tokenizer, rewards and sizes are read and compared; every problem is reported.
+`build` goes on from the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from corl_jax.config.checks import warmup_problems
 from corl_jax.config.schema import Config
-from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
+from corl_jax.data.dataset import Loader
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
-from corl_jax.errors import InputError
-from corl_jax.evaluation import shapes
+from corl_jax.errors import InputError, Problems
 from corl_jax.models.lora import Lora
 from corl_jax.params import partition
-from corl_jax.policies.janus import network
+from corl_jax.policies import PolicyFiles, inspect_policy
+from corl_jax.policies.family import Family, Limits, Processor
 from corl_jax.policies.janus.checkpoint.generation import read_generation
-from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import networks, registry
-from corl_jax.rewards.functions import column_problem
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import place_problems
-from corl_jax.startup import inspect_model
 from corl_jax.train import attending
-from corl_jax.types import Params, SpecialTokens
+from corl_jax.train.loaders import count_steps, make_loaders, open_sources
+from corl_jax.train.stages import STAGES, Stage
+from corl_jax.types import Params, Sizes
 from corl_jax.weights.files import check_export
 
 
@@ -41,11 +38,25 @@ class RunOutline:
     """What a run's jitted functions depend on: sizes and options, no file and no array."""
 
     config: Config
-    model_config: JanusConfig  # with the adapters that the config asks for
-    special: SpecialTokens
+    family: Family
+    sizes: Sizes  # with the adapters that the config asks for
+    special: Any  # ids of the processor's special tokens
     mesh: Mesh  # of devices present, or of a described topology
     tasks: tuple[str, ...]
     steps: int
+
+    @property
+    def stage(self) -> Stage:
+        return STAGES[self.config.stage]
+
+    @property
+    def limits(self) -> Limits:
+        return self.family.limits(self.sizes)
+
+    @property
+    def trained(self) -> Sequence[str]:
+        """Regexes of the paths of the trained parameters."""
+        return trained_patterns(self.config, self.family)
 
     @property
     def micro_batches(self) -> int:
@@ -54,7 +65,7 @@ class RunOutline:
 
     @property
     def updates_per_step(self) -> int:
-        return self.config.algorithm.num_iterations if self.config.stage == "rl" else 1
+        return self.stage.updates_per_step(self.config)
 
     @property
     def optimizer_steps(self) -> int:
@@ -67,16 +78,23 @@ class ResolvedRun(RunOutline):
 
     model_dir: Path
     processor: Processor
-    rewards: dict[str, list]
+    rewards: Mapping[str, list]
     networks: list[networks.CheckedNetwork]  # that the rewards ask
     train_loader: Loader
     eval_loader: Loader | None
 
 
+def trained_patterns(config: Config, family: Family) -> Sequence[str]:
+    """Returns the regexes of the trained parameters: the adapters, or those of the config."""
+    if config.lora.rank:
+        return [family.adapters.paths]
+    return config.train.trainable or family.trainable
+
+
 def outline_run(
-    config: Config, model: JanusConfig, special: SpecialTokens, devices: list | None = None
+    config: Config, family: Family, sizes: Sizes, special: Any, devices: list | None = None
 ) -> RunOutline:
-    """The outline of a config for a model of known sizes, with no data and no weights at hand.
+    """Returns the outline of a config for a model of known sizes, without data and weights.
 
     `devices` are those of the mesh, which need not be present; None takes those that are.
     Without data a run's length is train.max_steps or 1; only the learning rate depends on it.
@@ -84,24 +102,21 @@ def outline_run(
     Raises:
         InputError: mesh, batch, lengths or trained parameters do not fit one another.
     """
-    problems: list[str] = []
-    mesh = parts = None
-    model = _with_adapters(config, model)
-    try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-        problems += _batch_problems(config, mesh) + mesh_problems(model, mesh)
-        problems += attending.problems(config, model, mesh)
-    except InputError as error:
-        problems += error.problems
-    try:
-        parts = partition(network.abstract(model), config.trained)
-        problems += _trainable_problems(config, parts)
-    except InputError as error:
-        problems += error.problems
-    problems += _size_problems(config, model)
-    if problems or mesh is None:
-        raise InputError(problems)
-    return RunOutline(config, model, special, mesh, _tasks(config), config.train.max_steps or 1)
+    problems = Problems()
+    mesh = problems.attempt(
+        make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
+    )
+    sizes = problems.attempt(add_adapters, config, family, sizes) or sizes
+    if mesh:
+        problems.add(batch_problems(config, mesh))
+        problems.add(mesh_problems(family, sizes, mesh))
+        problems.add(attending.problems(config, family.limits(sizes).head_dim, mesh))
+    problems.add(trainable_problems(config, family, sizes))
+    problems.add(length_problems(config, family.limits(sizes)))
+    problems.raise_any()
+    assert mesh
+    tasks = STAGES[config.stage].tasks(config)
+    return RunOutline(config, family, sizes, special, mesh, tasks, config.train.max_steps or 1)
 
 
 def resolve_run(config: Config) -> ResolvedRun:
@@ -110,98 +125,96 @@ def resolve_run(config: Config) -> ResolvedRun:
     Raises:
         InputError: all problems found in the model directory, the data, rewards and mesh.
     """
-    problems: list[str] = []
-
-    def attempt(function: Callable, *args: Any) -> Any:
-        try:
-            return function(*args)
-        except InputError as error:
-            problems.extend(error.problems)
-            return None
-
-    model = attempt(_inspect_model, config.model.path)
-    model_config, processor, model_dir = model or (None, None, None)
-    rewards = attempt(registry.resolve, config.rewards, config.compat)
+    problems, stage = Problems(), STAGES[config.stage]
+    model = problems.attempt(_inspect_model, config.model.path)
+    rewards = problems.attempt(registry.resolve, config.rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
-    # Without the rewards nobody can say which networks are asked.
-    asked = rewards is not None and attempt(_networks, config, listed)
-    tasks = _tasks(config)
-    sources = attempt(_sources, config, tasks, rewards or {})
-    problems += _task_problems(config, tasks, rewards)
-    mesh = attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    share = mesh and attempt(batches.process_shard, mesh)
-    problems += _batch_problems(config, mesh) if mesh else []
-    if model_config and processor:
-        problems += _answer_problems(config, listed, model_config, processor)
-        model_config = _with_adapters(config, model_config)
-        problems += _model_problems(config, model_config, mesh)
-    for found in asked or []:
-        if found.janus and mesh:
-            where = f"rewards: option scorer of {', '.join(found.rewards)}: {found.name}"
-            problems += [f"{where}: {line}" for line in mesh_problems(found.janus, mesh)]
-    loaders = (
-        processor
-        and sources
-        and attempt(_loaders, config, processor, tasks, share or (0, 1), listed, *sources)
-    )
-    if problems:
-        raise InputError(problems)
-    assert model_config and processor and model_dir and loaders and rewards is not None
+    asked: list[networks.CheckedNetwork] | None = []
+    if rewards is not None:  # without the rewards nobody can say which networks they ask
+        asked = problems.attempt(_inspect_networks, config, listed)
+        problems.add(_reward_problems(config, stage, rewards))
+    sources = problems.attempt(open_sources, config, stage, rewards or {})
+    mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shard = problems.attempt(batches.process_shard, mesh) if mesh else None
+    if mesh:
+        problems.add(batch_problems(config, mesh))
+        problems.add(_scorer_problems(asked or [], mesh))
+    sizes = loaders = None
+    if model:
+        problems.add(_answer_problems(config, listed, model))
+        sizes = problems.attempt(add_adapters, config, model.family, model.sizes) or model.sizes
+        problems.add(_model_problems(config, model.family, sizes, mesh))
+        if sources:
+            loaders = problems.attempt(
+                make_loaders, config, stage, model.processor, shard or (0, 1), listed, sources
+            )
+    problems.raise_any()
+    assert model and mesh and loaders and rewards is not None
     train_loader, eval_loader = loaders
     return ResolvedRun(
-        config=config, model_config=model_config, special=processor.special, mesh=mesh,
-        tasks=tasks, steps=_steps(config, train_loader), model_dir=model_dir, processor=processor,
-        rewards=rewards, networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
+        config=config, family=model.family, sizes=sizes, special=model.processor.special,
+        mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
+        model_dir=model.folder, processor=model.processor, rewards=rewards,
+        networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
 
 
-def _inspect_model(path: str) -> tuple[JanusConfig, Processor, Path]:
-    found = inspect_model(path)
-    read_generation(found[2])  # the export hands its values on
-    return found
+def _inspect_model(path: str) -> PolicyFiles:
+    model = inspect_policy(path)
+    read_generation(model.folder)  # the export hands its values on
+    return model
 
 
-def _steps(config: Config, loader: Loader) -> int:
-    epochs = config.train.epochs * len(loader.source) / config.train.prompts_per_step
-    return config.train.max_steps or max(1, round(epochs))
+def _inspect_networks(
+    config: Config, listed: list[registry.BoundReward]
+) -> list[networks.CheckedNetwork]:
+    return networks.inspect(
+        listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
+    )
 
 
-def _tasks(config: Config) -> tuple[str, ...]:
-    if config.stage == "vq":
-        return ()
-    if config.stage == "sft":
-        return ("t2i", "mm2t")
-    return {"unified": ("t2i", "mm2t")}.get(config.algorithm.tasks, (config.algorithm.tasks,))
+def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
+    """Returns the sizes with the adapters that the config asks for.
+
+    Raises:
+        InputError: a projection that the family does not adapt.
+    """
+    options, known = config.lora, family.adapters.targets
+    if not options.rank:
+        return sizes
+    targets = tuple(options.targets or known)
+    unknown = [name for name in targets if name not in known]
+    if unknown or not targets or len(set(targets)) < len(targets):
+        raise InputError(
+            f"lora.targets: found {list(targets)}, expected one or more of {', '.join(known)}, "
+            "each once"
+        )
+    return family.adapters.add(sizes, Lora(options.rank, options.alpha, targets))
 
 
-def _with_adapters(config: Config, model: JanusConfig) -> JanusConfig:
-    lora = config.lora
-    if not lora.rank:
-        return model
-    return network.adapted(model, Lora(lora.rank, lora.alpha, tuple(lora.targets)))
-
-
-def _task_problems(config: Config, tasks: tuple[str, ...], rewards: dict | None) -> list[str]:
-    if config.stage != "rl" or rewards is None:
+def _reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
+    """Returns tasks without a reward, and rewards without a task."""
+    if not stage.samples:
         return []
+    tasks, chosen = stage.tasks(config), config.algorithm.tasks
     problems = [
-        f"rewards: none is for {task}, which algorithm.tasks {config.algorithm.tasks} trains; "
-        f"add one, or set algorithm.tasks to the other task"
+        f"rewards: none is for {task}, which algorithm.tasks {chosen} trains; add one, or set "
+        "algorithm.tasks to the other task"
         for task in tasks
         if not rewards.get(task)
     ]
     return problems + [
-        f"rewards: {reward.name} is for {task}, which algorithm.tasks "
-        f"{config.algorithm.tasks} leaves out; remove it"
+        f"rewards: {reward.name} is for {task}, which algorithm.tasks {chosen} leaves out; "
+        "remove it"
         for task, listed in rewards.items()
         if task not in tasks
         for reward in listed
     ]
 
 
-def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
-    ways = batches.num_batch_shards(mesh)
-    batch = config.train.prompts_per_step
+def batch_problems(config: Config, mesh: Mesh) -> list[str]:
+    """Returns the batch sizes that the mesh does not divide."""
+    ways, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
     sizes = {
         "train.prompts_per_step": batch,
         "train.micro_batch": config.train.micro_batch or batch,
@@ -221,65 +234,65 @@ def _near_multiples(size: int, ways: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def mesh_problems(model: JanusConfig, mesh: Any) -> list[str]:
-    """What of a network's sizes the mesh does not divide."""
-    heads = {
-        "heads of language_model": model.llama.num_heads,
-        "key heads of language_model": model.llama.num_kv_heads,
-        "heads of vision_model": model.siglip.num_heads,
-    }
-    return layout_problems(network.abstract(model), heads, mesh)
+def mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
+    """Returns the sizes of a model that the mesh does not divide."""
+    heads = family.limits(sizes).sharded_heads
+    return layout_problems(family.abstract(sizes), heads, mesh, family.rules)
 
 
-def _model_problems(config: Config, model: JanusConfig, mesh: Mesh | None) -> list[str]:
-    """What of the model's sizes and parts does not fit the config."""
-    try:
-        problems = _trainable_problems(config, partition(network.abstract(model), config.trained))
-    except InputError as error:
-        problems = list(error.problems)
-    problems += _size_problems(config, model)
-    problems += _export_problems(config, model)
+def _scorer_problems(asked: Sequence[networks.CheckedNetwork], mesh: Mesh) -> list[str]:
+    problems = []
+    for network in asked:
+        if network.policy:
+            where = f"rewards: option scorer of {', '.join(network.rewards)}: {network.name}"
+            lines = mesh_problems(network.policy.family, network.policy.sizes, mesh)
+            problems += [f"{where}: {line}" for line in lines]
+    return problems
+
+
+def _model_problems(config: Config, family: Family, sizes: Sizes, mesh: Mesh | None) -> list[str]:
+    """Returns what of the model's sizes and parts does not fit the config."""
+    limits = family.limits(sizes)
+    problems = trainable_problems(config, family, sizes)
+    problems += length_problems(config, limits) + _export_problems(config, family, sizes)
     if mesh is None:
         return problems
-    return problems + mesh_problems(model, mesh) + attending.problems(config, model, mesh)
+    problems += mesh_problems(family, sizes, mesh)
+    return problems + attending.problems(config, limits.head_dim, mesh)
 
 
-def _size_problems(config: Config, model: JanusConfig) -> list[str]:
-    if config.stage == "vq":
+def length_problems(config: Config, limits: Limits) -> list[str]:
+    """Returns a problem if prompts and completions may pass the model's positions."""
+    stage = STAGES[config.stage]
+    if not stage.uses_language_model:
         return []
-    answer = config.rollout.max_new_tokens if config.stage == "rl" else 0
-    longest = config.data.max_prompt_length + max(answer, model.num_image_tokens)
-    limit = model.llama.max_position_embeddings
-    if longest <= limit:
+    answer = config.rollout.max_new_tokens if stage.samples else 0
+    longest = config.data.max_prompt_length + max(answer, limits.image_tokens)
+    if longest <= limits.positions:
         return []
     return [
         f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
-        f"tokens; the model has positions for {limit}"
+        f"tokens; the model has positions for {limits.positions}"
     ]
 
 
-def _networks(config: Config, listed: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
-    return networks.inspect(
-        listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
-    )
-
-
 def _answer_problems(
-    config: Config, listed: list[registry.BoundReward], model: JanusConfig, processor: Processor
+    config: Config, listed: list[registry.BoundReward], model: PolicyFiles
 ) -> list[str]:
-    """Answers of the policy to rewards, or of its first state, that would pass its positions."""
+    """Returns answers of the policy to rewards that would pass its positions."""
     return [
         line
         for reward in listed
         if {"policy", "initial"} & set(reward.scorers)
         for line in networks.position_problems(
-            reward, model, processor, config.data.max_prompt_length
+            reward, model.family.limits(model.sizes), model.processor,
+            config.data.max_prompt_length,
         )
-    ]
+    ]  # fmt: skip
 
 
-def _export_problems(config: Config, model: JanusConfig) -> list[str]:
-    """What would stop the export, which is written only when all the training is done."""
+def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
+    """Returns what would stop the export, which is written when all the training is done."""
     layout, base = config.export.layout, config.export.base
     problems = []
     if layout != "none":
@@ -292,109 +305,33 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
         base = None
     if layout != "none":
         try:
-            check_export(layout, network.base(model), base)
+            check_export(layout, family.base(sizes), base)
         except InputError as error:
             problems += [f"export: {problem}" for problem in error.problems]
     return problems
 
 
-def _trainable_problems(config: Config, parts: tuple[Params, Params]) -> list[str]:
-    if config.stage != "vq" and "vqmodel" in parts[0]:
-        return [
-            f"train.trainable: found vqmodel, through which stage {config.stage} takes no "
-            "gradient, so that it would only decay; leave it out"
-        ]
-    idle = sorted(parts[0].keys() - {"vqmodel"})
-    if config.stage != "vq" or not idle:
+def trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
+    """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
+    try:
+        trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
+    except InputError as error:
+        return list(error.problems)
+    return _gradient_problems(config, family.tokenizer_parts, trained)
+
+
+def _gradient_problems(config: Config, tokenizer: Sequence[str], trained: Params) -> list[str]:
+    """Returns problems with trained parts that the stage gives no gradient."""
+    if STAGES[config.stage].uses_language_model:
+        without = sorted(trained.keys() & set(tokenizer))
+        reason = "takes no gradient, so that it would only decay; leave it out"
+        through = "through which stage"
+    else:
+        without = sorted(trained.keys() - set(tokenizer))
+        patterns = ", ".join(f'"{part}/.*"' for part in tokenizer)
+        reason = f"does not use; expected [{patterns}] or a part of it"
+        through = "which stage"
+    if not without:
         return []
-    return [
-        f"train.trainable: found {', '.join(idle)}, which stage vq does not use; "
-        'expected ["vqmodel/.*"] or a part of it'
-    ]
-
-
-def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Source, Source | None]:
-    """(rows to train on, held-out rows), with every column that something will read.
-
-    Raises:
-        InputError: unreadable files, and the columns that are missing.
-    """
-    listed = [reward for of_task in rewards.values() for reward in of_task]
-    names = {*required_columns(tasks), *_target_columns(config)}
-    names |= {column for reward in listed for column in reward.entry.columns}
-
-    def opened(path: Any, more: Sequence[str] = ()) -> Source:
-        # A column that keeps its standard name need not be there: a task may do without it.
-        renamed = config.data.columns.model_dump(exclude_defaults=True)
-        source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
-        problems = registry.missing_columns(listed, source.names)
-        if problems:
-            raise InputError(problems)
-        return source
-
-    if config.eval.suite == "none":
-        return opened(config.data.path), None
-    measured = (*shapes.REQUIRED, "real_image") if config.eval.suite == "shapes" else ()
-    if config.eval.path is not None:
-        return opened(config.data.path), opened(config.eval.path, measured)
-    return held_out(opened(config.data.path, measured), config.eval.rows)
-
-
-def _loaders(
-    config: Config,
-    processor: Processor,
-    tasks: tuple[str, ...],
-    share: tuple[int, int],
-    rewards: list[registry.BoundReward],
-    trained: Source,
-    held: Source | None,
-) -> tuple[Loader, Loader | None]:
-    data = config.data
-    common: dict[str, Any] = {
-        "processor": processor,
-        "seed": config.seed,
-        "max_prompt_length": data.max_prompt_length,
-        "system_prompt": data.system_prompt,
-        "max_bad_fraction": data.max_bad_fraction,
-        "cache_rows": data.cache_rows,
-        "readable": _readable(config, rewards),
-        "process_index": share[0],
-        "process_count": share[1],
-    }
-    train = Loader(
-        trained, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
-        required=_target_columns(config), **common,
-    )  # fmt: skip
-    train.check()
-    if problems := warmup_problems(config, _steps(config, train)):
-        raise InputError(problems)
-    if held is None:
-        return train, None
-    measured = shapes.TASKS if config.eval.suite == "shapes" else tasks
-    batch = config.eval.batch_prompts
-    return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
-
-
-def _readable(
-    config: Config, rewards: list[registry.BoundReward]
-) -> dict[str, Callable[[Any], str | None]]:
-    """Checks of the columns that the stage and our own rewards read; pictures have theirs."""
-    read = set(_target_columns(config))
-    for reward in rewards:
-        if reward.name in registry.REGISTRY:  # a user's own takes what it likes
-            entry = reward.entry
-            read |= {*entry.columns, *entry.either, *entry.optional}
-    names = sorted(read - {"real_image"})
-    return {name: functools.partial(column_problem, name) for name in names}
-
-
-def _target_columns(config: Config) -> list[str]:
-    """Columns that the stage learns from, in which a row must not be null."""
-    sft = config.sft
-    if config.stage == "rl":
-        return []
-    if config.stage == "vq":
-        return ["real_image"]
-    answers = [sft.answer_column] if sft.mm2t_weight else []
-    captions = [sft.caption_column] if sft.caption_column and sft.caption_weight else []
-    return ["real_image", *answers, *captions]
+    names = ", ".join(without)
+    return [f"train.trainable: found {names}, {through} {config.stage} {reason}"]

@@ -1,4 +1,4 @@
-"""A `Run`: everything a training loop uses, resolved from the config before the loop starts."""
+"""A `Run`: everything that a training loop uses, made from the config before the loop starts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from corl_jax.devices import batches
+from corl_jax.algorithms.advantages import AdvantageOptions
+from corl_jax.algorithms.recipes import Recipe
+from corl_jax.devices.batches import put_rows
 from corl_jax.devices.offload import Offloadable
-from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.types import Params
+from corl_jax.policies.family import Family
+from corl_jax.types import Params, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Values and functions; built by `build`, read by everything else in `train`."""
+    """Values and functions; made by `build`, read by everything else in `train`."""
 
     # the policy
-    model_config: JanusConfig
-    processor: Any  # data.processor.Processor
+    family: Family
+    sizes: Sizes  # with adapters, if the config asks for them
+    processor: Any  # policies.family.Processor
     mesh: Mesh
     dtype: Any  # compute dtype
     frozen: Params
@@ -34,27 +37,27 @@ class Run:
     eval_loader: Any  # None without held-out rows
     steps: int  # iterations of the whole run; each makes num_iterations optimizer steps
     seed: int
-    image_side: int  # pixels of a drawn image
+    image_side: int  # pixels of a generated image
 
     # one iteration
     iterate: Callable  # (run, state, prompts, step) -> (state, Iteration)
     train_step: Callable
-    score_step: Callable
-    samplers: dict[str, Callable]  # task -> (params, prompts, keys) -> Rollout
-    rewards: dict[str, list]  # task -> resolved rewards
-    networks: dict[
-        str, Any
-    ]  # frozen networks that rewards ask, rewards.samples.FrozenNetwork by name
-    comparison: dict[str, Any]  # keywords of the advantage computation
+    logprob_step: Callable
+    samplers: dict[str, Callable]  # task -> (params, prompts, keys) -> segments
+    rewards: dict[str, list]  # task -> rewards with their options bound
+    networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
+    recipe: Recipe
+    advantage_options: AdvantageOptions | None  # None where no rewards are compared
+    loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
     tasks: tuple[str, ...]
     group_size: int
     pixel_dtype: Any  # in which codes become pixels
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
     mask_truncated: bool
-    sft: Any  # config.Sft
+    sft: Any  # schema.Sft
     schedule: Callable  # optimizer step -> learning rate
-    phases: Any  # metrics.Phases, a context manager by phase name
+    phases: Any  # runs.log.Phases, a context manager by phase name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,9 @@ class Iteration:
     metrics: dict[str, Any]
     samples: dict[str, Any]  # task -> rewards.registry.Samples
     rewards: dict[str, dict[str, np.ndarray]]
-    updates: list[dict[str, Any]]  # each update's own metrics, in order; scalars of the device
+    updates: list[dict[str, Any]]  # the metrics of each update, in order; scalars of the device
 
 
 def put(run: Run, tree: Any) -> Any:
-    """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
-    return batches.put_rows(run.mesh, tree)
+    """Returns host arrays of this process's rows as global arrays, rows spread over the mesh."""
+    return put_rows(run.mesh, tree)

@@ -21,7 +21,9 @@ from corl_jax.data import questions
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.policies import batched
-from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.janus import network
+from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.weights.files import load_params, save_checkpoint
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
@@ -106,7 +108,7 @@ def test_images_and_their_lines(drawn, model_dir, config):
     tokens = np.asarray([row["tokens"] for row in records], np.int32)
     assert tokens.shape == (6, config.num_image_tokens)
     assert len(np.unique(tokens, axis=0)) == 6
-    decoded = np.asarray(sampling.decode_images(config, load_params(model_dir), tokens))
+    decoded = np.asarray(decode_images(config, load_params(model_dir), tokens))
     for row, expected in zip(records, decoded, strict=True):
         found = np.asarray(Image.open(drawn / row["file"]))
         assert found.shape == expected.shape == (16, 16, 3)
@@ -456,7 +458,7 @@ def test_pieces_hold_every_sample_once_in_one_shape_a_length(samples, batch_size
 
 
 def test_keys_of_a_piece_are_those_of_the_whole():
-    whole = jax.random.key_data(sampling.sample_keys(5, np.arange(4), 6)).reshape(4, 6, -1)
+    whole = jax.random.key_data(sample_keys(5, np.arange(4), 6)).reshape(4, 6, -1)
     piece = batched.Piece(length=32, prompts=(1, 3), rows=3, first=2, group=4)
     found = jax.random.key_data(piece.keys(5, "t2i")).reshape(3, 4, -1)
     np.testing.assert_array_equal(found, whole[[1, 3, 1], 2:6])

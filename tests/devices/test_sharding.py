@@ -27,8 +27,10 @@ from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.train.resolve import mesh_problems
+from corl_jax.weights.network_rules import NETWORK_RULES
 from corl_jax.weights.networks import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"
@@ -80,15 +82,15 @@ def tables() -> dict[str, str]:
     for size in ("1b", "7b"):
         params = network.abstract(PRESETS[f"janus-pro-{size}"])
         out[f"janus_pro_{size}.txt"] = table(
-            params, device_mesh.PARAM_RULES, device_mesh.param_spec
+            params, RULES, device_mesh.param_spec
         )
     lora = Lora(16, 32.0, tuple(schema.Lora().targets))
     adapted = network.adapted(PRESETS["janus-pro-7b"], lora)
     adapters, _ = partition(network.abstract(adapted), [ADAPTERS])
-    text = table(adapters, device_mesh.PARAM_RULES, device_mesh.param_spec)
+    text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
-        text = table(params, device_mesh.NETWORK_RULES, device_mesh.network_spec)
+        text = table(params, NETWORK_RULES, device_mesh.network_spec)
         out[f"network_{name}.txt"] = text
     return out
 
@@ -109,7 +111,7 @@ def test_large_matrices_of_reward_networks_are_split(name, mesh):
 
 
 def test_no_rule_of_the_networks_is_shadowed_or_unused():
-    rules = [pattern for pattern, _ in device_mesh.NETWORK_RULES]
+    rules = [pattern for pattern, _ in NETWORK_RULES]
     paths = [path for tree in networks().values() for path, _ in leaf_paths(tree)]
     first = {next(rule for rule in rules if re.fullmatch(rule, path)) for path in paths}
     assert first == set(rules)

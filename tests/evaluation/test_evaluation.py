@@ -25,6 +25,7 @@ from corl_jax.evaluation import shapes
 from corl_jax.evaluation.shapes import HeldOutShapes, Rate, evaluate_shapes
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.images import decode_images
 from corl_jax.types import Prompts
 from corl_jax.weights import files
 from tests.support import metrics_page
@@ -216,7 +217,7 @@ def test_a_partial_batch_compiles_nothing_new(report, model):
         {name: values[:2] for name, values in second.columns.items()},
         *(jax.tree.map(lambda x: x[:2], part) for part in (second.t2i, second.mm2t)),
     )
-    programs = sampling._image_program.usual, sampling._text_program.usual, sampling.decode_images
+    programs = sampling._image_program.usual, sampling._text_program.usual, decode_images
     before = [program._cache_size() for program in programs]
     assert_same(report, measure(model, [first, partial]))
     assert [program._cache_size() for program in programs] == before

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.policies.janus import sampling
+from corl_jax.policies.choices import sample_keys
 from corl_jax.runs.checkpoints import Checkpoints, DamagedError
 from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
@@ -167,7 +167,7 @@ def outcome(job: Job) -> dict[str, str]:
     batch = plan.train_loader.batch(record["run"]["data"]["step"])
     parts: list[Any] = [batch.index, batch.t2i, batch.mm2t]
     parts += [
-        jax.random.key_data(sampling.sample_keys(record["run"]["seed"], batch.index, 2, stream))
+        jax.random.key_data(sample_keys(record["run"]["seed"], batch.index, 2, stream))
         for stream in STREAMS.values()
     ]
     found["next"] = _sha256(_leaves(parts))

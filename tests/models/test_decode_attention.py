@@ -14,9 +14,11 @@ from corl_jax.models import attention
 from corl_jax.models.attention import attend_to, fastest_attention, merge
 from corl_jax.models.layers import attend
 from corl_jax.policies import decoding
+from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.decoding import read_prompts
 from corl_jax.policies.janus import network, sampling
-from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import EncodedPrompts
 from tests.support.tolerances import NETWORK
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -179,7 +181,7 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     monkeypatch.setattr(decoding, "SHORT_PROMPT", length - (not copied))
     jax.clear_caches()  # the limit is no argument of the traced function
     prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
-    keys = jax.eval_shape(lambda: sampling.sample_keys(0, np.arange(rows), GROUP))
+    keys = jax.eval_shape(lambda: sample_keys(0, np.arange(rows), GROUP))
     options = {"special": special, "greedy": False, "dtype": jnp.bfloat16, "attention": "cudnn"}
     if program == "_image_program":
         options, scalars, width = {**options, "guided": True, "score": "guided"}, 2, 2

@@ -14,9 +14,10 @@ from corl_jax.devices.mesh import batch_sharding, param_spec
 from corl_jax.models import layers, lora
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, merge, partition
+from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.decoding import FusedBlock
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.train import build, step
 from corl_jax.weights import adapters
 from tests.support import draws
@@ -160,7 +161,7 @@ def rollouts(config, params, batch, **options):
 
 
 def draw_keys():
-    return sampling.sample_keys(3, np.arange(PROMPTS), GROUP)
+    return sample_keys(3, np.arange(PROMPTS), GROUP)
 
 
 def full_logits(config, params, rollout):

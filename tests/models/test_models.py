@@ -12,19 +12,13 @@ import numpy as np
 import pytest
 
 from corl_jax.config import schema
-from corl_jax.devices.mesh import (
-    PARAM_RULES,
-    batch_sharding,
-    constrain,
-    make_mesh,
-    param_shardings,
-    param_spec,
-)
+from corl_jax.devices.mesh import batch_sharding, constrain, make_mesh, param_shardings, param_spec
 from corl_jax.errors import InputError
 from corl_jax.models.llama import positions_of
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.network import PRESETS
 from tests.support.tolerances import NETWORK
 
@@ -259,10 +253,10 @@ def test_no_rule_is_shadowed_or_unused():
     config = network.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
     paths = [path for path, _ in leaf_paths(network.abstract(config))]
     first = {
-        next(i for i, (rule, _) in enumerate(PARAM_RULES) if re.fullmatch(rule, path))
+        next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path))
         for path in paths
     }
-    unused = [rule for i, (rule, _) in enumerate(PARAM_RULES) if i not in first]
+    unused = [rule for i, (rule, _) in enumerate(RULES) if i not in first]
     assert not unused
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from corl_jax.policies.choices import keep_top_k, keep_top_p, sample_keys
 from corl_jax.policies.janus import sampling
-from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import EncodedPrompts
 from tests.parity import torch_janus
 from tests.parity.torch_janus import BOI_TOKEN, BOS_TOKEN, IMAGE_TOKEN, PAD_TOKEN
 from tests.support import draws
@@ -54,7 +56,7 @@ def batches(prompts: EncodedPrompts) -> list[EncodedPrompts]:
 
 
 def ours(program, pair, prompts, **options):
-    keys = sampling.sample_keys(0, np.arange(prompts.input_ids.shape[0]), 1)
+    keys = sample_keys(0, np.arange(prompts.input_ids.shape[0]), 1)
     with jax.default_matmul_precision("highest"):
         return program(
             pair.config, pair.params, prompts, keys, greedy=True, dtype=jnp.float32, **options
@@ -194,18 +196,18 @@ def test_greedy_texts(pair):
 def test_top_k_keeps_what_transformers_keeps(k):
     logits = np.random.default_rng(k).standard_normal((4, 96)).astype(np.float32) * 2
     expected = TopKLogitsWarper(k)(None, torch.from_numpy(logits)).numpy()
-    np.testing.assert_array_equal(sampling.top_k_only(jnp.asarray(logits), k), expected)
+    np.testing.assert_array_equal(keep_top_k(jnp.asarray(logits), k), expected)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
 def test_top_p_keeps_what_transformers_keeps(p):
     logits = np.random.default_rng(9).standard_normal((4, 96)).astype(np.float32) * 2
     expected = TopPLogitsWarper(p)(None, torch.from_numpy(logits)).numpy()
-    np.testing.assert_array_equal(sampling.nucleus(jnp.asarray(logits), p), expected)
+    np.testing.assert_array_equal(keep_top_p(jnp.asarray(logits), p), expected)
 
 
 def test_top_k_then_top_p_is_transformers_order():
     logits = np.random.default_rng(5).standard_normal((4, 96)).astype(np.float32) * 2
     expected = TopPLogitsWarper(0.7)(None, TopKLogitsWarper(12)(None, torch.from_numpy(logits)))
-    found = sampling.nucleus(sampling.top_k_only(jnp.asarray(logits), 12), 0.7)
+    found = keep_top_p(keep_top_k(jnp.asarray(logits), 12), 0.7)
     np.testing.assert_array_equal(found, expected.numpy())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from corl_jax.assets import MINI_JANUS, NANO_JANUS
+from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.weights import files
@@ -62,7 +63,7 @@ def test_transformers_draws_the_same_tokens_greedily(shipped, loaded):
     encoded = processor.encode_t2i(PROMPTS)
     with jax.default_matmul_precision("highest"):
         ours = sampling.sample_images(
-            config, params, encoded, sampling.sample_keys(0, np.arange(2), 1),
+            config, params, encoded, sample_keys(0, np.arange(2), 1),
             special=processor.special, cfg_scale=shipped.guidance, greedy=True, dtype=np.float32,
         )  # fmt: skip
     try:

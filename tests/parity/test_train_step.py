@@ -14,7 +14,7 @@ import torch
 
 from corl_jax.config import schema
 from corl_jax.params import leaf_paths, merge, partition
-from corl_jax.policies.janus.logprobs import LogprobOptions
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.train import step
 from corl_jax.train.optimizer import learning_rate, make_optimizer
 from tests.parity import torch_janus

@@ -15,8 +15,9 @@ import pytest
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Compat
 from corl_jax.devices.mesh import make_mesh
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
 from corl_jax.rewards.registry import Context, Samples, score
 from corl_jax.runs.log import Phases
 from corl_jax.train import build, resolve

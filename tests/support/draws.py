@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.policies.janus import network
-from corl_jax.types import EncodedPrompts, Rollout, SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import EncodedPrompts, Rollout
 from tests.support.tolerances import LOGPROBS
 
 SAFE = LOGPROBS
@@ -46,7 +47,7 @@ def margins(
     """By how much each kept token was ahead of the next, of logits [N, T, V] that were drawn from.
 
     Without keys they were the largest logits. Vocabularies of one block only: see
-    `sampling.Choice.draw`.
+    `choices.Choice.draw`.
     """
     _, length, size = logits.shape
 

@@ -15,8 +15,9 @@ from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.train.step import Batch, TaskBatch
-from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.types import EncodedPrompts
 from corl_jax.weights.files import save_checkpoint
 from tests.support import metrics_page
 from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir

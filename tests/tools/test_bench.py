@@ -26,11 +26,12 @@ from corl_jax.policies import decoding
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
-from corl_jax.types import Rollout, SpecialTokens
+from corl_jax.types import Rollout
 from corl_jax.weights.networks import KINDS
 from tests.support.tolerances import LOGPROBS
 from tools.bench import __main__ as command

@@ -13,8 +13,9 @@ from PIL import Image
 
 from corl_jax.config import schema
 from corl_jax.params import partition
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.train import sft, step, vq
 from corl_jax.types import Prompts

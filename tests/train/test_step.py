@@ -17,8 +17,11 @@ from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, merge, partition
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.chunked_logprobs import chunked_logprobs
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions, chunked_logprobs
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
 from corl_jax.runs.log import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
@@ -201,7 +204,7 @@ def test_guidance_of_scale_one_is_none(config, params, batch):
 def test_what_was_recorded_in_sampling_is_what_the_trainer_computes(
     config, params, batch, image_logprobs
 ):
-    keys = sampling.sample_keys(0, np.arange(PROMPTS), GROUP)
+    keys = sample_keys(0, np.arange(PROMPTS), GROUP)
     common = {"special": SPECIAL, "temperature": SCORING.temperature, "dtype": jnp.float32}
     rollouts = {
         "t2i": sampling.sample_images(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
+from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus import sampling
 from corl_jax.types import Rollout
 from tests.support import draws
@@ -69,7 +70,7 @@ def draw(compiled, task: str, temperature: float) -> list[jax.Array]:
 
 
 def keys():
-    return sampling.sample_keys(5, np.arange(PROMPTS), GROUP)
+    return sample_keys(5, np.arange(PROMPTS), GROUP)
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,8 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from corl_jax import startup
 from corl_jax.config import schema
+from corl_jax.devices import startup
 from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path

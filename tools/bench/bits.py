@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from corl_jax.policies.janus import sampling
+from corl_jax.policies.janus.images import decode_images
 from corl_jax.runs.fingerprints import summary
 from tools.bench.generation import STREAMS, codes, keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
@@ -35,7 +35,7 @@ def _drawn(setting: Setting) -> Iterator[Record]:
         sample = functools.partial(drawn[task], params, prompts, keys(setting, task))
         yield repeated(setting, f"rollout {task}", sample)
     decode = functools.partial(
-        sampling.decode_images, setting.size.janus, params, codes(setting),
+        decode_images, setting.size.janus, params, codes(setting),
         dtype=setting.pixel_dtype,
     )  # fmt: skip
     yield repeated(setting, "pixels", decode)

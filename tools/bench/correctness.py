@@ -14,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
 from corl_jax.models.causal import CausalAttention
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import sampling
-from corl_jax.policies.janus.logprobs import LogprobOptions
-from corl_jax.train.step import LossOptions, TaskBatch, make_logprob_step
-from corl_jax.types import EncodedPrompts, Params, Rollout
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.tasks import TASKS
+from corl_jax.train.step import TaskBatch, UpdateOptions, make_logprob_step
+from corl_jax.types import EncodedPrompts, Params, Segment
 from tools.bench import inputs
 from tools.bench.generation import CFG_SCALE, STREAMS
 from tools.bench.setting import COMPUTE, Setting
@@ -56,17 +60,17 @@ def compare(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator
     """The records of one task."""
     prompts, sample = prompts_of(setting, task), sampler(setting, task, params, dtype)
     score = scorer(setting, params, dtype)
-    keys = sampling.sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
+    keys = sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
     name = f"{task}, {dtype.name}"
     drawn = sample(prompts, keys)
-    again = score(task, prompts, drawn.tokens)
+    again = score(task, prompts, drawn.values)
     figures = difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
     yield Record("correctness", f"{name}: cached", None, figures)
     figures = alike(drawn, sample(prompts, keys))
     yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
-    alone, own = unpadded(prompts, -1), drawn.tokens[-GROUP:]
+    alone, own = unpadded(prompts, -1), drawn.values[-GROUP:]
     figures = difference(again[-GROUP:], score(task, alone, own))
     batched = sample(prompts, keys[::GROUP], greedy=True)
     single = sample(alone, keys[::GROUP][-1:], greedy=True)
@@ -95,11 +99,11 @@ def unpadded(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
     )
 
 
-def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Rollout]:
-    """(prompts, keys, greedy=) -> Rollout; greedy answers have COMPARED tokens."""
+def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Segment]:
+    """(prompts, keys, greedy=) -> Segment; greedy answers have COMPARED tokens."""
     config, special, most = setting.size.janus, setting.endless, setting.size.new_tokens
 
-    def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Rollout:
+    def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Segment:
         placed, options = setting.placed(prompts), {"greedy": greedy, "dtype": dtype}
         if task == "t2i":
             return sampling.sample_images(
@@ -119,8 +123,9 @@ def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
     step = _score_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
     def score(task: str, prompts: EncodedPrompts, tokens: Any) -> np.ndarray:
-        batch = TaskBatch(prompts, tokens, np.ones(tokens.shape, bool))
-        return np.asarray(step(params, {}, setting.placed({task: batch}))[task])
+        (kind,) = TASKS[task].turn.segments
+        batch = TaskBatch(prompts, (Segment(kind, tokens, np.ones(tokens.shape, bool)),))
+        return np.asarray(step(params, {}, setting.placed({task: batch}))[task][0])
 
     return score
 
@@ -128,7 +133,8 @@ def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
 @functools.lru_cache(maxsize=4)
 def _score_step(config: Any, special: Any, dtype: Any, kernel: CausalAttention) -> Callable:
     scoring = LogprobOptions(special, remat="none", attention=kernel)
-    return make_logprob_step(config, LossOptions(scoring, (), dtype=dtype))
+    options = UpdateOptions(CLIPPED_POLICY_LOSS, LossConstants(), scoring, (), dtype=dtype)
+    return make_logprob_step(FAMILY, config, options)
 
 
 def difference(first: Any, second: Any) -> dict[str, float]:
@@ -137,17 +143,17 @@ def difference(first: Any, second: Any) -> dict[str, float]:
     return {"difference_mean": float(apart.mean()), "difference_max": float(apart.max())}
 
 
-def alike(first: Rollout, second: Rollout) -> dict[str, float]:
+def alike(first: Segment, second: Segment) -> dict[str, float]:
     """Share of equal tokens; steps at which all completions are alike, before the first other."""
-    same = np.asarray(first.tokens) == np.asarray(second.tokens)
+    same = np.asarray(first.values) == np.asarray(second.values)
     prefix = int(np.argmin([*same.all(axis=0), False]))
     return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
 
-def greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
+def greedy(batched: Segment, single: Segment) -> dict[str, float]:
     """How far the last row of a batch and the same prompt alone go together."""
     first, second = (
-        (np.asarray(x.tokens)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
+        (np.asarray(x.values)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
         for x in (batched, single)
     )
     same = first[0] == second[0]

@@ -29,9 +29,9 @@ import dataclasses
 import math
 import re
 
-from corl_jax.config.schema import ADAPTERS
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import ADAPTER_PATHS
 from corl_jax.policies.janus.network import JanusConfig
 
 BYTES = 2  # of a bfloat16
@@ -48,7 +48,7 @@ def layer_weights(config: JanusConfig) -> int:
 def adapter_weights(config: JanusConfig) -> int:
     """Of the low-rank adapters of all layers."""
     leaves = leaf_paths(network.abstract(config))
-    return sum(math.prod(x.shape) for path, x in leaves if re.fullmatch(ADAPTERS, path))
+    return sum(math.prod(x.shape) for path, x in leaves if re.fullmatch(ADAPTER_PATHS, path))
 
 
 def head_weights(config: JanusConfig, task: str) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus import sampling
-from corl_jax.types import EncodedPrompts, Rollout
+from corl_jax.policies.janus.images import decode_images
+from corl_jax.types import EncodedPrompts, Segment
 from tools.bench import inputs
 from tools.bench.cost import Work, step_bytes
 from tools.bench.setting import COMPUTE, Setting
@@ -23,7 +25,7 @@ STREAMS = {"t2i": 0, "mm2t": 1}
 
 def keys(setting: Setting, task: str) -> jax.Array:
     """Of all completions of a task."""
-    drawn = sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
+    drawn = sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
     return setting.placed(drawn)
 
 
@@ -44,7 +46,7 @@ def codes(setting: Setting) -> jax.Array:
 
 
 def samplers(setting: Setting) -> dict[str, Any]:
-    """task -> (params, prompts, keys) -> Rollout, with the options of the paper."""
+    """task -> (params, prompts, keys) -> Segment, with the options of the paper."""
     images = functools.partial(
         sampling.sample_images, setting.size.janus,
         special=setting.endless, cfg_scale=CFG_SCALE, temperature=1.0, dtype=COMPUTE,
@@ -67,9 +69,7 @@ def image(setting: Setting) -> Iterator[Record]:
     sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
 
     def with_pixels() -> np.ndarray:
-        pixels = sampling.decode_images(
-            size.janus, params, sample().tokens, dtype=setting.pixel_dtype
-        )
+        pixels = decode_images(size.janus, params, sample().values, dtype=setting.pixel_dtype)
         return np.asarray(pixels)
 
     tokens = setting.measure("image_tokens", sample)
@@ -91,10 +91,10 @@ def text(setting: Setting) -> Iterator[Record]:
     prompts, drawn = setting.placed(prompts_of(setting, "mm2t")), keys(setting, "mm2t")
     sample = samplers(setting)["mm2t"]
 
-    def first() -> Rollout:
+    def first() -> Segment:
         return sample(params, prompts, drawn, max_new_tokens=1)
 
-    def answers() -> Rollout:
+    def answers() -> Segment:
         return sample(params, prompts, drawn)
 
     prefill, whole = setting.measure("text_prefill", first), setting.measure("text", answers)
@@ -116,7 +116,7 @@ def vq(setting: Setting) -> Iterator[Record]:
     config, params, drawn = setting.size.janus, setting.policy(COMPUTE), codes(setting)
 
     def decode() -> np.ndarray:
-        return np.asarray(sampling.decode_images(config, params, drawn, dtype=setting.pixel_dtype))
+        return np.asarray(decode_images(config, params, drawn, dtype=setting.pixel_dtype))
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median

@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from corl_jax.config.schema import ADAPTERS, Train
+from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
 from corl_jax.params import leaf_paths, partition
-from corl_jax.policies.janus.logprobs import LogprobOptions
+from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import step
 from corl_jax.types import Params
 from tools.bench import inputs
 from tools.bench.generation import STREAMS, prompts_of
-from tools.bench.setting import COMPUTE, Setting
+from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
 
 
@@ -29,7 +30,7 @@ def gradients(setting: Setting) -> Iterator[Record]:
     sound kernel should not exceed by much; `largest` and `largest_xla` are those of the leaf that
     is off most. Float32 products are taken without shortcuts, and by XLA's attention.
     """
-    patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
+    patterns = trained_patterns(setting)
     trained, frozen = partition(setting.policy(jnp.float32), patterns)
     for task in STREAMS:
         batch = {task: _batch(setting, task)}
@@ -58,11 +59,14 @@ def _batch(setting: Setting, task: str) -> step.TaskBatch:
 def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
     scoring = LogprobOptions(setting.processor.special, remat=setting.remat, attention=kernel)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
-    objective = step.LossOptions(scoring, ((task, 1.0),), dtype=dtype, micro_batches=pieces)
+    options = step.UpdateOptions(
+        CLIPPED_POLICY_LOSS, LossConstants(), scoring, ((task, 1.0),), dtype=dtype,
+        micro_batches=pieces,
+    )  # fmt: skip
 
     @jax.jit
     def compute(trained: Params, frozen: Params, batch: step.Batch) -> Params:
-        return step.gradients(setting.size.janus, objective, trained, frozen, batch)[0]
+        return step.gradients(FAMILY, setting.size.janus, options, trained, frozen, batch)[0]
 
     return compute
 

@@ -8,8 +8,10 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.tasks import CODES, TEXT
 from corl_jax.train.step import TaskBatch
-from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.types import EncodedPrompts, Segment
 from tools.bench.vocabularies import COMMON
 
 SHORTEST = 0.75  # a prompt's least share of the padded length
@@ -77,10 +79,15 @@ def task_batch(
     ends = np.full(rows, length) if drawn else rng.integers(length // 2, length + 1, rows)
     return TaskBatch(
         prompts=prompts,
-        tokens=rng.choice(ids, (rows, length)).astype(np.int32),
-        mask=np.arange(length) < ends[:, None],
+        segments=(
+            Segment(
+                CODES if drawn else TEXT,
+                rng.choice(ids, (rows, length)).astype(np.int32),
+                np.arange(length) < ends[:, None],
+                np.full((rows, length), -np.log(len(ids)), np.float32),
+            ),
+        ),
         advantages=rng.standard_normal(rows).astype(np.float32),
-        sampler_logprobs=np.full((rows, length), -np.log(len(ids)), np.float32),
     )
 
 

@@ -16,8 +16,10 @@ from corl_jax.devices.mesh import BATCH, batch_sharding, param_spec
 from corl_jax.models.causal import CausalAttention
 from corl_jax.models.layers import Remat
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES, TRAINABLE
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.types import Params, SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import Params
 from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
 from tools.bench.sizes import Size
@@ -64,7 +66,7 @@ class Setting:
         """A random Janus, laid out by the table of parameters."""
 
         def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-            return NamedSharding(self.mesh, param_spec(path, shape, self.mesh))
+            return NamedSharding(self.mesh, param_spec(path, shape, self.mesh, RULES))
 
         return draw(network.abstract(self.size.janus), 0, dtype, place)
 
@@ -79,3 +81,8 @@ class Setting:
             with jax.profiler.trace(self.trace / name, create_perfetto_trace=True):
                 jax.block_until_ready(call())
         return timing
+
+
+def trained_patterns(setting: Setting) -> tuple[str, ...]:
+    """Returns the regexes of what an update trains: the adapters, or what the paper trains."""
+    return (ADAPTER_PATHS,) if setting.size.janus.llama.lora else TRAINABLE

@@ -9,49 +9,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.config.schema import ADAPTERS, Optimizer, Train
+from corl_jax.algorithms.advantages import AdvantageOptions
+from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
+from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.config.schema import Algorithm, Optimizer
 from corl_jax.params import partition
-from corl_jax.policies.janus.logprobs import LogprobOptions
+from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.log import Phases
+from corl_jax.tasks import TASKS
 from corl_jax.train import iteration as rl_iteration
-from corl_jax.train.build import state_shardings
+from corl_jax.train.build import state_shardings, task_weights
 from corl_jax.train.optimizer import learning_rate, make_optimizer
 from corl_jax.train.run import Run
-from corl_jax.train.step import LossOptions, TrainState, make_train_step
+from corl_jax.train.step import TrainState, UpdateOptions, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
 from tools.bench.cost import Work, training_operations
 from tools.bench.generation import prompts_of, samplers
-from tools.bench.setting import COMPUTE, Setting
+from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
 
 UPDATES = 1000  # of the schedule
-TASKS = ("t2i", "mm2t")
 
 
 def start(setting: Setting) -> tuple[TrainState, Params, Any]:
     """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
-    patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
+    patterns = trained_patterns(setting)
     trained, frozen = partition(setting.policy(COMPUTE), patterns)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
-    shardings = state_shardings(optimizer, trained, setting.mesh)
+    shardings = state_shardings(optimizer, trained, setting.mesh, RULES)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = make_train_step(
-        setting.size.janus, objective(setting), optimizer, out_shardings=(shardings, None)
+        FAMILY,
+        setting.size.janus,
+        update_options(setting),
+        optimizer,
+        out_shardings=(shardings, None),
     )
     return jax.device_put(TrainState(jnp.int32(0), trained, moments), shardings), frozen, step
 
 
-def objective(setting: Setting) -> LossOptions:
-    """That of the paper's first stage."""
+def update_options(setting: Setting) -> UpdateOptions:
+    """Returns the loss of the paper's first stage."""
     scoring = LogprobOptions(
         setting.processor.special, remat=setting.remat, attention=setting.attention
     )
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
-    return LossOptions(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
+    weights = tuple((task, 1.0) for task in TASKS)
+    return UpdateOptions(
+        CLIPPED_POLICY_LOSS, LossConstants(), scoring, weights, micro_batches=pieces
+    )
 
 
 def works(setting: Setting) -> tuple[Work, ...]:
@@ -129,10 +141,20 @@ def iteration(setting: Setting) -> Iterator[Record]:
     yield Record("iteration", "rollouts and update", timing, figures)
 
 
+def segment_samplers(setting: Setting) -> dict[str, Any]:
+    """Returns the samplers as a run has them: task -> (params, prompts, keys) -> segments."""
+
+    def make(task: str) -> Any:
+        sample = samplers(setting)[task]
+        return lambda *inputs: (sample(*inputs),)
+
+    return {task: make(task) for task in TASKS}
+
+
 def _prompts(setting: Setting) -> Prompts:
     encoded = {task: prompts_of(setting, task) for task in TASKS}
     columns = {"prompt": [""] * setting.prompts}
-    return Prompts(np.arange(setting.prompts), columns, **encoded)
+    return Prompts(np.arange(setting.prompts), columns, encoded)
 
 
 def _free_reward(samples: Samples, context: Context) -> np.ndarray:
@@ -146,19 +168,22 @@ def _run(setting: Setting, frozen: Params, step: Any) -> Run:
         task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
         for task in TASKS
     }
-    weights = tuple((task, (1.0,)) for task in TASKS)
+    comparison = AdvantageOptions(
+        reward_weights=tuple((task, (1.0,)) for task in TASKS),
+        task_weights=task_weights(Algorithm()),
+        mode="unified_reward", group_size=setting.group, eps=1e-4, scale=True,
+        normalize_each=False,
+    )  # fmt: skip
     return Run(
-        model_config=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
+        family=FAMILY, sizes=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
         dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={}, layer_dtypes={},
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
-        iterate=rl_iteration.rl_iteration, train_step=step, score_step=step,
-        samplers=samplers(setting), rewards=rewards, networks={},
-        comparison={
-            "weights": weights, "mode": "unified_reward", "group_size": setting.group,
-            "mm2t_weight": 0.8, "eps": 1e-4, "scale": True, "each": False,
-        },
-        tasks=TASKS, group_size=setting.group, rollout_batch=setting.prompts,
+        iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
+        samplers=segment_samplers(setting), rewards=rewards, networks={},
+        recipe=RECIPES["grpo"], advantage_options=comparison,
+        loss_weights=tuple((task, 1.0) for task in TASKS), tasks=tuple(TASKS),
+        group_size=setting.group, rollout_batch=setting.prompts,
         pixel_dtype=setting.pixel_dtype, num_iterations=1, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip

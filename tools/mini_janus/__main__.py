@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from corl_jax import startup
+from corl_jax.devices import startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten

@@ -13,11 +13,10 @@ import numpy as np
 from corl_jax.data.drawn_world import checker, generator, scene
 from corl_jax.errors import InputError
 from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
-from corl_jax.policies.janus import sampling
+from corl_jax.policies import load_policy
+from corl_jax.policies.janus.images import decode_images, encode_images
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards.samples import chunks
-from corl_jax.startup import load_model
-from corl_jax.train.sft import encode_images
 from corl_jax.types import Params
 
 BATCH = 100  # pictures encoded at once
@@ -36,7 +35,8 @@ def measure(model: Path, rows: int, seed: int) -> Rate:
     ]
     if problems:
         raise InputError(problems)
-    config, params, _, folder = load_model(model)
+    loaded = load_policy(model)
+    config, params, folder = loaded.sizes, loaded.params, loaded.folder
     side = math.isqrt(config.num_image_tokens) * config.vq.downsample
     world = scene.choose_world(side)
     if side < (least := scene.WORLDS[world].min_image_size):
@@ -65,4 +65,4 @@ def reconstruct(config: JanusConfig, params: Params, pictures: np.ndarray) -> np
     """Pictures uint8 [N, S, S, 3] as the image tokenizer gives them back."""
     pixels = jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
     codes = encode_images(config, params, pixels)
-    return np.asarray(jax.device_get(sampling.decode_images(config, params, codes)))
+    return np.asarray(jax.device_get(decode_images(config, params, codes)))

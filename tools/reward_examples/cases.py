@@ -75,15 +75,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _draw(prompt: str) -> None:
     """What the mini Janus draws for both prompts; of its samples the chosen ones are kept."""
-    from corl_jax import startup
-    from corl_jax.policies import batched
+    from corl_jax.devices.startup import prepare_devices
+    from corl_jax.policies import batched, load_policy
+    from corl_jax.policies.family import SamplingOptions
 
-    startup.prepare_devices()
-    model = startup.load_model(MODEL, np.float32)
+    prepare_devices()
+    model = load_policy(MODEL, np.float32)
+    options = SamplingOptions(special=model.processor.special, dtype=np.float32)
     chosen = {(which, number): file for file, which, number in DRAWN.values()}
     samples = 1 + max(number for _, number in chosen)
-    for sample in batched.draw_images(
-        model, [prompt, OTHER_PROMPT], dtype=np.float32, samples=samples,
+    for sample in batched.generate_images(
+        model, [prompt, OTHER_PROMPT], options, samples=samples,
         batch_size=2 * samples, seed=DRAWING_SEED,
     ):  # fmt: skip
         file = chosen.get((sample.prompt, sample.number))

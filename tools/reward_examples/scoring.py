@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from corl_jax import startup
 from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
+from corl_jax.devices import startup
+from corl_jax.policies import load_policy
 from corl_jax.rewards import cycle, networks, registry, text
 from corl_jax.rewards import policy as asking
 from corl_jax.rewards.functions import classification
@@ -95,8 +96,11 @@ def score_all() -> Found:
     startup.prepare_devices()
     drawn = [registry.resolve_one(one.reward, one.options) for one in T2I]
     loaded = {one.name: networks.load(one, None, offload=False) for one in _networks(drawn)}
-    config, params, processor, _ = startup.load_model(cases.MODEL, np.float32)
-    context = Context(config, params, processor, np.float32, 0, step=0, networks=loaded)
+    model = load_policy(cases.MODEL, np.float32)
+    context = Context(
+        model.family, model.sizes, model.params, model.processor, np.float32, 0, step=0,
+        networks=loaded,
+    )  # fmt: skip
     written = [registry.resolve_one(one.reward, one.options) for one in MM2T]
     return Found(
         t2i=np.stack([_score(one, context) for one in drawn]),

@@ -7,56 +7,17 @@ Logits are made and reduced a few tokens at a time: of [rows, T, 102400] only
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from corl_jax.policies.choices import guide
+from corl_jax.policies.chunked_logprobs import chunked_logprobs, repeat_rows
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import Janus, JanusConfig
-from corl_jax.policies.janus.sampling import guide, unconditional_ids
+from corl_jax.policies.janus.sampling import unconditional_ids
 from corl_jax.types import EncodedPrompts, Params, Segment
-
-
-def fan_out(x: jax.Array, group_size: int) -> jax.Array:
-    """Each prompt's entry repeated for its completions."""
-    return jnp.repeat(x, group_size, axis=0)
-
-
-def chunked_logprobs(
-    logits_of: Callable[[Any], jax.Array],
-    hidden: Any,
-    tokens: jax.Array,
-    temperature: float,
-    chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropies), both [N, T] float32, of `tokens` [N, T].
-
-    `hidden` is an array [N, T, D] or a tuple of such; `logits_of` maps a slice of it to logits.
-    The softmax is taken in float32. Entropies carry no gradient.
-    """
-    rows, length = tokens.shape
-    size = max(1, min(length, chunk // rows))
-    pieces = -(-length // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, padding).reshape(rows, pieces, size, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def score(piece: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states, targets = piece
-        logits = logits_of(states).astype(jnp.float32) / temperature
-        normalised = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        picked = jnp.take_along_axis(normalised, targets[..., None], axis=-1)[..., 0]
-        entropy = -(jnp.exp(normalised) * normalised).sum(axis=-1)
-        return picked, lax.stop_gradient(entropy)
-
-    out = lax.map(score, (jax.tree.map(split, hidden), split(tokens)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], out)
 
 
 def _completion_states(
@@ -73,13 +34,13 @@ def _completion_states(
     group_size = len(completion) // len(embeds)
     if not read.shape[1]:
         hidden = model.language_model(embeds, mask, remat=options.remat)
-        return fan_out(hidden[:, -1:], group_size)
+        return repeat_rows(hidden[:, -1:], group_size)
     prompts, states = model.language_model.after_prompts(
         embeds, mask, read.astype(embeds.dtype), remat=options.remat, attention=options.attention
     )
     if options.unshifted:
         return states
-    return jnp.concatenate([fan_out(prompts[:, -1:], group_size), states], axis=1)
+    return jnp.concatenate([repeat_rows(prompts[:, -1:], group_size), states], axis=1)
 
 
 def image_logprobs(

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.data.images import ImageSettings, image_settings, preprocess
+from corl_jax.data.images import ImageSettings, preprocess
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.janus.image_settings import image_settings
 from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
@@ -107,6 +108,11 @@ class Processor:
             raise InputError(problems)
         template = configs["processor_config"].get("sft_format")
         return cls(folder, image, template=template, bucket_size=bucket_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the tokenizer knows, added ones included."""
+        return len(self.tokenizer)
 
     @property
     def image_size(self) -> int:

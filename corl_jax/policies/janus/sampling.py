@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -23,6 +22,7 @@ from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
+from corl_jax.policies.choices import Choice, completion_mask, guide, split_steps, token_logprobs
 from corl_jax.policies.decoding import Rows, read_prompts
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
@@ -32,26 +32,8 @@ from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 
-BLOCK = 512
-"""Tokens of the vocabulary that are drawn from together; see `Choice.draw`."""
-STRIDE = 16
-"""Steps between looks at whether all texts have ended: to look, the host waits for the device."""
-
 Attention = Literal["auto", "xla", "cudnn"]
 """How a decode step attends; "auto" is the fastest that the device and the dtype allow."""
-
-
-def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) -> jax.Array:
-    """Keys [N] of prompts' samples; `stream` tells tasks of the same prompt apart."""
-    base = jax.random.fold_in(jax.random.key(seed), stream)
-    index = jnp.asarray(prompt_index, jnp.uint32)
-    fold = jax.random.fold_in
-    grid = jax.vmap(
-        lambda prompt: jax.vmap(lambda sample: fold(fold(base, prompt), sample))(
-            jnp.arange(group_size)
-        )
-    )
-    return grid(index).reshape(-1)
 
 
 def unconditional_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
@@ -74,75 +56,6 @@ class DecodeState:
     tokens: jax.Array  # [N, T] int32
     logprobs: jax.Array  # [N, T] float32
     caches: list[KVCache]  # per layer
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """How a token is drawn from logits."""
-
-    temperature: jax.Array | float
-    greedy: bool
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def draw(self, keys: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
-        """Token ids [N] of float32 logits [N, V], already divided by the temperature."""
-        if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = nucleus(top_k_only(logits, self.top_k), self.top_p)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jax.vmap(_draw_one)(keys, in_blocks(logits))
-
-
-def _draw_one(key: jax.Array, blocks: jax.Array) -> jax.Array:
-    """A token id of logits [blocks, BLOCK]: first its block, then its place in there.
-
-    A random number a token of a large vocabulary would cost more than its softmax.
-    """
-    block_key, place_key = jax.random.split(key)
-    block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))
-    place = jax.random.categorical(place_key, blocks[block])
-    return (block * blocks.shape[-1] + place).astype(jnp.int32)
-
-
-def in_blocks(logits: jax.Array) -> jax.Array:
-    """[..., V] -> [..., blocks, BLOCK or fewer], the last block filled up with -inf."""
-    size = min(BLOCK, logits.shape[-1])
-    count = math.ceil(logits.shape[-1] / size)
-    padding = [(0, 0)] * (logits.ndim - 1) + [(0, count * size - logits.shape[-1])]
-    logits = jnp.pad(logits, padding, constant_values=-jnp.inf)
-    return logits.reshape(*logits.shape[:-1], count, size)
-
-
-def top_k_only(logits: jax.Array, k: int) -> jax.Array:
-    """All but the k largest logits become -inf; 0 keeps all, ties with the k-th stay."""
-    if not 0 < k < logits.shape[-1]:
-        return logits
-    threshold = lax.top_k(logits, k)[0][..., -1:]
-    return jnp.where(logits < threshold, -jnp.inf, logits)
-
-
-def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the smallest set of most likely tokens whose probability reaches `top_p`.
-
-    Never empty; tokens that tie with the least likely kept one stay.
-    """
-    if top_p >= 1.0:
-        return logits
-    ordered = -jnp.sort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < top_p).at[..., 0].set(True)
-    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
-
-
-def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log-softmax of float32 logits [..., V] at tokens [...]."""
-    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    # By blocks, as the token was drawn: XLA then reads the logits once for both.
-    by_block = jax.nn.logsumexp(in_blocks(logits), axis=-1)
-    return picked - jax.nn.logsumexp(by_block, axis=-1)
 
 
 def _group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
@@ -234,14 +147,6 @@ def _advance(state: DecodeState, token, logprob, caches, done=None) -> DecodeSta
     )
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, cfg_scale: Any) -> jax.Array:
-    """Classifier-free guidance on logits; scale 1 is the conditional distribution.
-
-    Source: Ho and Salimans 2022 (arXiv 2207.12598), as Janus applies it to image tokens.
-    """
-    return unconditional + cfg_scale * (conditional - unconditional)
-
-
 def _implementation(
     config: JanusConfig, attention: Attention, dtype: Any
 ) -> attentions.Implementation:
@@ -324,7 +229,7 @@ def _text_program(
         return _advance(state, token, logprob, caches, done)
 
     token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(keys.shape[0], bool))
-    rounds, stride = strides(max_new_tokens - 1)
+    rounds, stride = split_steps(max_new_tokens - 1)
     length = 1 + rounds * stride
     caches = decoder.new_caches(len(hidden), length)
     state = lax.while_loop(
@@ -334,18 +239,6 @@ def _text_program(
     )
     tokens, logprobs = (x[:, :max_new_tokens] for x in (state.tokens, state.logprobs))
     return tokens, completion_mask(tokens, state.step, special.eos), logprobs
-
-
-def strides(steps: int) -> tuple[int, int]:
-    """(count, steps of each) that make at least `steps`, none longer than STRIDE."""
-    count = math.ceil(steps / STRIDE)
-    return count, math.ceil(steps / max(count, 1))
-
-
-def completion_mask(tokens: jax.Array, steps: Any, eos: int) -> jax.Array:
-    """[N, T] bool: drawn tokens up to and including the first EOS."""
-    ended = jnp.cumsum(tokens == eos, axis=-1) - (tokens == eos)
-    return (ended == 0) & (jnp.arange(tokens.shape[-1]) < steps)
 
 
 def sample_text(

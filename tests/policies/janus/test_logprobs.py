@@ -12,8 +12,10 @@ import pytest
 
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.models import causal
+from corl_jax.policies.chunked_logprobs import chunked_logprobs
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions, chunked_logprobs
+from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
 from tests.support.tolerances import LOGPROBS, NETWORK
 

@@ -13,8 +13,18 @@ import pytest
 from corl_jax.devices import compiling
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.policies import decoding
+from corl_jax.policies.choices import (
+    STRIDE,
+    Choice,
+    completion_mask,
+    keep_top_p,
+    sample_keys,
+    token_logprobs,
+)
 from corl_jax.policies.janus import network, sampling
-from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.policies.janus.images import decode_images
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import EncodedPrompts
 from tests.support import draws
 from tests.support.tiny_models import two_layers
 from tests.support.tolerances import LOGPROBS
@@ -73,7 +83,7 @@ def question_prompts(config) -> EncodedPrompts:
 
 
 def keys_of(index, group_size: int = GROUP) -> jax.Array:
-    return sampling.sample_keys(5, np.asarray(index), group_size)
+    return sample_keys(5, np.asarray(index), group_size)
 
 
 def rows_of(prompts: EncodedPrompts, rows) -> EncodedPrompts:
@@ -245,11 +255,11 @@ def test_order_of_the_batch_does_not_matter(config, params, images, texts):
 
 
 def test_keys_come_from_seed_prompt_and_sample():
-    data = jax.random.key_data(sampling.sample_keys(0, np.array([4, 9]), 3))
+    data = jax.random.key_data(sample_keys(0, np.array([4, 9]), 3))
     assert len(np.unique(data, axis=0)) == 6
-    alone = jax.random.key_data(sampling.sample_keys(0, np.array([9], np.int64), 5))
+    alone = jax.random.key_data(sample_keys(0, np.array([9], np.int64), 5))
     np.testing.assert_array_equal(alone[:3], data[3:])
-    for other in (sampling.sample_keys(1, [4, 9], 3), sampling.sample_keys(0, [4, 9], 3, stream=1)):
+    for other in (sample_keys(1, [4, 9], 3), sample_keys(0, [4, 9], 3, stream=1)):
         assert not (jax.random.key_data(other) == data).all(-1).any()
 
 
@@ -330,7 +340,7 @@ def test_texts_end_at_eos_and_the_loop_with_the_last_of_them(config, params, dec
     jax.effects_barrier()
     lengths = np.asarray(rollout.mask).sum(-1)
     # The first token needs no step; then the loop is left at the end of a stride.
-    assert 0 <= len(decode_steps) - (lengths.max() - 1) < sampling.STRIDE
+    assert 0 <= len(decode_steps) - (lengths.max() - 1) < STRIDE
     assert len(set(lengths)) > 4 and lengths.max() > length / 2, lengths
     arrays = map(np.asarray, (rollout.tokens, rollout.mask, rollout.logprobs, lengths))
     for row, kept, logprobs, end in zip(*arrays, strict=True):
@@ -355,7 +365,7 @@ def test_texts_end_at_eos_and_the_loop_with_the_last_of_them(config, params, dec
 
 def test_mask_runs_to_the_first_end_and_no_further_than_was_drawn():
     tokens = jnp.array([[5, 2, 2, 2], [2, 5, 5, 2], [5, 6, 7, 8]])
-    mask = sampling.completion_mask(tokens, 3, eos=2)
+    mask = completion_mask(tokens, 3, eos=2)
     np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
 
 
@@ -371,7 +381,7 @@ def test_draws_follow_the_distribution(monkeypatch, block):
     keys = jax.random.split(jax.random.key(0), 20000)
 
     def frequencies(**options):
-        choice = sampling.Choice(1.0, False, **options)
+        choice = Choice(1.0, False, **options)
         drawn = jax.jit(choice.draw)(keys, jnp.int32(3), rows)
         return np.bincount(np.asarray(drawn), minlength=4) / 20000
 
@@ -385,14 +395,14 @@ def test_logprobs_by_blocks_are_those_of_the_softmax(monkeypatch):
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 30, (6, 13)), jnp.float32)
     tokens = jnp.array([0, 4, 5, 9, 10, 12])
     expected = jax.nn.log_softmax(logits)[jnp.arange(6), tokens]
-    found = sampling.token_logprobs(logits, tokens)
+    found = token_logprobs(logits, tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nucleus_is_never_empty():
     logits = jnp.array([[0.0, 3.0, 1.0]])
     for top_p in (0.0, 1e-9):
-        kept = sampling.nucleus(logits, top_p)
+        kept = keep_top_p(logits, top_p)
         np.testing.assert_array_equal(kept, [[-np.inf, 3.0, -np.inf]])
 
 
@@ -407,7 +417,7 @@ def test_pictures_are_truncated_decodings(config, params, monkeypatch):
         jax.jit(lambda params: network.bind(config, params).vqmodel.decode(codes))(params)
     )
     values = np.clip((pixels + 1) / 2 * 255, 0, 255)
-    found = np.asarray(sampling.decode_images(config, params, codes))
+    found = np.asarray(decode_images(config, params, codes))
     assert found.dtype == np.uint8 and found.shape == pixels.shape
     sure = np.abs(values - values.round()) > 1e-2  # elsewhere rounding decides the last unit
     np.testing.assert_array_equal(found[sure], values.astype(np.uint8)[sure])
@@ -417,7 +427,7 @@ def test_pictures_are_truncated_decodings(config, params, monkeypatch):
 def test_pictures_in_half_precision_are_nearly_the_same(config, params):
     codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, (3, 16))
     exact, half = (
-        np.asarray(sampling.decode_images(config, params, codes, dtype=dtype), np.int32)
+        np.asarray(decode_images(config, params, codes, dtype=dtype), np.int32)
         for dtype in (jnp.float32, jnp.bfloat16)
     )
     apart = np.abs(exact - half)
@@ -484,7 +494,7 @@ def test_one_program_a_bucket(config, params, images, texts):
     draw_images(config, params, images.prompts, keys_of(range(4)))
     answer(config, params, texts.prompts, keys_of(range(4)))
     before = [program._cache_size() for program in programs]
-    keys = sampling.sample_keys(77, np.arange(4) + 9, GROUP)
+    keys = sample_keys(77, np.arange(4) + 9, GROUP)
     shifted = rows_of(images.prompts, [3, 3, 0, 0])
     for scale, temperature in ((2.0, 1.0), (7.5, 0.5)):
         draw_images(config, params, shifted, keys, cfg_scale=scale, temperature=temperature)

@@ -14,7 +14,8 @@ from transformers import JanusConfig as TorchConfig
 
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.types import EncodedPrompts, SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import EncodedPrompts
 from tools.bench.sizes import Size
 
 DTYPE = torch.bfloat16

@@ -52,14 +52,14 @@ def steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     step()
     calls = [peer.seconds(step) for _ in range(peer.repeats)]
     rows = peer.prompts * peer.group
-    shapes = [(len(b.prompts.input_ids[0]), b.tokens.shape[1]) for b in batches]
+    shapes = [(len(b.prompts.input_ids[0]), b.segments[0].values.shape[1]) for b in batches]
     tokens = rows * sum(itertools.chain(*shapes))
     return calls, {"tokens_per_s": tokens / sorted(calls)[len(calls) // 2]}
 
 
 def task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
     """The policy gradient's loss, a mean over rows of means over their tokens."""
-    mask, advantages = peer.tensor(batch.mask), peer.tensor(batch.advantages).float()
+    mask, advantages = peer.tensor(batch.segments[0].mask), peer.tensor(batch.advantages).float()
     scores = logprobs(peer, batch, pixels)
     terms = -torch.exp(scores - scores.detach()) * advantages[:, None]
     return ((terms * mask).sum(1) / mask.sum(1)).mean()
@@ -67,7 +67,7 @@ def task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torc
 
 def logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
     """[N, T] float32 of the batch's tokens: images without pixels, else answers."""
-    model, tokens = peer.model, peer.tensor(batch.tokens)
+    model, tokens = peer.model, peer.tensor(batch.segments[0].values)
     prompts = fan_out(peer, batch)
     if pixels is None:
         head = model.model.generation_head
@@ -76,7 +76,9 @@ def logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch
         head = model.lm_head
         completion = model.model.language_model.embed_tokens(tokens)
     embeds = torch.cat([peer.embedded(prompts, pixels), completion], dim=1)
-    kept = torch.cat([peer.tensor(prompts.attention_mask), peer.tensor(batch.mask)], dim=1)
+    kept = torch.cat(
+        [peer.tensor(prompts.attention_mask), peer.tensor(batch.segments[0].mask)], dim=1
+    )
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=kept.long(), use_cache=False
     ).last_hidden_state

@@ -13,7 +13,7 @@ from corl_jax.models.vq import VQConfig
 from corl_jax.policies.janus.checkpoint.llama_sizes import llama_config, llama_fields
 from corl_jax.policies.janus.checkpoint.original import mlp_ratio
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.types import SpecialTokens
+from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.weights.foreign_config import Fields
 
 

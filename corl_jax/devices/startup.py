@@ -1,4 +1,4 @@
-"""What every command does first: JAX's settings, its programs' cache, its devices, and a model."""
+"""Prepares JAX for a command: its settings, the cache of compiled programs, its devices."""
 
 from __future__ import annotations
 
@@ -6,23 +6,14 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from corl_jax.config.schema import Distributed
 from corl_jax.devices import processes
-from corl_jax.devices.mesh import param_shardings
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.prompts import Processor
-from corl_jax.types import Params
-from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
-from corl_jax.weights.folders import pointer_problems
-from corl_jax.weights.sharded_load import load_sharded
 
 PLATFORMS = "jax_platforms"
 CACHE_DIR = "jax_compilation_cache_dir"
@@ -49,15 +40,6 @@ ACCEPTED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     },
 }
 """Setting of JAX -> the values with which commands run and results are right, and why."""
-
-
-class Model(NamedTuple):
-    """A checkpoint, ready to use."""
-
-    config: JanusConfig
-    params: Params
-    processor: Processor
-    path: Path
 
 
 def prepare_devices(distributed: Distributed | None = None) -> None:
@@ -139,62 +121,3 @@ def _usual_cache_folder() -> Path:
     """Raises RuntimeError where no home directory is known."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(expand_path(home)) / "corl_jax" / "xla"
-
-
-def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, Path]:
-    """What the small files of a checkpoint say, and that its tensors are whole and fit.
-
-    Of the weights only names, shapes and sizes are looked at; no device starts.
-
-    Raises:
-        InputError: listing every file, setting and tensor that is missing, malformed or at odds.
-    """
-    folder = resolve_model_dir(path_or_hub_id)
-    problems = pointer_problems(folder)
-    config = processor = None
-    try:
-        config = load_config(folder)
-    except InputError as error:
-        problems += error.problems
-    try:
-        processor = Processor.from_dir(folder)
-    except InputError as error:
-        problems += error.problems
-    if config is not None:
-        try:
-            open_checkpoint(folder, config).close()
-        except InputError as error:
-            problems += error.problems
-    if config is not None and processor is not None:
-        tokens, rows = len(processor.tokenizer), config.llama.vocab_size
-        if tokens > rows:
-            problems.append(
-                f"{folder / 'tokenizer.json'}: found {tokens} tokens, the network embeds {rows}; "
-                "copy the tokenizer from the checkpoint that the network came from"
-            )
-    if problems or config is None or processor is None:
-        raise InputError(dict.fromkeys(problems))  # several readers may have met the same one
-    return config, processor, folder
-
-
-def load_model(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Model:
-    """A checkpoint of any of the three kinds, its parameters on a mesh or the default device.
-
-    `dtype` casts them to a compute dtype (the image tokenizer stays float32); None keeps each
-    as it is stored.
-
-    Raises:
-        InputError: as `inspect_model`.
-    """
-    config, processor, folder = inspect_model(path_or_hub_id)
-    if mesh is not None:
-        shardings = param_shardings(network.abstract(config), mesh)
-
-        def kept(path: str) -> Any:
-            return None if dtype is None else network.compute_dtype(path, dtype)
-
-        return Model(config, load_sharded(folder, config, shardings, kept), processor, folder)
-    params = load_params(folder, config)
-    if dtype is not None:
-        params = network.cast(params, dtype)
-    return Model(config, jax.device_put(params), processor, folder)

@@ -1,0 +1,184 @@
+"""`Family`: everything that the program asks of a kind of unified model.
+
+A family is a record of functions and values. The rest of the program reaches a model through it
+and through nothing else: it never imports a family's modules, and it never compares a family's
+name. docs/how_to/add_a_policy.md builds a small family step by step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax import params as params_lib
+from corl_jax.devices.mesh import Rules
+from corl_jax.models.layers import Remat
+from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
+
+
+class Processor(Protocol):
+    """Turns rows into prompts and tokens into text, for one checkpoint, on the host.
+
+    A `prompt` is the name of a kind of prompt, as turns in `tasks.TASKS` name them.
+    """
+
+    special: Any  # ids of special tokens: a hashable dataclass with at least `eos`
+    num_tokens: int  # tokens that the tokenizer knows
+    image: Any  # data.images.ImageSettings: how images in prompts are resized and normalised
+
+    def prompt_ids(
+        self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
+    ) -> list[int]:
+        """Returns the unpadded token ids of the prompt of a row."""
+        ...
+
+    def encode(
+        self,
+        prompt: str,
+        ids: Sequence[Sequence[int]],
+        images: Sequence[Any] | None = None,
+        length: int | None = None,
+    ) -> EncodedPrompts:
+        """Pads prompts on the left to `length`, or to the bucket of the longest; adds images."""
+        ...
+
+    def bucket(self, length: int) -> int:
+        """Returns the padded length of a prompt of `length` tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of token ids, without special tokens."""
+        ...
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Returns the token ids of a completion, without an end token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How the segments of a turn are sampled; hashable, so that a program is compiled for it.
+
+    A segment ignores the options that are not about its kind.
+    """
+
+    special: Any  # ids of the processor's special tokens
+    temperature: float = 1.0
+    greedy: bool = False  # take the most likely choice
+    top_k: int = 0  # text; 0 keeps the whole vocabulary
+    top_p: float = 1.0  # text
+    max_new_tokens: int = 512  # text
+    cfg_scale: float = 5.0  # images; 1 is no guidance
+    image_logprobs: Literal["conditional", "guided"] = "conditional"  # which are recorded
+    dtype: Any = jnp.bfloat16  # compute dtype
+    attention: str = "auto"  # kernel of a decode step
+
+
+@dataclasses.dataclass(frozen=True)
+class LogprobOptions:
+    """How given completions are scored; hashable, closed over by the jitted steps."""
+
+    special: Any
+    temperature: float = 1.0
+    cfg_scale: float = 5.0
+    image_logprobs: Literal["conditional", "guided"] = "conditional"
+    unshifted: bool = False  # compat Q1: the logits that follow a token score that token
+    remat: Remat = "full"
+    attention: str = "xla"  # kernel of the update
+    chunk: int = 1024  # tokens, over all rows, whose logits exist at once
+
+
+Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
+"""(sizes, params, B prompts, N keys, options) -> the segments of a turn, each of N rows."""
+Logprobs = Callable[
+    [Sizes, Params, EncodedPrompts, tuple[Segment, ...], LogprobOptions],
+    tuple[tuple[jax.Array, jax.Array], ...],
+]
+"""(sizes, params, B prompts, segments, options) -> each segment's (log-probs, entropies) [N, T]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnProgram:
+    """How a family samples and scores the segments of one kind of turn."""
+
+    sample: Sample
+    logprobs: Logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Numbers of a model that checks, estimates and evaluations need."""
+
+    positions: int  # most tokens of a prompt and its completion together
+    image_tokens: int  # choices that make an image
+    input_image_tokens: int  # prompt tokens that an image takes
+    input_image_side: int  # pixels of an image in a prompt
+    image_side: int  # pixels of a generated image
+    vocab_size: int
+    # the language model, for estimates of memory and the choice of attention kernels
+    layers: int
+    width: int
+    inner_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    # name of a tower -> number of its heads, which the mesh axis `tensor` has to divide
+    sharded_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """How low-rank adapters are added to a family's networks."""
+
+    paths: str  # regex of their parameters
+    targets: tuple[str, ...]  # projections of each layer that can have one
+    add: Callable[[Sizes, Any], Sizes]  # (sizes, models.lora.Lora) -> sizes with adapters
+    remove: Callable[[Sizes], Sizes]  # sizes without adapters: those of the checkpoint
+    options_of: Callable[[Sizes], Any]  # -> models.lora.Lora, or None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that it can be hashed
+class Family:
+    """One kind of unified model. See `policies.FAMILIES` for those that there are."""
+
+    name: str
+    presets: Mapping[str, Sizes]  # published sizes by name, for the command `plan`
+    open_processor: Callable[[Path], Any]  # folder -> Processor
+    # Special tokens for compiling without a tokenizer: ids only enter a program as numbers.
+    stand_in_tokens: Any
+    # parameters
+    abstract: Callable[[Sizes], Params]  # shapes and dtypes of all parameters
+    rules: Rules  # their layout on a mesh
+    trainable: tuple[str, ...]  # regexes of the parameters that are trained by default
+    float32_parts: tuple[str, ...]  # first names of paths that compute in float32 in any dtype
+    tokenizer_parts: tuple[str, ...]  # first names of paths that only the stage vq trains
+    adapters: Adapters
+    limits: Callable[[Sizes], Limits]
+    # sampling and scoring
+    turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of a turn's segments
+    blank_prompts: Callable[[Array, Any], Array]  # (ids, special) -> ids of guidance's other rows
+    # images: values are those of a segment of codes
+    decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
+    encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
+    # (sizes, params, prompts, special, dtype) -> last hidden states [B, P, D] float32, for R_TIM
+    hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
+    # (sizes, params, pixels, options) -> (loss, metrics): the stage that trains the image tokenizer
+    tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+    def compute_dtype(self, path: str, dtype: Any) -> Any:
+        """Returns the dtype of one parameter where the model computes in `dtype`."""
+        return params_lib.compute_dtype(path, dtype, self.float32_parts)
+
+    def cast(self, params: Params, dtype: Any) -> Params:
+        """Returns a copy of the parameters for computing in `dtype`; see `float32_parts`."""
+        return params_lib.cast(params, dtype, self.float32_parts)
+
+    def base(self, sizes: Sizes) -> Sizes:
+        """Returns the sizes without adapters: what checkpoints hold, and the reference."""
+        return self.adapters.remove(sizes)

@@ -1,0 +1,90 @@
+"""Janus and Janus-Pro as a family: the one place where the program meets `policies.janus`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from corl_jax.models.lora import Lora
+from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
+from corl_jax.policies.janus import images, layout, logprobs, network, sampling
+from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.janus.tokenizer_training import tokenizer_loss
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.tasks import CODES, TEXT
+from corl_jax.types import EncodedPrompts, Params
+
+
+def describe_limits(sizes: JanusConfig) -> Limits:
+    """Returns the numbers of a Janus that the program checks and estimates with."""
+    llama = sizes.llama
+    return Limits(
+        positions=llama.max_position_embeddings,
+        image_tokens=sizes.num_image_tokens,
+        input_image_tokens=sizes.num_image_tokens,
+        input_image_side=sizes.siglip.image_size,
+        image_side=round(math.sqrt(sizes.num_image_tokens)) * sizes.vq.downsample,
+        vocab_size=llama.vocab_size,
+        layers=llama.num_layers,
+        width=llama.hidden_size,
+        inner_width=llama.intermediate_size,
+        heads=llama.num_heads,
+        kv_heads=llama.num_kv_heads,
+        head_dim=llama.head_dim,
+        sharded_heads={
+            "heads of language_model": llama.num_heads,
+            "key heads of language_model": llama.num_kv_heads,
+            "heads of vision_model": sizes.siglip.num_heads,
+        },
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "special", "dtype"))
+def hidden_states(
+    sizes: JanusConfig, params: Params, prompts: EncodedPrompts, special: SpecialTokens, dtype: Any
+) -> jax.Array:
+    """Returns the last hidden states [B, P, D] float32 of question prompts with their images."""
+    model = network.bind(sizes, network.cast(params, dtype))
+    assert prompts.pixel_values is not None
+    features = model.image_features(prompts.pixel_values)
+    embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
+    return model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)
+
+
+def _adapters_of(sizes: JanusConfig) -> Lora | None:
+    return sizes.llama.lora
+
+
+FAMILY = Family(
+    name="janus",
+    presets=network.PRESETS,
+    open_processor=Processor.from_dir,
+    stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
+    abstract=network.abstract,
+    rules=layout.RULES,
+    trainable=layout.TRAINABLE,
+    float32_parts=layout.FLOAT32_PARTS,
+    tokenizer_parts=layout.TOKENIZER_PARTS,
+    adapters=Adapters(
+        paths=layout.ADAPTER_PATHS,
+        targets=layout.ADAPTER_TARGETS,
+        add=network.adapted,
+        remove=network.base,
+        options_of=_adapters_of,
+    ),
+    limits=describe_limits,
+    turns={
+        (CODES,): TurnProgram(sampling.sample_codes, logprobs.score_codes),
+        (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+    },
+    blank_prompts=sampling.unconditional_ids,
+    decode_images=images.decode_images,
+    encode_images=images.encode_images,
+    hidden_states=hidden_states,
+    tokenizer_loss=tokenizer_loss,
+)

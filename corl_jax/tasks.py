@@ -1,0 +1,70 @@
+"""The tasks: what a policy makes for a row of the data.
+
+A task is one or more turns. A turn is a prompt and the segments that the policy adds to it in one
+context. docs/how_to/add_a_task.md shows the rows that later tasks will be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+TEXT, CODES = "text", "codes"
+"""Kinds of segments: text tokens, and codes of an image tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A prompt, by the name under which a processor encodes it, and the kinds of its segments."""
+
+    prompt: str
+    segments: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One row of `TASKS`."""
+
+    description: str  # as a message or a table names it
+    turns: tuple[Turn, ...]
+    columns: tuple[str, ...]  # columns of the data that the prompts are made of
+    stream: int  # random stream: the samples of two tasks on one row are independent
+
+    @property
+    def turn(self) -> Turn:
+        """The only turn: tasks of several turns are not built yet."""
+        (turn,) = self.turns
+        return turn
+
+    @property
+    def makes_text(self) -> bool:
+        """Whether rewards see a text; an image otherwise."""
+        return self.turn.segments[-1] == TEXT
+
+
+TASKS: dict[str, Task] = {
+    "t2i": Task("image generation", (Turn("generate", (CODES,)),), ("prompt",), stream=0),
+    "mm2t": Task(
+        "image understanding", (Turn("question", (TEXT,)),), ("real_image", "qa_problem"), stream=1
+    ),
+}
+
+IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
+
+QUESTION_STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
+"""Random streams of the questions that rewards ask a model about its images."""
+
+
+def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Returns the standard columns that the tasks' prompts are made of, each once."""
+    return tuple(dict.fromkeys(name for task in tasks for name in TASKS[task].columns))
+
+
+def image_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of the tasks whose result is an image."""
+    return tuple(task for task in tasks if not TASKS[task].makes_text)
+
+
+def text_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of the tasks whose result is a text."""
+    return tuple(task for task in tasks if TASKS[task].makes_text)

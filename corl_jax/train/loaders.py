@@ -1,0 +1,106 @@
+"""Opens the rows that a run reads: those to train on and those held out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from corl_jax.config.checks import warmup_problems
+from corl_jax.config.schema import Config
+from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out
+from corl_jax.errors import InputError
+from corl_jax.evaluation import shapes
+from corl_jax.rewards import registry
+from corl_jax.rewards.functions import column_problem
+from corl_jax.train.stages import Stage, columns_to_read
+
+
+def open_sources(
+    config: Config, stage: Stage, rewards: Mapping[str, Sequence[registry.BoundReward]]
+) -> tuple[Source, Source | None]:
+    """Returns (rows to train on, held-out rows), with every column that something will read.
+
+    Raises:
+        InputError: unreadable files, and the columns that are missing.
+    """
+    listed = [reward for of_task in rewards.values() for reward in of_task]
+    names = columns_to_read(stage, config, listed)
+
+    def open_rows(path: Any, more: Sequence[str] = ()) -> Source:
+        # A column that keeps its standard name need not be there: a task may do without it.
+        renamed = config.data.columns.model_dump(exclude_defaults=True)
+        source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
+        problems = registry.missing_columns(listed, source.names)
+        if problems:
+            raise InputError(problems)
+        return source
+
+    if config.eval.suite == "none":
+        return open_rows(config.data.path), None
+    measured = (*shapes.REQUIRED, IMAGE_COLUMN) if config.eval.suite == "shapes" else ()
+    if config.eval.path is not None:
+        return open_rows(config.data.path), open_rows(config.eval.path, measured)
+    return held_out(open_rows(config.data.path, measured), config.eval.rows)
+
+
+def make_loaders(
+    config: Config,
+    stage: Stage,
+    processor: Any,
+    shard: tuple[int, int],
+    rewards: Sequence[registry.BoundReward],
+    sources: tuple[Source, Source | None],
+) -> tuple[Loader, Loader | None]:
+    """Returns the loaders of both sources; `shard` is (this process's shard, their number).
+
+    Raises:
+        InputError: rows that cannot be used, or a run too short for its warm-up.
+    """
+    data, tasks, (trained, held) = config.data, stage.tasks(config), sources
+    common: dict[str, Any] = {
+        "processor": processor,
+        "seed": config.seed,
+        "max_prompt_length": data.max_prompt_length,
+        "system_prompt": data.system_prompt,
+        "max_bad_fraction": data.max_bad_fraction,
+        "cache_rows": data.cache_rows,
+        "readable": column_checks(config, stage, rewards),
+        "process_index": shard[0],
+        "process_count": shard[1],
+    }
+    train = Loader(
+        trained, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
+        required=stage.target_columns(config), **common,
+    )  # fmt: skip
+    train.check()
+    if problems := warmup_problems(config, count_steps(config, train)):
+        raise InputError(problems)
+    if held is None:
+        return train, None
+    measured = shapes.TASKS if config.eval.suite == "shapes" else tasks
+    batch = config.eval.batch_prompts
+    return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
+
+
+def count_steps(config: Config, loader: Loader) -> int:
+    """Returns the number of iterations of the run."""
+    epochs = config.train.epochs * len(loader.source) / config.train.prompts_per_step
+    return config.train.max_steps or max(1, round(epochs))
+
+
+def column_checks(
+    config: Config, stage: Stage, rewards: Sequence[registry.BoundReward]
+) -> dict[str, Callable[[Any], str | None]]:
+    """Returns a check of each column that the stage and our own rewards read.
+
+    Images have checks of their own, and a user's reward may read any value.
+    """
+    read = set(stage.target_columns(config))
+    for reward in rewards:
+        if reward.name in registry.REGISTRY:
+            entry = reward.entry
+            read |= {*entry.columns, *entry.either, *entry.optional}
+    names = sorted(read - {IMAGE_COLUMN})
+    return {name: functools.partial(column_problem, name) for name in names}

@@ -1,0 +1,116 @@
+"""The stages of a training: what a step is, which rows it reads, what it trains.
+
+A stage is a row of `STAGES`; `config.stage` names one, and nothing else compares that name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+
+from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
+from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.config.schema import Config
+from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.tasks import TASKS, required_columns
+from corl_jax.train import image_tokenizer, iteration, sft
+from corl_jax.train.step import UpdateOptions, make_train_step
+
+MakeStep = Callable[..., Callable]
+"""(run outline, UpdateOptions, optimizer, **jit) -> the jitted step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row of `STAGES`; functions take the config."""
+
+    iterate: Callable  # (run, state, prompts, step) -> (state, Iteration)
+    make_step: MakeStep
+    tasks: Callable[[Config], tuple[str, ...]]  # whose prompts are encoded
+    target_columns: Callable[[Config], list[str]]  # learned from; a row must have them
+    loss: Callable[[Config], Loss]
+    loss_weights: Callable[[Config], dict[str, float]]
+    samples: bool  # completions are sampled, rewarded and compared
+    uses_language_model: bool  # prompts are read; False trains the image tokenizer alone
+
+    def updates_per_step(self, config: Config) -> int:
+        """Returns the optimizer steps of an iteration."""
+        return config.algorithm.num_iterations if self.samples else 1
+
+
+def _rl_tasks(config: Config) -> tuple[str, ...]:
+    chosen = config.algorithm.tasks
+    return tuple(TASKS) if chosen == "unified" else (chosen,)
+
+
+def _rl_weights(config: Config) -> dict[str, float]:
+    algorithm = config.algorithm
+    return {"t2i": algorithm.t2i_loss_weight, "mm2t": algorithm.mm2t_loss_weight}
+
+
+def _sft_weights(config: Config) -> dict[str, float]:
+    options = config.sft
+    weights = {"t2i": options.t2i_weight, "mm2t": options.mm2t_weight}
+    return weights | {sft.CAPTION: options.caption_weight}
+
+
+def _sft_columns(config: Config) -> list[str]:
+    options = config.sft
+    answers = [options.answer_column] if options.mm2t_weight else []
+    captions = options.caption_column if options.caption_weight else None
+    return [IMAGE_COLUMN, *answers, *([captions] if captions else [])]
+
+
+def _token_step(outline: Any, options: UpdateOptions, optimizer: Any, **jit: Any) -> Callable:
+    return make_train_step(outline.family, outline.sizes, options, optimizer, **jit)
+
+
+def _pixel_step(
+    outline: Any, options: UpdateOptions, optimizer: optax.GradientTransformation, **jit: Any
+) -> Callable:
+    return image_tokenizer.make_tokenizer_step(
+        outline.family, outline.sizes, outline.config.vq, optimizer, **jit
+    )
+
+
+STAGES: dict[str, Stage] = {
+    "rl": Stage(
+        iterate=iteration.rl_iteration,
+        make_step=_token_step,
+        tasks=_rl_tasks,
+        target_columns=lambda config: [],
+        loss=lambda config: RECIPES[config.algorithm.name].loss,
+        loss_weights=_rl_weights,
+        samples=True,
+        uses_language_model=True,
+    ),
+    "sft": Stage(
+        iterate=sft.sft_iteration,
+        make_step=_token_step,
+        tasks=lambda config: tuple(TASKS),
+        target_columns=_sft_columns,
+        loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
+        loss_weights=_sft_weights,
+        samples=False,
+        uses_language_model=True,
+    ),
+    "vq": Stage(
+        iterate=image_tokenizer.tokenizer_iteration,
+        make_step=_pixel_step,
+        tasks=lambda config: (),
+        target_columns=lambda config: [IMAGE_COLUMN],
+        loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
+        loss_weights=lambda config: {},
+        samples=False,
+        uses_language_model=False,
+    ),
+}
+
+
+def columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -> set[str]:
+    """Returns the columns that the stage's prompts, its targets and the rewards read."""
+    columns = {*required_columns(stage.tasks(config)), *stage.target_columns(config)}
+    return columns.union(*(reward.entry.columns for reward in rewards))
