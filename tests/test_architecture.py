@@ -17,7 +17,7 @@ PACKAGE = ROOT / "corl_jax"
 # A module imports from its own layer and from those below it. What is not named here must be a
 # command (it has a `main`) and stands on top.
 LAYERS = {
-    "errors": 0, "types": 0, "params": 0, "console": 0, "input_files": 0, "assets": 0,
+    "errors": 0, "metrics": 0, "types": 0, "params": 0, "console": 0, "input_files": 0, "assets": 0,
     "config": 1, "fonts": 1, "models": 1, "weights": 1, "data": 1, "algorithms": 1, "devices": 1,
     "policies": 1, "startup": 1,
     "runs": 2,
@@ -32,7 +32,7 @@ FORBIDDEN = {
     ("devices.mesh", "models"), ("runs", "data"),
 }  # fmt: skip
 
-MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 60
+MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 30
 # path (lines of the module) or path::function -> (limit, reason)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
     "corl_jax/config/schema.py": (450, "every option with its type, default and meaning"),

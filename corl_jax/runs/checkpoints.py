@@ -16,7 +16,6 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +30,7 @@ from corl_jax.devices import processes
 from corl_jax.errors import InputError, SaveError
 from corl_jax.params import leaf_paths, unflatten
 from corl_jax.runs import fingerprints
-from corl_jax.runs.directory import config_changes, jsonable
+from corl_jax.runs.directory import list_config_changes, to_json
 
 GIB = 2**30
 SETTLE_S = 60  # of a save that all processes are at when one of them fails
@@ -68,8 +67,6 @@ class Checkpoints:
             self.directory = self.directory.absolute()
         self._saving: int | None = None
         self._unfinished: set[int] = set()  # steps whose save has failed
-        self.waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-        """Entered while a save is waited for."""
         logging.getLogger("absl").addFilter(_worth_printing)
         try:
             # Two levels: orbax makes one, and a run directory may not be there yet.
@@ -105,7 +102,7 @@ class Checkpoints:
         self._unfinished.discard(step)
         try:
             self._require_room(tree)
-            record = fingerprints.make_record(step, tree, jsonable(meta))
+            record = fingerprints.make_record(step, tree, to_json(meta))
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(unflatten(dict(leaf_paths(tree)))),
                 meta=ocp.args.JsonSave(record),
@@ -147,8 +144,7 @@ class Checkpoints:
             SaveError: it could not be written.
         """
         try:
-            with self.waiting():
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
@@ -162,7 +158,7 @@ class Checkpoints:
         self._manager.reload()  # a manager counts a step as soon as its save has begun
         return sorted(self._manager.all_steps())
 
-    def newest(
+    def restore_newest(
         self, abstract: Any, config: dict[str, Any], allow_changes: bool = False
     ) -> Restored:
         """The newest step that is sound, restored as by `restore`.
@@ -203,7 +199,7 @@ class Checkpoints:
             InputError: it is of another version of this code; or lists of what differs: options,
                 or leaves that are missing, unknown, or of another shape or dtype.
         """
-        wanted = abstract_of(abstract)
+        wanted = to_abstract(abstract)
         record = self._agreed(step, lambda: self._record(step))
         source = self.directory / str(step)
         if (version := record["schema_version"]) != fingerprints.SCHEMA_VERSION:
@@ -215,8 +211,8 @@ class Checkpoints:
         if config is not None:
             saved = record["run"].get("config", {})
             start = record["run"].get("working_directory")
-            changes = config_changes(saved, jsonable(config), str(source), allow_changes, start)
-        _refuse(source, fingerprints.mismatches(record, wanted))
+            changes = list_config_changes(saved, to_json(config), str(source), allow_changes, start)
+        _refuse(source, fingerprints.list_mismatches(record, wanted))
         tree = self._agreed(step, lambda: self._arrays(step, wanted))
         self._agreed(step, lambda: self._require_saved_bits(step, tree, record))
         return tree, record["run"], changes
@@ -229,7 +225,7 @@ class Checkpoints:
         # Not by the manager, whose readers wait for each other: one that fails would not come.
         folder = self.directory / str(step) / "meta"
         record: Any = ocp.JsonCheckpointHandler().restore(folder)
-        if damage := fingerprints.record_damage(record, step):
+        if damage := fingerprints.describe_damage(record, step):
             raise DamagedError(f"{self.directory / str(step)}: {damage}")
         return record
 
@@ -241,7 +237,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
     def _require_saved_bits(self, step: int, tree: Any, record: dict[str, Any]) -> None:
-        if changed := fingerprints.damaged_leaves(record, tree):
+        if changed := fingerprints.list_damaged_leaves(record, tree):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise DamagedError(
                 f"{self.directory / str(step)}: the bits of {', '.join(changed[:3])}{more} are not "
@@ -338,7 +334,7 @@ class Checkpoints:
         )
 
 
-def abstract_of(tree: Any) -> Any:
+def to_abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree, which may then be let go."""
 
     def leaf(x: Any) -> jax.ShapeDtypeStruct:

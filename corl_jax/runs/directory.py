@@ -34,7 +34,7 @@ from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
 from corl_jax.runs import same_files
-from corl_jax.runs.locking import locked
+from corl_jax.runs.locking import lock_directory
 
 MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
@@ -51,7 +51,7 @@ MAY_CHANGE = (
 )
 """Options that a resumed run may give another value; regexes of whole keys."""
 
-OWN = (
+RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
     "export", "summary.json",
 )  # fmt: skip
@@ -98,7 +98,7 @@ class RunDir:
             InputError: it cannot be written.
         """
         try:
-            with replacing(self.config) as file:
+            with replace_file(self.config) as file:
                 file.write(_config_text(config))
         except OSError as error:
             raise _unwritable(self.root, error) from None
@@ -155,7 +155,7 @@ class RunDir:
         line = json.dumps({"step": step, "changes": changes}).encode()
         if lines[-1:] == [line]:
             return  # the same command again, before it saved anything
-        with replacing(path) as file:
+        with replace_file(path) as file:
             file.write(b"".join(one + b"\n" for one in [*lines, line]))
 
     def path(self, name: str) -> Path:
@@ -172,13 +172,15 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> Path:
         """Writes a JSON file whole or not at all; numbers that are not finite become null."""
         path = self.path(name)
-        with replacing(path) as file:
-            file.write(json.dumps(jsonable(value), indent=2, allow_nan=False).encode() + b"\n")
+        with replace_file(path) as file:
+            file.write(json.dumps(to_json(value), indent=2, allow_nan=False).encode() + b"\n")
         return path
 
 
 @contextlib.contextmanager
-def opened(config: Config, primary: bool = True, allow_changes: bool = False) -> Iterator[RunDir]:
+def open_run_directory(
+    config: Config, primary: bool = True, allow_changes: bool = False
+) -> Iterator[RunDir]:
     """The config's run directory, created or taken up again, locked until the block ends.
 
     A run that is taken up keeps its config.yaml until `keep_config`.
@@ -200,7 +202,7 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
         raise InputError(
             f"output_dir: {run.root}: {error.strerror}; name a directory that can be created"
         ) from None
-    with locked(run.root):
+    with lock_directory(run.root):
         _require_same_run(run, config, allow_changes)
         try:
             for leftover in (*run.root.glob(".*.tmp"), *run.images.glob(".*.tmp")):
@@ -210,7 +212,7 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
             for replaced in run.root.glob(".export.*.old"):  # killed before the new one came
                 shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
             kept = run.config.read_bytes() if run.config.exists() else None
-            with replacing(run.config) as file:  # also shows that the directory can be written
+            with replace_file(run.config) as file:  # also shows that the directory can be written
                 file.write(kept or _config_text(config))
         except OSError as error:
             raise _unwritable(run.root, error) from None
@@ -219,12 +221,12 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
 
 
 @contextlib.contextmanager
-def checkpoints_locked(
+def lock_checkpoints(
     run: RunDir, directory: str | None, primary: bool = True
 ) -> Iterator[str | Path]:
     """Where a run's checkpoints are, created and locked too: another run may have been given it.
 
-    `directory`: None for the run's own. A bucket is not locked; `primary` as for `opened`.
+    `directory`: None for the run's own. A bucket is not locked. `primary`: see above.
 
     Raises:
         InputError: it cannot be used, or another process writes to it.
@@ -241,7 +243,7 @@ def checkpoints_locked(
         raise InputError(
             f"checkpoint.directory: {path}: {error.strerror}; name a directory that can be used"
         ) from None
-    with contextlib.nullcontext() if own else locked(path, "checkpoint.directory"):
+    with contextlib.nullcontext() if own else lock_directory(path, "checkpoint.directory"):
         yield place
 
 
@@ -258,7 +260,7 @@ def _unwritable(root: Path, error: OSError) -> InputError:
 
 def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
     if not run.config.exists():
-        foreign = [name for name in OWN if (run.root / name).exists()]
+        foreign = [name for name in RUN_FILES if (run.root / name).exists()]
         if foreign:
             raise InputError(
                 f"output_dir: {run.root} has {', '.join(foreign)} but no config.yaml, so it is "
@@ -276,10 +278,10 @@ def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
             "choose another output_dir"
         )
     new, start = config.model_dump(mode="json"), same_files.read_header(text)
-    config_changes(old, new, str(run.config), allow_changes, start)
+    list_config_changes(old, new, str(run.config), allow_changes, start)
 
 
-def config_changes(
+def list_config_changes(
     old: dict[str, Any],
     new: dict[str, Any],
     source: str,
@@ -295,7 +297,7 @@ def config_changes(
     """
     with contextlib.suppress(InputError):  # an older version's: compared as it stands
         old = config_files.validate(old, source).model_dump(mode="json")
-    problems = differences(old, new, start)
+    problems = list_differences(old, new, start)
     if problems and not allowed:
         remedy = (
             "give the old values, another output_dir for a new run, or --allow-changed-config to "
@@ -305,7 +307,9 @@ def config_changes(
     return problems
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], start: str | None = None) -> list[str]:
+def list_differences(
+    old: dict[str, Any], new: dict[str, Any], start: str | None = None
+) -> list[str]:
     """`key: found X, the run has Y` of every option that differs and may not."""
     was, now = dict(_leaves(old)), dict(_leaves(new))
     lines = []
@@ -335,7 +339,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -348,12 +352,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def jsonable(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Plain JSON values of nested dicts, lists, scalars and arrays; not finite -> None."""
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
+        return [to_json(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -364,5 +368,5 @@ def jsonable(value: Any) -> Any:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             array = array.astype(np.float32)  # bfloat16 is nothing to Python
-        return jsonable(array.tolist())
+        return to_json(array.tolist())
     raise TypeError(f"{type(value).__name__} has no place in JSON")

@@ -13,7 +13,7 @@ MARKS = (RECORD_FILE, "config.json", ADAPTER_CONFIG)
 """Files of which an export has one; a folder with none of them is somebody else's."""
 
 
-def place_problems(folder: Path) -> list[str]:
+def list_place_problems(folder: Path) -> list[str]:
     """What the export could not take the place of: a file, a link, a folder of other files."""
     if not (folder.exists() or folder.is_symlink()):
         return []

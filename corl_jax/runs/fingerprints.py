@@ -20,15 +20,15 @@ from corl_jax.params import leaf_paths
 SCHEMA_VERSION = 2
 
 
-def fingerprints(tree: Any) -> dict[str, str]:
+def fingerprint_leaves(tree: Any) -> dict[str, str]:
     """path -> 64 bits of each array in hex; one changed bit changes them, another mesh does not."""
     sums = {name: _sums(leaf) for name, leaf in leaf_paths(tree)}
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in jax.device_get(sums).items()}
 
 
-def summary(tree: Any) -> str:
+def fingerprint_tree(tree: Any) -> str:
     """One digest of a whole tree's fingerprints."""
-    return _sha256(fingerprints(tree))
+    return _sha256(fingerprint_leaves(tree))
 
 
 @jax.jit
@@ -62,13 +62,13 @@ def _scrambled(x: jax.Array) -> jax.Array:
 
 def make_record(step: int, tree: Any, run: dict[str, Any]) -> dict[str, Any]:
     """The JSON values that lie beside a step's arrays; `run` are those of the caller."""
-    marks = fingerprints(tree)
+    marks = fingerprint_leaves(tree)
     leaves = {name: [*_kind(leaf), marks[name]] for name, leaf in leaf_paths(tree)}
     record = {"schema_version": SCHEMA_VERSION, "step": step, "run": run, "leaves": leaves}
     return record | {"sha256": _sha256(record)}
 
 
-def record_damage(record: Any, step: int) -> str | None:
+def describe_damage(record: Any, step: int) -> str | None:
     """Why a record that was read for `step` is not what was written; None if it is."""
     if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
         return "its record is not one of a checkpoint"
@@ -82,7 +82,7 @@ def record_damage(record: Any, step: int) -> str | None:
     return None
 
 
-def mismatches(record: dict[str, Any], wanted: Any) -> list[str]:
+def list_mismatches(record: dict[str, Any], wanted: Any) -> list[str]:
     """Leaves that a (sound) record has and `wanted` has not, or otherwise; shapes and dtypes."""
     remedy = "resume with the model, options and version that wrote it"
     stored = {name: tuple(leaf[:2]) for name, leaf in record["leaves"].items()}
@@ -98,9 +98,11 @@ def mismatches(record: dict[str, Any], wanted: Any) -> list[str]:
     return sorted(lines)
 
 
-def damaged_leaves(record: dict[str, Any], tree: Any) -> list[str]:
+def list_damaged_leaves(record: dict[str, Any], tree: Any) -> list[str]:
     """Names of leaves whose bits are not those that the record was made of."""
-    return [name for name, mark in fingerprints(tree).items() if record["leaves"][name][2] != mark]
+    return [
+        name for name, mark in fingerprint_leaves(tree).items() if record["leaves"][name][2] != mark
+    ]
 
 
 def _kind(leaf: Any) -> tuple[str, list[int]]:

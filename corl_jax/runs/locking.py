@@ -15,7 +15,7 @@ from corl_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
+def lock_directory(directory: Path, key: str = "output_dir") -> Iterator[None]:
     """Holds `.lock` of the directory of option `key`; the kernel releases it at any end.
 
     Raises:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import InputError
-from corl_jax.runs.append_log import Records
+from corl_jax.runs.append_log import AppendLog
 
 
-class Board:
+class EventFile:
     """One event file beside those of the processes before; every method may raise OSError."""
 
     def __init__(self, directory: Path, resumed_at: int | None):
@@ -32,7 +32,7 @@ class Board:
             InputError: tensorboardX is not installed.
         """
         try:
-            with without_torch():
+            with block_torch_import():
                 from tensorboardX import summary
                 from tensorboardX.proto import event_pb2
                 from tensorboardX.record_writer import masked_crc32c
@@ -44,7 +44,7 @@ class Board:
         self._proto: Any = event_pb2
         # Whole seconds come first in the name, by which readers sort; restarts can be quicker.
         now = f"{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
-        self.records = Records(directory / f"events.out.tfevents.{now}")
+        self.records = AppendLog(directory / f"events.out.tfevents.{now}")
         log = self._proto.SessionLog(status=self._proto.SessionLog.START)
         purged = 0 if resumed_at is None else resumed_at + 1
         self._head = self._record(file_version="brain.Event:2")
@@ -54,16 +54,16 @@ class Board:
         """Makes the file, which hides the later steps of the processes before."""
         self.records.add(self._head)
 
-    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+    def add_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """NaN, which says "does not apply", is left out."""
         shown = {name: number for name, number in numbers.items() if not math.isnan(number)}
         self._add(step, [self._summary.scalar(name, number) for name, number in shown.items()])
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def add_image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """[H, W, 3] uint8."""
         self._add(step, [self._summary.image(name, pixels, dataformats="HWC")])
 
-    def text(self, step: int, name: str, markdown: str) -> None:
+    def add_text(self, step: int, name: str, markdown: str) -> None:
         self._add(step, [self._summary.text(name, markdown)])
 
     def _add(self, step: int, summaries: list[Any]) -> None:
@@ -78,7 +78,7 @@ class Board:
 
 
 @contextlib.contextmanager
-def without_torch() -> Iterator[None]:
+def block_torch_import() -> Iterator[None]:
     """PyTorch, where it is installed and not in use already, cannot be imported meanwhile.
 
     tensorboardX imports it for tensors that nobody hands it here, which takes seconds.

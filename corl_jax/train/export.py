@@ -42,7 +42,7 @@ def refresh_export(
     """
     record: dict[str, Any] = {
         "step": step,
-        "trained": fingerprints.summary(state.params),
+        "trained": fingerprints.fingerprint_tree(state.params),
         "untrained": untrained,
     }
     wanted = config.export.layout != "none"
@@ -114,7 +114,7 @@ def export(
     """
     options, lora = config.export, run.model_config.llama.lora
     if options.lora == "adapter":
-        trained = fetched(state.params, primary, beat)
+        trained = fetch_params(state.params, primary, beat)
         if not primary:
             return []
         assert lora is not None  # or the config would have been refused
@@ -126,7 +126,7 @@ def export(
             progress=lambda _: beat(), overwrite=True, extra=beside,
         )  # fmt: skip
         return [] if fits else [_no_base(config.model.path)]
-    params, gone = fetched(merge(state.params, run.frozen), primary, beat), 0.0
+    params, gone = fetch_params(merge(state.params, run.frozen), primary, beat), 0.0
     if not primary:
         return []
     dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes
@@ -145,7 +145,7 @@ def export(
     return [*notes, *([_rounded(gone)] if gone else [])]
 
 
-def fetched(params: Params, keep: bool, beat: Callable[[], None] = lambda: None) -> Params:
+def fetch_params(params: Params, keep: bool, beat: Callable[[], None] = lambda: None) -> Params:
     """Parameters on the host, a leaf at a time; None for each where they are not to `keep`."""
 
     def one(leaf: jax.Array) -> np.ndarray | None:

@@ -24,10 +24,10 @@ from corl_jax.devices.batches import (
     to_host_rows,
 )
 from corl_jax.devices.mesh import constrain
+from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.janus import sampling
 from corl_jax.rewards.registry import Context, Samples, score_timed
-from corl_jax.runs.guards import FAILED
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import STREAMS, EncodedPrompts, Params, Prompts, Rollout
@@ -55,13 +55,16 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
             state, metrics = run.train_step(state, run.frozen, batch)
             updates.append(metrics)
         jax.block_until_ready(updates[-1])
-    # Later updates have left the policy that sampled; only the first can tell a wrong sampler.
-    agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
-    metrics = updates[-1] | agreement | stats | length_metrics(run, rollouts)
-    for one in scored.values():
-        metrics |= one.metrics | failed_shares(run, one)
+    first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
+    metrics = updates[-1] | first | to_metrics(stats | length_metrics(run, rollouts))
+    failed = {}
+    for task, one in scored.items():
+        metrics |= one.metrics
+        for name, share in failed_shares(run, one).items():
+            metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
+            failed[f"{name} of {task}"] = share
     samples = {task: scored[task].samples for task in run.tasks}
-    return state, Iteration(metrics, samples, rewards, updates)
+    return state, Iteration(metrics, samples, rewards, updates, failed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Scored:
 
     samples: Samples
     rewards: dict[str, np.ndarray]  # [N] float32, NaN where not applicable
-    metrics: dict[str, float]  # what each reward cost
-    failed: dict[str, float]  # metric of a user's reward -> share of these samples that it failed
+    metrics: dict[str, Metric]  # what each reward cost
+    failed: dict[str, float]  # user's reward -> fraction of this process's samples it failed on
 
 
 def reward(
@@ -80,12 +83,11 @@ def reward(
     """Decodes a rollout and scores it."""
     samples = decode(run, task, params, prompts, rollout)
     rewards, costs = score_task(run, task, params, samples, step)
-    metrics = {
-        f"{task}/rewards/{name}/{what}": value
-        for name, cost in costs.items()
-        for what, value in cost.items()
-    }
-    failed = {name: metrics.pop(name) for name in [*metrics] if name.endswith(FAILED)}
+    metrics = {}
+    for name, cost in costs.items():
+        metrics[f"{task}/rewards/{name}/seconds"] = Metric(cost["seconds"], "max")
+        metrics[f"{task}/rewards/{name}/failures"] = Metric(cost["failures"], "sum")
+    failed = {name: cost["failed"] for name, cost in costs.items() if "failed" in cost}
     return Scored(samples, rewards, metrics, failed)
 
 

@@ -29,7 +29,7 @@ from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.functions import column_problem
 from corl_jax.runs.directory import RunDir
-from corl_jax.runs.export_record import place_problems
+from corl_jax.runs.export_record import list_place_problems
 from corl_jax.startup import inspect_model
 from corl_jax.train import attending
 from corl_jax.types import Params, SpecialTokens
@@ -283,7 +283,7 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
     layout, base = config.export.layout, config.export.base
     problems = []
     if layout != "none":
-        problems += place_problems(RunDir(Path(config.output_dir)).export)
+        problems += list_place_problems(RunDir(Path(config.output_dir)).export)
     if base is not None and layout in ("transformers", "none"):
         problems.append(
             f"export.base: found {base!r}, which export.layout {layout} has no use for; remove it, "

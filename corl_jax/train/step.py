@@ -19,11 +19,16 @@ from jax import lax
 
 from corl_jax.algorithms import grpo
 from corl_jax.devices.mesh import constrain
+from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions
 from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.types import Array, EncodedPrompts, Params
+
+DIFFERENCE_MEAN = "sampling/sampling_logp_difference/mean"
+DIFFERENCE_MAX = "sampling/sampling_logp_difference/max"
+"""Between the log-probs of sampler and trainer, by token."""
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, denominator), so that micro-batches add up exactly."""
@@ -99,7 +104,7 @@ def task_loss(
     difference, count, largest = grpo.logprob_difference(
         batch.sampler_logprobs, logprobs, batch.mask
     )
-    return total, sums | {"sampling/sampling_logp_difference/mean": (difference, count)}, largest
+    return total, sums | {DIFFERENCE_MEAN: (difference, count)}, largest
 
 
 def objective_task(name: str) -> str:
@@ -146,7 +151,7 @@ def gradients(
             total += weights[name] * summed / counts[name]
             sums |= {f"{name}/{key}": value for key, value in metrics.items()}
             if task.sampler_logprobs is not None:
-                largest[f"{name}/sampling/sampling_logp_difference/max"] = most
+                largest[f"{name}/{DIFFERENCE_MAX}"] = most
         return total, (sums, largest)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -207,7 +212,7 @@ def apply_gradients(
 
 def make_train_step(
     config: JanusConfig, objective: LossOptions, optimizer: optax.GradientTransformation, **jit: Any
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Metric]]]:
     """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
     `jit` passes on to jax.jit, e.g. out_shardings.
@@ -217,7 +222,11 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         grads, metrics = gradients(config, objective, state.params, frozen, batch)
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
-        return state, metrics | update
+        # Only the first update starts from the policy that sampled, so only its difference
+        # between sampler and trainer means anything.
+        names = [f"{task}/{name}" for task in batch for name in (DIFFERENCE_MEAN, DIFFERENCE_MAX)]
+        first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
+        return state, to_metrics(metrics | update) | first
 
     return train_step
 

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from corl_jax.metrics import to_metrics
 from corl_jax.models.vq import VQModel
 from corl_jax.params import merge
 from corl_jax.policies.janus import network
@@ -92,6 +93,6 @@ def make_vq_step(
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, update = apply_gradients(state, grads, optimizer, value)
-        return state, metrics | {"loss": value} | update
+        return state, to_metrics(metrics | {"loss": value} | update)
 
     return train_step

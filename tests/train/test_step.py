@@ -16,10 +16,11 @@ from corl_jax.config import schema
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError
+from corl_jax.metrics import Metric
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.logprobs import TASK_LOGPROBS, LogprobOptions, chunked_logprobs
-from corl_jax.runs.log import Phases
+from corl_jax.runs.pace import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.optimizer import make_optimizer, master_dtype
@@ -260,7 +261,10 @@ class Recording:
 
     def train(self, state, frozen, batch):
         self.trained.append(batch)
-        metrics = {"loss": len(self.trained), "t2i/sampling/x": 10 * len(self.trained)}
+        metrics = {
+            "loss": Metric(len(self.trained)),
+            "t2i/sampling/x": Metric(10 * len(self.trained), "first"),
+        }
         return step.TrainState(state.step + 1, {"w": state.params["w"] + 1}, None), metrics
 
 
@@ -298,7 +302,7 @@ def test_old_logprobs_are_scored_once_and_kept(monkeypatch, batch):
     for used in calls.trained:
         assert all((part.old_logprobs == 1).all() for part in used.values())
     # The last update's numbers, but the sampler's against the policy that sampled.
-    assert (metrics["loss"], metrics["t2i/sampling/x"]) == (3, 10)
+    assert [metrics[name].value for name in ("loss", "t2i/sampling/x")] == [3, 10]
 
 
 def test_one_update_needs_no_old_logprobs(monkeypatch, batch):

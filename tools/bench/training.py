@@ -14,7 +14,7 @@ from corl_jax.params import partition
 from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
-from corl_jax.runs.log import Phases
+from corl_jax.runs.pace import Phases
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.build import state_shardings
 from corl_jax.train.optimizer import learning_rate, make_optimizer
