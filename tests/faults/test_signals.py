@@ -99,7 +99,7 @@ def test_what_was_due_at_the_step_is_made_by_the_next_process(model, rows, tmp_p
     }  # fmt: skip
     monkeypatch.setattr(
         reports, "evaluate", lambda config, run, outputs, state, step: outputs.log.add_metrics(
-            step, {"eval/parameters": float(sum(x.sum() for x in jax.tree.leaves(state.params)))},
+            step, {"eval/t2i/parameters": float(sum(x.sum() for x in jax.tree.leaves(state.params)))},
             is_evaluation=True,
         ),
     )  # fmt: skip

@@ -85,11 +85,11 @@ def test_the_place_of_an_export_is_looked_at_before_training(tmp_path):
     folder.mkdir()
     assert list_place_problems(folder) == []
     (folder / "notes.txt").write_text("mine")
-    assert "holds files that are no export; move it away" in list_place_problems(folder)[0]
+    assert "found files that are not of an export; move it away" in list_place_problems(folder)[0]
     (folder / "adapter_config.json").write_text("{}")
     assert list_place_problems(folder) == []
     (tmp_path / "link").symlink_to(folder)
-    assert "no folder of its own" in list_place_problems(tmp_path / "link")[0]
+    assert "found a file or a link, expected a folder" in list_place_problems(tmp_path / "link")[0]
 
 
 def test_the_age_of_an_export_is_told_while_the_run_is_longer(tmp_path):
