@@ -1,4 +1,4 @@
-"""Train a Janus: GRPO on both tasks, the supervised stage, or the image tokenizer.
+"""Trains a Janus: GRPO on both tasks, the supervised stage, or the image tokenizer.
 
 python -m corl_jax.train --config FILE [key=value ...]
 

@@ -18,7 +18,7 @@ NOT_APPLICABLE = "not_applicable"
 """Fraction of the completions that no reward applies to."""
 
 
-def of_tasks(name: str) -> tuple[str, ...]:
+def name_for_tasks(name: str) -> tuple[str, ...]:
     """Returns the names of one metric of each task."""
     return tuple(f"{task}/{name}" for task in TASKS)
 
@@ -26,11 +26,11 @@ def of_tasks(name: str) -> tuple[str, ...]:
 DIFFERENCE = "sampling/sampling_logp_difference"
 ALARMS = (
     Alarm(
-        "kl", of_tasks("kl"),
+        "kl", name_for_tasks("kl"),
         "the policy leaves its reference; try a lower learning rate or a larger kl_coef",
     ),
     Alarm(
-        "entropy", of_tasks("entropy"), "samples become alike and groups teach nothing",
+        "entropy", name_for_tasks("entropy"), "samples become alike and groups teach nothing",
         above=False, span=WINDOW, relative=True,
     ),
     Alarm(
@@ -42,7 +42,7 @@ ALARMS = (
         "groups get equal rewards, so there is no signal", span=WINDOW, nan_is_absent=True,
     ),
     Alarm(
-        "not_applicable", (NOT_APPLICABLE, *of_tasks(NOT_APPLICABLE)),
+        "not_applicable", (NOT_APPLICABLE, *name_for_tasks(NOT_APPLICABLE)),
         "these completions have no reward (None, NaN or infinite) and teach nothing; look at the "
         "columns that the rewards need",
         span=WINDOW,
@@ -50,11 +50,11 @@ ALARMS = (
         always_one=re.compile(rf"({'|'.join(TASKS)})/rewards/[^/]+/{NOT_APPLICABLE}"),
     ),
     Alarm(
-        "drift_mean", of_tasks(f"{DIFFERENCE}/mean"),
+        "drift_mean", name_for_tasks(f"{DIFFERENCE}/mean"),
         "the sampler and the trainer disagree; check dtype, temperature, top_k, top_p, cfg_scale",
     ),
     Alarm(
-        "drift_max", of_tasks(f"{DIFFERENCE}/max"),
+        "drift_max", name_for_tasks(f"{DIFFERENCE}/max"),
         "a token is far less likely to either the sampler or the trainer",
     ),
 )  # fmt: skip

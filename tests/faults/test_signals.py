@@ -97,12 +97,12 @@ def test_what_was_due_at_the_step_is_made_by_the_next_process(model, rows, tmp_p
         "eval": {"suite": "rewards", "every": 2, "rows": 4, "batch_prompts": 4},
         "checkpoint": {"every": 100},
     }  # fmt: skip
-    monkeypatch.setattr(
-        reports, "evaluate", lambda config, run, outputs, state, step: outputs.log.add_metrics(
-            step, {"eval/t2i/parameters": float(sum(x.sum() for x in jax.tree.leaves(state.params)))},
-            is_evaluation=True,
-        ),
-    )  # fmt: skip
+
+    def evaluate(config, run, outputs, state, step):
+        total = float(sum(x.sum() for x in jax.tree.leaves(state.params)))
+        outputs.log.add_metrics(step, {"eval/t2i/parameters": total}, is_evaluation=True)
+
+    monkeypatch.setattr(reports, "evaluate", evaluate)
     calm = Job.make(tmp_path / "calm", model, rows, **changes)
     assert calm.here() == 0
     job = Job.make(tmp_path / "stopped", model, rows, **changes)
