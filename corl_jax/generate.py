@@ -301,13 +301,13 @@ def generate_texts(args: argparse.Namespace) -> None:
 
 def write_text(out: Path | None, records: Records) -> None:
     """To standard output, or to a file that appears whole."""
-    from corl_jax.runs.directory import replacing
+    from corl_jax.runs.directory import replace_file
 
     if out is None:
         write_json_lines(json_lines(records))
         return
     try:
-        with replacing(out) as file:
+        with replace_file(out) as file:
             file.write(json_lines(records).encode())
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error

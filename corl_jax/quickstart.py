@@ -30,7 +30,7 @@ from corl_jax.config.schema import Config
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.runs import pictures
-from corl_jax.runs.directory import RunDir, jsonable
+from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.log import read_lines
 
 PACKAGE = Path(__file__).resolve().parent
@@ -239,7 +239,7 @@ def finish(work: Work) -> None:
         "before": {key: value for key, value in before.items() if key.startswith("eval/")},
         "after": {key: value for key, value in after.items() if key.startswith("eval/")},
     }
-    RunDir(work.out).write_json("summary.json", jsonable(numbers))
+    RunDir(work.out).write_json("summary.json", to_json(numbers))
     say("What came out")
     print("\n".join(result_lines(rise, len(rewards), before, after)))
     say("What to look at")

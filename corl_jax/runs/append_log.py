@@ -1,4 +1,4 @@
-"""A log that grows by whole records, over a disk that is full for a while."""
+"""Appends whole records to a file, on a disk that may be full for a while."""
 
 from __future__ import annotations
 
@@ -7,73 +7,75 @@ import io
 from pathlib import Path
 
 WAITING_BYTES = 2**26
-"""How much waits in memory for a disk with room: a day of steps, or some picture grids."""
+"""Bytes that may wait in memory until a disk has room: a day of steps, or a few image grids."""
 
 
-class Records:
+class AppendLog:
     """Appends records to a file; those that cannot be written wait for the next try.
 
-    Nothing is buffered beside them, and what was written of half a record is cut off before the
-    next try, so that a reader meets whole records, and half a one at most at the end.
+    Readers find whole records, and at most one partial record at the end.
     """
 
+    # Nothing is buffered beside the waiting records: a kill loses no record that was written. A
+    # partial record is cut off before the next try.
+
     def __init__(self, path: Path):
-        """Opens nothing yet; what the file holds stays."""
+        """Does not open the file yet. Existing content is kept."""
         self.path = path
         self.lost = 0  # records for which there was no room in memory either
         self._waiting: collections.deque[bytes] = collections.deque()
-        self._bytes = 0  # that wait
+        self._waiting_bytes = 0
         self._file: io.FileIO | None = None
         self._end: int | None = None  # of the last whole record; None before the first try
 
     @property
     def waiting(self) -> int:
-        """Records that are not in the file yet."""
+        """Number of records that are not in the file yet."""
         return len(self._waiting)
 
     def add(self, record: bytes) -> None:
-        """Writes a record after those that wait; drops it if they are too many.
+        """Writes a record after those that wait; drops it if too many bytes wait.
 
         Raises:
             OSError: it could not be written now.
         """
-        kept = self._bytes + len(record) <= WAITING_BYTES or not self._waiting
-        if kept:
+        if self._waiting_bytes + len(record) <= WAITING_BYTES or not self._waiting:
             self._waiting.append(record)
-            self._bytes += len(record)
-        self.lost += not kept
+            self._waiting_bytes += len(record)
+        else:
+            self.lost += 1
         self.write()
 
     def write(self) -> None:
-        """Writes what waits.
+        """Writes the records that wait.
 
         Raises:
-            OSError: some of it could not be written.
+            OSError: some of them could not be written.
         """
         try:
             file = self._file or self._open()
             while self._waiting:
-                left = memoryview(self._waiting[0])
-                while left:
-                    left = left[file.write(left) :]
+                rest = memoryview(self._waiting[0])
+                while rest:
+                    rest = rest[file.write(rest) :]
                 record = self._waiting.popleft()
-                self._bytes -= len(record)
+                self._waiting_bytes -= len(record)
                 self._end = (self._end or 0) + len(record)
         except OSError:
-            self._let_go()
+            self._close_file()
             raise
 
     def close(self) -> None:
-        """Tries once more what waits.
+        """Tries once more to write the records that wait, and closes the file.
 
         Raises:
-            OSError: some of it is lost.
+            OSError: some of them are lost.
         """
         try:
             if self._waiting:
                 self.write()
         finally:
-            self._let_go()
+            self._close_file()
 
     def _open(self) -> io.FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ class Records:
         self._end = file.tell() if self._end is None else min(self._end, file.tell())
         return file
 
-    def _let_go(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()

@@ -1,10 +1,10 @@
-"""Checkpoints for resuming: saved in the background, whole or not at all, restored bit by bit.
+"""Saves checkpoints in the background, whole or not at all, and restores them bit for bit.
 
-A step is written to a temporary directory and renamed when complete, so a run that dies in a
-save finds the step before. Trees are stored as nested dicts of their path's keys, whatever
-containers they are made of, and restored into the containers and shardings that are asked for.
-What comes back is compared with the record of `fingerprints`; a step that fails is put aside, and
-the newest one that is sound is used.
+A step is written to a temporary directory, which is renamed when it is complete. A run that dies
+in a save finds the step before. Trees are stored as nested dicts of their paths, and restored
+into the containers and shardings of the tree that asks for them. Restored arrays are compared
+with the fingerprints in the step's record. A damaged step is renamed, and the newest sound one is
+used.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from corl_jax.devices import processes
 from corl_jax.errors import InputError, SaveError
 from corl_jax.params import leaf_paths, unflatten
 from corl_jax.runs import fingerprints
-from corl_jax.runs.directory import config_changes, jsonable
+from corl_jax.runs.directory import list_config_changes, to_json
 
 GIB = 2**30
-SETTLE_S = 60  # of a save that all processes are at when one of them fails
+SETTLE_S = 60  # that a running save gets to end after a process has failed
 
 
 class DamagedError(InputError):
-    """A step is not what was saved: cut off, changed on the disk, or no checkpoint at all."""
+    """A step is not what was saved: incomplete, changed on the disk, or no checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A step that is sound, and what was found on the way to it."""
+    """A sound step, and what a user should know about how it was chosen."""
 
     step: int
     tree: Any
@@ -53,26 +53,24 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, of which the newest `keep` stay."""
+    """The checkpoints of one run; the newest `keep` stay."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        """Opens or creates the directory and clears away what an interrupted save left.
+        """Opens or creates the directory and removes the parts of an interrupted save.
 
-        Only for the run's one writer, or all processes of it.
+        Only the one run that writes here may open it, in all of its processes.
 
         Raises:
             InputError: the directory cannot be created or read.
         """
-        self.directory = epath.Path(directory)  # which knows gs:// too
+        self.directory = epath.Path(directory)  # for gs:// too
         if "://" not in str(directory):
             self.directory = self.directory.absolute()
         self._saving: int | None = None
-        self._unfinished: set[int] = set()  # steps whose save has failed
-        self.waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-        """Entered while a save is waited for."""
-        logging.getLogger("absl").addFilter(_worth_printing)
+        self._failed_steps: set[int] = set()
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
         try:
-            # Two levels: orbax makes one, and a run directory may not be there yet.
+            # orbax makes only the last folder, and a run directory may not be there yet.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -91,10 +89,10 @@ class Checkpoints:
             ) from None
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> bool:
-        """Starts saving a pytree of arrays and JSON values; False if the step is there already.
+        """Starts to save arrays and JSON values. Returns False if the step is there already.
 
-        Returns when the arrays have been copied to the host, so the caller may donate them. Waits
-        for the save before, if that is not yet done.
+        First waits for the save before. Returns when the arrays are copied to the host, so the
+        caller may donate them.
 
         Raises:
             SaveError: this or the save before could not be written, or there is no room.
@@ -102,36 +100,37 @@ class Checkpoints:
         if step in self.steps():
             return False
         self._saving = step
-        self._unfinished.discard(step)
+        self._failed_steps.discard(step)
         try:
             self._require_room(tree)
-            record = fingerprints.make_record(step, tree, jsonable(meta))
+            record = fingerprints.make_record(step, tree, to_json(meta))
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(unflatten(dict(leaf_paths(tree)))),
                 meta=ocp.args.JsonSave(record),
             )
             return self._manager.save(step, args=args, force=True)
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._end_failed_save(error) from error
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way."""
+        """True while a save runs."""
         return self._manager.is_saving_in_progress()
 
     def settle(self) -> None:
-        """Gives a save that is under way SETTLE_S seconds to end, however it does."""
+        """Waits at most SETTLE_S seconds for a running save to end, with success or not."""
 
-        def ended() -> None:
-            while self.saving:  # which may itself wait for the other processes
+        # In a thread, because `saving` may itself wait for other processes.
+        def wait_for_end() -> None:
+            while self.saving:
                 time.sleep(0.1)
 
-        thread = threading.Thread(target=ended, name="the save under way", daemon=True)
+        thread = threading.Thread(target=wait_for_end, name="the save under way", daemon=True)
         thread.start()
         thread.join(SETTLE_S)
 
     def poll(self) -> int | None:
-        """The step that has been saved since the last call, if one has; does not wait.
+        """Returns the step that has been saved since the last call, if any; does not wait.
 
         Raises:
             SaveError: it could not be written.
@@ -141,37 +140,37 @@ class Checkpoints:
         return self.wait()
 
     def wait(self) -> int | None:
-        """Returns when nothing is being saved: the step that was, None if there was none.
+        """Waits until no save runs. Returns the step that was saved; None if there was none.
 
         Raises:
             SaveError: it could not be written.
         """
         try:
-            with self.waiting():
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._end_failed_save(error) from error
         saved, self._saving = self._saving, None
         self._remove_parts()
         return saved
 
     def steps(self) -> list[int]:
-        """Finished steps, oldest first, as the directory shows them after `wait`."""
+        """Waits for a running save, and returns the finished steps, oldest first."""
         self.wait()
-        self._manager.reload()  # a manager counts a step as soon as its save has begun
+        # Without `reload` the manager counts a step as soon as its save has begun.
+        self._manager.reload()
         return sorted(self._manager.all_steps())
 
-    def newest(
+    def restore_newest(
         self, abstract: Any, config: dict[str, Any], allow_changes: bool = False
     ) -> Restored:
-        """The newest step that is sound, restored as by `restore`.
+        """Restores the newest sound step, as `restore` does.
 
-        Damaged steps that are newer are renamed to STEP.corrupt-N: they count no longer and lose
-        nothing. `allow_changes`: another config is reported, not refused.
+        Newer, damaged steps are renamed to STEP.corrupt-N: they no longer count, and their files
+        stay. `allow_changes`: a different config is reported, not refused.
 
         Raises:
-            InputError: no step is sound, or as `restore`.
+            InputError: no step is sound, or as in `restore`.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -193,18 +192,18 @@ class Checkpoints:
         config: dict[str, Any] | None = None,
         allow_changes: bool = False,
     ) -> tuple[Any, dict[str, Any], list[str]]:
-        """(tree, meta, changed options) of a step, on the devices that `abstract` names.
+        """Restores a step; returns (tree, meta, changed options).
 
-        `abstract`: a tree of jax.ShapeDtypeStruct with shardings, or of arrays; it may be of
-        another mesh than the tree that was saved. `config`: compared with meta["config"].
+        `abstract`: a tree of arrays, or of jax.ShapeDtypeStruct with shardings. Its mesh may
+        differ from that of the saved tree. `config` is compared with meta["config"].
 
         Raises:
-            DamagedError: the step is not there, unreadable or not what was saved.
-            InputError: it is of another version of this code; or lists of what differs: options,
-                or leaves that are missing, unknown, or of another shape or dtype.
+            DamagedError: the step is missing, unreadable or not what was saved.
+            InputError: another version of this code wrote it; options differ; or leaves are
+                missing, unknown, or of another shape or dtype.
         """
-        wanted = abstract_of(abstract)
-        record = self._agreed(step, lambda: self._record(step))
+        abstract = to_abstract(abstract)
+        record = self._read_on_all(step, lambda: self._read_record(step))
         source = self.directory / str(step)
         if (version := record["schema_version"]) != fingerprints.SCHEMA_VERSION:
             raise InputError(
@@ -215,41 +214,42 @@ class Checkpoints:
         if config is not None:
             saved = record["run"].get("config", {})
             start = record["run"].get("working_directory")
-            changes = config_changes(saved, jsonable(config), str(source), allow_changes, start)
-        _refuse(source, fingerprints.mismatches(record, wanted))
-        tree = self._agreed(step, lambda: self._arrays(step, wanted))
-        self._agreed(step, lambda: self._require_saved_bits(step, tree, record))
+            changes = list_config_changes(saved, to_json(config), str(source), allow_changes, start)
+        _refuse(source, fingerprints.list_mismatches(record, abstract))
+        tree = self._read_on_all(step, lambda: self._read_arrays(step, abstract))
+        self._read_on_all(step, lambda: self._require_saved_bits(step, tree, record))
         return tree, record["run"], changes
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def _read_record(self, step: int) -> dict[str, Any]:
         present = self.steps()
         if step not in present:
             known = ", ".join(map(str, present)) or "none"
             raise DamagedError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
-        # Not by the manager, whose readers wait for each other: one that fails would not come.
+        # Not read by the manager: its readers wait for each other, so a process whose reader
+        # fails would make the others wait for ever.
         folder = self.directory / str(step) / "meta"
         record: Any = ocp.JsonCheckpointHandler().restore(folder)
-        if damage := fingerprints.record_damage(record, step):
+        if damage := fingerprints.describe_damage(record, step):
             raise DamagedError(f"{self.directory / str(step)}: {damage}")
         return record
 
-    def _arrays(self, step: int, wanted: Any) -> Any:
-        args = ocp.args.StandardRestore(unflatten(dict(leaf_paths(wanted))))
+    def _read_arrays(self, step: int, abstract: Any) -> Any:
+        args = ocp.args.StandardRestore(unflatten(dict(leaf_paths(abstract))))
         folder = self.directory / str(step) / "state"
-        found = dict(leaf_paths(ocp.StandardCheckpointHandler().restore(folder, args=args)))
-        leaves = [found[name] for name, _ in leaf_paths(wanted)]
-        return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+        arrays = dict(leaf_paths(ocp.StandardCheckpointHandler().restore(folder, args=args)))
+        leaves = [arrays[name] for name, _ in leaf_paths(abstract)]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
     def _require_saved_bits(self, step: int, tree: Any, record: dict[str, Any]) -> None:
-        if changed := fingerprints.damaged_leaves(record, tree):
+        if changed := fingerprints.list_damaged_leaves(record, tree):
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise DamagedError(
                 f"{self.directory / str(step)}: the bits of {', '.join(changed[:3])}{more} are not "
                 "those that were saved"
             )
 
-    def _agreed(self, step: int, read: Any) -> Any:
-        """What `read` returns, if it does so on every process; a DamagedError on all otherwise."""
+    def _read_on_all(self, step: int, read: Callable[[], Any]) -> Any:
+        """Returns what `read` returns, or raises DamagedError on all processes if one fails."""
         value, damage = None, None
         try:
             value = read()
@@ -257,11 +257,11 @@ class Checkpoints:
             damage = error
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # orbax and tensorstore raise whatever their readers meet
+        except Exception as error:  # orbax and tensorstore raise errors of many types
             damage = DamagedError(
-                f"{self.directory / str(step)}: unreadable checkpoint ({_first_line(error)})"
+                f"{self.directory / str(step)}: unreadable checkpoint ({_shorten_error(error)})"
             )
-        if not _on_all(damage is None) and damage is None:
+        if not _is_true_on_all(damage is None) and damage is None:
             damage = DamagedError(f"{self.directory / str(step)}: not readable by every process")
         if damage is not None:
             raise damage
@@ -279,27 +279,25 @@ class Checkpoints:
 
     def _require_room(self, tree: Any) -> None:
         if "://" in str(self.directory):
-            return  # a bucket has no end
+            return  # a bucket has no limit
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.directory).free
-        if not _on_all(needed <= free):
+        if not _is_true_on_all(needed <= free):
             raise OSError(f"it needs {needed / GIB:.3g} GiB and {free / GIB:.3g} GiB are free")
 
     def _remove_parts(self) -> None:
-        """Removes what failed saves have written: it takes the room that the next ones need.
-
-        Writes that were under way beside the one that failed may put more there for a while, so
-        this is done again at each later save.
-        """
+        """Removes what failed saves have written, to make room for the next ones."""
+        # Other threads of a failed save may go on writing for a while, so this is done again at
+        # each later save.
         if jax.process_index() != 0:
             return
-        for step in self._unfinished:
+        for step in self._failed_steps:
             for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     part.rmtree(missing_ok=True)
 
     def close(self) -> None:
-        """Waits for the last save and lets go of threads, also after a failure."""
+        """Waits for the last save and ends the threads, also after a failure."""
         try:
             self.wait()
         finally:
@@ -320,37 +318,42 @@ class Checkpoints:
         except SaveError as failed:
             if error is None:
                 raise
-            print(f"warning: {failed}", file=sys.stderr)  # what ends the run is `error`
+            print(f"warning: {failed}", file=sys.stderr)  # `error` is why the run ends
 
-    def _failed(self, error: Exception) -> SaveError:
+    def _end_failed_save(self, error: Exception) -> SaveError:
         step, self._saving = self._saving, None
-        # orbax tells one failure again, by each of its threads: at the next save, or at the end.
-        for ask in 2 * (self._manager.wait_until_finished, self._manager.check_for_errors):
-            with contextlib.suppress(Exception):
-                ask()
+        self._drain_errors()
         if step is not None:
-            self._unfinished.add(step)
+            self._failed_steps.add(step)
         self._remove_parts()
         return SaveError(
             f"{self.directory}: the checkpoint of step {step} could not be written "
-            f"({_first_line(error)}); finished ones are intact, so make room or mend the cause "
-            "and rerun the command"
+            f"({_shorten_error(error)}); finished ones are intact, so make room or remove the "
+            "cause, and rerun the command"
         )
 
+    def _drain_errors(self) -> None:
+        # Each thread of orbax raises the same failure again: at the next save, or at the end. Two
+        # rounds, because waiting in the first one may end another thread.
+        for _ in range(2):
+            for ask in (self._manager.wait_until_finished, self._manager.check_for_errors):
+                with contextlib.suppress(Exception):
+                    ask()
 
-def abstract_of(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree, which may then be let go."""
 
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+def to_abstract(tree: Any) -> Any:
+    """Returns shapes, dtypes and shardings of a tree, whose arrays may then be deleted."""
+
+    def describe(x: Any) -> jax.ShapeDtypeStruct:
         if x.sharding is None:
             raise ValueError("a leaf without sharding: restoring needs to know the devices")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(describe, tree)
 
 
-def _on_all(good: bool) -> bool:
-    return bool(processes.all_gather(np.array(good)).all())
+def _is_true_on_all(value: bool) -> bool:
+    return bool(processes.all_gather(np.array(value)).all())
 
 
 def _refuse(source: epath.Path, problems: list[str]) -> None:
@@ -358,12 +361,12 @@ def _refuse(source: epath.Path, problems: list[str]) -> None:
         raise InputError([f"{source}: {line}" for line in problems])
 
 
-def _worth_printing(record: logging.LogRecord) -> bool:
-    """Nothing of orbax, whose errors reach us as exceptions, once and not in ten tracebacks."""
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    # Errors of orbax are raised here as exceptions, so its ten tracebacks are not printed.
     return "orbax" not in record.pathname
 
 
-def _first_line(error: Exception) -> str:
+def _shorten_error(error: Exception) -> str:
     line = (str(error).splitlines() or [""])[0]
-    # The reason stands at the end, behind all the paths.
+    # The reason comes last, after all the paths.
     return f"{type(error).__name__}: {line if len(line) <= 200 else '...' + line[-200:]}"

@@ -1,16 +1,16 @@
-"""The run directory: one writer, one config, files that are either whole or not there.
+"""Manages the directory of a run: one writer, one config, and files that are always whole.
 
 config.yaml            the resolved config, every option with its value, and where paths start
-config_changes.jsonl   what --allow-changed-config let pass, and at which step
+config_changes.jsonl   options that --allow-changed-config has changed, and at which step
 metrics.jsonl          one line per logged step
-saved.json             the newest step that was said to be saved, and where
+saved.json             the newest step that was reported as saved, and where
 tensorboard/           event files
-checkpoints/           one directory per finished step; STEP.corrupt-N is one that was put aside
+checkpoints/           one directory per finished step; STEP.corrupt-N is a damaged one
 images/                grids of fixed prompts
-export/                the final model; corl_jax_export.json in it says of which step
+export/                the final model; its corl_jax_export.json has the step
 summary.json           steps, seconds, first and last evaluation
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
-.lock                  held while a process writes here
+.lock                  locked while a process writes here
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
 from corl_jax.runs import same_files
-from corl_jax.runs.locking import locked
+from corl_jax.runs.locking import lock_directory
 
 MAY_CHANGE = (
     "output_dir",  # a run may be moved, or named from another working directory
     r"train\.stop_after",
     r"(log|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
     r"model\.attention",  # so does another kernel
-    r"checkpoint\.(every|keep|max_failures|directory)",  # there saved.json's step has to be
-    r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
+    # A new directory must have the step that saved.json names.
+    r"checkpoint\.(every|keep|max_failures|directory)",
+    r"eval\.(every|batch_prompts)",  # not eval.rows: training leaves them out
     r"data\.(prefetch|cache_rows|max_bad_fraction)",
     r"rewards\.\d+\.(timeout_s|max_failures)",
-    r"guards\..*",  # they watch, and change nothing that they let pass
+    r"guards\..*",  # they end a run or let it continue as it is
     r"networks\.offload",
-    r"algorithm\.reference",  # where it lies, not what it is
+    r"algorithm\.reference",  # where the weights are, not which
 )
-"""Options that a resumed run may give another value; regexes of whole keys."""
+"""Options that may have another value in a resumed run; regexes of whole keys."""
 
-OWN = (
+RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
     "export", "summary.json",
 )  # fmt: skip
@@ -59,7 +60,7 @@ OWN = (
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """Names of a run's files."""
+    """The files of a run, by their names."""
 
     root: Path
 
@@ -92,44 +93,45 @@ class RunDir:
         return self.path("summary.json")
 
     def keep_config(self, config: Config) -> None:
-        """Writes `config.yaml`, from which on the run is one of this config.
+        """Writes `config.yaml`: from now on the run has this config.
 
         Raises:
             InputError: it cannot be written.
         """
         try:
-            with replacing(self.config) as file:
-                file.write(_config_text(config))
+            with replace_file(self.config) as file:
+                file.write(_encode_config(config))
         except OSError as error:
-            raise _unwritable(self.root, error) from None
+            raise _make_write_error(self.root, error) from None
 
     def note_saved(self, step: int, directory: str | None) -> None:
-        """Writes `saved.json`: `step` is saved, in `directory` or (None) in the run directory."""
+        """Writes to `saved.json` that a step is saved in `directory` (None: the run directory)."""
         place = directory and same_files.resolve_path(directory)
         self.write_json("saved.json", {"step": step, "directory": place})
 
     def require_saved(self, steps: list[int], directory: str | None, place: Any) -> None:
-        """Refuses to start afresh, or from further back, where the saved steps are not found.
+        """Requires that the checkpoints are where the run has saved them.
 
-        `steps` are those found in `place`, which the option `directory` names (None: in the run
-        directory). In the same place an older step is enough, as the newest one may have been
-        damaged or taken away on purpose.
+        `steps`: the steps in `place`, which the option `directory` names (None: the run
+        directory).
 
         Raises:
-            InputError: the step of `saved.json` is not there.
+            InputError: the step of `saved.json` is missing, so the run would start again.
         """
         path = self.path("saved.json")
         if not path.exists():
             return
         try:
-            noted = json.loads(path.read_bytes())
-            step, before = int(noted["step"]), noted["directory"]
+            saved = json.loads(path.read_bytes())
+            step, before = int(saved["step"]), saved["directory"]
             same = before == (directory and same_files.resolve_path(directory))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: unreadable ({type(error).__name__}), expected the newest saved step; "
                 "remove it if the checkpoints are where they were"
             ) from None
+        # In the same place an older step is enough: the newest one may have been damaged, or
+        # removed on purpose.
         if steps and (same or before == directory or steps[-1] >= step):
             return
         found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
@@ -141,7 +143,7 @@ class RunDir:
         )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object of a JSON file of the run; None if it is not there or not whole."""
+        """Returns the object of a JSON file of the run; None if the file is missing or damaged."""
         try:
             value = json.loads(self.path(name).read_bytes())
         except (OSError, ValueError):
@@ -149,20 +151,20 @@ class RunDir:
         return value if isinstance(value, dict) else None
 
     def note_changes(self, step: int, changes: list[str]) -> None:
-        """Adds to `config_changes.jsonl` that the run goes on from `step` with another config."""
+        """Adds to `config_changes.jsonl` that the run continues from `step` with these changes."""
         path = self.path("config_changes.jsonl")
         lines = path.read_bytes().splitlines() if path.exists() else []
         line = json.dumps({"step": step, "changes": changes}).encode()
         if lines[-1:] == [line]:
-            return  # the same command again, before it saved anything
-        with replacing(path) as file:
-            file.write(b"".join(one + b"\n" for one in [*lines, line]))
+            return  # the same command was run again before it had saved anything
+        with replace_file(path) as file:
+            file.write(b"".join(text + b"\n" for text in [*lines, line]))
 
     def path(self, name: str) -> Path:
-        """A path below the run directory.
+        """Returns a path below the run directory.
 
         Raises:
-            ValueError: the name leads out of it.
+            ValueError: the name leads out of the directory.
         """
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or not relative.parts:
@@ -170,24 +172,25 @@ class RunDir:
         return self.root / relative
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Writes a JSON file whole or not at all; numbers that are not finite become null."""
+        """Writes a JSON file, whole or not at all. Numbers that are not finite become null."""
         path = self.path(name)
-        with replacing(path) as file:
-            file.write(json.dumps(jsonable(value), indent=2, allow_nan=False).encode() + b"\n")
+        with replace_file(path) as file:
+            file.write(json.dumps(to_json(value), indent=2, allow_nan=False).encode() + b"\n")
         return path
 
 
 @contextlib.contextmanager
-def opened(config: Config, primary: bool = True, allow_changes: bool = False) -> Iterator[RunDir]:
-    """The config's run directory, created or taken up again, locked until the block ends.
+def open_run_directory(
+    config: Config, primary: bool = True, allow_changes: bool = False
+) -> Iterator[RunDir]:
+    """Creates or opens the run directory of a config, and locks it while the block lasts.
 
-    A run that is taken up keeps its config.yaml until `keep_config`.
-    Processes other than the first pass `primary=False`, touch nothing and wait for the first.
+    An existing run keeps its config.yaml until `keep_config`. All processes but the first pass
+    `primary=False`: they write nothing and wait for the first.
 
     Raises:
-        InputError: the directory cannot be used, another process writes to it, or it holds a
-            run of another config and `allow_changes` is not given (every differing option is
-            listed).
+        InputError: the directory cannot be used, another process writes to it, or, without
+            `allow_changes`, its run has another config (each differing option is listed).
     """
     run = RunDir(Path(config.output_dir))
     if not primary:
@@ -200,31 +203,33 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
         raise InputError(
             f"output_dir: {run.root}: {error.strerror}; name a directory that can be created"
         ) from None
-    with locked(run.root):
+    with lock_directory(run.root):
         _require_same_run(run, config, allow_changes)
         try:
             for leftover in (*run.root.glob(".*.tmp"), *run.images.glob(".*.tmp")):
                 leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
                 shutil.rmtree(leftover)
-            for replaced in run.root.glob(".export.*.old"):  # killed before the new one came
+            # The process was killed between moving the old export away and the new one in.
+            for replaced in run.root.glob(".export.*.old"):
                 shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
             kept = run.config.read_bytes() if run.config.exists() else None
-            with replacing(run.config) as file:  # also shows that the directory can be written
-                file.write(kept or _config_text(config))
+            # Written even if it stays the same: this shows that the directory can be written.
+            with replace_file(run.config) as file:
+                file.write(kept or _encode_config(config))
         except OSError as error:
-            raise _unwritable(run.root, error) from None
+            raise _make_write_error(run.root, error) from None
         processes.barrier("run directory")
         yield run
 
 
 @contextlib.contextmanager
-def checkpoints_locked(
+def lock_checkpoints(
     run: RunDir, directory: str | None, primary: bool = True
 ) -> Iterator[str | Path]:
-    """Where a run's checkpoints are, created and locked too: another run may have been given it.
+    """Creates and locks the directory of a run's checkpoints; yields its path.
 
-    `directory`: None for the run's own. A bucket is not locked; `primary` as for `opened`.
+    `directory`: None for the run's own. A bucket is not locked. `primary`: see above.
 
     Raises:
         InputError: it cannot be used, or another process writes to it.
@@ -234,22 +239,23 @@ def checkpoints_locked(
         yield place
         return
     path = Path(place)
+    # Locked too, because another run may have the same option.
     try:
         path.mkdir(parents=True, exist_ok=True)
-        own = path.samefile(run.root)  # which is locked
+        is_locked = path.samefile(run.root)
     except OSError as error:
         raise InputError(
             f"checkpoint.directory: {path}: {error.strerror}; name a directory that can be used"
         ) from None
-    with contextlib.nullcontext() if own else locked(path, "checkpoint.directory"):
+    with contextlib.nullcontext() if is_locked else lock_directory(path, "checkpoint.directory"):
         yield place
 
 
-def _config_text(config: Config) -> bytes:
+def _encode_config(config: Config) -> bytes:
     return (same_files.write_header() + config_files.dump(config)).encode()
 
 
-def _unwritable(root: Path, error: OSError) -> InputError:
+def _make_write_error(root: Path, error: OSError) -> InputError:
     return InputError(
         f"output_dir: {error.filename or root}: {error.strerror}; name a directory that can be "
         "written, with room in it"
@@ -258,7 +264,7 @@ def _unwritable(root: Path, error: OSError) -> InputError:
 
 def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
     if not run.config.exists():
-        foreign = [name for name in OWN if (run.root / name).exists()]
+        foreign = [name for name in RUN_FILES if (run.root / name).exists()]
         if foreign:
             raise InputError(
                 f"output_dir: {run.root} has {', '.join(foreign)} but no config.yaml, so it is "
@@ -276,38 +282,41 @@ def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
             "choose another output_dir"
         )
     new, start = config.model_dump(mode="json"), same_files.read_header(text)
-    config_changes(old, new, str(run.config), allow_changes, start)
+    list_config_changes(old, new, str(run.config), allow_changes, start)
 
 
-def config_changes(
+def list_config_changes(
     old: dict[str, Any],
     new: dict[str, Any],
     source: str,
     allowed: bool = False,
     start: str | None = None,
 ) -> list[str]:
-    """Options that differ from the config that `source` recorded, MAY_CHANGE left out.
+    """Lists the options that differ from the config in `source`, without those of MAY_CHANGE.
 
-    `start`: the directory that the recorded relative paths start at, if it is known.
+    `start`: the directory where relative paths of that config start, if it is known.
 
     Raises:
-        InputError: some differ and they are not `allowed`; a line for each.
+        InputError: options differ and that is not `allowed`; one line for each.
     """
-    with contextlib.suppress(InputError):  # an older version's: compared as it stands
+    # A config of an older version may be invalid now, and is compared as it is.
+    with contextlib.suppress(InputError):
         old = config_files.validate(old, source).model_dump(mode="json")
-    problems = differences(old, new, start)
+    problems = list_differences(old, new, start)
     if problems and not allowed:
         remedy = (
             "give the old values, another output_dir for a new run, or --allow-changed-config to "
-            "go on with the new ones"
+            "continue with the new ones"
         )
         raise InputError([f"{source}: {problem}; {remedy}" for problem in problems])
     return problems
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], start: str | None = None) -> list[str]:
-    """`key: found X, the run has Y` of every option that differs and may not."""
-    was, now = dict(_leaves(old)), dict(_leaves(new))
+def list_differences(
+    old: dict[str, Any], new: dict[str, Any], start: str | None = None
+) -> list[str]:
+    """Lists `key: found X, the run has Y` for each option that differs and must not."""
+    was, now = dict(_iterate_options(old)), dict(_iterate_options(new))
     lines = []
     for key in [*now, *(key for key in was if key not in now)]:
         if any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE):
@@ -322,7 +331,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], start: str | None = No
     return lines
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, list):
@@ -331,12 +340,12 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
         return
     for key, value in items:
-        yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
+        yield from _iterate_options(value, f"{prefix}.{key}" if prefix else key)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends without an error."""
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yields a binary file that replaces `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -348,12 +357,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def jsonable(value: Any) -> Any:
-    """Plain JSON values of nested dicts, lists, scalars and arrays; not finite -> None."""
+def to_json(value: Any) -> Any:
+    """Returns nested dicts, lists, scalars and arrays as JSON values; None for NaN and infinity."""
     if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
+        return [to_json(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -363,6 +372,8 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "__array__"):
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
-            array = array.astype(np.float32)  # bfloat16 is nothing to Python
-        return jsonable(array.tolist())
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+            array = array.astype(np.float32)  # Python has no bfloat16
+        return to_json(array.tolist())
+    raise TypeError(
+        f"found {type(value).__name__}, expected a dict, list, number, string or array for JSON"
+    )

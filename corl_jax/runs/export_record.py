@@ -1,4 +1,4 @@
-"""What an export says of itself, so that an old one is not taken for the run's result."""
+"""Reads the record in an export, so that an old export is not taken for the run's result."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from corl_jax.weights.folders import ADAPTER_CONFIG
 
 RECORD_FILE = "corl_jax_export.json"
 MARKS = (RECORD_FILE, "config.json", ADAPTER_CONFIG)
-"""Files of which an export has one; a folder with none of them is somebody else's."""
+"""Every export has one of these files; a folder with none of them is no export."""
 
 
-def place_problems(folder: Path) -> list[str]:
-    """What the export could not take the place of: a file, a link, a folder of other files."""
+def list_place_problems(folder: Path) -> list[str]:
+    """Lists what an export may not replace at `folder`: a file, a link, or other files in it."""
     if not (folder.exists() or folder.is_symlink()):
         return []
     remedy = "move it away: the export of the trained model comes here"
     if folder.is_symlink() or not folder.is_dir():
-        return [f"{folder}: is no folder of its own; {remedy}"]
+        return [f"{folder}: found a file or a link, expected a folder; {remedy}"]
     if any(folder.iterdir()) and not is_export(folder):
-        return [f"{folder}: holds files that are no export; {remedy}"]
+        return [f"{folder}: found files that are not of an export; {remedy}"]
     return []
 
 
 def is_export(folder: Path) -> bool:
-    """True for a folder with a file that every export has one of."""
+    """Returns whether a folder has one of the MARKS."""
     return any((folder / name).is_file() for name in MARKS)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What an export says of itself; None without an export, {} for one that says nothing."""
+    """Returns the record of an export; None without a folder, {} without a readable record."""
     if not folder.is_dir():
         return None
     try:
@@ -42,7 +42,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_age(folder: Path, steps: int) -> str | None:
-    """A line for an export of fewer than `steps` steps, which stays until the run is done."""
+    """Returns a line about an export of fewer than `steps` steps; None without such an export."""
     record = read_record(folder)
     step = (record or {}).get("step")
     if record is None or (type(step) is int and step >= steps):
@@ -54,13 +54,13 @@ def describe_age(folder: Path, steps: int) -> str | None:
 
 
 def name_step(record: dict[str, Any]) -> str:
-    """The step of an export, in words."""
+    """Returns the step of an export in words."""
     step = record.get("step")
     return f"step {step}" if type(step) is int else "an unknown step"
 
 
 def rename_stale(folder: Path, record: dict[str, Any] | None) -> list[str]:
-    """Moves an export away that is not of the run's last step; returns a line that says so."""
+    """Renames an export that is not of the run's last step; returns a line about it."""
     if record is None or not is_export(folder):
         return []
     name = f"export_of_{name_step(record).replace(' ', '_')}"

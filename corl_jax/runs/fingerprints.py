@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself, so that it cannot be taken for something else.
+"""Fingerprints of a checkpoint: dtype, shape and a hash of each array, to detect any damage.
 
-The record that lies beside the arrays names each leaf with its type, shape and a fingerprint of
-its bits, taken on the devices before the save and again after a restore; the record itself has a
-SHA-256. Nothing between a device's memory and the next run's is trusted.
+The record of a checkpoint lies beside its arrays. It has the fingerprint of each leaf, computed
+on the devices before the save and again after a restore. The record itself has a SHA-256. So
+damage is detected anywhere between the memory of one run's devices and the next one's.
 """
 
 from __future__ import annotations
@@ -20,60 +20,62 @@ from corl_jax.params import leaf_paths
 SCHEMA_VERSION = 2
 
 
-def fingerprints(tree: Any) -> dict[str, str]:
-    """path -> 64 bits of each array in hex; one changed bit changes them, another mesh does not."""
-    sums = {name: _sums(leaf) for name, leaf in leaf_paths(tree)}
+def fingerprint_leaves(tree: Any) -> dict[str, str]:
+    """Returns path -> hash of each array, 64 bits in hex. It is the same on every mesh."""
+    sums = {name: _hash_bits(leaf) for name, leaf in leaf_paths(tree)}
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in jax.device_get(sums).items()}
 
 
-def summary(tree: Any) -> str:
-    """One digest of a whole tree's fingerprints."""
-    return _sha256(fingerprints(tree))
+def fingerprint_tree(tree: Any) -> str:
+    """Returns one hash of all fingerprints of a tree."""
+    return _sha256(fingerprint_leaves(tree))
 
 
 @jax.jit
-def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two sums modulo 2^32 of each element's bits, scrambled together with its position.
-
-    Integers add up to the same in any order, so the layout over devices does not matter.
-    Scrambled, because of two flipped sign bits a plain weighted sum sees nothing.
-    """
+def _hash_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns two sums modulo 2^32 of each element's bits, scrambled together with its position."""
+    # Integer sums are the same in any order, so the layout over devices does not matter.
+    # Without scrambling, two flipped sign bits would leave the sum as it is: 2^31 + 2^31 = 2^32.
     words = jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}")
     bits = x.astype(words) if x.dtype == bool else jax.lax.bitcast_convert_type(x, words)
     bits = bits.astype(jnp.uint32)
+    # The position in C order. [2, 3]: [[0, 1, 2], [3, 4, 5]].
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * np.uint32(size & 0xFFFFFFFF) + place
 
-    def total(salt: int, factor: int) -> jax.Array:
-        mixed = (bits ^ _scrambled(position + np.uint32(salt))) * np.uint32(factor)
-        return _scrambled(mixed).sum(dtype=jnp.uint32)
+    def sum_words(salt: int, factor: int) -> jax.Array:
+        mixed = (bits ^ _scramble(position + np.uint32(salt))) * np.uint32(factor)
+        return _scramble(mixed).sum(dtype=jnp.uint32)
 
-    return total(0x9E3779B9, 1), total(0x3C6EF372, 0x2545F491)
+    return sum_words(0x9E3779B9, 1), sum_words(0x3C6EF372, 0x2545F491)
 
 
-def _scrambled(x: jax.Array) -> jax.Array:
-    """A permutation of 32-bit words in which each bit depends on all (MurmurHash3's last step)."""
+def _scramble(x: jax.Array) -> jax.Array:
+    """Permutes 32-bit words, so that each bit of the result depends on all bits of the word.
+
+    Source: the last step of MurmurHash3 (fmix32).
+    """
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def make_record(step: int, tree: Any, run: dict[str, Any]) -> dict[str, Any]:
-    """The JSON values that lie beside a step's arrays; `run` are those of the caller."""
-    marks = fingerprints(tree)
-    leaves = {name: [*_kind(leaf), marks[name]] for name, leaf in leaf_paths(tree)}
+    """Returns the JSON values that lie beside a step's arrays; `run` has those of the caller."""
+    marks = fingerprint_leaves(tree)
+    leaves = {name: [*_describe_leaf(leaf), marks[name]] for name, leaf in leaf_paths(tree)}
     record = {"schema_version": SCHEMA_VERSION, "step": step, "run": run, "leaves": leaves}
     return record | {"sha256": _sha256(record)}
 
 
-def record_damage(record: Any, step: int) -> str | None:
-    """Why a record that was read for `step` is not what was written; None if it is."""
+def describe_damage(record: Any, step: int) -> str | None:
+    """Returns why the record read for `step` is not the one that was saved; None if it is."""
     if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
         return "its record is not one of a checkpoint"
     if record["schema_version"] == 1 and "sha256" not in record:
-        return None  # an old version's, which the caller refuses
+        return None  # of an old version, which the caller refuses
     rest = {key: value for key, value in record.items() if key != "sha256"}
     if record.get("sha256") != _sha256(rest):
         return "its record is not the one that was saved"
@@ -82,11 +84,11 @@ def record_damage(record: Any, step: int) -> str | None:
     return None
 
 
-def mismatches(record: dict[str, Any], wanted: Any) -> list[str]:
-    """Leaves that a (sound) record has and `wanted` has not, or otherwise; shapes and dtypes."""
+def list_mismatches(record: dict[str, Any], tree: Any) -> list[str]:
+    """Lists the leaves in which a sound record and a tree differ: names, shapes and dtypes."""
     remedy = "resume with the model, options and version that wrote it"
     stored = {name: tuple(leaf[:2]) for name, leaf in record["leaves"].items()}
-    expected = {name: _kind(leaf) for name, leaf in leaf_paths(wanted)}
+    expected = {name: _describe_leaf(leaf) for name, leaf in leaf_paths(tree)}
     lines = [f"{name}: missing; {remedy}" for name in expected if name not in stored]
     lines += [f"{name}: unknown; {remedy}" for name in stored if name not in expected]
     for name in expected.keys() & stored.keys():
@@ -98,12 +100,14 @@ def mismatches(record: dict[str, Any], wanted: Any) -> list[str]:
     return sorted(lines)
 
 
-def damaged_leaves(record: dict[str, Any], tree: Any) -> list[str]:
-    """Names of leaves whose bits are not those that the record was made of."""
-    return [name for name, mark in fingerprints(tree).items() if record["leaves"][name][2] != mark]
+def list_damaged_leaves(record: dict[str, Any], tree: Any) -> list[str]:
+    """Lists the leaves whose bits differ from those that the record was made of."""
+    return [
+        name for name, mark in fingerprint_leaves(tree).items() if record["leaves"][name][2] != mark
+    ]
 
 
-def _kind(leaf: Any) -> tuple[str, list[int]]:
+def _describe_leaf(leaf: Any) -> tuple[str, list[int]]:
     return jnp.dtype(leaf.dtype).name, list(leaf.shape)
 
 

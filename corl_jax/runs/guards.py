@@ -1,7 +1,7 @@
-"""What watches a run's numbers: skipped updates, failing rewards, and alarms over the metrics.
+"""Watches the numbers of a run: skipped updates, failing rewards, and alarms over logged metrics.
 
-Every process sees the same numbers here, which are those of the whole batch, and so decides the
-same. The state is plain JSON and travels with checkpoints: a resumed run counts on.
+Which metrics an alarm looks at is given by the caller. The state is plain JSON and is saved with
+checkpoints, so a resumed run continues all counts.
 """
 
 from __future__ import annotations
@@ -10,239 +10,241 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from corl_jax.errors import GuardError, RewardError
 
-WINDOW = 10  # logged steps: over which shares are averaged, and after which an alarm is off again
+WINDOW = 10  # logged steps: over which fractions are averaged, and after which an alarm ends
 FAILED_WINDOW = 20  # steps over which the failures of a reward are averaged
-UNREWARDED_STEPS = 20  # without any reward, from the beginning, after which a run ends
-FAILED = "/failed"
-"""Ends the names of the metrics that say which share of a batch a reward failed on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One alarm over logged metrics."""
-
-    keys: tuple[str, ...]
-    hint: str  # what the crossing may mean
-    above: bool = True  # sounds above its limit, else below
-    span: int = 1  # logged steps whose mean is compared
-    relative: bool = False  # to the mean of the first WINDOW logged steps
-    # NaN says that there was nothing to measure, and is left out of the mean; else it is beyond
-    # every limit.
-    nan_is_absent: bool = False
-
-
-def _of_both(name: str) -> tuple[str, str]:
-    return f"t2i/{name}", f"mm2t/{name}"
-
-
-RULES: dict[str, Rule] = {
-    "kl": Rule(_of_both("kl"), "the policy leaves its reference; a lower rate or a larger kl_coef"),
-    "entropy": Rule(
-        _of_both("entropy"), "samples become alike and groups teach nothing", False, WINDOW, True
-    ),
-    "duplicates": Rule(
-        ("t2i/duplicate_fraction",), "drawings of a group are the same tokens", span=WINDOW
-    ),
-    "zero_spread": Rule(
-        ("frac_reward_zero_std",),
-        "groups get equal rewards, so there is no signal",
-        span=WINDOW,
-        nan_is_absent=True,
-    ),
-    "not_applicable": Rule(
-        ("not_applicable", *_of_both("not_applicable")),
-        "these completions have no reward (None, NaN or infinite) and teach nothing; look at the "
-        "columns that the rewards need",
-        span=WINDOW,
-    ),
-    "drift_mean": Rule(
-        _of_both("sampling/sampling_logp_difference/mean"),
-        "what samples is not what is trained; check dtype, temperature, top_k, top_p, cfg_scale",
-    ),
-    "drift_max": Rule(
-        _of_both("sampling/sampling_logp_difference/max"),
-        "a token is far less likely to one of sampler and trainer",
-    ),
-}
-"""Alarm, which is also the option of `guards` with its limit -> what it looks at."""
-
-OF_REWARD = re.compile(r"(?:t2i|mm2t)/rewards/[^/]+/not_applicable")
-"""Metrics that the alarm `not_applicable` looks at too; over is a reward that never applies."""
-
+UNREWARDED_STEPS = 20  # first steps of a run, all without any reward, after which the run ends
 HELD_OUT = "held_out"
 HELD_OUT_HINT = "the reward is learned, not what it stands for"
 
 
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """One alarm over logged metrics."""
+
+    name: str
+    keys: tuple[str, ...]  # the metrics that are compared with the limit
+    hint: str  # what a value beyond the limit may mean
+    limit: float = math.nan  # set from the options of a run
+    above: bool = True  # True: alarm if the value is above the limit; False: if below
+    span: int = 1  # number of logged steps whose mean is compared
+    relative: bool = False  # compare with the mean of the first WINDOW logged steps
+    # True: NaN means that there was nothing to measure, and is left out of the mean.
+    # False: NaN is beyond every limit.
+    nan_is_absent: bool = False
+    # Further metrics, as a regex of the whole name. Each alarms if it is 1 in all WINDOW steps.
+    always_one: re.Pattern[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What ends a run, beside the alarms."""
+
+    max_skipped_updates: int = 3  # in a row
+    max_failed_fraction: float = 0.5  # of the samples of FAILED_WINDOW steps, for each reward
+    end_unrewarded: bool = True  # end a run in which no reward ever applies
+    held_out: float | None = 3.0  # standard errors that a held-out score may fall; None: any
+    fatal: tuple[str, ...] = ()  # names of alarms that end the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One update of the parameters."""
+
+    skipped: bool
+    # The others are read in an error message alone, so they may still be scalars of the device.
+    loss: Any
+    grad_norm: Any
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the loss, by name
+
+
+@dataclasses.dataclass
+class State:
+    """What guards remember; JSON values, in which NaN may become None."""
+
+    in_a_row: int = 0  # skipped updates up to now
+    skipped: int = 0  # updates skipped in the whole run
+    unlogged: int = 0  # updates skipped since the last logged step
+    failed: dict[str, list] = dataclasses.field(default_factory=dict)
+    """reward -> fractions of samples that it failed on, of the last FAILED_WINDOW steps"""
+    unrewarded: int | None = 0  # first steps in which no reward applied; None after one that did
+    recent: dict[str, list] = dataclasses.field(default_factory=dict)
+    """metric -> its last `alarm.span` values"""
+    first: dict[str, list] = dataclasses.field(default_factory=dict)
+    """metric -> its first WINDOW values"""
+    quiet: dict[str, int] = dataclasses.field(default_factory=dict)
+    """alarm that is on -> logged steps within the limit since"""
+    progress: list = dataclasses.field(default_factory=lambda: [0.0, 0])
+    """sum and number of training rewards since the last evaluation"""
+    best: dict[str, list] = dataclasses.field(default_factory=dict)
+    """held-out score -> [mean, standard error, training reward] at its best evaluation"""
+
+
 class Guards:
-    """The guards of a run; `options` is `schema.Guards`."""
+    """Ends a run that goes wrong, and raises alarms; all processes see the same numbers."""
 
-    def __init__(self, options: Any):
-        self._options = options
-        self._state: dict[str, Any] = {
-            "in_a_row": 0,  # skipped updates up to now
-            "skipped": 0,  # in the whole run
-            "unlogged": 0,  # skipped since the last logged step
-            "failed": {},  # metric of a reward -> its last FAILED_WINDOW values
-            "unrewarded": 0,  # steps from the beginning in which no reward applied; None: one did
-            "recent": {},  # metric -> its last values, as many as its rule averages
-            "first": {},  # metric -> its first WINDOW values
-            "quiet": {},  # alarm that is on -> logged steps within the limit since
-            "rewards": [0.0, 0],  # sum and number of training rewards since the last evaluation
-            "best": {},  # held-out score -> [mean, standard error, training reward] of its best
-        }
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` takes; JSON, in which NaN may become None."""
-        return self._state
+    def __init__(
+        self, limits: Limits, alarms: Sequence[Alarm] = (), progress: str | None = None
+    ) -> None:
+        """`progress`: the logged metric that should rise, with which held-out scores compare."""
+        self._limits, self._alarms, self._progress = limits, tuple(alarms), progress
+        self._state = State()
 
     @property
     def skipped(self) -> int:
-        """Updates of the whole run that were skipped."""
-        return self._state["skipped"]
+        """Number of skipped updates of the whole run."""
+        return self._state.skipped
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what `restore` takes, as JSON values."""
+        return dataclasses.asdict(self._state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state`; an alarm that is on and has become fatal begins anew."""
-        self._state = self._state | dict(state)
-        quiet = self._state["quiet"].items()
-        self._state["quiet"] = {k: v for k, v in quiet if k not in self._options.fatal}
+        """Continues from a saved state; `state` may lack fields that an older version had not."""
+        self._state = dataclasses.replace(State(), **state)
+        # An alarm that is on, and that has become fatal since, begins anew.
+        quiet = self._state.quiet.items()
+        self._state.quiet = {k: v for k, v in quiet if k not in self._limits.fatal}
 
     # ---- every step
 
-    def step(
+    def check_step(
         self,
         step: int,
-        updates: Sequence[Mapping[str, float]],
-        metrics: Mapping[str, float],
+        updates: Iterable[Update],
+        failed: Mapping[str, float] | None = None,
+        unrewarded: float | None = None,
         is_last: bool = False,
     ) -> None:
-        """Looks at a step's updates, in order, and at its rewards; `is_last`: of the run.
+        """Checks the updates of a step, in order, and its rewards; `is_last`: of the run.
+
+        `failed`: reward -> fraction of the samples that it failed on. `unrewarded`: fraction of
+        the samples that no reward applies to; None in a run without rewards.
 
         Raises:
             GuardError: `max_skipped_updates` updates in a row were skipped, or no reward has
                 applied to any completion of the run.
-            RewardError: a reward fails on more than `max_failed_reward_fraction` of the samples.
+            RewardError: a reward fails on more than `max_failed_fraction` of the samples.
         """
         state = self._state
         for update in updates:
-            skipped = bool(update["update/skipped"])
-            state["in_a_row"] = state["in_a_row"] + 1 if skipped else 0
-            state["skipped"] += skipped
-            state["unlogged"] += skipped
-            if state["in_a_row"] >= self._options.max_skipped_updates:
-                raise GuardError(_not_finite(step, update, state["in_a_row"]))
-        for name, value in metrics.items():
-            if name.endswith(FAILED):
-                self._failed(step, name, float(value))
-        if "not_applicable" in metrics and state["unrewarded"] is not None:
-            self._unrewarded(step, float(metrics["not_applicable"]), is_last)
+            state.in_a_row = state.in_a_row + 1 if update.skipped else 0
+            state.skipped += update.skipped
+            state.unlogged += update.skipped
+            if state.in_a_row >= self._limits.max_skipped_updates:
+                raise GuardError(_describe_skipped(step, update, state.in_a_row))
+        for reward, fraction in (failed or {}).items():
+            self._check_failures(step, reward, fraction)
+        if unrewarded is not None and state.unrewarded is not None:
+            self._check_unrewarded(step, unrewarded, is_last)
 
-    def _unrewarded(self, step: int, share: float, is_last: bool) -> None:
+    def _check_unrewarded(self, step: int, fraction: float, is_last: bool) -> None:
         state = self._state
-        state["unrewarded"] = state["unrewarded"] + 1 if share == 1.0 else None
-        limit = self._options.not_applicable
-        if limit is None or state["unrewarded"] is None:
+        state.unrewarded = (state.unrewarded or 0) + 1 if fraction == 1.0 else None
+        if state.unrewarded is None or not self._limits.end_unrewarded:
             return
-        if is_last or state["unrewarded"] >= UNREWARDED_STEPS:
+        if is_last or state.unrewarded >= UNREWARDED_STEPS:
             raise GuardError(
                 f"step {step}: no reward has applied to any completion of the "
-                f"{state['unrewarded']} step(s) of this run, so it has learnt nothing: every "
+                f"{state.unrewarded} step(s) of this run, so it has learned nothing: every "
                 "reward was None, NaN or infinite. Look at the columns that the rewards need, and "
-                "at rewards by use; guards.not_applicable null lets such a run go on"
+                "at rewards by use; with guards.not_applicable null such a run continues"
             )
 
-    def _failed(self, step: int, name: str, value: float) -> None:
-        last = self._state["failed"].setdefault(name, [])
-        last[:] = [*last, value][-FAILED_WINDOW:]
-        limit, share = self._options.max_failed_reward_fraction, statistics.fmean(last)
-        if len(last) == FAILED_WINDOW and share > limit:
-            reward = name.removesuffix(FAILED).rpartition("/")[2]
+    def _check_failures(self, step: int, reward: str, fraction: float) -> None:
+        last = self._state.failed.setdefault(reward, [])
+        last[:] = [*last, fraction][-FAILED_WINDOW:]
+        limit, mean = self._limits.max_failed_fraction, statistics.fmean(last)
+        if len(last) == FAILED_WINDOW and mean > limit:
             raise RewardError(
-                f"step {step}: reward {reward} failed on {share:.0%} of the samples of the last "
+                f"step {step}: reward {reward} failed on {mean:.0%} of the samples of the last "
                 f"{len(last)} steps, more than guards.max_failed_reward_fraction {limit:g}; the "
                 "warnings above say why"
             )
 
     # ---- logged steps
 
-    def logged(
+    def check_logged(
         self, step: int, values: Mapping[str, float], is_last: bool = False
     ) -> tuple[dict[str, float], list[str]]:
-        """(metrics to log beside a step's others, a line for each alarm that begins).
+        """Returns (metrics to log with a step's others, a line for each alarm that begins).
 
-        `is_last`: of the run, which may be shorter than what alarms are averaged over.
-        Call `require` with the lines when they have been said.
+        `is_last`: of the run, which may be shorter than the steps that alarms are averaged over.
+        Call `require_none_fatal` with the lines after they are printed.
         """
         state = self._state
-        metrics = {"update/skipped": float(state["unlogged"])}
-        metrics["update/skipped_total"] = float(state["skipped"])
-        state["unlogged"] = 0
-        if math.isfinite(reward := values.get("reward", math.nan)):
-            state["rewards"] = [state["rewards"][0] + reward, state["rewards"][1] + 1]
-            self._window("first", "reward", reward)
+        metrics = {"update/skipped": float(state.unlogged)}
+        metrics["update/skipped_total"] = float(state.skipped)
+        state.unlogged = 0
+        self._add_progress(values)
         lines = []
-        for name, rule in RULES.items():
-            limit = getattr(self._options, name)
-            present = [key for key in rule.keys if key in values]
-            if limit is None or not present:
+        for alarm in self._alarms:
+            present = [key for key in alarm.keys if key in values]
+            if not present:
                 continue
-            levels = {key: self._level(rule, key, values[key]) for key in present}
-            over = [key for key, level in levels.items() if _beyond(rule, level, limit)]
-            if name == "not_applicable":
-                over += self._never_applicable(values, levels, is_last)
-            if self._switch(name, bool(over)):
-                side = "above" if rule.above else "below"
-                share = " of its first steps" if rule.relative else ""
-                found = " and ".join(f"{key} {levels[key]:.4g}{share}" for key in over)
-                lines.append(_line(name, step, f"{found}, {side} {limit:g}", rule.hint))
-            metrics[f"alarm/{name}"] = float(name in state["quiet"])
+            levels = {key: self._compute_level(alarm, key, values[key]) for key in present}
+            over = [key for key, level in levels.items() if _is_beyond(alarm, level)]
+            for key in self._find_always_one(alarm, values, is_last):
+                levels[key] = 1.0
+                over.append(key)
+            if self._switch(alarm.name, bool(over)):
+                side = "above" if alarm.above else "below"
+                share = " of its first steps" if alarm.relative else ""
+                what = " and ".join(f"{key} {levels[key]:.4g}{share}" for key in over)
+                what = f"{what}, {side} {alarm.limit:g}"
+                lines.append(_describe_alarm(alarm.name, step, what, alarm.hint))
+            metrics[f"alarm/{alarm.name}"] = float(alarm.name in state.quiet)
         return metrics, lines
 
-    def _never_applicable(
-        self, values: Mapping[str, float], levels: dict[str, float | None], is_last: bool
+    def _add_progress(self, values: Mapping[str, float]) -> None:
+        if self._progress is None:
+            return
+        value = values.get(self._progress, math.nan)
+        if math.isfinite(value):
+            total, count = self._state.progress
+            self._state.progress = [total + value, count + 1]
+            _add_first(self._state.first, self._progress, value)
+
+    def _find_always_one(
+        self, alarm: Alarm, values: Mapping[str, float], is_last: bool
     ) -> list[str]:
-        """Rewards that applied to nothing in the last WINDOW logged steps, or in a shorter run.
+        """Returns the metrics that were 1 in the last WINDOW logged steps, or in a shorter run.
 
-        A share of its own for each would not do: a reward may be meant for few rows.
+        One limit for the mean of each would not do: a reward may be meant for few rows.
         """
-        for key in filter(OF_REWARD.fullmatch, values):
-            recent = self._window("recent", key, values[key], WINDOW)
+        found = []
+        for key in filter(alarm.always_one.fullmatch, values) if alarm.always_one else ():
+            recent = _add_recent(self._state.recent, key, values[key], WINDOW)
             if (len(recent) == WINDOW or is_last) and min(recent) == 1.0:
-                levels[key] = 1.0
-        return [key for key in levels if OF_REWARD.fullmatch(key)]
+                found.append(key)
+        return found
 
-    def _level(self, rule: Rule, key: str, value: float) -> float | None:
-        """What is compared with the limit; None while there are too few steps."""
-        if rule.span == 1:
+    def _compute_level(self, alarm: Alarm, key: str, value: float) -> float | None:
+        """Returns what is compared with the limit; None after too few steps."""
+        if alarm.span == 1:
             return value
-        if rule.nan_is_absent and math.isnan(value):
+        if alarm.nan_is_absent and math.isnan(value):
             return None
-        if rule.relative and len(self._state["first"].get(key, [])) < WINDOW:
-            self._window("first", key, value)
+        first = self._state.first
+        if alarm.relative and len(first.get(key, [])) < WINDOW:
+            _add_first(first, key, value)
             return None
-        recent = self._window("recent", key, value, rule.span)
-        if len(recent) < rule.span:
+        recent = _add_recent(self._state.recent, key, value, alarm.span)
+        if len(recent) < alarm.span:
             return None
         level = statistics.fmean(recent)
-        if not rule.relative:
+        if not alarm.relative:
             return level
-        first = statistics.fmean(map(_number, self._state["first"][key]))
-        return level / first if first else 1.0
-
-    def _window(self, kind: str, key: str, value: float, span: int | None = None) -> list[float]:
-        """The last `span` values with this one, or for None the first WINDOW ones."""
-        values = [_number(x) for x in self._state[kind].get(key, [])]
-        kept = [*values, value][-span:] if span else [*values, value][:WINDOW]
-        self._state[kind][key] = kept
-        return kept
+        start = statistics.fmean(map(_to_number, first[key]))
+        return level / start if start else 1.0
 
     def _switch(self, name: str, over: bool) -> bool:
-        """Whether the alarm begins now; it is off again after WINDOW logged steps without."""
-        quiet = self._state["quiet"]
+        """Returns whether the alarm begins now; it ends after WINDOW logged steps in the limit."""
+        quiet = self._state.quiet
         if over:
             begins = name not in quiet
             quiet[name] = 0
@@ -255,28 +257,29 @@ class Guards:
 
     # ---- evaluations
 
-    def evaluated(
-        self, step: int, values: Mapping[str, float]
+    def check_evaluation(
+        self, step: int, scores: Mapping[str, tuple[float, float]]
     ) -> tuple[dict[str, float], list[str]]:
-        """As `logged`, of an evaluation: a held-out score below its best while rewards rose.
+        """Alarms if a held-out score is below its best although training rewards have risen.
 
-        Beyond `held_out` standard errors of the difference. The training reward of an evaluation
-        is the mean of the logged steps since the one before; of the first, that of the run's
-        first WINDOW logged steps.
+        `scores`: name -> (mean, standard error); scores that are not finite are left out. The
+        limit is `held_out` standard errors of the difference. Returns as `check_logged`.
         """
-        state, limit = self._state, self._options.held_out
-        total, count = state["rewards"]
-        state["rewards"] = [0.0, 0]
-        scores = held_out_scores(values)
-        if limit is None or not scores:
+        state, limit = self._state, self._limits.held_out
+        # The training reward of an evaluation is the mean of the logged steps since the one
+        # before. For the first evaluation it is that of the run's first WINDOW logged steps.
+        total, count = state.progress
+        state.progress = [0.0, 0]
+        finite = {name: pair for name, pair in scores.items() if all(map(math.isfinite, pair))}
+        if limit is None or not finite:
             return {}, []
         reward = total / count if count else None
-        begin = [_number(x) for x in state["first"].get("reward", [])]
+        begin = [_to_number(x) for x in state.first.get(self._progress or "", [])]
         fallen = []
-        for name, (mean, error) in scores.items():
-            best = state["best"].get(name)
+        for name, (mean, error) in finite.items():
+            best = state.best.get(name)
             if best is None or mean > best[0]:
-                state["best"][name] = [mean, error, reward]
+                state.best[name] = [mean, error, reward]
                 continue
             then = best[2] if best[2] is not None else (statistics.fmean(begin) if begin else None)
             drop = best[0] - mean
@@ -286,62 +289,54 @@ class Guards:
                     f"{name} {mean:.4g} after {best[0]:.4g}, the reward {reward:.4g} after "
                     f"{then:.4g}"
                 )
-        begins = bool(fallen) and HELD_OUT not in state["quiet"]
-        state["quiet"] = {k: v for k, v in state["quiet"].items() if k != HELD_OUT}
+        begins = bool(fallen) and HELD_OUT not in state.quiet
+        state.quiet.pop(HELD_OUT, None)
         if fallen:
-            state["quiet"][HELD_OUT] = 0
-        lines = [_line(HELD_OUT, step, " and ".join(fallen), HELD_OUT_HINT)] if begins else []
-        return {f"alarm/{HELD_OUT}": float(bool(fallen))}, lines
+            state.quiet[HELD_OUT] = 0
+        line = _describe_alarm(HELD_OUT, step, " and ".join(fallen), HELD_OUT_HINT)
+        return {f"alarm/{HELD_OUT}": float(bool(fallen))}, [line] if begins else []
 
-    def require(self, lines: Sequence[str]) -> None:
+    def require_none_fatal(self, lines: Sequence[str]) -> None:
         """Raises GuardError if one of the alarms that began is listed as fatal."""
-        fatal = tuple(f"alarm {name} " for name in self._options.fatal)
+        fatal = tuple(f"alarm {name} " for name in self._limits.fatal)
         listed = [line for line in lines if line.startswith(fatal)]
         if fatal and listed:
             raise GuardError("\n".join(f"{line}; guards.fatal lists it" for line in listed))
 
 
-def held_out_scores(values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """name -> (mean, standard error) of an evaluation's rewards, or of its two accuracies."""
-    scores = {}
-    for name, mean in values.items():
-        if f"{name}_stderr" in values:
-            error = values[f"{name}_stderr"]
-        elif name.endswith("/accuracy") and {f"{name}_low", f"{name}_high"} <= values.keys():
-            error = (values[f"{name}_high"] - values[f"{name}_low"]) / (2 * 1.96)
-        else:
-            continue
-        if math.isfinite(mean) and math.isfinite(error):
-            scores[name] = (float(mean), float(error))
-    return scores
+def _add_recent(windows: dict[str, list], key: str, value: float, span: int) -> list[float]:
+    """Adds a value to the last `span` ones of a metric; returns them."""
+    windows[key] = [*map(_to_number, windows.get(key, [])), value][-span:]
+    return windows[key]
 
 
-def _beyond(rule: Rule, level: float | None, limit: float) -> bool:
-    """NaN is beyond every limit."""
+def _add_first(windows: dict[str, list], key: str, value: float) -> None:
+    """Adds a value to the first WINDOW ones of a metric; later values are left out."""
+    windows[key] = [*map(_to_number, windows.get(key, [])), value][:WINDOW]
+
+
+def _is_beyond(alarm: Alarm, level: float | None) -> bool:
+    """Returns whether a level is beyond the alarm's limit; NaN is, and None is not."""
     if level is None:
         return False
-    return not (level <= limit if rule.above else level >= limit)
+    return not (level <= alarm.limit if alarm.above else level >= alarm.limit)
 
 
-def _line(name: str, step: int, found: str, hint: str) -> str:
-    return f"alarm {name} at step {step}: {found}: {hint}"
+def _describe_alarm(name: str, step: int, what: str, hint: str) -> str:
+    return f"alarm {name} at step {step}: {what}: {hint}"
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _to_number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no NaN
 
 
-def _not_finite(step: int, update: Mapping[str, float], in_a_row: int) -> str:
-    """What was not finite in the last of the skipped updates."""
-    parts = [
-        name
-        for name, value in update.items()
-        if "/" in name and not math.isfinite(float(value)) and "sampling" not in name
-    ]
+def _describe_skipped(step: int, update: Update, in_a_row: int) -> str:
+    """Returns an error message that names what was not finite in the last skipped update."""
+    parts = [name for name, value in update.parts.items() if not math.isfinite(float(value))]
     where = ", ".join(parts) or "no part of the loss, so it is a derivative"
     return (
         f"step {step}: {in_a_row} update(s) in a row were skipped, because loss "
-        f"{float(update['loss']):g} and gradient norm {float(update['grad_norm']):g} are not both "
+        f"{float(update.loss):g} and gradient norm {float(update.grad_norm):g} are not both "
         f"finite; not finite: {where}. Parameters and optimizer are finite, in checkpoints too. "
         "Try a lower optimizer.learning_rate or max_grad_norm, or model.dtype float32"
     )

@@ -1,4 +1,4 @@
-"""A lock on a directory that the kernel releases when its process ends, however it ends."""
+"""Locks a directory. The kernel releases the lock when the process ends in any way."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from corl_jax.errors import InputError
 
 
 @contextlib.contextmanager
-def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
-    """Holds `.lock` of the directory of option `key`; the kernel releases it at any end.
+def lock_directory(directory: Path, key: str = "output_dir") -> Iterator[None]:
+    """Locks the directory of option `key` by its file `.lock` while the block lasts.
 
     Raises:
-        InputError: another process holds it, which is named, or the file cannot be locked.
+        InputError: another process has locked it, or the file cannot be locked.
     """
     path = directory / ".lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a writable {key}") from None
-    held = [descriptor]
-    # A forked child that outlives this process would hold the lock on.
-    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))
+    # A forked child that outlives this process would keep the lock, so each child closes the file.
+    # The list is emptied at the end, because a function registered here cannot be removed.
+    locked = [descriptor]
+    os.register_at_fork(after_in_child=lambda: locked and os.close(locked.pop()))
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{key}: {directory} is being written by {_holder(descriptor)}; "
+                f"{key}: {directory} is being written by {_describe_holder(descriptor)}; "
                 "wait for it, stop it, or choose another directory"
             ) from None
         except OSError as error:
@@ -52,11 +53,11 @@ def locked(directory: Path, key: str = "output_dir") -> Iterator[None]:
         yield
         os.ftruncate(descriptor, 0)
     finally:
-        held.clear()
+        locked.clear()
         os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
+def _describe_holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

@@ -1,4 +1,4 @@
-"""Numbers of a run, for machines and for eyes: JSON lines, TensorBoard, the console.
+"""Logs the numbers of a run: to JSON lines, TensorBoard and the console.
 
 Only the first process writes. A resumed run continues its files as if it had never stopped:
 what was logged after the restored step is dropped from `metrics.jsonl` and hidden in TensorBoard.
@@ -7,31 +7,90 @@ what was logged after the restored step is dropped from `metrics.jsonl` and hidd
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from corl_jax.runs.append_log import Records
-from corl_jax.runs.directory import RunDir, jsonable, replacing
-from corl_jax.runs.pace import Pace
-from corl_jax.runs.tensorboard import Board
+from corl_jax.devices import processes
+from corl_jax.metrics import Metric
+from corl_jax.runs.append_log import AppendLog
+from corl_jax.runs.directory import RunDir, replace_file, to_json
+from corl_jax.runs.guards import Guards
+from corl_jax.runs.pace import COMPILE_SECONDS, STEP_SECONDS, Pace, StepClock
+from corl_jax.runs.tensorboard import EventFile
 
-HEADLINE = (
-    "loss", "reward", "t2i/reward", "mm2t/reward", "t2i/nll", "mm2t/nll", "kl", "t2i/kl",
-    "mm2t/kl", "grad_norm",
-    "eval/draw/accuracy", "eval/answer/accuracy",
-)  # fmt: skip
-"""What the console shows of a step, as far as it is there; a step without any is shown whole."""
+REDUCTIONS = {"mean": np.mean, "sum": np.sum, "max": np.max}
+"""How the numbers of all processes become one."""
 
 
-class Metrics:
-    """Writes each logged step to every sink; without `primary` it does nothing."""
+def reduce_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Returns the metrics as numbers, reduced over all processes. All processes must call it."""
+    values = {name: float(metric) for name, metric in metrics.items()}
+    for over, reduction in REDUCTIONS.items():
+        names = [name for name, metric in metrics.items() if metric.over == over]
+        if names:
+            rows = processes.all_gather(np.array([values[name] for name in names], np.float32))
+            values |= dict(zip(names, reduction(rows, axis=0).tolist(), strict=True))
+    return values
+
+
+@dataclasses.dataclass
+class StepLog:
+    """Checks and times each step of a run; logs every `every`-th one and the last.
+
+    A result is what a step returned; only the functions given here look into it.
+    """
+
+    log: RunLog
+    guards: Guards
+    clock: StepClock
+    every: int
+    last_step: int  # of the run
+    check: Callable[[int, Any], None]  # (step, result); called after each step
+    # (step, result, seconds by metric) -> all numbers to log, but for those of the guards
+    describe: Callable[[int, Any, dict[str, float]], dict[str, float]]
+    show: Callable[[int, Any], None]  # (step, result); what is not a number
+    _unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def begin(self) -> None:
+        """Announces the first step, which compiles, and starts its time."""
+        self.log.announce_compilation("step")
+        self.clock.restart()
+
+    def add(self, step: int, result: Any) -> None:
+        """Logs a result, with which `step` steps of the run are done.
+
+        Raises:
+            GuardError, RewardError: the run must not continue, nor be saved as it is.
+        """
+        # The check waits for the device, so the time is taken after it.
+        self.check(step, result)
+        seconds = self.clock.take()
+        self._unlogged.append(seconds)
+        if step % self.every and step != self.last_step:
+            return
+        means = {n: statistics.fmean(row[n] for row in self._unlogged) for n in seconds}
+        self._unlogged.clear()
+        values = self.describe(step, result, means)
+        alarms, lines = self.guards.check_logged(step, values, step == self.last_step)
+        self.log.add_metrics(step, values | alarms)
+        self.show(step, result)
+        self.log.raise_alarms(self.guards, lines)
+
+
+class RunLog:
+    """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
+
+    Without `primary` it does nothing.
+    """
 
     def __init__(
         self,
@@ -41,75 +100,92 @@ class Metrics:
         primary: bool = True,
         stream: TextIO | None = None,
         resumed_lines: int | None = None,
+        *,
+        headline: Mapping[str, str] | None = None,
+        pace: Pace | None = None,
     ):
-        """`resumed_at`: the restored step, None for a run from its beginning.
+        """`resumed_at`: the restored step; None for a run from its beginning.
 
         `resumed_lines`: how many lines had been logged when that step was saved.
+        `headline`: the metrics that the console shows -> how it shows NaN. A line without any of
+        them is shown whole.
 
         Raises:
             InputError: tensorboardX is not installed.
         """
-        self.primary, self.pace = primary, Pace()
+        self.primary, self.pace = primary, pace or Pace()
         self._failing: set[str] = set()
         self._announced: set[str] = set()
         if not primary:
             return
-        self._console = Console(resumed_at or 0, total_steps, stream or sys.stderr, self.pace)
+        self._console = Console(
+            resumed_at or 0, total_steps, stream or sys.stderr, self.pace, headline or {}
+        )
         self._lines = JsonLines(run.metrics, resumed_at, resumed_lines)
-        self._board = Board(run.tensorboard, resumed_at)
-        with self.bearing("tensorboard"):
-            self._board.start()
+        self._events = EventFile(run.tensorboard, resumed_at)
+        with self.tolerate_disk_errors("tensorboard"):
+            self._events.start()
 
     @property
-    def lines(self) -> int:
-        """Lines of `metrics.jsonl` so far, with those that wait for a disk with room."""
+    def num_lines(self) -> int:
+        """Number of lines of `metrics.jsonl`, those included that wait until a disk has room."""
         return self._lines.count if self.primary else 0
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars after `step` steps (a batch with all its updates); infinite and NaN become null.
+    def add_metrics(
+        self, step: int, values: Mapping[str, Any], is_evaluation: bool = False
+    ) -> None:
+        """Logs numbers after `step` steps (a batch with all its updates).
 
-        TensorBoard has no null: NaN, which says "does not apply", is left out there.
+        Infinite and NaN become null in JSON. TensorBoard has no null: NaN, which means "does not
+        apply", is left out there.
         """
         if not self.primary:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        with self.bearing("metrics.jsonl"):
+        with self.tolerate_disk_errors("metrics.jsonl"):
             self._lines.write(step, numbers)
-        with self.bearing("tensorboard"):
-            self._board.scalars(step, numbers)
-        with _console_may_fail():
-            self._console.step(step, numbers)
+        with self.tolerate_disk_errors("tensorboard"):
+            self._events.add_scalars(step, numbers)
+        with _tolerate_console_errors():
+            self._console.add_metrics(step, numbers, is_evaluation)
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture [H, W, 3] uint8, for TensorBoard."""
+    def add_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Logs an image [H, W, 3] uint8 to TensorBoard."""
         if self.primary:
-            with self.bearing("tensorboard"):
-                self._board.image(step, name, pixels)
+            with self.tolerate_disk_errors("tensorboard"):
+                self._events.add_image(step, name, pixels)
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """A text or table in markdown, for TensorBoard."""
+    def add_text(self, step: int, name: str, markdown: str) -> None:
+        """Logs a text or table in markdown to TensorBoard."""
         if self.primary:
-            with self.bearing("tensorboard"):
-                self._board.text(step, name, markdown)
+            with self.tolerate_disk_errors("tensorboard"):
+                self._events.add_text(step, name, markdown)
+
+    def raise_alarms(self, guards: Guards, lines: Sequence[str]) -> None:
+        """Prints the alarms that begin; raises GuardError if one of them is fatal."""
+        for line in lines:
+            self.say(line)
+        guards.require_none_fatal(lines)
 
     def say(self, message: str) -> None:
-        """A line on the console, above the progress bar where there is one."""
+        """Prints a line on the console, above the progress bar if there is one."""
         if self.primary:
-            with _console_may_fail():
+            with _tolerate_console_errors():
                 self._console.say(message)
 
     def announce_compilation(self, what: str) -> None:
-        """Says once that the first `what` takes longer than later ones."""
+        """Prints once that the first `what` compiles, so that it takes longer than later ones."""
         if what not in self._announced:
             self._announced.add(what)
             self.say(f"compiling for the first {what} ...")
 
     @contextlib.contextmanager
-    def bearing(self, what: str) -> Iterator[None]:
-        """Bears an OSError of the block, as of a full disk: training is worth more than its log.
+    def tolerate_disk_errors(self, what: str) -> Iterator[None]:
+        """Logs an OSError of the block once, for example a full disk, and continues.
 
-        Said when writing `what` begins to fail, and when it works again.
+        Prints a line when writing `what` begins to fail, and when it works again.
         """
+        # A run should not end because its log cannot be written.
         try:
             yield
         except OSError as error:
@@ -117,7 +193,7 @@ class Metrics:
                 self._failing.add(what)
                 self.say(
                     f"warning: {what}: cannot be written ({error.strerror or error}); training "
-                    "goes on and tries again"
+                    "continues and tries again"
                 )
             return
         if what in self._failing:
@@ -125,25 +201,25 @@ class Metrics:
             self.say(f"{what}: can be written again")
 
     def close(self) -> None:
-        """Ends the bar and closes all files, each whatever becomes of the others."""
+        """Ends the bar and closes all files; one that fails does not keep the others open."""
         if not self.primary:
             return
         with contextlib.ExitStack() as ends:
             ends.callback(self._close_console)
-            ends.callback(self._close_records, "tensorboard", self._board.records)
+            ends.callback(self._close_records, "tensorboard", self._events.records)
             ends.callback(self._close_records, "metrics.jsonl", self._lines.records)
 
-    def _close_records(self, what: str, records: Records) -> None:
-        with self.bearing(what):
+    def _close_records(self, what: str, records: AppendLog) -> None:
+        with self.tolerate_disk_errors(what):
             records.close()
         if lost := records.waiting + records.lost:
-            self.say(f"warning: {what}: {lost} record(s) were lost, for which there was no room")
+            self.say(f"warning: {what}: {lost} record(s) are lost, because there was no room")
 
     def _close_console(self) -> None:
-        with _console_may_fail():
+        with _tolerate_console_errors():
             self._console.close()
 
-    def __enter__(self) -> Metrics:
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -151,25 +227,29 @@ class Metrics:
 
 
 class JsonLines:
-    """`metrics.jsonl`: an object with `step` and the metrics per line, in order of steps."""
+    """Writes `metrics.jsonl`: a line for each logged step, an object of `step` and the metrics."""
 
     def __init__(self, path: Path, resumed_at: int | None, resumed_lines: int | None = None):
-        """Drops the lines of later steps, and the half one that a killed process leaves.
+        """Drops the lines that were logged after the checkpoint of step `resumed_at`.
 
-        Of the restored step itself those too that came after its checkpoint.
+        The half line that a killed process leaves is dropped too.
         """
         limit = math.inf if resumed_lines is None else resumed_lines
         self.count = 0
-        with replacing(path) as kept:
+        with replace_file(path) as kept:
             for line, record in read_lines(path):
                 if resumed_at is not None and record["step"] <= resumed_at and self.count < limit:
                     kept.write(line)
                     self.count += 1
-        self.records = Records(path)
+        self.records = AppendLog(path)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Raises OSError if the line has to wait for the next one."""
-        record = jsonable({"step": int(step), **numbers})
+        """Writes a line.
+
+        Raises:
+            OSError: it could not be written now, and is written before the next one.
+        """
+        record = to_json({"step": int(step), **numbers})
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         before = self.records.lost
         try:
@@ -179,7 +259,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line, record) of every whole line of a metrics file, none if there is no file."""
+    """Yields (line, record) of every whole line of a metrics file; nothing without a file."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -192,22 +272,29 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line.rstrip(b"\n") + b"\n", record
 
 
-def _headline(name: str, number: float) -> str:
-    # NaN would look like an overflow where no reward applied to anything.
-    absent = math.isnan(number) and name.endswith("reward")
-    return f"{name} none" if absent else f"{name} {number:.4g}"
-
-
-def _console_may_fail() -> contextlib.suppress:
-    """For a console that is a file on a full disk: there is nowhere else to tell of it."""
+def _tolerate_console_errors() -> contextlib.suppress:
+    """Ignores an OSError of the console."""
+    # It may be a file on a full disk, and there is no other place to report to.
     return contextlib.suppress(OSError)
 
 
-class Console:
-    """A progress bar on a terminal, a line per step elsewhere."""
+def _format_metric(name: str, number: float, nan: str) -> str:
+    return f"{name} {nan if math.isnan(number) else format(number, '.4g')}"
 
-    def __init__(self, first_step: int, total_steps: int | None, stream: TextIO, pace: Pace):
+
+class Console:
+    """Shows a progress bar on a terminal, and a line per step elsewhere."""
+
+    def __init__(
+        self,
+        first_step: int,
+        total_steps: int | None,
+        stream: TextIO,
+        pace: Pace,
+        headline: Mapping[str, str],
+    ):
         self._stream, self._total, self._pace = stream, total_steps, pace
+        self._headline = headline
         self._last: tuple[int, float] | None = None  # step and time of the newest log of a step
         self._bar: Any = None
         if stream.isatty():
@@ -215,77 +302,62 @@ class Console:
 
             self._bar = tqdm(
                 total=total_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True,
-                # Without tqdm's own time left, whose mean has compilation and evaluations in it.
+                # Without tqdm's own time left, whose mean includes compilation and evaluations.
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )  # fmt: skip
 
-    def step(self, step: int, numbers: Mapping[str, float]) -> None:
-        shown = {name: numbers[name] for name in HEADLINE if name in numbers}
-        texts = [_headline(name, number) for name, number in (shown or numbers).items()]
-        if not any(name.startswith("eval/") for name in numbers):
-            compiling = numbers.get("phase/compile_seconds", 0.0)
-            self._note_pace(step, numbers.get("step_time"), compiling)
-        texts += self._pace_texts(step)
+    def add_metrics(self, step: int, numbers: Mapping[str, float], is_evaluation: bool) -> None:
+        """Shows the headline of a step; a line without headline metrics whole."""
+        shown = {name: numbers[name] for name in self._headline if name in numbers}
+        # NaN would look like an overflow where a reward applies to nothing.
+        absent = "none" if is_evaluation else "nan"
+        texts = [
+            _format_metric(name, number, self._headline.get(name, absent))
+            for name, number in (shown or numbers).items()
+        ]
+        if not is_evaluation:
+            compiling = numbers.get(COMPILE_SECONDS, 0.0)
+            self._note_pace(step, numbers.get(STEP_SECONDS), compiling)
+        texts += self._describe_pace(step)
+        line = "  ".join([self._describe_position(step), *texts])
         if self._bar is None:
-            self.say("  ".join([self._position(step), *texts]))
+            self.say(line)
             return
         if shown:
             self._bar.set_postfix_str("  ".join(texts), refresh=False)
         else:  # an evaluation, which should stay on the screen
-            self.say("  ".join([self._position(step), *texts]))
+            self.say(line)
         self._bar.update(step - self._bar.n)
 
     def say(self, message: str) -> None:
+        """Prints a line."""
         if self._bar is None:
             print(message, file=self._stream, flush=True)
         else:
             self._bar.write(message, file=self._stream)
 
     def close(self) -> None:
+        """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def _position(self, step: int) -> str:
+    def _describe_position(self, step: int) -> str:
         return f"step {step}" if self._total is None else f"step {step}/{self._total}"
 
     def _note_pace(self, step: int, seconds: float | None, compiling: float) -> None:
-        """Notes how long a step took: `seconds` if it was measured, else the time between logs."""
+        """Adds the time of a step: `seconds` if it was measured, else the time between logs."""
         now = time.monotonic()
         last, self._last = self._last, (step, now)
         if seconds is None and last is not None and step > last[0]:
             seconds = (now - last[1]) / (step - last[0])
         self._pace.add_step(seconds, compiling)
 
-    def _pace_texts(self, step: int) -> list[str]:
-        """Seconds a step, and to the end of the run; nothing while all steps compile."""
+    def _describe_pace(self, step: int) -> list[str]:
+        """Returns seconds per step and to the end of the run; nothing while all steps compile."""
         if self._pace.seconds_per_step is None:
             return []
         texts = [f"{self._pace.seconds_per_step:.3g} s/step"]
         if self._total is not None:
-            left = int(self._pace.seconds_left(step, self._total) or 0)
+            left = int(self._pace.estimate_seconds_left(step, self._total) or 0)
             texts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         return texts
-
-
-class Phases:
-    """Adds up seconds by phase: `with phases("rollout"): ...`.
-
-    Times are of the host; a block that ends before the device has finished counts too little.
-    """
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
-
-    def take(self) -> dict[str, float]:
-        """`phase/NAME_seconds` since the last take."""
-        seconds, self._seconds = self._seconds, {}
-        return {f"phase/{name}_seconds": spent for name, spent in seconds.items()}

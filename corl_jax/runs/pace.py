@@ -1,4 +1,4 @@
-"""How long a run still takes, from what its steps and its evaluations, pictures and saves took."""
+"""Measures steps and milestones, and estimates how long a run still takes."""
 
 from __future__ import annotations
 
@@ -8,54 +8,105 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-WINDOW = 50  # logs of steps; prompts and answers may get longer in the course of a run
-COMPILING = 0.1  # share of a step's time from which on it counts as one that compiles
+from corl_jax.devices.compiling import take_compile_seconds
+
+WINDOW = 50  # logged steps; prompts and answers may get longer in the course of a run
+COMPILING = 0.1  # fraction of a step's time; a step that compiles for longer is not typical
+STEP_SECONDS, COMPILE_SECONDS = "step_time", "phase/compile_seconds"
+"""Metrics of `StepClock`."""
 
 
 class Pace:
-    """Seconds of a process's steps and milestones, without those of steps that compile.
+    """Collects seconds of steps and milestones, without those of steps that compile.
 
-    That is the first step of a process, and each later one that meets a new shape. Of each kind
-    of milestone the first compiles too, and counts only until the second.
+    A process compiles in its first step, and in each later one that meets a new shape. The first
+    milestone of each name compiles too, so it counts only until the second.
     """
 
-    def __init__(self) -> None:
-        self.count_milestones: Callable[[int], Mapping[str, int]] = lambda step: {}
-        """How many milestones of each kind come from a step on, its own included."""
+    def __init__(self, count_milestones: Callable[[int], Mapping[str, int]] = lambda step: {}):
+        """`count_milestones`: how many of each name are due from a step on, the step included."""
+        self._count_milestones = count_milestones
         self._first = True
         self._steps: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self._milestones: dict[str, list[float]] = {}
 
     def add_step(self, seconds: float | None, compiling: float = 0.0) -> None:
-        """Notes a step of the training, milestones not included; None if it was not measured.
+        """Adds the time of a step without milestones; `seconds` is None if it is not known.
 
-        `compiling`: how many of the seconds were spent on that.
+        `compiling`: how many of the seconds were spent on compilation.
         """
         if seconds is not None and not self._first and compiling < COMPILING * seconds:
             self._steps.append(seconds)
         self._first = False
 
     @contextlib.contextmanager
-    def milestone(self, kind: str) -> Iterator[None]:
-        """Notes the seconds of the block as those of a milestone of this kind."""
+    def time_milestone(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to the milestones of this name."""
         start = time.perf_counter()
         yield
-        self._milestones.setdefault(kind, []).append(time.perf_counter() - start)
+        self._milestones.setdefault(name, []).append(time.perf_counter() - start)
 
     @property
     def seconds_per_step(self) -> float | None:
         """Median of the last steps; None as long as all have compiled."""
         return statistics.median(self._steps) if self._steps else None
 
-    def seconds_left(self, step: int, total: int) -> float | None:
-        """From the end of `step` to that of the last; None if the steps' time is not known.
+    def estimate_seconds_left(self, step: int, total: int) -> float | None:
+        """Estimates the seconds from the end of `step` to the end of step `total`.
 
-        A kind of milestone that has not happened yet counts nothing, nor does the export.
+        Returns None before the time of a step is known. Milestones that have not happened yet,
+        and the export, are not counted.
         """
         if self.seconds_per_step is None:
             return None
         return self.seconds_per_step * max(total - step, 0) + sum(
             count * statistics.fmean(seconds[1:] or seconds)
-            for kind, count in self.count_milestones(step).items()
-            if (seconds := self._milestones.get(kind))
+            for name, count in self._count_milestones(step).items()
+            if (seconds := self._milestones.get(name))
         )
+
+
+class Phases:
+    """Adds up seconds by phase: `with phases("rollout"): ...`.
+
+    Times are of the host. A block that ends before the device has finished counts too little.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+
+    def take(self) -> dict[str, float]:
+        """Returns `phase/NAME_seconds` since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"phase/{name}_seconds": spent for name, spent in seconds.items()}
+
+
+class StepClock:
+    """Measures each step: its seconds, those of its phases, and those of compilation."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the next step now: the time and compilation since the last one are dropped."""
+        self._began = time.perf_counter()
+        take_compile_seconds()
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds since the last call or restart, by metric, and begins a step."""
+        now = time.perf_counter()
+        seconds = self._phases.take()
+        seconds[STEP_SECONDS] = now - self._began
+        seconds[COMPILE_SECONDS] = take_compile_seconds()
+        self._began = now
+        return seconds

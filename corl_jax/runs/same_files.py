@@ -1,4 +1,4 @@
-"""Whether two spellings of a path name one file: relative ones count from their own directory."""
+"""Decides whether two paths name the same file; relative paths have their own start directory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PATH_OPTIONS = (
     r"networks\.\w+\.path",
     r"rewards\.\d+\.(use|options\..+)",
 )
-"""Options that hold a path, or may; regexes of whole keys."""
+"""Options that are a path or may be one; regexes of whole keys."""
 _HEADER = "# Relative paths start at "
 
 
 def find_working_directory() -> str | None:
-    """The directory that this process's relative paths start at; None if it was removed."""
+    """Returns the directory where relative paths of this process start; None if it was removed."""
     try:
         return os.getcwd()
     except OSError:
@@ -32,13 +32,13 @@ def find_working_directory() -> str | None:
 
 
 def write_header() -> str:
-    """A comment for the first line of a config.yaml: where its relative paths start."""
+    """Returns a comment for the first line of config.yaml: where its relative paths start."""
     start = find_working_directory()
     return f"{_HEADER}{json.dumps(start)}\n" if start is not None else ""
 
 
 def read_header(text: str) -> str | None:
-    """The directory that `write_header` noted; None in a file without it."""
+    """Returns the directory in the line of `write_header`; None in a file without that line."""
     first = text.partition("\n")[0]
     if not first.startswith(_HEADER):
         return None
@@ -50,10 +50,9 @@ def read_header(text: str) -> str | None:
 
 
 def is_changed(key: str, was: Any, now: Any, start: str | None) -> bool:
-    """True if an option has another value, or the same spelling and other files.
+    """Returns whether an option has another value, or names other files by the same path.
 
-    `start`: where the old value's relative paths start; None if that is not known. Run and files
-    may have been moved or copied together: then the old ones are gone, or of the same sizes.
+    `start`: where relative paths of the old value start; None if that is not known.
     """
     is_path = any(re.fullmatch(pattern, key) for pattern in PATH_OPTIONS)
     if start is None or not is_path or not (isinstance(was, str) and isinstance(now, str)):
@@ -61,30 +60,32 @@ def is_changed(key: str, was: Any, now: Any, start: str | None) -> bool:
     old, new = resolve_path(was, start), resolve_path(now)
     if was != now or old == new:
         return old != new
-    sizes = _sizes(old)
-    return bool(sizes) and sizes != _sizes(new)
+    # Run and files may have been moved or copied together: then the old files are gone, or have
+    # the same sizes as the new ones.
+    sizes = _read_sizes(old)
+    return bool(sizes) and sizes != _read_sizes(new)
 
 
 def resolve_path(value: str, start: str | None = None) -> str:
-    """A path or FILE.py:FUNCTION without links and relative parts; a URL as it is."""
+    """Returns a path or FILE.py:FUNCTION without links and relative parts; a URL as it is."""
     if "://" in value:
         return value
     path, colon, function = value.rpartition(":")
     if not (colon and path.endswith(".py")):
         path, colon, function = value, "", ""
-    with contextlib.suppress(InputError):  # a variable that is no longer set stays as it is
+    with contextlib.suppress(InputError):  # a variable that is no longer set is kept
         path = expand_path(path)
     resolved = os.path.realpath(os.path.join(start or find_working_directory() or "", path))
     return f"{resolved}{colon}{function}"
 
 
-def _sizes(resolved: str) -> dict[str, int]:
-    """Bytes of each file of a path, directory or glob, by its name below it; of no file: empty."""
+def _read_sizes(resolved: str) -> dict[str, int]:
+    """Returns file name -> bytes for a file, the files of a directory, or those of a glob."""
     path = resolved.rpartition(":")[0] if ".py:" in resolved else resolved
     sizes = {}
-    for found in map(Path, [path] if os.path.exists(path) else glob.glob(path)):
-        for file in [found, *found.rglob("*")] if found.is_dir() else [found]:
+    for root in map(Path, [path] if os.path.exists(path) else glob.glob(path)):
+        for file in [root, *root.rglob("*")] if root.is_dir() else [root]:
             if file.is_file():
-                name = file.relative_to(found) if found.is_dir() else file.name
+                name = file.relative_to(root) if root.is_dir() else file.name
                 sizes[str(name)] = file.stat().st_size
     return sizes

@@ -1,8 +1,8 @@
-"""Stopping on request without losing a step: SIGTERM, SIGINT, or a notice from the scheduler.
+"""Stops on SIGTERM, SIGINT or a notice of the scheduler without losing a step.
 
-While a loop runs the request waits for the end of an iteration; everywhere else, where nothing is
-at stake, it ends the process at once. Of several processes one signal is enough: jax passes it
-on, and all agree on the iteration after which they save.
+In the training loop the process stops after the iteration that runs. Everywhere else nothing can
+be lost, so it stops at once. A signal to one of several processes is enough: jax passes it on,
+and all agree on the iteration after which they save.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ INTERRUPTED_TWICE = 128 + signal.SIGINT
 
 
 class Interruption:
-    """Handles the signals of this process for as long as the block lasts."""
+    """Handles the signals of this process while the `with` block lasts."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._waits = False  # for the end of an iteration
+        self._is_deferred = False  # to the end of an iteration
         self._several = jax.process_count() > 1
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets no other thread handle signals
+            return self  # Python allows only the main thread to handle signals
         # Of several processes jax.distributed handles SIGTERM and tells the others.
         for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
-            # A background job of a shell without job control is not to notice Ctrl-C.
+            # A shell without job control makes its background jobs ignore Ctrl-C.
             if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -52,16 +52,16 @@ class Interruption:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def waits(self) -> Iterator[None]:
-        """A block that asks `reached` after each iteration, and saves before it stops."""
-        self._waits = True
+    def deferred(self) -> Iterator[None]:
+        """Defers signals of the block: it asks `is_reached` after each iteration, and saves."""
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._waits = False
+            self._is_deferred = False
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; each process has to ask after each step."""
+    def is_reached(self, step: int) -> bool:
+        """Returns whether to save and stop after `step`. Each process must ask after each step."""
         if not self._several:
             return self.reason is not None
         agreed = multihost_utils.reached_preemption_sync_point(step)
@@ -69,11 +69,11 @@ class Interruption:
             self.reason = self.reason or "a signal to one of the processes"
         return agreed
 
-    def leave_if_asked(self, what: str) -> None:
-        """Stops here, where all that was done is saved; several processes go on together.
+    def stop_if_asked(self, what: str) -> None:
+        """Stops where all work is saved; several processes continue, because all must do the same.
 
         Raises:
-            Preempted
+            Preempted: a signal has come.
         """
         if self.reason is not None and not self._several:
             raise Preempted(f"stopped by {self.reason} {what}")
@@ -87,10 +87,10 @@ class Interruption:
         if self._several:
             if not again:
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif not self._waits:
+        elif not self._is_deferred:
             raise Preempted(
-                f"stopped by {name}; the same command goes on from the last checkpoint, if there "
-                "is one"
+                f"stopped by {name}; the same command continues from the last checkpoint, if "
+                "there is one"
             )
         elif again:
             _write(f"{name}: saves already\n")
@@ -99,4 +99,4 @@ class Interruption:
 
 
 def _write(text: str) -> None:
-    os.write(2, text.encode())  # print may be in the middle of a line of its own
+    os.write(2, text.encode())  # a signal may interrupt `print` in the middle of a line

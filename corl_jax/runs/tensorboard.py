@@ -1,7 +1,7 @@
-"""TensorBoard's curves, pictures and texts of a run, as an event file.
+"""Writes TensorBoard's curves, images and texts of a run to an event file.
 
-tensorboardX's own writer hands events to a thread that the first OSError ends; whoever adds one
-then waits for ever. Here they are written where the error can be borne.
+The writer of tensorboardX gives events to a thread. The first OSError ends that thread, and the
+next event would wait for ever. So events are written here, where the caller handles the error.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import InputError
-from corl_jax.runs.append_log import Records
+from corl_jax.runs.append_log import AppendLog
 
 
-class Board:
-    """One event file beside those of the processes before; every method may raise OSError."""
+class EventFile:
+    """Writes one event file, beside those of earlier processes. Every method may raise OSError."""
 
     def __init__(self, directory: Path, resumed_at: int | None):
-        """What was logged after the restored step `resumed_at` is hidden; None hides everything.
+        """Hides what was logged after the restored step `resumed_at`; None hides everything.
 
         Raises:
             InputError: tensorboardX is not installed.
         """
         try:
-            with without_torch():
+            with block_torch_import():
                 from tensorboardX import summary
                 from tensorboardX.proto import event_pb2
                 from tensorboardX.record_writer import masked_crc32c
@@ -42,35 +42,39 @@ class Board:
             ) from None
         self._summary, self._checksum = summary, masked_crc32c
         self._proto: Any = event_pb2
-        # Whole seconds come first in the name, by which readers sort; restarts can be quicker.
+        # Readers sort by the name, which begins with whole seconds. Two processes may start in
+        # the same second, so the nanoseconds come last.
         now = f"{int(time.time()):010d}.{socket.gethostname()}.{time.time_ns()}"
-        self.records = Records(directory / f"events.out.tfevents.{now}")
+        self.records = AppendLog(directory / f"events.out.tfevents.{now}")
         log = self._proto.SessionLog(status=self._proto.SessionLog.START)
         purged = 0 if resumed_at is None else resumed_at + 1
-        self._head = self._record(file_version="brain.Event:2")
-        self._head += self._record(step=purged, session_log=log)
+        self._head = self._encode_event(file_version="brain.Event:2")
+        self._head += self._encode_event(step=purged, session_log=log)
 
     def start(self) -> None:
-        """Makes the file, which hides the later steps of the processes before."""
+        """Creates the file, which hides the later steps of earlier processes."""
         self.records.add(self._head)
 
-    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
-        """NaN, which says "does not apply", is left out."""
+    def add_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Adds numbers; NaN, which means "does not apply", is left out."""
         shown = {name: number for name, number in numbers.items() if not math.isnan(number)}
         self._add(step, [self._summary.scalar(name, number) for name, number in shown.items()])
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """[H, W, 3] uint8."""
+    def add_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Adds an image [H, W, 3] uint8."""
         self._add(step, [self._summary.image(name, pixels, dataformats="HWC")])
 
-    def text(self, step: int, name: str, markdown: str) -> None:
+    def add_text(self, step: int, name: str, markdown: str) -> None:
+        """Adds a text."""
         self._add(step, [self._summary.text(name, markdown)])
 
     def _add(self, step: int, summaries: list[Any]) -> None:
-        self.records.add(b"".join(self._record(step=int(step), summary=one) for one in summaries))
+        self.records.add(
+            b"".join(self._encode_event(step=int(step), summary=part) for part in summaries)
+        )
 
-    def _record(self, **fields: Any) -> bytes:
-        """An event as a TFRecord: its length and itself, each with a checksum."""
+    def _encode_event(self, **fields: Any) -> bytes:
+        """Returns an event as a TFRecord: its length and its bytes, each with a checksum."""
         event = self._proto.Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(event))
         sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
@@ -78,16 +82,14 @@ class Board:
 
 
 @contextlib.contextmanager
-def without_torch() -> Iterator[None]:
-    """PyTorch, where it is installed and not in use already, cannot be imported meanwhile.
-
-    tensorboardX imports it for tensors that nobody hands it here, which takes seconds.
-    """
+def block_torch_import() -> Iterator[None]:
+    """Keeps the block from importing PyTorch, unless it is imported already."""
+    # tensorboardX imports it for tensors that are never used here, which takes seconds.
     if "torch" in sys.modules:
         yield
         return
     modules: dict[str, Any] = sys.modules
-    modules["torch"] = None  # what `import` takes for a module that there is not
+    modules["torch"] = None  # makes `import torch` raise an ImportError
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Ends a run that hangs, and says where: stacks of all threads, then exit code 1.
+"""Ends a run that hangs: prints the stacks of all threads and exits with code 1.
 
 A hang is a wait that no exception ends: a collective whose peer is gone, a file system, a reward
-that holds the interpreter. Whoever started the run then starts it again, and it resumes.
+that blocks the interpreter. Whoever started the run can start it again, and it resumes.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from typing import Any
 
 from corl_jax.errors import FAILED_EXIT_CODE
 
-FIRST_FACTOR = 4  # until the first iteration has ended: it waits for the compiler
-HELD_FACTOR = 2
-TICKS = 20  # in a time limit, but one at least every LONGEST_TICK_S
+FIRST_FACTOR = 4  # times the limit until the first iteration has ended, because it compiles
+BLOCKED_FACTOR = 2  # times the limit until faulthandler's timer ends a blocked interpreter
+TICKS = 20  # in a time limit; at least one every LONGEST_TICK_S
 LONGEST_TICK_S = 10.0
-LAST_WORDS_S = 30  # for printing the stacks, which may itself hang
+PRINTING_S = 30  # for printing the stacks, which may hang too
 
 
 class Watchdog:
-    """Watches from a thread of its own while the `with` block lasts; None never barks.
+    """Ends the process if nothing is reported for `timeout_s` seconds; None switches it off.
 
-    Time is counted in ticks of that thread, so that a process that was stopped for a while and
-    continued has not hung. Where the interpreter itself is held, so that the thread cannot tick,
-    faulthandler's own timer prints the stacks, on stderr alone, after HELD_FACTOR times the limit.
-    That timer goes by the clock: who was stopped for longer than it may be taken for held when
-    continued, and ended. Without it a held interpreter would never end.
+    It runs in its own thread while the `with` block lasts.
     """
 
+    # Time is counted in ticks of the thread, so a process that was suspended for a while has not
+    # hung. A blocked interpreter keeps the thread from ticking. Then faulthandler's own timer
+    # prints the stacks after BLOCKED_FACTOR times the limit, on stderr alone. That timer uses
+    # wall-clock time: a process that was suspended for longer may be ended when it continues.
+    # Without the timer a process with a blocked interpreter would hang for ever.
+
     def __init__(self, timeout_s: float | None = None, stacks: Path | None = None):
-        """`stacks`: a file for the stacks, beside stderr."""
+        """`stacks`: a file for the stacks, in addition to stderr."""
         self._timeout, self._stacks = timeout_s, stacks
         self._beats = 0
         self._compiled = False
@@ -45,13 +47,13 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, *, compiled: bool = False) -> None:
-        """Something ended: an evaluation's batch, a save or, `compiled`, an iteration."""
+        """Reports progress: the end of a batch, a save or, with `compiled`, an iteration."""
         self._beats += 1
         self._compiled = self._compiled or compiled
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For a wait that has an end but no measure, as of storage: no time counts in the block."""
+        """Counts no time in the block, for a wait that ends at an unknown time, as of storage."""
         self._pauses += 1
         try:
             yield
@@ -78,26 +80,26 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._timeout is not None
         tick = min(self._timeout / TICKS, LONGEST_TICK_S)
-        idle, seen = 0.0, self._beats
+        silence, seen = 0.0, self._beats
         while not self._ended.wait(tick):
-            held = HELD_FACTOR * self._timeout
-            faulthandler.dump_traceback_later(held, exit=True, file=_stderr())
-            idle = idle + tick if self._beats == seen and not self._pauses else 0.0
+            blocked_s = BLOCKED_FACTOR * self._timeout
+            faulthandler.dump_traceback_later(blocked_s, exit=True, file=_get_stderr())
+            silence = silence + tick if self._beats == seen and not self._pauses else 0.0
             seen = self._beats
-            if idle >= self._timeout * (1 if self._compiled else FIRST_FACTOR):
-                self._bark(idle)
+            if silence >= self._timeout * (1 if self._compiled else FIRST_FACTOR):
+                self._end_process(silence)
 
-    def _bark(self, idle: float) -> None:
-        faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=_stderr())
+    def _end_process(self, silence: float) -> None:
+        faulthandler.dump_traceback_later(PRINTING_S, exit=True, file=_get_stderr())
         print(
-            f"error: no iteration, evaluation batch or save has ended for {idle:.0f} s; raise "
+            f"error: no iteration, evaluation batch or save has ended for {silence:.0f} s; raise "
             f"guards.step_timeout_s {self._timeout:g} if the run is only slow. Where each thread "
             f"of process {os.getpid()} waits"
             + (f" (also in {self._stacks}):" if self._stacks else ":"),
-            file=_stderr(),
+            file=_get_stderr(),
             flush=True,
         )
-        faulthandler.dump_traceback(file=_stderr())
+        faulthandler.dump_traceback(file=_get_stderr())
         if self._stacks:
             # The file system may be what hangs or is full; stderr has the stacks already.
             with contextlib.suppress(OSError), self._stacks.open("w") as file:
@@ -105,6 +107,6 @@ class Watchdog:
         os._exit(FAILED_EXIT_CODE)
 
 
-def _stderr() -> Any:
-    """The real one, whatever takes its place for others."""
+def _get_stderr() -> Any:
+    # Tests and notebooks replace sys.stderr by an object that faulthandler cannot write to.
     return sys.__stderr__

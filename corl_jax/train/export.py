@@ -1,7 +1,7 @@
-"""The trained model as a directory that PyTorch loads: whole, or its adapters alone.
+"""Exports the trained model as a directory that PyTorch loads: the whole model, or its adapters.
 
-`corl_jax_export.json` in it says which step of the run it is of, and under which options it was
-written. An export that is older than the run's end, or of other options, is written again.
+`corl_jax_export.json` in it has the step of the run and the options of the export. An export of
+another step than the run's last, or of other options, is written again.
 """
 
 from __future__ import annotations
@@ -35,51 +35,50 @@ def refresh_export(
     folder: Path, config: Config, run: Run, state: TrainState, step: int, untrained: str,
     model_dir: Path, primary: bool, beat: Callable[[], None] = lambda: None,
 ) -> list[str]:  # fmt: skip
-    """Writes the export of `step`, unless just that is there; returns lines for the user.
+    """Writes the export of `step`, unless it is there already; returns lines for the user.
 
-    An older one stays until the new one is whole. With layout `none` it is renamed, so that no
-    `export/` is of another step than the run's last. `untrained` is the digest of what is frozen.
+    An older export stays until the new one is whole. With layout `none` it is renamed, so that
+    `export/` is always of the run's last step. `untrained`: fingerprint of the frozen weights.
     """
     record: dict[str, Any] = {
         "step": step,
-        "trained": fingerprints.summary(state.params),
+        "trained": fingerprints.fingerprint_tree(state.params),
         "untrained": untrained,
     }
-    wanted = config.export.layout != "none"
-    generation = describe_sampling(config, run) if wanted and primary else NOTHING_STATED
-    if wanted:
+    has_export = config.export.layout != "none"
+    generation = describe_sampling(config, run) if has_export and primary else NOTHING_STATED
+    if has_export:
         record["options"] = config.export.model_dump(mode="json")
         record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
         record["generation"] = generation.as_json()
     before = read_record(folder)
-    current = {name: (before or {}).get(name) for name in record} == record
-    current = bool(
-        processes.broadcast_first(int(current))
-    )  # the first process reads, all do the same
-    if not wanted:
-        return rename_stale(folder, before) if primary and not current else []
-    if current:
+    is_current = {name: (before or {}).get(name) for name in record} == record
+    # The first process reads the record, and all do the same.
+    is_current = bool(processes.broadcast_first(int(is_current)))
+    if not has_export:
+        return rename_stale(folder, before) if primary and not is_current else []
+    if is_current:
         return [f"{folder} is of step {step} and stays; move it away to export again"]
     extra = {RECORD_FILE: record}
     notes = export(folder, config, run, state, model_dir, primary, beat, generation, extra)
     if image_tasks(run.tasks) and config.rollout.cfg_scale < 1:
         notes.append(
             f"rollout.cfg_scale {config.rollout.cfg_scale:g}: transformers guides above 1 only, so "
-            "the export is drawn without guidance; state another one where it is used"
+            "the export generates images without guidance; give another value where it is used"
         )
     if before is not None:
         change = f"was of {name_step(before)}, now of step {step}"
         if before.get("step") == step:
-            change = f"of step {step}, written again because its options or weights were others"
+            change = f"of step {step}, written again because its options or weights have changed"
         notes = [*notes, f"{folder}: {change}"]
     return notes
 
 
 def describe_sampling(config: Config, run: Run) -> Generation:
-    """How the run's model was sampled; what the run did not sample is left to its source.
+    """Returns how the run's model was sampled; values of other tasks stay those of its source.
 
-    The stage of the image tokenizer samples nothing, a run of one task only that one, unless the
-    evaluation asks both.
+    The stage of the image tokenizer samples nothing. A run of one task samples only that one,
+    unless its evaluation samples both.
     """
     both = bool(run.tasks) and config.eval.suite == "shapes"
     rollout, stated = config.rollout, {}
@@ -105,72 +104,71 @@ def export(
     beat: Callable[[], None] = lambda: None, generation: Generation = NOTHING_STATED,
     extra: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Writes the export of a run, whole or not at all; returns what its reader should know.
+    """Writes the export of a run, whole or not at all; returns lines for the user.
 
-    Every process takes part in fetching the parameters, the primary one keeps and writes them.
-    `model_dir` has the weights that the run started from. `beat` is called as the work proceeds.
-    `generation` says how to sample, `extra` has further JSON files by name. What stands at
-    `folder` is replaced.
+    All processes must call it; the primary one keeps the parameters and writes them. `folder` is
+    replaced. `model_dir` has the weights that the run started from. `generation` says how to
+    sample. `extra` has further JSON files by name. `beat` is called after each piece of work.
     """
     options, lora = config.export, run.family.adapters.options_of(run.sizes)
     if options.lora == "adapter":
-        trained = fetched(state.params, primary, beat)
+        trained = fetch_params(state.params, primary, beat)
         if not primary:
             return []
-        assert lora is not None  # or the config would have been refused
+        assert lora is not None  # the config was checked
         fits = files.detect_layout(model_dir) == "transformers"
-        base, revision = _base(config.model.path, model_dir) if fits else (None, None)
-        beside = {GENERATION_FILE: generation.as_json(), **(extra or {})}  # peft reads neither
+        base, revision = _find_base(config.model.path, model_dir) if fits else (None, None)
+        extra_files = {GENERATION_FILE: generation.as_json(), **(extra or {})}  # peft reads neither
         adapters.save_adapter(
             folder, trained, lora, base=base, revision=revision, dtype=options.dtype,
-            progress=lambda _: beat(), overwrite=True, extra=beside,
+            progress=lambda _: beat(), overwrite=True, extra=extra_files,
         )  # fmt: skip
-        return [] if fits else [_no_base(config.model.path)]
-    params, gone = fetched(merge(state.params, run.frozen), primary, beat), 0.0
+        return [] if fits else [_explain_no_base(config.model.path)]
+    params, rounded = fetch_params(merge(state.params, run.frozen), primary, beat), 0.0
     if not primary:
         return []
     dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes
     if options.dtype != "keep":
         dtypes, layer_dtypes = dict.fromkeys(dtypes, named(options.dtype)), {}
     if lora is not None:
-        params, gone = adapters.merged(params, lora, dtypes, beat, layer_dtypes)
+        params, rounded = adapters.merged(params, lora, dtypes, beat, layer_dtypes)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
-    assert options.layout != "none"  # or nobody would have asked for an export
+    assert options.layout != "none"  # `refresh_export` calls this with a layout only
     notes = files.save_checkpoint(
         folder, run.family.base(run.sizes), params, layout=options.layout,
         assets_from=model_dir, base=options.base, dtype=options.dtype,
         layer_dtypes=layer_dtypes, progress=lambda _: beat(),
         overwrite=True, generation=generation, extra=extra,
     )  # fmt: skip
-    return [*notes, *([_rounded(gone)] if gone else [])]
+    return [*notes, *([_explain_rounding(rounded)] if rounded else [])]
 
 
-def fetched(params: Params, keep: bool, beat: Callable[[], None] = lambda: None) -> Params:
-    """Parameters on the host, a leaf at a time; None for each where they are not to `keep`."""
+def fetch_params(params: Params, keep: bool, beat: Callable[[], None] = lambda: None) -> Params:
+    """Gathers parameters on the host, one leaf at a time; without `keep` each leaf is None."""
 
-    def one(leaf: jax.Array) -> np.ndarray | None:
+    def gather(leaf: jax.Array) -> np.ndarray | None:
         array = batches.all_gather_array(leaf)
         beat()
         return array if keep else None
 
-    return jax.tree.map(one, params)
+    return jax.tree.map(gather, params)
 
 
-def _base(path: str, model_dir: Path) -> tuple[str, str | None]:
-    """`model.path` as PEFT reads it: (directory, None), or (hub id, revision)."""
+def _find_base(path: str, model_dir: Path) -> tuple[str, str | None]:
+    """Returns `model.path` as PEFT reads it: (directory, None), or (hub id, revision)."""
     directory = expand_path(path)
     return (directory, None) if Path(directory) == model_dir else split_hub_id(path)
 
 
-def _no_base(source: str) -> str:
+def _explain_no_base(source: str) -> str:
     return (
         f"the adapter names no base model, because {source} is not in transformers' layout: give "
         "peft a transformers export of it (python -m tools.convert_weights)"
     )
 
 
-def _rounded(gone: float) -> str:
+def _explain_rounding(rounded: float) -> str:
     return (
-        f"rounding the merged kernels removed {gone:.1%} of what the adapters add; export.dtype "
+        f"rounding the merged kernels removed {rounded:.1%} of what the adapters add; export.dtype "
         "float32 or export.lora adapter keeps all of it"
     )

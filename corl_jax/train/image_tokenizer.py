@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from corl_jax.data.images import fit_pixels
+from corl_jax.metrics import to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family
 from corl_jax.train.run import Iteration, Run, put
@@ -40,6 +41,6 @@ def make_tokenizer_step(
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, update = apply_gradients(state, grads, optimizer, value)
-        return state, metrics | {"loss": value} | update
+        return state, to_metrics(metrics | {"loss": value} | update)
 
     return train_step

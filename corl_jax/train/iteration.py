@@ -24,10 +24,10 @@ from corl_jax.devices.batches import (
     take_own_rows,
     to_host_rows,
 )
+from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
 from corl_jax.rewards.registry import Context, Samples, score_timed
-from corl_jax.runs.guards import FAILED
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, ended
 from corl_jax.train.run import Iteration, Run, put
@@ -61,13 +61,17 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         jax.block_until_ready(updates[-1])
     # Only the first update starts from the policy that sampled, so only its sampler-trainer
     # difference means anything.
-    agreement = {name: value for name, value in updates[0].items() if "/sampling/" in name}
-    metrics = updates[-1] | agreement | stats
-    metrics |= describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
-    for result in scored.values():
-        metrics |= result.metrics | mean_failures(run, result)
+    first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
+    lengths = describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
+    metrics = updates[-1] | first | to_metrics(stats | lengths)
+    failed = {}
+    for task, result in scored.items():
+        metrics |= result.metrics
+        for name, share in mean_failures(run, result).items():
+            metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
+            failed[f"{name} of {task}"] = share
     samples = {task: scored[task].samples for task in run.tasks}
-    return state, Iteration(metrics, samples, rewards, updates)
+    return state, Iteration(metrics, samples, rewards, updates, failed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Scored:
 
     samples: Samples
     rewards: dict[str, np.ndarray]  # [N] float32, NaN where not applicable
-    metrics: dict[str, float]  # what each reward cost
-    failures: dict[str, float]  # metric of a user's reward -> fraction of samples it failed on
+    metrics: dict[str, Metric]  # what each reward cost
+    failures: dict[str, float]  # user's reward -> fraction of this process's samples it failed on
 
 
 def score_rollout(
@@ -86,12 +90,11 @@ def score_rollout(
     """Decodes a rollout and scores it."""
     samples = decode(run, task, params, prompts, rollout)
     rewards, costs = score_samples(run, task, params, samples, step)
-    metrics = {
-        f"{task}/rewards/{name}/{what}": value
-        for name, cost in costs.items()
-        for what, value in cost.items()
-    }
-    failures = {name: metrics.pop(name) for name in [*metrics] if name.endswith(FAILED)}
+    metrics = {}
+    for name, cost in costs.items():
+        metrics[f"{task}/rewards/{name}/seconds"] = Metric(cost["seconds"], "max")
+        metrics[f"{task}/rewards/{name}/failures"] = Metric(cost["failures"], "sum")
+    failures = {name: cost["failed"] for name, cost in costs.items() if "failed" in cost}
     return Scored(samples, rewards, metrics, failures)
 
 

@@ -1,48 +1,30 @@
-"""The training loop. Verbs only: every option became a value in `build`."""
+"""The training loop. Every option became a value or a function in `build`."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from corl_jax.devices.compiling import take_compile_seconds
-from corl_jax.train.milestones import Recorder
-from corl_jax.train.run import Run
-from corl_jax.train.step import TrainState
+if TYPE_CHECKING:
+    from corl_jax.runs.log import StepLog
+    from corl_jax.train.milestones import Milestone
+    from corl_jax.train.run import Run
+    from corl_jax.train.step import TrainState
 
 
-def train(run: Run, state: TrainState, recorder: Recorder, start: int, stop: int) -> TrainState:
-    """Iterations `start` to `stop` - 1; metrics of one are read after the next is dispatched.
-
-    Those of the first are read at once: whoever started the run waits to see that it goes.
-    """
-    pending: tuple[int, Any, dict[str, float]] | None = None
-    began = time.perf_counter()
-    if start < stop:
-        recorder.metrics.announce_compilation("step")
-    for step, prompts in zip(
-        range(start, stop), run.train_loader.iterate(start, stop), strict=True
-    ):
+def train(
+    run: Run, state: TrainState, steps: range, milestones: Sequence[Milestone], log: StepLog
+) -> TrainState:
+    """Runs the iterations `steps`, counted from 0, and after each the milestones that are due."""
+    if steps:
+        log.begin()
+    batches = run.train_loader.iterate(steps.start, steps.stop)
+    for step, prompts in zip(steps, batches, strict=True):
         state, iteration = run.iterate(run, state, prompts, step)
-        if pending is not None:
-            recorder.iteration(*pending, run)
-        now = time.perf_counter()
-        seconds = run.phases.take() | {
-            "step_time": now - began,
-            "phase/compile_seconds": take_compile_seconds(),
-        }
-        pending, began = (step, iteration, seconds), now
-        due = recorder.due(step + 1, run)
-        if due or step == start:
-            recorder.iteration(*pending, run)
-            pending = None
-        if step == start:
-            recorder.prepare_saves()
+        log.add(step + 1, iteration)
+        due = [milestone for milestone in milestones if milestone.due(step + 1)]
+        for milestone in due:
+            milestone.run(state, step + 1)
         if due:
-            recorder.milestone(run, state, step + 1)
-        if due or step == start:
-            began = time.perf_counter()
-            take_compile_seconds()  # of the above, not of the next step
-    if pending is not None:
-        recorder.iteration(*pending, run)
+            log.clock.restart()  # the next step's time is without milestones
     return state

@@ -25,7 +25,7 @@ from corl_jax.policies.family import Family, Limits, Processor
 from corl_jax.policies.janus.checkpoint.generation import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.runs.directory import RunDir
-from corl_jax.runs.export_record import place_problems
+from corl_jax.runs.export_record import list_place_problems
 from corl_jax.train import attending
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.stages import STAGES, Stage
@@ -296,7 +296,7 @@ def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     layout, base = config.export.layout, config.export.base
     problems = []
     if layout != "none":
-        problems += place_problems(RunDir(Path(config.output_dir)).export)
+        problems += list_place_problems(RunDir(Path(config.output_dir)).export)
     if base is not None and layout in ("transformers", "none"):
         problems.append(
             f"export.base: found {base!r}, which export.layout {layout} has no use for; remove it, "

@@ -13,6 +13,7 @@ from corl_jax.algorithms.advantages import AdvantageOptions
 from corl_jax.algorithms.recipes import Recipe
 from corl_jax.devices.batches import put_rows
 from corl_jax.devices.offload import Offloadable
+from corl_jax.metrics import Metric
 from corl_jax.policies.family import Family
 from corl_jax.types import Params, Sizes
 
@@ -57,17 +58,19 @@ class Run:
     mask_truncated: bool
     sft: Any  # schema.Sft
     schedule: Callable  # optimizer step -> learning rate
-    phases: Any  # runs.log.Phases, a context manager by phase name
+    phases: Any  # runs.pace.Phases, a context manager by phase name
 
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
     """What an iteration leaves for the log: scalars, and one example of each task."""
 
-    metrics: dict[str, Any]
+    metrics: dict[str, Metric]
     samples: dict[str, Any]  # task -> rewards.registry.Samples
     rewards: dict[str, dict[str, np.ndarray]]
-    updates: list[dict[str, Any]]  # the metrics of each update, in order; scalars of the device
+    updates: list[dict[str, Metric]]  # each update's own metrics, in order; scalars of the device
+    # user's reward -> fraction of all processes' samples that it failed on
+    failed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def put(run: Run, tree: Any) -> Any:

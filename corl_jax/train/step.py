@@ -20,9 +20,16 @@ from jax import lax
 
 from corl_jax.algorithms.losses import Loss, LossConstants, LossInputs, logprob_difference
 from corl_jax.devices.mesh import constrain
+from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
+
+DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+)
+"""Metrics of the difference between the log-probs of sampler and trainer."""
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, count), so that micro-batches add up exactly."""
@@ -143,7 +150,7 @@ def gradients(
                 total += weights[name] * value / count
                 sums |= {f"{prefix}/{key}": pair for key, pair in metrics.items()}
                 if difference is not None:
-                    largest[f"{prefix}/sampling/sampling_logp_difference/max"] = difference
+                    largest[f"{prefix}/{DIFFERENCE_MAX}"] = difference
         return total, (sums, largest)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -176,7 +183,7 @@ def segment_loss(
     difference, tokens, largest = logprob_difference(
         segment.logprobs, inputs.logprobs, segment.mask
     )
-    return total, sums | {"sampling/sampling_logp_difference/mean": (difference, tokens)}, largest
+    return total, sums | {DIFFERENCE_MEAN: (difference, tokens)}, largest
 
 
 def _scan_sum(accumulate: Callable, pieces: Batch):
@@ -221,7 +228,7 @@ def apply_gradients(
 def make_train_step(
     family: Family, sizes: Sizes, options: UpdateOptions, optimizer: optax.GradientTransformation,
     **jit: Any,
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Metric]]]:  # fmt: skip
     """Returns the jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
     `jit` passes on to jax.jit, for example out_shardings.
@@ -231,7 +238,12 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         grads, metrics = gradients(family, sizes, options, state.params, frozen, batch)
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
-        return state, metrics | update
+        # Only the first update starts from the policy that sampled, so only its difference
+        # between sampler and trainer means anything.
+        prefixes = [prefix for name, task in batch.items() for prefix in segment_names(name, task)]
+        names = [f"{prefix}/{name}" for prefix in prefixes for name in DIFFERENCES]
+        first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
+        return state, to_metrics(metrics | update) | first
 
     return train_step
 

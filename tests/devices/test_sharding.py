@@ -81,9 +81,7 @@ def tables() -> dict[str, str]:
     out = {}
     for size in ("1b", "7b"):
         params = network.abstract(PRESETS[f"janus-pro-{size}"])
-        out[f"janus_pro_{size}.txt"] = table(
-            params, RULES, device_mesh.param_spec
-        )
+        out[f"janus_pro_{size}.txt"] = table(params, RULES, device_mesh.param_spec)
     lora = Lora(16, 32.0, tuple(schema.Lora().targets))
     adapted = network.adapted(PRESETS["janus-pro-7b"], lora)
     adapters, _ = partition(network.abstract(adapted), [ADAPTERS])

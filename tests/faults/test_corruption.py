@@ -57,7 +57,7 @@ def right(restored) -> bool:
 
 def resume(folder: Path):
     with Checkpoints(folder, keep=2) as checkpoints:
-        return checkpoints.newest(state_of(0), {"seed": 1})
+        return checkpoints.restore_newest(state_of(0), {"seed": 1})
 
 
 def truncated(path: Path, rng: random.Random) -> None:
@@ -156,7 +156,7 @@ def test_what_was_put_aside_neither_counts_nor_stands_in_the_way(saved, tmp_path
     shutil.copytree(saved, work)
     (work / "6" / "meta" / "metadata").unlink()
     with Checkpoints(work, keep=2) as checkpoints:
-        assert checkpoints.newest(state_of(0), {"seed": 1}).step == 3
+        assert checkpoints.restore_newest(state_of(0), {"seed": 1}).step == 3
         for step in (6, 9):
             checkpoints.save(step, state_of(step), meta_of(step))
         assert checkpoints.steps() == [6, 9]
@@ -173,9 +173,9 @@ def test_a_mismatch_is_refused_and_nothing_is_put_aside(saved, tmp_path):
     wanted = state_of(0) | {"more": jnp.zeros(2)}
     with Checkpoints(work) as checkpoints:
         with pytest.raises(InputError, match="more: missing"):
-            checkpoints.newest(wanted, {"seed": 1})
+            checkpoints.restore_newest(wanted, {"seed": 1})
         with pytest.raises(InputError, match="seed: found 2, the run has 1"):
-            checkpoints.newest(state_of(0), {"seed": 2})
-        allowed = checkpoints.newest(state_of(0), {"seed": 2}, allow_changes=True)
+            checkpoints.restore_newest(state_of(0), {"seed": 2})
+        allowed = checkpoints.restore_newest(state_of(0), {"seed": 2}, allow_changes=True)
     assert dataclasses.asdict(allowed)["changes"] == ["seed: found 2, the run has 1"]
     assert sorted(p.name for p in work.iterdir()) == ["3", "6"]

@@ -10,7 +10,7 @@ import pytest
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.runs import directory as run_directory
-from corl_jax.train import milestones
+from corl_jax.runs.log import StepLog
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome, unsound
 from tests.support import tiny_runs
 
@@ -23,17 +23,17 @@ def test_a_second_run_on_one_directory(model, rows, tmp_path, one_device, straig
     """Started in the middle of the first, twice; then the first is killed and its lock is free."""
     job = Job.make(tmp_path, model, rows, **SUPERVISED)
     seconds, codes = [], []
-    original = milestones.Recorder.iteration
+    original = StepLog.add
 
-    def iteration(self, step, *args):
-        if step in (1, 3):
+    def add(self, step, result):
+        if step in (2, 4):
             second = Job(job.output, job.config)
             began = time.monotonic()
             codes.append(second.start().wait(PATIENCE))
             seconds.append(time.monotonic() - began)
-        return original(self, step, *args)
+        return original(self, step, result)
 
-    monkeypatch.setattr(milestones.Recorder, "iteration", iteration)
+    monkeypatch.setattr(StepLog, "add", add)
     assert job.here() == 0
     assert codes == [2, 2], job.log
     assert job.log.count(f"is being written by process {os.getpid()}") == 2
@@ -77,7 +77,7 @@ def opened(root) -> str:
     tree = tiny_runs.options("weights", "rows.parquet", root)
     with (
         pytest.raises(InputError) as error,
-        run_directory.opened(config_files.validate(tree, "test")),
+        run_directory.open_run_directory(config_files.validate(tree, "test")),
     ):
         pass
     (line,) = error.value.problems
@@ -95,7 +95,7 @@ def test_directories_that_cannot_be_used(tmp_path, figure):
     closed, written = tmp_path / "closed", tmp_path / "written"
     closed.mkdir(mode=0o555)
     tree = tiny_runs.options("weights", "rows.parquet", written)
-    with run_directory.opened(config_files.validate(tree, "test")):
+    with run_directory.open_run_directory(config_files.validate(tree, "test")):
         pass
     (written / ".lock").chmod(0o666)
     tmp_path.chmod(0o755)
@@ -120,5 +120,5 @@ def test_a_symbolic_link_is_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     tree = tiny_runs.options("weights", "rows.parquet", tmp_path / "link")
-    with run_directory.opened(config_files.validate(tree, "test")):
+    with run_directory.open_run_directory(config_files.validate(tree, "test")):
         assert "is being written" in opened(tmp_path / "real")

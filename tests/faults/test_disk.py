@@ -12,8 +12,10 @@ import pytest
 
 from corl_jax.errors import InputError, SaveError
 from corl_jax.runs import checkpoints as run_checkpoints
+from corl_jax.runs.checkpoints import Checkpoints
+from corl_jax.runs.log import StepLog
 from corl_jax.runs.saving import Saver
-from corl_jax.train import export, milestones
+from corl_jax.train import export
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 
 # Writes that were under way beside a failed one find the event loop closed: Python complains.
@@ -23,18 +25,22 @@ SMALL = 64 * 1024  # bytes: less than the arrays of a checkpoint, more than any 
 
 FULL = """
 import os, resource, subprocess, time
-from corl_jax.train import milestones
+from corl_jax.runs.checkpoints import Checkpoints
+from corl_jax.runs.log import StepLog
 # The console is behind a pipe, so that the test can read it.
 os.dup2(subprocess.Popen(["cat"], stdin=subprocess.PIPE).stdin.fileno(), 2)
-original = milestones.Recorder.iteration
-def iteration(self, step, *args):
-    while step + 1 in ({full_from}, {room_again}) and self.checkpoints.saving:
+opened, original, begin = [], StepLog.add, Checkpoints.__enter__
+def enter(self):
+    opened.append(self)
+    return begin(self)
+def add(self, step, result):
+    while step in ({full_from}, {room_again}) and opened[-1].saving:
         time.sleep(0.01)
-    if step + 1 in ({full_from}, {room_again}):
-        room = 0 if step + 1 == {full_from} else -1
+    if step in ({full_from}, {room_again}):
+        room = 0 if step == {full_from} else -1
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, -1))
-    return original(self, step, *args)
-milestones.Recorder.iteration = iteration
+    return original(self, step, result)
+StepLog.add, Checkpoints.__enter__ = add, enter
 """  # not a byte for any file: checkpoints, logs and pictures
 
 
@@ -47,19 +53,24 @@ def job(model, rows, tmp_path, one_device):
 def disk(monkeypatch):
     """Lets files grow no more from one logged step on, until another; Python gets EFBIG."""
 
-    original = milestones.Recorder.iteration
+    opened, original, begin = [], StepLog.add, Checkpoints.__enter__
+
+    def enter(self):
+        opened.append(self)
+        return begin(self)
 
     def limit(full_from: int, room_again: int = 99):
-        def iteration(self, step, *args):
-            while step + 1 in (full_from, room_again) and self.checkpoints.saving:
+        def add(self, step, result):
+            while step in (full_from, room_again) and opened[-1].saving:
                 time.sleep(0.01)  # a save of before has the disk of before
-            if step + 1 == full_from:
+            if step == full_from:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, -1))
-            elif step + 1 == room_again:
+            elif step == room_again:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-            return original(self, step, *args)
+            return original(self, step, result)
 
-        monkeypatch.setattr(milestones.Recorder, "iteration", iteration)
+        monkeypatch.setattr(StepLog, "add", add)
+        monkeypatch.setattr(Checkpoints, "__enter__", enter)
 
     yield limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))

@@ -169,11 +169,11 @@ import time
 import orbax.checkpoint as ocp
 from corl_jax.devices import batches
 from corl_jax.runs.saving import Saver
-whole, wait = batches.whole, ocp.CheckpointManager.wait_until_finished
+gather, wait = batches.all_gather_array, ocp.CheckpointManager.wait_until_finished
 finish, last = Saver.finish, []
-def slow_whole(leaf):
+def slow_gather(leaf):
     time.sleep({leaf_s})
-    return whole(leaf)
+    return gather(leaf)
 def slow_wait(self):
     if last:
         time.sleep(last.pop())
@@ -181,7 +181,7 @@ def slow_wait(self):
 def slow_finish(self):
     last.append({wait_s})
     return finish(self)
-batches.whole, ocp.CheckpointManager.wait_until_finished = slow_whole, slow_wait
+batches.all_gather_array, ocp.CheckpointManager.wait_until_finished = slow_gather, slow_wait
 Saver.finish = slow_finish
 """
 

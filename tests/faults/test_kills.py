@@ -12,17 +12,17 @@ from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome
 # What one more kill falls into, as (object, function, which call of it). Two updates are made on
 # each rollout, so an even call is the second of its iteration.
 PHASES = {
-    "before the first checkpoint": ("corl_jax.train.milestones:Recorder", "iteration", 1),
-    "evaluation before training": ("corl_jax.train.milestones:Recorder", "_evaluate", 1),
+    "before the first checkpoint": ("corl_jax.runs.log:StepLog", "add", 1),
+    "evaluation before training": ("corl_jax.train.reports", "evaluate", 1),
     "rollout": ("corl_jax.train.iteration", "sample", 4),
     "reward": ("corl_jax.train.iteration", "reward", 4),
     "old log-probs": ("corl_jax.train.iteration", "make_batch", 2),
     "between two updates of one rollout": ("corl_jax.train.run:Run", "train_step", 4),
     "log of a step": ("corl_jax.runs.log:JsonLines", "write", 1),
     "picture grid": ("corl_jax.runs.pictures", "save_png", 1),
-    "evaluation": ("corl_jax.train.milestones:Recorder", "_evaluate", 1),
+    "evaluation": ("corl_jax.train.reports", "evaluate", 1),
     "start of a save": ("corl_jax.runs.fingerprints", "make_record", 2),
-    "restoring": ("corl_jax.runs.fingerprints", "damaged_leaves", 1),
+    "restoring": ("corl_jax.runs.fingerprints", "list_damaged_leaves", 1),
     "wait for the last save": ("corl_jax.runs.saving:Saver", "finish", 1),
     "export, before it has its name": ("corl_jax.weights.atomic", "_move", 1),
     "summary": ("corl_jax.runs.directory:RunDir", "write_json", 1),
@@ -46,12 +46,12 @@ def dying(original):
         return original(*args, **options)
     return call
 if {name!r} == "train_step":  # a field of each Run
-    from corl_jax.train import setup
-    steps = setup.make_steps
+    from corl_jax.train import build
+    steps = build.make_steps
     def make_steps(*args):
         train_step, *rest = steps(*args)
         return dying(train_step), *rest
-    setup.make_steps = make_steps
+    build.make_steps = make_steps
 else:
     setattr(target, {name!r}, dying(getattr(target, {name!r})))
 """

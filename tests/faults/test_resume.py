@@ -17,8 +17,8 @@ from corl_jax.data.dataset import Loader, ParquetSource, required_columns
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards.samples import FrozenNetwork, Network
-from corl_jax.train import __main__ as command
 from corl_jax.train import build, resolve
+from corl_jax.train.resume import fingerprint_untrained, hash_reward_files
 from tests.faults.harness import SUPERVISED, Job, outcome
 from tests.support import tiny_runs
 from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -236,7 +236,7 @@ def test_digests_of_what_a_reward_asks(tmp_path):
         params = {"kernel": np.full((2, 3), number, np.float32)}
         blip = FrozenNetwork(Network(None, params, tmp_path, np.float32), place, offload=True)
         run = SimpleNamespace(reference=None, frozen={}, networks={"blip": blip})
-        return command.untrained_digests(run) | command.reward_files(config)
+        return fingerprint_untrained(run) | hash_reward_files(config)
 
     first, second = found(1.0), found(1.5)
     assert first.keys() == {"model.path", "networks.blip", str(judge)}

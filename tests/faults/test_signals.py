@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from corl_jax.runs import saving
+from corl_jax.runs.log import StepLog
 from corl_jax.train import __main__ as command
-from corl_jax.train import milestones
+from corl_jax.train import reports
 from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
 from tests.support import tiny_runs
 
@@ -23,7 +24,7 @@ def job(model, rows, tmp_path, one_device):
     return Job.make(tmp_path, model, rows, **SUPERVISED | {"checkpoint": {"every": 100}})
 
 
-def signalled(patch, number: int, call: int, target=milestones.Recorder, name="iteration") -> None:
+def signalled(patch, number: int, call: int, target=StepLog, name="add") -> None:
     """This process gets a signal at the n-th call of a method."""
     original, calls = getattr(target, name), []
 
@@ -47,8 +48,7 @@ def test_a_signal_saves_and_exits_with_75(job, straight, monkeypatch, capfd, fig
     # Whoever runs the tests in the background may ignore Ctrl-C.
     before = signal.signal(number, signal.default_int_handler)
     with monkeypatch.context() as patch:
-        # The log of step 2 is written when step 3 is under way.
-        signalled(patch, number, call=2)
+        signalled(patch, number, call=3)
         code = job.here()
     assert signal.signal(number, before) is signal.default_int_handler
     text = capfd.readouterr().err
@@ -66,7 +66,7 @@ def test_a_signal_saves_and_exits_with_75(job, straight, monkeypatch, capfd, fig
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_before_anything_is_loaded(job, monkeypatch, capfd, figure, number):
     before = signal.signal(number, signal.default_int_handler)
-    monkeypatch.setattr(command, "plan", lambda config: os.kill(os.getpid(), number))
+    monkeypatch.setattr(command, "resolve_run", lambda config: os.kill(os.getpid(), number))
     code = job.here()
     signal.signal(number, before)
     figure("T2", fault="signal while nothing is at stake", tries=1, losses=code != 75)
@@ -77,7 +77,7 @@ def test_a_signal_before_anything_is_loaded(job, monkeypatch, capfd, figure, num
 @pytest.mark.slow
 def test_a_second_signal_leaves_the_save_alone(job, straight, monkeypatch, capfd, figure):
     with monkeypatch.context() as patch:
-        signalled(patch, signal.SIGTERM, call=1)
+        signalled(patch, signal.SIGTERM, call=2)
         signalled(patch, signal.SIGTERM, 1, saving.Saver, "finish")  # the save has begun
         assert job.here() == 75
     assert "SIGTERM: saves already" in capfd.readouterr().err
@@ -97,19 +97,20 @@ def test_what_was_due_at_the_step_is_made_by_the_next_process(model, rows, tmp_p
         "eval": {"suite": "rewards", "every": 2, "rows": 4, "batch_prompts": 4},
         "checkpoint": {"every": 100},
     }  # fmt: skip
-    monkeypatch.setattr(
-        milestones.Recorder, "_evaluate", lambda self, run, state, step: self.metrics.log(
-            step, {"eval/parameters": float(sum(x.sum() for x in jax.tree.leaves(state.params)))}
-        ),
-    )  # fmt: skip
+
+    def evaluate(config, run, outputs, state, step):
+        total = float(sum(x.sum() for x in jax.tree.leaves(state.params)))
+        outputs.log.add_metrics(step, {"eval/t2i/parameters": total}, is_evaluation=True)
+
+    monkeypatch.setattr(reports, "evaluate", evaluate)
     calm = Job.make(tmp_path / "calm", model, rows, **changes)
     assert calm.here() == 0
     job = Job.make(tmp_path / "stopped", model, rows, **changes)
     with monkeypatch.context() as patch:
-        signalled(patch, signal.SIGTERM, call=1)
+        signalled(patch, signal.SIGTERM, call=2)
         assert job.here() == 75 and job.steps() == [2]
     with monkeypatch.context() as patch:  # dies after the evaluation and before the next save
-        patch.setattr(milestones.Recorder, "iteration", _dies)
+        patch.setattr(StepLog, "add", _dies)
         with pytest.raises(KeyboardInterrupt):
             job.here()
     assert [line["step"] for line in tiny_runs.metric_lines(job.output)] == [0, 1, 2, 2]
@@ -133,9 +134,9 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # children of a background job ignore it
     with Interruption() as interruption:
         if sys.argv[1] == "loop":
-            with interruption.waits():
+            with interruption.deferred():
                 print("ready", flush=True)
-                while not interruption.reached(0):
+                while not interruption.is_reached(0):
                     time.sleep(0.01)
                 print("asked", flush=True)
                 time.sleep(600)
@@ -154,7 +155,7 @@ def test_outside_of_the_loop_a_signal_ends_the_process_at_once(number, figure):
     _, errors = process.communicate(timeout=PATIENCE)
     figure("T2", fault="signal while nothing is at stake", tries=1, losses=process.returncode != 75)
     assert process.returncode == 75, "or it would have gone on to its end, with 0"
-    assert "the same command goes on from the last checkpoint" in errors
+    assert "the same command continues from the last checkpoint" in errors
 
 
 def test_ctrl_c_twice_ends_the_process_at_once(figure):

@@ -33,7 +33,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, heartbeat_timeout_seco
 from jax.sharding import NamedSharding, PartitionSpec
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import exit_on_input_error
-from corl_jax.runs.checkpoints import Checkpoints, abstract_of
+from corl_jax.runs.checkpoints import Checkpoints, to_abstract
 
 mesh = make_mesh(data=1, fsdp=4, tensor=1)
 spread = NamedSharding(mesh, PartitionSpec("fsdp"))
@@ -47,7 +47,7 @@ def main():
     global state
     with Checkpoints(folder, keep=2) as checkpoints:
         if checkpoints.steps():
-            found = checkpoints.newest(abstract_of(state), {"seed": 1})
+            found = checkpoints.restore_newest(to_abstract(state), {"seed": 1})
             state = found.tree
             print("from", found.step, found.warnings, flush=True)
         for step in range(int(state["step"]) + 1, steps + 1):

@@ -35,15 +35,15 @@ def held() -> int:
 
 
 def weigh(show: Any) -> Any:
-    """`Console.step` that first prints what malloc and Python have given out."""
+    """`Console.add_metrics` that first prints what malloc and Python have given out."""
 
-    def step(self: Console, *args: Any) -> None:
+    def add_metrics(self: Console, *args: Any) -> None:
         print(f"holds {held()} bytes, {sys.getallocatedblocks()} blocks", file=sys.stderr)
         show(self, *args)
 
-    return step
+    return add_metrics
 
 
 if __name__ == "__main__":
-    Console.step = weigh(Console.step)
+    Console.add_metrics = weigh(Console.add_metrics)
     main()

@@ -253,8 +253,7 @@ def test_no_rule_is_shadowed_or_unused():
     config = network.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
     paths = [path for path, _ in leaf_paths(network.abstract(config))]
     first = {
-        next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path))
-        for path in paths
+        next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path)) for path in paths
     }
     unused = [rule for i, (rule, _) in enumerate(RULES) if i not in first]
     assert not unused

@@ -19,7 +19,7 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
 from corl_jax.rewards.registry import Context, Samples, score
-from corl_jax.runs.log import Phases
+from corl_jax.runs.pace import Phases
 from corl_jax.train import build, resolve
 from tests.support import tiny_runs
 

@@ -24,7 +24,7 @@ from corl_jax.errors import GuardError, InputError, SaveError
 from corl_jax.runs import checkpoints as run_checkpoints
 from corl_jax.runs import fingerprints as run_fingerprints
 from corl_jax.runs.checkpoints import Checkpoints, DamagedError
-from corl_jax.runs.fingerprints import fingerprints
+from corl_jax.runs.fingerprints import fingerprint_leaves
 from corl_jax.runs.saving import Saver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,16 +277,19 @@ def test_flipped_bits_are_refused(saved, tmp_path, attempt):
 def test_fingerprints_see_every_bit_and_every_place(dtype):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2, (3, 4, 5)).astype(dtype)
-    before = fingerprints({"x": values})
+    before = fingerprint_leaves({"x": values})
     flipped = values.copy()
     flipped[1, 2, 3] = not flipped[1, 2, 3]
     swapped = values.copy()
     swapped[0], swapped[1] = values[1], values[0]
-    assert fingerprints({"x": flipped}) != before != fingerprints({"x": swapped})
+    assert fingerprint_leaves({"x": flipped}) != before != fingerprint_leaves({"x": swapped})
     if dtype == "float32":  # an even number of signs is what plain sums do not see
         negative = -values
-        assert fingerprints({"x": negative}) != before
-    signs = fingerprints({"x": np.float32([0.0])}), fingerprints({"x": np.float32([-0.0])})
+        assert fingerprint_leaves({"x": negative}) != before
+    signs = (
+        fingerprint_leaves({"x": np.float32([0.0])}),
+        fingerprint_leaves({"x": np.float32([-0.0])}),
+    )
     assert signs[0] != signs[1]
 
 

@@ -14,9 +14,11 @@ import time
 import numpy as np
 import pytest
 
-from corl_jax.runs import append_log, pictures
+from corl_jax.metrics import Metric
+from corl_jax.runs import append_log, log, pictures
 from corl_jax.runs.directory import RunDir
-from corl_jax.runs.log import Metrics, Phases, read_lines
+from corl_jax.runs.log import RunLog, read_lines, reduce_metrics
+from corl_jax.runs.pace import Phases
 
 pytest.importorskip("tensorboardX")
 
@@ -30,20 +32,23 @@ def lines(run):
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
 
 
+HEADLINE = {"loss": "nan", "reward": "none"}
+
+
 def write(run, steps, resumed_at=None, offset=0.0, **options):
     stream = options.pop("stream", None) or io.StringIO()
-    with Metrics(run, resumed_at, stream=stream, **options) as metrics:
+    with RunLog(run, resumed_at, stream=stream, headline=HEADLINE, **options) as metrics:
         for step in steps:
-            metrics.log(step, {"reward": step + offset, "loss": np.float32(0.5)})
+            metrics.add_metrics(step, {"reward": step + offset, "loss": np.float32(0.5)})
     return stream.getvalue()
 
 
 def test_a_line_per_step(tmp_path):
     run = RunDir(tmp_path)
-    with Metrics(run, stream=io.StringIO()) as metrics:
-        metrics.log(1, {"reward": np.float32(0.5), "kl": float("nan"), "x": float("inf")})
+    with RunLog(run, stream=io.StringIO()) as metrics:
+        metrics.add_metrics(1, {"reward": np.float32(0.5), "kl": float("nan"), "x": float("inf")})
         assert lines(run) == [{"step": 1, "reward": 0.5, "kl": None, "x": None}]  # not buffered
-        metrics.log(2, {"reward": 1})
+        metrics.add_metrics(2, {"reward": 1})
     assert [line["step"] for line in lines(run)] == [1, 2]
 
 
@@ -75,10 +80,10 @@ def test_resuming_where_lines_end_changes_no_byte(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    with Metrics(RunDir(tmp_path / "run"), primary=False) as metrics:
-        metrics.log(1, {"a": 1.0})
-        metrics.image(1, "i", np.zeros((2, 2, 3), np.uint8))
-        metrics.text(1, "t", "x")
+    with RunLog(RunDir(tmp_path / "run"), primary=False) as metrics:
+        metrics.add_metrics(1, {"a": 1.0})
+        metrics.add_image(1, "i", np.zeros((2, 2, 3), np.uint8))
+        metrics.add_text(1, "t", "x")
         metrics.say("hello")
     assert not (tmp_path / "run").exists()
 
@@ -88,11 +93,11 @@ def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
     run = RunDir(tmp_path)
     write(run, range(6))
     stream = io.StringIO()
-    with Metrics(run, 3, stream=stream) as metrics:
+    with RunLog(run, 3, stream=stream) as metrics:
         for step in (4, 5):
-            metrics.log(step, {"reward": step + 100.0, "nothing": float("nan")})
-        metrics.image(5, "samples/fixed", np.full((4, 6, 3), 200, np.uint8))
-        metrics.text(5, "answers", "| a |\n| --- |\n| b |")
+            metrics.add_metrics(step, {"reward": step + 100.0, "nothing": float("nan")})
+        metrics.add_image(5, "samples/fixed", np.full((4, 6, 3), 200, np.uint8))
+        metrics.add_text(5, "answers", "| a |\n| --- |\n| b |")
     assert len(list(run.tensorboard.iterdir())) == 2
     events = accumulator.EventAccumulator(str(run.tensorboard)).Reload()
     values = [(event.step, event.value) for event in events.Scalars("reward")]
@@ -112,17 +117,39 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert "\r" not in text and "\x1b" not in text
 
 
+def test_a_reward_that_applies_to_nothing_is_no_overflow(tmp_path):
+    stream, nan = io.StringIO(), float("nan")
+    with RunLog(RunDir(tmp_path), stream=stream, headline=HEADLINE) as metrics:
+        metrics.add_metrics(1, {"reward": nan, "loss": nan, "kl": nan})
+    assert stream.getvalue() == "step 1  loss nan  reward none\n"
+
+
+def test_numbers_of_several_processes_become_one(monkeypatch):
+    metrics = {
+        "same": Metric(1.0), "mean": Metric(2.0, "mean"), "sum": Metric(np.float32(3), "sum"),
+        "largest": Metric(4.0, "max"), "largest too": Metric(9.0, "max"),
+    }  # fmt: skip
+    assert reduce_metrics(metrics) == {name: float(metric) for name, metric in metrics.items()}
+    # The other process has measured 1 more of each.
+    monkeypatch.setattr(log.processes, "all_gather", lambda own: np.stack([own, own + 1]))
+    assert reduce_metrics(metrics) == {
+        "same": 1.0, "mean": 2.5, "sum": 7.0, "largest": 5.0, "largest too": 10.0
+    }  # fmt: skip
+
+
 def test_a_bar_on_a_terminal_with_evaluations_above_it(tmp_path):
     stream = Terminal()
-    with Metrics(RunDir(tmp_path), 2, 5, stream=stream) as metrics:
-        metrics.log(3, {"reward": 0.25})
+    with RunLog(RunDir(tmp_path), 2, 5, stream=stream, headline=HEADLINE) as metrics:
+        metrics.add_metrics(3, {"reward": 0.25})
         time.sleep(0.12)  # tqdm draws at most ten times a second
-        metrics.log(4, {"reward": 0.75})
-        metrics.log(4, {"eval/accuracy": 0.5})
+        metrics.add_metrics(4, {"reward": 0.75})
+        metrics.add_metrics(4, {"eval/accuracy": 0.5, "eval/b": float("nan")}, is_evaluation=True)
         metrics.say("saved")
     text = stream.getvalue()
     assert "4/5" in text and "reward 0.75" in text and "\r" in text
-    assert re.search(r"step 4/5  eval/accuracy 0.5  \S+ s/step  0:00:\d\d left\n", text)
+    assert re.search(
+        r"step 4/5  eval/accuracy 0.5  eval/b none  \S+ s/step  0:00:\d\d left\n", text
+    )
     assert "saved\n" in text
 
 
@@ -149,13 +176,13 @@ def test_tensorboardx_does_not_bring_torch(tmp_path):
     pytest.importorskip("torch")
     code = """
 import pathlib, sys
-from corl_jax.runs.tensorboard import Board
-board = Board(pathlib.Path(sys.argv[1]), None)
+from corl_jax.runs.tensorboard import EventFile
+board = EventFile(pathlib.Path(sys.argv[1]), None)
 board.start()
-board.scalars(1, {"loss": 0.5})
+board.add_scalars(1, {"loss": 0.5})
 assert "tensorboardX" in sys.modules and "torch" not in sys.modules
 import torch
-Board(pathlib.Path(sys.argv[1]), None)
+EventFile(pathlib.Path(sys.argv[1]), None)
 assert sys.modules["torch"] is torch
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -258,16 +285,16 @@ def events(run):
 @pytest.mark.parametrize("room", [0, 100])
 def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, disk, room):
     run, stream = RunDir(tmp_path), io.StringIO()
-    with Metrics(run, stream=stream) as metrics:
-        metrics.log(1, {"reward": 1.0})
+    with RunLog(run, stream=stream) as metrics:
+        metrics.add_metrics(1, {"reward": 1.0})
         disk(run.metrics.stat().st_size + room)
         for step in range(2, 40):
-            metrics.log(step, {"reward": float(step), "loss": 0.5})
-        metrics.image(39, "grid", np.zeros((4, 6, 3), np.uint8))
-        assert metrics.lines == 39
+            metrics.add_metrics(step, {"reward": float(step), "loss": 0.5})
+        metrics.add_image(39, "grid", np.zeros((4, 6, 3), np.uint8))
+        assert metrics.num_lines == 39
         assert len(list(read_lines(run.metrics))) < 5  # a half line is none
         disk(None)
-        metrics.log(40, {"reward": 40.0})
+        metrics.add_metrics(40, {"reward": 40.0})
     assert [line["step"] for line in lines(run)] == list(range(1, 41))
     shown = events(run)
     assert [step for step, tag in shown if tag == "reward"] == list(range(1, 41))
@@ -281,13 +308,13 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, disk, 
 def test_what_never_finds_room_is_counted(tmp_path, disk, monkeypatch):
     monkeypatch.setattr(append_log, "WAITING_BYTES", 100)
     run, stream = RunDir(tmp_path), io.StringIO()
-    metrics = Metrics(run, stream=stream)
+    metrics = RunLog(run, stream=stream)
     disk(0)
     for step in range(1, 6):
-        metrics.log(step, {"reward": float(step)})
-    assert metrics.lines == 3
+        metrics.add_metrics(step, {"reward": float(step)})
+    assert metrics.num_lines == 3
     metrics.close()
-    assert "metrics.jsonl: 5 record(s) were lost" in stream.getvalue()
+    assert "metrics.jsonl: 5 record(s) are lost" in stream.getvalue()
     assert not lines(run)
 
 
@@ -295,9 +322,9 @@ def test_each_sink_is_closed_whatever_becomes_of_the_others(tmp_path, monkeypatc
     def fails(self):
         raise RuntimeError("no")
 
-    metrics = Metrics(RunDir(tmp_path), stream=io.StringIO())
-    metrics.log(1, {"reward": 1.0})
-    monkeypatch.setattr(metrics._board.records, "close", fails.__get__(metrics._board.records))
+    metrics = RunLog(RunDir(tmp_path), stream=io.StringIO())
+    metrics.add_metrics(1, {"reward": 1.0})
+    monkeypatch.setattr(metrics._events.records, "close", fails.__get__(metrics._events.records))
     ended = []
     monkeypatch.setattr(metrics._console, "close", lambda: ended.append("console"))
     with pytest.raises(RuntimeError, match="no"):

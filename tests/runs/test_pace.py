@@ -23,26 +23,25 @@ def clock(monkeypatch):
 def test_steps_that_compile_do_not_count():
     pace = Pace()
     pace.add_step(300.0)  # the first of a process
-    assert pace.seconds_per_step is None and pace.seconds_left(1, 9) is None
+    assert pace.seconds_per_step is None and pace.estimate_seconds_left(1, 9) is None
     pace.add_step(90.0, compiling=80.0)  # a new shape
     assert pace.seconds_per_step is None
     for seconds in (2.0, 2.0, 50.0, 2.1):  # one was disturbed
         pace.add_step(seconds, compiling=0.01)
     assert pace.seconds_per_step == pytest.approx(2.05)
-    assert pace.seconds_left(10, 110) == pytest.approx(205)
+    assert pace.estimate_seconds_left(10, 110) == pytest.approx(205)
 
 
 def test_what_comes_between_steps_is_added(clock):
-    pace = Pace()
-    pace.count_milestones = lambda step: {"evaluation": 3, "save": 2, "images": 4}
+    pace = Pace(lambda step: {"evaluation": 3, "save": 2, "images": 4})
     for seconds in (60.0, 20.0, 22.0):  # the first compiles
-        with pace.milestone("evaluation"):
+        with pace.time_milestone("evaluation"):
             clock[0] += seconds
-    with pace.milestone("save"):
+    with pace.time_milestone("save"):
         clock[0] += 5.0
     pace.add_step(100.0)
     pace.add_step(1.0)
-    assert pace.seconds_left(5, 15) == pytest.approx(10 + 3 * 21 + 2 * 5)
+    assert pace.estimate_seconds_left(5, 15) == pytest.approx(10 + 3 * 21 + 2 * 5)
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def make_config(root, **changes):
 
 
 def open_once(config):
-    with run_directory.opened(config) as run:
+    with run_directory.open_run_directory(config) as run:
         return run
 
 
 def refused(config):
-    with pytest.raises(InputError) as error, run_directory.opened(config):
+    with pytest.raises(InputError) as error, run_directory.open_run_directory(config):
         pass
     return error.value.problems
 
@@ -93,11 +93,11 @@ def test_every_other_difference_is_listed_and_nothing_is_written(tmp_path):
 def test_differences_of_plain_dicts():
     old = {"a": {"b": 1, "gone": 2}, "train": {"stop_after": 1}, "list": [1, 2]}
     new = {"a": {"b": 1.0}, "train": {"stop_after": None}, "list": [1]}
-    assert run_directory.differences(old, new) == [
+    assert run_directory.list_differences(old, new) == [
         "a.gone: not given, the run has 2",
         "list.1: not given, the run has 2",
     ]
-    assert run_directory.differences(new, new) == []
+    assert run_directory.list_differences(new, new) == []
 
 
 def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatc
         for tree, value in ((old, was), (new, now)):
             section, name = key.split(".")
             tree[section] = {name: value}
-        return run_directory.differences(old, new, start)
+        return run_directory.list_differences(old, new, start)
 
     for spelt in ("../first/rows.parquet", "link.parquet", f"{first}/./rows.parquet"):
         assert not changed("data.path", "rows.parquet", spelt)
@@ -126,8 +126,8 @@ def test_the_same_files_under_other_spellings_are_no_change(tmp_path, monkeypatc
     assert changed("data.path", "rows.parquet", "../first/judge.py")
     assert changed("model.dtype", "../first", "../first/.")  # no path
     rewards = [{"rewards": [{"use": use}]} for use in ("judge.py:f", "../first/judge.py:f")]
-    assert not run_directory.differences(*rewards, start)
-    assert run_directory.differences(
+    assert not run_directory.list_differences(*rewards, start)
+    assert run_directory.list_differences(
         rewards[0], {"rewards": [{"use": "../first/judge.py:g"}]}, start
     )
 
@@ -187,14 +187,14 @@ def test_a_config_file_that_is_broken(tmp_path, text):
 
 
 def test_only_the_first_process_touches_the_directory(tmp_path):
-    with run_directory.opened(make_config(tmp_path / "run"), primary=False) as run:
+    with run_directory.open_run_directory(make_config(tmp_path / "run"), primary=False) as run:
         assert run.checkpoints == tmp_path / "run" / "checkpoints"
     assert not (tmp_path / "run").exists()
 
 
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
     config = make_config(tmp_path)
-    with run_directory.opened(config):
+    with run_directory.open_run_directory(config):
         (line,) = refused(config)
         assert f"process {os.getpid()} on " in line
     open_once(config)
@@ -203,8 +203,8 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from corl_jax.runs.directory import locked
-with locked(Path(sys.argv[1])):
+from corl_jax.runs.directory import lock_directory
+with lock_directory(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2] == "fork" else 1
     if not child:
         time.sleep(60)
@@ -268,7 +268,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     before = path.read_bytes()
     with pytest.raises(TypeError, match="no place in JSON"):
         run.write_json("summary.json", {"x": object()})
-    with pytest.raises(KeyboardInterrupt), run_directory.replacing(path) as file:
+    with pytest.raises(KeyboardInterrupt), run_directory.replace_file(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == before
@@ -319,21 +319,21 @@ def test_two_runs_cannot_share_a_place_of_checkpoints(tmp_path):
     one, two = run_directory.RunDir(tmp_path / "one"), run_directory.RunDir(tmp_path / "two")
     one.root.mkdir()
     two.root.mkdir()
-    with run_directory.checkpoints_locked(one, str(shared)) as place:
+    with run_directory.lock_checkpoints(one, str(shared)) as place:
         assert place == str(shared)
-        with pytest.raises(InputError) as error, run_directory.checkpoints_locked(two, str(shared)):
+        with pytest.raises(InputError) as error, run_directory.lock_checkpoints(two, str(shared)):
             pass
         assert f"checkpoint.directory: {shared} is being written by process" in str(error.value)
-        with run_directory.checkpoints_locked(two, str(shared), primary=False):
+        with run_directory.lock_checkpoints(two, str(shared), primary=False):
             pass
-    with run_directory.checkpoints_locked(two, None) as place:  # whose own another run may name
+    with run_directory.lock_checkpoints(two, None) as place:  # whose own another run may name
         assert place == two.checkpoints
-        with pytest.raises(InputError), run_directory.checkpoints_locked(one, str(place)):
+        with pytest.raises(InputError), run_directory.lock_checkpoints(one, str(place)):
             pass
-    with run_directory.checkpoints_locked(one, "gs://bucket/run") as place:
+    with run_directory.lock_checkpoints(one, "gs://bucket/run") as place:
         assert place == "gs://bucket/run"
     with (
-        run_directory.opened(make_config(tmp_path / "same")) as run,
-        run_directory.checkpoints_locked(run, str(run.root)),
+        run_directory.open_run_directory(make_config(tmp_path / "same")) as run,
+        run_directory.lock_checkpoints(run, str(run.root)),
     ):
         pass

@@ -10,7 +10,7 @@ import pytest
 
 from corl_jax.config.files import validate
 from corl_jax.runs import export_record
-from corl_jax.runs.export_record import RECORD_FILE, describe_age, place_problems
+from corl_jax.runs.export_record import RECORD_FILE, describe_age, list_place_problems
 from corl_jax.train import export as model_export
 
 
@@ -81,15 +81,15 @@ def test_guidance_that_transformers_cannot_express_is_said(refresh):
 
 def test_the_place_of_an_export_is_looked_at_before_training(tmp_path):
     folder = tmp_path / "export"
-    assert place_problems(folder) == []
+    assert list_place_problems(folder) == []
     folder.mkdir()
-    assert place_problems(folder) == []
+    assert list_place_problems(folder) == []
     (folder / "notes.txt").write_text("mine")
-    assert "holds files that are no export; move it away" in place_problems(folder)[0]
+    assert "found files that are not of an export; move it away" in list_place_problems(folder)[0]
     (folder / "adapter_config.json").write_text("{}")
-    assert place_problems(folder) == []
+    assert list_place_problems(folder) == []
     (tmp_path / "link").symlink_to(folder)
-    assert "no folder of its own" in place_problems(tmp_path / "link")[0]
+    assert "found a file or a link, expected a folder" in list_place_problems(tmp_path / "link")[0]
 
 
 def test_the_age_of_an_export_is_told_while_the_run_is_longer(tmp_path):

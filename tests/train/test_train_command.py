@@ -22,19 +22,24 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from corl_jax.config import files as config_files
-from corl_jax.config.schema import Guards
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
+from corl_jax.metrics import Metric
 from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.plan import tables as plan_tables
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
-from corl_jax.runs.log import Phases
+from corl_jax.runs.log import RunLog, StepLog
+from corl_jax.runs.pace import Phases
+from corl_jax.runs.watchdog import Watchdog
 from corl_jax.train import __main__ as command
 from corl_jax.train import check as run_check
 from corl_jax.train import iteration as rl_iteration
-from corl_jax.train import loop, milestones, resolve
+from corl_jax.train import loop, milestones, reports, resolve
+from corl_jax.train.alarms import make_guards
+from corl_jax.train.resume import fingerprint_untrained
+from corl_jax.train.run import Iteration
 from corl_jax.types import Prompts
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests.support import metrics_page, tiny_runs
@@ -294,7 +299,7 @@ def test_a_longer_interruption_between_checkpoints_is_repeated(straight, model, 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(milestones.Recorder, "save", dies)
+        patch.setattr(milestones, "save_state", dies)
         with pytest.raises(KeyboardInterrupt):
             train(tree)
     assert [line["step"] for line in metric_lines(folder)] == [0, 1, 2, 2, 3]
@@ -322,7 +327,7 @@ def test_drawing_alone(options, tmp_path):
 def test_answering_alone(options, monkeypatch):
     """The table of answers comes without drawings, too."""
     tables = []
-    monkeypatch.setattr(milestones.Metrics, "text", lambda *args: tables.append(args))
+    monkeypatch.setattr(RunLog, "add_text", lambda *args: tables.append(args))
     tree = options(
         algorithm={"tasks": "mm2t"}, rewards=[{"name": "qa_accuracy"}], log={"images_every": 2}
     )
@@ -540,14 +545,14 @@ def test_heads_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
 
 def test_a_second_writer_is_refused(options, capsys):
     tree = options()
-    with run_directory.opened(config_files.validate(tree, "test")):
+    with run_directory.open_run_directory(config_files.validate(tree, "test")):
         (line,) = refused(capsys, tree)
     assert f"is being written by process {os.getpid()}" in line
 
 
 def test_another_config_in_the_same_directory_is_refused(options, capsys):
     tree = options()
-    with run_directory.opened(config_files.validate(tree, "test")):
+    with run_directory.open_run_directory(config_files.validate(tree, "test")):
         pass
     lines = refused(
         capsys, tree, "optimizer.learning_rate=1e-5", "train.max_steps=9", "log.every=5"
@@ -586,19 +591,24 @@ def test_check_refuses_question_types_that_are_neither(options, tmp_path, capsys
     assert len(lines) == 4 and "row 0: qa_type: found 'essay', expected MC or OE" in lines[0]
 
 
-def test_the_last_iteration_of_a_run_without_rewards_ends_it():
+def step_log(tree: dict, run: SimpleNamespace, log: SimpleNamespace) -> StepLog:
+    """The log of a run's iterations, without a run directory."""
+    config = config_files.validate(tree, "test")
+    outputs = SimpleNamespace(
+        log=log, guards=make_guards(config.guards), watchdog=Watchdog(),
+        saver=SimpleNamespace(poll=lambda: None),
+    )  # fmt: skip
+    return command.make_step_log(config, run, outputs)
+
+
+def test_the_last_iteration_of_a_run_without_rewards_ends_it(options):
     """However short; nothing of it is saved then."""
-    config = SimpleNamespace(
-        guards=Guards(), checkpoint=SimpleNamespace(max_failures=1), log=SimpleNamespace(every=9)
-    )
-    saves = SimpleNamespace(poll=lambda: None, check=lambda: None)
-    recorder = milestones.Recorder(config, None, SimpleNamespace(say=print), saves, None)
-    recorder.saver = saves
-    done = SimpleNamespace(updates=[], metrics={"not_applicable": 1.0})
-    run = SimpleNamespace(steps=2)
-    recorder.iteration(0, done, {}, run)
+    run = SimpleNamespace(steps=2, phases=Phases())
+    log = step_log(options(log={"every": 9}), run, SimpleNamespace(say=print))
+    done = Iteration({"not_applicable": Metric(1.0)}, {}, {}, [])
+    log.add(1, done)
     with pytest.raises(GuardError, match="no reward has applied to any completion of the 2 step"):
-        recorder.iteration(1, done, {}, run)
+        log.add(2, done)
 
 
 def test_warmup_that_outlasts_the_epochs_is_refused(options):
@@ -643,33 +653,31 @@ def test_held_out_rows_count_once(monkeypatch):
     loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
-    everything = milestones.held_out_rewards(run, {}, 99)
-    assert everything["eval/t2i/r"] == pytest.approx(4.0)
+    everything = reports.evaluate_rewards(run, {}, 99)
+    mean, error = everything["eval/t2i/r"]
+    assert mean == pytest.approx(4.0)
     spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
-    assert everything["eval/t2i/r_stderr"] == pytest.approx(spread)
-    assert milestones.held_out_rewards(run, {}, 4)["eval/t2i/r"] == pytest.approx(2.5)
+    assert error == pytest.approx(spread)
+    assert reports.evaluate_rewards(run, {}, 4)["eval/t2i/r"][0] == pytest.approx(2.5)
 
 
 def test_seconds_are_those_of_the_step_that_is_logged(options):
     """Unlogged steps count in the mean; the line of one step has nothing of the next."""
     taken = []
-    recorder = milestones.Recorder(
-        config=config_files.validate(options(log={"every": 2}), "test"), run_dir=None,
-        metrics=SimpleNamespace(log=lambda step, values: taken.append((step, values))),
-        checkpoints=SimpleNamespace(poll=lambda: None), model_dir=None,
-    )  # fmt: skip
     loader = SimpleNamespace(
         steps_per_epoch=4, counts={"bad": 0}, share_unusable=lambda union: None
     )
     run = SimpleNamespace(
-        steps=5, num_iterations=1, schedule=float, train_loader=loader, group_size=2,
-        tasks=("t2i",),
-    )  # fmt: skip
-    for step in range(5):
-        seconds = {"step_time": step + 1.0, "phase/rollout_seconds": 2.0}
-        metrics = {"update/applied": step + 1}
-        done = SimpleNamespace(metrics=metrics, samples={}, rewards={}, updates=[])
-        recorder.iteration(step, done, seconds, run)
+        steps=5, schedule=float, train_loader=loader, group_size=2, tasks=("t2i",), phases=Phases()
+    )
+    sink = SimpleNamespace(
+        add_metrics=lambda step, values: taken.append((step, values)),
+        raise_alarms=lambda guards, lines: None,
+    )
+    log = step_log(options(log={"every": 2}), run, sink)
+    for step in range(1, 6):
+        log.clock.take = lambda: {"step_time": float(step), "phase/rollout_seconds": 2.0}  # noqa: B023
+        log.add(step, Iteration({"update/applied": Metric(step)}, {}, {}, []))
     assert [(step, values["step_time"]) for step, values in taken] == [(2, 1.5), (4, 3.5), (5, 5.0)]
     assert all(values["perf/images_per_second"] == 4 for _, values in taken)
 
@@ -759,59 +767,66 @@ def test_an_export_that_transformers_cannot_express(options, model, tmp_path, ca
 # ---- the loop
 
 
-def test_the_first_step_is_told_and_saves_prepared_before_the_second():
-    """Later ones are read after the next is dispatched; the last one at the end."""
+def test_each_step_is_logged_before_its_milestones_and_the_next_step():
     told = []
 
     def iterate(run, state, prompts, step):
         told.append(f"step {step}")
         return state + prompts, f"done {step}"
 
-    recorder = SimpleNamespace(
-        iteration=lambda step, done, seconds, run: told.append(done),
-        prepare_saves=lambda: told.append("prepared"),
-        due=lambda step, run: step == 6,
-        milestone=lambda run, state, step: told.append(f"milestone {step}"),
-        metrics=SimpleNamespace(announce_compilation=lambda what: told.append(f"first {what}")),
+    def milestone(name: str, due_at: int) -> milestones.Milestone:
+        return milestones.Milestone(
+            name, lambda step: step == due_at,
+            lambda state, step: told.append(f"{name} {step}, state {state}"),
+        )  # fmt: skip
+
+    log = SimpleNamespace(
+        begin=lambda: told.append("begin"),
+        add=lambda step, result: told.append(f"{step}: {result}"),
+        clock=SimpleNamespace(restart=lambda: told.append("restart")),
     )
     run = SimpleNamespace(
-        iterate=iterate, phases=Phases(),
-        train_loader=SimpleNamespace(iterate=lambda start, stop: [10, 20, 30, 40]),
-    )  # fmt: skip
-    assert loop.train(run, 0, recorder, 3, 7) == 100
+        iterate=iterate,
+        train_loader=SimpleNamespace(iterate=lambda start, stop: [10, 20, 30, 40][: stop - start]),
+    )
+    due = [milestone("prepare", 4), milestone("draw", 6), milestone("save", 6)]
+    assert loop.train(run, 0, range(3, 7), due, log) == 100
     assert told == [
-        "first step", "step 3", "done 3", "prepared", "step 4", "step 5", "done 4", "done 5",
-        "milestone 6", "step 6", "done 6",
+        "begin", "step 3", "4: done 3", "prepare 4, state 10", "restart", "step 4", "5: done 4",
+        "step 5", "6: done 5", "draw 6, state 60", "save 6, state 60", "restart", "step 6",
+        "7: done 6",
     ]  # fmt: skip
+    told.clear()
+    assert loop.train(run, 5, range(7, 7), due, log) == 5 and not told, "nothing is left to do"
 
 
 def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypatch):
     """Two saves and the look before the second process resumes."""
     taken, steps = [], []
-    digests, iteration = command.untrained_digests, milestones.Recorder.iteration
+    fingerprint, add = fingerprint_untrained, StepLog.add
 
     def take(run):
         taken.append(len(steps))
-        return digests(run)
+        return fingerprint(run)
 
-    def log(self, step, *rest):
+    def log(self, step, result):
         steps.append(step)
-        return iteration(self, step, *rest)
+        return add(self, step, result)
 
     pixels, dtypes = rl_iteration.sampling.decode_images, []
     monkeypatch.setattr(
         rl_iteration.sampling, "decode_images",
         lambda *args, dtype: dtypes.append(dtype) or pixels(*args, dtype=dtype),
     )  # fmt: skip
-    monkeypatch.setattr(command, "untrained_digests", take)
-    monkeypatch.setattr(milestones.Recorder, "iteration", log)
+    monkeypatch.setattr(command, "fingerprint_untrained", take)
+    monkeypatch.setattr(StepLog, "add", log)
     tree = options(
         algorithm={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
         checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"},
     )  # fmt: skip
     path = write_config(tmp_path / "config.yaml", tree)
     command.main(["--config", str(path), "train.stop_after=2"])
-    assert taken == [1] and steps == [0, 1]
+    assert taken == [1] and steps == [1, 2]
     assert set(dtypes) == {jax.numpy.bfloat16}, "of rollout.pixel_dtype"
     command.main(["--config", str(path)])
-    assert taken == [1, 2] and steps == [0, 1, 2]
+    assert taken == [1, 2] and steps == [1, 2, 3]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from corl_jax.policies.janus.images import decode_images
-from corl_jax.runs.fingerprints import summary
+from corl_jax.runs.fingerprints import fingerprint_tree
 from tools.bench.generation import STREAMS, codes, keys, prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
@@ -43,7 +43,7 @@ def _drawn(setting: Setting) -> Iterator[Record]:
 
 def repeated(setting: Setting, name: str, call: Callable[[], Any]) -> Record:
     """The record of one thing that is called several times."""
-    digests = [summary(call()) for _ in range(setting.repeats + 1)]
+    digests = [fingerprint_tree(call()) for _ in range(setting.repeats + 1)]
     figures = {"results": len(set(digests)), "of": len(digests), "digest": digests[-1][:12]}
     return Record("bits", name, None, figures)
 

@@ -19,7 +19,7 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
-from corl_jax.runs.log import Phases
+from corl_jax.runs.pace import Phases
 from corl_jax.tasks import TASKS
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.build import state_shardings, task_weights

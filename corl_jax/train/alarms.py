@@ -1,0 +1,114 @@
+"""Which metrics the guards of a run look at, and with which limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from corl_jax.config import schema
+from corl_jax.metrics import Metric
+from corl_jax.runs.guards import WINDOW, Alarm, Guards, Limits, Update
+from corl_jax.tasks import TASKS
+from corl_jax.train.run import Iteration
+
+REWARD = "reward"
+"""The metric that should rise during training."""
+NOT_APPLICABLE = "not_applicable"
+"""Fraction of the completions that no reward applies to."""
+
+
+def name_for_tasks(name: str) -> tuple[str, ...]:
+    """Returns the names of one metric of each task."""
+    return tuple(f"{task}/{name}" for task in TASKS)
+
+
+DIFFERENCE = "sampling/sampling_logp_difference"
+ALARMS = (
+    Alarm(
+        "kl", name_for_tasks("kl"),
+        "the policy leaves its reference; try a lower learning rate or a larger kl_coef",
+    ),
+    Alarm(
+        "entropy", name_for_tasks("entropy"), "samples become alike and groups teach nothing",
+        above=False, span=WINDOW, relative=True,
+    ),
+    Alarm(
+        "duplicates", ("t2i/duplicate_fraction",), "images of a group have the same tokens",
+        span=WINDOW,
+    ),
+    Alarm(
+        "zero_spread", ("frac_reward_zero_std",),
+        "groups get equal rewards, so there is no signal", span=WINDOW, nan_is_absent=True,
+    ),
+    Alarm(
+        "not_applicable", (NOT_APPLICABLE, *name_for_tasks(NOT_APPLICABLE)),
+        "these completions have no reward (None, NaN or infinite) and teach nothing; look at the "
+        "columns that the rewards need",
+        span=WINDOW,
+        # A reward that never applies, beside others that do.
+        always_one=re.compile(rf"({'|'.join(TASKS)})/rewards/[^/]+/{NOT_APPLICABLE}"),
+    ),
+    Alarm(
+        "drift_mean", name_for_tasks(f"{DIFFERENCE}/mean"),
+        "the sampler and the trainer disagree; check dtype, temperature, top_k, top_p, cfg_scale",
+    ),
+    Alarm(
+        "drift_max", name_for_tasks(f"{DIFFERENCE}/max"),
+        "a token is far less likely to either the sampler or the trainer",
+    ),
+)  # fmt: skip
+"""Alarms over logged metrics. The limit of each is the option of `guards` with its name."""
+
+
+def list_alarms(options: schema.Guards) -> list[Alarm]:
+    """Returns the alarms that have a limit in the options."""
+    limits = {alarm.name: getattr(options, alarm.name) for alarm in ALARMS}
+    return [
+        dataclasses.replace(alarm, limit=limits[alarm.name])
+        for alarm in ALARMS
+        if limits[alarm.name] is not None
+    ]
+
+
+def make_guards(options: schema.Guards) -> Guards:
+    """Returns the guards of a run."""
+    limits = Limits(
+        max_skipped_updates=options.max_skipped_updates,
+        max_failed_fraction=options.max_failed_reward_fraction,
+        end_unrewarded=options.not_applicable is not None,
+        held_out=options.held_out,
+        fatal=tuple(options.fatal),
+    )
+    return Guards(limits, list_alarms(options), progress=REWARD)
+
+
+def describe_updates(updates: Sequence[Mapping[str, Metric]]) -> list[Update]:
+    """Returns the updates of an iteration as guards read them; waits for the device."""
+    return [
+        Update(
+            skipped=bool(metrics["update/skipped"].value),
+            loss=metrics["loss"],
+            grad_norm=metrics["grad_norm"],
+            # Metrics of the first update alone compare with the sampler; the loss has no part
+            # in them.
+            parts={n: m.value for n, m in metrics.items() if "/" in n and m.over == "last"},
+        )
+        for metrics in updates
+    ]
+
+
+def check_iteration(guards: Guards, step: int, iteration: Iteration, is_last: bool) -> None:
+    """Has the guards check an iteration, after which `step` are done.
+
+    Raises:
+        GuardError, RewardError: the run must not continue, nor be saved as it is.
+    """
+    unrewarded = iteration.metrics.get(NOT_APPLICABLE)
+    guards.check_step(
+        step,
+        describe_updates(iteration.updates),
+        {reward: float(fraction) for reward, fraction in iteration.failed.items()},
+        None if unrewarded is None else float(unrewarded),
+        is_last,
+    )
