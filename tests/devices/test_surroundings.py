@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from corl_jax import console, evaluate, generate, startup
+from corl_jax import console, evaluate, generate
+from corl_jax.devices import startup
 from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
 from corl_jax.fonts import make_drawable

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from corl_jax import policies
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Guards
 from corl_jax.devices.mesh import make_mesh
@@ -28,6 +29,7 @@ from corl_jax.errors import GuardError, InputError
 from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.plan import tables as plan_tables
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
 from corl_jax.runs.log import Phases
@@ -622,7 +624,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     planned = resolve.resolve_run(config_files.validate(tree, "test"))
     assert planned.train_loader.tasks == ("t2i",)
     batch = planned.eval_loader.batch(0)
-    assert batch.t2i is not None and batch.mm2t is not None
+    assert set(batch.encoded) == {"t2i", "mm2t"}
 
 
 def test_held_out_rows_count_once(monkeypatch):
@@ -639,7 +641,7 @@ def test_held_out_rows_count_once(monkeypatch):
 
     monkeypatch.setattr(rl_iteration, "sample", lambda *_: None)
     monkeypatch.setattr(rl_iteration, "decode", lambda run, task, params, prompts, rollout: prompts)
-    monkeypatch.setattr(rl_iteration, "score_task", scored)
+    monkeypatch.setattr(rl_iteration, "score_samples", scored)
     loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
@@ -798,11 +800,14 @@ def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypa
         steps.append(step)
         return iteration(self, step, *rest)
 
-    pixels, dtypes = rl_iteration.sampling.decode_images, []
-    monkeypatch.setattr(
-        rl_iteration.sampling, "decode_images",
-        lambda *args, dtype: dtypes.append(dtype) or pixels(*args, dtype=dtype),
-    )  # fmt: skip
+    dtypes = []
+
+    def decode(*args, dtype):
+        dtypes.append(dtype)
+        return FAMILY.decode_images(*args, dtype=dtype)
+
+    recording = dataclasses.replace(FAMILY, decode_images=decode)
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, recording)
     monkeypatch.setattr(command, "untrained_digests", take)
     monkeypatch.setattr(milestones.Recorder, "iteration", log)
     tree = options(
