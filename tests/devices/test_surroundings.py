@@ -219,7 +219,7 @@ def config(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         f"output_dir: {tmp_path}/run\nmodel: {{path: none}}\ndata: {{path: none}}\n"
-        "rewards: [{name: format}]\ngrpo: {tasks: mm2t}\n",
+        "rewards: [{name: format}]\nalgorithm: {tasks: mm2t}\n",
         encoding="utf-8",
     )
     return str(path)
