@@ -526,6 +526,15 @@ def test_contradictions_are_refused(options, capsys, changes, parts):
     assert all(part in joined for part in parts), joined
 
 
+@pytest.mark.parametrize(
+    ("trainable", "patterns"),
+    [(None, FAMILY.trainable), (["lm_head/.*"], ["lm_head/.*"]), ([], [])],
+)
+def test_null_alone_trains_what_the_model_recommends(options, trainable, patterns):
+    config = config_files.validate(options(train={"trainable": trainable}), "test")
+    assert resolve.trained_patterns(config, FAMILY) == patterns
+
+
 def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
     monkeypatch.setattr(resolve, "make_mesh", make_mesh)
     lines = refused(capsys, options(train={"prompts_per_step": 12}))
