@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from corl_jax.policies.sampling_options import (
     tell_sampling,
     temperature_problems,
 )
-from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import Case
@@ -81,11 +81,11 @@ def check_options(args: argparse.Namespace, samples: str) -> list[str]:
 
 
 def check_model(
-    args: argparse.Namespace, new_tokens: int | None, ids_of: Callable[[Any], list]
+    args: argparse.Namespace, new_tokens: int | None, task: Task, rows: list, system: str = ""
 ) -> list[str]:
-    """Problems of the model's small files, and of prompts that are too long for it.
+    """Returns problems of the model's small files, and of prompts that are too long for it.
 
-    `ids_of(processor)` gives (what it is, token ids) of each prompt.
+    `rows` has (what it is, columns) of each prompt; without `new_tokens` an image follows.
     """
     from corl_jax.policies import inspect_policy
 
@@ -99,8 +99,8 @@ def check_model(
     return [
         f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
         f"is generated in the model's {positions} positions"
-        for what, ids in ids_of(model.processor)
-        if len(ids) > room
+        for what, row in rows
+        if len(ids := model.processor.prompt_ids(task.turn.prompt, row, system)) > room
     ]
 
 
@@ -135,14 +135,8 @@ def check_image(args: argparse.Namespace) -> list[str]:
     prompts, wrong = image_prompts(args)
     problems += wrong + complete_options(args, ("cfg_scale", "temperature"))
     texts = [questions.without_surrogates(prompt) for prompt in prompts]
-    problems += check_model(
-        args,
-        None,
-        lambda p: [
-            (f"prompt {i}", p.prompt_ids(IMAGE_GENERATION.turn.prompt, {"prompt": x}))
-            for i, x in enumerate(texts)
-        ],
-    )
+    rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(texts)]
+    problems += check_model(args, None, IMAGE_GENERATION, rows)
     if problems:
         raise InputError(problems)
     return prompts
@@ -252,13 +246,9 @@ def check_text(args: argparse.Namespace) -> list[Case]:
     problems += no_room
     system = questions.without_surrogates(args.system_prompt)
     asked = [(case.where, questions.without_surrogates(ask(args, case))) for case in cases]
-    problems += check_model(
-        args, 0 if no_room else args.max_new_tokens,
-        lambda p: [
-            (where, p.prompt_ids(IMAGE_UNDERSTANDING.turn.prompt, {"qa_problem": text}, system))
-            for where, text in asked
-        ],
-    )  # fmt: skip
+    rows = [(where, {"qa_problem": text}) for where, text in asked]
+    new_tokens = 0 if no_room else args.max_new_tokens
+    problems += check_model(args, new_tokens, IMAGE_UNDERSTANDING, rows, system)
     if problems:
         raise InputError(problems)
     return cases

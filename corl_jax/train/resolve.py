@@ -88,7 +88,8 @@ def trained_patterns(config: Config, family: Family) -> Sequence[str]:
     """Returns the regexes of the trained parameters: the adapters, or those of the config."""
     if config.lora.rank:
         return [family.adapters.paths]
-    return config.train.trainable or family.trainable
+    chosen = config.train.trainable
+    return family.trainable if chosen is None else chosen
 
 
 def outline_run(
@@ -182,7 +183,7 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
     options, known = config.lora, family.adapters.targets
     if not options.rank:
         return sizes
-    targets = tuple(options.targets or known)
+    targets = known if options.targets is None else tuple(options.targets)
     unknown = [name for name in targets if name not in known]
     if unknown or not targets or len(set(targets)) < len(targets):
         raise InputError(

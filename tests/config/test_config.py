@@ -181,7 +181,7 @@ def test_empty_list_of_rewards_is_no_reward(write):
 
 NO_PATHS = {
     "rewards.name", "data.system_prompt", "sft.answer_column", "sft.caption_column",
-    "train.trainable", "distributed.coordinator_address",
+    "train.trainable", "lora.targets", "distributed.coordinator_address",
     *(f"data.columns.{name}" for name in Columns.model_fields),
 }  # fmt: skip
 

@@ -16,7 +16,9 @@ from corl_jax.config.schema import Compat, Config, Reward, RewardNetwork, Sectio
 from corl_jax.errors import InputError
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
+from corl_jax.train import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
@@ -94,7 +96,7 @@ def test_config_survives_being_written_out(name, tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_trainable_patterns_match_parameters(name):
     shapes = network.abstract(network.PRESETS["janus-pro-1b"])
-    trained, frozen = partition(shapes, load(name).train.trainable)
+    trained, frozen = partition(shapes, load(name).train.trainable or FAMILY.trainable)
     assert trained and frozen
 
 
@@ -152,7 +154,10 @@ def test_7b_differs_from_1b_in_model_mesh_and_adapters_alone(stage):
     expected = {"output_dir", "model.path", "mesh.data", "mesh.fsdp"} | adapters
     assert differing(small, large) == expected
     config_files.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
-    assert len(large.lora.targets) == 7 and large.export.lora == "merged"
+    if adapters:
+        adapted = resolve.add_adapters(large, FAMILY, network.PRESETS["janus-pro-7b"])
+        assert len(FAMILY.adapters.options_of(adapted).targets) == 7
+    assert large.lora.targets is None and large.export.lora == "merged"
     assert (large.mesh.data, large.mesh.fsdp, large.mesh.tensor) == (1, -1, 1)
 
 
@@ -180,7 +185,8 @@ def test_values_are_those_of_the_papers_table(size, stage):
     assert (config.optimizer.name, config.optimizer.schedule) == ("adamw", "linear")
     assert config.optimizer.max_grad_norm == 1.0 and config.optimizer.warmup_steps == 0
     assert config.compat == Compat()
-    assert config.train.trainable == ["language_model/.*", "lm_head/.*"]
+    assert config.train.trainable is None  # what the model's recipe trains
+    assert FAMILY.trainable == ("language_model/.*", "lm_head/.*")
 
 
 @pytest.mark.parametrize("size", ["1b", "7b"])

@@ -12,8 +12,9 @@ import pytest
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import InputError
+from corl_jax.tasks import CODES
 from corl_jax.train import iteration
-from corl_jax.types import EncodedPrompts, Prompts, Rollout
+from corl_jax.types import EncodedPrompts, Prompts, Segment
 
 
 class Device(SimpleNamespace):
@@ -82,18 +83,19 @@ def test_pieces_of_a_rollout_are_put_together_in_order(mesh, at_once):
     def sampler(params, prompts, keys):
         tokens = jnp.repeat(prompts.input_ids, 2, axis=0)
         bits = jax.random.key_data(keys)
-        return Rollout(prompts, tokens, jnp.ones(tokens.shape, bool), bits.astype(jnp.float32))
+        mask = jnp.ones(tokens.shape, bool)
+        return (Segment(CODES, tokens, mask, bits.astype(jnp.float32)),)
 
     run = SimpleNamespace(
         mesh=mesh, rollout_batch=at_once, group_size=2, seed=3, samplers={"t2i": sampler}
     )
     ids = np.arange(16)[:, None] * np.ones((1, 5), np.int32)
-    prompts = Prompts(np.arange(16), {}, t2i=EncodedPrompts(ids, np.ones(ids.shape, bool)))
+    prompts = Prompts(np.arange(16), {}, {"t2i": EncodedPrompts(ids, np.ones(ids.shape, bool))})
     with jax.set_mesh(mesh):
         found = iteration.sample(run, "t2i", {}, prompts)
-    np.testing.assert_array_equal(found.tokens[:, 0], np.repeat(np.arange(16), 2))
+    np.testing.assert_array_equal(found.segments[0].values[:, 0], np.repeat(np.arange(16), 2))
     np.testing.assert_array_equal(found.prompts.input_ids, ids)
     whole = SimpleNamespace(**{**vars(run), "rollout_batch": 16})
     with jax.set_mesh(mesh):
         wanted = iteration.sample(whole, "t2i", {}, prompts)
-    np.testing.assert_array_equal(found.logprobs, wanted.logprobs)
+    np.testing.assert_array_equal(found.segments[0].logprobs, wanted.segments[0].logprobs)

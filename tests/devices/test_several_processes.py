@@ -30,8 +30,8 @@ from corl_jax.devices import processes
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
 from corl_jax.params import leaf_paths
-from corl_jax.plan import __main__ as plan
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
 from corl_jax.weights.files import load_config, load_params
@@ -339,7 +339,8 @@ def test_examples_are_well_formed(script):
         config = config_files.load(file, [x for x in arguments if x.startswith("output_dir=")])
         assert config.output_dir == "/runs/corl"
         devices = [Chip(i, i // 4) for i in range(16)]
-        resolve.outline_run(config, network.PRESETS["janus-pro-1b"], plan.STAND_INS, devices)
+        sizes = network.PRESETS["janus-pro-1b"]
+        resolve.outline_run(config, FAMILY, sizes, FAMILY.stand_in_tokens, devices)
     else:
         shell = text.splitlines()[0].removeprefix("#!")
         subprocess.run([shell, "-n", str(script)], check=True)

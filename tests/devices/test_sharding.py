@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from corl_jax.config import schema
-from corl_jax.config.schema import ADAPTERS
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.models import modules
@@ -27,7 +25,8 @@ from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.layout import RULES
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.layout import ADAPTER_PATHS, ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.train.resolve import mesh_problems
 from corl_jax.weights.network_rules import NETWORK_RULES
@@ -63,7 +62,7 @@ def table(params: Any, rules: device_mesh.Rules, spec_of: Callable) -> str:
         held = []
         for name, axes in MESHES.items():
             mesh = mesh_of(axes)
-            place = NamedSharding(mesh, spec_of(path, leaf.shape, mesh))
+            place = NamedSharding(mesh, spec_of(path, leaf.shape, mesh, rules))
             count = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             held.append(f"{count:>13,}")
             sums[name] += count
@@ -82,9 +81,9 @@ def tables() -> dict[str, str]:
     for size in ("1b", "7b"):
         params = network.abstract(PRESETS[f"janus-pro-{size}"])
         out[f"janus_pro_{size}.txt"] = table(params, RULES, device_mesh.param_spec)
-    lora = Lora(16, 32.0, tuple(schema.Lora().targets))
+    lora = Lora(16, 32.0, ADAPTER_TARGETS)
     adapted = network.adapted(PRESETS["janus-pro-7b"], lora)
-    adapters, _ = partition(network.abstract(adapted), [ADAPTERS])
+    adapters, _ = partition(network.abstract(adapted), [ADAPTER_PATHS])
     text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
@@ -104,7 +103,7 @@ def test_resolved_layouts_are_those_on_file():
 def test_large_matrices_of_reward_networks_are_split(name, mesh):
     for path, leaf in leaf_paths(networks()[name]):
         if leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6:
-            spec = device_mesh.network_spec(path, leaf.shape, mesh)
+            spec = device_mesh.network_spec(path, leaf.shape, mesh, NETWORK_RULES)
             assert {"fsdp", "tensor"} <= {axis for axis in spec if axis}, path
 
 
@@ -119,17 +118,21 @@ def test_a_reward_network_does_not_limit_the_mesh():
     """BERT's vocabulary, 30522, has few divisors; its twelve heads are no matter."""
     shape = (30522, 768)
     path = "embeddings/word_embeddings/embedding"
-    spec = device_mesh.network_spec(path, shape, mesh_of((1, 4, 8)))
-    assert spec == PartitionSpec(None, "fsdp")
-    assert device_mesh.network_spec(path, shape, mesh_of((1, 5, 7))) == PartitionSpec(None, None)
-    with pytest.raises(InputError, match="no sharding rule matches it; add one to NETWORK_RULES"):
-        device_mesh.network_spec("tower/kernel", (4, 4), mesh_of((1, 1, 1)))
+
+    def spec_of(path, shape, axes):
+        return device_mesh.network_spec(path, shape, mesh_of(axes), NETWORK_RULES)
+
+    assert spec_of(path, shape, (1, 4, 8)) == PartitionSpec(None, "fsdp")
+    assert spec_of(path, shape, (1, 5, 7)) == PartitionSpec(None, None)
+    message = "tower/kernel: no sharding rule matches it; add one to the rules of its network"
+    with pytest.raises(InputError, match=message):
+        spec_of("tower/kernel", (4, 4), (1, 1, 1))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_the_policy_is_divided_evenly(name, axes):
-    assert mesh_problems(PRESETS[name], mesh_of(axes)) == []
+    assert mesh_problems(FAMILY, PRESETS[name], mesh_of(axes)) == []
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_the_policy_is_divided_evenly(name, axes):
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_the_nearest(axes, expected):
-    problems = mesh_problems(PRESETS["janus-pro-1b"], mesh_of(axes))
+    problems = mesh_problems(FAMILY, PRESETS["janus-pro-1b"], mesh_of(axes))
     assert len(problems) == len(expected)
     for problem, pattern in zip(problems, expected, strict=True):
         assert re.match(pattern, problem), problem
@@ -151,7 +154,7 @@ def test_a_mesh_that_does_not_divide_is_refused_with_the_nearest(axes, expected)
 
 def test_a_parameter_that_is_not_divided_is_refused():
     with pytest.raises(InputError, match=r"tensor: 2 does not divide 97 \(axis 1 of lm_h"):
-        device_mesh.param_spec("lm_head/kernel", (32, 97), mesh_of((2, 2, 2)))
+        device_mesh.param_spec("lm_head/kernel", (32, 97), mesh_of((2, 2, 2)), RULES)
 
 
 def test_activations_of_odd_sizes_stay_whole(mesh):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from corl_jax import console, evaluate, generate, startup
+from corl_jax import console, evaluate, generate
+from corl_jax.devices import startup
 from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
 from corl_jax.fonts import make_drawable
@@ -218,7 +219,7 @@ def config(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         f"output_dir: {tmp_path}/run\nmodel: {{path: none}}\ndata: {{path: none}}\n"
-        "rewards: [{name: format}]\ngrpo: {tasks: mm2t}\n",
+        "rewards: [{name: format}]\nalgorithm: {tasks: mm2t}\n",
         encoding="utf-8",
     )
     return str(path)

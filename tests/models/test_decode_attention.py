@@ -184,7 +184,7 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     keys = jax.eval_shape(lambda: sample_keys(0, np.arange(rows), GROUP))
     options = {"special": special, "greedy": False, "dtype": jnp.bfloat16, "attention": "cudnn"}
     if program == "_image_program":
-        options, scalars, width = {**options, "guided": True, "score": "guided"}, 2, 2
+        options, scalars, width = {**options, "guided": True, "image_logprobs": "guided"}, 2, 2
     else:
         options, scalars, width = {**options, "max_new_tokens": 9, "top_k": 0, "top_p": 1.0}, 1, 1
     traced = getattr(sampling, program).usual.trace(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.config.schema import ADAPTERS
+from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
 from corl_jax.devices.mesh import batch_sharding, param_spec
 from corl_jax.models import layers, lora
 from corl_jax.models.lora import Lora
@@ -18,6 +18,8 @@ from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.decoding import FusedBlock
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES
 from corl_jax.train import build, step
 from corl_jax.weights import adapters
 from tests.support import draws
@@ -30,7 +32,9 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOME = ("q_proj", "v_proj", "up_proj")
 PROMPTS, GROUP = 4, 2
-OBJECTIVE = step.LossOptions(
+OPTIONS = step.UpdateOptions(
+    CLIPPED_POLICY_LOSS,
+    LossConstants(),
     LogprobOptions(SPECIAL, remat="none", chunk=10_000),
     (("t2i", 1.0), ("mm2t", 0.7)),
     dtype=jnp.float32,
@@ -45,7 +49,7 @@ def plain(tiny_config):
 def adapted(plain, targets=ALL, rank=4):
     """(config with adapters, adapters, base parameters), all random, so that none is idle."""
     config = network.adapted(plain, Lora(rank, 6.0, targets))
-    return config, *partition(random_params(config), [ADAPTERS])
+    return config, *partition(random_params(config), [ADAPTER_PATHS])
 
 
 def dense(config, trained, frozen):
@@ -61,7 +65,7 @@ def batch(plain):
 
 @functools.cache
 def program(config):
-    return jax.jit(lambda *args: step.gradients(config, OBJECTIVE, *args))
+    return jax.jit(lambda *args: step.gradients(FAMILY, config, OPTIONS, *args))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def found(plain, batch):
 
 def test_first_values_are_pefts(plain):
     config = network.adapted(plain, Lora(8, 16.0, ALL))
-    shapes, _ = partition(network.abstract(config), [ADAPTERS])
+    shapes, _ = partition(network.abstract(config), [ADAPTER_PATHS])
     first, again, other = (lora.init(shapes, jax.random.key(seed)) for seed in (0, 0, 1))
     flat, others = dict(leaf_paths(first)), dict(leaf_paths(other))
     for path, leaf in leaf_paths(again):
@@ -96,17 +100,17 @@ def test_first_values_are_pefts(plain):
 def test_fresh_adapters_change_nothing(plain, batch):
     """But rounding: what XLA fuses with the zeros that they add may sum in another order."""
     config = network.adapted(plain, Lora(8, 16.0, ALL))
-    shapes, _ = partition(network.abstract(config), [ADAPTERS])
-    frozen, score = random_params(plain), step.make_logprob_step(config, OBJECTIVE)
+    shapes, _ = partition(network.abstract(config), [ADAPTER_PATHS])
+    frozen, score = random_params(plain), step.make_logprob_step(FAMILY, config, OPTIONS)
     batch = {"mm2t": batch["mm2t"]}
-    with_them = score(lora.init(shapes, jax.random.key(0)), frozen, batch)
-    alone = step.make_logprob_step(plain, OBJECTIVE)({}, frozen, batch)
-    reference = score({}, frozen, batch)
-    np.testing.assert_allclose(with_them["mm2t"], alone["mm2t"], rtol=0, atol=LOGPROBS)
-    np.testing.assert_allclose(reference["mm2t"], alone["mm2t"], rtol=0, atol=LOGPROBS)
+    (with_them,) = score(lora.init(shapes, jax.random.key(0)), frozen, batch)["mm2t"]
+    (alone,) = step.make_logprob_step(FAMILY, plain, OPTIONS)({}, frozen, batch)["mm2t"]
+    (reference,) = score({}, frozen, batch)["mm2t"]
+    np.testing.assert_allclose(with_them, alone, rtol=0, atol=LOGPROBS)
+    np.testing.assert_allclose(reference, alone, rtol=0, atol=LOGPROBS)
     _, trained, _ = adapted(plain)  # adapters that are not fresh
-    changed = score(trained, frozen, batch)
-    assert np.abs(np.asarray(changed["mm2t"]) - np.asarray(alone["mm2t"])).max() > 10 * LOGPROBS
+    (changed,) = score(trained, frozen, batch)["mm2t"]
+    assert np.abs(np.asarray(changed) - np.asarray(alone)).max() > 10 * LOGPROBS
 
 
 def test_gradients_are_projections_of_the_dense_ones(plain, batch, found):
@@ -164,16 +168,16 @@ def draw_keys():
     return sample_keys(3, np.arange(PROMPTS), GROUP)
 
 
-def full_logits(config, params, rollout):
+def full_logits(config, params, prompts, segment):
     """Those that tokens were drawn from, of drawings with the guidance of `rollouts`."""
 
     def logits(prompts):
-        return draws.full_logits(config, params, prompts, rollout.tokens, SPECIAL.image)
+        return draws.full_logits(config, params, prompts, segment.values, SPECIAL.image)
 
-    found = logits(rollout.prompts)
-    if rollout.prompts.pixel_values is not None:
+    found = logits(prompts)
+    if prompts.pixel_values is not None:
         return found
-    other = logits(draws.without_prompt(rollout.prompts, SPECIAL))
+    other = logits(draws.without_prompt(prompts, SPECIAL))
     return other + 3.0 * (found - other)
 
 
@@ -183,11 +187,12 @@ def test_samples_are_those_of_the_merged_model(plain, batch):
     folded = rollouts(plain, dense(config, trained, frozen), batch)
     base = rollouts(plain, frozen, batch)
     for task in batch:
-        logits = full_logits(plain, dense(config, trained, frozen), folded[task])
+        merged = dense(config, trained, frozen)
+        logits = full_logits(plain, merged, batch[task].prompts, folded[task])
         assert draws.margins(logits, folded[task], draw_keys()).min() > draws.SAFE
-        np.testing.assert_array_equal(beside[task].tokens, folded[task].tokens)
+        np.testing.assert_array_equal(beside[task].values, folded[task].values)
         np.testing.assert_allclose(beside[task].logprobs, folded[task].logprobs, atol=LOGPROBS)
-        assert not np.array_equal(beside[task].tokens, base[task].tokens)
+        assert not np.array_equal(beside[task].values, base[task].values)
 
 
 @pytest.mark.parametrize("targets", [ALL, SOME, ("k_proj",)], ids=["all", "some", "one"])
@@ -242,7 +247,7 @@ def test_merging_rounds_each_layer_to_its_own_type(plain):
 
 def test_devices_change_nothing(plain, batch, found, mesh):
     config, trained, frozen = adapted(plain)
-    parts = (build.place(part, mesh) for part in (trained, frozen))
+    parts = (build.place(part, mesh, RULES) for part in (trained, frozen))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         grads, metrics = jax.device_get(program(config)(*parts, spread))
@@ -255,20 +260,21 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
     config, trained, frozen = adapted(plain)
     batch = {"mm2t": batch["mm2t"]}
     alone = rollouts(config, merge(trained, frozen), batch, greedy=True)
-    params = merge(build.place(trained, mesh), build.place(frozen, mesh))
+    params = merge(build.place(trained, mesh, RULES), build.place(frozen, mesh, RULES))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         found = rollouts(config, params, spread, greedy=True)
-    logits = full_logits(config, merge(trained, frozen), alone["mm2t"])
+    prompts = batch["mm2t"].prompts
+    logits = full_logits(config, merge(trained, frozen), prompts, alone["mm2t"])
     assert draws.margins(logits, alone["mm2t"]).min() > draws.SAFE
-    np.testing.assert_array_equal(found["mm2t"].tokens, alone["mm2t"].tokens)
+    np.testing.assert_array_equal(found["mm2t"].values, alone["mm2t"].values)
 
 
 def test_adapters_lie_as_their_kernels(plain, mesh):
     """Where a kernel's inputs or outputs are split, so is the adapter's side of them."""
     config = network.adapted(network.PRESETS["janus-pro-7b"], Lora(16, 32.0, ALL))
     specs = {
-        path: param_spec(path, leaf.shape, mesh)
+        path: param_spec(path, leaf.shape, mesh, RULES)
         for path, leaf in leaf_paths(network.abstract(config))
     }
     for path, spec in specs.items():

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.config import schema
 from corl_jax.devices.mesh import batch_sharding, constrain, make_mesh, param_shardings, param_spec
 from corl_jax.errors import InputError
 from corl_jax.models.llama import positions_of
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.layout import RULES
+from corl_jax.policies.janus.layout import ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
 from tests.support.tolerances import NETWORK
 
@@ -239,7 +238,7 @@ def test_image_tokenizer_ignores_the_length_of_codebook_rows(tiny_config, tiny_p
 def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
     replicated = ("vision_model/patch_embedding/", "vision_model/position_embedding/", "vqmodel/")
     for path, leaf in leaf_paths(network.abstract(PRESETS[name])):
-        spec = param_spec(path, leaf.shape, mesh)
+        spec = param_spec(path, leaf.shape, mesh, RULES)
         large = leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6 and "bias" not in path
         if large and not path.startswith(replicated):
             assert {"fsdp", "tensor"} <= {axis for axis in spec if axis}, (path, spec)
@@ -249,8 +248,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
 
 def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
-    targets = tuple(schema.Lora().targets)
-    config = network.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, targets))
+    config = network.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, ADAPTER_TARGETS))
     paths = [path for path, _ in leaf_paths(network.abstract(config))]
     first = {
         next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path)) for path in paths
@@ -260,8 +258,8 @@ def test_no_rule_is_shadowed_or_unused():
 
 
 def test_a_path_without_a_rule_is_refused(mesh):
-    with pytest.raises(InputError, match=r"adapter/kernel.*PARAM_RULES"):
-        param_spec("language_model/layers/adapter/kernel", (2, 8, 8), mesh)
+    with pytest.raises(InputError, match=r"adapter/kernel.*add one to the rules of its network"):
+        param_spec("language_model/layers/adapter/kernel", (2, 8, 8), mesh, RULES)
 
 
 def test_mesh_axes_must_use_all_devices():
@@ -299,7 +297,7 @@ def test_eight_devices_compute_what_one_computes(tiny_config, tiny_params, mesh)
         *arguments(tiny_params), ids, mask, images
     )
 
-    shardings = param_shardings(tiny_params, mesh)
+    shardings = param_shardings(tiny_params, mesh, RULES)
     params = jax.device_put(tiny_params, shardings)
     kernel = params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4

@@ -126,7 +126,7 @@ def drawings(pair):
     """(prompts, our tokens) of the padded batch and of one prompt alone."""
     options = {"special": special(eos=2), "cfg_scale": CFG_SCALE}
     return [
-        (prompts, np.asarray(ours(sampling.sample_images, pair, prompts, **options).tokens))
+        (prompts, np.asarray(ours(sampling.sample_images, pair, prompts, **options).values))
         for prompts in batches(drawing_prompts())
     ]
 
@@ -180,7 +180,7 @@ def test_greedy_texts(pair):
         expected = answered_by_transformers(pair, batch, eos)
         options = {"special": special(eos), "max_new_tokens": NEW_TOKENS}
         found = ours(sampling.sample_text, pair, batch, **options)
-        tokens, drawn = np.asarray(found.tokens), expected.shape[1]
+        tokens, drawn = np.asarray(found.values), expected.shape[1]
         np.testing.assert_array_equal(tokens[:, :drawn], expected)
         assert (tokens[:, drawn:] == eos).all()
         lengths.append(np.asarray(found.mask).sum(-1).tolist())

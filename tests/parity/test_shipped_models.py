@@ -80,12 +80,12 @@ def test_transformers_draws_the_same_tokens_greedily(shipped, loaded):
         pytest.skip("this transformers release cannot draw with Janus at all")
     ids = processor.special.image
     with_prompt, without = (
-        draws.full_logits(config, params, prompts, ours.tokens, ids)
+        draws.full_logits(config, params, prompts, ours.values, ids)
         for prompts in (encoded, draws.without_prompt(encoded, processor.special))
     )
     margins = draws.margins(without + shipped.guidance * (with_prompt - without), ours)
     assert margins.min() > draws.SAFE, "a tie decides nothing: choose other prompts"
-    np.testing.assert_array_equal(np.asarray(ours.tokens), theirs.numpy())
+    np.testing.assert_array_equal(np.asarray(ours.values), theirs.numpy())
 
 
 def test_transformers_reads_how_it_is_sampled(shipped):

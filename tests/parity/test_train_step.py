@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
 from corl_jax.config import schema
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import step
 from corl_jax.train.optimizer import learning_rate, make_optimizer
 from tests.parity import torch_janus
@@ -38,10 +40,12 @@ TRAINABLE = [r"(?!vqmodel).*"]
 OPTIMIZER = schema.Optimizer(
     learning_rate=1e-2, eps=1e-3, weight_decay=0.1, b2=0.99, max_grad_norm=0.5
 )
-OBJECTIVE = step.LossOptions(
-    scoring=LogprobOptions(SPECIAL, temperature=TEMPERATURE, remat="full", chunk=30),
+OPTIONS = step.UpdateOptions(
+    loss=CLIPPED_POLICY_LOSS,
+    constants=LossConstants(kl_coef=KL, clip_low=LOW, clip_high=HIGH),
+    logprobs=LogprobOptions(SPECIAL, temperature=TEMPERATURE, remat="full", chunk=30),
     weights=tuple(WEIGHTS.items()),
-    kl_coef=KL, clip_low=LOW, clip_high=HIGH, dtype=jnp.float32, micro_batches=2,
+    dtype=jnp.float32, micro_batches=2,
 )  # fmt: skip
 
 
@@ -62,7 +66,7 @@ def logits_of(model, task: str, batch: step.TaskBatch) -> torch.Tensor:
         tensor(x).repeat_interleave(GROUP, 0)
         for x in (batch.prompts.input_ids, batch.prompts.attention_mask)
     )
-    tokens = tensor(batch.tokens).long()
+    tokens = tensor(batch.segments[0].values).long()
     ids, width = ids.long(), ids.shape[1]
     if task == "t2i":
         read = model.prepare_embeddings_for_image_generation(tokens)
@@ -82,7 +86,7 @@ def logits_of(model, task: str, batch: step.TaskBatch) -> torch.Tensor:
 
 def torch_logprobs(model, task, batch) -> torch.Tensor:
     logp = torch.log_softmax(logits_of(model, task, batch) / TEMPERATURE, dim=-1)
-    return logp.gather(-1, tensor(batch.tokens).long()[..., None])[..., 0]
+    return logp.gather(-1, tensor(batch.segments[0].values).long()[..., None])[..., 0]
 
 
 def torch_loss(model, batch: step.Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -92,13 +96,13 @@ def torch_loss(model, batch: step.Batch) -> tuple[torch.Tensor, dict[str, float]
         logp = torch_logprobs(model, task, part)
         rows, kls, clipped = [], [], []
         for n in range(logp.shape[0]):
-            kept = [t for t in range(logp.shape[1]) if part.mask[n, t]]
+            kept = [t for t in range(logp.shape[1]) if part.segments[0].mask[n, t]]
             losses = []
             for t in kept:
                 advantage = float(part.advantages[n])
-                ratio = torch.exp(logp[n, t] - float(part.old_logprobs[n, t]))
+                ratio = torch.exp(logp[n, t] - float(part.old_logprobs[0][n, t]))
                 bounded = torch.clamp(ratio, 1 - LOW, 1 + HIGH)
-                delta = float(part.ref_logprobs[n, t]) - logp[n, t]
+                delta = float(part.ref_logprobs[0][n, t]) - logp[n, t]
                 kl = torch.exp(delta) - delta - 1
                 losses.append(-torch.minimum(ratio * advantage, bounded * advantage) + KL * kl)
                 kls.append(kl.item())
@@ -146,11 +150,11 @@ def case():
 @pytest.fixture(scope="module")
 def scored(case):
     """The batch with the reference's log-probs as our own scoring gives them."""
-    score = step.make_logprob_step(case.config, OBJECTIVE)
+    score = step.make_logprob_step(FAMILY, case.config, OPTIONS)
     scores = score(*partition(case.ref_params, TRAINABLE), case.batch)
     return {
         task: dataclasses.replace(
-            part, old_logprobs=case.old[task], ref_logprobs=np.asarray(scores[task])
+            part, old_logprobs=(case.old[task],), ref_logprobs=(np.asarray(scores[task][0]),)
         )
         for task, part in case.batch.items()
     }
@@ -158,7 +162,7 @@ def scored(case):
 
 @pytest.fixture(scope="module")
 def compute(case):
-    return jax.jit(lambda *args: step.gradients(case.config, OBJECTIVE, *args))
+    return jax.jit(lambda *args: step.gradients(FAMILY, case.config, OPTIONS, *args))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +174,7 @@ def found(case, scored, compute):
 @pytest.fixture(scope="module")
 def expected(case, scored):
     torch_scored = {
-        task: dataclasses.replace(part, ref_logprobs=case.expected_ref[task])
+        task: dataclasses.replace(part, ref_logprobs=(case.expected_ref[task],))
         for task, part in scored.items()
     }
     case.torch.zero_grad()
@@ -182,7 +186,7 @@ def expected(case, scored):
 
 def test_reference_logprobs(case, scored):
     for task, part in scored.items():
-        error = np.abs(part.ref_logprobs - case.expected_ref[task]).max()
+        error = np.abs(part.ref_logprobs[0] - case.expected_ref[task]).max()
         print(f"parity reference log-probs {task}: {error:.1e}")
         assert error < LOGPROBS
         assert np.abs(case.expected_ref[task] - case.old[task]).mean() > 0.05

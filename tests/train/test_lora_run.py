@@ -236,9 +236,6 @@ def test_check_counts_adapters(model, rows, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["lora.targets=[q_proj, c_attn]"], ["lora.targets.1: found 'c_attn'", "'down_proj'"]),
-        (["lora.targets=[]"], ["lora.targets: found []"]),
-        (["lora.targets=[q_proj, q_proj]"], ["lora.targets: found", "each once"]),
         (["lora.rank=-1"], ["lora.rank: found -1"]),
         (["lora.alpha=0"], ["lora.alpha: found 0"]),
         (
@@ -259,6 +256,26 @@ def test_contradictions_are_refused(model, rows, tmp_path, overrides, parts):
         config_files.load(path, ["lora.alpha=12.0", *overrides])
     joined = "\n".join(refused.value.problems)
     assert all(part in joined for part in parts), joined
+
+
+@pytest.mark.parametrize(
+    ("targets", "parts"),
+    [
+        ("[q_proj, c_attn]", ["lora.targets: found ['q_proj', 'c_attn']", "down_proj"]),
+        ("[]", ["lora.targets: found []", "expected one or more of"]),
+        ("[q_proj, q_proj]", ["lora.targets: found", "each once"]),
+    ],
+)
+def test_projections_that_the_model_does_not_adapt_are_refused(
+    model, rows, tmp_path, capsys, targets, parts
+):
+    """With the model, which says what it can adapt; nothing is written."""
+    with pytest.raises(SystemExit) as stopped:
+        train(options(model, rows, tmp_path), f"lora.targets={targets}")
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if line.startswith("error: "))
+    assert stopped.value.code == 2 and all(part in line for part in parts), line
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_rank_in_the_same_directory_is_refused(merged, model, rows, capsys):

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, LossConstants
 from corl_jax.config import schema
+from corl_jax.data.images import fit_pixels
 from corl_jax.params import partition
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.logprobs import image_logprobs, text_logprobs
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.train import sft, step, vq
+from corl_jax.policies.janus.tokenizer_training import assignment_entropy, vq_loss
+from corl_jax.tasks import TASKS
+from corl_jax.train import sft, step
+from corl_jax.train.stages import STAGES
 from corl_jax.types import Prompts
 from tests.support import tiny_runs
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
@@ -39,8 +45,10 @@ def params(tiny_config):
 
 
 def run_of(processor, **options):
+    block, stage = schema.Sft(**options), STAGES["sft"]
     return SimpleNamespace(
-        processor=processor, sft=schema.Sft(**options), seed=0, image_side=16,
+        family=FAMILY, processor=processor, sft=block, tasks=tuple(TASKS), seed=0, image_side=16,
+        loss_weights=tuple(stage.loss_weights(SimpleNamespace(sft=block)).items()),
         train_loader=SimpleNamespace(batch_size=BATCH),
     )  # fmt: skip
 
@@ -52,16 +60,18 @@ def prompts_of(processor, rows: int) -> Prompts:
         "real_image": images, "sft_answer": ["<answer>two</answer>", "no"] * (rows // 2),
         "caption": texts,
     }  # fmt: skip
-    return Prompts(
-        np.arange(rows), columns, processor.encode_t2i(texts), processor.encode_mm2t(texts, images)
-    )
+    encoded = {
+        "t2i": processor.encode_t2i(texts), "mm2t": processor.encode_mm2t(texts, images)
+    }  # fmt: skip
+    return Prompts(np.arange(rows), columns, encoded)
 
 
 # ---- targets
 
 
 def test_targets_end_with_eos_and_are_padded_to_the_right(processor):
-    tokens, mask = sft.targets(run_of(processor), ["two", "a red circle", ""])
+    targets = sft.make_targets(run_of(processor), ["two", "a red circle", ""])
+    tokens, mask = targets.values, targets.mask
     assert tokens.shape[1] % processor.bucket_size == 0
     for row, kept, text in zip(tokens, mask, ["two", "a red circle", ""], strict=True):
         ids = row[kept]
@@ -71,17 +81,19 @@ def test_targets_end_with_eos_and_are_padded_to_the_right(processor):
 
 def test_targets_cannot_smuggle_structure_in(processor):
     """The string of a special token in an answer is plain text."""
-    tokens, mask = sft.targets(run_of(processor), ["<｜end▁of▁sentence｜>"])
-    assert (tokens[mask] == processor.special.eos).sum() == 1
+    targets = sft.make_targets(run_of(processor), ["<｜end▁of▁sentence｜>"])
+    assert (targets.values[targets.mask] == processor.special.eos).sum() == 1
 
 
 def test_the_batch_has_the_kinds_that_have_a_weight(processor):
     prompts = prompts_of(processor, 4)
     batch = sft.supervised_batch(run_of(processor), prompts, 0)
     assert set(batch) == {"t2i", "mm2t", "caption"}
-    assert batch["t2i"].tokens.shape == (4, 16, 16, 3)
+    assert batch["t2i"].segments[0].values.shape == (4, 16, 16, 3)
     assert all(part.advantages is None for part in batch.values())
-    np.testing.assert_array_equal(batch["caption"].prompts.pixel_values, prompts.mm2t.pixel_values)
+    np.testing.assert_array_equal(
+        batch["caption"].prompts.pixel_values, prompts.encoded["mm2t"].pixel_values
+    )
     for off in ("t2i", "mm2t", "caption"):
         run = run_of(processor, **{f"{off}_weight": 0.0})
         assert off not in sft.supervised_batch(run, prompts, 0)
@@ -96,8 +108,8 @@ def test_dropped_prompts_are_guidances_unconditional_rows(processor):
         later = dataclasses.replace(prompts, index=prompts.index + step * BATCH)
         return sft.supervised_batch(run, later, step)["t2i"].prompts.input_ids
 
-    np.testing.assert_array_equal(ids(0.0), prompts.t2i.input_ids)
-    special, whole = processor.special, prompts.t2i.input_ids
+    np.testing.assert_array_equal(ids(0.0), prompts.encoded["t2i"].input_ids)
+    special, whole = processor.special, prompts.encoded["t2i"].input_ids
     structure = (whole == special.bos) | (whole == special.boi)
     np.testing.assert_array_equal(ids(1.0), np.where(structure, whole, special.pad))
     some = ids(0.5)
@@ -108,12 +120,12 @@ def test_dropped_prompts_are_guidances_unconditional_rows(processor):
 
 
 def test_pixels_of_a_drawing():
-    side = sft.drawing_pixels(Image.new("RGB", (16, 16), (255, 0, 127)), 16)
+    side = fit_pixels(Image.new("RGB", (16, 16), (255, 0, 127)), 16)
     assert side.shape == (16, 16, 3)
     np.testing.assert_allclose(side[3, 5], [1, -1, 127 / 127.5 - 1], atol=1e-6)
     wide = Image.new("RGB", (64, 32), (255, 0, 0))
     wide.paste((0, 255, 0), (16, 0, 48, 32))  # the middle square
-    assert (sft.drawing_pixels(wide, 8)[2:6, 2:6] == [-1, 1, -1]).all()
+    assert (fit_pixels(wide, 8)[2:6, 2:6] == [-1, 1, -1]).all()
 
 
 # ---- losses
@@ -122,32 +134,32 @@ def test_pixels_of_a_drawing():
 def test_the_loss_is_the_mean_over_tokens(tiny_config, params):
     """Of all rows together: a long answer has more to say than a short one."""
     batch = {
-        name: step.TaskBatch(part.prompts, part.tokens, part.mask)
+        name: step.TaskBatch(part.prompts, part.segments)
         for name, part in tiny_runs.both_tasks(tiny_config, 2, 1).items()
     }
     batch["caption"] = tiny_runs.text_batch(16, 16, 2, 1, seed=4)
-    batch["caption"] = step.TaskBatch(
-        batch["caption"].prompts, batch["caption"].tokens, batch["caption"].mask
-    )
+    batch["caption"] = step.TaskBatch(batch["caption"].prompts, batch["caption"].segments)
     weights = {"t2i": 1.0, "mm2t": 0.5, "caption": 0.25}
-    scoring = LogprobOptions(tiny_runs.SPECIAL, remat="none")
-    objective = step.LossOptions(scoring, tuple(weights.items()), dtype=jnp.float32)
+    logprob_options = LogprobOptions(tiny_runs.SPECIAL, remat="none")
+    options = step.UpdateOptions(
+        NEGATIVE_LOG_LIKELIHOOD, LossConstants(), logprob_options, tuple(weights.items()),
+        dtype=jnp.float32,
+    )  # fmt: skip
     trained, frozen = partition(params, ["lm_head/.*"])
-    compute = jax.jit(lambda *args: step.gradients(tiny_config, objective, *args)[1])
+    compute = jax.jit(lambda *args: step.gradients(FAMILY, tiny_config, options, *args)[1])
     metrics, total = compute(trained, frozen, batch), 0.0
 
     @jax.jit
     def logprobs(params):
         model = network.bind(tiny_config, params)
+        functions = {"t2i": image_logprobs, "mm2t": text_logprobs, "caption": text_logprobs}
         return {
-            name: TASK_LOGPROBS["t2i" if name == "t2i" else "mm2t"](
-                model, part.prompts, part.tokens, scoring
-            )[0]
+            name: functions[name](model, part.prompts, part.segments[0].values, logprob_options)[0]
             for name, part in batch.items()
         }
 
     for name, logp in logprobs(params).items():
-        nll = -np.asarray(logp)[batch[name].mask].mean()
+        nll = -np.asarray(logp)[batch[name].segments[0].mask].mean()
         assert metrics[f"{name}/nll"] == pytest.approx(nll, rel=NETWORK)
         total += weights[name] * nll
     assert metrics["loss"] == pytest.approx(total, rel=NETWORK)
@@ -156,13 +168,13 @@ def test_the_loss_is_the_mean_over_tokens(tiny_config, params):
 @pytest.fixture(scope="module")
 def tokenizer_loss(tiny_config, params):
     """weights -> (loss, metrics, gradients) of the image tokenizer on two pictures."""
-    pixels = jnp.stack([sft.drawing_pixels(tiny_image(i), 16) for i in range(2)])
+    pixels = jnp.stack([fit_pixels(tiny_image(i), 16) for i in range(2)])
 
     @jax.jit
     def compute(part, weights):
         def loss(part):
             model = network.bind(tiny_config, params | {"vqmodel": part}).vqmodel
-            return vq.vq_loss(model, pixels, *weights)
+            return vq_loss(model, pixels, *weights)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(part)
         return value, metrics, grads
@@ -191,6 +203,6 @@ def test_entropy_wants_clear_choices_of_all_codes():
     clear = jnp.eye(6) * 2 - 1  # each latent sure of a code of its own
     same = jnp.tile(clear[:1], (6, 1))  # sure, but all of one
     vague = jnp.zeros((6, 6))
-    values = [float(vq.assignment_entropy(x)) for x in (clear, same, vague)]
+    values = [float(assignment_entropy(x)) for x in (clear, same, vague)]
     assert values[0] == pytest.approx(-np.log(6), abs=1e-4)
     assert values[1] == pytest.approx(0, abs=1e-4) and values[2] == pytest.approx(0, abs=1e-4)

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.algorithms import grpo
+from corl_jax.algorithms.advantages import AdvantageOptions
+from corl_jax.algorithms.losses import (
+    CLIPPED_POLICY_LOSS,
+    LossConstants,
+    LossInputs,
+    clipped_policy_loss,
+    k3_kl,
+)
+from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config import schema
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.devices.offload import Offloadable
@@ -21,11 +29,13 @@ from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.layout import RULES, TRAINABLE
 from corl_jax.runs.log import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.stages import STAGES
 from corl_jax.types import Rollout
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
@@ -34,10 +44,11 @@ from tests.support.tolerances import LOGPROBS, NETWORK
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 PROMPTS, GROUP = 8, 2
-DEFAULT = schema.Train().trainable
 WEIGHTS = (("t2i", 1.0), ("mm2t", 0.7))
-SCORING = LogprobOptions(SPECIAL, temperature=0.9, remat="none", chunk=10_000)
-OBJECTIVE = step.LossOptions(SCORING, WEIGHTS, kl_coef=0.2, dtype=jnp.float32)
+LOGPROB_OPTIONS = LogprobOptions(SPECIAL, temperature=0.9, remat="none", chunk=10_000)
+OPTIONS = step.UpdateOptions(
+    CLIPPED_POLICY_LOSS, LossConstants(kl_coef=0.2), LOGPROB_OPTIONS, WEIGHTS, dtype=jnp.float32
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +67,34 @@ def batch(config):
     rng = np.random.default_rng(9)
 
     def completed(task: step.TaskBatch, level: float) -> step.TaskBatch:
+        (segment,) = task.segments
         old, ref, drawn = (
-            (level + rng.normal(0, 0.4, task.tokens.shape)).astype(np.float32) for _ in range(3)
+            (level + rng.normal(0, 0.4, segment.values.shape)).astype(np.float32) for _ in range(3)
         )
-        return dataclasses.replace(task, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=drawn)
+        return dataclasses.replace(
+            task,
+            segments=(dataclasses.replace(segment, logprobs=drawn),),
+            old_logprobs=(old,),
+            ref_logprobs=(ref,),
+        )
 
     tasks = both_tasks(config, PROMPTS, GROUP)
     return {"t2i": completed(tasks["t2i"], -3.9), "mm2t": completed(tasks["mm2t"], -4.6)}
 
 
 @functools.cache
-def gradient_program(config, objective):
-    return jax.jit(lambda *args: step.gradients(config, objective, *args))
+def gradient_program(config, options):
+    return jax.jit(lambda *args: step.gradients(FAMILY, config, options, *args))
 
 
-def gradients(config, objective, trained, frozen, batch):
-    return jax.device_get(gradient_program(config, objective)(trained, frozen, batch))
+def gradients(config, options, trained, frozen, batch):
+    return jax.device_get(gradient_program(config, options)(trained, frozen, batch))
 
 
 @pytest.fixture(scope="module")
 def whole(config, params, batch):
     """(gradients, metrics) in one piece on one device."""
-    return gradients(config, OBJECTIVE, *partition(params, DEFAULT), batch)
+    return gradients(config, OPTIONS, *partition(params, TRAINABLE), batch)
 
 
 def assert_same(found, expected, tolerance: float) -> float:
@@ -98,7 +115,7 @@ def assert_same(found, expected, tolerance: float) -> float:
 
 def test_the_batch_is_worth_testing(batch, whole):
     grads, metrics = whole
-    lengths = batch["mm2t"].mask.sum(axis=1)
+    lengths = batch["mm2t"].segments[0].mask.sum(axis=1)
     assert (lengths == 0).sum() >= 2 and len(set(lengths.tolist())) > 4
     assert (~batch["mm2t"].prompts.attention_mask[:, 0]).all()
     assert all(0.05 < metrics[f"{task}/clip_ratio/region_mean"] < 0.9 for task, _ in WEIGHTS)
@@ -116,12 +133,12 @@ def test_the_batch_is_worth_testing(batch, whole):
 def test_splitting_and_recomputing_change_nothing(
     config, params, batch, whole, micro_batches, changes
 ):
-    objective = dataclasses.replace(
-        OBJECTIVE,
-        scoring=dataclasses.replace(SCORING, **changes),
+    options = dataclasses.replace(
+        OPTIONS,
+        logprobs=dataclasses.replace(LOGPROB_OPTIONS, **changes),
         micro_batches=micro_batches,
     )
-    found = gradients(config, objective, *partition(params, DEFAULT), batch)
+    found = gradients(config, options, *partition(params, TRAINABLE), batch)
     assert_same(found, whole, NETWORK)
 
 
@@ -129,14 +146,14 @@ def test_splitting_and_recomputing_change_nothing(
 @pytest.mark.usefixtures("compiled_anew")
 def test_devices_change_nothing(config, params, batch, whole, axes, capfd):
     mesh = make_mesh(*axes)
-    trained, frozen = (build.place(part, mesh) for part in partition(params, DEFAULT))
+    trained, frozen = (build.place(part, mesh, RULES) for part in partition(params, TRAINABLE))
     spread = jax.device_put(batch, batch_sharding(mesh))
     # Pieces interleave the prompts, of which each must have as many as there are ways.
     pieces = 2 if axes[0] * axes[1] * 2 <= PROMPTS else 1
-    objective = dataclasses.replace(OBJECTIVE, micro_batches=pieces)
+    options = dataclasses.replace(OPTIONS, micro_batches=pieces)
     program = jax.jit(
-        lambda *args: step.gradients(config, objective, *args),
-        out_shardings=(param_shardings(trained, mesh), None),
+        lambda *args: step.gradients(FAMILY, config, options, *args),
+        out_shardings=(param_shardings(trained, mesh, RULES), None),
     )
     with jax.set_mesh(mesh):
         found = jax.device_get(program(trained, frozen, spread))
@@ -166,12 +183,12 @@ def test_chunks_do_not_show(length, chunk):
 
 def test_logits_are_never_whole(config, params, batch):
     """Of [rows, T, V], only [rows, chunk, V] appears in the gradient's program."""
-    rows, length = batch["mm2t"].tokens.shape
-    scoring = dataclasses.replace(SCORING, chunk=2 * rows)
-    objective = dataclasses.replace(OBJECTIVE, scoring=scoring)
+    rows, length = batch["mm2t"].segments[0].values.shape
+    logprobs = dataclasses.replace(LOGPROB_OPTIONS, chunk=2 * rows)
+    options = dataclasses.replace(OPTIONS, logprobs=logprobs)
     text = str(
-        jax.make_jaxpr(lambda *args: step.gradients(config, objective, *args))(
-            *partition(params, DEFAULT), batch
+        jax.make_jaxpr(lambda *args: step.gradients(FAMILY, config, options, *args))(
+            *partition(params, TRAINABLE), batch
         )
     )
     vocabulary = config.llama.vocab_size
@@ -184,10 +201,10 @@ score_program = functools.cache(step.make_logprob_step)
 
 
 def score(config, params, batch, **changes):
-    scoring = dataclasses.replace(SCORING, **changes)
-    objective = dataclasses.replace(OBJECTIVE, scoring=scoring)
-    scored = score_program(config, objective)(*partition(params, DEFAULT), batch)
-    return jax.device_get(scored)
+    logprobs = dataclasses.replace(LOGPROB_OPTIONS, **changes)
+    options = dataclasses.replace(OPTIONS, logprobs=logprobs)
+    scored = score_program(FAMILY, config, options)(*partition(params, TRAINABLE), batch)
+    return {task: logprobs for task, (logprobs,) in jax.device_get(scored).items()}
 
 
 def test_guidance_of_scale_one_is_none(config, params, batch):
@@ -205,33 +222,33 @@ def test_what_was_recorded_in_sampling_is_what_the_trainer_computes(
     config, params, batch, image_logprobs
 ):
     keys = sample_keys(0, np.arange(PROMPTS), GROUP)
-    common = {"special": SPECIAL, "temperature": SCORING.temperature, "dtype": jnp.float32}
-    rollouts = {
+    common = {"special": SPECIAL, "temperature": LOGPROB_OPTIONS.temperature, "dtype": jnp.float32}
+    segments = {
         "t2i": sampling.sample_images(
             config, params, batch["t2i"].prompts, keys,
-            cfg_scale=3.0, score=image_logprobs, **common,
+            cfg_scale=3.0, image_logprobs=image_logprobs, **common,
         )
     }  # fmt: skip
     if image_logprobs == "conditional":
-        rollouts["mm2t"] = sampling.sample_text(
+        segments["mm2t"] = sampling.sample_text(
             config, params, batch["mm2t"].prompts, keys, max_new_tokens=8, **common
         )
     drawn = {
-        task: step.TaskBatch(rollout.prompts, rollout.tokens, rollout.mask)
-        for task, rollout in rollouts.items()
+        task: step.TaskBatch(batch[task].prompts, (segment,)) for task, segment in segments.items()
     }
     found = score(config, params, drawn, image_logprobs=image_logprobs, cfg_scale=3.0)
-    for task, rollout in rollouts.items():
-        error = np.where(rollout.mask, np.abs(found[task] - rollout.logprobs), 0).max()
+    for task, segment in segments.items():
+        error = np.where(segment.mask, np.abs(found[task] - segment.logprobs), 0).max()
         print(f"{task} {image_logprobs}: sampler against trainer {error:.1e}")
         assert error < LOGPROBS
 
 
 def test_scoring_in_pieces_keeps_the_rows_in_order(config, params, batch):
-    objective = dataclasses.replace(OBJECTIVE, micro_batches=4)
-    split = step.make_logprob_step(config, objective)(*partition(params, DEFAULT), batch)
+    options = dataclasses.replace(OPTIONS, micro_batches=4)
+    split = step.make_logprob_step(FAMILY, config, options)(*partition(params, TRAINABLE), batch)
     for task, scores in score(config, params, batch).items():
-        np.testing.assert_allclose(split[task], scores, atol=LOGPROBS)
+        (logprobs,) = split[task]
+        np.testing.assert_allclose(logprobs, scores, atol=LOGPROBS)
 
 
 # ---- several updates on one rollout
@@ -240,14 +257,15 @@ def test_scoring_in_pieces_keeps_the_rows_in_order(config, params, batch):
 def test_the_first_update_has_ratio_one(config, params, batch):
     """Old log-probs that were just scored: nothing is clipped, the loss is advantages and KL."""
     scores = score(config, params, batch)
-    first = {t: dataclasses.replace(b, old_logprobs=scores[t]) for t, b in batch.items()}
-    _, metrics = gradients(config, OBJECTIVE, *partition(params, DEFAULT), first)
+    first = {t: dataclasses.replace(b, old_logprobs=(scores[t],)) for t, b in batch.items()}
+    _, metrics = gradients(config, OPTIONS, *partition(params, TRAINABLE), first)
     for task, part in first.items():
         assert metrics[f"{task}/clip_ratio/region_mean"] == 0
-        kl = np.asarray(grpo.k3_kl(scores[task], part.ref_logprobs))
-        counts = part.mask.sum(axis=1)
-        rows = np.where(part.mask, kl, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
-        wanted = (OBJECTIVE.kl_coef * rows - part.advantages[counts > 0]).mean()
+        kl = np.asarray(k3_kl(scores[task], part.ref_logprobs[0]))
+        (segment,) = part.segments
+        counts = segment.mask.sum(axis=1)
+        rows = np.where(segment.mask, kl, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
+        wanted = (OPTIONS.constants.kl_coef * rows - part.advantages[counts > 0]).mean()
         assert metrics[f"{task}/loss"] == pytest.approx(wanted, abs=LOGPROBS)
 
 
@@ -259,7 +277,10 @@ class Recording:
 
     def score(self, params, frozen, batch):
         self.scored.append(params["w"])
-        return {task: np.full(part.tokens.shape, len(self.scored)) for task, part in batch.items()}
+        return {
+            task: tuple(np.full(x.values.shape, len(self.scored)) for x in part.segments)
+            for task, part in batch.items()
+        }
 
     def train(self, state, frozen, batch):
         self.trained.append(batch)
@@ -270,23 +291,25 @@ class Recording:
 def recorded_iteration(monkeypatch, batch, **changes):
     """(recording, metrics) of one iteration whose network is stood in for."""
     rollouts = {
-        t: Rollout(b.prompts, jnp.asarray(b.tokens), jnp.asarray(b.mask), b.sampler_logprobs)
-        for t, b in batch.items()
+        task: Rollout(part.prompts, jax.tree.map(jnp.asarray, part.segments))
+        for task, part in batch.items()
     }
     monkeypatch.setattr(rl_iteration, "sample", lambda run, task, *_: rollouts[task])
     monkeypatch.setattr(rl_iteration, "decode", lambda *_: None)
     rewards = np.arange(PROMPTS * GROUP, dtype=np.float32)
-    monkeypatch.setattr(rl_iteration, "score_task", lambda *_: ({"r": rewards}, {}))
+    monkeypatch.setattr(rl_iteration, "score_samples", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": make_mesh(8), "frozen": {},
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
-        "train_step": calls.train, "score_step": calls.score,
+        "train_step": calls.train, "logprob_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),
-        "comparison": {
-            "weights": (("t2i", (1.0,)), ("mm2t", (1.0,))), "mode": "unified_reward",
-            "group_size": GROUP, "mm2t_weight": 0.8, "eps": 1e-4, "scale": True, "each": False,
-        },
+        "recipe": RECIPES["grpo"],
+        "advantage_options": AdvantageOptions(
+            reward_weights=(("t2i", (1.0,)), ("mm2t", (1.0,))),
+            task_weights=(("t2i", 1.0), ("mm2t", 0.8)),
+            mode="unified_reward", group_size=GROUP, eps=1e-4, scale=True, normalize_each=False,
+        ),
     } | changes)  # fmt: skip
     state = step.TrainState(0, {"w": 5}, None)
     state, iteration = rl_iteration.rl_iteration(run, state, None, 0)
@@ -299,7 +322,7 @@ def test_old_logprobs_are_scored_once_and_kept(monkeypatch, batch):
     assert calls.scored == [5]  # by the policy that sampled
     assert len(calls.trained) == 3
     for used in calls.trained:
-        assert all((part.old_logprobs == 1).all() for part in used.values())
+        assert all((part.old_logprobs[0] == 1).all() for part in used.values())
     # The last update's numbers, but the sampler's against the policy that sampled.
     assert (metrics["loss"], metrics["t2i/sampling/x"]) == (3, 10)
 
@@ -315,19 +338,22 @@ def test_the_reference_scores_with_its_own_parameters(monkeypatch, batch):
     calls, _ = recorded_iteration(monkeypatch, batch, num_iterations=2, reference=reference)
     assert calls.scored == [5, -1]
     for part in calls.trained[1].values():
-        assert (part.old_logprobs == 1).all() and (part.ref_logprobs == 2).all()
+        assert (part.old_logprobs[0] == 1).all() and (part.ref_logprobs[0] == 2).all()
 
 
 def test_a_reference_may_rest_in_host_memory(config, params):
     mesh = make_mesh(2, 2, 2)
-    trained = build.place(partition(params, DEFAULT)[0], mesh)
+    trained = build.place(partition(params, TRAINABLE)[0], mesh, RULES)
     kinds = {}
     for place in ("device", "host"):
         block = schema.Algorithm(kl_coef=0.1, reference=place)
-        options = SimpleNamespace(
-            stage="rl", algorithm=block, model=schema.Model(path="x"), lora=schema.Lora()
-        )
-        lent = build.make_reference(SimpleNamespace(config=options, mesh=mesh), trained)
+        plan = SimpleNamespace(
+            config=SimpleNamespace(
+                algorithm=block, model=schema.Model(path="x"), lora=schema.Lora()
+            ),
+            stage=STAGES["rl"], family=FAMILY, mesh=mesh,
+        )  # fmt: skip
+        lent = build.make_reference(plan, trained)
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
         with lent.use() as reference:
             for (path, found), one in zip(
@@ -337,29 +363,32 @@ def test_a_reference_may_rest_in_host_memory(config, params):
                 assert found.sharding.is_equivalent_to(one.sharding, one.ndim), path
         assert all(x.is_deleted() == (place == "host") for x in jax.tree.leaves(reference))
     assert kinds["host"].endswith("host") and kinds["device"] != kinds["host"]
-    options = SimpleNamespace(stage="rl", algorithm=schema.Algorithm())
-    assert build.make_reference(SimpleNamespace(config=options, mesh=mesh), trained) is None
+    options = SimpleNamespace(algorithm=schema.Algorithm())
+    plan = SimpleNamespace(config=options, stage=STAGES["rl"], family=FAMILY, mesh=mesh)
+    assert build.make_reference(plan, trained) is None
 
 
 def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
-    tokens = np.array(batch["mm2t"].tokens)
+    (codes,), (text,) = batch["t2i"].segments, batch["mm2t"].segments
+    tokens = np.array(text.values)
     tokens[tokens == SPECIAL.eos] = 5
     closed = np.arange(len(tokens)) % 3 == 0
-    last = np.maximum(batch["mm2t"].mask.sum(axis=1) - 1, 0)
+    last = np.maximum(text.mask.sum(axis=1) - 1, 0)
     tokens[closed, last[closed]] = SPECIAL.eos
-    closed &= batch["mm2t"].mask.any(axis=1)
+    closed &= text.mask.any(axis=1)
     # Codes of an image may be any number, that of EOS included, or never it.
-    drawn = np.where(batch["t2i"].tokens == SPECIAL.eos, 7, batch["t2i"].tokens)
-    batch = {
-        "t2i": dataclasses.replace(batch["t2i"], tokens=drawn),
-        "mm2t": dataclasses.replace(batch["mm2t"], tokens=tokens),
+    drawn = np.where(codes.values == SPECIAL.eos, 7, codes.values)
+    changed = {
+        "t2i": dataclasses.replace(codes, values=drawn),
+        "mm2t": dataclasses.replace(text, values=tokens),
     }
+    batch = {t: dataclasses.replace(b, segments=(changed[t],)) for t, b in batch.items()}
     for masked in (True, False):
         calls, metrics = recorded_iteration(monkeypatch, batch, mask_truncated=masked)
         (used,) = calls.trained
-        assert np.asarray(used["t2i"].mask).all()
-        kept = batch["mm2t"].mask & (closed[:, None] | (not masked))
-        np.testing.assert_array_equal(used["mm2t"].mask, kept)
+        assert np.asarray(used["t2i"].segments[0].mask).all()
+        kept = text.mask & (closed[:, None] | (not masked))
+        np.testing.assert_array_equal(used["mm2t"].segments[0].mask, kept)
         assert metrics["mm2t/completions/clipped_ratio"] == pytest.approx(1 - closed.mean())
 
 
@@ -373,8 +402,8 @@ def stepped(request, params):
     optimizer = make_optimizer(
         schema.Optimizer(name=request.param, learning_rate=1e-3, weight_decay=0.01), 10
     )
-    trained, frozen = (build.place(part, mesh) for part in partition(params, DEFAULT))
-    shardings = build.state_shardings(optimizer, trained, mesh)
+    trained, frozen = (build.place(part, mesh, RULES) for part in partition(params, TRAINABLE))
+    shardings = build.state_shardings(optimizer, trained, mesh, RULES)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
         state = jax.device_put(step.TrainState(jnp.int32(0), trained, opt_state), shardings)
@@ -406,12 +435,12 @@ def test_a_step_moves_what_is_trained_and_keeps_its_layout(stepped):
 
 def test_moments_lie_as_their_parameters(config, params):
     mesh = make_mesh(2, 2, 2)
-    trained = build.place(partition(params, DEFAULT)[0], mesh)
+    trained = build.place(partition(params, TRAINABLE)[0], mesh, RULES)
     optimizer = make_optimizer(schema.Optimizer(), 10)
     moments = [
         leaf.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            build.state_shardings(optimizer, trained, mesh).opt_state
+            build.state_shardings(optimizer, trained, mesh, RULES).opt_state
         )
         if "q_proj" in jax.tree_util.keystr(path)
     ]
@@ -446,29 +475,29 @@ def test_patterns_are_of_whole_paths(params):
 
 def test_compute_dtype_leaves_master_weights_alone(config, params, batch):
     """bfloat16 products, float32 gradients and parameters."""
-    trained, frozen = partition(params, DEFAULT)
-    objective = dataclasses.replace(OBJECTIVE, dtype=jnp.bfloat16)
+    trained, frozen = partition(params, TRAINABLE)
+    options = dataclasses.replace(OPTIONS, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(
-        lambda *args: step.gradients(config, objective, *args), trained, frozen, batch
+        lambda *args: step.gradients(FAMILY, config, options, *args), trained, frozen, batch
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     assert jnp.dtype(master_dtype(False)) == np.dtype("float32")
-    model = network.bind(config, network.cast(params, jnp.bfloat16))
-    hidden = jax.eval_shape(lambda: TASK_LOGPROBS["t2i"](
-        model, batch["t2i"].prompts, batch["t2i"].tokens, SCORING
+    part = batch["t2i"]
+    (hidden,) = jax.eval_shape(lambda: FAMILY.turns[part.kinds].logprobs(
+        config, network.cast(params, jnp.bfloat16), part.prompts, part.segments, LOGPROB_OPTIONS
     ))  # fmt: skip
     assert {leaf.dtype for leaf in hidden} == {jnp.dtype("float32")}
 
 
 def test_a_batch_without_any_kept_token_is_harmless(config, params, batch):
     """All answers truncated and masked: no loss, no NaN, the images still count."""
-    nothing = dataclasses.replace(batch["mm2t"], mask=np.zeros_like(batch["mm2t"].mask))
-    total, rows, sums = grpo.policy_loss(
-        jnp.asarray(nothing.old_logprobs), nothing.old_logprobs, nothing.advantages, nothing.mask,
-        nothing.ref_logprobs, 0.2,
-    )  # fmt: skip
+    part = batch["mm2t"]
+    (old,), (ref,) = part.old_logprobs, part.ref_logprobs
+    nothing = np.zeros_like(part.segments[0].mask)
+    inputs = LossInputs(jnp.asarray(old), nothing, part.advantages, old, ref)
+    total, rows, sums = clipped_policy_loss(inputs, LossConstants(kl_coef=0.2))
     assert float(total) == 0 and float(rows) == 0
-    assert float(step.loss_rows(nothing)) == 0
+    assert float(OPTIONS.loss.count(nothing)) == 0
     assert all(float(value) == 0 for value, _ in sums.values())
 
 
@@ -476,13 +505,13 @@ def test_a_batch_without_any_kept_token_is_harmless(config, params, batch):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_step_keeps_the_dtypes_of_its_state(config, params, batch, bfloat16, micro_batches):
     """So that the second step is the same program: in float32, and in the released bfloat16."""
-    trained, frozen = partition(params, DEFAULT)
+    trained, frozen = partition(params, TRAINABLE)
     trained = jax.tree.map(lambda x: x.astype(master_dtype(bfloat16)), trained)
     optimizer = make_optimizer(schema.Optimizer(), 10)
     state = step.TrainState(jnp.int32(0), trained, optimizer.init(trained))
-    objective = dataclasses.replace(OBJECTIVE, micro_batches=micro_batches, dtype=jnp.bfloat16)
+    options = dataclasses.replace(OPTIONS, micro_batches=micro_batches, dtype=jnp.bfloat16)
     after, _ = jax.eval_shape(
-        step.make_train_step(config, objective, optimizer), state, frozen, batch
+        step.make_train_step(FAMILY, config, options, optimizer), state, frozen, batch
     )
     kinds = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (state, after)]
     assert kinds[0] == kinds[1]

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from corl_jax import policies
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
@@ -28,6 +29,7 @@ from corl_jax.metrics import Metric
 from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.plan import tables as plan_tables
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
 from corl_jax.runs.log import RunLog, StepLog
@@ -529,6 +531,15 @@ def test_contradictions_are_refused(options, capsys, changes, parts):
     assert all(part in joined for part in parts), joined
 
 
+@pytest.mark.parametrize(
+    ("trainable", "patterns"),
+    [(None, FAMILY.trainable), (["lm_head/.*"], ["lm_head/.*"]), ([], [])],
+)
+def test_null_alone_trains_what_the_model_recommends(options, trainable, patterns):
+    config = config_files.validate(options(train={"trainable": trainable}), "test")
+    assert resolve.trained_patterns(config, FAMILY) == patterns
+
+
 def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
     monkeypatch.setattr(resolve, "make_mesh", make_mesh)
     lines = refused(capsys, options(train={"prompts_per_step": 12}))
@@ -632,7 +643,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     planned = resolve.resolve_run(config_files.validate(tree, "test"))
     assert planned.train_loader.tasks == ("t2i",)
     batch = planned.eval_loader.batch(0)
-    assert batch.t2i is not None and batch.mm2t is not None
+    assert set(batch.encoded) == {"t2i", "mm2t"}
 
 
 def test_held_out_rows_count_once(monkeypatch):
@@ -649,7 +660,7 @@ def test_held_out_rows_count_once(monkeypatch):
 
     monkeypatch.setattr(rl_iteration, "sample", lambda *_: None)
     monkeypatch.setattr(rl_iteration, "decode", lambda run, task, params, prompts, rollout: prompts)
-    monkeypatch.setattr(rl_iteration, "score_task", scored)
+    monkeypatch.setattr(rl_iteration, "score_samples", scored)
     loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
@@ -813,11 +824,14 @@ def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypa
         steps.append(step)
         return add(self, step, result)
 
-    pixels, dtypes = rl_iteration.sampling.decode_images, []
-    monkeypatch.setattr(
-        rl_iteration.sampling, "decode_images",
-        lambda *args, dtype: dtypes.append(dtype) or pixels(*args, dtype=dtype),
-    )  # fmt: skip
+    dtypes = []
+
+    def decode(*args, dtype):
+        dtypes.append(dtype)
+        return FAMILY.decode_images(*args, dtype=dtype)
+
+    recording = dataclasses.replace(FAMILY, decode_images=decode)
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, recording)
     monkeypatch.setattr(command, "fingerprint_untrained", take)
     monkeypatch.setattr(StepLog, "add", log)
     tree = options(

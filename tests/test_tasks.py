@@ -1,0 +1,47 @@
+"""The table of tasks, and that the tables beside it have a row for what it names."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from corl_jax import tasks
+from corl_jax.config.schema import Algorithm, Columns
+from corl_jax.policies import FAMILIES
+from corl_jax.tasks import TASKS, image_tasks, required_columns, text_tasks
+
+
+def test_a_task_is_turns_that_end_in_what_rewards_see():
+    rows = {name: (task.turn.prompt, task.turn.segments) for name, task in TASKS.items()}
+    assert rows == {"t2i": ("generate", ("codes",)), "mm2t": ("question", ("text",))}
+    assert {name: task.description for name, task in TASKS.items()} == {
+        "t2i": "image generation", "mm2t": "image understanding",
+    }  # fmt: skip
+    assert {name: task.makes_text for name, task in TASKS.items()} == {"t2i": False, "mm2t": True}
+    assert image_tasks(("mm2t", "t2i")) == ("t2i",) and text_tasks(("mm2t", "t2i")) == ("mm2t",)
+    assert tasks.IMAGE_GENERATION is TASKS["t2i"] and tasks.IMAGE_UNDERSTANDING is TASKS["mm2t"]
+
+
+def test_streams_are_distinct():
+    """Else samples of two tasks on one row would have the same random numbers."""
+    streams = [task.stream for task in TASKS.values()] + list(tasks.QUESTION_STREAMS.values())
+    assert streams == [0, 1, 2, 3, 4, 5], "another number changes the samples of every run"
+
+
+def test_required_columns():
+    assert required_columns(()) == ()
+    assert required_columns(("t2i",)) == ("prompt",)
+    assert required_columns(("mm2t",)) == ("real_image", "qa_problem")
+    assert required_columns(("t2i", "mm2t", "t2i")) == ("prompt", "real_image", "qa_problem")
+    assert set(required_columns(tuple(TASKS))) <= set(Columns.model_fields)
+
+
+def test_the_config_names_every_task_and_no_other():
+    assert set(get_args(Algorithm.model_fields["tasks"].annotation)) == {"unified", *TASKS}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_can_do_every_task(name):
+    for task in TASKS.values():
+        assert task.turn.segments in FAMILIES[name].turns
