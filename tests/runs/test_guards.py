@@ -14,7 +14,7 @@ from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.runs import guards
 from corl_jax.runs.directory import jsonable
 from corl_jax.runs.guards import FAILED_WINDOW, RULES, UNREWARDED_STEPS, WINDOW, Guards
-from corl_jax.train.iteration import duplicates
+from corl_jax.train.rollout_metrics import count_duplicates
 
 GOOD = {"update/skipped": 0.0, "loss": 1.0, "grad_norm": 2.0, "t2i/loss": 1.0, "mm2t/loss": 0.1}
 BAD = GOOD | {"update/skipped": 1.0, "loss": math.nan, "grad_norm": math.inf, "t2i/loss": math.nan}
@@ -279,8 +279,8 @@ def test_duplicates_are_counted_within_groups():
     tokens[1] = tokens[0]  # one of group 0
     tokens[6] = tokens[7] = tokens[4]  # two of group 1
     tokens[3, 0] = tokens[2, 0]  # a token alone is no duplicate
-    assert duplicates(tokens, 4) == pytest.approx(3 / 8)
-    assert duplicates(tokens, 2) == pytest.approx(2 / 8)
+    assert count_duplicates(tokens, 4) == pytest.approx(3 / 8)
+    assert count_duplicates(tokens, 2) == pytest.approx(2 / 8)
 
 
 BASE = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.tokens import SpecialTokens
-from corl_jax.types import EncodedPrompts, Rollout
+from corl_jax.types import EncodedPrompts, Segment
 from tests.support.tolerances import LOGPROBS
 
 SAFE = LOGPROBS
@@ -42,7 +42,7 @@ def full_logits(config, params, prompts, tokens, image_token: int) -> jax.Array:
 
 
 def margins(
-    logits: Any, rollout: Rollout, keys: jax.Array | None = None, temperature: float = 1.0
+    logits: Any, segment: Segment, keys: jax.Array | None = None, temperature: float = 1.0
 ) -> np.ndarray:
     """By how much each kept token was ahead of the next, of logits [N, T, V] that were drawn from.
 
@@ -59,9 +59,9 @@ def margins(
     if keys is not None:
         drawn = jax.vmap(jax.vmap(noise, (None, 0)), (0, None))(keys, jnp.arange(length))
         scores += np.asarray(drawn)
-    kept = np.asarray(rollout.mask)
-    chosen = np.take_along_axis(scores, np.asarray(rollout.tokens)[..., None], -1)[..., 0]
-    np.put_along_axis(scores, np.asarray(rollout.tokens)[..., None], -np.inf, -1)
+    kept = np.asarray(segment.mask)
+    chosen = np.take_along_axis(scores, np.asarray(segment.values)[..., None], -1)[..., 0]
+    np.put_along_axis(scores, np.asarray(segment.values)[..., None], -np.inf, -1)
     return (chosen - scores.max(-1))[kept]
 
 

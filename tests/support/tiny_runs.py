@@ -16,8 +16,9 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.tasks import CODES, TEXT
 from corl_jax.train.step import Batch, TaskBatch
-from corl_jax.types import EncodedPrompts
+from corl_jax.types import EncodedPrompts, Segment
 from corl_jax.weights.files import save_checkpoint
 from tests.support import metrics_page
 from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -38,7 +39,7 @@ def image_batch(codes: int, tokens: int, prompts: int, group: int, seed: int = 0
     ids[:, -1] = SPECIAL.boi
     drawn = rng.integers(0, codes, (prompts * group, tokens)).astype(np.int32)
     return TaskBatch(
-        EncodedPrompts(ids, mask), drawn, np.ones(drawn.shape, bool),
+        EncodedPrompts(ids, mask), (Segment(CODES, drawn, np.ones(drawn.shape, bool)),),
         advantages=rng.standard_normal(len(drawn)).astype(np.float32),
     )  # fmt: skip
 
@@ -60,8 +61,9 @@ def text_batch(
     pixels = rng.standard_normal((prompts, side, side, 3)).astype(np.float32)
     answers = rng.integers(3, SPECIAL.image, (prompts * group, length)).astype(np.int32)
     lengths = np.arange(len(answers)) * 5 % (length + 1)  # row 0 is a masked, truncated answer
+    kept = np.arange(length) < lengths[:, None]
     return TaskBatch(
-        EncodedPrompts(ids, mask, pixels), answers, np.arange(length) < lengths[:, None],
+        EncodedPrompts(ids, mask, pixels), (Segment(TEXT, answers, kept),),
         advantages=rng.standard_normal(len(answers)).astype(np.float32),
     )  # fmt: skip
 
