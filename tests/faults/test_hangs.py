@@ -138,16 +138,17 @@ def test_no_limit_no_watchdog(tmp_path):
 # ---- the train command
 
 HANGING = """
-import sys, threading
-from corl_jax.train import __main__ as command, vq
-from corl_jax.train import build
+import dataclasses, sys, threading
+from corl_jax.train import __main__ as command
+from corl_jax.train.image_tokenizer import tokenizer_iteration
+from corl_jax.train.stages import STAGES
 
 def iteration(run, state, prompts, step):
     if step == 4:
         threading.Event().wait()
-    return vq.vq_iteration(run, state, prompts, step)
+    return tokenizer_iteration(run, state, prompts, step)
 
-build.ITERATIONS["vq"] = iteration
+STAGES["vq"] = dataclasses.replace(STAGES["vq"], iterate=iteration)
 command.main(sys.argv[1:])
 """
 
@@ -169,11 +170,11 @@ import time
 import orbax.checkpoint as ocp
 from corl_jax.devices import batches
 from corl_jax.runs.saving import Saver
-whole, wait = batches.whole, ocp.CheckpointManager.wait_until_finished
+gather, wait = batches.all_gather_array, ocp.CheckpointManager.wait_until_finished
 finish, last = Saver.finish, []
-def slow_whole(leaf):
+def slow_gather(leaf):
     time.sleep({leaf_s})
-    return whole(leaf)
+    return gather(leaf)
 def slow_wait(self):
     if last:
         time.sleep(last.pop())
@@ -181,7 +182,7 @@ def slow_wait(self):
 def slow_finish(self):
     last.append({wait_s})
     return finish(self)
-batches.whole, ocp.CheckpointManager.wait_until_finished = slow_whole, slow_wait
+batches.all_gather_array, ocp.CheckpointManager.wait_until_finished = slow_gather, slow_wait
 Saver.finish = slow_finish
 """
 

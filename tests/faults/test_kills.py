@@ -15,7 +15,7 @@ PHASES = {
     "before the first checkpoint": ("corl_jax.train.milestones:Recorder", "iteration", 1),
     "evaluation before training": ("corl_jax.train.milestones:Recorder", "_evaluate", 1),
     "rollout": ("corl_jax.train.iteration", "sample", 4),
-    "reward": ("corl_jax.train.iteration", "reward", 4),
+    "reward": ("corl_jax.train.iteration", "score_rollout", 4),
     "old log-probs": ("corl_jax.train.iteration", "make_batch", 2),
     "between two updates of one rollout": ("corl_jax.train.run:Run", "train_step", 4),
     "log of a step": ("corl_jax.runs.log:JsonLines", "write", 1),
@@ -46,12 +46,12 @@ def dying(original):
         return original(*args, **options)
     return call
 if {name!r} == "train_step":  # a field of each Run
-    from corl_jax.train import setup
-    steps = setup.make_steps
+    from corl_jax.train import build
+    steps = build.make_steps
     def make_steps(*args):
         train_step, *rest = steps(*args)
         return dying(train_step), *rest
-    setup.make_steps = make_steps
+    build.make_steps = make_steps
 else:
     setattr(target, {name!r}, dying(getattr(target, {name!r})))
 """
