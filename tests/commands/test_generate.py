@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, startup
+from corl_jax import generate, policies
 from corl_jax.data import questions
+from corl_jax.devices import startup
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, map_with_path
-from corl_jax.policies import batched
+from corl_jax.policies import batched, inspect_policy, load_policy
 from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.prompts import Processor
+from corl_jax.tasks import TASKS
 from corl_jax.weights.files import load_params, save_checkpoint
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
 
@@ -131,8 +134,10 @@ def test_greedy_images_are_transformers_own(model_dir, processor, tmp_path):
     from transformers import JanusForConditionalGeneration
 
     exported = tmp_path / "exported"
-    config, params, *_ = startup.load_model(model_dir)
-    save_checkpoint(exported, config, params, layout="transformers", assets_from=model_dir)
+    model = load_policy(model_dir)
+    save_checkpoint(
+        exported, model.sizes, model.params, layout="transformers", assets_from=model_dir
+    )
     run("image", "--model", exported, "--prompt", PROMPTS[0], "--prompt", PROMPTS[2],
         "--out", tmp_path / "out", "--greedy")  # fmt: skip
     found = [row["tokens"] for row in lines_of(tmp_path / "out" / "samples.jsonl")]
@@ -213,10 +218,13 @@ def test_one_question_in_its_own_process(cases, model_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = [json.loads(line) for line in done.stdout.splitlines()]
 
-    model = startup.load_model(model_dir, jnp.float32)
+    model = load_policy(model_dir, jnp.float32)
+    greedy = SamplingOptions(
+        model.processor.special, greedy=True, max_new_tokens=NEW_TOKENS, dtype=jnp.float32
+    )
     (sample,) = batched.answer_questions(
-        model, ["how many squares?"], lambda _: Image.open(picture), dtype=jnp.float32,
-        system_prompt="Count.", greedy=True, max_new_tokens=NEW_TOKENS,
+        model, ["how many squares?"], lambda _: Image.open(picture), greedy,
+        system_prompt="Count.",
     )  # fmt: skip
     tokens = sample.tokens.tolist()
     assert row["tokens"] == tokens
@@ -250,7 +258,7 @@ def no_device_work(monkeypatch):
     def fail(*_):
         raise AssertionError("the weights were loaded before the input was checked")
 
-    monkeypatch.setattr(startup, "load_model", fail)
+    monkeypatch.setattr(policies, "load_policy", fail)
 
 
 @pytest.mark.usefixtures("no_device_work")
@@ -414,14 +422,14 @@ def test_files_of_another_model(model_dir, tmp_path):
     shutil.copytree(model_dir, other)
     tiny_tokenizer_dir(other, image_size=32, patch_size=4)
     with pytest.raises(InputError, match="image size is 32") as error:
-        startup.inspect_model(other)
+        inspect_policy(other)
     assert len(error.value.problems) == 2
 
     shutil.copytree(model_dir, other, dirs_exist_ok=True)
     text = (other / "config.json").read_text()
     (other / "config.json").write_text(text.replace('"vocab_size": 400', '"vocab_size": 40'))
     with pytest.raises(InputError, match="the network embeds 40"):
-        startup.inspect_model(other)
+        inspect_policy(other)
 
 
 def test_help_tells_every_default(capsys):
@@ -460,7 +468,7 @@ def test_pieces_hold_every_sample_once_in_one_shape_a_length(samples, batch_size
 def test_keys_of_a_piece_are_those_of_the_whole():
     whole = jax.random.key_data(sample_keys(5, np.arange(4), 6)).reshape(4, 6, -1)
     piece = batched.Piece(length=32, prompts=(1, 3), rows=3, first=2, group=4)
-    found = jax.random.key_data(piece.keys(5, "t2i")).reshape(3, 4, -1)
+    found = jax.random.key_data(piece.keys(5, TASKS["t2i"].stream)).reshape(3, 4, -1)
     np.testing.assert_array_equal(found, whole[[1, 3, 1], 2:6])
 
 
@@ -490,8 +498,8 @@ def test_compilation_cache_is_where_and_as_the_user_says(monkeypatch, tmp_path):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
-def test_load_model_casts_all_but_the_image_tokenizer(model_dir):
-    model = startup.load_model(model_dir, jnp.bfloat16)
+def test_load_policy_casts_all_but_the_image_tokenizer(model_dir):
+    model = load_policy(model_dir, jnp.bfloat16)
     kinds = {path: leaf.dtype for path, leaf in leaf_paths(model.params)}
     assert all(
         dtype == (jnp.float32 if path.startswith("vqmodel/") else jnp.bfloat16)

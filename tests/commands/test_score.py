@@ -18,6 +18,7 @@ from corl_jax import score
 from corl_jax.data.drawn_world import generator
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import registry
 from corl_jax.weights import files
@@ -285,7 +286,7 @@ def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
         {"prompt": [row["prompt"] for row in rows]},
         images=np.stack([np.asarray(tiny_image(i, (16, 16))) for i in range(2)]),
     )
-    context = registry.Context(config, params, processor, jnp.float32, 0, 0)
+    context = registry.Context(FAMILY, config, params, processor, jnp.float32, 0, 0)
     expected = registry.REGISTRY["t2i_ti_sim"].function(samples, context)
     np.testing.assert_allclose(rewards[:2], expected, atol=1e-6)
 

@@ -45,10 +45,10 @@ def same(a, b):
     assert numbers(a) == numbers(b)
     np.testing.assert_array_equal(a.index, b.index)
     for task in BOTH:
-        one, two = getattr(a, task), getattr(b, task)
+        one, two = a.encoded[task], b.encoded[task]
         np.testing.assert_array_equal(one.input_ids, two.input_ids)
         np.testing.assert_array_equal(one.attention_mask, two.attention_mask)
-    np.testing.assert_array_equal(a.mm2t.pixel_values, b.mm2t.pixel_values)
+    np.testing.assert_array_equal(a.encoded["mm2t"].pixel_values, b.encoded["mm2t"].pixel_values)
 
 
 # ---- source
@@ -183,10 +183,10 @@ def test_batches_are_complete_and_encoded(source, processor):
     image = prompts.columns["real_image"][1]
     np.testing.assert_array_equal(np.asarray(image), np.asarray(tiny_image(row)))
     expected = processor.encode_mm2t([tiny_row(row)["qa_problem"]], [image], length=64)
-    np.testing.assert_array_equal(prompts.mm2t.input_ids[1], expected.input_ids[0])
-    np.testing.assert_array_equal(prompts.mm2t.pixel_values[1], expected.pixel_values[0])
+    np.testing.assert_array_equal(prompts.encoded["mm2t"].input_ids[1], expected.input_ids[0])
+    np.testing.assert_array_equal(prompts.encoded["mm2t"].pixel_values[1], expected.pixel_values[0])
     drawing = processor.encode_t2i([tiny_row(row)["prompt"]], length=32)
-    np.testing.assert_array_equal(prompts.t2i.input_ids[1], drawing.input_ids[0])
+    np.testing.assert_array_equal(prompts.encoded["t2i"].input_ids[1], drawing.input_ids[0])
 
 
 def test_order_is_a_pure_function_of_seed_and_step(source, processor):
@@ -214,8 +214,8 @@ def test_order_does_not_depend_on_the_processes(source, processor, count):
         expected = whole.batch(step)
         assert [row for part in parts for row in numbers(part)] == numbers(expected)
         assert np.concatenate([part.index for part in parts]).tolist() == expected.index.tolist()
-        ids = np.concatenate([part.mm2t.input_ids for part in parts])
-        np.testing.assert_array_equal(ids, expected.mm2t.input_ids)
+        ids = np.concatenate([part.encoded["mm2t"].input_ids for part in parts])
+        np.testing.assert_array_equal(ids, expected.encoded["mm2t"].input_ids)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -248,10 +248,10 @@ def test_resume_continues_with_the_same_batches(source, processor):
 
 def test_single_tasks_and_plain_columns(source, processor, tmp_path):
     drawing = loader(source, processor, tasks=("t2i",)).batch(0)
-    assert drawing.mm2t is None and drawing.t2i.pixel_values is None
-    assert loader(source, processor, tasks=("mm2t",)).batch(0).t2i is None
+    assert list(drawing.encoded) == ["t2i"] and drawing.encoded["t2i"].pixel_values is None
+    assert list(loader(source, processor, tasks=("mm2t",)).batch(0).encoded) == ["mm2t"]
     bare = loader(source, None, tasks=()).batch(0)
-    assert bare.t2i is None and bare.columns["real_image"][0].size == (32, 32)
+    assert not bare.encoded and bare.columns["real_image"][0].size == (32, 32)
     texts = ParquetSource(tiny_parquet(tmp_path / "t.parquet", [{"prompt": "a"}, {"prompt": "b"}]))
     assert loader(texts, processor, tasks=("t2i",)).batch(0).columns.keys() == {"prompt"}
 
@@ -326,7 +326,8 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, processor):
     short = loader(source, processor, max_prompt_length=64, shuffle=False, lengths="dataset")
     assert numbers(short.batch(0)) == [0, 3, 3, 3]
     assert short.counts == {"bad": 0, "long": 2}
-    assert short.lengths["mm2t"] <= 64 and short.batch(0).mm2t.input_ids.shape[1] <= 64
+    assert short.lengths["mm2t"] <= 64
+    assert short.batch(0).encoded["mm2t"].input_ids.shape[1] <= 64
     none = loader(source, processor, max_prompt_length=5)
     with pytest.raises(InputError, match="are over max_prompt_length"):
         none.batch(0)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import evaluate, startup
+from corl_jax import evaluate, policies
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.scene import CATEGORIES
@@ -24,8 +25,12 @@ from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
 from corl_jax.evaluation.shapes import HeldOutShapes, Rate, evaluate_shapes
 from corl_jax.params import map_with_path
+from corl_jax.policies import PolicyFiles, load_policy
+from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.images import decode_images
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.types import Prompts
 from corl_jax.weights import files
 from tests.support import metrics_page
@@ -37,7 +42,7 @@ NAMES = (
     *(f"draw/{category}" for category in CATEGORIES),
     *(f"answer/{name}" for name in ("accuracy", "mc", "oe", "format")),
 )
-SHORT = {"seed": 3, "cfg_scale": 5.0, "max_new_tokens": 6, "dtype": jnp.float32}
+SHORT = {"cfg_scale": 5.0, "max_new_tokens": 6, "dtype": jnp.float32}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def model_dir(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="module")
 def model(model_dir):
-    return startup.load_model(model_dir)
+    return load_policy(model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +87,9 @@ def loader(model, batch_size: int, rows: int = ROWS) -> Loader:
     )  # fmt: skip
 
 
-def measure(model, batches, **options):
-    return evaluate_shapes(model.config, model.params, model.processor, batches, **SHORT, **options)
+def measure(model, batches, seed: int = 3, **options):
+    sampled = SamplingOptions(model.processor.special, **SHORT)
+    return evaluate_shapes(model, batches, sampled, seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +221,7 @@ def test_a_partial_batch_compiles_nothing_new(report, model):
     partial = Prompts(
         second.index[:2],
         {name: values[:2] for name, values in second.columns.items()},
-        *(jax.tree.map(lambda x: x[:2], part) for part in (second.t2i, second.mm2t)),
+        jax.tree.map(lambda x: x[:2], second.encoded),
     )
     programs = sampling._image_program.usual, sampling._text_program.usual, decode_images
     before = [program._cache_size() for program in programs]
@@ -227,20 +233,18 @@ def test_rows_cut_and_seeds_matter(report, model):
     fewer = measure(model, loader(model, 4), rows=3)
     assert fewer.prompts == report.prompts[:3]
     np.testing.assert_array_equal(fewer.images, report.images[:3])
-    other = evaluate_shapes(
-        model.config, model.params, model.processor, loader(model, 4), **(SHORT | {"seed": 4})
-    )
+    other = measure(model, loader(model, 4), seed=4)
     assert all((a != b).any() for a, b in zip(report.images, other.images, strict=True))
     assert other.answers == report.answers  # greedy
 
 
 def test_a_mesh_changes_nothing(report, model):
     mesh = make_mesh(data=4, devices=jax.devices()[:4])
-    params = jax.device_put(model.params, param_shardings(model.params, mesh))
+    params = jax.device_put(model.params, param_shardings(model.params, mesh, RULES))
     rows = batch_sharding(mesh)
     with jax.set_mesh(mesh):
         spread = measure(
-            model._replace(params=params), loader(model, 4),
+            dataclasses.replace(model, params=params), loader(model, 4),
             place=lambda tree: jax.device_put(tree, rows),
         )  # fmt: skip
     assert_same(report, spread)
@@ -257,7 +261,8 @@ def test_bad_columns_stop_before_sampling(model, monkeypatch):
     batch = loader(model, 4).batch(0)
     columns = {k: v for k, v in batch.columns.items() if k not in ("spec", "qa_type")}
     with pytest.raises(InputError) as error:
-        measure(model, [dataclasses.replace(batch, columns=columns, mm2t=None)])
+        encoded = {"t2i": batch.encoded["t2i"]}
+        measure(model, [dataclasses.replace(batch, columns=columns, encoded=encoded)])
     assert [p.split(" is ")[0] for p in error.value.problems[1:]] == [
         "evaluation: column spec", "evaluation: column qa_type"
     ]  # fmt: skip
@@ -284,7 +289,7 @@ def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
     for size, world in ((16, "small"), (64, "full")):
         siglip = dataclasses.replace(tiny_config.siglip, image_size=size)
         config = dataclasses.replace(tiny_config, siglip=siglip)
-        rows = evaluate.open_rows(args, config)
+        rows = evaluate.open_rows(args, PolicyFiles(FAMILY, config, None, Path()))
         assert rows.column("spec") == HeldOutShapes(3, 7, world).column("spec")
 
 
@@ -346,7 +351,7 @@ def test_command_refuses_bad_input_before_any_device_work(model_dir, tmp_path, c
     def never(*args):
         raise AssertionError("loaded weights")
 
-    monkeypatch.setattr(startup, "load_model", never)
+    monkeypatch.setattr(policies, "load_policy", never)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     error = refusal(

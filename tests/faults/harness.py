@@ -31,9 +31,9 @@ from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies.choices import sample_keys
 from corl_jax.runs.checkpoints import Checkpoints, DamagedError
+from corl_jax.tasks import QUESTION_STREAMS, TASKS
 from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
-from corl_jax.types import STREAMS
 from tests.support import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,10 +165,10 @@ def outcome(job: Job) -> dict[str, str]:
         plan = resolve.resolve_run(config_files.load(job.config))
     plan.train_loader.set_state(record["run"]["data"])
     batch = plan.train_loader.batch(record["run"]["data"]["step"])
-    parts: list[Any] = [batch.index, batch.t2i, batch.mm2t]
+    parts: list[Any] = [batch.index, batch.encoded]
     parts += [
         jax.random.key_data(sample_keys(record["run"]["seed"], batch.index, 2, stream))
-        for stream in STREAMS.values()
+        for stream in (*(task.stream for task in TASKS.values()), *QUESTION_STREAMS.values())
     ]
     found["next"] = _sha256(_leaves(parts))
     lines = [

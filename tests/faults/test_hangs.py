@@ -138,16 +138,17 @@ def test_no_limit_no_watchdog(tmp_path):
 # ---- the train command
 
 HANGING = """
-import sys, threading
-from corl_jax.train import __main__ as command, vq
-from corl_jax.train import build
+import dataclasses, sys, threading
+from corl_jax.train import __main__ as command
+from corl_jax.train.image_tokenizer import tokenizer_iteration
+from corl_jax.train.stages import STAGES
 
 def iteration(run, state, prompts, step):
     if step == 4:
         threading.Event().wait()
-    return vq.vq_iteration(run, state, prompts, step)
+    return tokenizer_iteration(run, state, prompts, step)
 
-build.ITERATIONS["vq"] = iteration
+STAGES["vq"] = dataclasses.replace(STAGES["vq"], iterate=iteration)
 command.main(sys.argv[1:])
 """
 

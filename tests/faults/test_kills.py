@@ -15,7 +15,7 @@ PHASES = {
     "before the first checkpoint": ("corl_jax.runs.log:StepLog", "add", 1),
     "evaluation before training": ("corl_jax.train.reports", "evaluate", 1),
     "rollout": ("corl_jax.train.iteration", "sample", 4),
-    "reward": ("corl_jax.train.iteration", "reward", 4),
+    "reward": ("corl_jax.train.iteration", "score_rollout", 4),
     "old log-probs": ("corl_jax.train.iteration", "make_batch", 2),
     "between two updates of one rollout": ("corl_jax.train.run:Run", "train_step", 4),
     "log of a step": ("corl_jax.runs.log:JsonLines", "write", 1),

@@ -16,8 +16,9 @@ import pytest
 
 from corl_jax.config import schema
 from corl_jax.train import __main__ as command
-from corl_jax.train import build, sft, step
+from corl_jax.train import sft, step
 from corl_jax.train.optimizer import make_optimizer
+from corl_jax.train.stages import STAGES
 from corl_jax.weights.files import load_config, load_params, save_checkpoint
 from tests.support import tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
@@ -74,7 +75,8 @@ def poison(monkeypatch):
                 run = dataclasses.replace(run, train_step=poisoned)
             return sft.sft_iteration(run, state, prompts, number)
 
-        monkeypatch.setitem(build.ITERATIONS, "sft", iteration)
+        stage = dataclasses.replace(STAGES["sft"], iterate=iteration)
+        monkeypatch.setitem(STAGES, "sft", stage)
 
     return infect
 

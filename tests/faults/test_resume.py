@@ -69,7 +69,7 @@ def test_batches_after_a_resume_whatever_prepares_them(tmp_path, figure):
 
 
 def _same(a, b) -> bool:
-    left, right = (jax.tree.leaves((x.index, x.t2i, x.mm2t)) for x in (a, b))
+    left, right = (jax.tree.leaves((x.index, x.encoded)) for x in (a, b))
     return a.columns["prompt"] == b.columns["prompt"] and all(map(np.array_equal, left, right))
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.algorithms import grpo
+from corl_jax.algorithms.advantages import group_advantages
+from corl_jax.algorithms.losses import LossConstants, LossInputs, clipped_policy_loss
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.params import leaf_paths
 from corl_jax.train import __main__ as command
@@ -198,7 +199,7 @@ def test_a_hung_reward_does_not_keep_the_process(tmp_path, kind, figure):
         "from corl_jax.rewards import custom\n"
         "from corl_jax.rewards.samples import Context, Samples\n"
         "reward = custom.load('hung.py:hung', {}, timeout_s=0.5, max_failures=2)\n"
-        "context = Context(None, None, None, None, 0, 0)\n"
+        "context = Context(None, None, None, None, None, 0, 0)\n"
         "for _ in range(3):\n"
         "    print(reward(Samples({}, texts=['a', 'b']), context), flush=True)\n"
     )
@@ -228,9 +229,10 @@ def test_equal_rewards_teach_exactly_nothing(value, scale, eps, figure):
     rewards = jnp.full(12, value, jnp.float32).at[7].set(jnp.nan)
 
     def loss(logprobs, rewards):
-        advantages, stats = grpo.group_advantages(rewards, 4, eps, scale)
+        advantages, stats = group_advantages(rewards, 4, eps, scale)
         mask = jnp.ones(logprobs.shape, bool)
-        total, count, _ = grpo.policy_loss(logprobs, None, advantages, mask)
+        inputs = LossInputs(logprobs=logprobs, mask=mask, advantages=advantages)
+        total, count, _ = clipped_policy_loss(inputs, LossConstants())
         return total / count, (advantages, stats)
 
     logprobs = jnp.log(jnp.linspace(0.1, 0.9, 60).reshape(12, 5))
@@ -247,11 +249,11 @@ def test_noise_stays_small_and_rounding_is_nothing(figure):
     sizes = {}
     for noise in (1e-7, 1e-6):
         rewards = (1 + noise * rng.uniform(-1, 1, 4000)).astype(np.float32)
-        sizes[noise] = float(jnp.abs(grpo.group_advantages(rewards, 8)[0]).max())
+        sizes[noise] = float(jnp.abs(group_advantages(rewards, 8)[0]).max())
     assert sizes[1e-7] == 0 and 0 < sizes[1e-6] < 0.03
     # Around 0, where floats are dense, the eps alone decides.
     around_zero = (1e-7 * rng.uniform(-1, 1, 4000)).astype(np.float32)
-    largest = float(jnp.abs(grpo.group_advantages(around_zero, 8)[0]).max())
+    largest = float(jnp.abs(group_advantages(around_zero, 8)[0]).max())
     assert 0 < largest < 0.003
     figure("T12", fault="noise of 1e-7 and 1e-6", tries=3, losses=0,
            note=f"max |advantage| {max(largest, sizes[1e-6]):.4f}")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from corl_jax.params import partition
 from corl_jax.plan import __main__ as plan
 from corl_jax.plan import chips, cost, hlo, programs, tables
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.train import attending, build, resolve
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.files import load_config
@@ -47,7 +50,8 @@ def config_path(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def outline(config_path):
     config = config_files.load(config_path)
-    return resolve.outline_run(config, load_config(config.model.path), plan.STAND_INS)
+    sizes = load_config(config.model.path)
+    return resolve.outline_run(config, FAMILY, sizes, FAMILY.stand_in_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +80,10 @@ def test_all_of_an_iteration_is_planned(planned):
 def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, tiny_config):
     """Against arrays that are really on the devices, laid out by the functions of `build`."""
     config, mesh = outline.config, outline.mesh
-    params = tiny_runs.random_params(outline.model_config)
-    trained, frozen = (build.place(x, mesh) for x in partition(params, config.train.trainable))
+    params = tiny_runs.random_params(outline.sizes)
+    trained, frozen = (build.place(x, mesh, RULES) for x in partition(params, outline.trained))
     optimizer = make_optimizer(config.optimizer, 1)
-    shardings = build.state_shardings(optimizer, trained, mesh)
+    shardings = build.state_shardings(optimizer, trained, mesh, RULES)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
 
     def on_first(tree):
@@ -90,7 +94,7 @@ def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, ti
     assert programs.shard_bytes(kept["optimizer"]) == on_first(moments)
     assert programs.shard_bytes(kept["frozen parameters"]) == on_first(frozen)
     # Of a kernel [in, out] each of eight devices has an eighth; of a norm's scale all.
-    width, rows = outline.model_config.llama.hidden_size, outline.model_config.llama.vocab_size
+    width, rows = outline.sizes.llama.hidden_size, outline.sizes.llama.vocab_size
     state = planned[0].state.params
     assert programs.shard_bytes(state["lm_head"]["kernel"]) == width * rows * 4 // 8
     assert programs.shard_bytes(state["language_model"]["norm"]["scale"]) == width * 4
@@ -122,11 +126,11 @@ def test_fully_sharded_parameters_are_gathered_and_their_gradients_summed(update
 
 def test_products_are_those_of_the_network(outline, update):
     """At least three products for each weight and token, and not much more than remat's four."""
-    llama = outline.model_config.llama
+    llama = outline.sizes.llama
     attn = llama.hidden_size * llama.head_dim * 2 * (llama.num_heads + llama.num_kv_heads)
     layer = attn + 3 * llama.hidden_size * llama.intermediate_size
     rows, prompts = 16, 8
-    tokens = rows * (outline.model_config.num_image_tokens - 1) + prompts * LENGTHS["t2i"]
+    tokens = rows * (outline.sizes.num_image_tokens - 1) + prompts * LENGTHS["t2i"]
     tokens += rows * (outline.config.rollout.max_new_tokens - 1) + prompts * LENGTHS["mm2t"]
     heads = rows * outline.config.rollout.max_new_tokens * llama.hidden_size * llama.vocab_size
     needed = 6 * (tokens * layer * LAYERS + heads) / 8
@@ -141,13 +145,12 @@ def test_programs_do_not_take_what_only_the_machine_at_hand_can_run(outline, mon
 
     def chosen(device, wanted="auto"):
         model = config.model.model_copy(update={"attention": wanted})
-        described = SimpleNamespace(
-            config=config.model_copy(update={"model": model}), special=plan.STAND_INS,
-            model_config=outline.model_config, mesh=SimpleNamespace(devices=np.array([[[device]]])),
-            micro_batches=1,
+        described = dataclasses.replace(
+            outline, config=config.model_copy(update={"model": model}),
+            mesh=SimpleNamespace(devices=np.array([[[device]]])),
         )  # fmt: skip
-        samplers = {f.keywords["attention"] for f in build.make_samplers(described).values()}
-        return samplers, build.make_loss_options(described).scoring.attention
+        samplers = {f.args[2].attention for f in build.make_samplers(described).values()}
+        return samplers, build.make_update_options(described).logprobs.attention
 
     tpu, cpu = (SimpleNamespace(platform=name) for name in ("tpu", "cpu"))
     assert chosen(tpu) == ({"xla"}, "splash")
@@ -179,7 +182,7 @@ def test_cudnn_is_not_taken_where_the_flag_for_the_same_bits_breaks_it(
             for name, options in changes.items()
         }
         config = outline.config.model_copy(update={"stage": stage, **changed})
-        return config, outline.model_config, devices
+        return config, outline.limits.head_dim, devices
 
     monkeypatch.setenv("XLA_FLAGS", "")
     assert attending.of_update(*asked("auto")) == attending.of_update(*asked("cudnn")) == "cudnn"
@@ -291,7 +294,7 @@ def test_missing_libtpu_is_named_with_the_remedy(monkeypatch):
     ],
 )
 def test_sizes_come_from_a_name_where_there_are_no_files(path, preset, expected):
-    assert plan.model_config(path, preset) == network.PRESETS[expected]
+    assert plan.find_sizes(path, preset) == (FAMILY, network.PRESETS[expected])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -22,6 +22,7 @@ from corl_jax.models.blip_text import BlipTextConfig, DecoderCache
 from corl_jax.params import map_with_path
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network
+from corl_jax.weights.network_rules import NETWORK_RULES
 from tests.support.tolerances import NETWORK
 
 SEP, BOS = 3, 40
@@ -179,7 +180,7 @@ def test_pieces_and_devices_change_nothing(network, images, tokens, mesh):
     for chunk in (1, 5):
         found = captions.caption_tokens(network, images, max_new_tokens=POSITIONS, chunk=chunk)
         np.testing.assert_array_equal(found, tokens)
-    split = jax.device_put(network.params, network_shardings(network.params, mesh))
+    split = jax.device_put(network.params, network_shardings(network.params, mesh, NETWORK_RULES))
     spread = dataclasses.replace(network, params=split)
     with jax.set_mesh(mesh):
         found = captions.caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)

@@ -26,6 +26,7 @@ from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights import config_clip
+from corl_jax.weights.network_rules import NETWORK_RULES
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 
@@ -192,7 +193,9 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
     found = clip_scores.clip_similarity(network, drawings, prompts)
     assert found == pytest.approx(expected, abs=NETWORK)
     network, head = (
-        dataclasses.replace(x, params=jax.device_put(x.params, network_shardings(x.params, mesh)))
+        dataclasses.replace(
+            x, params=jax.device_put(x.params, network_shardings(x.params, mesh, NETWORK_RULES))
+        )
         for x in (network, head)
     )
     with jax.set_mesh(mesh):  # which does not divide the three heads of its pictures' tower
@@ -238,7 +241,7 @@ def test_rewards_are_multiples_of_the_scores(network, head, drawings):
     names = {"clip": network, "pickscore": network, "hpsv2": network, "clip_l14": network}
     holders = {**names, "aesthetic": head}
     networks = {name: FrozenNetwork(holder, place) for name, holder in holders.items()}
-    context = Context(None, None, None, None, 0, 0, networks)
+    context = Context(None, None, None, None, None, 0, 0, networks)
     samples = Samples({"prompt": PROMPTS}, images=drawings)
     cosine = clip_scores.clip_similarity(network, drawings, PROMPTS)
     rating = clip_scores.aesthetic_rating(network, head, drawings)

@@ -16,8 +16,9 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Compat
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies.family import LogprobOptions
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
+from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.logprobs import image_logprobs
 from corl_jax.rewards.registry import Context, Samples, score
 from corl_jax.runs.pace import Phases
 from corl_jax.train import build, resolve
@@ -83,8 +84,8 @@ def observe(model, tmp_path_factory):
             patch.setattr(resolve, "make_mesh", make)
             plan = resolve.resolve_run(config_files.validate(tree, "test"))
         run, state = build.build(plan, Phases())
-        scoring = build.make_loss_options(plan).scoring
-        scored = logprobs(plan.model_config, scoring)
+        scoring = build.make_update_options(plan).logprobs
+        scored = logprobs(plan.sizes, scoring)
         return {**dtypes(run, state), **samplers(run), **scored, **scores(plan, run)}
 
     return observed
@@ -103,7 +104,11 @@ def dtypes(run, state) -> dict:
 
 
 def samplers(run) -> dict:
-    options = {task: sampler.keywords for task, sampler in run.samplers.items()}
+    """What each task's sampler is called with."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sample_images", "sample_text"):
+            patch.setattr(sampling, name, lambda *_, **keywords: keywords)
+        options = {task: sampler(None, None, None)[0] for task, sampler in run.samplers.items()}
     return {f"sampler of {task}": sorted(map(str, keys.items())) for task, keys in options.items()}
 
 
@@ -114,11 +119,13 @@ def logprobs(config, scoring) -> dict:
 
     @jax.jit
     def compute(params):
-        model = network.bind(config, params)
-        return {
-            task: TASK_LOGPROBS[task](model, part.prompts, part.tokens, scoring)[0]
+        found = {
+            task: FAMILY.turns[part.kinds].logprobs(
+                config, params, part.prompts, part.segments, scoring
+            )
             for task, part in batch.items()
         }
+        return {task: logprobs for task, ((logprobs, _),) in found.items()}
 
     found = compute(tiny_runs.random_params(config))
     return {f"log-probs of {task}": np.asarray(x).tolist() for task, x in found.items()}
@@ -128,8 +135,8 @@ def scores(plan, run) -> dict:
     names = ("qa_problem", "qa_solution", "qa_type")
     columns = {name: [row[1 + i] for row in ANSWERS.values()] for i, name in enumerate(names)}
     texts = Samples(columns, texts=[row[0] for row in ANSWERS.values()])
-    params = tiny_runs.random_params(plan.model_config, 1)
-    context = Context(plan.model_config, params, run.processor, jnp.float32, 0, 0)
+    params = tiny_runs.random_params(plan.sizes, 1)
+    context = Context(plan.family, plan.sizes, params, run.processor, jnp.float32, 0, 0)
     found = {
         f"{reward}: {case}": float(value)
         for reward, values in score(run.rewards["mm2t"], texts, context).items()
@@ -177,18 +184,19 @@ def test_unshifted_image_logprobs_are_of_the_state_after_the_token(tiny_config):
     """Q1: what our own scoring gives the next token's place, read at this token."""
     config = tiny_config
     part = tiny_runs.both_tasks(config, 2, 1)["t2i"]
+    (codes,) = part.segments
     scoring = LogprobOptions(tiny_runs.SPECIAL, unshifted=True, remat="none")
-    seen = np.concatenate([part.prompts.attention_mask, part.mask], axis=1)
+    seen = np.concatenate([part.prompts.attention_mask, codes.mask], axis=1)
 
     @jax.jit
     def both(params):
         model = network.bind(config, params)
         prompt = model.embed_text(part.prompts.input_ids)
-        embeds = jnp.concatenate([prompt, model.embed_image_tokens(part.tokens)], axis=1)
+        embeds = jnp.concatenate([prompt, model.embed_image_tokens(codes.values)], axis=1)
         logits = model.image_logits(model.language_model(embeds, seen)[:, prompt.shape[1] :])
         wanted = jnp.take_along_axis(
-            jax.nn.log_softmax(logits), jnp.asarray(part.tokens)[..., None], axis=-1
+            jax.nn.log_softmax(logits), jnp.asarray(codes.values)[..., None], axis=-1
         )
-        return TASK_LOGPROBS["t2i"](model, part.prompts, part.tokens, scoring)[0], wanted[..., 0]
+        return image_logprobs(model, part.prompts, codes.values, scoring)[0], wanted[..., 0]
 
     np.testing.assert_allclose(*both(tiny_runs.random_params(config)), atol=1e-4)

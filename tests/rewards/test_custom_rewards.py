@@ -28,7 +28,7 @@ from corl_jax.rewards.custom import load
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.worker import as_scores
 
-NOWHERE = Context(None, None, None, None, seed=0, step=0)
+NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my_rewards.py"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,7 +16,8 @@ import yaml
 
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.policies.janus import sampling
+from corl_jax.policies import FAMILIES
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import __main__ as command
 from corl_jax.train import check, resolve
 from tests.support.tiny_networks import network_dir
@@ -79,10 +81,13 @@ def picture_codes(config, params, tokens, *, dtype):
     return blocks.reshape(-1, side, side, 3).astype(jnp.uint8)
 
 
+DRAWN_CODES = dataclasses.replace(FAMILY, decode_images=picture_codes)
+
+
 @pytest.fixture(scope="module")
 def straight(tree):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "decode_images", picture_codes)
+        patch.setitem(FAMILIES, "janus", DRAWN_CODES)
         make = functools.partial(make_mesh, devices=jax.devices()[:1])
         patch.setattr(resolve, "make_mesh", make)
         return run(tree)
@@ -110,7 +115,7 @@ def test_every_reward_is_scored_timed_and_learnt_from(straight):
 def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devices, monkeypatch):
     make = functools.partial(make_mesh, devices=jax.devices()[:devices])
     monkeypatch.setattr(resolve, "make_mesh", make)
-    monkeypatch.setattr(sampling, "decode_images", picture_codes)
+    monkeypatch.setitem(FAMILIES, "janus", DRAWN_CODES)
     again = tree | {
         "output_dir": str(tmp_path / "run"),
         "networks": tree["networks"] | {"offload": devices == 1},

@@ -20,7 +20,7 @@ from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow,
 from corl_jax.rewards.samples import chunks
 from tests.support.tiny_models import tiny_image
 
-NOWHERE = Context(None, None, None, None, seed=0, step=0)
+NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 ISSUE = (
     "format format_tag qa_accuracy oc_accuracy t2i_ti_sim t2i_bid_cycle_reward t2i_pixel_mse "
     "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 aesthetic"
@@ -239,7 +239,7 @@ def test_pixel_mse_against_the_formula(mesh):
 
     params = jax.device_put({"w": np.zeros(8)}, jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec("fsdp")))  # fmt: skip
-    spread = Context(None, params, None, None, 0, 0)
+    spread = Context(None, None, params, None, None, 0, 0)
     with jax.set_mesh(mesh):
         again = REGISTRY["t2i_pixel_mse"].function(batch, spread)
     np.testing.assert_allclose(again, found, atol=1e-6)

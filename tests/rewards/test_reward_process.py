@@ -19,7 +19,7 @@ from corl_jax.rewards.custom import load
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.user_process import INDEX_VARIABLE
 
-NOWHERE = Context(None, None, None, None, seed=0, step=0)
+NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 ANSWERS = Samples({}, texts=["one", "three", ""])
 LENGTHS = [3, 5, 0]
 

@@ -15,6 +15,8 @@ from corl_jax.devices.mesh import make_mesh, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.family import FAMILY
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import cycle, functions, policy, text
 from corl_jax.rewards.registry import REGISTRY, Context, Samples
@@ -45,7 +47,7 @@ def context(tiny_config, processor):
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
     params = map_with_path(draw, network.abstract(config))
-    return Context(config, params, processor, jnp.float32, seed=3, step=0)
+    return Context(FAMILY, config, params, processor, jnp.float32, seed=3, step=0)
 
 
 def pictures(count, side=SIDE):
@@ -138,7 +140,7 @@ def test_ti_sim_does_not_apply_without_a_caption(context):
 def test_ti_sim_and_answers_on_a_mesh(context):
     """Rows that the devices do not divide, parameters split over them."""
     mesh = make_mesh(data=2, fsdp=4)
-    placed = jax.device_put(context.params, param_shardings(context.params, mesh))
+    placed = jax.device_put(context.params, param_shardings(context.params, mesh, RULES))
     spread = dataclasses.replace(context, params=placed)
     options = {"stream": "caption", "greedy": True, "max_new_tokens": 3}
     with jax.set_mesh(mesh):
@@ -168,9 +170,9 @@ def test_matched_similarity_by_hand():
 @pytest.mark.parametrize("caption", [*CAPTIONS, "a.", "un café ☕", "two\nlines", "<|User|>: x"])
 def test_caption_tokens_hold_the_caption_and_nothing_else(tmp_path, role_tokens, caption):
     processor = Processor.from_dir(tiny_tokenizer_dir(tmp_path, role_tokens=role_tokens))
-    spans = policy.token_spans(processor, f" {caption} \n")
+    spans = processor.caption_prompt(f" {caption} \n")
     ids = np.asarray(spans.ids)
-    assert processor.tokenizer.decode(ids[spans.caption]) == caption
+    assert processor.tokenizer.decode(ids[spans.is_caption]) == caption
     assert spans.ids == processor.mm2t_ids(caption)
     assert (ids[spans.image_start :][: processor.num_image_tokens] == processor.special.image).all()
 
@@ -186,9 +188,9 @@ def test_tokens_that_merge_line_breaks_with_the_caption(processor, monkeypatch, 
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     monkeypatch.setattr(merging, "_plain", plain)
     for caption, last, kept in (("ab.", 257, 3), ("ab", ord("b") - ord("a") + letters["a"], 2)):
-        spans = policy.token_spans(merging, caption)
-        assert spans.caption.sum() == kept
-        assert np.asarray(spans.ids)[spans.caption][-1] == last
+        spans = merging.caption_prompt(caption)
+        assert spans.is_caption.sum() == kept
+        assert np.asarray(spans.ids)[spans.is_caption][-1] == last
 
 
 # ---- captions and answers
@@ -206,7 +208,7 @@ def alone(context, image, question, **options):
         context.config, context.params, prompts, jax.random.split(jax.random.key(0), 1),
         special=processor.special, greedy=True, dtype=context.dtype, **options,
     )  # fmt: skip
-    return processor.decode(np.asarray(rollout.tokens[0])[np.asarray(rollout.mask[0])])
+    return processor.decode(np.asarray(rollout.values[0])[np.asarray(rollout.mask[0])])
 
 
 def test_answers_do_not_depend_on_the_batch(context):
@@ -324,6 +326,6 @@ def test_the_policy_really_answers(context):
 
 
 def test_the_policy_is_asked_for_by_name():
-    context = Context(None, None, None, None, 0, 0)
+    context = Context(None, None, None, None, None, 0, 0)
     with pytest.raises(InputError, match="found no model"):
         policy.ti_sim(samples(), context)

@@ -20,6 +20,7 @@ from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.params import map_with_path
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
+from corl_jax.weights.network_rules import NETWORK_RULES
 from tests.support.tolerances import NETWORK
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -206,7 +207,7 @@ def test_chunks_give_what_one_piece_gives(network):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_several_devices_give_what_one_gives(score, network, mesh):
-    split = jax.device_put(network.params, network_shardings(network.params, mesh))
+    split = jax.device_put(network.params, network_shardings(network.params, mesh, NETWORK_RULES))
     spread = Network(CONFIG, split, network.folder, jnp.float32)
     with jax.set_mesh(mesh):
         found = score(spread, PREDICTIONS, TARGETS)

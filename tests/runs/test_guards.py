@@ -17,7 +17,7 @@ from corl_jax.runs.directory import to_json
 from corl_jax.runs.guards import FAILED_WINDOW, UNREWARDED_STEPS, WINDOW, Guards, Update
 from corl_jax.train import reports
 from corl_jax.train.alarms import ALARMS, list_alarms, make_guards
-from corl_jax.train.iteration import duplicates
+from corl_jax.train.rollout_metrics import count_duplicates
 
 GOOD = Update(False, loss=1.0, grad_norm=2.0, parts={"t2i/loss": 1.0, "mm2t/loss": 0.1})
 BAD = Update(True, math.nan, math.inf, {"t2i/loss": math.nan, "mm2t/loss": 0.1})
@@ -288,8 +288,8 @@ def test_duplicates_are_counted_within_groups():
     tokens[1] = tokens[0]  # one of group 0
     tokens[6] = tokens[7] = tokens[4]  # two of group 1
     tokens[3, 0] = tokens[2, 0]  # a token alone is no duplicate
-    assert duplicates(tokens, 4) == pytest.approx(3 / 8)
-    assert duplicates(tokens, 2) == pytest.approx(2 / 8)
+    assert count_duplicates(tokens, 4) == pytest.approx(3 / 8)
+    assert count_duplicates(tokens, 2) == pytest.approx(2 / 8)
 
 
 BASE = {

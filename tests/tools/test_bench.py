@@ -31,7 +31,8 @@ from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
-from corl_jax.types import Rollout
+from corl_jax.tasks import TEXT
+from corl_jax.types import Segment
 from corl_jax.weights.networks import KINDS
 from tests.support.tolerances import LOGPROBS
 from tools.bench import __main__ as command
@@ -231,9 +232,9 @@ def test_a_part_alone(tmp_path, capsys):
 
 def test_micro_batches_are_pieces_of_the_prompts(tmp_path):
     setting = published("tiny", tmp_path)
-    assert training.objective(setting).micro_batches == 1
+    assert training.update_options(setting).micro_batches == 1
     small = dataclasses.replace(setting, micro_batch=2)
-    assert training.objective(small).micro_batches == 4
+    assert training.update_options(small).micro_batches == 4
 
 
 def test_several_devices_and_a_profile(tmp_path):
@@ -261,14 +262,16 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
 def test_both_layouts_draw_the_same(monkeypatch):
     """And only one of them asks for the policy's matrices to be gathered, inside of layers too."""
     drawn, asked, laid_out = [], [], []
-    gathered, constrain = sampling.gathered, device_mesh.constrain
+    gather, constrain = sampling.gather_over_fsdp, device_mesh.constrain
 
     def keep(call, repeats):
-        drawn.append(np.asarray(call().tokens))
+        drawn.append(np.asarray(call().values))
         return Timing(1.0, (1.0,))
 
     monkeypatch.setattr("tools.bench.setting.measure", keep)
-    monkeypatch.setattr(sampling, "gathered", lambda params: asked.append(1) or gathered(params))
+    monkeypatch.setattr(
+        sampling, "gather_over_fsdp", lambda params, rules: asked.append(1) or gather(params, rules)
+    )
     monkeypatch.setattr(
         device_mesh, "constrain", lambda x, *names: laid_out.append(names) or constrain(x, *names)
     )
@@ -461,7 +464,7 @@ def test_the_shorter_prompt_alone_is_all_its_tokens():
 def test_greedy_decodings_are_compared_to_where_they_part():
     def rollout(tokens, logprobs):
         tokens, logprobs = np.array([[0] * 5, tokens]), np.array([[0.0] * 5, logprobs])
-        return Rollout(None, tokens, tokens > 0, logprobs)
+        return Segment(TEXT, tokens, tokens > 0, logprobs)
 
     batched = rollout([3, 4, 5, 6, 7], [-1.0, -2.0, -3.0, -4.0, -5.0])
     single = rollout([3, 4, 9, 6, 8], [-1.0, -2.5, -3.25, -7.0, -9.0])
@@ -478,7 +481,7 @@ def test_greedy_decodings_are_compared_to_where_they_part():
 def test_repeated_draws_are_compared_token_by_token():
     def rollout(*tokens):
         tokens = np.array(tokens)
-        return Rollout(None, tokens, tokens > 0, np.zeros(tokens.shape))
+        return Segment(TEXT, tokens, tokens > 0, np.zeros(tokens.shape))
 
     first, second = rollout([1, 2, 3, 4], [5, 6, 7, 8]), rollout([1, 2, 3, 4], [5, 6, 9, 8])
     assert correctness.alike(first, second) == {"repeated_agreement": 0.875, "repeated_prefix": 2}
@@ -567,9 +570,10 @@ def test_prompts_are_left_padded_and_hold_one_picture():
     assert (drawing.input_ids[:, -1] == SPECIAL.boi).all()
     assert ((asking.input_ids == SPECIAL.image).sum(axis=1) == 16).all()
     batch = inputs.task_batch(config, SPECIAL, asking, 3, 6)
-    assert batch.tokens.shape == (15, 6)
-    assert 3 <= batch.mask.sum(axis=1).min() < batch.mask.sum(axis=1).max() <= 6
-    assert inputs.task_batch(config, SPECIAL, drawing, 3, 16).mask.all()
+    (answers,) = batch.segments
+    assert answers.values.shape == (15, 6)
+    assert 3 <= answers.mask.sum(axis=1).min() < answers.mask.sum(axis=1).max() <= 6
+    assert inputs.task_batch(config, SPECIAL, drawing, 3, 16).segments[0].mask.all()
 
 
 def test_completions_of_a_prompt_share_their_row():
@@ -597,7 +601,7 @@ def test_published_sizes_trace(name, tmp_path):
         prompts = generation.prompts_of(setting, task)
         keys = jax.eval_shape(lambda: generation.keys(setting, task))  # noqa: B023
         rollout = jax.eval_shape(generation.samplers(setting)[task], params, prompts, keys)
-        assert rollout.tokens.shape == (64, length)
+        assert rollout.values.shape == (64, length)
     assert prompts.input_ids.shape == (8, 676)
 
 

@@ -10,7 +10,7 @@ import pytest
 from corl_jax.assets import NANO_JANUS
 from corl_jax.data.drawn_world import generator
 from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
-from corl_jax.startup import load_model
+from corl_jax.policies import load_policy
 from tests.support.tiny_runs import model_dir
 from tools.mini_janus import roundtrip
 from tools.mini_janus.__main__ import main
@@ -20,8 +20,8 @@ LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) pictures pass the checke
 
 @pytest.fixture(scope="module")
 def nano():
-    config, params, _, _ = load_model(NANO_JANUS)
-    return config, params
+    model = load_policy(NANO_JANUS)
+    return model.sizes, model.params
 
 
 def pictures(rows: int) -> np.ndarray:

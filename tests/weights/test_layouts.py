@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corl_jax import tasks
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus import sampling
-from corl_jax.types import Rollout
+from corl_jax.policies.janus.layout import RULES
+from corl_jax.types import Segment
 from tests.support import draws
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
@@ -25,7 +27,7 @@ PROMPTS, GROUP, NEW_TOKENS = 8, 2, 6
 GREEDY = 1e-6  # a temperature at which the likeliest token is drawn; greedy in the same program
 COMMON = {"special": SPECIAL, "dtype": jnp.float32, "attention": "xla", "greedy": False}
 TEXT = {"max_new_tokens": NEW_TOKENS, "top_k": 0, "top_p": 1.0}
-IMAGE = {"guided": True, "score": "conditional"}
+IMAGE = {"guided": True, "image_logprobs": "conditional"}
 # So that a program shows where the partitioner puts a collective: not every backend moves it
 # out of a loop afterwards, as the one for CPUs does.
 OPTIONS = {
@@ -90,7 +92,7 @@ def single(config, params, prompts):
 def layout(request, config, params, prompts, capfd, compiled_anew):
     mesh = make_mesh(*request.param)
     spread = batch_sharding(mesh)
-    placed = jax.device_put(params, param_shardings(params, mesh))
+    placed = jax.device_put(params, param_shardings(params, mesh, RULES))
     rows = {task: jax.device_put(x, spread) for task, x in prompts.items()}
     with jax.set_mesh(mesh):
         compiled = programs(config, placed, rows, jax.device_put(keys(), spread))
@@ -103,7 +105,7 @@ def test_a_low_temperature_is_greedy(config, params, prompts, single):
         config, params, prompts["t2i"], keys(), special=SPECIAL, cfg_scale=3.0, greedy=True,
         dtype=jnp.float32, attention="xla",
     )  # fmt: skip
-    np.testing.assert_array_equal(single["t2i", GREEDY][0], greedy.tokens)
+    np.testing.assert_array_equal(single["t2i", GREEDY][0], greedy.values)
 
 
 def test_the_draws_are_worth_comparing(single):
@@ -126,8 +128,8 @@ def test_no_draw_is_near_a_tie(config, params, prompts, single):
             other = logits(draws.without_prompt(prompts[task], SPECIAL))
             scores = other + 3.0 * (scores - other)
         mask = rest[0] if rest else np.ones(tokens.shape, bool)
-        rollout = Rollout(prompts[task], tokens, mask, None)
-        margins = draws.margins(scores, rollout, keys(), temperature)
+        drawn = Segment(tasks.CODES if task == "t2i" else tasks.TEXT, tokens, mask)
+        margins = draws.margins(scores, drawn, keys(), temperature)
         assert margins.min() * temperature > draws.SAFE, "choose another seed"
 
 

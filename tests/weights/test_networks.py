@@ -18,9 +18,11 @@ from corl_jax.devices.mesh import make_mesh, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.params import flatten
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network
 from corl_jax.types import Params
+from corl_jax.weights.network_rules import NETWORK_RULES
 from corl_jax.weights.networks import KINDS, MODEL_TYPE, load_network, open_network, recognise
 from tests.support.tiny_networks import TINY, network_dir, random_network
 from tools.convert_weights.__main__ import run as convert
@@ -373,7 +375,7 @@ def test_a_loaded_network_is_split_over_the_mesh(folders, mesh, kind, offload):
     frozen = networks.load(found, mesh, offload)
     _, expected = load_network(folders[kind], kind, jnp.bfloat16)
     with frozen.use() as network:
-        wanted = network_shardings(network.params, mesh)
+        wanted = network_shardings(network.params, mesh, NETWORK_RULES)
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, network.params, wanted)), (
             "not where the table says"
         )
@@ -396,7 +398,7 @@ def test_resident_parameters_stay(folders):
 
 
 def test_a_network_that_was_not_loaded_is_named():
-    context = Context(None, None, None, None, 0, 0)
+    context = Context(None, None, None, None, None, 0, 0)
     with pytest.raises(InputError, match="the network blip is not loaded"):
         context.network("blip")
     with pytest.raises(InputError, match="found no model"):
@@ -407,7 +409,9 @@ def test_the_scorer_is_whom_the_option_names():
     policy = SimpleNamespace()
     named = Network("its config", {}, None, None)
     frozen = FrozenNetwork(named, SingleDeviceSharding(jax.devices()[0]))
-    context = Context(policy, {"x": 1}, policy, None, 0, 0, {"initial": frozen, "dir": frozen})
+    context = Context(
+        FAMILY, policy, {"x": 1}, policy, None, 0, 0, {"initial": frozen, "dir": frozen}
+    )
     with context.scorer("policy") as scorer:
         assert scorer.config is policy
     for name in ("initial", "dir"):

@@ -19,6 +19,7 @@ from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, map_with_path, partition, unflatten
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import RULES, TRAINABLE
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.train import build
 from corl_jax.train.optimizer import make_optimizer
@@ -62,7 +63,7 @@ def layouts(config, mesh):
     """The table's, but whole where this odd model does not divide."""
 
     def one(path, leaf):
-        spec = device_mesh._fitting(device_mesh.find_rule(path), leaf.shape, mesh)
+        spec = device_mesh._fitting(device_mesh.find_rule(path, RULES), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
     return map_with_path(one, network.abstract(config))
@@ -248,12 +249,14 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, tiny_config, before):
         values = 100 * rng.standard_normal(leaf.shape)
         return values.astype(kind)
 
-    shapes, _ = partition(network.abstract(tiny_config), schema.Train().trainable)
+    shapes, _ = partition(network.abstract(tiny_config), TRAINABLE)
     abstract = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes)
     )
     state = jax.tree.map(draw, abstract)
-    places = {n: build.state_shardings(optimizer, shapes, mesh) for n, mesh in meshes.items()}
+    places = {
+        n: build.state_shardings(optimizer, shapes, mesh, RULES) for n, mesh in meshes.items()
+    }
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, jax.device_put(state, places[before]), {})
         for count in meshes:

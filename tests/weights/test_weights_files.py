@@ -13,6 +13,7 @@ from corl_jax.errors import InputError
 from corl_jax.params import flatten, partition
 from corl_jax.policies.janus.checkpoint.assets import with_bos
 from corl_jax.policies.janus.checkpoint.settings import load_config
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.tokens import STRINGS
 from corl_jax.train import export
 from corl_jax.weights.dtypes import widest
@@ -214,7 +215,7 @@ def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, t
         tmp_path / "out",
         SimpleNamespace(export=options, model=SimpleNamespace(path=str(folder))),
         SimpleNamespace(
-            model_config=config, frozen=frozen, source_dtypes=stored_dtypes(folder, config),
+            family=FAMILY, sizes=config, frozen=frozen, source_dtypes=stored_dtypes(folder, config),
             layer_dtypes=stored_layer_dtypes(folder, config),
         ),
         SimpleNamespace(params=trained), folder, primary=True,

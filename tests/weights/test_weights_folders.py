@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from corl_jax.errors import InputError
 from corl_jax.plan import __main__ as plan
+from corl_jax.policies import inspect_policy
 from corl_jax.rewards import networks
-from corl_jax.startup import inspect_model
 from corl_jax.weights import selection
 from corl_jax.weights.files import convert, load_params
 from corl_jax.weights.folders import SMALL_FILES
@@ -196,12 +196,12 @@ def write_adapter(folder, base: object = "someone/model") -> None:
     "use",
     [
         resolve_model_dir,
-        inspect_model,
+        inspect_policy,
         load_params,
         lambda place: open_network(place, "bert"),
         lambda place: open_network(place / "adapter_model.safetensors", "clip"),
         lambda place: convert(place, place.parent / "out", layout="jax"),
-        lambda place: plan.model_config(str(place), None),
+        lambda place: plan.find_sizes(str(place), None),
         lambda place: networks._locate("bert", str(place)),
     ],
 )
@@ -244,7 +244,7 @@ def test_an_adapter_need_not_name_its_model(tmp_path, base):
 def test_a_model_with_an_adapter_beside_it_is_refused_with_both_names(folder):
     write_adapter(folder)
     with pytest.raises(InputError, match=r"both a model \(model.safetensors\) and adapter_config"):
-        inspect_model(folder)
+        inspect_policy(folder)
 
 
 # ---- Git LFS pointers and byte order marks
@@ -259,7 +259,7 @@ def test_a_pointer_in_place_of_a_file_is_named(folder, tmp_path, capsys, name, c
     expected = f"{folder / name}: is a Git LFS pointer, not the file itself; run `git lfs pull`"
     if command == "load":
         with pytest.raises(InputError) as caught:
-            inspect_model(folder)
+            inspect_policy(folder)
         lines = caught.value.problems
     else:
         other = {"verify": [str(folder)], "to-jax": [str(tmp_path / "out")]}.get(command, [])
@@ -297,11 +297,11 @@ def test_a_pointer_in_a_reward_network_is_named(network, name):
 
 
 def test_files_with_byte_order_marks_are_read(folder, tmp_path, state):
-    _, expected, _ = inspect_model(folder)
+    expected = inspect_policy(folder).processor
     for name in SMALL_FILES:
         if (folder / name).is_file():
             (folder / name).write_bytes(MARK + (folder / name).read_bytes())
-    _, processor, _ = inspect_model(folder)
+    processor = inspect_policy(folder).processor
     assert processor.mm2t_ids("How many?") == expected.mm2t_ids("How many?")
     assert processor.decode([70, 71, 72]) == expected.decode([70, 71, 72])
     convert(folder, tmp_path / "jax", layout="jax")

@@ -16,10 +16,12 @@ from PIL import Image
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
+from corl_jax.weights.network_rules import NETWORK_RULES
 from corl_jax.weights.networks import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
@@ -131,7 +133,7 @@ def _squashed(pictures: np.ndarray) -> list[np.ndarray]:
 def _answer_rewards(setting: Setting) -> Iterator[Record]:
     """On the host alone."""
     answered = _answers(setting, setting.size.answers)
-    context = Context(None, None, None, None, 0, 0)
+    context = Context(None, None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
         reward = registry.resolve_one(name, {})
         call = functools.partial(registry.score, [reward], answered, context)
@@ -180,11 +182,12 @@ class Networks:
         if kind == "blip":
             params = without_separator(params, config)
         network = Network(config, params, folder, jnp.float32)
-        return Counted(network, network_shardings(params, self._setting.mesh), offload)
+        shardings = network_shardings(params, self._setting.mesh, NETWORK_RULES)
+        return Counted(network, shardings, offload)
 
 
 def _context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
-    return Context(setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
+    return Context(FAMILY, setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
 
 
 def _how(held: Mapping[str, Counted]) -> str:

@@ -15,11 +15,12 @@ from corl_jax.models import causal
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import TASK_LOGPROBS
+from corl_jax.policies.janus.logprobs import image_logprobs, text_logprobs
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
 from tests.support.tolerances import LOGPROBS, NETWORK
 
 PROMPTS, GROUP = 3, 4
+TASK_LOGPROBS = {"t2i": image_logprobs, "mm2t": text_logprobs}
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -94,11 +95,11 @@ def test_no_prompt_is_read_once_per_completion(config, params, task):
 
     def loss(params):
         model = network.bind(config, params)
-        return TASK_LOGPROBS[task](model, batch.prompts, batch.tokens, scoring)[0].sum()
+        return TASK_LOGPROBS[task](model, batch.prompts, batch.segments[0].values, scoring)[0].sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     length, inner = batch.prompts.input_ids.shape[1], config.llama.intermediate_size
-    read = batch.tokens.shape[1] - 1
+    read = batch.segments[0].values.shape[1] - 1
     assert f"f32[{PROMPTS},{length},{inner}]" in text
     assert f"f32[{PROMPTS * GROUP},{read},{inner}]" in text
     assert f"f32[{PROMPTS * GROUP},{length + read},{inner}]" not in text
@@ -107,7 +108,8 @@ def test_no_prompt_is_read_once_per_completion(config, params, task):
 
 def test_a_completion_of_one_token_is_scored_by_the_prompt_alone(config, params):
     batch = both_tasks(config, PROMPTS, GROUP)["mm2t"]
-    model, prompts, tokens = network.bind(config, params), batch.prompts, batch.tokens[:, :1]
+    model, prompts = network.bind(config, params), batch.prompts
+    tokens = batch.segments[0].values[:, :1]
     found, _ = TASK_LOGPROBS["mm2t"](model, prompts, tokens, LogprobOptions(SPECIAL, remat="none"))
     features = model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, SPECIAL.image, features)

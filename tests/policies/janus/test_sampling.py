@@ -12,7 +12,7 @@ import pytest
 
 from corl_jax.devices import compiling
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
-from corl_jax.policies import decoding
+from corl_jax.policies import choices, decoding
 from corl_jax.policies.choices import (
     STRIDE,
     Choice,
@@ -21,10 +21,12 @@ from corl_jax.policies.choices import (
     sample_keys,
     token_logprobs,
 )
+from corl_jax.policies.janus import images as janus_images
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.images import decode_images
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.tokens import SpecialTokens
-from corl_jax.types import EncodedPrompts
+from corl_jax.types import EncodedPrompts, Rollout
 from tests.support import draws
 from tests.support.tiny_models import two_layers
 from tests.support.tolerances import LOGPROBS
@@ -37,7 +39,9 @@ GROUP = 2
 NEW_TOKENS = 10
 TEMPERATURE = 0.8
 STRICT = {"special": SPECIAL, "dtype": jnp.float32}
-IMAGE_OPTIONS = {"guided": True, "score": "conditional", "greedy": False, "attention": "xla"}
+IMAGE_OPTIONS = {
+    "guided": True, "image_logprobs": "conditional", "greedy": False, "attention": "xla",
+}  # fmt: skip
 TEXT_OPTIONS = {
     "max_new_tokens": 256, "top_k": 0, "top_p": 1.0, "greedy": False, "attention": "xla",
 }  # fmt: skip
@@ -141,14 +145,14 @@ def blanked(prompts: EncodedPrompts) -> EncodedPrompts:
 
 def mixed_logits(config, params, images) -> jax.Array:
     """Those that guided drawings were drawn from."""
-    conditional = full_logits(config, params, images.prompts, images.tokens)
-    other = full_logits(config, params, blanked(images.prompts), images.tokens)
+    conditional = full_logits(config, params, drawing_prompts(), images.values)
+    other = full_logits(config, params, blanked(drawing_prompts()), images.values)
     return other + 3.0 * (conditional - other)
 
 
 def test_no_draw_is_near_a_tie(config, params, images, texts):
     """So that the tests below may ask other programs for the same tokens, on any machine."""
-    logits = full_logits(config, params, texts.prompts, texts.tokens)
+    logits = full_logits(config, params, question_prompts(config), texts.values)
     for rollout, scores in ((images, mixed_logits(config, params, images)), (texts, logits)):
         margins = draws.margins(scores, rollout, keys_of(range(4)), TEMPERATURE)
         assert margins.min() > draws.SAFE, "choose another seed"
@@ -158,36 +162,37 @@ def test_no_draw_is_near_a_tie(config, params, images, texts):
 
 
 def test_image_logprobs_are_those_of_the_full_forward(config, params, images):
-    logits = full_logits(config, params, images.prompts, images.tokens)
+    logits = full_logits(config, params, drawing_prompts(), images.values)
     assert logits.std() > 0.3
-    np.testing.assert_allclose(images.logprobs, picked(logits, images.tokens), atol=LOGPROBS)
-    assert images.mask.all() and images.group_size == GROUP
+    np.testing.assert_allclose(images.logprobs, picked(logits, images.values), atol=LOGPROBS)
+    assert images.mask.all() and Rollout(drawing_prompts(), (images,)).group_size == GROUP
 
 
 def test_guided_logprobs_are_of_the_mixed_distribution(config, params, images):
-    guided = draw_images(config, params, drawing_prompts(), keys_of(range(4)), score="guided")
-    np.testing.assert_array_equal(guided.tokens, images.tokens)
+    prompts, keys = drawing_prompts(), keys_of(range(4))
+    guided = draw_images(config, params, prompts, keys, image_logprobs="guided")
+    np.testing.assert_array_equal(guided.values, images.values)
     mixed = mixed_logits(config, params, images)
     # Guidance multiplies what rounding does to logits.
-    np.testing.assert_allclose(guided.logprobs, picked(mixed, images.tokens), atol=5 * LOGPROBS)
+    np.testing.assert_allclose(guided.logprobs, picked(mixed, images.values), atol=5 * LOGPROBS)
     assert np.abs(np.asarray(guided.logprobs) - np.asarray(images.logprobs)).max() > 0.1
 
 
 def test_text_logprobs_are_those_of_the_full_forward(config, params, texts):
-    logits = full_logits(config, params, texts.prompts, texts.tokens)
-    expected = np.where(texts.mask, picked(logits, texts.tokens), 0)
+    logits = full_logits(config, params, question_prompts(config), texts.values)
+    expected = np.where(texts.mask, picked(logits, texts.values), 0)
     np.testing.assert_allclose(texts.logprobs, expected, atol=LOGPROBS)
     assert texts.mask.sum() > texts.mask.size / 2
 
 
 def test_top_k_and_top_p_change_draws_but_not_what_is_recorded(config, params, texts):
     """Of one token to choose from the best is drawn, and recorded as one of the whole softmax."""
-    found = answer(config, params, texts.prompts, keys_of(range(4)), top_k=1, top_p=0.9)
-    logits = full_logits(config, params, texts.prompts, found.tokens)
+    found = answer(config, params, question_prompts(config), keys_of(range(4)), top_k=1, top_p=0.9)
+    logits = full_logits(config, params, question_prompts(config), found.values)
     kept = np.asarray(found.mask)
-    np.testing.assert_array_equal(found.tokens[kept], logits.argmax(-1)[kept])
+    np.testing.assert_array_equal(found.values[kept], logits.argmax(-1)[kept])
     logprobs = np.asarray(found.logprobs)[kept]
-    np.testing.assert_allclose(logprobs, picked(logits, found.tokens)[kept], atol=LOGPROBS)
+    np.testing.assert_allclose(logprobs, picked(logits, found.values)[kept], atol=LOGPROBS)
     assert logprobs.max() < -1e-3
 
 
@@ -208,7 +213,7 @@ def test_scale_one_is_no_guidance(config, params):
         config, params, prompts, keys, one, jnp.float32(TEMPERATURE),
         **STRICT, **IMAGE_OPTIONS,
     )  # fmt: skip
-    np.testing.assert_array_equal(plain.tokens, tokens)
+    np.testing.assert_array_equal(plain.values, tokens)
     np.testing.assert_allclose(plain.logprobs, logprobs, atol=LOGPROBS)
 
 
@@ -232,15 +237,15 @@ def test_rows_of_a_guided_prompt_lie_side_by_side():
 
 
 def test_an_image_alone_is_the_one_in_the_padded_batch(config, params, images):
-    alone = draw_images(config, params, unpadded(images.prompts, 3), keys_of([3]))
-    np.testing.assert_array_equal(alone.tokens, images.tokens[-GROUP:])
+    alone = draw_images(config, params, unpadded(drawing_prompts(), 3), keys_of([3]))
+    np.testing.assert_array_equal(alone.values, images.values[-GROUP:])
     np.testing.assert_allclose(alone.logprobs, images.logprobs[-GROUP:], atol=LOGPROBS)
-    assert len(np.unique(images.tokens, axis=0)) == 4 * GROUP, "samples must differ"
+    assert len(np.unique(images.values, axis=0)) == 4 * GROUP, "samples must differ"
 
 
 def test_an_answer_alone_is_the_one_in_the_padded_batch(config, params, texts):
-    alone = answer(config, params, unpadded(texts.prompts, 3), keys_of([3]))
-    np.testing.assert_array_equal(alone.tokens, texts.tokens[-GROUP:])
+    alone = answer(config, params, unpadded(question_prompts(config), 3), keys_of([3]))
+    np.testing.assert_array_equal(alone.values, texts.values[-GROUP:])
     np.testing.assert_array_equal(alone.mask, texts.mask[-GROUP:])
     np.testing.assert_allclose(alone.logprobs, texts.logprobs[-GROUP:], atol=LOGPROBS)
 
@@ -248,10 +253,10 @@ def test_an_answer_alone_is_the_one_in_the_padded_batch(config, params, texts):
 def test_order_of_the_batch_does_not_matter(config, params, images, texts):
     order = [2, 0, 3, 1]
     samples = [GROUP * row + g for row in order for g in range(GROUP)]
-    moved = draw_images(config, params, rows_of(images.prompts, order), keys_of(order))
-    np.testing.assert_array_equal(moved.tokens, np.asarray(images.tokens)[samples])
-    moved = answer(config, params, rows_of(texts.prompts, order), keys_of(order))
-    np.testing.assert_array_equal(moved.tokens, np.asarray(texts.tokens)[samples])
+    moved = draw_images(config, params, rows_of(drawing_prompts(), order), keys_of(order))
+    np.testing.assert_array_equal(moved.values, np.asarray(images.values)[samples])
+    moved = answer(config, params, rows_of(question_prompts(config), order), keys_of(order))
+    np.testing.assert_array_equal(moved.values, np.asarray(texts.values)[samples])
 
 
 def test_keys_come_from_seed_prompt_and_sample():
@@ -272,7 +277,7 @@ def on_mesh(mesh, params, prompts):
     """Parameters, prompts and keys laid out over the devices."""
     spread = batch_sharding(mesh)
     return (
-        jax.device_put(params, param_shardings(params, mesh)),
+        jax.device_put(params, param_shardings(params, mesh, RULES)),
         jax.device_put(prompts, spread),
         jax.device_put(keys_of(range(4)), spread),
     )
@@ -290,11 +295,11 @@ def copied(request, monkeypatch):
 
 def test_copied_prompts_change_nothing(config, params, images, texts, copied):
     rollouts = (
-        draw_images(config, params, images.prompts, keys_of(range(4))),
-        answer(config, params, texts.prompts, keys_of(range(4))),
+        draw_images(config, params, drawing_prompts(), keys_of(range(4))),
+        answer(config, params, question_prompts(config), keys_of(range(4))),
     )
     for found, expected in zip(rollouts, (images, texts), strict=True):
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_array_equal(found.values, expected.values)
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=LOGPROBS)
 
 
@@ -302,12 +307,12 @@ def test_data_parallel_decoding_needs_no_communication(config, params, images, c
     mesh = make_mesh(data=4, devices=jax.devices()[:4])
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
     with jax.set_mesh(mesh):
-        arguments = *on_mesh(mesh, params, images.prompts), scale, temperature
+        arguments = *on_mesh(mesh, params, drawing_prompts()), scale, temperature
         program = sampling._image_program.usual.lower(
             config, *arguments, **STRICT, **IMAGE_OPTIONS
         ).compile()
         tokens, _ = program(*arguments)
-    np.testing.assert_array_equal(tokens, images.tokens)
+    np.testing.assert_array_equal(tokens, images.values)
     collectives = r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter"
     assert not re.search(rf" ({collectives})(-start)?\(", program.as_text())
 
@@ -342,7 +347,7 @@ def test_texts_end_at_eos_and_the_loop_with_the_last_of_them(config, params, dec
     # The first token needs no step; then the loop is left at the end of a stride.
     assert 0 <= len(decode_steps) - (lengths.max() - 1) < STRIDE
     assert len(set(lengths)) > 4 and lengths.max() > length / 2, lengths
-    arrays = map(np.asarray, (rollout.tokens, rollout.mask, rollout.logprobs, lengths))
+    arrays = map(np.asarray, (rollout.values, rollout.mask, rollout.logprobs, lengths))
     for row, kept, logprobs, end in zip(*arrays, strict=True):
         np.testing.assert_array_equal(kept, np.arange(length) < end)
         assert (row[: end - 1] != SPECIAL.eos).all() and (row[end:] == SPECIAL.eos).all()
@@ -375,7 +380,7 @@ def test_mask_runs_to_the_first_end_and_no_further_than_was_drawn():
 @pytest.mark.parametrize("block", [512, 2, 3])
 def test_draws_follow_the_distribution(monkeypatch, block):
     """Of four tokens at once, of two and two, and of three and one."""
-    monkeypatch.setattr(sampling, "BLOCK", block)
+    monkeypatch.setattr(choices, "BLOCK", block)
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     rows = jnp.broadcast_to(logits, (20000, 4))
     keys = jax.random.split(jax.random.key(0), 20000)
@@ -391,7 +396,7 @@ def test_draws_follow_the_distribution(monkeypatch, block):
 
 
 def test_logprobs_by_blocks_are_those_of_the_softmax(monkeypatch):
-    monkeypatch.setattr(sampling, "BLOCK", 5)
+    monkeypatch.setattr(choices, "BLOCK", 5)
     logits = jnp.asarray(np.random.default_rng(1).normal(0, 30, (6, 13)), jnp.float32)
     tokens = jnp.array([0, 4, 5, 9, 10, 12])
     expected = jax.nn.log_softmax(logits)[jnp.arange(6), tokens]
@@ -411,7 +416,7 @@ def test_nucleus_is_never_empty():
 
 def test_pictures_are_truncated_decodings(config, params, monkeypatch):
     """Five pictures in chunks of two."""
-    monkeypatch.setattr(sampling, "VQ_BATCH", 2)
+    monkeypatch.setattr(janus_images, "VQ_BATCH", 2)
     codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, (5, 16))
     pixels = np.asarray(
         jax.jit(lambda params: network.bind(config, params).vqmodel.decode(codes))(params)
@@ -437,9 +442,9 @@ def test_pictures_in_half_precision_are_nearly_the_same(config, params):
 
 @pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (8, (1, 8)), (9, (2, 5))])
 def test_chunks_are_even(images, chunks):
-    assert sampling._vq_chunks(images) == chunks
+    assert janus_images._vq_chunks(images) == chunks
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        count, size = sampling._vq_chunks(images)
+        count, size = janus_images._vq_chunks(images)
     assert size % 4 == 0 and count * size >= images
 
 
@@ -466,9 +471,9 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
         before = getattr(image, build)._cache_size()
         drawn = draw_images(config, params, drawing_prompts(), keys)
         assert getattr(image, build)._cache_size() == before + 1
-        np.testing.assert_array_equal(drawn.tokens, images.tokens)
-    one = jax.jit(lambda params: draw_images(config, params, drawing_prompts(), keys).tokens)
-    np.testing.assert_array_equal(one(params), images.tokens)  # a part of another program
+        np.testing.assert_array_equal(drawn.values, images.values)
+    one = jax.jit(lambda params: draw_images(config, params, drawing_prompts(), keys).values)
+    np.testing.assert_array_equal(one(params), images.values)  # a part of another program
 
 
 def test_unknown_options_of_xla_are_left_out(caplog):
@@ -491,14 +496,16 @@ def test_a_sampler_forgets_all_of_its_builds():
 def test_one_program_a_bucket(config, params, images, texts):
     """Other prompts, seeds, scales and temperatures of the same padded shape compile nothing."""
     programs = sampling._image_program.usual, sampling._text_program.usual
-    draw_images(config, params, images.prompts, keys_of(range(4)))
-    answer(config, params, texts.prompts, keys_of(range(4)))
+    draw_images(config, params, drawing_prompts(), keys_of(range(4)))
+    answer(config, params, question_prompts(config), keys_of(range(4)))
     before = [program._cache_size() for program in programs]
     keys = sample_keys(77, np.arange(4) + 9, GROUP)
-    shifted = rows_of(images.prompts, [3, 3, 0, 0])
+    shifted = rows_of(drawing_prompts(), [3, 3, 0, 0])
     for scale, temperature in ((2.0, 1.0), (7.5, 0.5)):
         draw_images(config, params, shifted, keys, cfg_scale=scale, temperature=temperature)
-        answer(config, params, rows_of(texts.prompts, [1, 1, 2, 0]), keys, temperature=scale)
+        answer(
+            config, params, rows_of(question_prompts(config), [1, 1, 2, 0]), keys, temperature=scale
+        )
     assert [program._cache_size() for program in programs] == before
 
 
