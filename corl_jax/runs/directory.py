@@ -213,10 +213,10 @@ def open_run_directory(
             # The process was killed between moving the old export away and the new one in.
             for replaced in run.root.glob(".export.*.old"):
                 shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
-            kept = run.config.read_bytes() if run.config.exists() else None
+            saved_text = run.config.read_bytes() if run.config.exists() else None
             # Written even if it stays the same: this shows that the directory can be written.
             with replace_file(run.config) as file:
-                file.write(kept or _encode_config(config))
+                file.write(saved_text or _encode_config(config))
         except OSError as error:
             raise _make_write_error(run.root, error) from None
         processes.barrier("run directory")

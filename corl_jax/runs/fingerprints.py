@@ -92,11 +92,11 @@ def list_mismatches(record: dict[str, Any], tree: Any) -> list[str]:
     lines = [f"{name}: missing; {remedy}" for name in expected if name not in stored]
     lines += [f"{name}: unknown; {remedy}" for name in stored if name not in expected]
     for name in expected.keys() & stored.keys():
-        found, other = (
+        saved, expected_now = (
             f"{tuple(shape)} {dtype}" for dtype, shape in (stored[name], expected[name])
         )
-        if found != other:
-            lines.append(f"{name}: found {found}, expected {other}; {remedy}")
+        if saved != expected_now:
+            lines.append(f"{name}: found {saved}, expected {expected_now}; {remedy}")
     return sorted(lines)
 
 

@@ -212,16 +212,14 @@ class Guards:
     def _find_always_one(
         self, alarm: Alarm, values: Mapping[str, float], is_last: bool
     ) -> list[str]:
-        """Returns the metrics that were 1 in the last WINDOW logged steps, or in a shorter run.
-
-        One limit for the mean of each would not do: a reward may be meant for few rows.
-        """
-        found = []
+        """Returns the metrics that were 1 in the last WINDOW logged steps, or in a shorter run."""
+        # A limit for the mean would not do: a reward may be meant for few rows.
+        stuck = []
         for key in filter(alarm.always_one.fullmatch, values) if alarm.always_one else ():
             recent = _add_recent(self._state.recent, key, values[key], WINDOW)
             if (len(recent) == WINDOW or is_last) and min(recent) == 1.0:
-                found.append(key)
-        return found
+                stuck.append(key)
+        return stuck
 
     def _compute_level(self, alarm: Alarm, key: str, value: float) -> float | None:
         """Returns what is compared with the limit; None after too few steps."""
@@ -299,9 +297,9 @@ class Guards:
     def require_none_fatal(self, lines: Sequence[str]) -> None:
         """Raises GuardError if one of the alarms that began is listed as fatal."""
         fatal = tuple(f"alarm {name} " for name in self._limits.fatal)
-        listed = [line for line in lines if line.startswith(fatal)]
-        if fatal and listed:
-            raise GuardError("\n".join(f"{line}; guards.fatal lists it" for line in listed))
+        fatal_lines = [line for line in lines if line.startswith(fatal)]
+        if fatal and fatal_lines:
+            raise GuardError("\n".join(f"{line}; guards.fatal lists it" for line in fatal_lines))
 
 
 def _add_recent(windows: dict[str, list], key: str, value: float, span: int) -> list[float]:

@@ -236,10 +236,10 @@ class JsonLines:
         """
         limit = math.inf if resumed_lines is None else resumed_lines
         self.count = 0
-        with replace_file(path) as kept:
+        with replace_file(path) as file:
             for line, record in read_lines(path):
                 if resumed_at is not None and record["step"] <= resumed_at and self.count < limit:
-                    kept.write(line)
+                    file.write(line)
                     self.count += 1
         self.records = AppendLog(path)
 

@@ -8,7 +8,7 @@ import pytest
 
 from corl_jax.devices.compiling import take_compile_seconds
 from corl_jax.runs import pace as pacing
-from corl_jax.runs.pace import Pace
+from corl_jax.runs.pace import Pace, Phases, StepClock
 from corl_jax.train.milestones import count_due
 
 
@@ -42,6 +42,31 @@ def test_what_comes_between_steps_is_added(clock):
     pace.add_step(100.0)
     pace.add_step(1.0)
     assert pace.estimate_seconds_left(5, 15) == pytest.approx(10 + 3 * 21 + 2 * 5)
+
+
+def test_a_step_has_its_phases_and_nothing_of_milestones(clock, monkeypatch):
+    compiled = [0.0]
+
+    def take_compile_seconds():
+        seconds, compiled[0] = compiled[0], 0.0
+        return seconds
+
+    monkeypatch.setattr(pacing, "take_compile_seconds", take_compile_seconds)
+    phases = Phases()
+    steps = StepClock(phases)
+    with phases("rollout"):
+        clock[0] += 2.0
+    clock[0] += 1.0
+    compiled[0] = 0.5
+    names = ("phase/rollout_seconds", "step_time", "phase/compile_seconds")
+    assert steps.take() == dict(zip(names, (2.0, 3.0, 0.5), strict=True))
+    clock[0] += 4.0  # what comes between steps is of the next one
+    assert steps.take() == {"step_time": 4.0, "phase/compile_seconds": 0.0}
+    clock[0] += 60.0
+    compiled[0] = 9.0
+    steps.restart()
+    clock[0] += 1.0
+    assert steps.take() == {"step_time": 1.0, "phase/compile_seconds": 0.0}
 
 
 @pytest.mark.parametrize(

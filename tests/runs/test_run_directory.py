@@ -266,7 +266,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         "flag": True,
     }
     before = path.read_bytes()
-    with pytest.raises(TypeError, match="no place in JSON"):
+    with pytest.raises(TypeError, match="found object, expected a dict"):
         run.write_json("summary.json", {"x": object()})
     with pytest.raises(KeyboardInterrupt), run_directory.replace_file(path) as file:
         file.write(b"half")
