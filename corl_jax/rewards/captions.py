@@ -20,8 +20,7 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import Blip, BlipConfig
-from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
+from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.folders import unmarked_folder

@@ -17,28 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from corl_jax.errors import InputError, shorten
-from corl_jax.models import modules
-from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
-from corl_jax.models.bert import Bert, BertConfig
-from corl_jax.models.blip import Blip, BlipConfig
-from corl_jax.models.clip import Clip, ClipConfig
-from corl_jax.models.vgg import Lpips, VggConfig
-from corl_jax.params import flatten, unflatten
+from corl_jax.params import unflatten
 from corl_jax.policies.janus.checkpoint.settings import FORMAT_VERSION, from_dict
 from corl_jax.types import Params
-from corl_jax.weights import (
-    config_aesthetic,
-    config_bert,
-    config_blip,
-    config_clip,
-    config_vgg,
-)
 from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.dtypes import is_float, named
 from corl_jax.weights.folders import pointer_problems, read_unmarked, refuse_adapter
+from corl_jax.weights.kinds import TOKENIZER_FILES, NetworkKind
+from corl_jax.weights.layouts import KINDS
 from corl_jax.weights.nan_check import non_finite_problem, watched
 from corl_jax.weights.sharded_load import place_leaves
 from corl_jax.weights.shards import (
@@ -59,34 +47,9 @@ from corl_jax.weights.sources import (
 )
 from corl_jax.weights.storage import Store, open_any_store, read_json
 from corl_jax.weights.table import Shape, Table
-from corl_jax.weights.tables import aesthetic, bert, blip, clip, vgg
 from corl_jax.weights.wrong_names import find_wrong_names, with_wrong_names
 
 MODEL_TYPE = "corl_jax_network"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-    "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "1_Pooling/config.json",
-)  # fmt: skip
-"""What travels along with the weights, where it is there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class NetworkKind:
-    """How the checkpoints of one architecture are read."""
-
-    module: type[nnx.Module]
-    config: type  # a frozen dataclass whose defaults are the published sizes
-    tables: Mapping[str, Table]  # by layout
-    # (folder, layout, torch key -> shape, problems to add to) -> config
-    parse: Callable[[Path, str, Mapping[str, Shape], list[str]], Any]
-    check: Callable[[Any, str], list[str]]  # (config, where it stands) -> what does not fit in it
-    model_types: tuple[str, ...] = ()  # of a config.json that can only mean this kind
-
-    def shapes(self, config: Any) -> dict[str, Shape]:
-        """{path: shape} of every parameter."""
-        abstract = modules.abstract(self.module, config)
-        return {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
 
 
 @dataclasses.dataclass
@@ -329,25 +292,3 @@ def _dtype_problems(where: Path, store: Store, keys: set[str]) -> list[str]:
         for key, info in store.infos.items()
         if key in keys and not is_float(info.dtype)
     ]
-
-
-KINDS: dict[str, NetworkKind] = {
-    "bert": NetworkKind(
-        Bert, BertConfig, bert.TABLES, config_bert.parse, config_bert.check, ("bert",)
-    ),
-    "blip": NetworkKind(
-        Blip, BlipConfig, blip.TABLES, config_blip.parse, config_blip.check, ("blip",)
-    ),
-    "clip": NetworkKind(
-        Clip, ClipConfig, clip.TABLES, config_clip.parse, config_clip.check, ("clip",)
-    ),
-    "vgg": NetworkKind(Lpips, VggConfig, vgg.TABLES, config_vgg.parse, config_vgg.check),
-    "aesthetic": NetworkKind(
-        AestheticHead,
-        AestheticConfig,
-        aesthetic.TABLES,
-        config_aesthetic.parse,
-        config_aesthetic.check,
-    ),
-}
-"""The architectures of reward networks by name."""

@@ -21,15 +21,14 @@ from corl_jax.config.schema import ADAPTERS
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import BlipConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import BlipConfig, BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.train.resolve import mesh_problems
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (1, 1, 4), "2 x 2 x 2": (2, 2, 2)}

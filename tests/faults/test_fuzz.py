@@ -25,7 +25,7 @@ from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import ROLES, STRINGS
 from corl_jax.rewards import answers, functions, text
 from corl_jax.weights import storage
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 from tests.faults.hostile import SOUND, header
 from tests.faults.test_untrusted import hostile
 from tests.support.tiny_models import tiny_tokenizer_dir

@@ -24,14 +24,13 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import Blip, BlipConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig
 from corl_jax.params import flatten
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network
-from corl_jax.weights.config_blip import parse
-from corl_jax.weights.networks import KINDS, convert_network, load_network
-from corl_jax.weights.tables.blip import TABLES
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.layouts.blip import TABLES, parse
+from corl_jax.weights.networks import convert_network, load_network
 from tests.parity import torch_janus
 from tests.support.tolerances import NETWORK
 

@@ -17,8 +17,7 @@ from PIL import Image
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
-from corl_jax.models.blip_text import BlipTextConfig, DecoderCache
+from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, BlipVisionConfig, DecoderCache
 from corl_jax.params import map_with_path
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network

@@ -25,7 +25,7 @@ from corl_jax.params import map_with_path
 from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
-from corl_jax.weights import config_clip
+from corl_jax.weights.layouts import clip
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 
@@ -263,7 +263,7 @@ def write(folder: Path, name: str, data: dict) -> None:
 
 def problems_of(folder: Path, layout: str) -> list[str]:
     problems: list[str] = []
-    config_clip.parse(folder, layout, {}, problems)
+    clip.parse(folder, layout, {}, problems)
     return problems
 
 
@@ -284,8 +284,8 @@ def test_unsupported_settings_of_transformers_are_all_listed(tmp_path):
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
     config = {"text_config": {"num_attention_heads": 7}, "vision_config": {"patch_size": 30}}
     write(tmp_path, "config", config)
-    found = config_clip.parse(tmp_path, "transformers", {}, [])
-    assert config_clip.check(found, "there") == [
+    found = clip.parse(tmp_path, "transformers", {}, [])
+    assert clip.check(found, "there") == [
         "there.image_size is 224, expected a multiple of patch_size, 30",
         "there.text.hidden_size is 512, expected a multiple of num_heads, 7",
     ]
@@ -311,7 +311,7 @@ def test_unsupported_settings_of_open_clip_are_all_listed(tmp_path):
 def test_repeated_sections_win_as_in_transformers(tmp_path):
     config = {"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 128}}
     write(tmp_path, "config", config)
-    assert config_clip.parse(tmp_path, "transformers", {}, []).text.hidden_size == 128
+    assert clip.parse(tmp_path, "transformers", {}, []).text.hidden_size == 128
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["own file", "inside the processor's"])
@@ -321,7 +321,7 @@ def test_image_normalisation_is_read(tmp_path, nested):
     name, data = ("processor_config", {"image_processor": norm}) if nested else (
         "preprocessor_config", norm)  # fmt: skip
     write(tmp_path, name, data)
-    config = config_clip.parse(tmp_path, "transformers", {}, [])
+    config = clip.parse(tmp_path, "transformers", {}, [])
     assert (config.image_mean, config.image_std) == ((0.5, 0.4, 0.0), (0.5, 1.0, 0.25))
 
 
@@ -346,8 +346,8 @@ def test_image_settings_that_are_not_followed_are_refused(tmp_path, changes, nam
     usual = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3}
     problems: list[str] = []
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual))
-    assert config_clip._processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
+    assert clip._processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
     assert problems == []
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | changes))
-    config_clip._processor_norm(tmp_path, problems)
+    clip._processor_norm(tmp_path, problems)
     assert len(problems) == 1 and named in problems[0]

@@ -18,8 +18,7 @@ from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.params import flatten, map_with_path
 from corl_jax.rewards import image, perceptual
 from corl_jax.rewards.samples import Network
-from corl_jax.weights.config_vgg import parse
-from corl_jax.weights.tables.vgg import TABLES
+from corl_jax.weights.layouts.vgg import TABLES, parse
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 

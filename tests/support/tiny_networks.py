@@ -15,14 +15,14 @@ from safetensors.numpy import save_file
 
 from corl_jax.models import modules
 from corl_jax.models.bert import BertConfig
-from corl_jax.models.blip import BlipConfig, BlipVisionConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.params import flatten, map_with_path
 from corl_jax.policies.janus.checkpoint.settings import FORMAT_VERSION
 from corl_jax.types import Params
-from corl_jax.weights.networks import KINDS, MODEL_TYPE
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.networks import MODEL_TYPE
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "green", "circle"),

@@ -31,7 +31,7 @@ from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
 from corl_jax.types import Rollout, SpecialTokens
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 from tests.support.tolerances import LOGPROBS
 from tools.bench import __main__ as command
 from tools.bench import (

@@ -21,7 +21,8 @@ from corl_jax.params import flatten
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network
 from corl_jax.types import Params
-from corl_jax.weights.networks import KINDS, MODEL_TYPE, load_network, open_network, recognise
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.networks import MODEL_TYPE, load_network, open_network, recognise
 from tests.support.tiny_networks import TINY, network_dir, random_network
 from tools.convert_weights.__main__ import run as convert
 

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 from corl_jax.errors import InputError
 from corl_jax.params import flatten
 from corl_jax.weights.files import convert, load_params
-from corl_jax.weights.networks import KINDS, open_network
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.networks import open_network
 from corl_jax.weights.tables import TABLES
 from corl_jax.weights.wrong_names import find_wrong_names
 from tests.support.tiny_networks import TINY, random_network

@@ -1,14 +1,32 @@
-"""The sizes of an aesthetic head, which its file tells only by the tensors' shapes."""
+"""The aesthetic head's layout: linear layers with dropout between the first four.
+
+Dropout has no weights. The file tells the sizes only by the tensors' shapes.
+
+Source: christophschuhmann/improved-aesthetic-predictor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from corl_jax.models.aesthetic import AestheticConfig
+from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.weights.foreign_config import wrong_count
-from corl_jax.weights.table import Shape
-from corl_jax.weights.tables.aesthetic import PLACES
+from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
+from corl_jax.weights.table import Shape, Table
+from corl_jax.weights.table_rows import dense
+
+PLACES = (0, 2, 4, 6, 7)
+"""Of the linear layers."""
+
+TABLES: dict[str, Table] = {
+    "published": Table(
+        name="published",
+        rows=tuple(
+            row for i, place in enumerate(PLACES) for row in dense(f"layers.{place}", f"layers/{i}")
+        ),
+    )
+}
 
 
 def check(config: AestheticConfig, where: str) -> list[str]:
@@ -27,3 +45,18 @@ def parse(
     found = [shapes.get(f"layers.{place}.weight", ()) for place in PLACES]
     inputs = [shape[1] if len(shape) == 2 else usual[i] for i, shape in enumerate(found)]
     return AestheticConfig(sizes=(*inputs, 1))
+
+
+RULES: Rules = (
+    (r"layers/.*/(kernel|bias)", WHOLE),  # 4 MB
+)
+
+KIND = NetworkKind(
+    name="aesthetic",
+    module=AestheticHead,
+    config=AestheticConfig,
+    tables=TABLES,
+    parse=parse,
+    check=check,
+    rules=RULES,
+)
