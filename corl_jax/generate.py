@@ -20,6 +20,7 @@ from corl_jax.console import write_json_lines
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.sampling_options import (
     HARMLESS,
     complete_options,
@@ -204,10 +205,11 @@ def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
 
 def check_room(args: argparse.Namespace) -> list[str]:
     """A problem if answers leave no room for questions; `check_model` says what else is wrong."""
-    from corl_jax.weights.files import load_config, resolve_model_dir
+    from corl_jax.weights.checkpoint import load_config
+    from corl_jax.weights.hub import resolve_model_dir
 
     try:
-        config = load_config(resolve_model_dir(args.model))
+        config = load_config(resolve_model_dir(args.model), KIND)
     except InputError:
         return []  # told by check_model, with the other files' problems
     positions, picture = config.llama.max_position_embeddings, config.siglip.num_tokens

@@ -17,12 +17,13 @@ from corl_jax.devices.mesh import param_shardings
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params
-from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
+from corl_jax.weights.checkpoint import load_config, load_params, load_sharded, open_checkpoint
 from corl_jax.weights.folders import pointer_problems
-from corl_jax.weights.sharded_load import load_sharded
+from corl_jax.weights.hub import resolve_model_dir
 
 PLATFORMS = "jax_platforms"
 CACHE_DIR = "jax_compilation_cache_dir"
@@ -153,7 +154,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
     problems = pointer_problems(folder)
     config = processor = None
     try:
-        config = load_config(folder)
+        config = load_config(folder, KIND)
     except InputError as error:
         problems += error.problems
     try:
@@ -162,7 +163,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
         problems += error.problems
     if config is not None:
         try:
-            open_checkpoint(folder, config).close()
+            open_checkpoint(folder, KIND, config).close()
         except InputError as error:
             problems += error.problems
     if config is not None and processor is not None:
@@ -193,8 +194,8 @@ def load_model(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None 
         def kept(path: str) -> Any:
             return None if dtype is None else network.compute_dtype(path, dtype)
 
-        return Model(config, load_sharded(folder, config, shardings, kept), processor, folder)
-    params = load_params(folder, config)
+        return Model(config, load_sharded(folder, KIND, config, shardings, kept), processor, folder)
+    params = load_params(folder, KIND, config)
     if dtype is not None:
         params = network.cast(params, dtype)
     return Model(config, jax.device_put(params), processor, folder)

@@ -24,11 +24,12 @@ from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import expand_path
 from corl_jax.plan import chips, programs, tables
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
 from corl_jax.policies.janus.prompts import BUCKET
 from corl_jax.train import build, resolve
 from corl_jax.types import SpecialTokens
-from corl_jax.weights.files import load_config
+from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.folders import refuse_adapter
 
 STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
@@ -99,7 +100,7 @@ def model_config(path: str, preset: str | None) -> JanusConfig:
     folder = Path(expand_path(path))
     refuse_adapter(folder)
     if (folder / "config.json").is_file():
-        return load_config(folder)
+        return load_config(folder, KIND)
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:

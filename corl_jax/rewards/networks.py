@@ -23,6 +23,7 @@ from corl_jax.devices.mesh import network_shardings, param_shardings
 from corl_jax.devices.offload import host_shardings
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network as janus_network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION
@@ -30,9 +31,9 @@ from corl_jax.rewards.registry import REGISTRY, BoundReward, options_of
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
 from corl_jax.startup import inspect_model
 from corl_jax.types import Params
+from corl_jax.weights.checkpoint import Checkpoint, load_sharded, open_checkpoint
 from corl_jax.weights.hub import resolve_path
-from corl_jax.weights.networks import NetworkCheckpoint, open_network
-from corl_jax.weights.sharded_load import load_sharded
+from corl_jax.weights.layouts import KINDS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -41,7 +42,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class NetworkSource:
     """A reward network by its name in configs: its architecture and its usual weights."""
 
-    kind: str  # key of weights.networks.KINDS
+    kind: str  # key of weights.layouts.KINDS
     parameters: int  # of the published weights
     place: str  # a hub id; a folder where no repository holds the files in a layout that we read
     files: str  # what a local folder must hold, for people
@@ -132,7 +133,7 @@ def inspect(
         options = getattr(config, name)
         try:
             path = _locate(name, options.path)
-            with open_network(path, NETWORKS[name].kind) as opened:
+            with open_checkpoint(path, KINDS[NETWORKS[name].kind]) as opened:
                 problems += [f"networks.{name}: {line}" for line in _asset_problems(name, opened)]
                 configs[name] = opened.config
                 found.append(CheckedNetwork(name, path, opened.parameters, options.dtype, users))
@@ -162,7 +163,7 @@ def inspect(
     return found
 
 
-def missing_assets(kind: str, opened: NetworkCheckpoint) -> list[str]:
+def missing_assets(kind: str, opened: Checkpoint) -> list[str]:
     """What the rewards that ask networks of a kind would refuse beside its weights, with who."""
     found: dict[str, list[str]] = {}
     for name, expected in NETWORKS.items():
@@ -184,7 +185,7 @@ def _askers(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
+def _asset_problems(name: str, opened: Checkpoint) -> list[str]:
     """What is wrong with the tokenizer and the image settings beside the weights."""
     config, folder = opened.config, opened.folder
     checks: dict[str, list[Callable[[], Any]]] = {
@@ -195,7 +196,9 @@ def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
         "bert": [lambda: similarity.load_tokenizer(folder, config.vocab_size)],
         "clip": [lambda: clip_scores.token_ids(opened, ["a"])],
     }
-    listed = [] if name == "clip_l14" else checks.get(opened.name, [])  # that one reads no text
+    listed = checks.get(opened.kind.name, [])
+    if name == "clip_l14":  # that one reads no text
+        listed = []
     if name == "sentence":
         listed = [*listed, lambda: similarity.check_pooling(folder)]
     problems: list[str] = []
@@ -271,7 +274,7 @@ def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwo
     if found.janus is not None:
         policy = Policy(found.janus, {}, found.processor, dtype)
         return load_policy(policy, found.path, mesh, offload=offload)
-    with open_network(found.path, NETWORKS[found.name].kind) as opened:
+    with open_checkpoint(found.path, KINDS[NETWORKS[found.name].kind]) as opened:
         shapes = opened.shapes
         shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh)
         params = opened.place(_place(shardings, offload), dtype)
@@ -284,7 +287,7 @@ def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: boo
     shapes = janus_network.abstract(policy.config)
     shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh)
     params = load_sharded(
-        folder, policy.config, _place(shardings, offload),
+        folder, KIND, policy.config, _place(shardings, offload),
         lambda path: janus_network.compute_dtype(path, policy.dtype),
     )  # fmt: skip
     return FrozenNetwork(dataclasses.replace(policy, params=params), shardings, offload=offload)

@@ -17,6 +17,7 @@ from corl_jax.devices.offload import Offloadable
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -26,7 +27,7 @@ from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.step import LossOptions, TrainState, make_logprob_step, make_train_step
 from corl_jax.types import Params
-from corl_jax.weights.sharded_load import load_sharded, stored_dtypes, stored_layer_dtypes
+from corl_jax.weights.checkpoint import load_sharded, stored_dtypes, stored_layer_dtypes
 
 ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
@@ -55,8 +56,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
-        source_dtypes=stored_dtypes(plan.model_dir, network.base(plan.model_config)),
-        layer_dtypes=stored_layer_dtypes(plan.model_dir, network.base(plan.model_config)),
+        source_dtypes=stored_dtypes(plan.model_dir, KIND, network.base(plan.model_config)),
+        layer_dtypes=stored_layer_dtypes(plan.model_dir, KIND, network.base(plan.model_config)),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,
@@ -91,11 +92,11 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     if not config.lora.rank:
         trained = dict(leaf_paths(shapes))
         loaded = load_sharded(
-            plan.model_dir, base, param_shardings(merge(shapes, rest), mesh),
+            plan.model_dir, KIND, base, param_shardings(merge(shapes, rest), mesh),
             lambda path: master if path in trained else None,
         )  # fmt: skip
         return partition(loaded, config.trained)
-    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh), lambda _: None)
+    frozen = load_sharded(plan.model_dir, KIND, base, param_shardings(rest, mesh), lambda _: None)
 
     def draw(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))

@@ -15,11 +15,12 @@ from corl_jax.devices.mesh import param_spec
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, partition, unflatten
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.rewards import applicable
 from corl_jax.train import attending
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.types import Params
-from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
+from corl_jax.weights.checkpoint import open_checkpoint
 from corl_jax.weights.sources import layer_count, leaf_dtype
 
 GIB = 2**30
@@ -99,10 +100,10 @@ def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
     It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
     """
     by_dtype: dict[Any, dict[str, Any]] = {}
-    with open_checkpoint(plan.model_dir, network.base(plan.model_config)) as checkpoint:
+    with open_checkpoint(plan.model_dir, KIND, network.base(plan.model_config)) as checkpoint:
         leaves = checkpoint.leaves
         for path, leaf in leaf_paths(frozen):
-            layers = layer_count(leaves, path, is_stacked(path))
+            layers = layer_count(leaves, path, KIND.is_stacked(path))
             by_dtype.setdefault(leaf_dtype(leaves, path, layers), {})[path] = leaf
     stored = sum(
         min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh)

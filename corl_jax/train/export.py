@@ -19,6 +19,7 @@ from corl_jax.devices import batches, processes
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.checkpoint.generation import FILE as GENERATION_FILE
 from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
@@ -26,8 +27,10 @@ from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, ren
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
-from corl_jax.weights import adapters, files
+from corl_jax.weights import adapters
+from corl_jax.weights.checkpoint import detect_layout
 from corl_jax.weights.dtypes import named
+from corl_jax.weights.export import save_checkpoint
 from corl_jax.weights.hub import split_hub_id
 
 
@@ -118,11 +121,11 @@ def export(
         if not primary:
             return []
         assert lora is not None  # or the config would have been refused
-        fits = files.detect_layout(model_dir) == "transformers"
+        fits = detect_layout(model_dir, KIND) == "transformers"
         base, revision = _base(config.model.path, model_dir) if fits else (None, None)
         beside = {GENERATION_FILE: generation.as_json(), **(extra or {})}  # peft reads neither
         adapters.save_adapter(
-            folder, trained, lora, base=base, revision=revision, dtype=options.dtype,
+            folder, KIND, trained, lora, base=base, revision=revision, dtype=options.dtype,
             progress=lambda _: beat(), overwrite=True, extra=beside,
         )  # fmt: skip
         return [] if fits else [_no_base(config.model.path)]
@@ -136,11 +139,11 @@ def export(
         params, gone = adapters.merged(params, lora, dtypes, beat, layer_dtypes)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
     assert options.layout != "none"  # or nobody would have asked for an export
-    notes = files.save_checkpoint(
-        folder, network.base(run.model_config), params, layout=options.layout,
+    notes = save_checkpoint(
+        folder, KIND, network.base(run.model_config), params, layout=options.layout,
         assets_from=model_dir, base=options.base, dtype=options.dtype,
         layer_dtypes=layer_dtypes, progress=lambda _: beat(),
-        overwrite=True, generation=generation, extra=extra,
+        overwrite=True, generation=generation.as_json(), extra=extra,
     )  # fmt: skip
     return [*notes, *([_rounded(gone)] if gone else [])]
 

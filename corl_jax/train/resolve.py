@@ -23,6 +23,7 @@ from corl_jax.evaluation import shapes
 from corl_jax.models.lora import Lora
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.checkpoint.generation import read_generation
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
@@ -33,7 +34,7 @@ from corl_jax.runs.export_record import place_problems
 from corl_jax.startup import inspect_model
 from corl_jax.train import attending
 from corl_jax.types import Params, SpecialTokens
-from corl_jax.weights.files import check_export
+from corl_jax.weights.export import check_export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _export_problems(config: Config, model: JanusConfig) -> list[str]:
         base = None
     if layout != "none":
         try:
-            check_export(layout, network.base(model), base)
+            check_export(KIND, layout, network.base(model), base)
         except InputError as error:
             problems += [f"export: {problem}" for problem in error.problems]
     return problems

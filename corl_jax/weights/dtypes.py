@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DType = Literal["keep", "float32", "bfloat16"]
+"""Element type of an output; `keep` writes each tensor in its own."""
 
 SAFETENSORS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

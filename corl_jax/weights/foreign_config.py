@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_SIZE = 10_000_000  # no Janus has a dimension near it; guards against absurd loops
+MAX_SIZE = 10_000_000  # no network has a size near it; guards against absurd loops
 
 
 def indivisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:

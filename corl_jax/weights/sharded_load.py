@@ -6,7 +6,6 @@ The host's peak is one leaf, or this process's part of it, and not the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,43 +14,13 @@ from jax.sharding import Sharding
 
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, unflatten
-from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
-from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
 from corl_jax.weights.nan_check import non_finite_problem
-from corl_jax.weights.sources import Leaves, layer_count, leaf_dtype, mixed_dtypes, read_leaf
+from corl_jax.weights.sources import Leaves, read_leaf
 from corl_jax.weights.storage import Box
 
 DTypes = Callable[[str], Any]
 """path -> dtype of a parameter; None is as stored."""
-
-
-def load_sharded(
-    folder: str | Path, config: JanusConfig, shardings: Params, dtype: DTypes
-) -> Params:
-    """The parameters that `shardings` names, a tree of jax Shardings, as global arrays.
-
-    Raises: InputError listing every tensor that does not fit the config, or holds NaN.
-    """
-    with open_checkpoint(Path(folder), config) as checkpoint:
-        return place_leaves(checkpoint.leaves, is_stacked, shardings, dtype, folder)
-
-
-def stored_dtypes(folder: str | Path, config: JanusConfig) -> dict[str, Any]:
-    """path -> dtype of each parameter in its files: the one that holds all of its layers."""
-    with open_checkpoint(Path(folder), config) as checkpoint:
-        leaves = checkpoint.leaves
-        return {
-            path: leaf_dtype(leaves, path, layer_count(leaves, path, is_stacked(path)))
-            for path in leaves.shapes
-        }
-
-
-def stored_layer_dtypes(folder: str | Path, config: JanusConfig) -> dict[str, list[str]]:
-    """path -> name of each layer's dtype, for the parameters whose layers differ in type."""
-    with open_checkpoint(Path(folder), config) as checkpoint:
-        stacked = {path: is_stacked(path) for path in checkpoint.leaves.shapes}
-        return mixed_dtypes(checkpoint.leaves, stacked)
 
 
 def place_leaves(

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,6 +136,10 @@ def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None
         torch.save(state, stream)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

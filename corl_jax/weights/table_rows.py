@@ -1,4 +1,4 @@
-"""Row builders that both Janus tables share, and the VQ autoencoder's rows."""
+"""Builds the rows of a key table: one layer of PyTorch each."""
 
 from __future__ import annotations
 
@@ -21,74 +21,3 @@ def norm(key: str, path: str, bias: bool = True) -> list[Row]:
 
 def embedding(key: str, path: str, transform: Transform = SAME) -> list[Row]:
     return [Row(key, f"{path}/embedding", transform)]
-
-
-def llama(key: str, path: str) -> list[Row]:
-    """A Llama decoder without its head; RoPE is rotate-half in both layouts, so no permutation."""
-    torch, leaf = f"{key}.layers.{{layer}}", f"{path}/layers"
-    return [
-        *embedding(f"{key}.embed_tokens.weight", f"{path}/embed_tokens"),
-        *norm(f"{torch}.input_layernorm", f"{leaf}/input_layernorm", bias=False),
-        *norm(f"{torch}.post_attention_layernorm", f"{leaf}/post_attention_layernorm", bias=False),
-        *(
-            row
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-            for row in dense(f"{torch}.self_attn.{name}", f"{leaf}/attn/{name}", bias=False)
-        ),
-        *(
-            row
-            for name in ("gate_proj", "up_proj", "down_proj")
-            for row in dense(f"{torch}.mlp.{name}", f"{leaf}/mlp/{name}", bias=False)
-        ),
-        *norm(f"{key}.norm", f"{path}/norm", bias=False),
-    ]
-
-
-def res_block(key: str, path: str) -> list[Row]:
-    return [
-        *norm(f"{key}.norm1", f"{path}/norm1"),
-        *conv(f"{key}.conv1", f"{path}/conv1"),
-        *norm(f"{key}.norm2", f"{path}/norm2"),
-        *conv(f"{key}.conv2", f"{path}/conv2"),
-        *conv(f"{key}.nin_shortcut", f"{path}/nin_shortcut"),
-    ]
-
-
-def attn_block(key: str, path: str) -> list[Row]:
-    rows = norm(f"{key}.norm", f"{path}/norm")
-    for name in ("q", "k", "v", "proj_out"):
-        rows += conv(f"{key}.{name}", f"{path}/{name}")
-    return rows
-
-
-def vq_half(
-    key: str,
-    path: str,
-    level: str,
-    block: str,
-    mid: tuple[str, str, str],
-    resample: str,
-    leaf_level: str,
-) -> list[Row]:
-    """The encoder or the decoder; `level`, `block` and `mid` are the torch layout's names."""
-    torch, leaf = f"{key}.{level}.{{i}}", f"{path}/{leaf_level}/{{i}}"
-    return [
-        *conv(f"{key}.conv_in", f"{path}/conv_in"),
-        *res_block(f"{torch}.{block}.{{j}}", f"{leaf}/block/{{j}}"),
-        *attn_block(f"{torch}.attn.{{j}}", f"{leaf}/attn/{{j}}"),
-        *conv(f"{torch}.{resample}.conv", f"{leaf}/{resample}/conv"),
-        *res_block(f"{key}.mid.{mid[0]}", f"{path}/mid/block_1"),
-        *attn_block(f"{key}.mid.{mid[1]}", f"{path}/mid/attn_1"),
-        *res_block(f"{key}.mid.{mid[2]}", f"{path}/mid/block_2"),
-        *norm(f"{key}.norm_out", f"{path}/norm_out"),
-        *conv(f"{key}.conv_out", f"{path}/conv_out"),
-    ]
-
-
-def vq_codes(key: str, path: str) -> list[Row]:
-    """The codebook and the 1x1 convolutions on either side of it."""
-    return [
-        *embedding(f"{key}.quantize.embedding.weight", f"{path}/quantize"),
-        *conv(f"{key}.quant_conv", f"{path}/quant_conv"),
-        *conv(f"{key}.post_quant_conv", f"{path}/post_quant_conv"),
-    ]

@@ -22,8 +22,10 @@ from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.policies import batched
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.weights.files import load_params, save_checkpoint
+from corl_jax.weights.checkpoint import load_params
+from corl_jax.weights.export import save_checkpoint
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -54,7 +56,7 @@ def model_dir(config, tmp_path_factory):
     params = map_with_path(draw, network.abstract(config))
     files = tiny_tokenizer_dir(folder.parent / "tokenizer", image_size=16, patch_size=4)
     params["lm_head"]["kernel"][:, Processor.from_dir(files).special.eos] *= 12
-    save_checkpoint(folder, config, params, layout="jax")
+    save_checkpoint(folder, KIND, config, params, layout="jax")
     shutil.copytree(files, folder, dirs_exist_ok=True)
     return folder
 
@@ -106,7 +108,7 @@ def test_images_and_their_lines(drawn, model_dir, config):
     tokens = np.asarray([row["tokens"] for row in records], np.int32)
     assert tokens.shape == (6, config.num_image_tokens)
     assert len(np.unique(tokens, axis=0)) == 6
-    decoded = np.asarray(sampling.decode_images(config, load_params(model_dir), tokens))
+    decoded = np.asarray(sampling.decode_images(config, load_params(model_dir, KIND), tokens))
     for row, expected in zip(records, decoded, strict=True):
         found = np.asarray(Image.open(drawn / row["file"]))
         assert found.shape == expected.shape == (16, 16, 3)
@@ -130,7 +132,7 @@ def test_greedy_images_are_transformers_own(model_dir, processor, tmp_path):
 
     exported = tmp_path / "exported"
     config, params, *_ = startup.load_model(model_dir)
-    save_checkpoint(exported, config, params, layout="transformers", assets_from=model_dir)
+    save_checkpoint(exported, KIND, config, params, layout="transformers", assets_from=model_dir)
     run("image", "--model", exported, "--prompt", PROMPTS[0], "--prompt", PROMPTS[2],
         "--out", tmp_path / "out", "--greedy")  # fmt: skip
     found = [row["tokens"] for row in lines_of(tmp_path / "out" / "samples.jsonl")]

@@ -18,9 +18,10 @@ from corl_jax.params import partition
 from corl_jax.plan import __main__ as plan
 from corl_jax.plan import chips, cost, hlo, programs, tables
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.train import attending, build, resolve
 from corl_jax.train.optimizer import make_optimizer
-from corl_jax.weights.files import load_config
+from corl_jax.weights.checkpoint import load_config
 from tests.support import tiny_runs
 from tests.support.tiny_runs import options, write_config
 
@@ -47,7 +48,7 @@ def config_path(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def outline(config_path):
     config = config_files.load(config_path)
-    return resolve.outline_run(config, load_config(config.model.path), plan.STAND_INS)
+    return resolve.outline_run(config, load_config(config.model.path, KIND), plan.STAND_INS)
 
 
 @pytest.fixture(scope="module")

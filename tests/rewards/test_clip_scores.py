@@ -22,10 +22,10 @@ from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
 from corl_jax.params import map_with_path
-from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights.layouts import clip
+from corl_jax.weights.own_config import from_dict
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 

@@ -171,23 +171,25 @@ def _big_checkpoint(folder: Path) -> None:
     }
     config["vision_config"]["projection_dim"] = 1024
     config["vq_config"] |= {"projection_dim": 1024, "image_token_embed_dim": 1024}
-    import corl_jax.weights.files as files
     from corl_jax.params import unflatten
+    from corl_jax.policies.janus.checkpoint import KIND
     from corl_jax.policies.janus.checkpoint.transformers import parse
-    from corl_jax.weights.checkpoint import leaf_shapes
+    from corl_jax.weights.export import save_checkpoint
 
     problems: list[str] = []
     parsed = parse(config, "big", problems)
     assert not problems
     leaves = {
         path: np.broadcast_to(np.asarray(0.5, BFLOAT16), shape)
-        for path, shape in leaf_shapes(parsed).items()
+        for path, shape in KIND.shapes(parsed).items()
     }
     write_checkpoint(folder / "assets", random_state(hf_shapes()), "transformers")
-    files.save_checkpoint(
+    save_checkpoint(
         folder / "hf",
+        KIND,
         parsed,
         unflatten(leaves),
+        layout="transformers",
         assets_from=folder / "assets",
         max_shard_bytes=500 * 10**6,
     )

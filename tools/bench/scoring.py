@@ -20,7 +20,7 @@ from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record, measure

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from corl_jax.weights.checkpoint import Checkpoint, is_stacked, open_checkpoint
+from corl_jax.params import flatten
+from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from corl_jax.weights.dtypes import widest
+from corl_jax.weights.kinds import NetworkKind
 from corl_jax.weights.sources import layer_count
 
 BLOCK_VALUES = 2**22
@@ -27,12 +29,16 @@ class Comparison:
 def compare(
     a: Path,
     b: Path,
+    kind: NetworkKind,
     *,
     ignore_dtype: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Bitwise, types included. Raises: InputError for a checkpoint that does not add up."""
-    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+    """Compares sizes and tensors bitwise, dtypes included.
+
+    Raises: InputError for a checkpoint that does not add up.
+    """
+    with open_checkpoint(a, kind) as first, open_checkpoint(b, kind) as second:
         result = Comparison(0, _config_differences(first, second), [])
         for path in first.leaves.shapes:
             if second.leaves.shapes.get(path) != first.leaves.shapes[path]:
@@ -49,15 +55,12 @@ def compare(
 
 
 def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
-    lines = []
-    for part in ("llama", "siglip", "vq"):
-        old, new = (dataclasses.asdict(getattr(c.config, part)) for c in (a, b))
-        lines += [
-            f"config {part}.{name}: {old[name]} against {new[name]}"
-            for name in old
-            if old[name] != new[name]
-        ]
-    return lines
+    old, new = (flatten(dataclasses.asdict(checkpoint.config)) for checkpoint in (a, b))
+    return [
+        f"config {name.replace('/', '.')}: {old[name]} against {new[name]}"
+        for name in old
+        if old[name] != new[name]
+    ]
 
 
 def _leaf_differences(
@@ -67,7 +70,7 @@ def _leaf_differences(
     ignore_dtype: bool,
     progress: Callable[[int], None] | None,
 ) -> Iterator[str]:
-    for layer in layer_count(a.leaves, path, is_stacked(path)):
+    for layer in layer_count(a.leaves, path, a.kind.is_stacked(path)):
         x, y = a.leaves.read(path, layer), b.leaves.read(path, layer)
         line = difference(x, y, ignore_dtype)
         if line:
@@ -115,16 +118,18 @@ def _numbers(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
 
 
 def _compare_carried(a: Checkpoint, b: Checkpoint, result: Comparison, ignore_dtype: bool) -> None:
-    """Tensors outside the model; transformers' layout never has them, so that is only a note."""
+    """Compares tensors outside the model; a layout without a place for them gets only a note."""
     for key in sorted(a.carried.keys() & b.carried.keys()):
         line = difference(a.carried[key].read(key), b.carried[key].read(key), ignore_dtype)
         result.tensors += 1
         if line:
             result.differences.append(f"{key}: {line}")
-    for mine, other in ((a, b), (b, a)):
-        only = sorted(mine.carried.keys() - other.carried.keys())
-        lines = [f"{key}: only in {mine.folder}" for key in only]
-        if other.layout == "transformers" or other.source_layout == "transformers":
+    for checkpoint, other in ((a, b), (b, a)):
+        only = sorted(checkpoint.carried.keys() - other.carried.keys())
+        lines = [f"{key}: only in {checkpoint.folder}" for key in only]
+        # A converted directory is judged by its source: it carries what the source carried.
+        table = other.kind.tables.get(other.source_layout)
+        if table is not None and not table.carried:
             result.notes += lines
         else:
             result.differences += lines

@@ -20,8 +20,10 @@ from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.weights.atomic import whole_directory
-from corl_jax.weights.export import Assets, Export, write_export
+from corl_jax.weights.export_folder import Export, write_export
+from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
 from tools.mini_janus import roundtrip
 from tools.mini_janus import tokenizer as tokenizers
@@ -39,6 +41,7 @@ def create(out: Path, seed: int, size: str = "mini") -> int:
         config = CONFIGS[size](tokenizers.embedding_rows(tokenizer))
         params = network.init(config, jax.random.key(seed))
         export = Export(
+            kind=KIND,
             layout="transformers",
             config=config,
             leaves=MemoryLeaves(flatten(jax.device_get(params))),

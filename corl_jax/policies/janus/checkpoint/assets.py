@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
+from corl_jax.policies.janus.checkpoint.generation import FILE as GENERATION_FILE
+from corl_jax.policies.janus.checkpoint.generation import parse_generation
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
 from corl_jax.weights.folders import read_unmarked
-from corl_jax.weights.shards import write_bytes, write_text
+from corl_jax.weights.kinds import OWN_LAYOUT, Assets
+from corl_jax.weights.shards import write_bytes, write_json, write_text
 from corl_jax.weights.storage import read_json
 
 COPIED = (
@@ -40,12 +45,72 @@ def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> Non
             write_bytes(out / name, read_unmarked(source / name))
 
 
+def write_assets(
+    folder: Path, layout: str, config: JanusConfig, source: Assets | None, stated: Mapping[str, Any]
+) -> list[str]:
+    """Writes tokenizer, processor and generation settings; returns notes on what is missing.
+
+    Our own layout has the files of its source's layout, or of the original one.
+    """
+    source_layout = source.layout if source else "original"
+    target = source_layout if layout == OWN_LAYOUT else layout
+    origin = source.folder if source else None
+    (write_original if target == "original" else write_transformers)(origin, folder, config)
+    if origin is not None and source_layout == target:
+        if (origin / "chat_template.json").is_file():
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        copy_assets(origin, folder)
+    write_generation(folder, layout, origin, stated)
+    if (folder / "tokenizer.json").is_file():
+        return []
+    return [
+        f"no tokenizer.json was found, so the output lacks one: copy it to {folder.name} by hand"
+    ]
+
+
+def write_generation(
+    folder: Path, layout: str, source: Path | None, stated: Mapping[str, Any]
+) -> None:
+    """Writes generation_config.json: the source's values, replaced by those that are stated.
+
+    The transformers layout always has one, with the BOI id where transformers reads it. An original
+    checkpoint usually has none; the other layouts then get one only to hold stated values.
+    """
+    file = source / GENERATION_FILE if source else None
+    old = read_json(file) if file and file.is_file() else {}
+    parse_generation(old, file or folder / GENERATION_FILE)  # a wrong value is not handed on
+    new = {**old, **stated}
+    given = old.get("generation_kwargs")
+    has_boi = isinstance(given, dict) and "boi_token_id" in given
+    if layout == "transformers" and not has_boi:
+        made = transformers_layout.write_generation(special_tokens(require_tokenizer(source)))
+        kwargs = {**(given if isinstance(given, dict) else {}), **made["generation_kwargs"]}
+        new = {**made, **new, "generation_kwargs": kwargs}
+    if file and new == old and file.is_file():
+        write_bytes(folder / GENERATION_FILE, file.read_bytes())
+    elif new:
+        write_json(folder / GENERATION_FILE, new)
+
+
+def require_tokenizer(folder: Path | None) -> Path:
+    """Returns the folder of the tokenizer.
+
+    Raises: InputError if there is none.
+    """
+    if folder is None:
+        raise InputError(
+            "transformers' layout needs the tokenizer's ids: name a model directory that has "
+            "tokenizer.json, or write another layout"
+        )
+    return folder
+
+
 def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
     """What the original package's VLChatProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        _json(out / "tokenizer_config.json", _original_tokenizer(source))
-        _json(out / "special_tokens_map.json", _special_map(source))
+        write_json(out / "tokenizer_config.json", _original_tokenizer(source))
+        write_json(out / "special_tokens_map.json", _special_map(source))
     processor = {
         "add_special_token": False,
         "ignore_id": -100,
@@ -55,7 +120,7 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
         "processor_class": "VLChatProcessor",
         "sft_format": _sft_format(source),
     }
-    _json(out / "processor_config.json", processor)
+    write_json(out / "processor_config.json", processor)
     image = {
         "background_color": [127, 127, 127],
         "do_normalize": True,
@@ -65,21 +130,21 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
         "rescale_factor": 1 / 255,
         **_image_settings(source),
     }
-    _json(out / "preprocessor_config.json", image)
+    write_json(out / "preprocessor_config.json", image)
 
 
 def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> None:
     """What transformers' JanusProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        _json(out / "tokenizer.json", with_bos(read_json(source / "tokenizer.json"), source))
-        _json(out / "tokenizer_config.json", _transformers_tokenizer(source))
+        write_json(out / "tokenizer.json", with_bos(read_json(source / "tokenizer.json"), source))
+        write_json(out / "tokenizer_config.json", _transformers_tokenizer(source))
     processor = {
         "num_image_tokens": config.siglip.num_tokens,
         "processor_class": "JanusProcessor",
         "use_default_system_prompt": False,
     }
-    _json(out / "processor_config.json", processor)
+    write_json(out / "processor_config.json", processor)
     size = config.siglip.image_size
     image = {
         "do_normalize": True,
@@ -93,7 +158,7 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
         "size": {"height": size, "width": size},
         **_image_settings(source),
     }
-    _json(out / "preprocessor_config.json", image)
+    write_json(out / "preprocessor_config.json", image)
     write_text(out / "chat_template.jinja", chat_template(_sft_format(source)))
 
 
@@ -252,7 +317,3 @@ def _read(source: Path | None, name: str) -> dict[str, Any]:
     if source is None or not (source / name).is_file():
         return {}
     return read_json(source / name)
-
-
-def _json(file: Path, data: dict[str, Any]) -> None:
-    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

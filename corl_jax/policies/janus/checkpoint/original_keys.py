@@ -7,8 +7,9 @@ Source: deepseek-ai/Janus, `janus/models`.
 
 from __future__ import annotations
 
+from corl_jax.policies.janus.checkpoint.key_rows import llama, vq_codes, vq_half
 from corl_jax.weights.table import DENSE, DROP_LEADING, SAME, Row, Table
-from corl_jax.weights.table_rows import conv, dense, embedding, llama, norm, vq_codes, vq_half
+from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
 _BLOCK = "vision_model.vision_tower.blocks.{layer}"
 _MID = ("0", "1", "2")
