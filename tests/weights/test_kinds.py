@@ -1,4 +1,4 @@
-"""A kind of network without a foreign layout goes through every function that Janus goes through."""
+"""A kind without a foreign layout goes through every function that Janus goes through."""
 
 from __future__ import annotations
 
