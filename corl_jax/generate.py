@@ -145,14 +145,14 @@ def generate_images(args: argparse.Namespace) -> None:
     """The `image` subcommand."""
     from PIL import Image
 
+    from corl_jax.atomic_files import create_folder
     from corl_jax.policies import batched
-    from corl_jax.weights.atomic import whole_directory
 
     prompts = check_image(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load(args)
-    with whole_directory(args.out) as folder:
+    with create_folder(args.out) as folder:
         for sample in batched.draw_images(
             model, prompts, dtype=dtype, samples=args.samples, batch_size=args.batch_size,
             seed=args.seed, cfg_scale=args.cfg_scale, temperature=args.temperature or 1.0,
@@ -284,13 +284,13 @@ def generate_texts(args: argparse.Namespace) -> None:
 
 def write_text(out: Path | None, records: Records) -> None:
     """To standard output, or to a file that appears whole."""
-    from corl_jax.runs.directory import replacing
+    from corl_jax.atomic_files import replace_file
 
     if out is None:
         write_json_lines(json_lines(records))
         return
     try:
-        with replacing(out) as file:
+        with replace_file(out) as file:
             file.write(json_lines(records).encode())
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error

@@ -24,11 +24,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
@@ -98,7 +99,7 @@ class RunDir:
             InputError: it cannot be written.
         """
         try:
-            with replacing(self.config) as file:
+            with replace_file(self.config) as file:
                 file.write(_config_text(config))
         except OSError as error:
             raise _unwritable(self.root, error) from None
@@ -155,7 +156,7 @@ class RunDir:
         line = json.dumps({"step": step, "changes": changes}).encode()
         if lines[-1:] == [line]:
             return  # the same command again, before it saved anything
-        with replacing(path) as file:
+        with replace_file(path) as file:
             file.write(b"".join(one + b"\n" for one in [*lines, line]))
 
     def path(self, name: str) -> Path:
@@ -172,7 +173,7 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> Path:
         """Writes a JSON file whole or not at all; numbers that are not finite become null."""
         path = self.path(name)
-        with replacing(path) as file:
+        with replace_file(path) as file:
             file.write(json.dumps(jsonable(value), indent=2, allow_nan=False).encode() + b"\n")
         return path
 
@@ -210,7 +211,7 @@ def opened(config: Config, primary: bool = True, allow_changes: bool = False) ->
             for replaced in run.root.glob(".export.*.old"):  # killed before the new one came
                 shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
             kept = run.config.read_bytes() if run.config.exists() else None
-            with replacing(run.config) as file:  # also shows that the directory can be written
+            with replace_file(run.config) as file:  # also shows that the directory can be written
                 file.write(kept or _config_text(config))
         except OSError as error:
             raise _unwritable(run.root, error) from None
@@ -332,20 +333,6 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def jsonable(value: Any) -> Any:

@@ -17,8 +17,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.runs.append_log import Records
-from corl_jax.runs.directory import RunDir, jsonable, replacing
+from corl_jax.runs.directory import RunDir, jsonable
 from corl_jax.runs.pace import Pace
 from corl_jax.runs.tensorboard import Board
 
@@ -160,7 +161,7 @@ class JsonLines:
         """
         limit = math.inf if resumed_lines is None else resumed_lines
         self.count = 0
-        with replacing(path) as kept:
+        with replace_file(path) as kept:
             for line, record in read_lines(path):
                 if resumed_at is not None and record["step"] <= resumed_at and self.count < limit:
                     kept.write(line)

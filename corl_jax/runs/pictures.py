@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.fonts import make_drawable
-from corl_jax.runs.directory import replacing
 
 CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that text fits below
 FONT_SIZE = 12
@@ -89,7 +89,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def save_png(path: Path, pixels: np.ndarray) -> Path:
     """Writes [H, W, 3] uint8 as a PNG, whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replace_file(path) as file:
         Image.fromarray(pixels).save(file, format="PNG")
     return path
 

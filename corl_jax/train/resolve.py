@@ -23,8 +23,7 @@ from corl_jax.evaluation import shapes
 from corl_jax.models.lora import Lora
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.checkpoint import KIND
-from corl_jax.policies.janus.checkpoint.generation import read_generation
+from corl_jax.policies.janus.checkpoint import KIND, generation
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import networks, registry
@@ -158,7 +157,7 @@ def resolve_run(config: Config) -> ResolvedRun:
 
 def _inspect_model(path: str) -> tuple[JanusConfig, Processor, Path]:
     found = inspect_model(path)
-    read_generation(found[2])  # the export hands its values on
+    generation.read_generation(found[2])  # the export hands its values on
     return found
 
 

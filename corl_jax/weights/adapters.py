@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from corl_jax.atomic_files import create_folder
 from corl_jax.errors import InputError
 from corl_jax.models.lora import Lora
 from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
-from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.dtypes import DType, is_float, named
 from corl_jax.weights.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from corl_jax.weights.kinds import NetworkKind, PeftFormat
@@ -95,7 +95,7 @@ def save_adapter(
     slots = form.table.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
     small = {ADAPTER_CONFIG: _peft_config(form, lora, base, revision), **(extra or {})}
-    with whole_directory(Path(out), overwrite=overwrite) as folder:
+    with create_folder(Path(out), overwrite=overwrite) as folder:
         for name, data in small.items():
             write_json(folder / name, data)
         write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from corl_jax.atomic_files import create_folder
 from corl_jax.errors import InputError, Problems
 from corl_jax.params import flatten
 from corl_jax.types import Params
-from corl_jax.weights.atomic import whole_directory
 from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from corl_jax.weights.dtypes import DType
 from corl_jax.weights.export_folder import (
@@ -199,7 +199,7 @@ def _write(
         if checkpoint:
             _check_base(checkpoint, export.config)
             export = dataclasses.replace(export, carried=checkpoint.carried)
-        with whole_directory(out, overwrite=overwrite) as folder:
+        with create_folder(out, overwrite=overwrite) as folder:
             return write_export(folder, export, progress)
     finally:
         if checkpoint:

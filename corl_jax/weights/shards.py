@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.weights.dtypes import safetensors_name
 from corl_jax.weights.selection import BIN_NAME, SAFE_NAME
 from corl_jax.weights.storage import read_header
@@ -95,15 +95,13 @@ def write_safetensors(
         offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGN)
-    with file.open("wb") as stream:
+    with replace_file(file) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for plan in ordered:
             for chunk in _checked_chunks(plan):
                 stream.write(chunk.reshape(-1).view(np.uint8).data)
                 if progress:
                     progress(chunk.nbytes)
-        stream.flush()
-        os.fsync(stream.fileno())
     read_header(file)
 
 
@@ -132,10 +130,8 @@ def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None
         state[plan.key] = to_torch(whole.reshape(plan.shape))
         if progress:
             progress(plan.nbytes)
-    with file.open("wb") as stream:
+    with replace_file(file) as stream:
         torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -147,7 +143,5 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
+    with replace_file(file) as stream:
         stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -14,8 +14,8 @@ import sys
 
 import numpy as np
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.errors import exit_on_input_error
-from corl_jax.runs.directory import replacing
 from tools.reward_examples import cases, figure, page
 from tools.reward_examples.scoring import Found, score_all
 
@@ -44,7 +44,7 @@ def write(found: Found) -> None:
     figure.save(page.FIGURE, found)
     # Read as late as can be: the scores took long, and the page may have been edited meanwhile.
     text = page.replaced(page.PAGE.read_text(encoding="utf-8"), page.section(found))
-    with replacing(page.PAGE) as file:
+    with replace_file(page.PAGE) as file:
         file.write(text.encode())
 
 

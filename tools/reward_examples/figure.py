@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.fonts import make_drawable
-from corl_jax.runs.directory import replacing
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import T2I, Example, Found
 
@@ -32,7 +32,7 @@ def save(path: Path, found: Found) -> None:
     buffer = io.BytesIO()
     draw(found).quantize(128).save(buffer, format="PNG", pnginfo=notes, optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replace_file(path) as file:
         file.write(buffer.getvalue())
 
 
