@@ -42,7 +42,7 @@ def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent)
         )
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        temporary.chmod(0o777 & ~_read_umask())  # mkdtemp makes it private
         for folder in (path for path in [temporary, *temporary.rglob("*")] if path.is_dir()):
             _sync_folder(folder)
         _move_folder(temporary, place)
@@ -83,7 +83,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

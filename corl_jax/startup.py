@@ -22,7 +22,7 @@ from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import load_config, load_params, load_sharded, open_checkpoint
-from corl_jax.weights.folders import pointer_problems
+from corl_jax.weights.folders import find_pointers
 from corl_jax.weights.hub import resolve_model_dir
 
 PLATFORMS = "jax_platforms"
@@ -151,7 +151,7 @@ def inspect_model(path_or_hub_id: str | Path) -> tuple[JanusConfig, Processor, P
         InputError: listing every file, setting and tensor that is missing, malformed or at odds.
     """
     folder = resolve_model_dir(path_or_hub_id)
-    problems = pointer_problems(folder)
+    problems = find_pointers(folder)
     config = processor = None
     try:
         config = load_config(folder, KIND)

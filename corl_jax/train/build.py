@@ -27,7 +27,7 @@ from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.step import LossOptions, TrainState, make_logprob_step, make_train_step
 from corl_jax.types import Params
-from corl_jax.weights.checkpoint import load_sharded, stored_dtypes, stored_layer_dtypes
+from corl_jax.weights.checkpoint import load_sharded, read_layer_dtypes, read_stored_dtypes
 
 ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
@@ -56,8 +56,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
-        source_dtypes=stored_dtypes(plan.model_dir, KIND, network.base(plan.model_config)),
-        layer_dtypes=stored_layer_dtypes(plan.model_dir, KIND, network.base(plan.model_config)),
+        source_dtypes=read_stored_dtypes(plan.model_dir, KIND, network.base(plan.model_config)),
+        layer_dtypes=read_layer_dtypes(plan.model_dir, KIND, network.base(plan.model_config)),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,

@@ -29,7 +29,7 @@ from corl_jax.train.step import TrainState
 from corl_jax.types import Params
 from corl_jax.weights import adapters
 from corl_jax.weights.checkpoint import detect_layout
-from corl_jax.weights.dtypes import named
+from corl_jax.weights.dtypes import parse_dtype
 from corl_jax.weights.export import save_checkpoint
 from corl_jax.weights.hub import split_hub_id
 
@@ -134,9 +134,9 @@ def export(
         return []
     dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes
     if options.dtype != "keep":
-        dtypes, layer_dtypes = dict.fromkeys(dtypes, named(options.dtype)), {}
+        dtypes, layer_dtypes = dict.fromkeys(dtypes, parse_dtype(options.dtype)), {}
     if lora is not None:
-        params, gone = adapters.merged(params, lora, dtypes, beat, layer_dtypes)
+        params, gone = adapters.merge_adapters(params, lora, dtypes, beat, layer_dtypes)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
     assert options.layout != "none"  # or nobody would have asked for an export
     notes = save_checkpoint(

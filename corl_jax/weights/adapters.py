@@ -16,7 +16,7 @@ from corl_jax.errors import InputError
 from corl_jax.models.lora import Lora
 from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
-from corl_jax.weights.dtypes import DType, is_float, named
+from corl_jax.weights.dtypes import DType, is_float, parse_dtype
 from corl_jax.weights.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from corl_jax.weights.kinds import NetworkKind, PeftFormat
 from corl_jax.weights.shards import Progress, TensorPlan, write_json, write_safetensors
@@ -41,7 +41,7 @@ def adapter_table(table: Table, prefix: str) -> Table:
     return Table("peft", rows)
 
 
-def merged(
+def merge_adapters(
     params: Params, lora: Lora, dtypes: Mapping[str, Any], beat: Callable[[], None] = lambda: None,
     layer_dtypes: Mapping[str, list[str]] | None = None,
 ) -> tuple[Params, float]:  # fmt: skip
@@ -64,7 +64,7 @@ def merged(
         for layer, kind in enumerate(kinds):
             update = (a[layer] @ b[layer]) * np.float32(lora.scale)
             exact = np.asarray(kernel[layer], np.float32) + update
-            out[layer] = exact.astype(named(kind))
+            out[layer] = exact.astype(parse_dtype(kind))
             gone += float(np.square(out[layer].astype(np.float32) - exact).sum())
             whole += float(np.square(update).sum())
         flat[f"{name}/kernel"] = out
@@ -103,7 +103,7 @@ def save_adapter(
 
 def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     kind = np.dtype(leaf.dtype)
-    kind = named(dtype) if dtype != "keep" and is_float(kind) else kind
+    kind = parse_dtype(dtype) if dtype != "keep" and is_float(kind) else kind
 
     def chunks():
         yield np.ascontiguousarray(slot.transform.to_torch(np.asarray(leaf[slot.layer])), kind)

@@ -16,31 +16,29 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.params import unflatten
 from corl_jax.types import Params
 from corl_jax.weights.dtypes import BFLOAT16
-from corl_jax.weights.folders import pointer_problems, refuse_adapter
+from corl_jax.weights.folders import find_pointers, refuse_adapter
 from corl_jax.weights.kinds import OWN_LAYOUT, Assets, NetworkKind
-from corl_jax.weights.nan_check import non_finite_problem
+from corl_jax.weights.nan_check import check_finite
 from corl_jax.weights.own_config import parse_own_config
 from corl_jax.weights.recognise import (
     check_named_layout,
-    layout_of_tensors,
+    find_layout_of_tensors,
+    find_stated_layout,
     read_config,
-    stated_layout,
 )
 from corl_jax.weights.sharded_load import DTypes, place_leaves
 from corl_jax.weights.sources import (
     JaxLeaves,
     Leaves,
     TorchLeaves,
-    layer_count,
-    leaf_dtype,
-    mixed_dtypes,
+    find_leaf_dtype,
+    find_mixed_dtypes,
+    list_layers,
     read_leaf,
 )
 from corl_jax.weights.storage import Store, open_any_store, open_safetensors, open_store
 from corl_jax.weights.table import Shape
-from corl_jax.weights.wrong_names import (
-    with_wrong_names,
-)
+from corl_jax.weights.wrong_names import shorten_wrong_names
 
 SOURCE_FOLDER = "source"  # in a converted directory: what only its source's layout needs
 CARRIED_FILE = "carried.safetensors"
@@ -94,7 +92,7 @@ class Checkpoint:
             # A scalar stays as stored: it is a scale, and its rounding would scale every output.
             wanted = dtype if shape else None
             flat[path] = read_leaf(self.leaves, path, self.kind.is_stacked(path), wanted)
-            problems.add(non_finite_problem(self.folder, path, flat[path]))
+            problems.add(check_finite(self.folder, path, flat[path]))
         problems.raise_any()
         return unflatten(flat)
 
@@ -137,14 +135,14 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
     open_weights = open_store if kind.needs_config else open_any_store
     _check_pointers(folder, lambda: open_weights(path))
     data = read_config(folder, kind)
-    layout = stated_layout(data, folder, kind)
+    layout = find_stated_layout(data, folder, kind)
     if layout is not None:
         config = config or _parse_config(data, folder, kind, layout, {})
     store = open_weights(path)
     try:
         found = {key: info.shape for key, info in store.infos.items()}
         if layout is None:
-            layout = layout_of_tensors(found, path, kind, data)
+            layout = find_layout_of_tensors(found, path, kind, data)
             config = config or _parse_config(data, folder, kind, layout, found)
         open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
         return open_layout(path, kind, layout, config, store, data)
@@ -179,30 +177,30 @@ def load_config(folder: str | Path, kind: NetworkKind) -> Any:
     """
     folder = Path(folder)
     data = read_config(folder, kind)
-    layout = stated_layout(data, folder, kind)
+    layout = find_stated_layout(data, folder, kind)
     if layout is None:
         with open_checkpoint(folder, kind) as checkpoint:
             return checkpoint.config
     return _parse_config(data, folder, kind, layout, {})
 
 
-def stored_dtypes(folder: str | Path, kind: NetworkKind, config: Any = None) -> dict[str, Any]:
+def read_stored_dtypes(folder: str | Path, kind: NetworkKind, config: Any = None) -> dict[str, Any]:
     """Returns {path: dtype} as stored; the one that holds all layers of a parameter exactly."""
     with open_checkpoint(folder, kind, config) as checkpoint:
         leaves = checkpoint.leaves
         return {
-            path: leaf_dtype(leaves, path, layer_count(leaves, path, kind.is_stacked(path)))
+            path: find_leaf_dtype(leaves, path, list_layers(leaves, path, kind.is_stacked(path)))
             for path in leaves.shapes
         }
 
 
-def stored_layer_dtypes(
+def read_layer_dtypes(
     folder: str | Path, kind: NetworkKind, config: Any = None
 ) -> dict[str, list[str]]:
     """Returns {path: dtype names of its layers} for the parameters whose layers differ in dtype."""
     with open_checkpoint(folder, kind, config) as checkpoint:
         stacked = {path: kind.is_stacked(path) for path in checkpoint.leaves.shapes}
-        return mixed_dtypes(checkpoint.leaves, stacked)
+        return find_mixed_dtypes(checkpoint.leaves, stacked)
 
 
 def detect_layout(folder: str | Path, kind: NetworkKind) -> str:
@@ -211,7 +209,7 @@ def detect_layout(folder: str | Path, kind: NetworkKind) -> str:
     Raises: InputError for a directory that holds no checkpoint of the kind.
     """
     folder = Path(folder)
-    layout = stated_layout(read_config(folder, kind), folder, kind)
+    layout = find_stated_layout(read_config(folder, kind), folder, kind)
     if layout is not None:
         return layout
     with open_checkpoint(folder, kind) as checkpoint:
@@ -221,7 +219,7 @@ def detect_layout(folder: str | Path, kind: NetworkKind) -> str:
 def _check_pointers(folder: Path, open_weights: Callable[[], Store]) -> None:
     """Raises: InputError listing the Git LFS pointers among the small files and the weights."""
     problems = Problems()
-    problems.add(pointer_problems(folder))
+    problems.add(find_pointers(folder))
     if problems:
         with problems.collect():
             open_weights().close()
@@ -252,10 +250,10 @@ def _open_foreign(
     problems = table.problems(slots, found, path)
     if problems:
         check_named_layout(path, kind, layout, found, shapes)
-        problems = with_wrong_names(problems, table, slots, found, path)
+        problems = shorten_wrong_names(problems, table, slots, found, path)
     if kind.explain:
         problems = kind.explain(problems, layout, data)
-    problems += _dtype_problems(path, store, {slot.key for slot in slots})
+    problems += _check_dtypes(path, store, {slot.key for slot in slots})
     if problems:
         raise InputError(problems)
     folder = path.parent if path.is_file() else path
@@ -288,9 +286,9 @@ def _open_own(
                 f"{folder}: {key} has shape {list(found[key])}, expected {list(shapes[key])} by "
                 "the config"
             )
-    problems += _dtype_problems(folder, store, set(shapes))
+    problems += _check_dtypes(folder, store, set(shapes))
     layer_dtypes = data.get("layer_dtypes", {})
-    problems += _layer_dtype_problems(folder, layer_dtypes, shapes)
+    problems += _check_layer_dtypes(folder, layer_dtypes, shapes)
     source = data.get("source_layout", OWN_LAYOUT)
     # Tokenizer and processor files of a kind with foreign exports are always of one of its layouts.
     layouts = list(kind.tables) if kind.foreign_export else [*kind.tables, OWN_LAYOUT]
@@ -305,7 +303,7 @@ def _open_own(
     return Checkpoint(kind, folder, layout, source, config, leaves, store, carried)
 
 
-def _dtype_problems(where: Path, store: Store, keys: set[str]) -> list[str]:
+def _check_dtypes(where: Path, store: Store, keys: set[str]) -> list[str]:
     return [
         f"{where}: {key} holds {info.dtype.name}, expected a float type; quantised checkpoints "
         "are not supported"
@@ -314,7 +312,7 @@ def _dtype_problems(where: Path, store: Store, keys: set[str]) -> list[str]:
     ]
 
 
-def _layer_dtype_problems(folder: Path, value: Any, shapes: Mapping[str, Shape]) -> list[str]:
+def _check_layer_dtypes(folder: Path, value: Any, shapes: Mapping[str, Shape]) -> list[str]:
     if not isinstance(value, dict):
         return [f"{folder}/config.json: layer_dtypes is {value!r}; convert the checkpoint again"]
     names = {dtype.name for dtype in _FLOATS}

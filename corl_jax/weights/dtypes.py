@@ -33,7 +33,7 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
-def safetensors_name(dtype: np.dtype) -> str:
+def to_safetensors_name(dtype: np.dtype) -> str:
     """The name in a safetensors header. Raises KeyError for a type that it cannot hold."""
     return _NAMES[np.dtype(dtype)]
 
@@ -42,12 +42,12 @@ def is_float(dtype: np.dtype) -> bool:
     return _NAMES.get(np.dtype(dtype)) in _FLOATS
 
 
-def named(name: str) -> np.dtype:
+def parse_dtype(name: str) -> np.dtype:
     """'bfloat16', 'float32', ... as a dtype."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
-def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+def find_common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     """The narrowest type that holds every value of all of these exactly."""
     kinds = list(dict.fromkeys(np.dtype(dtype) for dtype in dtypes))
     out = kinds[0]
@@ -59,10 +59,3 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
             # such as bfloat16 and float16; float32 holds every float of up to 16 bits.
             out = np.dtype(np.float32)
     return out
-
-
-def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """Floats converted, everything else (and None) left alone."""
-    if dtype is None or array.dtype == dtype or not is_float(array.dtype):
-        return array
-    return array.astype(dtype)

@@ -15,9 +15,9 @@ from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from corl_jax.weights.dtypes import DType
 from corl_jax.weights.export_folder import (
     Export,
-    main_dtype,
+    find_main_dtype,
+    format_pattern,
     plan_tensors,
-    readable_pattern,
     write_export,
 )
 from corl_jax.weights.hub import resolve_model_dir
@@ -75,7 +75,7 @@ def save_checkpoint(
             generation=generation or {},
             extra=extra or {},
         )
-        stated = main_dtype(plan_tensors(export))
+        stated = find_main_dtype(plan_tensors(export))
         export = dataclasses.replace(export, stated_dtype=stated)
         return _write(Path(out), export, base, overwrite, progress)
     finally:
@@ -170,7 +170,7 @@ def _check_base(base: Checkpoint, config: Any) -> None:
     kind = base.kind
     if not base.carried:
         layouts = [name for name, table in kind.tables.items() if table.carried]
-        patterns = [readable_pattern(p) for name in layouts for p in kind.tables[name].carried]
+        patterns = [format_pattern(p) for name in layouts for p in kind.tables[name].carried]
         raise InputError(
             f"{base.folder}: as --base it has nothing to give: no {' and no '.join(patterns)}; "
             f"name a checkpoint of the {' or '.join(layouts)} layout"

@@ -13,10 +13,10 @@ import numpy as np
 
 from corl_jax.errors import InputError, shorten
 from corl_jax.weights.checkpoint import CARRIED_FILE, SOURCE_FOLDER
-from corl_jax.weights.dtypes import DType, is_float, named, widest
+from corl_jax.weights.dtypes import DType, find_common_dtype, is_float, parse_dtype
 from corl_jax.weights.folders import read_unmarked
 from corl_jax.weights.kinds import OWN_LAYOUT, Assets, NetworkKind
-from corl_jax.weights.nan_check import watched
+from corl_jax.weights.nan_check import check_while_writing
 from corl_jax.weights.own_config import make_own_config
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
@@ -29,10 +29,10 @@ from corl_jax.weights.shards import (
 )
 from corl_jax.weights.sources import (
     Leaves,
-    layer_count,
-    leaf_dtype,
-    mixed_dtypes,
-    slots_by_key,
+    find_leaf_dtype,
+    find_mixed_dtypes,
+    group_slots,
+    list_layers,
 )
 from corl_jax.weights.storage import Store, read_json
 from corl_jax.weights.table import Slot
@@ -60,7 +60,7 @@ class Export:
 
     def target_dtype(self, dtype: np.dtype) -> np.dtype:
         """Returns the dtype in which a tensor that is stored as `dtype` is written."""
-        return named(self.dtype) if self.dtype != "keep" and is_float(dtype) else dtype
+        return parse_dtype(self.dtype) if self.dtype != "keep" and is_float(dtype) else dtype
 
     @property
     def assets_layout(self) -> str:
@@ -78,7 +78,7 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     # Small files first: a directory that lacks a tokenizer should fail at once.
     _write_config(folder, export, plans)
     notes = _write_assets(folder, export)
-    plans, not_finite = watched(plans)
+    plans, not_finite = check_while_writing(plans)
     write_tensors(
         folder,
         plans,
@@ -88,11 +88,11 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     )
     if export.layout == OWN_LAYOUT and export.carried:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
-        carried, more = watched(_plan_carried(export))
+        carried, more = check_while_writing(_plan_carried(export))
         write_safetensors(folder / SOURCE_FOLDER / CARRIED_FILE, carried, progress)
         not_finite += more
     not_finite = shorten(not_finite, what="tensors with values that are NaN or infinite")
-    return notes + _carried_notes(export) + _fused_notes(export) + not_finite
+    return notes + _describe_carried(export) + _describe_mixed_parts(export) + not_finite
 
 
 def plan_tensors(export: Export) -> list[TensorPlan]:
@@ -101,13 +101,15 @@ def plan_tensors(export: Export) -> list[TensorPlan]:
         return [_plan_leaf(export, path) for path in export.leaves.shapes]
     table = export.kind.tables[export.layout]
     slots = table.slots(export.leaves.shapes)
-    plans = [_plan_torch(export, key, group) for key, group in slots_by_key(slots).items()]
+    plans = [_plan_torch(export, key, group) for key, group in group_slots(slots).items()]
     return plans + (_plan_carried(export) if table.carried else [])
 
 
 def _plan_torch(export: Export, key: str, group: list[Slot]) -> TensorPlan:
     leaves = export.leaves
-    dtype = export.target_dtype(widest(leaves.dtype(slot.path, slot.layer) for slot in group))
+    dtype = export.target_dtype(
+        find_common_dtype(leaves.dtype(slot.path, slot.layer) for slot in group)
+    )
 
     def chunks() -> Iterator[np.ndarray]:
         for slot in group:
@@ -119,8 +121,8 @@ def _plan_torch(export: Export, key: str, group: list[Slot]) -> TensorPlan:
 
 def _plan_leaf(export: Export, path: str) -> TensorPlan:
     leaves = export.leaves
-    layers = layer_count(leaves, path, export.kind.is_stacked(path))
-    dtype = export.target_dtype(leaf_dtype(leaves, path, layers))
+    layers = list_layers(leaves, path, export.kind.is_stacked(path))
+    dtype = export.target_dtype(find_leaf_dtype(leaves, path, layers))
 
     def chunks() -> Iterator[np.ndarray]:
         for layer in layers:
@@ -142,7 +144,7 @@ def _plan_carried(export: Export) -> list[TensorPlan]:
     return [plan(key, store) for key, store in export.carried.items()]
 
 
-def _carried_notes(export: Export) -> list[str]:
+def _describe_carried(export: Export) -> list[str]:
     """Says which tensors outside the model have no place in the layout, or no source."""
     if export.layout == OWN_LAYOUT:
         return []
@@ -155,18 +157,18 @@ def _carried_notes(export: Export) -> list[str]:
         ]
     absent = [p for p in patterns if not any(re.fullmatch(p, key) for key in export.carried)]
     return [
-        f"no source has {readable_pattern(pattern)}, so the output lacks it; the model does "
+        f"no source has {format_pattern(pattern)}, so the output lacks it; the model does "
         f"not use it, but strict loaders ask for it: give --base with a checkpoint of the "
         f"{export.layout} layout that has it"
         for pattern in absent
     ]
 
 
-def _fused_notes(export: Export) -> list[str]:
+def _describe_mixed_parts(export: Export) -> list[str]:
     """Says which tensors join parts that have different dtypes in their source."""
     if export.layout == OWN_LAYOUT or export.dtype != "keep":
         return []
-    groups = slots_by_key(export.kind.tables[export.layout].slots(export.leaves.shapes))
+    groups = group_slots(export.kind.tables[export.layout].slots(export.leaves.shapes))
     mixed = [
         key
         for key, group in groups.items()
@@ -180,12 +182,12 @@ def _fused_notes(export: Export) -> list[str]:
     ]
 
 
-def readable_pattern(pattern: str) -> str:
+def format_pattern(pattern: str) -> str:
     """Returns a regex of tensor names as a user reads it, with `*`."""
     return pattern.replace(".+", "*").replace("\\", "")
 
 
-def main_dtype(plans: list[TensorPlan]) -> str:
+def find_main_dtype(plans: list[TensorPlan]) -> str:
     """Returns the dtype of most of the bytes."""
     sizes: collections.Counter[str] = collections.Counter()
     for plan in plans:
@@ -199,7 +201,7 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
     foreign = kind.foreign_export
     if export.layout == OWN_LAYOUT or foreign is None:
         stacked = {path: kind.is_stacked(path) for path in export.leaves.shapes}
-        mixed = mixed_dtypes(export.leaves, stacked) if export.dtype == "keep" else {}
+        mixed = find_mixed_dtypes(export.leaves, stacked) if export.dtype == "keep" else {}
         write_json(file, make_own_config(kind, export.config, export.assets_layout, mixed))
         if foreign and source and source.config.is_file():
             (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
@@ -217,7 +219,7 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
             return
     tokenizer = source.folder if source else None
     write_json(
-        file, foreign.write_config(export.layout, export.config, main_dtype(plans), tokenizer)
+        file, foreign.write_config(export.layout, export.config, find_main_dtype(plans), tokenizer)
     )
 
 

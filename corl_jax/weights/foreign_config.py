@@ -8,7 +8,7 @@ from typing import Any
 MAX_SIZE = 10_000_000  # no network has a size near it; guards against absurd loops
 
 
-def indivisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
+def check_divisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
     """A line for each (size, its value, unit, its value) that the network could not divide."""
     return [
         f"{where}.{name} is {value}, expected a multiple of {unit_name}, {unit}"
@@ -17,7 +17,7 @@ def indivisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
     ]
 
 
-def not_below(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> list[str]:
+def check_token_ids(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> list[str]:
     """A line for each token id that the vocabulary does not have."""
     return [
         f"{where}.{name} is {token}, expected less than {vocab_name}, {vocab_size}"
@@ -26,7 +26,7 @@ def not_below(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> li
     ]
 
 
-def wrong_count(where: str, name: str, values: Sequence[Any], count: int) -> list[str]:
+def check_count(where: str, name: str, values: Sequence[Any], count: int) -> list[str]:
     """A line for a list of another length."""
     if len(values) == count:
         return []

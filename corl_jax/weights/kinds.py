@@ -118,7 +118,7 @@ class NetworkKind:
 
     def shapes(self, config: Any) -> dict[str, Shape]:
         """Returns {path: shape} of every parameter."""
-        abstract = modules.abstract(self.module, config)
+        abstract = modules.make_abstract(self.module, config)
         return {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
 
     def is_stacked(self, path: str) -> bool:

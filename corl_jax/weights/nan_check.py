@@ -32,7 +32,7 @@ def count_non_finite(array: np.ndarray) -> int:
     return sum(int(np.count_nonzero((block & mask) == mask)) for block in blocks)
 
 
-def non_finite_problem(where: object, path: str, array: np.ndarray) -> list[str]:
+def check_finite(where: object, path: str, array: np.ndarray) -> list[str]:
     """A line if a parameter holds values that are no numbers."""
     count = count_non_finite(array)
     if not count:
@@ -43,7 +43,7 @@ def non_finite_problem(where: object, path: str, array: np.ndarray) -> list[str]
     ]
 
 
-def watched(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], list[str]]:
+def check_while_writing(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], list[str]]:
     """(the same plans, a line for each tensor that held NaN or infinity, once it is written)."""
     lines: list[str] = []
 

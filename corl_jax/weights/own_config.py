@@ -45,14 +45,14 @@ def parse_own_config(kind: NetworkKind, data: dict[str, Any], file: Path) -> Any
             "PyTorch checkpoint again with this version"
         )
     where, problems = f"{file}: {kind.own_format.sizes}", []
-    config = from_dict(kind.config, data.get(kind.own_format.sizes), where, problems)
+    config = build_config(kind.config, data.get(kind.own_format.sizes), where, problems)
     problems = problems or kind.check(config, where)
     if problems:
         raise InputError(problems)
     return config
 
 
-def from_dict(kind: type, data: Any, where: str, problems: list[str]) -> Any:
+def build_config(kind: type, data: Any, where: str, problems: list[str]) -> Any:
     """Builds a config dataclass from JSON: all fields present, none unknown, types exact.
 
     Problems are added to `problems`; a field that has one keeps its default.
@@ -68,21 +68,21 @@ def from_dict(kind: type, data: Any, where: str, problems: list[str]) -> Any:
     for name in fields & data.keys():
         default, value = getattr(defaults, name), data[name]
         if dataclasses.is_dataclass(default):
-            values[name] = from_dict(type(default), value, f"{where}.{name}", problems)
+            values[name] = build_config(type(default), value, f"{where}.{name}", problems)
         elif isinstance(default, tuple) and isinstance(value, list):
-            values[name] = tuple(_typed_value(name, default[0], item) for item in value)
+            values[name] = tuple(_read_value(name, default[0], item) for item in value)
             if not value or None in values[name]:
                 problems.append(f"{where}.{name} is {value!r}, expected like {list(default)}")
                 values[name] = default
         else:
-            values[name] = _typed_value(name, default, value)
+            values[name] = _read_value(name, default, value)
             if values[name] is None:
                 problems.append(f"{where}.{name} is {value!r}, expected like {default!r}")
                 values[name] = default
     return dataclasses.replace(defaults, **values)
 
 
-def _typed_value(name: str, default: Any, value: Any) -> Any:
+def _read_value(name: str, default: Any, value: Any) -> Any:
     """Returns the value in the type of `default`; None for another type or out of bounds."""
     if isinstance(default, float):
         # The mean of an image's channels may be 0; a width, an epsilon or a deviation may not.
@@ -93,10 +93,10 @@ def _typed_value(name: str, default: Any, value: Any) -> Any:
     if type(value) is not type(default):
         return None
     least = 0 if name.endswith("_token_id") else 1
-    return value if isinstance(value, bool | str) or least <= value <= _limit(name) else None
+    return value if isinstance(value, bool | str) or least <= value <= _find_limit(name) else None
 
 
-def _limit(name: str) -> int:
+def _find_limit(name: str) -> int:
     # Sizes that count modules have a small limit: a loop in Python makes the modules one by one.
     if name.endswith("num_layers") or name == "num_res_blocks":
         return MAX_LAYERS

@@ -10,7 +10,7 @@ from corl_jax.errors import InputError
 from corl_jax.weights.kinds import NETWORK_TYPE, OWN_LAYOUT, NetworkKind
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
-from corl_jax.weights.wrong_names import Known, find_wrong_names, is_known_to, layout_of_names
+from corl_jax.weights.wrong_names import Known, find_layout_of_names, find_wrong_names, is_known_to
 
 
 def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkKind | None:
@@ -40,7 +40,7 @@ def read_config(folder: Path, kind: NetworkKind) -> dict[str, Any]:
     return {}
 
 
-def stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind) -> str | None:
+def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind) -> str | None:
     """Returns the layout that config.json states; None if the tensors' names tell it.
 
     Raises: InputError for a config.json of another kind.
@@ -70,7 +70,7 @@ def _other_kind(where: Path, stated: str, kind: NetworkKind) -> InputError:
     )
 
 
-def layout_of_tensors(
+def find_layout_of_tensors(
     found: Mapping[str, Shape], where: Path, kind: NetworkKind, data: Mapping[str, Any]
 ) -> str:
     """Returns the layout whose key table matches the most tensors.
@@ -103,7 +103,7 @@ def check_named_layout(
 ) -> None:
     """Raises: InputError for tensors that are named as in another layout than the config's."""
     layouts: dict[str, Known] = {name: is_known_to(table) for name, table in kind.tables.items()}
-    named = layout_of_names(found, layouts | {OWN_LAYOUT: shapes.__contains__})
+    named = find_layout_of_names(found, layouts | {OWN_LAYOUT: shapes.__contains__})
     if named not in (None, layout):
         raise InputError(
             f"{where}: its tensors are named as in the {named} layout, but its config.json is of "

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
-from corl_jax.weights.nan_check import non_finite_problem
+from corl_jax.weights.nan_check import check_finite
 from corl_jax.weights.sources import Leaves, read_leaf
 from corl_jax.weights.storage import Box
 
@@ -34,8 +34,8 @@ def place_leaves(
 
     def placed(path: str, sharding: Sharding) -> jax.Array:
         shape = leaves.shapes[path]
-        box, local = local_part(leaves, path, stacked(path), sharding, dtype(path))
-        problems.extend(non_finite_problem(source, path, local))
+        box, local = read_local_part(leaves, path, stacked(path), sharding, dtype(path))
+        problems.extend(check_finite(source, path, local))
 
         def shard(index: Any) -> Any:
             ends = zip(_box(index, shape), box, strict=True)
@@ -49,7 +49,7 @@ def place_leaves(
     return unflatten(flat)
 
 
-def local_part(
+def read_local_part(
     leaves: Leaves, path: str, stacked: bool, sharding: Sharding, dtype: Any
 ) -> tuple[Box, np.ndarray]:
     """What this process's devices hold of a leaf: the smallest box around it, and its values."""

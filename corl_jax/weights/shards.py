@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.atomic_files import replace_file
-from corl_jax.weights.dtypes import safetensors_name
+from corl_jax.weights.dtypes import to_safetensors_name
 from corl_jax.weights.selection import BIN_NAME, SAFE_NAME
 from corl_jax.weights.storage import read_header
 
@@ -88,7 +88,7 @@ def write_safetensors(
     offset = 0
     for plan in ordered:
         header[plan.key] = {
-            "dtype": safetensors_name(plan.dtype),
+            "dtype": to_safetensors_name(plan.dtype),
             "shape": list(plan.shape),
             "data_offsets": [offset, offset + plan.nbytes],
         }

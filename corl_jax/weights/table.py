@@ -96,7 +96,7 @@ class Slot:
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     pieces = re.split(r"\{(\w+)\}", pattern)
     names = (f"(?P<{name}>0|[1-9][0-9]*)" for name in pieces[1::2])
     out = re.escape(pieces[0])
@@ -126,14 +126,14 @@ class Table:
 
     def matches(self, key: str) -> bool:
         """Whether some row feeds on a torch key."""
-        return any(_regex(row.key).fullmatch(key) for row in self.rows)
+        return any(_compile_pattern(row.key).fullmatch(key) for row in self.rows)
 
     def paths(self, key: str) -> list[tuple[str, int | None]]:
         """The (path, layer) pairs that a torch key feeds, in the order of its parts.
 
         Raises: InputError for a key that no row matches, or that rows match ambiguously.
         """
-        hits = [(row, m) for row in self.rows if (m := _regex(row.key).fullmatch(key))]
+        hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.key).fullmatch(key))]
         counts = {row.part[1] for row, _ in hits}
         parts = sorted(row.part[0] for row, _ in hits)
         if not hits:
@@ -142,11 +142,11 @@ class Table:
             rows = ", ".join(row.path for row, _ in hits)
             raise InputError(f"{key}: several rows of the {self.name} table match it: {rows}")
         hits.sort(key=lambda hit: hit[0].part[0])
-        return [(_fill(row.path, m.groupdict()), _layer(m)) for row, m in hits]
+        return [(_fill(row.path, m.groupdict()), _read_layer(m)) for row, m in hits]
 
     def row(self, path: str) -> tuple[Row, dict[str, str]]:
         """The one row of a leaf, with the values of its placeholders."""
-        hits = [(row, m) for row in self.rows if (m := _regex(row.path).fullmatch(path))]
+        hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.path).fullmatch(path))]
         if len(hits) != 1:
             found = "no row" if not hits else f"{len(hits)} rows"
             raise InputError(f"{path}: {found} of the {self.name} table match it, expected one")
@@ -164,7 +164,7 @@ class Table:
             except (InputError, ValueError) as error:
                 lines = error.problems if isinstance(error, InputError) else [f"{path}: {error}"]
                 problems += lines
-        problems += _overlaps(slots)
+        problems += _find_overlaps(slots)
         if problems:
             raise InputError(problems)
         return slots
@@ -201,7 +201,7 @@ class Table:
         return out
 
 
-def _overlaps(slots: Iterable[Slot]) -> list[str]:
+def _find_overlaps(slots: Iterable[Slot]) -> list[str]:
     """Two leaves in one place, and tensors of which some part has no leaf."""
     feeds: dict[str, dict[int, str]] = {}
     counts: dict[str, set[int]] = {}
@@ -222,6 +222,6 @@ def _fill(pattern: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: values[m[1]], pattern)
 
 
-def _layer(match: re.Match[str]) -> int | None:
+def _read_layer(match: re.Match[str]) -> int | None:
     layer = match.groupdict().get("layer")
     return None if layer is None else int(layer)

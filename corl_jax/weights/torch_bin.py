@@ -16,8 +16,8 @@ import numpy as np
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
-from corl_jax.weights.dtypes import BFLOAT16, named
-from corl_jax.weights.storage import Box, TensorInfo, bad_names, shared_keys
+from corl_jax.weights.dtypes import BFLOAT16, parse_dtype
+from corl_jax.weights.storage import Box, TensorInfo, find_bad_names, find_shared_keys
 
 _AGAIN = "download or copy it again"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -56,13 +56,13 @@ class BinStore:
             except InputError as error:
                 problems += error.problems
                 continue
-            problems += shared_keys(self.infos, tensors, file)
+            problems += find_shared_keys(self.infos, tensors, file)
             for key, tensor in tensors.items():
                 name = str(tensor.dtype).removeprefix("torch.")
                 if name not in _DTYPES:
                     problems.append(f"{file}: {key} is {name}, which is not supported")
                     continue
-                self.infos[key] = TensorInfo(tuple(tensor.shape), named(name), file)
+                self.infos[key] = TensorInfo(tuple(tensor.shape), parse_dtype(name), file)
         if problems:
             raise InputError(problems)
 
@@ -114,7 +114,7 @@ def load_bin(file: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can end in any of them
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{file}: PyTorch cannot load it ({line}); {_AGAIN}") from error
-    return _checked_state(file, state)
+    return _check_state(file, state)
 
 
 def _is_legacy(file: Path) -> bool:
@@ -127,7 +127,7 @@ def _is_legacy(file: Path) -> bool:
         # An archive may hide behind another kind of file, as which PyTorch would read it.
         if not legacy and not start.startswith(ZIP_START):
             raise ValueError(f"it starts with {start[:8]!r}")
-        entries = [] if legacy else _entries(file)
+        entries = [] if legacy else _list_entries(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
     except Exception as error:  # zipfile's own, and whatever a damaged directory leads it to
@@ -150,18 +150,18 @@ def _is_legacy(file: Path) -> bool:
     return legacy
 
 
-def _entries(file: Path) -> list[zipfile.ZipInfo]:
+def _list_entries(file: Path) -> list[zipfile.ZipInfo]:
     with zipfile.ZipFile(file) as archive:
         return archive.infolist()
 
 
-def _checked_state(file: Path, state: Any) -> dict[str, Any]:
+def _check_state(file: Path, state: Any) -> dict[str, Any]:
     torch = import_torch(file)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise InputError(f"{file}: holds a {type(state).__name__}, expected a dict of tensors")
-    problems = bad_names(file, (key for key in state if isinstance(key, str)))
+    problems = find_bad_names(file, (key for key in state if isinstance(key, str)))
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             problems.append(f"{file}: {key!r} is a {type(value).__name__}, expected a tensor")

@@ -48,7 +48,7 @@ def networks() -> dict[str, Any]:
     configs = {name: kind.config() for name, kind in KINDS.items()}
     configs |= {"clip_l14": CLIP_L14, "blip_untied": untied}
     return {
-        name: modules.abstract(KINDS[name.split("_")[0]].module, config)
+        name: modules.make_abstract(KINDS[name.split("_")[0]].module, config)
         for name, config in configs.items()
     }
 

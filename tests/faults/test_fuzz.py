@@ -27,7 +27,7 @@ from corl_jax.rewards import answers, functions, text
 from corl_jax.weights import storage
 from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.layouts import KINDS
-from corl_jax.weights.own_config import from_dict, make_own_config
+from corl_jax.weights.own_config import build_config, make_own_config
 from tests.faults.hostile import SOUND, header
 from tests.faults.test_untrusted import hostile
 from tests.support.tiny_models import tiny_tokenizer_dir
@@ -198,7 +198,7 @@ def test_model_settings(hammer, tmp_path):
 
         def converted(data, kind=kind):
             problems: list[str] = []
-            config = from_dict(kind.config, data, "there: sizes", problems)
+            config = build_config(kind.config, data, "there: sizes", problems)
             problems = problems or kind.check(config, "there: sizes")
             assert all(line.startswith("there: sizes") for line in problems)
             if not problems:

@@ -112,7 +112,7 @@ def test_a_row_alone_equals_its_row_of_a_padded_batch(tmp_path):
 
 def test_a_layer_that_does_not_exist_is_an_error():
     config = BertConfig(60, 8, 8, 2, 2, 16)
-    params = modules.init(Bert, config, jax.random.key(0))
+    params = modules.init_params(Bert, config, jax.random.key(0))
     for layer in (3, -4):
         with pytest.raises(IndexError):
             forward(config, params, *padded_batch(), layer)
@@ -141,7 +141,7 @@ def test_every_layout_gives_the_same_parameters(tmp_path):
 def test_tables_report_what_is_missing_and_what_is_unknown():
     shapes = {
         path: leaf.shape
-        for path, leaf in leaf_paths(modules.abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
+        for path, leaf in leaf_paths(modules.make_abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
     }
     slots = TABLES["bert"].slots(shapes)
     found = {slot.key: slot.shape for slot in slots}
@@ -155,7 +155,7 @@ def test_tables_report_what_is_missing_and_what_is_unknown():
 
 def test_the_defaults_are_bert_base():
     """109,482,240 parameters of the published encoder, less its pooler's 768 * 769."""
-    leaves = jax.tree.leaves(modules.abstract(Bert, BertConfig()))
+    leaves = jax.tree.leaves(modules.make_abstract(Bert, BertConfig()))
     assert sum(leaf.size for leaf in leaves) == 109_482_240 - 768 * 769
 
 

@@ -246,7 +246,7 @@ def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
     shapes = full_shapes(name, layout)
     config = clip.parse(tmp_path, layout, shapes, problems)
     assert (config, problems) == (size["config"], [])
-    leaves = {k: leaf.shape for k, leaf in flatten(modules.abstract(Clip, config)).items()}
+    leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Clip, config)).items()}
     table = clip.TABLES[layout]
     assert not table.problems(table.slots(leaves), shapes, "x")
     assert sum(math.prod(shape) for shape in leaves.values()) == size["parameters"]

@@ -69,7 +69,7 @@ def network(tmp_path_factory):
             return jnp.asarray(noise / np.prod(leaf.shape[-4:-1] or leaf.shape[:1]) ** 0.5)
         return jnp.asarray(0.3 * noise)
 
-    params = map_with_path(draw, modules.abstract(Blip, CONFIG))
+    params = map_with_path(draw, modules.make_abstract(Blip, CONFIG))
     bias = params["text_decoder"]["head"]["bias"]
     params["text_decoder"]["head"]["bias"] = bias.at[SEP].set(1.2)
     return Network(CONFIG, params, write_files(tmp_path_factory.mktemp("blip")), jnp.float32)

@@ -25,7 +25,7 @@ from corl_jax.params import map_with_path
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights.layouts import clip
-from corl_jax.weights.own_config import from_dict
+from corl_jax.weights.own_config import build_config
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 
@@ -68,7 +68,7 @@ def drawn(kind, config, seed: int):
         noise = 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, modules.abstract(kind, config))
+    params = map_with_path(draw, modules.make_abstract(kind, config))
     return params | ({"logit_scale": jnp.float32(np.log(100))} if kind is Clip else {})
 
 
@@ -329,7 +329,7 @@ def test_image_normalisation_is_read(tmp_path, nested):
 def test_configs_survive_json(config):
     problems: list[str] = []
     data = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert from_dict(type(config), data, "x", problems) == config
+    assert build_config(type(config), data, "x", problems) == config
     assert not problems
 
 

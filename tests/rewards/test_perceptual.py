@@ -34,7 +34,7 @@ def network():
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    params = map_with_path(draw, modules.abstract(Lpips, TINY))
+    params = map_with_path(draw, modules.make_abstract(Lpips, TINY))
     return Network(TINY, params, Path(), jnp.float32)
 
 
@@ -76,7 +76,7 @@ def test_a_known_distance():
             kernel[1, 1, 0, 0] = 1
         return jnp.asarray(kernel)
 
-    params = map_with_path(middle, modules.abstract(Lpips, config))
+    params = map_with_path(middle, modules.make_abstract(Lpips, config))
     white, black = jnp.ones((1, 16, 16, 3)), jnp.zeros((1, 16, 16, 3))
     found = direct(config, params, white, black)
     # White is (1, 0) in every stage and black (0, 0): 5 stages x 0.25 x 1.
@@ -155,7 +155,7 @@ def full_shapes(layout: str) -> dict[str, tuple[int, ...]]:
 def test_the_published_files_are_covered(layout):
     shapes, problems = full_shapes(layout), []
     config = parse(Path("x"), layout, shapes, problems)
-    leaves = {k: leaf.shape for k, leaf in flatten(modules.abstract(Lpips, config)).items()}
+    leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Lpips, config)).items()}
     slots = TABLES[layout].slots(leaves)
     assert (config, problems) == (VggConfig(), [])
     assert not TABLES[layout].problems(slots, shapes, "x")

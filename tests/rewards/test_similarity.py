@@ -43,7 +43,7 @@ def network(tmp_path_factory) -> Network:
         noise = 0.4 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, modules.abstract(Bert, CONFIG))
+    params = map_with_path(draw, modules.make_abstract(Bert, CONFIG))
     return Network(CONFIG, params, folder, jnp.float32)
 
 

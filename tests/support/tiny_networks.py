@@ -68,7 +68,7 @@ def random_network(kind: str, seed: int = 0) -> Params:
             return np.asarray(1 + 0.1 * noise)
         return np.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    return map_with_path(draw, modules.abstract(KINDS[kind].module, TINY[kind]))
+    return map_with_path(draw, modules.make_abstract(KINDS[kind].module, TINY[kind]))
 
 
 def load_network(path: Path, kind: str, dtype: Any = None) -> tuple[Any, Params]:

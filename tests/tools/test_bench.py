@@ -85,7 +85,9 @@ def published(name: str, folder: Path) -> Setting:
 
 
 def parameter_bytes(name: str) -> int:
-    abstract = modules.abstract(KINDS[NETWORKS[name].kind].module, SIZES["tiny"].networks[name])
+    abstract = modules.make_abstract(
+        KINDS[NETWORKS[name].kind].module, SIZES["tiny"].networks[name]
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 

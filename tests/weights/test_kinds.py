@@ -24,8 +24,8 @@ from corl_jax.weights.checkpoint import (
     load_params,
     load_sharded,
     open_checkpoint,
-    stored_dtypes,
-    stored_layer_dtypes,
+    read_layer_dtypes,
+    read_stored_dtypes,
 )
 from corl_jax.weights.export import check_export, convert, save_checkpoint
 from corl_jax.weights.kinds import NetworkKind
@@ -58,14 +58,14 @@ SIZES = Sizes(words=3)
 def folder(tmp_path):
     """A saved bag with a tokenizer beside it."""
     (tmp_path / "source").mkdir()
-    params = modules.init(Bag, SIZES, jax.random.key(0))
+    params = modules.init_params(Bag, SIZES, jax.random.key(0))
     save_checkpoint(tmp_path / "source" / "bag", BAG, SIZES, params)
     (tmp_path / "source" / "bag" / "tokenizer.json").write_text('{"a": 1}')
     return tmp_path / "source" / "bag"
 
 
 def test_it_loads_as_it_was_saved(folder):
-    params = modules.init(Bag, SIZES, jax.random.key(0))
+    params = modules.init_params(Bag, SIZES, jax.random.key(0))
     assert detect_layout(folder, BAG) == "jax" and load_config(folder, BAG) == SIZES
     assert jax.tree.all(jax.tree.map(np.array_equal, load_params(folder, BAG), params))
     half = flatten(load_params(folder, BAG, SIZES, dtype="float16"))
@@ -77,8 +77,8 @@ def test_it_loads_as_it_was_saved(folder):
         folder, BAG, SIZES, jax.tree.map(lambda _: device, params), lambda _: None
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, placed, params))
-    assert {dtype.name for dtype in stored_dtypes(folder, BAG).values()} == {"float32"}
-    assert stored_layer_dtypes(folder, BAG) == {}
+    assert {dtype.name for dtype in read_stored_dtypes(folder, BAG).values()} == {"float32"}
+    assert read_layer_dtypes(folder, BAG) == {}
 
 
 def test_it_converts_and_saves_with_its_files(folder, tmp_path):
@@ -133,6 +133,6 @@ def test_every_parameter_of_a_reward_network_has_a_rule_and_every_rule_a_paramet
     kind = KINDS[name]
     patterns = [pattern for pattern, _ in kind.rules]
     first = set()
-    for path, _ in leaf_paths(modules.abstract(kind.module, kind.config())):
+    for path, _ in leaf_paths(modules.make_abstract(kind.module, kind.config())):
         first.add(next(pattern for pattern in patterns if re.fullmatch(pattern, path)))
     assert first == set(patterns)

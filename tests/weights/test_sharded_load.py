@@ -30,10 +30,10 @@ from corl_jax.weights.checkpoint import (
     load_params,
     load_sharded,
     open_checkpoint,
-    stored_dtypes,
+    read_stored_dtypes,
 )
 from corl_jax.weights.export import convert
-from corl_jax.weights.sharded_load import local_part
+from corl_jax.weights.sharded_load import read_local_part
 from tests.support.weight_files import (
     assert_same_bits,
     carried_state,
@@ -99,7 +99,7 @@ def test_stored_types_are_those_of_the_parameters(folders, config, layout):
     expected = {
         path: leaf.dtype for path, leaf in flatten(load_params(folders[layout], KIND)).items()
     }
-    assert stored_dtypes(folders[layout], KIND, config) == expected
+    assert read_stored_dtypes(folders[layout], KIND, config) == expected
 
 
 class Counting:
@@ -144,14 +144,14 @@ def test_a_process_reads_what_its_devices_hold(folders, config, monkeypatch, lay
             leaf, total = expected[path], 0
             for device in mesh.devices.flat:
                 mine = part_of_devices(wanted[path], [device])
-                box, found = local_part(opened.leaves, path, KIND.is_stacked(path), mine, None)
+                box, found = read_local_part(opened.leaves, path, KIND.is_stacked(path), mine, None)
                 index = wanted[path].devices_indices_map(leaf.shape)[device]
                 np.testing.assert_array_equal(found, leaf[index])
                 assert math.prod(stop - start for start, stop in box) == leaf.size // 2
                 read = counting.take()
                 total += read
             both = part_of_devices(wanted[path], list(mesh.devices.flat))
-            local_part(opened.leaves, path, KIND.is_stacked(path), both, None)
+            read_local_part(opened.leaves, path, KIND.is_stacked(path), both, None)
             assert read == total / 2 and counting.take() == total, path
 
 
@@ -215,7 +215,7 @@ def test_copies_are_numpys(source, out, axes):
     values = np.random.default_rng(0).standard_normal((3, 70, 130)).astype(source)
     values.flat[:4] = [np.nan, np.inf, -np.inf, -0.0]
     found = np.empty(values.transpose(axes).shape, out)
-    sources.copy(found, values.transpose(axes))
+    sources.copy_array(found, values.transpose(axes))
     expected = values.transpose(axes).astype(out)
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
     assert np.signbit(found.transpose(np.argsort(axes)).flat[3])

@@ -12,17 +12,17 @@ from safetensors import safe_open
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, partition
 from corl_jax.policies.janus.checkpoint import KIND
-from corl_jax.policies.janus.checkpoint.assets import with_bos
+from corl_jax.policies.janus.checkpoint.assets import add_bos
 from corl_jax.policies.janus.tokens import STRINGS, special_tokens
 from corl_jax.train import export
 from corl_jax.weights.checkpoint import (
     detect_layout,
     load_config,
     load_params,
-    stored_dtypes,
-    stored_layer_dtypes,
+    read_layer_dtypes,
+    read_stored_dtypes,
 )
-from corl_jax.weights.dtypes import widest
+from corl_jax.weights.dtypes import find_common_dtype
 from corl_jax.weights.export import convert, save_checkpoint
 from tests.support.weight_files import (
     BFLOAT16,
@@ -193,7 +193,7 @@ def test_layers_of_several_types_come_back_bit_for_bit(
     """float16 and bfloat16 layers of one parameter meet in float32, and part again."""
     source = dirs["transformers" if layout == "transformers" else "original"]
     config, params = load_config(source, KIND), load_params(source, KIND)
-    layers = stored_layer_dtypes(source, KIND, config)
+    layers = read_layer_dtypes(source, KIND, config)
     assert any({"float16", "bfloat16"} <= set(kinds) for kinds in layers.values())
     out = tmp_path / "out"
     save_checkpoint(
@@ -219,8 +219,9 @@ def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, t
         tmp_path / "out",
         SimpleNamespace(export=options, model=SimpleNamespace(path=str(folder))),
         SimpleNamespace(
-            model_config=config, frozen=frozen, source_dtypes=stored_dtypes(folder, KIND, config),
-            layer_dtypes=stored_layer_dtypes(folder, KIND, config),
+            model_config=config, frozen=frozen,
+            source_dtypes=read_stored_dtypes(folder, KIND, config),
+            layer_dtypes=read_layer_dtypes(folder, KIND, config),
         ),
         SimpleNamespace(params=trained), folder, primary=True,
     )  # fmt: skip
@@ -261,7 +262,7 @@ def test_parts_of_different_types_that_a_layout_joins_are_noted(hf_state, tmp_pa
 )
 def test_the_type_that_holds_others_exactly(kinds, expected):
     for order in (kinds, kinds[::-1]):
-        assert widest(np.dtype(kind) for kind in order) == expected
+        assert find_common_dtype(np.dtype(kind) for kind in order) == expected
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])
@@ -445,7 +446,7 @@ def test_a_tokenizer_gets_bos_once_whatever_its_template(tmp_path, hf_state, for
 
     # What has BOS already stays as it is.
     again = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    assert with_bos(again, tmp_path / "out") is again
+    assert add_bos(again, tmp_path / "out") is again
 
 
 def test_a_tied_checkpoint_is_told_how_to_untie(tmp_path, hf_state):

@@ -11,7 +11,7 @@ from corl_jax.errors import InputError
 from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import PRESETS
-from corl_jax.weights.storage import whole
+from corl_jax.weights.storage import make_whole_box
 from corl_jax.weights.table import CONV, DENSE, DROP_LEADING, Row, Table
 from tests.support.weight_files import full_keys
 
@@ -54,7 +54,7 @@ def test_both_tables_pair_the_keys_as_the_specification_does(keys):
 
     def rows(slot):
         shape = shapes[slot.path] if slot.layer is None else shapes[slot.path][1:]
-        (first, *_) = slot.box(whole(shape))
+        (first, *_) = slot.box(make_whole_box(shape))
         return None if first == (0, slot.shape[0]) else first
 
     rows_of = {(slot.key, slot.path): rows(slot) for slot in KIND.tables["original"].slots(shapes)}

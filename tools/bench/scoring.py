@@ -175,7 +175,7 @@ class Networks:
         folder = self._setting.folder / name
         if not folder.is_dir():
             write_network(folder, kind, config)
-        abstract = modules.abstract(KINDS[kind].module, config)
+        abstract = modules.make_abstract(KINDS[kind].module, config)
         params = draw(abstract, 1)
         if kind == "blip":
             params = without_separator(params, config)

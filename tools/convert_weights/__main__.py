@@ -35,7 +35,7 @@ ALL_KINDS = {POLICY.name: POLICY, **KINDS}
 MAX_LINES = 50  # of differences; a wrong config would print a thousand
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="corl-convert-weights",
         description=__doc__,
@@ -85,7 +85,7 @@ def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--max-shard-mb",
-        type=_positive,
+        type=parse_positive,
         default=4000,
         metavar="MB",
         help="largest file of weights, in 10^6 bytes (default: %(default)s)",
@@ -93,7 +93,7 @@ def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
 
-def _positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -101,7 +101,7 @@ def _positive(text: str) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int], None] | None]:
+def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
     """A byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
     if not sys.stderr.isatty():
         yield None
@@ -120,7 +120,7 @@ def run_convert(args: argparse.Namespace) -> int:
     to_jax = args.command == "to-jax"
     # to-torch has no --model: only policies have a foreign layout that is written.
     source, kind = find_source(args.source, args.model if to_jax else POLICY.name)
-    with progress_bar(args.command) as progress:
+    with show_progress(args.command) as progress:
         notes = convert(
             source,
             args.out,
@@ -175,7 +175,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     (a, kind), b = find_source(args.a), resolve_path(args.b)
-    with progress_bar("verify") as progress:
+    with show_progress("verify") as progress:
         result = compare(a, b, kind, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
         print(f"note: {line}")
@@ -189,7 +189,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 @exit_on_input_error
 def run(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     commands = {
         "to-jax": run_convert,
         "to-torch": run_convert,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
-from corl_jax.weights.foreign_config import wrong_count
+from corl_jax.weights.foreign_config import check_count
 from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
 from corl_jax.weights.table import Shape, Table
 from corl_jax.weights.table_rows import dense
@@ -31,7 +31,7 @@ TABLES: dict[str, Table] = {
 
 def check(config: AestheticConfig, where: str) -> list[str]:
     """Sizes with which the head cannot be built."""
-    problems = wrong_count(where, "sizes", config.sizes, len(PLACES) + 1)
+    problems = check_count(where, "sizes", config.sizes, len(PLACES) + 1)
     if not problems and config.sizes[-1] != 1:
         problems.append(f"{where}.sizes ends with {config.sizes[-1]}, expected 1, the one score")
     return problems

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.bert import Bert, BertConfig
-from corl_jax.weights.foreign_config import Fields, indivisible
+from corl_jax.weights.foreign_config import Fields, check_divisible
 from corl_jax.weights.kinds import COLUMN, OUTER, ROW, WHOLE, NetworkKind, Rules
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Row, Shape, Table
@@ -72,7 +72,7 @@ FEWEST_POSITIONS = 3  # [CLS], a token, [SEP]
 def check(config: BertConfig, where: str) -> list[str]:
     """Sizes that do not fit each other."""
     heads = ("hidden_size", config.hidden_size, "num_heads", config.num_heads)
-    problems = indivisible(where, heads)
+    problems = check_divisible(where, heads)
     if config.max_position_embeddings < FEWEST_POSITIONS:
         problems.append(
             f"{where}.max_position_embeddings is {config.max_position_embeddings}, expected at "

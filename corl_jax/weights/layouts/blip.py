@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, BlipVisionConfig
-from corl_jax.weights.foreign_config import Fields, indivisible, not_below
+from corl_jax.weights.foreign_config import Fields, check_divisible, check_token_ids
 from corl_jax.weights.kinds import COLUMN, INNER, OUTER, ROW, WHOLE, NetworkKind, Rules
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import DENSE, DROP_LEADING, SAME, Row, Shape, Table
@@ -100,15 +100,15 @@ def check(config: BlipConfig, where: str) -> list[str]:
     vision, text = config.vision, config.text
     tokens = {"bos_token_id": text.bos_token_id, "sep_token_id": text.sep_token_id}
     return [
-        *indivisible(
+        *check_divisible(
             f"{where}.vision",
             ("hidden_size", vision.hidden_size, "num_heads", vision.num_heads),
             ("image_size", vision.image_size, "patch_size", vision.patch_size),
         ),
-        *indivisible(
+        *check_divisible(
             f"{where}.text", ("hidden_size", text.hidden_size, "num_heads", text.num_heads)
         ),
-        *not_below(f"{where}.text", "vocab_size", text.vocab_size, **tokens),
+        *check_token_ids(f"{where}.text", "vocab_size", text.vocab_size, **tokens),
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.models.clip import Activation, Clip, ClipConfig, TowerConfig
-from corl_jax.weights.foreign_config import Fields, indivisible, not_below, wrong_count
+from corl_jax.weights.foreign_config import Fields, check_count, check_divisible, check_token_ids
 from corl_jax.weights.kinds import COLUMN, INNER, OUTER, ROW, WHOLE, NetworkKind, Rules
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import CONV, DENSE, SAME, Row, Shape, Table
@@ -125,25 +125,27 @@ _TEXT_SETTINGS: dict[str, Any] = {
 
 def check(config: ClipConfig, where: str) -> list[str]:
     """Sizes that do not fit each other, and settings that do not exist."""
-    problems = indivisible(
+    problems = check_divisible(
         where, ("image_size", config.image_size, "patch_size", config.patch_size)
     )
     for name, tower in (("vision", config.vision), ("text", config.text)):
         heads = ("hidden_size", tower.hidden_size, "num_heads", tower.num_heads)
-        problems += indivisible(f"{where}.{name}", heads)
+        problems += check_divisible(f"{where}.{name}", heads)
         if tower.activation not in ACTIVATIONS:
             problems.append(
                 f"{where}.{name}.activation is {tower.activation!r}, expected "
                 f"{' or '.join(ACTIVATIONS)}"
             )
-    problems += not_below(where, "vocab_size", config.vocab_size, eos_token_id=config.eos_token_id)
+    problems += check_token_ids(
+        where, "vocab_size", config.vocab_size, eos_token_id=config.eos_token_id
+    )
     if config.context_length < FEWEST_POSITIONS:
         problems.append(
             f"{where}.context_length is {config.context_length}, expected at least "
             f"{FEWEST_POSITIONS}: a text stands between two special tokens"
         )
     for name in ("image_mean", "image_std"):
-        problems += wrong_count(where, name, getattr(config, name), CHANNELS)
+        problems += check_count(where, name, getattr(config, name), CHANNELS)
     return problems
 
 

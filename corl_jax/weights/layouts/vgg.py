@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corl_jax.models.vgg import Lpips, VggConfig
-from corl_jax.weights.foreign_config import wrong_count
+from corl_jax.weights.foreign_config import check_count
 from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
 from corl_jax.weights.table import CONV, Row, Shape, Table
 from corl_jax.weights.table_rows import conv
@@ -23,12 +23,12 @@ PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 LAYOUTS = {"torchvision": "features.{place}", "lpips": "net.slice{slice}.{place}"}
 
 
-def trunk_key(layout: str, stage: int, index: int) -> str:
+def make_trunk_key(layout: str, stage: int, index: int) -> str:
     """The torch name of a convolution, without `.weight`."""
     return LAYOUTS[layout].format(slice=stage + 1, place=PLACES[stage][index])
 
 
-def head_key(stage: int) -> str:
+def make_head_key(stage: int) -> str:
     """The torch name of a head's weights."""
     return f"lin{stage}.model.1.weight"
 
@@ -37,8 +37,8 @@ def _rows(layout: str) -> tuple[Row, ...]:
     rows = []
     for stage, places in enumerate(PLACES):
         for index in range(len(places)):
-            rows += conv(trunk_key(layout, stage, index), f"stages/{stage}/{index}")
-        rows.append(Row(head_key(stage), f"heads/{stage}/kernel", CONV))
+            rows += conv(make_trunk_key(layout, stage, index), f"stages/{stage}/{index}")
+        rows.append(Row(make_head_key(stage), f"heads/{stage}/kernel", CONV))
     return tuple(rows)
 
 
@@ -60,13 +60,13 @@ TABLES: dict[str, Table] = {
 
 def check(config: VggConfig, where: str) -> list[str]:
     """Sizes with which the network cannot be built."""
-    return wrong_count(where, "channels", config.channels, len(PLACES))
+    return check_count(where, "channels", config.channels, len(PLACES))
 
 
 def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]) -> VggConfig:
     """The widths of the stages; a problem says which of the two files is absent."""
-    trunk = [f"{trunk_key(layout, stage, 0)}.weight" for stage in range(len(PLACES))]
-    heads = [head_key(stage) for stage in range(len(PLACES))]
+    trunk = [f"{make_trunk_key(layout, stage, 0)}.weight" for stage in range(len(PLACES))]
+    heads = [make_head_key(stage) for stage in range(len(PLACES))]
     parts = (
         (trunk, "VGG16's convolutions", "torchvision's vgg16-397923af.pth"),
         (heads, "the heads of LPIPS", "vgg.pth of lpips (weights/v0.1) or of torchmetrics"),

@@ -109,8 +109,8 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
     """What the original package's VLChatProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        write_json(out / "tokenizer_config.json", _original_tokenizer(source))
-        write_json(out / "special_tokens_map.json", _special_map(source))
+        write_json(out / "tokenizer_config.json", _make_original_tokenizer(source))
+        write_json(out / "special_tokens_map.json", _make_special_map(source))
     processor = {
         "add_special_token": False,
         "ignore_id": -100,
@@ -118,7 +118,7 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
         "mask_prompt": True,
         "num_image_tokens": config.siglip.num_tokens,
         "processor_class": "VLChatProcessor",
-        "sft_format": _sft_format(source),
+        "sft_format": _find_sft_format(source),
     }
     write_json(out / "processor_config.json", processor)
     image = {
@@ -128,7 +128,7 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
         "image_size": config.siglip.image_size,
         "processor_class": "VLChatProcessor",
         "rescale_factor": 1 / 255,
-        **_image_settings(source),
+        **_read_image_settings(source),
     }
     write_json(out / "preprocessor_config.json", image)
 
@@ -137,8 +137,8 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
     """What transformers' JanusProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        write_json(out / "tokenizer.json", with_bos(read_json(source / "tokenizer.json"), source))
-        write_json(out / "tokenizer_config.json", _transformers_tokenizer(source))
+        write_json(out / "tokenizer.json", add_bos(read_json(source / "tokenizer.json"), source))
+        write_json(out / "tokenizer_config.json", _make_transformers_tokenizer(source))
     processor = {
         "num_image_tokens": config.siglip.num_tokens,
         "processor_class": "JanusProcessor",
@@ -156,13 +156,13 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"height": size, "width": size},
-        **_image_settings(source),
+        **_read_image_settings(source),
     }
     write_json(out / "preprocessor_config.json", image)
-    write_text(out / "chat_template.jinja", chat_template(_sft_format(source)))
+    write_text(out / "chat_template.jinja", make_chat_template(_find_sft_format(source)))
 
 
-def chat_template(sft_format: str) -> str:
+def make_chat_template(sft_format: str) -> str:
     """The original's conversation template; contents are strings or lists of parts."""
     user, assistant = ROLES.get(sft_format, ROLES["deepseek"])
     return f"""\
@@ -196,7 +196,7 @@ def chat_template(sft_format: str) -> str:
 """
 
 
-def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
+def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A tokenizer.json whose post-processor puts BOS first.
 
     The original leaves that to the tokenizer class it names, which transformers no longer
@@ -205,7 +205,7 @@ def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises: InputError for a file that the tokenizers library cannot use.
     """
     bos = special_tokens(folder).bos
-    if _first_id(tokenizer, folder / "tokenizer.json") == bos:
+    if _find_first_id(tokenizer, folder / "tokenizer.json") == bos:
         return tokenizer
     post = tokenizer.get("post_processor")
     steps = [] if post is None else [post]
@@ -213,16 +213,16 @@ def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
         steps = list(post["processors"])
     templates = [i for i, step in enumerate(steps) if step["type"] == "TemplateProcessing"]
     if templates:  # a second one would take the parts of the first for a pair of texts
-        steps[templates[0]] = _bos_first(steps[templates[0]], bos)
+        steps[templates[0]] = _put_bos_first(steps[templates[0]], bos)
     else:
         first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
         bare = {"single": [first], "pair": [first, second], "special_tokens": {}}
-        steps.append(_bos_first({"type": "TemplateProcessing", **bare}, bos))
+        steps.append(_put_bos_first({"type": "TemplateProcessing", **bare}, bos))
     processor = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
     return tokenizer | {"post_processor": processor}
 
 
-def _first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
+def _find_first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
     """The id that a text starts with, as the file has it."""
     from tokenizers import Tokenizer
 
@@ -233,7 +233,7 @@ def _first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
     return ids[0] if ids else None
 
 
-def _bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
+def _put_bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
     """A TemplateProcessing with BOS before what it has."""
     bos = STRINGS["bos"]
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -245,11 +245,11 @@ def _bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def _transformers_tokenizer(source: Path) -> dict[str, Any]:
+def _make_transformers_tokenizer(source: Path) -> dict[str, Any]:
     """A generic class that follows tokenizer.json, and the names that JanusProcessor asks for."""
     named = {f"{name}_token": STRINGS[name] for name in ("image", "boi", "eoi")}
     return {
-        **_common_tokenizer(source),
+        **_make_common_tokenizer(source),
         **named,
         "extra_special_tokens": named,
         "processor_class": "JanusProcessor",
@@ -257,17 +257,17 @@ def _transformers_tokenizer(source: Path) -> dict[str, Any]:
     }
 
 
-def _original_tokenizer(source: Path) -> dict[str, Any]:
+def _make_original_tokenizer(source: Path) -> dict[str, Any]:
     return {
-        **_common_tokenizer(source),
+        **_make_common_tokenizer(source),
         "add_eos_token": False,
         "processor_class": "VLChatProcessor",
         "tokenizer_class": "LlamaTokenizerFast",
     }
 
 
-def _common_tokenizer(source: Path) -> dict[str, Any]:
-    old = _read(source, "tokenizer_config.json")
+def _make_common_tokenizer(source: Path) -> dict[str, Any]:
+    old = _read_if_present(source, "tokenizer_config.json")
     length = old.get("model_max_length")
     return {
         "add_bos_token": True,
@@ -280,7 +280,7 @@ def _common_tokenizer(source: Path) -> dict[str, Any]:
     }
 
 
-def _special_map(source: Path) -> dict[str, Any]:
+def _make_special_map(source: Path) -> dict[str, Any]:
     added = read_json(source / "tokenizer.json").get("added_tokens") or []
     have = {token.get("content") for token in added if isinstance(token, dict)}
     return {
@@ -289,31 +289,31 @@ def _special_map(source: Path) -> dict[str, Any]:
     }
 
 
-def _sft_format(source: Path | None) -> str:
+def _find_sft_format(source: Path | None) -> str:
     """Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens."""
-    stated = _read(source, "processor_config.json").get("sft_format")
+    stated = _read_if_present(source, "processor_config.json").get("sft_format")
     if isinstance(stated, str):
         return stated
     if source is None or not (source / "tokenizer.json").is_file():
         return "deepseek"
     return (
         "deepseek"
-        if ROLES["deepseek"][0] in _special_map(source)["additional_special_tokens"]
+        if ROLES["deepseek"][0] in _make_special_map(source)["additional_special_tokens"]
         else ("deepseek_old")
     )
 
 
-def _image_settings(source: Path | None) -> dict[str, Any]:
+def _read_image_settings(source: Path | None) -> dict[str, Any]:
     """Normalisation as the source states it, in either place where transformers keeps it."""
-    nested = _read(source, "processor_config.json").get("image_processor")
+    nested = _read_if_present(source, "processor_config.json").get("image_processor")
     settings = {
         **(nested if isinstance(nested, dict) else {}),
-        **_read(source, "preprocessor_config.json"),
+        **_read_if_present(source, "preprocessor_config.json"),
     }
     return {name: settings.get(name) or default for name, default in _IMAGE.items()}
 
 
-def _read(source: Path | None, name: str) -> dict[str, Any]:
+def _read_if_present(source: Path | None, name: str) -> dict[str, Any]:
     if source is None or not (source / name).is_file():
         return {}
     return read_json(source / name)

@@ -119,10 +119,10 @@ def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
     )  # fmt: skip
     if problems:
         raise InputError(problems)
-    return _as_drawn(found)
+    return _convert_values(found)
 
 
-def _as_drawn(found: Generation) -> Generation:
+def _convert_values(found: Generation) -> Generation:
     """The values as transformers acts on them, in the types that the samplers take."""
     guidance, top_p = found.guidance_scale, found.top_p
     return dataclasses.replace(

@@ -8,7 +8,7 @@ from corl_jax.models.llama import LlamaConfig
 from corl_jax.weights.foreign_config import Fields
 
 
-def llama_config(fields: Fields) -> LlamaConfig:
+def parse_llama(fields: Fields) -> LlamaConfig:
     """A `text_config` or `language_config`; absent fields have LlamaConfig's defaults."""
     fields.expect("model_type", ("llama",), "Janus decodes with a Llama")
     fields.expect("hidden_act", ("silu",), "the only activation implemented")
@@ -24,13 +24,13 @@ def llama_config(fields: Fields) -> LlamaConfig:
         num_heads=heads,
         num_kv_heads=fields.size("num_key_value_heads", heads),
         head_dim=fields.size("head_dim", max(1, hidden // heads)),
-        rope_theta=_rope_theta(fields),
+        rope_theta=_parse_rope_theta(fields),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_position_embeddings=fields.size("max_position_embeddings", 2048),
     )
 
 
-def _rope_theta(fields: Fields) -> float:
+def _parse_rope_theta(fields: Fields) -> float:
     """`rope_theta` as transformers 4 wrote it, or inside `rope_parameters` as 5 does."""
     theta = fields.number("rope_theta", 10000.0)
     for name in ("rope_scaling", "rope_parameters"):
@@ -41,7 +41,7 @@ def _rope_theta(fields: Fields) -> float:
     return theta
 
 
-def llama_fields(llama: LlamaConfig) -> dict[str, Any]:
+def write_llama(llama: LlamaConfig) -> dict[str, Any]:
     """Every size written out, so that no reader depends on its own defaults."""
     fields: dict[str, Any] = {
         "model_type": "llama",

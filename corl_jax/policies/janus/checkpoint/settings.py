@@ -67,9 +67,9 @@ def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
             patch_size=stored.size("patch_size", usual.patch_size),
         )
     elif layout == "original" or "params" in vision.data:
-        siglip = original_layout.siglip_config(vision)
+        siglip = original_layout.parse_siglip(vision)
     elif layout == "transformers" or vision.data:
-        siglip = transformers_layout.siglip_config(vision)
+        siglip = transformers_layout.parse_siglip(vision)
     else:
         siglip = None
     if problems:
