@@ -1,4 +1,4 @@
-"""BLIP's captioner: a vision transformer, and a text decoder that attends to what it saw.
+"""BLIP's captioner: a vision transformer, and a causal BERT whose layers attend to its features.
 
 The image tower has SigLIP's layers, with a class token in front of the patches; the decoder
 reads all of its features.
@@ -91,10 +91,10 @@ class VisionTower(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
-    """What a decode step reads of the steps before it, per layer."""
+    """Keys and values that a decode step reads, per layer."""
 
-    written: list[KVCache]  # of the tokens read so far, the rest zeros
-    seen: list[KVCache]  # of the image, the same in every step
+    text: list[KVCache]  # of the tokens read so far, the rest zeros
+    image: list[KVCache]  # the same in every step
 
 
 class DecoderBlock(nnx.Module):
@@ -108,10 +108,10 @@ class DecoderBlock(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
         self.mlp_layernorm = layer_norm(config, rngs)
 
-    def __call__(self, x: jax.Array, written: KVCache, mask: jax.Array, seen: KVCache) -> jax.Array:
-        """x [B, T, D], `mask` [B or 1, T or 1, S] True where a written key is attended to."""
-        x = self.attn_layernorm(x + self.attn(x, mask, written))
-        x = self.cross_attn_layernorm(x + self.cross_attn(x, seen=seen))
+    def __call__(self, x: jax.Array, text: KVCache, mask: jax.Array, image: KVCache) -> jax.Array:
+        """x [B, T, D], `mask` [B or 1, T or 1, S] True where a key of the text is attended to."""
+        x = self.attn_layernorm(x + self.attn(x, mask, text))
+        x = self.cross_attn_layernorm(x + self.cross_attn(x, seen=image))
         return constrain(self.mlp_layernorm(x + self.mlp(x)), "batch", "length", "embed")
 
 
@@ -155,38 +155,38 @@ class TextDecoder(nnx.Module):
         mask = jnp.tril(jnp.ones((1, length, length), bool))
 
         def step(block: DecoderBlock, x: jax.Array):
-            written, seen = block.attn.keys_values(x), block.cross_attn.keys_values(features)
-            return block(x, written, mask, seen), None
+            text, image = block.attn.keys_values(x), block.cross_attn.keys_values(features)
+            return block(x, text, mask, image), None
 
         x, _ = layers.scan_layers(self.layers, step, self._embed(ids, jnp.arange(length)))
         return self._logits(x)
 
     def start(self, features: jax.Array, length: int) -> tuple[list[DecoderBlock], DecoderCache]:
-        """The single layers, and a cache for `length` tokens about features [N, S, D]."""
+        """Returns the single layers, and a cache for `length` tokens about features [N, S, D]."""
         config = self.config
         blocks = layers.unstack(self.layers, config.num_layers)
         heads = config.num_heads, config.hidden_size // config.num_heads
         empty = jnp.zeros((features.shape[0], length, *heads), features.dtype)
         empty = constrain(empty, "batch", "length", "heads", None)
         return blocks, DecoderCache(
-            written=[(empty, empty)] * config.num_layers,
-            seen=[block.cross_attn.keys_values(features) for block in blocks],
+            text=[(empty, empty)] * config.num_layers,
+            image=[block.cross_attn.keys_values(features) for block in blocks],
         )
 
     def decode(
         self, blocks: list[DecoderBlock], token: jax.Array, step: jax.Array, cache: DecoderCache
     ) -> tuple[jax.Array, DecoderCache]:
-        """Logits [N, V] after reading token [N] at position `step`, and the cache with it."""
-        x, written = self._embed(token[:, None], step), []
-        mask = (jnp.arange(cache.written[0][0].shape[1]) <= step)[None, None]
-        for block, old, seen in zip(blocks, cache.written, cache.seen, strict=True):
+        """Returns logits [N, V] after token [N] at position `step`, and the new cache."""
+        x, caches = self._embed(token[:, None], step), []
+        mask = (jnp.arange(cache.text[0][0].shape[1]) <= step)[None, None]
+        for block, old, image in zip(blocks, cache.text, cache.image, strict=True):
             new = [
                 lax.dynamic_update_slice_in_dim(buffer, entry, step, axis=1)
                 for buffer, entry in zip(old, block.attn.keys_values(x), strict=True)
             ]
-            x = block(x, (new[0], new[1]), mask, seen)
-            written.append((new[0], new[1]))
-        return self._logits(x)[:, 0], dataclasses.replace(cache, written=written)
+            x = block(x, (new[0], new[1]), mask, image)
+            caches.append((new[0], new[1]))
+        return self._logits(x)[:, 0], dataclasses.replace(cache, text=caches)
 
     def _embed(self, ids: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.word_embeddings(ids) + self.position_embeddings(positions)
@@ -197,7 +197,7 @@ class TextDecoder(nnx.Module):
 
 
 class Blip(nnx.Module):
-    """Both parts; captions are decoded elsewhere."""
+    """Both parts; `rewards.captions` decodes the captions."""
 
     def __init__(self, config: BlipConfig, *, rngs: nnx.Rngs):
         self.vision_model = VisionTower(config.vision, rngs=rngs)

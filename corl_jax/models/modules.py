@@ -1,4 +1,4 @@
-"""Between a network and its parameters: a module is built from a config, parameters are a dict.
+"""Moves between a network, which a config builds, and its parameters, a nested dict of arrays.
 
 `bind(kind, config, params)` works with concrete arrays and inside `jit`. `kind` is the network's
 class, made as `kind(config, rngs=...)`; `config` is a frozen dataclass.
@@ -22,13 +22,13 @@ def _split_module(kind: Any, config: Any) -> tuple[Any, Any]:
 
 
 def make_abstract(kind: Any, config: Any, dtype: Any = jnp.float32) -> Params:
-    """Shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
+    """Returns the shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
     pure = nnx.to_pure_dict(_split_module(kind, config)[1])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _make_keys_strings(pure))
 
 
 def init_params(kind: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters, as the network's layers initialise them."""
+    """Returns random parameters, as the network's layers initialise them."""
 
     def make(key):
         state = nnx.state(kind(config, rngs=nnx.Rngs(key)))
@@ -38,12 +38,12 @@ def init_params(kind: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32
 
 
 def bind(kind: Any, config: Any, params: Params) -> Any:
-    """The network with these parameters."""
+    """Returns the network with these parameters."""
     return nnx.merge(_split_module(kind, config)[0], nnx.State(_restore_integer_keys(params)))
 
 
 def _make_keys_strings(tree: Any) -> Any:
-    """List indices as strings, so that a path is a string all the way down."""
+    """Returns the tree with list indices as strings, so that every part of a path is a string."""
     if not isinstance(tree, dict):
         return tree
     return {str(key): _make_keys_strings(value) for key, value in tree.items()}

@@ -45,7 +45,7 @@ def merge_adapters(
     params: Params, lora: Lora, dtypes: Mapping[str, Any], beat: Callable[[], None] = lambda: None,
     layer_dtypes: Mapping[str, list[str]] | None = None,
 ) -> tuple[Params, float]:  # fmt: skip
-    """(parameters of the network without adapters, share of the update that rounding removed).
+    """Merges adapters into the kernels; returns (parameters, fraction of the update rounded off).
 
     Kernels with an adapter become W + A B alpha / rank, computed in float32 on the host a layer
     at a time, in the type that `dtypes` has for their path; a layer for which `layer_dtypes`

@@ -34,7 +34,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 def to_safetensors_name(dtype: np.dtype) -> str:
-    """The name in a safetensors header. Raises KeyError for a type that it cannot hold."""
+    """Returns the name in a safetensors header. Raises: KeyError for an unsupported dtype."""
     return _NAMES[np.dtype(dtype)]
 
 
@@ -43,12 +43,12 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def parse_dtype(name: str) -> np.dtype:
-    """'bfloat16', 'float32', ... as a dtype."""
+    """Returns the dtype of a name such as 'bfloat16' or 'float32'."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
 def find_common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The narrowest type that holds every value of all of these exactly."""
+    """Returns the narrowest dtype that holds every value of these dtypes exactly."""
     kinds = list(dict.fromkeys(np.dtype(dtype) for dtype in dtypes))
     out = kinds[0]
     for kind in kinds[1:]:

@@ -1,4 +1,4 @@
-"""What a model folder may hold in place of a model: adapters, pointers of Git LFS, marked text."""
+"""Finds what a folder may hold in place of a model: adapters, Git LFS pointers, marked text."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From files onto a mesh: each process reads what its own devices hold, a leaf at a time.
+"""Loads parameters onto a mesh: each process reads the parts of its own devices, leaf by leaf.
 
-The host's peak is one leaf, or this process's part of it, and not the model.
+The peak of host memory is one leaf, or this process's part of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTypes = Callable[[str], Any]
 def place_leaves(
     leaves: Leaves, stacked: Callable[[str], bool], shardings: Params, dtype: DTypes, source: object
 ) -> Params:
-    """Global arrays of the leaves that `shardings` names; `stacked` says which have layers.
+    """Returns the leaves that `shardings` names as global arrays; `stacked` says which have layers.
 
     Raises: InputError listing the parameters of `source` that hold NaN.
     """
@@ -52,7 +52,7 @@ def place_leaves(
 def read_local_part(
     leaves: Leaves, path: str, stacked: bool, sharding: Sharding, dtype: Any
 ) -> tuple[Box, np.ndarray]:
-    """What this process's devices hold of a leaf: the smallest box around it, and its values."""
+    """Reads this process's part of a leaf; returns the smallest box around it, and its values."""
     shape = leaves.shapes[path]
     held = sharding.addressable_devices_indices_map(shape).values()
     boxes = [_box(index, shape) for index in held]

@@ -47,7 +47,7 @@ def write_tensors(
     as_bin: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """The files written: one, or several with their index. A tensor is never split."""
+    """Writes one file, or several with their index; returns the files. A tensor is never split."""
     shards = _split(plans, max_shard_bytes)
     stem, suffix = (BIN_NAME if as_bin else SAFE_NAME).split(".")
     write = write_bin if as_bin else write_safetensors
@@ -81,7 +81,7 @@ def _split(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
 def write_safetensors(
     file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None
 ) -> None:
-    """One safetensors file, flushed to disk and its header read back."""
+    """Writes one safetensors file, and reads its header back."""
     # Wide elements first: each tensor then starts at a multiple of its element size.
     ordered = sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -119,7 +119,7 @@ def _checked_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:
 
 
 def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None) -> None:
-    """One PyTorch file; holds a whole shard in memory, since torch.save does."""
+    """Writes one PyTorch file. A whole shard is in memory, as torch.save needs it."""
     from corl_jax.weights.torch_bin import import_torch, to_torch
 
     torch = import_torch(file)

@@ -1,4 +1,4 @@
-"""Where parameter slices come from: a torch layout, our own directory, or memory.
+"""Reads parameter slices from a torch layout, from our own directory or from memory.
 
 All three answer the same two questions, so that any layout is written from any other without
 the whole model in memory: which type does a slice have, and what does it hold.
@@ -24,7 +24,7 @@ READERS = min(8, os.cpu_count() or 1)
 PIECE = 2**22
 """Values of a leaf without layers that one thread reads at a time."""
 COLUMNS = 64
-"""Of a transposed array that are copied at a time: what they lie in stays in the cache."""
+"""Columns of a transposed array copied at a time, few enough to stay in the CPU cache."""
 
 
 class Leaves(Protocol):
@@ -35,16 +35,16 @@ class Leaves(Protocol):
     transposed: bool  # matrices may lie in the source the other way
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
-        """The type of the slice in its source."""
+        """Returns the dtype of the slice in its source."""
         ...
 
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
-        """The slice, or the part of it in a box, of its source's type."""
+        """Returns the slice, or the part of it in a box, in its source's dtype."""
         ...
 
 
 class TorchLeaves:
-    """Leaves of a checkpoint in a PyTorch layout."""
+    """Reads the leaves of a checkpoint in a PyTorch layout."""
 
     def __init__(self, store: Store, slots: list[Slot], shapes: dict[str, Shape]):
         self.shapes = shapes
@@ -62,7 +62,7 @@ class TorchLeaves:
 
 
 class JaxLeaves:
-    """Leaves of a converted directory.
+    """Reads the leaves of a converted directory.
 
     A stacked leaf has one type there; `layer_dtypes` says what each slice was in its source,
     where those differed.
@@ -88,7 +88,7 @@ class JaxLeaves:
 
 
 class MemoryLeaves:
-    """Leaves held in memory as NumPy or JAX arrays.
+    """Reads leaves that are NumPy or JAX arrays in memory.
 
     `layer_dtypes` names the type in which each slice is to be written, for the leaves whose
     slices had different types in their source.
@@ -117,19 +117,19 @@ class MemoryLeaves:
 
 
 def list_layers(leaves: Leaves, path: str, stacked: bool) -> list[int | None]:
-    """The slices of a leaf: its layers, or the one whole."""
+    """Returns the slices of a leaf: the numbers of its layers, or None for the whole."""
     return list(range(leaves.shapes[path][0])) if stacked else [None]
 
 
 def find_leaf_dtype(leaves: Leaves, path: str, layers: list[int | None]) -> np.dtype:
-    """The one type that holds all slices of a leaf exactly."""
+    """Returns the dtype that holds all slices of a leaf exactly."""
     return find_common_dtype(leaves.dtype(path, layer) for layer in layers)
 
 
 def read_leaf(
     leaves: Leaves, path: str, stacked: bool, dtype: Any = None, box: Box | None = None
 ) -> np.ndarray:
-    """A leaf, or the part of it in a box, slice by slice; `dtype` None is the stored one."""
+    """Reads a leaf, or the part of it in a box, slice by slice; `dtype` None is the stored one."""
     layers = list_layers(leaves, path, stacked)
     box = make_whole_box(leaves.shapes[path]) if box is None else box
     out = np.empty(
@@ -161,7 +161,7 @@ def _split_layers(box: Box) -> Iterator[Piece]:
 
 
 def _split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
-    """A box in pieces that lie in one stretch of the file each, or nearly so."""
+    """Splits a box into pieces that are each contiguous, or almost, in the file."""
     sizes = [stop - start for start, stop in box]
     if math.prod(sizes) <= PIECE:
         yield ..., None, box
@@ -176,10 +176,9 @@ def _split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
 
 
 def copy_array(out: np.ndarray, source: np.ndarray) -> None:
-    """out[...] = source; bfloat16 by its bits.
-
-    NumPy holds the interpreter's lock while it copies or widens that type, which it does not know.
-    """
+    """Copies: out[...] = source."""
+    # bfloat16 is copied by its bits: NumPy does not know the type, and holds the interpreter's lock
+    # while it copies or widens it.
     if source.dtype == BFLOAT16 and out.dtype == np.float32:
         bits = out.view(np.uint32)
         _copy_by_columns(bits, source.view(np.uint16))
@@ -200,7 +199,7 @@ def _copy_by_columns(out: np.ndarray, source: np.ndarray) -> None:
 
 
 def find_mixed_dtypes(leaves: Leaves, stacked: Mapping[str, bool]) -> dict[str, list[str]]:
-    """{path: type of each slice} for the leaves whose slices differ in type."""
+    """Returns {path: dtype name of each slice} for the leaves whose slices differ in dtype."""
     out = {}
     for path in leaves.shapes:
         kinds = [leaves.dtype(path, n) for n in list_layers(leaves, path, stacked[path])]
@@ -210,7 +209,7 @@ def find_mixed_dtypes(leaves: Leaves, stacked: Mapping[str, bool]) -> dict[str, 
 
 
 def group_slots(slots: list[Slot]) -> dict[str, list[Slot]]:
-    """The slots that make up each torch tensor, in the order of its parts."""
+    """Returns the slots of each torch tensor, in the order of its parts."""
     out: dict[str, list[Slot]] = collections.defaultdict(list)
     for slot in slots:
         out[slot.key].append(slot)

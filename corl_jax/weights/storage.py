@@ -1,4 +1,4 @@
-"""Named tensors in files: read one at a time, never a whole shard.
+"""Reads named tensors from files, one at a time and never a whole shard.
 
 Every header and index is checked before the first tensor is read, so that a damaged or hostile
 file is refused with its name and a remedy. Tensors are read with `pread` into fresh arrays: a
@@ -60,7 +60,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 def make_whole_box(shape: tuple[int, ...]) -> Box:
-    """All of an array."""
+    """Returns the box of a whole array."""
     return tuple((0, size) for size in shape)
 
 
@@ -71,7 +71,7 @@ class Store(Protocol):
     concurrent: bool  # several threads may read
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
-        """The tensor, or the part of it in a box, as a fresh contiguous array."""
+        """Reads the tensor, or the part of it in a box, as a fresh contiguous array."""
         ...
 
     def close(self) -> None: ...
@@ -123,7 +123,7 @@ class SafetensorsStore:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, its header checked against the file's size.
+    """Reads the tensors' names, shapes and places of a safetensors file, checked against its size.
 
     Raises: InputError for anything but a whole, well-formed file.
     """
@@ -194,7 +194,7 @@ def _check_entries(
 
 
 def find_bad_names(file: Path, keys: Iterable[str]) -> list[str]:
-    """A line for each tensor whose name no network gives: too long, a path, unprintable.
+    """Lists tensors with names that cannot be real: too long, a path, unprintable.
 
     No name is ever used as a path here; what handles the same file later might do so.
     """
@@ -229,7 +229,7 @@ def _parse_entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises: InputError naming the file."""
+    """Reads a JSON object. Raises: InputError naming the file."""
     text = read_text(file, "a JSON file of settings", MAX_JSON_BYTES)
     try:
         value = json.loads(text)
@@ -241,7 +241,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_index(file: Path) -> dict[str, Path]:
-    """{key: shard file} of an index.json; the shards must lie in its own folder.
+    """Reads {key: shard file} from an index.json; the shards must lie in its own folder.
 
     Raises: InputError listing names that point elsewhere and shards that are absent.
     """
@@ -268,7 +268,7 @@ def read_index(file: Path) -> dict[str, Path]:
 
 
 def open_store(folder: Path) -> Store:
-    """The weights in a folder under their standard names; see `select_weights` for their order.
+    """Opens the weights in a folder under their standard names; `select_weights` has their order.
 
     Raises: InputError for a folder without weights, or with damaged ones.
     """
@@ -282,7 +282,7 @@ def open_store(folder: Path) -> Store:
 
 
 def open_any_store(path: Path) -> Store:
-    """The weights in a folder under any names, or in a single file.
+    """Opens the weights in a folder under any names, or in a single file.
 
     Standard names come first (see `open_store`), then all safetensors files of the folder
     together, then all PyTorch files.
@@ -338,7 +338,7 @@ def open_safetensors(files: list[Path]) -> SafetensorsStore:
 def find_shared_keys(
     before: Mapping[str, TensorInfo], keys: Iterable[str], file: Path
 ) -> list[str]:
-    """A line for each earlier file that has tensors of the same names as `file`."""
+    """Lists the earlier files that have tensors of the same names as `file`."""
     shared: dict[Path, list[str]] = {}
     for key in keys:
         if key in before:

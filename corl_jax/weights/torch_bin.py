@@ -1,4 +1,4 @@
-"""PyTorch's own files (`.bin`, `.pth`, `.pt`): the only place of the package that needs torch.
+"""Reads PyTorch's own files (`.bin`, `.pth`, `.pt`); no other module needs torch.
 
 Files are unpickled with `weights_only`, so that nothing in them can run, and memory-mapped; the
 legacy ones, of PyTorch before 1.6, can only be read whole. One file is open at a time: the pages
@@ -82,15 +82,15 @@ class BinStore:
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """A view; bfloat16 goes through its bits, because NumPy's own protocol lacks it."""
+    """Returns a view as a NumPy array."""
     torch = import_torch(Path("a tensor"))
-    if tensor.dtype == torch.bfloat16:
+    if tensor.dtype == torch.bfloat16:  # NumPy's own protocol lacks it
         return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return tensor.contiguous().numpy()
 
 
 def to_torch(array: np.ndarray) -> Any:
-    """The inverse of `to_numpy`."""
+    """Inverts `to_numpy`."""
     torch = import_torch(Path("a tensor"))
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -98,7 +98,7 @@ def to_torch(array: np.ndarray) -> Any:
 
 
 def load_bin(file: Path) -> dict[str, Any]:
-    """{key: tensor} of one PyTorch file; memory-mapped, unless it is a legacy one.
+    """Loads {key: tensor} from one PyTorch file; memory-mapped, unless it is a legacy one.
 
     A training checkpoint's `state_dict` is taken out of what surrounds it.
     Raises: InputError for another kind of file, anything but plain tensors, compressed
@@ -118,7 +118,7 @@ def load_bin(file: Path) -> dict[str, Any]:
 
 
 def _is_legacy(file: Path) -> bool:
-    """False for a whole archive, True for a legacy file. Raises InputError for anything else."""
+    """Returns True for a legacy file, False for an archive; else raises InputError."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(LEGACY_START))

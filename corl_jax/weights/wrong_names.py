@@ -1,4 +1,4 @@
-"""Tensors under names that are wrong in one way: explained in one line, not one per tensor."""
+"""Explains names that are wrong in one way with one line in place of one per tensor."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
 def shorten_wrong_names(
     problems: list[str], table: Table, slots: list[Slot], found: Mapping[str, Shape], where: Path
 ) -> list[str]:
-    """The `problems` that a table has with the tensors `found`, shorter where one cause has many.
+    """Returns the `problems` that a table has with the tensors `found`, one line for each cause.
 
-    All names that are wrong in the same way are one line; lines on other tensors stay.
+    All names that are wrong in the same way are one line. Lines about other tensors stay.
     """
     if unmerged := [key for key in found if ".lora_" in key]:
         return [
@@ -81,7 +81,7 @@ def _strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _strip_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
-    """The names without the prefix that most of them should not have."""
+    """Removes the prefix that most of the names should not have."""
     votes: collections.Counter[str] = collections.Counter()
     for key in keys[:_VOTERS]:
         parts = key.split(".")
@@ -95,7 +95,7 @@ def _strip_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
 
 
 def _add_prefix(keys: list[str], is_known: Known, table: Table) -> dict[str, str]:
-    """The names with the prefix that most of them lack."""
+    """Adds the prefix that most of the names lack."""
     prefixes = {
         ".".join(parts[:count]) + "."
         for parts in (row.key.split(".") for row in table.rows)

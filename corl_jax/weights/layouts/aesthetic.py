@@ -30,7 +30,7 @@ TABLES: dict[str, Table] = {
 
 
 def check(config: AestheticConfig, where: str) -> list[str]:
-    """Sizes with which the head cannot be built."""
+    """Lists sizes with which the head cannot be built."""
     problems = check_count(where, "sizes", config.sizes, len(PLACES) + 1)
     if not problems and config.sizes[-1] != 1:
         problems.append(f"{where}.sizes ends with {config.sizes[-1]}, expected 1, the one score")
@@ -40,7 +40,7 @@ def check(config: AestheticConfig, where: str) -> list[str]:
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> AestheticConfig:
-    """Each layer's inputs, and the one score; what does not chain is left to the table."""
+    """Returns the number of inputs of each layer, and 1 for the score."""
     usual = AestheticConfig().sizes
     found = [shapes.get(f"layers.{place}.weight", ()) for place in PLACES]
     inputs = [shape[1] if len(shape) == 2 else usual[i] for i, shape in enumerate(found)]

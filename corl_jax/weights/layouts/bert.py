@@ -70,7 +70,7 @@ FEWEST_POSITIONS = 3  # [CLS], a token, [SEP]
 
 
 def check(config: BertConfig, where: str) -> list[str]:
-    """Sizes that do not fit each other."""
+    """Lists sizes that do not fit each other."""
     heads = ("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     problems = check_divisible(where, heads)
     if config.max_position_embeddings < FEWEST_POSITIONS:
@@ -84,9 +84,9 @@ def check(config: BertConfig, where: str) -> list[str]:
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> BertConfig:
-    """The sizes that a folder's config.json means; unsupported settings are added to `problems`.
+    """Returns the sizes that config.json means; unsupported settings are added to `problems`.
 
-    There is no doing without the file: no tensor's shape tells the number of heads.
+    The file is necessary, because no tensor's shape tells the number of heads.
 
     Raises: InputError for a config.json that is absent or cannot be read.
     """

@@ -33,7 +33,7 @@ def _fused_qkv() -> list[Row]:
 
 
 def _attention(key: str, path: str) -> list[Row]:
-    """One of a decoder layer's two attentions, with the norm behind it."""
+    """Returns the rows of one of a decoder layer's two attentions, and of the norm behind it."""
     return [
         *dense(f"{_TEXT}.{key}.self.query", f"{_WRITTEN}/{path}/q_proj"),
         *dense(f"{_TEXT}.{key}.self.key", f"{_WRITTEN}/{path}/k_proj"),
@@ -96,7 +96,7 @@ HEAD_KERNEL = "text_decoder.cls.predictions.decoder.weight"
 
 
 def check(config: BlipConfig, where: str) -> list[str]:
-    """Sizes that do not fit each other."""
+    """Lists sizes that do not fit each other."""
     vision, text = config.vision, config.text
     tokens = {"bos_token_id": text.bos_token_id, "sep_token_id": text.sep_token_id}
     return [
@@ -115,7 +115,7 @@ def check(config: BlipConfig, where: str) -> list[str]:
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> BlipConfig:
-    """The sizes of a captioner; problems are appended.
+    """Returns the sizes of a captioner; its problems are added to `problems`.
 
     A head whose kernel is in the file has it for its own, as in the published one, whatever the
     config says of tying. `layout` makes no difference.

@@ -124,7 +124,7 @@ _TEXT_SETTINGS: dict[str, Any] = {
 
 
 def check(config: ClipConfig, where: str) -> list[str]:
-    """Sizes that do not fit each other, and settings that do not exist."""
+    """Lists sizes that do not fit each other, and settings that do not exist."""
     problems = check_divisible(
         where, ("image_size", config.image_size, "patch_size", config.patch_size)
     )
@@ -152,7 +152,7 @@ def check(config: ClipConfig, where: str) -> list[str]:
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> ClipConfig:
-    """The sizes of both towers and the image normalisation.
+    """Returns the sizes of both towers and the image normalisation.
 
     Raises: InputError for a file that cannot be read.
     """
@@ -190,7 +190,7 @@ def _transformers(file: Path, problems: list[str]) -> ClipConfig:
 
 
 def _tower_fields(top: Fields, name: str) -> Fields:
-    """A tower's settings; old files repeat them as `.._dict`, which wins in transformers too."""
+    """Returns a tower's settings; old files repeat them as `.._dict`, which wins."""
     section, repeated = top.section(name), top.section(f"{name}_dict")
     return Fields(section.where, {**section.data, **repeated.data}, top.problems)
 
@@ -208,7 +208,7 @@ def _transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig:
 
 
 def _processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
-    """Mean and std of the image processor's file; without one, CLIP's own."""
+    """Returns mean and std of the image processor's file; without one, those of CLIP."""
     for name, section in (("preprocessor_config", None), ("processor_config", "image_processor")):
         file = folder / f"{name}.json"
         if not file.is_file():
@@ -283,7 +283,7 @@ def _open_clip_tower(fields: Fields, width: int, heads: int, activation: Activat
 
 
 def _known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
-    """The default ViT-H/14, as which HPS v2 is published without settings; else a problem.
+    """Returns the default ViT-H/14, as HPS v2 is published without settings; else adds a problem.
 
     Tensors tell neither the number of heads nor the activation.
     """

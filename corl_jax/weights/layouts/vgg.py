@@ -24,12 +24,12 @@ LAYOUTS = {"torchvision": "features.{place}", "lpips": "net.slice{slice}.{place}
 
 
 def make_trunk_key(layout: str, stage: int, index: int) -> str:
-    """The torch name of a convolution, without `.weight`."""
+    """Returns the torch name of a convolution, without `.weight`."""
     return LAYOUTS[layout].format(slice=stage + 1, place=PLACES[stage][index])
 
 
 def make_head_key(stage: int) -> str:
-    """The torch name of a head's weights."""
+    """Returns the torch name of a head's weights."""
     return f"lin{stage}.model.1.weight"
 
 
@@ -59,12 +59,12 @@ TABLES: dict[str, Table] = {
 
 
 def check(config: VggConfig, where: str) -> list[str]:
-    """Sizes with which the network cannot be built."""
+    """Lists sizes with which the network cannot be built."""
     return check_count(where, "channels", config.channels, len(PLACES))
 
 
 def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]) -> VggConfig:
-    """The widths of the stages; a problem says which of the two files is absent."""
+    """Returns the widths of the stages; a problem says which of the two files is absent."""
     trunk = [f"{make_trunk_key(layout, stage, 0)}.weight" for stage in range(len(PLACES))]
     heads = [make_head_key(stage) for stage in range(len(PLACES))]
     parts = (

@@ -39,7 +39,7 @@ _IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
 
 
 def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
-    """The files of these names that the source has, byte for byte but for byte order marks."""
+    """Copies the files of these names that the source has, without byte order marks."""
     for name in names:
         if (source / name).is_file():
             write_bytes(out / name, read_unmarked(source / name))
@@ -106,7 +106,7 @@ def require_tokenizer(folder: Path | None) -> Path:
 
 
 def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
-    """What the original package's VLChatProcessor reads."""
+    """Writes the files that the original package's VLChatProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
         write_json(out / "tokenizer_config.json", _make_original_tokenizer(source))
@@ -134,7 +134,7 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
 
 
 def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> None:
-    """What transformers' JanusProcessor reads."""
+    """Writes the files that transformers' JanusProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
         write_json(out / "tokenizer.json", add_bos(read_json(source / "tokenizer.json"), source))
@@ -163,7 +163,7 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
 
 
 def make_chat_template(sft_format: str) -> str:
-    """The original's conversation template; contents are strings or lists of parts."""
+    """Returns the original's conversation template; contents are strings or lists of parts."""
     user, assistant = ROLES.get(sft_format, ROLES["deepseek"])
     return f"""\
 {{%- macro text_of(content) -%}}
@@ -197,7 +197,7 @@ def make_chat_template(sft_format: str) -> str:
 
 
 def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A tokenizer.json whose post-processor puts BOS first.
+    """Returns a tokenizer.json whose post-processor puts BOS first.
 
     The original leaves that to the tokenizer class it names, which transformers no longer
     builds from the file as it stands; a class that follows the file needs it in the file.
@@ -223,7 +223,7 @@ def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _find_first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
-    """The id that a text starts with, as the file has it."""
+    """Returns the id that a text starts with, by the file's rules."""
     from tokenizers import Tokenizer
 
     try:
@@ -234,7 +234,7 @@ def _find_first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
 
 
 def _put_bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
-    """A TemplateProcessing with BOS before what it has."""
+    """Returns a TemplateProcessing with BOS in front."""
     bos = STRINGS["bos"]
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     known = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
@@ -246,7 +246,7 @@ def _put_bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _make_transformers_tokenizer(source: Path) -> dict[str, Any]:
-    """A generic class that follows tokenizer.json, and the names that JanusProcessor asks for."""
+    """Names a generic class that follows tokenizer.json, and tokens that JanusProcessor needs."""
     named = {f"{name}_token": STRINGS[name] for name in ("image", "boi", "eoi")}
     return {
         **_make_common_tokenizer(source),
@@ -290,12 +290,13 @@ def _make_special_map(source: Path) -> dict[str, Any]:
 
 
 def _find_sft_format(source: Path | None) -> str:
-    """Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens."""
+    """Returns the conversation template's name, as stated or by the tokenizer's role tokens."""
     stated = _read_if_present(source, "processor_config.json").get("sft_format")
     if isinstance(stated, str):
         return stated
     if source is None or not (source / "tokenizer.json").is_file():
         return "deepseek"
+    # Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens.
     return (
         "deepseek"
         if ROLES["deepseek"][0] in _make_special_map(source)["additional_special_tokens"]
@@ -304,7 +305,7 @@ def _find_sft_format(source: Path | None) -> str:
 
 
 def _read_image_settings(source: Path | None) -> dict[str, Any]:
-    """Normalisation as the source states it, in either place where transformers keeps it."""
+    """Returns the normalisation that the source states, in either of transformers' places."""
     nested = _read_if_present(source, "processor_config.json").get("image_processor")
     settings = {
         **(nested if isinstance(nested, dict) else {}),

@@ -7,7 +7,8 @@ from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
 
 def llama(key: str, path: str) -> list[Row]:
-    """A Llama decoder without its head; RoPE is rotate-half in both layouts, so no permutation."""
+    """Returns the rows of a Llama decoder without its head."""
+    # RoPE is rotate-half in both layouts, so q and k need no permutation.
     torch, leaf = f"{key}.layers.{{layer}}", f"{path}/layers"
     return [
         *embedding(f"{key}.embed_tokens.weight", f"{path}/embed_tokens"),
@@ -53,7 +54,7 @@ def vq_half(
     resample: str,
     leaf_level: str,
 ) -> list[Row]:
-    """The encoder or the decoder; `level`, `block` and `mid` are the torch layout's names."""
+    """Returns the rows of the encoder or the decoder; `level`, `block`, `mid` are torch names."""
     torch, leaf = f"{key}.{level}.{{i}}", f"{path}/{leaf_level}/{{i}}"
     return [
         *conv(f"{key}.conv_in", f"{path}/conv_in"),
@@ -69,7 +70,7 @@ def vq_half(
 
 
 def vq_codes(key: str, path: str) -> list[Row]:
-    """The codebook and the 1x1 convolutions on either side of it."""
+    """Returns the rows of the codebook and of the 1x1 convolutions on either side of it."""
     return [
         *embedding(f"{key}.quantize.embedding.weight", f"{path}/quantize"),
         *conv(f"{key}.quant_conv", f"{path}/quant_conv"),

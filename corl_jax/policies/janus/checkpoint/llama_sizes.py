@@ -1,4 +1,4 @@
-"""The Llama block that both PyTorch layouts carry, with LlamaConfig's defaults."""
+"""Reads and writes the Llama section of both PyTorch layouts, with LlamaConfig's defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from corl_jax.weights.foreign_config import Fields
 
 
 def parse_llama(fields: Fields) -> LlamaConfig:
-    """A `text_config` or `language_config`; absent fields have LlamaConfig's defaults."""
+    """Returns the sizes of a `text_config` or `language_config`."""
     fields.expect("model_type", ("llama",), "Janus decodes with a Llama")
     fields.expect("hidden_act", ("silu",), "the only activation implemented")
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
@@ -31,7 +31,7 @@ def parse_llama(fields: Fields) -> LlamaConfig:
 
 
 def _parse_rope_theta(fields: Fields) -> float:
-    """`rope_theta` as transformers 4 wrote it, or inside `rope_parameters` as 5 does."""
+    """Returns `rope_theta`, as transformers 4 writes it or inside `rope_parameters` as 5 does."""
     theta = fields.number("rope_theta", 10000.0)
     for name in ("rope_scaling", "rope_parameters"):
         section = fields.section(name)
@@ -42,7 +42,7 @@ def _parse_rope_theta(fields: Fields) -> float:
 
 
 def write_llama(llama: LlamaConfig) -> dict[str, Any]:
-    """Every size written out, so that no reader depends on its own defaults."""
+    """Returns all sizes as JSON, so that no reader depends on its own defaults."""
     fields: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": llama.vocab_size,

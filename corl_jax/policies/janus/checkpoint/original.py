@@ -1,4 +1,4 @@
-"""The original layout's config.json: read, and written where there is none to copy.
+"""Reads the original layout's config.json, and writes it if there is none to copy.
 
 It names presets instead of sizes; explicit `params` override them. What `language_config` leaves
 out has the default of transformers' LlamaConfig, as the 7B file relies on.
@@ -20,7 +20,7 @@ _SIGLIP_SIZES = ("width", "layers", "heads", "patch_size", "mlp_ratio", "image_s
 
 
 def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
-    """The sizes that a config.json of the original layout means; problems are appended."""
+    """Returns the sizes that the original config.json means; its problems are added."""
     top = Fields(where, data, problems)
     llama = parse_llama(top.section("language_config"))
     siglip = parse_siglip(top.section("vision_config"))
@@ -45,7 +45,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
 
 
 def parse_siglip(section: Fields) -> SiglipConfig:
-    """The sizes that a `vision_config` of the original layout means."""
+    """Returns the sizes that a `vision_config` of the original layout means."""
     params = section.section("params")
     name = params.data.get("model_name", "siglip_large_patch16_384")
     preset = SIGLIP_PRESETS.get(name) if isinstance(name, str) else None
@@ -86,7 +86,10 @@ def _parse_vq(section: Fields) -> VQConfig:
 
 
 def write(config: JanusConfig, dtype: str) -> dict[str, Any]:
-    """A config.json that the original package and `parse` both read; no nulls in it."""
+    """Returns the JSON of a config.json that the original package and `parse` both read.
+
+    It has no nulls.
+    """
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
@@ -150,7 +153,7 @@ def _write_vq(vq: VQConfig) -> dict[str, Any]:
 
 
 def _write_siglip(siglip: SiglipConfig) -> dict[str, Any]:
-    """The preset's name, and the sizes in which this tower differs from it."""
+    """Returns the preset's name, and the sizes in which this tower differs from it."""
     preset = SIGLIP_PRESETS["siglip_large_patch16_384"]
     params: dict[str, Any] = {
         "image_size": siglip.image_size,
@@ -169,6 +172,6 @@ def _write_siglip(siglip: SiglipConfig) -> dict[str, Any]:
 
 
 def find_mlp_ratio(siglip: SiglipConfig) -> float:
-    """A ratio whose product with the width, truncated, is exactly the inner width."""
+    """Returns a ratio whose product with the width, truncated, is exactly the inner width."""
     ratio = siglip.intermediate_size / siglip.hidden_size
     return ratio if int(siglip.hidden_size * ratio) == siglip.intermediate_size else ratio + 1e-9

@@ -25,7 +25,7 @@ def _fused_qkv() -> list[Row]:
 
 
 def _projector(key: str, path: str) -> list[Row]:
-    """Linear layers at the even places of a Sequential, activations at the odd ones."""
+    # Linear layers have the even places of a Sequential, activations the odd ones.
     rows = dense(f"{key}.layers.0", f"{path}/fc1")
     for i in range(_MAX_PROJECTOR_DEPTH - 1):
         rows += dense(f"{key}.layers.{2 * i + 2}", f"{path}/hidden_layers/{i}")

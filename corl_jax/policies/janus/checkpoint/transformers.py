@@ -1,4 +1,4 @@
-"""transformers' config.json and generation_config.json for Janus: read and written.
+"""Reads and writes transformers' config.json, and writes its generation_config.json.
 
 Source: transformers 5.23 `models/janus`.
 """
@@ -18,7 +18,7 @@ from corl_jax.weights.foreign_config import Fields
 
 
 def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
-    """The sizes that transformers' config.json means; problems are appended."""
+    """Returns the sizes that transformers' config.json means; its problems are added."""
     top = Fields(where, data, problems)
     llama = parse_llama(top.section("text_config"))
     vision, vq = top.section("vision_config"), top.section("vq_config")
@@ -42,7 +42,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
 
 
 def parse_siglip(fields: Fields) -> SiglipConfig:
-    """The sizes that a `vision_config` of transformers means."""
+    """Returns the sizes that a `vision_config` of transformers means."""
     fields.expect("hidden_act", ("gelu",), "the only activation implemented")
     fields.expect("attention_bias", (True,), "SigLIP has biases")
     fields.expect("use_qk_norm", (False,), "not implemented")
@@ -84,7 +84,7 @@ def check_expressible(config: JanusConfig) -> None:
 
 
 def write(config: JanusConfig, dtype: str, special: SpecialTokens) -> dict[str, Any]:
-    """A config.json for transformers, every size stated.
+    """Returns the JSON of transformers' config.json, with every size stated.
 
     Raises: InputError for sizes that transformers' class cannot express.
     """
@@ -152,7 +152,7 @@ def _write_vq(config: JanusConfig) -> dict[str, Any]:
 
 
 def write_generation(special: SpecialTokens) -> dict[str, Any]:
-    """A generation_config.json with which `generate(generation_mode="image")` works.
+    """Returns a generation_config.json with which `generate(generation_mode="image")` works.
 
     transformers reads the BOI id from `generation_kwargs`. Janus draws from the full softmax,
     where transformers' own default is top_k 50; without do_sample it would draw the argmax.
