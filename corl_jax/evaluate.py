@@ -326,11 +326,11 @@ def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
     """report.json, grid.png and answers.jsonl, all or none."""
     from PIL import Image
 
+    from corl_jax.atomic_files import create_folder
     from corl_jax.data.questions import to_json_line
     from corl_jax.evaluation.shapes import contact_sheet
-    from corl_jax.weights.atomic import whole_directory
 
-    with whole_directory(out) as folder:
+    with create_folder(out) as folder:
         content = {"settings": settings, **report.as_json()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")

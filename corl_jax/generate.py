@@ -146,15 +146,15 @@ def generate_images(args: argparse.Namespace) -> None:
     """The `image` subcommand."""
     from PIL import Image
 
+    from corl_jax.atomic_files import create_folder
     from corl_jax.policies import batched
     from corl_jax.policies.family import SamplingOptions
-    from corl_jax.weights.atomic import whole_directory
 
     prompts = check_image(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load(args)
-    with whole_directory(args.out) as folder:
+    with create_folder(args.out) as folder:
         options = SamplingOptions(
             special=model.processor.special, cfg_scale=args.cfg_scale, greedy=args.greedy,
             temperature=args.temperature or 1.0, dtype=dtype,
@@ -210,13 +210,17 @@ def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
 
 def check_room(args: argparse.Namespace) -> list[str]:
     """A problem if answers leave no room for questions; `check_model` says what else is wrong."""
-    from corl_jax.weights.files import load_config, resolve_model_dir
+    from corl_jax.policies import find_family
+    from corl_jax.weights.checkpoint import load_config
+    from corl_jax.weights.hub import resolve_model_dir
 
     try:
-        config = load_config(resolve_model_dir(args.model))
+        folder = resolve_model_dir(args.model)
+        family = find_family(folder)
+        limits = family.limits(load_config(folder, family.kind))
     except InputError:
         return []  # told by check_model, with the other files' problems
-    positions, picture = config.llama.max_position_embeddings, config.siglip.num_tokens
+    positions, picture = limits.positions, limits.input_image_tokens
     if args.max_new_tokens < positions - picture:
         return []
     return [
@@ -291,7 +295,7 @@ def generate_texts(args: argparse.Namespace) -> None:
 
 def write_text(out: Path | None, records: Records) -> None:
     """To standard output, or to a file that appears whole."""
-    from corl_jax.runs.directory import replace_file
+    from corl_jax.atomic_files import replace_file
 
     if out is None:
         write_json_lines(json_lines(records))

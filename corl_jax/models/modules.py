@@ -1,4 +1,4 @@
-"""Between a network and its parameters: a module is built from a config, parameters are a dict.
+"""Moves between a network, which a config builds, and its parameters, a nested dict of arrays.
 
 `bind(kind, config, params)` works with concrete arrays and inside `jit`. `kind` is the network's
 class, made as `kind(config, rngs=...)`; `config` is a frozen dataclass.
@@ -17,39 +17,39 @@ from corl_jax.types import Params
 
 
 @functools.lru_cache(maxsize=32)
-def _graph(kind: Any, config: Any) -> tuple[Any, Any]:
+def _split_module(kind: Any, config: Any) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
 
 
-def abstract(kind: Any, config: Any, dtype: Any = jnp.float32) -> Params:
-    """Shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
-    pure = nnx.to_pure_dict(_graph(kind, config)[1])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _string_keys(pure))
+def make_abstract(kind: Any, config: Any, dtype: Any = jnp.float32) -> Params:
+    """Returns the shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
+    pure = nnx.to_pure_dict(_split_module(kind, config)[1])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _make_keys_strings(pure))
 
 
-def init(kind: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters, as the network's layers initialise them."""
+def init_params(kind: Any, config: Any, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Returns random parameters, as the network's layers initialise them."""
 
     def make(key):
         state = nnx.state(kind(config, rngs=nnx.Rngs(key)))
-        return jax.tree.map(lambda x: x.astype(dtype), _string_keys(nnx.to_pure_dict(state)))
+        return jax.tree.map(lambda x: x.astype(dtype), _make_keys_strings(nnx.to_pure_dict(state)))
 
     return jax.jit(make)(key)
 
 
 def bind(kind: Any, config: Any, params: Params) -> Any:
-    """The network with these parameters."""
-    return nnx.merge(_graph(kind, config)[0], nnx.State(_integer_keys(params)))
+    """Returns the network with these parameters."""
+    return nnx.merge(_split_module(kind, config)[0], nnx.State(_restore_integer_keys(params)))
 
 
-def _string_keys(tree: Any) -> Any:
-    """List indices as strings, so that a path is a string all the way down."""
+def _make_keys_strings(tree: Any) -> Any:
+    """Returns the tree with list indices as strings, so that every part of a path is a string."""
     if not isinstance(tree, dict):
         return tree
-    return {str(key): _string_keys(value) for key, value in tree.items()}
+    return {str(key): _make_keys_strings(value) for key, value in tree.items()}
 
 
-def _integer_keys(tree: Any) -> Any:
+def _restore_integer_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
-    return {int(k) if k.isdigit() else k: _integer_keys(v) for k, v in tree.items()}
+    return {int(k) if k.isdigit() else k: _restore_integer_keys(v) for k, v in tree.items()}

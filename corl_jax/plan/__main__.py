@@ -31,7 +31,7 @@ from corl_jax.train import build, resolve
 from corl_jax.train.check import PROMPT_OPTIONS
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Sizes
-from corl_jax.weights.files import load_config
+from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.folders import refuse_adapter
 
 BUCKET = 32  # prompts are padded to a multiple
@@ -105,7 +105,8 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     folder = Path(expand_path(path))
     refuse_adapter(folder)
     if (folder / "config.json").is_file():
-        return find_family(folder), load_config(folder)
+        family = find_family(folder)
+        return family, load_config(folder, family.kind)
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:

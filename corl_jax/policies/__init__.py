@@ -10,13 +10,14 @@ import jax
 from jax.sharding import Mesh
 
 from corl_jax.devices.mesh import param_shardings
-from corl_jax.errors import Problems
+from corl_jax.errors import InputError, Problems
 from corl_jax.policies.family import Family
 from corl_jax.policies.janus.family import FAMILY as JANUS
 from corl_jax.types import Params, Sizes
-from corl_jax.weights.files import load_config, load_params, open_checkpoint, resolve_model_dir
-from corl_jax.weights.folders import pointer_problems
-from corl_jax.weights.sharded_load import load_sharded
+from corl_jax.weights.checkpoint import load_config, load_params, load_sharded, open_checkpoint
+from corl_jax.weights.folders import find_pointers
+from corl_jax.weights.hub import resolve_model_dir
+from corl_jax.weights.recognise import recognise_kind
 
 FAMILIES: dict[str, Family] = {"janus": JANUS}
 """Every kind of unified model that can be trained, by name."""
@@ -42,11 +43,14 @@ class Model(PolicyFiles):
 def find_family(folder: Path) -> Family:
     """Returns the family of the checkpoint in a folder, by what its config.json states.
 
-    Raises:
-        InputError: no config.json, or one that no family recognises.
+    For a folder that states none of them it is the first family, whose reader says what is wrong.
     """
-    (family,) = FAMILIES.values()
-    return family
+    first, *_ = families = tuple(FAMILIES.values())
+    try:
+        kind = recognise_kind(folder, [family.kind for family in families])
+    except InputError:
+        return first
+    return next((family for family in families if family.kind is kind), first)
 
 
 def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
@@ -59,13 +63,13 @@ def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
     """
     folder = resolve_model_dir(path_or_hub_id)
     problems = Problems()
-    problems.add(pointer_problems(folder))
+    problems.add(find_pointers(folder))
     family = find_family(folder)
-    sizes = problems.attempt(load_config, folder)
+    sizes = problems.attempt(load_config, folder, family.kind)
     processor = problems.attempt(family.open_processor, folder)
     if sizes is not None:
         with problems.collect():
-            open_checkpoint(folder, sizes).close()
+            open_checkpoint(folder, family.kind, sizes).close()
     if sizes is not None and processor is not None:
         tokens, rows = processor.num_tokens, family.limits(sizes).vocab_size
         if tokens > rows:
@@ -94,9 +98,9 @@ def load_policy(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None
         def choose_dtype(path: str) -> Any:
             return None if dtype is None else family.compute_dtype(path, dtype)
 
-        params = load_sharded(folder, sizes, shardings, choose_dtype)
+        params = load_sharded(folder, family.kind, sizes, shardings, choose_dtype)
     else:
-        params = load_params(folder, sizes)
+        params = load_params(folder, family.kind, sizes)
         if dtype is not None:
             params = family.cast(params, dtype)
         params = jax.device_put(params)

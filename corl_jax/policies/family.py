@@ -18,8 +18,10 @@ import numpy as np
 
 from corl_jax import params as params_lib
 from corl_jax.devices.mesh import Rules
+from corl_jax.models import modules
 from corl_jax.models.layers import Remat
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
+from corl_jax.weights.kinds import NetworkKind
 
 
 class Processor(Protocol):
@@ -147,14 +149,12 @@ class Adapters:
 class Family:
     """One kind of unified model. See `policies.FAMILIES` for those that there are."""
 
-    name: str
+    kind: NetworkKind  # the network, its checkpoints and its layout on a mesh
     presets: Mapping[str, Sizes]  # published sizes by name, for the command `plan`
     open_processor: Callable[[Path], Any]  # folder -> Processor
     # Special tokens for compiling without a tokenizer: ids only enter a program as numbers.
     stand_in_tokens: Any
     # parameters
-    abstract: Callable[[Sizes], Params]  # shapes and dtypes of all parameters
-    rules: Rules  # their layout on a mesh
     trainable: tuple[str, ...]  # regexes of the parameters that are trained by default
     float32_parts: tuple[str, ...]  # first names of paths that compute in float32 in any dtype
     tokenizer_parts: tuple[str, ...]  # first names of paths that only the stage vq trains
@@ -170,6 +170,19 @@ class Family:
     hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
     # (sizes, params, pixels, options) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    @property
+    def rules(self) -> Rules:
+        """Layout of each parameter on a mesh, by its path."""
+        return self.kind.rules
+
+    def abstract(self, sizes: Sizes) -> Params:
+        """Returns the shapes of all parameters as a nested dict of ShapeDtypeStruct."""
+        return modules.make_abstract(self.kind.module, sizes)
 
     def compute_dtype(self, path: str, dtype: Any) -> Any:
         """Returns the dtype of one parameter where the model computes in `dtype`."""

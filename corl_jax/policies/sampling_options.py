@@ -37,8 +37,8 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
     A model that is no folder is no problem here: whoever loads it tells. `args.sampling` becomes
     the values with where each comes from, `args.not_applied` what else the file asks for.
     """
-    from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, read_generation
-    from corl_jax.weights.files import resolve_model_dir
+    from corl_jax.policies.generation_config import NOTHING_STATED, read_generation
+    from corl_jax.weights.hub import resolve_model_dir
 
     problems, stated = [], NOTHING_STATED
     try:

@@ -20,11 +20,10 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import Blip, BlipConfig
-from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
+from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
-from corl_jax.weights.folders import unmarked_folder
+from corl_jax.weights.folders import open_unmarked_folder
 from corl_jax.weights.foreign_config import Fields
 from corl_jax.weights.storage import read_json
 
@@ -246,7 +245,7 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
             f"{folder}: no tokenizer found, expected {' or '.join(files)} of the captioner"
         )
     try:
-        with unmarked_folder(folder) as readable:
+        with open_unmarked_folder(folder) as readable:
             tokenizer = BertTokenizerFast.from_pretrained(str(readable), local_files_only=True)
     except InputError:
         raise

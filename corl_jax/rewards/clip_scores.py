@@ -23,7 +23,7 @@ from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig
 from corl_jax.rewards.samples import Context, Samples, in_pieces
 from corl_jax.types import Params
-from corl_jax.weights.folders import unmarked_folder
+from corl_jax.weights.folders import open_unmarked_folder
 
 IMAGES_AT_ONCE = 64
 
@@ -201,7 +201,7 @@ def _tokenizer(folder: Path) -> Any:
             "copy them from openai/clip-vit-large-patch14, whose tokenizer all CLIPs share"
         )
     try:
-        with unmarked_folder(folder) as readable:
+        with open_unmarked_folder(folder) as readable:
             return CLIPTokenizerFast.from_pretrained(str(readable), local_files_only=True)
     except InputError:
         raise

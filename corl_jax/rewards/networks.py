@@ -1,7 +1,7 @@
 """The networks that rewards ask: which ones, where their weights are expected, and loading them.
 
 All are frozen. Their matrices are split over the mesh as the policy's are (see
-`weights.network_rules`), and rows are spread over it.
+`weights.layouts`), and rows are spread over it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from corl_jax.rewards.policy import NO_QUESTION, question_ids
 from corl_jax.rewards.registry import REGISTRY, BoundReward, options_of
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
 from corl_jax.types import Params
+from corl_jax.weights.checkpoint import Checkpoint, load_sharded, open_checkpoint
 from corl_jax.weights.hub import resolve_path
-from corl_jax.weights.network_rules import NETWORK_RULES
-from corl_jax.weights.networks import NetworkCheckpoint, open_network
-from corl_jax.weights.sharded_load import load_sharded
+from corl_jax.weights.layouts import KINDS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -41,7 +40,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class NetworkSource:
     """A reward network by its name in configs: its architecture and its usual weights."""
 
-    kind: str  # key of weights.networks.KINDS
+    kind: str  # key of weights.layouts.KINDS
     parameters: int  # of the published weights
     place: str  # a hub id; a folder where no repository holds the files in a layout that we read
     files: str  # what a local folder must hold, for people
@@ -131,7 +130,7 @@ def inspect(
         options = getattr(config, name)
         try:
             path = _locate(name, options.path)
-            with open_network(path, NETWORKS[name].kind) as opened:
+            with open_checkpoint(path, KINDS[NETWORKS[name].kind]) as opened:
                 problems += [f"networks.{name}: {line}" for line in _asset_problems(name, opened)]
                 configs[name] = opened.config
                 found.append(CheckedNetwork(name, path, opened.parameters, options.dtype, users))
@@ -163,7 +162,7 @@ def inspect(
     return found
 
 
-def missing_assets(kind: str, opened: NetworkCheckpoint) -> list[str]:
+def missing_assets(kind: str, opened: Checkpoint) -> list[str]:
     """What the rewards that ask networks of a kind would refuse beside its weights, with who."""
     found: dict[str, list[str]] = {}
     for name, expected in NETWORKS.items():
@@ -185,7 +184,7 @@ def _askers(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
+def _asset_problems(name: str, opened: Checkpoint) -> list[str]:
     """What is wrong with the tokenizer and the image settings beside the weights."""
     config, folder = opened.config, opened.folder
     checks: dict[str, list[Callable[[], Any]]] = {
@@ -196,7 +195,9 @@ def _asset_problems(name: str, opened: NetworkCheckpoint) -> list[str]:
         "bert": [lambda: similarity.load_tokenizer(folder, config.vocab_size)],
         "clip": [lambda: clip_scores.token_ids(opened, ["a"])],
     }
-    listed = [] if name == "clip_l14" else checks.get(opened.name, [])  # that one reads no text
+    listed = checks.get(opened.kind.name, [])
+    if name == "clip_l14":  # that one reads no text
+        listed = []
     if name == "sentence":
         listed = [*listed, lambda: similarity.check_pooling(folder)]
     problems: list[str] = []
@@ -273,9 +274,13 @@ def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwo
         scorer = found.policy
         policy = Policy(scorer.family, scorer.sizes, {}, scorer.processor, dtype)
         return load_policy(policy, found.path, mesh, offload=offload)
-    with open_network(found.path, NETWORKS[found.name].kind) as opened:
+    with open_checkpoint(found.path, KINDS[NETWORKS[found.name].kind]) as opened:
         shapes = opened.shapes
-        shardings = _one_device(shapes) if mesh is None else _network_places(shapes, mesh)
+        shardings = (
+            _one_device(shapes)
+            if mesh is None
+            else network_shardings(shapes, mesh, opened.kind.rules)
+        )
         params = opened.place(_place(shardings, offload), dtype)
         network = Network(opened.config, params, opened.folder, dtype)
     return FrozenNetwork(network, shardings, offload=offload)
@@ -287,7 +292,7 @@ def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: boo
     shapes = family.abstract(policy.config)
     shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh, family.rules)
     params = load_sharded(
-        folder, policy.config, _place(shardings, offload),
+        folder, family.kind, policy.config, _place(shardings, offload),
         lambda path: family.compute_dtype(path, policy.dtype),
     )  # fmt: skip
     return FrozenNetwork(dataclasses.replace(policy, params=params), shardings, offload=offload)
@@ -296,10 +301,6 @@ def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: boo
 def _one_device(shapes: Params) -> Params:
     place = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda _: place, shapes)
-
-
-def _network_places(shapes: Params, mesh: Mesh) -> Params:
-    return network_shardings(shapes, mesh, NETWORK_RULES)
 
 
 def _place(shardings: Params, offload: bool) -> Params:

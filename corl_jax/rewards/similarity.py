@@ -24,7 +24,7 @@ from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
-from corl_jax.weights.folders import unmarked_folder
+from corl_jax.weights.folders import open_unmarked_folder
 from corl_jax.weights.storage import read_json
 
 Texts = Sequence[str | None]
@@ -218,7 +218,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
             "model's own folder"
         )
     try:
-        with unmarked_folder(folder) as readable:
+        with open_unmarked_folder(folder) as readable:
             tokenizer = BertTokenizer.from_pretrained(readable)
     except InputError:
         raise

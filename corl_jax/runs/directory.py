@@ -24,11 +24,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
@@ -341,20 +342,6 @@ def _iterate_options(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         yield from _iterate_options(value, f"{prefix}.{key}" if prefix else key)
-
-
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a binary file that replaces `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> Any:

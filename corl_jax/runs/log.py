@@ -19,10 +19,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.devices import processes
 from corl_jax.metrics import Metric
 from corl_jax.runs.append_log import AppendLog
-from corl_jax.runs.directory import RunDir, replace_file, to_json
+from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.guards import Guards
 from corl_jax.runs.pace import COMPILE_SECONDS, STEP_SECONDS, Pace, StepClock
 from corl_jax.runs.tensorboard import EventFile

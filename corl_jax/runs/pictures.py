@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.fonts import make_drawable
-from corl_jax.runs.directory import replace_file
 
 CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that text fits below
 FONT_SIZE = 12

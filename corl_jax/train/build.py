@@ -28,7 +28,7 @@ from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState, UpdateOptions, make_logprob_step
 from corl_jax.types import Params
-from corl_jax.weights.sharded_load import load_sharded, stored_dtypes, stored_layer_dtypes
+from corl_jax.weights.checkpoint import load_sharded, read_layer_dtypes, read_stored_dtypes
 
 ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
@@ -54,8 +54,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
-        source_dtypes=stored_dtypes(plan.model_dir, base),
-        layer_dtypes=stored_layer_dtypes(plan.model_dir, base),
+        source_dtypes=read_stored_dtypes(plan.model_dir, plan.family.kind, base),
+        layer_dtypes=read_layer_dtypes(plan.model_dir, plan.family.kind, base),
         train_loader=plan.train_loader,
         eval_loader=plan.eval_loader,
         steps=plan.steps,
@@ -93,11 +93,14 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     if not config.lora.rank:
         trained = dict(leaf_paths(shapes))
         loaded = load_sharded(
-            plan.model_dir, base, param_shardings(merge(shapes, rest), mesh, rules),
+            plan.model_dir, family.kind, base,
+            param_shardings(merge(shapes, rest), mesh, rules),
             lambda path: master if path in trained else None,
         )  # fmt: skip
         return partition(loaded, plan.trained)
-    frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh, rules), lambda _: None)
+    frozen = load_sharded(
+        plan.model_dir, family.kind, base, param_shardings(rest, mesh, rules), lambda _: None
+    )
 
     def init_adapters(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))

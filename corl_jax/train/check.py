@@ -21,8 +21,8 @@ from corl_jax.tasks import TASKS
 from corl_jax.train import attending
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.types import Params
-from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
-from corl_jax.weights.sources import layer_count, leaf_dtype
+from corl_jax.weights.checkpoint import open_checkpoint
+from corl_jax.weights.sources import find_leaf_dtype, list_layers
 
 GIB = 2**30
 ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
@@ -105,11 +105,12 @@ def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
     It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
     """
     by_dtype: dict[Any, dict[str, Any]] = {}
-    with open_checkpoint(plan.model_dir, plan.family.base(plan.sizes)) as checkpoint:
+    base = plan.family.base(plan.sizes)
+    with open_checkpoint(plan.model_dir, plan.family.kind, base) as checkpoint:
         leaves = checkpoint.leaves
         for path, leaf in leaf_paths(frozen):
-            layers = layer_count(leaves, path, is_stacked(path))
-            by_dtype.setdefault(leaf_dtype(leaves, path, layers), {})[path] = leaf
+            layers = list_layers(leaves, path, plan.family.kind.is_stacked(path))
+            by_dtype.setdefault(find_leaf_dtype(leaves, path, layers), {})[path] = leaf
     stored = sum(
         min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh, plan.family)
         for kind, part in by_dtype.items()

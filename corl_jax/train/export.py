@@ -18,16 +18,18 @@ from corl_jax.data.instructions import recognise_instruction
 from corl_jax.devices import batches, processes
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
-from corl_jax.policies.janus.checkpoint.generation import FILE as GENERATION_FILE
-from corl_jax.policies.janus.checkpoint.generation import NOTHING_STATED, Generation
+from corl_jax.policies.generation_config import FILE as GENERATION_FILE
+from corl_jax.policies.generation_config import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
 from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
 from corl_jax.tasks import image_tasks, text_tasks
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
-from corl_jax.weights import adapters, files
-from corl_jax.weights.dtypes import named
+from corl_jax.weights import adapters
+from corl_jax.weights.checkpoint import detect_layout
+from corl_jax.weights.dtypes import parse_dtype
+from corl_jax.weights.export import save_checkpoint
 from corl_jax.weights.hub import split_hub_id
 
 
@@ -110,17 +112,18 @@ def export(
     replaced. `model_dir` has the weights that the run started from. `generation` says how to
     sample. `extra` has further JSON files by name. `beat` is called after each piece of work.
     """
-    options, lora = config.export, run.family.adapters.options_of(run.sizes)
+    options, kind = config.export, run.family.kind
+    lora = run.family.adapters.options_of(run.sizes)
     if options.lora == "adapter":
         trained = fetch_params(state.params, primary, beat)
         if not primary:
             return []
         assert lora is not None  # the config was checked
-        fits = files.detect_layout(model_dir) == "transformers"
+        fits = detect_layout(model_dir, kind) == "transformers"
         base, revision = _find_base(config.model.path, model_dir) if fits else (None, None)
         extra_files = {GENERATION_FILE: generation.as_json(), **(extra or {})}  # peft reads neither
         adapters.save_adapter(
-            folder, trained, lora, base=base, revision=revision, dtype=options.dtype,
+            folder, kind, trained, lora, base=base, revision=revision, dtype=options.dtype,
             progress=lambda _: beat(), overwrite=True, extra=extra_files,
         )  # fmt: skip
         return [] if fits else [_explain_no_base(config.model.path)]
@@ -129,16 +132,16 @@ def export(
         return []
     dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes
     if options.dtype != "keep":
-        dtypes, layer_dtypes = dict.fromkeys(dtypes, named(options.dtype)), {}
+        dtypes, layer_dtypes = dict.fromkeys(dtypes, parse_dtype(options.dtype)), {}
     if lora is not None:
-        params, rounded = adapters.merged(params, lora, dtypes, beat, layer_dtypes)
+        params, rounded = adapters.merge_adapters(params, lora, dtypes, beat, layer_dtypes)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
     assert options.layout != "none"  # `refresh_export` calls this with a layout only
-    notes = files.save_checkpoint(
-        folder, run.family.base(run.sizes), params, layout=options.layout,
+    notes = save_checkpoint(
+        folder, kind, run.family.base(run.sizes), params, layout=options.layout,
         assets_from=model_dir, base=options.base, dtype=options.dtype,
         layer_dtypes=layer_dtypes, progress=lambda _: beat(),
-        overwrite=True, generation=generation, extra=extra,
+        overwrite=True, generation=generation.as_json(), extra=extra,
     )  # fmt: skip
     return [*notes, *([_explain_rounding(rounded)] if rounded else [])]
 

@@ -22,7 +22,7 @@ from corl_jax.models.lora import Lora
 from corl_jax.params import partition
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Family, Limits, Processor
-from corl_jax.policies.janus.checkpoint.generation import read_generation
+from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
@@ -30,7 +30,7 @@ from corl_jax.train import attending
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.stages import STAGES, Stage
 from corl_jax.types import Params, Sizes
-from corl_jax.weights.files import check_export
+from corl_jax.weights.export import check_export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +306,7 @@ def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
         base = None
     if layout != "none":
         try:
-            check_export(layout, family.base(sizes), base)
+            check_export(family.kind, layout, family.base(sizes), base)
         except InputError as error:
             problems += [f"export: {problem}" for problem in error.problems]
     return problems

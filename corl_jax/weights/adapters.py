@@ -5,50 +5,47 @@ Source: PEFT 0.21, `tuners/lora` and `utils/save_and_load`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from corl_jax.atomic_files import create_folder
+from corl_jax.errors import InputError
 from corl_jax.models.lora import Lora
 from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
-from corl_jax.weights.atomic import whole_directory
-from corl_jax.weights.dtypes import is_float, named
-from corl_jax.weights.export import DType
+from corl_jax.weights.dtypes import DType, is_float, parse_dtype
 from corl_jax.weights.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from corl_jax.weights.shards import Progress, TensorPlan, write_safetensors, write_text
+from corl_jax.weights.kinds import NetworkKind, PeftFormat
+from corl_jax.weights.shards import Progress, TensorPlan, write_json, write_safetensors
 from corl_jax.weights.table import DENSE, Row, Slot, Table
-from corl_jax.weights.tables import TABLES
-
-_ROOT = "language_model/layers/"
 
 
-def _rows() -> tuple[Row, ...]:
-    """A and B of every dense layer of the language model, beside its kernel in transformers."""
-    return tuple(
+def adapter_table(table: Table, prefix: str) -> Table:
+    """Returns PEFT's names of A and B beside every dense layer whose path begins with `prefix`.
+
+    `table` has the names of the layout that PEFT's base model is in.
+    """
+    rows = tuple(
         Row(
             f"base_model.model.{row.key.removesuffix('.weight')}.{torch}.weight",
             f"{row.path.removesuffix('/kernel')}/{leaf}",
             DENSE,
         )
-        for row in TABLES["transformers"].rows
-        if row.path.startswith(_ROOT) and row.path.endswith("/kernel")
+        for row in table.rows
+        if row.path.startswith(prefix) and row.path.endswith("/kernel")
         for torch, leaf in (("lora_A", "lora_a"), ("lora_B", "lora_b"))
     )
+    return Table("peft", rows)
 
 
-TABLE = Table("peft", _rows())
-"""PEFT's names in `adapter_model.safetensors` on transformers' JanusForConditionalGeneration."""
-
-
-def merged(
+def merge_adapters(
     params: Params, lora: Lora, dtypes: Mapping[str, Any], beat: Callable[[], None] = lambda: None,
     layer_dtypes: Mapping[str, list[str]] | None = None,
 ) -> tuple[Params, float]:  # fmt: skip
-    """(parameters of the network without adapters, share of the update that rounding removed).
+    """Merges adapters into the kernels; returns (parameters, fraction of the update rounded off).
 
     Kernels with an adapter become W + A B alpha / rank, computed in float32 on the host a layer
     at a time, in the type that `dtypes` has for their path; a layer for which `layer_dtypes`
@@ -67,7 +64,7 @@ def merged(
         for layer, kind in enumerate(kinds):
             update = (a[layer] @ b[layer]) * np.float32(lora.scale)
             exact = np.asarray(kernel[layer], np.float32) + update
-            out[layer] = exact.astype(named(kind))
+            out[layer] = exact.astype(parse_dtype(kind))
             gone += float(np.square(out[layer].astype(np.float32) - exact).sum())
             whole += float(np.square(update).sum())
         flat[f"{name}/kernel"] = out
@@ -76,7 +73,7 @@ def merged(
 
 
 def save_adapter(
-    out_dir: str | Path, params: Params, lora: Lora, *, base: str | None,
+    out: str | Path, kind: NetworkKind, params: Params, lora: Lora, *, base: str | None,
     revision: str | None = None, dtype: DType = "keep", progress: Progress | None = None,
     overwrite: bool = False, extra: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:  # fmt: skip
@@ -86,21 +83,27 @@ def save_adapter(
     branch, tag or commit on the hub. `keep` leaves the adapters in the type that they were
     trained in. `extra` has further JSON files by name.
 
-    Raises: InputError for a folder that is taken or cannot be written.
+    Raises: InputError for a folder that is taken or cannot be written, and for a kind without a
+        `PeftFormat`.
     """
+    form = kind.peft
+    if form is None:
+        raise InputError(
+            f"adapters: PEFT has no {kind.name} network to put them into; export the merged model"
+        )
     flat = flatten(params)
-    slots = TABLE.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
+    slots = form.table.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
-    small = {ADAPTER_CONFIG: _peft_config(lora, base, revision), **(extra or {})}
-    with whole_directory(Path(out_dir), overwrite=overwrite) as folder:
+    small = {ADAPTER_CONFIG: _peft_config(form, lora, base, revision), **(extra or {})}
+    with create_folder(Path(out), overwrite=overwrite) as folder:
         for name, data in small.items():
-            write_text(folder / name, json.dumps(data, indent=2) + "\n")
+            write_json(folder / name, data)
         write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)
 
 
 def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     kind = np.dtype(leaf.dtype)
-    kind = named(dtype) if dtype != "keep" and is_float(kind) else kind
+    kind = parse_dtype(dtype) if dtype != "keep" and is_float(kind) else kind
 
     def chunks():
         yield np.ascontiguousarray(slot.transform.to_torch(np.asarray(leaf[slot.layer])), kind)
@@ -108,22 +111,19 @@ def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     return TensorPlan(slot.key, kind, slot.shape, chunks)
 
 
-def _peft_config(lora: Lora, base: str | None, revision: str | None) -> dict[str, Any]:
-    """adapter_config.json; the targets are a regex, because the image tower has a q_proj too."""
+def _peft_config(
+    form: PeftFormat, lora: Lora, base: str | None, revision: str | None
+) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "auto_mapping": {
-            "base_model_class": "JanusForConditionalGeneration",
-            "parent_library": "transformers.models.janus.modeling_janus",
-        },
+        "auto_mapping": dict(form.auto_mapping),
         "base_model_name_or_path": base,
         "revision": revision,
         "task_type": None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": (
-            rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
-        ),
+        # A regex, because another tower may have layers of the same last name.
+        "target_modules": rf"{form.layers}({'|'.join(lora.targets)})",
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -1,55 +1,108 @@
-"""An open checkpoint of any layout: its sizes, its leaves, and what it carries besides."""
+"""Opens a checkpoint of any kind and layout, checks all of it, and loads its parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 
-from corl_jax.errors import InputError
-from corl_jax.params import flatten
-from corl_jax.policies.janus.checkpoint.settings import Layout, layout_of, parse_config, read_config
-from corl_jax.policies.janus.network import JanusConfig, abstract
+from corl_jax.errors import InputError, Problems
+from corl_jax.params import unflatten
+from corl_jax.types import Params
 from corl_jax.weights.dtypes import BFLOAT16
-from corl_jax.weights.folders import pointer_problems, refuse_adapter
-from corl_jax.weights.sources import JaxLeaves, Leaves, TorchLeaves
-from corl_jax.weights.storage import Store, open_safetensors, open_store
-from corl_jax.weights.table import Shape
-from corl_jax.weights.tables import TABLES
-from corl_jax.weights.wrong_names import (
-    Known,
-    is_known_to,
-    layout_of_names,
-    with_wrong_names,
+from corl_jax.weights.folders import find_pointers, refuse_adapter
+from corl_jax.weights.kinds import OWN_LAYOUT, Assets, NetworkKind
+from corl_jax.weights.nan_check import check_finite
+from corl_jax.weights.own_config import parse_own_config
+from corl_jax.weights.recognise import (
+    check_named_layout,
+    find_layout_of_tensors,
+    find_stated_layout,
+    read_config,
 )
+from corl_jax.weights.sharded_load import DTypes, place_leaves
+from corl_jax.weights.sources import (
+    JaxLeaves,
+    Leaves,
+    TorchLeaves,
+    find_leaf_dtype,
+    find_mixed_dtypes,
+    list_layers,
+    read_leaf,
+)
+from corl_jax.weights.storage import Store, open_any_store, open_safetensors, open_store
+from corl_jax.weights.table import Shape
+from corl_jax.weights.wrong_names import shorten_wrong_names
 
 SOURCE_FOLDER = "source"  # in a converted directory: what only its source's layout needs
 CARRIED_FILE = "carried.safetensors"
-_LEAF_DTYPES = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
+# 8-bit floats are not here: without their scales they are a quantised checkpoint.
+_FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checked checkpoint, its files open until `close`."""
+    """A checked checkpoint. Its files are open until `close`."""
 
+    kind: NetworkKind
     folder: Path
-    layout: Layout
-    source_layout: Layout  # of the tokenizer and processor files
-    config: JanusConfig
+    layout: str
+    source_layout: str  # of the tokenizer and processor files
+    config: Any  # the sizes
     leaves: Leaves
     store: Store
-    carried: dict[str, Store]  # tensors outside the model, by their key in the original layout
+    carried: dict[str, Store]  # tensors outside the model, by their key in the foreign layout
 
     @property
-    def source_config(self) -> Path:
-        """The PyTorch config.json; absent from a directory that no PyTorch checkpoint made."""
-        return (
-            self.folder / SOURCE_FOLDER if self.layout == "jax" else self.folder
-        ) / "config.json"
+    def assets(self) -> Assets:
+        """Where an export takes tokenizer, processor files and the foreign config.json from."""
+        own = self.layout == OWN_LAYOUT
+        config = (self.folder / SOURCE_FOLDER if own else self.folder) / "config.json"
+        return Assets(self.folder, self.source_layout, config)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.leaves.shapes.values())
+
+    @property
+    def shapes(self) -> Params:
+        """The parameters as a tree of ShapeDtypeStruct."""
+        flat = {
+            path: jax.ShapeDtypeStruct(shape, np.float32)
+            for path, shape in self.leaves.shapes.items()
+        }
+        return unflatten(flat)
+
+    def load(self, dtype: Any = None) -> Params:
+        """Returns all parameters as NumPy arrays; `dtype` None keeps each as stored.
+
+        Reads slice by slice, so that the peak is the result and one tensor more.
+
+        Raises: InputError listing the parameters that hold NaN or infinity.
+        """
+        problems, flat = Problems(), {}
+        for path, shape in self.leaves.shapes.items():
+            # A scalar stays as stored: it is a scale, and its rounding would scale every output.
+            wanted = dtype if shape else None
+            flat[path] = read_leaf(self.leaves, path, self.kind.is_stacked(path), wanted)
+            problems.add(check_finite(self.folder, path, flat[path]))
+        problems.raise_any()
+        return unflatten(flat)
+
+    def place(self, shardings: Params, dtype: Any) -> Params:
+        """Returns the parameters as global arrays; scalars stay as stored."""
+        shapes = self.leaves.shapes
+        return place_leaves(
+            self.leaves, self.kind.is_stacked, shardings,
+            lambda path: dtype if shapes[path] else None, self.folder,
+        )  # fmt: skip
 
     def close(self) -> None:
         for store in (self.store, *self.carried.values()):
@@ -67,143 +120,208 @@ class Checkpoint:
         self.close()
 
 
-def leaf_shapes(config: JanusConfig) -> dict[str, Shape]:
-    """{path: shape} of every parameter of a Janus of these sizes."""
-    return {path: tuple(leaf.shape) for path, leaf in flatten(abstract(config)).items()}
+def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> Checkpoint:
+    """Opens a directory, and compares every tensor's name, shape and type with the sizes.
 
+    `config` replaces the sizes that the directory states. `path` may be a single file of weights,
+    unless the kind's config.json states the layout.
 
-def is_stacked(path: str) -> bool:
-    """Whether a leaf has a leading axis of layers."""
-    return TABLES["transformers"].row(path)[0].stacked
-
-
-def open_checkpoint(folder: Path, config: JanusConfig | None = None) -> Checkpoint:
-    """Opens a directory and compares every tensor's name and shape with the config.
-
-    Raises: InputError listing every tensor that is missing, unknown or misshapen.
+    Raises: InputError listing every setting and tensor that is missing, unknown or misshapen.
     """
-    file = folder / "config.json"
-    refuse_adapter(folder)
-    _check_pointers(folder)
-    data = read_config(folder)
-    layout = layout_of(data, file)
-    config = config or parse_config(data, file)
-    shapes = leaf_shapes(config)
-    store = open_store(folder)
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    refuse_adapter(path)
+    # A policy is published under standard names; reward networks also as a single .pth file.
+    open_weights = open_store if kind.needs_config else open_any_store
+    _check_pointers(folder, lambda: open_weights(path))
+    data = read_config(folder, kind)
+    layout = find_stated_layout(data, folder, kind)
+    if layout is not None:
+        config = config or _parse_config(data, folder, kind, layout, {})
+    store = open_weights(path)
     try:
         found = {key: info.shape for key, info in store.infos.items()}
-        if layout == "jax":
-            _check_layout(folder, layout, found, shapes)
-            return _open_jax(folder, config, shapes, store, data)
-        table = TABLES[layout]
-        slots = table.slots(shapes)
-        problems = table.problems(slots, found, folder)
-        if problems:
-            _check_layout(folder, layout, found, shapes)
-            problems = with_wrong_names(problems, table, slots, found, folder)
-        if layout == "transformers" and data.get("tie_word_embeddings", True):
-            problems = _with_untying(problems)
-        used = {slot.key for slot in slots}
-        problems += _dtype_problems(folder, store, used)
-        if problems:
-            raise InputError(problems)
-        carried = {key: store for key in found if table.is_carried(key)}
-        leaves = TorchLeaves(store, slots, shapes)
-        return Checkpoint(folder, layout, layout, config, leaves, store, carried)
+        if layout is None:
+            layout = find_layout_of_tensors(found, path, kind, data)
+            config = config or _parse_config(data, folder, kind, layout, found)
+        open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
+        return open_layout(path, kind, layout, config, store, data)
     except BaseException:
         store.close()
         raise
 
 
-def _check_pointers(folder: Path) -> None:
+def load_params(
+    path: str | Path, kind: NetworkKind, config: Any = None, dtype: Any = None
+) -> Params:
+    """Returns all parameters as NumPy arrays; see `open_checkpoint` and `Checkpoint.load`."""
+    with open_checkpoint(path, kind, config) as checkpoint:
+        return checkpoint.load(dtype)
+
+
+def load_sharded(
+    folder: str | Path, kind: NetworkKind, config: Any, shardings: Params, dtype: DTypes
+) -> Params:
+    """Returns the parameters that `shardings` names, a tree of Sharding, as global arrays.
+
+    Raises: InputError listing every tensor that does not fit the config, or holds NaN.
+    """
+    with open_checkpoint(folder, kind, config) as checkpoint:
+        return place_leaves(checkpoint.leaves, kind.is_stacked, shardings, dtype, folder)
+
+
+def load_config(folder: str | Path, kind: NetworkKind) -> Any:
+    """Returns the sizes that a directory states, not yet compared with its tensors if possible.
+
+    Raises: InputError listing every field that is malformed or not supported.
+    """
+    folder = Path(folder)
+    data = read_config(folder, kind)
+    layout = find_stated_layout(data, folder, kind)
+    if layout is None:
+        with open_checkpoint(folder, kind) as checkpoint:
+            return checkpoint.config
+    return _parse_config(data, folder, kind, layout, {})
+
+
+def read_stored_dtypes(folder: str | Path, kind: NetworkKind, config: Any = None) -> dict[str, Any]:
+    """Returns {path: dtype} as stored; the one that holds all layers of a parameter exactly."""
+    with open_checkpoint(folder, kind, config) as checkpoint:
+        leaves = checkpoint.leaves
+        return {
+            path: find_leaf_dtype(leaves, path, list_layers(leaves, path, kind.is_stacked(path)))
+            for path in leaves.shapes
+        }
+
+
+def read_layer_dtypes(
+    folder: str | Path, kind: NetworkKind, config: Any = None
+) -> dict[str, list[str]]:
+    """Returns {path: dtype names of its layers} for the parameters whose layers differ in dtype."""
+    with open_checkpoint(folder, kind, config) as checkpoint:
+        stacked = {path: kind.is_stacked(path) for path in checkpoint.leaves.shapes}
+        return find_mixed_dtypes(checkpoint.leaves, stacked)
+
+
+def detect_layout(folder: str | Path, kind: NetworkKind) -> str:
+    """Returns the layout of a directory of the kind.
+
+    Raises: InputError for a directory that holds no checkpoint of the kind.
+    """
+    folder = Path(folder)
+    layout = find_stated_layout(read_config(folder, kind), folder, kind)
+    if layout is not None:
+        return layout
+    with open_checkpoint(folder, kind) as checkpoint:
+        return checkpoint.layout
+
+
+def _check_pointers(folder: Path, open_weights: Callable[[], Store]) -> None:
     """Raises: InputError listing the Git LFS pointers among the small files and the weights."""
-    problems = pointer_problems(folder)
-    if not problems:
-        return
-    try:
-        open_store(folder).close()
-    except InputError as error:
-        problems += [problem for problem in error.problems if problem not in problems]
-    raise InputError(problems)
+    problems = Problems()
+    problems.add(find_pointers(folder))
+    if problems:
+        with problems.collect():
+            open_weights().close()
+    problems.raise_any()
 
 
-def _check_layout(
-    folder: Path, layout: Layout, found: Mapping[str, Shape], shapes: Mapping[str, Shape]
-) -> None:
-    """Raises: InputError for tensors that are named as in another layout than the config's."""
-    if layout == "jax" and any(path in found for path in shapes):
-        return
-    layouts: dict[str, Known] = {name: is_known_to(table) for name, table in TABLES.items()}
-    named = layout_of_names(found, layouts | {"jax": shapes.__contains__})
-    if named not in (None, layout):
-        raise InputError(
-            f"{folder}: its tensors are named as in the {named} layout, but its config.json is of "
-            f"the {layout} layout; put the config.json there that came with the weights"
-        )
+def _parse_config(
+    data: dict[str, Any], folder: Path, kind: NetworkKind, layout: str, found: Mapping[str, Shape]
+) -> Any:
+    file = folder / "config.json"
+    if layout == OWN_LAYOUT:
+        return parse_own_config(kind, data, file)
+    assert kind.parse is not None  # it has a foreign layout
+    problems: list[str] = []
+    config = kind.parse(folder, layout, found, problems)
+    problems = problems or kind.check(config, f"{file if data else folder}: sizes")
+    if problems:
+        raise InputError(problems)
+    return config
 
 
-def _with_untying(problems: list[str]) -> list[str]:
-    """The problems, that of an absent text head with what to do about a tied one."""
-    head, table = (
-        TABLES["transformers"].row(path)[0].key
-        for path in ("lm_head/kernel", "language_model/embed_tokens/embedding")
-    )
-    return [
-        f"{problem}; this checkpoint is tied (tie_word_embeddings): store a copy of {table} as "
-        f"{head}, and set tie_word_embeddings to false in config.json"
-        if f": {head} is missing" in problem
-        else problem
-        for problem in problems
-    ]
-
-
-def _open_jax(
-    folder: Path, config: JanusConfig, shapes: dict[str, Shape], store: Store, data: dict[str, Any]
+def _open_foreign(
+    path: Path, kind: NetworkKind, layout: str, config: Any, store: Store, data: dict[str, Any]
 ) -> Checkpoint:
+    found = {key: info.shape for key, info in store.infos.items()}
+    table, shapes = kind.tables[layout], kind.shapes(config)
+    slots = table.slots(shapes)
+    problems = table.problems(slots, found, path)
+    if problems:
+        check_named_layout(path, kind, layout, found, shapes)
+        problems = shorten_wrong_names(problems, table, slots, found, path)
+    if kind.explain:
+        problems = kind.explain(problems, layout, data)
+    problems += _check_dtypes(path, store, {slot.key for slot in slots})
+    if problems:
+        raise InputError(problems)
+    folder = path.parent if path.is_file() else path
+    carried = {key: store for key in found if table.is_carried(key)}
+    leaves = TorchLeaves(store, slots, shapes)
+    return Checkpoint(kind, folder, layout, layout, config, leaves, store, carried)
+
+
+def _open_own(
+    path: Path, kind: NetworkKind, layout: str, config: Any, store: Store, data: dict[str, Any]
+) -> Checkpoint:
+    folder = path.parent if path.is_file() else path
+    found = {key: info.shape for key, info in store.infos.items()}
+    shapes = kind.shapes(config)
+    if not found.keys() & shapes.keys():
+        check_named_layout(folder, kind, layout, found, shapes)
+        raise InputError(
+            f"{folder}: its config.json is of a converted {kind.name} network, but no tensor "
+            "of its weights is; convert the PyTorch checkpoint again"
+        )
     problems = []
-    for path in shapes.keys() | store.infos.keys():
-        if path not in store.infos:
-            problems.append(f"{folder}: {path} is missing, expected with shape {shapes[path]}")
-        elif path not in shapes:
-            problems.append(f"{folder}: {path} is unknown with this config; correct the config")
-        elif store.infos[path].shape != shapes[path]:
-            found, expected = list(store.infos[path].shape), list(shapes[path])
+    for key in sorted(shapes.keys() | found.keys()):
+        if key not in found:
+            expected = list(shapes[key])
+            problems.append(f"{folder}: {key} is missing, expected with shape {expected}")
+        elif key not in shapes:
+            problems.append(f"{folder}: {key} is unknown with this config; correct the config")
+        elif found[key] != shapes[key]:
             problems.append(
-                f"{folder}: {path} has shape {found}, expected {expected} by the config"
+                f"{folder}: {key} has shape {list(found[key])}, expected {list(shapes[key])} by "
+                "the config"
             )
-    problems = sorted(problems) + _dtype_problems(folder, store, set(shapes))
-    layer_dtypes = data.get("layer_dtypes")
-    problems += _layer_dtype_problems(folder, layer_dtypes, shapes)
-    source: Layout = data.get("source_layout", "jax")
-    if source not in ("original", "transformers"):
+    problems += _check_dtypes(folder, store, set(shapes))
+    layer_dtypes = data.get("layer_dtypes", {})
+    problems += _check_layer_dtypes(folder, layer_dtypes, shapes)
+    source = data.get("source_layout", OWN_LAYOUT)
+    # Tokenizer and processor files of a kind with foreign exports are always of one of its layouts.
+    layouts = list(kind.tables) if kind.foreign_export else [*kind.tables, OWN_LAYOUT]
+    if source not in layouts:
         problems.append(f"{folder}/config.json: source_layout is {source!r}; convert it again")
     if problems:
         raise InputError(problems)
     file = folder / SOURCE_FOLDER / CARRIED_FILE
     extra = open_safetensors([file]) if file.is_file() else None
     carried: dict[str, Store] = dict.fromkeys(extra.infos, extra) if extra else {}
-    leaves = JaxLeaves(store, layer_dtypes or {})
-    return Checkpoint(folder, "jax", source, config, leaves, store, carried)
+    leaves = JaxLeaves(store, layer_dtypes)
+    return Checkpoint(kind, folder, layout, source, config, leaves, store, carried)
 
 
-def _dtype_problems(folder: Path, store: Store, keys: set[str]) -> list[str]:
+def _check_dtypes(where: Path, store: Store, keys: set[str]) -> list[str]:
     return [
-        f"{folder}: {key} holds {info.dtype.name}, expected a float type; quantised checkpoints "
+        f"{where}: {key} holds {info.dtype.name}, expected a float type; quantised checkpoints "
         "are not supported"
         for key, info in store.infos.items()
-        if key in keys and info.dtype not in _LEAF_DTYPES
+        if key in keys and info.dtype not in _FLOATS
     ]
 
 
-def _layer_dtype_problems(folder: Path, value: Any, shapes: Mapping[str, Shape]) -> list[str]:
+def _check_layer_dtypes(folder: Path, value: Any, shapes: Mapping[str, Shape]) -> list[str]:
     if not isinstance(value, dict):
         return [f"{folder}/config.json: layer_dtypes is {value!r}; convert the checkpoint again"]
-    names = {dtype.name for dtype in _LEAF_DTYPES}
+    names = {dtype.name for dtype in _FLOATS}
     return [
         f"{folder}/config.json: layer_dtypes of {path} does not fit; convert the checkpoint again"
-        for path, kinds in value.items()
+        for path, dtypes in value.items()
         if path not in shapes
-        or not isinstance(kinds, list)
-        or len(kinds) != shapes[path][0]
-        or not all(isinstance(kind, str) and kind in names for kind in kinds)
+        or not isinstance(dtypes, list)
+        or not shapes[path]
+        or len(dtypes) != shapes[path][0]
+        or not all(isinstance(name, str) and name in names for name in dtypes)
     ]

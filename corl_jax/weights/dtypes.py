@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DType = Literal["keep", "float32", "bfloat16"]
+"""Element type of an output; `keep` writes each tensor in its own."""
 
 SAFETENSORS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -30,8 +33,8 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
-def safetensors_name(dtype: np.dtype) -> str:
-    """The name in a safetensors header. Raises KeyError for a type that it cannot hold."""
+def to_safetensors_name(dtype: np.dtype) -> str:
+    """Returns the name in a safetensors header. Raises: KeyError for an unsupported dtype."""
     return _NAMES[np.dtype(dtype)]
 
 
@@ -39,13 +42,13 @@ def is_float(dtype: np.dtype) -> bool:
     return _NAMES.get(np.dtype(dtype)) in _FLOATS
 
 
-def named(name: str) -> np.dtype:
-    """'bfloat16', 'float32', ... as a dtype."""
+def parse_dtype(name: str) -> np.dtype:
+    """Returns the dtype of a name such as 'bfloat16' or 'float32'."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
-def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The narrowest type that holds every value of all of these exactly."""
+def find_common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Returns the narrowest dtype that holds every value of these dtypes exactly."""
     kinds = list(dict.fromkeys(np.dtype(dtype) for dtype in dtypes))
     out = kinds[0]
     for kind in kinds[1:]:
@@ -56,10 +59,3 @@ def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
             # such as bfloat16 and float16; float32 holds every float of up to 16 bits.
             out = np.dtype(np.float32)
     return out
-
-
-def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """Floats converted, everything else (and None) left alone."""
-    if dtype is None or array.dtype == dtype or not is_float(array.dtype):
-        return array
-    return array.astype(dtype)

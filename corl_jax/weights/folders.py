@@ -1,4 +1,4 @@
-"""What a model folder may hold in place of a model: adapters, pointers of Git LFS, marked text."""
+"""Finds what a folder may hold in place of a model: adapters, Git LFS pointers, marked text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refuse_adapter(path: Path) -> None:
     adapter = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
     if not adapter or (path != folder and path.name not in adapter):
         return
-    base = _base_model(folder / ADAPTER_CONFIG)
+    base = _read_base_model(folder / ADAPTER_CONFIG)
     beside = next((name for name in STANDARD if (folder / name).is_file()), None)
     if beside:
         raise InputError(
@@ -61,14 +61,14 @@ def refuse_adapter(path: Path) -> None:
     )
 
 
-def _base_model(file: Path) -> str:
+def _read_base_model(file: Path) -> str:
     name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
     if isinstance(name, str) and 0 < len(name) <= 400 and name.isprintable():
         return name
     return "a model that it does not name"
 
 
-def pointer_problems(folder: Path, names: Iterable[str] = SMALL_FILES) -> list[str]:
+def find_pointers(folder: Path, names: Iterable[str] = SMALL_FILES) -> list[str]:
     """Returns a line for each of a folder's small files in whose place a Git LFS pointer stands."""
     return [describe_lfs_pointer(folder / name) for name in names if is_lfs_pointer(folder / name)]
 
@@ -79,14 +79,14 @@ def read_unmarked(file: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def unmarked_folder(folder: Path) -> Iterator[Path]:
+def open_unmarked_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder whose small files other libraries can read: the same, or a copy.
 
     A byte order mark stops their JSON parsers, and silently joins the first line of a vocabulary.
 
     Raises: InputError listing the small files that are Git LFS pointers.
     """
-    if problems := pointer_problems(folder):
+    if problems := find_pointers(folder):
         raise InputError(problems)
     files = [folder / name for name in SMALL_FILES if (folder / name).is_file()]
     if not any(_is_marked(file) for file in files):

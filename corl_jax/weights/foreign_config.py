@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_SIZE = 10_000_000  # no Janus has a dimension near it; guards against absurd loops
+MAX_SIZE = 10_000_000  # no network has a size near it; guards against absurd loops
 
 
-def indivisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
-    """A line for each (size, its value, unit, its value) that the network could not divide."""
+def check_divisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
+    """Lists each (size, its value, unit, its value) where the unit does not divide the size."""
     return [
         f"{where}.{name} is {value}, expected a multiple of {unit_name}, {unit}"
         for name, value, unit_name, unit in pairs
@@ -17,8 +17,8 @@ def indivisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
     ]
 
 
-def not_below(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> list[str]:
-    """A line for each token id that the vocabulary does not have."""
+def check_token_ids(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> list[str]:
+    """Lists the token ids that are not in the vocabulary."""
     return [
         f"{where}.{name} is {token}, expected less than {vocab_name}, {vocab_size}"
         for name, token in tokens.items()
@@ -26,21 +26,21 @@ def not_below(where: str, vocab_name: str, vocab_size: int, **tokens: int) -> li
     ]
 
 
-def wrong_count(where: str, name: str, values: Sequence[Any], count: int) -> list[str]:
-    """A line for a list of another length."""
+def check_count(where: str, name: str, values: Sequence[Any], count: int) -> list[str]:
+    """Returns a problem if a list has not `count` values."""
     if len(values) == count:
         return []
     return [f"{where}.{name} has {len(values)} numbers ({list(values)}), expected {count}"]
 
 
 class Fields:
-    """One object of a config file; problems of all objects of the file share one list."""
+    """Reads one object of a config file; all objects of the file add to one list of problems."""
 
     def __init__(self, where: str, data: Mapping[str, Any], problems: list[str]):
         self.where, self.data, self.problems = where, data, problems
 
     def section(self, name: str) -> Fields:
-        """A nested object; an absent one is empty, so that every field takes its default."""
+        """Returns a nested object. An absent one is empty: every field takes its default."""
         value = self.data.get(name)
         if value is not None and not isinstance(value, dict):
             self._report(name, value, "an object")
@@ -51,7 +51,7 @@ class Fields:
         return self.data.get(name) is not None
 
     def token(self, name: str, default: int) -> int:
-        """A token id, 0 or more; null and absent mean the default."""
+        """Returns a token id, 0 or more; the default for null or an absent field."""
         value = self.data.get(name)
         if value is None:
             return default
@@ -61,7 +61,7 @@ class Fields:
         return value
 
     def size(self, name: str, default: int | None, limit: int = MAX_SIZE) -> int:
-        """A positive int; null and absent mean the default, and None means there is none."""
+        """Returns a positive int; the default, unless that is None, for null or an absent field."""
         value = self.data.get(name)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # transformers allows [384, 384] for a square
@@ -82,7 +82,7 @@ class Fields:
         return float(value)
 
     def sizes(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """A list of small positive ints."""
+        """Returns a list of small positive ints."""
         value = self.data.get(name)
         if value is None:
             return default

@@ -1,4 +1,4 @@
-"""A model directory from a local path or a Hugging Face hub id."""
+"""Finds a model directory from a local path or a Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SMALL = ["*.json", "*.jinja", "*.txt"]
 
 
 def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
-    """The directory itself, or the downloaded (or cached) snapshot of a hub id.
+    """Returns the directory itself, or the downloaded (or cached) snapshot of a hub id.
 
     Raises: InputError when there is neither, saying how to fetch the model elsewhere, and for
         the directory of an adapter.
@@ -27,7 +27,7 @@ def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
 
 
 def resolve_path(path_or_hub_id: str | Path) -> Path:
-    """As `resolve_model_dir`, or a single file of weights."""
+    """Returns what `resolve_model_dir` does, or a single file of weights."""
     if not str(path_or_hub_id).strip():  # which would mean the working directory
         raise InputError(f"{str(path_or_hub_id)!r}: is empty, expected a path or a hub id")
     path = Path(expand_path(path_or_hub_id))

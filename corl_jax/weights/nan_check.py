@@ -1,4 +1,4 @@
-"""Weights that are no numbers, found while they are read."""
+"""Finds NaN and infinite weights while they are read or written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXPONENTS = {
 
 
 def count_non_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite; 0 for integers."""
+    """Returns how many values are NaN or infinite; 0 for integers."""
     if array.dtype not in _EXPONENTS:
         floats = np.issubdtype(array.dtype, np.floating)
         return int(array.size - np.isfinite(array).sum()) if floats else 0
@@ -32,8 +32,8 @@ def count_non_finite(array: np.ndarray) -> int:
     return sum(int(np.count_nonzero((block & mask) == mask)) for block in blocks)
 
 
-def non_finite_problem(where: object, path: str, array: np.ndarray) -> list[str]:
-    """A line if a parameter holds values that are no numbers."""
+def check_finite(where: object, path: str, array: np.ndarray) -> list[str]:
+    """Returns a problem if a parameter holds NaN or infinity."""
     count = count_non_finite(array)
     if not count:
         return []
@@ -43,8 +43,8 @@ def non_finite_problem(where: object, path: str, array: np.ndarray) -> list[str]
     ]
 
 
-def watched(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], list[str]]:
-    """(the same plans, a line for each tensor that held NaN or infinity, once it is written)."""
+def check_while_writing(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], list[str]]:
+    """Returns (plans that count NaN and infinity, a list that gets a line for each such tensor)."""
     lines: list[str] = []
 
     def one(plan: TensorPlan) -> TensorPlan:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from corl_jax.weights.dtypes import safetensors_name
+from corl_jax.atomic_files import replace_file
+from corl_jax.weights.dtypes import to_safetensors_name
 from corl_jax.weights.selection import BIN_NAME, SAFE_NAME
 from corl_jax.weights.storage import read_header
 
@@ -46,7 +47,7 @@ def write_tensors(
     as_bin: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """The files written: one, or several with their index. A tensor is never split."""
+    """Writes one file, or several with their index; returns the files. A tensor is never split."""
     shards = _split(plans, max_shard_bytes)
     stem, suffix = (BIN_NAME if as_bin else SAFE_NAME).split(".")
     write = write_bin if as_bin else write_safetensors
@@ -80,29 +81,27 @@ def _split(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
 def write_safetensors(
     file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None
 ) -> None:
-    """One safetensors file, flushed to disk and its header read back."""
+    """Writes one safetensors file, and reads its header back."""
     # Wide elements first: each tensor then starts at a multiple of its element size.
     ordered = sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in ordered:
         header[plan.key] = {
-            "dtype": safetensors_name(plan.dtype),
+            "dtype": to_safetensors_name(plan.dtype),
             "shape": list(plan.shape),
             "data_offsets": [offset, offset + plan.nbytes],
         }
         offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGN)
-    with file.open("wb") as stream:
+    with replace_file(file) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for plan in ordered:
             for chunk in _checked_chunks(plan):
                 stream.write(chunk.reshape(-1).view(np.uint8).data)
                 if progress:
                     progress(chunk.nbytes)
-        stream.flush()
-        os.fsync(stream.fileno())
     read_header(file)
 
 
@@ -120,7 +119,7 @@ def _checked_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:
 
 
 def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None) -> None:
-    """One PyTorch file; holds a whole shard in memory, since torch.save does."""
+    """Writes one PyTorch file. A whole shard is in memory, as torch.save needs it."""
     from corl_jax.weights.torch_bin import import_torch, to_torch
 
     torch = import_torch(file)
@@ -131,10 +130,12 @@ def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None
         state[plan.key] = to_torch(whole.reshape(plan.shape))
         if progress:
             progress(plan.nbytes)
-    with file.open("wb") as stream:
+    with replace_file(file) as stream:
         torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -142,7 +143,5 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
+    with replace_file(file) as stream:
         stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""Where parameter slices come from: a torch layout, our own directory, or memory.
+"""Reads parameter slices from a torch layout, from our own directory or from memory.
 
 All three answer the same two questions, so that any layout is written from any other without
 the whole model in memory: which type does a slice have, and what does it hold.
@@ -16,15 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from corl_jax.weights.dtypes import BFLOAT16, named, widest
-from corl_jax.weights.storage import Box, Store, whole
+from corl_jax.weights.dtypes import BFLOAT16, find_common_dtype, parse_dtype
+from corl_jax.weights.storage import Box, Store, make_whole_box
 from corl_jax.weights.table import Shape, Slot
 
 READERS = min(8, os.cpu_count() or 1)
 PIECE = 2**22
 """Values of a leaf without layers that one thread reads at a time."""
 COLUMNS = 64
-"""Of a transposed array that are copied at a time: what they lie in stays in the cache."""
+"""Columns of a transposed array copied at a time, few enough to stay in the CPU cache."""
 
 
 class Leaves(Protocol):
@@ -35,16 +35,16 @@ class Leaves(Protocol):
     transposed: bool  # matrices may lie in the source the other way
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
-        """The type of the slice in its source."""
+        """Returns the dtype of the slice in its source."""
         ...
 
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
-        """The slice, or the part of it in a box, of its source's type."""
+        """Returns the slice, or the part of it in a box, in its source's dtype."""
         ...
 
 
 class TorchLeaves:
-    """Leaves of a checkpoint in a PyTorch layout."""
+    """Reads the leaves of a checkpoint in a PyTorch layout."""
 
     def __init__(self, store: Store, slots: list[Slot], shapes: dict[str, Shape]):
         self.shapes = shapes
@@ -57,12 +57,12 @@ class TorchLeaves:
 
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
         slot, shape = self._slots[path, layer], self.shapes[path]
-        box = whole(shape if layer is None else shape[1:]) if box is None else box
+        box = make_whole_box(shape if layer is None else shape[1:]) if box is None else box
         return slot.transform.to_leaf(self._store.read(slot.key, slot.box(box)))
 
 
 class JaxLeaves:
-    """Leaves of a converted directory.
+    """Reads the leaves of a converted directory.
 
     A stacked leaf has one type there; `layer_dtypes` says what each slice was in its source,
     where those differed.
@@ -76,19 +76,19 @@ class JaxLeaves:
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         if layer is not None and path in self._layer_dtypes:
-            return named(self._layer_dtypes[path][layer])
+            return parse_dtype(self._layer_dtypes[path][layer])
         return self._store.infos[path].dtype
 
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
         if layer is None:
             return self._store.read(path, box)
-        box = whole(self.shapes[path][1:]) if box is None else box
+        box = make_whole_box(self.shapes[path][1:]) if box is None else box
         array = self._store.read(path, ((layer, layer + 1), *box))[0]
         return array.astype(self.dtype(path, layer), copy=False)
 
 
 class MemoryLeaves:
-    """Leaves held in memory as NumPy or JAX arrays.
+    """Reads leaves that are NumPy or JAX arrays in memory.
 
     `layer_dtypes` names the type in which each slice is to be written, for the leaves whose
     slices had different types in their source.
@@ -105,7 +105,7 @@ class MemoryLeaves:
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         if layer is not None and path in self._layer_dtypes:
-            return named(self._layer_dtypes[path][layer])
+            return parse_dtype(self._layer_dtypes[path][layer])
         return np.dtype(self._flat[path].dtype)
 
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
@@ -116,29 +116,31 @@ class MemoryLeaves:
         return array.astype(self.dtype(path, layer), copy=False)
 
 
-def layer_count(leaves: Leaves, path: str, stacked: bool) -> list[int | None]:
-    """The slices of a leaf: its layers, or the one whole."""
+def list_layers(leaves: Leaves, path: str, stacked: bool) -> list[int | None]:
+    """Returns the slices of a leaf: the numbers of its layers, or None for the whole."""
     return list(range(leaves.shapes[path][0])) if stacked else [None]
 
 
-def leaf_dtype(leaves: Leaves, path: str, layers: list[int | None]) -> np.dtype:
-    """The one type that holds all slices of a leaf exactly."""
-    return widest(leaves.dtype(path, layer) for layer in layers)
+def find_leaf_dtype(leaves: Leaves, path: str, layers: list[int | None]) -> np.dtype:
+    """Returns the dtype that holds all slices of a leaf exactly."""
+    return find_common_dtype(leaves.dtype(path, layer) for layer in layers)
 
 
 def read_leaf(
     leaves: Leaves, path: str, stacked: bool, dtype: Any = None, box: Box | None = None
 ) -> np.ndarray:
-    """A leaf, or the part of it in a box, slice by slice; `dtype` None is the stored one."""
-    layers = layer_count(leaves, path, stacked)
-    box = whole(leaves.shapes[path]) if box is None else box
-    out = np.empty([stop - start for start, stop in box], dtype or leaf_dtype(leaves, path, layers))
+    """Reads a leaf, or the part of it in a box, slice by slice; `dtype` None is the stored one."""
+    layers = list_layers(leaves, path, stacked)
+    box = make_whole_box(leaves.shapes[path]) if box is None else box
+    out = np.empty(
+        [stop - start for start, stop in box], dtype or find_leaf_dtype(leaves, path, layers)
+    )
 
     def fill(piece: Piece) -> None:
         where, layer, part = piece
-        copy(out[where], leaves.read(path, layer, part))
+        copy_array(out[where], leaves.read(path, layer, part))
 
-    listed = list(_layers(box) if stacked else _pieces(box, leaves.transposed))
+    listed = list(_split_layers(box) if stacked else _split_pieces(box, leaves.transposed))
     if leaves.concurrent and len(listed) > 1:
         with ThreadPoolExecutor(READERS) as readers:
             for _ in readers.map(fill, listed):
@@ -153,13 +155,13 @@ Piece = tuple[Any, int | None, Box]
 """(where it goes, layer, box)."""
 
 
-def _layers(box: Box) -> Iterator[Piece]:
+def _split_layers(box: Box) -> Iterator[Piece]:
     # The ellipsis makes an array of a layer's one number, too.
     return (((place, ...), layer, box[1:]) for place, layer in enumerate(range(*box[0])))
 
 
-def _pieces(box: Box, transposed: bool) -> Iterator[Piece]:
-    """A box in pieces that lie in one stretch of the file each, or nearly so."""
+def _split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
+    """Splits a box into pieces that are each contiguous, or almost, in the file."""
     sizes = [stop - start for start, stop in box]
     if math.prod(sizes) <= PIECE:
         yield ..., None, box
@@ -173,22 +175,21 @@ def _pieces(box: Box, transposed: bool) -> Iterator[Piece]:
         yield (*[slice(None)] * axis, slice(start, stop)), None, part
 
 
-def copy(out: np.ndarray, source: np.ndarray) -> None:
-    """out[...] = source; bfloat16 by its bits.
-
-    NumPy holds the interpreter's lock while it copies or widens that type, which it does not know.
-    """
+def copy_array(out: np.ndarray, source: np.ndarray) -> None:
+    """Copies: out[...] = source."""
+    # bfloat16 is copied by its bits: NumPy does not know the type, and holds the interpreter's lock
+    # while it copies or widens it.
     if source.dtype == BFLOAT16 and out.dtype == np.float32:
         bits = out.view(np.uint32)
-        _by_columns(bits, source.view(np.uint16))
+        _copy_by_columns(bits, source.view(np.uint16))
         bits <<= 16
     elif source.dtype == out.dtype == BFLOAT16:
-        _by_columns(out.view(np.uint16), source.view(np.uint16))
+        _copy_by_columns(out.view(np.uint16), source.view(np.uint16))
     else:
-        _by_columns(out, source)
+        _copy_by_columns(out, source)
 
 
-def _by_columns(out: np.ndarray, source: np.ndarray) -> None:
+def _copy_by_columns(out: np.ndarray, source: np.ndarray) -> None:
     if source.ndim < 2 or source.flags.c_contiguous:
         out[...] = source
         return
@@ -197,18 +198,18 @@ def _by_columns(out: np.ndarray, source: np.ndarray) -> None:
         out[..., columns] = source[..., columns]
 
 
-def mixed_dtypes(leaves: Leaves, stacked: Mapping[str, bool]) -> dict[str, list[str]]:
-    """{path: type of each slice} for the leaves whose slices differ in type."""
+def find_mixed_dtypes(leaves: Leaves, stacked: Mapping[str, bool]) -> dict[str, list[str]]:
+    """Returns {path: dtype name of each slice} for the leaves whose slices differ in dtype."""
     out = {}
     for path in leaves.shapes:
-        kinds = [leaves.dtype(path, n) for n in layer_count(leaves, path, stacked[path])]
+        kinds = [leaves.dtype(path, n) for n in list_layers(leaves, path, stacked[path])]
         if len(set(kinds)) > 1:
             out[path] = [kind.name for kind in kinds]
     return out
 
 
-def slots_by_key(slots: list[Slot]) -> dict[str, list[Slot]]:
-    """The slots that make up each torch tensor, in the order of its parts."""
+def group_slots(slots: list[Slot]) -> dict[str, list[Slot]]:
+    """Returns the slots of each torch tensor, in the order of its parts."""
     out: dict[str, list[Slot]] = collections.defaultdict(list)
     for slot in slots:
         out[slot.key].append(slot)

@@ -1,4 +1,4 @@
-"""Named tensors in files: read one at a time, never a whole shard.
+"""Reads named tensors from files, one at a time and never a whole shard.
 
 Every header and index is checked before the first tensor is read, so that a damaged or hostile
 file is refused with its name and a remedy. Tensors are read with `pread` into fresh arrays: a
@@ -59,8 +59,8 @@ Box = tuple[tuple[int, int], ...]
 """A part of an array: [start, stop) along each of its axes."""
 
 
-def whole(shape: tuple[int, ...]) -> Box:
-    """All of an array."""
+def make_whole_box(shape: tuple[int, ...]) -> Box:
+    """Returns the box of a whole array."""
     return tuple((0, size) for size in shape)
 
 
@@ -71,7 +71,7 @@ class Store(Protocol):
     concurrent: bool  # several threads may read
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
-        """The tensor, or the part of it in a box, as a fresh contiguous array."""
+        """Reads the tensor, or the part of it in a box, as a fresh contiguous array."""
         ...
 
     def close(self) -> None: ...
@@ -89,7 +89,7 @@ class SafetensorsStore:
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
         info = self.infos[key]
-        box = whole(info.shape) if box is None else box
+        box = make_whole_box(info.shape) if box is None else box
         out = np.empty([stop - start for start, stop in box], info.dtype)
         if not out.nbytes:
             return out
@@ -123,7 +123,7 @@ class SafetensorsStore:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, its header checked against the file's size.
+    """Reads the tensors' names, shapes and places of a safetensors file, checked against its size.
 
     Raises: InputError for anything but a whole, well-formed file.
     """
@@ -133,8 +133,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise InputError(_not_safetensors(file, size))
-            header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+                raise InputError(_describe_bad_start(file, size))
+            header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
     except (ValueError, RecursionError) as error:
@@ -145,10 +145,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         ) from error
     if not isinstance(header, dict):
         raise InputError(f"{file}: its safetensors header is not an object; {_AGAIN}")
-    return _checked_entries(file, header, data_start=8 + length, size=size)
+    return _check_entries(file, header, data_start=8 + length, size=size)
 
 
-def _not_safetensors(file: Path, size: int) -> str:
+def _describe_bad_start(file: Path, size: int) -> str:
     if is_lfs_pointer(file):
         return describe_lfs_pointer(file)
     return (
@@ -157,23 +157,23 @@ def _not_safetensors(file: Path, size: int) -> str:
     )
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("it names a key twice")
     return out
 
 
-def _checked_entries(
+def _check_entries(
     file: Path, header: dict[str, Any], *, data_start: int, size: int
 ) -> dict[str, TensorInfo]:
     header = {key: value for key, value in header.items() if key != "__metadata__"}
-    infos, spans, problems = {}, [], bad_names(file, header)
+    infos, spans, problems = {}, [], find_bad_names(file, header)
     if problems:
         raise InputError(problems)
     for key, entry in header.items():
         try:
-            info, end = _entry(file, entry, data_start)
+            info, end = _parse_entry(file, entry, data_start)
         except (TypeError, KeyError, ValueError) as error:
             problems.append(f"{file}: tensor {key!r} has a malformed entry ({error}); {_AGAIN}")
             if len(problems) == MAX_MALFORMED:
@@ -193,8 +193,8 @@ def _checked_entries(
     return infos
 
 
-def bad_names(file: Path, keys: Iterable[str]) -> list[str]:
-    """A line for each tensor whose name no network gives: too long, a path, unprintable.
+def find_bad_names(file: Path, keys: Iterable[str]) -> list[str]:
+    """Lists tensors with names that cannot be real: too long, a path, unprintable.
 
     No name is ever used as a path here; what handles the same file later might do so.
     """
@@ -214,7 +214,7 @@ def bad_names(file: Path, keys: Iterable[str]) -> list[str]:
     ]
 
 
-def _entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
+def _parse_entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
     """Raises: TypeError, KeyError or ValueError for an entry that does not add up."""
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     numbers = [*shape, begin, end]
@@ -229,7 +229,7 @@ def _entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[Tenso
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises: InputError naming the file."""
+    """Reads a JSON object. Raises: InputError naming the file."""
     text = read_text(file, "a JSON file of settings", MAX_JSON_BYTES)
     try:
         value = json.loads(text)
@@ -241,7 +241,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_index(file: Path) -> dict[str, Path]:
-    """{key: shard file} of an index.json; the shards must lie in its own folder.
+    """Reads {key: shard file} from an index.json; the shards must lie in its own folder.
 
     Raises: InputError listing names that point elsewhere and shards that are absent.
     """
@@ -268,7 +268,7 @@ def read_index(file: Path) -> dict[str, Path]:
 
 
 def open_store(folder: Path) -> Store:
-    """The weights in a folder under their standard names; see `select_weights` for their order.
+    """Opens the weights in a folder under their standard names; `select_weights` has their order.
 
     Raises: InputError for a folder without weights, or with damaged ones.
     """
@@ -282,7 +282,7 @@ def open_store(folder: Path) -> Store:
 
 
 def open_any_store(path: Path) -> Store:
-    """The weights in a folder under any names, or in a single file.
+    """Opens the weights in a folder under any names, or in a single file.
 
     Standard names come first (see `open_store`), then all safetensors files of the folder
     together, then all PyTorch files.
@@ -328,15 +328,17 @@ def open_safetensors(files: list[Path]) -> SafetensorsStore:
         except InputError as error:
             problems += error.problems
             continue
-        problems += shared_keys(infos, found, file)
+        problems += find_shared_keys(infos, found, file)
         infos.update(found)
     if problems:
         raise InputError(problems)
     return SafetensorsStore(infos)
 
 
-def shared_keys(before: Mapping[str, TensorInfo], keys: Iterable[str], file: Path) -> list[str]:
-    """A line for each earlier file that has tensors of the same names as `file`."""
+def find_shared_keys(
+    before: Mapping[str, TensorInfo], keys: Iterable[str], file: Path
+) -> list[str]:
+    """Lists the earlier files that have tensors of the same names as `file`."""
     shared: dict[Path, list[str]] = {}
     for key in keys:
         if key in before:

@@ -34,18 +34,18 @@ class Transform:
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_torch(self, leaf: np.ndarray) -> np.ndarray:
-        """The inverse of `to_leaf`; like it a view, which a writer must make contiguous."""
+        """Inverts `to_leaf`. Both return views, which a writer must make contiguous."""
         tensor = leaf if self.axes is None else leaf.transpose(np.argsort(self.axes))
         return tensor[None] if self.drop_leading else tensor
 
     def torch_box(self, box: Box) -> Box:
-        """Where a part of a leaf lies in the torch tensor."""
+        """Returns where a part of a leaf lies in the torch tensor."""
         if self.axes is not None:
             box = tuple(box[i] for i in np.argsort(self.axes))
         return ((0, 1), *box) if self.drop_leading else box
 
     def torch_shape(self, shape: Shape) -> Shape:
-        """The torch shape of a leaf of this shape; None of the leaf's rank raises ValueError."""
+        """Returns the torch shape of a leaf. Raises: ValueError for a leaf of another rank."""
         if self.axes is not None:
             if len(self.axes) != len(shape):
                 raise ValueError(f"rank {len(shape)}, but the table expects {len(self.axes)}")
@@ -85,7 +85,7 @@ class Slot:
     shape: Shape  # of the whole torch tensor
 
     def box(self, box: Box) -> Box:
-        """Where a part of the leaf's slice lies in the whole torch tensor."""
+        """Returns where a part of the leaf's slice lies in the whole torch tensor."""
         box = self.transform.torch_box(box)
         index, count = self.part
         if count == 1:
@@ -96,7 +96,7 @@ class Slot:
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     pieces = re.split(r"\{(\w+)\}", pattern)
     names = (f"(?P<{name}>0|[1-9][0-9]*)" for name in pieces[1::2])
     out = re.escape(pieces[0])
@@ -125,15 +125,15 @@ class Table:
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
     def matches(self, key: str) -> bool:
-        """Whether some row feeds on a torch key."""
-        return any(_regex(row.key).fullmatch(key) for row in self.rows)
+        """Returns whether a row has this torch key."""
+        return any(_compile_pattern(row.key).fullmatch(key) for row in self.rows)
 
     def paths(self, key: str) -> list[tuple[str, int | None]]:
-        """The (path, layer) pairs that a torch key feeds, in the order of its parts.
+        """Returns the (path, layer) pairs that a torch key holds, in the order of its parts.
 
         Raises: InputError for a key that no row matches, or that rows match ambiguously.
         """
-        hits = [(row, m) for row in self.rows if (m := _regex(row.key).fullmatch(key))]
+        hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.key).fullmatch(key))]
         counts = {row.part[1] for row, _ in hits}
         parts = sorted(row.part[0] for row, _ in hits)
         if not hits:
@@ -142,18 +142,18 @@ class Table:
             rows = ", ".join(row.path for row, _ in hits)
             raise InputError(f"{key}: several rows of the {self.name} table match it: {rows}")
         hits.sort(key=lambda hit: hit[0].part[0])
-        return [(_fill(row.path, m.groupdict()), _layer(m)) for row, m in hits]
+        return [(_fill(row.path, m.groupdict()), _read_layer(m)) for row, m in hits]
 
     def row(self, path: str) -> tuple[Row, dict[str, str]]:
-        """The one row of a leaf, with the values of its placeholders."""
-        hits = [(row, m) for row in self.rows if (m := _regex(row.path).fullmatch(path))]
+        """Returns the one row of a leaf, and the values of its placeholders."""
+        hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.path).fullmatch(path))]
         if len(hits) != 1:
             found = "no row" if not hits else f"{len(hits)} rows"
             raise InputError(f"{path}: {found} of the {self.name} table match it, expected one")
         return hits[0][0], hits[0][1].groupdict()
 
     def slots(self, leaves: Mapping[str, Shape]) -> list[Slot]:
-        """Every (part of a) torch tensor that holds these leaves, leaf by leaf.
+        """Returns every torch tensor, or part of one, that holds these leaves.
 
         Raises: InputError listing leaves without a row, or two leaves in one place.
         """
@@ -164,7 +164,7 @@ class Table:
             except (InputError, ValueError) as error:
                 lines = error.problems if isinstance(error, InputError) else [f"{path}: {error}"]
                 problems += lines
-        problems += _overlaps(slots)
+        problems += _find_overlaps(slots)
         if problems:
             raise InputError(problems)
         return slots
@@ -181,7 +181,7 @@ class Table:
             yield Slot(key, path, layer, row.part, row.transform, torch_shape)
 
     def problems(self, slots: Iterable[Slot], found: Mapping[str, Shape], where: Any) -> list[str]:
-        """What is wrong with the tensors found: unknown, missing, of another shape."""
+        """Lists the tensors that are unknown, missing or of another shape."""
         expected = {slot.key: slot.shape for slot in slots}
         out = []
         for key, shape in expected.items():
@@ -201,8 +201,8 @@ class Table:
         return out
 
 
-def _overlaps(slots: Iterable[Slot]) -> list[str]:
-    """Two leaves in one place, and tensors of which some part has no leaf."""
+def _find_overlaps(slots: Iterable[Slot]) -> list[str]:
+    """Lists places with two leaves, and tensors with a part that has no leaf."""
     feeds: dict[str, dict[int, str]] = {}
     counts: dict[str, set[int]] = {}
     problems = []
@@ -222,6 +222,6 @@ def _fill(pattern: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: values[m[1]], pattern)
 
 
-def _layer(match: re.Match[str]) -> int | None:
+def _read_layer(match: re.Match[str]) -> int | None:
     layer = match.groupdict().get("layer")
     return None if layer is None else int(layer)

@@ -1,4 +1,4 @@
-"""PyTorch's own files (`.bin`, `.pth`, `.pt`): the only place of the package that needs torch.
+"""Reads PyTorch's own files (`.bin`, `.pth`, `.pt`); no other module needs torch.
 
 Files are unpickled with `weights_only`, so that nothing in them can run, and memory-mapped; the
 legacy ones, of PyTorch before 1.6, can only be read whole. One file is open at a time: the pages
@@ -16,8 +16,8 @@ import numpy as np
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
-from corl_jax.weights.dtypes import BFLOAT16, named
-from corl_jax.weights.storage import Box, TensorInfo, bad_names, shared_keys
+from corl_jax.weights.dtypes import BFLOAT16, parse_dtype
+from corl_jax.weights.storage import Box, TensorInfo, find_bad_names, find_shared_keys
 
 _AGAIN = "download or copy it again"
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -56,13 +56,13 @@ class BinStore:
             except InputError as error:
                 problems += error.problems
                 continue
-            problems += shared_keys(self.infos, tensors, file)
+            problems += find_shared_keys(self.infos, tensors, file)
             for key, tensor in tensors.items():
                 name = str(tensor.dtype).removeprefix("torch.")
                 if name not in _DTYPES:
                     problems.append(f"{file}: {key} is {name}, which is not supported")
                     continue
-                self.infos[key] = TensorInfo(tuple(tensor.shape), named(name), file)
+                self.infos[key] = TensorInfo(tuple(tensor.shape), parse_dtype(name), file)
         if problems:
             raise InputError(problems)
 
@@ -82,15 +82,15 @@ class BinStore:
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """A view; bfloat16 goes through its bits, because NumPy's own protocol lacks it."""
+    """Returns a view as a NumPy array."""
     torch = import_torch(Path("a tensor"))
-    if tensor.dtype == torch.bfloat16:
+    if tensor.dtype == torch.bfloat16:  # NumPy's own protocol lacks it
         return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return tensor.contiguous().numpy()
 
 
 def to_torch(array: np.ndarray) -> Any:
-    """The inverse of `to_numpy`."""
+    """Inverts `to_numpy`."""
     torch = import_torch(Path("a tensor"))
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -98,7 +98,7 @@ def to_torch(array: np.ndarray) -> Any:
 
 
 def load_bin(file: Path) -> dict[str, Any]:
-    """{key: tensor} of one PyTorch file; memory-mapped, unless it is a legacy one.
+    """Loads {key: tensor} from one PyTorch file; memory-mapped, unless it is a legacy one.
 
     A training checkpoint's `state_dict` is taken out of what surrounds it.
     Raises: InputError for another kind of file, anything but plain tensors, compressed
@@ -114,11 +114,11 @@ def load_bin(file: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can end in any of them
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{file}: PyTorch cannot load it ({line}); {_AGAIN}") from error
-    return _checked_state(file, state)
+    return _check_state(file, state)
 
 
 def _is_legacy(file: Path) -> bool:
-    """False for a whole archive, True for a legacy file. Raises InputError for anything else."""
+    """Returns True for a legacy file, False for an archive; else raises InputError."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(LEGACY_START))
@@ -127,7 +127,7 @@ def _is_legacy(file: Path) -> bool:
         # An archive may hide behind another kind of file, as which PyTorch would read it.
         if not legacy and not start.startswith(ZIP_START):
             raise ValueError(f"it starts with {start[:8]!r}")
-        entries = [] if legacy else _entries(file)
+        entries = [] if legacy else _list_entries(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
     except Exception as error:  # zipfile's own, and whatever a damaged directory leads it to
@@ -150,18 +150,18 @@ def _is_legacy(file: Path) -> bool:
     return legacy
 
 
-def _entries(file: Path) -> list[zipfile.ZipInfo]:
+def _list_entries(file: Path) -> list[zipfile.ZipInfo]:
     with zipfile.ZipFile(file) as archive:
         return archive.infolist()
 
 
-def _checked_state(file: Path, state: Any) -> dict[str, Any]:
+def _check_state(file: Path, state: Any) -> dict[str, Any]:
     torch = import_torch(file)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise InputError(f"{file}: holds a {type(state).__name__}, expected a dict of tensors")
-    problems = bad_names(file, (key for key in state if isinstance(key, str)))
+    problems = find_bad_names(file, (key for key in state if isinstance(key, str)))
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             problems.append(f"{file}: {key!r} is a {type(value).__name__}, expected a tensor")

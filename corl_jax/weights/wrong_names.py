@@ -1,4 +1,4 @@
-"""Tensors under names that are wrong in one way: explained in one line, not one per tensor."""
+"""Explains names that are wrong in one way with one line in place of one per tensor."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
     is_known = is_known_to(table)
     unknown = [key for key in keys if not is_known(key)]
     candidates = [
-        _without_wrappers(unknown),
-        _without_prefix(unknown, is_known),
-        _with_prefix(unknown, is_known, table),
+        _strip_wrappers(unknown),
+        _strip_prefix(unknown, is_known),
+        _add_prefix(unknown, is_known, table),
     ]
     best: dict[str, str] = {}
     for candidate in candidates:
@@ -49,12 +49,12 @@ def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
     return WrongNames(best, _describe(best, len(keys), table.name))
 
 
-def with_wrong_names(
+def shorten_wrong_names(
     problems: list[str], table: Table, slots: list[Slot], found: Mapping[str, Shape], where: Path
 ) -> list[str]:
-    """The `problems` that a table has with the tensors `found`, shorter where one cause has many.
+    """Returns the `problems` that a table has with the tensors `found`, one line for each cause.
 
-    All names that are wrong in the same way are one line; lines on other tensors stay.
+    All names that are wrong in the same way are one line. Lines about other tensors stay.
     """
     if unmerged := [key for key in found if ".lora_" in key]:
         return [
@@ -68,20 +68,20 @@ def with_wrong_names(
     return [f"{where}: {wrong.problem}", *table.problems(slots, corrected, where)]
 
 
-def layout_of_names(keys: Collection[str], layouts: dict[str, Known]) -> str | None:
+def find_layout_of_names(keys: Collection[str], layouts: dict[str, Known]) -> str | None:
     """Returns the layout that knows at least half of the names, the one that knows the most."""
     counts = {name: sum(map(is_known, keys)) for name, is_known in layouts.items()}
     best = max(counts, key=lambda name: counts[name])
     return best if keys and 2 * counts[best] >= len(keys) else None
 
 
-def _without_wrappers(keys: Iterable[str]) -> dict[str, str]:
+def _strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
     shorter = {key: ".".join(p for p in key.split(".") if p not in _WRAPPERS) for key in keys}
     return {key: name for key, name in shorter.items() if name != key}
 
 
-def _without_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
-    """The names without the prefix that most of them should not have."""
+def _strip_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
+    """Removes the prefix that most of the names should not have."""
     votes: collections.Counter[str] = collections.Counter()
     for key in keys[:_VOTERS]:
         parts = key.split(".")
@@ -94,8 +94,8 @@ def _without_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
     return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
 
 
-def _with_prefix(keys: list[str], is_known: Known, table: Table) -> dict[str, str]:
-    """The names with the prefix that most of them lack."""
+def _add_prefix(keys: list[str], is_known: Known, table: Table) -> dict[str, str]:
+    """Adds the prefix that most of the names lack."""
     prefixes = {
         ".".join(parts[:count]) + "."
         for parts in (row.key.split(".") for row in table.rows)

@@ -25,10 +25,12 @@ from corl_jax.policies import batched, inspect_policy, load_policy
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.tasks import TASKS
-from corl_jax.weights.files import load_params, save_checkpoint
+from corl_jax.weights.checkpoint import load_params
+from corl_jax.weights.export import save_checkpoint
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -59,7 +61,7 @@ def model_dir(config, tmp_path_factory):
     params = map_with_path(draw, network.abstract(config))
     files = tiny_tokenizer_dir(folder.parent / "tokenizer", image_size=16, patch_size=4)
     params["lm_head"]["kernel"][:, Processor.from_dir(files).special.eos] *= 12
-    save_checkpoint(folder, config, params, layout="jax")
+    save_checkpoint(folder, KIND, config, params, layout="jax")
     shutil.copytree(files, folder, dirs_exist_ok=True)
     return folder
 
@@ -111,7 +113,7 @@ def test_images_and_their_lines(drawn, model_dir, config):
     tokens = np.asarray([row["tokens"] for row in records], np.int32)
     assert tokens.shape == (6, config.num_image_tokens)
     assert len(np.unique(tokens, axis=0)) == 6
-    decoded = np.asarray(decode_images(config, load_params(model_dir), tokens))
+    decoded = np.asarray(decode_images(config, load_params(model_dir, KIND), tokens))
     for row, expected in zip(records, decoded, strict=True):
         found = np.asarray(Image.open(drawn / row["file"]))
         assert found.shape == expected.shape == (16, 16, 3)
@@ -136,7 +138,7 @@ def test_greedy_images_are_transformers_own(model_dir, processor, tmp_path):
     exported = tmp_path / "exported"
     model = load_policy(model_dir)
     save_checkpoint(
-        exported, model.sizes, model.params, layout="transformers", assets_from=model_dir
+        exported, KIND, model.sizes, model.params, layout="transformers", assets_from=model_dir
     )
     run("image", "--model", exported, "--prompt", PROMPTS[0], "--prompt", PROMPTS[2],
         "--out", tmp_path / "out", "--greedy")  # fmt: skip

@@ -18,10 +18,11 @@ from corl_jax import score
 from corl_jax.data.drawn_world import generator
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import registry
-from corl_jax.weights import files
+from corl_jax.weights.export import save_checkpoint
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
 from tests.support.tiny_networks import network_dir
 
@@ -273,7 +274,7 @@ def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
         network.abstract(config),
     )
     model = tmp_path / "model"
-    files.save_checkpoint(model, config, params, layout="jax")
+    save_checkpoint(model, KIND, config, params, layout="jax")
     for file in assets.iterdir():
         shutil.copy(file, model)
     for i in range(2):

@@ -20,7 +20,9 @@ from corl_jax.data.drawn_world import checker, generator, language, scene
 from corl_jax.data.drawn_world.scene import Object, Scene
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network
-from corl_jax.weights.files import load_config, load_params, special_tokens
+from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies.janus.tokens import special_tokens
+from corl_jax.weights.checkpoint import load_config, load_params
 from tools.mini_janus import tokenizer as mini_tokenizer
 from tools.mini_janus.__main__ import main
 from tools.mini_janus.config import mini_config
@@ -299,11 +301,11 @@ def test_model_stays_small(tokenizer):
 def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     main(["--out", str(tmp_path / "mini")])
     assert "parameters" in capsys.readouterr().out
-    config = load_config(tmp_path / "mini")
+    config = load_config(tmp_path / "mini", KIND)
     tokens = special_tokens(tmp_path / "mini")
     assert config == mini_config(config.llama.vocab_size)
     assert tokens.bos < tokens.eos < tokens.pad < tokens.boi < tokens.image
-    read = jax.tree.map(np.shape, load_params(tmp_path / "mini"))
+    read = jax.tree.map(np.shape, load_params(tmp_path / "mini", KIND))
     assert read == jax.tree.map(lambda leaf: leaf.shape, network.abstract(config))
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path / "mini")])

@@ -31,10 +31,11 @@ from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
-from corl_jax.weights.files import load_config, load_params
+from corl_jax.weights.checkpoint import load_config, load_params
 from tests.support import several_processes, tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 
@@ -132,7 +133,7 @@ def seen(run: Path, kind: str) -> set[tuple[str, str]]:
 
 
 def exported(run: Path, model: Path) -> dict[str, np.ndarray]:
-    return dict(leaf_paths(load_params(run / "export", load_config(model))))
+    return dict(leaf_paths(load_params(run / "export", KIND, load_config(model, KIND))))
 
 
 def assert_same_parameters(found: Path, wanted: Path, model: Path) -> None:
@@ -170,7 +171,7 @@ def test_two_processes_log_the_same_numbers(chain, alone):
 def test_two_processes_end_with_the_same_parameters(chain, alone, model):
     """Over checkpoints that two write and one restores, and the reverse."""
     assert_same_parameters(chain.run, alone, model)
-    start = dict(leaf_paths(load_params(model, load_config(model))))
+    start = dict(leaf_paths(load_params(model, KIND, load_config(model, KIND))))
     moved = exported(alone, model)["lm_head/kernel"] - start["lm_head/kernel"]
     assert np.abs(moved).max() > 100 * TOLERANCE["atol"]
 

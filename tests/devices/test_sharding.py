@@ -19,8 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import BlipConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import BlipConfig, BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, partition
@@ -29,8 +28,7 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.train.resolve import mesh_problems
-from corl_jax.weights.network_rules import NETWORK_RULES
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (1, 1, 4), "2 x 2 x 2": (2, 2, 2)}
@@ -50,7 +48,7 @@ def networks() -> dict[str, Any]:
     configs = {name: kind.config() for name, kind in KINDS.items()}
     configs |= {"clip_l14": CLIP_L14, "blip_untied": untied}
     return {
-        name: modules.abstract(KINDS[name.split("_")[0]].module, config)
+        name: modules.make_abstract(KINDS[name.split("_")[0]].module, config)
         for name, config in configs.items()
     }
 
@@ -87,7 +85,7 @@ def tables() -> dict[str, str]:
     text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
-        text = table(params, NETWORK_RULES, device_mesh.network_spec)
+        text = table(params, KINDS[name].rules, device_mesh.network_spec)
         out[f"network_{name}.txt"] = text
     return out
 
@@ -103,13 +101,14 @@ def test_resolved_layouts_are_those_on_file():
 def test_large_matrices_of_reward_networks_are_split(name, mesh):
     for path, leaf in leaf_paths(networks()[name]):
         if leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6:
-            spec = device_mesh.network_spec(path, leaf.shape, mesh, NETWORK_RULES)
+            spec = device_mesh.network_spec(path, leaf.shape, mesh, KINDS[name].rules)
             assert {"fsdp", "tensor"} <= {axis for axis in spec if axis}, path
 
 
-def test_no_rule_of_the_networks_is_shadowed_or_unused():
-    rules = [pattern for pattern, _ in NETWORK_RULES]
-    paths = [path for tree in networks().values() for path, _ in leaf_paths(tree)]
+@pytest.mark.parametrize("name", KINDS)
+def test_no_rule_of_the_networks_is_shadowed_or_unused(name):
+    rules = [pattern for pattern, _ in KINDS[name].rules]
+    paths = [path for path, _ in leaf_paths(networks()[name])]
     first = {next(rule for rule in rules if re.fullmatch(rule, path)) for path in paths}
     assert first == set(rules)
 
@@ -120,7 +119,7 @@ def test_a_reward_network_does_not_limit_the_mesh():
     path = "embeddings/word_embeddings/embedding"
 
     def spec_of(path, shape, axes):
-        return device_mesh.network_spec(path, shape, mesh_of(axes), NETWORK_RULES)
+        return device_mesh.network_spec(path, shape, mesh_of(axes), KINDS["bert"].rules)
 
     assert spec_of(path, shape, (1, 4, 8)) == PartitionSpec(None, "fsdp")
     assert spec_of(path, shape, (1, 5, 7)) == PartitionSpec(None, None)

@@ -28,11 +28,12 @@ from corl_jax.params import map_with_path
 from corl_jax.policies import PolicyFiles, load_policy
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.types import Prompts
-from corl_jax.weights import files
+from corl_jax.weights.export import save_checkpoint
 from tests.support import metrics_page
 from tests.support.tiny_models import tiny_parquet, tiny_tokenizer_dir
 
@@ -62,7 +63,7 @@ def model_dir(tmp_path_factory, tiny_config):
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     params = map_with_path(draw, network.abstract(config))
-    files.save_checkpoint(folder, config, params, layout="jax")
+    save_checkpoint(folder, KIND, config, params, layout="jax")
     words = tiny_tokenizer_dir(folder.parent / "words", image_size=16, patch_size=4)
     shutil.copytree(words, folder, dirs_exist_ok=True)
     return folder

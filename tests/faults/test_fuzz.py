@@ -20,12 +20,14 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.data.drawn_world import checker
 from corl_jax.errors import InputError
-from corl_jax.policies.janus.checkpoint import settings as configs
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import ROLES, STRINGS
 from corl_jax.rewards import answers, functions, text
 from corl_jax.weights import storage
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.checkpoint import load_config
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.own_config import build_config, make_own_config
 from tests.faults.hostile import SOUND, header
 from tests.faults.test_untrusted import hostile
 from tests.support.tiny_models import tiny_tokenizer_dir
@@ -180,21 +182,23 @@ def test_model_settings(hammer, tmp_path):
     file = tmp_path / "config.json"
 
     def janus(data):
+        file.write_text(json.dumps(data))
         try:
-            configs.parse_config(data, file)
+            load_config(tmp_path, KIND)
         except InputError as error:
             assert all(str(file) in line for line in error.problems)
 
     hammer("config.json: transformers", changed(hf_config_dict()), janus)
     hammer("config.json: original", changed(original_config_dict()), janus)
-    ours = json.loads(configs.write_jax(configs.parse_config(hf_config_dict(), file), "jax", {}))
+    file.write_text(json.dumps(hf_config_dict()))
+    ours = make_own_config(KIND, load_config(tmp_path, KIND), "original", {})
     hammer("config.json: ours", changed(ours), janus)
     for name, kind in KINDS.items():
         sizes = json.loads(json.dumps(_as_dict(kind.config())))
 
         def converted(data, kind=kind):
             problems: list[str] = []
-            config = configs.from_dict(kind.config, data, "there: sizes", problems)
+            config = build_config(kind.config, data, "there: sizes", problems)
             problems = problems or kind.check(config, "there: sizes")
             assert all(line.startswith("there: sizes") for line in problems)
             if not problems:

@@ -16,7 +16,8 @@ import pytest
 
 from corl_jax.data.dataset import Loader
 from corl_jax.data.parquet import ParquetSource
-from corl_jax.weights.files import load_config, load_params
+from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.weights.checkpoint import load_config, load_params
 from tests.faults.harness import PATIENCE, SUPERVISED, Job
 from tests.support import tiny_runs
 from tests.support.tiny_models import tiny_parquet
@@ -191,7 +192,7 @@ Saver.finish = slow_finish
 def test_an_export_and_a_last_save_may_outlast_the_limit(tmp_path, model, figure):
     limit, leaf_s = 8.0, 0.2
     rows = tiny_runs.rows_file(tmp_path / "rows.parquet", 8)
-    leaves = len(jax.tree.leaves(load_params(model, load_config(model))))
+    leaves = len(jax.tree.leaves(load_params(model, KIND, load_config(model, KIND))))
     assert leaves * leaf_s > 2 * limit
     job = Job.make(
         tmp_path / "job", model, rows, guards={"step_timeout_s": limit},

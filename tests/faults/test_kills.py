@@ -24,7 +24,7 @@ PHASES = {
     "start of a save": ("corl_jax.runs.fingerprints", "make_record", 2),
     "restoring": ("corl_jax.runs.fingerprints", "list_damaged_leaves", 1),
     "wait for the last save": ("corl_jax.runs.saving:Saver", "finish", 1),
-    "export, before it has its name": ("corl_jax.weights.atomic", "_move", 1),
+    "export, before it has its name": ("corl_jax.atomic_files", "_move_folder", 1),
     "summary": ("corl_jax.runs.directory:RunDir", "write_json", 1),
 }
 

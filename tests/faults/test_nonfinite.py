@@ -15,11 +15,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from corl_jax.config import schema
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.train import __main__ as command
 from corl_jax.train import sft, step
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.train.stages import STAGES
-from corl_jax.weights.files import load_config, load_params, save_checkpoint
+from corl_jax.weights.checkpoint import load_config, load_params
+from corl_jax.weights.export import save_checkpoint
 from tests.support import tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 
@@ -138,11 +140,11 @@ def test_bad_updates_in_a_row_end_the_run_with_3(options, poison, tmp_path, caps
 def test_parameters_that_are_not_finite_are_refused_at_the_start(
     options, model, tmp_path, capsys, figure
 ):
-    params = jax.tree.map(np.array, load_params(model))
+    params = jax.tree.map(np.array, load_params(model, KIND))
     params["lm_head"]["kernel"][0, :2] = np.nan
     params["vqmodel"]["quant_conv"]["bias"][1] = np.inf
     folder = tmp_path / "model"
-    save_checkpoint(folder, load_config(model), params, layout="jax")
+    save_checkpoint(folder, KIND, load_config(model, KIND), params, layout="jax")
     written = {path.name for path in folder.iterdir()}
     shutil.copytree(
         model, folder, dirs_exist_ok=True, ignore=lambda *_: written & {*os.listdir(model)}

@@ -17,8 +17,9 @@ from corl_jax.algorithms.advantages import group_advantages
 from corl_jax.algorithms.losses import LossConstants, LossInputs, clipped_policy_loss
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.params import leaf_paths
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.train import __main__ as command
-from corl_jax.weights.files import load_config, load_params
+from corl_jax.weights.checkpoint import load_config, load_params
 from tests.faults.harness import PATIENCE
 from tests.support import several_processes, tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
@@ -137,8 +138,8 @@ def test_every_kind_of_failure_costs_a_call_and_not_the_run(base, tmp_path, figu
     assert [line["mm2t/rewards/sleeps_once/failures"] for line in lines] == [0, 1]
     assert lines[1]["mm2t/rewards/sleeps_once/seconds"] >= 3
     assert all(line["loss"] is not None and line["grad_norm"] is not None for line in lines)
-    config = load_config(output / "export")
-    params = dict(leaf_paths(load_params(output / "export", config)))
+    config = load_config(output / "export", KIND)
+    params = dict(leaf_paths(load_params(output / "export", KIND, config)))
     bad = [path for path, leaf in params.items() if not np.isfinite(leaf).all()]
     figure("T10", fault="NaN and inf in 2 of 4 samples", tries=1, losses=len(bad))
     figure("T13", fault="raises, wrong length, strings, None", tries=4, losses=len(bad))

@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.runs import directory as run_directory
 from corl_jax.weights import storage, torch_bin
-from corl_jax.weights.files import load_params
-from corl_jax.weights.networks import load_network
+from corl_jax.weights.checkpoint import load_params
 from tests.faults.hostile import SOUND, entry, header
 from tests.support.tiny_models import encode, tiny_image
-from tests.support.tiny_networks import network_dir
+from tests.support.tiny_networks import load_network, network_dir
 from tests.support.weight_files import hf_shapes, random_state, write_checkpoint
 from tools.convert_weights.__main__ import run as convert
 
@@ -368,7 +368,7 @@ def test_weights_that_are_no_numbers_are_named(figure, tmp_path, state, capsys):
     bad["model.language_model.layers.1.mlp.up_proj.weight"][0, :2] = np.inf
     folder = write_checkpoint(tmp_path / "janus", bad, "transformers")
     with pytest.raises(InputError) as error:
-        load_params(folder)
+        load_params(folder, KIND)
     lines = sorted(error.value.problems)
     assert len(lines) == 2 and all(str(folder) in line for line in lines)
     assert "up_proj/kernel: 2 of " in lines[0] and "lm_head/kernel: 1 of " in lines[1]

@@ -55,7 +55,7 @@ def adapted(plain, targets=ALL, rank=4):
 def dense(config, trained, frozen):
     """Parameters of the merged network, float32."""
     dtypes = dict.fromkeys((path for path, _ in leaf_paths(frozen)), np.float32)
-    return adapters.merged(merge(trained, frozen), config.llama.lora, dtypes)[0]
+    return adapters.merge_adapters(merge(trained, frozen), config.llama.lora, dtypes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_merging_into_bfloat16_tells_what_it_loses(plain):
 
     def gone(factor, dtypes):
         small = jax.tree.map(lambda x: x * factor, trained)
-        return adapters.merged(merge(small, half), config.llama.lora, dtypes)[1]
+        return adapters.merge_adapters(merge(small, half), config.llama.lora, dtypes)[1]
 
     assert gone(0.01, dtypes) > 0.9  # smaller than half of a kernel's last place
     assert gone(1, dtypes) < 0.1
@@ -232,7 +232,7 @@ def test_merging_rounds_each_layer_to_its_own_type(plain):
     config, trained, frozen = adapted(plain)
     exact = dict(leaf_paths(dense(config, trained, frozen)))
     path = "language_model/layers/attn/q_proj/kernel"
-    merged, gone = adapters.merged(
+    merged, gone = adapters.merge_adapters(
         merge(trained, frozen), config.llama.lora, dict.fromkeys(exact, np.float32),
         layer_dtypes={path: ["float16", "bfloat16"]},
     )  # fmt: skip

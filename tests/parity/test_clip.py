@@ -20,8 +20,7 @@ from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
 from corl_jax.params import flatten
-from corl_jax.weights import config_aesthetic, config_clip
-from corl_jax.weights.tables import aesthetic, clip
+from corl_jax.weights.layouts import aesthetic, clip
 from tests.parity.from_table import arrays, from_table
 from tests.support.tolerances import NETWORK
 
@@ -100,7 +99,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
     problems: list[str] = []
-    config = config_clip.parse(folder, "transformers", {}, problems)
+    config = clip.parse(folder, "transformers", {}, problems)
     assert not problems
     state = arrays(model.state_dict())
     params = from_table(clip.TABLES["transformers"], Clip, config, state)
@@ -245,9 +244,9 @@ def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
     settings = {"model_cfg": size["open_clip"], "preprocess_cfg": {"size": 224}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     shapes = full_shapes(name, layout)
-    config = config_clip.parse(tmp_path, layout, shapes, problems)
+    config = clip.parse(tmp_path, layout, shapes, problems)
     assert (config, problems) == (size["config"], [])
-    leaves = {k: leaf.shape for k, leaf in flatten(modules.abstract(Clip, config)).items()}
+    leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Clip, config)).items()}
     table = clip.TABLES[layout]
     assert not table.problems(table.slots(leaves), shapes, "x")
     assert sum(math.prod(shape) for shape in leaves.values()) == size["parameters"]
@@ -256,9 +255,9 @@ def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
 def test_hps_needs_no_settings_and_others_do(tmp_path):
     problems: list[str] = []
     shapes = full_shapes("ViT-H-14", "open_clip")
-    assert config_clip.parse(tmp_path, "open_clip", shapes, problems) == ClipConfig()
+    assert clip.parse(tmp_path, "open_clip", shapes, problems) == ClipConfig()
     assert not problems
-    config_clip.parse(tmp_path, "open_clip", full_shapes("ViT-L-14", "open_clip"), problems)
+    clip.parse(tmp_path, "open_clip", full_shapes("ViT-L-14", "open_clip"), problems)
     assert len(problems) == 1
     assert "open_clip_config.json: is missing" in problems[0]
     assert "found [1024, 768]" in problems[0]
@@ -279,7 +278,7 @@ def test_the_aesthetic_head():
             weight *= 3
     state = arrays({f"layers.{key}": x for key, x in chain.state_dict().items()})
     shapes, problems = {key: x.shape for key, x in state.items()}, []
-    config = config_aesthetic.parse(None, "published", shapes, problems)
+    config = aesthetic.parse(None, "published", shapes, problems)
     assert (config, problems) == (AestheticConfig(), [])
     params = from_table(aesthetic.TABLES["published"], AestheticHead, config, state)
     x = np.random.default_rng(0).standard_normal((5, 768)).astype(np.float32)

@@ -12,8 +12,10 @@ import pytest
 from corl_jax.assets import MINI_JANUS, NANO_JANUS
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.weights import files
+from corl_jax.weights.checkpoint import load_config, load_params
+from corl_jax.weights.export import convert
 from tests.support import draws
 
 torch = pytest.importorskip("torch")
@@ -44,8 +46,8 @@ def shipped(request):
 
 @pytest.fixture(scope="module")
 def loaded(shipped):
-    config = files.load_config(shipped.folder)
-    params = files.load_params(shipped.folder, config, np.float32)
+    config = load_config(shipped.folder, KIND)
+    params = load_params(shipped.folder, KIND, config, np.float32)
     return config, params, Processor.from_dir(shipped.folder)
 
 
@@ -98,9 +100,9 @@ def test_transformers_reads_how_it_is_sampled(shipped):
 
 def test_both_directions_of_the_conversion_keep_its_bits(shipped, loaded, tmp_path):
     config, _, _ = loaded
-    stored = files.load_params(shipped.folder, config)
-    files.convert(shipped.folder, tmp_path / "jax", layout="jax")
-    files.convert(tmp_path / "jax", tmp_path / "back", layout="transformers")
-    again = files.load_params(tmp_path / "back", config)
+    stored = load_params(shipped.folder, KIND, config)
+    convert(shipped.folder, tmp_path / "jax", KIND, layout="jax")
+    convert(tmp_path / "jax", tmp_path / "back", KIND, layout="transformers")
+    again = load_params(tmp_path / "back", KIND, config)
     jax.tree.map(np.testing.assert_array_equal, stored, again)
     assert jax.tree.structure(stored) == jax.tree.structure(network.abstract(config))

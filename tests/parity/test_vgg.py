@@ -18,9 +18,8 @@ from torchmetrics.functional.image import lpips as reference
 from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.params import flatten
-from corl_jax.weights.config_vgg import parse
+from corl_jax.weights.layouts.vgg import TABLES, parse
 from corl_jax.weights.storage import open_any_store
-from corl_jax.weights.tables.vgg import TABLES
 from tests.parity.from_table import arrays, from_table
 from tests.support.tolerances import NETWORK
 

@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from corl_jax.weights.files import convert, special_tokens
+from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies.janus.tokens import special_tokens
+from corl_jax.weights.export import convert
 from tests.support.weight_files import (
     SPECIALS,
     carried_state,
@@ -37,7 +39,7 @@ def original(tmp_path_factory, state):
 @pytest.fixture(scope="module")
 def crossed(tmp_path_factory, original):
     out = tmp_path_factory.mktemp("parity") / "hf"
-    convert(original, out, layout="transformers", max_shard_bytes=10**6)
+    convert(original, out, KIND, layout="transformers", max_shard_bytes=10**6)
     return out
 
 
@@ -64,8 +66,8 @@ def test_a_checkpoint_that_the_class_saved_converts_exactly(tmp_path, state):
     saved = transformers.JanusForConditionalGeneration(config)
     saved.save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf", "transformers")
-    convert(tmp_path / "hf", tmp_path / "jax", layout="jax")
-    convert(tmp_path / "jax", tmp_path / "back", layout="transformers")
+    convert(tmp_path / "hf", tmp_path / "jax", KIND, layout="jax")
+    convert(tmp_path / "jax", tmp_path / "back", KIND, layout="transformers")
     again = transformers.JanusForConditionalGeneration.from_pretrained(tmp_path / "back")
     for key, value in saved.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -123,11 +125,11 @@ def test_a_tokenizer_without_role_tokens_gets_the_older_template(tmp_path, state
     """Janus-1.3B."""
     source = write_checkpoint(tmp_path / "o", to_original(state), "original", tokenizer=False)
     write_tokenizer(source, "original", roles=False)
-    convert(source, tmp_path / "hf", layout="transformers")
+    convert(source, tmp_path / "hf", KIND, layout="transformers")
     processor = transformers.JanusProcessor.from_pretrained(tmp_path / "hf")
     turns = [{"role": "user", "content": "Hi"}]
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
     assert text == "User: Hi\n\nAssistant:"
-    convert(tmp_path / "hf", tmp_path / "back", layout="original")
+    convert(tmp_path / "hf", tmp_path / "back", KIND, layout="original")
     written = json.loads((tmp_path / "back" / "processor_config.json").read_text())
     assert written["sft_format"] == "deepseek_old"

@@ -19,11 +19,12 @@ from corl_jax.params import partition
 from corl_jax.plan import __main__ as plan
 from corl_jax.plan import chips, cost, hlo, programs, tables
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.train import attending, build, resolve
 from corl_jax.train.optimizer import make_optimizer
-from corl_jax.weights.files import load_config
+from corl_jax.weights.checkpoint import load_config
 from tests.support import tiny_runs
 from tests.support.tiny_runs import options, write_config
 
@@ -50,7 +51,7 @@ def config_path(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def outline(config_path):
     config = config_files.load(config_path)
-    sizes = load_config(config.model.path)
+    sizes = load_config(config.model.path, KIND)
     return resolve.outline_run(config, FAMILY, sizes, FAMILY.stand_in_tokens)
 
 

@@ -17,12 +17,11 @@ from PIL import Image
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models import modules
-from corl_jax.models.blip import Blip, BlipConfig, BlipVisionConfig
-from corl_jax.models.blip_text import BlipTextConfig, DecoderCache
+from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, BlipVisionConfig, DecoderCache
 from corl_jax.params import map_with_path
 from corl_jax.rewards import captions
 from corl_jax.rewards.samples import Network
-from corl_jax.weights.network_rules import NETWORK_RULES
+from corl_jax.weights.layouts import KINDS
 from tests.support.tolerances import NETWORK
 
 SEP, BOS = 3, 40
@@ -71,7 +70,7 @@ def network(tmp_path_factory):
             return jnp.asarray(noise / np.prod(leaf.shape[-4:-1] or leaf.shape[:1]) ** 0.5)
         return jnp.asarray(0.3 * noise)
 
-    params = map_with_path(draw, modules.abstract(Blip, CONFIG))
+    params = map_with_path(draw, modules.make_abstract(Blip, CONFIG))
     bias = params["text_decoder"]["head"]["bias"]
     params["text_decoder"]["head"]["bias"] = bias.at[SEP].set(1.2)
     return Network(CONFIG, params, write_files(tmp_path_factory.mktemp("blip")), jnp.float32)
@@ -180,7 +179,9 @@ def test_pieces_and_devices_change_nothing(network, images, tokens, mesh):
     for chunk in (1, 5):
         found = captions.caption_tokens(network, images, max_new_tokens=POSITIONS, chunk=chunk)
         np.testing.assert_array_equal(found, tokens)
-    split = jax.device_put(network.params, network_shardings(network.params, mesh, NETWORK_RULES))
+    split = jax.device_put(
+        network.params, network_shardings(network.params, mesh, KINDS["blip"].rules)
+    )
     spread = dataclasses.replace(network, params=split)
     with jax.set_mesh(mesh):
         found = captions.caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)

@@ -22,11 +22,10 @@ from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
 from corl_jax.params import map_with_path
-from corl_jax.policies.janus.checkpoint.settings import from_dict
 from corl_jax.rewards import clip_scores
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
-from corl_jax.weights import config_clip
-from corl_jax.weights.network_rules import NETWORK_RULES
+from corl_jax.weights.layouts import KINDS, clip
+from corl_jax.weights.own_config import build_config
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 
@@ -69,7 +68,7 @@ def drawn(kind, config, seed: int):
         noise = 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, modules.abstract(kind, config))
+    params = map_with_path(draw, modules.make_abstract(kind, config))
     return params | ({"logit_scale": jnp.float32(np.log(100))} if kind is Clip else {})
 
 
@@ -194,9 +193,9 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
     assert found == pytest.approx(expected, abs=NETWORK)
     network, head = (
         dataclasses.replace(
-            x, params=jax.device_put(x.params, network_shardings(x.params, mesh, NETWORK_RULES))
+            x, params=jax.device_put(x.params, network_shardings(x.params, mesh, KINDS[kind].rules))
         )
-        for x in (network, head)
+        for x, kind in ((network, "clip"), (head, "aesthetic"))
     )
     with jax.set_mesh(mesh):  # which does not divide the three heads of its pictures' tower
         found = clip_scores.clip_similarity(network, drawings, prompts)
@@ -266,7 +265,7 @@ def write(folder: Path, name: str, data: dict) -> None:
 
 def problems_of(folder: Path, layout: str) -> list[str]:
     problems: list[str] = []
-    config_clip.parse(folder, layout, {}, problems)
+    clip.parse(folder, layout, {}, problems)
     return problems
 
 
@@ -287,8 +286,8 @@ def test_unsupported_settings_of_transformers_are_all_listed(tmp_path):
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
     config = {"text_config": {"num_attention_heads": 7}, "vision_config": {"patch_size": 30}}
     write(tmp_path, "config", config)
-    found = config_clip.parse(tmp_path, "transformers", {}, [])
-    assert config_clip.check(found, "there") == [
+    found = clip.parse(tmp_path, "transformers", {}, [])
+    assert clip.check(found, "there") == [
         "there.image_size is 224, expected a multiple of patch_size, 30",
         "there.text.hidden_size is 512, expected a multiple of num_heads, 7",
     ]
@@ -314,7 +313,7 @@ def test_unsupported_settings_of_open_clip_are_all_listed(tmp_path):
 def test_repeated_sections_win_as_in_transformers(tmp_path):
     config = {"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 128}}
     write(tmp_path, "config", config)
-    assert config_clip.parse(tmp_path, "transformers", {}, []).text.hidden_size == 128
+    assert clip.parse(tmp_path, "transformers", {}, []).text.hidden_size == 128
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["own file", "inside the processor's"])
@@ -324,7 +323,7 @@ def test_image_normalisation_is_read(tmp_path, nested):
     name, data = ("processor_config", {"image_processor": norm}) if nested else (
         "preprocessor_config", norm)  # fmt: skip
     write(tmp_path, name, data)
-    config = config_clip.parse(tmp_path, "transformers", {}, [])
+    config = clip.parse(tmp_path, "transformers", {}, [])
     assert (config.image_mean, config.image_std) == ((0.5, 0.4, 0.0), (0.5, 1.0, 0.25))
 
 
@@ -332,7 +331,7 @@ def test_image_normalisation_is_read(tmp_path, nested):
 def test_configs_survive_json(config):
     problems: list[str] = []
     data = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert from_dict(type(config), data, "x", problems) == config
+    assert build_config(type(config), data, "x", problems) == config
     assert not problems
 
 
@@ -349,8 +348,8 @@ def test_image_settings_that_are_not_followed_are_refused(tmp_path, changes, nam
     usual = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3}
     problems: list[str] = []
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual))
-    assert config_clip._processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
+    assert clip._processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
     assert problems == []
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | changes))
-    config_clip._processor_norm(tmp_path, problems)
+    clip._processor_norm(tmp_path, problems)
     assert len(problems) == 1 and named in problems[0]

@@ -18,8 +18,7 @@ from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.params import flatten, map_with_path
 from corl_jax.rewards import image, perceptual
 from corl_jax.rewards.samples import Network
-from corl_jax.weights.config_vgg import parse
-from corl_jax.weights.tables.vgg import TABLES
+from corl_jax.weights.layouts.vgg import TABLES, parse
 from tests.support.tiny_models import tiny_image
 from tests.support.tolerances import NETWORK
 
@@ -35,7 +34,7 @@ def network():
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    params = map_with_path(draw, modules.abstract(Lpips, TINY))
+    params = map_with_path(draw, modules.make_abstract(Lpips, TINY))
     return Network(TINY, params, Path(), jnp.float32)
 
 
@@ -77,7 +76,7 @@ def test_a_known_distance():
             kernel[1, 1, 0, 0] = 1
         return jnp.asarray(kernel)
 
-    params = map_with_path(middle, modules.abstract(Lpips, config))
+    params = map_with_path(middle, modules.make_abstract(Lpips, config))
     white, black = jnp.ones((1, 16, 16, 3)), jnp.zeros((1, 16, 16, 3))
     found = direct(config, params, white, black)
     # White is (1, 0) in every stage and black (0, 0): 5 stages x 0.25 x 1.
@@ -156,7 +155,7 @@ def full_shapes(layout: str) -> dict[str, tuple[int, ...]]:
 def test_the_published_files_are_covered(layout):
     shapes, problems = full_shapes(layout), []
     config = parse(Path("x"), layout, shapes, problems)
-    leaves = {k: leaf.shape for k, leaf in flatten(modules.abstract(Lpips, config)).items()}
+    leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Lpips, config)).items()}
     slots = TABLES[layout].slots(leaves)
     assert (config, problems) == (VggConfig(), [])
     assert not TABLES[layout].problems(slots, shapes, "x")

@@ -20,7 +20,7 @@ from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.params import map_with_path
 from corl_jax.rewards import similarity
 from corl_jax.rewards.samples import Network
-from corl_jax.weights.network_rules import NETWORK_RULES
+from corl_jax.weights.layouts import KINDS
 from tests.support.tolerances import NETWORK
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -44,7 +44,7 @@ def network(tmp_path_factory) -> Network:
         noise = 0.4 * rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(noise + 1 if path.endswith("/scale") else noise)
 
-    params = map_with_path(draw, modules.abstract(Bert, CONFIG))
+    params = map_with_path(draw, modules.make_abstract(Bert, CONFIG))
     return Network(CONFIG, params, folder, jnp.float32)
 
 
@@ -207,7 +207,9 @@ def test_chunks_give_what_one_piece_gives(network):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_several_devices_give_what_one_gives(score, network, mesh):
-    split = jax.device_put(network.params, network_shardings(network.params, mesh, NETWORK_RULES))
+    split = jax.device_put(
+        network.params, network_shardings(network.params, mesh, KINDS["bert"].rules)
+    )
     spread = Network(CONFIG, split, network.folder, jnp.float32)
     with jax.set_mesh(mesh):
         found = score(spread, PREDICTIONS, TARGETS)

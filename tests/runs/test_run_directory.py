@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.runs import directory as run_directory
@@ -268,7 +269,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     before = path.read_bytes()
     with pytest.raises(TypeError, match="found object, expected a dict"):
         run.write_json("summary.json", {"x": object()})
-    with pytest.raises(KeyboardInterrupt), run_directory.replace_file(path) as file:
+    with pytest.raises(KeyboardInterrupt), replace_file(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == before

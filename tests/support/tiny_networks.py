@@ -15,14 +15,15 @@ from safetensors.numpy import save_file
 
 from corl_jax.models import modules
 from corl_jax.models.bert import BertConfig
-from corl_jax.models.blip import BlipConfig, BlipVisionConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.params import flatten, map_with_path
-from corl_jax.policies.janus.checkpoint.settings import FORMAT_VERSION
 from corl_jax.types import Params
-from corl_jax.weights.networks import KINDS, MODEL_TYPE
+from corl_jax.weights.checkpoint import open_checkpoint
+from corl_jax.weights.kinds import NETWORK_TYPE
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.own_config import FORMAT_VERSION
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "green", "circle"),
@@ -67,7 +68,13 @@ def random_network(kind: str, seed: int = 0) -> Params:
             return np.asarray(1 + 0.1 * noise)
         return np.asarray(np.abs(noise) if path.startswith("heads") else 0.4 * noise)
 
-    return map_with_path(draw, modules.abstract(KINDS[kind].module, TINY[kind]))
+    return map_with_path(draw, modules.make_abstract(KINDS[kind].module, TINY[kind]))
+
+
+def load_network(path: Path, kind: str, dtype: Any = None) -> tuple[Any, Params]:
+    """Returns the sizes and the parameters of a network's folder."""
+    with open_checkpoint(path, KINDS[kind]) as opened:
+        return opened.config, opened.load(dtype)
 
 
 def network_dir(folder: Path, kind: str, seed: int = 0) -> Path:
@@ -75,7 +82,7 @@ def network_dir(folder: Path, kind: str, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     save_file(flatten(random_network(kind, seed)), folder / "model.safetensors")
     config = {
-        "model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, "network": kind,
+        "model_type": NETWORK_TYPE, "format_version": FORMAT_VERSION, "network": kind,
         "sizes": dataclasses.asdict(TINY[kind]),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

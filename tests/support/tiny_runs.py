@@ -13,13 +13,14 @@ import yaml
 
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.train.step import Batch, TaskBatch
 from corl_jax.types import EncodedPrompts, Segment
-from corl_jax.weights.files import save_checkpoint
+from corl_jax.weights.export import save_checkpoint
 from tests.support import metrics_page
 from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir
 
@@ -100,7 +101,7 @@ def model_dir(folder: Path, config: JanusConfig) -> Path:
     words = tiny_tokenizer_dir(folder.parent / "words", image_size=16, patch_size=4)
     params = random_params(config, seed=1)
     params["lm_head"]["kernel"][:, Processor.from_dir(words).special.eos] *= 12
-    save_checkpoint(folder, config, params, layout="jax")
+    save_checkpoint(folder, KIND, config, params, layout="jax")
     shutil.copytree(words, folder, dirs_exist_ok=True)
     return folder
 

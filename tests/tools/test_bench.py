@@ -33,7 +33,7 @@ from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
 from corl_jax.tasks import TEXT
 from corl_jax.types import Segment
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 from tests.support.tolerances import LOGPROBS
 from tools.bench import __main__ as command
 from tools.bench import (
@@ -87,7 +87,9 @@ def published(name: str, folder: Path) -> Setting:
 
 
 def parameter_bytes(name: str) -> int:
-    abstract = modules.abstract(KINDS[NETWORKS[name].kind].module, SIZES["tiny"].networks[name])
+    abstract = modules.make_abstract(
+        KINDS[NETWORKS[name].kind].module, SIZES["tiny"].networks[name]
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 

@@ -19,9 +19,10 @@ from corl_jax.errors import InputError
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, unflatten
 from corl_jax.policies.janus import network as janus_network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.train import __main__ as command
-from corl_jax.weights import adapters
-from corl_jax.weights.files import convert, load_config, load_params
+from corl_jax.weights.checkpoint import load_config, load_params
+from corl_jax.weights.export import convert
 from tests.support import tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 from tests.support.tolerances import NETWORK
@@ -38,7 +39,7 @@ def model(tmp_path_factory, tiny_config):
     """In transformers' layout, so that an adapter can name it."""
     folder = tmp_path_factory.mktemp("models")
     tiny_runs.model_dir(folder / "jax", tiny_config)
-    convert(folder / "jax", folder / "tiny", layout="transformers")
+    convert(folder / "jax", folder / "tiny", KIND, layout="transformers")
     return folder / "tiny"
 
 
@@ -115,7 +116,7 @@ def test_the_reference_is_the_base(merged):
 
 def test_the_merged_export_is_base_plus_adapters(merged, model):
     before, after = (
-        dict(leaf_paths(load_params(folder, load_config(model))))
+        dict(leaf_paths(load_params(folder, KIND, load_config(model, KIND))))
         for folder in (model, merged / "export")
     )
     trained, moved = trained_of(merged), 0
@@ -157,8 +158,8 @@ def test_peft_loads_the_adapter(adapter, merged, model):
     assert loaded.keys() == stored.keys() and len(stored) == 2 * 2 * len(TARGETS)
     for key, value in loaded.items():
         np.testing.assert_array_equal(value.numpy(), stored[key])
-    config = janus_network.adapted(load_config(model), Lora(3, 12.0, tuple(TARGETS)))
-    params = unflatten(dict(leaf_paths(load_params(model))) | trained_of(adapter))
+    config = janus_network.adapted(load_config(model, KIND), Lora(3, 12.0, tuple(TARGETS)))
+    params = unflatten(dict(leaf_paths(load_params(model, KIND))) | trained_of(adapter))
     network = janus_network.bind(config, jax.tree.map(jax.numpy.asarray, params))
     mask = np.ones(ids.shape, bool)
     with jax.default_matmul_precision("highest"):
@@ -187,8 +188,8 @@ def test_peft_trains_on_with_the_same_gradients(adapter, model):
         n.replace(".default", ""): p.grad for n, p in wrapped.named_parameters() if p.requires_grad
     }
 
-    config = janus_network.adapted(load_config(model), Lora(3, 12.0, tuple(TARGETS)))
-    frozen = dict(leaf_paths(load_params(model)))
+    config = janus_network.adapted(load_config(model, KIND), Lora(3, 12.0, tuple(TARGETS)))
+    frozen = dict(leaf_paths(load_params(model, KIND)))
 
     def loss(trained):
         network = janus_network.bind(config, unflatten(frozen | trained))
@@ -198,7 +199,7 @@ def test_peft_trains_on_with_the_same_gradients(adapter, model):
 
     with jax.default_matmul_precision("highest"):
         ours = jax.grad(loss)(trained_of(adapter))
-    slots = adapters.TABLE.slots({path: leaf.shape for path, leaf in ours.items()})
+    slots = KIND.peft.table.slots({path: leaf.shape for path, leaf in ours.items()})
     assert len(theirs) == len(slots)
     for slot in slots:
         wanted = theirs[slot.key].numpy().T
@@ -223,7 +224,7 @@ def test_check_counts_adapters(model, rows, tmp_path, capsys):
     train(tree, "--check")
     out = capsys.readouterr().out
     assert "trained: adapters of rank 3, alpha 12, on q_proj, v_proj, o_proj, up_proj" in out
-    llama = load_config(model).llama
+    llama = load_config(model, KIND).llama
     heads, keys = (n * llama.head_dim for n in (llama.num_heads, llama.num_kv_heads))
     d, f = llama.hidden_size, llama.intermediate_size
     sides = (d + heads) + (d + keys) + (heads + d) + (d + f) + (f + d)

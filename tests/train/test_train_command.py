@@ -29,6 +29,7 @@ from corl_jax.metrics import Metric
 from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.plan import tables as plan_tables
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
@@ -43,7 +44,8 @@ from corl_jax.train.alarms import make_guards
 from corl_jax.train.resume import fingerprint_untrained
 from corl_jax.train.run import Iteration
 from corl_jax.types import Prompts
-from corl_jax.weights.files import load_config, load_params, save_checkpoint
+from corl_jax.weights.checkpoint import load_config, load_params
+from corl_jax.weights.export import save_checkpoint
 from tests.support import metrics_page, tiny_runs
 from tests.support.tiny_models import tiny_parquet, tiny_row
 from tests.support.tiny_runs import metric_lines, write_config
@@ -190,8 +192,10 @@ def test_evaluation_lines(straight):
 
 
 def test_only_the_trained_part_of_the_export_differs(straight, model):
-    config = load_config(model)
-    before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, straight / "export"))
+    config = load_config(model, KIND)
+    before, after = (
+        dict(leaf_paths(load_params(x, KIND, config))) for x in (model, straight / "export")
+    )
     assert before.keys() == after.keys()
     for path, leaf in after.items():
         trained = path.startswith(("language_model/", "lm_head/"))
@@ -243,7 +247,7 @@ def test_an_extended_run_leaves_nothing_of_the_old_end(straight, model, rows, tm
     assert not [path for path in folder.iterdir() if path.name.startswith(".export")]
     record = json.loads((folder / "export" / export_record.RECORD_FILE).read_text())
     assert record["step"] == 5
-    exported = load_params(folder / "export")["lm_head"]["kernel"]
+    exported = load_params(folder / "export", KIND)["lm_head"]["kernel"]
     saved = checkpoint_of(folder, 5).items()  # the parameters' moments are among them
     assert any(np.array_equal(exported, x) for path, x in saved if path.endswith("lm_head/kernel"))
 
@@ -364,8 +368,10 @@ def test_image_tokenizer(options, model):
     output = train(tree)
     lines = metric_lines(output)
     assert not unseen(lines, "Every run", "Image tokenizer")
-    config = load_config(model)
-    before, after = (dict(leaf_paths(load_params(x, config))) for x in (model, output / "export"))
+    config = load_config(model, KIND)
+    before, after = (
+        dict(leaf_paths(load_params(x, KIND, config))) for x in (model, output / "export")
+    )
     for path, leaf in after.items():
         assert path.startswith("vqmodel/") == (not np.array_equal(leaf, before[path])), path
 
@@ -753,7 +759,7 @@ def test_the_export_is_checked_before_training(options, model, tmp_path, capsys)
 
 def test_an_export_that_transformers_cannot_express(options, model, tmp_path, capsys):
     """Sizes that only the other layouts can hold."""
-    config, params = load_config(model), load_params(model)
+    config, params = load_config(model, KIND), load_params(model, KIND)
     config = dataclasses.replace(config, image_token_embed=48)
     width = params["generation_head"]["proj_out"]["kernel"].shape[0]
     params["generation_head"] = {
@@ -764,7 +770,7 @@ def test_an_export_that_transformers_cannot_express(options, model, tmp_path, ca
         },
     }
     folder = tmp_path / "wide"
-    save_checkpoint(folder, config, params, layout="jax")
+    save_checkpoint(folder, KIND, config, params, layout="jax")
     shutil.copytree(
         model, folder, dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("model.safetensors", "config.json"),

@@ -22,9 +22,11 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network
 from corl_jax.types import Params
-from corl_jax.weights.network_rules import NETWORK_RULES
-from corl_jax.weights.networks import KINDS, MODEL_TYPE, load_network, open_network, recognise
-from tests.support.tiny_networks import TINY, network_dir, random_network
+from corl_jax.weights.checkpoint import open_checkpoint
+from corl_jax.weights.kinds import NETWORK_TYPE
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.recognise import recognise_kind
+from tests.support.tiny_networks import TINY, load_network, network_dir, random_network
 from tools.convert_weights.__main__ import run as convert
 
 KINDS_HERE = sorted(TINY)
@@ -87,11 +89,11 @@ def test_a_network_whose_layers_differ_in_type_loads_and_converts_exactly(tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_a_converted_folder_is_read_back(folders, kind):
-    assert recognise(folders[kind]) == kind
+    assert recognise_kind(folders[kind], KINDS.values()) is KINDS[kind]
     config, params = load_network(folders[kind], kind)
     assert config == TINY[kind]
     assert jax.tree.all(jax.tree.map(np.array_equal, params, random_network(kind)))
-    with open_network(folders[kind], kind) as opened:
+    with open_checkpoint(folders[kind], KINDS[kind]) as opened:
         assert opened.layout == "jax"
         assert opened.parameters == sum(x.size for x in jax.tree.leaves(params))
 
@@ -104,7 +106,7 @@ def test_a_foreign_folder_converts_to_the_same_numbers(tmp_path, layout, capsys)
     config, params = load_network(tmp_path / "out", "vgg")
     assert config == TINY["vgg"]
     assert jax.tree.all(jax.tree.map(np.array_equal, params, random_network("vgg")))
-    assert recognise(tmp_path / "out") == "vgg"
+    assert recognise_kind(tmp_path / "out", KINDS.values()) is KINDS["vgg"]
     assert convert(["inspect", str(tmp_path / "out")]) == 0
     assert "network     vgg, layout jax" in capsys.readouterr().out
 
@@ -156,19 +158,19 @@ def test_what_is_wrong_with_a_folder_is_listed(folders, tmp_path):
     with pytest.raises(InputError) as error:
         load_network(broken, "bert")
     assert len(error.value.problems) == 3
-    for text in ("extra: found", "embeddings/layernorm/bias: found nothing", "scale: found [3]"):
+    for text in ("extra is unknown", "embeddings/layernorm/bias is missing", "scale has shape [3]"):
         assert any(text in problem for problem in error.value.problems), text
     with pytest.raises(InputError, match="holds a bert network, expected blip"):
-        open_network(folders["bert"], "blip")
+        open_checkpoint(folders["bert"], KINDS["blip"])
     with pytest.raises(InputError, match="no weights found"):
-        open_network(tmp_path, "vgg")
+        open_checkpoint(tmp_path, KINDS["vgg"])
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"format_version": 0}))
     with pytest.raises(InputError, match="format_version is 0, expected 1"):
-        open_network(broken, "bert")
+        open_checkpoint(broken, KINDS["bert"])
     (broken / "config.json").write_text(json.dumps(config | {"sizes": {"num_layers": "two"}}))
     with pytest.raises(InputError, match=r"sizes\.num_layers is 'two'"):
-        open_network(broken, "bert")
+        open_checkpoint(broken, KINDS["bert"])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_sizes_that_do_not_fit_each_other_are_named(folders, tmp_path, kind, key
     section[name] = value
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as error:
-        open_network(folder, kind)
+        open_checkpoint(folder, KINDS[kind])
     (problem,) = error.value.problems
     assert problem.startswith(f"{folder / 'config.json'}: {'.'.join(['sizes', *path])}.")
     assert name in problem and "expected" in problem
@@ -221,12 +223,12 @@ def test_a_rating_head_has_its_layers_and_one_score(tmp_path, sizes):
     shapes = KINDS["aesthetic"].shapes(AestheticConfig(tuple(usual["sizes"])))
     save_file({path: np.zeros(shape, np.float32) for path, shape in shapes.items()},
               tmp_path / "model.safetensors")  # fmt: skip
-    config = {"model_type": MODEL_TYPE, "format_version": 1, "network": "aesthetic"}
+    config = {"model_type": NETWORK_TYPE, "format_version": 1, "network": "aesthetic"}
     (tmp_path / "config.json").write_text(json.dumps(config | {"sizes": usual}))
-    open_network(tmp_path, "aesthetic").close()
+    open_checkpoint(tmp_path, KINDS["aesthetic"]).close()
     (tmp_path / "config.json").write_text(json.dumps(config | {"sizes": {"sizes": sizes}}))
     with pytest.raises(InputError, match=r"config\.json: sizes\.sizes .* expected"):
-        open_network(tmp_path, "aesthetic")
+        open_checkpoint(tmp_path, KINDS["aesthetic"])
 
 
 def test_a_kind_must_be_said_where_no_config_tells_it(tmp_path, capsys):
@@ -375,7 +377,7 @@ def test_a_loaded_network_is_split_over_the_mesh(folders, mesh, kind, offload):
     frozen = networks.load(found, mesh, offload)
     _, expected = load_network(folders[kind], kind, jnp.bfloat16)
     with frozen.use() as network:
-        wanted = network_shardings(network.params, mesh, NETWORK_RULES)
+        wanted = network_shardings(network.params, mesh, KINDS[kind].rules)
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, network.params, wanted)), (
             "not where the table says"
         )

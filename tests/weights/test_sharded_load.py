@@ -19,15 +19,22 @@ from corl_jax.devices import mesh as device_mesh
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, map_with_path, partition, unflatten
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.layout import RULES, TRAINABLE
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.train import build
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.train.step import TrainState
 from corl_jax.weights import dtypes, sharded_load, sources, storage
-from corl_jax.weights.checkpoint import is_stacked, open_checkpoint
-from corl_jax.weights.files import convert, load_config, load_params
-from corl_jax.weights.sharded_load import load_sharded, local_part, stored_dtypes
+from corl_jax.weights.checkpoint import (
+    load_config,
+    load_params,
+    load_sharded,
+    open_checkpoint,
+    read_stored_dtypes,
+)
+from corl_jax.weights.export import convert
+from corl_jax.weights.sharded_load import read_local_part
 from tests.support.weight_files import (
     assert_same_bits,
     carried_state,
@@ -49,14 +56,14 @@ def folders(tmp_path_factory):
         "transformers": write_checkpoint(root / "hf", state, "transformers"),
         "original": write_checkpoint(root / "original", original, "original"),
     }
-    convert(folders["original"], root / "jax", layout="jax", max_shard_bytes=10**6)
-    convert(folders["original"], root / "bin", layout="transformers", as_bin=True)
+    convert(folders["original"], root / "jax", KIND, layout="jax", max_shard_bytes=10**6)
+    convert(folders["original"], root / "bin", KIND, layout="transformers", as_bin=True)
     return folders | {"jax": root / "jax", "bin": root / "bin"}
 
 
 @pytest.fixture(scope="module")
 def config(folders):
-    return load_config(folders["original"])
+    return load_config(folders["original"], KIND)
 
 
 def layouts(config, mesh):
@@ -73,25 +80,27 @@ def layouts(config, mesh):
 def test_shards_hold_the_values_of_the_whole(folders, config, mesh, layout):
     shardings = layouts(config, mesh)
     assert sum(bool(any(one.spec)) for one in flatten(shardings).values()) > 10
-    found = load_sharded(folders[layout], config, shardings, lambda path: None)
-    assert_same_bits(flatten(jax.device_get(found)), flatten(load_params(folders[layout])))
+    found = load_sharded(folders[layout], KIND, config, shardings, lambda path: None)
+    assert_same_bits(flatten(jax.device_get(found)), flatten(load_params(folders[layout], KIND)))
     for path, leaf in flatten(found).items():
         assert leaf.sharding == flatten(shardings)[path], path
 
 
 def test_types_are_by_path_and_a_part_may_be_asked_alone(folders, config, mesh):
     shardings = {"lm_head": layouts(config, mesh)["lm_head"]}
-    expected = load_params(folders["original"], dtype=np.float32)["lm_head"]["kernel"]
+    expected = load_params(folders["original"], KIND, dtype=np.float32)["lm_head"]["kernel"]
     for dtype in (jnp.float32, jnp.bfloat16):
-        found = load_sharded(folders["original"], config, shardings, lambda path: dtype)  # noqa: B023
+        found = load_sharded(folders["original"], KIND, config, shardings, lambda path: dtype)  # noqa: B023
         assert found.keys() == {"lm_head"}
         np.testing.assert_array_equal(found["lm_head"]["kernel"], expected.astype(dtype))
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original", "jax"])
 def test_stored_types_are_those_of_the_parameters(folders, config, layout):
-    expected = {path: leaf.dtype for path, leaf in flatten(load_params(folders[layout])).items()}
-    assert stored_dtypes(folders[layout], config) == expected
+    expected = {
+        path: leaf.dtype for path, leaf in flatten(load_params(folders[layout], KIND)).items()
+    }
+    assert read_stored_dtypes(folders[layout], KIND, config) == expected
 
 
 class Counting:
@@ -127,34 +136,34 @@ def test_a_process_reads_what_its_devices_hold(folders, config, monkeypatch, lay
     """Both axes, so that rows and columns of the files' matrices are split."""
     mesh = device_mesh.make_mesh(**{"data": 1, axis: 2}, devices=jax.devices()[:2])
     wanted = flatten(layouts(config, mesh))
-    expected = flatten(load_params(folders[layout]))
+    expected = flatten(load_params(folders[layout], KIND))
     split = [path for path, one in wanted.items() if axis in one.spec]
     assert len(split) > 10
     counting = Counting(monkeypatch)
-    with open_checkpoint(folders[layout], config) as opened:
+    with open_checkpoint(folders[layout], KIND, config) as opened:
         for path in split:
             leaf, total = expected[path], 0
             for device in mesh.devices.flat:
                 mine = part_of_devices(wanted[path], [device])
-                box, found = local_part(opened.leaves, path, is_stacked(path), mine, None)
+                box, found = read_local_part(opened.leaves, path, KIND.is_stacked(path), mine, None)
                 index = wanted[path].devices_indices_map(leaf.shape)[device]
                 np.testing.assert_array_equal(found, leaf[index])
                 assert math.prod(stop - start for start, stop in box) == leaf.size // 2
                 read = counting.take()
                 total += read
             both = part_of_devices(wanted[path], list(mesh.devices.flat))
-            local_part(opened.leaves, path, is_stacked(path), both, None)
+            read_local_part(opened.leaves, path, KIND.is_stacked(path), both, None)
             assert read == total / 2 and counting.take() == total, path
 
 
 def test_a_replica_is_read_once(folders, config, monkeypatch):
     """Eight devices of one process: the bytes of the files, whatever the mesh."""
     counting = Counting(monkeypatch)
-    load_params(folders["transformers"])
+    load_params(folders["transformers"], KIND)
     once = counting.take()
     for axes in ((8, 1, 1), (2, 2, 2)):
         shardings = layouts(config, device_mesh.make_mesh(*axes))
-        load_sharded(folders["transformers"], config, shardings, lambda path: jnp.float32)
+        load_sharded(folders["transformers"], KIND, config, shardings, lambda path: jnp.float32)
         assert counting.take() == once
 
 
@@ -173,14 +182,14 @@ def test_one_leaf_is_in_memory_at_a_time(folders, config, mesh, monkeypatch):
     monkeypatch.setattr(sharded_load, "read_leaf", watched)
     shardings = {"language_model": {"layers": layouts(config, mesh)["language_model"]["layers"]}}
     split = {p: s for p, s in flatten(shardings).items() if PartitionSpec() != s.spec}
-    load_sharded(folders["original"], config, unflatten(split), lambda path: jnp.float32)
+    load_sharded(folders["original"], KIND, config, unflatten(split), lambda path: jnp.float32)
     assert len(split) > 4 and most <= 1
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original", "jax"])
 def test_threads_and_pieces_change_nothing(folders, config, monkeypatch, layout):
     """Every leaf, whole and a box of it, in the stored type and another."""
-    with open_checkpoint(folders[layout], config) as opened:
+    with open_checkpoint(folders[layout], KIND, config) as opened:
         assert opened.leaves.concurrent
 
         def everything():
@@ -188,7 +197,9 @@ def test_threads_and_pieces_change_nothing(folders, config, monkeypatch, layout)
                 part = tuple((size // 4, size - size // 8) for size in shape)
                 for dtype in (None, np.float32):
                     for box in (None, part):
-                        yield sources.read_leaf(opened.leaves, path, is_stacked(path), dtype, box)
+                        yield sources.read_leaf(
+                            opened.leaves, path, KIND.is_stacked(path), dtype, box
+                        )
 
         expected = list(everything())
         monkeypatch.setattr(sources, "PIECE", 64)
@@ -205,7 +216,7 @@ def test_copies_are_numpys(source, out, axes):
     values = np.random.default_rng(0).standard_normal((3, 70, 130)).astype(source)
     values.flat[:4] = [np.nan, np.inf, -np.inf, -0.0]
     found = np.empty(values.transpose(axes).shape, out)
-    sources.copy(found, values.transpose(axes))
+    sources.copy_array(found, values.transpose(axes))
     expected = values.transpose(axes).astype(out)
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
     assert np.signbit(found.transpose(np.argsort(axes)).flat[3])
@@ -221,7 +232,7 @@ def test_layers_of_one_number_each():
 def test_an_error_of_a_thread_comes_out(folders, config, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 64)
     folder = folders["transformers"]
-    with open_checkpoint(folder, config) as opened:
+    with open_checkpoint(folder, KIND, config) as opened:
         store = opened.store
         ended = {key: dataclasses.replace(info, offset=10**9) for key, info in store.infos.items()}
         monkeypatch.setattr(store, "infos", ended)

@@ -22,7 +22,7 @@ from tests.support.weight_files import (
     write_checkpoint,
 )
 from tools.convert_weights.__main__ import run
-from tools.convert_weights.compare import difference
+from tools.convert_weights.compare import describe_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,10 +82,10 @@ def test_verify_misses_no_carried_tensor(folder, state, tmp_path, capsys):
 
 def test_difference_tells_nan_payloads_and_signed_zeros_apart():
     zeros = np.zeros(3, np.float32)
-    assert difference(zeros, zeros.copy(), False) is None
-    assert difference(zeros, -zeros, False) == "0 of 3 values differ, by at most 0"
-    assert difference(zeros, zeros[:2], False) == "shape (3,) against (2,)"
-    assert difference(zeros.astype(BFLOAT16), zeros, True) is None
+    assert describe_difference(zeros, zeros.copy(), False) is None
+    assert describe_difference(zeros, -zeros, False) == "0 of 3 values differ, by at most 0"
+    assert describe_difference(zeros, zeros[:2], False) == "shape (3,) against (2,)"
+    assert describe_difference(zeros.astype(BFLOAT16), zeros, True) is None
 
 
 def test_inspect_prints_sizes_and_tokens(folder, capsys):
@@ -171,23 +171,25 @@ def _big_checkpoint(folder: Path) -> None:
     }
     config["vision_config"]["projection_dim"] = 1024
     config["vq_config"] |= {"projection_dim": 1024, "image_token_embed_dim": 1024}
-    import corl_jax.weights.files as files
     from corl_jax.params import unflatten
+    from corl_jax.policies.janus.checkpoint import KIND
     from corl_jax.policies.janus.checkpoint.transformers import parse
-    from corl_jax.weights.checkpoint import leaf_shapes
+    from corl_jax.weights.export import save_checkpoint
 
     problems: list[str] = []
     parsed = parse(config, "big", problems)
     assert not problems
     leaves = {
         path: np.broadcast_to(np.asarray(0.5, BFLOAT16), shape)
-        for path, shape in leaf_shapes(parsed).items()
+        for path, shape in KIND.shapes(parsed).items()
     }
     write_checkpoint(folder / "assets", random_state(hf_shapes()), "transformers")
-    files.save_checkpoint(
+    save_checkpoint(
         folder / "hf",
+        KIND,
         parsed,
         unflatten(leaves),
+        layout="transformers",
         assets_from=folder / "assets",
         max_shard_bytes=500 * 10**6,
     )

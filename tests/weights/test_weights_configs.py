@@ -8,13 +8,15 @@ import json
 import pytest
 
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.checkpoint import original as original_layout
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
-from corl_jax.policies.janus.checkpoint.settings import detect_layout, load_config, write_jax
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.train import export
+from corl_jax.weights.checkpoint import detect_layout, load_config
 from corl_jax.weights.hub import resolve_model_dir
+from corl_jax.weights.own_config import make_own_config
 from tests.support.weight_files import hf_config_dict, original_config_dict, write_tokenizer
 
 
@@ -70,13 +72,13 @@ def folder(tmp_path):
     ],
 )
 def test_released_original_configs_are_the_presets(folder, name, data):
-    assert load_config(folder(data)) == PRESETS[name]
+    assert load_config(folder(data), KIND) == PRESETS[name]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_written_original_config_reads_back(folder, name):
     data = original_layout.write(PRESETS[name], "bfloat16")
-    assert load_config(folder(data)) == PRESETS[name]
+    assert load_config(folder(data), KIND) == PRESETS[name]
     assert "width" not in data["vision_config"]["params"]  # presets stay named, not spelt out
 
 
@@ -84,21 +86,23 @@ def test_a_written_original_config_reads_back(folder, name):
 def test_a_written_transformers_config_reads_back(folder, name, tmp_path):
     write_tokenizer(tmp_path, "original")
     data = transformers_layout.write(PRESETS[name], "bfloat16", special_tokens(tmp_path))
-    assert load_config(folder(data)) == PRESETS[name]
+    assert load_config(folder(data), KIND) == PRESETS[name]
     assert data["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_written_jax_config_reads_back(tmp_path, name):
-    (tmp_path / "config.json").write_text(write_jax(PRESETS[name], "original", {}))
-    assert load_config(tmp_path) == PRESETS[name]
+    (tmp_path / "config.json").write_text(
+        json.dumps(make_own_config(KIND, PRESETS[name], "original", {}))
+    )
+    assert load_config(tmp_path, KIND) == PRESETS[name]
 
 
 def test_the_config_of_transformers_own_class_reads_back(tmp_path):
     from transformers import JanusConfig
 
     JanusConfig.from_dict(hf_config_dict()).save_pretrained(tmp_path)
-    config = load_config(tmp_path)
+    config = load_config(tmp_path, KIND)
     assert config.llama.rope_theta == 5000.0
     assert (config.llama.num_kv_heads, config.llama.head_dim) == (2, 8)
     assert config.siglip.intermediate_size == 100
@@ -114,13 +118,13 @@ def test_rope_theta_is_found_wherever_it_stands(folder, where):
         "rope_theta": {"rope_theta": 7.0, "rope_scaling": None},
         "rope_scaling": {"rope_theta": 7.0, "rope_scaling": {"type": "default"}},
     }[where]
-    assert load_config(folder(data)).llama.rope_theta == 7.0
+    assert load_config(folder(data), KIND).llama.rope_theta == 7.0
 
 
 def test_head_dim_and_key_value_heads_are_respected(folder):
     data = hf_config_dict()
     data["text_config"] |= {"head_dim": 16, "num_key_value_heads": 3}
-    llama = load_config(folder(data)).llama
+    llama = load_config(folder(data), KIND).llama
     assert (llama.head_dim, llama.num_kv_heads) == (16, 3)
 
 
@@ -145,7 +149,7 @@ def test_a_bad_field_is_named(folder, section, change, message):
     data = original_config_dict()
     data[section] = {**data[section], **change}
     with pytest.raises(InputError, match=message):
-        load_config(folder(data))
+        load_config(folder(data), KIND)
 
 
 def test_all_bad_fields_are_reported_together(folder):
@@ -154,17 +158,17 @@ def test_all_bad_fields_are_reported_together(folder):
     data["vision_config"] |= {"hidden_act": "relu", "num_image_tokens": 7}
     data["vq_config"]["projection_dim"] = 5
     with pytest.raises(InputError) as caught:
-        load_config(folder(data))
+        load_config(folder(data), KIND)
     assert len(caught.value.problems) == 4
 
 
 def test_an_unknown_tower_with_all_sizes_stated_is_accepted(folder):
     data = original_config_dict()
     data["vision_config"]["params"]["model_name"] = "my_tower"
-    assert load_config(folder(data)).siglip.hidden_size == 40
+    assert load_config(folder(data), KIND).siglip.hidden_size == 40
     del data["vision_config"]["params"]["heads"]
     with pytest.raises(InputError, match="heads are not"):
-        load_config(folder(data))
+        load_config(folder(data), KIND)
 
 
 @pytest.mark.parametrize(
@@ -182,23 +186,23 @@ def test_an_unknown_tower_with_all_sizes_stated_is_accepted(folder):
 def test_a_damaged_config_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=message):
-        load_config(tmp_path)
+        load_config(tmp_path, KIND)
 
 
 def test_a_jax_config_with_odd_fields_is_refused(tmp_path):
-    data = json.loads(write_jax(PRESETS["janus-pro-1b"], "original", {}))
+    data = make_own_config(KIND, PRESETS["janus-pro-1b"], "original", {})
     data["janus"]["llama"]["hidden_size"] = "2048"
     del data["janus"]["vq"]["embed_dim"]
     data["janus"]["depth"] = 3
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(InputError) as caught:
-        load_config(tmp_path)
+        load_config(tmp_path, KIND)
     assert len(caught.value.problems) == 3
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config\.json: not found"):
-        detect_layout(tmp_path)
+        detect_layout(tmp_path, KIND)
 
 
 def test_a_path_resolves_to_itself_and_rubbish_is_refused(tmp_path):

@@ -11,20 +11,20 @@ from safetensors import safe_open
 
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, partition
-from corl_jax.policies.janus.checkpoint.assets import with_bos
-from corl_jax.policies.janus.checkpoint.settings import load_config
+from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies.janus.checkpoint.assets import add_bos
 from corl_jax.policies.janus.family import FAMILY
-from corl_jax.policies.janus.tokens import STRINGS
+from corl_jax.policies.janus.tokens import STRINGS, special_tokens
 from corl_jax.train import export
-from corl_jax.weights.dtypes import widest
-from corl_jax.weights.files import (
-    convert,
+from corl_jax.weights.checkpoint import (
     detect_layout,
+    load_config,
     load_params,
-    save_checkpoint,
-    special_tokens,
+    read_layer_dtypes,
+    read_stored_dtypes,
 )
-from corl_jax.weights.sharded_load import stored_dtypes, stored_layer_dtypes
+from corl_jax.weights.dtypes import find_common_dtype
+from corl_jax.weights.export import convert, save_checkpoint
 from tests.support.weight_files import (
     BFLOAT16,
     assert_same_bits,
@@ -60,7 +60,7 @@ def dirs(tmp_path_factory, hf_state, original_state):
 def jax_dirs(tmp_path_factory, dirs):
     folder = tmp_path_factory.mktemp("converted")
     for layout, source in dirs.items():
-        convert(source, folder / layout, layout="jax", max_shard_bytes=10**6)
+        convert(source, folder / layout, KIND, layout="jax", max_shard_bytes=10**6)
     return {layout: folder / layout for layout in dirs}
 
 
@@ -69,15 +69,15 @@ def uniform(state):
 
 
 def test_layouts_are_detected(dirs, jax_dirs):
-    assert {name: detect_layout(folder) for name, folder in dirs.items()} == {
+    assert {name: detect_layout(folder, KIND) for name, folder in dirs.items()} == {
         "transformers": "transformers",
         "original": "original",
     }
-    assert detect_layout(jax_dirs["original"]) == "jax"
+    assert detect_layout(jax_dirs["original"], KIND) == "jax"
 
 
 def test_all_layouts_mean_the_same_config(dirs, jax_dirs):
-    configs = {load_config(folder) for folder in [*dirs.values(), *jax_dirs.values()]}
+    configs = {load_config(folder, KIND) for folder in [*dirs.values(), *jax_dirs.values()]}
     assert len(configs) == 1
 
 
@@ -86,12 +86,14 @@ def test_all_layouts_mean_the_same_config(dirs, jax_dirs):
 def test_to_jax_and_back_is_exact(layout, as_bin, dirs, jax_dirs, request, tmp_path):
     expected = request.getfixturevalue("original_state" if layout == "original" else "hf_state")
     out = tmp_path / "back"
-    notes = convert(jax_dirs[layout], out, layout=layout, as_bin=as_bin, max_shard_bytes=2 * 10**6)
+    notes = convert(
+        jax_dirs[layout], out, KIND, layout=layout, as_bin=as_bin, max_shard_bytes=2 * 10**6
+    )
     assert notes == []
     if as_bin:
         again = tmp_path / "again"  # and our own reader of .bin shards
-        convert(out, tmp_path / "jax", layout="jax")
-        convert(tmp_path / "jax", again, layout=layout)
+        convert(out, tmp_path / "jax", KIND, layout="jax")
+        convert(tmp_path / "jax", again, KIND, layout=layout)
         assert sorted(p.suffix for p in out.glob("pytorch_model*"))[-1] == ".json"
         out = again
     assert_same_bits(read_state(out), expected)
@@ -100,22 +102,22 @@ def test_to_jax_and_back_is_exact(layout, as_bin, dirs, jax_dirs, request, tmp_p
 
 
 def test_original_to_transformers_renames_and_splits(jax_dirs, hf_state, tmp_path):
-    notes = convert(jax_dirs["original"], tmp_path / "out", layout="transformers")
+    notes = convert(jax_dirs["original"], tmp_path / "out", KIND, layout="transformers")
     assert_same_bits(read_state(tmp_path / "out"), hf_state)
     assert len(notes) == 1
-    assert "5 tensors have no place in transformers' layout" in notes[0]
+    assert "5 tensors have no place in the transformers layout" in notes[0]
 
 
 def test_transformers_to_original_takes_the_rest_from_base(dirs, hf_state, tmp_path):
     state = uniform(hf_state)  # a fused qkv of unlike types takes the wider one
     source = write_checkpoint(tmp_path / "hf", state, "transformers")
-    notes = convert(source, tmp_path / "out", layout="original", base=dirs["original"])
+    notes = convert(source, tmp_path / "out", KIND, layout="original", base=dirs["original"])
     assert notes == []
     assert_same_bits(read_state(tmp_path / "out"), {**to_original(state), **carried_state()})
 
 
 def test_what_no_source_has_is_reported(dirs, original_state, tmp_path):
-    notes = convert(dirs["transformers"], tmp_path / "out", layout="original")
+    notes = convert(dirs["transformers"], tmp_path / "out", KIND, layout="original")
     assert len(notes) == 2
     assert "attn_pool.*" in notes[0]
     assert "codebook_used" in notes[1]
@@ -123,13 +125,13 @@ def test_what_no_source_has_is_reported(dirs, original_state, tmp_path):
 
 
 def test_a_crossing_and_back_is_exact(dirs, original_state, tmp_path):
-    convert(dirs["original"], tmp_path / "hf", layout="transformers")
-    convert(tmp_path / "hf", tmp_path / "out", layout="original", base=dirs["original"])
+    convert(dirs["original"], tmp_path / "hf", KIND, layout="transformers")
+    convert(tmp_path / "hf", tmp_path / "out", KIND, layout="original", base=dirs["original"])
     assert_same_bits(read_state(tmp_path / "out"), original_state)
 
 
 def test_kernels_are_transposed_and_qkv_split(jax_dirs, original_state):
-    flat = flatten(load_params(jax_dirs["original"]))
+    flat = flatten(load_params(jax_dirs["original"], KIND))
     block = "vision_model.vision_tower.blocks.1."
     qkv = original_state[f"{block}attn.qkv.weight"]
     width = qkv.shape[1]
@@ -149,15 +151,15 @@ def test_kernels_are_transposed_and_qkv_split(jax_dirs, original_state):
 
 
 def test_params_are_the_same_from_every_layout(dirs, jax_dirs):
-    expected = flatten(load_params(dirs["transformers"]))
+    expected = flatten(load_params(dirs["transformers"], KIND))
     for folder in [dirs["original"], *jax_dirs.values()]:
-        assert_same_bits(flatten(load_params(folder)), expected)
+        assert_same_bits(flatten(load_params(folder, KIND)), expected)
 
 
 def test_load_params_casts(dirs):
-    flat = flatten(load_params(dirs["original"], dtype=np.float32))
+    flat = flatten(load_params(dirs["original"], KIND, dtype=np.float32))
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype(np.float32)}
-    exact = flatten(load_params(dirs["original"]))
+    exact = flatten(load_params(dirs["original"], KIND))
     for path, leaf in flat.items():
         np.testing.assert_array_equal(leaf, exact[path].astype(np.float32))
 
@@ -166,10 +168,11 @@ def test_load_params_casts(dirs):
 def test_save_checkpoint_writes_jax_arrays_of_any_layout(layout, dirs, tmp_path):
     import jax
 
-    config = load_config(dirs["original"])
-    params = load_params(dirs["original"], dtype=np.float32)
+    config = load_config(dirs["original"], KIND)
+    params = load_params(dirs["original"], KIND, dtype=np.float32)
     notes = save_checkpoint(
         tmp_path / "out",
+        KIND,
         config,
         jax.tree.map(jax.numpy.asarray, params),
         layout=layout,
@@ -178,10 +181,10 @@ def test_save_checkpoint_writes_jax_arrays_of_any_layout(layout, dirs, tmp_path)
         max_shard_bytes=10**6,
     )
     assert (notes == []) == (layout != "transformers")
-    found = load_params(tmp_path / "out")
+    found = load_params(tmp_path / "out", KIND)
     assert_same_bits(flatten(found), {k: v.astype(BFLOAT16) for k, v in flatten(params).items()})
     assert special_tokens(tmp_path / "out") == special_tokens(dirs["original"])
-    assert load_config(tmp_path / "out") == config
+    assert load_config(tmp_path / "out", KIND) == config
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers", "jax"])
@@ -190,13 +193,15 @@ def test_layers_of_several_types_come_back_bit_for_bit(
 ):
     """float16 and bfloat16 layers of one parameter meet in float32, and part again."""
     source = dirs["transformers" if layout == "transformers" else "original"]
-    config, params = load_config(source), load_params(source)
-    layers = stored_layer_dtypes(source, config)
+    config, params = load_config(source, KIND), load_params(source, KIND)
+    layers = read_layer_dtypes(source, KIND, config)
     assert any({"float16", "bfloat16"} <= set(kinds) for kinds in layers.values())
     out = tmp_path / "out"
-    save_checkpoint(out, config, params, layout=layout, assets_from=source, layer_dtypes=layers)
+    save_checkpoint(
+        out, KIND, config, params, layout=layout, assets_from=source, layer_dtypes=layers
+    )
     if layout == "jax":
-        convert(out, tmp_path / "again", layout="original")
+        convert(out, tmp_path / "again", KIND, layout="original")
         out = tmp_path / "again"
     assert_same_bits(read_state(out), hf_state if layout == "transformers" else original_state)
 
@@ -206,8 +211,8 @@ def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, t
     import jax
 
     folder = dirs["transformers"]
-    config = load_config(folder)
-    params = jax.tree.map(jax.numpy.asarray, load_params(folder))
+    config = load_config(folder, KIND)
+    params = jax.tree.map(jax.numpy.asarray, load_params(folder, KIND))
     trained, frozen = partition(params, ["language_model/.*"])
     trained = jax.tree.map(lambda x: x.astype(np.float32) + 0.25, trained)
     options = SimpleNamespace(layout="transformers", lora="merged", dtype="keep", base=None)
@@ -215,8 +220,9 @@ def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, t
         tmp_path / "out",
         SimpleNamespace(export=options, model=SimpleNamespace(path=str(folder))),
         SimpleNamespace(
-            family=FAMILY, sizes=config, frozen=frozen, source_dtypes=stored_dtypes(folder, config),
-            layer_dtypes=stored_layer_dtypes(folder, config),
+            family=FAMILY, sizes=config, frozen=frozen,
+            source_dtypes=read_stored_dtypes(folder, KIND, config),
+            layer_dtypes=read_layer_dtypes(folder, KIND, config),
         ),
         SimpleNamespace(params=trained), folder, primary=True,
     )  # fmt: skip
@@ -237,7 +243,7 @@ def test_parts_of_different_types_that_a_layout_joins_are_noted(hf_state, tmp_pa
         for name, kind in kinds.items()
     }
     source = write_checkpoint(tmp_path / "hf", state, "transformers")
-    notes = convert(source, tmp_path / "original", layout="original")
+    notes = convert(source, tmp_path / "original", KIND, layout="original")
     joined = "vision_model.vision_tower.blocks.0.attn.qkv.weight"
     assert any(f"1 tensors ({joined}) join parts" in note for note in notes)
     found = read_state(tmp_path / "original")[joined]
@@ -257,16 +263,19 @@ def test_parts_of_different_types_that_a_layout_joins_are_noted(hf_state, tmp_pa
 )
 def test_the_type_that_holds_others_exactly(kinds, expected):
     for order in (kinds, kinds[::-1]):
-        assert widest(np.dtype(kind) for kind in order) == expected
+        assert find_common_dtype(np.dtype(kind) for kind in order) == expected
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])
 def test_a_converted_folder_is_enough_to_export_from(layout, dirs, jax_dirs, request, tmp_path):
     """Training starts from a converted folder; its export needs no PyTorch checkpoint."""
     expected = request.getfixturevalue("original_state" if layout == "original" else "hf_state")
-    config, params = load_config(jax_dirs[layout]), load_params(jax_dirs[layout], dtype="float32")
+    config, params = (
+        load_config(jax_dirs[layout], KIND),
+        load_params(jax_dirs[layout], KIND, dtype="float32"),
+    )
     assets = jax_dirs[layout]
-    save_checkpoint(tmp_path / "out", config, params, layout=layout, assets_from=assets)
+    save_checkpoint(tmp_path / "out", KIND, config, params, layout=layout, assets_from=assets)
     found = read_state(tmp_path / "out")
     carried = carried_state() if layout == "original" else {}
     assert found.keys() == expected.keys()
@@ -279,9 +288,12 @@ def test_a_converted_folder_is_enough_to_export_from(layout, dirs, jax_dirs, req
 
 
 def test_a_saved_config_states_the_type_that_was_written(dirs, tmp_path):
-    config, params = load_config(dirs["original"]), load_params(dirs["original"], dtype="float32")
+    config, params = (
+        load_config(dirs["original"], KIND),
+        load_params(dirs["original"], KIND, dtype="float32"),
+    )
     save_checkpoint(
-        tmp_path / "out", config, params, layout="original", assets_from=dirs["original"]
+        tmp_path / "out", KIND, config, params, layout="original", assets_from=dirs["original"]
     )
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["torch_dtype"] == "float32"
@@ -292,16 +304,21 @@ def test_trained_sizes_other_than_the_assets_get_their_own_config(dirs, tmp_path
     """A config.json is copied only while it means the same model."""
     import dataclasses
 
-    config = load_config(dirs["transformers"])
-    params = load_params(dirs["transformers"], dtype="float32")
+    config = load_config(dirs["transformers"], KIND)
+    params = load_params(dirs["transformers"], KIND, dtype="float32")
     half = {**params, "language_model": dict(params["language_model"])}
     half["language_model"]["layers"] = _first_layers(params["language_model"]["layers"], 2)
     smaller = dataclasses.replace(config, llama=dataclasses.replace(config.llama, num_layers=2))
     save_checkpoint(
-        tmp_path / "out", smaller, half, layout="transformers", assets_from=dirs["transformers"]
+        tmp_path / "out",
+        KIND,
+        smaller,
+        half,
+        layout="transformers",
+        assets_from=dirs["transformers"],
     )
-    assert load_config(tmp_path / "out") == smaller
-    load_params(tmp_path / "out")
+    assert load_config(tmp_path / "out", KIND) == smaller
+    load_params(tmp_path / "out", KIND)
 
 
 def _first_layers(tree, count):
@@ -311,7 +328,7 @@ def _first_layers(tree, count):
 
 
 def test_shards_have_an_index_and_metadata(dirs, tmp_path):
-    convert(dirs["original"], tmp_path / "out", layout="transformers", max_shard_bytes=10**6)
+    convert(dirs["original"], tmp_path / "out", KIND, layout="transformers", max_shard_bytes=10**6)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     state = read_state(tmp_path / "out")
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in state.values())
@@ -323,7 +340,7 @@ def test_shards_have_an_index_and_metadata(dirs, tmp_path):
 
 
 def test_dtype_converts_floats_and_says_so_in_the_config(dirs, tmp_path):
-    convert(dirs["original"], tmp_path / "out", layout="original", dtype="float32")
+    convert(dirs["original"], tmp_path / "out", KIND, layout="original", dtype="float32")
     assert {v.dtype for v in read_state(tmp_path / "out").values()} == {np.dtype(np.float32)}
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["torch_dtype"] == "float32"
@@ -334,16 +351,16 @@ def test_transformers_config_is_always_declared_untied(dirs, tmp_path, hf_state)
     config = json.loads((source / "config.json").read_text())
     del config["tie_word_embeddings"]
     (source / "config.json").write_text(json.dumps(config))
-    convert(source, tmp_path / "out", layout="transformers")
+    convert(source, tmp_path / "out", KIND, layout="transformers")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["tie_word_embeddings"] is False
 
 
 def test_a_synthesised_original_config_has_no_nulls(dirs, tmp_path):
-    convert(dirs["transformers"], tmp_path / "out", layout="original")
+    convert(dirs["transformers"], tmp_path / "out", KIND, layout="original")
     text = (tmp_path / "out" / "config.json").read_text()
     assert "null" not in text
-    assert load_config(tmp_path / "out") == load_config(dirs["transformers"])
+    assert load_config(tmp_path / "out", KIND) == load_config(dirs["transformers"], KIND)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"special_tokens_map.json", "preprocessor_config.json"} <= names
 
@@ -356,39 +373,39 @@ def test_output_appears_whole_or_not_at_all(dirs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards, "read_header", fail)
     with pytest.raises(InputError, match="No space left"):
-        convert(dirs["original"], tmp_path / "out", layout="jax")
+        convert(dirs["original"], tmp_path / "out", KIND, layout="jax")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_refused_unless_overwrite(dirs, tmp_path):
     out = tmp_path / "out"
-    convert(dirs["original"], out, layout="jax")
+    convert(dirs["original"], out, KIND, layout="jax")
     with pytest.raises(InputError, match="already exists"):
-        convert(dirs["original"], out, layout="jax")
+        convert(dirs["original"], out, KIND, layout="jax")
     (out / "stale").touch()
-    convert(dirs["original"], out, layout="jax", overwrite=True)
+    convert(dirs["original"], out, KIND, layout="jax", overwrite=True)
     assert not (out / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_params_that_do_not_fit_are_all_listed(dirs, tmp_path):
-    config, params = load_config(dirs["original"]), load_params(dirs["original"])
+    config, params = load_config(dirs["original"], KIND), load_params(dirs["original"], KIND)
     params["lm_head"]["kernel"] = params["lm_head"]["kernel"].T
     params["extra"] = {"kernel": np.zeros(3)}
     del params["generation_embeddings"]
     with pytest.raises(InputError) as caught:
-        save_checkpoint(tmp_path / "out", config, params, layout="jax")
+        save_checkpoint(tmp_path / "out", KIND, config, params, layout="jax")
     assert len(caught.value.problems) == 3
     assert not (tmp_path / "out").exists()
 
 
 def test_without_assets_only_transformers_needs_a_tokenizer(dirs, tmp_path):
-    config, params = load_config(dirs["original"]), load_params(dirs["original"])
-    notes = save_checkpoint(tmp_path / "jax", config, params, layout="jax")
+    config, params = load_config(dirs["original"], KIND), load_params(dirs["original"], KIND)
+    notes = save_checkpoint(tmp_path / "jax", KIND, config, params, layout="jax")
     assert "tokenizer.json" in notes[0]
-    assert load_config(tmp_path / "jax") == config
+    assert load_config(tmp_path / "jax", KIND) == config
     with pytest.raises(InputError, match="needs the tokenizer's ids"):
-        save_checkpoint(tmp_path / "hf", config, params, layout="transformers")
+        save_checkpoint(tmp_path / "hf", KIND, config, params, layout="transformers")
 
 
 def with_post_processor(folder, post):
@@ -421,7 +438,7 @@ def test_a_tokenizer_gets_bos_once_whatever_its_template(tmp_path, hf_state, for
     sequence = {"type": "Sequence", "processors": [BYTES, template]}
     posts = {"none": None, "bytes": BYTES, "template": template, "sequence": sequence}
     with_post_processor(source, posts[form])
-    convert(source, tmp_path / "out", layout="transformers")
+    convert(source, tmp_path / "out", KIND, layout="transformers")
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     plain = [tokenizer.token_to_id(letter) for letter in "ab"]
     tail = [special.eos] if ends and form in ("template", "sequence") else []
@@ -430,7 +447,7 @@ def test_a_tokenizer_gets_bos_once_whatever_its_template(tmp_path, hf_state, for
 
     # What has BOS already stays as it is.
     again = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    assert with_bos(again, tmp_path / "out") is again
+    assert add_bos(again, tmp_path / "out") is again
 
 
 def test_a_tied_checkpoint_is_told_how_to_untie(tmp_path, hf_state):
@@ -443,6 +460,6 @@ def test_a_tied_checkpoint_is_told_how_to_untie(tmp_path, hf_state):
             del data["tie_word_embeddings"]
         (folder / "config.json").write_text(json.dumps(data))
         with pytest.raises(InputError, match=r"lm_head\.weight is missing") as caught:
-            load_params(folder)
+            load_params(folder, KIND)
         (problem,) = caught.value.problems
         assert ("this checkpoint is tied (tie_word_embeddings)" in problem) == (value is not False)

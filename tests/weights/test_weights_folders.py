@@ -12,14 +12,16 @@ from safetensors.numpy import save_file
 from corl_jax.errors import InputError
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies import inspect_policy
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.rewards import networks
 from corl_jax.weights import selection
-from corl_jax.weights.files import convert, load_params
+from corl_jax.weights.checkpoint import load_params, open_checkpoint
+from corl_jax.weights.export import convert
 from corl_jax.weights.folders import SMALL_FILES
 from corl_jax.weights.hub import resolve_model_dir
-from corl_jax.weights.networks import load_network, open_network
+from corl_jax.weights.layouts import KINDS
 from corl_jax.weights.storage import open_any_store, open_store
-from tests.support.tiny_networks import network_dir
+from tests.support.tiny_networks import load_network, network_dir
 from tests.support.weight_files import hf_shapes, random_state, read_state, write_checkpoint
 from tools.convert_weights.__main__ import run
 
@@ -108,14 +110,14 @@ def test_transformers_takes_the_same_set(folder, state):
 def test_an_older_sharded_save_is_not_what_is_loaded(folder, tmp_path, capsys, layout, state):
     if layout == "jax":
         folder, source = tmp_path / "jax", folder
-        convert(source, folder, layout="jax")
+        convert(source, folder, KIND, layout="jax")
     expected = read_state(folder)
     old = {key: np.zeros_like(value) for key, value in expected.items()}
     save_file(old, folder / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
     (folder / f"{SAFE}.index.json").write_text(json.dumps(index))
-    params = load_params(folder)
-    load_params(folder)
+    params = load_params(folder, KIND)
+    load_params(folder, KIND)
     assert np.any(params["language_model"]["embed_tokens"]["embedding"] != 0)
     (line,) = capsys.readouterr().err.splitlines()  # once, though the folder is opened often
     assert f"{SAFE} is read" in line and f"{SAFE}.index.json" in line
@@ -197,10 +199,10 @@ def write_adapter(folder, base: object = "someone/model") -> None:
     [
         resolve_model_dir,
         inspect_policy,
-        load_params,
-        lambda place: open_network(place, "bert"),
-        lambda place: open_network(place / "adapter_model.safetensors", "clip"),
-        lambda place: convert(place, place.parent / "out", layout="jax"),
+        lambda place: load_params(place, KIND),
+        lambda place: open_checkpoint(place, KINDS["bert"]),
+        lambda place: open_checkpoint(place / "adapter_model.safetensors", KINDS["clip"]),
+        lambda place: convert(place, place.parent / "out", KIND, layout="jax"),
         lambda place: plan.find_sizes(str(place), None),
         lambda place: networks._locate("bert", str(place)),
     ],
@@ -276,7 +278,7 @@ def test_all_pointers_of_a_clone_are_listed_together(folder):
     for name in names:
         (folder / name).write_text(POINTER)
     with pytest.raises(InputError) as caught:
-        load_params(folder)
+        load_params(folder, KIND)
     assert [name in line for name, line in zip(names, caught.value.problems, strict=True)] == [
         True, True, True,
     ]  # fmt: skip
@@ -293,7 +295,7 @@ def test_a_pointer_in_place_of_weights_is_named(tmp_path, name):
 def test_a_pointer_in_a_reward_network_is_named(network, name):
     (network / name).write_text(POINTER)
     with pytest.raises(InputError, match=f"{name}: is a Git LFS pointer"):
-        open_network(network, "bert")
+        open_checkpoint(network, KINDS["bert"])
 
 
 def test_files_with_byte_order_marks_are_read(folder, tmp_path, state):
@@ -304,8 +306,8 @@ def test_files_with_byte_order_marks_are_read(folder, tmp_path, state):
     processor = inspect_policy(folder).processor
     assert processor.mm2t_ids("How many?") == expected.mm2t_ids("How many?")
     assert processor.decode([70, 71, 72]) == expected.decode([70, 71, 72])
-    convert(folder, tmp_path / "jax", layout="jax")
-    convert(tmp_path / "jax", tmp_path / "back", layout="transformers")
+    convert(folder, tmp_path / "jax", KIND, layout="jax")
+    convert(tmp_path / "jax", tmp_path / "back", KIND, layout="transformers")
     for file in (tmp_path / "back").glob("*.json"):  # transformers could not read it with the mark
         assert json.loads(file.read_text()), file
     assert read_state(tmp_path / "back").keys() == state.keys()

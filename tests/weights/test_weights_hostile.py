@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.weights import torch_bin
-from corl_jax.weights.files import convert, load_params
+from corl_jax.weights.checkpoint import load_params
+from corl_jax.weights.export import convert
 from corl_jax.weights.storage import open_any_store, open_store, read_header
 from tests.support.weight_files import (
     hf_config_dict,
@@ -120,7 +122,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path, name):
 
 def sharded(folder: Path, state) -> Path:
     source = write_checkpoint(folder / "one", state, "transformers")
-    convert(source, folder / "many", layout="transformers", max_shard_bytes=10**6)
+    convert(source, folder / "many", KIND, layout="transformers", max_shard_bytes=10**6)
     return folder / "many"
 
 
@@ -131,13 +133,15 @@ def test_a_half_downloaded_checkpoint_lists_every_bad_shard(tmp_path, state):
     os.truncate(second, second.stat().st_size // 2)
     third.unlink()
     with pytest.raises(InputError) as caught:
-        load_params(folder)
+        load_params(folder, KIND)
     assert [first.name in p or third.name in p for p in caught.value.problems] == [True, True]
-    convert(tmp_path / "one", tmp_path / "again", layout="transformers", max_shard_bytes=10**6)
+    convert(
+        tmp_path / "one", tmp_path / "again", KIND, layout="transformers", max_shard_bytes=10**6
+    )
     for file in (first, third):
         (tmp_path / "again" / file.name).rename(file)
     with pytest.raises(InputError, match="its header promises"):
-        load_params(folder)
+        load_params(folder, KIND)
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path, state):
@@ -151,7 +155,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path, state):
     del index["weight_map"][keys[1]]
     file.write_text(json.dumps(index))
     with pytest.raises(InputError) as caught:
-        load_params(folder)
+        load_params(folder, KIND)
     text = "\n".join(caught.value.problems)
     assert "ghost is missing" in text
     assert f"{keys[0]} is in" in text
@@ -162,7 +166,7 @@ def test_shards_without_an_index_are_pointed_out(tmp_path, state):
     folder = sharded(tmp_path, state)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(InputError, match=r"found .*without model\.safetensors\.index\.json"):
-        load_params(folder)
+        load_params(folder, KIND)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path, state):
@@ -174,7 +178,7 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(tmp_path, state):
     bad["model.aligner.fc1.bias"] = bad["model.aligner.fc1.bias"].astype(np.int8)
     folder = write_checkpoint(tmp_path / "bad", bad, "transformers")
     with pytest.raises(InputError) as caught:
-        convert(folder, tmp_path / "out", layout="jax")
+        convert(folder, tmp_path / "out", KIND, layout="jax")
     assert len(caught.value.problems) == 4
     assert all(str(folder) in problem for problem in caught.value.problems)
     assert not (tmp_path / "out").exists()
@@ -186,7 +190,7 @@ def test_derived_buffers_are_left_out(tmp_path, state):
         "model.language_model.rotary_emb.inv_freq": np.ones(4, np.float32),
     }
     folder = write_checkpoint(tmp_path / "hf", {**state, **extra}, "transformers")
-    load_params(folder)
+    load_params(folder, KIND)
 
 
 def test_a_config_that_does_not_fit_the_tensors_is_refused(tmp_path, state):
@@ -196,7 +200,7 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(tmp_path, state):
     config["text_config"]["num_key_value_heads"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as caught:
-        load_params(folder)
+        load_params(folder, KIND)
     text = "\n".join(caught.value.problems)
     assert "layers.2.mlp.up_proj.weight is unknown" in text
     assert "layers.0.self_attn.k_proj.weight has shape [16, 48], expected [24, 48]" in text
@@ -204,13 +208,13 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(tmp_path, state):
 
 def test_a_converted_folder_with_lost_tensors_is_refused(tmp_path, state):
     write_checkpoint(tmp_path / "hf", state, "transformers")
-    convert(tmp_path / "hf", tmp_path / "jax", layout="jax")
+    convert(tmp_path / "hf", tmp_path / "jax", KIND, layout="jax")
     config = json.loads((tmp_path / "jax" / "config.json").read_text())
     config["janus"]["llama"]["num_layers"] = 4
     config["layer_dtypes"] = {"lm_head/kernel": ["float32"]}
     (tmp_path / "jax" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as caught:
-        load_params(tmp_path / "jax")
+        load_params(tmp_path / "jax", KIND)
     assert len(caught.value.problems) == 10  # nine leaves stacked over layers, and layer_dtypes
 
 
@@ -219,7 +223,7 @@ def test_a_base_must_have_something_to_give(tmp_path, state):
     bare = write_checkpoint(tmp_path / "bare", to_original(state), "original")
     for base in (folder, bare):
         with pytest.raises(InputError, match="as --base it has nothing to give"):
-            convert(folder, tmp_path / "out", layout="original", base=base)
+            convert(folder, tmp_path / "out", KIND, layout="original", base=base)
     assert not (tmp_path / "out").exists()
 
 

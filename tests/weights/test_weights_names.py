@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 from corl_jax.errors import InputError
 from corl_jax.params import flatten
-from corl_jax.weights.files import convert, load_params
-from corl_jax.weights.networks import KINDS, open_network
-from corl_jax.weights.tables import TABLES
+from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.weights.checkpoint import load_params, open_checkpoint
+from corl_jax.weights.export import convert
+from corl_jax.weights.layouts import KINDS
 from corl_jax.weights.wrong_names import find_wrong_names
 from tests.support.tiny_networks import TINY, random_network
 from tests.support.weight_files import (
@@ -36,7 +37,7 @@ def states():
 
 def problems_of(folder) -> list[str]:
     with pytest.raises(InputError) as caught:
-        load_params(folder)
+        load_params(folder, KIND)
     return caught.value.problems
 
 
@@ -98,7 +99,7 @@ def test_an_adapter_that_is_not_merged_is_one_line(tmp_path, states):
 
 def test_tensors_of_another_layout_than_the_configs_are_one_line(tmp_path, states):
     source = write_checkpoint(tmp_path / "hf", states["transformers"], "transformers")
-    convert(source, tmp_path / "jax", layout="jax")
+    convert(source, tmp_path / "jax", KIND, layout="jax")
     original = write_checkpoint(tmp_path / "original", states["original"], "original")
     for config, weights in (("jax", "hf"), ("hf", "jax"), ("original", "jax"), ("jax", "original")):
         folder = shutil.copytree(tmp_path / config, tmp_path / f"{config}_{weights}")
@@ -117,11 +118,14 @@ def test_a_prefix_in_a_reward_network_is_one_line(tmp_path, kind):
     state = {f"module.{s.key}": np.zeros(s.shape, np.float32) for s in table.slots(shapes)}
     save_file(state, tmp_path / "weights.safetensors")
     with pytest.raises(InputError, match=r"begin with 'module\.'") as caught:
-        open_network(tmp_path, kind)
+        open_checkpoint(tmp_path, KINDS[kind])
     assert len(caught.value.problems) == 1
     assert layout in caught.value.problems[0]
 
 
 def test_names_of_no_network_are_left_as_they_are():
-    assert find_wrong_names(["a.b", "transformer.h.0.ln_1.weight"], TABLES["transformers"]) is None
-    assert find_wrong_names([], TABLES["transformers"]) is None
+    assert (
+        find_wrong_names(["a.b", "transformer.h.0.ln_1.weight"], KIND.tables["transformers"])
+        is None
+    )
+    assert find_wrong_names([], KIND.tables["transformers"]) is None

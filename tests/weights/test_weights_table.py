@@ -9,11 +9,10 @@ import pytest
 
 from corl_jax.errors import InputError
 from corl_jax.params import flatten, unflatten
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import PRESETS
-from corl_jax.weights.checkpoint import leaf_shapes
-from corl_jax.weights.storage import whole
+from corl_jax.weights.storage import make_whole_box
 from corl_jax.weights.table import CONV, DENSE, DROP_LEADING, Row, Table
-from corl_jax.weights.tables import TABLES
 from tests.support.weight_files import full_keys
 
 COUNTS = {  # specification 3.3: (transformers' layout, original layout with the attention pool)
@@ -31,9 +30,9 @@ def keys():
 @pytest.mark.parametrize("layout", ["original", "transformers"])
 @pytest.mark.parametrize("model", COUNTS)
 def test_every_key_of_the_released_checkpoints_has_a_leaf(keys, layout, model):
-    shapes = leaf_shapes(PRESETS[model.lower()])
+    shapes = KIND.shapes(PRESETS[model.lower()])
     found = {key: tuple(shape) for key, shape in keys[layout][model].items()}
-    table = TABLES[layout]
+    table = KIND.tables[layout]
     slots = table.slots(shapes)
     assert table.problems(slots, found, model) == []
     carried = {key for key in found if table.is_carried(key)}
@@ -43,7 +42,7 @@ def test_every_key_of_the_released_checkpoints_has_a_leaf(keys, layout, model):
 
 @pytest.mark.parametrize("model", COUNTS)
 def test_parameter_counts_are_the_specifications(keys, model):
-    in_leaves = sum(math.prod(shape) for shape in leaf_shapes(PRESETS[model.lower()]).values())
+    in_leaves = sum(math.prod(shape) for shape in KIND.shapes(PRESETS[model.lower()]).values())
     in_original = sum(
         math.prod(shape) for key, shape in keys["original"][model].items() if key != CODEBOOK_USED
     )
@@ -51,27 +50,27 @@ def test_parameter_counts_are_the_specifications(keys, model):
 
 
 def test_both_tables_pair_the_keys_as_the_specification_does(keys):
-    shapes = leaf_shapes(PRESETS["janus-pro-1b"])
+    shapes = KIND.shapes(PRESETS["janus-pro-1b"])
 
     def rows(slot):
         shape = shapes[slot.path] if slot.layer is None else shapes[slot.path][1:]
-        (first, *_) = slot.box(whole(shape))
+        (first, *_) = slot.box(make_whole_box(shape))
         return None if first == (0, slot.shape[0]) else first
 
-    rows_of = {(slot.key, slot.path): rows(slot) for slot in TABLES["original"].slots(shapes)}
+    rows_of = {(slot.key, slot.path): rows(slot) for slot in KIND.tables["original"].slots(shapes)}
     for original, transformers, note in keys["pairs"]:
         if transformers is None:
-            assert TABLES["original"].is_carried(original)
+            assert KIND.tables["original"].is_carried(original)
             continue
-        (target,) = TABLES["transformers"].paths(transformers)
-        assert target in TABLES["original"].paths(original)
+        (target,) = KIND.tables["transformers"].paths(transformers)
+        assert target in KIND.tables["original"].paths(original)
         expected = tuple(map(int, note.split()[1].split(":"))) if note.startswith("rows") else None
         assert rows_of[original, target[0]] == expected
 
 
 def test_every_leaf_is_stacked_alike_in_both_tables():
-    for path in leaf_shapes(PRESETS["janus-pro-1b"]):
-        stacked = {name: table.row(path)[0].stacked for name, table in TABLES.items()}
+    for path in KIND.shapes(PRESETS["janus-pro-1b"]):
+        stacked = {name: table.row(path)[0].stacked for name, table in KIND.tables.items()}
         assert len(set(stacked.values())) == 1, path
         assert stacked["original"] == ("/layers/" in path), path
 

@@ -21,8 +21,7 @@ from corl_jax.rewards import captions, image, perceptual, registry, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
-from corl_jax.weights.network_rules import NETWORK_RULES
-from corl_jax.weights.networks import KINDS
+from corl_jax.weights.layouts import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record, measure
@@ -177,12 +176,12 @@ class Networks:
         folder = self._setting.folder / name
         if not folder.is_dir():
             write_network(folder, kind, config)
-        abstract = modules.abstract(KINDS[kind].module, config)
+        abstract = modules.make_abstract(KINDS[kind].module, config)
         params = draw(abstract, 1)
         if kind == "blip":
             params = without_separator(params, config)
         network = Network(config, params, folder, jnp.float32)
-        shardings = network_shardings(params, self._setting.mesh, NETWORK_RULES)
+        shardings = network_shardings(params, self._setting.mesh, KINDS[kind].rules)
         return Counted(network, shardings, offload)
 
 

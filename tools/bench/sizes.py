@@ -8,8 +8,7 @@ from typing import Any
 
 from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.models.bert import BertConfig
-from corl_jax.models.blip import BlipConfig, BlipVisionConfig
-from corl_jax.models.blip_text import BlipTextConfig
+from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.policies.janus.network import PRESETS, JanusConfig

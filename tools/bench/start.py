@@ -35,8 +35,10 @@ from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.weights.export import Assets, Export, write_export
+from corl_jax.weights.export_folder import Export, write_export
+from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
 from tools.bench import inputs
 from tools.bench.scoring import UNIFIED
@@ -56,7 +58,7 @@ def write_model(folder: Path, config: JanusConfig) -> None:
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
     folder.mkdir()
     leaves = MemoryLeaves(flatten(jax.device_get(params)))
-    write_export(folder, Export("transformers", config, leaves, assets, carried={}))
+    write_export(folder, Export(KIND, "transformers", config, leaves, assets, carried={}))
 
 
 def write_rows(file: Path) -> None:

@@ -21,16 +21,21 @@ from pathlib import Path
 
 from corl_jax.errors import InputError, exit_on_input_error, shorten
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.weights.files import convert, resolve_model_dir
-from corl_jax.weights.hub import resolve_path
-from corl_jax.weights.networks import KINDS, convert_network, open_network, recognise
+from corl_jax.policies.janus.checkpoint import KIND as POLICY
+from corl_jax.weights.checkpoint import open_checkpoint
+from corl_jax.weights.export import convert
+from corl_jax.weights.hub import resolve_model_dir, resolve_path
+from corl_jax.weights.kinds import OWN_LAYOUT, NetworkKind
+from corl_jax.weights.layouts import KINDS
+from corl_jax.weights.recognise import recognise_kind
 from tools.convert_weights.compare import compare
-from tools.convert_weights.describe import describe, describe_network
+from tools.convert_weights.describe import describe
 
+ALL_KINDS = {POLICY.name: POLICY, **KINDS}
 MAX_LINES = 50  # of differences; a wrong config would print a thousand
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="corl-convert-weights",
         description=__doc__,
@@ -46,9 +51,9 @@ def parser() -> argparse.ArgumentParser:
     for sub in (to_jax, inspect):
         sub.add_argument(
             "--model",
-            choices=("janus", *KINDS),
+            choices=tuple(ALL_KINDS),
             metavar="KIND",
-            help=f"janus, {', '.join(KINDS)} (default: what config.json says)",
+            help=f"{', '.join(ALL_KINDS)} (default: what config.json says)",
         )
     to_torch.add_argument("--format", choices=("original", "transformers"), required=True)
     to_torch.add_argument(
@@ -80,7 +85,7 @@ def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--max-shard-mb",
-        type=_positive,
+        type=parse_positive,
         default=4000,
         metavar="MB",
         help="largest file of weights, in 10^6 bytes (default: %(default)s)",
@@ -88,7 +93,7 @@ def _add_conversion_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
 
-def _positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -96,7 +101,7 @@ def _positive(text: str) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int], None] | None]:
+def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
     """A byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
     if not sys.stderr.isatty():
         yield None
@@ -111,87 +116,67 @@ def progress_bar(what: str) -> Iterator[Callable[[int], None] | None]:
         yield advance
 
 
-def run_to_jax(args: argparse.Namespace) -> int:
-    source = resolve_path(args.source)
-    kind = _kind(source, args.model)
-    if kind == "janus":
-        return run_convert(args)
-    from corl_jax.rewards.networks import (
-        missing_assets,  # with all that scores, which a Janus needs not
-    )
-
-    if args.base:
-        raise InputError(
-            f"--base: found {args.base}, but a {kind} network carries nothing; drop it"
-        )
-    with progress_bar("to-jax") as progress:
-        opened = convert_network(
-            source,
-            args.out,
-            kind,
-            dtype=args.dtype,
-            max_shard_bytes=args.max_shard_mb * 10**6,
-            overwrite=args.overwrite,
-            progress=progress,
-            say=lambda note: print(f"note: {note}"),
-        )
-    print(f"{kind}, layout {opened.layout}: {opened.parameters:,} parameters")
-    with open_network(args.out, kind) as written:
-        for note in missing_assets(kind, written):
-            print(f"note: {note}")
-    print(f"wrote {args.out}")
-    return 0
-
-
-def _kind(source: Path, asked: str | None) -> str:
-    """What a directory holds: as asked, as its config.json says, else a Janus.
-
-    Raises: InputError where nothing tells it.
-    """
-    stated = recognise(source) if source.is_dir() else None
-    if not asked and not stated and not (source / "config.json").is_file():
-        raise InputError(
-            f"{source}: has no config.json that says what it is; give --model "
-            f"{' or '.join(KINDS)}, or for a Janus the folder with its config.json"
-        )
-    return asked or stated or "janus"
-
-
 def run_convert(args: argparse.Namespace) -> int:
-    source = resolve_model_dir(args.source)
-    with progress_bar(args.command) as progress:
+    to_jax = args.command == "to-jax"
+    # to-torch has no --model: only policies have a foreign layout that is written.
+    source, kind = find_source(args.source, args.model if to_jax else POLICY.name)
+    with show_progress(args.command) as progress:
         notes = convert(
             source,
             args.out,
-            layout="jax" if args.command == "to-jax" else args.format,
+            kind,
+            layout=OWN_LAYOUT if to_jax else args.format,
             base=resolve_model_dir(args.base) if args.base else None,
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_mb * 10**6,
-            as_bin=args.command == "to-torch" and args.bin,
+            as_bin=not to_jax and args.bin,
             overwrite=args.overwrite,
             progress=progress,
         )
+    if kind is not POLICY:
+        notes += describe_reward_network(args.out, kind)
     for note in notes:
         print(f"note: {note}")
     print(f"wrote {args.out}")
     return 0
 
 
+def describe_reward_network(folder: Path, kind: NetworkKind) -> list[str]:
+    """Prints what was converted; returns what the rewards that ask the network would lack."""
+    # It imports everything that scores, which the conversion of a policy does not need.
+    from corl_jax.rewards.networks import missing_assets
+
+    with open_checkpoint(folder, kind) as written:
+        print(f"{kind.name}, layout {written.source_layout}: {written.parameters:,} parameters")
+        return missing_assets(kind.name, written)
+
+
+def find_source(place: str, asked: str | None = None) -> tuple[Path, NetworkKind]:
+    """Returns the path of a checkpoint and its kind: as asked, as config.json says, else a Janus.
+
+    Raises: InputError if nothing tells the kind.
+    """
+    source = resolve_path(place)
+    stated = recognise_kind(source, ALL_KINDS.values()) if source.is_dir() else None
+    if not asked and not stated and not (source / "config.json").is_file():
+        raise InputError(
+            f"{source}: has no config.json that says what it is; give --model "
+            f"{' or '.join(KINDS)}, or for a Janus the folder with its config.json"
+        )
+    kind = ALL_KINDS[asked] if asked else stated or POLICY
+    return resolve_model_dir(place) if kind.needs_config else source, kind
+
+
 def run_inspect(args: argparse.Namespace) -> int:
-    source = resolve_path(args.source)
-    kind = _kind(source, args.model)
-    lines = (
-        describe(resolve_model_dir(source)) if kind == "janus" else describe_network(source, kind)
-    )
-    for line in lines:
+    for line in describe(*find_source(args.source, args.model)):
         print(line)
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    a, b = resolve_model_dir(args.a), resolve_model_dir(args.b)
-    with progress_bar("verify") as progress:
-        result = compare(a, b, ignore_dtype=args.ignore_dtype, progress=progress)
+    (a, kind), b = find_source(args.a), resolve_path(args.b)
+    with show_progress("verify") as progress:
+        result = compare(a, b, kind, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
         print(f"note: {line}")
     lines = [f"differs: {line}" for line in result.differences]
@@ -204,9 +189,9 @@ def run_verify(args: argparse.Namespace) -> int:
 
 @exit_on_input_error
 def run(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     commands = {
-        "to-jax": run_to_jax,
+        "to-jax": run_convert,
         "to-torch": run_convert,
         "inspect": run_inspect,
         "verify": run_verify,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from corl_jax.weights.checkpoint import Checkpoint, is_stacked, open_checkpoint
-from corl_jax.weights.dtypes import widest
-from corl_jax.weights.sources import layer_count
+from corl_jax.params import flatten
+from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
+from corl_jax.weights.dtypes import find_common_dtype
+from corl_jax.weights.kinds import NetworkKind
+from corl_jax.weights.sources import list_layers
 
 BLOCK_VALUES = 2**22
 
@@ -27,19 +29,23 @@ class Comparison:
 def compare(
     a: Path,
     b: Path,
+    kind: NetworkKind,
     *,
     ignore_dtype: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Bitwise, types included. Raises: InputError for a checkpoint that does not add up."""
-    with open_checkpoint(a) as first, open_checkpoint(b) as second:
-        result = Comparison(0, _config_differences(first, second), [])
+    """Compares sizes and tensors bitwise, dtypes included.
+
+    Raises: InputError for a checkpoint that does not add up.
+    """
+    with open_checkpoint(a, kind) as first, open_checkpoint(b, kind) as second:
+        result = Comparison(0, _compare_configs(first, second), [])
         for path in first.leaves.shapes:
             if second.leaves.shapes.get(path) != first.leaves.shapes[path]:
                 found = second.leaves.shapes.get(path)
                 result.differences.append(f"{path}: {first.leaves.shapes[path]} against {found}")
                 continue
-            lines = list(_leaf_differences(first, second, path, ignore_dtype, progress))
+            lines = list(_compare_leaf(first, second, path, ignore_dtype, progress))
             result.differences += lines
             result.tensors += 1
         extra = second.leaves.shapes.keys() - first.leaves.shapes.keys()
@@ -48,44 +54,41 @@ def compare(
     return result
 
 
-def _config_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
-    lines = []
-    for part in ("llama", "siglip", "vq"):
-        old, new = (dataclasses.asdict(getattr(c.config, part)) for c in (a, b))
-        lines += [
-            f"config {part}.{name}: {old[name]} against {new[name]}"
-            for name in old
-            if old[name] != new[name]
-        ]
-    return lines
+def _compare_configs(a: Checkpoint, b: Checkpoint) -> list[str]:
+    old, new = (flatten(dataclasses.asdict(checkpoint.config)) for checkpoint in (a, b))
+    return [
+        f"config {name.replace('/', '.')}: {old[name]} against {new[name]}"
+        for name in old
+        if old[name] != new[name]
+    ]
 
 
-def _leaf_differences(
+def _compare_leaf(
     a: Checkpoint,
     b: Checkpoint,
     path: str,
     ignore_dtype: bool,
     progress: Callable[[int], None] | None,
 ) -> Iterator[str]:
-    for layer in layer_count(a.leaves, path, is_stacked(path)):
+    for layer in list_layers(a.leaves, path, a.kind.is_stacked(path)):
         x, y = a.leaves.read(path, layer), b.leaves.read(path, layer)
-        line = difference(x, y, ignore_dtype)
+        line = describe_difference(x, y, ignore_dtype)
         if line:
             yield f"{path}{'' if layer is None else f' layer {layer}'}: {line}"
         if progress:
             progress(x.nbytes)
 
 
-def difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
+def describe_difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
     """What differs between two arrays, in words; None when nothing does."""
     if x.shape != y.shape:
         return f"shape {x.shape} against {y.shape}"
-    wide = widest((x.dtype, y.dtype))
+    wide = find_common_dtype((x.dtype, y.dtype))
     same, unequal, gap = True, 0, 0.0
-    for a, b in _blocks(x, y, wide):
+    for a, b in _split_blocks(x, y, wide):
         if a.tobytes() != b.tobytes():
             same = False
-            count, largest = _numbers(a, b)
+            count, largest = _count_differences(a, b)
             unequal, gap = unequal + count, max(gap, largest)
     numbers = f"{unequal} of {x.size} values differ, by at most {gap:.3g}"
     if x.dtype == y.dtype:
@@ -95,7 +98,7 @@ def difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
     return f"{x.dtype.name} against {y.dtype.name}, {'values equal' if same else numbers}"
 
 
-def _blocks(
+def _split_blocks(
     x: np.ndarray, y: np.ndarray, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Runs of rows of both, small enough that their copies do not count beside the tensors."""
@@ -106,7 +109,7 @@ def _blocks(
         yield x[block].astype(dtype, order="C"), y[block].astype(dtype, order="C")
 
 
-def _numbers(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
+def _count_differences(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     unequal = ~(a64 == b64)
     with np.errstate(invalid="ignore"):
@@ -115,16 +118,18 @@ def _numbers(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
 
 
 def _compare_carried(a: Checkpoint, b: Checkpoint, result: Comparison, ignore_dtype: bool) -> None:
-    """Tensors outside the model; transformers' layout never has them, so that is only a note."""
+    """Compares tensors outside the model; a layout without a place for them gets only a note."""
     for key in sorted(a.carried.keys() & b.carried.keys()):
-        line = difference(a.carried[key].read(key), b.carried[key].read(key), ignore_dtype)
+        line = describe_difference(a.carried[key].read(key), b.carried[key].read(key), ignore_dtype)
         result.tensors += 1
         if line:
             result.differences.append(f"{key}: {line}")
-    for mine, other in ((a, b), (b, a)):
-        only = sorted(mine.carried.keys() - other.carried.keys())
-        lines = [f"{key}: only in {mine.folder}" for key in only]
-        if other.layout == "transformers" or other.source_layout == "transformers":
+    for checkpoint, other in ((a, b), (b, a)):
+        only = sorted(checkpoint.carried.keys() - other.carried.keys())
+        lines = [f"{key}: only in {checkpoint.folder}" for key in only]
+        # A converted directory is judged by its source: it carries what the source carried.
+        table = other.kind.tables.get(other.source_layout)
+        if table is not None and not table.carried:
             result.notes += lines
         else:
             result.differences += lines

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, as text."""
+"""Describes what a checkpoint directory holds, as text."""
 
 from __future__ import annotations
 
@@ -7,55 +7,55 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
-from corl_jax.weights.networks import open_network
+from corl_jax.weights.kinds import NetworkKind
 from corl_jax.weights.storage import Store
 
 
-def describe(folder: Path) -> Iterator[str]:
-    """Lines to print. Raises: InputError listing everything that does not add up."""
-    with open_checkpoint(folder) as checkpoint:
-        yield f"{folder}"
-        made_from = f", made from {checkpoint.source_layout}" if checkpoint.layout == "jax" else ""
-        yield f"layout      {checkpoint.layout}{made_from}"
-        yield from _sizes(checkpoint)
-        yield from _parts(checkpoint)
-        yield from _files(checkpoint.store)
-    yield from _tokens(folder)
+def describe(path: Path, kind: NetworkKind) -> Iterator[str]:
+    """Yields lines to print.
 
-
-def describe_network(path: Path, kind: str) -> Iterator[str]:
-    """As `describe`, for a reward network."""
-    with open_network(path, kind) as opened:
+    Raises: InputError listing everything that does not add up.
+    """
+    with open_checkpoint(path, kind) as checkpoint:
+        source = checkpoint.source_layout
+        made_from = f", made from {source}" if source != checkpoint.layout else ""
         yield f"{path}"
-        yield f"network     {kind}, layout {opened.layout}"
-        yield f"sizes       {dataclasses.asdict(opened.config)}"
-        yield f"  {'parameters':<24} {opened.parameters:>16,}"
-        yield from _files(opened.store)
+        yield f"network     {kind.name}, layout {checkpoint.layout}{made_from}"
+        yield from _describe_sizes(checkpoint.config)
+        yield from _describe_parts(checkpoint)
+        yield from _describe_files(checkpoint.store)
+    if kind is KIND:
+        yield from _describe_tokens(path)
 
 
-def _sizes(checkpoint: Checkpoint) -> Iterator[str]:
-    for part in ("llama", "siglip", "vq"):
-        fields = dataclasses.asdict(getattr(checkpoint.config, part))
-        yield f"{part:<11} {', '.join(f'{name} {value}' for name, value in fields.items())}"
+def _describe_sizes(config: Any) -> Iterator[str]:
+    """Yields a line for each part of the network, and one for the sizes of none."""
+    sizes = dataclasses.asdict(config)
+    parts = {name: part for name, part in sizes.items() if isinstance(part, dict)}
+    rest = {name: value for name, value in sizes.items() if name not in parts}
+    for name, part in {**parts, **({"sizes": rest} if rest else {})}.items():
+        yield f"{name:<11} {', '.join(f'{key} {value}' for key, value in part.items())}"
 
 
-def _parts(checkpoint: Checkpoint) -> Iterator[str]:
+def _describe_parts(checkpoint: Checkpoint) -> Iterator[str]:
     counts: collections.Counter[str] = collections.Counter()
     for path, shape in checkpoint.leaves.shapes.items():
         counts[path.split("/")[0]] += math.prod(shape)
     for part, count in counts.items():
         yield f"  {part:<24} {count:>16,}"
-    yield f"  {'parameters':<24} {sum(counts.values()):>16,}"
+    yield f"  {'parameters':<24} {checkpoint.parameters:>16,}"
     carried = sum(math.prod(s.infos[key].shape) for key, s in checkpoint.carried.items())
     if carried:
         yield f"  {'carried, unused':<24} {carried:>16,} in {len(checkpoint.carried)} tensors"
 
 
-def _files(store: Store) -> Iterator[str]:
+def _describe_files(store: Store) -> Iterator[str]:
     dtypes: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[Path] = collections.Counter()
     for info in store.infos.values():
@@ -67,7 +67,7 @@ def _files(store: Store) -> Iterator[str]:
         yield f"  {file.name:<40} {size / 1e6:>12,.1f} MB"
 
 
-def _tokens(folder: Path) -> Iterator[str]:
+def _describe_tokens(folder: Path) -> Iterator[str]:
     try:
         tokens = dataclasses.asdict(special_tokens(folder))
     except InputError as error:

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import jax
 
+from corl_jax.atomic_files import create_folder
 from corl_jax.devices import startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
 from corl_jax.policies.janus import network
-from corl_jax.weights.atomic import whole_directory
-from corl_jax.weights.export import Assets, Export, write_export
+from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.weights.export_folder import Export, write_export
+from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
 from tools.mini_janus import roundtrip
 from tools.mini_janus import tokenizer as tokenizers
@@ -33,12 +35,13 @@ def create(out: Path, seed: int, size: str = "mini") -> int:
 
     Raises: InputError where the directory holds files.
     """
-    with whole_directory(out) as folder, tempfile.TemporaryDirectory() as assets:
+    with create_folder(out) as folder, tempfile.TemporaryDirectory() as assets:
         tokenizer = tokenizers.build(seed, WORLDS[size])
         tokenizers.write(Path(assets), tokenizer, MAX_POSITIONS[size])
         config = CONFIGS[size](tokenizers.embedding_rows(tokenizer))
         params = network.init(config, jax.random.key(seed))
         export = Export(
+            kind=KIND,
             layout="transformers",
             config=config,
             leaves=MemoryLeaves(flatten(jax.device_get(params))),

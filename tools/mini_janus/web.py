@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corl_jax.atomic_files import create_folder
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.scene import WORLDS
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.weights.atomic import whole_directory
 
 THOUGHTS = re.compile(r"<think>.*?</think>")
 
@@ -58,7 +58,7 @@ def write(out: Path, rows: int, seed: int, world: str, mismatched: float, terse:
     table = pa.Table.from_pylist(
         list(make_rows(rows, seed, world, mismatched, terse)), schema=generator.schema()
     )
-    with whole_directory(out) as folder:
+    with create_folder(out) as folder:
         pq.write_table(table, folder / name, row_group_size=generator.ROW_GROUP)
     return out / name
 

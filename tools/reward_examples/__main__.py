@@ -14,8 +14,8 @@ import sys
 
 import numpy as np
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.errors import exit_on_input_error
-from corl_jax.runs.directory import replace_file
 from tools.reward_examples import cases, figure, page
 from tools.reward_examples.scoring import Found, score_all
 

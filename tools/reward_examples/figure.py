@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from corl_jax.atomic_files import replace_file
 from corl_jax.fonts import make_drawable
-from corl_jax.runs.directory import replace_file
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import T2I, Example, Found
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from corl_jax.atomic_files import create_folder
 from corl_jax.data.drawn_world import language
 from corl_jax.data.drawn_world.scene import (
     SPLITS,
@@ -180,16 +179,9 @@ def write(
     if problems := _problems(out, rows, seed, size, start, WORLDS[world]):
         raise InputError(problems)
     name = f"{'test' if split == 'test' else 'train'}-00000-of-00001.parquet"
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}.partial"
-    temporary.mkdir()
-    try:
-        with pq.ParquetWriter(temporary / name, schema()) as writer:
-            for batch in _row_groups(rows, seed, size, start, split, world):
-                writer.write_batch(batch, row_group_size=ROW_GROUP)
-        temporary.rename(out.absolute())
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with create_folder(out) as folder, pq.ParquetWriter(folder / name, schema()) as writer:
+        for batch in _row_groups(rows, seed, size, start, split, world):
+            writer.write_batch(batch, row_group_size=ROW_GROUP)
     return out / name
 
 

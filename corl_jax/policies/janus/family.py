@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from corl_jax.models.lora import Lora
 from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
 from corl_jax.policies.janus import images, layout, logprobs, network, sampling
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokenizer_training import tokenizer_loss
@@ -61,12 +62,10 @@ def _adapters_of(sizes: JanusConfig) -> Lora | None:
 
 
 FAMILY = Family(
-    name="janus",
+    kind=KIND,
     presets=network.PRESETS,
     open_processor=Processor.from_dir,
     stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
-    abstract=network.abstract,
-    rules=layout.RULES,
     trainable=layout.TRAINABLE,
     float32_parts=layout.FLOAT32_PARTS,
     tokenizer_parts=layout.TOKENIZER_PARTS,

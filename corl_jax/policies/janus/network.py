@@ -131,12 +131,12 @@ class Janus(nnx.Module):
 
 def abstract(config: JanusConfig, dtype: Any = jnp.float32) -> Params:
     """Shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
-    return modules.abstract(Janus, config, dtype)
+    return modules.make_abstract(Janus, config, dtype)
 
 
 def init(config: JanusConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters: normal(0.02) for the transformers, flax's defaults for convolutions."""
-    return modules.init(Janus, config, key, dtype)
+    return modules.init_params(Janus, config, key, dtype)
 
 
 def bind(config: JanusConfig, params: Params) -> Janus:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.policies.generation_config import FILE as GENERATION_FILE
+from corl_jax.policies.generation_config import parse_generation
+from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
 from corl_jax.weights.folders import read_unmarked
-from corl_jax.weights.shards import write_bytes, write_text
+from corl_jax.weights.kinds import OWN_LAYOUT, Assets
+from corl_jax.weights.shards import write_bytes, write_json, write_text
 from corl_jax.weights.storage import read_json
 
 COPIED = (
@@ -34,18 +39,78 @@ _IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
 
 
 def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
-    """The files of these names that the source has, byte for byte but for byte order marks."""
+    """Copies the files of these names that the source has, without byte order marks."""
     for name in names:
         if (source / name).is_file():
             write_bytes(out / name, read_unmarked(source / name))
 
 
+def write_assets(
+    folder: Path, layout: str, config: JanusConfig, source: Assets | None, stated: Mapping[str, Any]
+) -> list[str]:
+    """Writes tokenizer, processor and generation settings; returns notes on what is missing.
+
+    Our own layout has the files of its source's layout, or of the original one.
+    """
+    source_layout = source.layout if source else "original"
+    target = source_layout if layout == OWN_LAYOUT else layout
+    origin = source.folder if source else None
+    (write_original if target == "original" else write_transformers)(origin, folder, config)
+    if origin is not None and source_layout == target:
+        if (origin / "chat_template.json").is_file():
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
+        copy_assets(origin, folder)
+    write_generation(folder, layout, origin, stated)
+    if (folder / "tokenizer.json").is_file():
+        return []
+    return [
+        f"no tokenizer.json was found, so the output lacks one: copy it to {folder.name} by hand"
+    ]
+
+
+def write_generation(
+    folder: Path, layout: str, source: Path | None, stated: Mapping[str, Any]
+) -> None:
+    """Writes generation_config.json: the source's values, replaced by those that are stated.
+
+    The transformers layout always has one, with the BOI id where transformers reads it. An original
+    checkpoint usually has none; the other layouts then get one only to hold stated values.
+    """
+    file = source / GENERATION_FILE if source else None
+    old = read_json(file) if file and file.is_file() else {}
+    parse_generation(old, file or folder / GENERATION_FILE)  # a wrong value is not handed on
+    new = {**old, **stated}
+    given = old.get("generation_kwargs")
+    has_boi = isinstance(given, dict) and "boi_token_id" in given
+    if layout == "transformers" and not has_boi:
+        made = transformers_layout.write_generation(special_tokens(require_tokenizer(source)))
+        kwargs = {**(given if isinstance(given, dict) else {}), **made["generation_kwargs"]}
+        new = {**made, **new, "generation_kwargs": kwargs}
+    if file and new == old and file.is_file():
+        write_bytes(folder / GENERATION_FILE, file.read_bytes())
+    elif new:
+        write_json(folder / GENERATION_FILE, new)
+
+
+def require_tokenizer(folder: Path | None) -> Path:
+    """Returns the folder of the tokenizer.
+
+    Raises: InputError if there is none.
+    """
+    if folder is None:
+        raise InputError(
+            "transformers' layout needs the tokenizer's ids: name a model directory that has "
+            "tokenizer.json, or write another layout"
+        )
+    return folder
+
+
 def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
-    """What the original package's VLChatProcessor reads."""
+    """Writes the files that the original package's VLChatProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        _json(out / "tokenizer_config.json", _original_tokenizer(source))
-        _json(out / "special_tokens_map.json", _special_map(source))
+        write_json(out / "tokenizer_config.json", _make_original_tokenizer(source))
+        write_json(out / "special_tokens_map.json", _make_special_map(source))
     processor = {
         "add_special_token": False,
         "ignore_id": -100,
@@ -53,9 +118,9 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
         "mask_prompt": True,
         "num_image_tokens": config.siglip.num_tokens,
         "processor_class": "VLChatProcessor",
-        "sft_format": _sft_format(source),
+        "sft_format": _find_sft_format(source),
     }
-    _json(out / "processor_config.json", processor)
+    write_json(out / "processor_config.json", processor)
     image = {
         "background_color": [127, 127, 127],
         "do_normalize": True,
@@ -63,23 +128,23 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
         "image_size": config.siglip.image_size,
         "processor_class": "VLChatProcessor",
         "rescale_factor": 1 / 255,
-        **_image_settings(source),
+        **_read_image_settings(source),
     }
-    _json(out / "preprocessor_config.json", image)
+    write_json(out / "preprocessor_config.json", image)
 
 
 def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> None:
-    """What transformers' JanusProcessor reads."""
+    """Writes the files that transformers' JanusProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        _json(out / "tokenizer.json", with_bos(read_json(source / "tokenizer.json"), source))
-        _json(out / "tokenizer_config.json", _transformers_tokenizer(source))
+        write_json(out / "tokenizer.json", add_bos(read_json(source / "tokenizer.json"), source))
+        write_json(out / "tokenizer_config.json", _make_transformers_tokenizer(source))
     processor = {
         "num_image_tokens": config.siglip.num_tokens,
         "processor_class": "JanusProcessor",
         "use_default_system_prompt": False,
     }
-    _json(out / "processor_config.json", processor)
+    write_json(out / "processor_config.json", processor)
     size = config.siglip.image_size
     image = {
         "do_normalize": True,
@@ -91,14 +156,14 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"height": size, "width": size},
-        **_image_settings(source),
+        **_read_image_settings(source),
     }
-    _json(out / "preprocessor_config.json", image)
-    write_text(out / "chat_template.jinja", chat_template(_sft_format(source)))
+    write_json(out / "preprocessor_config.json", image)
+    write_text(out / "chat_template.jinja", make_chat_template(_find_sft_format(source)))
 
 
-def chat_template(sft_format: str) -> str:
-    """The original's conversation template; contents are strings or lists of parts."""
+def make_chat_template(sft_format: str) -> str:
+    """Returns the original's conversation template; contents are strings or lists of parts."""
     user, assistant = ROLES.get(sft_format, ROLES["deepseek"])
     return f"""\
 {{%- macro text_of(content) -%}}
@@ -131,8 +196,8 @@ def chat_template(sft_format: str) -> str:
 """
 
 
-def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A tokenizer.json whose post-processor puts BOS first.
+def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns a tokenizer.json whose post-processor puts BOS first.
 
     The original leaves that to the tokenizer class it names, which transformers no longer
     builds from the file as it stands; a class that follows the file needs it in the file.
@@ -140,7 +205,7 @@ def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises: InputError for a file that the tokenizers library cannot use.
     """
     bos = special_tokens(folder).bos
-    if _first_id(tokenizer, folder / "tokenizer.json") == bos:
+    if _find_first_id(tokenizer, folder / "tokenizer.json") == bos:
         return tokenizer
     post = tokenizer.get("post_processor")
     steps = [] if post is None else [post]
@@ -148,17 +213,17 @@ def with_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
         steps = list(post["processors"])
     templates = [i for i, step in enumerate(steps) if step["type"] == "TemplateProcessing"]
     if templates:  # a second one would take the parts of the first for a pair of texts
-        steps[templates[0]] = _bos_first(steps[templates[0]], bos)
+        steps[templates[0]] = _put_bos_first(steps[templates[0]], bos)
     else:
         first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
         bare = {"single": [first], "pair": [first, second], "special_tokens": {}}
-        steps.append(_bos_first({"type": "TemplateProcessing", **bare}, bos))
+        steps.append(_put_bos_first({"type": "TemplateProcessing", **bare}, bos))
     processor = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
     return tokenizer | {"post_processor": processor}
 
 
-def _first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
-    """The id that a text starts with, as the file has it."""
+def _find_first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
+    """Returns the id that a text starts with, by the file's rules."""
     from tokenizers import Tokenizer
 
     try:
@@ -168,8 +233,8 @@ def _first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
     return ids[0] if ids else None
 
 
-def _bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
-    """A TemplateProcessing with BOS before what it has."""
+def _put_bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
+    """Returns a TemplateProcessing with BOS in front."""
     bos = STRINGS["bos"]
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     known = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
@@ -180,11 +245,11 @@ def _bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def _transformers_tokenizer(source: Path) -> dict[str, Any]:
-    """A generic class that follows tokenizer.json, and the names that JanusProcessor asks for."""
+def _make_transformers_tokenizer(source: Path) -> dict[str, Any]:
+    """Names a generic class that follows tokenizer.json, and tokens that JanusProcessor needs."""
     named = {f"{name}_token": STRINGS[name] for name in ("image", "boi", "eoi")}
     return {
-        **_common_tokenizer(source),
+        **_make_common_tokenizer(source),
         **named,
         "extra_special_tokens": named,
         "processor_class": "JanusProcessor",
@@ -192,17 +257,17 @@ def _transformers_tokenizer(source: Path) -> dict[str, Any]:
     }
 
 
-def _original_tokenizer(source: Path) -> dict[str, Any]:
+def _make_original_tokenizer(source: Path) -> dict[str, Any]:
     return {
-        **_common_tokenizer(source),
+        **_make_common_tokenizer(source),
         "add_eos_token": False,
         "processor_class": "VLChatProcessor",
         "tokenizer_class": "LlamaTokenizerFast",
     }
 
 
-def _common_tokenizer(source: Path) -> dict[str, Any]:
-    old = _read(source, "tokenizer_config.json")
+def _make_common_tokenizer(source: Path) -> dict[str, Any]:
+    old = _read_if_present(source, "tokenizer_config.json")
     length = old.get("model_max_length")
     return {
         "add_bos_token": True,
@@ -215,7 +280,7 @@ def _common_tokenizer(source: Path) -> dict[str, Any]:
     }
 
 
-def _special_map(source: Path) -> dict[str, Any]:
+def _make_special_map(source: Path) -> dict[str, Any]:
     added = read_json(source / "tokenizer.json").get("added_tokens") or []
     have = {token.get("content") for token in added if isinstance(token, dict)}
     return {
@@ -224,35 +289,32 @@ def _special_map(source: Path) -> dict[str, Any]:
     }
 
 
-def _sft_format(source: Path | None) -> str:
-    """Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens."""
-    stated = _read(source, "processor_config.json").get("sft_format")
+def _find_sft_format(source: Path | None) -> str:
+    """Returns the conversation template's name, as stated or by the tokenizer's role tokens."""
+    stated = _read_if_present(source, "processor_config.json").get("sft_format")
     if isinstance(stated, str):
         return stated
     if source is None or not (source / "tokenizer.json").is_file():
         return "deepseek"
+    # Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens.
     return (
         "deepseek"
-        if ROLES["deepseek"][0] in _special_map(source)["additional_special_tokens"]
+        if ROLES["deepseek"][0] in _make_special_map(source)["additional_special_tokens"]
         else ("deepseek_old")
     )
 
 
-def _image_settings(source: Path | None) -> dict[str, Any]:
-    """Normalisation as the source states it, in either place where transformers keeps it."""
-    nested = _read(source, "processor_config.json").get("image_processor")
+def _read_image_settings(source: Path | None) -> dict[str, Any]:
+    """Returns the normalisation that the source states, in either of transformers' places."""
+    nested = _read_if_present(source, "processor_config.json").get("image_processor")
     settings = {
         **(nested if isinstance(nested, dict) else {}),
-        **_read(source, "preprocessor_config.json"),
+        **_read_if_present(source, "preprocessor_config.json"),
     }
     return {name: settings.get(name) or default for name, default in _IMAGE.items()}
 
 
-def _read(source: Path | None, name: str) -> dict[str, Any]:
+def _read_if_present(source: Path | None, name: str) -> dict[str, Any]:
     if source is None or not (source / name).is_file():
         return {}
     return read_json(source / name)
-
-
-def _json(file: Path, data: dict[str, Any]) -> None:
-    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

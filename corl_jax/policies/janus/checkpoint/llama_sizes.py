@@ -1,4 +1,4 @@
-"""The Llama block that both PyTorch layouts carry, with LlamaConfig's defaults."""
+"""Reads and writes the Llama section of both PyTorch layouts, with LlamaConfig's defaults."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from corl_jax.models.llama import LlamaConfig
 from corl_jax.weights.foreign_config import Fields
 
 
-def llama_config(fields: Fields) -> LlamaConfig:
-    """A `text_config` or `language_config`; absent fields have LlamaConfig's defaults."""
+def parse_llama(fields: Fields) -> LlamaConfig:
+    """Returns the sizes of a `text_config` or `language_config`."""
     fields.expect("model_type", ("llama",), "Janus decodes with a Llama")
     fields.expect("hidden_act", ("silu",), "the only activation implemented")
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
@@ -24,14 +24,14 @@ def llama_config(fields: Fields) -> LlamaConfig:
         num_heads=heads,
         num_kv_heads=fields.size("num_key_value_heads", heads),
         head_dim=fields.size("head_dim", max(1, hidden // heads)),
-        rope_theta=_rope_theta(fields),
+        rope_theta=_parse_rope_theta(fields),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         max_position_embeddings=fields.size("max_position_embeddings", 2048),
     )
 
 
-def _rope_theta(fields: Fields) -> float:
-    """`rope_theta` as transformers 4 wrote it, or inside `rope_parameters` as 5 does."""
+def _parse_rope_theta(fields: Fields) -> float:
+    """Returns `rope_theta`, as transformers 4 writes it or inside `rope_parameters` as 5 does."""
     theta = fields.number("rope_theta", 10000.0)
     for name in ("rope_scaling", "rope_parameters"):
         section = fields.section(name)
@@ -41,8 +41,8 @@ def _rope_theta(fields: Fields) -> float:
     return theta
 
 
-def llama_fields(llama: LlamaConfig) -> dict[str, Any]:
-    """Every size written out, so that no reader depends on its own defaults."""
+def write_llama(llama: LlamaConfig) -> dict[str, Any]:
+    """Returns all sizes as JSON, so that no reader depends on its own defaults."""
     fields: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": llama.vocab_size,

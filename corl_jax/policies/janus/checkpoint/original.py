@@ -1,4 +1,4 @@
-"""The original layout's config.json: read, and written where there is none to copy.
+"""Reads the original layout's config.json, and writes it if there is none to copy.
 
 It names presets instead of sizes; explicit `params` override them. What `language_config` leaves
 out has the default of transformers' LlamaConfig, as the 7B file relies on.
@@ -10,7 +10,7 @@ from typing import Any
 
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
-from corl_jax.policies.janus.checkpoint.llama_sizes import llama_config, llama_fields
+from corl_jax.policies.janus.checkpoint.llama_sizes import parse_llama, write_llama
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.weights.foreign_config import Fields
 
@@ -20,11 +20,11 @@ _SIGLIP_SIZES = ("width", "layers", "heads", "patch_size", "mlp_ratio", "image_s
 
 
 def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
-    """The sizes that a config.json of the original layout means; problems are appended."""
+    """Returns the sizes that the original config.json means; its problems are added."""
     top = Fields(where, data, problems)
-    llama = llama_config(top.section("language_config"))
-    siglip = siglip_config(top.section("vision_config"))
-    vq = _vq(top.section("gen_vision_config"))
+    llama = parse_llama(top.section("language_config"))
+    siglip = parse_siglip(top.section("vision_config"))
+    vq = _parse_vq(top.section("gen_vision_config"))
     aligner = top.section("aligner_config").section("params")
     gen_aligner = top.section("gen_aligner_config").section("params")
     head = top.section("gen_head_config").section("params")
@@ -44,8 +44,8 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     )
 
 
-def siglip_config(section: Fields) -> SiglipConfig:
-    """The sizes that a `vision_config` of the original layout means."""
+def parse_siglip(section: Fields) -> SiglipConfig:
+    """Returns the sizes that a `vision_config` of the original layout means."""
     params = section.section("params")
     name = params.data.get("model_name", "siglip_large_patch16_384")
     preset = SIGLIP_PRESETS.get(name) if isinstance(name, str) else None
@@ -71,7 +71,7 @@ def siglip_config(section: Fields) -> SiglipConfig:
     )
 
 
-def _vq(section: Fields) -> VQConfig:
+def _parse_vq(section: Fields) -> VQConfig:
     section.expect("cls", tuple(VQ_PRESETS), "the tokenizer that Janus ships with")
     preset = VQ_PRESETS["VQ-16"]
     params = section.section("params")
@@ -86,15 +86,18 @@ def _vq(section: Fields) -> VQConfig:
 
 
 def write(config: JanusConfig, dtype: str) -> dict[str, Any]:
-    """A config.json that the original package and `parse` both read; no nulls in it."""
+    """Returns the JSON of a config.json that the original package and `parse` both read.
+
+    It has no nulls.
+    """
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "torch_dtype": dtype,
-        "aligner_config": _projector(
+        "aligner_config": _write_projector(
             "aligner", config.aligner_depth, config.siglip.hidden_size, config
         ),
-        "gen_aligner_config": _projector(
+        "gen_aligner_config": _write_projector(
             "gen_aligner", config.generation_aligner_depth, config.vq.embed_dim, config
         ),
         "gen_head_config": {
@@ -109,22 +112,22 @@ def write(config: JanusConfig, dtype: str) -> dict[str, Any]:
         "gen_vision_config": {
             "cls": "VQ-16",
             "model_type": "gen_vision",
-            "params": _vq_params(config.vq),
+            "params": _write_vq(config.vq),
         },
         "language_config": {
-            **llama_fields(config.llama),
+            **write_llama(config.llama),
             "torch_dtype": dtype,
             "_attn_implementation": "eager",
         },
         "vision_config": {
             "cls": "CLIPVisionTower",
             "model_type": "vision",
-            "params": _siglip_params(config.siglip),
+            "params": _write_siglip(config.siglip),
         },
     }
 
 
-def _projector(name: str, depth: int, width: int, config: JanusConfig) -> dict[str, Any]:
+def _write_projector(name: str, depth: int, width: int, config: JanusConfig) -> dict[str, Any]:
     return {
         "cls": "MlpProjector",
         "model_type": name,
@@ -137,7 +140,7 @@ def _projector(name: str, depth: int, width: int, config: JanusConfig) -> dict[s
     }
 
 
-def _vq_params(vq: VQConfig) -> dict[str, Any]:
+def _write_vq(vq: VQConfig) -> dict[str, Any]:
     preset = VQ_PRESETS["VQ-16"]
     params = {"image_token_size": vq.num_embeddings, "n_embed": vq.embed_dim}
     explicit = {
@@ -149,8 +152,8 @@ def _vq_params(vq: VQConfig) -> dict[str, Any]:
     return params | {name: value for name, (value, usual) in explicit.items() if value != usual}
 
 
-def _siglip_params(siglip: SiglipConfig) -> dict[str, Any]:
-    """The preset's name, and the sizes in which this tower differs from it."""
+def _write_siglip(siglip: SiglipConfig) -> dict[str, Any]:
+    """Returns the preset's name, and the sizes in which this tower differs from it."""
     preset = SIGLIP_PRESETS["siglip_large_patch16_384"]
     params: dict[str, Any] = {
         "image_size": siglip.image_size,
@@ -163,12 +166,12 @@ def _siglip_params(siglip: SiglipConfig) -> dict[str, Any]:
         "layers": (siglip.num_layers, preset.num_layers),
         "heads": (siglip.num_heads, preset.num_heads),
         "patch_size": (siglip.patch_size, preset.patch_size),
-        "mlp_ratio": (mlp_ratio(siglip), mlp_ratio(preset)),
+        "mlp_ratio": (find_mlp_ratio(siglip), find_mlp_ratio(preset)),
     }
     return params | {name: value for name, (value, usual) in explicit.items() if value != usual}
 
 
-def mlp_ratio(siglip: SiglipConfig) -> float:
-    """A ratio whose product with the width, truncated, is exactly the inner width."""
+def find_mlp_ratio(siglip: SiglipConfig) -> float:
+    """Returns a ratio whose product with the width, truncated, is exactly the inner width."""
     ratio = siglip.intermediate_size / siglip.hidden_size
     return ratio if int(siglip.hidden_size * ratio) == siglip.intermediate_size else ratio + 1e-9

@@ -7,8 +7,9 @@ Source: deepseek-ai/Janus, `janus/models`.
 
 from __future__ import annotations
 
+from corl_jax.policies.janus.checkpoint.key_rows import llama, vq_codes, vq_half
 from corl_jax.weights.table import DENSE, DROP_LEADING, SAME, Row, Table
-from corl_jax.weights.tables.rows import conv, dense, embedding, llama, norm, vq_codes, vq_half
+from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
 _BLOCK = "vision_model.vision_tower.blocks.{layer}"
 _MID = ("0", "1", "2")
@@ -24,7 +25,7 @@ def _fused_qkv() -> list[Row]:
 
 
 def _projector(key: str, path: str) -> list[Row]:
-    """Linear layers at the even places of a Sequential, activations at the odd ones."""
+    # Linear layers have the even places of a Sequential, activations the odd ones.
     rows = dense(f"{key}.layers.0", f"{path}/fc1")
     for i in range(_MAX_PROJECTOR_DEPTH - 1):
         rows += dense(f"{key}.layers.{2 * i + 2}", f"{path}/hidden_layers/{i}")

@@ -1,4 +1,4 @@
-"""transformers' config.json and generation_config.json for Janus: read and written.
+"""Reads and writes transformers' config.json, and writes its generation_config.json.
 
 Source: transformers 5.23 `models/janus`.
 """
@@ -10,19 +10,19 @@ from typing import Any
 from corl_jax.errors import InputError
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
-from corl_jax.policies.janus.checkpoint.llama_sizes import llama_config, llama_fields
-from corl_jax.policies.janus.checkpoint.original import mlp_ratio
+from corl_jax.policies.janus.checkpoint.llama_sizes import parse_llama, write_llama
+from corl_jax.policies.janus.checkpoint.original import find_mlp_ratio
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.weights.foreign_config import Fields
 
 
 def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
-    """The sizes that transformers' config.json means; problems are appended."""
+    """Returns the sizes that transformers' config.json means; its problems are added."""
     top = Fields(where, data, problems)
-    llama = llama_config(top.section("text_config"))
+    llama = parse_llama(top.section("text_config"))
     vision, vq = top.section("vision_config"), top.section("vq_config")
-    siglip = siglip_config(vision)
+    siglip = parse_siglip(vision)
     vision.equal("num_image_tokens", siglip.num_tokens)
     for fields, name in ((vision, "projection_dim"), (vq, "projection_dim")):
         if fields.size(name, 2048) != llama.hidden_size:
@@ -34,15 +34,15 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     return JanusConfig(
         llama=llama,
         siglip=siglip,
-        vq=_vq(vq),
+        vq=_parse_vq(vq),
         aligner_depth=vision.size("depth", 2, limit=8),
         generation_aligner_depth=vq.size("num_hidden_layers", 2, limit=8),
         image_token_embed=vq.size("projection_dim", 2048),
     )
 
 
-def siglip_config(fields: Fields) -> SiglipConfig:
-    """The sizes that a `vision_config` of transformers means."""
+def parse_siglip(fields: Fields) -> SiglipConfig:
+    """Returns the sizes that a `vision_config` of transformers means."""
     fields.expect("hidden_act", ("gelu",), "the only activation implemented")
     fields.expect("attention_bias", (True,), "SigLIP has biases")
     fields.expect("use_qk_norm", (False,), "not implemented")
@@ -59,7 +59,7 @@ def siglip_config(fields: Fields) -> SiglipConfig:
     )
 
 
-def _vq(fields: Fields) -> VQConfig:
+def _parse_vq(fields: Fields) -> VQConfig:
     fields.expect("double_latent", (False,), "not implemented")
     fields.expect("in_channels", (3,), "images are RGB")
     fields.expect("out_channels", (3,), "images are RGB")
@@ -84,7 +84,7 @@ def check_expressible(config: JanusConfig) -> None:
 
 
 def write(config: JanusConfig, dtype: str, special: SpecialTokens) -> dict[str, Any]:
-    """A config.json for transformers, every size stated.
+    """Returns the JSON of transformers' config.json, with every size stated.
 
     Raises: InputError for sizes that transformers' class cannot express.
     """
@@ -103,13 +103,13 @@ def write(config: JanusConfig, dtype: str, special: SpecialTokens) -> dict[str, 
         "image_token_id": special.image,
         # transformers' class default is true, which would tie lm_head to embed_tokens.
         "tie_word_embeddings": False,
-        "text_config": {**llama_fields(llama), "rope_parameters": rope, "dtype": dtype, **ids},
-        "vision_config": _vision_fields(config),
-        "vq_config": _vq_fields(config),
+        "text_config": {**write_llama(llama), "rope_parameters": rope, "dtype": dtype, **ids},
+        "vision_config": _write_siglip(config),
+        "vq_config": _write_vq(config),
     }
 
 
-def _vision_fields(config: JanusConfig) -> dict[str, Any]:
+def _write_siglip(config: JanusConfig) -> dict[str, Any]:
     siglip = config.siglip
     return {
         "model_type": "janus_vision_model",
@@ -121,7 +121,7 @@ def _vision_fields(config: JanusConfig) -> dict[str, Any]:
         "patch_size": siglip.patch_size,
         "hidden_act": "gelu",
         "layer_norm_eps": siglip.layer_norm_eps,
-        "mlp_ratio": mlp_ratio(siglip),
+        "mlp_ratio": find_mlp_ratio(siglip),
         "attention_bias": True,
         "use_qk_norm": False,
         "projection_dim": config.llama.hidden_size,
@@ -130,7 +130,7 @@ def _vision_fields(config: JanusConfig) -> dict[str, Any]:
     }
 
 
-def _vq_fields(config: JanusConfig) -> dict[str, Any]:
+def _write_vq(config: JanusConfig) -> dict[str, Any]:
     vq = config.vq
     return {
         "model_type": "janus_vqgan",
@@ -152,7 +152,7 @@ def _vq_fields(config: JanusConfig) -> dict[str, Any]:
 
 
 def write_generation(special: SpecialTokens) -> dict[str, Any]:
-    """A generation_config.json with which `generate(generation_mode="image")` works.
+    """Returns a generation_config.json with which `generate(generation_mode="image")` works.
 
     transformers reads the BOI id from `generation_kwargs`. Janus draws from the full softmax,
     where transformers' own default is top_k 50; without do_sample it would draw the argmax.

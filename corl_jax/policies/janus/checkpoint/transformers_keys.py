@@ -5,8 +5,9 @@ Source: transformers 5.23 `models/janus`.
 
 from __future__ import annotations
 
+from corl_jax.policies.janus.checkpoint.key_rows import llama, vq_codes, vq_half
 from corl_jax.weights.table import Row, Table
-from corl_jax.weights.tables.rows import conv, dense, embedding, llama, norm, vq_codes, vq_half
+from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
 _LAYER = "model.vision_model.encoder.layers.{layer}"
 _MID = ("block_1", "attn_1", "block_2")

@@ -1,6 +1,9 @@
-"""CLIP's settings as transformers and open_clip write them, with image normalisation.
+"""CLIP's layouts: those of transformers and of open_clip, with the image normalisation.
 
-Sources: transformers 5.23 `models/clip`; open_clip 3.3 `model.py` and `factory.py`.
+open_clip fuses q, k and v, and multiplies its projections from the right. PickScore is published
+in the layout of transformers, HPS v2 in that of open_clip.
+
+Sources: transformers 5.23 `models/clip`; open_clip 3.3 `model.py`, `transformer.py`, `factory.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +12,97 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corl_jax.models.clip import Activation, ClipConfig, TowerConfig
-from corl_jax.weights.foreign_config import Fields, indivisible, not_below, wrong_count
+from corl_jax.models.clip import Activation, Clip, ClipConfig, TowerConfig
+from corl_jax.weights.foreign_config import Fields, check_count, check_divisible, check_token_ids
+from corl_jax.weights.kinds import COLUMN, INNER, OUTER, ROW, WHOLE, NetworkKind, Rules
 from corl_jax.weights.storage import read_json
-from corl_jax.weights.table import Shape
+from corl_jax.weights.table import CONV, DENSE, SAME, Row, Shape, Table
+from corl_jax.weights.table_rows import dense, embedding, norm
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def _transformers_layer(key: str, path: str) -> list[Row]:
+    torch, leaf = f"{key}.encoder.layers.{{layer}}", f"{path}/layers"
+    return [
+        *norm(f"{torch}.layer_norm1", f"{leaf}/layer_norm1"),
+        *norm(f"{torch}.layer_norm2", f"{leaf}/layer_norm2"),
+        *(
+            row
+            for name in (*_PROJECTIONS, "out_proj")
+            for row in dense(f"{torch}.self_attn.{name}", f"{leaf}/attn/{name}")
+        ),
+        *dense(f"{torch}.mlp.fc1", f"{leaf}/mlp/fc1"),
+        *dense(f"{torch}.mlp.fc2", f"{leaf}/mlp/fc2"),
+    ]
+
+
+def _open_clip_layer(key: str, path: str) -> list[Row]:
+    torch, leaf = f"{key}.resblocks.{{layer}}", f"{path}/layers"
+    return [
+        *norm(f"{torch}.ln_1", f"{leaf}/layer_norm1"),
+        *norm(f"{torch}.ln_2", f"{leaf}/layer_norm2"),
+        *(
+            Row(f"{torch}.attn.in_proj_{name}", f"{leaf}/attn/{part}/{field}", how, (i, 3))
+            for name, field, how in (("weight", "kernel", DENSE), ("bias", "bias", SAME))
+            for i, part in enumerate(_PROJECTIONS)
+        ),
+        *dense(f"{torch}.attn.out_proj", f"{leaf}/attn/out_proj"),
+        *dense(f"{torch}.mlp.c_fc", f"{leaf}/mlp/fc1"),
+        *dense(f"{torch}.mlp.c_proj", f"{leaf}/mlp/fc2"),
+    ]
+
+
+_TRANSFORMERS = Table(
+    name="transformers",
+    rows=(
+        Row("vision_model.embeddings.class_embedding", "vision_model/class_embedding"),
+        Row(
+            "vision_model.embeddings.patch_embedding.weight",
+            "vision_model/patch_embedding/kernel",
+            CONV,
+        ),
+        *embedding(
+            "vision_model.embeddings.position_embedding.weight", "vision_model/position_embedding"
+        ),
+        *norm("vision_model.pre_layrnorm", "vision_model/pre_layernorm"),
+        *_transformers_layer("vision_model", "vision_model"),
+        *norm("vision_model.post_layernorm", "vision_model/post_layernorm"),
+        *dense("visual_projection", "visual_projection", bias=False),
+        *embedding("text_model.embeddings.token_embedding.weight", "text_model/token_embedding"),
+        *embedding(
+            "text_model.embeddings.position_embedding.weight", "text_model/position_embedding"
+        ),
+        *_transformers_layer("text_model", "text_model"),
+        *norm("text_model.final_layer_norm", "text_model/final_layernorm"),
+        *dense("text_projection", "text_projection", bias=False),
+        Row("logit_scale", "logit_scale"),
+    ),
+    dropped=(r"(vision|text)_model\.embeddings\.position_ids",),
+)
+
+_OPEN_CLIP = Table(
+    name="open_clip",
+    rows=(
+        Row("visual.class_embedding", "vision_model/class_embedding"),
+        Row("visual.conv1.weight", "vision_model/patch_embedding/kernel", CONV),
+        *embedding("visual.positional_embedding", "vision_model/position_embedding"),
+        *norm("visual.ln_pre", "vision_model/pre_layernorm"),
+        *_open_clip_layer("visual.transformer", "vision_model"),
+        *norm("visual.ln_post", "vision_model/post_layernorm"),
+        Row("visual.proj", "visual_projection/kernel"),
+        *embedding("token_embedding.weight", "text_model/token_embedding"),
+        *embedding("positional_embedding", "text_model/position_embedding"),
+        *_open_clip_layer("transformer", "text_model"),
+        *norm("ln_final", "text_model/final_layernorm"),
+        Row("text_projection", "text_projection/kernel"),
+        Row("logit_scale", "logit_scale"),
+    ),
+    dropped=(r"attn_mask",),
+)
+
+TABLES: dict[str, Table] = {"transformers": _TRANSFORMERS, "open_clip": _OPEN_CLIP}
+
 
 ACTIVATIONS: tuple[Activation, ...] = ("quick_gelu", "gelu")  # the first is transformers' default
 LEGACY_EOS = 2  # stands in old configs, whatever the tokenizer says
@@ -34,33 +124,35 @@ _TEXT_SETTINGS: dict[str, Any] = {
 
 
 def check(config: ClipConfig, where: str) -> list[str]:
-    """Sizes that do not fit each other, and settings that do not exist."""
-    problems = indivisible(
+    """Lists sizes that do not fit each other, and settings that do not exist."""
+    problems = check_divisible(
         where, ("image_size", config.image_size, "patch_size", config.patch_size)
     )
     for name, tower in (("vision", config.vision), ("text", config.text)):
         heads = ("hidden_size", tower.hidden_size, "num_heads", tower.num_heads)
-        problems += indivisible(f"{where}.{name}", heads)
+        problems += check_divisible(f"{where}.{name}", heads)
         if tower.activation not in ACTIVATIONS:
             problems.append(
                 f"{where}.{name}.activation is {tower.activation!r}, expected "
                 f"{' or '.join(ACTIVATIONS)}"
             )
-    problems += not_below(where, "vocab_size", config.vocab_size, eos_token_id=config.eos_token_id)
+    problems += check_token_ids(
+        where, "vocab_size", config.vocab_size, eos_token_id=config.eos_token_id
+    )
     if config.context_length < FEWEST_POSITIONS:
         problems.append(
             f"{where}.context_length is {config.context_length}, expected at least "
             f"{FEWEST_POSITIONS}: a text stands between two special tokens"
         )
     for name in ("image_mean", "image_std"):
-        problems += wrong_count(where, name, getattr(config, name), CHANNELS)
+        problems += check_count(where, name, getattr(config, name), CHANNELS)
     return problems
 
 
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> ClipConfig:
-    """The sizes of both towers and the image normalisation.
+    """Returns the sizes of both towers and the image normalisation.
 
     Raises: InputError for a file that cannot be read.
     """
@@ -98,7 +190,7 @@ def _transformers(file: Path, problems: list[str]) -> ClipConfig:
 
 
 def _tower_fields(top: Fields, name: str) -> Fields:
-    """A tower's settings; old files repeat them as `.._dict`, which wins in transformers too."""
+    """Returns a tower's settings; old files repeat them as `.._dict`, which wins."""
     section, repeated = top.section(name), top.section(f"{name}_dict")
     return Fields(section.where, {**section.data, **repeated.data}, top.problems)
 
@@ -116,7 +208,7 @@ def _transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig:
 
 
 def _processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
-    """Mean and std of the image processor's file; without one, CLIP's own."""
+    """Returns mean and std of the image processor's file; without one, those of CLIP."""
     for name, section in (("preprocessor_config", None), ("processor_config", "image_processor")):
         file = folder / f"{name}.json"
         if not file.is_file():
@@ -191,7 +283,7 @@ def _open_clip_tower(fields: Fields, width: int, heads: int, activation: Activat
 
 
 def _known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
-    """The default ViT-H/14, as which HPS v2 is published without settings; else a problem.
+    """Returns the default ViT-H/14, as HPS v2 is published without settings; else adds a problem.
 
     Tensors tell neither the number of heads nor the activation.
     """
@@ -206,3 +298,29 @@ def _known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str])
             f"{[*width, *features]}; put the model's {OPEN_CLIP_FILE} there"
         )
     return usual
+
+
+RULES: Rules = (
+    (r".*/layers/attn/[qkv]_proj/kernel", COLUMN),
+    (r".*/layers/attn/out_proj/kernel", ROW),
+    (r".*/layers/mlp/fc1/kernel", COLUMN),
+    (r".*/layers/mlp/fc2/kernel", ROW),
+    (r"text_model/token_embedding/embedding", OUTER),
+    (r"(text|visual)_projection/kernel", INNER),
+    (r"vision_model/(patch|position|class)_embedding(/.*)?", WHOLE),
+    (r"text_model/position_embedding/embedding", WHOLE),
+    (r".*layer_?norm[12]?/scale", WHOLE),
+    (r"logit_scale", WHOLE),
+    (r".*/bias", WHOLE),
+)
+
+KIND = NetworkKind(
+    name="clip",
+    module=Clip,
+    config=ClipConfig,
+    tables=TABLES,
+    parse=parse,
+    check=check,
+    rules=RULES,
+    model_types={"clip": None},
+)

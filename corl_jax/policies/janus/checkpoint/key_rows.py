@@ -1,30 +1,14 @@
-"""Row builders that both Janus tables share, and the VQ autoencoder's rows."""
+"""Builds the rows that both PyTorch layouts share: the Llama decoder and the VQ autoencoder."""
 
 from __future__ import annotations
 
-from corl_jax.weights.table import CONV, DENSE, SAME, Row, Transform
-
-
-def dense(key: str, path: str, bias: bool = True) -> list[Row]:
-    rows = [Row(f"{key}.weight", f"{path}/kernel", DENSE)]
-    return [*rows, Row(f"{key}.bias", f"{path}/bias")] if bias else rows
-
-
-def conv(key: str, path: str) -> list[Row]:
-    return [Row(f"{key}.weight", f"{path}/kernel", CONV), Row(f"{key}.bias", f"{path}/bias")]
-
-
-def norm(key: str, path: str, bias: bool = True) -> list[Row]:
-    rows = [Row(f"{key}.weight", f"{path}/scale")]
-    return [*rows, Row(f"{key}.bias", f"{path}/bias")] if bias else rows
-
-
-def embedding(key: str, path: str, transform: Transform = SAME) -> list[Row]:
-    return [Row(key, f"{path}/embedding", transform)]
+from corl_jax.weights.table import Row
+from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
 
 def llama(key: str, path: str) -> list[Row]:
-    """A Llama decoder without its head; RoPE is rotate-half in both layouts, so no permutation."""
+    """Returns the rows of a Llama decoder without its head."""
+    # RoPE is rotate-half in both layouts, so q and k need no permutation.
     torch, leaf = f"{key}.layers.{{layer}}", f"{path}/layers"
     return [
         *embedding(f"{key}.embed_tokens.weight", f"{path}/embed_tokens"),
@@ -70,7 +54,7 @@ def vq_half(
     resample: str,
     leaf_level: str,
 ) -> list[Row]:
-    """The encoder or the decoder; `level`, `block` and `mid` are the torch layout's names."""
+    """Returns the rows of the encoder or the decoder; `level`, `block`, `mid` are torch names."""
     torch, leaf = f"{key}.{level}.{{i}}", f"{path}/{leaf_level}/{{i}}"
     return [
         *conv(f"{key}.conv_in", f"{path}/conv_in"),
@@ -86,7 +70,7 @@ def vq_half(
 
 
 def vq_codes(key: str, path: str) -> list[Row]:
-    """The codebook and the 1x1 convolutions on either side of it."""
+    """Returns the rows of the codebook and of the 1x1 convolutions on either side of it."""
     return [
         *embedding(f"{key}.quantize.embedding.weight", f"{path}/quantize"),
         *conv(f"{key}.quant_conv", f"{path}/quant_conv"),

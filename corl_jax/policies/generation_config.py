@@ -1,4 +1,4 @@
-"""generation_config.json: how a checkpoint is to be sampled, read and written as transformers does.
+"""Reads generation_config.json, which states how a checkpoint is sampled, as transformers does.
 
 A value that the file does not state is None, and the reader's own default holds.
 """
@@ -54,7 +54,7 @@ class Generation:
         return self.do_sample is False or (self.do_sample is None and self.temperature == 0)
 
     def as_json(self) -> dict[str, Any]:
-        """The file's keys for the stated values."""
+        """Returns the stated values by the file's keys."""
         values = {
             "do_sample": self.do_sample,
             "temperature": self.temperature,
@@ -80,7 +80,7 @@ def read_generation(folder: str | Path) -> Generation:
 
 
 def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
-    """As `read_generation`, from the parsed file."""
+    """Parses the JSON of the file; see `read_generation`."""
     problems: list[str] = []
 
     def take(key: str, expected: str, fits: Any) -> Any:
@@ -119,11 +119,11 @@ def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
     )  # fmt: skip
     if problems:
         raise InputError(problems)
-    return _as_drawn(found)
+    return _convert_values(found)
 
 
-def _as_drawn(found: Generation) -> Generation:
-    """The values as transformers acts on them, in the types that the samplers take."""
+def _convert_values(found: Generation) -> Generation:
+    """Returns the values that transformers acts on, in the types that the samplers take."""
     guidance, top_p = found.guidance_scale, found.top_p
     return dataclasses.replace(
         found,

@@ -14,9 +14,11 @@ from corl_jax.config.files import validate
 from corl_jax.data import instructions
 from corl_jax.errors import InputError
 from corl_jax.policies import sampling_options
-from corl_jax.policies.janus.checkpoint.generation import FILE, Generation, read_generation
+from corl_jax.policies.generation_config import FILE, Generation, read_generation
+from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.train import export
-from corl_jax.weights.files import convert, load_config, load_params, save_checkpoint
+from corl_jax.weights.checkpoint import load_config, load_params
+from corl_jax.weights.export import convert, save_checkpoint
 
 
 def write(folder, **values):
@@ -110,7 +112,7 @@ def test_conversions_carry_it_through_every_layout(tmp_path):
     stated = read_generation(MINI_JANUS)
     source = MINI_JANUS
     for layout in ("jax", "original", "transformers"):
-        convert(source, tmp_path / layout, layout=layout)
+        convert(source, tmp_path / layout, KIND, layout=layout)
         source = tmp_path / layout
         assert read_generation(source) == stated
         assert (source / FILE).read_bytes() == (MINI_JANUS / FILE).read_bytes()
@@ -120,16 +122,22 @@ def test_a_conversion_hands_no_wrong_value_on(tmp_path):
     folder = shutil.copytree(MINI_JANUS, tmp_path / "model")
     write(folder, guidance_scale="x")
     with pytest.raises(InputError, match="guidance_scale is 'x'"):
-        convert(folder, tmp_path / "out", layout="jax")
+        convert(folder, tmp_path / "out", KIND, layout="jax")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layout", ["jax", "original", "transformers"])
 def test_an_export_states_the_runs_values(tmp_path, layout):
-    config, params = load_config(MINI_JANUS), load_params(MINI_JANUS)
+    config, params = load_config(MINI_JANUS, KIND), load_params(MINI_JANUS, KIND)
     run = Generation(guidance_scale=7.0, temperature=0.5, top_k=4, max_new_tokens=9)
     save_checkpoint(
-        tmp_path / "out", config, params, layout=layout, assets_from=MINI_JANUS, generation=run
+        tmp_path / "out",
+        KIND,
+        config,
+        params,
+        layout=layout,
+        assets_from=MINI_JANUS,
+        generation=run.as_json(),
     )
     data = json.loads((tmp_path / "out" / FILE).read_text())
     assert (data["guidance_scale"], data["temperature"], data["top_k"]) == (7.0, 0.5, 4)

@@ -1,0 +1,89 @@
+"""Writes a file or a folder whole or not at all: beside its place first, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from corl_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yields a binary file that replaces `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            # Before the rename: after a power cut the new name must not be of an empty file.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that becomes `out` when the block ends without an error.
+
+    Raises: InputError if `out` holds files (unless `overwrite`), or cannot be written.
+    """
+    _check_free(out, overwrite)
+    place, temporary = out.absolute(), None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent)
+        )
+        yield temporary
+        temporary.chmod(0o777 & ~_read_umask())  # mkdtemp makes it private
+        for folder in (path for path in [temporary, *temporary.rglob("*")] if path.is_dir()):
+            _sync_folder(folder)
+        _move_folder(temporary, place)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or out}: cannot be written ({error.strerror or error}); nothing was "
+            f"left at {out}; make room or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is not a folder; choose another place for the output")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise InputError(f"{out}: already exists and is not empty; remove it or choose another")
+
+
+def _move_folder(temporary: Path, out: Path) -> None:
+    """Renames the folder; what was at `out` is removed last, so a whole one always exists."""
+    if out.exists():
+        old = temporary.with_suffix(".old")
+        out.rename(old)
+        temporary.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(out)
+    _sync_folder(out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,89 @@
+"""`KIND`: the checkpoints of Janus, in both PyTorch layouts and in our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from corl_jax.policies.janus.checkpoint import original, original_keys, transformers
+from corl_jax.policies.janus.checkpoint import transformers_keys as keys
+from corl_jax.policies.janus.checkpoint.assets import COPIED, require_tokenizer, write_assets
+from corl_jax.policies.janus.checkpoint.settings import MODEL_TYPES, OWN_FORMAT, check, parse
+from corl_jax.policies.janus.layout import RULES
+from corl_jax.policies.janus.network import Janus, JanusConfig
+from corl_jax.policies.janus.tokens import special_tokens
+from corl_jax.weights.adapters import adapter_table
+from corl_jax.weights.kinds import ForeignExport, NetworkKind, PeftFormat
+
+
+def check_expressible(layout: str, config: JanusConfig) -> None:
+    """Raises: InputError for sizes that the layout cannot express."""
+    if layout == "transformers":
+        transformers.check_expressible(config)
+
+
+def write_config(
+    layout: str, config: JanusConfig, dtype: str, tokenizer: Path | None
+) -> dict[str, Any]:
+    """Returns the JSON of a new config.json.
+
+    Raises: InputError without the tokenizer whose ids transformers' layout states.
+    """
+    if layout == "original":
+        return original.write(config, dtype)
+    return transformers.write(config, dtype, special_tokens(require_tokenizer(tokenizer)))
+
+
+def restate_config(layout: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the source's config.json with the embeddings declared untied, as they are written."""
+    return {**data, "tie_word_embeddings": False} if layout == "transformers" else data
+
+
+def explain_tied_head(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[str]:
+    """Returns the problems; that of a missing text head says what to do about a tied one."""
+    # transformers' class default is true.
+    if layout != "transformers" or not data.get("tie_word_embeddings", True):
+        return problems
+    head, table = (
+        keys.TABLE.row(path)[0].key
+        for path in ("lm_head/kernel", "language_model/embed_tokens/embedding")
+    )
+    return [
+        f"{problem}; this checkpoint is tied (tie_word_embeddings): store a copy of {table} as "
+        f"{head}, and set tie_word_embeddings to false in config.json"
+        if f": {head} is missing" in problem
+        else problem
+        for problem in problems
+    ]
+
+
+KIND = NetworkKind(
+    name="janus",
+    module=Janus,
+    config=JanusConfig,
+    tables={"original": original_keys.TABLE, "transformers": keys.TABLE},
+    parse=parse,
+    check=check,
+    model_types=MODEL_TYPES,
+    rules=RULES,
+    files=COPIED,
+    own_format=OWN_FORMAT,
+    foreign_export=ForeignExport(
+        check=check_expressible,
+        write_config=write_config,
+        restate_config=restate_config,
+        write_assets=write_assets,
+        # What the files carry beside the model belongs to the vision tower.
+        carried_sizes=lambda config: config.siglip,
+    ),
+    explain=explain_tied_head,
+    peft=PeftFormat(
+        table=adapter_table(keys.TABLE, "language_model/layers/"),
+        auto_mapping={
+            "base_model_class": "JanusForConditionalGeneration",
+            "parent_library": "transformers.models.janus.modeling_janus",
+        },
+        layers=r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.",
+    ),
+)

@@ -1,0 +1,129 @@
+"""`NetworkKind`: everything that this package knows about one kind of network.
+
+Policies and reward networks are opened, checked, converted, loaded and exported by the same
+functions (`checkpoint`, `export`). The values of this record are what differs between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from corl_jax.devices.mesh import Rules
+from corl_jax.models import modules
+from corl_jax.params import flatten
+from corl_jax.weights.table import Shape, Table
+
+OWN_LAYOUT = "jax"
+"""safetensors whose keys are parameter paths; every kind has this layout."""
+NETWORK_TYPE = "corl_jax_network"
+"""`model_type` of our own config.json that names the kind under `network`."""
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "1_Pooling/config.json",
+)  # fmt: skip
+"""Tokenizer and image settings that are copied with the weights, where the source has them."""
+
+WHOLE = PartitionSpec()
+INNER, OUTER = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+COLUMN = PartitionSpec(None, "fsdp", "tensor")  # [L, in, out], outputs split
+ROW = PartitionSpec(None, "tensor", "fsdp")  # [L, in, out], inputs split
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """Where tokenizer and processor files come from, and in which layout they are."""
+
+    folder: Path
+    layout: str
+    config: Path  # the foreign config.json; may be absent
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnFormat:
+    """How the config.json of our own layout names a kind and its sizes."""
+
+    model_type: str = NETWORK_TYPE
+    sizes: str = "sizes"  # key of the sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignExport:
+    """Writes a kind's foreign layouts; a kind without it is written in our own layout only."""
+
+    # (layout, sizes); raises InputError for sizes that the layout cannot express
+    check: Callable[[str, Any], None]
+    # (layout, sizes, dtype, folder of the tokenizer or None) -> a new config.json
+    write_config: Callable[[str, Any, str, Path | None], dict[str, Any]]
+    # (layout, the source's config.json) -> the same as an export in that layout must state it
+    restate_config: Callable[[str, dict[str, Any]], dict[str, Any]]
+    # (folder to write to, layout, sizes, source or None, values for generation_config.json) -> what
+    # the user should know about the files written. Our own layout keeps those of the source's.
+    write_assets: Callable[[Path, str, Any, Assets | None, Mapping[str, Any]], list[str]]
+    # sizes -> those that must be equal for the carried tensors of another checkpoint to fit
+    carried_sizes: Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT names the adapters of a kind: one A and one B beside each adapted dense layer."""
+
+    table: Table  # `adapter_model.safetensors`
+    auto_mapping: Mapping[str, str]  # the class that PEFT puts the adapters into
+    layers: str  # regex of the adapted layers' names up to the last part, such as `q_proj`
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity
+class NetworkKind:
+    """One kind of network: how it is built, and how its checkpoints are read and written."""
+
+    name: str  # in commands and in the config.json of our own layout
+    module: type[nnx.Module]
+    config: type  # a frozen dataclass whose defaults are the published sizes
+    tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)  # by foreign layout
+    # (folder, layout, torch key -> shape, problems to add to) -> sizes
+    parse: Callable[[Path, str, Mapping[str, Shape], list[str]], Any] | None = None
+    # (sizes, where they stand) -> what does not fit in them
+    check: Callable[[Any, str], list[str]] = lambda config, where: []
+    # `model_type` of a foreign config.json -> its layout; None: the tensors' names tell the layout
+    model_types: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    rules: Rules = ()
+    files: tuple[str, ...] = TOKENIZER_FILES  # copied with the weights
+    own_format: OwnFormat = OwnFormat()
+    foreign_export: ForeignExport | None = None
+    # (problems, layout, config.json) -> the problems with what to do about some of them
+    explain: Callable[[list[str], str, Mapping[str, Any]], list[str]] | None = None
+    peft: PeftFormat | None = None  # None: adapters are not exported on their own
+
+    @property
+    def needs_config(self) -> bool:
+        """True if config.json states the layout; else it may be absent, and the tensors tell it."""
+        return not self.tables or any(self.model_types.values())
+
+    @property
+    def carries(self) -> bool:
+        """True if a layout has tensors that the model does not use."""
+        return any(table.carried for table in self.tables.values())
+
+    @property
+    def written_layouts(self) -> tuple[str, ...]:
+        return (*(self.tables if self.foreign_export else ()), OWN_LAYOUT)
+
+    def shapes(self, config: Any) -> dict[str, Shape]:
+        """Returns {path: shape} of every parameter."""
+        abstract = modules.make_abstract(self.module, config)
+        return {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
+
+    def is_stacked(self, path: str) -> bool:
+        """True for a parameter with a leading axis of layers, which files hold one by one.
+
+        Without a foreign layout every parameter is one tensor in every file.
+        """
+        tables = list(self.tables.values())
+        return bool(tables) and tables[0].row(path)[0].stacked

@@ -1,0 +1,11 @@
+"""The kinds of reward networks: one file each, with settings, key tables and sharding rules."""
+
+from __future__ import annotations
+
+from corl_jax.weights.kinds import NetworkKind
+from corl_jax.weights.layouts import aesthetic, bert, blip, clip, vgg
+
+KINDS: dict[str, NetworkKind] = {
+    kind.name: kind for kind in (bert.KIND, blip.KIND, clip.KIND, vgg.KIND, aesthetic.KIND)
+}
+"""Every kind of reward network by its name."""

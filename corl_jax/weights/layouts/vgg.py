@@ -1,0 +1,97 @@
+"""The layouts of LPIPS on VGG16: torchvision's trunk and the heads in two files, or both in one.
+
+Convolutions are numbered by their place among the activations and poolings between them. The
+five heads have the same names in lpips's and torchmetrics' files. The files tell the sizes only by
+the tensors' shapes.
+
+Sources: torchvision `models/vgg.py`; lpips 0.1.4; torchmetrics 1.9 `functional/image/lpips.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from corl_jax.models.vgg import Lpips, VggConfig
+from corl_jax.weights.foreign_config import check_count
+from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
+from corl_jax.weights.table import CONV, Row, Shape, Table
+from corl_jax.weights.table_rows import conv
+
+PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+"""Of the convolutions of each stage among torchvision's `features`."""
+LAYOUTS = {"torchvision": "features.{place}", "lpips": "net.slice{slice}.{place}"}
+
+
+def make_trunk_key(layout: str, stage: int, index: int) -> str:
+    """Returns the torch name of a convolution, without `.weight`."""
+    return LAYOUTS[layout].format(slice=stage + 1, place=PLACES[stage][index])
+
+
+def make_head_key(stage: int) -> str:
+    """Returns the torch name of a head's weights."""
+    return f"lin{stage}.model.1.weight"
+
+
+def _rows(layout: str) -> tuple[Row, ...]:
+    rows = []
+    for stage, places in enumerate(PLACES):
+        for index in range(len(places)):
+            rows += conv(make_trunk_key(layout, stage, index), f"stages/{stage}/{index}")
+        rows.append(Row(make_head_key(stage), f"heads/{stage}/kernel", CONV))
+    return tuple(rows)
+
+
+TABLES: dict[str, Table] = {
+    "torchvision": Table(
+        name="torchvision",
+        rows=_rows("torchvision"),
+        # The second and third are what timm calls the classifier.
+        dropped=(r"classifier\..+", r"pre_logits\..+", r"head\..+"),
+    ),
+    "lpips": Table(
+        name="lpips",
+        rows=_rows("lpips"),
+        # `lins` lists the heads a second time; the scaling is a constant of the method.
+        dropped=(r"lins\..+", r"scaling_layer\..+"),
+    ),
+}
+
+
+def check(config: VggConfig, where: str) -> list[str]:
+    """Lists sizes with which the network cannot be built."""
+    return check_count(where, "channels", config.channels, len(PLACES))
+
+
+def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]) -> VggConfig:
+    """Returns the widths of the stages; a problem says which of the two files is absent."""
+    trunk = [f"{make_trunk_key(layout, stage, 0)}.weight" for stage in range(len(PLACES))]
+    heads = [make_head_key(stage) for stage in range(len(PLACES))]
+    parts = (
+        (trunk, "VGG16's convolutions", "torchvision's vgg16-397923af.pth"),
+        (heads, "the heads of LPIPS", "vgg.pth of lpips (weights/v0.1) or of torchmetrics"),
+    )
+    for keys, what, file in parts:
+        if not any(key in shapes for key in keys):
+            problems.append(
+                f"{folder}: {what} are missing ({keys[0]} and others); put {file} there as well"
+            )
+    usual = VggConfig().channels
+    found = [shapes[key][0] if shapes.get(key) else usual[i] for i, key in enumerate(trunk)]
+    return VggConfig(channels=tuple(found))
+
+
+RULES: Rules = (
+    (r"(stages|heads)/.*/kernel", WHOLE),  # 59 MB of convolutions
+    (r"stages/.*/bias", WHOLE),
+)
+
+KIND = NetworkKind(
+    name="vgg",
+    module=Lpips,
+    config=VggConfig,
+    tables=TABLES,
+    parse=parse,
+    check=check,
+    rules=RULES,
+)

@@ -1,0 +1,111 @@
+"""Recognises which kind of network, and which layout of it, a directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from corl_jax.errors import InputError
+from corl_jax.weights.kinds import NETWORK_TYPE, OWN_LAYOUT, NetworkKind
+from corl_jax.weights.storage import read_json
+from corl_jax.weights.table import Shape
+from corl_jax.weights.wrong_names import Known, find_layout_of_names, find_wrong_names, is_known_to
+
+
+def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkKind | None:
+    """Returns the kind that a directory's config.json states; None if it states none of these."""
+    file = Path(folder) / "config.json"
+    data = read_json(file) if file.is_file() else {}
+    stated, network = data.get("model_type"), data.get("network")
+    for kind in kinds:
+        own = stated == kind.own_format.model_type
+        if (own and (stated != NETWORK_TYPE or network == kind.name)) or (
+            isinstance(stated, str) and stated in kind.model_types
+        ):
+            return kind
+    return None
+
+
+def read_config(folder: Path, kind: NetworkKind) -> dict[str, Any]:
+    """Returns the JSON of a directory's config.json; empty if it is absent and not needed."""
+    file = folder / "config.json"
+    if file.is_file():
+        return read_json(file)
+    if kind.needs_config:
+        raise InputError(
+            f"{file}: not found, expected in a model directory; give the folder that holds the "
+            "checkpoint's config.json and weights"
+        )
+    return {}
+
+
+def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind) -> str | None:
+    """Returns the layout that config.json states; None if the tensors' names tell it.
+
+    Raises: InputError for a config.json of another kind.
+    """
+    file, stated, own = folder / "config.json", data.get("model_type"), kind.own_format.model_type
+    if stated == own:
+        network = data.get("network")
+        if own != NETWORK_TYPE or network == kind.name:
+            return OWN_LAYOUT
+        if isinstance(network, str):
+            raise _other_kind(folder, network, kind)
+        raise InputError(f"{file}: network is {network!r}, expected {kind.name!r}")
+    if not kind.needs_config:
+        return None
+    layout = kind.model_types.get(stated) if isinstance(stated, str) else None
+    if layout is None:
+        raise InputError(
+            f"{file}: model_type is {stated!r}, expected one of "
+            f"{', '.join([*kind.model_types, own])}; this is not a {kind.name} checkpoint"
+        )
+    return layout
+
+
+def _other_kind(where: Path, stated: str, kind: NetworkKind) -> InputError:
+    return InputError(
+        f"{where}: holds a {stated} network, expected {kind.name}; give the other directory"
+    )
+
+
+def find_layout_of_tensors(
+    found: Mapping[str, Shape], where: Path, kind: NetworkKind, data: Mapping[str, Any]
+) -> str:
+    """Returns the layout whose key table matches the most tensors.
+
+    Raises: InputError if no table matches one, and config.json or other names say why.
+    """
+    counts = {
+        layout: sum(table.matches(key) for key in found) for layout, table in kind.tables.items()
+    }
+    layout = max(counts, key=lambda name: counts[name])
+    if counts[layout]:
+        return layout
+    stated = data.get("model_type")
+    if isinstance(stated, str) and stated not in kind.model_types:
+        raise _other_kind(where, stated, kind)
+    # The tensors' shapes tell some sizes, so wrong names would be reported as wrong sizes.
+    wrong = [find_wrong_names(found, table) for table in kind.tables.values()]
+    if explained := [names for names in wrong if names]:
+        best = max(explained, key=lambda names: len(names.corrected))
+        raise InputError(f"{where}: {best.problem}")
+    return layout
+
+
+def check_named_layout(
+    where: Path,
+    kind: NetworkKind,
+    layout: str,
+    found: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
+) -> None:
+    """Raises: InputError for tensors that are named as in another layout than the config's."""
+    layouts: dict[str, Known] = {name: is_known_to(table) for name, table in kind.tables.items()}
+    named = find_layout_of_names(found, layouts | {OWN_LAYOUT: shapes.__contains__})
+    if named not in (None, layout):
+        raise InputError(
+            f"{where}: its tensors are named as in the {named} layout, but its config.json is of "
+            f"the {layout} layout; put the config.json there that came with the weights"
+        )

@@ -1,0 +1,23 @@
+"""Builds the rows of a key table: one layer of PyTorch each."""
+
+from __future__ import annotations
+
+from corl_jax.weights.table import CONV, DENSE, SAME, Row, Transform
+
+
+def dense(key: str, path: str, bias: bool = True) -> list[Row]:
+    rows = [Row(f"{key}.weight", f"{path}/kernel", DENSE)]
+    return [*rows, Row(f"{key}.bias", f"{path}/bias")] if bias else rows
+
+
+def conv(key: str, path: str) -> list[Row]:
+    return [Row(f"{key}.weight", f"{path}/kernel", CONV), Row(f"{key}.bias", f"{path}/bias")]
+
+
+def norm(key: str, path: str, bias: bool = True) -> list[Row]:
+    rows = [Row(f"{key}.weight", f"{path}/scale")]
+    return [*rows, Row(f"{key}.bias", f"{path}/bias")] if bias else rows
+
+
+def embedding(key: str, path: str, transform: Transform = SAME) -> list[Row]:
+    return [Row(key, f"{path}/embedding", transform)]
