@@ -26,7 +26,7 @@ def job(model, rows, tmp_path, one_device, monkeypatch, request):
     scores = iter(range(100, 0, -1))
 
     def falling(*args):
-        return {"eval/score": (float(next(scores)), 0.01)}
+        return {"eval/mm2t/score": (float(next(scores)), 0.01)}
 
     monkeypatch.setattr(reports, "evaluate_rewards", falling)
     changes = {
