@@ -92,7 +92,7 @@ def save_adapter(
             f"adapters: PEFT has no {kind.name} network to put them into; export the merged model"
         )
     flat = flatten(params)
-    slots = form.table.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
+    slots = form.table.make_slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
     small = {ADAPTER_CONFIG: _peft_config(form, lora, base, revision), **(extra or {})}
     with create_folder(Path(out), overwrite=overwrite) as folder:

@@ -246,8 +246,8 @@ def _open_foreign(
 ) -> Checkpoint:
     found = {key: info.shape for key, info in store.infos.items()}
     table, shapes = kind.tables[layout], kind.shapes(config)
-    slots = table.slots(shapes)
-    problems = table.problems(slots, found, path)
+    slots = table.make_slots(shapes)
+    problems = table.find_problems(slots, found, path)
     if problems:
         check_named_layout(path, kind, layout, found, shapes)
         problems = shorten_wrong_names(problems, table, slots, found, path)

@@ -100,7 +100,7 @@ def plan_tensors(export: Export) -> list[TensorPlan]:
     if export.layout == OWN_LAYOUT:
         return [_plan_leaf(export, path) for path in export.leaves.shapes]
     table = export.kind.tables[export.layout]
-    slots = table.slots(export.leaves.shapes)
+    slots = table.make_slots(export.leaves.shapes)
     plans = [_plan_torch(export, key, group) for key, group in group_slots(slots).items()]
     return plans + (_plan_carried(export) if table.carried else [])
 
@@ -168,7 +168,7 @@ def _describe_mixed_parts(export: Export) -> list[str]:
     """Says which tensors join parts that have different dtypes in their source."""
     if export.layout == OWN_LAYOUT or export.dtype != "keep":
         return []
-    groups = group_slots(export.kind.tables[export.layout].slots(export.leaves.shapes))
+    groups = group_slots(export.kind.tables[export.layout].make_slots(export.leaves.shapes))
     mixed = [
         key
         for key, group in groups.items()

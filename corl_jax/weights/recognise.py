@@ -51,7 +51,7 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
         if own != NETWORK_TYPE or network == kind.name:
             return OWN_LAYOUT
         if isinstance(network, str):
-            raise _other_kind(folder, network, kind)
+            raise _describe_other_kind(folder, network, kind)
         raise InputError(f"{file}: network is {network!r}, expected {kind.name!r}")
     if not kind.needs_config:
         return None
@@ -64,7 +64,7 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
     return layout
 
 
-def _other_kind(where: Path, stated: str, kind: NetworkKind) -> InputError:
+def _describe_other_kind(where: Path, stated: str, kind: NetworkKind) -> InputError:
     return InputError(
         f"{where}: holds a {stated} network, expected {kind.name}; give the other directory"
     )
@@ -85,7 +85,7 @@ def find_layout_of_tensors(
         return layout
     stated = data.get("model_type")
     if isinstance(stated, str) and stated not in kind.model_types:
-        raise _other_kind(where, stated, kind)
+        raise _describe_other_kind(where, stated, kind)
     # The tensors' shapes tell some sizes, so wrong names would be reported as wrong sizes.
     wrong = [find_wrong_names(found, table) for table in kind.tables.values()]
     if explained := [names for names in wrong if names]:

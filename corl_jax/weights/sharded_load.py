@@ -38,7 +38,7 @@ def place_leaves(
         problems.extend(check_finite(source, path, local))
 
         def shard(index: Any) -> Any:
-            ends = zip(_box(index, shape), box, strict=True)
+            ends = zip(_make_box(index, shape), box, strict=True)
             return local[tuple(slice(a - first, b - first) for (a, b), (first, _) in ends)]
 
         return jax.make_array_from_callback(shape, sharding, shard)
@@ -55,7 +55,7 @@ def read_local_part(
     """Reads this process's part of a leaf; returns the smallest box around it, and its values."""
     shape = leaves.shapes[path]
     held = sharding.addressable_devices_indices_map(shape).values()
-    boxes = [_box(index, shape) for index in held]
+    boxes = [_make_box(index, shape) for index in held]
     box = tuple(
         (min(start for start, _ in axis), max(stop for _, stop in axis))
         for axis in zip(*boxes, strict=True)
@@ -63,5 +63,5 @@ def read_local_part(
     return box, read_leaf(leaves, path, stacked, dtype, box)
 
 
-def _box(index: Any, shape: tuple[int, ...]) -> Box:
+def _make_box(index: Any, shape: tuple[int, ...]) -> Box:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))

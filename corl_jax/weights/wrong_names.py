@@ -65,7 +65,7 @@ def shorten_wrong_names(
     if wrong is None:
         return problems
     corrected = {wrong.corrected.get(key, key): shape for key, shape in found.items()}
-    return [f"{where}: {wrong.problem}", *table.problems(slots, corrected, where)]
+    return [f"{where}: {wrong.problem}", *table.find_problems(slots, corrected, where)]
 
 
 def find_layout_of_names(keys: Collection[str], layouts: dict[str, Known]) -> str | None:

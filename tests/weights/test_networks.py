@@ -43,7 +43,7 @@ def as_torch(kind: str, folder, layout: str | None = None):
     flat = flatten(random_network(kind))
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     state: dict[str, list] = {}
-    for slot in table.slots(shapes):
+    for slot in table.make_slots(shapes):
         leaf = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
         state.setdefault(slot.key, []).append((slot.part, slot.transform.to_torch(leaf)))
     folder.mkdir()

@@ -102,7 +102,7 @@ def parse_positive(text: str) -> int:
 
 @contextlib.contextmanager
 def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
-    """A byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
+    """Shows a byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -200,7 +200,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """The installed command."""
+    """Runs the installed command."""
     sys.exit(run())
 
 

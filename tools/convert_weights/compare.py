@@ -80,7 +80,7 @@ def _compare_leaf(
 
 
 def describe_difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
-    """What differs between two arrays, in words; None when nothing does."""
+    """Says what differs between two arrays; None if nothing does."""
     if x.shape != y.shape:
         return f"shape {x.shape} against {y.shape}"
     wide = find_common_dtype((x.dtype, y.dtype))

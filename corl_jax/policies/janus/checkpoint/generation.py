@@ -98,15 +98,15 @@ def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
     sampled = take("do_sample", "true or false", lambda value: isinstance(value, bool))
     lowest = "above 0" if sampled else "of at least 0"  # greedy decoding reads no temperature
     found = Generation(
-        guidance_scale=take("guidance_scale", "a number of at least 0", _at_least_zero),
+        guidance_scale=take("guidance_scale", "a number of at least 0", _is_at_least_zero),
         do_sample=sampled,
         temperature=take(
             "temperature", f"a number {lowest}",
-            lambda value: _at_least_zero(value) and (value > 0 or not sampled),
+            lambda value: _is_at_least_zero(value) and (value > 0 or not sampled),
         ),
         top_k=take("top_k", "a whole number of at least 0", lambda value: _is_whole(value, 0)),
         top_p=take(
-            "top_p", "a number from 0 to 1", lambda value: _at_least_zero(value) and value <= 1
+            "top_p", "a number from 0 to 1", lambda value: _is_at_least_zero(value) and value <= 1
         ),
         max_new_tokens=take(
             "max_new_tokens", "a whole number of at least 1", lambda value: _is_whole(value, 1)
@@ -143,7 +143,7 @@ def _list_not_applied(data: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _at_least_zero(value: Any) -> bool:
+def _is_at_least_zero(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= MAX_NUMBER
 
 
