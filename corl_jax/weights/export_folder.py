@@ -224,7 +224,10 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
 
 
 def _parse_source(kind: NetworkKind, source: Assets) -> Any:
-    """Returns the sizes that the source's foreign config.json means; None if it is malformed."""
+    """Returns the sizes that the source's foreign config.json means.
+
+    Raises: InputError listing every field that is malformed or not supported.
+    """
     assert kind.parse is not None  # it has a foreign layout
     problems: list[str] = []
     config = kind.parse(source.config.parent, source.layout, {}, problems)

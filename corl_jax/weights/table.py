@@ -148,8 +148,8 @@ class Table:
         """Returns the one row of a leaf, and the values of its placeholders."""
         hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.path).fullmatch(path))]
         if len(hits) != 1:
-            found = "no row" if not hits else f"{len(hits)} rows"
-            raise InputError(f"{path}: {found} of the {self.name} table match it, expected one")
+            count = "no row" if not hits else f"{len(hits)} rows"
+            raise InputError(f"{path}: {count} of the {self.name} table match it, expected one")
         return hits[0][0], hits[0][1].groupdict()
 
     def make_slots(self, leaves: Mapping[str, Shape]) -> list[Slot]:
@@ -181,20 +181,20 @@ class Table:
             yield Slot(key, path, layer, row.part, row.transform, torch_shape)
 
     def find_problems(
-        self, slots: Iterable[Slot], found: Mapping[str, Shape], where: Any
+        self, slots: Iterable[Slot], stored: Mapping[str, Shape], where: Any
     ) -> list[str]:
         """Lists the tensors that are unknown, missing or of another shape."""
         expected = {slot.key: slot.shape for slot in slots}
         out = []
         for key, shape in expected.items():
-            if key not in found:
+            if key not in stored:
                 out.append(f"{where}: {key} is missing, expected with shape {list(shape)}")
-            elif tuple(found[key]) != shape:
+            elif tuple(stored[key]) != shape:
                 out.append(
-                    f"{where}: {key} has shape {list(found[key])}, expected {list(shape)} by "
+                    f"{where}: {key} has shape {list(stored[key])}, expected {list(shape)} by "
                     "the config; correct the config or use the checkpoint that it belongs to"
                 )
-        for key in found:
+        for key in stored:
             if key not in expected and not self.is_carried(key) and not self.is_dropped(key):
                 out.append(
                     f"{where}: {key} is unknown to the {self.name} layout with this config; "

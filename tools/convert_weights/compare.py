@@ -42,8 +42,8 @@ def compare(
         result = Comparison(0, _compare_configs(first, second), [])
         for path in first.leaves.shapes:
             if second.leaves.shapes.get(path) != first.leaves.shapes[path]:
-                found = second.leaves.shapes.get(path)
-                result.differences.append(f"{path}: {first.leaves.shapes[path]} against {found}")
+                other = second.leaves.shapes.get(path)
+                result.differences.append(f"{path}: {first.leaves.shapes[path]} against {other}")
                 continue
             lines = list(_compare_leaf(first, second, path, ignore_dtype, progress))
             result.differences += lines
