@@ -97,16 +97,16 @@ def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
 
     sampled = take("do_sample", "true or false", lambda value: isinstance(value, bool))
     lowest = "above 0" if sampled else "of at least 0"  # greedy decoding reads no temperature
-    found = Generation(
-        guidance_scale=take("guidance_scale", "a number of at least 0", _at_least_zero),
+    generation = Generation(
+        guidance_scale=take("guidance_scale", "a number of at least 0", _is_at_least_zero),
         do_sample=sampled,
         temperature=take(
             "temperature", f"a number {lowest}",
-            lambda value: _at_least_zero(value) and (value > 0 or not sampled),
+            lambda value: _is_at_least_zero(value) and (value > 0 or not sampled),
         ),
         top_k=take("top_k", "a whole number of at least 0", lambda value: _is_whole(value, 0)),
         top_p=take(
-            "top_p", "a number from 0 to 1", lambda value: _at_least_zero(value) and value <= 1
+            "top_p", "a number from 0 to 1", lambda value: _is_at_least_zero(value) and value <= 1
         ),
         max_new_tokens=take(
             "max_new_tokens", "a whole number of at least 1", lambda value: _is_whole(value, 1)
@@ -119,17 +119,17 @@ def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
     )  # fmt: skip
     if problems:
         raise InputError(problems)
-    return _convert_values(found)
+    return _convert_values(generation)
 
 
-def _convert_values(found: Generation) -> Generation:
+def _convert_values(generation: Generation) -> Generation:
     """Returns the values that transformers acts on, in the types that the samplers take."""
-    guidance, top_p = found.guidance_scale, found.top_p
+    guidance, top_p = generation.guidance_scale, generation.top_p
     return dataclasses.replace(
-        found,
+        generation,
         # transformers guides above 1 only.
         guidance_scale=None if guidance is None else max(float(guidance), 1.0),
-        temperature=None if found.temperature is None else float(found.temperature),
+        temperature=None if generation.temperature is None else float(generation.temperature),
         # At 0 transformers keeps the most likely token, as a probability next to nothing does.
         top_p=None if top_p is None else max(float(top_p), 1e-6),
     )
@@ -143,7 +143,7 @@ def _list_not_applied(data: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _at_least_zero(value: Any) -> bool:
+def _is_at_least_zero(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= MAX_NUMBER
 
 

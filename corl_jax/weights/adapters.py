@@ -47,14 +47,14 @@ def merge_adapters(
 ) -> tuple[Params, float]:  # fmt: skip
     """Merges adapters into the kernels; returns (parameters, fraction of the update rounded off).
 
-    Kernels with an adapter become W + A B alpha / rank, computed in float32 on the host a layer
-    at a time, in the type that `dtypes` has for their path; a layer for which `layer_dtypes`
-    has a type is rounded to that one. The share is of the update's Euclidean
-    norm over all kernels; 0 with float32. `beat` is called after each kernel.
+    A kernel with an adapter becomes W + A B alpha / rank, in the dtype that `dtypes` has for its
+    path; its layers are rounded to their dtypes in `layer_dtypes`, if it has some. The fraction is
+    of the update's Euclidean norm over all kernels, 0 with float32. `beat` is called after each
+    kernel.
     """
     flat = flatten(params)
     adapted = [path for path in flat if path.endswith("/lora_a")]
-    gone, whole = 0.0, 0.0
+    lost, total = 0.0, 0.0  # squared norms
     for path in adapted:
         name = path.removesuffix("/lora_a")
         a, b = (np.asarray(flat.pop(f"{name}/{leaf}"), np.float32) for leaf in ("lora_a", "lora_b"))
@@ -62,14 +62,15 @@ def merge_adapters(
         out = np.empty(kernel.shape, dtypes[f"{name}/kernel"])
         kinds = (layer_dtypes or {}).get(f"{name}/kernel", [out.dtype.name] * len(out))
         for layer, kind in enumerate(kinds):
+            # In float32, and a layer at a time, so that only one layer is wide at once.
             update = (a[layer] @ b[layer]) * np.float32(lora.scale)
             exact = np.asarray(kernel[layer], np.float32) + update
             out[layer] = exact.astype(parse_dtype(kind))
-            gone += float(np.square(out[layer].astype(np.float32) - exact).sum())
-            whole += float(np.square(update).sum())
+            lost += float(np.square(out[layer].astype(np.float32) - exact).sum())
+            total += float(np.square(update).sum())
         flat[f"{name}/kernel"] = out
         beat()
-    return unflatten(flat), float(np.sqrt(gone / whole)) if whole else 0.0
+    return unflatten(flat), float(np.sqrt(lost / total)) if total else 0.0
 
 
 def save_adapter(
@@ -92,7 +93,7 @@ def save_adapter(
             f"adapters: PEFT has no {kind.name} network to put them into; export the merged model"
         )
     flat = flatten(params)
-    slots = form.table.slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
+    slots = form.table.make_slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
     small = {ADAPTER_CONFIG: _peft_config(form, lora, base, revision), **(extra or {})}
     with create_folder(Path(out), overwrite=overwrite) as folder:

@@ -140,10 +140,10 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
         config = config or _parse_config(data, folder, kind, layout, {})
     store = open_weights(path)
     try:
-        found = {key: info.shape for key, info in store.infos.items()}
+        stored = {key: info.shape for key, info in store.infos.items()}
         if layout is None:
-            layout = find_layout_of_tensors(found, path, kind, data)
-            config = config or _parse_config(data, folder, kind, layout, found)
+            layout = find_layout_of_tensors(stored, path, kind, data)
+            config = config or _parse_config(data, folder, kind, layout, stored)
         open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
         return open_layout(path, kind, layout, config, store, data)
     except BaseException:
@@ -227,14 +227,14 @@ def _check_pointers(folder: Path, open_weights: Callable[[], Store]) -> None:
 
 
 def _parse_config(
-    data: dict[str, Any], folder: Path, kind: NetworkKind, layout: str, found: Mapping[str, Shape]
+    data: dict[str, Any], folder: Path, kind: NetworkKind, layout: str, stored: Mapping[str, Shape]
 ) -> Any:
     file = folder / "config.json"
     if layout == OWN_LAYOUT:
         return parse_own_config(kind, data, file)
     assert kind.parse is not None  # it has a foreign layout
     problems: list[str] = []
-    config = kind.parse(folder, layout, found, problems)
+    config = kind.parse(folder, layout, stored, problems)
     problems = problems or kind.check(config, f"{file if data else folder}: sizes")
     if problems:
         raise InputError(problems)
@@ -244,20 +244,20 @@ def _parse_config(
 def _open_foreign(
     path: Path, kind: NetworkKind, layout: str, config: Any, store: Store, data: dict[str, Any]
 ) -> Checkpoint:
-    found = {key: info.shape for key, info in store.infos.items()}
+    stored = {key: info.shape for key, info in store.infos.items()}
     table, shapes = kind.tables[layout], kind.shapes(config)
-    slots = table.slots(shapes)
-    problems = table.problems(slots, found, path)
+    slots = table.make_slots(shapes)
+    problems = table.find_problems(slots, stored, path)
     if problems:
-        check_named_layout(path, kind, layout, found, shapes)
-        problems = shorten_wrong_names(problems, table, slots, found, path)
+        check_named_layout(path, kind, layout, stored, shapes)
+        problems = shorten_wrong_names(problems, table, slots, stored, path)
     if kind.explain:
         problems = kind.explain(problems, layout, data)
     problems += _check_dtypes(path, store, {slot.key for slot in slots})
     if problems:
         raise InputError(problems)
     folder = path.parent if path.is_file() else path
-    carried = {key: store for key in found if table.is_carried(key)}
+    carried = {key: store for key in stored if table.is_carried(key)}
     leaves = TorchLeaves(store, slots, shapes)
     return Checkpoint(kind, folder, layout, layout, config, leaves, store, carried)
 
@@ -266,24 +266,24 @@ def _open_own(
     path: Path, kind: NetworkKind, layout: str, config: Any, store: Store, data: dict[str, Any]
 ) -> Checkpoint:
     folder = path.parent if path.is_file() else path
-    found = {key: info.shape for key, info in store.infos.items()}
+    stored = {key: info.shape for key, info in store.infos.items()}
     shapes = kind.shapes(config)
-    if not found.keys() & shapes.keys():
-        check_named_layout(folder, kind, layout, found, shapes)
+    if not stored.keys() & shapes.keys():
+        check_named_layout(folder, kind, layout, stored, shapes)
         raise InputError(
             f"{folder}: its config.json is of a converted {kind.name} network, but no tensor "
             "of its weights is; convert the PyTorch checkpoint again"
         )
     problems = []
-    for key in sorted(shapes.keys() | found.keys()):
-        if key not in found:
+    for key in sorted(shapes.keys() | stored.keys()):
+        if key not in stored:
             expected = list(shapes[key])
             problems.append(f"{folder}: {key} is missing, expected with shape {expected}")
         elif key not in shapes:
             problems.append(f"{folder}: {key} is unknown with this config; correct the config")
-        elif found[key] != shapes[key]:
+        elif stored[key] != shapes[key]:
             problems.append(
-                f"{folder}: {key} has shape {list(found[key])}, expected {list(shapes[key])} by "
+                f"{folder}: {key} has shape {list(stored[key])}, expected {list(shapes[key])} by "
                 "the config"
             )
     problems += _check_dtypes(folder, store, set(shapes))

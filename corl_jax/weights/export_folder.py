@@ -100,7 +100,7 @@ def plan_tensors(export: Export) -> list[TensorPlan]:
     if export.layout == OWN_LAYOUT:
         return [_plan_leaf(export, path) for path in export.leaves.shapes]
     table = export.kind.tables[export.layout]
-    slots = table.slots(export.leaves.shapes)
+    slots = table.make_slots(export.leaves.shapes)
     plans = [_plan_torch(export, key, group) for key, group in group_slots(slots).items()]
     return plans + (_plan_carried(export) if table.carried else [])
 
@@ -168,7 +168,7 @@ def _describe_mixed_parts(export: Export) -> list[str]:
     """Says which tensors join parts that have different dtypes in their source."""
     if export.layout == OWN_LAYOUT or export.dtype != "keep":
         return []
-    groups = group_slots(export.kind.tables[export.layout].slots(export.leaves.shapes))
+    groups = group_slots(export.kind.tables[export.layout].make_slots(export.leaves.shapes))
     mixed = [
         key
         for key, group in groups.items()
@@ -224,7 +224,10 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
 
 
 def _parse_source(kind: NetworkKind, source: Assets) -> Any:
-    """Returns the sizes that the source's foreign config.json means; None if it is malformed."""
+    """Returns the sizes that the source's foreign config.json means.
+
+    Raises: InputError listing every field that is malformed or not supported.
+    """
     assert kind.parse is not None  # it has a foreign layout
     problems: list[str] = []
     config = kind.parse(source.config.parent, source.layout, {}, problems)

@@ -126,4 +126,4 @@ class NetworkKind:
         Without a foreign layout every parameter is one tensor in every file.
         """
         tables = list(self.tables.values())
-        return bool(tables) and tables[0].row(path)[0].stacked
+        return bool(tables) and tables[0].find_row(path)[0].stacked

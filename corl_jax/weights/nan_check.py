@@ -47,18 +47,18 @@ def check_while_writing(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], 
     """Returns (plans that count NaN and infinity, a list that gets a line for each such tensor)."""
     lines: list[str] = []
 
-    def one(plan: TensorPlan) -> TensorPlan:
-        def chunks() -> Iterator[np.ndarray]:
-            count = 0
+    def count(plan: TensorPlan) -> TensorPlan:
+        def count_chunks() -> Iterator[np.ndarray]:
+            bad = 0
             for chunk in plan.chunks():
-                count += count_non_finite(chunk)
+                bad += count_non_finite(chunk)
                 yield chunk
-            if count:
+            if bad:
                 lines.append(
-                    f"{plan.key}: {count} of {math.prod(plan.shape)} values are NaN or infinite; "
+                    f"{plan.key}: {bad} of {math.prod(plan.shape)} values are NaN or infinite; "
                     "written as they are, and refused where weights are loaded"
                 )
 
-        return dataclasses.replace(plan, chunks=chunks)
+        return dataclasses.replace(plan, chunks=count_chunks)
 
-    return [one(plan) for plan in plans], lines
+    return [count(plan) for plan in plans], lines

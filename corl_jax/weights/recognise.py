@@ -51,7 +51,7 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
         if own != NETWORK_TYPE or network == kind.name:
             return OWN_LAYOUT
         if isinstance(network, str):
-            raise _other_kind(folder, network, kind)
+            raise _describe_other_kind(folder, network, kind)
         raise InputError(f"{file}: network is {network!r}, expected {kind.name!r}")
     if not kind.needs_config:
         return None
@@ -64,30 +64,30 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
     return layout
 
 
-def _other_kind(where: Path, stated: str, kind: NetworkKind) -> InputError:
+def _describe_other_kind(where: Path, stated: str, kind: NetworkKind) -> InputError:
     return InputError(
         f"{where}: holds a {stated} network, expected {kind.name}; give the other directory"
     )
 
 
 def find_layout_of_tensors(
-    found: Mapping[str, Shape], where: Path, kind: NetworkKind, data: Mapping[str, Any]
+    stored: Mapping[str, Shape], where: Path, kind: NetworkKind, data: Mapping[str, Any]
 ) -> str:
     """Returns the layout whose key table matches the most tensors.
 
     Raises: InputError if no table matches one, and config.json or other names say why.
     """
     counts = {
-        layout: sum(table.matches(key) for key in found) for layout, table in kind.tables.items()
+        layout: sum(table.matches(key) for key in stored) for layout, table in kind.tables.items()
     }
     layout = max(counts, key=lambda name: counts[name])
     if counts[layout]:
         return layout
     stated = data.get("model_type")
     if isinstance(stated, str) and stated not in kind.model_types:
-        raise _other_kind(where, stated, kind)
+        raise _describe_other_kind(where, stated, kind)
     # The tensors' shapes tell some sizes, so wrong names would be reported as wrong sizes.
-    wrong = [find_wrong_names(found, table) for table in kind.tables.values()]
+    wrong = [find_wrong_names(stored, table) for table in kind.tables.values()]
     if explained := [names for names in wrong if names]:
         best = max(explained, key=lambda names: len(names.corrected))
         raise InputError(f"{where}: {best.problem}")
@@ -98,12 +98,12 @@ def check_named_layout(
     where: Path,
     kind: NetworkKind,
     layout: str,
-    found: Mapping[str, Shape],
+    stored: Mapping[str, Shape],
     shapes: Mapping[str, Shape],
 ) -> None:
     """Raises: InputError for tensors that are named as in another layout than the config's."""
     layouts: dict[str, Known] = {name: is_known_to(table) for name, table in kind.tables.items()}
-    named = find_layout_of_names(found, layouts | {OWN_LAYOUT: shapes.__contains__})
+    named = find_layout_of_names(stored, layouts | {OWN_LAYOUT: shapes.__contains__})
     if named not in (None, layout):
         raise InputError(
             f"{where}: its tensors are named as in the {named} layout, but its config.json is of "

@@ -32,18 +32,18 @@ def place_leaves(
     """
     problems: list[str] = []
 
-    def placed(path: str, sharding: Sharding) -> jax.Array:
+    def place(path: str, sharding: Sharding) -> jax.Array:
         shape = leaves.shapes[path]
         box, local = read_local_part(leaves, path, stacked(path), sharding, dtype(path))
         problems.extend(check_finite(source, path, local))
 
-        def shard(index: Any) -> Any:
-            ends = zip(_box(index, shape), box, strict=True)
+        def take_shard(index: Any) -> Any:
+            ends = zip(_make_box(index, shape), box, strict=True)
             return local[tuple(slice(a - first, b - first) for (a, b), (first, _) in ends)]
 
-        return jax.make_array_from_callback(shape, sharding, shard)
+        return jax.make_array_from_callback(shape, sharding, take_shard)
 
-    flat = {path: placed(path, one) for path, one in flatten(shardings).items()}
+    flat = {path: place(path, sharding) for path, sharding in flatten(shardings).items()}
     if problems:
         raise InputError(problems)
     return unflatten(flat)
@@ -54,8 +54,8 @@ def read_local_part(
 ) -> tuple[Box, np.ndarray]:
     """Reads this process's part of a leaf; returns the smallest box around it, and its values."""
     shape = leaves.shapes[path]
-    held = sharding.addressable_devices_indices_map(shape).values()
-    boxes = [_box(index, shape) for index in held]
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    boxes = [_make_box(index, shape) for index in indices]
     box = tuple(
         (min(start for start, _ in axis), max(stop for _, stop in axis))
         for axis in zip(*boxes, strict=True)
@@ -63,5 +63,5 @@ def read_local_part(
     return box, read_leaf(leaves, path, stacked, dtype, box)
 
 
-def _box(index: Any, shape: tuple[int, ...]) -> Box:
+def _make_box(index: Any, shape: tuple[int, ...]) -> Box:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))

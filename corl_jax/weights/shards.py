@@ -98,14 +98,14 @@ def write_safetensors(
     with replace_file(file) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for plan in ordered:
-            for chunk in _checked_chunks(plan):
+            for chunk in _check_chunks(plan):
                 stream.write(chunk.reshape(-1).view(np.uint8).data)
                 if progress:
                     progress(chunk.nbytes)
     read_header(file)
 
 
-def _checked_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:
+def _check_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:
     written = 0
     for chunk in plan.chunks():
         if chunk.dtype != plan.dtype:
@@ -125,7 +125,7 @@ def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None
     torch = import_torch(file)
     state = {}
     for plan in plans:
-        chunks = list(_checked_chunks(plan))
+        chunks = list(_check_chunks(plan))
         whole = np.concatenate(chunks) if len(chunks) > 1 else np.array(chunks[0])
         state[plan.key] = to_torch(whole.reshape(plan.shape))
         if progress:

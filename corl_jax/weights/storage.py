@@ -324,12 +324,12 @@ def open_safetensors(files: list[Path]) -> SafetensorsStore:
     problems = []
     for file in files:
         try:
-            found = read_header(file)
+            tensors = read_header(file)
         except InputError as error:
             problems += error.problems
             continue
-        problems += find_shared_keys(infos, found, file)
-        infos.update(found)
+        problems += find_shared_keys(infos, tensors, file)
+        infos.update(tensors)
     if problems:
         raise InputError(problems)
     return SafetensorsStore(infos)

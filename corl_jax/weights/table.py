@@ -128,7 +128,7 @@ class Table:
         """Returns whether a row has this torch key."""
         return any(_compile_pattern(row.key).fullmatch(key) for row in self.rows)
 
-    def paths(self, key: str) -> list[tuple[str, int | None]]:
+    def find_paths(self, key: str) -> list[tuple[str, int | None]]:
         """Returns the (path, layer) pairs that a torch key holds, in the order of its parts.
 
         Raises: InputError for a key that no row matches, or that rows match ambiguously.
@@ -144,15 +144,15 @@ class Table:
         hits.sort(key=lambda hit: hit[0].part[0])
         return [(_fill(row.path, m.groupdict()), _read_layer(m)) for row, m in hits]
 
-    def row(self, path: str) -> tuple[Row, dict[str, str]]:
+    def find_row(self, path: str) -> tuple[Row, dict[str, str]]:
         """Returns the one row of a leaf, and the values of its placeholders."""
         hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.path).fullmatch(path))]
         if len(hits) != 1:
-            found = "no row" if not hits else f"{len(hits)} rows"
-            raise InputError(f"{path}: {found} of the {self.name} table match it, expected one")
+            count = "no row" if not hits else f"{len(hits)} rows"
+            raise InputError(f"{path}: {count} of the {self.name} table match it, expected one")
         return hits[0][0], hits[0][1].groupdict()
 
-    def slots(self, leaves: Mapping[str, Shape]) -> list[Slot]:
+    def make_slots(self, leaves: Mapping[str, Shape]) -> list[Slot]:
         """Returns every torch tensor, or part of one, that holds these leaves.
 
         Raises: InputError listing leaves without a row, or two leaves in one place.
@@ -160,7 +160,7 @@ class Table:
         slots, problems = [], []
         for path, shape in leaves.items():
             try:
-                slots += self._slots_of(path, tuple(shape))
+                slots += self._make_slots_of(path, tuple(shape))
             except (InputError, ValueError) as error:
                 lines = error.problems if isinstance(error, InputError) else [f"{path}: {error}"]
                 problems += lines
@@ -169,8 +169,8 @@ class Table:
             raise InputError(problems)
         return slots
 
-    def _slots_of(self, path: str, shape: Shape) -> Iterator[Slot]:
-        row, values = self.row(path)
+    def _make_slots_of(self, path: str, shape: Shape) -> Iterator[Slot]:
+        row, values = self.find_row(path)
         layers: Iterable[int | None] = range(shape[0]) if row.stacked else (None,)
         shape = shape[1:] if row.stacked else shape
         torch_shape = row.transform.torch_shape(shape)
@@ -180,19 +180,21 @@ class Table:
             key = _fill(row.key, {**values, "layer": str(layer)})
             yield Slot(key, path, layer, row.part, row.transform, torch_shape)
 
-    def problems(self, slots: Iterable[Slot], found: Mapping[str, Shape], where: Any) -> list[str]:
+    def find_problems(
+        self, slots: Iterable[Slot], stored: Mapping[str, Shape], where: Any
+    ) -> list[str]:
         """Lists the tensors that are unknown, missing or of another shape."""
         expected = {slot.key: slot.shape for slot in slots}
         out = []
         for key, shape in expected.items():
-            if key not in found:
+            if key not in stored:
                 out.append(f"{where}: {key} is missing, expected with shape {list(shape)}")
-            elif tuple(found[key]) != shape:
+            elif tuple(stored[key]) != shape:
                 out.append(
-                    f"{where}: {key} has shape {list(found[key])}, expected {list(shape)} by "
+                    f"{where}: {key} has shape {list(stored[key])}, expected {list(shape)} by "
                     "the config; correct the config or use the checkpoint that it belongs to"
                 )
-        for key in found:
+        for key in stored:
             if key not in expected and not self.is_carried(key) and not self.is_dropped(key):
                 out.append(
                     f"{where}: {key} is unknown to the {self.name} layout with this config; "

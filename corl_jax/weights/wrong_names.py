@@ -50,22 +50,22 @@ def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
 
 
 def shorten_wrong_names(
-    problems: list[str], table: Table, slots: list[Slot], found: Mapping[str, Shape], where: Path
+    problems: list[str], table: Table, slots: list[Slot], stored: Mapping[str, Shape], where: Path
 ) -> list[str]:
-    """Returns the `problems` that a table has with the tensors `found`, one line for each cause.
+    """Returns the `problems` that a table has with the tensors `stored`, one line for each cause.
 
     All names that are wrong in the same way are one line. Lines about other tensors stay.
     """
-    if unmerged := [key for key in found if ".lora_" in key]:
+    if unmerged := [key for key in stored if ".lora_" in key]:
         return [
-            f"{where}: {len(unmerged)} of {len(found)} tensors are of an adapter that is not "
+            f"{where}: {len(unmerged)} of {len(stored)} tensors are of an adapter that is not "
             f"merged ({unmerged[0]}); merge it with peft (merge_and_unload) and save the model"
         ]
-    wrong = find_wrong_names(found, table)
+    wrong = find_wrong_names(stored, table)
     if wrong is None:
         return problems
-    corrected = {wrong.corrected.get(key, key): shape for key, shape in found.items()}
-    return [f"{where}: {wrong.problem}", *table.problems(slots, corrected, where)]
+    corrected = {wrong.corrected.get(key, key): shape for key, shape in stored.items()}
+    return [f"{where}: {wrong.problem}", *table.find_problems(slots, corrected, where)]
 
 
 def find_layout_of_names(keys: Collection[str], layouts: dict[str, Known]) -> str | None:

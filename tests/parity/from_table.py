@@ -20,8 +20,8 @@ def from_table(table: Table, kind: Any, config: Any, state: Mapping[str, np.ndar
     shapes = {
         path: leaf.shape for path, leaf in flatten(modules.make_abstract(kind, config)).items()
     }
-    slots = table.slots(shapes)
-    assert not table.problems(slots, {key: x.shape for key, x in state.items()}, "test")
+    slots = table.make_slots(shapes)
+    assert not table.find_problems(slots, {key: x.shape for key, x in state.items()}, "test")
     flat = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
     for slot in slots:
         leaf = flat[slot.path][... if slot.layer is None else slot.layer]

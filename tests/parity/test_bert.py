@@ -143,11 +143,11 @@ def test_tables_report_what_is_missing_and_what_is_unknown():
         path: leaf.shape
         for path, leaf in leaf_paths(modules.make_abstract(Bert, BertConfig(60, 8, 8, 2, 2, 16)))
     }
-    slots = TABLES["bert"].slots(shapes)
+    slots = TABLES["bert"].make_slots(shapes)
     found = {slot.key: slot.shape for slot in slots}
     del found["bert.encoder.layer.1.output.dense.bias"]
     found["bert.encoder.layer.2.output.dense.bias"] = (8,)
-    problems = TABLES["bert"].problems(slots, found, "file")
+    problems = TABLES["bert"].find_problems(slots, found, "file")
     assert len(problems) == 2
     assert "bert.encoder.layer.1.output.dense.bias is missing" in problems[0]
     assert "bert.encoder.layer.2.output.dense.bias is unknown" in problems[1]

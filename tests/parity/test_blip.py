@@ -281,8 +281,8 @@ def test_the_published_size(layout, tmp_path):
     assert ours == BlipConfig(text=BlipTextConfig(tie_word_embeddings=layout == "transformers"))
 
     table, shapes = TABLES[layout], KINDS["blip"].shapes(ours)
-    slots = table.slots(shapes)
-    assert problems + table.problems(slots, found, "file") == []
+    slots = table.make_slots(shapes)
+    assert problems + table.find_problems(slots, found, "file") == []
     unused = {key for key in found if key not in {slot.key for slot in slots}}
     assert all(table.is_dropped(key) for key in unused)
     assert len(unused) == (2 if layout == "published" else 0)

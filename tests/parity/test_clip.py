@@ -248,7 +248,7 @@ def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
     assert (config, problems) == (size["config"], [])
     leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Clip, config)).items()}
     table = clip.TABLES[layout]
-    assert not table.problems(table.slots(leaves), shapes, "x")
+    assert not table.find_problems(table.make_slots(leaves), shapes, "x")
     assert sum(math.prod(shape) for shape in leaves.values()) == size["parameters"]
 
 

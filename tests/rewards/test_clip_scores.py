@@ -348,8 +348,8 @@ def test_image_settings_that_are_not_followed_are_refused(tmp_path, changes, nam
     usual = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3}
     problems: list[str] = []
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual))
-    assert clip._processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
+    assert clip._read_processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
     assert problems == []
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | changes))
-    clip._processor_norm(tmp_path, problems)
+    clip._read_processor_norm(tmp_path, problems)
     assert len(problems) == 1 and named in problems[0]

@@ -156,9 +156,9 @@ def test_the_published_files_are_covered(layout):
     shapes, problems = full_shapes(layout), []
     config = parse(Path("x"), layout, shapes, problems)
     leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Lpips, config)).items()}
-    slots = TABLES[layout].slots(leaves)
+    slots = TABLES[layout].make_slots(leaves)
     assert (config, problems) == (VggConfig(), [])
-    assert not TABLES[layout].problems(slots, shapes, "x")
+    assert not TABLES[layout].find_problems(slots, shapes, "x")
     assert sum(math.prod(shape) for shape in leaves.values()) == 14_714_688 + 1_472
 
 

@@ -199,7 +199,7 @@ def test_peft_trains_on_with_the_same_gradients(adapter, model):
 
     with jax.default_matmul_precision("highest"):
         ours = jax.grad(loss)(trained_of(adapter))
-    slots = KIND.peft.table.slots({path: leaf.shape for path, leaf in ours.items()})
+    slots = KIND.peft.table.make_slots({path: leaf.shape for path, leaf in ours.items()})
     assert len(theirs) == len(slots)
     for slot in slots:
         wanted = theirs[slot.key].numpy().T

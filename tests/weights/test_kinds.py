@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from corl_jax import weights
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.lora import Lora
@@ -126,6 +128,14 @@ def test_what_it_cannot_do_is_refused(folder, tmp_path):
         save_checkpoint(tmp_path / "out", BAG, Sizes(words=4), {**params, "more": params["text"]})
     assert len(caught.value.problems) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_the_package_knows_no_policy():
+    """What it must know of one is in the record."""
+    for path in Path(weights.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"janus|siglip|vqmodel|language_model", text, re.IGNORECASE), path
+        assert "corl_jax.policies" not in text, path
 
 
 @pytest.mark.parametrize("name", KINDS)

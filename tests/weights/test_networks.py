@@ -44,7 +44,7 @@ def as_torch(kind: str, folder, layout: str | None = None):
     flat = flatten(random_network(kind))
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     state: dict[str, list] = {}
-    for slot in table.slots(shapes):
+    for slot in table.make_slots(shapes):
         leaf = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
         state.setdefault(slot.key, []).append((slot.part, slot.transform.to_torch(leaf)))
     folder.mkdir()
@@ -108,7 +108,9 @@ def test_a_foreign_folder_converts_to_the_same_numbers(tmp_path, layout, capsys)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, random_network("vgg")))
     assert recognise_kind(tmp_path / "out", KINDS.values()) is KINDS["vgg"]
     assert convert(["inspect", str(tmp_path / "out")]) == 0
-    assert "network     vgg, layout jax" in capsys.readouterr().out
+    assert f"network     vgg, layout jax, made from {layout}" in capsys.readouterr().out
+    assert convert(["verify", str(tmp_path / "out"), str(source)]) == 0
+    assert "31 tensors compared: equal" in capsys.readouterr().out
 
 
 def test_converting_again_as_another_type(folders, tmp_path):

@@ -115,7 +115,7 @@ def test_tensors_of_another_layout_than_the_configs_are_one_line(tmp_path, state
 def test_a_prefix_in_a_reward_network_is_one_line(tmp_path, kind):
     layout, table = next(iter(KINDS[kind].tables.items()))
     shapes = {path: leaf.shape for path, leaf in flatten(random_network(kind)).items()}
-    state = {f"module.{s.key}": np.zeros(s.shape, np.float32) for s in table.slots(shapes)}
+    state = {f"module.{s.key}": np.zeros(s.shape, np.float32) for s in table.make_slots(shapes)}
     save_file(state, tmp_path / "weights.safetensors")
     with pytest.raises(InputError, match=r"begin with 'module\.'") as caught:
         open_checkpoint(tmp_path, KINDS[kind])

@@ -33,8 +33,8 @@ def test_every_key_of_the_released_checkpoints_has_a_leaf(keys, layout, model):
     shapes = KIND.shapes(PRESETS[model.lower()])
     found = {key: tuple(shape) for key, shape in keys[layout][model].items()}
     table = KIND.tables[layout]
-    slots = table.slots(shapes)
-    assert table.problems(slots, found, model) == []
+    slots = table.make_slots(shapes)
+    assert table.find_problems(slots, found, model) == []
     carried = {key for key in found if table.is_carried(key)}
     assert {slot.key for slot in slots} == found.keys() - carried
     assert len(carried) == (14 if layout == "original" else 0)
@@ -57,20 +57,22 @@ def test_both_tables_pair_the_keys_as_the_specification_does(keys):
         (first, *_) = slot.box(make_whole_box(shape))
         return None if first == (0, slot.shape[0]) else first
 
-    rows_of = {(slot.key, slot.path): rows(slot) for slot in KIND.tables["original"].slots(shapes)}
+    rows_of = {
+        (slot.key, slot.path): rows(slot) for slot in KIND.tables["original"].make_slots(shapes)
+    }
     for original, transformers, note in keys["pairs"]:
         if transformers is None:
             assert KIND.tables["original"].is_carried(original)
             continue
-        (target,) = KIND.tables["transformers"].paths(transformers)
-        assert target in KIND.tables["original"].paths(original)
+        (target,) = KIND.tables["transformers"].find_paths(transformers)
+        assert target in KIND.tables["original"].find_paths(original)
         expected = tuple(map(int, note.split()[1].split(":"))) if note.startswith("rows") else None
         assert rows_of[original, target[0]] == expected
 
 
 def test_every_leaf_is_stacked_alike_in_both_tables():
     for path in KIND.shapes(PRESETS["janus-pro-1b"]):
-        stacked = {name: table.row(path)[0].stacked for name, table in KIND.tables.items()}
+        stacked = {name: table.find_row(path)[0].stacked for name, table in KIND.tables.items()}
         assert len(set(stacked.values())) == 1, path
         assert stacked["original"] == ("/layers/" in path), path
 
@@ -93,20 +95,20 @@ def test_conv_kernels_become_height_width_in_out():
 
 def test_stacked_and_plain_rows_expand_to_slots():
     table = Table("t", (Row("a.{layer}.b.{i}.w", "a/b/{i}/kernel", DENSE), Row("c", "c/scale")))
-    slots = table.slots({"a/b/4/kernel": (2, 3, 5), "c/scale": (6,)})
+    slots = table.make_slots({"a/b/4/kernel": (2, 3, 5), "c/scale": (6,)})
     assert [(s.key, s.layer, s.shape) for s in slots] == [
         ("a.0.b.4.w", 0, (5, 3)),
         ("a.1.b.4.w", 1, (5, 3)),
         ("c", None, (6,)),
     ]
-    assert table.paths("a.1.b.4.w") == [("a/b/4/kernel", 1)]
+    assert table.find_paths("a.1.b.4.w") == [("a/b/4/kernel", 1)]
 
 
 def test_all_problems_are_listed_together():
     table = Table("t", (Row("a.{layer}", "a/x"), Row("b", "b"), Row("c", "c")), dropped=("buf",))
-    slots = table.slots({"a/x": (2, 4), "b": (3,), "c": (5,)})
+    slots = table.make_slots({"a/x": (2, 4), "b": (3,), "c": (5,)})
     found = {"a.0": (4,), "a.2": (4,), "b": (9,), "c": (5,), "buf": (1,)}
-    problems = table.problems(slots, found, "dir")
+    problems = table.find_problems(slots, found, "dir")
     assert len(problems) == 3
     assert problems[0] == "dir: a.1 is missing, expected with shape [4]"
     assert "b has shape [9], expected [3]" in problems[1]
@@ -125,17 +127,17 @@ def test_all_problems_are_listed_together():
 )
 def test_an_ambiguous_table_is_refused(rows, leaves, message):
     with pytest.raises(InputError, match=message.replace("[", r"\[").replace("]", r"\]")):
-        Table("t", tuple(rows)).slots(leaves)
+        Table("t", tuple(rows)).make_slots(leaves)
 
 
 def test_a_key_without_a_row_or_with_two_is_refused():
     table = Table("t", (Row("a.{i}", "x/{i}"), Row("a.0", "y"), Row("b", "z")))
     with pytest.raises(InputError, match="several rows"):
-        table.paths("a.0")
+        table.find_paths("a.0")
     with pytest.raises(InputError, match="no row"):
-        table.paths("c")
+        table.find_paths("c")
     with pytest.raises(InputError, match="no row"):
-        table.paths("a.01")  # not how a layout writes 1
+        table.find_paths("a.01")  # not how a layout writes 1
 
 
 def test_flatten_and_unflatten_cancel():

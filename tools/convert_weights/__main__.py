@@ -5,9 +5,9 @@ python -m tools.convert_weights to-torch SRC DST --format original|transformers 
 python -m tools.convert_weights inspect SRC
 python -m tools.convert_weights verify A B
 
-SRC, A and B are directories of any layout (original, transformers or jax) or hub ids. `to-jax` and
-`inspect` also take the networks that rewards ask: KIND is one of bert, blip, clip, vgg (VGG16 with
-the heads of LPIPS) and aesthetic, and need not be given where config.json tells it.
+SRC, A and B are directories of any layout (original, transformers or jax) or hub ids. All but
+`to-torch` also take reward networks: KIND is one of bert, blip, clip, vgg (VGG16 with the heads of
+LPIPS) and aesthetic. It is needed only where config.json does not state it.
 Exit codes: 0 done, 1 verify found a difference, 2 bad input.
 """
 
@@ -102,7 +102,7 @@ def parse_positive(text: str) -> int:
 
 @contextlib.contextmanager
 def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
-    """A byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
+    """Shows a byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -174,7 +174,8 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    (a, kind), b = find_source(args.a), resolve_path(args.b)
+    a, kind = find_source(args.a)
+    b, _ = find_source(args.b, kind.name)
     with show_progress("verify") as progress:
         result = compare(a, b, kind, ignore_dtype=args.ignore_dtype, progress=progress)
     for line in result.notes:
@@ -200,7 +201,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """The installed command."""
+    """Runs the installed command."""
     sys.exit(run())
 
 

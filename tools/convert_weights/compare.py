@@ -42,8 +42,8 @@ def compare(
         result = Comparison(0, _compare_configs(first, second), [])
         for path in first.leaves.shapes:
             if second.leaves.shapes.get(path) != first.leaves.shapes[path]:
-                found = second.leaves.shapes.get(path)
-                result.differences.append(f"{path}: {first.leaves.shapes[path]} against {found}")
+                other = second.leaves.shapes.get(path)
+                result.differences.append(f"{path}: {first.leaves.shapes[path]} against {other}")
                 continue
             lines = list(_compare_leaf(first, second, path, ignore_dtype, progress))
             result.differences += lines
@@ -80,7 +80,7 @@ def _compare_leaf(
 
 
 def describe_difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
-    """What differs between two arrays, in words; None when nothing does."""
+    """Says what differs between two arrays; None if nothing does."""
     if x.shape != y.shape:
         return f"shape {x.shape} against {y.shape}"
     wide = find_common_dtype((x.dtype, y.dtype))

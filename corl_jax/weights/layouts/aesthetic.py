@@ -42,8 +42,8 @@ def parse(
 ) -> AestheticConfig:
     """Returns the number of inputs of each layer, and 1 for the score."""
     usual = AestheticConfig().sizes
-    found = [shapes.get(f"layers.{place}.weight", ()) for place in PLACES]
-    inputs = [shape[1] if len(shape) == 2 else usual[i] for i, shape in enumerate(found)]
+    kernels = [shapes.get(f"layers.{place}.weight", ()) for place in PLACES]
+    inputs = [shape[1] if len(shape) == 2 else usual[i] for i, shape in enumerate(kernels)]
     return AestheticConfig(sizes=(*inputs, 1))
 
 

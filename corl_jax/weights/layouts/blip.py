@@ -135,10 +135,10 @@ def parse(
             f"{file}: tie_word_embeddings is False, expected True: the weights hold no "
             f"{HEAD_KERNEL}"
         )
-    return BlipConfig(_vision(vision), _text(text, tied))
+    return BlipConfig(_parse_vision(vision), _parse_text(text, tied))
 
 
-def _vision(fields: Fields) -> BlipVisionConfig:
+def _parse_vision(fields: Fields) -> BlipVisionConfig:
     fields.expect("hidden_act", ("gelu",), "the only activation implemented")
     fields.expect("num_channels", (3,), "images are RGB")
     config = BlipVisionConfig(
@@ -159,7 +159,7 @@ def _vision(fields: Fields) -> BlipVisionConfig:
     return config
 
 
-def _text(fields: Fields, tied: bool) -> BlipTextConfig:
+def _parse_text(fields: Fields, tied: bool) -> BlipTextConfig:
     fields.expect("hidden_act", ("gelu",), "the only activation implemented")
     fields.expect("is_decoder", (True,), "a captioner's layers attend to the image")
     config = BlipTextConfig(

@@ -157,26 +157,26 @@ def parse(
     Raises: InputError for a file that cannot be read.
     """
     if layout == "transformers":
-        config = _transformers(folder / "config.json", problems)
+        config = _parse_transformers(folder / "config.json", problems)
     elif (folder / OPEN_CLIP_FILE).is_file():
-        config = _open_clip(folder / OPEN_CLIP_FILE, problems)
+        config = _parse_open_clip(folder / OPEN_CLIP_FILE, problems)
     else:
-        config = _known_sizes(folder, shapes, problems)
+        config = _find_known_sizes(folder, shapes, problems)
     return config
 
 
-def _transformers(file: Path, problems: list[str]) -> ClipConfig:
+def _parse_transformers(file: Path, problems: list[str]) -> ClipConfig:
     data = read_json(file)
     top = Fields(str(file), data, problems)
     top.expect("model_type", ("clip",), "the only architecture that is scored with here")
-    text, vision = (_tower_fields(top, name) for name in ("text_config", "vision_config"))
+    text, vision = (_read_tower_fields(top, name) for name in ("text_config", "vision_config"))
     vision.expect("num_channels", (3,), "images are RGB")
     vocab = text.size("vocab_size", 49408)
     eos = text.size("eos_token_id", 49407)
-    mean, std = _processor_norm(file.parent, problems)
+    mean, std = _read_processor_norm(file.parent, problems)
     return ClipConfig(
-        vision=_transformers_tower(vision, TowerConfig(768, 3072, 12, 12)),
-        text=_transformers_tower(text, TowerConfig(512, 2048, 12, 8)),
+        vision=_parse_transformers_tower(vision, TowerConfig(768, 3072, 12, 12)),
+        text=_parse_transformers_tower(text, TowerConfig(512, 2048, 12, 8)),
         image_size=vision.size("image_size", 224),
         patch_size=vision.size("patch_size", 32),
         vocab_size=vocab,
@@ -189,13 +189,13 @@ def _transformers(file: Path, problems: list[str]) -> ClipConfig:
     )
 
 
-def _tower_fields(top: Fields, name: str) -> Fields:
+def _read_tower_fields(top: Fields, name: str) -> Fields:
     """Returns a tower's settings; old files repeat them as `.._dict`, which wins."""
     section, repeated = top.section(name), top.section(f"{name}_dict")
     return Fields(section.where, {**section.data, **repeated.data}, top.problems)
 
 
-def _transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig:
+def _parse_transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig:
     fields.expect("hidden_act", ACTIVATIONS, "no other is implemented")
     return TowerConfig(
         hidden_size=fields.size("hidden_size", usual.hidden_size),
@@ -207,7 +207,7 @@ def _transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig:
     )
 
 
-def _processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
+def _read_processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
     """Returns mean and std of the image processor's file; without one, those of CLIP."""
     for name, section in (("preprocessor_config", None), ("processor_config", "image_processor")):
         file = folder / f"{name}.json"
@@ -221,20 +221,20 @@ def _processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...
         factor = fields.number("rescale_factor", 1 / 255)
         if abs(factor * 255 - 1) > 1e-4:
             problems.append(f"{fields.where}: rescale_factor is {factor}, expected 1 / 255")
-        return _norm(fields, "image_mean", "image_std")
+        return _parse_norm(fields, "image_mean", "image_std")
     return ClipConfig().image_mean, ClipConfig().image_std
 
 
-def _norm(fields: Fields, mean: str, std: str) -> tuple[tuple[float, ...], ...]:
+def _parse_norm(fields: Fields, mean: str, std: str) -> tuple[tuple[float, ...], ...]:
     usual = ClipConfig()
-    mean_values = _triple(fields, mean, usual.image_mean)
-    std_values = _triple(fields, std, usual.image_std)
+    mean_values = _parse_triple(fields, mean, usual.image_mean)
+    std_values = _parse_triple(fields, std, usual.image_std)
     if 0 in std_values:
         fields.problems.append(f"{fields.where}: {std} is {std_values}, expected numbers above 0")
     return mean_values, std_values
 
 
-def _triple(fields: Fields, name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+def _parse_triple(fields: Fields, name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
     value = fields.data.get(name)
     if value is None:
         return usual
@@ -245,7 +245,7 @@ def _triple(fields: Fields, name: str, usual: tuple[float, ...]) -> tuple[float,
     return tuple(float(x) for x in numbers)
 
 
-def _open_clip(file: Path, problems: list[str]) -> ClipConfig:
+def _parse_open_clip(file: Path, problems: list[str]) -> ClipConfig:
     top = Fields(str(file), read_json(file), problems)
     model, pixels = top.section("model_cfg"), top.section("preprocess_cfg")
     vision, text = model.section("vision_cfg"), model.section("text_cfg")
@@ -257,10 +257,12 @@ def _open_clip(file: Path, problems: list[str]) -> ClipConfig:
     activation = "quick_gelu" if model.data.get("quick_gelu") else "gelu"
     width = vision.size("width", 768)
     heads = max(1, width // vision.size("head_width", 64))
-    mean, std = _norm(pixels, "mean", "std")
+    mean, std = _parse_norm(pixels, "mean", "std")
     return ClipConfig(
-        vision=_open_clip_tower(vision, width, heads, activation),
-        text=_open_clip_tower(text, text.size("width", 512), text.size("heads", 8), activation),
+        vision=_parse_open_clip_tower(vision, width, heads, activation),
+        text=_parse_open_clip_tower(
+            text, text.size("width", 512), text.size("heads", 8), activation
+        ),
         image_size=vision.size("image_size", 224),
         patch_size=vision.size("patch_size", 16),
         vocab_size=text.size("vocab_size", 49408),
@@ -272,7 +274,9 @@ def _open_clip(file: Path, problems: list[str]) -> ClipConfig:
     )
 
 
-def _open_clip_tower(fields: Fields, width: int, heads: int, activation: Activation) -> TowerConfig:
+def _parse_open_clip_tower(
+    fields: Fields, width: int, heads: int, activation: Activation
+) -> TowerConfig:
     return TowerConfig(
         hidden_size=width,
         intermediate_size=int(width * fields.number("mlp_ratio", 4.0)),
@@ -282,7 +286,7 @@ def _open_clip_tower(fields: Fields, width: int, heads: int, activation: Activat
     )
 
 
-def _known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
+def _find_known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
     """Returns the default ViT-H/14, as HPS v2 is published without settings; else adds a problem.
 
     Tensors tell neither the number of heads nor the activation.

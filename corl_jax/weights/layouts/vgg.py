@@ -77,8 +77,8 @@ def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list
                 f"{folder}: {what} are missing ({keys[0]} and others); put {file} there as well"
             )
     usual = VggConfig().channels
-    found = [shapes[key][0] if shapes.get(key) else usual[i] for i, key in enumerate(trunk)]
-    return VggConfig(channels=tuple(found))
+    widths = [shapes[key][0] if shapes.get(key) else usual[i] for i, key in enumerate(trunk)]
+    return VggConfig(channels=tuple(widths))
 
 
 RULES: Rules = (

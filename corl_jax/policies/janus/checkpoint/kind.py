@@ -46,7 +46,7 @@ def explain_tied_head(problems: list[str], layout: str, data: Mapping[str, Any])
     if layout != "transformers" or not data.get("tie_word_embeddings", True):
         return problems
     head, table = (
-        keys.TABLE.row(path)[0].key
+        keys.TABLE.find_row(path)[0].key
         for path in ("lm_head/kernel", "language_model/embed_tokens/embedding")
     )
     return [
