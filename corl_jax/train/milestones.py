@@ -364,7 +364,7 @@ def take(prompts: Prompts, places: np.ndarray) -> Prompts:
     return Prompts(
         prompts.index[places],
         {name: [values[i] for i in places] for name, values in prompts.columns.items()},
-        *(jax.tree.map(lambda x: x[places], part) for part in (prompts.t2i, prompts.mm2t)),
+        jax.tree.map(lambda x: x[places], prompts.encoded),
     )
 
 
