@@ -314,6 +314,8 @@ def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
 
 def trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
+    if config.lora.rank and family.adapters.options_of(sizes) is None:
+        return []  # add_adapters has said why there are none
     try:
         trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
     except InputError as error:
