@@ -37,12 +37,12 @@ from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config.schema import Networks, Reward, RewardNetwork
 from corl_jax.config.yaml_text import parse_yaml
+from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.images import decode_image
 from corl_jax.data.questions import holds_surrogate
 from corl_jax.errors import InputError, RewardError, exit_on_input_error
 from corl_jax.input_files import LONE_SURROGATE, expand_path, parse_path, parse_place, read_text
 from corl_jax.rewards import networks, registry
-from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -312,7 +312,7 @@ def _value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
     if value is None:
         return None, None
     if name not in ("image", "real_image"):
-        return column_problem(name, value), value
+        return find_value_problem(name, value), value
     if not isinstance(value, str):
         return f"found {value!r}, expected a path", None
     try:

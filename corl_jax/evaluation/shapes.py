@@ -18,17 +18,17 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from corl_jax.data.column_values import find_spec_problem, read_question_type
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.checker import check
 from corl_jax.data.drawn_world.scene import CATEGORIES
-from corl_jax.devices.batches import to_host_rows
+from corl_jax.devices.batches import pad_rows, to_host_rows
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.rewards.answers import read_question_type, true_answer
-from corl_jax.rewards.functions import spec_problem
+from corl_jax.rewards.answers import true_answer
 from corl_jax.rewards.text import format_reward, qa_accuracy
 from corl_jax.types import STREAMS, Params, Prompts
 
@@ -119,7 +119,7 @@ def evaluate_shapes(
 
     `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
     position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
-    filled up; `total` adds up counts over processes. `greedy_..`: the likeliest tokens are taken.
+    pad_rows up; `total` adds up counts over processes. `greedy_..`: the likeliest tokens are taken.
 
     Raises:
         InputError: a batch lacks what it needs, before it is sampled; or there is no row.
@@ -148,11 +148,6 @@ def evaluate_shapes(
     return _report(pieces, total)
 
 
-def filled(values: np.ndarray, size: int) -> np.ndarray:
-    """Rows up to `size`, the last one repeated."""
-    return np.asarray(values)[np.minimum(np.arange(size), len(values) - 1)]
-
-
 def check_columns(prompts: Prompts) -> None:
     """Raises: InputError for all that drawings and answers of this batch could not be scored by."""
     problems = [
@@ -178,7 +173,7 @@ def row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> list[
     problems = []
     for row, name in enumerate(names):
         spec = columns["spec"][row]
-        problem = spec_problem(spec)
+        problem = find_spec_problem(spec)
         if problem:
             problems.append(
                 f"{name}: spec: {problem}; write the rows with corl_jax.data.drawn_world"
@@ -313,9 +308,9 @@ def _report(pieces: list[tuple[np.ndarray, list[str], dict[str, list]]], total: 
 
 
 def _inputs(prompts: Prompts, task: str, size: int, seed: int, place: Callable) -> tuple:
-    """(encoded prompts, keys) of a batch filled up to `size` rows, on the devices."""
-    index = filled(prompts.index, size)
-    encoded = jax.tree.map(lambda x: filled(x, size), getattr(prompts, task))
+    """(encoded prompts, keys) of a batch pad_rows up to `size` rows, on the devices."""
+    index = pad_rows(prompts.index, size)
+    encoded = jax.tree.map(lambda x: pad_rows(x, size), getattr(prompts, task))
     keys = sampling.sample_keys(seed, index, 1, STREAMS[task])
     # Typed keys are no host arrays: `place` gets their bits.
     encoded, bits = place((encoded, np.asarray(jax.random.key_data(keys))))

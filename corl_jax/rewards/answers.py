@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from corl_jax.errors import InputError
 from corl_jax.rewards import numerals
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -62,22 +61,6 @@ NEGATED = re.compile(
 _EXPLICIT_FORMS = LETTER_FORMS[:7]
 _LEADING_FORMS = LETTER_FORMS[2:4]
 
-QuestionType = Literal["MC", "OE"]
-_SEPARATORS = re.compile(r"[\s_\-\u2010-\u2015./]+")
-QUESTION_TYPES: dict[str, QuestionType] = {
-    **dict.fromkeys(
-        ("mc", "mcq", "mcqs", "mcqa", "multichoice", "multiplechoice", "multiplechoices",
-         "multichoicequestion", "multiplechoicequestion", "multiplechoicequestions",
-         "singlechoice", "choice"),
-        "MC",
-    ),
-    **dict.fromkeys(
-        ("oe", "oeq", "open", "openend", "openended", "openquestion", "openendquestion",
-         "openendedquestion", "openendedquestions", "freeform", "freetext", "shortanswer"),
-        "OE",
-    ),
-}  # fmt: skip
-"""Spelling of a question's type, in small letters without spaces and dashes -> the type."""
 
 MAX_DETECTION_CHARACTERS = 4096
 MAX_DETECTIONS = 64
@@ -92,25 +75,6 @@ class Detection(NamedTuple):
 
     position: tuple[float, float, float, float]
     confidence: float
-
-
-def read_question_type(value: str | None) -> QuestionType | None:
-    """MC or OE from one of the usual spellings; None for null and for a blank text.
-
-    Upper and lower case, spaces, dashes and underscores are alike: "Multiple Choice" is MC.
-
-    Raises:
-        InputError: any other text.
-    """
-    if value is None or not value.strip():
-        return None
-    kind = QUESTION_TYPES.get(_SEPARATORS.sub("", value).lower())
-    if kind is None:
-        raise InputError(
-            f"found {value[:60]!r}, expected MC or OE (also spelt mcq, multiple choice, open, "
-            "open-ended, free-form, ..)"
-        )
-    return kind
 
 
 def tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corl_jax.rewards.functions import is_blank
+from corl_jax.rewards import answers
 from corl_jax.rewards.registry import REGISTRY, BoundReward
 
 
@@ -53,3 +53,17 @@ def _open_by_default(reward: BoundReward, rows: Sequence[Mapping[str, Any]]) -> 
         for column, option in reward.entry.stand_ins.items()
         if options.get(option) is None and all(is_blank(column, row.get(column)) for row in rows)
     ]
+
+
+def is_blank(name: str, value: Any) -> bool:
+    """True for a value of the column `name` that no reward can use.
+
+    These are null, white space, a solution with an empty answer, and boxes that cannot be read.
+    """
+    if value is None:
+        return True
+    if not isinstance(value, str):
+        return False
+    if name == "od_solution":
+        return answers.parse_detections(answers.true_answer(value)) is None
+    return not (answers.true_answer(value) if name.endswith("_solution") else value.strip())

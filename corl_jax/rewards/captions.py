@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 from PIL import Image
 
+from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
-from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.folders import unmarked_folder
 from corl_jax.weights.foreign_config import Fields
@@ -78,7 +78,7 @@ def caption_tokens(
     def take(index: np.ndarray) -> tuple:
         return (to_size(images[index], settings.size),)
 
-    return in_pieces(program, take, len(images), chunk, network.params)[0]
+    return run_in_pieces(program, take, len(images), chunk, network.params)[0]
 
 
 # ---- the device program

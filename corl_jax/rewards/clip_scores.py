@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import PositiveFloat
+from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig
-from corl_jax.rewards.samples import Context, Samples, in_pieces
+from corl_jax.rewards.samples import Context, Samples
 from corl_jax.types import Params
 from corl_jax.weights.folders import unmarked_folder
 
@@ -36,7 +37,7 @@ def clip_reward(samples: Samples, context: Context) -> np.ndarray:
     Source: the released code, with LAION's ViT-H/14.
     """
     with context.network("clip") as network:
-        return 2.0 * clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        return 2.0 * clip_similarity(network, samples.require_images(), samples.column("prompt"))
 
 
 def pickscore(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
@@ -46,7 +47,7 @@ def pickscore(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
     with context.network("pickscore") as network:
-        cosine = clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
         scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
     return cosine * (scale / np.float32(divisor))
 
@@ -57,7 +58,7 @@ def hpsv2(samples: Samples, context: Context) -> np.ndarray:
     Source: Wu et al. 2023 (arXiv 2306.09341).
     """
     with context.network("hpsv2") as network:
-        return clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        return clip_similarity(network, samples.require_images(), samples.column("prompt"))
 
 
 def aesthetic(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
@@ -66,7 +67,7 @@ def aesthetic(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
     with context.network("clip_l14") as network, context.network("aesthetic") as head:
-        return aesthetic_rating(network, head, samples.drawn()) / np.float32(divisor)
+        return aesthetic_rating(network, head, samples.require_images()) / np.float32(divisor)
 
 
 # ---- scores
@@ -87,7 +88,7 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
         return pixels[index], ids[index]
 
     program = functools.partial(_cosines, network.config, network.params)
-    (cosines,) = in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
     given = [bool((prompt or "").strip()) for prompt in prompts]
     return np.where(given, cosines, np.float32(np.nan))
 
@@ -114,7 +115,7 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
     def take(index: np.ndarray) -> tuple[np.ndarray]:
         return (pixels[index],)
 
-    (ratings,) = in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (ratings,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
     return ratings
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from corl_jax.config.fields import Positive
 from corl_jax.data.instructions import CAPTION
-from corl_jax.rewards import captions, image, perceptual, policy, similarity, spice, text
-from corl_jax.rewards.functions import Fit, compare_images, each
-from corl_jax.rewards.samples import Context, Samples
+from corl_jax.rewards import captions, image, policy, similarity, spice, text
+from corl_jax.rewards.image import lpips_distance
+from corl_jax.rewards.image_rewards import Fit, compare_to_real_images
+from corl_jax.rewards.samples import Context, Samples, score_rows
 
 Caption = Literal["policy", "blip"]
 TextTerm = Literal["jaccard", "bertscore", "sentence", "rouge", "spice"]
@@ -97,7 +98,7 @@ def describe(
     if caption == "blip":
         with context.network("blip") as network:
             return captions.caption(
-                network, samples.drawn(), max_new_tokens=max_new_tokens, chunk=chunk
+                network, samples.require_images(), max_new_tokens=max_new_tokens, chunk=chunk
             )
     return policy.ask(
         samples, context, [CAPTION] * len(samples), stream="caption", scorer=scorer,
@@ -130,15 +131,15 @@ def compare_texts(
     def overlap(prompt: str | None, caption: str) -> float:
         return text.soft_jaccard(prompt, caption, True) if (prompt or "").strip() else float("nan")
 
-    return each(overlap, list(prompts), list(said))
+    return score_rows(overlap, list(prompts), list(said))
 
 
 def _compare_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
     if term != "lpips":
-        return compare_images(samples, context, term, fit)
+        return compare_to_real_images(samples, context, term, fit)
     with context.network("lpips") as network:
-        distance = perceptual.lpips_distance(
-            network, samples.drawn(), samples.column("real_image"), fit=fit
+        distance = lpips_distance(
+            network, samples.require_images(), samples.column("real_image"), fit=fit
         )
     return 1.0 - distance
 

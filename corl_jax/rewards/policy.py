@@ -20,14 +20,20 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import mesh_of, process_shard
+from corl_jax.devices.batches import mesh_of, process_shard, run_in_pieces
 from corl_jax.devices.processes import all_max
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import text
-from corl_jax.rewards.functions import classification, each, question_types
-from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
+from corl_jax.rewards.samples import (
+    Context,
+    Policy,
+    Samples,
+    read_class_questions,
+    read_question_types,
+    score_rows,
+)
 from corl_jax.types import STREAMS, EncodedPrompts, Params
 
 CHUNK = 64
@@ -79,7 +85,7 @@ def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: in
             image_token=policy.processor.special.image, dtype=policy.dtype,
         )  # fmt: skip
 
-    (rewards,) = _run(policy, samples.drawn(), prompts, (start, kept), program, chunk)
+    (rewards,) = _run(policy, samples.require_images(), prompts, (start, kept), program, chunk)
     return rewards
 
 
@@ -183,8 +189,8 @@ def qa(
         samples, context, questions, stream="qa", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    columns = (samples.column("qa_solution"), question_types(samples), questions)
-    return _where_asked(questions, each(text.qa_answer_score, answers, *columns))
+    columns = (samples.column("qa_solution"), read_question_types(samples), questions)
+    return _where_asked(questions, score_rows(text.qa_answer_score, answers, *columns))
 
 
 def oc(
@@ -203,13 +209,13 @@ def oc(
     `substrings` is the released comparison.
     Source: the released code; scores in `text.oc_answer_score`.
     """
-    questions, solutions = classification(samples)
+    questions, solutions = read_class_questions(samples)
     answers = ask(
         samples, context, questions, stream="oc", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.oc_answer_score, substrings=substrings)
-    scores = each(score, answers, solutions, samples.column("prompt"))
+    scores = score_rows(score, answers, solutions, samples.column("prompt"))
     return _where_asked(questions, scores)
 
 
@@ -233,7 +239,7 @@ def od(
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.od_answer_score, min_iou=min_iou)
-    return _where_asked(questions, each(score, answers, samples.column("od_solution")))
+    return _where_asked(questions, score_rows(score, answers, samples.column("od_solution")))
 
 
 def _where_asked(questions: Sequence[str | None], scores: np.ndarray) -> np.ndarray:
@@ -265,7 +271,9 @@ def ask(
         keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
         data = np.asarray(jax.random.key_data(keys))
-        return _answers(policy, samples.drawn(), questions, data, greedy, max_new_tokens, chunk)
+        return _answers(
+            policy, samples.require_images(), questions, data, greedy, max_new_tokens, chunk
+        )
 
 
 def _answers(
@@ -353,4 +361,4 @@ def _run(
         pixels = _normalised(levels, piece.pixel_values)
         return program(dataclasses.replace(piece, pixel_values=pixels), *extras)
 
-    return in_pieces(finished, take, len(images), chunk, policy.params)
+    return run_in_pieces(finished, take, len(images), chunk, policy.params)

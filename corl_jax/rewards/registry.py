@@ -19,9 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corl_jax.errors import InputError
-from corl_jax.rewards import clip_scores, custom, cycle, functions, policy
-from corl_jax.rewards.options import Option, option_problem
+from corl_jax.rewards import clip_scores, cycle, own, policy
+from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
+from corl_jax.rewards.signature import Option, find_option_problem
+from corl_jax.rewards.text_rewards import (
+    score_format,
+    score_format_tags,
+    score_oc_accuracy,
+    score_qa_accuracy,
+)
 
 if TYPE_CHECKING:
     from corl_jax.config.schema import Compat, Reward
@@ -69,17 +76,17 @@ class RewardRow:
 
 
 REGISTRY: dict[str, RewardRow] = {
-    "format": RewardRow(functions.well_formed, "mm2t"),
-    "format_tag": RewardRow(functions.tags, "mm2t"),
+    "format": RewardRow(score_format, "mm2t"),
+    "format_tag": RewardRow(score_format_tags, "mm2t"),
     "qa_accuracy": RewardRow(
-        functions.qa_accuracy,
+        score_qa_accuracy,
         "mm2t",
         columns=("qa_solution",),
         optional=("qa_type", "qa_problem"),
         stand_ins={"qa_type": "default_type"},
     ),
     "oc_accuracy": RewardRow(
-        functions.oc_accuracy,
+        score_oc_accuracy,
         "mm2t",
         either=("cls_solution", "qa_solution"),
     ),
@@ -109,7 +116,7 @@ REGISTRY: dict[str, RewardRow] = {
     "pickscore": RewardRow(clip_scores.pickscore, "t2i", ("pickscore",), columns=("prompt",)),
     "hpsv2": RewardRow(clip_scores.hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
     "aesthetic": RewardRow(clip_scores.aesthetic, "t2i", ("clip_l14", "aesthetic")),
-    "t2i_pixel_mse": RewardRow(functions.pixel_mse, "t2i", columns=("real_image",)),
+    "t2i_pixel_mse": RewardRow(score_pixel_mse, "t2i", columns=("real_image",)),
     "t2i_qa": RewardRow(
         policy.qa,
         "t2i",
@@ -124,7 +131,7 @@ REGISTRY: dict[str, RewardRow] = {
         optional=("cls_problem", "qa_problem", "prompt"),
     ),
     "t2i_od": RewardRow(policy.od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
-    "shapes_checker": RewardRow(functions.shapes, "t2i", columns=("spec",)),
+    "shapes_checker": RewardRow(score_shapes, "t2i", columns=("spec",)),
 }
 
 COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -195,7 +202,7 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
     Raises:
         InputError: listing what is wrong with the file, the function or the options.
     """
-    function = custom.load(
+    function = own.load(
         reward.use or "",
         reward.options,
         timeout_s=reward.timeout_s,
@@ -233,7 +240,7 @@ def resolve_one(
     entry, accepted = REGISTRY[name], options_of(name)
     problems = []
     for key, value in options.items():
-        problem = option_problem(accepted, key, value)
+        problem = find_option_problem(accepted, key, value)
         if problem:
             problems.append(f"{where}: {name}: option {key}: {problem}")
     defaults = {key: option.default for key, option in accepted.items()}
@@ -342,7 +349,7 @@ def score_timed(
             "seconds": time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
-        if isinstance(reward.function, custom.CustomReward):
+        if isinstance(reward.function, own.CustomReward):
             share = reward.function.failed_samples / max(len(samples), 1)
             costs[reward.name]["failed"] = share
         if values.shape != (len(samples),):

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.devices.batches import run_in_pieces
 from corl_jax.devices.processes import all_gather
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
-from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.folders import unmarked_folder
 from corl_jax.weights.storage import read_json
@@ -188,7 +188,7 @@ def _encode(
         def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return tokens[index], lengths[index]  # noqa: B023
 
-        (rows,) = in_pieces(run, take, len(tokens), chunk, network.params)
+        (rows,) = run_in_pieces(run, take, len(tokens), chunk, network.params)
         for text, row in zip(group, rows, strict=False):  # the rest fill the piece up
             encoded[text] = row[: len(ids[text])] if row.ndim > 1 else row
     return encoded

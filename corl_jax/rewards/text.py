@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from corl_jax.data.column_values import read_question_type
 from corl_jax.rewards import answers, numerals
 
 FORMAT = re.compile(r"<think>.*?</think>[.\s]*<answer>.*?</answer>", re.DOTALL)
@@ -81,7 +82,7 @@ def qa_accuracy(
         InputError: another type.
     Source: the released code.
     """
-    kind = answers.read_question_type(qa_type)
+    kind = read_question_type(qa_type)
     truth = answers.true_answer(solution or "", multiline_answer)
     if not truth:
         return math.nan

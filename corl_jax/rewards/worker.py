@@ -1,6 +1,6 @@
 """The process in which a file of user's rewards runs, from its import to the end of the run.
 
-`custom` starts it and sends it requests over a socket. The user's code has the main thread, as in
+`own` starts it and sends it requests over a socket. The user's code has the main thread, as in
 a program of its own, and one event loop. Nothing here imports JAX or numpy, so that the process
 starts in a few hundredths of a second.
 """

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from corl_jax.config.checks import warmup_problems
 from corl_jax.config.schema import Config
+from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
@@ -27,7 +28,6 @@ from corl_jax.policies.janus.checkpoint.generation import read_generation
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import networks, registry
-from corl_jax.rewards.functions import column_problem
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import place_problems
 from corl_jax.startup import inspect_model
@@ -385,7 +385,7 @@ def _readable(
             entry = reward.entry
             read |= {*entry.columns, *entry.either, *entry.optional}
     names = sorted(read - {"real_image"})
-    return {name: functools.partial(column_problem, name) for name in names}
+    return {name: functools.partial(find_value_problem, name) for name in names}
 
 
 def _target_columns(config: Config) -> list[str]:

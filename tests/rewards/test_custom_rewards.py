@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corl_jax.errors import InputError, RewardError
-from corl_jax.rewards import custom
-from corl_jax.rewards.custom import load
+from corl_jax.rewards import own
+from corl_jax.rewards.own import load
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.worker import as_scores
 
@@ -306,7 +306,7 @@ STUBBORN = """
 
 
 def test_a_function_that_does_not_stop_is_ended_with_its_process(made, monkeypatch, caplog):
-    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.2)
+    monkeypatch.setattr(own, "REWARD_GRACE_S", 0.2)
     reward = made(CALLS % STUBBORN.strip(), timeout_s=0.2)
     assert reward(texts("quick"), NOWHERE) == 1
     first = reward.process.pid
@@ -382,9 +382,9 @@ def test_no_process_stays_when_the_run_is_killed(write, tmp_path):
     """In the middle of a call, together with what the reward has started itself."""
     write(LEFT_ALONE)
     script = (
-        "from corl_jax.rewards import custom\n"
+        "from corl_jax.rewards import own\n"
         "from corl_jax.rewards.samples import Context, Samples\n"
-        "custom.load('mine.py:f', {})(Samples({}, texts=['a']), None)\n"
+        "own.load('mine.py:f', {})(Samples({}, texts=['a']), None)\n"
     )
     env = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[2])}
     run = subprocess.Popen([sys.executable, "-c", script], env=env)
@@ -436,7 +436,7 @@ def test_an_async_function_that_runs_out_of_time_is_cancelled(made):
 
 
 def test_an_async_function_that_does_not_yield_is_ended(made, monkeypatch):
-    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.05)
+    monkeypatch.setattr(own, "REWARD_GRACE_S", 0.05)
     code = "import time\nasync def f(texts):\n    time.sleep(60)\n    return [1.0]"
     reward = made(code, timeout_s=0.05, max_failures=1)
     with pytest.raises(RewardError, match=r"time\.sleep\(60\)"):

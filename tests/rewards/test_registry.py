@@ -15,9 +15,8 @@ from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
-from corl_jax.rewards.options import option_problem
 from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
-from corl_jax.rewards.samples import chunks
+from corl_jax.rewards.signature import find_option_problem
 from tests.support.tiny_models import tiny_image
 
 NOWHERE = Context(None, None, None, None, seed=0, step=0)
@@ -49,7 +48,7 @@ def test_the_table_is_complete_and_consistent():
         assert name.startswith("t2i") == (entry.task == "t2i") or name in others
         for key, option in registry.options_of(name).items():
             accepted = registry.options_of(name)
-            assert option_problem(accepted, key, option.default) is None
+            assert find_option_problem(accepted, key, option.default) is None
         assert set(entry.chosen) <= set(registry.options_of(name))
         asked = {network for values in entry.chosen.values() for network in values.values()}
         assert asked | set(entry.networks) <= {"policy", *NETWORKS}
@@ -231,7 +230,7 @@ def test_pixel_mse_against_the_formula(mesh):
     real = [Image.fromarray(pictures[0]), tiny_image(9, (50, 30)), None]
     batch = Samples({"real_image": real}, images=pictures)
     found = score("t2i_pixel_mse", batch)
-    pair = (pictures[1:2] / np.float32(255), image.squash(real[1], 32)[None])
+    pair = (pictures[1:2] / np.float32(255), image.squash_image(real[1], 32)[None])
     np.testing.assert_allclose(found[:2], [1.0, image.pixel_mse_reward(*pair)[0]], atol=1e-6)
     assert np.isnan(found[2])
     cropped = score("t2i_pixel_mse", batch, {"image_fit": "centre_crop"})
@@ -279,14 +278,3 @@ def test_an_unreadable_spec_is_refused(spec):
     batch = Samples({"spec": [spec]}, images=np.zeros((1, 64, 64, 3), np.uint8))
     with pytest.raises(InputError, match="row 0: spec: found"):
         score("shapes_checker", batch)
-
-
-@pytest.mark.parametrize(
-    ("rows", "most", "multiple", "sizes"),
-    [(7, 64, 1, [7]), (72, 64, 1, [36, 36]), (7, 3, 1, [3, 3, 3]), (6, 64, 4, [8]),
-     (9, 4, 4, [4] * 3)],
-)  # fmt: skip
-def test_pieces_have_one_size_and_hold_every_row(rows, most, multiple, sizes):
-    pieces = list(chunks(rows, most, multiple))
-    assert [len(piece) for piece in pieces] == sizes
-    np.testing.assert_array_equal(np.concatenate(pieces)[:rows], np.arange(rows))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from corl_jax.errors import InputError, RewardError
-from corl_jax.rewards import custom
-from corl_jax.rewards.custom import load
+from corl_jax.rewards import own
+from corl_jax.rewards.own import load
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.user_process import INDEX_VARIABLE
 
@@ -407,7 +407,7 @@ def test_a_restart_that_fails_counts_as_a_failed_call(tree, monkeypatch):
             open("gone", "w").close()
             os._exit(1)
     """})  # fmt: skip
-    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.2)
+    monkeypatch.setattr(own, "REWARD_GRACE_S", 0.2)
     reward, one = load("a.py:f", {}, max_failures=2), Samples({}, texts=["a"])
     assert np.isnan(reward(one, NOWHERE))
     with pytest.raises(RewardError, match=r"a\.py line 3: .*OSError: no model"):

@@ -16,7 +16,8 @@ from corl_jax.errors import InputError
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.rewards import cycle, functions, policy, text
+from corl_jax.rewards import cycle, policy, text
+from corl_jax.rewards.image_rewards import compare_to_real_images
 from corl_jax.rewards.registry import REGISTRY, Context, Samples
 from corl_jax.types import EncodedPrompts
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
@@ -240,7 +241,7 @@ def test_cycle_reward_is_caption_overlap_plus_image_term(context):
     words = [text.soft_jaccard(p, c) for p, c in zip(CAPTIONS, captions, strict=True)]
     for name, exact in (("rmse", 1.0), ("ssim", 1.0), ("mse", 1.0)):
         found = cycle.bid_cycle(batch, context, image_term=name, max_new_tokens=5)
-        pixels = functions.compare_images(batch, context, name, "squash")
+        pixels = compare_to_real_images(batch, context, name, "squash")
         assert np.isnan(found).tolist() == [False, True, False]
         np.testing.assert_allclose(pixels[2], exact, atol=NETWORK)  # its own real image
         np.testing.assert_allclose(found[[0, 2]], np.array(words)[[0, 2]] + pixels[[0, 2]],

@@ -222,13 +222,13 @@ def test_every_process_runs_the_programs_of_all(network, monkeypatch):
         "jax.experimental.multihost_utils.process_allgather", lambda mine: np.stack([mine, counts])
     )
     shapes = []
-    run = similarity.in_pieces
+    run = similarity.run_in_pieces
 
-    def in_pieces(program, take, rows, *rest):
+    def run_in_pieces(program, take, rows, *rest):
         shapes.append(take(np.arange(rows))[0].shape)
         return run(program, take, rows, *rest)
 
-    monkeypatch.setattr(similarity, "in_pieces", in_pieces)
+    monkeypatch.setattr(similarity, "run_in_pieces", run_in_pieces)
     for texts in ((PREDICTIONS, TARGETS), (["a"], [None])):
         shapes.clear()
         found = similarity.bert_score(network, *texts)

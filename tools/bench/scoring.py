@@ -16,7 +16,8 @@ from PIL import Image
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
-from corl_jax.rewards import captions, image, perceptual, registry, similarity
+from corl_jax.rewards import captions, image, registry, similarity
+from corl_jax.rewards.image import LPIPS_SIZE, lpips_distance
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
@@ -100,7 +101,11 @@ def _cycle_terms(
     setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
     """What the cycle reward's time goes to, as far as its networks are there."""
-    pictures, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
+    pictures, real, prompts = (
+        scored.require_images(),
+        scored.column("real_image"),
+        scored.column("prompt"),
+    )
     said = prompts
     with contextlib.ExitStack() as stack:
         networks = {name: stack.enter_context(frozen.use()) for name, frozen in held.items()}
@@ -116,16 +121,14 @@ def _cycle_terms(
             compare = functools.partial(similarity.bert_score, networks["bert"], said, prompts)
             yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
         if "lpips" in networks:
-            distance = functools.partial(
-                perceptual.lpips_distance, networks["lpips"], pictures, real
-            )
+            distance = functools.partial(lpips_distance, networks["lpips"], pictures, real)
             yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
             timing = measure(functools.partial(_squashed, pictures), setting.repeats)
             yield Record("rewards", "  of it, drawings resized on the host", timing, {})
 
 
 def _squashed(pictures: np.ndarray) -> list[np.ndarray]:
-    return [image.squash(Image.fromarray(one), perceptual.SIZE) for one in pictures]
+    return [image.squash_image(Image.fromarray(one), LPIPS_SIZE) for one in pictures]
 
 
 def _answer_rewards(setting: Setting) -> Iterator[Record]:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.data.drawn_world import checker, generator, scene
+from corl_jax.devices.batches import split_rows
 from corl_jax.errors import InputError
 from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.rewards.samples import chunks
 from corl_jax.startup import load_model
 from corl_jax.train.sft import encode_images
 from corl_jax.types import Params
@@ -45,7 +45,7 @@ def measure(model: Path, rows: int, seed: int) -> Rate:
             f"{least}"
         )
     hits = 0
-    for index in chunks(rows, BATCH):
+    for index in split_rows(rows, BATCH):
         drawn = [
             generator.make_row(
                 HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False, world=world

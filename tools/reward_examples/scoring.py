@@ -13,8 +13,7 @@ from corl_jax.config.schema import Networks
 from corl_jax.data.instructions import CAPTION
 from corl_jax.rewards import cycle, networks, registry, text
 from corl_jax.rewards import policy as asking
-from corl_jax.rewards.functions import classification
-from corl_jax.rewards.samples import Context, Samples
+from corl_jax.rewards.samples import Context, Samples, read_class_questions
 from corl_jax.score import read_cases
 from tools.reward_examples import cases
 
@@ -126,7 +125,7 @@ def _said(context: Context) -> dict[str, list[str]]:
     samples = {name: _samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
     questions = {
         "qa": samples["qa"].column("qa_problem"),
-        "oc": classification(samples["oc"])[0],
+        "oc": read_class_questions(samples["oc"])[0],
         "od": samples["od"].column("od_problem"),
     }
     said = {
