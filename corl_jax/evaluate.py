@@ -37,19 +37,20 @@ if TYPE_CHECKING:
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
-SUITES = ("shapes",)
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """The command."""
+    from corl_jax.evaluation.intervals import format_rates
+
     args = build_parser().parse_args(argv)
     loader = plan(args)
     tell_sampling(args)
     started = time.monotonic()
     dtype, report = measure(args, loader)
     seconds = time.monotonic() - started
-    print(table(report.rates))
+    print(format_rates(report.rates))
     if args.out is not None:
         settings = {
             "model": args.model,
@@ -83,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="model directory of any of the three kinds, or a hub id",
     )
-    add("--suite", choices=SUITES, default="shapes", help="what is measured (default %(default)s)")
+    add("--suite", default="shapes", help="what is measured (default %(default)s)")
     add("--world", choices=("full", "small"),
         help="of rows drawn in memory (default: small for pictures below 48 pixels)")  # fmt: skip
     add("--data", type=parse_place, metavar="PATH",
@@ -135,16 +136,16 @@ def plan(args: argparse.Namespace) -> Any:
             return None
 
     model = attempt(inspect_model, args.model)
-    # With a wrong number of rows there are none to check.
+    # With a wrong number of rows, or of an unknown suite, there are none to check.
     source = (
         None
-        if any(p.startswith(("--rows", "--seed")) for p in problems)
+        if any(p.startswith(("--rows", "--seed", "--suite")) for p in problems)
         else attempt(open_rows, args, model and model[0])
     )
     lengths = attempt(check_rows, source, model, args) if source is not None else None
     if problems or lengths is None:
         raise InputError(problems)
-    return make_loader(source, model[1], lengths, args.batch_size)
+    return make_loader(source, model[1], lengths, args)
 
 
 def option_problems(args: argparse.Namespace) -> list[str]:
@@ -154,6 +155,11 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         for name in ("rows", "batch_size", "max_new_tokens")
         if (value := getattr(args, name)) is not None and value < 1
     ]
+    from corl_jax.evaluation import SUITES
+
+    suites = [name for name, suite in SUITES.items() if suite.make_rows is not None]
+    if args.suite not in suites:
+        problems.append(f"--suite: found {args.suite}; expected {' or '.join(suites)}")
     if not 0 <= args.seed <= MAX_SEED:
         problems.append(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
     if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
@@ -182,14 +188,16 @@ def open_rows(args: argparse.Namespace, config: JanusConfig | None) -> Any:
     """
     from corl_jax.data.dataset import ParquetSource, Rows
     from corl_jax.data.drawn_world.scene import choose_world
-    from corl_jax.evaluation.shapes import REQUIRED, HeldOutShapes
+    from corl_jax.evaluation import SUITES
 
+    suite = SUITES[args.suite]
     if args.data is None:
+        assert suite.make_rows is not None
         world = args.world or choose_world(config.siglip.image_size if config else 64)
-        return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed, world)
+        return suite.make_rows(args.rows or DEFAULT_ROWS, args.seed, world)
     if args.world is not None:
         raise InputError("--world: --data has its own rows; leave one of the two out")
-    source: Any = ParquetSource(args.data, required=[*REQUIRED, "real_image"])
+    source: Any = ParquetSource(args.data, required=suite.columns)
     if args.rows is not None and args.rows > len(source):
         raise InputError(
             f"--rows: found {args.rows}, but {args.data} has {len(source)} rows; ask for at most "
@@ -205,10 +213,12 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
         InputError: listing every row that could not be drawn, answered or scored.
     """
     from corl_jax.data.images import decode_image
-    from corl_jax.evaluation.shapes import REQUIRED, row_problems
+    from corl_jax.evaluation import SUITES
 
     names = [source.where(row) for row in range(len(source))]
-    problems = row_problems({name: source.column(name) for name in REQUIRED}, names)
+    suite, columns = SUITES[args.suite], scored_columns(args)
+    assert suite.find_row_problems is not None
+    problems = suite.find_row_problems({name: source.column(name) for name in columns}, names)
     longest = {"t2i": 1, "mm2t": 1}
     for row, name in enumerate(names):
         try:
@@ -250,18 +260,28 @@ def prompt_lengths(
     }
 
 
-def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size: int) -> Any:
+def scored_columns(args: argparse.Namespace) -> list[str]:
+    """Returns the columns that the suite's scores are computed from; images are read by row."""
+    from corl_jax.data.columns import IMAGE_COLUMN
+    from corl_jax.evaluation import SUITES
+
+    return [name for name in SUITES[args.suite].columns if name != IMAGE_COLUMN]
+
+
+def make_loader(
+    source: Any, processor: Any, lengths: dict[str, int], args: argparse.Namespace
+) -> Any:
     """Rows in file order, all padded alike, so that each task compiles once."""
     from corl_jax.data.dataset import Loader
-    from corl_jax.evaluation.shapes import REQUIRED, TASKS
+    from corl_jax.evaluation import SUITES
 
     return Loader(
         source,
         processor,
-        tasks=TASKS,
-        batch_size=min(batch_size, len(source)),
+        tasks=SUITES[args.suite].tasks,
+        batch_size=min(args.batch_size, len(source)),
         seed=0,
-        required=REQUIRED,
+        required=scored_columns(args),
         shuffle=False,
         lengths=lengths,
         max_bad_fraction=0.0,  # a row in another's place would count twice
@@ -280,7 +300,8 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
 
     from corl_jax import startup
     from corl_jax.devices.mesh import batch_sharding, make_mesh
-    from corl_jax.evaluation.shapes import evaluate_shapes
+    from corl_jax.evaluation import SUITES, EvaluationInputs, SamplingOptions
+    from corl_jax.rewards.samples import Policy
 
     startup.prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
@@ -290,33 +311,22 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     config, params, processor, _ = startup.load_model(args.model, dtype, mesh)
     steps = loader.steps_per_epoch
     batches = tqdm(loader.iterate(0, steps), total=steps, unit="batch", disable=None)
-    with jax.set_mesh(mesh):
-        report = evaluate_shapes(
-            config,
-            params,
-            processor,
-            batches,
+    inputs = EvaluationInputs(
+        policy=Policy(config, params, processor, dtype),
+        batches=batches,
+        sampling=SamplingOptions(
             seed=args.seed,
             cfg_scale=args.cfg_scale,
             temperature=args.temperature or 1.0,
             greedy_images=args.greedy,
             max_new_tokens=args.max_new_tokens,
-            dtype=dtype,
-            rows=len(loader.source),
-            place=lambda tree: jax.device_put(tree, batch_sharding(mesh)),
-        )
+        ),
+        rows=len(loader.source),
+        place=lambda tree: jax.device_put(tree, batch_sharding(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        report = SUITES[args.suite].evaluate(inputs)
     return dtype.name, report
-
-
-def table(rates: dict[str, Any]) -> str:
-    """A line a rate, in per cent."""
-    width = max(map(len, rates))
-    lines = [f"{'metric':{width}}     mean   95% interval      n"]
-    for name, rate in rates.items():
-        mean = f"{100 * rate.mean:6.1f} %" if rate.n else f"{'-':>8}"
-        interval = f"{100 * rate.low:5.1f} .. {100 * rate.high:5.1f}" if rate.n else f"{'-':>14}"
-        lines.append(f"{name:{width}} {mean} {interval} {rate.n:6}")
-    return "\n".join(lines)
 
 
 def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
@@ -324,14 +334,13 @@ def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
     from PIL import Image
 
     from corl_jax.data.questions import to_json_line
-    from corl_jax.evaluation.shapes import contact_sheet
     from corl_jax.weights.atomic import whole_directory
 
     with whole_directory(out) as folder:
         content = {"settings": settings, **report.as_json()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        Image.fromarray(contact_sheet(report)).save(folder / "grid.png")
+        Image.fromarray(report.draw()).save(folder / "grid.png")
         lines = [to_json_line({"row": row, **answer}) for row, answer in enumerate(report.answers)]
         (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -16,6 +16,7 @@ import numpy as np
 from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognise_instruction
 from corl_jax.devices import batches, processes
+from corl_jax.evaluation import SUITES
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
 from corl_jax.policies.janus import network
@@ -81,13 +82,14 @@ def describe_sampling(config: Config, run: Run) -> Generation:
     The stage of the image tokenizer samples nothing, a run of one task only that one, unless the
     evaluation asks both.
     """
-    both = bool(run.tasks) and config.eval.suite == "shapes"
+    suite = SUITES.get(config.eval.suite)
+    sampled = {*run.tasks, *(suite.tasks if suite and run.tasks else ())}
     rollout, stated = config.rollout, {}
     if run.tasks:
         stated |= {"do_sample": True, "temperature": rollout.temperature}
-    if "t2i" in run.tasks or both:
+    if "t2i" in sampled:
         stated |= {"guidance_scale": rollout.cfg_scale}
-    if "mm2t" in run.tasks or both:
+    if "mm2t" in sampled:
         stated |= {
             "top_k": 50 if config.compat.text_top_k_50 else rollout.top_k,
             "top_p": rollout.top_p,

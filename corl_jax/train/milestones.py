@@ -14,8 +14,9 @@ import numpy as np
 from corl_jax.config.schema import Config
 from corl_jax.devices import batches, processes
 from corl_jax.errors import InputError, Preempted, SaveError
-from corl_jax.evaluation import shapes
+from corl_jax.evaluation import SUITES, EvaluationInputs, Report, SamplingOptions
 from corl_jax.params import merge
+from corl_jax.rewards.samples import Policy
 from corl_jax.runs import pictures, same_files
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.runs.directory import RunDir, jsonable
@@ -217,7 +218,7 @@ class Recorder:
             for row in range(count)
         ]
         columns = {name: values[:count] for name, values in samples.columns.items()}
-        table = pictures.answers_table(
+        table = pictures.format_answers_table(
             columns["qa_problem"], samples.texts[:count], rewards, columns.get("qa_solution")
         )
         self.metrics.text(step, "mm2t/answers", table)
@@ -246,7 +247,7 @@ class Recorder:
             for row in range(len(everyone))
         ]
         images = images.reshape(*shape, *images.shape[1:])
-        page = pictures.grid(images, everyone.columns["prompt"], rewards, f"step {step}")
+        page = pictures.draw_samples(images, everyone.columns["prompt"], rewards, f"step {step}")
         with self.metrics.bearing("images"):
             pictures.save_png(self.run_dir.images / f"step_{step:06d}.png", page)
         self.metrics.image(step, "t2i/fixed_prompts", page)
@@ -260,46 +261,27 @@ class Recorder:
         return loader.at(np.arange(count))
 
     def _evaluate(self, run: Run, state: TrainState, step: int) -> None:
-        params = merge(state.params, run.frozen)
-        rollout, suite = self.config.rollout, self.config.eval
+        inputs = evaluation_inputs(
+            self.config, run, merge(state.params, run.frozen), self.watchdog.beat
+        )
         began = time.perf_counter()
-        if suite.suite == "rewards":
-            values = held_out_rewards(run, params, suite.rows, self.watchdog.beat)
-        else:
-            report = shapes.evaluate_shapes(
-                run.model_config, params, run.processor, run.eval_loader,
-                seed=run.seed, cfg_scale=rollout.cfg_scale, temperature=rollout.temperature,
-                max_new_tokens=rollout.max_new_tokens, dtype=run.dtype, rows=suite.rows,
-                place=self._place(run),
-                total=lambda counts: batches.all_gather_rows(run.mesh, counts[None]).sum(axis=0),
-            )  # fmt: skip
-            values = report.metrics()
-            self._held_out_drawings(step, report)
+        report = SUITES[self.config.eval.suite].evaluate(inputs)
+        values = report.metrics()
+        self._show_held_out_images(step, report)
         values = values | {"eval/seconds": time.perf_counter() - began}
         alarms, lines = self.guards.evaluated(step, values)
         self.metrics.log(step, values | alarms)
         self._alarm(lines)
 
-    def _held_out_drawings(self, step: int, report: shapes.Report) -> None:
-        """Shows the first drawings of an evaluation, the same rows and keys each time."""
-        if not self.primary:
+    def _show_held_out_images(self, step: int, report: Report) -> None:
+        """Shows the first images of an evaluation, the same rows and keys each time."""
+        page = report.draw(f"step {step}", SHEET_DRAWINGS, SHEET_COLUMNS) if self.primary else None
+        if page is None:
             return
-        rate = report.rates["draw/accuracy"]
-        title = f"step {step}: {rate.mean:.1%} of {rate.n} drawings as demanded"
-        page = shapes.contact_sheet(report, SHEET_DRAWINGS, SHEET_COLUMNS, title)
         with self.metrics.bearing("images"):
             path = self.run_dir.images / f"{pictures.HELD_OUT}_{step:06d}.png"
             pictures.save_png(path, page)
         self.metrics.image(step, "eval/drawings", page)
-
-    def _place(self, run: Run) -> Callable:
-        """`put`, which comes once a batch, so that the watchdog hears of each."""
-
-        def place(tree: Any) -> Any:
-            self.watchdog.beat()
-            return put(run, tree)
-
-        return place
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Every evaluation so far, in order of steps."""
@@ -373,28 +355,35 @@ def _of_all_processes(metrics: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def held_out_rewards(
-    run: Run, params: Params, count: int, beat: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Mean and standard error of the training rewards on held-out rows, each counted once."""
-    loader = run.eval_loader
-    count = min(count, len(loader.source))
-    scores: dict[str, list[np.ndarray]] = {}
-    for prompts in loader.iterate(0, -(-count // loader.batch_size)):
+def evaluation_inputs(
+    config: Config, run: Run, params: Params, beat: Callable[[], None] = lambda: None
+) -> EvaluationInputs:
+    """Returns what the evaluation suites get; `beat` is called once a batch, for the watchdog."""
+
+    def place(tree: Any) -> Any:
         beat()
-        # The last batch may run into a second pass.
-        kept = np.repeat(prompts.index < count, run.group_size)
+        return put(run, tree)
+
+    def score(prompts: Prompts) -> dict[str, np.ndarray]:
+        beat()
+        scores = {}
         for task in run.tasks:
             rollout = rl_iteration.sample(run, task, params, prompts)
             samples = rl_iteration.decode(run, task, params, prompts, rollout)
-            for name, values in rl_iteration.score_task(run, task, params, samples, 0)[0].items():
-                everyone = batches.all_gather_rows(run.mesh, np.where(kept, values, np.nan))
-                scores.setdefault(f"eval/{task}/{name}", []).append(everyone)
-    metrics = {}
-    for name, pieces in scores.items():
-        values = np.concatenate(pieces)
-        values = values[~np.isnan(values)]
-        metrics[name] = float(values.mean()) if values.size else np.nan
-        spread = float(values.std(ddof=1)) if values.size > 1 else np.nan
-        metrics[f"{name}_stderr"] = spread / np.sqrt(max(values.size, 1))
-    return metrics
+            values, _ = rl_iteration.score_task(run, task, params, samples, 0)
+            scores |= {f"{task}/{name}": rewards for name, rewards in values.items()}
+        return scores
+
+    sampling = SamplingOptions(
+        seed=run.seed, cfg_scale=config.rollout.cfg_scale, temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip
+    return EvaluationInputs(
+        policy=Policy(run.model_config, params, run.processor, run.dtype),
+        batches=run.eval_loader,
+        sampling=sampling,
+        rows=config.eval.rows,
+        place=place,
+        gather=lambda rows: batches.all_gather_rows(run.mesh, rows),
+        score=score,
+    )

@@ -20,7 +20,7 @@ from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, requi
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError
-from corl_jax.evaluation import shapes
+from corl_jax.evaluation import SUITES
 from corl_jax.models.lora import Lora
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
@@ -334,7 +334,7 @@ def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Sou
 
     if config.eval.suite == "none":
         return opened(config.data.path), None
-    measured = (*shapes.REQUIRED, "real_image") if config.eval.suite == "shapes" else ()
+    measured = SUITES[config.eval.suite].columns
     if config.eval.path is not None:
         return opened(config.data.path), opened(config.eval.path, measured)
     return held_out(opened(config.data.path, measured), config.eval.rows)
@@ -370,7 +370,7 @@ def _loaders(
         raise InputError(problems)
     if held is None:
         return train, None
-    measured = shapes.TASKS if config.eval.suite == "shapes" else tasks
+    measured = SUITES[config.eval.suite].tasks or tasks
     batch = config.eval.batch_prompts
     return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.data.drawn_world import checker, generator, scene
+from corl_jax.data.drawn_world.held_out import HELD_OUT_SEEDS
 from corl_jax.devices.batches import split_rows
 from corl_jax.errors import InputError
-from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
+from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.startup import load_model

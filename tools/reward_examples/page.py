@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
-from corl_jax.runs.pictures import cell_text
+from corl_jax.runs.pictures import escape_cell
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Found
 
@@ -168,9 +168,9 @@ def _number(value: float) -> str:
 
 def _shown(completion: str) -> str:
     start = "␣" if completion.startswith(" ") else ""
-    return start + cell_text(completion.strip(), MM2T_WIDTH)
+    return start + escape_cell(completion.strip(), MM2T_WIDTH)
 
 
 def _spoken(words: str) -> str:
     answer = re.search(r"<answer>(.*)</answer>", words, re.DOTALL)
-    return cell_text(answer[1] if answer else words, MM2T_WIDTH)
+    return escape_cell(answer[1] if answer else words, MM2T_WIDTH)
