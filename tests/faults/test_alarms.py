@@ -29,7 +29,9 @@ def job(model, rows, tmp_path, one_device, monkeypatch, request):
     scores = iter(range(100, 0, -1))
 
     def falling(*args):
-        return RewardsReport({"eval/score": float(next(scores)), "eval/score_stderr": 0.01})
+        return RewardsReport(
+            {"eval/mm2t/score": float(next(scores)), "eval/mm2t/score_stderr": 0.01}
+        )
 
     monkeypatch.setitem(SUITES, "rewards", dataclasses.replace(SUITES["rewards"], evaluate=falling))
     changes = {
