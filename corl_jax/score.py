@@ -182,7 +182,7 @@ def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNe
         model = attempt(inspect_model, args.model)
         if reward and model:
             problems += networks.position_problems(reward, model[0], model[1])
-    entry = reward.entry if reward else registry.REGISTRY.get(args.reward)
+    entry = reward.row if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
         raise InputError(problems)
@@ -354,7 +354,7 @@ def _load_context(
 ) -> Context:
     config = params = processor = dtype = None
     # Of rewards without a network those of images may use a device; a user's own readies itself.
-    if found or reward.scorers or (reward.entry.task == "t2i" and not reward.entry.any_size):
+    if found or reward.scorers or (reward.row.task == "t2i" and not reward.row.any_size):
         prepare_devices()
     loaded = {one.name: networks.load(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):

@@ -19,7 +19,7 @@ from jax import lax
 from PIL import Image
 
 from corl_jax.devices.batches import run_in_pieces
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig
 from corl_jax.models.blip_text import BlipTextConfig, DecoderCache, TextDecoder
@@ -79,6 +79,15 @@ def caption_tokens(
         return (to_size(images[index], settings.size),)
 
     return run_in_pieces(program, take, len(images), chunk, network.params)[0]
+
+
+def check_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer or image settings cannot be used."""
+    folder, config = Path(checkpoint.folder), checkpoint.config
+    problems = Problems()
+    problems.attempt(load_tokenizer, folder, config.text)
+    problems.attempt(image_settings, folder, config.vision.image_size)
+    problems.raise_any()
 
 
 # ---- the device program

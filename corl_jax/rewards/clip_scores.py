@@ -7,7 +7,7 @@ other rewards. Prompts are cut to the text tower's 77 tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,27 @@ def _ratings(
     head = modules.bind(AestheticHead, head_config, head_params)
     with jax.default_matmul_precision("highest"):
         return head(pictures).astype(jnp.float32)
+
+
+# ---- checks before a run
+
+
+def check_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    token_ids(checkpoint, ["a"])
+
+
+def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """Returns a problem if the head of `aesthetic` does not fit its CLIP (see `RewardRow`)."""
+    if not {"clip_l14", "aesthetic"} <= sizes.keys():
+        return []
+    reads, gives = sizes["aesthetic"].sizes[0], sizes["clip_l14"].projection_dim
+    if reads == gives:
+        return []
+    return [
+        f"networks.aesthetic reads vectors of {reads}, but networks.clip_l14 gives {gives}; use "
+        "the CLIP that the head was trained on"
+    ]
 
 
 # ---- inputs

@@ -163,3 +163,23 @@ def option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     check = {"spice": spice.spice_problem, "rouge": similarity.rouge_problem}
     problem = check.get(chosen["text_term"], lambda: None)()
     return [*problems, f"option text_term: {problem}"] if problem else problems
+
+
+def find_network_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """Returns options that the captioner or the BERT cannot serve (see `RewardRow`)."""
+    problems = []
+    if "blip" in sizes:
+        limit, found = sizes["blip"].text.max_position_embeddings, options["max_new_tokens"]
+        if found > limit:
+            problems.append(
+                f"option max_new_tokens: found {found}; expected 1 to {limit}, the captioner's "
+                "positions"
+            )
+    if "bert" in sizes:
+        depth, layer = sizes["bert"].num_layers, options["bert_layer"]
+        if not -depth - 1 <= layer <= depth:
+            problems.append(
+                f"option bert_layer: found {layer}; expected {-depth - 1} to {depth}, the "
+                "network's layers"
+            )
+    return problems

@@ -84,13 +84,13 @@ class FrozenNetwork:
     """A frozen `Network` or `Policy` whose parameters are on the device only inside `use()`."""
 
     def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
-        self._params = Offloadable(holder.params, sharding, offload=offload)
+        self._offloadable = Offloadable(holder.params, sharding, offload=offload)
         self._holder = dataclasses.replace(holder, params=None)
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Any]:
         """Yields the network with its parameters on the device."""
-        with self._params.use() as params:
+        with self._offloadable.use() as params:
             yield dataclasses.replace(self._holder, params=params)
 
 

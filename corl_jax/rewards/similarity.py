@@ -20,7 +20,7 @@ import numpy as np
 
 from corl_jax.devices.batches import run_in_pieces
 from corl_jax.devices.processes import all_gather
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.types import Params
@@ -254,8 +254,24 @@ def _largest_of_all_processes(counts: list[int]) -> list[int]:
     return all_gather(np.array(counts, np.int32)).max(axis=0).tolist()
 
 
+def check_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    load_tokenizer(Path(checkpoint.folder), checkpoint.config.vocab_size)
+
+
+def check_sentence_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer or pooling cannot be used."""
+    problems = Problems()
+    problems.attempt(check_assets, checkpoint)
+    problems.attempt(check_pooling, checkpoint.folder)
+    problems.raise_any()
+
+
 def check_pooling(folder: Path) -> None:
-    """A plain BERT, which says nothing about it, is pooled by its mean."""
+    """Raises: InputError for a network trained for another pooling than the mean.
+
+    A plain BERT has no settings of its pooling; its mean is taken.
+    """
     file = Path(folder) / "1_Pooling" / "config.json"
     if not file.is_file():
         return

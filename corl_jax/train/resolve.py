@@ -321,7 +321,7 @@ def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Sou
     """
     listed = [reward for of_task in rewards.values() for reward in of_task]
     names = {*required_columns(tasks), *_target_columns(config)}
-    names |= {column for reward in listed for column in reward.entry.columns}
+    names |= {column for reward in listed for column in reward.row.columns}
 
     def opened(path: Any, more: Sequence[str] = ()) -> Source:
         # A column that keeps its standard name need not be there: a task may do without it.
@@ -382,7 +382,7 @@ def _readable(
     read = set(_target_columns(config))
     for reward in rewards:
         if reward.name in registry.REGISTRY:  # a user's own takes what it likes
-            entry = reward.entry
+            entry = reward.row
             read |= {*entry.columns, *entry.either, *entry.optional}
     names = sorted(read - {"real_image"})
     return {name: functools.partial(find_value_problem, name) for name in names}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.config.schema import Compat, Reward
+from corl_jax.config.schema import Compat, Networks, Reward, RewardNetwork
 from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import applicable, image, registry
-from corl_jax.rewards.networks import NETWORKS
+from corl_jax.rewards.networks import NETWORKS, network_options
 from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.signature import find_option_problem
 from tests.support.tiny_models import tiny_image
@@ -62,7 +63,7 @@ def test_rewards_are_split_by_task_in_order():
                     {"name": "format", "weight": 2})  # fmt: skip
     assert [(r.name, r.weight) for r in found["mm2t"]] == [("qa_accuracy", 0.5), ("format", 2.0)]
     assert [r.name for r in found["t2i"]] == ["t2i_pixel_mse"]
-    assert found["t2i"][0].entry is REGISTRY["t2i_pixel_mse"]
+    assert found["t2i"][0].row is REGISTRY["t2i_pixel_mse"]
     assert resolve() == {"t2i": [], "mm2t": []}
 
 
@@ -278,3 +279,28 @@ def test_an_unreadable_spec_is_refused(spec):
     batch = Samples({"spec": [spec]}, images=np.zeros((1, 64, 64, 3), np.uint8))
     with pytest.raises(InputError, match="row 0: spec: found"):
         score("shapes_checker", batch)
+
+
+def test_every_reward_network_has_its_options_and_a_reward():
+    used = {network for row in REGISTRY.values() for network in row.networks}
+    used |= {n for row in REGISTRY.values() for by in row.chosen.values() for n in by.values()}
+    assert used - {"policy"} == {*NETWORKS}
+    for name in NETWORKS:
+        assert network_options(Networks(), name) == RewardNetwork()
+
+
+def test_options_that_the_networks_cannot_serve_are_named():
+    sizes = {
+        "blip": SimpleNamespace(text=SimpleNamespace(max_position_embeddings=64)),
+        "bert": SimpleNamespace(num_layers=4),
+    }
+    cycle = REGISTRY["t2i_cycle_reward"].find_network_problems
+    assert cycle({"max_new_tokens": 64, "bert_layer": -5}, sizes) == []
+    tokens, layer = cycle({"max_new_tokens": 65, "bert_layer": 5}, sizes)
+    assert "max_new_tokens: found 65; expected 1 to 64" in tokens
+    assert "bert_layer: found 5; expected -5 to 4" in layer
+    head = SimpleNamespace(sizes=(768, 1))
+    for width, problems in ((768, 0), (512, 1)):
+        sizes = {"aesthetic": head, "clip_l14": SimpleNamespace(projection_dim=width)}
+        found = REGISTRY["aesthetic"].find_network_problems({}, sizes)
+        assert len(found) == problems and all("vectors of 768, but" in line for line in found)

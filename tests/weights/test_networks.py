@@ -355,7 +355,7 @@ def test_offloaded_parameters_take_the_device_only_while_used(folders, devices):
         everywhere(devices),
         offload=True,
     )
-    (rested,) = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen._lent._params)}
+    (rested,) = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen._offloadable._params)}
     assert rested.endswith("host")
     with frozen.use() as network:
         leaves = jax.tree.leaves(network.params)

@@ -112,7 +112,7 @@ def _networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetw
 
 
 def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
-    return registry.score([reward], _samples(reward.entry), context)[reward.name]
+    return registry.score([reward], _samples(reward.row), context)[reward.name]
 
 
 def _samples(entry: registry.RewardRow) -> Samples:
