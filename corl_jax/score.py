@@ -119,7 +119,7 @@ def table() -> str:
     for name, entry in registry.REGISTRY.items():
         columns = [*entry.columns, *(["|".join(entry.either)] if entry.either else [])]
         columns += [f"[{column}]" for column in entry.optional]
-        options = registry.options_of(name).items()
+        options = registry.list_options(name).items()
         lines = [
             f"{name}",
             f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
@@ -174,14 +174,14 @@ def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNe
     reward = args.reward and attempt(_resolve, args.reward, options)
     asked = reward.networks if reward else ()
     settings = attempt(_network_settings, args.network, args.dtype, asked)
-    found = reward and settings and attempt(networks.inspect, [reward], settings, args.dtype)
+    found = reward and settings and attempt(networks.check_networks, [reward], settings, args.dtype)
     asks = bool(reward and {"policy", "initial"} & set(reward.scorers))
     if asks and not args.model:
         problems.append(f"--model: missing; {reward.name} asks the policy")
     elif args.model and (asks or reward is None):
         model = attempt(inspect_model, args.model)
         if reward and model:
-            problems += networks.position_problems(reward, model[0], model[1])
+            problems += networks.find_position_problems(reward, model[0], model[1])
     entry = reward.row if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
@@ -193,8 +193,10 @@ def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNe
 def _resolve(name: str, options: dict[str, Any]) -> BoundReward:
     if ":" in name:
         # Tried out, a reward that fails should say so, not count as "does not apply".
-        return registry.resolve_custom(Reward(use=name, options=options, max_failures=1), "reward")
-    return registry.resolve_one(name, options)
+        return registry.bind_user_reward(
+            Reward(use=name, options=options, max_failures=1), "reward"
+        )
+    return registry.bind_reward(name, options)
 
 
 def _network_settings(
@@ -356,7 +358,7 @@ def _load_context(
     # Of rewards without a network those of images may use a device; a user's own readies itself.
     if found or reward.scorers or (reward.row.task == "t2i" and not reward.row.any_size):
         prepare_devices()
-    loaded = {one.name: networks.load(one, None, offload=False) for one in found}
+    loaded = {one.name: networks.load_frozen_network(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]
         config, params, processor, _ = load_model(args.model, dtype)

@@ -24,7 +24,7 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.suite import EvaluationInputs
 from corl_jax.policies.janus import sampling
-from corl_jax.rewards.answers import true_answer
+from corl_jax.rewards.answers import read_solution
 from corl_jax.rewards.text import format_reward, qa_accuracy
 from corl_jax.runs import pictures
 from corl_jax.types import STREAMS, Prompts
@@ -145,7 +145,7 @@ def find_row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> 
                 f"{name}: category is {category!r}, its spec's is {spec_category!r}; "
                 f"expected the same, one of {', '.join(CATEGORIES)}"
             )
-        if not true_answer(columns["qa_solution"][row] or ""):
+        if not read_solution(columns["qa_solution"][row] or ""):
             problems.add(f"{name}: qa_solution is empty; expected <answer>..</answer>")
         with problems.collect(f"{name}: qa_type: "):
             if read_question_type(columns["qa_type"][row]) is None:

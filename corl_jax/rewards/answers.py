@@ -77,7 +77,7 @@ class Detection(NamedTuple):
     confidence: float
 
 
-def tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
+def find_tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
     """The content of the first answer block outside the thoughts, or None without one.
 
     `multiline=False` and `in_thoughts=True` are released behaviours: a block with a line break
@@ -89,9 +89,9 @@ def tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) 
     return found.group(1).strip() if found else None
 
 
-def predicted_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
+def read_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
     """What a completion answers: its answer block, else all but the thoughts and stray tags."""
-    tagged = tagged_answer(completion, multiline, in_thoughts)
+    tagged = find_tagged_answer(completion, multiline, in_thoughts)
     if tagged is not None:
         return tagged
     # The released code looks for the pairs of tags alone.
@@ -120,14 +120,14 @@ def remove_thoughts(text: str) -> str:
     return "".join([*kept, text[position:]])
 
 
-def true_answer(solution: str, multiline: bool = True) -> str:
+def read_solution(solution: str, multiline: bool = True) -> str:
     """What a solution column says: its answer block, else the whole of it."""
     # Also in thoughts: a solution is written by people, and has none to be misled by.
-    tagged = tagged_answer(solution, multiline, in_thoughts=True)
+    tagged = find_tagged_answer(solution, multiline, in_thoughts=True)
     return solution.strip() if tagged is None else tagged
 
 
-def safe_string_equal(first: str, second: str, by_value: bool = True) -> bool:
+def are_equal(first: str, second: str, by_value: bool = True) -> bool:
     """Equality without case, outer spaces and final dots, and of numbers by their values.
 
     "two", "2" and "2.0" are equal, "twenty-one" and "21"; a text counts as a number only as a
@@ -143,7 +143,7 @@ def safe_string_equal(first: str, second: str, by_value: bool = True) -> bool:
     return number is not None and number == numerals.read_number(second)
 
 
-def options_of(problem: str | None) -> dict[str, str]:
+def read_options(problem: str | None) -> dict[str, str]:
     """The options of a question, letter -> text; one option per line, as "A. text".
 
     Of two options with one letter the first counts.
@@ -154,22 +154,22 @@ def options_of(problem: str | None) -> dict[str, str]:
     return options
 
 
-def option_letter(text: str) -> str | None:
+def find_letter(text: str) -> str | None:
     """The option letter that a text commits to, or None if it names none or several."""
-    return _first_letter(text, LETTER_FORMS)
+    return _find_first_letter(text, LETTER_FORMS)
 
 
-def explicit_letter(text: str) -> str | None:
-    """As `option_letter`, without the capitals that merely stand in the text ("vitamin C")."""
-    return _first_letter(text, _EXPLICIT_FORMS)
+def find_explicit_letter(text: str) -> str | None:
+    """As `find_letter`, without the capitals that merely stand in the text ("vitamin C")."""
+    return _find_first_letter(text, _EXPLICIT_FORMS)
 
 
-def leading_letter(text: str) -> str | None:
+def find_leading_letter(text: str) -> str | None:
     """The letter of "B", "(B)" or "B. text": the forms in which solutions are written."""
-    return _first_letter(text, _LEADING_FORMS)
+    return _find_first_letter(text, _LEADING_FORMS)
 
 
-def option_by_text(text: str, options: dict[str, str]) -> str | None:
+def find_option_by_text(text: str, options: dict[str, str]) -> str | None:
     """The letter of the one option whose text stands in `text`, else None.
 
     Quoted parts are read first. An option within a longer option that stands there too ("red"
@@ -177,11 +177,13 @@ def option_by_text(text: str, options: dict[str, str]) -> str | None:
     """
     quoted = " \n ".join(double or single for double, single in QUOTED.findall(text))
     for part in (quoted, text):
-        found = {letter: option for letter, option in options.items() if _stands_in(option, part)}
+        found = {
+            letter: option for letter, option in options.items() if _contains_phrase(option, part)
+        }
         longest = [
             letter
             for letter, option in found.items()
-            if not any(o != option and _stands_in(option, o) for o in found.values())
+            if not any(o != option and _contains_phrase(option, o) for o in found.values())
         ]
         if len(longest) == 1:
             return longest[0]
@@ -205,11 +207,11 @@ def parse_detections(text: str) -> list[Detection] | None:
         return None
     if not isinstance(entries, list) or len(entries) > MAX_DETECTIONS:
         return None
-    detections = [found for entry in entries if (found := _detection(entry)) is not None]
+    detections = [found for entry in entries if (found := _read_detection(entry)) is not None]
     return detections if len(detections) == len(entries) else None
 
 
-def _detection(entry: object) -> Detection | None:
+def _read_detection(entry: object) -> Detection | None:
     if not isinstance(entry, dict) or not {"Position"} <= set(entry) <= {"Position", "Confidence"}:
         return None
     position, confidence = entry["Position"], entry.get("Confidence", 1.0)
@@ -232,7 +234,7 @@ def _normalise(text: str) -> str:
     return text.rstrip(".").lower().strip()
 
 
-def _first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
+def _find_first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
     """The letter of the first form that names exactly one; of "the answer is", the last."""
     text = NEGATED.sub("", " ".join(text.split()))  # the forms know single spaces only
     for form in forms:
@@ -242,7 +244,7 @@ def _first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
     return None
 
 
-def _stands_in(phrase: str, text: str) -> bool:
+def _contains_phrase(phrase: str, text: str) -> bool:
     """Whether a phrase stands in a text as whole words, without case, unless after "not"."""
     phrase = _normalise(phrase)
     return bool(phrase) and bool(

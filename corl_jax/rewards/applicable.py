@@ -9,7 +9,7 @@ from corl_jax.rewards import answers
 from corl_jax.rewards.registry import REGISTRY, BoundReward
 
 
-def inapplicable_rewards(
+def find_inapplicable_rewards(
     rewards: Sequence[BoundReward], rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Returns a line for each built-in reward that can score none of the rows, with the reason.
@@ -66,5 +66,5 @@ def is_blank(name: str, value: Any) -> bool:
     if not isinstance(value, str):
         return False
     if name == "od_solution":
-        return answers.parse_detections(answers.true_answer(value)) is None
-    return not (answers.true_answer(value) if name.endswith("_solution") else value.strip())
+        return answers.parse_detections(answers.read_solution(value)) is None
+    return not (answers.read_solution(value) if name.endswith("_solution") else value.strip())

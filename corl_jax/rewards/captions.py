@@ -34,7 +34,7 @@ CHUNK = 64
 Triple = tuple[float, float, float]
 
 
-def caption(
+def caption_images(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
 ) -> list[str]:
     """One caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
@@ -46,18 +46,18 @@ def caption(
         more tokens than the decoder has positions.
     """
     tokenizer = load_tokenizer(Path(network.folder), network.config.text)
-    tokens = caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
+    tokens = generate_caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
     return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in tokens]
 
 
-def caption_tokens(
+def generate_caption_tokens(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
 ) -> np.ndarray:
     """Token ids int32 [N, max_new_tokens] of the captions, without the token that starts them.
 
     The separator ends a caption and fills what follows it; a caption that fills its row was cut.
 
-    Raises: InputError as `caption`.
+    Raises: InputError as `caption_images`.
     """
     positions = network.config.text.max_position_embeddings
     if not 0 < max_new_tokens <= positions:
@@ -67,7 +67,7 @@ def caption_tokens(
         )
     if not len(images):
         return np.zeros((0, max_new_tokens), np.int32)
-    settings = image_settings(Path(network.folder), network.config.vision.image_size)
+    settings = read_image_settings(Path(network.folder), network.config.vision.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:
         return _caption_program(
@@ -76,7 +76,7 @@ def caption_tokens(
         )  # fmt: skip
 
     def take(index: np.ndarray) -> tuple:
-        return (to_size(images[index], settings.size),)
+        return (squash_to_size(images[index], settings.size),)
 
     return run_in_pieces(program, take, len(images), chunk, network.params)[0]
 
@@ -86,7 +86,7 @@ def check_assets(checkpoint: Any) -> None:
     folder, config = Path(checkpoint.folder), checkpoint.config
     problems = Problems()
     problems.attempt(load_tokenizer, folder, config.text)
-    problems.attempt(image_settings, folder, config.vision.image_size)
+    problems.attempt(read_image_settings, folder, config.vision.image_size)
     problems.raise_any()
 
 
@@ -105,8 +105,8 @@ def _caption_program(
 ) -> jax.Array:
     with jax.default_matmul_precision("highest"):
         model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
-        features = model.vision_model(normalise(images, settings))
-        return greedy(model.text_decoder, features, max_new_tokens)
+        features = model.vision_model(normalise_images(images, settings))
+        return decode_greedily(model.text_decoder, features, max_new_tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +121,7 @@ class DecodeState:
     cache: DecoderCache
 
 
-def greedy(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> jax.Array:
+def decode_greedily(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> jax.Array:
     """The most likely token at each place, ids [N, T] for features [N, S, D].
 
     Stops when every row has drawn the separator, which also fills the rest of its row.
@@ -166,7 +166,7 @@ class ImageSettings:
     scale: float  # of a pixel's 0 to 255, before mean and std
 
 
-def to_size(images: np.ndarray, size: int) -> np.ndarray:
+def squash_to_size(images: np.ndarray, size: int) -> np.ndarray:
     """Images uint8 [N, H, W, 3] squashed to [N, size, size, 3], bicubic, as BlipProcessor does."""
     if images.shape[1:3] == (size, size):
         return images
@@ -176,7 +176,7 @@ def to_size(images: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(one) for one in resized])
 
 
-def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
+def normalise_images(images: jax.Array, settings: ImageSettings) -> jax.Array:
     """uint8 [..., 3] as the pixel values that the vision tower reads, float32."""
     pixels = images.astype(jnp.float32) * jnp.float32(settings.scale)
     mean, std = (jnp.asarray(three, jnp.float32) for three in (settings.mean, settings.std))
@@ -184,7 +184,7 @@ def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def image_settings(folder: Path, image_size: int) -> ImageSettings:
+def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
     """The settings in preprocessor_config.json, or else in the newer processor_config.json.
 
     Raises: InputError naming the file that is absent, or listing every setting that is missing,
@@ -202,9 +202,9 @@ def image_settings(folder: Path, image_size: int) -> ImageSettings:
         fields.expect(name, (False, None), "not implemented")
     fields.expect("resample", (int(Image.Resampling.BICUBIC),), "the filter implemented")
     settings = ImageSettings(
-        size=_side(fields, image_size),
-        mean=_triple(fields, "image_mean"),
-        std=_triple(fields, "image_std"),
+        size=_read_side(fields, image_size),
+        mean=_read_triple(fields, "image_mean"),
+        std=_read_triple(fields, "image_std"),
         scale=fields.number("rescale_factor", 1 / 255),
     )
     if problems:
@@ -212,7 +212,7 @@ def image_settings(folder: Path, image_size: int) -> ImageSettings:
     return settings
 
 
-def _side(fields: Fields, expected: int) -> int:
+def _read_side(fields: Fields, expected: int) -> int:
     """The side from 384 or {"height": 384, "width": 384}, which must be the network's."""
     size = fields.data.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
@@ -223,7 +223,7 @@ def _side(fields: Fields, expected: int) -> int:
     return expected
 
 
-def _triple(fields: Fields, name: str) -> Triple:
+def _read_triple(fields: Fields, name: str) -> Triple:
     value = fields.data.get(name)
     numbers = value if isinstance(value, list) else []
     if len(numbers) != 3 or not all(type(x) in (int, float) and 0 < x < 1 for x in numbers):

@@ -31,7 +31,7 @@ IMAGES_AT_ONCE = 64
 # ---- rewards
 
 
-def clip_reward(samples: Samples, context: Context) -> np.ndarray:
+def score_clip(samples: Samples, context: Context) -> np.ndarray:
     """Twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
 
     Source: the released code, with LAION's ViT-H/14.
@@ -40,7 +40,9 @@ def clip_reward(samples: Samples, context: Context) -> np.ndarray:
         return 2.0 * clip_similarity(network, samples.require_images(), samples.column("prompt"))
 
 
-def pickscore(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
+def score_pickscore(
+    samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
+) -> np.ndarray:
     """PickScore: the scaled cosine, around 20, over `divisor`; NaN without a prompt.
 
     Flow-GRPO divides by 26, so that scores stay below 1.
@@ -52,7 +54,7 @@ def pickscore(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.
     return cosine * (scale / np.float32(divisor))
 
 
-def hpsv2(samples: Samples, context: Context) -> np.ndarray:
+def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
     """Human preference score v2: the cosine, around 0.27; NaN without a prompt.
 
     Source: Wu et al. 2023 (arXiv 2306.09341).
@@ -61,7 +63,9 @@ def hpsv2(samples: Samples, context: Context) -> np.ndarray:
         return clip_similarity(network, samples.require_images(), samples.column("prompt"))
 
 
-def aesthetic(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
+def score_aesthetic(
+    samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
+) -> np.ndarray:
     """The predicted rating of the picture, about 1 to 10, over `divisor`; the prompt is not read.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
@@ -81,13 +85,13 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
     Raises:
         InputError: the folder has no tokenizer, or one that does not belong to the network.
     """
-    pixels = resized(images, network.config.image_size)
-    ids = token_ids(network, [prompt or "" for prompt in prompts])
+    pixels = resize_images(images, network.config.image_size)
+    ids = tokenize_prompts(network, [prompt or "" for prompt in prompts])
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pixels[index], ids[index]
 
-    program = functools.partial(_cosines, network.config, network.params)
+    program = functools.partial(_cosine_program, network.config, network.params)
     (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
     given = [bool((prompt or "").strip()) for prompt in prompts]
     return np.where(given, cosines, np.float32(np.nan))
@@ -107,10 +111,10 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
             f"aesthetic: the head in {head.folder} reads vectors of {expected}, but the CLIP in "
             f"{network.folder} gives {found}; use the one that it was trained on, such as ViT-L/14"
         )
-    pixels = resized(images, network.config.image_size)
+    pixels = resize_images(images, network.config.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:
-        return _ratings(network.config, network.params, head.config, head.params, pixels)
+        return _rating_program(network.config, network.params, head.config, head.params, pixels)
 
     def take(index: np.ndarray) -> tuple[np.ndarray]:
         return (pixels[index],)
@@ -120,21 +124,23 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _cosines(config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:
+def _cosine_program(
+    config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array
+) -> jax.Array:
     model = modules.bind(Clip, config, params)
-    pictures = model.image_embeds(normalised(config, pixels))
+    pictures = model.image_embeds(normalise_pixels(config, pixels))
     return (pictures * model.text_embeds(ids)).sum(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "head_config"))
-def _ratings(
+def _rating_program(
     config: ClipConfig,
     params: Params,
     head_config: AestheticConfig,
     head_params: Params,
     pixels: jax.Array,
 ) -> jax.Array:
-    pictures = modules.bind(Clip, config, params).image_embeds(normalised(config, pixels))
+    pictures = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
     head = modules.bind(AestheticHead, head_config, head_params)
     with jax.default_matmul_precision("highest"):
         return head(pictures).astype(jnp.float32)
@@ -145,11 +151,11 @@ def _ratings(
 
 def check_assets(checkpoint: Any) -> None:
     """Raises: InputError for a folder whose tokenizer cannot be used."""
-    token_ids(checkpoint, ["a"])
+    tokenize_prompts(checkpoint, ["a"])
 
 
 def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
-    """Returns a problem if the head of `aesthetic` does not fit its CLIP (see `RewardRow`)."""
+    """Returns a problem if the aesthetic head does not fit its CLIP (see `RewardRow`)."""
     if not {"clip_l14", "aesthetic"} <= sizes.keys():
         return []
     reads, gives = sizes["aesthetic"].sizes[0], sizes["clip_l14"].projection_dim
@@ -164,7 +170,7 @@ def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]
 # ---- inputs
 
 
-def resized(images: np.ndarray, size: int) -> np.ndarray:
+def resize_images(images: np.ndarray, size: int) -> np.ndarray:
     """Square images [N, S, S, 3] uint8 as [N, size, size, 3] uint8, bicubic with antialiasing.
 
     A square has nothing that CLIP's crop would cut off.
@@ -176,13 +182,13 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(x) for x in pictures])
 
 
-def normalised(config: ClipConfig, pixels: jax.Array) -> jax.Array:
+def normalise_pixels(config: ClipConfig, pixels: jax.Array) -> jax.Array:
     """uint8 pixels as the vision tower reads them, float32."""
     x = pixels.astype(jnp.float32) / 255.0
     return (x - jnp.array(config.image_mean)) / jnp.array(config.image_std)
 
 
-def token_ids(network: Any, prompts: Sequence[str]) -> np.ndarray:
+def tokenize_prompts(network: Any, prompts: Sequence[str]) -> np.ndarray:
     """[N, context_length] int32: start of text, the prompt's first tokens, end of text, zeros.
 
     Raises:
@@ -190,7 +196,7 @@ def token_ids(network: Any, prompts: Sequence[str]) -> np.ndarray:
     """
     config: ClipConfig = network.config
     try:
-        rows = _tokenizer(network.folder)(
+        rows = _load_tokenizer(network.folder)(
             list(prompts), truncation=True, max_length=config.context_length
         )["input_ids"]
     except InputError:
@@ -213,7 +219,7 @@ def token_ids(network: Any, prompts: Sequence[str]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]

@@ -20,7 +20,7 @@ TextTerm = Literal["jaccard", "bertscore", "sentence", "rouge", "spice"]
 CycleImageTerm = Literal["rmse", "mse", "ssim", "psnr", "lpips"]
 
 
-def bid_cycle(
+def score_bid_cycle(
     samples: Samples,
     context: Context,
     *,
@@ -47,12 +47,12 @@ def bid_cycle(
     Source: arXiv 2505.17534 eq. 3 (blip, spice, lpips); the released code (blip, bertscore,
     lpips) and its second version (policy, jaccard, rmse).
     """
-    said = describe(
+    said = make_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     words = compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
-    pixels = _compare_images(samples, context, image_term, image_fit)
+    pixels = _compare_to_real_images(samples, context, image_term, image_fit)
     if normalise:
         words, pixels = np.clip(words, 0.0, 1.0), np.clip(pixels, 0.0, 1.0)
     return np.asarray(
@@ -60,7 +60,7 @@ def bid_cycle(
     )
 
 
-def cycle(
+def score_cycle(
     samples: Samples,
     context: Context,
     *,
@@ -72,19 +72,19 @@ def cycle(
     max_new_tokens: Positive = 30,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """Prompt against the caption of the drawing, at most 1; the options are `bid_cycle`'s.
+    """Prompt against the caption of the drawing, at most 1; the options are `score_bid_cycle`'s.
 
     NaN without a prompt.
     Source: the released code.
     """
-    said = describe(
+    said = make_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     return compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
 
 
-def describe(
+def make_captions(
     samples: Samples,
     context: Context,
     caption: Caption,
@@ -97,10 +97,10 @@ def describe(
     """A caption of each drawing, by BLIP or by the policy."""
     if caption == "blip":
         with context.network("blip") as network:
-            return captions.caption(
+            return captions.caption_images(
                 network, samples.require_images(), max_new_tokens=max_new_tokens, chunk=chunk
             )
-    return policy.ask(
+    return policy.ask_scorer(
         samples, context, [CAPTION] * len(samples), stream="caption", scorer=scorer,
         greedy=greedy, max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def compare_texts(
         with context.network("sentence") as network:
             return similarity.sentence_similarity(network, said, prompts)
     if term == "spice":
-        return spice.spice(said, prompts)
+        return spice.score_spice(said, prompts)
     if term == "rouge":
         return similarity.rouge_l(said, prompts)
 
@@ -134,7 +134,7 @@ def compare_texts(
     return score_rows(overlap, list(prompts), list(said))
 
 
-def _compare_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
+def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
     if term != "lpips":
         return compare_to_real_images(samples, context, term, fit)
     with context.network("lpips") as network:
@@ -144,7 +144,7 @@ def _compare_images(samples: Samples, context: Context, term: str, fit: Fit) -> 
     return 1.0 - distance
 
 
-def option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+def find_option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """Options of the cycle rewards that others leave without effect, or that cannot be had here."""
     chosen = {**defaults, **options}
     problems = []
@@ -160,7 +160,7 @@ def option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             f"option bert_layer: found {chosen['bert_layer']}, but text_term "
             f"{chosen['text_term']} asks no BERT; leave it out, or set text_term to bertscore"
         )
-    check = {"spice": spice.spice_problem, "rouge": similarity.rouge_problem}
+    check = {"spice": spice.find_spice_problem, "rouge": similarity.find_rouge_problem}
     problem = check.get(chosen["text_term"], lambda: None)()
     return [*problems, f"option text_term: {problem}"] if problem else problems
 

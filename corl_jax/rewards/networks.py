@@ -126,7 +126,7 @@ class CheckedNetwork:
         return self.parameters * jnp.dtype(DTYPES[self.dtype]).itemsize
 
 
-def inspect(
+def check_networks(
     resolved: Sequence[BoundReward], config: Networks, dtype: str, *, longest_prompt: int = 0
 ) -> list[CheckedNetwork]:
     """Checks the reward networks and other scorers that the rewards use; reads no tensor.
@@ -138,7 +138,7 @@ def inspect(
     problems.add(_find_unused_settings(resolved, config))
     checked, sizes = [], {}
     for name, users in _group_by_network((r.networks, r.name) for r in resolved).items():
-        options = network_options(config, name)
+        options = get_network_options(config, name)
         size = f"{NETWORKS[name].parameters:,} parameters as published"
         with problems.collect(f"networks.{name} (asked by {', '.join(users)}; {size}): "):
             path = _find_weights(name, options.path)
@@ -162,17 +162,17 @@ def inspect(
             checked.append(CheckedNetwork(path, folder, count, dtype, users, janus, processor))
             for reward in resolved:
                 if path in reward.scorers:
-                    problems.add(position_problems(reward, janus, processor, longest_prompt))
+                    problems.add(find_position_problems(reward, janus, processor, longest_prompt))
     problems.raise_any()
     return checked
 
 
-def network_options(config: Networks, name: str) -> RewardNetwork:
+def get_network_options(config: Networks, name: str) -> RewardNetwork:
     """Returns the options of a network of NETWORKS in a config."""
     return getattr(config, name)
 
 
-def missing_assets(kind: str, opened: NetworkCheckpoint) -> list[str]:
+def find_missing_assets(kind: str, opened: NetworkCheckpoint) -> list[str]:
     """Lists problems of the tokenizer and image settings, with the rewards that need them."""
     users: dict[str, list[str]] = {}  # problem -> networks
     for name, source in NETWORKS.items():
@@ -197,7 +197,7 @@ def _rewards_with(names: Iterable[str]) -> list[str]:
     ]
 
 
-def position_problems(
+def find_position_problems(
     reward: BoundReward, config: JanusConfig, processor: Any, longest_prompt: int = 0
 ) -> list[str]:
     """Returns a problem if an answer of the scorer could pass its last position.
@@ -220,12 +220,12 @@ def position_problems(
     ]
 
 
-def load(checked: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwork:
+def load_frozen_network(checked: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwork:
     """Loads a network onto the devices of the mesh, or onto the default device."""
     dtype = DTYPES[checked.dtype]
     if checked.janus is not None:
         policy = Policy(checked.janus, {}, checked.processor, dtype)
-        return load_policy(policy, checked.path, mesh, offload=offload)
+        return load_frozen_policy(policy, checked.path, mesh, offload=offload)
     with open_network(checked.path, NETWORKS[checked.name].kind) as opened:
         shapes = opened.shapes
         shardings = _one_device(shapes) if mesh is None else network_shardings(shapes, mesh)
@@ -234,7 +234,9 @@ def load(checked: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNet
     return FrozenNetwork(network, shardings, offload=offload)
 
 
-def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> FrozenNetwork:
+def load_frozen_policy(
+    policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool
+) -> FrozenNetwork:
     """Loads a frozen scorer from its folder, in its compute dtype, sharded like the policy."""
     shapes = janus_network.abstract(policy.config)
     shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh)
@@ -295,7 +297,7 @@ def _find_unused_settings(resolved: Sequence[BoundReward], config: Networks) -> 
         f"networks.{name}: is set, but no listed reward asks it; remove it, or choose the reward "
         "option that does"
         for name in NETWORKS
-        if name not in used and network_options(config, name) != RewardNetwork()
+        if name not in used and get_network_options(config, name) != RewardNetwork()
     ]
     if config.offload and not used and not scorers:
         problems.append("networks.offload: found True, but no reward asks a frozen network")

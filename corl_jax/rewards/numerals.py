@@ -93,7 +93,7 @@ def spell_digits(text: str) -> str | None:
     return str(w2n.word_to_num(text)) if text in w2n.american_number_system else None
 
 
-def canonical_word(word: str) -> str:
+def normalise_word(word: str) -> str:
     """A word of a text, with digits written in one way: "2.0", "2," and "(2)" are "2".
 
     Number words stay: in "no one is there" nobody counts.
@@ -104,7 +104,7 @@ def canonical_word(word: str) -> str:
     return word
 
 
-def is_by_value(word: str) -> bool:
+def is_numeric_word(word: str) -> bool:
     """Whether a word resembles no other, because it holds a digit or is a number word.
 
     "35" and "3.5" are spelt alike, as are "10:30" and "10:31", "seven" and "seventy".

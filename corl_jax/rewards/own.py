@@ -28,7 +28,7 @@ from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.signature import Parameters
 from corl_jax.rewards.user_code import locate
 from corl_jax.rewards.user_process import UserProcess
-from corl_jax.rewards.worker import Failure, Interrupt, Picture
+from corl_jax.rewards.worker import Failure, Interrupt, RawImage
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _processes: weakref.WeakValueDictionary[Any, UserProcess] = weakref.WeakValueDic
 
 
 @dataclasses.dataclass(eq=False)
-class CustomReward:
+class UserReward:
     """A user's function as a reward. It scores the rows of this process only.
 
     A call fails if the function raises (SystemExit too), gives no result for `timeout_s` seconds,
@@ -100,7 +100,7 @@ class CustomReward:
         values: dict[str, Any] = {}
         if parameters.completions == "images":
             images = samples.list_images()
-            values["images"] = [Picture((x.shape[1], x.shape[0]), x.tobytes()) for x in images]
+            values["images"] = [RawImage((x.shape[1], x.shape[0]), x.tobytes()) for x in images]
         else:
             values["texts"] = samples.require_texts()
         names = {*parameters.columns, *parameters.optional}
@@ -125,14 +125,14 @@ class CustomReward:
         )  # fmt: skip
 
 
-def load(
+def load_user_reward(
     use: str,
     options: Mapping[str, Any],
     *,
     timeout_s: float = 60.0,
     max_failures: int = 5,
     where: str = "rewards",
-) -> CustomReward:
+) -> UserReward:
     """Loads the reward `FILE.py:FUNCTION` or `package.module:FUNCTION` and binds its options.
 
     A file's path starts at the working directory. A file with several rewards runs once, in one
@@ -150,4 +150,4 @@ def load(
         parameters = process.inspect(name, dict(options))
     except InputError as error:
         raise InputError([f"{where}: {use}: {problem}" for problem in error.problems]) from error
-    return CustomReward(use, parameters, dict(options), timeout_s, max_failures, process)
+    return UserReward(use, parameters, dict(options), timeout_s, max_failures, process)

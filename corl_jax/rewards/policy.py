@@ -44,7 +44,7 @@ NO_QUESTION = "?"  # fills up rows to which a reward does not apply
 # ---- similarity of image and caption
 
 
-def ti_sim(
+def score_ti_sim(
     samples: Samples,
     context: Context,
     *,
@@ -169,7 +169,7 @@ def matched_similarity(pictures: jax.Array, tokens: jax.Array, kept: jax.Array) 
 # ---- captions and answers
 
 
-def qa(
+def score_qa(
     samples: Samples,
     context: Context,
     *,
@@ -185,7 +185,7 @@ def qa(
     Source: the released code; scores in `text.qa_answer_score`.
     """
     questions = samples.column("qa_problem")
-    answers = ask(
+    answers = ask_scorer(
         samples, context, questions, stream="qa", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -193,7 +193,7 @@ def qa(
     return _where_asked(questions, score_rows(text.qa_answer_score, answers, *columns))
 
 
-def oc(
+def score_oc(
     samples: Samples,
     context: Context,
     *,
@@ -205,12 +205,12 @@ def oc(
 ) -> np.ndarray:
     """How well the scorer names the class that the drawing should show, in [0, 1].
 
-    As `qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
+    As `score_qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
     `substrings` is the released comparison.
     Source: the released code; scores in `text.oc_answer_score`.
     """
     questions, solutions = read_class_questions(samples)
-    answers = ask(
+    answers = ask_scorer(
         samples, context, questions, stream="oc", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def oc(
     return _where_asked(questions, scores)
 
 
-def od(
+def score_od(
     samples: Samples,
     context: Context,
     *,
@@ -231,10 +231,10 @@ def od(
 ) -> np.ndarray:
     """How well the scorer finds `od_solution`'s boxes in the drawing, in [0, 1].
 
-    As `qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
+    As `score_qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
     """
     questions = samples.column("od_problem")
-    answers = ask(
+    answers = ask_scorer(
         samples, context, questions, stream="od", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def _where_asked(questions: Sequence[str | None], scores: np.ndarray) -> np.ndar
     return np.where(asked, scores, np.nan).astype(np.float32)
 
 
-def ask(
+def ask_scorer(
     samples: Samples,
     context: Context,
     questions: Sequence[str | None],

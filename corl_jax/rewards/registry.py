@@ -44,13 +44,13 @@ __all__ = [
     "RewardFunction",
     "RewardRow",
     "Samples",
-    "missing_columns",
-    "options_of",
-    "resolve",
-    "resolve_custom",
-    "resolve_one",
+    "bind_reward",
+    "bind_rewards",
+    "bind_user_reward",
+    "find_missing_columns",
+    "list_options",
     "score",
-    "score_timed",
+    "score_and_measure",
 ]
 
 TASKS = ("t2i", "mm2t")
@@ -94,9 +94,9 @@ REGISTRY: dict[str, RewardRow] = {
         "mm2t",
         either=("cls_solution", "qa_solution"),
     ),
-    "t2i_ti_sim": RewardRow(policy.ti_sim, "t2i", ("policy",), columns=("prompt",)),
+    "t2i_ti_sim": RewardRow(policy.score_ti_sim, "t2i", ("policy",), columns=("prompt",)),
     "t2i_bid_cycle_reward": RewardRow(
-        cycle.bid_cycle,
+        cycle.score_bid_cycle,
         "t2i",
         chosen={
             "caption": {"policy": "policy", "blip": "blip"},
@@ -105,11 +105,11 @@ REGISTRY: dict[str, RewardRow] = {
         },
         columns=("prompt", "real_image"),
         fixed_question=CAPTION,
-        find_option_problems=cycle.option_problems,
+        find_option_problems=cycle.find_option_problems,
         find_network_problems=cycle.find_network_problems,
     ),
     "t2i_cycle_reward": RewardRow(
-        cycle.cycle,
+        cycle.score_cycle,
         "t2i",
         chosen={
             "caption": {"policy": "policy", "blip": "blip"},
@@ -117,33 +117,33 @@ REGISTRY: dict[str, RewardRow] = {
         },
         columns=("prompt",),
         fixed_question=CAPTION,
-        find_option_problems=cycle.option_problems,
+        find_option_problems=cycle.find_option_problems,
         find_network_problems=cycle.find_network_problems,
     ),
-    "t2i_clip_reward": RewardRow(clip_scores.clip_reward, "t2i", ("clip",), columns=("prompt",)),
-    "pickscore": RewardRow(clip_scores.pickscore, "t2i", ("pickscore",), columns=("prompt",)),
-    "hpsv2": RewardRow(clip_scores.hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
+    "t2i_clip_reward": RewardRow(clip_scores.score_clip, "t2i", ("clip",), columns=("prompt",)),
+    "pickscore": RewardRow(clip_scores.score_pickscore, "t2i", ("pickscore",), columns=("prompt",)),
+    "hpsv2": RewardRow(clip_scores.score_hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
     "aesthetic": RewardRow(
-        clip_scores.aesthetic,
+        clip_scores.score_aesthetic,
         "t2i",
         ("clip_l14", "aesthetic"),
         find_network_problems=clip_scores.find_aesthetic_problems,
     ),
     "t2i_pixel_mse": RewardRow(score_pixel_mse, "t2i", columns=("real_image",)),
     "t2i_qa": RewardRow(
-        policy.qa,
+        policy.score_qa,
         "t2i",
         ("policy",),
         columns=("qa_problem", "qa_solution", "qa_type"),
     ),
     "t2i_oc": RewardRow(
-        policy.oc,
+        policy.score_oc,
         "t2i",
         ("policy",),
         either=("cls_solution", "qa_solution"),
         optional=("cls_problem", "qa_problem", "prompt"),
     ),
-    "t2i_od": RewardRow(policy.od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
+    "t2i_od": RewardRow(policy.score_od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
     "shapes_checker": RewardRow(score_shapes, "t2i", columns=("spec",)),
 }
 
@@ -182,7 +182,7 @@ class BoundReward:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # with their defaults
 
 
-def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundReward]]:
+def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundReward]]:
     """Returns the rewards of each task in the config's order, with options and switches bound.
 
     Raises:
@@ -197,23 +197,23 @@ def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundRe
         labels.add(reward.label)
         with problems.collect():
             if reward.use is not None:
-                function = resolve_custom(reward)
+                function = bind_user_reward(reward)
             else:
                 options = dict(reward.options)
                 problems.add(_apply_compat(reward.label, options, compat))
-                function = resolve_one(reward.label, options, reward.weight, "rewards")
+                function = bind_reward(reward.label, options, reward.weight, "rewards")
             bound[function.row.task].append(function)
     problems.raise_any()
     return bound
 
 
-def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
+def bind_user_reward(reward: Reward, where: str = "rewards") -> BoundReward:
     """Returns the reward that `use` names in the user's own file or module.
 
     Raises:
         InputError: listing what is wrong with the file, the function or the options.
     """
-    function = own.load(
+    function = own.load_user_reward(
         reward.use or "",
         reward.options,
         timeout_s=reward.timeout_s,
@@ -235,7 +235,7 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
     return BoundReward(function.name, reward.weight, function, row, options=reward.options)
 
 
-def resolve_one(
+def bind_reward(
     name: str, options: Mapping[str, Any], weight: float = 1.0, where: str = "reward"
 ) -> BoundReward:
     """Returns the reward of REGISTRY with its options bound; `where` starts error messages.
@@ -248,7 +248,7 @@ def resolve_one(
         raise InputError(
             f"{where}: unknown reward {name!r}; did you mean {near}? (known: {', '.join(REGISTRY)})"
         )
-    row, accepted, problems = REGISTRY[name], options_of(name), Problems()
+    row, accepted, problems = REGISTRY[name], list_options(name), Problems()
     for key, value in options.items():
         if problem := find_option_problem(accepted, key, value):
             problems.add(f"{where}: {name}: option {key}: {problem}")
@@ -271,7 +271,7 @@ def resolve_one(
 
 
 @functools.cache
-def options_of(name: str) -> dict[str, Option]:
+def list_options(name: str) -> dict[str, Option]:
     """Returns the options that a reward of REGISTRY accepts."""
     function = REGISTRY[name].function
     hints = typing.get_type_hints(function, include_extras=True)
@@ -297,7 +297,7 @@ def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[st
     return problems
 
 
-def missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
+def find_missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
     """Returns a problem for each column that a reward needs and the data does not have."""
     problems = []
     found = f"found {', '.join(sorted(available)) or 'none'}"
@@ -329,10 +329,10 @@ def score(
         InputError: the samples lack a column.
         ValueError: a reward function did not return N numbers.
     """
-    return score_timed(resolved, samples, context)[0]
+    return score_and_measure(resolved, samples, context)[0]
 
 
-def score_timed(
+def score_and_measure(
     resolved: Sequence[BoundReward], samples: Samples, context: Context
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
     """Returns the rewards as `score` does, and name -> {seconds, failures, failed}.
@@ -341,7 +341,7 @@ def score_timed(
     a failed call left without a reward; only a user's own reward has it, because an error in a
     built-in reward ends the run.
     """
-    problems = missing_columns(resolved, samples.columns)
+    problems = find_missing_columns(resolved, samples.columns)
     if problems:
         raise InputError(problems)
     scores, costs = {}, {}
@@ -352,7 +352,7 @@ def score_timed(
             "seconds": time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
-        if isinstance(reward.function, own.CustomReward):
+        if isinstance(reward.function, own.UserReward):
             failed = reward.function.failed_samples / max(len(samples), 1)
             costs[reward.name]["failed"] = failed
         if values.shape != (len(samples),):

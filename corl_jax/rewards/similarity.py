@@ -107,7 +107,9 @@ def _token_vectors(
 ) -> jax.Array:
     """Unit vectors [B, T, D] float32 of all tokens of ids [B, T], the padding's among them."""
     with jax.default_matmul_precision("highest"):
-        return _unit(modules.bind(Bert, config, params)(ids, _kept(ids, lengths), layer=layer))
+        return _normalise(
+            modules.bind(Bert, config, params)(ids, _token_mask(ids, lengths), layer=layer)
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -115,17 +117,17 @@ def _sentence_vectors(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array
 ) -> jax.Array:
     """Unit vectors [B, D] float32 of the texts whose first `lengths` [B] of ids [B, T] count."""
-    kept = _kept(ids, lengths)
+    kept = _token_mask(ids, lengths)
     with jax.default_matmul_precision("highest"):
         hidden = modules.bind(Bert, config, params)(ids, kept).astype(jnp.float32)
-    return _unit(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
+    return _normalise(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
 
 
-def _kept(ids: jax.Array, lengths: jax.Array) -> jax.Array:
+def _token_mask(ids: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.arange(ids.shape[1]) < lengths[:, None]
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _normalise(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -155,10 +157,10 @@ def _compare(
             return 0.0
         return measure(encoded[prediction], encoded[target])
 
-    return _each(one, predictions, targets)
+    return _score_pairs(one, predictions, targets)
 
 
-def _each(function: Callable[[str | None, str | None], float], *texts: Texts) -> np.ndarray:
+def _score_pairs(function: Callable[[str | None, str | None], float], *texts: Texts) -> np.ndarray:
     return np.array([function(*pair) for pair in zip(*texts, strict=True)], np.float32)
 
 
@@ -173,7 +175,7 @@ def _encode(
     A text that stands in several rows is run once. One with an axis of tokens is cut to its own.
     All processes of a run call the same programs, whatever their texts.
     """
-    ids = _token_ids(network, texts, max_tokens)
+    ids = _tokenize(network, texts, max_tokens)
     groups: dict[int, list[str]] = {length: [] for length in LENGTHS}
     for text, row in ids.items():
         groups[next(length for length in LENGTHS if length >= len(row))].append(text)
@@ -183,7 +185,7 @@ def _encode(
     for (length, group), count in zip(groups.items(), counts, strict=True):
         if not count:
             continue
-        tokens, lengths = _padded(network, [ids[text] for text in group], length, count, chunk)
+        tokens, lengths = _pad_texts(network, [ids[text] for text in group], length, count, chunk)
 
         def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return tokens[index], lengths[index]  # noqa: B023
@@ -194,7 +196,7 @@ def _encode(
     return encoded
 
 
-def _token_ids(network: Any, texts: Texts, max_tokens: int) -> dict[str, list[int]]:
+def _tokenize(network: Any, texts: Texts, max_tokens: int) -> dict[str, list[int]]:
     """{text: its ids with [CLS] and [SEP]} of the different texts that have any others."""
     limit = min(max_tokens, network.config.max_position_embeddings, LENGTHS[-1])
     different = list(dict.fromkeys(text for text in texts if text))
@@ -232,7 +234,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _padded(
+def _pad_texts(
     network: Any, rows: list[list[int]], length: int, count: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [R, T] and token counts [R] of `rows` and of rows of one token that fill them up.
@@ -288,7 +290,7 @@ def check_pooling(folder: Path) -> None:
 # ---- words
 
 
-def rouge_problem() -> str | None:
+def find_rouge_problem() -> str | None:
     """Why `rouge_l` cannot run here, and the remedy; None if it can."""
     if importlib.util.find_spec("rouge_score") is None:
         return "rouge_l: found no package rouge-score; run pip install 'corl-jax[rewards]'"
@@ -304,7 +306,7 @@ def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
         InputError: the package rouge-score is not installed.
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
     """
-    if problem := rouge_problem():
+    if problem := find_rouge_problem():
         raise InputError(problem)
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -315,4 +317,4 @@ def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
             return float("nan")
         return scorer.score(target, prediction or "")["rougeL"].fmeasure
 
-    return _each(one, predictions, targets)
+    return _score_pairs(one, predictions, targets)

@@ -26,7 +26,7 @@ HEAP = "8G"
 JAVA = range(8, 15)
 
 
-def spice(
+def score_spice(
     predictions: Sequence[str | None], targets: Sequence[str | None], *, timeout_s: float = 600.0
 ) -> np.ndarray:
     """SPICE F1 of each pair over all kinds of tuples, in [0, 1]: agreement of scene graphs.
@@ -39,25 +39,25 @@ def spice(
         InputError: SPICE cannot run here, fails, or is not done after `timeout_s` seconds.
     Source: Anderson et al. 2016 (arXiv 1607.08822).
     """
-    if problem := spice_problem():
+    if problem := find_spice_problem():
         raise InputError(problem)
     cleaned = ([(text or "").strip() for text in texts] for texts in (predictions, targets))
     pairs = list(zip(*cleaned, strict=True))
     different = list(dict.fromkeys(pair for pair in pairs if all(pair)))
-    scores = dict(zip(different, _run(different, timeout_s), strict=True))
+    scores = dict(zip(different, _run_java(different, timeout_s), strict=True))
     found = (scores.get(pair, 0.0) if pair[1] else float("nan") for pair in pairs)
     return np.fromiter(found, np.float32, len(pairs))
 
 
-def spice_problem() -> str | None:
-    """Why `spice` cannot run here, and the remedy; None if it can."""
-    folder, java = _folder(), _java()
+def find_spice_problem() -> str | None:
+    """Why `score_spice` cannot run here, and the remedy; None if it can."""
+    folder, java = _find_program(), _find_java()
     if folder is None:
         return "spice: found no package pycocoevalcap; run pip install 'corl-jax[spice]'"
     wanted = f"Java {JAVA[0]} to {JAVA[-1]}"
     if java is None:
         return f"spice: found no java; install {wanted} and put it on PATH or set JAVA_HOME"
-    version = _version(java)
+    version = _read_java_version(java)
     if version not in JAVA:
         return (
             f"spice: {java} is Java {version or 'of an unknown version'}, expected {wanted}, "
@@ -73,7 +73,7 @@ def spice_problem() -> str | None:
     return None
 
 
-def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
+def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
     """The scores of (prediction, target) pairs."""
     if not pairs:
         return []
@@ -81,13 +81,22 @@ def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
         {"image_id": i, "test": prediction, "refs": [target]}
         for i, (prediction, target) in enumerate(pairs)
     ]
-    program = _folder()
+    program = _find_program()
     assert program is not None  # `spice_problem` has looked
     jar = str(program / "spice-1.0.jar")
     with tempfile.TemporaryDirectory(prefix="spice-") as folder:
         source, out = Path(folder, "in.json"), Path(folder, "out.json")
         source.write_text(json.dumps(items))  # ASCII: Java reads it in the platform's encoding
-        command = [_java(), f"-Xmx{HEAP}", "-jar", jar, str(source), "-out", str(out), "-silent"]
+        command = [
+            _find_java(),
+            f"-Xmx{HEAP}",
+            "-jar",
+            jar,
+            str(source),
+            "-out",
+            str(out),
+            "-silent",
+        ]
         try:
             done = subprocess.run(
                 command,
@@ -105,11 +114,13 @@ def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
         except OSError as error:
             raise InputError(f"spice: {command[0]} cannot be run ({error.strerror})") from error
         if done.returncode:
-            raise InputError(f"spice: java ended with code {done.returncode}: {_said(done.stderr)}")
-        return _scores(out, len(pairs))
+            raise InputError(
+                f"spice: java ended with code {done.returncode}: {_last_lines(done.stderr)}"
+            )
+        return _read_scores(out, len(pairs))
 
 
-def _scores(out: Path, count: int) -> list[float]:
+def _read_scores(out: Path, count: int) -> list[float]:
     """The scores by `image_id`, so that their order in the file does not matter."""
     try:
         items = json.loads(out.read_text())
@@ -122,13 +133,13 @@ def _scores(out: Path, count: int) -> list[float]:
         ) from error
 
 
-def _said(stderr: str) -> str:
+def _last_lines(stderr: str) -> str:
     """The last lines without those of a stack trace."""
     lines = [line.strip() for line in stderr.splitlines() if line and not line.startswith("\t")]
     return " | ".join(lines[-3:]) or "it said nothing"
 
 
-def _folder() -> Path | None:
+def _find_program() -> Path | None:
     """Where the program lies in its package."""
     try:
         spec = importlib.util.find_spec("pycocoevalcap.spice")
@@ -138,13 +149,13 @@ def _folder() -> Path | None:
     return Path(next(iter(places))) if places else None
 
 
-def _java() -> str | None:
+def _find_java() -> str | None:
     """JAVA_HOME's java, or the one on PATH."""
     home = os.environ.get("JAVA_HOME")
     return (home and shutil.which("java", path=str(Path(home, "bin")))) or shutil.which("java")
 
 
-def _version(java: str) -> int | None:
+def _read_java_version(java: str) -> int | None:
     """8 for the `1.8.0_312` of old, 17 for `17.0.15`."""
     try:
         done = subprocess.run(

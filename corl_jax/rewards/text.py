@@ -83,14 +83,14 @@ def qa_accuracy(
     Source: the released code.
     """
     kind = read_question_type(qa_type)
-    truth = answers.true_answer(solution or "", multiline_answer)
+    truth = answers.read_solution(solution or "", multiline_answer)
     if not truth:
         return math.nan
-    prediction = answers.predicted_answer(completion or "", multiline_answer, answer_in_thoughts)
-    if answers.safe_string_equal(prediction, truth, numbers_by_value):
+    prediction = answers.read_answer(completion or "", multiline_answer, answer_in_thoughts)
+    if answers.are_equal(prediction, truth, numbers_by_value):
         return 1.0
     if mc and kind == "MC":
-        return float(_right_choice(prediction, truth, problem, numbers_by_value))
+        return float(_is_right_choice(prediction, truth, problem, numbers_by_value))
     return soft_jaccard(prediction.rstrip(".,!?"), truth, numbers_by_value)
 
 
@@ -106,13 +106,14 @@ def soft_jaccard(first: str | None, second: str | None, numbers_by_value: bool =
     """
     words1, words2 = set((first or "").lower().split()), set((second or "").lower().split())
     if numbers_by_value:
-        words1, words2 = (set(map(numerals.canonical_word, words)) for words in (words1, words2))
+        words1, words2 = (set(map(numerals.normalise_word, words)) for words in (words1, words2))
     equal = words1 & words2
     overlap = float(len(equal))
     rest1, rest2 = sorted(words1 - equal), sorted(words2 - equal)
     if numbers_by_value:
         rest1, rest2 = (
-            [word for word in words if not numerals.is_by_value(word)] for words in (rest1, rest2)
+            [word for word in words if not numerals.is_numeric_word(word)]
+            for words in (rest1, rest2)
         )
     for word in rest1:
         ratio, _, match = max(
@@ -142,12 +143,15 @@ def oc_accuracy(
     all tags are compared too; `substrings=True`, 0.9 wherever one text holds the other.
     Source: the released code, common_cls.
     """
-    truth = answers.true_answer(solution or "", multiline_answer).lower()
+    truth = answers.read_solution(solution or "", multiline_answer).lower()
     if not truth:
         return math.nan
     completion = completion or ""
-    prediction = answers.predicted_answer(completion, multiline_answer, answer_in_thoughts).lower()
-    if answer_in_thoughts and answers.tagged_answer(completion, multiline_answer, True) is None:
+    prediction = answers.read_answer(completion, multiline_answer, answer_in_thoughts).lower()
+    if (
+        answer_in_thoughts
+        and answers.find_tagged_answer(completion, multiline_answer, True) is None
+    ):
         prediction = completion.strip().lower()
     if prediction == truth:
         return 1.0
@@ -167,7 +171,7 @@ def contained_score(prediction: str, truth: str, substrings: bool = False) -> fl
         return float(bool(prediction) and (prediction in truth or truth in prediction))
     if set(_DENIAL_OR_CHOICE.findall(prediction)) - set(_DENIAL_OR_CHOICE.findall(truth)):
         return 0.0
-    shorter, longer = sorted((_class_words(prediction), _class_words(truth)), key=len)
+    shorter, longer = sorted((_split_class(prediction), _split_class(truth)), key=len)
     size = len(shorter)
     phrases = (longer[place : place + size] for place in range(len(longer) - size + 1))
     if not shorter or not any(all(map(_is_same_word, shorter, phrase)) for phrase in phrases):
@@ -175,7 +179,7 @@ def contained_score(prediction: str, truth: str, substrings: bool = False) -> fl
     return size / len(longer)
 
 
-def _class_words(text: str) -> list[str]:
+def _split_class(text: str) -> list[str]:
     words = _WORD.findall(text)
     # Without one of them "a" is a class of its own, as of letters.
     return [word for word in words if word not in ARTICLES] or words
@@ -198,13 +202,13 @@ def oc_answer_score(
     letters. NaN without a solution.
     Source: the released code; the released code lower-cases first and never sees its "UNK".
     """
-    truth = answers.true_answer(solution or "").lower()
+    truth = answers.read_solution(solution or "").lower()
     if not truth:
         return math.nan
     answer = answer or ""
-    tagged = answers.tagged_answer(answer) is not None
+    tagged = answers.find_tagged_answer(answer) is not None
     equal, contained, in_prompt, unknown = OC_TAGGED if tagged else OC_UNTAGGED
-    prediction = answers.predicted_answer(answer).lower()
+    prediction = answers.read_answer(answer).lower()
     if not prediction:
         return 0.0
     if prediction == truth:
@@ -217,7 +221,7 @@ def oc_answer_score(
     if substrings:
         return in_prompt if prediction in drawn else 0.0
     # Not more words than the prompt: then it is the prompt that is a part of the answer.
-    is_part = len(_class_words(prediction)) <= len(_class_words(drawn))
+    is_part = len(_split_class(prediction)) <= len(_split_class(drawn))
     return in_prompt if is_part and contained_score(prediction, drawn) else 0.0
 
 
@@ -232,11 +236,11 @@ def qa_answer_score(
     """
     answer = answer or ""
     score = qa_accuracy(answer, solution, qa_type, problem=problem)
-    if math.isnan(score) or (score == 1.0 and answers.tagged_answer(answer) is not None):
+    if math.isnan(score) or (score == 1.0 and answers.find_tagged_answer(answer) is not None):
         return score
-    if answers.predicted_answer(answer).rstrip(".").lower() == UNKNOWN:
+    if answers.read_answer(answer).rstrip(".").lower() == UNKNOWN:
         return QA_UNKNOWN
-    return score if answers.tagged_answer(answer) is not None else QA_UNTAGGED * score
+    return score if answers.find_tagged_answer(answer) is not None else QA_UNTAGGED * score
 
 
 def od_answer_score(
@@ -252,10 +256,10 @@ def od_answer_score(
     detect, an empty list scores 1.
     Source: ours. The paper gives no such reward and the released function returns nothing.
     """
-    truth = _true_boxes(solution)
+    truth = _read_true_boxes(solution)
     if truth is None:
         return math.nan
-    found = answers.parse_detections(answers.predicted_answer(answer or ""))
+    found = answers.parse_detections(answers.read_answer(answer or ""))
     if found is None:
         return 0.0
     if not truth and not found:
@@ -280,42 +284,44 @@ def iou(first: Box, second: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def _right_choice(prediction: str, truth: str, problem: str | None, numbers_by_value: bool) -> bool:
+def _is_right_choice(
+    prediction: str, truth: str, problem: str | None, numbers_by_value: bool
+) -> bool:
     """Whether a prediction chooses the true option (the released order of tests)."""
-    options = answers.options_of(problem) | answers.options_of(truth)
-    letter = _true_letter(truth, options, numbers_by_value)
-    chosen = answers.option_letter(prediction)
+    options = answers.read_options(problem) | answers.read_options(truth)
+    letter = _find_true_letter(truth, options, numbers_by_value)
+    chosen = answers.find_letter(prediction)
     if letter is None:  # a solution in words that is no listed option
-        texts = answers.options_of(prediction).values()
-        return any(answers.safe_string_equal(text, truth, numbers_by_value) for text in texts)
+        texts = answers.read_options(prediction).values()
+        return any(answers.are_equal(text, truth, numbers_by_value) for text in texts)
     if len(prediction) <= 2 and chosen:
         return chosen == letter
     if chosen and re.search(rf"\b{letter}\b", prediction, re.IGNORECASE):
         return chosen == letter
-    explicit = answers.explicit_letter(prediction)
+    explicit = answers.find_explicit_letter(prediction)
     if explicit not in (None, letter):  # "B. choking" is wrong even if choking is A
         return False
-    return answers.option_by_text(prediction, options) == letter
+    return answers.find_option_by_text(prediction, options) == letter
 
 
-def _true_letter(truth: str, options: dict[str, str], numbers_by_value: bool) -> str | None:
-    leading = answers.leading_letter(truth)
+def _find_true_letter(truth: str, options: dict[str, str], numbers_by_value: bool) -> str | None:
+    leading = answers.find_leading_letter(truth)
     if leading:
         return leading
     equal = [
         letter
         for letter, text in options.items()
-        if answers.safe_string_equal(text, truth, numbers_by_value)
+        if answers.are_equal(text, truth, numbers_by_value)
     ]
     return equal[0] if len(equal) == 1 else None
 
 
-def _true_boxes(solution: str | Sequence[Box] | None) -> list[Box] | None:
+def _read_true_boxes(solution: str | Sequence[Box] | None) -> list[Box] | None:
     if solution is None:
         return None
     if not isinstance(solution, str):
         return [tuple(box) for box in solution]
-    detections = answers.parse_detections(answers.true_answer(solution))
+    detections = answers.parse_detections(answers.read_solution(solution))
     return None if detections is None else [detection.position for detection in detections]
 
 

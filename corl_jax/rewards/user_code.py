@@ -72,17 +72,17 @@ def import_module(source: Source) -> types.ModuleType:
         try:
             return _run_file(source.path, source.content)
         except (Exception, SystemExit) as error:
-            raise InputError(_import_problem(error)) from error
+            raise InputError(_describe_import_error(error)) from error
     try:
         return importlib.import_module(source.name)
     except ModuleNotFoundError as error:
         if not f"{source.name}.".startswith(f"{error.name}."):
-            raise InputError(_import_problem(error)) from error
+            raise InputError(_describe_import_error(error)) from error
         raise InputError(
             f"no module {error.name} is installed; install it, or name a file, PATH.py:FUNCTION"
         ) from None
     except (Exception, SystemExit) as error:
-        raise InputError(_import_problem(error)) from error
+        raise InputError(_describe_import_error(error)) from error
 
 
 def find_function(module: types.ModuleType, source: str, name: str) -> Callable[..., Any]:
@@ -94,7 +94,8 @@ def find_function(module: types.ModuleType, source: str, name: str) -> Callable[
         listed = [
             key
             for key, value in vars(module).items()
-            if inspect.isroutine(value) and _package(value.__module__) == _package(module.__name__)
+            if inspect.isroutine(value)
+            and _get_package(value.__module__) == _get_package(module.__name__)
         ]
         if not listed:
             raise InputError(f"{source} has no function {name}, nor any other")
@@ -109,7 +110,7 @@ def find_function(module: types.ModuleType, source: str, name: str) -> Callable[
     return function
 
 
-def _package(module: str | None) -> str:
+def _get_package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
@@ -182,7 +183,7 @@ def _put_on_path(folder: Path, *, before_installed: bool) -> None:
     sys.path[:] = [*first, *installed, str(folder), *here]
 
 
-def _import_problem(error: BaseException) -> str:
+def _describe_import_error(error: BaseException) -> str:
     """Why a user's module does not import: where, what and the remedy."""
     if isinstance(error, SyntaxError):
         file, line, text = error.filename, error.lineno, error.text
@@ -199,7 +200,7 @@ def _import_problem(error: BaseException) -> str:
         remedy = "install it, or put it beside the file"
     elif isinstance(error, ImportError) and "relative import" in what:
         remedy = "put an __init__.py into the file's folder, or leave out the dot"
-    elif isinstance(error, ImportError) and _hides_neighbour(error.name, file):
+    elif isinstance(error, ImportError) and _is_hidden_by_python(error.name, file):
         remedy = f"{error.name} is a module of Python itself; rename the file beside this one"
     elif isinstance(error, SystemExit):
         remedy = 'move what ends the program under if __name__ == "__main__"'
@@ -207,7 +208,7 @@ def _import_problem(error: BaseException) -> str:
     return f"{place}{what}; {remedy}"
 
 
-def _hides_neighbour(name: str | None, file: str | None) -> bool:
+def _is_hidden_by_python(name: str | None, file: str | None) -> bool:
     """True for a module of Python itself whose name a file beside `file` has as well."""
     hidden = Path(file or "").parent / f"{name}.py"
     return name in sys.stdlib_module_names and Path(file or "") != hidden and hidden.is_file()

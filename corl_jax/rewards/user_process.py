@@ -21,7 +21,7 @@ from jax._src import distributed
 from corl_jax.errors import InputError
 from corl_jax.rewards.signature import Parameters
 from corl_jax.rewards.user_code import Source
-from corl_jax.rewards.worker import LATE_SIGNAL, Failure, Problems, Stack
+from corl_jax.rewards.worker import LATE_SIGNAL, Failure, Refusal, Stack
 
 INDEX_VARIABLE = "CORL_JAX_PROCESS_INDEX"
 END_S = 1.0  # for what a user's code does at its end
@@ -96,7 +96,7 @@ class UserProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-P", "-c", _PROGRAM, str(theirs.fileno()), *self._path],
                 cwd=self._folder,
-                env=_environment(),
+                env=_make_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output belongs to the command's own lines
                 pass_fds=[theirs.fileno()],
@@ -105,7 +105,7 @@ class UserProcess:
         self._connection = ours
         self._end = weakref.finalize(self, _end_process, os.getpid(), self._process, ours)
         reply = self._ask(("load", self._source), limit_s)
-        if isinstance(reply, Problems):
+        if isinstance(reply, Refusal):
             text = "\n".join(reply.lines)
             reply = Failure(text, f"{text}\n")
         if reply is not None:
@@ -170,7 +170,7 @@ class UserProcess:
             how = f"exited with code {code}"
         else:
             hint = "; has memory run out?" if code == -signal.SIGKILL else ""
-            how = f"was ended by {_signal_name(-code)}{hint}"
+            how = f"was ended by {_name_signal(-code)}{hint}"
         line = f"ChildProcessError: the process of {self._source.name} {how}"
         return Failure(line, f"{line}\n")
 
@@ -183,19 +183,19 @@ class UserProcess:
 
 
 def _raise_input_error(reply: Any) -> None:
-    if isinstance(reply, Problems):
+    if isinstance(reply, Refusal):
         raise InputError(reply.lines)
     if isinstance(reply, Failure):
         raise InputError(reply.line)
 
 
-def _environment() -> dict[str, str]:
+def _make_environment() -> dict[str, str]:
     index = distributed.global_state.process_id
     # JAX would take memory of the devices that the run uses.
     return os.environ | {"JAX_PLATFORMS": "cpu", INDEX_VARIABLE: str(index)}
 
 
-def _signal_name(number: int) -> str:
+def _name_signal(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal

@@ -37,7 +37,7 @@ MACHINERY = (__file__, os.path.dirname(asyncio.__file__), "<string>")
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class RawImage:
     """An image on its way to the user's code."""
 
     size: tuple[int, int]  # width, height
@@ -53,7 +53,7 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problems:
+class Refusal:
     """Why code cannot be imported or a function cannot be used."""
 
     lines: list[str]
@@ -74,7 +74,7 @@ class Interrupt:
 def serve_calls(descriptor: int) -> None:
     """Serves requests until the run's process says that it ends, or is gone."""
     connection = Connection(descriptor)
-    _die_with(connection)
+    _end_with_run(connection)
     # What user's code prints goes to standard error, which takes any character.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     Server(connection).serve()
@@ -105,7 +105,7 @@ class Server:
             try:
                 reply = getattr(self, name)(*arguments)
             except InputError as error:
-                reply = Problems(error.problems)
+                reply = Refusal(error.problems)
             self._connection.send(reply)
 
     def load(self, source: Source) -> None:
@@ -118,7 +118,7 @@ class Server:
 
     def call(self, name: str, arguments: dict[str, Any], count: int, timeout_s: float) -> Any:
         """Returns the `count` scores of a call, or why there are none."""
-        if "images" in arguments and isinstance(arguments["images"][0], Picture):
+        if "images" in arguments and isinstance(arguments["images"][0], RawImage):
             from PIL import Image
 
             arguments["images"] = [
@@ -132,7 +132,7 @@ class Server:
             if inspect.isawaitable(values):
                 self._awaiting = True
                 values = self._loop.run_until_complete(self._await(values))
-            scores = as_scores(values, count)
+            scores = convert_scores(values, count)
             self._running = False
             return scores
         except KeyboardInterrupt:
@@ -175,7 +175,9 @@ class Server:
         def end_call(number: int, frame: types.FrameType | None) -> None:
             if not self._running:
                 return
-            self._connection.send(Stack("".join(_user_frames(traceback.extract_stack(frame)))))
+            self._connection.send(
+                Stack("".join(_format_user_frames(traceback.extract_stack(frame))))
+            )
             if not self._awaiting:  # else the loop cancels it
                 raise self._late()
 
@@ -206,7 +208,7 @@ def _restore_signals_in_forks() -> None:
     )
 
 
-def as_scores(values: Any, count: int) -> list[float]:
+def convert_scores(values: Any, count: int) -> list[float]:
     """Returns what a user's function returned as `count` floats; None becomes NaN.
 
     Raises:
@@ -241,23 +243,23 @@ def _describe(error: BaseException) -> Failure:
     trace = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = trace
     while part is not None:
-        part.stack[:] = _user_part(part.stack)
+        part.stack[:] = _cut_to_user_frames(part.stack)
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
     text = "".join(trace.format())
     return Failure(text.rstrip().splitlines()[-1], text)
 
 
-def _user_frames(stack: traceback.StackSummary) -> list[str]:
-    return traceback.StackSummary.from_list(_user_part(stack)).format()
+def _format_user_frames(stack: traceback.StackSummary) -> list[str]:
+    return traceback.StackSummary.from_list(_cut_to_user_frames(stack)).format()
 
 
-def _user_part(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+def _cut_to_user_frames(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
     """Without the frames of this module and of event loops that lead to the user's code."""
     users = [number for number, frame in enumerate(stack) if not _is_machinery(frame)]
-    return stack[users[0] : _past_last(stack)] if users else []
+    return stack[users[0] : _count_user_frames(stack)] if users else []
 
 
-def _past_last(stack: list[traceback.FrameSummary]) -> int:
+def _count_user_frames(stack: list[traceback.FrameSummary]) -> int:
     """The number of frames without those of this module at the end: its handler of signals."""
     count = len(stack)
     while count and stack[count - 1].filename == __file__:
@@ -269,7 +271,7 @@ def _is_machinery(frame: traceback.FrameSummary) -> bool:
     return frame.filename.startswith(MACHINERY)
 
 
-def _die_with(connection: Connection) -> None:
+def _end_with_run(connection: Connection) -> None:
     """Ends this process and all that it has started as soon as the run's process is gone."""
 
     def watch() -> None:

@@ -120,11 +120,16 @@ def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
     """What the rewards ask besides the policy; `initial` has the weights of the run's start."""
     offload = plan.config.networks.offload
-    loaded = {found.name: networks.load(found, plan.mesh, offload) for found in plan.networks}
+    loaded = {
+        found.name: networks.load_frozen_network(found, plan.mesh, offload)
+        for found in plan.networks
+    }
     if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
         base = network.base(plan.model_config)
         start = Policy(base, {}, plan.processor, DTYPES[plan.config.model.dtype])
-        loaded["initial"] = networks.load_policy(start, plan.model_dir, plan.mesh, offload=offload)
+        loaded["initial"] = networks.load_frozen_policy(
+            start, plan.model_dir, plan.mesh, offload=offload
+        )
     return loaded
 
 

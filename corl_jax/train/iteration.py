@@ -26,7 +26,7 @@ from corl_jax.devices.batches import (
 from corl_jax.devices.mesh import constrain
 from corl_jax.params import merge
 from corl_jax.policies.janus import sampling
-from corl_jax.rewards.registry import Context, Samples, score_timed
+from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.runs.guards import FAILED
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
@@ -156,7 +156,7 @@ def score_task(
         step=step,
         networks=run.networks,
     )
-    return score_timed(run.rewards[task], samples, context)
+    return score_and_measure(run.rewards[task], samples, context)
 
 
 @functools.partial(

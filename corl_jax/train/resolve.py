@@ -121,7 +121,7 @@ def resolve_run(config: Config) -> ResolvedRun:
 
     model = attempt(_inspect_model, config.model.path)
     model_config, processor, model_dir = model or (None, None, None)
-    rewards = attempt(registry.resolve, config.rewards, config.compat)
+    rewards = attempt(registry.bind_rewards, config.rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
     # Without the rewards nobody can say which networks are asked.
     asked = rewards is not None and attempt(_networks, config, listed)
@@ -259,7 +259,7 @@ def _size_problems(config: Config, model: JanusConfig) -> list[str]:
 
 
 def _networks(config: Config, listed: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
-    return networks.inspect(
+    return networks.check_networks(
         listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
     )
 
@@ -272,7 +272,7 @@ def _answer_problems(
         line
         for reward in listed
         if {"policy", "initial"} & set(reward.scorers)
-        for line in networks.position_problems(
+        for line in networks.find_position_problems(
             reward, model, processor, config.data.max_prompt_length
         )
     ]
@@ -327,7 +327,7 @@ def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Sou
         # A column that keeps its standard name need not be there: a task may do without it.
         renamed = config.data.columns.model_dump(exclude_defaults=True)
         source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
-        problems = registry.missing_columns(listed, source.names)
+        problems = registry.find_missing_columns(listed, source.names)
         if problems:
             raise InputError(problems)
         return source

@@ -191,7 +191,7 @@ def test_programs_are_compiled_per_bucket_and_not_per_length(network):
 def test_rows_are_rounded_up_to_few_sizes(count, chunk):
     config = BertConfig(10, 8, 8, 1, 1, 12)
     network = Network(config, {}, None, jnp.float32)
-    tokens, lengths = similarity._padded(network, [[2, 5, 3]] * count, 16, count, chunk)
+    tokens, lengths = similarity._pad_texts(network, [[2, 5, 3]] * count, 16, count, chunk)
     size = len(tokens)
     assert tokens.shape == (size, 12) and size >= count
     assert size % chunk == 0 or (size in (8, 16, 32) and count < chunk)
@@ -306,7 +306,7 @@ def test_rouge_l_does_not_apply_to_words_of_another_script():
 
 
 def test_rouge_l_without_its_package(monkeypatch):
-    assert similarity.rouge_problem() is None
+    assert similarity.find_rouge_problem() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'corl-jax\[rewards\]'"):
         similarity.rouge_l(["a"], ["a"])

@@ -54,12 +54,12 @@ def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
         "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
         "max_new_tokens": size.policy_caption,
     }  # fmt: skip
-    yield f"{CYCLE} (blip)", registry.resolve_one(CYCLE, blip)
-    yield f"{CYCLE} (policy)", registry.resolve_one(CYCLE, policy)
+    yield f"{CYCLE} (blip)", registry.bind_reward(CYCLE, blip)
+    yield f"{CYCLE} (policy)", registry.bind_reward(CYCLE, policy)
     for name in (
         "t2i_ti_sim", "t2i_clip_reward", "pickscore", "hpsv2", "aesthetic", "t2i_pixel_mse",
     ):  # fmt: skip
-        yield name, registry.resolve_one(name, {})
+        yield name, registry.bind_reward(name, {})
 
 
 def _one_reward(
@@ -78,7 +78,7 @@ def _one_reward(
 def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
     """All rewards of the config, one after another, on the images and as many answers."""
     config = config_files.load(UNIFIED)
-    resolved = registry.resolve(config.rewards, config.compat)
+    resolved = registry.bind_rewards(config.rewards, config.compat)
     answered = _answers(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
@@ -86,8 +86,8 @@ def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Recor
         context = _context(setting, policy, held)
 
         def call(context: Context = context) -> dict[str, dict[str, float]]:
-            costs = registry.score_timed(resolved["t2i"], scored, context)[1]
-            return costs | registry.score_timed(resolved["mm2t"], answered, context)[1]
+            costs = registry.score_and_measure(resolved["t2i"], scored, context)[1]
+            return costs | registry.score_and_measure(resolved["mm2t"], answered, context)[1]
 
         timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
@@ -111,9 +111,11 @@ def _cycle_terms(
         networks = {name: stack.enter_context(frozen.use()) for name, frozen in held.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
-            describe = functools.partial(captions.caption, networks["blip"], pictures, **tokens)
+            describe = functools.partial(
+                captions.caption_images, networks["blip"], pictures, **tokens
+            )
             timing, said = measure(describe, setting.repeats), describe()
-            drawn = captions.caption_tokens(networks["blip"], pictures, **tokens)
+            drawn = captions.generate_caption_tokens(networks["blip"], pictures, **tokens)
             ended = drawn == networks["blip"].config.text.sep_token_id
             figures = {"different": len(set(said)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
@@ -136,7 +138,7 @@ def _answer_rewards(setting: Setting) -> Iterator[Record]:
     answered = _answers(setting, setting.size.answers)
     context = Context(None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
-        reward = registry.resolve_one(name, {})
+        reward = registry.bind_reward(name, {})
         call = functools.partial(registry.score, [reward], answered, context)
         timing = measure(call, setting.repeats)
         figures = {"answers": len(answered), "ms": 1e3 * timing.median}

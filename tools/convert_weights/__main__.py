@@ -116,9 +116,7 @@ def run_to_jax(args: argparse.Namespace) -> int:
     kind = _kind(source, args.model)
     if kind == "janus":
         return run_convert(args)
-    from corl_jax.rewards.networks import (
-        missing_assets,  # with all that scores, which a Janus needs not
-    )
+    from corl_jax.rewards.networks import find_missing_assets
 
     if args.base:
         raise InputError(
@@ -137,7 +135,7 @@ def run_to_jax(args: argparse.Namespace) -> int:
         )
     print(f"{kind}, layout {opened.layout}: {opened.parameters:,} parameters")
     with open_network(args.out, kind) as written:
-        for note in missing_assets(kind, written):
+        for note in find_missing_assets(kind, written):
             print(f"note: {note}")
     print(f"wrote {args.out}")
     return 0

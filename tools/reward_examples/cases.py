@@ -61,19 +61,19 @@ def write_missing() -> None:
     if not (FOLDER / REAL[1]).exists():
         save_png(FOLDER / REAL[1], row["real_image"])
     if not all((FOLDER / file).exists() for file, _, _ in DRAWN.values()):
-        _draw(row["prompt"])
+        _generate_images(row["prompt"])
     if not DRAWINGS.exists():
-        _write(DRAWINGS, _drawing_cases(row))
+        _write(DRAWINGS, _make_image_cases(row))
     if not ANSWERS.exists():
         _write(ANSWERS, _answer_cases())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_cases(path: Path) -> list[dict[str, Any]]:
     """The cases of a file as they stand there."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _draw(prompt: str) -> None:
+def _generate_images(prompt: str) -> None:
     """What the mini Janus draws for both prompts; of its samples the chosen ones are kept."""
     from corl_jax import startup
     from corl_jax.policies import batched
@@ -91,7 +91,7 @@ def _draw(prompt: str) -> None:
             save_png(FOLDER / file, np.asarray(sample.pixels))
 
 
-def _drawing_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
+def _make_image_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
     """A case a picture; all share the row, so that one file does for every reward of drawings."""
     spec = json.loads(row["spec"])
     shared = {
@@ -103,18 +103,18 @@ def _drawing_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
         "qa_type": row["qa_type"],
         "cls_problem": instructions.open_ended("Which shape is yellow?"),
         "cls_solution": "<answer>cross</answer>",
-        "od_problem": instructions.OD.format(category=_named(spec["include"][DETECTED])),
-        "od_solution": _boxes(row["real_image"], spec["include"][DETECTED]),
+        "od_problem": instructions.OD.format(category=_describe_entry(spec["include"][DETECTED])),
+        "od_solution": _find_boxes(row["real_image"], spec["include"][DETECTED]),
     }
     pictures = [(REAL[0], REAL[1]), *((shown, file) for shown, (file, _, _) in DRAWN.items())]
     return [{"shows": shown, "image": file, **shared} for shown, file in pictures]
 
 
-def _named(entry: dict[str, Any]) -> str:
+def _describe_entry(entry: dict[str, Any]) -> str:
     return f"{entry['color']} {entry['class']}"
 
 
-def _boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
+def _find_boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
     """Where the checker finds the entry in a picture, on the question's scale."""
     return [
         [round(side * OD_SIDE) for side in one.box]
@@ -142,6 +142,6 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def picture(case: dict[str, Any]) -> Image.Image:
+def open_image(case: dict[str, Any]) -> Image.Image:
     """A drawing case's picture."""
     return Image.open(FOLDER / case["image"]).convert("RGB")

@@ -13,7 +13,7 @@ from corl_jax.runs import pictures
 from corl_jax.runs.directory import replacing
 from corl_jax.runs.pictures import CELL, FAINT, INK, LINE, MARGIN
 from tools.reward_examples import cases
-from tools.reward_examples.scoring import T2I, Example, Found
+from tools.reward_examples.scoring import T2I, Example, Scores
 
 LABEL, ROW, BAR = 330, 36, 5  # width of the labels, heights of a reward and of a bar, pixels
 CAPTION_LINES = 3
@@ -21,7 +21,7 @@ TRACK, FILL = (228, 228, 228), (70, 110, 180)
 SCORES_KEY = "scores"  # of the PNG's text: what the figure shows, so that it can be checked
 
 
-def save(path: Path, found: Found) -> None:
+def save(path: Path, found: Scores) -> None:
     """Writes the figure as a PNG that also holds its scores as text."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text(SCORES_KEY, json.dumps(np.round(found.t2i.astype(float), 4).tolist()))
@@ -32,15 +32,15 @@ def save(path: Path, found: Found) -> None:
         file.write(buffer.getvalue())
 
 
-def scores_of(path: Path) -> np.ndarray:
+def read_scores(path: Path) -> np.ndarray:
     """What a figure shows, [T2I, drawings]."""
     with Image.open(path) as image:
         return np.array(json.loads(image.info[SCORES_KEY]), float)
 
 
-def draw(found: Found) -> Image.Image:
+def draw(found: Scores) -> Image.Image:
     """Draws a column per image, a row per reward."""
-    rows = cases.read(cases.DRAWINGS)
+    rows = cases.read_cases(cases.DRAWINGS)
     captions = next(iter(found.said.values()))
     images = Image.fromarray(pictures.draw_page([_make_cells(rows, captions)]))
     size = (LABEL + images.width, images.height + ROW * len(T2I) + MARGIN)
@@ -62,7 +62,7 @@ def _make_cells(rows: list[dict], captions: list[str]) -> list[pictures.Cell]:
     cells = []
     for case, caption in zip(rows, captions, strict=True):
         lines = [(line, FAINT) for line in pictures.wrap(caption, CELL, CAPTION_LINES)]
-        pixels = np.asarray(cases.picture(case))
+        pixels = np.asarray(cases.open_image(case))
         cells.append(pictures.Cell(pixels, [(case["shows"], INK), *lines]))
     return cells
 

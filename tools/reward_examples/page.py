@@ -9,7 +9,7 @@ from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 from corl_jax.runs.pictures import escape_cell
 from tools.reward_examples import cases
-from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Found
+from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Scores
 
 PAGE = cases.ROOT / "docs" / "rewards.md"
 FIGURE = cases.ROOT / "docs" / "images" / "reward_examples.png"
@@ -79,14 +79,16 @@ scored by:
 """
 
 
-def section(found: Found) -> str:
+def write_section(found: Scores) -> str:
     """What belongs between the two marks."""
-    drawings, answers = cases.read(cases.DRAWINGS), cases.read(cases.ANSWERS)
+    drawings, answers = cases.read_cases(cases.DRAWINGS), cases.read_cases(cases.ANSWERS)
     shown = [case["shows"] for case in drawings]
-    values = [[_code(one), *map(_number, row)] for one, row in zip(T2I, found.t2i, strict=True)]
-    said = [[what, *map(_spoken, texts)] for what, texts in found.said.items()]
+    values = [
+        [_format_code(one), *map(_number, row)] for one, row in zip(T2I, found.t2i, strict=True)
+    ]
+    said = [[what, *map(_format_quotes, texts)] for what, texts in found.said.items()]
     scored = [
-        [_shown(case["completion"]), case["type"], *map(_number, row)]
+        [_format_text(case["completion"]), case["type"], *map(_number, row)]
         for case, row in zip(answers, found.mm2t, strict=True)
     ]
     return TEXT.format(
@@ -95,30 +97,34 @@ def section(found: Found) -> str:
         row=cases.ROW,
         row_seed=cases.ROW_SEED,
         drawing_seed=cases.DRAWING_SEED,
-        drawings=_table(["reward", *shown], values),
-        said=_table(["asked", *shown], said),
-        boxes=_table(["answer", "score"], [[k, _number(v)] for k, v in found.boxes.items()]),
+        drawings=_format_table(["reward", *shown], values),
+        said=_format_table(["asked", *shown], said),
+        boxes=_format_table(["answer", "score"], [[k, _number(v)] for k, v in found.boxes.items()]),
         question=answers[0]["problem"].splitlines()[0],
         options=", ".join(cases.CHOICES),
-        answers=_table(["answer", "type", *map(_code, MM2T)], scored),
-        commands="\n".join(f"    {command(one)}" for one, _ in UNSCORED),
-        unscored=_table(["reward", "range"], [[_code(one), known] for one, known in UNSCORED]),
+        answers=_format_table(["answer", "type", *map(_format_code, MM2T)], scored),
+        commands="\n".join(f"    {write_command(one)}" for one, _ in UNSCORED),
+        unscored=_format_table(
+            ["reward", "range"], [[_format_code(one), known] for one, known in UNSCORED]
+        ),
     )
 
 
-def command(example: Example, folder: str = "DIR") -> str:
+def write_command(example: Example, folder: str = "DIR") -> str:
     """The command line that scores the drawings, with each network's weights in `folder`."""
     path = cases.DRAWINGS.relative_to(cases.ROOT)
     parts = ["python -m corl_jax.score", "--reward", example.reward, "--input", str(path)]
     entry = registry.REGISTRY[example.reward]
-    defaults = {key: option.default for key, option in registry.options_of(example.reward).items()}
+    defaults = {
+        key: option.default for key, option in registry.list_options(example.reward).items()
+    }
     chosen = {**defaults, **example.options}
     asked = [values.get(chosen[option]) for option, values in entry.chosen.items()]
     parts += [f"--network {name}={folder}" for name in (*entry.networks, *asked) if name]
     return " ".join([*parts, example.settings]).strip()
 
 
-def current(page: str) -> str:
+def find_section(page: str) -> str:
     """The section as it stands in the page.
 
     Raises:
@@ -130,13 +136,13 @@ def current(page: str) -> str:
     return parts[1]
 
 
-def replaced(page: str, new: str) -> str:
-    """The page with another section. Raises: InputError as `current`."""
-    old = current(page)
+def replace_section(page: str, new: str) -> str:
+    """The page with another section. Raises: InputError as `find_section`."""
+    old = find_section(page)
     return page.replace(f"{BEGIN}\n\n{old}\n{END}", f"{BEGIN}\n\n{new}\n{END}")
 
 
-def differences(old: str, new: str) -> list[str]:
+def list_differences(old: str, new: str) -> list[str]:
     """Lines of the two sections that differ: in words, or by more than TOLERANCE in a number."""
     before, after = old.splitlines(), new.splitlines()
     if len(before) != len(after):
@@ -153,12 +159,12 @@ def _numbers(line: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(line)]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _code(example: Example) -> str:
+def _format_code(example: Example) -> str:
     return " ".join(f"`{part}`" for part in example.label.split())
 
 
@@ -166,11 +172,11 @@ def _number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _shown(completion: str) -> str:
+def _format_text(completion: str) -> str:
     start = "␣" if completion.startswith(" ") else ""
     return start + escape_cell(completion.strip(), MM2T_WIDTH)
 
 
-def _spoken(words: str) -> str:
+def _format_quotes(words: str) -> str:
     answer = re.search(r"<answer>(.*)</answer>", words, re.DOTALL)
     return escape_cell(answer[1] if answer else words, MM2T_WIDTH)

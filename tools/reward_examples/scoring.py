@@ -76,7 +76,7 @@ UNSCORED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Scores:
     """All that the page shows."""
 
     t2i: np.ndarray  # [T2I, drawings]
@@ -85,29 +85,32 @@ class Found:
     boxes: dict[str, float]  # what a detector may answer -> its score by t2i_od's rule
 
 
-def score_all() -> Found:
+def score_all() -> Scores:
     """Scores every case with every reward of T2I and MM2T.
 
     Raises:
         InputError: weights or cases that cannot be read.
     """
     startup.prepare_devices()
-    drawn = [registry.resolve_one(one.reward, one.options) for one in T2I]
-    loaded = {one.name: networks.load(one, None, offload=False) for one in _networks(drawn)}
+    drawn = [registry.bind_reward(one.reward, one.options) for one in T2I]
+    loaded = {
+        one.name: networks.load_frozen_network(one, None, offload=False)
+        for one in _list_networks(drawn)
+    }
     config, params, processor, _ = startup.load_model(cases.MODEL, np.float32)
     context = Context(config, params, processor, np.float32, 0, step=0, networks=loaded)
-    written = [registry.resolve_one(one.reward, one.options) for one in MM2T]
-    return Found(
+    written = [registry.bind_reward(one.reward, one.options) for one in MM2T]
+    return Scores(
         t2i=np.stack([_score(one, context) for one in drawn]),
         mm2t=np.stack([_score(one, context) for one in written], axis=-1),
-        said=_said(context),
-        boxes=_boxes(),
+        said=_collect_answers(context),
+        boxes=_score_boxes(),
     )
 
 
-def _networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
+def _list_networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
     """The networks of the rewards, each once."""
-    found = networks.inspect(resolved, Networks(), "float32")
+    found = networks.check_networks(resolved, Networks(), "float32")
     return [one for one in found if one.name in networks.NETWORKS]
 
 
@@ -120,7 +123,7 @@ def _samples(entry: registry.RewardRow) -> Samples:
     return read_cases(path, entry).samples
 
 
-def _said(context: Context) -> dict[str, list[str]]:
+def _collect_answers(context: Context) -> dict[str, list[str]]:
     """The mini Janus's captions and answers, which t2i rewards score."""
     samples = {name: _samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
     questions = {
@@ -129,30 +132,30 @@ def _said(context: Context) -> dict[str, list[str]]:
         "od": samples["od"].column("od_problem"),
     }
     said = {
-        CAPTION: cycle.describe(
+        CAPTION: cycle.make_captions(
             samples["qa"], context, "policy", scorer="policy", greedy=True,
-            max_new_tokens=_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
+            max_new_tokens=_get_max_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
         )
     }  # fmt: skip
     for name, asked in questions.items():
-        said[asked[0].splitlines()[0].partition(",")[0]] = asking.ask(
+        said[asked[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
             samples[name], context, asked, stream=name, greedy=True,
-            max_new_tokens=_new_tokens(f"t2i_{name}"),
+            max_new_tokens=_get_max_new_tokens(f"t2i_{name}"),
         )  # fmt: skip
     return said
 
 
-def _new_tokens(reward: str) -> int:
-    return registry.options_of(reward)["max_new_tokens"].default
+def _get_max_new_tokens(reward: str) -> int:
+    return registry.list_options(reward)["max_new_tokens"].default
 
 
-def _boxes() -> dict[str, float]:
+def _score_boxes() -> dict[str, float]:
     """t2i_od's rule on answers with boxes, which the mini Janus never gives."""
-    (truth,) = cases.read(cases.DRAWINGS)[0]["od_solution"]
+    (truth,) = cases.read_cases(cases.DRAWINGS)[0]["od_solution"]
     answers = {
         "the true box": [truth],
-        "three quarters of it": [_left_part(truth, 3 / 4)],
-        "a third of it": [_left_part(truth, 1 / 3)],
+        "three quarters of it": [_cut_left_part(truth, 3 / 4)],
+        "a third of it": [_cut_left_part(truth, 1 / 3)],
         "the true box and one beside it": [truth, [0, 0, 50, 50]],
     }
     return {
@@ -163,6 +166,6 @@ def _boxes() -> dict[str, float]:
     }
 
 
-def _left_part(box: list[float], share: float) -> list[float]:
+def _cut_left_part(box: list[float], share: float) -> list[float]:
     left, top, right, bottom = box
     return [left, top, left + share * (right - left), bottom]
