@@ -1,7 +1,7 @@
-"""Reading answers: what a completion says, before anything is scored.
+"""Reads answers from completions, before anything is scored.
 
-Pure functions on strings: the answer span, string equality, question types, option letters,
-detections. Numbers are in `numerals`.
+Pure functions on strings: the answer block, equality of strings, option letters, detections.
+Numbers are in `numerals`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ STRAY = (*TAGS, "Answer:", "Answer")
 OPTION_LINE = re.compile(r"^\s*([A-Na-n])\.\s*(.+?)\s*$", re.MULTILINE)
 QUOTED = re.compile(r"[\"“`]([^\"“”`]+)[\"”`]|(?<!\w)['‘]([^'‘’]+)['’](?!\w)")
 
-# A capital is a letter wherever a letter is expected; a small one only before a mark or the end,
-# because "the answer is a dog" names no option.
+# A capital is an option letter wherever a letter is expected. A small letter is one only before a
+# mark or the end: "the answer is a dog" names no option.
 _LETTER = r"\b(?:([A-N])(?![\w'’])|([a-n])(?=\s?(?:[.)\]}:;,*\"'`!]|$)))"
-# Possessive, as is every repetition that another one follows: a completion of marks and spaces
-# must not cost more than its length.
+# Possessive quantifiers (*+) wherever another repetition follows: the time for a completion of
+# marks and spaces must be linear in its length.
 _GAP = r"[\s*\"'`(\[{:=#]*+"
 LETTER_FORMS = (
     # "The answer is B", "Answer: (B)", "ans = option B"
@@ -65,8 +65,8 @@ _LEADING_FORMS = LETTER_FORMS[2:4]
 MAX_DETECTION_CHARACTERS = 4096
 MAX_DETECTIONS = 64
 _DETECTION_KEYS = re.compile(r"(['\"])(?:Position|Confidence)\1")
-# What may stand between the keys. Without other letters the literal can hold no name, string
-# or keyword, so parsing it has no side effects, not even warnings.
+# What is allowed between the keys. Without other letters the literal contains no name, string or
+# keyword, so parsing it has no side effects, not even warnings.
 _DETECTION_REST = re.compile(r"[\[\](){}:,.\s\d+\-eE]*")
 
 
@@ -78,10 +78,10 @@ class Detection(NamedTuple):
 
 
 def find_tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
-    """The content of the first answer block outside the thoughts, or None without one.
+    """Returns the content of the first answer block outside the thoughts, None without one.
 
     `multiline=False` and `in_thoughts=True` are released behaviours: a block with a line break
-    in it is not seen (Q21); a block inside the thoughts counts.
+    is ignored (Q21); a block inside the thoughts counts.
     """
     found = (ANSWER if multiline else ANSWER_ONE_LINE).search(
         text if in_thoughts else remove_thoughts(text)
@@ -90,11 +90,11 @@ def find_tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = Fa
 
 
 def read_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
-    """What a completion answers: its answer block, else all but the thoughts and stray tags."""
+    """Returns the answer block of a completion, or else its text without thoughts and tags."""
     tagged = find_tagged_answer(completion, multiline, in_thoughts)
     if tagged is not None:
         return tagged
-    # The released code looks for the pairs of tags alone.
+    # The released code looks for pairs of tags only.
     text = THINK.sub("", completion) if in_thoughts else remove_thoughts(completion)
     for stray in STRAY:
         text = text.replace(stray, "")
@@ -104,8 +104,8 @@ def read_answer(completion: str, multiline: bool = True, in_thoughts: bool = Fal
 def remove_thoughts(text: str) -> str:
     """Returns a text without its thoughts: from <think> to the last </think> before another.
 
-    "<think>a <think>b</think> c</think>d" is "d". Thoughts that nothing closes stay: what is
-    cut off there may be the answer.
+    "<think>a <think>b</think> c</think>d" is "d". Thoughts without an end stay, because the answer
+    may be inside them.
     """
     opened, closed = "<think>", "</think>"
     kept, position = [], 0
@@ -121,18 +121,18 @@ def remove_thoughts(text: str) -> str:
 
 
 def read_solution(solution: str, multiline: bool = True) -> str:
-    """What a solution column says: its answer block, else the whole of it."""
-    # Also in thoughts: a solution is written by people, and has none to be misled by.
+    """Returns the answer block of a solution column, or else the whole text."""
+    # In thoughts too: people write solutions, and these have no misleading thoughts.
     tagged = find_tagged_answer(solution, multiline, in_thoughts=True)
     return solution.strip() if tagged is None else tagged
 
 
 def are_equal(first: str, second: str, by_value: bool = True) -> bool:
-    """Equality without case, outer spaces and final dots, and of numbers by their values.
+    """True for equal texts, without case, outer spaces and final dots; numbers compare by value.
 
-    "two", "2" and "2.0" are equal, "twenty-one" and "21"; a text counts as a number only as a
-    whole ("two dogs" is none). `by_value=False` is the released behaviour: a text that is one
-    of word2number's 33 words equals its digits, and nothing else is a number.
+    "two", "2" and "2.0" are equal, and "twenty-one" and "21". Only a whole text is a number ("two
+    dogs" is none). `by_value=False` is the released behaviour: a text that is one of word2number's
+    33 words equals its digits, and nothing else is a number.
     """
     first, second = _normalise(first), _normalise(second)
     if first == second:
@@ -144,9 +144,9 @@ def are_equal(first: str, second: str, by_value: bool = True) -> bool:
 
 
 def read_options(problem: str | None) -> dict[str, str]:
-    """The options of a question, letter -> text; one option per line, as "A. text".
+    """Returns the options of a question, letter -> text; one option per line, as "A. text".
 
-    Of two options with one letter the first counts.
+    If a letter occurs twice, the first counts.
     """
     options: dict[str, str] = {}
     for letter, text in OPTION_LINE.findall(problem or ""):
@@ -155,25 +155,25 @@ def read_options(problem: str | None) -> dict[str, str]:
 
 
 def find_letter(text: str) -> str | None:
-    """The option letter that a text commits to, or None if it names none or several."""
+    """Returns the option letter that a text chooses, None if it names none or several."""
     return _find_first_letter(text, LETTER_FORMS)
 
 
 def find_explicit_letter(text: str) -> str | None:
-    """As `find_letter`, without the capitals that merely stand in the text ("vitamin C")."""
+    """Does the same as `find_letter`, but ignores other capitals in the text ("vitamin C")."""
     return _find_first_letter(text, _EXPLICIT_FORMS)
 
 
 def find_leading_letter(text: str) -> str | None:
-    """The letter of "B", "(B)" or "B. text": the forms in which solutions are written."""
+    """Returns the letter of "B", "(B)" or "B. text": the forms in which solutions are written."""
     return _find_first_letter(text, _LEADING_FORMS)
 
 
 def find_option_by_text(text: str, options: dict[str, str]) -> str | None:
-    """The letter of the one option whose text stands in `text`, else None.
+    """Returns the letter of the only option whose text is contained in `text`, else None.
 
-    Quoted parts are read first. An option within a longer option that stands there too ("red"
-    in "dark red") does not count.
+    Quoted parts are read first. An option inside a longer option that is also contained ("red" in
+    "dark red") does not count.
     """
     quoted = " \n ".join(double or single for double, single in QUOTED.findall(text))
     for part in (quoted, text):
@@ -191,10 +191,10 @@ def find_option_by_text(text: str, options: dict[str, str]) -> str | None:
 
 
 def parse_detections(text: str) -> list[Detection] | None:
-    """The detections of an answer, or None if it is no list of them.
+    """Returns the detections of an answer, or None if it is not a list of them.
 
-    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]; at most
-    64 entries and 4096 characters. A confidence that is missing counts as 1.
+    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]; at most 64 entries and
+    4096 characters. A missing confidence counts as 1.
     """
     text = text.strip()
     if len(text) > MAX_DETECTION_CHARACTERS:
@@ -235,7 +235,7 @@ def _normalise(text: str) -> str:
 
 
 def _find_first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
-    """The letter of the first form that names exactly one; of "the answer is", the last."""
+    """Returns the letter of the first form that names only one; for "the answer is", the last."""
     text = NEGATED.sub("", " ".join(text.split()))  # the forms know single spaces only
     for form in forms:
         letters = ["".join(match.groups("")).upper() for match in form.finditer(text)]
@@ -245,7 +245,7 @@ def _find_first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | N
 
 
 def _contains_phrase(phrase: str, text: str) -> bool:
-    """Whether a phrase stands in a text as whole words, without case, unless after "not"."""
+    """True if the phrase is in the text as whole words, without case, and not after "not"."""
     phrase = _normalise(phrase)
     return bool(phrase) and bool(
         re.search(rf"(?<!\w)(?<!\bnot ){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)

@@ -1,8 +1,6 @@
-"""What BLIP sees in a picture: greedy captions of images.
+"""Captions images with BLIP, greedily.
 
-The host brings images to size; one device program normalises, looks and decodes. Products of
-float32 are exact there, whatever the platform's default: a caption that flips with the rounding
-of TensorFloat-32 would be another reward for the same image.
+The host resizes images. One device program normalises them, encodes them and decodes captions.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from corl_jax.weights.foreign_config import Fields
 from corl_jax.weights.storage import read_json
 
 CHUNK = 64
-"""Images captioned in one program; bounds the memory of the image features and their keys."""
+"""Images in one program; bounds the memory of the image features and their keys."""
 
 Triple = tuple[float, float, float]
 
@@ -37,10 +35,10 @@ Triple = tuple[float, float, float]
 def caption_images(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
 ) -> list[str]:
-    """One caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
+    """Returns one caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
 
-    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and
-    the image settings. Of each process, its own images.
+    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and the
+    image settings. Each process captions its own images.
 
     Raises: InputError for a folder without those files, settings that are not implemented, or
         more tokens than the decoder has positions.
@@ -53,9 +51,9 @@ def caption_images(
 def generate_caption_tokens(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
 ) -> np.ndarray:
-    """Token ids int32 [N, max_new_tokens] of the captions, without the token that starts them.
+    """Returns token ids int32 [N, max_new_tokens] of captions, without the first token.
 
-    The separator ends a caption and fills what follows it; a caption that fills its row was cut.
+    The separator ends a caption and pads its row. A caption without separator was cut.
 
     Raises: InputError as `caption_images`.
     """
@@ -103,6 +101,8 @@ def _caption_program(
     max_new_tokens: int,
     dtype: Any,
 ) -> jax.Array:
+    # Products of float32 are exact on every platform: a caption that changes with the rounding of
+    # TensorFloat-32 would give the same image another reward.
     with jax.default_matmul_precision("highest"):
         model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
         features = model.vision_model(normalise_images(images, settings))
@@ -112,27 +112,27 @@ def _caption_program(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What one decode step hands to the next."""
+    """What one decode step passes to the next."""
 
-    step: jax.Array  # scalar int32, tokens drawn so far
-    token: jax.Array  # [N] int32, the newest token, not yet read by the decoder
+    step: jax.Array  # scalar int32, tokens generated so far
+    token: jax.Array  # [N] int32, the newest token, which the decoder reads next
     done: jax.Array  # [N] bool, rows that have ended
     tokens: jax.Array  # [N, T] int32
     cache: DecoderCache
 
 
 def decode_greedily(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> jax.Array:
-    """The most likely token at each place, ids [N, T] for features [N, S, D].
+    """Returns the most likely token at each position, ids [N, T], for features [N, S, D].
 
-    Stops when every row has drawn the separator, which also fills the rest of its row.
+    Stops when every row has a separator. The separator pads the rest of a row.
     """
     config, rows = decoder.config, features.shape[0]
     blocks, cache = decoder.start(features, max_new_tokens)
 
     def step(state: DecodeState) -> DecodeState:
         logits, cache = decoder.decode(blocks, state.token, state.step, state.cache)
-        drawn = jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
-        token = jnp.where(state.done, config.sep_token_id, drawn)
+        best = jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
+        token = jnp.where(state.done, config.sep_token_id, best)
         return DecodeState(
             step=state.step + 1,
             token=token,
@@ -158,7 +158,7 @@ def decode_greedily(decoder: TextDecoder, features: jax.Array, max_new_tokens: i
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes pixel values; read from the model's folder."""
+    """How an image becomes pixel values, from the model's folder."""
 
     size: int  # side of the square, pixels
     mean: Triple
@@ -167,17 +167,15 @@ class ImageSettings:
 
 
 def squash_to_size(images: np.ndarray, size: int) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] squashed to [N, size, size, 3], bicubic, as BlipProcessor does."""
+    """Resizes images uint8 [N, H, W, 3] to [N, size, size, 3], bicubic, as BlipProcessor does."""
     if images.shape[1:3] == (size, size):
         return images
-    resized = (
-        Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in images
-    )
-    return np.stack([np.asarray(one) for one in resized])
+    resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images)
+    return np.stack([np.asarray(x) for x in resized])
 
 
 def normalise_images(images: jax.Array, settings: ImageSettings) -> jax.Array:
-    """uint8 [..., 3] as the pixel values that the vision tower reads, float32."""
+    """Returns uint8 [..., 3] as the float32 pixel values that the vision tower reads."""
     pixels = images.astype(jnp.float32) * jnp.float32(settings.scale)
     mean, std = (jnp.asarray(three, jnp.float32) for three in (settings.mean, settings.std))
     return (pixels - mean) / std
@@ -185,10 +183,10 @@ def normalise_images(images: jax.Array, settings: ImageSettings) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
-    """The settings in preprocessor_config.json, or else in the newer processor_config.json.
+    """Reads preprocessor_config.json, or else the newer processor_config.json.
 
-    Raises: InputError naming the file that is absent, or listing every setting that is missing,
-        not implemented, or at odds with the network's `image_size`.
+    Raises: InputError naming the file that is missing, or listing every setting that is missing,
+        not implemented, or different from the network's `image_size`.
     """
     file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     problems: list[str] = []
@@ -213,7 +211,7 @@ def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
 
 
 def _read_side(fields: Fields, expected: int) -> int:
-    """The side from 384 or {"height": 384, "width": 384}, which must be the network's."""
+    """Reads the side from 384 or {"height": 384, "width": 384}; it must be the network's."""
     size = fields.data.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if not sides or any(type(side) is not int or side != expected for side in sides):
@@ -239,13 +237,9 @@ def _read_triple(fields: Fields, name: str) -> Triple:
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
-    """BERT's tokenizer, as the folder has it.
+    """Loads BERT's tokenizer from the folder.
 
-    Published, it does not know the token that starts a caption, and the one that ends it is
-    special. Were the first a word, transformers would put it in front of every caption; were the
-    second one, it would stand at the end: such a pair is of two models.
-
-    Raises: InputError for a folder without a tokenizer, or with one that cannot be used.
+    Raises: InputError for a folder without a tokenizer, or with one that does not fit the model.
     """
     from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -267,6 +261,10 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, expected at most the network's "
             f"{config.vocab_size}; use the tokenizer that belongs to the weights"
         )
+    # The published tokenizer does not have the token that starts a caption, and the token that
+    # ends a caption is special. If the start were a word, transformers would put it in front of
+    # every caption; if the end were a word, it would stand at the end. Such files belong to two
+    # different models.
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     words = set(tokenizer.get_vocab().values()) - marks
     for name, what in (("bos_token_id", "starts"), ("sep_token_id", "ends")):

@@ -1,7 +1,7 @@
-"""Rewards by a CLIP: how well a drawing matches its prompt, and how good it looks.
+"""Scores images with CLIP networks: how well they match the prompt, and how good they look.
 
-The scores are the published ones; `divisor` brings those that are not near 1 to the scale of
-other rewards. Prompts are cut to the text tower's 77 tokens.
+The scores are the published ones. `divisor` scales those that are far from 1. Prompts are cut to
+the text tower's 77 tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
 def score_aesthetic(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
 ) -> np.ndarray:
-    """The predicted rating of the picture, about 1 to 10, over `divisor`; the prompt is not read.
+    """The predicted rating of the image, about 1 to 10, over `divisor`. The prompt is not used.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
@@ -80,10 +80,10 @@ def score_aesthetic(
 def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> np.ndarray:
     """Cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty prompt.
 
-    `network` is a Network of a Clip, whose folder holds its tokenizer.
+    `network` is a Network of a Clip whose folder holds its tokenizer.
 
     Raises:
-        InputError: the folder has no tokenizer, or one that does not belong to the network.
+        InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
     pixels = resize_images(images, network.config.image_size)
     ids = tokenize_prompts(network, [prompt or "" for prompt in prompts])
@@ -100,10 +100,10 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
 def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
     """Ratings [N] float32 of images [N, S, S, 3] uint8.
 
-    `network` is a Network of a Clip, `head` one of an AestheticHead.
+    `network` is a Network of a Clip, `head` a Network of an AestheticHead.
 
     Raises:
-        InputError: the head was made for vectors of another size.
+        InputError: the head needs vectors of another size.
     """
     expected, found = head.config.sizes[0], network.config.projection_dim
     if expected != found:
@@ -128,8 +128,8 @@ def _cosine_program(
     config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array
 ) -> jax.Array:
     model = modules.bind(Clip, config, params)
-    pictures = model.image_embeds(normalise_pixels(config, pixels))
-    return (pictures * model.text_embeds(ids)).sum(axis=-1)
+    image_embeds = model.image_embeds(normalise_pixels(config, pixels))
+    return (image_embeds * model.text_embeds(ids)).sum(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "head_config"))
@@ -140,10 +140,10 @@ def _rating_program(
     head_params: Params,
     pixels: jax.Array,
 ) -> jax.Array:
-    pictures = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
+    image_embeds = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
     head = modules.bind(AestheticHead, head_config, head_params)
     with jax.default_matmul_precision("highest"):
-        return head(pictures).astype(jnp.float32)
+        return head(image_embeds).astype(jnp.float32)
 
 
 # ---- checks before a run
@@ -171,28 +171,26 @@ def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]
 
 
 def resize_images(images: np.ndarray, size: int) -> np.ndarray:
-    """Square images [N, S, S, 3] uint8 as [N, size, size, 3] uint8, bicubic with antialiasing.
-
-    A square has nothing that CLIP's crop would cut off.
-    """
+    """Resizes square images [N, S, S, 3] uint8 to [N, size, size, 3], bicubic, antialiased."""
     if images.shape[1:3] == (size, size):
         return images
+    # CLIP also crops the centre. A square image has nothing to crop.
     shape = (size, size)
-    pictures = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in pictures])
+    resized = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
+    return np.stack([np.asarray(x) for x in resized])
 
 
 def normalise_pixels(config: ClipConfig, pixels: jax.Array) -> jax.Array:
-    """uint8 pixels as the vision tower reads them, float32."""
+    """Returns uint8 pixels as the float32 values that the vision tower reads."""
     x = pixels.astype(jnp.float32) / 255.0
     return (x - jnp.array(config.image_mean)) / jnp.array(config.image_std)
 
 
 def tokenize_prompts(network: Any, prompts: Sequence[str]) -> np.ndarray:
-    """[N, context_length] int32: start of text, the prompt's first tokens, end of text, zeros.
+    """Returns ids [N, context_length] int32: start, first tokens of the prompt, end, zeros.
 
     Raises:
-        InputError: the folder has no tokenizer, or one that does not belong to the network.
+        InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
     config: ClipConfig = network.config
     try:
@@ -201,20 +199,20 @@ def tokenize_prompts(network: Any, prompts: Sequence[str]) -> np.ndarray:
         )["input_ids"]
     except InputError:
         raise
-    except Exception as error:  # a vocabulary without the special tokens raises a bare one
+    except Exception as error:  # a vocabulary without the special tokens raises a bare Exception
         raise InputError(
             f"{network.folder}: its tokenizer cannot be used ({error}); put the tokenizer files "
             "of this CLIP there"
         ) from error
     ids = np.zeros((len(rows), config.context_length), np.int32)
-    for row, found in zip(ids, rows, strict=True):
-        if found[-1] != config.eos_token_id or max(found) >= config.vocab_size:
+    for row, tokens in zip(ids, rows, strict=True):
+        if tokens[-1] != config.eos_token_id or max(tokens) >= config.vocab_size:
             raise InputError(
-                f"{network.folder}: its tokenizer ends a prompt with id {found[-1]} (largest "
-                f"{max(found)}), but the network expects {config.eos_token_id} of "
+                f"{network.folder}: its tokenizer ends a prompt with id {tokens[-1]} (largest "
+                f"{max(tokens)}), but the network expects {config.eos_token_id} of "
                 f"{config.vocab_size}; put the tokenizer files of this CLIP there"
             )
-        row[: len(found)] = found
+        row[: len(tokens)] = tokens
     return ids
 
 
@@ -233,7 +231,7 @@ def _load_tokenizer(folder: Path) -> Any:
             return CLIPTokenizerFast.from_pretrained(str(readable), local_files_only=True)
     except InputError:
         raise
-    except Exception as error:  # transformers and tokenizers raise what they like
+    except Exception as error:  # transformers and tokenizers raise many kinds
         raise InputError(
             f"{folder}: its tokenizer cannot be read ({error}); copy it again"
         ) from error

@@ -1,4 +1,4 @@
-"""The cycle rewards: a drawing is captioned again, and compared with its real image."""
+"""The cycle rewards: the generated image is captioned, and compared with its real image."""
 
 from __future__ import annotations
 
@@ -35,29 +35,31 @@ def score_bid_cycle(
     max_new_tokens: Positive = 64,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """Prompt against the caption of the drawing, plus drawing against the real image; [0, 2].
+    """The caption of the image against the prompt, plus the image against the real image; [0, 2].
 
-    `caption` says who describes the drawing in at most `max_new_tokens`: BLIP, or the policy
-    (as `scorer` says), greedily unless `caption_greedy` is false: then at temperature 1, which
-    makes the reward itself random. `text_term` compares caption and prompt (`bertscore` by the
-    hidden states after `bert_layer`, -1 the last), `image_term` the two images, the real one
-    brought to size by `image_fit`. `normalise` cuts both terms to [0, 1] and halves their sum;
-    without it 1 - LPIPS and a cosine of sentences may fall below 0, as in the released code. NaN
-    without a prompt or a real image.
+    `caption`: who captions the image in at most `max_new_tokens`: BLIP, or the policy (see the
+    option `scorer`). The policy decodes greedily; with `caption_greedy` false it samples at
+    temperature 1, and the reward is random. `text_term` compares caption and prompt (`bertscore`:
+    by the hidden states after `bert_layer`, -1 the last). `image_term` compares the two images,
+    the real one resized as `image_fit` says. `normalise` clips both terms to [0, 1] and halves
+    their sum. Without it, 1 - LPIPS and a cosine of sentences can be negative, as in the released
+    code. NaN without a prompt or a real image.
     Source: arXiv 2505.17534 eq. 3 (blip, spice, lpips); the released code (blip, bertscore,
     lpips) and its second version (policy, jaccard, rmse).
     """
-    said = make_captions(
+    image_captions = make_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    words = compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
-    pixels = _compare_to_real_images(samples, context, image_term, image_fit)
-    if normalise:
-        words, pixels = np.clip(words, 0.0, 1.0), np.clip(pixels, 0.0, 1.0)
-    return np.asarray(
-        image.cycle_reward(jnp.asarray(words), jnp.asarray(pixels), normalise), np.float32
+    text_scores = compare_texts(
+        text_term, image_captions, samples.column("prompt"), context, bert_layer
     )
+    image_scores = _compare_to_real_images(samples, context, image_term, image_fit)
+    if normalise:
+        text_scores = np.clip(text_scores, 0.0, 1.0)
+        image_scores = np.clip(image_scores, 0.0, 1.0)
+    total = image.cycle_reward(jnp.asarray(text_scores), jnp.asarray(image_scores), normalise)
+    return np.asarray(total, np.float32)
 
 
 def score_cycle(
@@ -72,16 +74,16 @@ def score_cycle(
     max_new_tokens: Positive = 30,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """Prompt against the caption of the drawing, at most 1; the options are `score_bid_cycle`'s.
+    """The caption of the image against the prompt, at most 1; options as in `score_bid_cycle`.
 
     NaN without a prompt.
     Source: the released code.
     """
-    said = make_captions(
+    image_captions = make_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    return compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
+    return compare_texts(text_term, image_captions, samples.column("prompt"), context, bert_layer)
 
 
 def make_captions(
@@ -94,7 +96,7 @@ def make_captions(
     max_new_tokens: int,
     chunk: int,
 ) -> list[str]:
-    """A caption of each drawing, by BLIP or by the policy."""
+    """Returns a caption of each image, by BLIP or by the policy."""
     if caption == "blip":
         with context.network("blip") as network:
             return captions.caption_images(
@@ -108,30 +110,30 @@ def make_captions(
 
 def compare_texts(
     term: TextTerm,
-    said: Sequence[str],
+    image_captions: Sequence[str],
     prompts: Sequence[str | None],
     context: Context,
     bert_layer: int = -1,
 ) -> np.ndarray:
-    """Captions against prompts [N] float32, at most 1; NaN without a prompt.
+    """Compares captions with prompts [N] float32, at most 1; NaN without a prompt.
 
     `sentence` lies in [-1, 1], the others in [0, 1].
     """
     if term == "bertscore":
         with context.network("bert") as network:
-            return similarity.bert_score(network, said, prompts, layer=bert_layer)
+            return similarity.bert_score(network, image_captions, prompts, layer=bert_layer)
     if term == "sentence":
         with context.network("sentence") as network:
-            return similarity.sentence_similarity(network, said, prompts)
+            return similarity.sentence_similarity(network, image_captions, prompts)
     if term == "spice":
-        return spice.score_spice(said, prompts)
+        return spice.score_spice(image_captions, prompts)
     if term == "rouge":
-        return similarity.rouge_l(said, prompts)
+        return similarity.rouge_l(image_captions, prompts)
 
     def overlap(prompt: str | None, caption: str) -> float:
         return text.soft_jaccard(prompt, caption, True) if (prompt or "").strip() else float("nan")
 
-    return score_rows(overlap, list(prompts), list(said))
+    return score_rows(overlap, list(prompts), list(image_captions))
 
 
 def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
@@ -145,7 +147,7 @@ def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: 
 
 
 def find_option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Options of the cycle rewards that others leave without effect, or that cannot be had here."""
+    """Returns options that have no effect beside others, and terms that cannot run here."""
     chosen = {**defaults, **options}
     problems = []
     if chosen["caption"] == "blip":

@@ -1,6 +1,6 @@
-"""SPICE, the paper's own text term of the cycle reward, through the Java program of its authors.
+"""Computes SPICE, the paper's text term of the cycle reward, with the Java program of its authors.
 
-The package pycocoevalcap brings the program. Its own caller is not used: that one has no time
+The package pycocoevalcap contains the program. Its own caller is not used, because it has no time
 limit, writes into the package's folder and downloads half a gigabyte without being asked.
 """
 
@@ -22,7 +22,7 @@ from corl_jax.errors import InputError
 
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 HEAP = "8G"
-# SPICE writes its results with the JavaScript engine that Java 15 took out.
+# SPICE writes its results with the JavaScript engine, which Java 15 removed.
 JAVA = range(8, 15)
 
 
@@ -31,12 +31,12 @@ def score_spice(
 ) -> np.ndarray:
     """SPICE F1 of each pair over all kinds of tuples, in [0, 1]: agreement of scene graphs.
 
-    [N] float32: NaN where the target is blank, for then the reward does not apply to the row,
-    and 0 where only the prediction is, or where no object, attribute or relation is found.
-    One Java process scores all different pairs, with up to 8 GB of memory.
+    [N] float32. NaN: the target is blank, so the reward does not apply to the row. 0: only the
+    prediction is blank, or no object, attribute or relation is found. One Java process scores all
+    distinct pairs, with up to 8 GB of memory.
 
     Raises:
-        InputError: SPICE cannot run here, fails, or is not done after `timeout_s` seconds.
+        InputError: SPICE cannot run here, fails, or takes longer than `timeout_s` seconds.
     Source: Anderson et al. 2016 (arXiv 1607.08822).
     """
     if problem := find_spice_problem():
@@ -50,7 +50,7 @@ def score_spice(
 
 
 def find_spice_problem() -> str | None:
-    """Why `score_spice` cannot run here, and the remedy; None if it can."""
+    """Returns why `score_spice` cannot run here, with the remedy; None if it can."""
     folder, java = _find_program(), _find_java()
     if folder is None:
         return "spice: found no package pycocoevalcap; run pip install 'corl-jax[spice]'"
@@ -74,7 +74,7 @@ def find_spice_problem() -> str | None:
 
 
 def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
-    """The scores of (prediction, target) pairs."""
+    """Returns the scores of (prediction, target) pairs."""
     if not pairs:
         return []
     items = [
@@ -121,7 +121,7 @@ def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
 
 
 def _read_scores(out: Path, count: int) -> list[float]:
-    """The scores by `image_id`, so that their order in the file does not matter."""
+    """Reads the scores by `image_id`, so that their order in the file does not matter."""
     try:
         items = json.loads(out.read_text())
         found = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in items}
@@ -134,13 +134,13 @@ def _read_scores(out: Path, count: int) -> list[float]:
 
 
 def _last_lines(stderr: str) -> str:
-    """The last lines without those of a stack trace."""
+    """Returns the last lines of the output, without a stack trace."""
     lines = [line.strip() for line in stderr.splitlines() if line and not line.startswith("\t")]
     return " | ".join(lines[-3:]) or "it said nothing"
 
 
 def _find_program() -> Path | None:
-    """Where the program lies in its package."""
+    """Returns the folder of the program in its package, None without the package."""
     try:
         spec = importlib.util.find_spec("pycocoevalcap.spice")
     except ModuleNotFoundError:
@@ -150,13 +150,13 @@ def _find_program() -> Path | None:
 
 
 def _find_java() -> str | None:
-    """JAVA_HOME's java, or the one on PATH."""
+    """Returns JAVA_HOME's java, or else the one on PATH."""
     home = os.environ.get("JAVA_HOME")
     return (home and shutil.which("java", path=str(Path(home, "bin")))) or shutil.which("java")
 
 
 def _read_java_version(java: str) -> int | None:
-    """8 for the `1.8.0_312` of old, 17 for `17.0.15`."""
+    """Returns 8 for the old form `1.8.0_312`, 17 for `17.0.15`; None if unknown."""
     try:
         done = subprocess.run(
             [java, "-version"],

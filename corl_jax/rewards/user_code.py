@@ -1,7 +1,7 @@
-"""The function that a config names in a file or module of the user's, imported with care.
+"""Finds and imports the function that a config names in a user's file or module.
 
-`locate` runs in the run's own process, the rest in the reward's, see `worker`. Nothing here
-imports JAX or numpy.
+`locate` runs in the run's process, the rest in the process of the reward (see `worker`). Nothing
+here imports JAX or numpy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Source:
 
     name: str  # as the config spells it
     path: Path | None = None  # None for a module
-    content: bytes = b""  # of the file when it was located: later edits act on later runs
+    content: bytes = b""  # of the file when it was found; later edits affect later runs
 
 
 def locate(use: str) -> tuple[Source, str]:
@@ -157,7 +157,7 @@ def _name_module(path: Path) -> str:
 
 
 def _is_taken(name: str, folder: Path) -> bool:
-    """True for a top-level name that Python or an installed module has."""
+    """True for a top-level name of Python or of an installed module."""
     if name in sys.stdlib_module_names or name in sys.modules:
         return True
     own = (Path.cwd(), folder)
@@ -184,11 +184,11 @@ def _put_on_path(folder: Path, *, before_installed: bool) -> None:
 
 
 def _describe_import_error(error: BaseException) -> str:
-    """Why a user's module does not import: where, what and the remedy."""
+    """Returns why a user's module does not import: where, what and the remedy."""
     if isinstance(error, SyntaxError):
         file, line, text = error.filename, error.lineno, error.text
         what = f"{type(error).__name__}: {error.msg}"
-        remedy = "mend the line"
+        remedy = "correct the line"
     else:
         frames = traceback.extract_tb(error.__traceback__)
         skipped = (__file__, importlib.__file__, "<frozen ")
@@ -209,6 +209,6 @@ def _describe_import_error(error: BaseException) -> str:
 
 
 def _is_hidden_by_python(name: str | None, file: str | None) -> bool:
-    """True for a module of Python itself whose name a file beside `file` has as well."""
+    """True for a module of Python whose name a file beside `file` also has."""
     hidden = Path(file or "").parent / f"{name}.py"
     return name in sys.stdlib_module_names and Path(file or "") != hidden and hidden.is_file()

@@ -605,10 +605,10 @@ def test_functions_that_are_not_there_and_things_that_are_none(write):
     ("code", "line", "error", "remedy"),
     [
         ("x = 1\ndef f(texts:\n  pass\n", "line 2: def f(texts:",
-         "SyntaxError: '(' was never closed", "mend the line"),
+         "SyntaxError: '(' was never closed", "correct the line"),
         ("def f(texts):\npass\n", "line 2: pass",
          "IndentationError: expected an indented block after function definition on line 1",
-         "mend the line"),
+         "correct the line"),
         ("import no_such_thing.at_all\n", "line 1: import no_such_thing.at_all",
          "ModuleNotFoundError: No module named 'no_such_thing'",
          "install it, or put it beside the file"),

@@ -20,7 +20,7 @@ from tools.reward_examples import __main__ as command
 from tools.reward_examples import cases, figure, page, scoring
 
 T2I = [one.label for one in scoring.T2I]
-SHOWN = [case["shows"] for case in cases.read_cases(cases.DRAWINGS)]
+SHOWN = [case["shows"] for case in cases.load_cases(cases.DRAWINGS)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_check_exits_1_where_a_number_differs(found, documents, monkeypatch, cap
         command.main(["--check"])
     assert ended.value.code == 0
     text = page.PAGE.read_text()
-    number = page._number(found.t2i[T2I.index("t2i_ti_sim"), 0])
+    number = page._format_number(found.t2i[T2I.index("t2i_ti_sim"), 0])
     for changed, code in ((0.004, 0), (0.007, 1)):
         page.PAGE.write_text(text.replace(number, f"{float(number) + changed:.3f}", 1))
         with pytest.raises(SystemExit) as ended:
@@ -145,7 +145,7 @@ def test_the_cases_are_small_and_the_real_image_is_the_row():
     with Image.open(page.FIGURE) as image:
         assert image.width <= 1200
     row = generator.make_row(cases.ROW_SEED, cases.ROW, split="test", encode=False)
-    first = cases.read_cases(cases.DRAWINGS)[0]
+    first = cases.load_cases(cases.DRAWINGS)[0]
     assert np.array_equal(np.asarray(cases.open_image(first)), row["real_image"])
     assert first["prompt"] == row["prompt"]
 
@@ -159,4 +159,4 @@ def test_files_that_exist_are_never_touched(tmp_path, monkeypatch):
     cases.DRAWINGS.write_text("mine")
     cases.write_missing()
     assert cases.DRAWINGS.read_text() == "mine"
-    assert len(cases.read_cases(cases.ANSWERS)) == sum(map(len, cases.ANSWER_TEXTS.values()))
+    assert len(cases.load_cases(cases.ANSWERS)) == sum(map(len, cases.ANSWER_TEXTS.values()))

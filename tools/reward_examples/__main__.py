@@ -39,21 +39,21 @@ def main(argv: list[str] | None = None) -> None:
     write(score_all())
 
 
-def write(found: Scores) -> None:
+def write(scores: Scores) -> None:
     """Rewrites the section and the figure."""
-    figure.save(page.FIGURE, found)
-    # Read as late as can be: the scores took long, and the page may have been edited meanwhile.
-    text = page.replace_section(page.PAGE.read_text(encoding="utf-8"), page.write_section(found))
+    figure.save(page.FIGURE, scores)
+    # Read as late as possible: scoring takes long, and someone may edit the page meanwhile.
+    text = page.replace_section(page.PAGE.read_text(encoding="utf-8"), page.write_section(scores))
     with replacing(page.PAGE) as file:
         file.write(text.encode())
 
 
-def compare(found: Scores) -> list[str]:
-    """How the page and the figure differ from the scores."""
+def compare(scores: Scores) -> list[str]:
+    """Returns how the page and the figure differ from the scores."""
     old = page.find_section(page.PAGE.read_text(encoding="utf-8"))
-    problems = page.list_differences(old, page.write_section(found))
+    problems = page.list_differences(old, page.write_section(scores))
     shown = figure.read_scores(page.FIGURE)
-    if shown.shape != found.t2i.shape or np.abs(shown - found.t2i).max() > page.TOLERANCE:
+    if shown.shape != scores.t2i.shape or np.abs(shown - scores.t2i).max() > page.TOLERANCE:
         problems.append(f"{page.FIGURE}: shows other scores; run `python -m tools.reward_examples`")
     return problems
 

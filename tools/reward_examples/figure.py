@@ -21,27 +21,27 @@ TRACK, FILL = (228, 228, 228), (70, 110, 180)
 SCORES_KEY = "scores"  # of the PNG's text: what the figure shows, so that it can be checked
 
 
-def save(path: Path, found: Scores) -> None:
+def save(path: Path, scores: Scores) -> None:
     """Writes the figure as a PNG that also holds its scores as text."""
     notes = PngImagePlugin.PngInfo()
-    notes.add_text(SCORES_KEY, json.dumps(np.round(found.t2i.astype(float), 4).tolist()))
+    notes.add_text(SCORES_KEY, json.dumps(np.round(scores.t2i.astype(float), 4).tolist()))
     buffer = io.BytesIO()
-    draw(found).quantize(128).save(buffer, format="PNG", pnginfo=notes, optimize=True)
+    draw(scores).quantize(128).save(buffer, format="PNG", pnginfo=notes, optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(buffer.getvalue())
 
 
 def read_scores(path: Path) -> np.ndarray:
-    """What a figure shows, [T2I, drawings]."""
+    """Returns the scores that a figure shows, [T2I, images]."""
     with Image.open(path) as image:
         return np.array(json.loads(image.info[SCORES_KEY]), float)
 
 
-def draw(found: Scores) -> Image.Image:
+def draw(scores: Scores) -> Image.Image:
     """Draws a column per image, a row per reward."""
-    rows = cases.read_cases(cases.DRAWINGS)
-    captions = next(iter(found.said.values()))
+    rows = cases.load_cases(cases.DRAWINGS)
+    captions = next(iter(scores.answers.values()))
     images = Image.fromarray(pictures.draw_page([_make_cells(rows, captions)]))
     size = (LABEL + images.width, images.height + ROW * len(T2I) + MARGIN)
     page = Image.new("RGB", size, pictures.PAPER)
@@ -52,7 +52,7 @@ def draw(found: Scores) -> Image.Image:
     pictures.write_lines(pen, (MARGIN, MARGIN), prompt)
     caption = ("the mini Janus's caption:", FAINT)
     pictures.write_lines(pen, (MARGIN, MARGIN + CELL + pictures.FRAME + LINE), [caption])
-    for row, (example, values) in enumerate(zip(T2I, found.t2i, strict=True)):
+    for row, (example, values) in enumerate(zip(T2I, scores.t2i, strict=True)):
         _draw_scores(pen, images.height + row * ROW, example, values)
     return page
 

@@ -1,4 +1,4 @@
-"""Scores of the cases, by the registry and with the weights that are at hand."""
+"""Scores the cases with the registry and the weights that come with the project."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MM2T = (
     Example("qa_accuracy"),
     Example("oc_accuracy"),
 )
-# What needs weights that do not come with the project, and the range that is known of it.
+# Rewards whose weights do not come with the project, and their known range.
 UNSCORED = (
     (Example("t2i_clip_reward"), "-2 to 2"),
     (Example("pickscore"), "about 15 to 25"),
@@ -79,10 +79,10 @@ UNSCORED = (
 class Scores:
     """All that the page shows."""
 
-    t2i: np.ndarray  # [T2I, drawings]
+    t2i: np.ndarray  # [T2I, images]
     mm2t: np.ndarray  # [answers, MM2T]
-    said: dict[str, list[str]]  # what was asked -> the mini Janus's words for each drawing
-    boxes: dict[str, float]  # what a detector may answer -> its score by t2i_od's rule
+    answers: dict[str, list[str]]  # question -> the mini Janus's answers for each image
+    boxes: dict[str, float]  # an answer with boxes -> its score by t2i_od's rule
 
 
 def score_all() -> Scores:
@@ -92,57 +92,57 @@ def score_all() -> Scores:
         InputError: weights or cases that cannot be read.
     """
     startup.prepare_devices()
-    drawn = [registry.bind_reward(one.reward, one.options) for one in T2I]
+    image_rewards = [registry.bind_reward(example.reward, example.options) for example in T2I]
     loaded = {
         one.name: networks.load_frozen_network(one, None, offload=False)
-        for one in _list_networks(drawn)
+        for one in _list_networks(image_rewards)
     }
     config, params, processor, _ = startup.load_model(cases.MODEL, np.float32)
     context = Context(config, params, processor, np.float32, 0, step=0, networks=loaded)
-    written = [registry.bind_reward(one.reward, one.options) for one in MM2T]
+    text_rewards = [registry.bind_reward(example.reward, example.options) for example in MM2T]
     return Scores(
-        t2i=np.stack([_score(one, context) for one in drawn]),
-        mm2t=np.stack([_score(one, context) for one in written], axis=-1),
-        said=_collect_answers(context),
+        t2i=np.stack([_score(reward, context) for reward in image_rewards]),
+        mm2t=np.stack([_score(reward, context) for reward in text_rewards], axis=-1),
+        answers=_collect_answers(context),
         boxes=_score_boxes(),
     )
 
 
 def _list_networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
-    """The networks of the rewards, each once."""
+    """Returns the networks of the rewards, each once."""
     found = networks.check_networks(resolved, Networks(), "float32")
     return [one for one in found if one.name in networks.NETWORKS]
 
 
 def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
-    return registry.score([reward], _samples(reward.row), context)[reward.name]
+    return registry.score([reward], _read_samples(reward.row), context)[reward.name]
 
 
-def _samples(entry: registry.RewardRow) -> Samples:
-    path = cases.DRAWINGS if entry.task == "t2i" else cases.ANSWERS
-    return read_cases(path, entry).samples
+def _read_samples(row: registry.RewardRow) -> Samples:
+    path = cases.DRAWINGS if row.task == "t2i" else cases.ANSWERS
+    return read_cases(path, row).samples
 
 
 def _collect_answers(context: Context) -> dict[str, list[str]]:
-    """The mini Janus's captions and answers, which t2i rewards score."""
-    samples = {name: _samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
+    """Returns the mini Janus's captions and answers, which t2i rewards score."""
+    samples = {name: _read_samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
     questions = {
         "qa": samples["qa"].column("qa_problem"),
         "oc": read_class_questions(samples["oc"])[0],
         "od": samples["od"].column("od_problem"),
     }
-    said = {
+    answers = {
         CAPTION: cycle.make_captions(
             samples["qa"], context, "policy", scorer="policy", greedy=True,
             max_new_tokens=_get_max_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
         )
     }  # fmt: skip
     for name, asked in questions.items():
-        said[asked[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
+        answers[asked[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
             samples[name], context, asked, stream=name, greedy=True,
             max_new_tokens=_get_max_new_tokens(f"t2i_{name}"),
         )  # fmt: skip
-    return said
+    return answers
 
 
 def _get_max_new_tokens(reward: str) -> int:
@@ -150,8 +150,8 @@ def _get_max_new_tokens(reward: str) -> int:
 
 
 def _score_boxes() -> dict[str, float]:
-    """t2i_od's rule on answers with boxes, which the mini Janus never gives."""
-    (truth,) = cases.read_cases(cases.DRAWINGS)[0]["od_solution"]
+    """Scores answers with boxes by t2i_od's rule; the mini Janus never gives such answers."""
+    (truth,) = cases.load_cases(cases.DRAWINGS)[0]["od_solution"]
     answers = {
         "the true box": [truth],
         "three quarters of it": [_cut_left_part(truth, 3 / 4)],
