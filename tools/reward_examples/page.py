@@ -82,7 +82,7 @@ scored by:
 
 def write_section(scores: Scores) -> str:
     """Returns the text between the two marks."""
-    images, answers = cases.load_cases(cases.DRAWINGS), cases.read_cases(cases.ANSWERS)
+    images, answers = cases.load_cases(cases.DRAWINGS), cases.load_cases(cases.ANSWERS)
     shown = [case["shows"] for case in images]
     values = [
         [_format_code(example), *map(_format_number, row)]
