@@ -38,19 +38,20 @@ if TYPE_CHECKING:
 
 DEFAULT_ROWS = 256
 MAX_SEED = 2**32 - 1
-SUITES = ("shapes",)
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """The command."""
+    from corl_jax.evaluation.intervals import format_rates
+
     args = build_parser().parse_args(argv)
     loader = plan(args)
     tell_sampling(args)
     started = time.monotonic()
     dtype, report = measure(args, loader)
     seconds = time.monotonic() - started
-    print(table(report.rates))
+    print(format_rates(report.rates))
     if args.out is not None:
         settings = {
             "model": args.model,
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="model directory of any of the three kinds, or a hub id",
     )
-    add("--suite", choices=SUITES, default="shapes", help="what is measured (default %(default)s)")
+    add("--suite", default="shapes", help="what is measured (default %(default)s)")
     add("--world", choices=("full", "small"),
         help="of rows drawn in memory (default: small for pictures below 48 pixels)")  # fmt: skip
     add("--data", type=parse_place, metavar="PATH",
@@ -136,16 +137,16 @@ def plan(args: argparse.Namespace) -> Any:
             return None
 
     model = attempt(inspect_policy, args.model)
-    # With a wrong number of rows there are none to check.
+    # With a wrong number of rows, or of an unknown suite, there are none to check.
     source = (
         None
-        if any(p.startswith(("--rows", "--seed")) for p in problems)
+        if any(p.startswith(("--rows", "--seed", "--suite")) for p in problems)
         else attempt(open_rows, args, model)
     )
     lengths = attempt(check_rows, source, model, args) if source is not None else None
     if problems or lengths is None:
         raise InputError(problems)
-    return make_loader(source, model.processor, lengths, args.batch_size)
+    return make_loader(source, model.processor, lengths, args)
 
 
 def option_problems(args: argparse.Namespace) -> list[str]:
@@ -155,6 +156,11 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         for name in ("rows", "batch_size", "max_new_tokens")
         if (value := getattr(args, name)) is not None and value < 1
     ]
+    from corl_jax.evaluation import SUITES
+
+    suites = [name for name, suite in SUITES.items() if suite.make_rows is not None]
+    if args.suite not in suites:
+        problems.append(f"--suite: found {args.suite}; expected {' or '.join(suites)}")
     if not 0 <= args.seed <= MAX_SEED:
         problems.append(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
     if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
@@ -183,15 +189,17 @@ def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
     """
     from corl_jax.data.dataset import ParquetSource, Rows
     from corl_jax.data.drawn_world.scene import choose_world
-    from corl_jax.evaluation.shapes import REQUIRED, HeldOutShapes
+    from corl_jax.evaluation import SUITES
 
+    suite = SUITES[args.suite]
     if args.data is None:
+        assert suite.make_rows is not None
         side = model.family.limits(model.sizes).input_image_side if model else 64
         world = args.world or choose_world(side)
-        return HeldOutShapes(args.rows or DEFAULT_ROWS, args.seed, world)
+        return suite.make_rows(args.rows or DEFAULT_ROWS, args.seed, world)
     if args.world is not None:
         raise InputError("--world: --data has its own rows; leave one of the two out")
-    source: Any = ParquetSource(args.data, required=[*REQUIRED, "real_image"])
+    source: Any = ParquetSource(args.data, required=suite.columns)
     if args.rows is not None and args.rows > len(source):
         raise InputError(
             f"--rows: found {args.rows}, but {args.data} has {len(source)} rows; ask for at most "
@@ -207,10 +215,12 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
         InputError: listing every row that could not be drawn, answered or scored.
     """
     from corl_jax.data.images import decode_image
-    from corl_jax.evaluation.shapes import REQUIRED, row_problems
+    from corl_jax.evaluation import SUITES
 
     names = [source.where(row) for row in range(len(source))]
-    problems = row_problems({name: source.column(name) for name in REQUIRED}, names)
+    suite, columns = SUITES[args.suite], scored_columns(args)
+    assert suite.find_row_problems is not None
+    problems = suite.find_row_problems({name: source.column(name) for name in columns}, names)
     longest = dict.fromkeys(TASKS, 1)
     for row, name in enumerate(names):
         try:
@@ -249,18 +259,28 @@ def prompt_lengths(
     return lengths
 
 
-def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size: int) -> Any:
+def scored_columns(args: argparse.Namespace) -> list[str]:
+    """Returns the columns that the suite's scores are computed from; images are read by row."""
+    from corl_jax.data.columns import IMAGE_COLUMN
+    from corl_jax.evaluation import SUITES
+
+    return [name for name in SUITES[args.suite].columns if name != IMAGE_COLUMN]
+
+
+def make_loader(
+    source: Any, processor: Any, lengths: dict[str, int], args: argparse.Namespace
+) -> Any:
     """Rows in file order, all padded alike, so that each task compiles once."""
     from corl_jax.data.dataset import Loader
-    from corl_jax.evaluation.shapes import REQUIRED
+    from corl_jax.evaluation import SUITES
 
     return Loader(
         source,
         processor,
-        tasks=tuple(TASKS),
-        batch_size=min(batch_size, len(source)),
+        tasks=SUITES[args.suite].tasks,
+        batch_size=min(args.batch_size, len(source)),
         seed=0,
-        required=REQUIRED,
+        required=scored_columns(args),
         shuffle=False,
         lengths=lengths,
         max_bad_fraction=0.0,  # a row in another's place would count twice
@@ -279,9 +299,10 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
 
     from corl_jax.devices.mesh import batch_sharding, make_mesh
     from corl_jax.devices.startup import prepare_devices
-    from corl_jax.evaluation.shapes import evaluate_shapes
+    from corl_jax.evaluation import SUITES, EvaluationInputs
     from corl_jax.policies import load_policy
     from corl_jax.policies.family import SamplingOptions
+    from corl_jax.rewards.samples import Policy
 
     prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
@@ -298,28 +319,18 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
         max_new_tokens=args.max_new_tokens,
         dtype=dtype,
     )
+    inputs = EvaluationInputs(
+        policy=Policy(model.family, model.sizes, model.params, model.processor, dtype),
+        batches=batches,
+        sampling=options,
+        seed=args.seed,
+        greedy_images=args.greedy,
+        rows=len(loader.source),
+        place=lambda tree: jax.device_put(tree, batch_sharding(mesh)),
+    )
     with jax.set_mesh(mesh):
-        report = evaluate_shapes(
-            model,
-            batches,
-            options,
-            seed=args.seed,
-            greedy_images=args.greedy,
-            rows=len(loader.source),
-            place=lambda tree: jax.device_put(tree, batch_sharding(mesh)),
-        )
+        report = SUITES[args.suite].evaluate(inputs)
     return dtype.name, report
-
-
-def table(rates: dict[str, Any]) -> str:
-    """A line a rate, in per cent."""
-    width = max(map(len, rates))
-    lines = [f"{'metric':{width}}     mean   95% interval      n"]
-    for name, rate in rates.items():
-        mean = f"{100 * rate.mean:6.1f} %" if rate.n else f"{'-':>8}"
-        interval = f"{100 * rate.low:5.1f} .. {100 * rate.high:5.1f}" if rate.n else f"{'-':>14}"
-        lines.append(f"{name:{width}} {mean} {interval} {rate.n:6}")
-    return "\n".join(lines)
 
 
 def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
@@ -328,13 +339,12 @@ def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
 
     from corl_jax.atomic_files import create_folder
     from corl_jax.data.questions import to_json_line
-    from corl_jax.evaluation.shapes import contact_sheet
 
     with create_folder(out) as folder:
         content = {"settings": settings, **report.as_json()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        Image.fromarray(contact_sheet(report)).save(folder / "grid.png")
+        Image.fromarray(report.draw()).save(folder / "grid.png")
         lines = [to_json_line({"row": row, **answer}) for row, answer in enumerate(report.answers)]
         (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -187,7 +187,7 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
     files = [[folder / image_name(row, column) for column in columns] for row in range(len(shown))]
     images = [[np.asarray(Image.open(file)) for file in row] for row in files]
-    Image.fromarray(pictures.grid(np.asarray(images), shown)).save(folder / "grid.png")
+    Image.fromarray(pictures.draw_samples(np.asarray(images), shown)).save(folder / "grid.png")
 
 
 # ---- text

@@ -255,7 +255,7 @@ def before_and_after(work: Work) -> Path:
     for path in (sheets[0], sheets[-1]):
         with Image.open(path) as picture:
             pages.append(np.asarray(picture.convert("RGB")))
-    return pictures.save_png(work.out / "before_after.png", pictures.side_by_side(*pages))
+    return pictures.save_png(work.out / "before_after.png", pictures.join_side_by_side(*pages))
 
 
 def result_lines(rise: Rise, steps: int, before: dict, after: dict) -> list[str]:

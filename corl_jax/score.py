@@ -37,6 +37,7 @@ from jax.sharding import SingleDeviceSharding
 
 from corl_jax.config.schema import Networks, Reward, RewardNetwork
 from corl_jax.config.yaml_text import parse_yaml
+from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.images import decode_image
 from corl_jax.data.questions import holds_surrogate
 from corl_jax.devices.startup import prepare_devices
@@ -44,7 +45,6 @@ from corl_jax.errors import InputError, RewardError, exit_on_input_error
 from corl_jax.input_files import LONE_SURROGATE, expand_path, parse_path, parse_place, read_text
 from corl_jax.policies import inspect_policy, load_policy
 from corl_jax.rewards import networks, registry
-from corl_jax.rewards.functions import column_problem
 from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -121,7 +121,7 @@ def table() -> str:
     for name, entry in registry.REGISTRY.items():
         columns = [*entry.columns, *(["|".join(entry.either)] if entry.either else [])]
         columns += [f"[{column}]" for column in entry.optional]
-        options = registry.options_of(name).items()
+        options = registry.list_options(name).items()
         lines = [
             f"{name}",
             f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
@@ -176,17 +176,17 @@ def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNe
     reward = args.reward and attempt(_resolve, args.reward, options)
     asked = reward.networks if reward else ()
     settings = attempt(_network_settings, args.network, args.dtype, asked)
-    found = reward and settings and attempt(networks.inspect, [reward], settings, args.dtype)
+    found = reward and settings and attempt(networks.check_networks, [reward], settings, args.dtype)
     asks = bool(reward and {"policy", "initial"} & set(reward.scorers))
     if asks and not args.model:
         problems.append(f"--model: missing; {reward.name} asks the policy")
     elif args.model and (asks or reward is None):
         model = attempt(inspect_policy, args.model)
         if reward and model:
-            problems += networks.position_problems(
+            problems += networks.find_position_problems(
                 reward, model.family.limits(model.sizes), model.processor
             )
-    entry = reward.entry if reward else registry.REGISTRY.get(args.reward)
+    entry = reward.row if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and attempt(read_cases, args.input, entry)
     if problems:
         raise InputError(problems)
@@ -197,8 +197,10 @@ def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNe
 def _resolve(name: str, options: dict[str, Any]) -> BoundReward:
     if ":" in name:
         # Tried out, a reward that fails should say so, not count as "does not apply".
-        return registry.resolve_custom(Reward(use=name, options=options, max_failures=1), "reward")
-    return registry.resolve_one(name, options)
+        return registry.bind_user_reward(
+            Reward(use=name, options=options, max_failures=1), "reward"
+        )
+    return registry.bind_reward(name, options)
 
 
 def _network_settings(
@@ -316,7 +318,7 @@ def _value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
     if value is None:
         return None, None
     if name not in ("image", "real_image"):
-        return column_problem(name, value), value
+        return find_value_problem(name, value), value
     if not isinstance(value, str):
         return f"found {value!r}, expected a path", None
     try:
@@ -358,13 +360,11 @@ def _load_context(
 ) -> Context:
     model = dtype = None
     # Of rewards without a network those of images may use a device; a user's own readies itself.
-    if (
-        found
-        or reward.scorers
-        or (not TASKS[reward.entry.task].makes_text and not reward.entry.any_size)
-    ):
+    row = reward.row
+    uses_images = not TASKS[row.task].makes_text and not row.any_size
+    if found or reward.scorers or uses_images:
         prepare_devices()
-    loaded = {one.name: networks.load(one, None, offload=False) for one in found}
+    loaded = {one.name: networks.load_frozen_network(one, None, offload=False) for one in found}
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]
         model = load_policy(args.model, dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from corl_jax.devices import processes
 from corl_jax.devices.mesh import BATCH, batch_sharding, constrain
 from corl_jax.errors import InputError
+from corl_jax.types import Params
 
 
 def num_batch_shards(mesh: Any) -> int:
@@ -138,3 +139,50 @@ def mesh_of(params: Any) -> Mesh | None:
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
     return sharding.mesh  # type: ignore[return-value]
+
+
+# ---- many rows through one program
+
+
+def pad_rows(values: np.ndarray, num_rows: int) -> np.ndarray:
+    """Returns `num_rows` rows: those of `values`, then its last row repeated."""
+    # num_rows = 4: [a, b, c] -> [a, b, c, c]
+    return np.asarray(values)[np.minimum(np.arange(num_rows), len(values) - 1)]
+
+
+def split_rows(num_rows: int, max_rows: int, multiple: int = 1) -> Iterator[np.ndarray]:
+    """Yields the row numbers 0 to num_rows - 1 in pieces of one size.
+
+    The size is as even as possible: at most `max_rows`, rounded up to a multiple of `multiple`.
+    The last piece is padded by repeating the last row.
+    """
+    if not num_rows:
+        return
+    # 7 rows, at most 3: [0 1 2] [3 4 5] [6 6 6]. 7 rows, at most 4: [0 1 2 3] [4 5 6 6].
+    num_pieces = -(-num_rows // max_rows)
+    size = -(-num_rows // (num_pieces * multiple)) * multiple
+    for first in range(0, num_rows, size):
+        yield pad_rows(np.arange(first, min(first + size, num_rows)), size)
+
+
+def run_in_pieces(
+    program: Callable[..., Any],
+    take: Callable[[np.ndarray], tuple],
+    num_rows: int,
+    max_rows: int,
+    params: Params | None,
+) -> list[np.ndarray]:
+    """Runs a device program over all rows, about `max_rows` at a time.
+
+    `take(row numbers)` returns the arguments of `program` for these rows. All pieces have one
+    size, so the program is compiled once. Rows are spread over the devices of `params`.
+    Returns each output of the program as a host array with `num_rows` rows.
+    """
+    mesh = mesh_of(params)
+    multiple = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
+    outputs = []
+    for index in split_rows(num_rows, max_rows, multiple):
+        arguments = take(index) if mesh is None else put_rows(mesh, take(index))
+        outputs.append(jax.tree.leaves(program(*arguments)))
+    columns = zip(*outputs, strict=True)
+    return [np.concatenate([to_host_rows(x) for x in xs])[:num_rows] for xs in columns]

@@ -40,4 +40,4 @@ def host_shardings(sharding: Any) -> Any:
     """Returns the same shardings in host memory (pinned, if supported)."""
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
     kind = "pinned_host" if "pinned_host" in kinds else "unpinned_host"
-    return jax.tree.map(lambda one: one.with_memory_kind(kind), sharding)
+    return jax.tree.map(lambda leaf: leaf.with_memory_kind(kind), sharding)

@@ -1,0 +1,21 @@
+"""Evaluation suites: each is a row of SUITES and a file of this package."""
+
+from __future__ import annotations
+
+from corl_jax.data.drawn_world.held_out import HeldOutShapes
+from corl_jax.evaluation import rewards, shapes
+from corl_jax.evaluation.suite import EvaluationInputs, Report, Suite
+
+__all__ = ["SUITES", "EvaluationInputs", "Report", "Suite"]
+
+SUITES: dict[str, Suite] = {
+    "shapes": Suite(
+        shapes.evaluate_shapes,
+        columns=(*shapes.COLUMNS, "real_image"),
+        tasks=shapes.TASKS,
+        find_row_problems=shapes.find_row_problems,
+        make_rows=HeldOutShapes,
+    ),
+    "rewards": Suite(rewards.evaluate_rewards, uses_rewards=True),
+}
+"""Value of the option `eval.suite` -> the suite; `none` stands for no evaluation."""

@@ -1,87 +1,54 @@
-"""Held-out rates on the drawn world: how often a drawing is what was asked for, an answer right.
+"""Suite `shapes`: how often images and answers are right on the drawn world.
 
-Each row is drawn once and answered once. Drawings are judged by the exact checker, answers by
-whether they equal the solution. A row's samples depend on the seed and its position only, so
-the batch size changes nothing but speed.
+For each row one image is generated and one question answered. The exact checker judges images. An
+answer is right if it equals the solution. The samples of a row depend on the seed and the row's
+number only, so the batch size does not change them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from corl_jax import tasks
+from corl_jax.data.column_values import find_spec_problem, read_question_type
 from corl_jax.data.dataset import Loader
-from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.checker import check
 from corl_jax.data.drawn_world.scene import CATEGORIES
-from corl_jax.devices.batches import to_host_rows
-from corl_jax.errors import InputError
-from corl_jax.fonts import make_drawable
-from corl_jax.policies import Model
+from corl_jax.devices.batches import pad_rows, to_host_rows
+from corl_jax.errors import InputError, Problems
+from corl_jax.evaluation.intervals import Rate
+from corl_jax.evaluation.suite import EvaluationInputs
 from corl_jax.policies.choices import sample_keys
-from corl_jax.policies.family import SamplingOptions
-from corl_jax.rewards.answers import read_question_type, true_answer
-from corl_jax.rewards.functions import spec_problem
+from corl_jax.rewards.answers import read_solution
 from corl_jax.rewards.text import format_reward, qa_accuracy
-from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING
-from corl_jax.types import Prompts, Segment
+from corl_jax.runs import pictures
+from corl_jax.types import Prompts
 
-Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 TASKS = tuple(tasks.TASKS)
-REQUIRED = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
-HELD_OUT_SEEDS = 2**40
-"""Added to the seed of `HeldOutShapes`: row i of a training set of the same seed is another."""
-CELL, GAP, FONT_SIZE, LINE, PROMPT_LINES = 128, 8, 12, 15, 3  # of the contact sheet, pixels
-FRAME = 4  # green around a drawing as demanded, red around another
+COLUMNS = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
+ACCURACIES = ("draw/accuracy", "answer/accuracy")
+PROMPT_LINES = 3  # below an image
+PASS, FAIL = ("pass", (20, 120, 50)), ("fail", (190, 30, 30))
 
 
 @dataclasses.dataclass(frozen=True)
-class Rate:
-    """A share of `n` tries and its 95% Wilson interval; NaN in [0, 1] without any try.
-
-    Source: Wilson 1927, JASA 22:209.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, hits: int, n: int) -> Rate:
-        """The rate of `hits` in `n` tries."""
-        if not n:
-            return cls(math.nan, 0.0, 1.0, 0)
-        mean, shrink = hits / n, 1 + Z_95**2 / n
-        center = (mean + Z_95**2 / (2 * n)) / shrink
-        half = Z_95 * math.sqrt(mean * (1 - mean) / n + Z_95**2 / (4 * n**2)) / shrink
-        # At the ends the interval reaches the border exactly, which rounding may miss.
-        low = 0.0 if hits == 0 else max(center - half, 0.0)
-        high = 1.0 if hits == n else min(center + half, 1.0)
-        return cls(mean, low, high, n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What an evaluation found; rates are over all processes, the rest is this process's rows."""
+class ShapesReport:
+    """The results. Rates are over all processes, the other fields of this process's rows."""
 
     rates: dict[str, Rate]  # by name without `eval/`
     images: np.ndarray  # [rows, S, S, 3] uint8
     prompts: list[str]
-    passed: list[bool]  # whether the drawing holds what its prompt demands
+    passed: list[bool]  # whether the image shows what its prompt demands
     answers: list[dict[str, Any]]  # question, answer, solution, qa_type, correct, format
 
     def metrics(self) -> dict[str, float]:
-        """`eval/NAME`, `eval/NAME_low` and `eval/NAME_high` of every rate that has a try."""
+        """Returns `eval/NAME`, `eval/NAME_low` and `eval/NAME_high` of each rate with tries."""
         return {
             f"eval/{name}{suffix}": value
             for name, rate in self.rates.items()
@@ -89,8 +56,17 @@ class Report:
             for suffix, value in (("", rate.mean), ("_low", rate.low), ("_high", rate.high))
         }
 
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """Returns metric -> (mean, standard error) of the two accuracies."""
+        # Half the width of a 95% interval is 1.96 standard errors.
+        return {
+            f"eval/{name}": (rate.mean, (rate.high - rate.low) / (2 * 1.96))
+            for name, rate in self.rates.items()
+            if name in ACCURACIES and rate.n
+        }
+
     def as_json(self) -> dict[str, Any]:
-        """Rates and verdicts as plain values; the mean of a rate without a try is None."""
+        """Returns rates and verdicts as plain values; the mean of a rate without tries is None."""
         rates = {name: dataclasses.asdict(rate) for name, rate in self.rates.items()}
         for rate in rates.values():
             rate["mean"] = rate["mean"] if rate["n"] else None
@@ -100,115 +76,102 @@ class Report:
         ]
         return {"rows": len(self.prompts), "rates": rates, "drawings": drawings}
 
+    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> np.ndarray:
+        """Returns a page [H, W, 3] uint8 of the first images, with verdict and prompt below each.
 
-def evaluate_shapes(
-    model: Model,
-    batches: Iterable[Prompts],
-    options: SamplingOptions,
-    *,
-    seed: int,
-    greedy_text: bool = True,
-    greedy_images: bool = False,
-    rows: int | None = None,
-    place: Callable[[Any], Any] = lambda tree: tree,
-    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
-) -> Report:
-    """Generates an image and an answer for every row of `batches` and scores both.
+        A frame is green for an image that passed, else red. The rate is added to the title.
+        """
+        if title:
+            rate = self.rates["draw/accuracy"]
+            title = f"{title}: {rate.mean:.1%} of {rate.n} images as the prompt demands"
+        cells = []
+        for pixels, prompt, passed in zip(self.images, self.prompts, self.passed, strict=True):
+            verdict, color = PASS if passed else FAIL
+            width = pictures.image_width(pixels)
+            lines = [(line, pictures.INK) for line in pictures.wrap(prompt, width, PROMPT_LINES)]
+            cells.append(pictures.Cell(pixels, [(verdict, color), *lines], frame=color))
+        cells = cells[:max_images]
+        rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
+        return pictures.draw_page(rows, title=title)
 
-    `batches` is a Loader, of whose endless passes one is taken, or finite batches. Rows from
-    position `rows` on do not count. `place` puts host arrays on the devices, a partial last batch
-    filled up; `total` adds up counts over processes. `greedy_..`: the likeliest tokens are taken.
+
+def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:
+    """Generates an image and an answer for each row, and scores both.
+
+    The last batch may have fewer rows than the others; it is padded.
 
     Raises:
-        InputError: a batch lacks what it needs, before it is sampled; or there is no row.
+        InputError: a batch lacks something, which is checked before it is sampled; or no rows.
     """
+    batches, num_rows = inputs.batches, inputs.rows
     if isinstance(batches, Loader):
-        rows = min(len(batches.source), len(batches.source) if rows is None else rows)
-        batches = batches.iterate(0, -(-rows // batches.batch_size))
-    greedy = {IMAGE_GENERATION: greedy_images, IMAGE_UNDERSTANDING: greedy_text}
+        available = len(batches.source)
+        num_rows = available if num_rows is None else min(num_rows, available)
+        batches = batches.iterate(0, -(-num_rows // batches.batch_size))
     size, pieces = 0, []
     for prompts in batches:
-        kept = np.flatnonzero(prompts.index < (np.inf if rows is None else rows))
-        if not kept.size and jax.process_count() == 1:  # of several, another may have rows left
+        kept = np.flatnonzero(prompts.index < (np.inf if num_rows is None else num_rows))
+        # With several processes another one may have rows left, and all must run the programs.
+        if not kept.size and jax.process_count() == 1:
             break
-        check_columns(prompts)
+        check_batch(prompts)
         size = max(size, len(prompts))
-        images = texts = None
-        for name in TASKS:
-            task = tasks.TASKS[name]
-            encoded, keys = _inputs(prompts, name, size, seed, place)
-            chosen = dataclasses.replace(options, greedy=greedy[task])
-            sample = model.family.turns[task.turn.segments].sample
-            result = sample(model.sizes, model.params, encoded, keys, chosen)[-1]
-            if task.makes_text:
-                texts = _texts(model.processor, result, kept)
-            else:
-                images = model.family.decode_images(model.sizes, model.params, result.values)
-        assert images is not None and texts is not None
-        pieces.append((to_host_rows(images)[kept], texts, _rows(prompts.columns, kept)))
-    return _report(pieces, total)
+        images, texts = _sample(inputs, prompts, size)
+        columns = {name: [values[row] for row in kept] for name, values in prompts.columns.items()}
+        pieces.append((images[kept], [texts[row] for row in kept], columns))
+    return _make_report(pieces, inputs.gather)
 
 
-def filled(values: np.ndarray, size: int) -> np.ndarray:
-    """Rows up to `size`, the last one repeated."""
-    return np.asarray(values)[np.minimum(np.arange(size), len(values) - 1)]
-
-
-def check_columns(prompts: Prompts) -> None:
-    """Raises: InputError for all that drawings and answers of this batch could not be scored by."""
-    problems = [
-        f"evaluation: the batch has no {task} prompts; give the loader tasks={TASKS}"
-        for task in TASKS
-        if task not in prompts.encoded
-    ]
-    problems += [
-        f"evaluation: column {name} is missing; found {', '.join(prompts.columns)}; the suite "
-        "`shapes` needs rows as `python -m corl_jax.data.drawn_world` writes them"
-        for name in REQUIRED
-        if name not in prompts.columns
-    ]
-    if problems:
-        raise InputError(problems)
-    problems = row_problems(prompts.columns, [f"row {i}" for i in prompts.index])
-    if problems:
-        raise InputError(problems)
-
-
-def row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> list[str]:
-    """What is wrong with the columns that scores come from; `names` are the rows' for messages."""
-    problems = []
-    for row, name in enumerate(names):
-        spec = columns["spec"][row]
-        problem = spec_problem(spec)
-        if problem:
-            problems.append(
-                f"{name}: spec: {problem}; write the rows with corl_jax.data.drawn_world"
+def check_batch(prompts: Prompts) -> None:
+    """Raises: InputError listing everything that is missing or wrong for the scores."""
+    problems = Problems()
+    for task in TASKS:
+        if task not in prompts.encoded:
+            problems.add(
+                f"evaluation: the batch has no {task} prompts; give the loader tasks={TASKS}"
             )
-        category = columns["category"][row] if problem else _spec(spec)["category"]
-        if columns["category"][row] not in CATEGORIES or columns["category"][row] != category:
-            problems.append(
-                f"{name}: category is {columns['category'][row]!r}, its spec's is {category!r}; "
+    for name in COLUMNS:
+        if name not in prompts.columns:
+            problems.add(
+                f"evaluation: column {name} is missing; found {', '.join(prompts.columns)}; the "
+                "suite `shapes` needs rows as `python -m corl_jax.data.drawn_world` writes them"
+            )
+    problems.raise_any()
+    problems.add(find_row_problems(prompts.columns, [f"row {i}" for i in prompts.index]))
+    problems.raise_any()
+
+
+def find_row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> list[str]:
+    """Returns what is wrong with the columns of the scores; `names` of the rows, for messages."""
+    problems = Problems()
+    for row, name in enumerate(names):
+        spec, category = columns["spec"][row], columns["category"][row]
+        problem = find_spec_problem(spec)
+        if problem:
+            problems.add(f"{name}: spec: {problem}; write the rows with corl_jax.data.drawn_world")
+        spec_category = category if problem else _parse_spec(spec)["category"]
+        if category not in CATEGORIES or category != spec_category:
+            problems.add(
+                f"{name}: category is {category!r}, its spec's is {spec_category!r}; "
                 f"expected the same, one of {', '.join(CATEGORIES)}"
             )
-        if not true_answer(columns["qa_solution"][row] or ""):
-            problems.append(f"{name}: qa_solution is empty; expected <answer>..</answer>")
-        try:
+        if not read_solution(columns["qa_solution"][row] or ""):
+            problems.add(f"{name}: qa_solution is empty; expected <answer>..</answer>")
+        with problems.collect(f"{name}: qa_type: "):
             if read_question_type(columns["qa_type"][row]) is None:
-                problems.append(f"{name}: qa_type is empty; expected MC or OE")
-        except InputError as error:
-            problems += [f"{name}: qa_type: {problem}" for problem in error.problems]
-    return problems
+                problems.add(f"{name}: qa_type is empty; expected MC or OE")
+    return list(problems)
 
 
-def score_drawings(images: np.ndarray, columns: Mapping[str, Sequence]) -> list[bool]:
-    """Whether each image, uint8 [N, H, W, 3], holds what its row's `spec` demands, no more."""
+def score_images(images: np.ndarray, columns: Mapping[str, Sequence]) -> list[bool]:
+    """Returns for each image uint8 [N, H, W, 3] whether it shows exactly what `spec` demands."""
     return [check(image, spec) for image, spec in zip(images, columns["spec"], strict=True)]
 
 
 def score_answers(texts: Sequence[str], columns: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-    """Each answer beside its question and solution, whether it is right, and whether well formed.
+    """Returns each answer with its question and solution, and whether it is right and well formed.
 
-    Right is an accuracy reward of 1: the true option, or the solution's very words.
+    An answer is right if its accuracy reward is 1: the true option, or the words of the solution.
     """
     names = ("qa_problem", "qa_solution", "qa_type")
     rows = zip(texts, *(columns[name] for name in names), strict=True)
@@ -225,112 +188,75 @@ def score_answers(texts: Sequence[str], columns: Mapping[str, Sequence]) -> list
     ]
 
 
-def summarize(
+def compute_rates(
     passed: Sequence[bool],
     categories: Sequence[str],
     answers: Sequence[Mapping[str, Any]],
-    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
+    gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> dict[str, Rate]:
-    """Rates by name; `total` adds up counts over processes."""
-    right = [one["correct"] for one in answers]
-    kinds = [one["qa_type"] for one in answers]
+    """Returns rates by name, over the rows of all processes. `gather` all-gathers rows."""
+    correct = [answer["correct"] for answer in answers]
+    kinds = [answer["qa_type"] for answer in answers]
     tries = {"draw/accuracy": list(passed)}
     for category in CATEGORIES:
         tries[f"draw/{category}"] = [
             p for p, c in zip(passed, categories, strict=True) if c == category
         ]
-    tries["answer/accuracy"] = right
+    tries["answer/accuracy"] = correct
     for kind in ("MC", "OE"):
-        tries[f"answer/{kind.lower()}"] = [r for r, k in zip(right, kinds) if k == kind]
-    tries["answer/format"] = [one["format"] for one in answers]
-    counts = total(np.array([[sum(values), len(values)] for values in tries.values()], np.int32))
+        tries[f"answer/{kind.lower()}"] = [c for c, k in zip(correct, kinds) if k == kind]
+    tries["answer/format"] = [answer["format"] for answer in answers]
+    counts = np.array([[sum(values), len(values)] for values in tries.values()], np.int32)
+    counts = gather(counts[None]).sum(axis=0)
     return {name: Rate.of(int(hits), int(n)) for name, (hits, n) in zip(tries, counts)}
 
 
-class HeldOutShapes:
-    """Rows of the drawn world that no training set of any seed holds, drawn in memory.
-
-    A data source for a Loader: the split `test`, whose demands `train` lacks where there are
-    enough of them to do without, with pictures and questions of seeds of their own.
-    """
-
-    def __init__(self, rows: int, seed: int, world: str = "full"):
-        self.names = {name: name for name in generator.FEATURES}
-        self._rows = [
-            generator.make_row(HELD_OUT_SEEDS + seed, i, split="test", world=world)
-            for i in range(rows)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return dict(self._rows[row])
-
-    def column(self, name: str) -> list:
-        return [row[name] for row in self._rows]
-
-    def where(self, row: int) -> str:
-        return f"drawn row {row}"
+def _sample(
+    inputs: EvaluationInputs, prompts: Prompts, num_rows: int
+) -> tuple[np.ndarray, list[str]]:
+    """Returns the images [num_rows, S, S, 3] and answers of a batch padded to `num_rows` rows."""
+    policy, images, texts = inputs.policy, None, None
+    for name in TASKS:
+        task = tasks.TASKS[name]
+        greedy = inputs.greedy_texts if task.makes_text else inputs.greedy_images
+        options = dataclasses.replace(inputs.sampling, greedy=greedy)
+        encoded, keys = _place(inputs, prompts, name, num_rows)
+        sample = policy.family.turns[task.turn.segments].sample
+        result = sample(policy.config, policy.params, encoded, keys, options)[-1]
+        if task.makes_text:
+            tokens, mask = to_host_rows(result.values), to_host_rows(result.mask)
+            rows = zip(tokens, mask, strict=True)
+            texts = [policy.processor.decode(row[valid]) for row, valid in rows]
+        else:
+            pixels = policy.family.decode_images(policy.config, policy.params, result.values)
+            images = to_host_rows(pixels)
+    assert images is not None and texts is not None
+    return images, texts
 
 
-def contact_sheet(report: Report, most: int = 64, columns: int = 8, title: str = "") -> np.ndarray:
-    """The first `most` drawings, prompt and verdict under each: [H', W', 3] uint8."""
-    count = min(most, len(report.prompts))
-    columns = min(columns, count)
-    side = CELL * max(1, round(report.images.shape[1] / CELL))
-    width, height = side + 2 * GAP, side + 2 * GAP + PROMPT_LINES * LINE + LINE
-    above = LINE + GAP if title else 0
-    size = columns * width, above + -(-count // columns) * height
-    page = Image.new("RGB", size, (255, 255, 255))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
-    draw.text((GAP, GAP), title, (20, 20, 20), font)
-    letters = max(1, int(side / font.getlength("n")))
-    for cell in range(count):
-        x, y = cell % columns * width + GAP, above + cell // columns * height + GAP
-        picture = Image.fromarray(report.images[cell])
-        page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        word, ink = ("pass", (20, 120, 50)) if report.passed[cell] else ("fail", (190, 30, 30))
-        left, top, last = x - FRAME, y - FRAME, side + FRAME - 1
-        draw.rectangle((left, top, x + last, y + last), outline=ink, width=FRAME)
-        draw.text((x, y + side + 3), word, ink, font)
-        prompt = make_drawable(report.prompts[cell], font)
-        text = textwrap.wrap(prompt, letters, max_lines=PROMPT_LINES, placeholder="…")
-        draw.multiline_text(
-            (x, y + side + 3 + LINE), "\n".join(text), (20, 20, 20), font, spacing=2
-        )
-    return np.asarray(page)
-
-
-def _report(pieces: list[tuple[np.ndarray, list[str], dict[str, list]]], total: Any) -> Report:
-    if not pieces:
-        raise InputError("evaluation: found no rows; expected at least one batch")
-    images = np.concatenate([images for images, _, _ in pieces])
-    texts = [text for _, some, _ in pieces for text in some]
-    columns = {name: [v for _, _, c in pieces for v in c[name]] for name in REQUIRED}
-    passed, answers = score_drawings(images, columns), score_answers(texts, columns)
-    rates = summarize(passed, columns["category"], answers, total)
-    return Report(rates, images, columns["prompt"], passed, answers)
-
-
-def _inputs(prompts: Prompts, task: str, size: int, seed: int, place: Callable) -> tuple:
-    """(encoded prompts, keys) of a batch filled up to `size` rows, on the devices."""
-    index = filled(prompts.index, size)
-    encoded = jax.tree.map(lambda x: filled(x, size), prompts.encoded[task])
-    keys = sample_keys(seed, index, 1, tasks.TASKS[task].stream)
-    # Typed keys are no host arrays: `place` gets their bits.
-    encoded, bits = place((encoded, np.asarray(jax.random.key_data(keys))))
+def _place(inputs: EvaluationInputs, prompts: Prompts, task: str, num_rows: int) -> tuple:
+    """Returns (encoded prompts, keys) of a batch padded to `num_rows` rows, on the devices."""
+    index = pad_rows(prompts.index, num_rows)
+    encoded = jax.tree.map(lambda x: pad_rows(x, num_rows), prompts.encoded[task])
+    keys = sample_keys(inputs.seed, index, 1, tasks.TASKS[task].stream)
+    # Typed keys are not host arrays, so `place` gets their bits.
+    encoded, bits = inputs.place((encoded, np.asarray(jax.random.key_data(keys))))
     return encoded, jax.random.wrap_key_data(bits)
 
 
-def _texts(processor: Any, text: Segment, rows: np.ndarray) -> list[str]:
-    tokens, mask = to_host_rows(text.values), to_host_rows(text.mask)
-    return [processor.decode(tokens[row][mask[row]]) for row in rows]
+def _make_report(
+    pieces: list[tuple[np.ndarray, list[str], dict[str, list]]],
+    gather: Callable[[np.ndarray], np.ndarray],
+) -> ShapesReport:
+    if not pieces:
+        raise InputError("evaluation: found no rows; expected at least one batch")
+    images = np.concatenate([images for images, _, _ in pieces])
+    texts = [text for _, texts, _ in pieces for text in texts]
+    columns = {name: [value for *_, c in pieces for value in c[name]] for name in COLUMNS}
+    passed, answers = score_images(images, columns), score_answers(texts, columns)
+    rates = compute_rates(passed, columns["category"], answers, gather)
+    return ShapesReport(rates, images, columns["prompt"], passed, answers)
 
 
-def _rows(columns: Mapping[str, list], rows: np.ndarray) -> dict[str, list]:
-    return {name: [values[row] for row in rows] for name, values in columns.items()}
-
-
-def _spec(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
+def _parse_spec(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return json.loads(value) if isinstance(value, str) else value

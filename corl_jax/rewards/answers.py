@@ -1,7 +1,7 @@
-"""Reading answers: what a completion says, before anything is scored.
+"""Reads answers from completions, before anything is scored.
 
-Pure functions on strings: the answer span, string equality, question types, option letters,
-detections. Numbers are in `numerals`.
+Pure functions on strings: the answer block, equality of strings, option letters, detections.
+Numbers are in `numerals`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from corl_jax.errors import InputError
 from corl_jax.rewards import numerals
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -22,11 +21,11 @@ STRAY = (*TAGS, "Answer:", "Answer")
 OPTION_LINE = re.compile(r"^\s*([A-Na-n])\.\s*(.+?)\s*$", re.MULTILINE)
 QUOTED = re.compile(r"[\"“`]([^\"“”`]+)[\"”`]|(?<!\w)['‘]([^'‘’]+)['’](?!\w)")
 
-# A capital is a letter wherever a letter is expected; a small one only before a mark or the end,
-# because "the answer is a dog" names no option.
+# A capital is an option letter wherever a letter is expected. A small letter is one only before a
+# mark or the end: "the answer is a dog" names no option.
 _LETTER = r"\b(?:([A-N])(?![\w'’])|([a-n])(?=\s?(?:[.)\]}:;,*\"'`!]|$)))"
-# Possessive, as is every repetition that another one follows: a completion of marks and spaces
-# must not cost more than its length.
+# Possessive quantifiers (*+) wherever another repetition follows: the time for a completion of
+# marks and spaces must be linear in its length.
 _GAP = r"[\s*\"'`(\[{:=#]*+"
 LETTER_FORMS = (
     # "The answer is B", "Answer: (B)", "ans = option B"
@@ -62,28 +61,12 @@ NEGATED = re.compile(
 _EXPLICIT_FORMS = LETTER_FORMS[:7]
 _LEADING_FORMS = LETTER_FORMS[2:4]
 
-QuestionType = Literal["MC", "OE"]
-_SEPARATORS = re.compile(r"[\s_\-\u2010-\u2015./]+")
-QUESTION_TYPES: dict[str, QuestionType] = {
-    **dict.fromkeys(
-        ("mc", "mcq", "mcqs", "mcqa", "multichoice", "multiplechoice", "multiplechoices",
-         "multichoicequestion", "multiplechoicequestion", "multiplechoicequestions",
-         "singlechoice", "choice"),
-        "MC",
-    ),
-    **dict.fromkeys(
-        ("oe", "oeq", "open", "openend", "openended", "openquestion", "openendquestion",
-         "openendedquestion", "openendedquestions", "freeform", "freetext", "shortanswer"),
-        "OE",
-    ),
-}  # fmt: skip
-"""Spelling of a question's type, in small letters without spaces and dashes -> the type."""
 
 MAX_DETECTION_CHARACTERS = 4096
 MAX_DETECTIONS = 64
 _DETECTION_KEYS = re.compile(r"(['\"])(?:Position|Confidence)\1")
-# What may stand between the keys. Without other letters the literal can hold no name, string
-# or keyword, so parsing it has no side effects, not even warnings.
+# What is allowed between the keys. Without other letters the literal contains no name, string or
+# keyword, so parsing it has no side effects, not even warnings.
 _DETECTION_REST = re.compile(r"[\[\](){}:,.\s\d+\-eE]*")
 
 
@@ -94,30 +77,11 @@ class Detection(NamedTuple):
     confidence: float
 
 
-def read_question_type(value: str | None) -> QuestionType | None:
-    """MC or OE from one of the usual spellings; None for null and for a blank text.
-
-    Upper and lower case, spaces, dashes and underscores are alike: "Multiple Choice" is MC.
-
-    Raises:
-        InputError: any other text.
-    """
-    if value is None or not value.strip():
-        return None
-    kind = QUESTION_TYPES.get(_SEPARATORS.sub("", value).lower())
-    if kind is None:
-        raise InputError(
-            f"found {value[:60]!r}, expected MC or OE (also spelt mcq, multiple choice, open, "
-            "open-ended, free-form, ..)"
-        )
-    return kind
-
-
-def tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
-    """The content of the first answer block outside the thoughts, or None without one.
+def find_tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
+    """Returns the content of the first answer block outside the thoughts, None without one.
 
     `multiline=False` and `in_thoughts=True` are released behaviours: a block with a line break
-    in it is not seen (Q21); a block inside the thoughts counts.
+    is ignored (Q21); a block inside the thoughts counts.
     """
     found = (ANSWER if multiline else ANSWER_ONE_LINE).search(
         text if in_thoughts else remove_thoughts(text)
@@ -125,12 +89,12 @@ def tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) 
     return found.group(1).strip() if found else None
 
 
-def predicted_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
-    """What a completion answers: its answer block, else all but the thoughts and stray tags."""
-    tagged = tagged_answer(completion, multiline, in_thoughts)
+def read_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
+    """Returns the answer block of a completion, or else its text without thoughts and tags."""
+    tagged = find_tagged_answer(completion, multiline, in_thoughts)
     if tagged is not None:
         return tagged
-    # The released code looks for the pairs of tags alone.
+    # The released code looks for pairs of tags only.
     text = THINK.sub("", completion) if in_thoughts else remove_thoughts(completion)
     for stray in STRAY:
         text = text.replace(stray, "")
@@ -140,8 +104,8 @@ def predicted_answer(completion: str, multiline: bool = True, in_thoughts: bool 
 def remove_thoughts(text: str) -> str:
     """Returns a text without its thoughts: from <think> to the last </think> before another.
 
-    "<think>a <think>b</think> c</think>d" is "d". Thoughts that nothing closes stay: what is
-    cut off there may be the answer.
+    "<think>a <think>b</think> c</think>d" is "d". Thoughts without an end stay, because the answer
+    may be inside them.
     """
     opened, closed = "<think>", "</think>"
     kept, position = [], 0
@@ -156,19 +120,19 @@ def remove_thoughts(text: str) -> str:
     return "".join([*kept, text[position:]])
 
 
-def true_answer(solution: str, multiline: bool = True) -> str:
-    """What a solution column says: its answer block, else the whole of it."""
-    # Also in thoughts: a solution is written by people, and has none to be misled by.
-    tagged = tagged_answer(solution, multiline, in_thoughts=True)
+def read_solution(solution: str, multiline: bool = True) -> str:
+    """Returns the answer block of a solution column, or else the whole text."""
+    # In thoughts too: people write solutions, and these have no misleading thoughts.
+    tagged = find_tagged_answer(solution, multiline, in_thoughts=True)
     return solution.strip() if tagged is None else tagged
 
 
-def safe_string_equal(first: str, second: str, by_value: bool = True) -> bool:
-    """Equality without case, outer spaces and final dots, and of numbers by their values.
+def are_equal(first: str, second: str, by_value: bool = True) -> bool:
+    """True for equal texts, without case, outer spaces and final dots; numbers compare by value.
 
-    "two", "2" and "2.0" are equal, "twenty-one" and "21"; a text counts as a number only as a
-    whole ("two dogs" is none). `by_value=False` is the released behaviour: a text that is one
-    of word2number's 33 words equals its digits, and nothing else is a number.
+    "two", "2" and "2.0" are equal, and "twenty-one" and "21". Only a whole text is a number ("two
+    dogs" is none). `by_value=False` is the released behaviour: a text that is one of word2number's
+    33 words equals its digits, and nothing else is a number.
     """
     first, second = _normalise(first), _normalise(second)
     if first == second:
@@ -179,10 +143,10 @@ def safe_string_equal(first: str, second: str, by_value: bool = True) -> bool:
     return number is not None and number == numerals.read_number(second)
 
 
-def options_of(problem: str | None) -> dict[str, str]:
-    """The options of a question, letter -> text; one option per line, as "A. text".
+def read_options(problem: str | None) -> dict[str, str]:
+    """Returns the options of a question, letter -> text; one option per line, as "A. text".
 
-    Of two options with one letter the first counts.
+    If a letter occurs twice, the first counts.
     """
     options: dict[str, str] = {}
     for letter, text in OPTION_LINE.findall(problem or ""):
@@ -190,34 +154,36 @@ def options_of(problem: str | None) -> dict[str, str]:
     return options
 
 
-def option_letter(text: str) -> str | None:
-    """The option letter that a text commits to, or None if it names none or several."""
-    return _first_letter(text, LETTER_FORMS)
+def find_letter(text: str) -> str | None:
+    """Returns the option letter that a text chooses, None if it names none or several."""
+    return _find_first_letter(text, LETTER_FORMS)
 
 
-def explicit_letter(text: str) -> str | None:
-    """As `option_letter`, without the capitals that merely stand in the text ("vitamin C")."""
-    return _first_letter(text, _EXPLICIT_FORMS)
+def find_explicit_letter(text: str) -> str | None:
+    """Does the same as `find_letter`, but ignores other capitals in the text ("vitamin C")."""
+    return _find_first_letter(text, _EXPLICIT_FORMS)
 
 
-def leading_letter(text: str) -> str | None:
-    """The letter of "B", "(B)" or "B. text": the forms in which solutions are written."""
-    return _first_letter(text, _LEADING_FORMS)
+def find_leading_letter(text: str) -> str | None:
+    """Returns the letter of "B", "(B)" or "B. text": the forms in which solutions are written."""
+    return _find_first_letter(text, _LEADING_FORMS)
 
 
-def option_by_text(text: str, options: dict[str, str]) -> str | None:
-    """The letter of the one option whose text stands in `text`, else None.
+def find_option_by_text(text: str, options: dict[str, str]) -> str | None:
+    """Returns the letter of the only option whose text is contained in `text`, else None.
 
-    Quoted parts are read first. An option within a longer option that stands there too ("red"
-    in "dark red") does not count.
+    Quoted parts are read first. An option inside a longer option that is also contained ("red" in
+    "dark red") does not count.
     """
     quoted = " \n ".join(double or single for double, single in QUOTED.findall(text))
     for part in (quoted, text):
-        found = {letter: option for letter, option in options.items() if _stands_in(option, part)}
+        found = {
+            letter: option for letter, option in options.items() if _contains_phrase(option, part)
+        }
         longest = [
             letter
             for letter, option in found.items()
-            if not any(o != option and _stands_in(option, o) for o in found.values())
+            if not any(o != option and _contains_phrase(option, o) for o in found.values())
         ]
         if len(longest) == 1:
             return longest[0]
@@ -225,10 +191,10 @@ def option_by_text(text: str, options: dict[str, str]) -> str | None:
 
 
 def parse_detections(text: str) -> list[Detection] | None:
-    """The detections of an answer, or None if it is no list of them.
+    """Returns the detections of an answer, or None if it is not a list of them.
 
-    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]; at most
-    64 entries and 4096 characters. A confidence that is missing counts as 1.
+    Expected: [{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]; at most 64 entries and
+    4096 characters. A missing confidence counts as 1.
     """
     text = text.strip()
     if len(text) > MAX_DETECTION_CHARACTERS:
@@ -241,11 +207,11 @@ def parse_detections(text: str) -> list[Detection] | None:
         return None
     if not isinstance(entries, list) or len(entries) > MAX_DETECTIONS:
         return None
-    detections = [found for entry in entries if (found := _detection(entry)) is not None]
+    detections = [found for entry in entries if (found := _read_detection(entry)) is not None]
     return detections if len(detections) == len(entries) else None
 
 
-def _detection(entry: object) -> Detection | None:
+def _read_detection(entry: object) -> Detection | None:
     if not isinstance(entry, dict) or not {"Position"} <= set(entry) <= {"Position", "Confidence"}:
         return None
     position, confidence = entry["Position"], entry.get("Confidence", 1.0)
@@ -268,8 +234,8 @@ def _normalise(text: str) -> str:
     return text.rstrip(".").lower().strip()
 
 
-def _first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
-    """The letter of the first form that names exactly one; of "the answer is", the last."""
+def _find_first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
+    """Returns the letter of the first form that names only one; for "the answer is", the last."""
     text = NEGATED.sub("", " ".join(text.split()))  # the forms know single spaces only
     for form in forms:
         letters = ["".join(match.groups("")).upper() for match in form.finditer(text)]
@@ -278,8 +244,8 @@ def _first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
     return None
 
 
-def _stands_in(phrase: str, text: str) -> bool:
-    """Whether a phrase stands in a text as whole words, without case, unless after "not"."""
+def _contains_phrase(phrase: str, text: str) -> bool:
+    """True if the phrase is in the text as whole words, without case, and not after "not"."""
     phrase = _normalise(phrase)
     return bool(phrase) and bool(
         re.search(rf"(?<!\w)(?<!\bnot ){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)

@@ -1,15 +1,15 @@
-"""Says before a run which rewards can score none of the rows that are looked at."""
+"""Finds rewards that can score none of the first rows, before a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corl_jax.rewards.functions import is_blank
+from corl_jax.rewards import answers
 from corl_jax.rewards.registry import REGISTRY, BoundReward
 
 
-def inapplicable_rewards(
+def find_inapplicable_rewards(
     rewards: Sequence[BoundReward], rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Returns a line for each built-in reward that can score none of the rows, with the reason.
@@ -34,22 +34,37 @@ def inapplicable_rewards(
     return lines
 
 
-def _blank_columns(reward: BoundReward, row: Mapping[str, Any]) -> list[str]:
-    """The columns for which the reward does not apply to the row."""
-    entry = reward.entry
-    blank = [name for name in entry.columns if is_blank(name, row.get(name))]
+def _blank_columns(reward: BoundReward, values: Mapping[str, Any]) -> list[str]:
+    """Returns the columns because of which the reward does not apply to a row."""
+    row = reward.row
+    blank = [name for name in row.columns if is_blank(name, values.get(name))]
     # Some rewards need a type beside the question; null stands for OE there.
     blank = [name for name in blank if name != "qa_type"]
-    if entry.either and all(is_blank(name, row.get(name)) for name in entry.either):
-        blank += entry.either
+    if row.either and all(is_blank(name, values.get(name)) for name in row.either):
+        blank += row.either
     return blank
 
 
 def _open_by_default(reward: BoundReward, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    options = getattr(reward.function, "keywords", {})
+    """Returns a line if all questions count as open-ended because their type is null."""
     return [
         f"rewards: {reward.name}: {column} is null in each of the first {len(rows)} rows, which "
         f"count as open-ended; set options: {{{option}: MC}} if they are multiple choice"
-        for column, option in reward.entry.stand_ins.items()
-        if options.get(option) is None and all(is_blank(column, row.get(column)) for row in rows)
+        for column, option in reward.row.stand_ins.items()
+        if reward.options.get(option) is None
+        and all(is_blank(column, row.get(column)) for row in rows)
     ]
+
+
+def is_blank(name: str, value: Any) -> bool:
+    """True for a value of the column `name` that no reward can use.
+
+    These are null, white space, a solution with an empty answer, and boxes that cannot be read.
+    """
+    if value is None:
+        return True
+    if not isinstance(value, str):
+        return False
+    if name == "od_solution":
+        return answers.parse_detections(answers.read_solution(value)) is None
+    return not (answers.read_solution(value) if name.endswith("_solution") else value.strip())

@@ -1,8 +1,6 @@
-"""What BLIP sees in a picture: greedy captions of images.
+"""Captions images with BLIP, greedily.
 
-The host brings images to size; one device program normalises, looks and decodes. Products of
-float32 are exact there, whatever the platform's default: a caption that flips with the rounding
-of TensorFloat-32 would be another reward for the same image.
+The host resizes images. One device program normalises them, encodes them and decodes captions.
 """
 
 from __future__ import annotations
@@ -18,45 +16,45 @@ import numpy as np
 from jax import lax
 from PIL import Image
 
-from corl_jax.errors import InputError
+from corl_jax.devices.batches import run_in_pieces
+from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
-from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
 from corl_jax.weights.foreign_config import Fields
 from corl_jax.weights.storage import read_json
 
 CHUNK = 64
-"""Images captioned in one program; bounds the memory of the image features and their keys."""
+"""Images in one program; bounds the memory of the image features and their keys."""
 
 Triple = tuple[float, float, float]
 
 
-def caption(
+def caption_images(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
 ) -> list[str]:
-    """One caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
+    """Returns one caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
 
-    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and
-    the image settings. Of each process, its own images.
+    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and the
+    image settings. Each process captions its own images.
 
     Raises: InputError for a folder without those files, settings that are not implemented, or
         more tokens than the decoder has positions.
     """
     tokenizer = load_tokenizer(Path(network.folder), network.config.text)
-    tokens = caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
+    tokens = generate_caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
     return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in tokens]
 
 
-def caption_tokens(
+def generate_caption_tokens(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
 ) -> np.ndarray:
-    """Token ids int32 [N, max_new_tokens] of the captions, without the token that starts them.
+    """Returns token ids int32 [N, max_new_tokens] of captions, without the first token.
 
-    The separator ends a caption and fills what follows it; a caption that fills its row was cut.
+    The separator ends a caption and pads its row. A caption without separator was cut.
 
-    Raises: InputError as `caption`.
+    Raises: InputError as `caption_images`.
     """
     positions = network.config.text.max_position_embeddings
     if not 0 < max_new_tokens <= positions:
@@ -66,7 +64,7 @@ def caption_tokens(
         )
     if not len(images):
         return np.zeros((0, max_new_tokens), np.int32)
-    settings = image_settings(Path(network.folder), network.config.vision.image_size)
+    settings = read_image_settings(Path(network.folder), network.config.vision.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:
         return _caption_program(
@@ -75,9 +73,18 @@ def caption_tokens(
         )  # fmt: skip
 
     def take(index: np.ndarray) -> tuple:
-        return (to_size(images[index], settings.size),)
+        return (squash_to_size(images[index], settings.size),)
 
-    return in_pieces(program, take, len(images), chunk, network.params)[0]
+    return run_in_pieces(program, take, len(images), chunk, network.params)[0]
+
+
+def check_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer or image settings cannot be used."""
+    folder, config = Path(checkpoint.folder), checkpoint.config
+    problems = Problems()
+    problems.attempt(load_tokenizer, folder, config.text)
+    problems.attempt(read_image_settings, folder, config.vision.image_size)
+    problems.raise_any()
 
 
 # ---- the device program
@@ -93,36 +100,38 @@ def _caption_program(
     max_new_tokens: int,
     dtype: Any,
 ) -> jax.Array:
+    # Products of float32 are exact on every platform: a caption that changes with the rounding of
+    # TensorFloat-32 would give the same image another reward.
     with jax.default_matmul_precision("highest"):
         model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
-        features = model.vision_model(normalise(images, settings))
-        return greedy(model.text_decoder, features, max_new_tokens)
+        features = model.vision_model(normalise_images(images, settings))
+        return decode_greedily(model.text_decoder, features, max_new_tokens)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What one decode step hands to the next."""
+    """What one decode step passes to the next."""
 
-    step: jax.Array  # scalar int32, tokens drawn so far
-    token: jax.Array  # [N] int32, the newest token, not yet read by the decoder
+    step: jax.Array  # scalar int32, tokens generated so far
+    token: jax.Array  # [N] int32, the newest token, which the decoder reads next
     done: jax.Array  # [N] bool, rows that have ended
     tokens: jax.Array  # [N, T] int32
     cache: DecoderCache
 
 
-def greedy(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> jax.Array:
-    """The most likely token at each place, ids [N, T] for features [N, S, D].
+def decode_greedily(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> jax.Array:
+    """Returns the most likely token at each position, ids [N, T], for features [N, S, D].
 
-    Stops when every row has drawn the separator, which also fills the rest of its row.
+    Stops when every row has a separator. The separator pads the rest of a row.
     """
     config, rows = decoder.config, features.shape[0]
     blocks, cache = decoder.start(features, max_new_tokens)
 
     def step(state: DecodeState) -> DecodeState:
         logits, cache = decoder.decode(blocks, state.token, state.step, state.cache)
-        drawn = jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
-        token = jnp.where(state.done, config.sep_token_id, drawn)
+        best = jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
+        token = jnp.where(state.done, config.sep_token_id, best)
         return DecodeState(
             step=state.step + 1,
             token=token,
@@ -148,7 +157,7 @@ def greedy(decoder: TextDecoder, features: jax.Array, max_new_tokens: int) -> ja
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes pixel values; read from the model's folder."""
+    """How an image becomes pixel values, from the model's folder."""
 
     size: int  # side of the square, pixels
     mean: Triple
@@ -156,29 +165,27 @@ class ImageSettings:
     scale: float  # of a pixel's 0 to 255, before mean and std
 
 
-def to_size(images: np.ndarray, size: int) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] squashed to [N, size, size, 3], bicubic, as BlipProcessor does."""
+def squash_to_size(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes images uint8 [N, H, W, 3] to [N, size, size, 3], bicubic, as BlipProcessor does."""
     if images.shape[1:3] == (size, size):
         return images
-    resized = (
-        Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in images
-    )
-    return np.stack([np.asarray(one) for one in resized])
+    resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images)
+    return np.stack([np.asarray(x) for x in resized])
 
 
-def normalise(images: jax.Array, settings: ImageSettings) -> jax.Array:
-    """uint8 [..., 3] as the pixel values that the vision tower reads, float32."""
+def normalise_images(images: jax.Array, settings: ImageSettings) -> jax.Array:
+    """Returns uint8 [..., 3] as the float32 pixel values that the vision tower reads."""
     pixels = images.astype(jnp.float32) * jnp.float32(settings.scale)
     mean, std = (jnp.asarray(three, jnp.float32) for three in (settings.mean, settings.std))
     return (pixels - mean) / std
 
 
 @functools.lru_cache(maxsize=8)
-def image_settings(folder: Path, image_size: int) -> ImageSettings:
-    """The settings in preprocessor_config.json, or else in the newer processor_config.json.
+def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
+    """Reads preprocessor_config.json, or else the newer processor_config.json.
 
-    Raises: InputError naming the file that is absent, or listing every setting that is missing,
-        not implemented, or at odds with the network's `image_size`.
+    Raises: InputError naming the file that is missing, or listing every setting that is missing,
+        not implemented, or different from the network's `image_size`.
     """
     file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     problems: list[str] = []
@@ -192,9 +199,9 @@ def image_settings(folder: Path, image_size: int) -> ImageSettings:
         fields.expect(name, (False, None), "not implemented")
     fields.expect("resample", (int(Image.Resampling.BICUBIC),), "the filter implemented")
     settings = ImageSettings(
-        size=_side(fields, image_size),
-        mean=_triple(fields, "image_mean"),
-        std=_triple(fields, "image_std"),
+        size=_read_side(fields, image_size),
+        mean=_read_triple(fields, "image_mean"),
+        std=_read_triple(fields, "image_std"),
         scale=fields.number("rescale_factor", 1 / 255),
     )
     if problems:
@@ -202,8 +209,8 @@ def image_settings(folder: Path, image_size: int) -> ImageSettings:
     return settings
 
 
-def _side(fields: Fields, expected: int) -> int:
-    """The side from 384 or {"height": 384, "width": 384}, which must be the network's."""
+def _read_side(fields: Fields, expected: int) -> int:
+    """Reads the side from 384 or {"height": 384, "width": 384}; it must be the network's."""
     size = fields.data.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if not sides or any(type(side) is not int or side != expected for side in sides):
@@ -213,7 +220,7 @@ def _side(fields: Fields, expected: int) -> int:
     return expected
 
 
-def _triple(fields: Fields, name: str) -> Triple:
+def _read_triple(fields: Fields, name: str) -> Triple:
     value = fields.data.get(name)
     numbers = value if isinstance(value, list) else []
     if len(numbers) != 3 or not all(type(x) in (int, float) and 0 < x < 1 for x in numbers):
@@ -229,13 +236,9 @@ def _triple(fields: Fields, name: str) -> Triple:
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
-    """BERT's tokenizer, as the folder has it.
+    """Loads BERT's tokenizer from the folder.
 
-    Published, it does not know the token that starts a caption, and the one that ends it is
-    special. Were the first a word, transformers would put it in front of every caption; were the
-    second one, it would stand at the end: such a pair is of two models.
-
-    Raises: InputError for a folder without a tokenizer, or with one that cannot be used.
+    Raises: InputError for a folder without a tokenizer, or with one that does not fit the model.
     """
     from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -257,6 +260,10 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, expected at most the network's "
             f"{config.vocab_size}; use the tokenizer that belongs to the weights"
         )
+    # The published tokenizer does not have the token that starts a caption, and the token that
+    # ends a caption is special. If the start were a word, transformers would put it in front of
+    # every caption; if the end were a word, it would stand at the end. Such files belong to two
+    # different models.
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     words = set(tokenizer.get_vocab().values()) - marks
     for name, what in (("bos_token_id", "starts"), ("sep_token_id", "ends")):

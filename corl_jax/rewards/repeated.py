@@ -1,8 +1,4 @@
-"""Several calls of one reward with the same samples, and how they differ.
-
-The first call of a user's function may work where later ones do not, as with a client whose
-connection belongs to an event loop.
-"""
+"""Calls one reward several times with the same samples, and describes the differences."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from corl_jax.rewards.registry import BoundReward, Context, Samples
 
 
 def call_once(reward: BoundReward, samples: Samples, context: Context) -> np.ndarray | str:
-    """Returns the rewards [N], or the user's traceback where their own reward failed."""
+    """Returns the rewards [N], or the traceback if the user's own reward failed."""
     try:
         return registry.score([reward], samples, context)[reward.name]
     except RewardError:
@@ -22,7 +18,7 @@ def call_once(reward: BoundReward, samples: Samples, context: Context) -> np.nda
 
 
 def describe_failures(reward: BoundReward, traces: dict[int, str], num_calls: int) -> str:
-    """Returns which calls of a user's reward failed, and the first one's traceback.
+    """Returns which calls of a user's reward failed, and the traceback of the first one.
 
     `traces`: number of a failed call, from 1 on -> its traceback.
     """

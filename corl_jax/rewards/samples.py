@@ -1,42 +1,32 @@
-"""What a reward gets: completions with the rows they answer, and the networks that it may ask.
-
-`in_pieces` is how a reward runs a device program over all rows.
-"""
+"""What a reward function gets: completions with the columns of their rows, and networks."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from corl_jax.devices.batches import (
-    mesh_of,
-    num_batch_shards,
-    process_shard,
-    put_rows,
-    to_host_rows,
-)
+from corl_jax.data.column_values import QuestionType, read_question_type
 from corl_jax.devices.offload import Offloadable
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.policies.family import Family
 from corl_jax.types import Params, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """N completions of one task on the host; `columns` repeats each row for its completions."""
+    """N completions of one task on the host. `columns` repeats each row for its completions."""
 
     columns: dict[str, list]
-    # Drawing: [N, S, S, 3] uint8. For a user's own reward, which takes them one by one, also a
-    # list of [H, W, 3] of any sizes.
+    # Image generation: [N, S, S, 3] uint8. A user's own reward takes images one by one, so it
+    # also gets a list of [H, W, 3] of different sizes.
     images: np.ndarray | list[np.ndarray] | None = None
-    texts: list[str] | None = None  # answering
+    texts: list[str] | None = None  # image understanding: answers
 
     def __post_init__(self):
         if (self.images is None) == (self.texts is None):
@@ -49,22 +39,22 @@ class Samples:
         return len(self.texts if self.images is None else self.images)  # type: ignore[arg-type]
 
     def column(self, name: str) -> list:
-        """The values of a column, None for each row if there is no such column."""
+        """Returns the values of a column; None for each row if there is no such column."""
         return self.columns.get(name) or [None] * len(self)
 
-    def drawn(self) -> np.ndarray:
-        """The images as one array. Raises ValueError for answers, and for images of any sizes."""
+    def require_images(self) -> np.ndarray:
+        """Returns the images as one array. Raises ValueError for texts and for several sizes."""
         if not isinstance(self.images, np.ndarray):
             found = "texts" if self.images is None else "images of any sizes"
             raise ValueError(f"samples: found {found} where a reward of equal images was asked for")
         return self.images
 
-    def pictures(self) -> list[np.ndarray]:
-        """The images one by one. Raises ValueError for answers."""
-        return list(self.drawn() if self.images is None else self.images)
+    def list_images(self) -> list[np.ndarray]:
+        """Returns the images one by one, of any sizes. Raises ValueError for texts."""
+        return list(self.require_images() if self.images is None else self.images)
 
-    def written(self) -> list[str]:
-        """The texts. Raises ValueError for images: the reward belongs to the other task."""
+    def require_texts(self) -> list[str]:
+        """Returns the texts. Raises ValueError for images: the reward is of the other task."""
         if self.texts is None:
             raise ValueError("samples: found images where a reward of texts was asked for")
         return self.texts
@@ -95,22 +85,22 @@ class FrozenNetwork:
     """A frozen `Network` or `Policy` whose parameters are on the device only inside `use()`."""
 
     def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
-        self._lent = Offloadable(holder.params, sharding, offload=offload)
+        self._offloadable = Offloadable(holder.params, sharding, offload=offload)
         self._holder = dataclasses.replace(holder, params=None)
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Any]:
-        """The network with its parameters on the device."""
-        with self._lent.use() as params:
+        """Yields the network with its parameters on the device."""
+        with self._offloadable.use() as params:
             yield dataclasses.replace(self._holder, params=params)
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What rewards share: the moving policy, frozen networks, where random draws start from.
+    """What rewards share: the policy at this step, frozen networks, and the random seed.
 
-    The first four are None only where no reward that names the policy is scored. `networks`
-    holds the reward networks by name, and the frozen scorers by what an option `scorer` says.
+    The first four are None if no reward uses the policy. `networks` holds the reward networks by
+    name, and each frozen scorer by the value of the option `scorer`.
     """
 
     family: Family | None
@@ -124,22 +114,22 @@ class Context:
 
     @property
     def policy(self) -> Policy:
-        """The policy. Raises InputError where there is none."""
+        """The policy at this step. Raises InputError if there is none."""
         if self.config is None or self.params is None or self.processor is None:
             raise InputError("rewards: found no model; a reward that asks the policy needs one")
         assert self.family is not None
         return Policy(self.family, self.config, self.params, self.processor, self.dtype)
 
     def scorer(self, name: str) -> AbstractContextManager[Policy]:
-        """The policy as it stands (`policy`), or the frozen one that `name` says."""
+        """Returns the policy at this step for `policy`, else the frozen scorer `name`."""
         if name == "policy":
             return contextlib.nullcontext(self.policy)
         return self.network(name)
 
     def network(self, name: str) -> AbstractContextManager[Any]:
-        """A frozen network, on the device for as long as the context lasts.
+        """Returns a context in which a frozen network is on the device.
 
-        Raises: InputError where it was not loaded.
+        Raises: InputError if it was not loaded.
         """
         if name not in self.networks:
             raise InputError(f"rewards: the network {name} is not loaded; found {[*self.networks]}")
@@ -147,39 +137,37 @@ class Context:
 
 
 RewardFunction = Callable[[Samples, Context], np.ndarray]
-"""Rewards [N] float32; NaN where one does not apply to a row."""
+"""Returns rewards [N] float32; NaN where the reward does not apply to a row."""
 
 
-def in_pieces(
-    program: Callable[..., Any],
-    take: Callable[[np.ndarray], tuple],
-    rows: int,
-    most: int,
-    params: Params | None,
-) -> list[np.ndarray]:
-    """The arrays [rows, ..] that `program(*take(row numbers))` gives, in pieces, on the host.
+def read_question_types(samples: Samples) -> list[QuestionType | None]:
+    """Returns each row's `qa_type` as MC or OE, None for null.
 
-    All pieces have one size, at most about `most` rows, so that one compiled program serves
-    them; the last row fills up. Rows are spread over the devices on which `params` lie.
+    Raises:
+        InputError: listing the rows whose type is neither.
     """
-    mesh = mesh_of(params)
-    blocks = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
-    outputs = []
-    for index in chunks(rows, most, blocks):
-        placed = take(index) if mesh is None else put_rows(mesh, take(index))
-        outputs.append(jax.tree.leaves(program(*placed)))
-    columns = zip(*outputs, strict=True)
-    return [np.concatenate([to_host_rows(x) for x in xs])[:rows] for xs in columns]
+    types, problems = [], Problems()
+    for row, value in enumerate(samples.column("qa_type")):
+        with problems.collect(f"row {row}: qa_type: "):
+            types.append(read_question_type(value))
+    problems.raise_any()
+    return types
 
 
-def chunks(rows: int, most: int, multiple: int = 1) -> Iterator[np.ndarray]:
-    """Row numbers in pieces of one size, as even as can be; the last row is repeated to fill up.
+def read_class_questions(samples: Samples) -> tuple[list, list]:
+    """Returns (questions, solutions) of classification: the `cls_` columns of each row.
 
-    Pieces have at most `most` rows, rounded up to a multiple of `multiple`.
+    A row without `cls_solution` uses its `qa_` columns.
     """
-    if not rows:
-        return
-    pieces = -(-rows // most)
-    size = -(-rows // (pieces * multiple)) * multiple
-    for first in range(0, rows, size):
-        yield np.minimum(np.arange(first, first + size), rows - 1)
+    columns = {
+        kind: (samples.column(f"{kind}_problem"), samples.column(f"{kind}_solution"))
+        for kind in ("cls", "qa")
+    }
+    kinds = ["cls" if solution else "qa" for solution in columns["cls"][1]]
+    questions = [columns[kind][0][row] for row, kind in enumerate(kinds)]
+    return questions, [columns[kind][1][row] for row, kind in enumerate(kinds)]
+
+
+def score_rows(function: Callable[..., float], *columns: Sequence) -> np.ndarray:
+    """Returns `function(values of the row)` for each row, [N] float32."""
+    return np.array([function(*row) for row in zip(*columns, strict=True)], np.float32)

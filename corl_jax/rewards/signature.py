@@ -1,109 +1,151 @@
-"""What a user's reward function asks for, read off its parameters.
+"""Reads from the parameters of a reward function which inputs, columns and options it takes.
 
-Nothing here imports JAX or numpy: it runs in the reward's own process, see `worker`.
+Nothing here imports JAX or numpy, because it also runs in the process of a user's reward (see
+`worker`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from corl_jax.errors import InputError
-from corl_jax.rewards.options import REQUIRED, Option, option_problem
+from corl_jax.errors import InputError, Problems
 
 TASK_OF = {"images": "t2i", "texts": "mm2t"}
-"""Parameter that a reward must have one of -> the task that it belongs to."""
+"""Name of the parameter for the completions -> task. A user's reward must have one of the two."""
+
+
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A keyword-only parameter of a reward, which a config may set."""
+
+    annotation: Any
+    default: Any  # REQUIRED where there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What a user's function asks for."""
+    """What a user's function takes."""
 
-    task: str
+    completions: str  # key of TASK_OF
     columns: tuple[str, ...]
     optional: tuple[str, ...]  # columns with a default
     every_column: bool  # it has `**columns`
     options: tuple[str, ...]
 
+    @property
+    def task(self) -> str:
+        return TASK_OF[self.completions]
+
 
 def read_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> Parameters:
-    """Returns what the signature asks for, and checks the options that a config sets.
+    """Returns what the function takes, and checks the options that a config sets.
 
-    Raises: InputError listing parameters that nothing fills, or options that do not fit.
+    Raises: InputError listing parameters that get no value, and options that do not fit.
     """
     try:
-        listed = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
         raise InputError(f"its parameters cannot be read ({error}); wrap it in a def") from None
-    problems, inputs = [], []
+    problems, inputs = Problems(), []
     columns: dict[str, bool] = {}  # name -> whether it has a default
-    for one in listed:
-        if one.kind is one.POSITIONAL_ONLY:
-            problems.append(f"parameter {one.name}: positional-only; move it behind the /")
-        elif one.kind is one.VAR_POSITIONAL:
-            problems.append(f"parameter *{one.name}: nothing fills it; write * or drop it")
-        elif one.kind is one.KEYWORD_ONLY and one.name in TASK_OF:
-            problems.append(f"parameter {one.name}: an option by its place; move it before the *")
-        elif one.kind is one.POSITIONAL_OR_KEYWORD and one.name in TASK_OF:
-            inputs.append(one.name)
-        elif one.kind is one.POSITIONAL_OR_KEYWORD:
-            columns[one.name] = one.default is not one.empty
+    for p in parameters:
+        if p.kind is p.POSITIONAL_ONLY:
+            problems.add(f"parameter {p.name}: positional-only; move it behind the /")
+        elif p.kind is p.VAR_POSITIONAL:
+            problems.add(f"parameter *{p.name}: nothing fills it; write * or drop it")
+        elif p.kind is p.KEYWORD_ONLY and p.name in TASK_OF:
+            problems.add(f"parameter {p.name}: an option by its place; move it before the *")
+        elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in TASK_OF:
+            inputs.append(p.name)
+        elif p.kind is p.POSITIONAL_OR_KEYWORD:
+            columns[p.name] = p.default is not p.empty
     if len(inputs) != 1 and not problems:
-        names = ", ".join(one.name for one in listed) or "none"
-        problems.append(
+        names = ", ".join(p.name for p in parameters) or "none"
+        problems.add(
             f"found the parameters {names}; expected images (a reward of drawings) or texts (a "
             "reward of answers) among them, and not both"
         )
-    keywords = {one.name: one for one in listed if one.kind is one.KEYWORD_ONLY}
-    annotations = _annotations(function, keywords, problems)
-    if problems:
-        raise InputError(problems)
+    keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    annotations = _read_annotations(function, keywords, problems)
+    problems.raise_any()
     accepted = {key: Option(annotations[key], keywords[key].default) for key in keywords}
-    if problems := _option_problems(accepted, options):
-        raise InputError(problems)
+    check_options(accepted, options)
     return Parameters(
-        task=TASK_OF[inputs[0]],
+        completions=inputs[0],
         columns=tuple(name for name, optional in columns.items() if not optional),
         optional=tuple(name for name, optional in columns.items() if optional),
-        every_column=any(one.kind is one.VAR_KEYWORD for one in listed),
+        every_column=any(p.kind is p.VAR_KEYWORD for p in parameters),
         options=tuple(keywords),
     )
 
 
-def _option_problems(accepted: Mapping[str, Option], options: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"option {key}: {problem}"
-        for key, value in options.items()
-        if (problem := option_problem(accepted, key, value))
-    ]
-    return problems + [
-        f"option {key}: missing, and the function has no default for it; set options: {{{key}: ..}}"
-        for key, option in accepted.items()
-        if option.default is REQUIRED and key not in options
-    ]
+def check_options(accepted: Mapping[str, Option], options: Mapping[str, Any]) -> None:
+    """Raises: InputError listing options that do not fit, and required ones that are missing."""
+    problems = Problems()
+    for key, value in options.items():
+        if problem := find_option_problem(accepted, key, value):
+            problems.add(f"option {key}: {problem}")
+    for key, option in accepted.items():
+        if option.default is REQUIRED and key not in options:
+            problems.add(
+                f"option {key}: missing, and the function has no default for it; set options: "
+                f"{{{key}: ..}}"
+            )
+    problems.raise_any()
 
 
-def _annotations(
+def _read_annotations(
     function: Callable[..., Any],
     keywords: Mapping[str, inspect.Parameter],
-    problems: list[str],
+    problems: Problems,
 ) -> dict[str, Any]:
-    """The types of the options alone: those of other parameters may name what is not imported."""
+    """Returns the types of the options; adds to `problems` those that cannot be read."""
     callables: tuple[Any, ...] = (inspect.unwrap(function), type(function).__call__)
-    names = next((one.__globals__ for one in callables if hasattr(one, "__globals__")), {})
-    found = {}
+    names = next((x.__globals__ for x in callables if hasattr(x, "__globals__")), {})
+    hints = {}
+    # One by one, and the options only: the annotation of another parameter may name a type that
+    # the file does not import.
     for key, parameter in keywords.items():
-        given = Any if parameter.annotation is parameter.empty else parameter.annotation
-        holder = types.SimpleNamespace(__annotations__={key: given})
+        annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+        holder = types.SimpleNamespace(__annotations__={key: annotation})
         try:
-            found |= typing.get_type_hints(holder, globalns=names, include_extras=True)
-        except Exception as error:  # an annotation is any expression
-            problems.append(
-                f"option {key}: its annotation {given!r} cannot be read ({error}); use a type "
+            hints |= typing.get_type_hints(holder, globalns=names, include_extras=True)
+        except Exception as error:  # evaluating an annotation can raise anything
+            problems.add(
+                f"option {key}: its annotation {annotation!r} cannot be read ({error}); use a type "
                 "that the file imports"
             )
-    return found
+    return hints
+
+
+def find_option_problem(accepted: Mapping[str, Option], key: str, value: Any) -> str | None:
+    """Returns what is wrong with an option that a config sets, None if nothing is."""
+    import pydantic
+
+    if key not in accepted:
+        if not accepted:
+            return "unknown; this reward has no options"
+        near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.0)[0]
+        return f"unknown; did you mean {near}? (known: {', '.join(accepted)})"
+    option = accepted[key]
+    try:
+        pydantic.TypeAdapter(option.annotation).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        reasons = "; ".join(item["msg"] for item in error.errors())
+        default = "no default" if option.default is REQUIRED else f"default {option.default!r}"
+        return f"found {value!r}; {reasons} ({default})"
+    except pydantic.errors.PydanticUserError:
+        return (
+            f"its annotation {option.annotation!r} is no type that a config can give; annotate it "
+            "as bool, int, float, str, a list or dict of them, or Literal"
+        )
+    return None

@@ -1,8 +1,8 @@
-"""Text terms of the cycle reward: how alike a caption and its prompt are.
+"""Text terms of the cycle reward: how similar a caption and its prompt are.
 
-`bert_score` and `sentence_similarity` ask a BERT, given as `rewards.samples.Network`; `rouge_l`
-compares words. All take N predictions and N targets and give [N] float32: NaN where the target
-has no words, for then the reward does not apply to the row, 0 where only the prediction has none.
+`bert_score` and `sentence_similarity` use a BERT, given as `rewards.samples.Network`. `rouge_l`
+compares words. All take N predictions and N targets and return [N] float32. NaN: the target has
+no words, so the reward does not apply to the row. 0: only the prediction has none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.devices.batches import run_in_pieces
 from corl_jax.devices.processes import all_gather
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
-from corl_jax.rewards.samples import in_pieces
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
 from corl_jax.weights.storage import read_json
@@ -30,9 +30,9 @@ from corl_jax.weights.storage import read_json
 Texts = Sequence[str | None]
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Token counts to which texts are padded, so that few programs are compiled."""
+"""Texts are padded to one of these numbers of tokens, so that few programs are compiled."""
 CHUNK, FEWEST = 64, 8
-"""Texts encoded at once: at most, and the least to which a number of texts is rounded up."""
+"""Texts encoded at once: the most, and the smallest number that is padded to."""
 SENTENCE_TOKENS = 256
 MEAN_POOLING = "pooling_mode_mean_tokens"
 
@@ -48,15 +48,15 @@ def bert_score(
     max_tokens: int = LENGTHS[-1],
     chunk: int = CHUNK,
 ) -> np.ndarray:
-    """BERTScore F1 of each pair, in [0, 1]; without idf weights and baseline rescaling.
+    """BERTScore F1 of each pair, in [0, 1], without idf weights and baseline rescaling.
 
-    Every token takes its largest cosine with a token of the other text. `layer` is the hidden
-    state that is compared (0 the embeddings, -1 the last layer), `max_tokens` what is kept of a
-    text with [CLS] and [SEP], which themselves are never compared. Cosines below 0 count as 0,
-    because both known implementations leave a zero vector where a token is masked.
+    For each token the largest cosine with a token of the other text counts. `layer` is the hidden
+    state that is compared (0: embeddings, -1: last layer). `max_tokens`: texts are cut to it, [CLS]
+    and [SEP] included; these two are never compared. Cosines below 0 count as 0, because both known
+    implementations leave a zero vector where a token is masked.
 
-    torchmetrics 1.9 gives the same for one pair; in a batch it undoes its sorting by length
-    with the sorting permutation instead of the inverse, and so scores texts of other rows.
+    torchmetrics 1.9 gives the same for one pair. In a batch it undoes its sorting by length with
+    the sorting permutation instead of the inverse, and so scores texts of other rows.
 
     Raises:
         InputError: no such layer, or a tokenizer that does not fit.
@@ -84,11 +84,11 @@ def sentence_similarity(
     max_tokens: int = SENTENCE_TOKENS,
     chunk: int = CHUNK,
 ) -> np.ndarray:
-    """Cosine of the two sentences' embeddings, in [-1, 1]; `clamp` makes it 0 below 0.
+    """Cosine of the embeddings of the two sentences, in [-1, 1]; `clamp` sets negative ones to 0.
 
-    An embedding is the mean of the last hidden state over all tokens, [CLS] and [SEP] among
-    them, as in sentence-transformers. `max_tokens` is what is kept of a text; 256 is
-    the setting of all-MiniLM-L6-v2.
+    An embedding is the mean of the last hidden state over all tokens, [CLS] and [SEP] included, as
+    in sentence-transformers. `max_tokens`: texts are cut to it; 256 is the setting of
+    all-MiniLM-L6-v2.
 
     Raises:
         InputError: a network trained for another pooling, or a tokenizer that does not fit.
@@ -105,34 +105,36 @@ def sentence_similarity(
 def _token_vectors(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array, *, layer: int
 ) -> jax.Array:
-    """Unit vectors [B, T, D] float32 of all tokens of ids [B, T], the padding's among them."""
+    """Returns unit vectors [B, T, D] float32 of all tokens of ids [B, T], padding included."""
     with jax.default_matmul_precision("highest"):
-        return _unit(modules.bind(Bert, config, params)(ids, _kept(ids, lengths), layer=layer))
+        return _normalise(
+            modules.bind(Bert, config, params)(ids, _token_mask(ids, lengths), layer=layer)
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _sentence_vectors(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-    """Unit vectors [B, D] float32 of the texts whose first `lengths` [B] of ids [B, T] count."""
-    kept = _kept(ids, lengths)
+    """Returns unit vectors [B, D] float32 of texts; the first `lengths` [B] of ids [B, T] count."""
+    kept = _token_mask(ids, lengths)
     with jax.default_matmul_precision("highest"):
         hidden = modules.bind(Bert, config, params)(ids, kept).astype(jnp.float32)
-    return _unit(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
+    return _normalise(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
 
 
-def _kept(ids: jax.Array, lengths: jax.Array) -> jax.Array:
+def _token_mask(ids: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.arange(ids.shape[1]) < lengths[:, None]
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _normalise(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _matched_f1(prediction: np.ndarray, target: np.ndarray) -> float:
-    """F1 of two texts' unit vectors [T, D], [CLS] and [SEP] first and last."""
-    # On the host: it is little work, and a program would be compiled for each pair of lengths.
+    """F1 of the unit vectors [T, D] of two texts; [CLS] and [SEP] are first and last."""
+    # On the host: the work is small, and each pair of lengths would need a program of its own.
     inside = slice(1, -1)
     cosine = np.clip(prediction[inside] @ target[inside].T, 0.0, 1.0)
     precision, recall = cosine.max(axis=1).mean(), cosine.max(axis=0).mean()
@@ -146,19 +148,19 @@ def _compare(
     predictions: Texts,
     targets: Texts,
 ) -> np.ndarray:
-    """`measure` of each pair; a text that is not in `encoded` has no words."""
+    """Compares each pair by `measure`. A text that is not in `encoded` has no words."""
 
-    def one(prediction: str | None, target: str | None) -> float:
+    def compare(prediction: str | None, target: str | None) -> float:
         if target is None or target not in encoded:
             return float("nan")
         if prediction is None or prediction not in encoded:
             return 0.0
         return measure(encoded[prediction], encoded[target])
 
-    return _each(one, predictions, targets)
+    return _score_pairs(compare, predictions, targets)
 
 
-def _each(function: Callable[[str | None, str | None], float], *texts: Texts) -> np.ndarray:
+def _score_pairs(function: Callable[[str | None, str | None], float], *texts: Texts) -> np.ndarray:
     return np.array([function(*pair) for pair in zip(*texts, strict=True)], np.float32)
 
 
@@ -168,12 +170,12 @@ def _each(function: Callable[[str | None, str | None], float], *texts: Texts) ->
 def _encode(
     network: Any, texts: Texts, program: Callable[..., jax.Array], max_tokens: int, chunk: int
 ) -> dict[str, np.ndarray]:
-    """{text: its row of `program`'s output}, without the texts that have no words.
+    """Returns text -> its row of the output of `program`; texts without words are left out.
 
-    A text that stands in several rows is run once. One with an axis of tokens is cut to its own.
+    A text of several rows runs once. Rows with an axis of tokens are cut to the text's own tokens.
     All processes of a run call the same programs, whatever their texts.
     """
-    ids = _token_ids(network, texts, max_tokens)
+    ids = _tokenize(network, texts, max_tokens)
     groups: dict[int, list[str]] = {length: [] for length in LENGTHS}
     for text, row in ids.items():
         groups[next(length for length in LENGTHS if length >= len(row))].append(text)
@@ -183,19 +185,19 @@ def _encode(
     for (length, group), count in zip(groups.items(), counts, strict=True):
         if not count:
             continue
-        tokens, lengths = _padded(network, [ids[text] for text in group], length, count, chunk)
+        tokens, lengths = _pad_texts(network, [ids[text] for text in group], length, count, chunk)
 
         def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return tokens[index], lengths[index]  # noqa: B023
 
-        (rows,) = in_pieces(run, take, len(tokens), chunk, network.params)
-        for text, row in zip(group, rows, strict=False):  # the rest fill the piece up
+        (rows,) = run_in_pieces(run, take, len(tokens), chunk, network.params)
+        for text, row in zip(group, rows, strict=False):  # the rest is padding
             encoded[text] = row[: len(ids[text])] if row.ndim > 1 else row
     return encoded
 
 
-def _token_ids(network: Any, texts: Texts, max_tokens: int) -> dict[str, list[int]]:
-    """{text: its ids with [CLS] and [SEP]} of the different texts that have any others."""
+def _tokenize(network: Any, texts: Texts, max_tokens: int) -> dict[str, list[int]]:
+    """Returns text -> ids with [CLS] and [SEP], for distinct texts with other tokens as well."""
     limit = min(max_tokens, network.config.max_position_embeddings, LENGTHS[-1])
     different = list(dict.fromkeys(text for text in texts if text))
     if not different:
@@ -207,11 +209,14 @@ def _token_ids(network: Any, texts: Texts, max_tokens: int) -> dict[str, list[in
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The folder's WordPiece tokenizer."""
+    """Loads the folder's WordPiece tokenizer.
+
+    Raises: InputError for a folder without a tokenizer, or with one that does not fit.
+    """
     from transformers import BertTokenizer
 
     names = ("tokenizer.json", "vocab.txt")
-    # Without either, transformers makes a tokenizer that knows no word.
+    # Without either file transformers makes a tokenizer without words.
     if not any((folder / name).is_file() for name in names):
         raise InputError(
             f"{folder}: no tokenizer found, expected {' or '.join(names)}; copy it from the "
@@ -232,14 +237,12 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _padded(
+def _pad_texts(
     network: Any, rows: list[list[int]], length: int, count: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [R, T] and token counts [R] of `rows` and of rows of one token that fill them up.
-
-    `count` rows are rounded up to a power of two or to whole chunks, so that the number of
-    different texts, which changes from step to step, does not ask for a program each time.
-    """
+    """Returns ids [R, T] and token counts [R] of `rows`, then of padding rows with one token."""
+    # Rounded up to a power of two or to whole chunks: the number of distinct texts changes from
+    # step to step and must not need a new program each time.
     size = -(-count // chunk) * chunk
     if count < chunk:
         size = min(chunk, max(FEWEST, 1 << (count - 1).bit_length()))
@@ -254,14 +257,32 @@ def _largest_of_all_processes(counts: list[int]) -> list[int]:
     return all_gather(np.array(counts, np.int32)).max(axis=0).tolist()
 
 
+def check_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    load_tokenizer(Path(checkpoint.folder), checkpoint.config.vocab_size)
+
+
+def check_sentence_assets(checkpoint: Any) -> None:
+    """Raises: InputError for a folder whose tokenizer or pooling cannot be used."""
+    problems = Problems()
+    problems.attempt(check_assets, checkpoint)
+    problems.attempt(check_pooling, checkpoint.folder)
+    problems.raise_any()
+
+
 def check_pooling(folder: Path) -> None:
-    """A plain BERT, which says nothing about it, is pooled by its mean."""
+    """Raises: InputError for a network trained for another pooling than the mean.
+
+    A plain BERT has no settings of its pooling; its mean is taken.
+    """
     file = Path(folder) / "1_Pooling" / "config.json"
     if not file.is_file():
         return
     settings = read_json(file)
     active = [name for name, value in settings.items() if value is True]
-    modes = [name for name in active if name.startswith("pooling_mode_")]  # as files used to say it
+    modes = [
+        name for name in active if name.startswith("pooling_mode_")
+    ]  # the older form of the file
     if settings.get("pooling_mode", "mean") != "mean" or modes not in ([], [MEAN_POOLING]):
         raise InputError(
             f"{file}: the network was trained for another pooling than the mean ({settings}); use "
@@ -272,8 +293,8 @@ def check_pooling(folder: Path) -> None:
 # ---- words
 
 
-def rouge_problem() -> str | None:
-    """Why `rouge_l` cannot run here, and the remedy; None if it can."""
+def find_rouge_problem() -> str | None:
+    """Returns why `rouge_l` cannot run here, with the remedy; None if it can."""
     if importlib.util.find_spec("rouge_score") is None:
         return "rouge_l: found no package rouge-score; run pip install 'corl-jax[rewards]'"
     return None
@@ -288,15 +309,15 @@ def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
         InputError: the package rouge-score is not installed.
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
     """
-    if problem := rouge_problem():
+    if problem := find_rouge_problem():
         raise InputError(problem)
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
 
-    def one(prediction: str | None, target: str | None) -> float:
+    def compare(prediction: str | None, target: str | None) -> float:
         if target is None or not re.search(r"[a-z0-9]", target.lower()):
             return float("nan")
         return scorer.score(target, prediction or "")["rougeL"].fmeasure
 
-    return _each(one, predictions, targets)
+    return _score_pairs(compare, predictions, targets)

@@ -1,6 +1,6 @@
-"""SPICE, the paper's own text term of the cycle reward, through the Java program of its authors.
+"""Computes SPICE, the paper's text term of the cycle reward, with the Java program of its authors.
 
-The package pycocoevalcap brings the program. Its own caller is not used: that one has no time
+The package pycocoevalcap contains the program. Its own caller is not used, because it has no time
 limit, writes into the package's folder and downloads half a gigabyte without being asked.
 """
 
@@ -22,42 +22,42 @@ from corl_jax.errors import InputError
 
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 HEAP = "8G"
-# SPICE writes its results with the JavaScript engine that Java 15 took out.
+# SPICE writes its results with the JavaScript engine, which Java 15 removed.
 JAVA = range(8, 15)
 
 
-def spice(
+def score_spice(
     predictions: Sequence[str | None], targets: Sequence[str | None], *, timeout_s: float = 600.0
 ) -> np.ndarray:
     """SPICE F1 of each pair over all kinds of tuples, in [0, 1]: agreement of scene graphs.
 
-    [N] float32: NaN where the target is blank, for then the reward does not apply to the row,
-    and 0 where only the prediction is, or where no object, attribute or relation is found.
-    One Java process scores all different pairs, with up to 8 GB of memory.
+    [N] float32. NaN: the target is blank, so the reward does not apply to the row. 0: only the
+    prediction is blank, or no object, attribute or relation is found. One Java process scores all
+    distinct pairs, with up to 8 GB of memory.
 
     Raises:
-        InputError: SPICE cannot run here, fails, or is not done after `timeout_s` seconds.
+        InputError: SPICE cannot run here, fails, or takes longer than `timeout_s` seconds.
     Source: Anderson et al. 2016 (arXiv 1607.08822).
     """
-    if problem := spice_problem():
+    if problem := find_spice_problem():
         raise InputError(problem)
     cleaned = ([(text or "").strip() for text in texts] for texts in (predictions, targets))
     pairs = list(zip(*cleaned, strict=True))
     different = list(dict.fromkeys(pair for pair in pairs if all(pair)))
-    scores = dict(zip(different, _run(different, timeout_s), strict=True))
+    scores = dict(zip(different, _run_java(different, timeout_s), strict=True))
     found = (scores.get(pair, 0.0) if pair[1] else float("nan") for pair in pairs)
     return np.fromiter(found, np.float32, len(pairs))
 
 
-def spice_problem() -> str | None:
-    """Why `spice` cannot run here, and the remedy; None if it can."""
-    folder, java = _folder(), _java()
+def find_spice_problem() -> str | None:
+    """Returns why `score_spice` cannot run here, with the remedy; None if it can."""
+    folder, java = _find_program(), _find_java()
     if folder is None:
         return "spice: found no package pycocoevalcap; run pip install 'corl-jax[spice]'"
     wanted = f"Java {JAVA[0]} to {JAVA[-1]}"
     if java is None:
         return f"spice: found no java; install {wanted} and put it on PATH or set JAVA_HOME"
-    version = _version(java)
+    version = _read_java_version(java)
     if version not in JAVA:
         return (
             f"spice: {java} is Java {version or 'of an unknown version'}, expected {wanted}, "
@@ -73,21 +73,30 @@ def spice_problem() -> str | None:
     return None
 
 
-def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
-    """The scores of (prediction, target) pairs."""
+def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
+    """Returns the scores of (prediction, target) pairs."""
     if not pairs:
         return []
     items = [
         {"image_id": i, "test": prediction, "refs": [target]}
         for i, (prediction, target) in enumerate(pairs)
     ]
-    program = _folder()
+    program = _find_program()
     assert program is not None  # `spice_problem` has looked
     jar = str(program / "spice-1.0.jar")
     with tempfile.TemporaryDirectory(prefix="spice-") as folder:
         source, out = Path(folder, "in.json"), Path(folder, "out.json")
         source.write_text(json.dumps(items))  # ASCII: Java reads it in the platform's encoding
-        command = [_java(), f"-Xmx{HEAP}", "-jar", jar, str(source), "-out", str(out), "-silent"]
+        command = [
+            _find_java(),
+            f"-Xmx{HEAP}",
+            "-jar",
+            jar,
+            str(source),
+            "-out",
+            str(out),
+            "-silent",
+        ]
         try:
             done = subprocess.run(
                 command,
@@ -105,12 +114,14 @@ def _run(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
         except OSError as error:
             raise InputError(f"spice: {command[0]} cannot be run ({error.strerror})") from error
         if done.returncode:
-            raise InputError(f"spice: java ended with code {done.returncode}: {_said(done.stderr)}")
-        return _scores(out, len(pairs))
+            raise InputError(
+                f"spice: java ended with code {done.returncode}: {_last_lines(done.stderr)}"
+            )
+        return _read_scores(out, len(pairs))
 
 
-def _scores(out: Path, count: int) -> list[float]:
-    """The scores by `image_id`, so that their order in the file does not matter."""
+def _read_scores(out: Path, count: int) -> list[float]:
+    """Reads the scores by `image_id`, so that their order in the file does not matter."""
     try:
         items = json.loads(out.read_text())
         found = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in items}
@@ -122,14 +133,14 @@ def _scores(out: Path, count: int) -> list[float]:
         ) from error
 
 
-def _said(stderr: str) -> str:
-    """The last lines without those of a stack trace."""
+def _last_lines(stderr: str) -> str:
+    """Returns the last lines of the output, without a stack trace."""
     lines = [line.strip() for line in stderr.splitlines() if line and not line.startswith("\t")]
     return " | ".join(lines[-3:]) or "it said nothing"
 
 
-def _folder() -> Path | None:
-    """Where the program lies in its package."""
+def _find_program() -> Path | None:
+    """Returns the folder of the program in its package, None without the package."""
     try:
         spec = importlib.util.find_spec("pycocoevalcap.spice")
     except ModuleNotFoundError:
@@ -138,14 +149,14 @@ def _folder() -> Path | None:
     return Path(next(iter(places))) if places else None
 
 
-def _java() -> str | None:
-    """JAVA_HOME's java, or the one on PATH."""
+def _find_java() -> str | None:
+    """Returns JAVA_HOME's java, or else the one on PATH."""
     home = os.environ.get("JAVA_HOME")
     return (home and shutil.which("java", path=str(Path(home, "bin")))) or shutil.which("java")
 
 
-def _version(java: str) -> int | None:
-    """8 for the `1.8.0_312` of old, 17 for `17.0.15`."""
+def _read_java_version(java: str) -> int | None:
+    """Returns 8 for the old form `1.8.0_312`, 17 for `17.0.15`; None if unknown."""
     try:
         done = subprocess.run(
             [java, "-version"],

@@ -1,7 +1,7 @@
-"""The function that a config names in a file or module of the user's, imported with care.
+"""Finds and imports the function that a config names in a user's file or module.
 
-`locate` runs in the run's own process, the rest in the reward's, see `worker`. Nothing here
-imports JAX or numpy.
+`locate` runs in the run's process, the rest in the process of the reward (see `worker`). Nothing
+here imports JAX or numpy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Source:
 
     name: str  # as the config spells it
     path: Path | None = None  # None for a module
-    content: bytes = b""  # of the file when it was located: later edits act on later runs
+    content: bytes = b""  # of the file when it was found; later edits affect later runs
 
 
 def locate(use: str) -> tuple[Source, str]:
@@ -72,17 +72,17 @@ def import_module(source: Source) -> types.ModuleType:
         try:
             return _run_file(source.path, source.content)
         except (Exception, SystemExit) as error:
-            raise InputError(_import_problem(error)) from error
+            raise InputError(_describe_import_error(error)) from error
     try:
         return importlib.import_module(source.name)
     except ModuleNotFoundError as error:
         if not f"{source.name}.".startswith(f"{error.name}."):
-            raise InputError(_import_problem(error)) from error
+            raise InputError(_describe_import_error(error)) from error
         raise InputError(
             f"no module {error.name} is installed; install it, or name a file, PATH.py:FUNCTION"
         ) from None
     except (Exception, SystemExit) as error:
-        raise InputError(_import_problem(error)) from error
+        raise InputError(_describe_import_error(error)) from error
 
 
 def find_function(module: types.ModuleType, source: str, name: str) -> Callable[..., Any]:
@@ -94,7 +94,8 @@ def find_function(module: types.ModuleType, source: str, name: str) -> Callable[
         listed = [
             key
             for key, value in vars(module).items()
-            if inspect.isroutine(value) and _package(value.__module__) == _package(module.__name__)
+            if inspect.isroutine(value)
+            and _get_package(value.__module__) == _get_package(module.__name__)
         ]
         if not listed:
             raise InputError(f"{source} has no function {name}, nor any other")
@@ -109,7 +110,7 @@ def find_function(module: types.ModuleType, source: str, name: str) -> Callable[
     return function
 
 
-def _package(module: str | None) -> str:
+def _get_package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
@@ -156,7 +157,7 @@ def _name_module(path: Path) -> str:
 
 
 def _is_taken(name: str, folder: Path) -> bool:
-    """True for a top-level name that Python or an installed module has."""
+    """True for a top-level name of Python or of an installed module."""
     if name in sys.stdlib_module_names or name in sys.modules:
         return True
     own = (Path.cwd(), folder)
@@ -182,12 +183,12 @@ def _put_on_path(folder: Path, *, before_installed: bool) -> None:
     sys.path[:] = [*first, *installed, str(folder), *here]
 
 
-def _import_problem(error: BaseException) -> str:
-    """Why a user's module does not import: where, what and the remedy."""
+def _describe_import_error(error: BaseException) -> str:
+    """Returns why a user's module does not import: where, what and the remedy."""
     if isinstance(error, SyntaxError):
         file, line, text = error.filename, error.lineno, error.text
         what = f"{type(error).__name__}: {error.msg}"
-        remedy = "mend the line"
+        remedy = "correct the line"
     else:
         frames = traceback.extract_tb(error.__traceback__)
         skipped = (__file__, importlib.__file__, "<frozen ")
@@ -199,7 +200,7 @@ def _import_problem(error: BaseException) -> str:
         remedy = "install it, or put it beside the file"
     elif isinstance(error, ImportError) and "relative import" in what:
         remedy = "put an __init__.py into the file's folder, or leave out the dot"
-    elif isinstance(error, ImportError) and _hides_neighbour(error.name, file):
+    elif isinstance(error, ImportError) and _is_hidden_by_python(error.name, file):
         remedy = f"{error.name} is a module of Python itself; rename the file beside this one"
     elif isinstance(error, SystemExit):
         remedy = 'move what ends the program under if __name__ == "__main__"'
@@ -207,7 +208,7 @@ def _import_problem(error: BaseException) -> str:
     return f"{place}{what}; {remedy}"
 
 
-def _hides_neighbour(name: str | None, file: str | None) -> bool:
-    """True for a module of Python itself whose name a file beside `file` has as well."""
+def _is_hidden_by_python(name: str | None, file: str | None) -> bool:
+    """True for a module of Python whose name a file beside `file` also has."""
     hidden = Path(file or "").parent / f"{name}.py"
     return name in sys.stdlib_module_names and Path(file or "") != hidden and hidden.is_file()

@@ -1,4 +1,4 @@
-"""A process for a user's code, as the run's process sees it: started, asked, ended in time."""
+"""Starts, calls and ends the process of a user's code; used in the run's process."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import weakref
 from multiprocessing.connection import Connection
 from typing import Any
 
-# What jax.distributed knows before a device starts is not public.
+# The state of jax.distributed before a device starts has no public function.
 from jax._src import distributed
 
 from corl_jax.errors import InputError
 from corl_jax.rewards.signature import Parameters
 from corl_jax.rewards.user_code import Source
-from corl_jax.rewards.worker import LATE_SIGNAL, Failure, Problems, Stack
+from corl_jax.rewards.worker import LATE_SIGNAL, Failure, Refusal, Stack
 
 INDEX_VARIABLE = "CORL_JAX_PROCESS_INDEX"
-END_S = 1.0  # for what a user's code does at its end
-TICK_S = 0.5  # between looks at whether the process lives
+END_S = 1.0  # time that the user's code has at its exit
+TICK_S = 0.5  # between checks whether the process lives
 _PROGRAM = """
 import sys
 descriptor, *sys.path = sys.argv[1:]
@@ -36,14 +36,14 @@ serve_calls(int(descriptor))
 
 
 class UserProcess:
-    """A process that has imported a user's file or module once, and calls functions of it.
+    """A process that has imported a user's file or module once and calls its functions.
 
-    A call that is out of time and does not end when it is asked to is ended with its process and
-    all that this has started. The next call starts a process anew, from the same content.
+    A call that takes too long and does not end when asked is ended with its process and everything
+    that this process has started. The next call starts a new process with the same content.
     """
 
     def __init__(self, source: Source):
-        """Starts the process and imports; the import has no time limit.
+        """Starts the process and imports the code, without time limit.
 
         Raises: InputError for code that fails.
         """
@@ -62,7 +62,7 @@ class UserProcess:
         return self._process and self._process.pid
 
     def inspect(self, name: str, options: dict[str, Any]) -> Parameters:
-        """Returns what a function asks for.
+        """Returns what a function takes.
 
         Raises: InputError for a function or options that cannot be used.
         """
@@ -76,10 +76,10 @@ class UserProcess:
     def call(
         self, name: str, arguments: dict[str, Any], count: int, timeout_s: float, grace_s: float
     ) -> Any:
-        """Returns `count` scores, a Failure or an Interrupt, after `timeout_s + grace_s` at most.
+        """Returns `count` scores, a Failure or an Interrupt within `timeout_s + grace_s` seconds.
 
-        After the end of the process the next call waits for the import too, for up to
-        `timeout_s` and three times what it took at first.
+        If the process has ended, the call also waits for a new import, at most `timeout_s` plus
+        three times the duration of the first import.
         """
         with self._one_at_a_time:
             if self._process is None:
@@ -90,13 +90,13 @@ class UserProcess:
             return self._ask(("call", name, arguments, count, timeout_s), timeout_s, grace_s)
 
     def _start(self, limit_s: float | None = None) -> Failure | None:
-        """Starts the process; returns None once it has imported the code, else why it has not."""
+        """Starts the process and imports the code. Returns None, or why the import failed."""
         ours, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-P", "-c", _PROGRAM, str(theirs.fileno()), *self._path],
                 cwd=self._folder,
-                env=_environment(),
+                env=_make_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output belongs to the command's own lines
                 pass_fds=[theirs.fileno()],
@@ -105,7 +105,7 @@ class UserProcess:
         self._connection = ours
         self._end = weakref.finalize(self, _end_process, os.getpid(), self._process, ours)
         reply = self._ask(("load", self._source), limit_s)
-        if isinstance(reply, Problems):
+        if isinstance(reply, Refusal):
             text = "\n".join(reply.lines)
             reply = Failure(text, f"{text}\n")
         if reply is not None:
@@ -113,7 +113,7 @@ class UserProcess:
         return reply
 
     def _ask(self, request: tuple, limit_s: float | None = None, grace_s: float = 0.0) -> Any:
-        """Returns the reply, or a Failure where the process ends or is out of time."""
+        """Returns the reply, or a Failure if the process ends or takes too long."""
         assert self._process is not None and self._connection is not None
         self._stack = ""
         try:
@@ -124,8 +124,8 @@ class UserProcess:
             self._process.send_signal(LATE_SIGNAL)
             received, reply = self._receive(grace_s)
         except (EOFError, ConnectionError):
-            return self._gone()
-        except BaseException:  # an interrupt: nobody will wait for the reply
+            return self._describe_end()
+        except BaseException:  # an interrupt: the reply is no longer needed
             self._kill()
             raise
         line = f"TimeoutError: no result after {limit_s:g} s"
@@ -146,7 +146,7 @@ class UserProcess:
         deadline = None if limit_s is None else time.monotonic() + limit_s
         while True:
             rest = TICK_S if deadline is None else max(0.0, deadline - time.monotonic())
-            # A process that the user's code forks keeps the socket open.
+            # A fork of the user's code can keep the socket open after the process has ended.
             ended = self._process.poll() is not None
             if self._connection.poll(0 if ended else min(rest, TICK_S)):
                 reply = self._connection.recv()
@@ -158,7 +158,7 @@ class UserProcess:
             elif not rest:
                 return False, None
 
-    def _gone(self) -> Failure:
+    def _describe_end(self) -> Failure:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)
@@ -170,7 +170,7 @@ class UserProcess:
             how = f"exited with code {code}"
         else:
             hint = "; has memory run out?" if code == -signal.SIGKILL else ""
-            how = f"was ended by {_signal_name(-code)}{hint}"
+            how = f"was ended by {_name_signal(-code)}{hint}"
         line = f"ChildProcessError: the process of {self._source.name} {how}"
         return Failure(line, f"{line}\n")
 
@@ -183,19 +183,19 @@ class UserProcess:
 
 
 def _raise_input_error(reply: Any) -> None:
-    if isinstance(reply, Problems):
+    if isinstance(reply, Refusal):
         raise InputError(reply.lines)
     if isinstance(reply, Failure):
         raise InputError(reply.line)
 
 
-def _environment() -> dict[str, str]:
+def _make_environment() -> dict[str, str]:
     index = distributed.global_state.process_id
-    # JAX would take memory of the devices that the run uses.
+    # JAX in this process would take memory of the devices that the run uses.
     return os.environ | {"JAX_PLATFORMS": "cpu", INDEX_VARIABLE: str(index)}
 
 
-def _signal_name(number: int) -> str:
+def _name_signal(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
@@ -203,7 +203,7 @@ def _signal_name(number: int) -> str:
 
 
 def _end_process(owner: int, process: subprocess.Popen, connection: Connection) -> None:
-    """Lets a process end by itself, with what its code does at exit, and then ends it."""
+    """Ends a process: asks it to exit, waits for its exit code to run, and then kills it."""
     if os.getpid() != owner:  # a fork of the run's process ends, not the run
         return
     with contextlib.suppress(OSError):  # it may have ended already

@@ -1,7 +1,7 @@
-"""The process in which a file of user's rewards runs, from its import to the end of the run.
+"""Runs a file of user's rewards in a process of its own, from its import to the end of the run.
 
-`custom` starts it and sends it requests over a socket. The user's code has the main thread, as in
-a program of its own, and one event loop. Nothing here imports JAX or numpy, so that the process
+`user_process` starts it and sends requests over a socket. The user's code has the main thread, as
+in a program of its own, and one event loop. Nothing here imports JAX or numpy, so that the process
 starts in a few hundredths of a second.
 """
 
@@ -27,17 +27,17 @@ from corl_jax.rewards.signature import read_parameters
 from corl_jax.rewards.user_code import Source, find_function, import_module
 
 LATE_SIGNAL = signal.SIGUSR2
-"""What the run's process sends when a call's time is up."""
+"""The signal that the run's process sends when a call takes too long."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""What a scheduler or a terminal sends to all processes of a job."""
+"""Signals that a scheduler or a terminal sends to all processes of a job."""
 
 MACHINERY = (__file__, os.path.dirname(asyncio.__file__), "<string>")
-"""Files whose frames lead to the user's code."""
+"""Files whose frames are cut from tracebacks of the user's code."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class RawImage:
     """An image on its way to the user's code."""
 
     size: tuple[int, int]  # width, height
@@ -53,7 +53,7 @@ class Failure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problems:
+class Refusal:
     """Why code cannot be imported or a function cannot be used."""
 
     lines: list[str]
@@ -61,7 +61,7 @@ class Problems:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Where a call was when its time was up; the reply itself still follows."""
+    """Where a call was when its time was over. The reply itself follows."""
 
     lines: str
 
@@ -72,10 +72,10 @@ class Interrupt:
 
 
 def serve_calls(descriptor: int) -> None:
-    """Serves requests until the run's process says that it ends, or is gone."""
+    """Serves requests until the run's process ends."""
     connection = Connection(descriptor)
-    _die_with(connection)
-    # What user's code prints goes to standard error, which takes any character.
+    _end_with_run(connection)
+    # What the user's code prints goes to standard error. It must accept any character.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     Server(connection).serve()
 
@@ -93,7 +93,7 @@ class Server:
         self._handle_signals()
 
     def serve(self) -> None:
-        """Answers requests (name of a method, its arguments) in turn; None ends."""
+        """Answers requests (name of a method, its arguments) in turn; None ends the loop."""
         while True:
             self._wait_for_request()
             request = self._connection.recv()
@@ -105,7 +105,7 @@ class Server:
             try:
                 reply = getattr(self, name)(*arguments)
             except InputError as error:
-                reply = Problems(error.problems)
+                reply = Refusal(error.problems)
             self._connection.send(reply)
 
     def load(self, source: Source) -> None:
@@ -113,12 +113,12 @@ class Server:
         self._source, self._module = source, import_module(source)
 
     def inspect(self, name: str, options: dict[str, Any]) -> Any:
-        """Returns what a function asks for; checks its options."""
+        """Returns what a function takes, and checks its options."""
         return read_parameters(self._find(name), options)
 
     def call(self, name: str, arguments: dict[str, Any], count: int, timeout_s: float) -> Any:
-        """Returns the `count` scores of a call, or why there are none."""
-        if "images" in arguments and isinstance(arguments["images"][0], Picture):
+        """Returns the `count` scores of a call, or a Failure or Interrupt."""
+        if "images" in arguments and isinstance(arguments["images"][0], RawImage):
             from PIL import Image
 
             arguments["images"] = [
@@ -132,7 +132,7 @@ class Server:
             if inspect.isawaitable(values):
                 self._awaiting = True
                 values = self._loop.run_until_complete(self._await(values))
-            scores = as_scores(values, count)
+            scores = convert_scores(values, count)
             self._running = False
             return scores
         except KeyboardInterrupt:
@@ -153,41 +153,41 @@ class Server:
                 return await values
         except TimeoutError as error:
             if limit.expired():
-                raise self._late() from error.__cause__
+                raise self._make_timeout_error() from error.__cause__
             raise  # the function's own
 
-    def _late(self) -> TimeoutError:
+    def _make_timeout_error(self) -> TimeoutError:
         return TimeoutError(f"no result after {self._timeout_s:g} s")
 
     def _wait_for_request(self) -> None:
-        """Runs the loop meanwhile, so that clients can keep their connections alive."""
+        """Waits while the event loop runs, so that clients can keep their connections alive."""
         self._loop.add_reader(self._connection.fileno(), self._loop.stop)
         self._loop.run_forever()
         self._loop.remove_reader(self._connection.fileno())
 
     def _handle_signals(self) -> None:
-        """Ends a plain call that is late; leaves it to the run's process to stop otherwise.
-
-        A scheduler that stops a job sends SIGTERM to all of its processes. The run's process
-        then ends its step, and still needs its rewards.
-        """
+        """Ends a plain call that takes too long; ignores the signals that stop a job."""
 
         def end_call(number: int, frame: types.FrameType | None) -> None:
             if not self._running:
                 return
-            self._connection.send(Stack("".join(_user_frames(traceback.extract_stack(frame)))))
-            if not self._awaiting:  # else the loop cancels it
-                raise self._late()
+            self._connection.send(
+                Stack("".join(_format_user_frames(traceback.extract_stack(frame))))
+            )
+            if not self._awaiting:  # otherwise the event loop cancels the call
+                raise self._make_timeout_error()
 
         signal.signal(LATE_SIGNAL, end_call)
-        # Handlers, since a program that the user starts would go on ignoring what is ignored.
+        # A scheduler that stops a job sends SIGTERM to all of its processes. The run's process
+        # then finishes its step and still needs its rewards. These are handlers, because a
+        # program that the user starts would inherit an ignored signal.
         for number in STOPPING:
             signal.signal(number, lambda number, frame: None)
         _restore_signals_in_forks()
 
 
 def _restore_signals_in_forks() -> None:
-    """Lets SIGTERM end what the user's code forks, as Pool.terminate wants."""
+    """Restores the signals in forks of the user's code, so that Pool.terminate can end them."""
 
     def restore() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -198,7 +198,7 @@ def _restore_signals_in_forks() -> None:
     def unblock() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
-    # Blocked meanwhile: Python drops a signal that comes between the fork and `restore`.
+    # Blocked during the fork: Python drops a signal that comes between the fork and `restore`.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
         after_in_parent=unblock,
@@ -206,8 +206,8 @@ def _restore_signals_in_forks() -> None:
     )
 
 
-def as_scores(values: Any, count: int) -> list[float]:
-    """Returns what a user's function returned as `count` floats; None becomes NaN.
+def convert_scores(values: Any, count: int) -> list[float]:
+    """Returns the result of a user's function as `count` floats; None becomes NaN.
 
     Raises:
         TypeError: no sequence, or a value that is not a number.
@@ -237,28 +237,28 @@ def as_scores(values: Any, count: int) -> list[float]:
 
 
 def _describe(error: BaseException) -> Failure:
-    """The error's traceback from the user's first frame on."""
+    """Returns the error's traceback from the user's first frame on."""
     trace = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = trace
     while part is not None:
-        part.stack[:] = _user_part(part.stack)
+        part.stack[:] = _cut_to_user_frames(part.stack)
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
     text = "".join(trace.format())
     return Failure(text.rstrip().splitlines()[-1], text)
 
 
-def _user_frames(stack: traceback.StackSummary) -> list[str]:
-    return traceback.StackSummary.from_list(_user_part(stack)).format()
+def _format_user_frames(stack: traceback.StackSummary) -> list[str]:
+    return traceback.StackSummary.from_list(_cut_to_user_frames(stack)).format()
 
 
-def _user_part(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
-    """Without the frames of this module and of event loops that lead to the user's code."""
+def _cut_to_user_frames(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Returns the stack without the frames of this module and of event loops around the user's."""
     users = [number for number, frame in enumerate(stack) if not _is_machinery(frame)]
-    return stack[users[0] : _past_last(stack)] if users else []
+    return stack[users[0] : _count_user_frames(stack)] if users else []
 
 
-def _past_last(stack: list[traceback.FrameSummary]) -> int:
-    """The number of frames without those of this module at the end: its handler of signals."""
+def _count_user_frames(stack: list[traceback.FrameSummary]) -> int:
+    """Returns the number of frames before those of this module's signal handler at the end."""
     count = len(stack)
     while count and stack[count - 1].filename == __file__:
         count -= 1
@@ -269,12 +269,12 @@ def _is_machinery(frame: traceback.FrameSummary) -> bool:
     return frame.filename.startswith(MACHINERY)
 
 
-def _die_with(connection: Connection) -> None:
-    """Ends this process and all that it has started as soon as the run's process is gone."""
+def _end_with_run(connection: Connection) -> None:
+    """Ends this process and all that it has started as soon as the run's process has ended."""
 
     def watch() -> None:
         poller = select.poll()
-        poller.register(connection.fileno(), 0)  # 0: only that the other end is closed
+        poller.register(connection.fileno(), 0)  # 0: reports only that the other end is closed
         poller.poll()
         os.killpg(0, signal.SIGKILL)
 

@@ -1,7 +1,8 @@
-"""Pictures and tables of samples with their rewards, for TensorBoard, files and the README."""
+"""Draws pages of images with text, and formats tables of answers, for files and TensorBoard."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import textwrap
@@ -16,143 +17,180 @@ from corl_jax.fonts import make_drawable
 
 CELL = 128  # pixels; smaller images are enlarged by a whole factor, so that text fits below
 FONT_SIZE = 12
-MARGIN = 6
+LINE = FONT_SIZE + 3  # height of a line of text
+MARGIN = 8
+FRAME = 3  # width of a frame; two fit between images
 HELD_OUT = "held_out"
-"""Files `held_out_STEP.png` show drawings of an evaluation."""
-_LINE = FONT_SIZE + 3
-_PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+"""Files `held_out_STEP.png` show images of an evaluation."""
+PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
+Color = tuple[int, int, int]
 Rewards = Mapping[str, float]
 
 
-def grid(
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An image of a page and the lines of text below it."""
+
+    pixels: np.ndarray  # [H, W, 3] uint8
+    lines: Sequence[tuple[str, Color]] = ()
+    frame: Color | None = None
+
+
+def draw_page(
+    rows: Sequence[Sequence[Cell]], heads: Sequence[Sequence[str]] | None = None, title: str = ""
+) -> np.ndarray:
+    """Draws a grid of images of equal size: [H', W', 3] uint8.
+
+    `heads`: lines of text above each row. The title stands above all rows.
+    """
+    heads = heads or [()] * len(rows)
+    width, height = _displayed_size(rows[0][0].pixels)
+    page_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
+    num_lines = max((len(cell.lines) for row in rows for cell in row), default=0)
+    row_heights = [len(head) * LINE + height + num_lines * LINE + 2 * MARGIN for head in heads]
+    top = MARGIN + (LINE + MARGIN if title else 0)
+
+    page = Image.new("RGB", (page_width, top + sum(row_heights)), PAPER)
+    pen = ImageDraw.Draw(page)
+    if title:
+        text = shorten(make_drawable(title, load_font()), page_width - 2 * MARGIN)
+        write_lines(pen, (MARGIN, MARGIN), [(text, INK)])
+    for row, head, row_height in zip(rows, heads, row_heights, strict=True):
+        write_lines(pen, (MARGIN, top), [(line, INK) for line in head])
+        y = top + len(head) * LINE
+        for column, cell in enumerate(row):
+            x = MARGIN + column * (width + MARGIN)
+            image = Image.fromarray(np.asarray(cell.pixels, np.uint8))
+            page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            if cell.frame:
+                box = (x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1)
+                pen.rectangle(box, outline=cell.frame, width=FRAME)
+            write_lines(pen, (x, y + height + FRAME), cell.lines)
+        top += row_height
+    return np.asarray(page)
+
+
+def draw_samples(
     images: np.ndarray,
     prompts: Sequence[str],
     rewards: Sequence[Sequence[Rewards]] | None = None,
     title: str = "",
 ) -> np.ndarray:
-    """One row per prompt, the prompt above its samples, rewards below each: [H', W', 3] uint8.
+    """Draws one row per prompt: the prompt, its samples, rewards below each. [H', W', 3] uint8.
 
     `images`: [rows, samples, H, W, 3] uint8. `rewards`: for each row and sample, name -> value;
     NaN is shown as n/a.
     """
-    rows, samples, height, width, _ = images.shape
-    if len(prompts) != rows or (
-        rewards is not None and [len(r) for r in rewards] != [samples] * rows
+    num_rows, samples = images.shape[:2]
+    if len(prompts) != num_rows or (
+        rewards is not None and [len(r) for r in rewards] != [samples] * num_rows
     ):
-        raise ValueError(f"images {images.shape} need {rows} prompts and {rows}x{samples} rewards")
-    scale = max(1, math.ceil(CELL / width))
-    cell_width, cell_height = width * scale, height * scale
-    page_width = MARGIN + samples * (cell_width + MARGIN)
-    captions = [
-        [reward_lines(cell, cell_width) for cell in row]
-        for row in (rewards if rewards is not None else [[{}] * samples] * rows)
-    ]
-    heads = [_wrapped(prompt, page_width - 2 * MARGIN, lines=2) for prompt in prompts]
-    below = _LINE * max((len(lines) for row in captions for lines in row), default=0)
-    heights = [len(head) * _LINE + cell_height + below + 2 * MARGIN for head in heads]
-    top = MARGIN + (_LINE + MARGIN if title else 0)
-
-    page = Image.new("RGB", (page_width, top + sum(heights)), _PAPER)
-    draw, font = ImageDraw.Draw(page), _font()
-    if title:
-        draw.text(
-            (MARGIN, MARGIN),
-            _fitted(make_drawable(title, font), page_width - 2 * MARGIN),
-            _INK,
-            font,
+        raise ValueError(
+            f"images {images.shape} need {num_rows} prompts and {num_rows}x{samples} rewards"
         )
-    for row, (head, row_height) in enumerate(zip(heads, heights, strict=True)):
-        _write(draw, (MARGIN, top), head, _INK)
-        y = top + len(head) * _LINE
-        for column in range(samples):
-            x = MARGIN + column * (cell_width + MARGIN)
-            picture = Image.fromarray(np.asarray(images[row, column], np.uint8))
-            picture = picture.resize((cell_width, cell_height), Image.Resampling.NEAREST)
-            page.paste(picture, (x, y))
-            _write(draw, (x, y + cell_height + 2), captions[row][column], _FAINT)
-        top += row_height
-    return np.asarray(page)
+    width = image_width(images[0, 0])
+    rows = []
+    for row in range(num_rows):
+        texts = [format_rewards(rewards[row][s] if rewards else {}, width) for s in range(samples)]
+        lines = [[(line, FAINT) for line in text] for text in texts]
+        rows.append([Cell(images[row, s], lines[s]) for s in range(samples)])
+    page_width = samples * (width + MARGIN) - MARGIN
+    return draw_page(rows, [wrap(prompt, page_width, max_lines=2) for prompt in prompts], title)
 
 
-def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Two pictures beside each other on white, tops level: e.g. grids before and after."""
+def join_side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Joins two pages [H, W, 3] from left to right, aligned at the top, on white."""
     height = max(left.shape[0], right.shape[0])
     padded = [
         np.pad(page, ((0, height - page.shape[0]), (0, 0), (0, 0)), constant_values=255)
         for page in (left, right)
     ]
-    rule = np.full((height, 2, 3), _FAINT[0], np.uint8)
+    rule = np.full((height, 2, 3), FAINT[0], np.uint8)
     return np.concatenate([padded[0], rule, padded[1]], axis=1)
 
 
 def save_png(path: Path, pixels: np.ndarray) -> Path:
-    """Writes [H, W, 3] uint8 as a PNG, whole or not at all; makes the folder."""
+    """Writes [H, W, 3] uint8 as a PNG, whole or not at all. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         Image.fromarray(pixels).save(file, format="PNG")
     return path
 
 
-def answers_table(
+def format_answers_table(
     questions: Sequence[str],
     answers: Sequence[str],
     rewards: Sequence[Rewards],
     solutions: Sequence[str] | None = None,
     width: int = 300,
 ) -> str:
-    """A markdown table with a row per answer and a column per reward.
+    """Returns a markdown table with a row per answer and a column per reward.
 
-    Texts are cut to `width` characters; nothing in them can break the table.
+    Texts are cut to `width` characters, and escaped so that they cannot break the table.
     """
     names = list(dict.fromkeys(name for row in rewards for name in row))
-    columns = {"question": [cell_text(text, width) for text in questions]}
-    columns["answer"] = [cell_text(text, width) for text in answers]
+    columns = {"question": [escape_cell(text, width) for text in questions]}
+    columns["answer"] = [escape_cell(text, width) for text in answers]
     if solutions is not None:
-        columns["solution"] = [cell_text(text, width) for text in solutions]
+        columns["solution"] = [escape_cell(text, width) for text in solutions]
     for name in names:
-        columns[name] = [_number(row.get(name, math.nan)) for row in rewards]
+        columns[name] = [_format_number(row.get(name, math.nan)) for row in rewards]
     lines = [
-        "| " + " | ".join(cell_text(name, width) for name in columns) + " |",
+        "| " + " | ".join(escape_cell(name, width) for name in columns) + " |",
         "|" + " --- |" * len(columns),
     ]
     lines += ["| " + " | ".join(row) + " |" for row in zip(*columns.values(), strict=True)]
     return "\n".join(lines)
 
 
-def cell_text(text: str, width: int) -> str:
-    """A text as one markdown cell: cut, with pipes, tags and line ends made harmless.
-
-    Tags matter: `<think>` would be read as HTML and not shown.
-    """
+def escape_cell(text: str, width: int) -> str:
+    """Returns a text as one markdown cell: cut, with pipes, tags and line ends escaped."""
     text = text if len(text) <= width else text[: width - 1] + "…"
     for char in "\\`*_[]|":
         text = text.replace(char, "\\" + char)
+    # `<think>` would be read as HTML and not shown.
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "<br>".join(text.splitlines())
 
 
-def reward_lines(rewards: Rewards, width: int) -> list[str]:
-    """`name value` of each reward, the name shortened to what fits into `width` pixels."""
+def format_rewards(rewards: Rewards, width: int) -> list[str]:
+    """Returns `name value` of each reward, the name shortened to fit into `width` pixels."""
     lines = []
     for name, value in rewards.items():
-        number = " " + _number(value)
-        room = width - _font().getlength(number)
-        lines.append(_fitted(make_drawable(name, _font()), room) + number)
+        number = " " + _format_number(value)
+        room = width - load_font().getlength(number)
+        lines.append(shorten(make_drawable(name, load_font()), room) + number)
     return lines
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.3g}"
 
 
+# ---- text and sizes on a page
+
+
+def image_width(pixels: np.ndarray) -> int:
+    """Returns the width of an image [H, W, 3] on a page, in pixels."""
+    return _displayed_size(pixels)[0]
+
+
+def _displayed_size(pixels: np.ndarray) -> tuple[int, int]:
+    height, width = pixels.shape[:2]
+    scale = max(1, math.ceil(CELL / width))
+    return width * scale, height * scale
+
+
 @functools.cache
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def load_font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Returns the font of all pages."""
     return ImageFont.load_default(FONT_SIZE)
 
 
-def _fitted(text: str, width: float) -> str:
-    font = _font()
+def shorten(text: str, width: float) -> str:
+    """Returns the text, cut so that it fits into `width` pixels."""
+    font = load_font()
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -160,19 +198,20 @@ def _fitted(text: str, width: float) -> str:
     return text + "…"
 
 
-def _wrapped(text: str, width: int, lines: int) -> list[str]:
-    """At most `lines` lines that fit into `width` pixels."""
-    text = " ".join(make_drawable(text, _font()).split())
-    characters = max(1, int(width / max(_font().getlength("n"), 1)))
-    pieces = textwrap.wrap(text, characters) or [""]
-    if len(pieces) > lines:
-        pieces = [*pieces[: lines - 1], " ".join(pieces[lines - 1 :])]
-    return [_fitted(piece, width) for piece in pieces]
+def wrap(text: str, width: int, max_lines: int) -> list[str]:
+    """Returns the text in at most `max_lines` lines that fit into `width` pixels."""
+    text = " ".join(make_drawable(text, load_font()).split())
+    characters = max(1, int(width / max(load_font().getlength("n"), 1)))
+    lines = textwrap.wrap(text, characters) or [""]
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], " ".join(lines[max_lines - 1 :])]
+    return [shorten(line, width) for line in lines]
 
 
-def _write(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: list[str], ink: tuple
+def write_lines(
+    pen: ImageDraw.ImageDraw, corner: tuple[float, float], lines: Sequence[tuple[str, Color]]
 ) -> None:
+    """Writes lines of (text, color) from a top left corner on."""
     x, y = corner
-    for index, line in enumerate(lines):
-        draw.text((x, y + index * _LINE), line, ink, _font())
+    for index, (line, color) in enumerate(lines):
+        pen.text((x, y + index * LINE), line, color, load_font())

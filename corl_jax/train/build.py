@@ -125,11 +125,16 @@ def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
     """Loads the networks that rewards ask; `initial` is the policy at the start of the run."""
     offload = plan.config.networks.offload
-    loaded = {network.name: networks.load(network, plan.mesh, offload) for network in plan.networks}
+    loaded = {
+        network.name: networks.load_frozen_network(network, plan.mesh, offload)
+        for network in plan.networks
+    }
     if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
         base, dtype = plan.family.base(plan.sizes), DTYPES[plan.config.model.dtype]
         start = Policy(plan.family, base, {}, plan.processor, dtype)
-        loaded["initial"] = networks.load_policy(start, plan.model_dir, plan.mesh, offload=offload)
+        loaded["initial"] = networks.load_frozen_policy(
+            start, plan.model_dir, plan.mesh, offload=offload
+        )
     return loaded
 
 

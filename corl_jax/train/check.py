@@ -64,7 +64,7 @@ def inapplicable(plan: ResolvedRun) -> list[str]:
         with contextlib.suppress(InputError):  # a row that cannot be read gives way to another
             rows.append(source[row])
     listed = [reward for of_task in plan.rewards.values() for reward in of_task]
-    return applicable.inapplicable_rewards(listed, rows)
+    return applicable.find_inapplicable_rewards(listed, rows)
 
 
 def _count(params: Params) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognise_instruction
 from corl_jax.devices import batches, processes
+from corl_jax.evaluation import SUITES
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
 from corl_jax.policies.generation_config import FILE as GENERATION_FILE
@@ -82,13 +83,14 @@ def describe_sampling(config: Config, run: Run) -> Generation:
     The stage of the image tokenizer samples nothing. A run of one task samples only that one,
     unless its evaluation samples both.
     """
-    both = bool(run.tasks) and config.eval.suite == "shapes"
+    suite = SUITES.get(config.eval.suite)
+    sampled = (*run.tasks, *(suite.tasks if suite and run.tasks else ()))
     rollout, stated = config.rollout, {}
     if run.tasks:
         stated |= {"do_sample": True, "temperature": rollout.temperature}
-    if image_tasks(run.tasks) or both:
+    if image_tasks(sampled):
         stated |= {"guidance_scale": rollout.cfg_scale}
-    if text_tasks(run.tasks) or both:
+    if text_tasks(sampled):
         stated |= {
             "top_k": 50 if config.compat.text_top_k_50 else rollout.top_k,
             "top_p": rollout.top_p,

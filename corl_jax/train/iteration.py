@@ -27,7 +27,7 @@ from corl_jax.devices.batches import (
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
-from corl_jax.rewards.registry import Context, Samples, score_timed
+from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, ended
 from corl_jax.train.run import Iteration, Run, put
@@ -150,7 +150,7 @@ def score_samples(
         step=step,
         networks=run.networks,
     )
-    return score_timed(run.rewards[task], samples, context)
+    return score_and_measure(run.rewards[task], samples, context)
 
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))

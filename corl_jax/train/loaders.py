@@ -8,12 +8,12 @@ from typing import Any
 
 from corl_jax.config.checks import warmup_problems
 from corl_jax.config.schema import Config
+from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out
 from corl_jax.errors import InputError
-from corl_jax.evaluation import shapes
+from corl_jax.evaluation import SUITES
 from corl_jax.rewards import registry
-from corl_jax.rewards.functions import column_problem
 from corl_jax.train.stages import Stage, columns_to_read
 
 
@@ -32,14 +32,14 @@ def open_sources(
         # A column that keeps its standard name need not be there: a task may do without it.
         renamed = config.data.columns.model_dump(exclude_defaults=True)
         source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
-        problems = registry.missing_columns(listed, source.names)
+        problems = registry.find_missing_columns(listed, source.names)
         if problems:
             raise InputError(problems)
         return source
 
     if config.eval.suite == "none":
         return open_rows(config.data.path), None
-    measured = (*shapes.REQUIRED, IMAGE_COLUMN) if config.eval.suite == "shapes" else ()
+    measured = SUITES[config.eval.suite].columns
     if config.eval.path is not None:
         return open_rows(config.data.path), open_rows(config.eval.path, measured)
     return held_out(open_rows(config.data.path, measured), config.eval.rows)
@@ -79,7 +79,7 @@ def make_loaders(
         raise InputError(problems)
     if held is None:
         return train, None
-    measured = shapes.TASKS if config.eval.suite == "shapes" else tasks
+    measured = SUITES[config.eval.suite].tasks or tasks
     batch = config.eval.batch_prompts
     return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
 
@@ -100,7 +100,7 @@ def column_checks(
     read = set(stage.target_columns(config))
     for reward in rewards:
         if reward.name in registry.REGISTRY:
-            entry = reward.entry
-            read |= {*entry.columns, *entry.either, *entry.optional}
+            row = reward.row
+            read |= {*row.columns, *row.either, *row.optional}
     names = sorted(read - {IMAGE_COLUMN})
-    return {name: functools.partial(column_problem, name) for name in names}
+    return {name: functools.partial(find_value_problem, name) for name in names}

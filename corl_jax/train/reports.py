@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +11,10 @@ import numpy as np
 
 from corl_jax.config.schema import Config
 from corl_jax.devices import batches, processes
-from corl_jax.evaluation import shapes
+from corl_jax.evaluation import SUITES, EvaluationInputs
 from corl_jax.params import merge
-from corl_jax.policies import Model
 from corl_jax.policies.family import SamplingOptions
+from corl_jax.rewards.samples import Policy
 from corl_jax.runs import pictures
 from corl_jax.runs.log import RunLog, reduce_metrics
 from corl_jax.runs.outputs import Outputs
@@ -28,8 +27,6 @@ from corl_jax.types import Params, Prompts
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
 SHEET_IMAGES, SHEET_COLUMNS = 36, 6  # of the image of an evaluation
-ACCURACIES = ("draw/accuracy", "answer/accuracy")
-"""Rates of the drawn world's evaluation that guards compare."""
 HEADLINE = {
     "loss": "nan", "reward": "none",
     **{f"{task}/reward": "none" for task in TASKS}, **{f"{task}/nll": "nan" for task in TASKS},
@@ -80,7 +77,7 @@ def show_answers(config: Config, run: Run, log: RunLog, step: int, iteration: It
             for row in range(count)
         ]
         columns = {name: values[:count] for name, values in samples.columns.items()}
-        table = pictures.answers_table(
+        table = pictures.format_answers_table(
             columns["qa_problem"], samples.texts[:count], rewards, columns.get("qa_solution")
         )
         log.add_text(step, f"{task}/answers", table)
@@ -114,7 +111,7 @@ def draw_fixed_prompts(
         for row in range(len(prompts))
     ]
     images = images.reshape(*shape, *images.shape[1:])
-    page = pictures.grid(images, prompts.columns["prompt"], rewards, f"step {step}")
+    page = pictures.draw_samples(images, prompts.columns["prompt"], rewards, f"step {step}")
     save_page(outputs, step, f"step_{step:06d}.png", f"{task}/fixed_prompts", page)
 
 
@@ -154,90 +151,47 @@ def evaluate(config: Config, run: Run, outputs: Outputs, state: TrainState, step
     """
     params = merge(state.params, run.frozen)
     began = time.perf_counter()
-    if config.eval.suite == "rewards":
-        scores = evaluate_rewards(run, params, config.eval.rows, outputs.watchdog.beat)
-        values = {}
-        for name, (mean, error) in scores.items():
-            values |= {name: mean, f"{name}_stderr": error}
-    else:
-        report = evaluate_drawn_world(config, run, params, outputs.watchdog.beat)
-        values, scores = report.metrics(), estimate_accuracies(report)
-        show_evaluation(outputs, step, report)
-    values |= {"eval/seconds": time.perf_counter() - began}
-    alarms, lines = outputs.guards.check_evaluation(step, scores)
+    inputs = make_evaluation_inputs(config, run, params, outputs.watchdog.beat)
+    report = SUITES[config.eval.suite].evaluate(inputs)
+    values = report.metrics() | {"eval/seconds": time.perf_counter() - began}
+    page = report.draw(f"step {step}", SHEET_IMAGES, SHEET_COLUMNS) if outputs.primary else None
+    if page is not None:
+        save_page(outputs, step, f"{pictures.HELD_OUT}_{step:06d}.png", "eval/drawings", page)
+    alarms, lines = outputs.guards.check_evaluation(step, report.scores())
     outputs.log.add_metrics(step, values | alarms, is_evaluation=True)
     outputs.log.raise_alarms(outputs.guards, lines)
 
 
-def evaluate_drawn_world(
-    config: Config, run: Run, params: Params, beat: Callable[[], None]
-) -> shapes.Report:
-    """Evaluates both tasks on the drawn world; calls `beat` at each batch."""
+def make_evaluation_inputs(
+    config: Config, run: Run, params: Params, beat: Callable[[], None] = lambda: None
+) -> EvaluationInputs:
+    """Returns what an evaluation suite gets; `beat` is called once a batch, for the watchdog."""
 
     def place(tree: Any) -> Any:
         beat()
         return put(run, tree)
 
-    rollout = config.rollout
-    model = Model(run.family, run.sizes, run.processor, Path(config.model.path), params)
-    options = SamplingOptions(
-        special=run.processor.special, cfg_scale=rollout.cfg_scale, dtype=run.dtype,
-        temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens,
-    )  # fmt: skip
-    return shapes.evaluate_shapes(
-        model, run.eval_loader, options, seed=run.seed, rows=config.eval.rows, place=place,
-        total=lambda counts: batches.all_gather_rows(run.mesh, counts[None]).sum(axis=0),
-    )  # fmt: skip
-
-
-def estimate_accuracies(report: shapes.Report) -> dict[str, tuple[float, float]]:
-    """Returns metric -> (mean, standard error) of an evaluation's two accuracies."""
-    # Half the width of a 95% interval is 1.96 standard errors.
-    return {
-        f"eval/{name}": (rate.mean, (rate.high - rate.low) / (2 * 1.96))
-        for name, rate in report.rates.items()
-        if name in ACCURACIES and rate.n
-    }
-
-
-def show_evaluation(outputs: Outputs, step: int, report: shapes.Report) -> None:
-    """Saves the first images of an evaluation; they are of the same rows and keys each time."""
-    if not outputs.primary:
-        return
-    rate = report.rates["draw/accuracy"]
-    title = f"step {step}: {rate.mean:.1%} of {rate.n} drawings as demanded"
-    page = shapes.contact_sheet(report, SHEET_IMAGES, SHEET_COLUMNS, title)
-    save_page(outputs, step, f"{pictures.HELD_OUT}_{step:06d}.png", "eval/drawings", page)
-
-
-def evaluate_rewards(
-    run: Run, params: Params, count: int, beat: Callable[[], None] = lambda: None
-) -> dict[str, tuple[float, float]]:
-    """Returns metric -> (mean, standard error) of the training rewards on held-out rows.
-
-    Each of the first `count` rows counts once. `beat` is called at each batch.
-    """
-    loader = run.eval_loader
-    count = min(count, len(loader.source))
-    scores: dict[str, list[np.ndarray]] = {}
-    for prompts in loader.iterate(0, -(-count // loader.batch_size)):
+    def score(prompts: Prompts) -> dict[str, np.ndarray]:
         beat()
-        # The last batch may run into a second pass over the rows.
-        is_counted = np.repeat(prompts.index < count, run.group_size)
+        scores = {}
         for task in run.tasks:
             rollout = rl_iteration.sample(run, task, params, prompts)
             samples = rl_iteration.decode(run, task, params, prompts, rollout)
             rewards, _ = rl_iteration.score_samples(run, task, params, samples, 0)
-            for name, values in rewards.items():
-                counted = np.where(is_counted, values, np.nan)
-                rows = batches.all_gather_rows(run.mesh, counted)
-                scores.setdefault(f"eval/{task}/{name}", []).append(rows)
-    return {name: estimate_mean(np.concatenate(pieces)) for name, pieces in scores.items()}
+            scores |= {f"{task}/{name}": values for name, values in rewards.items()}
+        return scores
 
-
-def estimate_mean(values: np.ndarray) -> tuple[float, float]:
-    """Returns (mean, standard error) of the values that are not NaN; NaN for too few."""
-    values = values[~np.isnan(values)]
-    mean = float(values.mean()) if values.size else np.nan
-    spread = float(values.std(ddof=1)) if values.size > 1 else np.nan
-    return mean, spread / np.sqrt(max(values.size, 1))
+    options = SamplingOptions(
+        special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
+        temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip
+    return EvaluationInputs(
+        policy=Policy(run.family, run.sizes, params, run.processor, run.dtype),
+        batches=run.eval_loader,
+        sampling=options,
+        seed=run.seed,
+        rows=config.eval.rows,
+        place=place,
+        gather=lambda rows: batches.all_gather_rows(run.mesh, rows),
+        score=score,
+    )

@@ -128,7 +128,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     """
     problems, stage = Problems(), STAGES[config.stage]
     model = problems.attempt(_inspect_model, config.model.path)
-    rewards = problems.attempt(registry.resolve, config.rewards, config.compat)
+    rewards = problems.attempt(registry.bind_rewards, config.rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
     asked: list[networks.CheckedNetwork] | None = []
     if rewards is not None:  # without the rewards nobody can say which networks they ask
@@ -169,7 +169,7 @@ def _inspect_model(path: str) -> PolicyFiles:
 def _inspect_networks(
     config: Config, listed: list[registry.BoundReward]
 ) -> list[networks.CheckedNetwork]:
-    return networks.inspect(
+    return networks.check_networks(
         listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
     )
 
@@ -285,7 +285,7 @@ def _answer_problems(
         line
         for reward in listed
         if {"policy", "initial"} & set(reward.scorers)
-        for line in networks.position_problems(
+        for line in networks.find_position_problems(
             reward, model.family.limits(model.sizes), model.processor,
             config.data.max_prompt_length,
         )

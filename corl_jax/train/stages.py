@@ -113,4 +113,4 @@ STAGES: dict[str, Stage] = {
 def columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -> set[str]:
     """Returns the columns that the stage's prompts, its targets and the rewards read."""
     columns = {*required_columns(stage.tasks(config)), *stage.target_columns(config)}
-    return columns.union(*(reward.entry.columns for reward in rewards))
+    return columns.union(*(reward.row.columns for reward in rewards))

@@ -78,7 +78,7 @@ def test_the_promised_configs_are_there():
 @pytest.mark.parametrize("name", FILES)
 def test_config_loads_and_its_rewards_fit_its_tasks(name):
     config = load(name)
-    resolved = registry.resolve(config.rewards, config.compat)
+    resolved = registry.bind_rewards(config.rewards, config.compat)
     if config.stage != "rl":
         assert not config.rewards
         return
@@ -212,11 +212,11 @@ def test_data_sets_are_the_published_ones():
 def test_answering_stages_need_no_column_of_types():
     for stage, kind in (("refined_mc", "MC"), ("refined_oe", "OE")):
         config = load(f"janus_pro_1b/{stage}.yaml")
-        (reward, _) = registry.resolve(config.rewards, config.compat)["mm2t"]
-        assert not registry.missing_columns([reward], ["qa_problem", "qa_solution"])
+        (reward, _) = registry.bind_rewards(config.rewards, config.compat)["mm2t"]
+        assert not registry.find_missing_columns([reward], ["qa_problem", "qa_solution"])
         assert reward.function.keywords == {"default_type": kind}
-    plain = registry.resolve_one("qa_accuracy", {})
-    (problem,) = registry.missing_columns([plain], ["qa_problem", "qa_solution"])
+    plain = registry.bind_reward("qa_accuracy", {})
+    (problem,) = registry.find_missing_columns([plain], ["qa_problem", "qa_solution"])
     assert "column qa_type is missing" in problem and "its option default_type" in problem
 
 
@@ -327,7 +327,7 @@ def test_rewards_doc_covers_the_registry():
     for name in registry.REGISTRY:
         assert f"`{name}`" in text, name
         (row,) = re.findall(rf"^\| `{name}` \| (?:t2i|mm2t) \|.*$", text, re.MULTILINE)
-        for option, accepted in registry.options_of(name).items():
+        for option, accepted in registry.list_options(name).items():
             value = yaml.safe_dump(accepted.default).removesuffix("...\n").strip()
             assert f"`{option}={value}`" in row, (name, option)
 

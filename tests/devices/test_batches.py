@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import make_mesh
@@ -99,3 +100,42 @@ def test_pieces_of_a_rollout_are_put_together_in_order(mesh, at_once):
     with jax.set_mesh(mesh):
         wanted = iteration.sample(whole, "t2i", {}, prompts)
     np.testing.assert_array_equal(found.segments[0].logprobs, wanted.segments[0].logprobs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "multiple", "sizes"),
+    [(7, 64, 1, [7]), (72, 64, 1, [36, 36]), (7, 3, 1, [3, 3, 3]), (6, 64, 4, [8]),
+     (9, 4, 4, [4] * 3)],
+)  # fmt: skip
+def test_pieces_have_one_size_and_hold_every_row(rows, most, multiple, sizes):
+    pieces = list(batches.split_rows(rows, most, multiple))
+    assert [len(piece) for piece in pieces] == sizes
+    np.testing.assert_array_equal(np.concatenate(pieces)[:rows], np.arange(rows))
+
+
+def test_rows_are_padded_with_the_last_one():
+    assert batches.pad_rows(np.array([[1, 2], [3, 4]]), 4).tolist() == [[1, 2]] + 3 * [[3, 4]]
+    assert batches.pad_rows([5, 6, 7], 3).tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_program_in_pieces_is_compiled_once_and_keeps_the_rows_in_order(spread):
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(jnp.ones(()), everywhere) if spread else jnp.ones(())
+    rows, taken = np.arange(10, dtype=np.float32), []
+
+    def take(index):
+        taken.append(len(index))
+        return (rows[index],)
+
+    program = jax.jit(lambda x: (2 * x, jnp.stack([x, -x], axis=-1)))
+    double, both = batches.run_in_pieces(program, take, 10, 3, params)
+    assert taken == ([4, 4, 4] if spread else [3, 3, 3, 3])
+    assert program._cache_size() == 1
+    np.testing.assert_array_equal(double, 2 * rows)
+    np.testing.assert_array_equal(both, np.stack([rows, -rows], axis=-1))
+
+
+def test_no_rows_run_no_program():
+    assert batches.run_in_pieces(None, None, 0, 3, None) == []

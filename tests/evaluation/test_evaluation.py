@@ -8,7 +8,9 @@ import dataclasses
 import json
 import math
 import shutil
+import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,16 @@ import pytest
 from PIL import Image
 
 from corl_jax import evaluate, policies
+from corl_jax.config import schema
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world import generator
+from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.errors import InputError
-from corl_jax.evaluation import shapes
-from corl_jax.evaluation.shapes import HeldOutShapes, Rate, evaluate_shapes
+from corl_jax.evaluation import SUITES, EvaluationInputs, shapes
+from corl_jax.evaluation.intervals import Rate
+from corl_jax.evaluation.shapes import evaluate_shapes
 from corl_jax.params import map_with_path
 from corl_jax.policies import PolicyFiles, load_policy
 from corl_jax.policies.family import SamplingOptions
@@ -32,6 +37,8 @@ from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.layout import RULES
+from corl_jax.rewards.samples import Policy
+from corl_jax.runs import pictures
 from corl_jax.types import Prompts
 from corl_jax.weights.export import save_checkpoint
 from tests.support import metrics_page
@@ -89,8 +96,9 @@ def loader(model, batch_size: int, rows: int = ROWS) -> Loader:
 
 
 def measure(model, batches, seed: int = 3, **options):
-    sampled = SamplingOptions(model.processor.special, **SHORT)
-    return evaluate_shapes(model, batches, sampled, seed=seed, **options)
+    policy = Policy(model.family, model.sizes, model.params, model.processor, jnp.float32)
+    sampling = SamplingOptions(model.processor.special, **SHORT)
+    return evaluate_shapes(EvaluationInputs(policy, batches, sampling, seed, **options))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +130,8 @@ def test_wilson_intervals_by_hand(hits, n, low, high):
 def test_no_try_says_nothing(drawn):
     rate = Rate.of(0, 0)
     assert math.isnan(rate.mean) and (rate.low, rate.high, rate.n) == (0.0, 1.0, 0)
-    rates = shapes.summarize([True], ["counting"], [])
-    report = shapes.Report(rates, np.zeros((1, 4, 4, 3), np.uint8), ["p"], [True], [])
+    rates = shapes.compute_rates([True], ["counting"], [])
+    report = shapes.ShapesReport(rates, np.zeros((1, 4, 4, 3), np.uint8), ["p"], [True], [])
     assert set(report.metrics()) == {
         f"eval/draw/{name}{suffix}"
         for name in ("accuracy", "counting")
@@ -144,9 +152,9 @@ def test_the_page_of_metrics_lists_them(report):
 
 
 def test_perfect_work_scores_one(drawn):
-    passed = shapes.score_drawings(np.stack(drawn["real_image"]), drawn)
+    passed = shapes.score_images(np.stack(drawn["real_image"]), drawn)
     answers = shapes.score_answers(drawn["sft_answer"], drawn)
-    rates = shapes.summarize(passed, drawn["category"], answers)
+    rates = shapes.compute_rates(passed, drawn["category"], answers)
     assert tuple(rates) == NAMES
     assert all(rate.mean == 1.0 and rate.n for rate in rates.values())
     assert rates["answer/mc"].n + rates["answer/oe"].n == rates["answer/accuracy"].n == 150
@@ -155,9 +163,9 @@ def test_perfect_work_scores_one(drawn):
 
 def test_wrong_work_scores_about_nothing(drawn):
     others = np.roll(np.stack(drawn["real_image"]), 1, axis=0)
-    assert np.mean(shapes.score_drawings(others, drawn)) < 0.06
+    assert np.mean(shapes.score_images(others, drawn)) < 0.06
     blank = np.full_like(others, 248)
-    assert not any(shapes.score_drawings(blank, drawn))
+    assert not any(shapes.score_images(blank, drawn))
     answers = shapes.score_answers(["<think>.</think><answer>what?</answer>"] * 150, drawn)
     assert not any(a["correct"] for a in answers) and all(a["format"] for a in answers)
     bare = [text.rpartition("</think>")[2] for text in drawn["sft_answer"]]
@@ -180,7 +188,7 @@ def test_question_types_in_usual_spellings_count_as_what_they_are(spelling, kind
     columns = {"qa_problem": ["?"], "qa_solution": ["<answer>A</answer>"], "qa_type": [spelling]}
     answers = shapes.score_answers(["<answer>A</answer>"], columns)
     assert answers[0]["qa_type"] == kind and answers[0]["correct"]
-    assert shapes.summarize([True], ["counting"], answers)[f"answer/{kind.lower()}"].n == 1
+    assert shapes.compute_rates([True], ["counting"], answers)[f"answer/{kind.lower()}"].n == 1
 
 
 def test_held_out_rows_are_no_training_rows():
@@ -286,7 +294,7 @@ def test_bad_columns_stop_before_sampling(model, monkeypatch):
 
 
 def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
-    args = argparse.Namespace(data=None, rows=3, seed=7, world=None)
+    args = argparse.Namespace(suite="shapes", data=None, rows=3, seed=7, world=None)
     for size, world in ((16, "small"), (64, "full")):
         siglip = dataclasses.replace(tiny_config.siglip, image_size=size)
         config = dataclasses.replace(tiny_config, siglip=siglip)
@@ -294,16 +302,53 @@ def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
         assert rows.column("spec") == HeldOutShapes(3, 7, world).column("spec")
 
 
-def test_the_sheet_frames_right_and_wrong_drawings(report):
-    title = shapes.LINE + shapes.GAP
-    sheet = shapes.contact_sheet(report, 2, 2, "step 0")
-    plain = shapes.contact_sheet(report, 2, 2)
-    assert sheet.shape == (plain.shape[0] + title, *plain.shape[1:])
-    assert np.array_equal(sheet[title + shapes.GAP :], plain[shapes.GAP :])
+def test_the_page_frames_right_and_wrong_images(report):
+    title = pictures.LINE + pictures.MARGIN
+    page = report.draw("step 0", 2, 2)
+    plain = report.draw("", 2, 2)
+    assert page.shape == (plain.shape[0] + title, *plain.shape[1:])
+    assert np.array_equal(page[title + pictures.MARGIN :], plain[pictures.MARGIN :])
     for passed, ink in ((True, (20, 120, 50)), (False, (190, 30, 30))):
         marked = dataclasses.replace(report, passed=[passed] * ROWS)
-        frame = shapes.contact_sheet(marked, 1)[shapes.GAP - 1, shapes.GAP : 100]
+        frame = marked.draw("", 1)[pictures.MARGIN - 1, pictures.MARGIN : 100]
         assert (frame == ink).all()
+
+
+def test_the_option_lists_the_suites():
+    choices = typing.get_args(schema.Eval.model_fields["suite"].annotation)
+    assert choices == ("none", *SUITES)
+
+
+def test_the_command_refuses_a_suite_that_needs_a_run(model_dir, capsys):
+    for suite in ("rewards", "shape"):
+        error = refusal(capsys, model_dir, "--suite", suite)
+        assert f"--suite: found {suite}; expected shapes" in error
+
+
+# ---- rewards
+
+
+def test_held_out_rows_count_once():
+    """Seven rows in batches of three: the last batch runs into a second pass."""
+    rewards = np.array([1, 2, 3, 4, 5, 6, 7, np.nan], np.float32)
+
+    def batches(first, last):
+        for start in range(3 * first, 3 * last, 3):
+            yield Prompts(np.arange(start, start + 3), {})
+
+    def score(prompts):
+        return {"t2i/r": np.repeat(rewards[prompts.index % 7], 2)}
+
+    def measure(rows):
+        loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
+        inputs = EvaluationInputs(None, loader, SHORT, rows, score=score)
+        return SUITES["rewards"].evaluate(inputs).metrics()
+
+    everything = measure(99)
+    assert everything["eval/t2i/r"] == pytest.approx(4.0)
+    spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
+    assert everything["eval/t2i/r_stderr"] == pytest.approx(spread)
+    assert measure(4)["eval/t2i/r"] == pytest.approx(2.5)
 
 
 # ---- the command
@@ -330,7 +375,7 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(ROWS))
     assert [line["answer"] for line in lines] == [a["answer"] for a in report.answers]
-    assert Image.open(out / "grid.png").width == ROWS * 144
+    assert Image.open(out / "grid.png").width == ROWS * (128 + pictures.MARGIN) + pictures.MARGIN
 
 
 def test_command_reads_files(model_dir, tmp_path, capsys):

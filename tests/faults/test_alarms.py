@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from corl_jax.train import reports
+from corl_jax.evaluation import SUITES
+from corl_jax.evaluation.rewards import RewardsReport
 from tests.faults.harness import Job
 from tests.support import tiny_runs
 
@@ -26,9 +29,9 @@ def job(model, rows, tmp_path, one_device, monkeypatch, request):
     scores = iter(range(100, 0, -1))
 
     def falling(*args):
-        return {"eval/mm2t/score": (float(next(scores)), 0.01)}
+        return RewardsReport({"eval/mm2t/score": (float(next(scores)), 0.01)})
 
-    monkeypatch.setattr(reports, "evaluate_rewards", falling)
+    monkeypatch.setitem(SUITES, "rewards", dataclasses.replace(SUITES["rewards"], evaluate=falling))
     changes = {
         "rewards": [{"use": f"{tmp_path / 'mine.py'}:rising"}],
         "algorithm": {"tasks": "mm2t", "kl_coef": 0.1},

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
+from corl_jax.data.column_values import find_spec_problem, find_value_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import ROLES, STRINGS
-from corl_jax.rewards import answers, functions, text
+from corl_jax.rewards import answers, text
+from corl_jax.rewards.image_rewards import _fraction_correct
 from corl_jax.weights import storage
 from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.layouts import KINDS
@@ -329,7 +331,7 @@ def test_columns_of_rewards(hammer):
     def check(content):
         for value in (content, json.dumps(content)):
             problems = {
-                name: functions.column_problem(name, value)
+                name: find_value_problem(name, value)
                 for name in ("spec", "od_solution", "cls_solution")
             }
             assert all(len(problem) < 700 for problem in problems.values() if problem)
@@ -337,7 +339,7 @@ def test_columns_of_rewards(hammer):
                 demand = json.loads(value) if isinstance(value, str) else value
                 for strict in (True, False):
                     assert checker.satisfies(FOUND, demand, strict=strict) in (True, False)
-                assert 0 <= functions._share(FOUND, demand) <= 1
+                assert 0 <= _fraction_correct(FOUND, demand) <= 1
             if problems["od_solution"] is None:
                 answer = "<answer>[{'Position': [0, 0, 9, 9], 'Confidence': 1}]</answer>"
                 score = text.od_answer_score(answer, value)
@@ -360,7 +362,7 @@ def test_columns_of_rewards(hammer):
     ids=["deep", "infinite", "text", "alone", "digits"],
 )
 def test_specs_made_to_break_their_reader(spec):
-    problem = functions.spec_problem(spec)
+    problem = find_spec_problem(spec)
     assert problem.startswith("found '") and "expected {category" in problem
     assert len(problem) < 700
 

@@ -197,9 +197,9 @@ def test_a_hung_reward_does_not_keep_the_process(tmp_path, kind, figure):
     wait = {"sleeps": "time.sleep(3600)", "spins": "while True: pass"}[kind]
     (tmp_path / "hung.py").write_text(STUBBORN % wait)
     script = (
-        "from corl_jax.rewards import custom\n"
+        "from corl_jax.rewards import own\n"
         "from corl_jax.rewards.samples import Context, Samples\n"
-        "reward = custom.load('hung.py:hung', {}, timeout_s=0.5, max_failures=2)\n"
+        "reward = own.load_user_reward('hung.py:hung', {}, timeout_s=0.5, max_failures=2)\n"
         "context = Context(None, None, None, None, None, 0, 0)\n"
         "for _ in range(3):\n"
         "    print(reward(Samples({}, texts=['a', 'b']), context), flush=True)\n"

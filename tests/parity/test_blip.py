@@ -172,7 +172,9 @@ def test_greedy_captions_token_by_token(pair, max_new_tokens):
 
 def greedy(max_new_tokens: int):
     def run(model, images):
-        return captions.greedy(model.text_decoder, model.vision_model(images), max_new_tokens)
+        return captions.decode_greedily(
+            model.text_decoder, model.vision_model(images), max_new_tokens
+        )
 
     return run
 
@@ -195,7 +197,7 @@ def test_captions_of_pictures(pair, shape, tmp_path):
     expected = [processor.decode(row, skip_special_tokens=True).strip() for row in theirs]
 
     network = Network(pair.config, jax.tree.map(jnp.asarray, pair.params), tmp_path, jnp.float32)
-    found = captions.caption(network, images, max_new_tokens=12, chunk=2)
+    found = captions.caption_images(network, images, max_new_tokens=12, chunk=2)
     assert found == expected
     assert len(set(found)) > 1
 
@@ -209,7 +211,7 @@ def test_preprocessing(shape):
     settings = captions.ImageSettings(
         24, tuple(processor.image_mean), tuple(processor.image_std), processor.rescale_factor
     )
-    found = np.asarray(captions.normalise(captions.to_size(images, 24), settings))
+    found = np.asarray(captions.normalise_images(captions.squash_to_size(images, 24), settings))
     assert found.shape == expected.shape == (3, 24, 24, 3)
     error = np.abs(found - expected).max()
     print(f"parity BLIP pixels {shape}: largest difference {error:.1e}")

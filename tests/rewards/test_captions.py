@@ -83,7 +83,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def tokens(network, images):
-    found = captions.caption_tokens(network, images, max_new_tokens=POSITIONS)
+    found = captions.generate_caption_tokens(network, images, max_new_tokens=POSITIONS)
     lengths = (found != SEP).sum(axis=1)
     assert lengths.min() < 4 and lengths.max() == POSITIONS, f"choose another bias: {lengths}"
     return found
@@ -115,10 +115,10 @@ def test_decoding_with_a_cache_is_the_full_forward(network, images):
 
 def test_a_caption_is_greedy(network, images, tokens):
     """Each token is the most likely one after those before it, by the full forward."""
-    settings = captions.image_settings(network.folder, SIZE)
+    settings = captions.read_image_settings(network.folder, SIZE)
     ids = np.concatenate([np.full((len(images), 1), BOS), tokens[:, :-1]], axis=1)
     forward = jax.jit(lambda params, *x: modules.bind(Blip, CONFIG, params)(*x))
-    logits = forward(network.params, captions.normalise(images, settings), ids)
+    logits = forward(network.params, captions.normalise_images(images, settings), ids)
     second, first = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)
     read = np.cumsum(ids == SEP, axis=1) == 0  # what follows the end is not drawn
     assert (first - second)[read].min() > NETWORK, "a tie decides nothing: choose another seed"
@@ -133,7 +133,7 @@ def test_the_separator_ends_a_caption_and_fills_its_row(tokens):
 
 @pytest.mark.parametrize("most", [1, 4])
 def test_fewer_tokens_are_the_beginning_of_more(network, images, tokens, most):
-    found = captions.caption_tokens(network, images, max_new_tokens=most)
+    found = captions.generate_caption_tokens(network, images, max_new_tokens=most)
     np.testing.assert_array_equal(found, tokens[:, :most])
 
 
@@ -163,7 +163,7 @@ def test_the_loop_of_decoding(tokens):
     """Drawn tokens are fed back, ended rows are filled, and the last end is the end of it."""
     script = Script(tokens)
     with jax.disable_jit():
-        found = captions.greedy(script, jnp.zeros((len(tokens), 1, 1)), tokens.shape[1])
+        found = captions.decode_greedily(script, jnp.zeros((len(tokens), 1, 1)), tokens.shape[1])
     ends = [row.index(SEP) + 1 if SEP in row else len(row) for row in tokens.tolist()]
     expected = [
         [*row[:end], *[SEP] * (len(row) - end)]
@@ -177,36 +177,40 @@ def test_the_loop_of_decoding(tokens):
 
 def test_pieces_and_devices_change_nothing(network, images, tokens, mesh):
     for chunk in (1, 5):
-        found = captions.caption_tokens(network, images, max_new_tokens=POSITIONS, chunk=chunk)
+        found = captions.generate_caption_tokens(
+            network, images, max_new_tokens=POSITIONS, chunk=chunk
+        )
         np.testing.assert_array_equal(found, tokens)
     split = jax.device_put(
         network.params, network_shardings(network.params, mesh, KINDS["blip"].rules)
     )
     spread = dataclasses.replace(network, params=split)
     with jax.set_mesh(mesh):
-        found = captions.caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)
+        found = captions.generate_caption_tokens(spread, images, max_new_tokens=POSITIONS, chunk=8)
     np.testing.assert_array_equal(found, tokens)
 
 
 def test_one_program_serves_all_images_of_a_size(network, images):
     program = captions._caption_program
-    captions.caption(network, images[:4], max_new_tokens=3, chunk=2)
+    captions.caption_images(network, images[:4], max_new_tokens=3, chunk=2)
     compiled = program._cache_size()
-    captions.caption(network, 255 - images[:8], max_new_tokens=3, chunk=2)
-    captions.caption(dataclasses.replace(network), images[:4, 1:], max_new_tokens=3, chunk=2)
+    captions.caption_images(network, 255 - images[:8], max_new_tokens=3, chunk=2)
+    captions.caption_images(dataclasses.replace(network), images[:4, 1:], max_new_tokens=3, chunk=2)
     assert program._cache_size() == compiled
 
 
 def test_the_parameters_compute_in_the_networks_dtype(network, images):
     half = dataclasses.replace(network, dtype=jnp.bfloat16)
-    found = captions.caption_tokens(half, images, max_new_tokens=3)
+    found = captions.generate_caption_tokens(half, images, max_new_tokens=3)
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network.params)
-    same = captions.caption_tokens(dataclasses.replace(half, params=cast), images, max_new_tokens=3)
+    same = captions.generate_caption_tokens(
+        dataclasses.replace(half, params=cast), images, max_new_tokens=3
+    )
     np.testing.assert_array_equal(found, same)
 
 
 def test_no_images_have_no_captions(network, images):
-    assert captions.caption(network, images[:0], max_new_tokens=3) == []
+    assert captions.caption_images(network, images[:0], max_new_tokens=3) == []
 
 
 # ---- text
@@ -216,8 +220,8 @@ def test_captions_are_the_text_of_their_tokens(network, images, monkeypatch):
     rows = np.full((3, 6), SEP)
     rows[0, :5] = [5, 6, 7, 8, 9]
     rows[1, :3] = [41, 6, 10]  # BLIP's own token is none of the tokenizer's
-    monkeypatch.setattr(captions, "caption_tokens", lambda *_, **__: rows)
-    assert captions.caption(network, images[:3]) == ["a cats on mat", "cat.", ""]
+    monkeypatch.setattr(captions, "generate_caption_tokens", lambda *_, **__: rows)
+    assert captions.caption_images(network, images[:3]) == ["a cats on mat", "cat.", ""]
 
 
 @pytest.mark.parametrize("model_type", ["blip", "corl_jax_network"])
@@ -235,7 +239,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(network, images, tmp_path, d
     else:
         (folder / "tokenizer.json").write_text({"not JSON": "{", "not a tokenizer": "[]"}[damage])
     with pytest.raises(InputError, match=str(folder)):
-        captions.caption(dataclasses.replace(network, folder=folder), images)
+        captions.caption_images(dataclasses.replace(network, folder=folder), images)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +260,7 @@ def test_a_caption_starts_and_ends_with_no_word(network, images, changes, expect
     text = dataclasses.replace(CONFIG.text, **changes)
     other = dataclasses.replace(network, config=dataclasses.replace(CONFIG, text=text))
     with pytest.raises(InputError, match=expected):
-        captions.caption(other, images)
+        captions.caption_images(other, images)
 
 
 def test_a_tokenizer_may_know_the_token_that_starts_a_caption(tmp_path):
@@ -276,17 +280,17 @@ def test_a_tokenizer_may_know_the_token_that_starts_a_caption(tmp_path):
 
 def test_pixels_are_normalised_as_computed_by_hand():
     settings = captions.ImageSettings(2, (0.5, 0.25, 0.2), (0.5, 0.25, 0.4), 1 / 255)
-    found = captions.normalise(np.array([[0, 255, 51]], np.uint8), settings)
+    found = captions.normalise_images(np.array([[0, 255, 51]], np.uint8), settings)
     np.testing.assert_allclose(found, [[-1.0, 3.0, 0.0]], atol=1e-6)
 
 
 def test_images_of_the_right_size_are_left_alone(images):
-    assert captions.to_size(images, SIZE) is images
+    assert captions.squash_to_size(images, SIZE) is images
 
 
 def test_images_are_squashed_by_pillow():
     wide = np.random.default_rng(3).integers(0, 256, (2, 9, 31, 3), dtype=np.uint8)
-    found = captions.to_size(wide, 8)
+    found = captions.squash_to_size(wide, 8)
     for one, expected in zip(found, wide, strict=True):
         resized = Image.fromarray(expected).resize((8, 8), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(one, np.asarray(resized))
@@ -296,16 +300,16 @@ def test_settings_are_those_of_the_file(tmp_path):
     expected = captions.ImageSettings(
         SIZE, tuple(CLIP["image_mean"]), tuple(CLIP["image_std"]), 1 / 255
     )
-    assert captions.image_settings(write_files(tmp_path / "a"), SIZE) == expected
+    assert captions.read_image_settings(write_files(tmp_path / "a"), SIZE) == expected
     folder = write_files(tmp_path / "b", {"size": SIZE, "rescale_factor": 0.5})
-    assert captions.image_settings(folder, SIZE) == dataclasses.replace(expected, scale=0.5)
+    assert captions.read_image_settings(folder, SIZE) == dataclasses.replace(expected, scale=0.5)
     # transformers 5 writes the same object inside another file.
     folder = write_files(tmp_path / "c")
     old = folder / "preprocessor_config.json"
     inner = {"image_processor": json.loads(old.read_text())}
     (folder / "processor_config.json").write_text(json.dumps(inner))
     old.unlink()
-    assert captions.image_settings(folder, SIZE) == expected
+    assert captions.read_image_settings(folder, SIZE) == expected
 
 
 @pytest.mark.parametrize(
@@ -328,7 +332,7 @@ def test_settings_are_those_of_the_file(tmp_path):
 def test_settings_that_are_not_implemented_are_refused(tmp_path, changes, named):
     folder = write_files(tmp_path / "model", changes)
     with pytest.raises(InputError) as error:
-        captions.image_settings(folder, SIZE)
+        captions.read_image_settings(folder, SIZE)
     (problem,) = error.value.problems
     assert problem.startswith(f"{folder / 'preprocessor_config.json'}: {named} is ")
 
@@ -337,10 +341,12 @@ def test_absent_settings_are_refused_by_the_name_of_the_file(network, images, tm
     folder = write_files(tmp_path / "model")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"preprocessor_config\.json: cannot be read"):
-        captions.caption(dataclasses.replace(network, folder=folder), images, max_new_tokens=3)
+        captions.caption_images(
+            dataclasses.replace(network, folder=folder), images, max_new_tokens=3
+        )
 
 
 @pytest.mark.parametrize("most", [0, POSITIONS + 1])
 def test_lengths_that_the_decoder_does_not_have_are_refused(network, images, most):
     with pytest.raises(InputError, match=f"max_new_tokens: found {most}; expected 1 to 10"):
-        captions.caption(network, images, max_new_tokens=most)
+        captions.caption_images(network, images, max_new_tokens=most)

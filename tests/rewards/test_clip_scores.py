@@ -110,7 +110,7 @@ def expected_cosines(network, drawings, prompts) -> np.ndarray:
 
 
 def test_ids_by_hand(network):
-    found = clip_scores.token_ids(network, ["Red  FOX", "re", ""])
+    found = clip_scores.tokenize_prompts(network, ["Red  FOX", "re", ""])
     red, fox = VOCAB["red</w>"], VOCAB["fox</w>"]
     assert found.dtype == np.int32
     assert found.tolist() == [
@@ -121,7 +121,7 @@ def test_ids_by_hand(network):
 
 
 def test_a_long_prompt_is_cut_and_still_ends(network):
-    found = clip_scores.token_ids(network, ["fox " * 50])
+    found = clip_scores.tokenize_prompts(network, ["fox " * 50])
     assert found.tolist() == [[START, *[VOCAB["fox</w>"]] * 7, END]]
 
 
@@ -130,40 +130,40 @@ def test_the_older_tokenizer_files_do_as_well(network, folder, tmp_path):
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in MERGES)])
     (tmp_path / "merges.txt").write_text(merges + "\n")
     other = dataclasses.replace(network, folder=tmp_path)
-    found = (clip_scores.token_ids(x, ["a red fox", "b"]) for x in (network, other))
+    found = (clip_scores.tokenize_prompts(x, ["a red fox", "b"]) for x in (network, other))
     assert np.array_equal(*found)
 
 
 def test_a_folder_without_a_tokenizer_says_where_to_get_one(network, tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(InputError, match=r"expected tokenizer.json, or .* copy them from openai"):
-        clip_scores.token_ids(dataclasses.replace(network, folder=tmp_path), ["a"])
+        clip_scores.tokenize_prompts(dataclasses.replace(network, folder=tmp_path), ["a"])
 
 
 def test_a_damaged_tokenizer_is_named(network, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=f"{tmp_path}: its tokenizer cannot be read"):
-        clip_scores.token_ids(dataclasses.replace(network, folder=tmp_path), ["a"])
+        clip_scores.tokenize_prompts(dataclasses.replace(network, folder=tmp_path), ["a"])
 
 
 @pytest.mark.parametrize("change", [{"eos_token_id": 5}, {"vocab_size": 300}])
 def test_a_foreign_tokenizer_is_refused(network, change):
     config = dataclasses.replace(TINY, **change)
     with pytest.raises(InputError, match="put the tokenizer files of this CLIP there"):
-        clip_scores.token_ids(dataclasses.replace(network, config=config), ["a"])
+        clip_scores.tokenize_prompts(dataclasses.replace(network, config=config), ["a"])
 
 
 def test_pixels_by_hand():
     pixels = jnp.array([[[[0, 255, 51]]]], jnp.uint8)
-    found = clip_scores.normalised(ClipConfig(), pixels)[0, 0, 0]
+    found = clip_scores.normalise_pixels(ClipConfig(), pixels)[0, 0, 0]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     by_hand = [(0 - mean[0]) / std[0], (1 - mean[1]) / std[1], (0.2 - mean[2]) / std[2]]
     assert found.tolist() == pytest.approx(by_hand, abs=NETWORK)
 
 
 def test_images_of_the_right_size_are_left_alone(drawings):
-    assert clip_scores.resized(drawings, 40) is drawings
-    smaller = clip_scores.resized(drawings, 10)
+    assert clip_scores.resize_images(drawings, 40) is drawings
+    smaller = clip_scores.resize_images(drawings, 10)
     assert (smaller.shape, smaller.dtype) == ((5, 10, 10, 3), np.uint8)
     assert np.abs(smaller.mean((1, 2)) - drawings.mean((1, 2))).max() < 3
 
@@ -206,7 +206,9 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
 
 def test_ratings_are_the_heads(network, head, drawings):
     found = clip_scores.aesthetic_rating(network, head, drawings)
-    pixels = clip_scores.normalised(TINY, jnp.asarray(clip_scores.resized(drawings, 24)))
+    pixels = clip_scores.normalise_pixels(
+        TINY, jnp.asarray(clip_scores.resize_images(drawings, 24))
+    )
     x = np.asarray(features(TINY, "image_features", network.params, pixels))
     x = x / np.linalg.norm(x, axis=-1, keepdims=True)
     for layer in ("0", "1"):
@@ -245,12 +247,12 @@ def test_rewards_are_multiples_of_the_scores(network, head, drawings):
     cosine = clip_scores.clip_similarity(network, drawings, PROMPTS)
     rating = clip_scores.aesthetic_rating(network, head, drawings)
     for found, expected in (
-        (clip_scores.clip_reward(samples, context), 2 * cosine),
-        (clip_scores.hpsv2(samples, context), cosine),
-        (clip_scores.pickscore(samples, context), 100 * cosine),
-        (clip_scores.pickscore(samples, context, divisor=26.0), 100 / 26 * cosine),
-        (clip_scores.aesthetic(samples, context), rating),
-        (clip_scores.aesthetic(samples, context, divisor=10.0), rating / 10),
+        (clip_scores.score_clip(samples, context), 2 * cosine),
+        (clip_scores.score_hpsv2(samples, context), cosine),
+        (clip_scores.score_pickscore(samples, context), 100 * cosine),
+        (clip_scores.score_pickscore(samples, context, divisor=26.0), 100 / 26 * cosine),
+        (clip_scores.score_aesthetic(samples, context), rating),
+        (clip_scores.score_aesthetic(samples, context, divisor=10.0), rating / 10),
     ):
         assert found.dtype == np.float32
         assert found == pytest.approx(expected, rel=NETWORK, nan_ok=True)

@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corl_jax.errors import InputError, RewardError
-from corl_jax.rewards import custom
-from corl_jax.rewards.custom import load
+from corl_jax.rewards import own
+from corl_jax.rewards.own import load_user_reward
 from corl_jax.rewards.samples import Context, Samples
-from corl_jax.rewards.worker import as_scores
+from corl_jax.rewards.worker import convert_scores
 
 NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "my_rewards.py"
@@ -49,7 +49,7 @@ def made(write):
     """A reward `f` of the code, given at once."""
 
     def make(code: str, options=None, **settings):
-        return load(f"{write(code)}:f", options or {}, **{"timeout_s": 5.0} | settings)
+        return load_user_reward(f"{write(code)}:f", options or {}, **{"timeout_s": 5.0} | settings)
 
     return make
 
@@ -65,7 +65,7 @@ def images(count: int = 2, **columns: list) -> Samples:
 
 def problems(use: str, options=None) -> list[str]:
     with pytest.raises(InputError) as caught:
-        load(use, options or {})
+        load_user_reward(use, options or {})
     assert all(problem.startswith(f"rewards: {use}: ") for problem in caught.value.problems)
     return [problem.removeprefix(f"rewards: {use}: ") for problem in caught.value.problems]
 
@@ -157,7 +157,7 @@ def test_no_samples_make_no_call(made):
     ],
 )
 def test_lists_and_arrays_of_numbers_are_scores(values):
-    scores = as_scores(eval(values), 3)
+    scores = convert_scores(eval(values), 3)
     assert all(type(score) is float for score in scores)
     np.testing.assert_array_equal(scores, [1, np.nan, 0.5])
 
@@ -185,7 +185,7 @@ def test_lists_and_arrays_of_numbers_are_scores(values):
 )
 def test_anything_else_fails(values, line):
     with pytest.raises((TypeError, ValueError, OverflowError)) as caught:
-        as_scores(eval(values), 2)
+        convert_scores(eval(values), 2)
     assert f"{type(caught.value).__name__}: {caught.value}".startswith(line)
 
 
@@ -202,15 +202,17 @@ def test_a_wrong_result_costs_all_samples(made, caplog):
 def test_scores_are_the_values_whatever_holds_them(values):
     wanted = [math.nan if value is None else float(value) for value in values]
     for holder in (values, tuple(values), np.array(values, object), np.array(wanted)):
-        np.testing.assert_array_equal(as_scores(holder, len(values)), wanted)
-    np.testing.assert_array_equal(as_scores(jnp.array(wanted, jnp.float32), len(values)), wanted)
+        np.testing.assert_array_equal(convert_scores(holder, len(values)), wanted)
+    np.testing.assert_array_equal(
+        convert_scores(jnp.array(wanted, jnp.float32), len(values)), wanted
+    )
 
 
 @settings(deadline=None)
 @given(st.recursive(st.none() | st.floats() | st.text() | st.binary(), st.lists), st.integers(0, 4))
 def test_whatever_comes_back_is_scores_or_an_error_that_is_caught(values, count):
     try:
-        scores = as_scores(values, count)
+        scores = convert_scores(values, count)
     except (TypeError, ValueError, OverflowError):
         numbers = isinstance(values, list) and all(
             value is None or isinstance(value, float) for value in values
@@ -306,7 +308,7 @@ STUBBORN = """
 
 
 def test_a_function_that_does_not_stop_is_ended_with_its_process(made, monkeypatch, caplog):
-    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.2)
+    monkeypatch.setattr(own, "REWARD_GRACE_S", 0.2)
     reward = made(CALLS % STUBBORN.strip(), timeout_s=0.2)
     assert reward(texts("quick"), NOWHERE) == 1
     first = reward.process.pid
@@ -342,7 +344,7 @@ def test_a_file_edited_during_a_run_counts_from_the_next_run_on(made, write):
     write("def f(texts): return [-1.0]")
     reward(texts("os._exit(3)"), NOWHERE)
     assert reward(texts("pass"), NOWHERE) == 1
-    assert load("mine.py:f", {})(texts("pass"), NOWHERE) == -1
+    assert load_user_reward("mine.py:f", {})(texts("pass"), NOWHERE) == -1
 
 
 def is_alive(pid: int) -> bool:
@@ -382,9 +384,9 @@ def test_no_process_stays_when_the_run_is_killed(write, tmp_path):
     """In the middle of a call, together with what the reward has started itself."""
     write(LEFT_ALONE)
     script = (
-        "from corl_jax.rewards import custom\n"
+        "from corl_jax.rewards import own\n"
         "from corl_jax.rewards.samples import Context, Samples\n"
-        "custom.load('mine.py:f', {})(Samples({}, texts=['a']), None)\n"
+        "own.load_user_reward('mine.py:f', {})(Samples({}, texts=['a']), None)\n"
     )
     env = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[2])}
     run = subprocess.Popen([sys.executable, "-c", script], env=env)
@@ -436,7 +438,7 @@ def test_an_async_function_that_runs_out_of_time_is_cancelled(made):
 
 
 def test_an_async_function_that_does_not_yield_is_ended(made, monkeypatch):
-    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.05)
+    monkeypatch.setattr(own, "REWARD_GRACE_S", 0.05)
     code = "import time\nasync def f(texts):\n    time.sleep(60)\n    return [1.0]"
     reward = made(code, timeout_s=0.05, max_failures=1)
     with pytest.raises(RewardError, match=r"time\.sleep\(60\)"):
@@ -490,13 +492,13 @@ def test_two_rewards_of_a_file_share_one_import(write):
         def f(texts): shared.calls += 1; return [shared.calls]
         def g(texts): shared.calls += 1; return [shared.calls]
     """)
-    first, second = load(f"{name}:f", {}), load(f"./{name}:g", {})
+    first, second = load_user_reward(f"{name}:f", {}), load_user_reward(f"./{name}:g", {})
     assert first(texts("a"), NOWHERE) == 1 and second(texts("a"), NOWHERE) == 2
 
 
 def test_a_file_is_imported_when_it_is_loaded_and_only_once(write, capfd):
     name = write("print('imported')\ndef f(texts): return [0]\ndef g(texts): return [0]")
-    rewards = [load(f"{name}:f", {}), load(f"{name}:g", {})]
+    rewards = [load_user_reward(f"{name}:f", {}), load_user_reward(f"{name}:g", {})]
     assert rewards[0].process is rewards[1].process
     assert capfd.readouterr() == ("", "imported\n")
 
@@ -508,14 +510,14 @@ def test_a_file_may_have_any_name(write, name):
         import json, yaml
         def f(texts): return [len(json.dumps(yaml.safe_load("[1]")))]
     """
-    assert load(f"{write(code, name)}:f", {})(texts("a"), NOWHERE) == 3
+    assert load_user_reward(f"{write(code, name)}:f", {})(texts("a"), NOWHERE) == 3
 
 
 def test_a_function_of_an_installed_module(write, monkeypatch, tmp_path):
     (tmp_path / "pack").mkdir()
     write("def f(texts): return [7 for _ in texts]", "pack/my_module.py")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load("pack.my_module:f", {})(texts("a"), NOWHERE) == 7
+    assert load_user_reward("pack.my_module:f", {})(texts("a"), NOWHERE) == 7
     assert problems("pack.my_module:g") == [
         "pack.my_module has no function g; did you mean f? (found: f)"
     ]
@@ -535,10 +537,10 @@ def test_callables_other_than_functions(write):
         def plain(texts, *, value: float): return [value] * len(texts)
         half = functools.partial(plain, value=0.5)
     """)
-    counter = load(f"{name}:counter", {"by": 2})
+    counter = load_user_reward(f"{name}:counter", {"by": 2})
     assert [counter(texts("a"), NOWHERE)[0] for _ in range(2)] == [2, 4]
-    assert load(f"{name}:half", {})(texts("a"), NOWHERE) == 0.5
-    assert load(f"{name}:half", {"value": 2.0})(texts("a"), NOWHERE) == 2
+    assert load_user_reward(f"{name}:half", {})(texts("a"), NOWHERE) == 0.5
+    assert load_user_reward(f"{name}:half", {"value": 2.0})(texts("a"), NOWHERE) == 2
     (problem,) = problems(f"{name}:counter", {"by": 3})
     assert problem == "option by: found 3; Input should be 1 or 2 (default 1)"
 
@@ -576,7 +578,7 @@ def test_files_and_modules_that_are_not_there(write, tmp_path):
 def test_a_file_that_git_left_as_a_pointer_is_named(write):
     path = write(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 900\n")
     with pytest.raises(InputError, match=r"is a Git LFS pointer.*`git lfs pull`"):
-        load(f"{path}:f", {})
+        load_user_reward(f"{path}:f", {})
 
 
 def test_functions_that_are_not_there_and_things_that_are_none(write):
@@ -603,10 +605,10 @@ def test_functions_that_are_not_there_and_things_that_are_none(write):
     ("code", "line", "error", "remedy"),
     [
         ("x = 1\ndef f(texts:\n  pass\n", "line 2: def f(texts:",
-         "SyntaxError: '(' was never closed", "mend the line"),
+         "SyntaxError: '(' was never closed", "correct the line"),
         ("def f(texts):\npass\n", "line 2: pass",
          "IndentationError: expected an indented block after function definition on line 1",
-         "mend the line"),
+         "correct the line"),
         ("import no_such_thing.at_all\n", "line 1: import no_such_thing.at_all",
          "ModuleNotFoundError: No module named 'no_such_thing'",
          "install it, or put it beside the file"),
@@ -663,7 +665,7 @@ def test_options_are_checked_against_their_annotations(write):
             return [0.0 for _ in texts]
         def g(texts): return [0.0]
     """)
-    load(f"{name}:f", {"strength": 1, "mode": "b", "anything": [{}], "share": 1.0})
+    load_user_reward(f"{name}:f", {"strength": 1, "mode": "b", "anything": [{}], "share": 1.0})
     found = problems(
         f"{name}:f", {"strenght": 1.0, "mode": "c", "share": 2.0, "anything": 1, "lock": 3}
     )
@@ -704,9 +706,9 @@ def service():
 
 
 def test_the_example_scores_pictures_and_answers():
-    brightness = load(f"{EXAMPLE}:brightness", {"target": 0.2})
+    brightness = load_user_reward(f"{EXAMPLE}:brightness", {"target": 0.2})
     np.testing.assert_allclose(brightness(images(3), NOWHERE), [0.8, 1.0, 0.8], atol=1e-6)
-    brevity = load(f"{EXAMPLE}:brevity", {"most_words": 2})
+    brevity = load_user_reward(f"{EXAMPLE}:brevity", {"most_words": 2})
     batch = ("one two", "a b c d", "a b c d")
     np.testing.assert_array_equal(brevity(texts(*batch), NOWHERE), [1, 0.5, 0.5])
     typed = texts(*batch, qa_type=["OE", "OE", "MC"])
@@ -714,12 +716,12 @@ def test_the_example_scores_pictures_and_answers():
 
 
 def test_the_example_asks_a_service(service, caplog):
-    judge = load(f"{EXAMPLE}:judge", {"url": service})
+    judge = load_user_reward(f"{EXAMPLE}:judge", {"url": service})
     assert (judge.task, judge.columns) == ("mm2t", ("qa_problem",))
     batch = texts("a", "z", "b", qa_problem=["abc", "abc", None])
     np.testing.assert_array_equal(judge(batch, NOWHERE), [1, 0, np.nan])
     assert judge.failures == 0
-    away = load(f"{EXAMPLE}:judge", {"url": service + "0"}, max_failures=2)
+    away = load_user_reward(f"{EXAMPLE}:judge", {"url": service + "0"}, max_failures=2)
     assert np.isnan(away(batch, NOWHERE)).all() and away.failures == 1
     assert problems(f"{EXAMPLE}:judge") == [
         "option url: missing, and the function has no default for it; set options: {url: ..}"

@@ -16,7 +16,8 @@ from PIL import Image
 from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.params import flatten, map_with_path
-from corl_jax.rewards import image, perceptual
+from corl_jax.rewards import image
+from corl_jax.rewards.image import lpips_distance
 from corl_jax.rewards.samples import Network
 from corl_jax.weights.layouts.vgg import TABLES, parse
 from tests.support.tiny_models import tiny_image
@@ -44,7 +45,7 @@ def drawings():
 
 
 def distance(network, drawings, real, **options) -> np.ndarray:
-    return perceptual.lpips_distance(network, drawings, real, size=SIZE, **options)
+    return lpips_distance(network, drawings, real, size=SIZE, **options)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -110,8 +111,8 @@ def test_both_are_resized_and_fitted(network, drawings):
 
 def test_a_picture_that_a_group_shares_is_resized_once(network, drawings, monkeypatch):
     seen = []
-    resize = image.fit
-    monkeypatch.setattr(image, "fit", lambda *args: seen.append(args[0]) or resize(*args))
+    resize = image.fit_image
+    monkeypatch.setattr(image, "fit_image", lambda *args: seen.append(args[0]) or resize(*args))
     first, second = tiny_image(5), tiny_image(6)
     distance(network, drawings, [first, first, first, second, second])
     assert sum(x is first for x in seen) == sum(x is second for x in seen) == 1
@@ -120,7 +121,7 @@ def test_a_picture_that_a_group_shares_is_resized_once(network, drawings, monkey
 def test_pieces_and_devices_change_nothing(network, drawings, mesh, monkeypatch):
     real = [tiny_image(seed, (40, 40)) for seed in (1, 2, 3, 4, 5)]
     expected = distance(network, drawings, real)
-    monkeypatch.setattr(perceptual, "IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr(image, "LPIPS_IMAGES_AT_ONCE", 2)
     assert np.allclose(distance(network, drawings, real), expected, atol=NETWORK)
     everywhere = NamedSharding(mesh, PartitionSpec())
     spread = Network(TINY, jax.device_put(network.params, everywhere), Path(), jnp.float32)

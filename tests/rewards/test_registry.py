@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.config.schema import Compat, Reward
+from corl_jax.config.schema import Compat, Networks, Reward, RewardNetwork
 from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import applicable, image, registry
-from corl_jax.rewards.networks import NETWORKS
-from corl_jax.rewards.options import option_problem
+from corl_jax.rewards.networks import NETWORKS, get_network_options
 from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
-from corl_jax.rewards.samples import chunks
+from corl_jax.rewards.signature import find_option_problem
 from tests.support.tiny_models import tiny_image
 
 NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
@@ -28,7 +28,7 @@ ISSUE = (
 
 
 def resolve(*rewards, **compat):
-    return registry.resolve([Reward(**reward) for reward in rewards], Compat(**compat))
+    return registry.bind_rewards([Reward(**reward) for reward in rewards], Compat(**compat))
 
 
 def score(name, samples, options=None, **compat):
@@ -47,15 +47,15 @@ def test_the_table_is_complete_and_consistent():
         assert entry.task in registry.TASKS and entry.function.__doc__
         others = ("shapes_checker", "pickscore", "hpsv2", "aesthetic")
         assert name.startswith("t2i") == (entry.task == "t2i") or name in others
-        for key, option in registry.options_of(name).items():
-            accepted = registry.options_of(name)
-            assert option_problem(accepted, key, option.default) is None
-        assert set(entry.chosen) <= set(registry.options_of(name))
+        for key, option in registry.list_options(name).items():
+            accepted = registry.list_options(name)
+            assert find_option_problem(accepted, key, option.default) is None
+        assert set(entry.chosen) <= set(registry.list_options(name))
         asked = {network for values in entry.chosen.values() for network in values.values()}
         assert asked | set(entry.networks) <= {"policy", *NETWORKS}
     for effects in registry.COMPAT.values():
         for name, option, value in effects:
-            assert registry.options_of(name)[option].default is (not value)
+            assert registry.list_options(name)[option].default is (not value)
 
 
 def test_rewards_are_split_by_task_in_order():
@@ -63,7 +63,7 @@ def test_rewards_are_split_by_task_in_order():
                     {"name": "format", "weight": 2})  # fmt: skip
     assert [(r.name, r.weight) for r in found["mm2t"]] == [("qa_accuracy", 0.5), ("format", 2.0)]
     assert [r.name for r in found["t2i"]] == ["t2i_pixel_mse"]
-    assert found["t2i"][0].entry is REGISTRY["t2i_pixel_mse"]
+    assert found["t2i"][0].row is REGISTRY["t2i_pixel_mse"]
     assert resolve() == {"t2i": [], "mm2t": []}
 
 
@@ -151,17 +151,17 @@ def test_rewards_that_can_score_none_of_the_first_rows_are_named():
         "qa_solution": "<answer>B</answer>", "qa_type": "MC", "prompt": "a dog",
         "od_problem": "where?", "od_solution": [[0, 0, 1, 1]],
     }  # fmt: skip
-    assert applicable.inapplicable_rewards(listed, [sound]) == []
-    assert applicable.inapplicable_rewards(listed, []) == []
+    assert applicable.find_inapplicable_rewards(listed, [sound]) == []
+    assert applicable.find_inapplicable_rewards(listed, []) == []
     blank = {"qa_solution": "<answer> </answer>", "prompt": "  ", "od_solution": "no boxes"}
-    assert applicable.inapplicable_rewards(listed, [sound, sound | blank]) == []
-    lines = applicable.inapplicable_rewards(listed, [sound | blank] * 2)
+    assert applicable.find_inapplicable_rewards(listed, [sound, sound | blank]) == []
+    lines = applicable.find_inapplicable_rewards(listed, [sound | blank] * 2)
     assert [line.split(" ")[1] for line in lines] == [
         "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"
     ]  # fmt: skip
     assert "none of the first 2 rows, because qa_solution is null or blank in each" in lines[0]
     assert "cls_solution or qa_solution" in lines[1] and "od_solution" in lines[2]
-    (line,) = applicable.inapplicable_rewards(listed, [sound | {"qa_type": None}])
+    (line,) = applicable.find_inapplicable_rewards(listed, [sound | {"qa_type": None}])
     assert "qa_type is null" in line and "{default_type: MC}" in line
 
 
@@ -201,7 +201,7 @@ def test_missing_columns_are_named():
     rewards = resolve({"name": "qa_accuracy"}, {"name": "oc_accuracy"})["mm2t"]
     with pytest.raises(InputError) as caught:
         registry.score(rewards, texts("x", prompt=["y"]), NOWHERE)
-    assert caught.value.problems == registry.missing_columns(rewards, {"prompt": 0})
+    assert caught.value.problems == registry.find_missing_columns(rewards, {"prompt": 0})
     assert len(caught.value.problems) == 3
     assert "no column cls_solution or qa_solution" in caught.value.problems[2]
 
@@ -231,7 +231,7 @@ def test_pixel_mse_against_the_formula(mesh):
     real = [Image.fromarray(pictures[0]), tiny_image(9, (50, 30)), None]
     batch = Samples({"real_image": real}, images=pictures)
     found = score("t2i_pixel_mse", batch)
-    pair = (pictures[1:2] / np.float32(255), image.squash(real[1], 32)[None])
+    pair = (pictures[1:2] / np.float32(255), image.squash_image(real[1], 32)[None])
     np.testing.assert_allclose(found[:2], [1.0, image.pixel_mse_reward(*pair)[0]], atol=1e-6)
     assert np.isnan(found[2])
     cropped = score("t2i_pixel_mse", batch, {"image_fit": "centre_crop"})
@@ -281,12 +281,26 @@ def test_an_unreadable_spec_is_refused(spec):
         score("shapes_checker", batch)
 
 
-@pytest.mark.parametrize(
-    ("rows", "most", "multiple", "sizes"),
-    [(7, 64, 1, [7]), (72, 64, 1, [36, 36]), (7, 3, 1, [3, 3, 3]), (6, 64, 4, [8]),
-     (9, 4, 4, [4] * 3)],
-)  # fmt: skip
-def test_pieces_have_one_size_and_hold_every_row(rows, most, multiple, sizes):
-    pieces = list(chunks(rows, most, multiple))
-    assert [len(piece) for piece in pieces] == sizes
-    np.testing.assert_array_equal(np.concatenate(pieces)[:rows], np.arange(rows))
+def test_every_reward_network_has_its_options_and_a_reward():
+    used = {network for row in REGISTRY.values() for network in row.networks}
+    used |= {n for row in REGISTRY.values() for by in row.chosen.values() for n in by.values()}
+    assert used - {"policy"} == {*NETWORKS}
+    for name in NETWORKS:
+        assert get_network_options(Networks(), name) == RewardNetwork()
+
+
+def test_options_that_the_networks_cannot_serve_are_named():
+    sizes = {
+        "blip": SimpleNamespace(text=SimpleNamespace(max_position_embeddings=64)),
+        "bert": SimpleNamespace(num_layers=4),
+    }
+    cycle = REGISTRY["t2i_cycle_reward"].find_network_problems
+    assert cycle({"max_new_tokens": 64, "bert_layer": -5}, sizes) == []
+    tokens, layer = cycle({"max_new_tokens": 65, "bert_layer": 5}, sizes)
+    assert "max_new_tokens: found 65; expected 1 to 64" in tokens
+    assert "bert_layer: found 5; expected -5 to 4" in layer
+    head = SimpleNamespace(sizes=(768, 1))
+    for width, problems in ((768, 0), (512, 1)):
+        sizes = {"aesthetic": head, "clip_l14": SimpleNamespace(projection_dim=width)}
+        found = REGISTRY["aesthetic"].find_network_problems({}, sizes)
+        assert len(found) == problems and all("vectors of 768, but" in line for line in found)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from corl_jax.errors import InputError, RewardError
-from corl_jax.rewards import custom
-from corl_jax.rewards.custom import load
+from corl_jax.rewards import own
+from corl_jax.rewards.own import load_user_reward
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.user_process import INDEX_VARIABLE
 
@@ -216,7 +216,10 @@ NAMES = (
 def kinds(tmp_path_factory):
     path = tmp_path_factory.mktemp("kinds") / "kinds.py"
     path.write_text(KINDS, encoding="utf-8")
-    return {name: load(f"{path}:{name}", {}, max_failures=1) for name in (*NAMES, "counts_beats")}
+    return {
+        name: load_user_reward(f"{path}:{name}", {}, max_failures=1)
+        for name in (*NAMES, "counts_beats")
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -259,7 +262,7 @@ def tree(tmp_path, monkeypatch):
 
 
 def score_one(use: str) -> float:
-    (score,) = load(use, {}, max_failures=1)(Samples({}, texts=["a"]), NOWHERE)
+    (score,) = load_user_reward(use, {}, max_failures=1)(Samples({}, texts=["a"]), NOWHERE)
     return float(score)
 
 
@@ -273,7 +276,7 @@ def test_files_beside_a_reward_are_found_and_do_not_mix(tree):
         "b/helper_values.py": "WEIGHT = 2", "b/rewards.py": uses, "b/late.py": late,
         "b/yaml.py": late,
     })  # fmt: skip
-    first, second = (load(f"{folder}/rewards.py:f", {}) for folder in "ab")
+    first, second = (load_user_reward(f"{folder}/rewards.py:f", {}) for folder in "ab")
     one = Samples({}, texts=["a"])
     assert [first(one, NOWHERE), second(one, NOWHERE), first(one, NOWHERE)] == [1, 2, 1]
     assert score_one("b/late.py:f") == 2
@@ -307,7 +310,7 @@ def test_relative_imports_work_in_a_package(tree):
     })  # fmt: skip
     # by_its_folder has no package, so its own relative import cannot work.
     with pytest.raises(InputError, match=r"relative import.*put an __init__\.py into the file"):
-        load("src/mypack/deep/rewards.py:f", {})
+        load_user_reward("src/mypack/deep/rewards.py:f", {})
     tree({"src/mypack/deep/more.py": "from mypack.values import WEIGHT"})
     assert score_one("src/mypack/deep/rewards.py:f") == 8
 
@@ -324,7 +327,7 @@ def test_what_cannot_be_found_names_the_remedy(tree):
         ("relative", "line 1: .*no known parent package; put an __init__.py into"),
     ):
         with pytest.raises(InputError, match=remedy):
-            load(f"a/{name}.py:f", {})
+            load_user_reward(f"a/{name}.py:f", {})
 
 
 def test_a_program_below_the_main_line_does_not_run(tree):
@@ -387,16 +390,16 @@ def test_another_reward_of_a_file_whose_process_has_ended(tree):
         def f(texts): os._exit(1)
         def g(texts): return [2]
     """})  # fmt: skip
-    first, one = load("a.py:f", {}), Samples({}, texts=["a"])
+    first, one = load_user_reward("a.py:f", {}), Samples({}, texts=["a"])
     assert np.isnan(first(one, NOWHERE))
-    second = load("a.py:g", {})
+    second = load_user_reward("a.py:g", {})
     assert second.process is first.process and second(one, NOWHERE) == 2
 
 
 def test_an_import_that_ends_the_process_says_so(tree):
     tree({"a.py": "import os\nos._exit(4)"})
     with pytest.raises(InputError, match=r"a\.py:f: ChildProcessError.*exited with code 4"):
-        load("a.py:f", {})
+        load_user_reward("a.py:f", {})
 
 
 def test_a_restart_that_fails_counts_as_a_failed_call(tree, monkeypatch):
@@ -407,8 +410,8 @@ def test_a_restart_that_fails_counts_as_a_failed_call(tree, monkeypatch):
             open("gone", "w").close()
             os._exit(1)
     """})  # fmt: skip
-    monkeypatch.setattr(custom, "REWARD_GRACE_S", 0.2)
-    reward, one = load("a.py:f", {}, max_failures=2), Samples({}, texts=["a"])
+    monkeypatch.setattr(own, "REWARD_GRACE_S", 0.2)
+    reward, one = load_user_reward("a.py:f", {}, max_failures=2), Samples({}, texts=["a"])
     assert np.isnan(reward(one, NOWHERE))
     with pytest.raises(RewardError, match=r"a\.py line 3: .*OSError: no model"):
         reward(one, NOWHERE)
@@ -420,7 +423,7 @@ def test_what_a_module_does_at_exit_is_done(tree, tmp_path):
         atexit.register(lambda: open("closed", "w").close())
         def f(texts): return [1]
     """})  # fmt: skip
-    reward = load("a.py:f", {})
+    reward = load_user_reward("a.py:f", {})
     assert not (tmp_path / "closed").exists()
     del reward
     gc.collect()

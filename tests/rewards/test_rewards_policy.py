@@ -18,7 +18,8 @@ from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.prompts import Processor
-from corl_jax.rewards import cycle, functions, policy, text
+from corl_jax.rewards import cycle, policy, text
+from corl_jax.rewards.image_rewards import compare_to_real_images
 from corl_jax.rewards.registry import REGISTRY, Context, Samples
 from corl_jax.types import EncodedPrompts
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
@@ -116,7 +117,7 @@ def test_ti_sim_equals_each_row_by_itself(context, hidden):
         assert len(picture) == context.config.num_image_tokens
         expected.append(similarity(picture, states[first : first + length]))
     for chunk in (64, 2):
-        found = policy.ti_sim(samples(), context, chunk=chunk)
+        found = policy.score_ti_sim(samples(), context, chunk=chunk)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=NETWORK)
     assert np.ptp(expected) > 1e-3
@@ -127,13 +128,13 @@ def test_ti_sim_with_the_released_positions(context, hidden):
     expected = [
         similarity(states[5 : 5 + picture], states[5 + picture + 5 :]) for states, _ in hidden
     ]
-    found = policy.ti_sim(samples(), context, fixed_spans=True)
+    found = policy.score_ti_sim(samples(), context, fixed_spans=True)
     np.testing.assert_allclose(found, expected, atol=NETWORK)
-    assert (np.abs(found - policy.ti_sim(samples(), context)) > 1e-4).all()
+    assert (np.abs(found - policy.score_ti_sim(samples(), context)) > 1e-4).all()
 
 
 def test_ti_sim_does_not_apply_without_a_caption(context):
-    found = policy.ti_sim(samples(prompt=["  ", None, "ring"]), context)
+    found = policy.score_ti_sim(samples(prompt=["  ", None, "ring"]), context)
     assert np.isnan(found).tolist() == [True, True, False]
 
 
@@ -144,15 +145,15 @@ def test_ti_sim_and_answers_on_a_mesh(context):
     spread = dataclasses.replace(context, params=placed)
     options = {"stream": "caption", "greedy": True, "max_new_tokens": 3}
     with jax.set_mesh(mesh):
-        found = policy.ti_sim(samples(3), spread)
-        answers = policy.ask(samples(3), spread, [CAPTION] * 3, **options)
-    np.testing.assert_allclose(found, policy.ti_sim(samples(3), context), atol=NETWORK)
-    assert answers == policy.ask(samples(3), context, [CAPTION] * 3, **options)
+        found = policy.score_ti_sim(samples(3), spread)
+        answers = policy.ask_scorer(samples(3), spread, [CAPTION] * 3, **options)
+    np.testing.assert_allclose(found, policy.score_ti_sim(samples(3), context), atol=NETWORK)
+    assert answers == policy.ask_scorer(samples(3), context, [CAPTION] * 3, **options)
 
 
 def test_ti_sim_in_bfloat16_is_near(context):
     half = dataclasses.replace(context, dtype=jnp.bfloat16)
-    found, exact = policy.ti_sim(samples(), half), policy.ti_sim(samples(), context)
+    found, exact = policy.score_ti_sim(samples(), half), policy.score_ti_sim(samples(), context)
     np.testing.assert_allclose(found, exact, atol=0.03)
     assert found.dtype == np.float32 and (found != exact).all()
 
@@ -214,8 +215,8 @@ def alone(context, image, question, **options):
 def test_answers_do_not_depend_on_the_batch(context):
     questions = ["how many circles are there?", None, "what shape is left of the red one here?"]
     options = {"stream": "qa", "greedy": True, "max_new_tokens": 6}
-    batch = policy.ask(samples(), context, questions, **options)
-    assert batch == policy.ask(samples(), context, questions, chunk=2, **options)
+    batch = policy.ask_scorer(samples(), context, questions, **options)
+    assert batch == policy.ask_scorer(samples(), context, questions, chunk=2, **options)
     for row in (0, 2):
         assert batch[row] == alone(context, pictures(3)[row], questions[row], max_new_tokens=6)
     assert len(set(batch)) > 1
@@ -223,7 +224,7 @@ def test_answers_do_not_depend_on_the_batch(context):
 
 def test_drawn_answers_come_from_seed_and_step(context):
     def captions(**changes):
-        return policy.ask(
+        return policy.ask_scorer(
             samples(), dataclasses.replace(context, **changes), [CAPTION] * 3, stream="caption",
             greedy=False, max_new_tokens=6,
         )  # fmt: skip
@@ -236,19 +237,21 @@ def test_drawn_answers_come_from_seed_and_step(context):
 def test_cycle_reward_is_caption_overlap_plus_image_term(context):
     real = [tiny_image(7, (40, 20)), None, tiny_image(2, (SIDE, SIDE))]
     batch = samples(real_image=real)
-    captions = policy.ask(
+    captions = policy.ask_scorer(
         batch, context, [CAPTION] * 3, stream="caption", greedy=True, max_new_tokens=5
     )
     words = [text.soft_jaccard(p, c) for p, c in zip(CAPTIONS, captions, strict=True)]
     for name, exact in (("rmse", 1.0), ("ssim", 1.0), ("mse", 1.0)):
-        found = cycle.bid_cycle(batch, context, image_term=name, max_new_tokens=5)
-        pixels = functions.compare_images(batch, context, name, "squash")
+        found = cycle.score_bid_cycle(batch, context, image_term=name, max_new_tokens=5)
+        pixels = compare_to_real_images(batch, context, name, "squash")
         assert np.isnan(found).tolist() == [False, True, False]
         np.testing.assert_allclose(pixels[2], exact, atol=NETWORK)  # its own real image
         np.testing.assert_allclose(found[[0, 2]], np.array(words)[[0, 2]] + pixels[[0, 2]],
                                    atol=NETWORK)  # fmt: skip
         assert found[0] < 1 + words[0]
-    halved = cycle.bid_cycle(batch, context, image_term="mse", max_new_tokens=5, normalise=True)
+    halved = cycle.score_bid_cycle(
+        batch, context, image_term="mse", max_new_tokens=5, normalise=True
+    )
     np.testing.assert_allclose(halved, found / 2, atol=1e-6)
 
 
@@ -259,9 +262,9 @@ def test_cycle_reward_scores_the_caption(context, monkeypatch):
         asked.update(options, questions=questions)
         return ["a red circle", "nothing", "a ring"]
 
-    monkeypatch.setattr(policy, "ask", answer)
+    monkeypatch.setattr(policy, "ask_scorer", answer)
     real = [Image.fromarray(picture) for picture in pictures(3)]
-    found = cycle.bid_cycle(
+    found = cycle.score_bid_cycle(
         samples(prompt=["a red circle", "a ring", None], real_image=real), context
     )
     np.testing.assert_allclose(found[:2], [2.0, 1.0], atol=1e-6)
@@ -271,7 +274,7 @@ def test_cycle_reward_scores_the_caption(context, monkeypatch):
 
 
 def fixed_answers(monkeypatch, answers):
-    monkeypatch.setattr(policy, "ask", lambda *args, **options: answers)
+    monkeypatch.setattr(policy, "ask_scorer", lambda *args, **options: answers)
 
 
 def test_qa_on_the_own_drawing(context, monkeypatch):
@@ -280,7 +283,7 @@ def test_qa_on_the_own_drawing(context, monkeypatch):
         ["<think>x</think><answer>B</answer>", "B", "<answer>UNK</answer>", "<answer>A</answer>",
          "<answer>B</answer>", "<answer>B</answer>"],
     )  # fmt: skip
-    found = policy.qa(
+    found = policy.score_qa(
         samples(
             6,
             qa_problem=["Which?\nOptions:\nA. red\nB. blue"] * 4 + [None, "Which?"],
@@ -301,14 +304,14 @@ def test_oc_and_od_on_the_own_drawing(context, monkeypatch):
         "qa_solution": [None, "never read", "dog"],
         "prompt": ["a red fox", "a red fox", "a cat and a dog"],
     }
-    np.testing.assert_allclose(policy.oc(samples(**columns), context), [1.0, 0.35, 0.5])
-    released = policy.oc(samples(**columns), context, substrings=True)
+    np.testing.assert_allclose(policy.score_oc(samples(**columns), context), [1.0, 0.35, 0.5])
+    released = policy.score_oc(samples(**columns), context, substrings=True)
     np.testing.assert_allclose(released, [1.0, 0.7, 0.5])
 
     answer = "<answer>[{'Position': [0, 0, 100, 100], 'Confidence': 0.90}]</answer>"
     fixed_answers(monkeypatch, [answer, "none", answer])
     boxes = [[(0, 0, 100, 100)], [(0, 0, 100, 100)], None]
-    found = policy.od(samples(od_problem=["Detect"] * 3, od_solution=boxes), context)
+    found = policy.score_od(samples(od_problem=["Detect"] * 3, od_solution=boxes), context)
     np.testing.assert_allclose(found, [1.0, 0.0, np.nan])
 
 
@@ -328,4 +331,4 @@ def test_the_policy_really_answers(context):
 def test_the_policy_is_asked_for_by_name():
     context = Context(None, None, None, None, None, 0, 0)
     with pytest.raises(InputError, match="found no model"):
-        policy.ti_sim(samples(), context)
+        policy.score_ti_sim(samples(), context)

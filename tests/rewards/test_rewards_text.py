@@ -132,7 +132,7 @@ def test_format_tag(completion, expected):
     ],
 )
 def test_predicted_answer(completion, expected):
-    assert answers.predicted_answer(completion) == expected
+    assert answers.read_answer(completion) == expected
 
 
 def test_an_answer_in_the_thoughts_decides_only_as_released():
@@ -178,8 +178,8 @@ def test_an_answer_in_the_thoughts_decides_only_as_released():
     ],
 )
 def test_safe_string_equal(first, second, expected):
-    assert answers.safe_string_equal(first, second) is expected
-    assert answers.safe_string_equal(second, first) is expected
+    assert answers.are_equal(first, second) is expected
+    assert answers.are_equal(second, first) is expected
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_number_words_are_read_as_a_whole(words, number):
 
 def test_number_words_as_released():
     """One of word2number's 33 words as the whole text, and nothing else."""
-    equal = functools.partial(answers.safe_string_equal, by_value=False)
+    equal = functools.partial(answers.are_equal, by_value=False)
     for first, second in (("two", "2"), ("Two.", "2"), ("hundred", "100"), ("point", "0")):
         assert equal(first, second) and equal(second, first)
     for text_, number in (
@@ -342,7 +342,7 @@ def test_every_other_type_is_refused(qa_type):
 
 def test_of_two_options_with_one_letter_the_first_counts():
     problem = "Which?\nA. cat\nB. dog\nB. owl\na. cow"
-    assert answers.options_of(problem) == {"A": "cat", "B": "dog"}
+    assert answers.read_options(problem) == {"A": "cat", "B": "dog"}
     assert mc("dog", problem=problem) == 1.0
     assert mc("owl", problem=problem) == 0.0
 
@@ -379,7 +379,7 @@ def test_multiline_answer_switch():
     loud = "Well, " + completion
     assert text.qa_accuracy(loud, "red car", "OE") == 1.0
     assert text.qa_accuracy(loud, "red car", "OE", multiline_answer=False) == pytest.approx(2 / 3)
-    assert answers.tagged_answer("<answer>a\nb</answer>", multiline=False) is None
+    assert answers.find_tagged_answer("<answer>a\nb</answer>", multiline=False) is None
 
 
 def test_soft_jaccard_by_hand():

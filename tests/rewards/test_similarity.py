@@ -192,7 +192,7 @@ def test_programs_are_compiled_per_bucket_and_not_per_length(network):
 def test_rows_are_rounded_up_to_few_sizes(count, chunk):
     config = BertConfig(10, 8, 8, 1, 1, 12)
     network = Network(config, {}, None, jnp.float32)
-    tokens, lengths = similarity._padded(network, [[2, 5, 3]] * count, 16, count, chunk)
+    tokens, lengths = similarity._pad_texts(network, [[2, 5, 3]] * count, 16, count, chunk)
     size = len(tokens)
     assert tokens.shape == (size, 12) and size >= count
     assert size % chunk == 0 or (size in (8, 16, 32) and count < chunk)
@@ -225,13 +225,13 @@ def test_every_process_runs_the_programs_of_all(network, monkeypatch):
         "jax.experimental.multihost_utils.process_allgather", lambda mine: np.stack([mine, counts])
     )
     shapes = []
-    run = similarity.in_pieces
+    run = similarity.run_in_pieces
 
-    def in_pieces(program, take, rows, *rest):
+    def run_in_pieces(program, take, rows, *rest):
         shapes.append(take(np.arange(rows))[0].shape)
         return run(program, take, rows, *rest)
 
-    monkeypatch.setattr(similarity, "in_pieces", in_pieces)
+    monkeypatch.setattr(similarity, "run_in_pieces", run_in_pieces)
     for texts in ((PREDICTIONS, TARGETS), (["a"], [None])):
         shapes.clear()
         found = similarity.bert_score(network, *texts)
@@ -309,7 +309,7 @@ def test_rouge_l_does_not_apply_to_words_of_another_script():
 
 
 def test_rouge_l_without_its_package(monkeypatch):
-    assert similarity.rouge_problem() is None
+    assert similarity.find_rouge_problem() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'corl-jax\[rewards\]'"):
         similarity.rouge_l(["a"], ["a"])

@@ -75,7 +75,7 @@ def machine(tmp_path, monkeypatch):
 def test_scores_keep_the_order_of_the_rows(machine):
     predictions = ["a cat", "dog", "a red cat", "a cat"]
     targets = ["a red cat", "dog house", "a red cat", "a red cat"]
-    found = spice.spice(predictions, targets)
+    found = spice.score_spice(predictions, targets)
     np.testing.assert_allclose(found, [2 / 3, 1 / 2, 1.0, 2 / 3], rtol=1e-6)
     assert found.dtype == np.float32
     arguments, items = machine.asked()
@@ -86,15 +86,15 @@ def test_scores_keep_the_order_of_the_rows(machine):
 
 
 def test_nothing_said_is_zero_and_nothing_asked_is_nan(machine):
-    found = spice.spice(["a cat", "", None, "cat", " "], ["a cat", "cat", "cat", None, " "])
+    found = spice.score_spice(["a cat", "", None, "cat", " "], ["a cat", "cat", "cat", None, " "])
     np.testing.assert_array_equal(found, np.float32([1, 0, 0, np.nan, np.nan]))
     assert len(machine.asked()[1]) == 1
 
 
 def test_java_is_not_started_for_nothing(machine):
-    found = spice.spice(["", "cat"], ["cat", ""])
+    found = spice.score_spice(["", "cat"], ["cat", ""])
     np.testing.assert_array_equal(found, np.float32([0, np.nan]))
-    assert spice.spice([], []).shape == (0,)
+    assert spice.score_spice([], []).shape == (0,)
     with pytest.raises(FileNotFoundError):
         machine.asked()
 
@@ -116,20 +116,20 @@ def test_java_is_not_started_for_nothing(machine):
 def test_what_goes_wrong_is_said(machine, behaviour, message):
     machine.java(behaviour)
     with pytest.raises(InputError) as raised:
-        spice.spice(["a", "b"], ["a", "b"], timeout_s=0.5 if "sleep" in behaviour else 60)
+        spice.score_spice(["a", "b"], ["a", "b"], timeout_s=0.5 if "sleep" in behaviour else 60)
     assert message in str(raised.value)
 
 
 def test_a_java_that_cannot_be_started(machine):
     machine.java().write_text("#!/no/such/interpreter\n")
     with pytest.raises(InputError, match="Java of an unknown version"):
-        spice.spice(["a"], ["a"])
+        spice.score_spice(["a"], ["a"])
 
 
 @pytest.mark.parametrize("version", [ORACLE_8, OPENJDK, 'openjdk version "14" 2020-03-17'])
 def test_java_versions_that_serve(machine, version):
     machine.java(version=version)
-    assert spice.spice_problem() is None
+    assert spice.find_spice_problem() is None
 
 
 @pytest.mark.parametrize(
@@ -139,29 +139,29 @@ def test_java_versions_that_serve(machine, version):
 )  # fmt: skip
 def test_java_versions_that_do_not(machine, version, found):
     machine.java(version=version)
-    problem = spice.spice_problem()
+    problem = spice.find_spice_problem()
     assert found in problem and "expected Java 8 to 14" in problem and "JAVA_HOME" in problem
     with pytest.raises(InputError, match="expected Java 8 to 14"):
-        spice.spice(["a"], ["a"])
+        spice.score_spice(["a"], ["a"])
 
 
 def test_java_home_comes_first(machine, monkeypatch, tmp_path):
     machine.java(version='openjdk version "21.0.1"')
     machine.java(place="jdk8/bin", version=ORACLE_8)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jdk8"))
-    assert spice.spice_problem() is None
+    assert spice.find_spice_problem() is None
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "nowhere"))
-    assert "is Java 21," in spice.spice_problem()
+    assert "is Java 21," in spice.find_spice_problem()
 
 
 def test_what_is_missing_is_said_with_its_remedy(machine, monkeypatch, tmp_path):
     (machine.lib / spice.JARS[1]).unlink()
-    problem = spice.spice_problem()
+    problem = spice.find_spice_problem()
     assert f"lacks {spice.JARS[1]};" in problem and "get_stanford_models" in problem
     (tmp_path / "bin" / "java").unlink()
-    assert "found no java; install Java 8 to 14" in spice.spice_problem()
+    assert "found no java; install Java 8 to 14" in spice.find_spice_problem()
     monkeypatch.setattr("importlib.util.find_spec", _no_package)
-    assert "pip install 'corl-jax[spice]'" in spice.spice_problem()
+    assert "pip install 'corl-jax[spice]'" in spice.find_spice_problem()
 
 
 def _no_package(name: str) -> None:

@@ -194,37 +194,38 @@ def test_grid_has_every_image_where_it_belongs():
     images[1, 2] = (255, 0, 0)
     images[0, 1] = (0, 0, 255)
     rewards = [[{"ti_sim": 0.5, "cycle": float("nan")}] * 3] * 2
-    page = pictures.grid(images, ["a red square", "two\nblue circles " * 20], rewards, "step 5")
+    prompts = ["a red square", "two\nblue circles " * 20]
+    page = pictures.draw_samples(images, prompts, rewards, "step 5")
     assert page.dtype == np.uint8 and page.shape[1] == 3 * 128 + 4 * pictures.MARGIN
     red = np.argwhere((page == (255, 0, 0)).all(-1))
     blue = np.argwhere((page == (0, 0, 255)).all(-1))
     assert len(red) == len(blue) == 128 * 128
     assert red.min(0)[1] > blue.max(0)[1] and red.min(0)[0] > blue.max(0)[0]
-    assert pictures.grid(images, ["a", "b"]).shape[0] < page.shape[0]  # no room for captions
-    assert pictures.grid(images, ["描いて", "b"]).shape[2] == 3
+    assert pictures.draw_samples(images, ["a", "b"]).shape[0] < page.shape[0]  # no captions
+    assert pictures.draw_samples(images, ["描いて", "b"]).shape[2] == 3
 
 
 def test_grid_keeps_large_images_at_their_size():
-    page = pictures.grid(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"])
+    page = pictures.draw_samples(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"])
     assert page.shape[1] == 2 * 384 + 3 * pictures.MARGIN
 
 
 @pytest.mark.parametrize("prompts,rewards", [(["a"], None), (["a", "b"], [[{}], [{}, {}]])])
 def test_grid_refuses_lists_that_do_not_fit(prompts, rewards):
     with pytest.raises(ValueError, match="2 prompts"):
-        pictures.grid(np.zeros((2, 2, 8, 8, 3), np.uint8), prompts, rewards)
+        pictures.draw_samples(np.zeros((2, 2, 8, 8, 3), np.uint8), prompts, rewards)
 
 
 def test_reward_text_fits_below_its_image():
-    (line,) = pictures.reward_lines({"t2i_bid_cycle_reward_of_a_long_name": 0.12345}, 100)
+    (line,) = pictures.format_rewards({"t2i_bid_cycle_reward_of_a_long_name": 0.12345}, 100)
     assert line.endswith(" 0.123") and "…" in line
-    assert pictures._font().getlength(line) <= 100
-    assert pictures.reward_lines({"a": float("nan")}, 100) == ["a n/a"]
+    assert pictures.load_font().getlength(line) <= 100
+    assert pictures.format_rewards({"a": float("nan")}, 100) == ["a n/a"]
 
 
 def test_side_by_side_and_png(tmp_path):
     left, right = np.zeros((4, 5, 3), np.uint8), np.zeros((6, 7, 3), np.uint8)
-    both = pictures.side_by_side(left, right)
+    both = pictures.join_side_by_side(left, right)
     assert both.shape == (6, 14, 3) and (both[4:, :5] == 255).all()
     path = pictures.save_png(tmp_path / "images" / "x.png", both)
     with pictures.Image.open(path) as image:
@@ -233,7 +234,7 @@ def test_side_by_side_and_png(tmp_path):
 
 
 def test_answers_table_survives_any_text():
-    table = pictures.answers_table(
+    table = pictures.format_answers_table(
         ["how many | circles?\nTwo lines", "b"],
         ["<think>a</think> *x*", "y" * 400],
         [{"format": 1.0}, {"format": 0.0, "qa": 0.25}],

@@ -592,7 +592,7 @@ def test_a_made_up_caption_is_as_many_tokens_again(tmp_path):
     ids = [5000, 777, 30521, 20000]
     said = captions.load_tokenizer(blip, networks["blip"].text).decode(ids)
     network = Network(networks["bert"], {}, bert, None)
-    assert similarity._token_ids(network, [said], 64)[said] == [101, *ids, 102]
+    assert similarity._tokenize(network, [said], 64)[said] == [101, *ids, 102]
 
 
 @pytest.mark.parametrize("name", ["1b", pytest.param("7b", marks=pytest.mark.slow)])

@@ -20,7 +20,7 @@ from tools.reward_examples import __main__ as command
 from tools.reward_examples import cases, figure, page, scoring
 
 T2I = [one.label for one in scoring.T2I]
-SHOWN = [case["shows"] for case in cases.read(cases.DRAWINGS)]
+SHOWN = [case["shows"] for case in cases.load_cases(cases.DRAWINGS)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_check_exits_1_where_a_number_differs(found, documents, monkeypatch, cap
         command.main(["--check"])
     assert ended.value.code == 0
     text = page.PAGE.read_text()
-    number = page._number(found.t2i[T2I.index("t2i_ti_sim"), 0])
+    number = page._format_number(found.t2i[T2I.index("t2i_ti_sim"), 0])
     for changed, code in ((0.004, 0), (0.007, 1)):
         page.PAGE.write_text(text.replace(number, f"{float(number) + changed:.3f}", 1))
         with pytest.raises(SystemExit) as ended:
@@ -100,30 +100,30 @@ def test_writing_brings_page_and_figure_up_to_date(found, documents):
     around = re.split("|".join(map(re.escape, (page.BEGIN, page.END))), page.PAGE.read_text())
     command.write(moved)
     assert command.compare(moved) == []
-    assert figure.scores_of(page.FIGURE) == pytest.approx(moved.t2i, abs=1e-4)
+    assert figure.read_scores(page.FIGURE) == pytest.approx(moved.t2i, abs=1e-4)
     after = re.split("|".join(map(re.escape, (page.BEGIN, page.END))), page.PAGE.read_text())
     assert (after[0], after[2]) == (around[0], around[2])
 
 
 def test_differences_of_words_and_lines_count():
-    assert page.differences("a 0.100 b", "a 0.104 b") == []
-    assert len(page.differences("a 0.100 b", "a 0.106 b")) == 1
-    assert len(page.differences("a 0.100 b", "a 0.100 c")) == 1
-    assert len(page.differences("a 0.100", "a nan")) == 1
-    assert len(page.differences("a", "a\nb")) == 1
+    assert page.list_differences("a 0.100 b", "a 0.104 b") == []
+    assert len(page.list_differences("a 0.100 b", "a 0.106 b")) == 1
+    assert len(page.list_differences("a 0.100 b", "a 0.100 c")) == 1
+    assert len(page.list_differences("a 0.100", "a nan")) == 1
+    assert len(page.list_differences("a", "a\nb")) == 1
 
 
 @pytest.mark.parametrize("text", ["", page.BEGIN, f"{page.END}\n{page.BEGIN}\n\n"])
 def test_a_page_without_the_marks_is_refused(text):
     with pytest.raises(InputError, match="expected one section"):
-        page.current(text)
+        page.find_section(text)
 
 
 def test_every_reward_of_the_registry_has_an_example():
     unscored = [one for one, _ in scoring.UNSCORED]
     shown = {one.reward for one in (*scoring.T2I, *scoring.MM2T, *unscored)}
     assert shown == set(registry.REGISTRY)
-    text = page.current(page.PAGE.read_text())
+    text = page.find_section(page.PAGE.read_text())
     assert all(f"`{name}`" in text for name in registry.REGISTRY)
 
 
@@ -131,7 +131,7 @@ def test_every_reward_of_the_registry_has_an_example():
 def test_commands_for_other_weights_want_only_the_weights(example, tmp_path, monkeypatch):
     """With an empty folder as weights nothing else is wrong; `spice` may miss its parser too."""
     monkeypatch.chdir(cases.ROOT)
-    words = shlex.split(page.command(example, folder=str(tmp_path)))
+    words = shlex.split(page.write_command(example, folder=str(tmp_path)))
     assert words[:3] == ["python", "-m", "corl_jax.score"]
     with pytest.raises(InputError) as error:
         score.plan(score._parser().parse_intermixed_args(words[3:]))
@@ -145,8 +145,8 @@ def test_the_cases_are_small_and_the_real_image_is_the_row():
     with Image.open(page.FIGURE) as image:
         assert image.width <= 1200
     row = generator.make_row(cases.ROW_SEED, cases.ROW, split="test", encode=False)
-    first = cases.read(cases.DRAWINGS)[0]
-    assert np.array_equal(np.asarray(cases.picture(first)), row["real_image"])
+    first = cases.load_cases(cases.DRAWINGS)[0]
+    assert np.array_equal(np.asarray(cases.open_image(first)), row["real_image"])
     assert first["prompt"] == row["prompt"]
 
 
@@ -159,4 +159,4 @@ def test_files_that_exist_are_never_touched(tmp_path, monkeypatch):
     cases.DRAWINGS.write_text("mine")
     cases.write_missing()
     assert cases.DRAWINGS.read_text() == "mine"
-    assert len(cases.read(cases.ANSWERS)) == sum(map(len, cases.ANSWER_TEXTS.values()))
+    assert len(cases.load_cases(cases.ANSWERS)) == sum(map(len, cases.ANSWER_TEXTS.values()))

@@ -9,7 +9,8 @@ import pytest
 
 from corl_jax.assets import NANO_JANUS
 from corl_jax.data.drawn_world import generator
-from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
+from corl_jax.data.drawn_world.held_out import HELD_OUT_SEEDS
+from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies import load_policy
 from tests.support.tiny_runs import model_dir
 from tools.mini_janus import roundtrip

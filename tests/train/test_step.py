@@ -31,7 +31,7 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES, TRAINABLE
-from corl_jax.runs.log import Phases
+from corl_jax.runs.pace import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.optimizer import make_optimizer, master_dtype

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from corl_jax import policies
 from corl_jax.config import files as config_files
+from corl_jax.config.schema import Eval, Rollout
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
 from corl_jax.metrics import Metric
@@ -652,30 +653,25 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     assert set(batch.encoded) == {"t2i", "mm2t"}
 
 
-def test_held_out_rows_count_once(monkeypatch):
-    """Seven rows in batches of three: the last batch runs into a second pass."""
-    rewards = np.array([1, 2, 3, 4, 5, 6, 7, np.nan], np.float32)
-
-    def batches(first, last):
-        for start in range(3 * first, 3 * last, 3):
-            yield Prompts(np.arange(start, start + 3), {})
-
+def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
     def scored(run, task, params, prompts, step):
-        per_prompt = rewards[prompts.index % 7]
-        return {"r": np.repeat(per_prompt, 2)}, {}
+        return {"r": np.repeat(prompts.index + (10 if task == "mm2t" else 0), 2)}, {}
 
     monkeypatch.setattr(rl_iteration, "sample", lambda *_: None)
     monkeypatch.setattr(rl_iteration, "decode", lambda run, task, params, prompts, rollout: prompts)
     monkeypatch.setattr(rl_iteration, "score_samples", scored)
-    loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
     mesh = make_mesh(devices=jax.devices()[:1])
-    run = SimpleNamespace(eval_loader=loader, group_size=2, tasks=("t2i",), mesh=mesh)
-    everything = reports.evaluate_rewards(run, {}, 99)
-    mean, error = everything["eval/t2i/r"]
-    assert mean == pytest.approx(4.0)
-    spread = np.std(np.repeat(np.arange(1.0, 8), 2), ddof=1) / np.sqrt(14)
-    assert error == pytest.approx(spread)
-    assert reports.evaluate_rewards(run, {}, 4)["eval/t2i/r"][0] == pytest.approx(2.5)
+    run = SimpleNamespace(
+        eval_loader=None, tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=None,
+        processor=SimpleNamespace(special=None), dtype=None, seed=0,
+    )  # fmt: skip
+    config, beats = SimpleNamespace(rollout=Rollout(), eval=Eval()), []
+    inputs = reports.make_evaluation_inputs(config, run, {}, lambda: beats.append(1))
+    scores = inputs.score(Prompts(np.arange(2), {}))
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "t2i/r": [0, 0, 1, 1], "mm2t/r": [10, 10, 11, 11]
+    }  # fmt: skip
+    assert beats
 
 
 def test_seconds_are_those_of_the_step_that_is_logged(options):

@@ -246,7 +246,7 @@ def test_a_kind_must_be_said_where_no_config_tells_it(tmp_path, capsys):
 
 def resolved(**options):
     name = options.pop("name", "t2i_bid_cycle_reward")
-    return registry.resolve_one(name, options)
+    return registry.bind_reward(name, options)
 
 
 def test_only_what_the_options_ask_is_looked_for(folders):
@@ -259,13 +259,13 @@ def test_only_what_the_options_ask_is_looked_for(folders):
         bert=RewardNetwork(path=str(folders["bert"])),
         lpips=RewardNetwork(path=str(folders["vgg"])),
     )
-    found = networks.inspect([paper, plain], settings, "float32")
+    found = networks.check_networks([paper, plain], settings, "float32")
     assert [(one.name, one.dtype) for one in found] == [
         ("blip", "bfloat16"), ("bert", "float32"), ("lpips", "float32")
     ]  # fmt: skip
     assert found[0].nbytes == 2 * found[0].parameters
     assert {one.rewards for one in found} == {("t2i_bid_cycle_reward",)}
-    assert networks.inspect([plain], Networks(), "float32") == []
+    assert networks.check_networks([plain], Networks(), "float32") == []
 
 
 def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
     paper = resolved(caption="policy", text_term="sentence", image_term="lpips")
     settings = Networks(sentence=RewardNetwork(path=str(tmp_path / "nowhere")))
     with pytest.raises(InputError) as error:
-        networks.inspect([paper], settings, "float32")
+        networks.check_networks([paper], settings, "float32")
     sentence, lpips = error.value.problems
     assert "networks.sentence" in sentence and "nowhere: no such directory" in sentence
     assert "14,716,160 parameters as published" in lpips
@@ -284,10 +284,13 @@ def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
 def test_settings_that_nothing_asks_are_refused(folders):
     idle = Networks(clip=RewardNetwork(path=str(folders["clip"])))
     with pytest.raises(InputError, match=r"networks\.clip: is set, but no listed reward asks it"):
-        networks.inspect([resolved()], idle, "float32")
+        networks.check_networks([resolved()], idle, "float32")
     with pytest.raises(InputError, match=r"networks\.offload: found True"):
-        networks.inspect([resolved()], Networks(offload=True), "float32")
-    assert networks.inspect([resolved(scorer="initial")], Networks(offload=True), "float32") == []
+        networks.check_networks([resolved()], Networks(offload=True), "float32")
+    assert (
+        networks.check_networks([resolved(scorer="initial")], Networks(offload=True), "float32")
+        == []
+    )
 
 
 @pytest.mark.parametrize("scorer", ["", "  "])
@@ -296,7 +299,7 @@ def test_an_empty_path_is_no_path(folders, scorer):
         resolved(name="t2i_ti_sim", scorer=scorer)
     paper = resolved(caption="blip", text_term="jaccard", image_term="ssim")
     with pytest.raises(InputError, match=r"networks\.blip.*: is empty, expected a path"):
-        networks.inspect([paper], Networks(blip=RewardNetwork(path=scorer)), "float32")
+        networks.check_networks([paper], Networks(blip=RewardNetwork(path=scorer)), "float32")
 
 
 def test_options_that_idle_beside_others_are_refused():
@@ -327,10 +330,10 @@ def test_what_would_fail_in_the_first_step_is_found_before(
     settings = Networks(**{name: RewardNetwork(path=str(folder))})
     if missing:
         whole = Networks(**{name: RewardNetwork(path=str(folders[name]))})
-        assert len(networks.inspect([resolved(**options)], whole, "float32")) == 1
+        assert len(networks.check_networks([resolved(**options)], whole, "float32")) == 1
         (folder / missing).unlink()
     with pytest.raises(InputError) as error:
-        networks.inspect([resolved(**options)], settings, "float32")
+        networks.check_networks([resolved(**options)], settings, "float32")
     assert any(expected in problem for problem in error.value.problems)
 
 
@@ -342,7 +345,7 @@ def test_a_tokenizer_of_another_network_is_refused(folders, tmp_path):
             words.write("\n" + "\n".join(f"word{i}" for i in range(50)))
         settings = Networks(**{name: RewardNetwork(path=str(folder))})
         with pytest.raises(InputError, match=rf"networks\.{name}"):
-            networks.inspect([resolved(**options)], settings, "float32")
+            networks.check_networks([resolved(**options)], settings, "float32")
 
 
 # ---- where they live
@@ -361,7 +364,7 @@ def test_offloaded_parameters_take_the_device_only_while_used(folders, devices):
         everywhere(devices),
         offload=True,
     )
-    (rested,) = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen._lent._params)}
+    (rested,) = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen._offloadable._params)}
     assert rested.endswith("host")
     with frozen.use() as network:
         leaves = jax.tree.leaves(network.params)
@@ -376,7 +379,7 @@ def test_offloaded_parameters_take_the_device_only_while_used(folders, devices):
 @pytest.mark.parametrize("kind", ["clip", "blip"])
 def test_a_loaded_network_is_split_over_the_mesh(folders, mesh, kind, offload):
     found = networks.CheckedNetwork(kind, folders[kind], 0, "bfloat16", ())
-    frozen = networks.load(found, mesh, offload)
+    frozen = networks.load_frozen_network(found, mesh, offload)
     _, expected = load_network(folders[kind], kind, jnp.bfloat16)
     with frozen.use() as network:
         wanted = network_shardings(network.params, mesh, KINDS[kind].rules)

@@ -17,7 +17,8 @@ from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
 from corl_jax.policies.janus.family import FAMILY
-from corl_jax.rewards import captions, image, perceptual, registry, similarity
+from corl_jax.rewards import captions, image, registry, similarity
+from corl_jax.rewards.image import LPIPS_SIZE, lpips_distance
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
@@ -54,12 +55,12 @@ def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
         "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
         "max_new_tokens": size.policy_caption,
     }  # fmt: skip
-    yield f"{CYCLE} (blip)", registry.resolve_one(CYCLE, blip)
-    yield f"{CYCLE} (policy)", registry.resolve_one(CYCLE, policy)
+    yield f"{CYCLE} (blip)", registry.bind_reward(CYCLE, blip)
+    yield f"{CYCLE} (policy)", registry.bind_reward(CYCLE, policy)
     for name in (
         "t2i_ti_sim", "t2i_clip_reward", "pickscore", "hpsv2", "aesthetic", "t2i_pixel_mse",
     ):  # fmt: skip
-        yield name, registry.resolve_one(name, {})
+        yield name, registry.bind_reward(name, {})
 
 
 def _one_reward(
@@ -78,7 +79,7 @@ def _one_reward(
 def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
     """All rewards of the config, one after another, on the images and as many answers."""
     config = config_files.load(UNIFIED)
-    resolved = registry.resolve(config.rewards, config.compat)
+    resolved = registry.bind_rewards(config.rewards, config.compat)
     answered = _answers(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
@@ -86,8 +87,8 @@ def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Recor
         context = _context(setting, policy, held)
 
         def call(context: Context = context) -> dict[str, dict[str, float]]:
-            costs = registry.score_timed(resolved["t2i"], scored, context)[1]
-            return costs | registry.score_timed(resolved["mm2t"], answered, context)[1]
+            costs = registry.score_and_measure(resolved["t2i"], scored, context)[1]
+            return costs | registry.score_and_measure(resolved["mm2t"], answered, context)[1]
 
         timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
@@ -101,15 +102,21 @@ def _cycle_terms(
     setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
     """What the cycle reward's time goes to, as far as its networks are there."""
-    pictures, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
+    pictures, real, prompts = (
+        scored.require_images(),
+        scored.column("real_image"),
+        scored.column("prompt"),
+    )
     said = prompts
     with contextlib.ExitStack() as stack:
         networks = {name: stack.enter_context(frozen.use()) for name, frozen in held.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
-            describe = functools.partial(captions.caption, networks["blip"], pictures, **tokens)
+            describe = functools.partial(
+                captions.caption_images, networks["blip"], pictures, **tokens
+            )
             timing, said = measure(describe, setting.repeats), describe()
-            drawn = captions.caption_tokens(networks["blip"], pictures, **tokens)
+            drawn = captions.generate_caption_tokens(networks["blip"], pictures, **tokens)
             ended = drawn == networks["blip"].config.text.sep_token_id
             figures = {"different": len(set(said)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
@@ -117,16 +124,14 @@ def _cycle_terms(
             compare = functools.partial(similarity.bert_score, networks["bert"], said, prompts)
             yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
         if "lpips" in networks:
-            distance = functools.partial(
-                perceptual.lpips_distance, networks["lpips"], pictures, real
-            )
+            distance = functools.partial(lpips_distance, networks["lpips"], pictures, real)
             yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
             timing = measure(functools.partial(_squashed, pictures), setting.repeats)
             yield Record("rewards", "  of it, drawings resized on the host", timing, {})
 
 
 def _squashed(pictures: np.ndarray) -> list[np.ndarray]:
-    return [image.squash(Image.fromarray(one), perceptual.SIZE) for one in pictures]
+    return [image.squash_image(Image.fromarray(one), LPIPS_SIZE) for one in pictures]
 
 
 def _answer_rewards(setting: Setting) -> Iterator[Record]:
@@ -134,7 +139,7 @@ def _answer_rewards(setting: Setting) -> Iterator[Record]:
     answered = _answers(setting, setting.size.answers)
     context = Context(None, None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
-        reward = registry.resolve_one(name, {})
+        reward = registry.bind_reward(name, {})
         call = functools.partial(registry.score, [reward], answered, context)
         timing = measure(call, setting.repeats)
         figures = {"answers": len(answered), "ms": 1e3 * timing.median}

@@ -144,11 +144,11 @@ def run_convert(args: argparse.Namespace) -> int:
 def describe_reward_network(folder: Path, kind: NetworkKind) -> list[str]:
     """Prints what was converted; returns what the rewards that ask the network would lack."""
     # It imports everything that scores, which the conversion of a policy does not need.
-    from corl_jax.rewards.networks import missing_assets
+    from corl_jax.rewards.networks import find_missing_assets
 
     with open_checkpoint(folder, kind) as written:
         print(f"{kind.name}, layout {written.source_layout}: {written.parameters:,} parameters")
-        return missing_assets(kind.name, written)
+        return find_missing_assets(kind.name, written)
 
 
 def find_source(place: str, asked: str | None = None) -> tuple[Path, NetworkKind]:

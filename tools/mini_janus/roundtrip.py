@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.data.drawn_world import checker, generator, scene
+from corl_jax.data.drawn_world.held_out import HELD_OUT_SEEDS
+from corl_jax.devices.batches import split_rows
 from corl_jax.errors import InputError
-from corl_jax.evaluation.shapes import HELD_OUT_SEEDS, Rate
+from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies import load_policy
 from corl_jax.policies.janus.images import decode_images, encode_images
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.rewards.samples import chunks
 from corl_jax.types import Params
 
 BATCH = 100  # pictures encoded at once
@@ -45,7 +46,7 @@ def measure(model: Path, rows: int, seed: int) -> Rate:
             f"{least}"
         )
     hits = 0
-    for index in chunks(rows, BATCH):
+    for index in split_rows(rows, BATCH):
         drawn = [
             generator.make_row(
                 HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False, world=world

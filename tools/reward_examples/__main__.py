@@ -17,7 +17,7 @@ import numpy as np
 from corl_jax.atomic_files import replace_file
 from corl_jax.errors import exit_on_input_error
 from tools.reward_examples import cases, figure, page
-from tools.reward_examples.scoring import Found, score_all
+from tools.reward_examples.scoring import Scores, score_all
 
 
 @exit_on_input_error
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare instead of write")
     args = parser.parse_args(argv)
-    page.current(page.PAGE.read_text(encoding="utf-8"))  # before anything is computed
+    page.find_section(page.PAGE.read_text(encoding="utf-8"))  # before anything is computed
     if args.check:
         problems = compare(score_all())
         print("\n".join(problems) or "the section and the figure are as scored")
@@ -39,21 +39,21 @@ def main(argv: list[str] | None = None) -> None:
     write(score_all())
 
 
-def write(found: Found) -> None:
+def write(scores: Scores) -> None:
     """Rewrites the section and the figure."""
-    figure.save(page.FIGURE, found)
-    # Read as late as can be: the scores took long, and the page may have been edited meanwhile.
-    text = page.replaced(page.PAGE.read_text(encoding="utf-8"), page.section(found))
+    figure.save(page.FIGURE, scores)
+    # Read as late as possible: scoring takes long, and someone may edit the page meanwhile.
+    text = page.replace_section(page.PAGE.read_text(encoding="utf-8"), page.write_section(scores))
     with replace_file(page.PAGE) as file:
         file.write(text.encode())
 
 
-def compare(found: Found) -> list[str]:
-    """How the page and the figure differ from the scores."""
-    old = page.current(page.PAGE.read_text(encoding="utf-8"))
-    problems = page.differences(old, page.section(found))
-    shown = figure.scores_of(page.FIGURE)
-    if shown.shape != found.t2i.shape or np.abs(shown - found.t2i).max() > page.TOLERANCE:
+def compare(scores: Scores) -> list[str]:
+    """Returns how the page and the figure differ from the scores."""
+    old = page.find_section(page.PAGE.read_text(encoding="utf-8"))
+    problems = page.list_differences(old, page.write_section(scores))
+    shown = figure.read_scores(page.FIGURE)
+    if shown.shape != scores.t2i.shape or np.abs(shown - scores.t2i).max() > page.TOLERANCE:
         problems.append(f"{page.FIGURE}: shows other scores; run `python -m tools.reward_examples`")
     return problems
 

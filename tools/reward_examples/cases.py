@@ -1,6 +1,6 @@
-"""The cases: pictures and questions, written once and kept, so that later versions score the same.
+"""The cases: images and questions, written once and kept, so that later versions score the same.
 
-A file that exists is never touched; delete it to have it made anew.
+An existing file is never changed; delete it to make it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODEL = ROOT / "corl_jax" / "assets" / "mini_janus"
 ROW_SEED, ROW = 7, 189  # of the drawn world's test split: two shapes, a colour each
 DRAWING_SEED = 1
 OTHER_PROMPT = "a photo of a green circle"
-# what is seen -> (file, 0 for the row's prompt or 1 for the other one, number of the sample)
+# what the image shows -> (file, 0: the row's prompt or 1: the other one, number of the sample)
 DRAWN = {
     "right": ("right.png", 0, 7),
     "both yellow": ("yellow.png", 0, 1),
@@ -33,8 +33,8 @@ DRAWN = {
     "of another prompt": ("other.png", 1, 6),
 }
 REAL = ("the real image", "real.png")
-OD_SIDE = 384  # to which the published question's boxes refer
-DETECTED = 1  # entry of the demand whose box t2i_od asks for
+OD_SIDE = 384  # image side of the boxes in the published question
+DETECTED = 1  # entry of the spec whose box t2i_od asks for
 
 CHOICES = ("cross", "triangle", "ring", "circle")
 THOUGHT = "the purple object is a triangle, option B."
@@ -55,26 +55,26 @@ ANSWER_TEXTS = {
 
 
 def write_missing() -> None:
-    """Draws the pictures and writes the two files of cases, where they are not there yet."""
+    """Generates the images and writes the two files of cases, where they are missing."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     row = generator.make_row(ROW_SEED, ROW, split="test", encode=False)
     if not (FOLDER / REAL[1]).exists():
         save_png(FOLDER / REAL[1], row["real_image"])
     if not all((FOLDER / file).exists() for file, _, _ in DRAWN.values()):
-        _draw(row["prompt"])
+        _generate_images(row["prompt"])
     if not DRAWINGS.exists():
-        _write(DRAWINGS, _drawing_cases(row))
+        _write(DRAWINGS, _make_image_cases(row))
     if not ANSWERS.exists():
-        _write(ANSWERS, _answer_cases())
+        _write(ANSWERS, _make_answer_cases())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The cases of a file as they stand there."""
+def load_cases(path: Path) -> list[dict[str, Any]]:
+    """Reads the cases of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _draw(prompt: str) -> None:
-    """What the mini Janus draws for both prompts; of its samples the chosen ones are kept."""
+def _generate_images(prompt: str) -> None:
+    """Generates images of both prompts with the mini Janus and saves the chosen samples."""
     from corl_jax.devices.startup import prepare_devices
     from corl_jax.policies import batched, load_policy
     from corl_jax.policies.family import SamplingOptions
@@ -93,8 +93,8 @@ def _draw(prompt: str) -> None:
             save_png(FOLDER / file, np.asarray(sample.pixels))
 
 
-def _drawing_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A case a picture; all share the row, so that one file does for every reward of drawings."""
+def _make_image_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a case for each image. All have the columns of one row, for every image reward."""
     spec = json.loads(row["spec"])
     shared = {
         "prompt": row["prompt"],
@@ -105,27 +105,27 @@ def _drawing_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
         "qa_type": row["qa_type"],
         "cls_problem": instructions.open_ended("Which shape is yellow?"),
         "cls_solution": "<answer>cross</answer>",
-        "od_problem": instructions.OD.format(category=_named(spec["include"][DETECTED])),
-        "od_solution": _boxes(row["real_image"], spec["include"][DETECTED]),
+        "od_problem": instructions.OD.format(category=_describe_entry(spec["include"][DETECTED])),
+        "od_solution": _find_boxes(row["real_image"], spec["include"][DETECTED]),
     }
     pictures = [(REAL[0], REAL[1]), *((shown, file) for shown, (file, _, _) in DRAWN.items())]
     return [{"shows": shown, "image": file, **shared} for shown, file in pictures]
 
 
-def _named(entry: dict[str, Any]) -> str:
+def _describe_entry(entry: dict[str, Any]) -> str:
     return f"{entry['color']} {entry['class']}"
 
 
-def _boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
-    """Where the checker finds the entry in a picture, on the question's scale."""
+def _find_boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
+    """Returns where the checker finds the entry in an image, on the question's scale."""
     return [
-        [round(side * OD_SIDE) for side in one.box]
-        for one in checker.detect(image)
-        if (one.color, one.shape) == (entry["color"], entry["class"])
+        [round(side * OD_SIDE) for side in detection.box]
+        for detection in checker.detect(image)
+        if (detection.color, detection.shape) == (entry["color"], entry["class"])
     ]
 
 
-def _answer_cases() -> list[dict[str, Any]]:
+def _make_answer_cases() -> list[dict[str, Any]]:
     question = "Which shape is purple?"
     columns = {
         "MC": (instructions.multiple_choice(question, CHOICES), "<answer>B</answer>"),
@@ -144,6 +144,6 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def picture(case: dict[str, Any]) -> Image.Image:
-    """A drawing case's picture."""
+def open_image(case: dict[str, Any]) -> Image.Image:
+    """Returns the image of a case."""
     return Image.open(FOLDER / case["image"]).convert("RGB")

@@ -1,94 +1,84 @@
-"""The figure: the pictures, and below each its scores as numbers with bars."""
+"""Draws the figure: the images, and below each its scores as numbers with bars."""
 
 from __future__ import annotations
 
-import functools
 import io
 import json
-import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from corl_jax.atomic_files import replace_file
-from corl_jax.fonts import make_drawable
+from corl_jax.runs import pictures
+from corl_jax.runs.pictures import CELL, FAINT, INK, LINE, MARGIN
 from tools.reward_examples import cases
-from tools.reward_examples.scoring import T2I, Example, Found
+from tools.reward_examples.scoring import T2I, Example, Scores
 
-LABEL, CELL, PICTURE = 330, 138, 128  # widths in pixels
-ROW, BAR, MARGIN, FONT_SIZE = 36, 5, 8, 13
-LINE = FONT_SIZE + 3
-CAPTION_LINES, CAPTION_LETTERS = 3, 20
-PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+LABEL, ROW, BAR = 330, 36, 5  # width of the labels, heights of a reward and of a bar, pixels
+CAPTION_LINES = 3
 TRACK, FILL = (228, 228, 228), (70, 110, 180)
 SCORES_KEY = "scores"  # of the PNG's text: what the figure shows, so that it can be checked
 
 
-def save(path: Path, found: Found) -> None:
+def save(path: Path, scores: Scores) -> None:
     """Writes the figure as a PNG that also holds its scores as text."""
     notes = PngImagePlugin.PngInfo()
-    notes.add_text(SCORES_KEY, json.dumps(np.round(found.t2i.astype(float), 4).tolist()))
+    notes.add_text(SCORES_KEY, json.dumps(np.round(scores.t2i.astype(float), 4).tolist()))
     buffer = io.BytesIO()
-    draw(found).quantize(128).save(buffer, format="PNG", pnginfo=notes, optimize=True)
+    draw(scores).quantize(128).save(buffer, format="PNG", pnginfo=notes, optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         file.write(buffer.getvalue())
 
 
-def scores_of(path: Path) -> np.ndarray:
-    """What a figure shows, [T2I, drawings]."""
+def read_scores(path: Path) -> np.ndarray:
+    """Returns the scores that a figure shows, [T2I, images]."""
     with Image.open(path) as image:
         return np.array(json.loads(image.info[SCORES_KEY]), float)
 
 
-def draw(found: Found) -> Image.Image:
-    """A column per drawing, a row per reward."""
-    rows = cases.read(cases.DRAWINGS)
-    captions = next(iter(found.said.values()))
-    top = MARGIN + LINE + PICTURE + CAPTION_LINES * LINE + MARGIN
-    size = (2 * MARGIN + LABEL + CELL * len(rows), top + ROW * len(T2I) + MARGIN)
-    page = Image.new("RGB", size, PAPER)
+def draw(scores: Scores) -> Image.Image:
+    """Draws a column per image, a row per reward."""
+    rows = cases.load_cases(cases.DRAWINGS)
+    captions = next(iter(scores.answers.values()))
+    images = Image.fromarray(pictures.draw_page([_make_cells(rows, captions)]))
+    size = (LABEL + images.width, images.height + ROW * len(T2I) + MARGIN)
+    page = Image.new("RGB", size, pictures.PAPER)
+    page.paste(images, (LABEL, 0))
     pen = ImageDraw.Draw(page)
-    _write(pen, (MARGIN, MARGIN), "prompt:", FAINT)
-    for number, line in enumerate(textwrap.wrap(rows[0]["prompt"], 36), start=1):
-        _write(pen, (MARGIN, MARGIN + number * LINE), line, INK)
-    _write(pen, (MARGIN, MARGIN + LINE + PICTURE), "the mini Janus's caption:", FAINT)
-    for column, (case, caption) in enumerate(zip(rows, captions, strict=True)):
-        x, y = MARGIN + LABEL + column * CELL, MARGIN
-        _write(pen, (x, y), case["shows"], INK)
-        picture = cases.picture(case).resize((PICTURE, PICTURE), Image.Resampling.NEAREST)
-        page.paste(picture, (x, y + LINE))
-        for number, line in enumerate(_lines(caption)):
-            _write(pen, (x, y + LINE + PICTURE + number * LINE), line, FAINT)
-    for row, (example, values) in enumerate(zip(T2I, found.t2i, strict=True)):
-        _row(pen, top + row * ROW, example, values)
+    prompt = pictures.wrap(rows[0]["prompt"], LABEL - 2 * MARGIN, max_lines=4)
+    prompt = [("prompt:", FAINT), *((line, INK) for line in prompt)]
+    pictures.write_lines(pen, (MARGIN, MARGIN), prompt)
+    caption = ("the mini Janus's caption:", FAINT)
+    pictures.write_lines(pen, (MARGIN, MARGIN + CELL + pictures.FRAME + LINE), [caption])
+    for row, (example, values) in enumerate(zip(T2I, scores.t2i, strict=True)):
+        _draw_scores(pen, images.height + row * ROW, example, values)
     return page
 
 
-def _row(pen: ImageDraw.ImageDraw, y: int, example: Example, values: np.ndarray) -> None:
-    pen.line((MARGIN, y - 3, MARGIN + LABEL + CELL * len(values) - MARGIN, y - 3), TRACK)
-    _write(pen, (MARGIN, y), example.reward, INK)
+def _make_cells(rows: list[dict], captions: list[str]) -> list[pictures.Cell]:
+    """Returns each image with what it shows and the mini Janus's caption."""
+    cells = []
+    for case, caption in zip(rows, captions, strict=True):
+        lines = [(line, FAINT) for line in pictures.wrap(caption, CELL, CAPTION_LINES)]
+        pixels = np.asarray(cases.open_image(case))
+        cells.append(pictures.Cell(pixels, [(case["shows"], INK), *lines]))
+    return cells
+
+
+def _draw_scores(pen: ImageDraw.ImageDraw, y: int, example: Example, values: np.ndarray) -> None:
+    """Draws one reward: its name, range and options, and the score of each image with a bar."""
+    right = LABEL + len(values) * (CELL + MARGIN)
+    pen.line((MARGIN, y - 3, right, y - 3), TRACK)
     bounds = f"{example.low:g} to {example.high:g}"
-    _write(pen, (MARGIN + LABEL - 12 - _font().getlength(bounds), y), bounds, FAINT)
-    _write(pen, (MARGIN, y + LINE), example.settings, FAINT)
+    place = LABEL - 12 - pictures.load_font().getlength(bounds)
+    pictures.write_lines(pen, (MARGIN, y), [(example.reward, INK), (example.settings, FAINT)])
+    pictures.write_lines(pen, (place, y), [(bounds, FAINT)])
     for column, value in enumerate(values):
-        x, width = MARGIN + LABEL + column * CELL, PICTURE - 1
+        x, width = LABEL + MARGIN + column * (CELL + MARGIN), CELL - 1
         share = np.clip((value - example.low) / (example.high - example.low), 0.0, 1.0)
-        _write(pen, (x, y), f"{value:.3f}", INK)
+        pictures.write_lines(pen, (x, y), [(f"{value:.3f}", INK)])
         pen.rectangle((x, y + LINE + 3, x + width, y + LINE + 3 + BAR), TRACK)
         if share > 0:
             pen.rectangle((x, y + LINE + 3, x + share * width, y + LINE + 3 + BAR), FILL)
-
-
-def _lines(caption: str) -> list[str]:
-    return textwrap.wrap(caption, CAPTION_LETTERS, max_lines=CAPTION_LINES, placeholder=" …")
-
-
-def _write(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, ink: tuple) -> None:
-    pen.text(corner, make_drawable(text, _font()), ink, _font())
-
-
-@functools.cache
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(FONT_SIZE)

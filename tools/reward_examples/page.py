@@ -1,4 +1,4 @@
-"""The section of docs/rewards.md: written from the scores, and compared with what stands there."""
+"""Writes the section of docs/rewards.md from the scores, and compares it with the page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
-from corl_jax.runs.pictures import cell_text
+from corl_jax.runs.pictures import escape_cell
 from tools.reward_examples import cases
-from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Found
+from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Scores
 
 PAGE = cases.ROOT / "docs" / "rewards.md"
 FIGURE = cases.ROOT / "docs" / "images" / "reward_examples.png"
@@ -21,9 +21,10 @@ MM2T_WIDTH = 120  # letters of an answer that are shown
 
 TEXT = """\
 A file of [drawings](examples/rewards/drawings.jsonl) and one of
-[answers](examples/rewards/answers.jsonl), scored in float32 with weights at hand: the
-[mini Janus](mini.md) as the policy, MiniLM for `sentence`. `python -m tools.reward_examples`
-writes all of this section and the figure; with `--check` it compares. One of its scores by hand:
+[answers](examples/rewards/answers.jsonl), scored in float32 with the weights that come
+with the project: the [mini Janus](mini.md) as the policy, MiniLM for `sentence`.
+`python -m tools.reward_examples` writes this section and the figure; with `--check` it compares
+them. One of the scores by hand:
 
     python -m corl_jax.score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
       --model corl_jax/assets/mini_janus
@@ -31,29 +32,29 @@ writes all of this section and the figure; with `--check` it compares. One of it
 ### Drawings
 
 Prompt: *{prompt}*
-(row {row} of the drawn world's test split, seed {row_seed}). The first picture is the row's real
-image. The mini Janus drew the others (seed {drawing_seed}), the last one for
-*{other}*. They were chosen to differ, and say nothing of how often it draws right.
+(row {row} of the drawn world's test split, seed {row_seed}). The first image is the row's real
+image. The mini Janus generated the others (seed {drawing_seed}), the last one for
+*{other}*. They were chosen to differ, so they do not show how often it is right.
 
 ![The drawings and their scores](images/reward_examples.png)
 
 {drawings}
 
-- Only the checker tells the two right pictures from all others. `t2i_qa` and `t2i_oc` look at what
-  they ask for: a smudge passes the one, two yellow shapes the other.
-- `t2i_bid_cycle_reward` gives swapped colours more than the right drawing, by word overlap and by
-  sentence embeddings alike: their caption has the prompt's words in another order, while that of
-  the right drawing also says where things lie, which the prompt does not.
-- `t2i_pixel_mse` is higher for two yellow shapes than for any other drawing, because they lie where
-  the real image's do.
-- `t2i_ti_sim` hardly spreads: two yellow shapes stand at the top, the real image at the bottom.
-- `t2i_od`: the mini Janus never learnt boxes, so it earns nothing.
+- Only the checker separates the two right images from all others. `t2i_qa` and `t2i_oc` look only
+  at what they ask for: the smudged image passes `t2i_qa`, two yellow shapes pass `t2i_oc`.
+- `t2i_bid_cycle_reward` scores swapped colours higher than the right image, by word overlap and by
+  sentence embeddings: their caption has the prompt's words in another order. The caption of the
+  right image also says where the shapes are, which the prompt does not.
+- `t2i_pixel_mse` is higher for two yellow shapes than for any other generated image, because they
+  are at the places of the shapes in the real image.
+- `t2i_ti_sim` differs little: two yellow shapes get the highest score, the real image the lowest.
+- `t2i_od`: the mini Janus was not trained on boxes, so its scores are 0.
 
-What it said, greedily; of its answers the answer block:
+What the mini Janus answered, greedily (the answer block only):
 
 {said}
 
-The rule of `t2i_od` on answers written by hand, where one box is true:
+The rule of `t2i_od` on answers written by hand, with one true box:
 
 {boxes}
 
@@ -65,12 +66,12 @@ and as an open question (OE, solution "triangle"). `␣` is a leading space.
 {answers}
 
 `qa_accuracy` finds an answer without tags, or with a tag that is never closed; the format rewards
-are there for those. As an open answer a longer one that holds the right word earns a part.
+score these. A longer open answer that contains the right word gets a part.
 
 ### Not scored here
 
 These need weights that do not come with the project (`spice` needs Java and a parser as well), so
-there are no numbers, only the range to expect. With the weights in DIR, the same drawings are
+there are no numbers, only the range to expect. With the weights in DIR, the same images are
 scored by:
 
 {commands}
@@ -79,50 +80,59 @@ scored by:
 """
 
 
-def section(found: Found) -> str:
-    """What belongs between the two marks."""
-    drawings, answers = cases.read(cases.DRAWINGS), cases.read(cases.ANSWERS)
-    shown = [case["shows"] for case in drawings]
-    values = [[_code(one), *map(_number, row)] for one, row in zip(T2I, found.t2i, strict=True)]
-    said = [[what, *map(_spoken, texts)] for what, texts in found.said.items()]
-    scored = [
-        [_shown(case["completion"]), case["type"], *map(_number, row)]
-        for case, row in zip(answers, found.mm2t, strict=True)
+def write_section(scores: Scores) -> str:
+    """Returns the text between the two marks."""
+    images, answers = cases.load_cases(cases.DRAWINGS), cases.load_cases(cases.ANSWERS)
+    shown = [case["shows"] for case in images]
+    values = [
+        [_format_code(example), *map(_format_number, row)]
+        for example, row in zip(T2I, scores.t2i, strict=True)
+    ]
+    asked = [[what, *map(_format_quotes, texts)] for what, texts in scores.answers.items()]
+    rows = [
+        [_format_text(case["completion"]), case["type"], *map(_format_number, row)]
+        for case, row in zip(answers, scores.mm2t, strict=True)
     ]
     return TEXT.format(
-        prompt=drawings[0]["prompt"],
+        prompt=images[0]["prompt"],
         other=cases.OTHER_PROMPT,
         row=cases.ROW,
         row_seed=cases.ROW_SEED,
         drawing_seed=cases.DRAWING_SEED,
-        drawings=_table(["reward", *shown], values),
-        said=_table(["asked", *shown], said),
-        boxes=_table(["answer", "score"], [[k, _number(v)] for k, v in found.boxes.items()]),
+        drawings=_format_table(["reward", *shown], values),
+        said=_format_table(["asked", *shown], asked),
+        boxes=_format_table(
+            ["answer", "score"], [[k, _format_number(v)] for k, v in scores.boxes.items()]
+        ),
         question=answers[0]["problem"].splitlines()[0],
         options=", ".join(cases.CHOICES),
-        answers=_table(["answer", "type", *map(_code, MM2T)], scored),
-        commands="\n".join(f"    {command(one)}" for one, _ in UNSCORED),
-        unscored=_table(["reward", "range"], [[_code(one), known] for one, known in UNSCORED]),
+        answers=_format_table(["answer", "type", *map(_format_code, MM2T)], rows),
+        commands="\n".join(f"    {write_command(one)}" for one, _ in UNSCORED),
+        unscored=_format_table(
+            ["reward", "range"], [[_format_code(one), known] for one, known in UNSCORED]
+        ),
     )
 
 
-def command(example: Example, folder: str = "DIR") -> str:
-    """The command line that scores the drawings, with each network's weights in `folder`."""
+def write_command(example: Example, folder: str = "DIR") -> str:
+    """Returns the command that scores the images, with the weights of networks in `folder`."""
     path = cases.DRAWINGS.relative_to(cases.ROOT)
     parts = ["python -m corl_jax.score", "--reward", example.reward, "--input", str(path)]
-    entry = registry.REGISTRY[example.reward]
-    defaults = {key: option.default for key, option in registry.options_of(example.reward).items()}
+    row = registry.REGISTRY[example.reward]
+    defaults = {
+        key: option.default for key, option in registry.list_options(example.reward).items()
+    }
     chosen = {**defaults, **example.options}
-    asked = [values.get(chosen[option]) for option, values in entry.chosen.items()]
-    parts += [f"--network {name}={folder}" for name in (*entry.networks, *asked) if name]
+    used = [values.get(chosen[option]) for option, values in row.chosen.items()]
+    parts += [f"--network {name}={folder}" for name in (*row.networks, *used) if name]
     return " ".join([*parts, example.settings]).strip()
 
 
-def current(page: str) -> str:
-    """The section as it stands in the page.
+def find_section(page: str) -> str:
+    """Returns the section of the page.
 
     Raises:
-        InputError: the page has not the two marks, once each and in order.
+        InputError: the two marks are not on the page, once each and in order.
     """
     parts = re.split(f"{re.escape(BEGIN)}\n\n|\n{re.escape(END)}", page)
     if len(parts) != 3 or page.find(BEGIN) > page.find(END):
@@ -130,47 +140,53 @@ def current(page: str) -> str:
     return parts[1]
 
 
-def replaced(page: str, new: str) -> str:
-    """The page with another section. Raises: InputError as `current`."""
-    old = current(page)
+def replace_section(page: str, new: str) -> str:
+    """Returns the page with another section. Raises: InputError as `find_section`."""
+    old = find_section(page)
     return page.replace(f"{BEGIN}\n\n{old}\n{END}", f"{BEGIN}\n\n{new}\n{END}")
 
 
-def differences(old: str, new: str) -> list[str]:
-    """Lines of the two sections that differ: in words, or by more than TOLERANCE in a number."""
+def list_differences(old: str, new: str) -> list[str]:
+    """Returns lines of two sections that differ: in words, or by more than TOLERANCE."""
+
+    def is_different(first: str, second: str) -> bool:
+        if NUMBER.sub("#", first) != NUMBER.sub("#", second):
+            return True
+        pairs = zip(_read_numbers(first), _read_numbers(second), strict=True)
+        return any(abs(a - b) > TOLERANCE for a, b in pairs)
+
     before, after = old.splitlines(), new.splitlines()
     if len(before) != len(after):
         return [f"found {len(before)} lines, the scores give {len(after)}"]
     return [
-        f"found {one!r}, the scores give {other!r}"
-        for one, other in zip(before, after, strict=True)
-        if NUMBER.sub("#", one) != NUMBER.sub("#", other)
-        or any(abs(a - b) > TOLERANCE for a, b in zip(_numbers(one), _numbers(other), strict=True))
+        f"found {old_line!r}, the scores give {new_line!r}"
+        for old_line, new_line in zip(before, after, strict=True)
+        if is_different(old_line, new_line)
     ]
 
 
-def _numbers(line: str) -> list[float]:
+def _read_numbers(line: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(line)]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _code(example: Example) -> str:
+def _format_code(example: Example) -> str:
     return " ".join(f"`{part}`" for part in example.label.split())
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _shown(completion: str) -> str:
+def _format_text(completion: str) -> str:
     start = "␣" if completion.startswith(" ") else ""
-    return start + cell_text(completion.strip(), MM2T_WIDTH)
+    return start + escape_cell(completion.strip(), MM2T_WIDTH)
 
 
-def _spoken(words: str) -> str:
+def _format_quotes(words: str) -> str:
     answer = re.search(r"<answer>(.*)</answer>", words, re.DOTALL)
-    return cell_text(answer[1] if answer else words, MM2T_WIDTH)
+    return escape_cell(answer[1] if answer else words, MM2T_WIDTH)

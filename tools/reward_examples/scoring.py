@@ -1,4 +1,4 @@
-"""Scores of the cases, by the registry and with the weights that are at hand."""
+"""Scores the cases with the registry and the weights that come with the project."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from corl_jax.devices import startup
 from corl_jax.policies import load_policy
 from corl_jax.rewards import cycle, networks, registry, text
 from corl_jax.rewards import policy as asking
-from corl_jax.rewards.functions import classification
-from corl_jax.rewards.samples import Context, Samples
+from corl_jax.rewards.samples import Context, Samples, read_class_questions
 from corl_jax.score import read_cases
 from tools.reward_examples import cases
 
@@ -59,7 +58,7 @@ MM2T = (
     Example("qa_accuracy"),
     Example("oc_accuracy"),
 )
-# What needs weights that do not come with the project, and the range that is known of it.
+# Rewards whose weights do not come with the project, and their known range.
 UNSCORED = (
     (Example("t2i_clip_reward"), "-2 to 2"),
     (Example("pickscore"), "about 15 to 25"),
@@ -78,86 +77,89 @@ UNSCORED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Scores:
     """All that the page shows."""
 
-    t2i: np.ndarray  # [T2I, drawings]
+    t2i: np.ndarray  # [T2I, images]
     mm2t: np.ndarray  # [answers, MM2T]
-    said: dict[str, list[str]]  # what was asked -> the mini Janus's words for each drawing
-    boxes: dict[str, float]  # what a detector may answer -> its score by t2i_od's rule
+    answers: dict[str, list[str]]  # question -> the mini Janus's answers for each image
+    boxes: dict[str, float]  # an answer with boxes -> its score by t2i_od's rule
 
 
-def score_all() -> Found:
+def score_all() -> Scores:
     """Scores every case with every reward of T2I and MM2T.
 
     Raises:
         InputError: weights or cases that cannot be read.
     """
     startup.prepare_devices()
-    drawn = [registry.resolve_one(one.reward, one.options) for one in T2I]
-    loaded = {one.name: networks.load(one, None, offload=False) for one in _networks(drawn)}
+    image_rewards = [registry.bind_reward(example.reward, example.options) for example in T2I]
+    loaded = {
+        one.name: networks.load_frozen_network(one, None, offload=False)
+        for one in _list_networks(image_rewards)
+    }
     model = load_policy(cases.MODEL, np.float32)
     context = Context(
         model.family, model.sizes, model.params, model.processor, np.float32, 0, step=0,
         networks=loaded,
     )  # fmt: skip
-    written = [registry.resolve_one(one.reward, one.options) for one in MM2T]
-    return Found(
-        t2i=np.stack([_score(one, context) for one in drawn]),
-        mm2t=np.stack([_score(one, context) for one in written], axis=-1),
-        said=_said(context),
-        boxes=_boxes(),
+    text_rewards = [registry.bind_reward(example.reward, example.options) for example in MM2T]
+    return Scores(
+        t2i=np.stack([_score(reward, context) for reward in image_rewards]),
+        mm2t=np.stack([_score(reward, context) for reward in text_rewards], axis=-1),
+        answers=_collect_answers(context),
+        boxes=_score_boxes(),
     )
 
 
-def _networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
-    """The networks of the rewards, each once."""
-    found = networks.inspect(resolved, Networks(), "float32")
+def _list_networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
+    """Returns the networks of the rewards, each once."""
+    found = networks.check_networks(resolved, Networks(), "float32")
     return [one for one in found if one.name in networks.NETWORKS]
 
 
 def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
-    return registry.score([reward], _samples(reward.entry), context)[reward.name]
+    return registry.score([reward], _read_samples(reward.row), context)[reward.name]
 
 
-def _samples(entry: registry.RewardRow) -> Samples:
-    path = cases.DRAWINGS if entry.task == "t2i" else cases.ANSWERS
-    return read_cases(path, entry).samples
+def _read_samples(row: registry.RewardRow) -> Samples:
+    path = cases.DRAWINGS if row.task == "t2i" else cases.ANSWERS
+    return read_cases(path, row).samples
 
 
-def _said(context: Context) -> dict[str, list[str]]:
-    """The mini Janus's captions and answers, which t2i rewards score."""
-    samples = {name: _samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
+def _collect_answers(context: Context) -> dict[str, list[str]]:
+    """Returns the mini Janus's captions and answers, which t2i rewards score."""
+    samples = {name: _read_samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
     questions = {
         "qa": samples["qa"].column("qa_problem"),
-        "oc": classification(samples["oc"])[0],
+        "oc": read_class_questions(samples["oc"])[0],
         "od": samples["od"].column("od_problem"),
     }
-    said = {
-        CAPTION: cycle.describe(
+    answers = {
+        CAPTION: cycle.make_captions(
             samples["qa"], context, "policy", scorer="policy", greedy=True,
-            max_new_tokens=_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
+            max_new_tokens=_get_max_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
         )
     }  # fmt: skip
     for name, asked in questions.items():
-        said[asked[0].splitlines()[0].partition(",")[0]] = asking.ask(
+        answers[asked[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
             samples[name], context, asked, stream=name, greedy=True,
-            max_new_tokens=_new_tokens(f"t2i_{name}"),
+            max_new_tokens=_get_max_new_tokens(f"t2i_{name}"),
         )  # fmt: skip
-    return said
+    return answers
 
 
-def _new_tokens(reward: str) -> int:
-    return registry.options_of(reward)["max_new_tokens"].default
+def _get_max_new_tokens(reward: str) -> int:
+    return registry.list_options(reward)["max_new_tokens"].default
 
 
-def _boxes() -> dict[str, float]:
-    """t2i_od's rule on answers with boxes, which the mini Janus never gives."""
-    (truth,) = cases.read(cases.DRAWINGS)[0]["od_solution"]
+def _score_boxes() -> dict[str, float]:
+    """Scores answers with boxes by t2i_od's rule; the mini Janus never gives such answers."""
+    (truth,) = cases.load_cases(cases.DRAWINGS)[0]["od_solution"]
     answers = {
         "the true box": [truth],
-        "three quarters of it": [_left_part(truth, 3 / 4)],
-        "a third of it": [_left_part(truth, 1 / 3)],
+        "three quarters of it": [_cut_left_part(truth, 3 / 4)],
+        "a third of it": [_cut_left_part(truth, 1 / 3)],
         "the true box and one beside it": [truth, [0, 0, 50, 50]],
     }
     return {
@@ -168,6 +170,6 @@ def _boxes() -> dict[str, float]:
     }
 
 
-def _left_part(box: list[float], share: float) -> list[float]:
+def _cut_left_part(box: list[float], share: float) -> list[float]:
     left, top, right, bottom = box
     return [left, top, left + share * (right - left), bottom]

@@ -1,12 +1,13 @@
-"""Rewards that users write: a plain function in a file, loaded once and called with care.
+"""Runs a user's own reward: a plain function in a file, called in a process of its own.
 
     def brightness(images, *, scale: float = 1.0):
         return [scale * ImageStat.Stat(image.convert("L")).mean[0] / 255 for image in images]
 
-The names of the parameters say what it gets: `images` (PIL pictures; a reward of drawings) or
-`texts` (strings; a reward of answers), and columns of the data, each a list with one value per
-sample. `**columns` takes all other columns. Keyword-only parameters are options of the config.
-The function may be `async def`. It returns one number per sample, None where it does not apply.
+The names of the parameters say what the function gets: `images` (PIL images; it scores image
+generation) or `texts` (strings; it scores answers), and columns of the data, each a list with one
+value per sample. `**columns` takes all other columns. Keyword-only parameters are options of the
+config. The function may be `async def`. It returns one number per sample, or None where the reward
+does not apply.
 """
 
 from __future__ import annotations
@@ -27,22 +28,21 @@ from corl_jax.rewards.samples import Context, Samples
 from corl_jax.rewards.signature import Parameters
 from corl_jax.rewards.user_code import locate
 from corl_jax.rewards.user_process import UserProcess
-from corl_jax.rewards.worker import Failure, Interrupt, Picture
+from corl_jax.rewards.worker import Failure, Interrupt, RawImage
 
 logger = logging.getLogger(__name__)
 
 _processes: weakref.WeakValueDictionary[Any, UserProcess] = weakref.WeakValueDictionary()
-"""Where a file's code is already imported. Whoever has a reward of the file keeps its process."""
+"""The process that has imported a file's code. A process lives as long as a reward of its file."""
 
 
 @dataclasses.dataclass(eq=False)
-class CustomReward:
-    """A user's function as a reward; it looks at its own process's rows and at nothing else.
+class UserReward:
+    """A user's function as a reward. It scores the rows of this process only.
 
-    A call fails by an exception (SystemExit too), by `timeout_s` seconds without a result, by
-    the end of the process that it runs in, or by a result that is not one number or None per
-    sample. Its samples then get NaN and a warning is logged; `max_failures` failed calls in a row
-    end the run.
+    A call fails if the function raises (SystemExit too), gives no result for `timeout_s` seconds,
+    ends its process, or does not return one number or None per sample. Then the samples get NaN
+    and a warning is logged. After `max_failures` failed calls in a row the run ends.
     """
 
     use: str
@@ -73,11 +73,11 @@ class CustomReward:
         return self.parameters.optional
 
     def __call__(self, samples: Samples, context: Context) -> np.ndarray:
-        """Rewards [N] float32; NaN where the function gives None or NaN, or where it failed.
+        """Returns the rewards [N] float32; NaN for None, for NaN, and for a call that failed.
 
         Raises:
-            RewardError: the call was the last that may fail.
-            KeyboardInterrupt: the function raised it, or the user during the call.
+            RewardError: too many calls in a row have failed.
+            KeyboardInterrupt: the function raised it, or the user pressed Ctrl-C during the call.
         """
         count = len(samples)
         if not count:
@@ -89,28 +89,27 @@ class CustomReward:
             raise KeyboardInterrupt
         if isinstance(reply, Failure):
             self.failed_samples = count
-            self._count(reply)
+            self._count_failure(reply)
             return np.full(count, np.nan, np.float32)
         self._in_a_row = self.failed_samples = 0
-        with np.errstate(over="ignore"):  # to infinity, which scoring takes for not applicable
+        with np.errstate(over="ignore"):  # becomes infinity, which scoring turns into NaN
             return np.array(reply, np.float64).astype(np.float32)
 
     def _arguments(self, samples: Samples) -> dict[str, Any]:
-        asked = self.parameters
-        if asked.task == "t2i":
-            pictures = samples.pictures()
-            sizes = [(x.shape[1], x.shape[0]) for x in pictures]
-            images = [Picture(size, x.tobytes()) for size, x in zip(sizes, pictures, strict=True)]
-            values: dict[str, Any] = {"images": images}
+        parameters = self.parameters
+        values: dict[str, Any] = {}
+        if parameters.completions == "images":
+            images = samples.list_images()
+            values["images"] = [RawImage((x.shape[1], x.shape[0]), x.tobytes()) for x in images]
         else:
-            values = {"texts": samples.written()}
-        taken = {*asked.columns, *asked.optional}
-        if asked.every_column:
-            taken |= samples.columns.keys() - values.keys() - {*asked.options}
-        columns = {name: x for name, x in samples.columns.items() if name in taken}
+            values["texts"] = samples.require_texts()
+        names = {*parameters.columns, *parameters.optional}
+        if parameters.every_column:
+            names |= samples.columns.keys() - values.keys() - {*parameters.options}
+        columns = {name: x for name, x in samples.columns.items() if name in names}
         return values | columns | dict(self.options)
 
-    def _count(self, failure: Failure) -> None:
+    def _count_failure(self, failure: Failure) -> None:
         self.failures += 1
         self._in_a_row += 1
         self.last_failure = failure
@@ -126,18 +125,18 @@ class CustomReward:
         )  # fmt: skip
 
 
-def load(
+def load_user_reward(
     use: str,
     options: Mapping[str, Any],
     *,
     timeout_s: float = 60.0,
     max_failures: int = 5,
     where: str = "rewards",
-) -> CustomReward:
-    """The reward `FILE.py:FUNCTION` or `package.module:FUNCTION`, with its options bound.
+) -> UserReward:
+    """Loads the reward `FILE.py:FUNCTION` or `package.module:FUNCTION` and binds its options.
 
-    A file's path starts at the working directory; the file runs once, in one process, however
-    many rewards it holds. `where` starts the error messages.
+    A file's path starts at the working directory. A file with several rewards runs once, in one
+    process. `where` starts the error messages.
 
     Raises:
         InputError: listing what is wrong with the file, the function or the options.
@@ -151,4 +150,4 @@ def load(
         parameters = process.inspect(name, dict(options))
     except InputError as error:
         raise InputError([f"{where}: {use}: {problem}" for problem in error.problems]) from error
-    return CustomReward(use, parameters, dict(options), timeout_s, max_failures, process)
+    return UserReward(use, parameters, dict(options), timeout_s, max_failures, process)

@@ -1,0 +1,110 @@
+"""Reads and checks single values of the columns that rewards and evaluations use."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from corl_jax.data.drawn_world.scene import CATEGORIES, RELATIONS
+from corl_jax.errors import InputError
+
+MAX_OBJECTS = 2**16  # of one class in a spec
+MAX_SHOWN_CHARACTERS = 200  # of a value in a message
+
+QuestionType = Literal["MC", "OE"]
+_SEPARATORS = re.compile(r"[\s_\-\u2010-\u2015./]+")
+QUESTION_TYPES: dict[str, QuestionType] = {
+    **dict.fromkeys(
+        ("mc", "mcq", "mcqs", "mcqa", "multichoice", "multiplechoice", "multiplechoices",
+         "multichoicequestion", "multiplechoicequestion", "multiplechoicequestions",
+         "singlechoice", "choice"),
+        "MC",
+    ),
+    **dict.fromkeys(
+        ("oe", "oeq", "open", "openend", "openended", "openquestion", "openendquestion",
+         "openendedquestion", "openendedquestions", "freeform", "freetext", "shortanswer"),
+        "OE",
+    ),
+}  # fmt: skip
+"""Spelling of a question's type, in small letters without spaces and dashes -> the type."""
+
+
+def read_question_type(value: str | None) -> QuestionType | None:
+    """Returns MC or OE for any of the usual spellings, None for null and for blank text.
+
+    Case, spaces, dashes and underscores do not matter: "Multiple Choice" is MC.
+
+    Raises:
+        InputError: any other text.
+    """
+    if value is None or not value.strip():
+        return None
+    kind = QUESTION_TYPES.get(_SEPARATORS.sub("", value).lower())
+    if kind is None:
+        raise InputError(
+            f"found {value[:60]!r}, expected MC or OE (also spelt mcq, multiple choice, open, "
+            "open-ended, free-form, ..)"
+        )
+    return kind
+
+
+def find_value_problem(name: str, value: Any) -> str | None:
+    """Returns what is wrong with a row's value of the column `name`, None if nothing is.
+
+    Null is allowed in every column: the reward then does not apply to the row. Images are
+    checked where they are decoded.
+    """
+    if value is None:
+        return None
+    if name == "spec":
+        return find_spec_problem(value)
+    if name == "od_solution" and isinstance(value, list):
+        boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
+        sides = [side for box in value for side in box] if boxes else []
+        boxes = boxes and all(type(side) in (int, float) and abs(side) < 2**31 for side in sides)
+        return None if boxes else f"found {_shorten(value)}, expected [[x1, y1, x2, y2], ..]"
+    if not isinstance(value, str):
+        return f"found {_shorten(value)}, expected a text"
+    if name == "qa_type":
+        try:
+            read_question_type(value)
+        except InputError as error:
+            return str(error)
+    return None
+
+
+def find_spec_problem(value: Any) -> str | None:
+    """Returns what is wrong with a spec of the drawn world (dict or JSON), None if nothing is."""
+    expected = (
+        "expected {category, include: [{class, count, color?, position?}, ..]}, count a whole "
+        "number from 1, position [relation, index of an entry]"
+    )
+    try:
+        spec = json.loads(value) if isinstance(value, str) else value
+        include = spec["include"]
+        valid = spec["category"] in CATEGORIES and isinstance(include, list) and bool(include)
+        for entry in include:
+            relation, other = entry.get("position", (RELATIONS[0], 0))
+            valid = valid and isinstance(entry["class"], str) and relation in RELATIONS
+            valid = valid and isinstance(entry.get("color"), str | None)
+            valid = valid and _is_whole_number(entry["count"], 1, MAX_OBJECTS)
+            valid = valid and type(other) is int and 0 <= other < len(include)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"[:MAX_SHOWN_CHARACTERS]
+        return f"found {_shorten(value)} ({why}); {expected}"
+    return None if valid else f"found {_shorten(value)}; {expected}"
+
+
+def _is_whole_number(value: Any, lowest: int, highest: int) -> bool:
+    """True for a whole number in these bounds; 2.0, as tables write it, is one."""
+    return type(value) in (int, float) and lowest <= value <= highest and value == int(value)
+
+
+def _shorten(value: Any) -> str:
+    """Returns a value of a file for a message. The value may be very long or deeply nested."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}.."

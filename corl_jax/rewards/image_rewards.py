@@ -1,0 +1,109 @@
+"""Scores generated images without a network: Samples -> [N] float32."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Literal
+
+import jax
+import numpy as np
+
+from corl_jax.config.fields import Fraction
+from corl_jax.data.column_values import find_spec_problem
+from corl_jax.data.drawn_world import checker
+from corl_jax.data.drawn_world.scene import Spec
+from corl_jax.devices.batches import run_in_pieces
+from corl_jax.errors import Problems
+from corl_jax.rewards import image
+from corl_jax.rewards.samples import Context, Samples, score_rows
+
+IMAGES_AT_ONCE = 16  # compared in one program; bounds the memory of float32 temporaries
+
+ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
+Fit = Literal["squash", "centre_crop", "pad"]
+
+
+def score_pixel_mse(samples: Samples, context: Context, *, image_fit: Fit = "squash") -> np.ndarray:
+    """1 - sliding-window RMSE to the real image, in [-1, 1]; NaN without one."""
+    return compare_to_real_images(samples, context, "pixel_mse", image_fit)
+
+
+def compare_to_real_images(samples: Samples, context: Context, score: str, fit: str) -> np.ndarray:
+    """Scores generated images against the real images of their rows [N]; NaN without one.
+
+    `score` is `pixel_mse` or a key of `image.IMAGE_TERMS`. `fit` says how real images are
+    resized (see `image.fit_image`).
+
+    Raises:
+        InputError: the images are too small for the score.
+    """
+    generated = samples.require_images()
+    real = _resize_real_images(samples.column("real_image"), generated.shape[1], fit)
+    # Stands in for a missing real image, so that the program keeps one shape. Its score is
+    # replaced by NaN below.
+    blank = np.zeros(generated.shape[1:], np.float32)
+
+    def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = generated[index].astype(np.float32) / np.float32(255)
+        return pixels, np.stack([blank if real[i] is None else real[i] for i in index])
+
+    program = functools.partial(_score_program, score)
+    (scores,) = run_in_pieces(program, take, len(samples), IMAGES_AT_ONCE, context.params)
+    return np.where([pixels is None for pixels in real], np.float32(np.nan), scores)
+
+
+@functools.partial(jax.jit, static_argnames=("score",))
+def _score_program(score: str, generated: jax.Array, real: jax.Array) -> jax.Array:
+    if score == "pixel_mse":
+        return image.pixel_mse_reward(generated, real)
+    return image.image_term(score, generated, real)
+
+
+def _resize_real_images(real_images: list, size: int, fit: str) -> list[np.ndarray | None]:
+    # The completions of a prompt share one image object, so it is resized once.
+    resized: dict[int, np.ndarray] = {}
+    for real in real_images:
+        if real is not None and id(real) not in resized:
+            resized[id(real)] = image.fit_image(real, size, fit)
+    return [resized.get(id(real)) for real in real_images]
+
+
+def score_shapes(
+    samples: Samples, context: Context, *, strict: bool = True, partial_credit: Fraction = 0.0
+) -> np.ndarray:
+    """1 for an image that shows what the row's `spec` demands, by the drawn world's checker.
+
+    `strict`: the image must show nothing else. An image that fails gets `partial_credit` times
+    the fraction of its objects that are correct: number of correct objects / the larger of the
+    number of objects found and demanded. NaN without a spec.
+
+    Raises:
+        InputError: a spec that cannot be read.
+    """
+    specs, problems = samples.column("spec"), Problems()
+    for row, spec in enumerate(specs):
+        problem = None if spec is None else find_spec_problem(spec)
+        if problem:
+            problems.add(f"row {row}: spec: {problem}")
+    problems.raise_any()
+
+    def score_image(pixels: np.ndarray, spec: Spec | str | None) -> float:
+        if spec is None:
+            return float("nan")
+        demand: Spec = json.loads(spec) if isinstance(spec, str) else spec
+        detections = checker.detect(pixels)
+        if checker.satisfies(detections, demand, strict=strict):
+            return 1.0
+        return partial_credit * _fraction_correct(detections, demand)
+
+    return score_rows(score_image, list(samples.require_images()), specs)
+
+
+def _fraction_correct(detections: list[checker.Detection], demand: Spec) -> float:
+    correct = 0
+    for entry in demand["include"]:
+        color = entry.get("color")
+        same = [d for d in detections if d.shape == entry["class"] and color in (None, d.color)]
+        correct += min(len(same), entry["count"])
+    return correct / max(len(detections), sum(entry["count"] for entry in demand["include"]))

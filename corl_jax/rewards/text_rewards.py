@@ -1,0 +1,85 @@
+"""Scores answers without a network: Samples -> [N] float32. The rules for one text: `text`."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from corl_jax.data.column_values import QuestionType
+from corl_jax.rewards import text
+from corl_jax.rewards.samples import (
+    Context,
+    Samples,
+    read_class_questions,
+    read_question_types,
+    score_rows,
+)
+
+
+def score_format(
+    samples: Samples, context: Context, *, strip: bool = True, repeated_blocks: bool = False
+) -> np.ndarray:
+    """1 for one think block followed by one answer block; see `text.format_reward`.
+
+    `strip` ignores white space around both.
+    """
+    score = functools.partial(text.format_reward, strip=strip, repeated_blocks=repeated_blocks)
+    return score_rows(score, samples.require_texts())
+
+
+def score_format_tags(samples: Samples, context: Context) -> np.ndarray:
+    """0.125 for each of the four tags that occurs exactly once."""
+    return score_rows(text.format_tag_reward, samples.require_texts())
+
+
+def score_qa_accuracy(
+    samples: Samples,
+    context: Context,
+    *,
+    multiline_answer: bool = True,
+    answer_in_thoughts: bool = False,
+    numbers_by_value: bool = True,
+    mc: bool = True,
+    default_type: QuestionType | None = None,
+) -> np.ndarray:
+    """How right the answers are, in [0, 1]; see `text.qa_accuracy` for the options.
+
+    `default_type` is the type of rows whose `qa_type` is null. None counts them as OE.
+
+    Raises:
+        InputError: a type that is neither MC nor OE, by its row.
+    """
+
+    def score_answer(completion, solution, kind, problem) -> float:
+        return text.qa_accuracy(
+            completion, solution, kind or default_type,
+            problem=problem, multiline_answer=multiline_answer,
+            answer_in_thoughts=answer_in_thoughts, numbers_by_value=numbers_by_value, mc=mc,
+        )  # fmt: skip
+
+    solutions, problems = samples.column("qa_solution"), samples.column("qa_problem")
+    types = read_question_types(samples)
+    return score_rows(score_answer, samples.require_texts(), solutions, types, problems)
+
+
+def score_oc_accuracy(
+    samples: Samples,
+    context: Context,
+    *,
+    multiline_answer: bool = True,
+    answer_in_thoughts: bool = False,
+    substrings: bool = False,
+) -> np.ndarray:
+    """How well the answers name a class, in [0, 1]; see `text.oc_accuracy` for the options.
+
+    Rows without `cls_solution` use `qa_solution`.
+    """
+    score = functools.partial(
+        text.oc_accuracy,
+        multiline_answer=multiline_answer,
+        answer_in_thoughts=answer_in_thoughts,
+        substrings=substrings,
+    )
+    _, solutions = read_class_questions(samples)
+    return score_rows(score, samples.require_texts(), solutions)
