@@ -17,7 +17,7 @@ PACKAGE = ROOT / "corl_jax"
 # A module imports from its own layer and from those below it. What is not named here must be a
 # command (it has a `main`) and stands on top.
 LAYERS = {
-    "errors": 0, "types": 0, "params": 0, "console": 0, "input_files": 0, "assets": 0,
+    "errors": 0, "types": 0, "params": 0, "nearest": 0, "console": 0, "input_files": 0, "assets": 0,
     "config": 1, "fonts": 1, "models": 1, "weights": 1, "data": 1, "algorithms": 1, "devices": 1,
     "policies": 1, "startup": 1,
     "runs": 2,

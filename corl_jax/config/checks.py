@@ -9,6 +9,8 @@ import importlib.util
 import re
 from typing import TYPE_CHECKING, Any
 
+from corl_jax.nearest import nearest_divisors
+
 if TYPE_CHECKING:
     from corl_jax.config.fields import Section
     from corl_jax.config.schema import Config
@@ -61,7 +63,7 @@ def _batches(config: Config) -> list[str]:
         if part is not None and batch % part:
             problems.append(
                 f"{name}: {part} does not divide train.prompts_per_step {batch}; "
-                f"nearest divisors {_near_divisors(batch, part)}"
+                f"nearest: {nearest_divisors(batch, part)}"
             )
     return problems
 
@@ -312,8 +314,3 @@ def _adapters(config: Config) -> list[str]:
             "transformers' model alone: set export.layout to transformers, or export.lora to merged"
         )
     return problems
-
-
-def _near_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return ", ".join(str(d) for d in sorted(divisors, key=lambda d: abs(d - wanted))[:2])

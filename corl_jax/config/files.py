@@ -7,7 +7,6 @@ keys are refused with the nearest known name, and all problems are reported at o
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from corl_jax.config.schema import Config, Reward
 from corl_jax.config.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path, read_text
+from corl_jax.nearest import suggest_name
 
 MAX_BYTES = 4 * MAX_CHARACTERS  # of a file; UTF-8 has at most four bytes a character
 RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
@@ -194,8 +194,7 @@ def _explain(item: Any) -> tuple[str, str]:
         if new := RENAMED.get(key):
             return f"{key}: ", f"has a new name; use {new}"
         known = _known(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.0)[0]
-        return f"{key}: ", f"unknown key; did you mean {near}? (known: {', '.join(known)})"
+        return f"{key}: ", f"unknown key; {suggest_name(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
     message = item["msg"].removeprefix("Value error, ")

@@ -6,12 +6,12 @@ throughout is of any type, and the several Arrow types of texts, bytes and lists
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.nearest import suggest_name
 
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
 IMAGE_COLUMN = "real_image"
@@ -85,16 +85,13 @@ def is_same_kind(first: Any, second: Any) -> bool:
 
 
 def _describe_missing(path: str, name: str, wanted: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(wanted, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     remedy = (
         f"set data.columns.{name} to the column that holds it"
         if name in COLUMNS
         else "add it to the data, or leave out what asks it"
     )
-    return (
-        f"{path}: column {wanted} (for {name}) is missing; {hint}found {', '.join(known)}; {remedy}"
-    )
+    nearest = suggest_name(wanted, known, "found", cutoff=0.6)
+    return f"{path}: column {wanted} (for {name}) is missing; {nearest}; {remedy}"
 
 
 def _check_files(schemas: Mapping[str, Any], name: str, column: str) -> list[str]:

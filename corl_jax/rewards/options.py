@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
+
+from corl_jax.nearest import suggest_name
 
 REQUIRED = inspect.Parameter.empty
 
@@ -26,8 +27,7 @@ def option_problem(accepted: Mapping[str, Option], key: str, value: Any) -> str 
     if key not in accepted:
         if not accepted:
             return "unknown; this reward has no options"
-        near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.0)[0]
-        return f"unknown; did you mean {near}? (known: {', '.join(accepted)})"
+        return f"unknown; {suggest_name(str(key), accepted)}"
     option = accepted[key]
     try:
         pydantic.TypeAdapter(option.annotation).validate_python(value, strict=True)

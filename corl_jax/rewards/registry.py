@@ -8,7 +8,6 @@ options that a config may set, checked against their annotations.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corl_jax.errors import InputError
+from corl_jax.nearest import suggest_name
 from corl_jax.rewards import clip_scores, custom, cycle, functions, policy
 from corl_jax.rewards.options import Option, option_problem
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
@@ -226,10 +226,7 @@ def resolve_one(
         InputError: listing what is wrong with the name or the options.
     """
     if name not in REGISTRY:
-        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"{where}: unknown reward {name!r}; did you mean {near}? (known: {', '.join(REGISTRY)})"
-        )
+        raise InputError(f"{where}: unknown reward {name!r}; {suggest_name(name, REGISTRY)}")
     entry, accepted = REGISTRY[name], options_of(name)
     problems = []
     for key, value in options.items():

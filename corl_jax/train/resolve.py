@@ -21,6 +21,7 @@ from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
 from corl_jax.models.lora import Lora
+from corl_jax.nearest import nearest_multiples
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint.generation import read_generation
@@ -210,15 +211,10 @@ def _batch_problems(config: Config, mesh: Mesh) -> list[str]:
     }
     return [
         f"{name}: {size} is not a multiple of the {ways} ways that mesh data x fsdp splits "
-        f"prompts; nearest: {_near_multiples(size, ways)}"
+        f"prompts; nearest: {nearest_multiples(ways, size)}"
         for name, size in sizes.items()
         if size % ways
     ]
-
-
-def _near_multiples(size: int, ways: int) -> str:
-    below, above = size // ways * ways, -(-size // ways) * ways
-    return f"{below} or {above}" if below else str(above)
 
 
 def mesh_problems(model: JanusConfig, mesh: Any) -> list[str]:

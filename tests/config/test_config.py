@@ -350,7 +350,7 @@ def test_missing_keys_say_how_to_give_them(write):
     ("overrides", "part"),
     [
         (["train.micro_batch=5"], "does not divide train.prompts_per_step 16"),
-        (["rollout.batch_prompts=3"], "nearest divisors 2, 4"),
+        (["rollout.batch_prompts=3"], "nearest: 2 or 4"),
         (["rewards=[]"], "needs at least one"),
         (["compat.text_top_k_50=true", "rollout.top_k=7"], "contradicts compat.text_top_k_50"),
         (
