@@ -15,6 +15,7 @@ from corl_jax.nearest import suggest_name
 
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
 IMAGE_COLUMN = "real_image"
+ANSWER_COLUMN = "sft_answer"  # the answer to qa_problem that supervised fine-tuning learns
 BYTE_ORDER_MARK = "\ufeff"  # of a CSV file: its first column's name then begins with it
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,11 @@ def resolve_columns(
     Raises:
         InputError: with every problem of every column.
     """
+    known = (*COLUMNS, ANSWER_COLUMN)
     problems = [
-        f"data.columns.{name}: unknown standard name; expected one of {', '.join(COLUMNS)}"
+        f"data.columns.{name}: unknown key; {suggest_name(name, known)}"
         for name in columns
-        if name not in COLUMNS
+        if name not in known
     ]
     for path, schema in schemas.items():
         twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
@@ -49,10 +51,10 @@ def resolve_columns(
     }
     names = {
         name: spelling[columns.get(name, name)]
-        for name in COLUMNS
-        if columns.get(name, name) in spelling
+        for name in known
+        if columns.get(name, name) in spelling and (name in COLUMNS or name in columns)
     }
-    mapped = [name for name in columns if name in COLUMNS]
+    mapped = [name for name in columns if name in known]
     for name in dict.fromkeys((*required, *mapped)):
         wanted = columns.get(name, name)
         if wanted not in spelling:
@@ -87,7 +89,7 @@ def is_same_kind(first: Any, second: Any) -> bool:
 def _describe_missing(path: str, name: str, wanted: str, known: list[str]) -> str:
     remedy = (
         f"set data.columns.{name} to the column that holds it"
-        if name in COLUMNS
+        if name in (*COLUMNS, ANSWER_COLUMN)
         else "add it to the data, or leave out what asks it"
     )
     nearest = suggest_name(wanted, known, "found", cutoff=0.6)

@@ -51,7 +51,6 @@ class UsableRows:
         required: Sequence[str],
         *,
         max_prompt_length: int | None,
-        system_prompt: str,
         max_bad_fraction: float,
         max_long_fraction: float,
         max_pixels: int,
@@ -65,7 +64,6 @@ class UsableRows:
         self._tasks = tuple(tasks)
         self._required = tuple(required)
         self._max_prompt_length = max_prompt_length
-        self._system_prompt = system_prompt
         self._limits = {"bad": max_bad_fraction, "long": max_long_fraction}
         self._max_pixels = max_pixels
         self._readable = readable
@@ -118,7 +116,7 @@ class UsableRows:
             if task == "t2i":
                 ids[task] = self._processor.t2i_ids(columns["prompt"])
             else:
-                ids[task] = self._processor.mm2t_ids(columns["qa_problem"], self._system_prompt)
+                ids[task] = self._processor.mm2t_ids(columns["qa_problem"])
             limit = self._max_prompt_length
             if limit is not None and len(ids[task]) > limit:
                 raise LongRow(

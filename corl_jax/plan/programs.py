@@ -169,8 +169,7 @@ def programs(
     if "t2i" in outline.tasks:
         shape = (config.train.prompts_per_step * group, completion_length(outline, "t2i"))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        dtype = build.DTYPES[config.rollout.pixel_dtype]
-        decode = functools.partial(sampling.decode_images, outline.model_config, dtype=dtype)
+        decode = functools.partial(sampling.decode_images, outline.model_config)
         listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
     train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()

@@ -22,6 +22,7 @@ from corl_jax.data.instructions import CAPTION
 from corl_jax.devices.mesh import network_shardings, param_shardings
 from corl_jax.devices.offload import host_shardings
 from corl_jax.errors import InputError
+from corl_jax.nearest import suggest_name
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.rewards import captions, clip_scores, similarity
@@ -129,7 +130,7 @@ def inspect(
     problems = _idle(resolved, config)
     found, configs = [], {}
     for name, users in _users((r.networks, r.name) for r in resolved).items():
-        options = getattr(config, name)
+        options = config.settings_of(name)
         try:
             path = _locate(name, options.path)
             with open_network(path, NETWORKS[name].kind) as opened:
@@ -338,8 +339,13 @@ def _idle(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
     problems = [
         f"networks.{name}: is set, but no listed reward asks it; remove it, or choose the reward "
         "option that does"
-        for name in NETWORKS
-        if name not in asked and getattr(config, name) != type(getattr(config, name))()
+        for name, settings in config.by_name.items()
+        if name in NETWORKS and name not in asked and settings != type(settings)()
+    ]
+    problems += [
+        f"networks.{name}: unknown key; {suggest_name(name, ['offload', *NETWORKS])}"
+        for name in config.by_name
+        if name not in NETWORKS
     ]
     if config.offload and not asked and not scorers:
         problems.append("networks.offload: found True, but no reward asks a frozen network")

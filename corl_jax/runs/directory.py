@@ -43,7 +43,7 @@ MAY_CHANGE = (
     r"model\.attention",  # so does another kernel
     r"checkpoint\.(every|keep|max_failures|directory)",  # there saved.json's step has to be
     r"eval\.(every|batch_prompts)",  # not its rows: they are held out of training
-    r"data\.(prefetch|cache_rows|max_bad_fraction)",
+    r"data\.(cache_rows|max_bad_fraction)",
     r"rewards\.\d+\.(timeout_s|max_failures)",
     r"guards\..*",  # they watch, and change nothing that they let pass
     r"networks\.offload",

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import jax
 
 from corl_jax import startup
 from corl_jax.config import files as config_files
+from corl_jax.config.checks import find_idle_options
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError, exit_on_input_error
@@ -77,10 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.failing_together():
         planned = resolve_run(config)
+        warn_of_idle_options(config)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(check.describe(planned))
+
+
+def warn_of_idle_options(config: Config) -> None:
+    """Prints a warning for each option without effect; the first process alone."""
+    if jax.process_index() == 0:
+        for line in find_idle_options(config):
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def run_training(
@@ -159,7 +169,7 @@ def untrained_digests(run: Run) -> dict[str, str]:
 
 def reward_files(config: Config) -> dict[str, str]:
     """Digests of the files of the user's rewards."""
-    files = (Path((reward.use or "").rpartition(":")[0]) for reward in config.rewards)
+    files = (Path((reward.use or "").rpartition(":")[0]) for reward in config.scored_rewards)
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files

@@ -72,7 +72,6 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         comparison=_comparison(plan),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
-        pixel_dtype=DTYPES[config.rollout.pixel_dtype],
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
         mask_truncated=config.algorithm.mask_truncated,
@@ -134,7 +133,7 @@ def make_steps(
     """The jitted update and the jitted scoring of the plan's objective."""
     objective, jit = make_loss_options(plan), {"out_shardings": (shardings, None)}
     if plan.config.stage == "vq":
-        train_step = vq.make_vq_step(plan.model_config, plan.config.vq, optimizer, **jit)
+        train_step = vq.make_vq_step(plan.model_config, optimizer, **jit)
     else:
         train_step = make_train_step(plan.model_config, objective, optimizer, **jit)
     return train_step, make_logprob_step(plan.model_config, objective)
@@ -168,12 +167,8 @@ def make_loss_options(plan: RunOutline) -> LossOptions:
     """The loss's constants from the config."""
     config = plan.config
     algorithm = config.algorithm
-    rl_weights = {"t2i": algorithm.t2i_loss_weight, "mm2t": algorithm.mm2t_loss_weight}
-    sft_weights = {
-        "t2i": config.sft.t2i_weight,
-        "mm2t": config.sft.mm2t_weight,
-        "caption": config.sft.caption_weight,
-    }
+    rl_weights = {"t2i": 1.0, "mm2t": algorithm.mm2t_loss_weight}
+    sft_weights = {"t2i": config.sft.t2i_weight, "mm2t": 1.0, "caption": 1.0}
     scoring = LogprobOptions(
         special=plan.special,
         temperature=config.rollout.temperature if config.stage == "rl" else 1.0,
@@ -226,7 +221,7 @@ def _comparison(plan: ResolvedRun) -> dict[str, Any]:
         "mode": algorithm.advantages,
         "group_size": plan.config.rollout.group_size,
         "mm2t_weight": algorithm.mm2t_weight,
-        "eps": algorithm.std_eps,
+        "eps": 1e-4,  # added to the standard deviation, as in the released script
         "scale": algorithm.scale_by_std,
         "each": algorithm.multi_objective_aggregation == "normalize_then_sum",
     }

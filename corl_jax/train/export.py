@@ -138,7 +138,7 @@ def export(
     assert options.layout != "none"  # or nobody would have asked for an export
     notes = files.save_checkpoint(
         folder, network.base(run.model_config), params, layout=options.layout,
-        assets_from=model_dir, base=options.base, dtype=options.dtype,
+        assets_from=model_dir, dtype=options.dtype,
         layer_dtypes=layer_dtypes, progress=lambda _: beat(),
         overwrite=True, generation=generation, extra=extra,
     )  # fmt: skip

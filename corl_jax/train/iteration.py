@@ -135,9 +135,7 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
     }
     tokens, mask = to_host_rows(rollout.tokens), to_host_rows(rollout.mask)
     if task == "t2i":
-        pixels = sampling.decode_images(
-            run.model_config, params, rollout.tokens, dtype=run.pixel_dtype
-        )
+        pixels = sampling.decode_images(run.model_config, params, rollout.tokens)
         return Samples(columns, images=to_host_rows(pixels))
     texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
     return Samples(columns, texts=texts)

@@ -32,6 +32,8 @@ from corl_jax.types import Params, Prompts
 
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
+FIXED_PROMPTS = 4
+"""Held-out prompts of an image grid."""
 SHEET_DRAWINGS, SHEET_COLUMNS = 36, 6  # of an evaluation's picture
 
 
@@ -253,7 +255,7 @@ class Recorder:
 
     def _first_prompts(self, run: Run) -> Prompts:
         """The first held-out prompts, or without any the first of training; of all processes."""
-        wanted = self.config.log.fixed_prompts
+        wanted = FIXED_PROMPTS
         loader = run.eval_loader or run.train_loader
         ways = batches.num_batch_shards(run.mesh)
         count = min(-(-wanted // ways) * ways, loader.batch_size)

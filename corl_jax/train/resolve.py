@@ -13,8 +13,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from corl_jax.config.checks import warmup_problems
+from corl_jax.config.checks import check_warmup
 from corl_jax.config.schema import Config
+from corl_jax.data.columns import ANSWER_COLUMN
 from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
@@ -122,7 +123,7 @@ def resolve_run(config: Config) -> ResolvedRun:
 
     model = attempt(_inspect_model, config.model.path)
     model_config, processor, model_dir = model or (None, None, None)
-    rewards = attempt(registry.resolve, config.rewards, config.compat)
+    rewards = attempt(registry.resolve, config.scored_rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
     # Without the rewards nobody can say which networks are asked.
     asked = rewards is not None and attempt(_networks, config, listed)
@@ -276,19 +277,12 @@ def _answer_problems(
 
 def _export_problems(config: Config, model: JanusConfig) -> list[str]:
     """What would stop the export, which is written only when all the training is done."""
-    layout, base = config.export.layout, config.export.base
+    layout = config.export.layout
     problems = []
     if layout != "none":
         problems += place_problems(RunDir(Path(config.output_dir)).export)
-    if base is not None and layout in ("transformers", "none"):
-        problems.append(
-            f"export.base: found {base!r}, which export.layout {layout} has no use for; remove it, "
-            "or set export.layout to original"
-        )
-        base = None
-    if layout != "none":
         try:
-            check_export(layout, network.base(model), base)
+            check_export(layout, network.base(model))
         except InputError as error:
             problems += [f"export: {problem}" for problem in error.problems]
     return problems
@@ -320,9 +314,8 @@ def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Sou
     names |= {column for reward in listed for column in reward.entry.columns}
 
     def opened(path: Any, more: Sequence[str] = ()) -> Source:
-        # A column that keeps its standard name need not be there: a task may do without it.
-        renamed = config.data.columns.model_dump(exclude_defaults=True)
-        source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
+        required = sorted({*names, *more})
+        source = ParquetSource(path, columns=config.data.columns, required=required)
         problems = registry.missing_columns(listed, source.names)
         if problems:
             raise InputError(problems)
@@ -350,7 +343,6 @@ def _loaders(
         "processor": processor,
         "seed": config.seed,
         "max_prompt_length": data.max_prompt_length,
-        "system_prompt": data.system_prompt,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
         "readable": _readable(config, rewards),
@@ -358,12 +350,11 @@ def _loaders(
         "process_count": share[1],
     }
     train = Loader(
-        trained, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
+        trained, tasks=tasks, batch_size=config.train.prompts_per_step,
         required=_target_columns(config), **common,
     )  # fmt: skip
     train.check()
-    if problems := warmup_problems(config, _steps(config, train)):
-        raise InputError(problems)
+    check_warmup(config, _steps(config, train))
     if held is None:
         return train, None
     measured = shapes.TASKS if config.eval.suite == "shapes" else tasks
@@ -391,6 +382,5 @@ def _target_columns(config: Config) -> list[str]:
         return []
     if config.stage == "vq":
         return ["real_image"]
-    answers = [sft.answer_column] if sft.mm2t_weight else []
-    captions = [sft.caption_column] if sft.caption_column and sft.caption_weight else []
-    return ["real_image", *answers, *captions]
+    captions = [sft.caption_column] if sft.caption_column else []
+    return ["real_image", ANSWER_COLUMN, *captions]

@@ -48,7 +48,6 @@ class Run:
     comparison: dict[str, Any]  # keywords of the advantage computation
     tasks: tuple[str, ...]
     group_size: int
-    pixel_dtype: Any  # in which codes become pixels
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
     mask_truncated: bool

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from corl_jax.data import instructions
+from corl_jax.data.columns import ANSWER_COLUMN
 from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
 from corl_jax.policies.janus import network
@@ -26,6 +27,10 @@ from corl_jax.policies.janus.sampling import unconditional_ids
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, SpecialTokens
+
+CFG_DROPOUT = 0.1
+"""Fraction of image prompts that are blanked, so that the model learns guidance's unconditional
+rows."""
 
 
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
@@ -45,18 +50,17 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
 def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
     """The rows of each kind as host arrays; `t2i` carries pixels where its codes will stand."""
     options, columns = run.sft, prompts.columns
-    questions: Any = prompts.mm2t  # there if one of the last two is asked for
+    questions: Any = prompts.mm2t
     batch: Batch = {}
     if options.t2i_weight:
         total = run.train_loader.batch_size  # drawn for all processes, of which this takes its own
         draws = np.random.default_rng([run.seed, step, step * total]).random(total)
-        dropped = draws[prompts.index - step * total] < options.cfg_dropout
+        dropped = draws[prompts.index - step * total] < CFG_DROPOUT
         encoded = blank_prompts(prompts.t2i, dropped, run.processor.special)
         pixels = np.stack([drawing_pixels(x, run.image_side) for x in columns["real_image"]])
         batch["t2i"] = TaskBatch(encoded, pixels, np.ones(len(prompts), bool))
-    if options.mm2t_weight:
-        batch["mm2t"] = TaskBatch(questions, *targets(run, columns[options.answer_column]))
-    if options.caption_column and options.caption_weight:
+    batch["mm2t"] = TaskBatch(questions, *targets(run, columns[ANSWER_COLUMN]))
+    if options.caption_column:
         ids = run.processor.mm2t_ids(instructions.CAPTION)
         encoded = run.processor.pad([ids] * len(prompts))
         encoded = dataclasses.replace(encoded, pixel_values=questions.pixel_values)

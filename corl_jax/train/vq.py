@@ -31,6 +31,9 @@ from corl_jax.train.sft import drawing_pixels
 from corl_jax.train.step import TrainState, apply_gradients
 from corl_jax.types import Params, Prompts
 
+PERCEPTUAL_WEIGHT = 0.5  # of the error of image gradients beside that of pixels
+COMMITMENT_WEIGHT = 0.25  # of the distance of latents to their codes
+ENTROPY_WEIGHT = 0.02  # spreads the use of codes over a batch
 ENTROPY_TEMPERATURE = 0.05
 """Of the soft assignment of a latent to codes, whose similarities lie in [-1, 1]."""
 
@@ -46,7 +49,11 @@ def vq_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
 
 
 def vq_loss(
-    model: VQModel, pixels: jax.Array, perceptual: float, commitment: float, entropy: float
+    model: VQModel,
+    pixels: jax.Array,
+    perceptual: float = PERCEPTUAL_WEIGHT,
+    commitment: float = COMMITMENT_WEIGHT,
+    entropy: float = ENTROPY_WEIGHT,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
     z = model.latents(pixels)
@@ -77,10 +84,9 @@ def assignment_entropy(similarity: jax.Array) -> jax.Array:
 
 
 def make_vq_step(
-    config: JanusConfig, options: Any, optimizer: optax.GradientTransformation, **jit: Any
+    config: JanusConfig, optimizer: optax.GradientTransformation, **jit: Any
 ) -> Callable:
     """The jitted step (state, frozen, pixels) -> (state, metrics); the state is donated."""
-    weights = (options.perceptual_weight, options.commitment, options.entropy_weight)
 
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, pixels: jax.Array):
@@ -88,7 +94,7 @@ def make_vq_step(
             # What is frozen has the dtype of its checkpoint.
             params = network.cast(merge(trained, frozen), jnp.float32)
             model = network.bind(config, params).vqmodel
-            return vq_loss(model, pixels, *weights)
+            return vq_loss(model, pixels)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, update = apply_gradients(state, grads, optimizer, value)

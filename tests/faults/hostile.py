@@ -148,7 +148,7 @@ def read_parquet(folder: Path, rng: np.random.Generator) -> None:
     if len(source) > 1000:
         raise InputError("more rows than were written; each would be counted as bad")
     rows = UsableRows(
-        source, None, (), ("prompt",), max_prompt_length=None, system_prompt="",
+        source, None, (), ("prompt",), max_prompt_length=None,
         max_bad_fraction=1, max_long_fraction=1, max_pixels=2**20, cache_rows=0,
     )  # fmt: skip
     for row in range(len(source)):
