@@ -1,14 +1,12 @@
-"""Pictures: untrusted bytes to 8-bit RGB, and RGB to the pixel values of the vision tower."""
+"""Decodes untrusted image files to 8-bit RGB."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,6 @@ from PIL import ExifTags, Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LFS_PREFIX
-from corl_jax.policies.janus.checkpoint.settings import parse_vision
-from corl_jax.weights.foreign_config import Fields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with a warning
@@ -37,30 +33,9 @@ ROTATIONS = {  # by the value of EXIF's Orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-DEFAULT_MIN_SIZE = 14
-FIXED_PREPROCESSING = {  # what preprocess_image does; a file that says otherwise is refused
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_pad": True,
-    "resample": int(Image.Resampling.BICUBIC),
-    "rescale_factor": 1 / 255,
-}
-
 
 class BadImage(InputError):
     """A value that is not a usable picture; the message says what was found instead."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSettings:
-    """How a picture becomes pixel values; read from the model directory."""
-
-    size: int  # side of the square, pixels
-    num_tokens: int  # image tokens a picture takes in an understanding prompt
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    min_size: int = DEFAULT_MIN_SIZE  # shortest resized side, pixels
 
 
 def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -151,124 +126,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         background = Image.new("RGBA", rgba.size, (*WHITE, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """A picture as normalised float32 [S, S, 3]: longest side S, centred on grey.
-
-    Sides are cut with `int()` as in the original; transformers rounds them, so a side there may
-    be one pixel longer. Source: Janus `VLMImageProcessor`.
-    """
-    image = to_rgb(image)
-    longest = max(image.size)
-    width, height = (
-        max(int(side / longest * settings.size), settings.min_size) for side in image.size
-    )
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if width != height:
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in settings.mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = square
-    pixels = np.asarray(image, np.float32) / np.float32(255)
-    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
-
-
-def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
-    """Image settings from the JSON files of a model directory, whatever its layout.
-
-    `configs` holds config.json, processor_config.json and preprocessor_config.json by stem,
-    empty dicts where absent. The processor files lead; config.json fills in and must agree.
-    """
-    problems: list[str] = []
-    processor = Fields(str(folder / "processor_config.json"), configs["processor_config"], problems)
-    pre = {**processor.section("image_processor").data, **configs["preprocessor_config"]}
-    problems += [
-        f"{folder}: image preprocessing {key} is {pre[key]!r}; only {value!r} is supported"
-        for key, value in FIXED_PREPROCESSING.items()
-        if pre.get(key) is not None and not _same_number(pre[key], value)
-    ]
-    size, tokens = _geometry(configs["config"], processor, pre, folder)
-    min_size = Fields(str(folder / "preprocessor_config.json"), pre, problems).size(
-        "min_size", DEFAULT_MIN_SIZE
-    )
-    for key in ("image_mean", "image_std"):
-        if len(_floats(pre.get(key))) != 3:
-            problems.append(
-                f"{folder}: {key} is {pre.get(key)!r} in preprocessor_config.json; expected three "
-                "numbers (Janus: 0.5, 0.5, 0.5)"
-            )
-    if problems:
-        raise InputError(problems)
-    assert size is not None and tokens is not None  # otherwise there was a problem
-    (r, g, b), (r_std, g_std, b_std) = (_floats(pre[key]) for key in ("image_mean", "image_std"))
-    return ImageSettings(size, tokens, (r, g, b), (r_std, g_std, b_std), min_size)
-
-
-def _geometry(
-    config: Mapping[str, Any], processor: Fields, pre: Mapping[str, Any], folder: Path
-) -> tuple[int | None, int | None]:
-    """(image size, image tokens), where the processor files and config.json agree."""
-    problems, vision_size, vision_tokens = processor.problems, None, None
-    try:
-        vision_size, vision_tokens = vision_geometry(config, folder / "config.json")
-    except InputError as error:
-        problems += error.problems
-    size, tokens = vision_size, vision_tokens
-    stated = pre.get("image_size") or pre.get("size")
-    if stated:
-        size = _square(stated)
-        if size is None:
-            problems.append(
-                f"{folder}: image size is {stated!r} in the processor files; expected the side of "
-                "a square, or equal height and width"
-            )
-    if processor.has("num_image_tokens"):
-        tokens = processor.size("num_image_tokens", tokens or 1)
-    for name, value, other in (
-        ("image size", size, vision_size), ("image tokens", tokens, vision_tokens),
-    ):  # fmt: skip
-        if value is None:
-            problems.append(
-                f"{folder}: no {name}; expected image_size in preprocessor_config.json and "
-                "num_image_tokens in processor_config.json, or a vision config in config.json"
-            )
-        elif None not in (value, other) and value != other:
-            problems.append(
-                f"{folder}: {name} is {value} in the processor files and {other} by config.json"
-            )
-    return size, tokens
-
-
-def vision_geometry(
-    config: Mapping[str, Any], file: Path = Path("config.json")
-) -> tuple[int | None, int | None]:
-    """(image size, image tokens) by a config.json of any layout; None where it does not say.
-
-    Raises:
-        InputError: listing the fields of the vision tower that are malformed.
-    """
-    siglip = parse_vision(dict(config), file)
-    return (siglip.image_size, siglip.num_tokens) if siglip else (None, None)
-
-
-def _square(size: Any) -> int | None:
-    """The side from 384, [384, 384] or {"height": 384, "width": 384}; None for anything else."""
-    sides = list(size.values()) if isinstance(size, Mapping) else size
-    sides = sides if isinstance(sides, list) else [sides]
-    same = sides and all(type(side) is int and side == sides[0] > 0 for side in sides)
-    return sides[0] if same else None
-
-
-def _floats(value: Any) -> tuple[float, ...]:
-    """One number, thrice, or a list of numbers; empty for anything else."""
-    items = value if isinstance(value, list) else [value] * 3
-    return tuple(map(float, items)) if all(isinstance(i, int | float) for i in items) else ()
-
-
-def _same_number(found: Any, expected: float) -> bool:
-    return isinstance(found, int | float) and bool(np.isclose(float(found), expected))
 
 
 def _encoded_bytes(value: Any) -> bytes:

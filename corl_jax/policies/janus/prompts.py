@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.data.images import ImageSettings, image_settings, preprocess
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.janus.image_settings import ImageSettings, image_settings, preprocess
 from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.data.images import MAX_SIDE, BadImage, decode_image, preprocess, vision_geometry
+from corl_jax.data.images import MAX_SIDE, BadImage, decode_image
 from corl_jax.errors import InputError
+from corl_jax.policies.janus.image_settings import preprocess, vision_geometry
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import STRINGS
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
