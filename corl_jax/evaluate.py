@@ -252,12 +252,10 @@ def prompt_lengths(
 
 def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size: int) -> Any:
     """Rows in file order, all padded alike, so that each task compiles once."""
-    from corl_jax.data.dataset import Loader
+    from corl_jax.data.dataset import Loader, LoaderOptions
     from corl_jax.evaluation.shapes import REQUIRED, TASKS
 
-    return Loader(
-        source,
-        processor,
+    options = LoaderOptions(
         tasks=TASKS,
         batch_size=min(batch_size, len(source)),
         seed=0,
@@ -267,6 +265,7 @@ def make_loader(source: Any, processor: Any, lengths: dict[str, int], batch_size
         max_bad_fraction=0.0,  # a row in another's place would count twice
         max_long_fraction=0.0,
     )
+    return Loader(source, processor, options)
 
 
 # ---- measuring

@@ -47,7 +47,7 @@ def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         BadImage: nothing there, a format outside `FORMATS`, too large, truncated or corrupt.
     """
-    value = take_single_picture(value)
+    value = take_single_image(value)
     if isinstance(value, Image.Image):
         _check_size(value.size, max_pixels)
         return _decode(value)
@@ -61,7 +61,7 @@ def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return _decode_bytes(pixels, max_pixels)
 
 
-def take_single_picture(value: Any) -> Any:
+def take_single_image(value: Any) -> Any:
     """Returns the picture of a list of one, None for an empty list, and what is no list as it is.
 
     Raises:

@@ -208,7 +208,7 @@ class Rows:
         return self.source.where(self.start + row)
 
 
-def held_out(source: Source, n: int) -> tuple[Rows, Rows]:
+def split_held_out_rows(source: Source, n: int) -> tuple[Rows, Rows]:
     """(training rows, the last `n` rows) for evaluation when no file of its own is given."""
     if not 0 < n < len(source):
         raise InputError(

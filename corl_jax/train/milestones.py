@@ -32,8 +32,6 @@ from corl_jax.types import Params, Prompts
 
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
-FIXED_PROMPTS = 4
-"""Held-out prompts of an image grid."""
 SHEET_DRAWINGS, SHEET_COLUMNS = 36, 6  # of an evaluation's picture
 
 
@@ -255,7 +253,7 @@ class Recorder:
 
     def _first_prompts(self, run: Run) -> Prompts:
         """The first held-out prompts, or without any the first of training; of all processes."""
-        wanted = FIXED_PROMPTS
+        wanted = 4  # prompts of an image grid
         loader = run.eval_loader or run.train_loader
         ways = batches.num_batch_shards(run.mesh)
         count = min(-(-wanted // ways) * ways, loader.batch_size)

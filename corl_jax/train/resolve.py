@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from corl_jax.config.checks import check_warmup
 from corl_jax.config.schema import Config
 from corl_jax.data.columns import ANSWER_COLUMN
-from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out, required_columns
+from corl_jax.data.dataset import (
+    Loader,
+    LoaderOptions,
+    ParquetSource,
+    Source,
+    required_columns,
+    split_held_out_rows,
+)
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError
@@ -326,7 +333,7 @@ def _sources(config: Config, tasks: tuple[str, ...], rewards: dict) -> tuple[Sou
     measured = (*shapes.REQUIRED, "real_image") if config.eval.suite == "shapes" else ()
     if config.eval.path is not None:
         return opened(config.data.path), opened(config.eval.path, measured)
-    return held_out(opened(config.data.path, measured), config.eval.rows)
+    return split_held_out_rows(opened(config.data.path, measured), config.eval.rows)
 
 
 def _loaders(
@@ -340,7 +347,6 @@ def _loaders(
 ) -> tuple[Loader, Loader | None]:
     data = config.data
     common: dict[str, Any] = {
-        "processor": processor,
         "seed": config.seed,
         "max_prompt_length": data.max_prompt_length,
         "max_bad_fraction": data.max_bad_fraction,
@@ -349,17 +355,19 @@ def _loaders(
         "process_index": share[0],
         "process_count": share[1],
     }
-    train = Loader(
-        trained, tasks=tasks, batch_size=config.train.prompts_per_step,
-        required=_target_columns(config), **common,
+    options = LoaderOptions(
+        tasks=tasks, batch_size=config.train.prompts_per_step, required=_target_columns(config),
+        **common,
     )  # fmt: skip
+    train = Loader(trained, processor, options)
     train.check()
     check_warmup(config, _steps(config, train))
     if held is None:
         return train, None
     measured = shapes.TASKS if config.eval.suite == "shapes" else tasks
     batch = config.eval.batch_prompts
-    return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
+    options = LoaderOptions(tasks=measured, batch_size=batch, shuffle=False, **common)
+    return train, Loader(held, processor, options)
 
 
 def _readable(

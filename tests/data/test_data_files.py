@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from corl_jax.data import parquet
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.images import decode_image
 from corl_jax.data.parquet import ParquetSource
@@ -293,7 +293,8 @@ def test_a_list_of_two_pictures_is_refused_and_an_empty_one_is_none(tmp_path):
     images = pa.array([[picture], [picture] * 2, []], pa.list_(pa.binary()))
     pq.write_table(pa.table(arrays() | {"images": images}), tmp_path / "a.parquet")
     source = ParquetSource(tmp_path, columns={"real_image": "images"}, required=REQUIRED)
-    loader = Loader(source, None, tasks=(), batch_size=3, seed=0, max_bad_fraction=0.5)
+    options = LoaderOptions(tasks=(), batch_size=3, seed=0, max_bad_fraction=0.5)
+    loader = Loader(source, None, options)
     rows = loader._rows
     assert rows.example(0).columns["real_image"].size == (32, 32)
     with pytest.raises(InputError, match="found a list of 2 pictures; expected one"):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from corl_jax import evaluate, startup
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
@@ -75,10 +75,10 @@ def drawn():
 
 
 def loader(model, batch_size: int, rows: int = ROWS) -> Loader:
-    return Loader(
-        HeldOutShapes(rows, 5), model.processor, tasks=("t2i", "mm2t"), batch_size=batch_size,
-        seed=0, shuffle=False, lengths="dataset",
-    )  # fmt: skip
+    options = LoaderOptions(
+        tasks=("t2i", "mm2t"), batch_size=batch_size, seed=0, shuffle=False, lengths="dataset"
+    )
+    return Loader(HeldOutShapes(rows, 5), model.processor, options)
 
 
 def measure(model, batches, **options):
