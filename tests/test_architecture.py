@@ -35,6 +35,7 @@ FORBIDDEN = {
 MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 60
 # path (lines of the module) or path::function -> (limit, reason)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
+    "corl_jax/generate.py": (440, "two subcommands, each with its options, checks and output"),
     "corl_jax/config/schema.py": (520, "every option with its type, default and meaning"),
 }
 

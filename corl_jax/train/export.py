@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from corl_jax.config.schema import Config
-from corl_jax.data.instructions import recognise_instruction
+from corl_jax.data.instructions import recognize_instruction
 from corl_jax.devices import batches, processes
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
@@ -96,7 +96,7 @@ def describe_sampling(config: Config, run: Run) -> Generation:
     if "mm2t" in run.tasks:
         questions = [text for text in run.train_loader.source.column("qa_problem") if text]
         if questions:
-            stated["instruction"] = recognise_instruction(questions) or "none"
+            stated["instruction"] = recognize_instruction(questions) or "none"
     return Generation(**stated)
 
 

@@ -19,8 +19,8 @@ from corl_jax.data.drawn_world import generator
 from corl_jax.data.images import decode_image
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.parquet_files import find_files
-from corl_jax.data.questions import read_cases
-from corl_jax.errors import InputError
+from corl_jax.data.questions import read_questions
+from corl_jax.errors import InputError, Problems
 from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row
 
 REQUIRED = ("prompt", "real_image")
@@ -375,8 +375,10 @@ def test_questions_with_a_mark_and_with_lone_surrogates(tmp_path):
     path = tmp_path / "a.jsonl"
     question = '{"image": "a.png", "question": %s}\n'
     path.write_bytes(b"\xef\xbb\xbf" + (question % '"\\ud83d\\ude00"' + "\n").encode())
-    (case,), problems = read_cases(path, "--input", ())
+    problems = Problems()
+    (case,) = read_questions(path, "--input", (), problems)
     assert case.row["question"] == "\U0001f600" and not problems
     path.write_text(question % '"a\\ud83d"' + "{\n")
-    _, (first, second) = read_cases(path, "--input", ())
+    read_questions(path, "--input", (), problems)
+    first, second = problems
     assert "line 1: question holds a lone surrogate" in first and "line 2: not valid" in second

@@ -327,7 +327,7 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
 
 
 def test_command_reads_files(model_dir, tmp_path, capsys):
-    path = generator.write(tmp_path / "data", 5, 2, split="test")
+    path = generator.write_rows(tmp_path / "data", 5, 2, split="test")
     run(model_dir, "--data", str(path), "--batch-size", "4")
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1].split()[-1] == "5"
