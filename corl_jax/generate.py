@@ -263,12 +263,11 @@ def check_text(args: argparse.Namespace) -> list[ImageQuestion]:
     asked = [
         (case.where, questions.replace_surrogates(format_question(args, case))) for case in cases
     ]
-    problems += check_model(
+    check_model(
         args, 0 if no_room else args.max_new_tokens,
-        lambda p: [(where, p.mm2t_ids(text, system)) for where, text in asked],
+        lambda p: [(where, p.mm2t_ids(text, system)) for where, text in asked], problems,
     )  # fmt: skip
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return cases
 
 
