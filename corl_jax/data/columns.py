@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.nearest import suggest_name
 
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
@@ -32,14 +32,13 @@ def resolve_columns(
         InputError: with every problem of every column.
     """
     known = (*COLUMNS, ANSWER_COLUMN)
-    problems = [
-        f"data.columns.{name}: unknown key; {suggest_name(name, known)}"
-        for name in columns
-        if name not in known
-    ]
+    problems = Problems()
+    for name in columns:
+        if name not in known:
+            problems.add(f"data.columns.{name}: unknown key; {suggest_name(name, known)}")
     for path, schema in schemas.items():
         twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-        problems += [f"{path}: has several columns {name}; rename all but one" for name in twice]
+        problems.add(f"{path}: has several columns {name}; rename all but one" for name in twice)
     if not schemas or any(
         len(set(schema.names)) < len(schema.names) for schema in schemas.values()
     ):
@@ -58,13 +57,12 @@ def resolve_columns(
     for name in dict.fromkeys((*required, *mapped)):
         wanted = columns.get(name, name)
         if wanted not in spelling:
-            problems.append(_describe_missing(next(iter(schemas)), name, wanted, list(spelling)))
+            problems.add(_describe_missing(next(iter(schemas)), name, wanted, list(spelling)))
         elif name in required:
-            problems += _check_files(schemas, name, spelling[wanted])
+            problems.add(_check_files(schemas, name, spelling[wanted]))
     for name, column in names.items():
-        problems += _check_types(schemas, name, column)
-    if problems:
-        raise InputError(problems)
+        problems.add(_check_types(schemas, name, column))
+    problems.raise_any()
     _warn_of_absent(schemas, {n: column for n, column in names.items() if n not in required})
     taken = set(names.values())
     rest = {name: own for name, own in spelling.items() if own not in taken and name not in names}
