@@ -18,7 +18,7 @@ from PIL import Image
 
 from corl_jax import generate, startup
 from corl_jax.data import questions
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.policies import batched
 from corl_jax.policies.janus import network, sampling
@@ -339,14 +339,15 @@ def test_half_characters_are_refused_with_their_line(cases, model_dir, tmp_path,
 def test_files_with_a_byte_order_mark_are_read(cases, tmp_path):
     text = "\ufeff" + cases.read_text(encoding="utf-8")
     (tmp_path / "cases.jsonl").write_text(text, encoding="utf-8")
-    found, problems = questions.read_questions(tmp_path / "cases.jsonl", "--input", ())
+    problems = Problems()
+    found = questions.read_questions(tmp_path / "cases.jsonl", "--input", (), problems)
     assert [case.row for case in found] == lines_of(cases) and not problems
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\ntwo\n")
-    assert questions.read_prompts(tmp_path / "prompts.txt", "--prompts") == (
-        ["a red circle", "two"], []
-    )  # fmt: skip
+    prompts = questions.read_prompts(tmp_path / "prompts.txt", "--prompts", problems)
+    assert prompts == ["a red circle", "two"] and not problems
     (tmp_path / "latin.txt").write_bytes("Stra\xdfe".encode("latin-1"))
-    _, (problem,) = questions.read_prompts(tmp_path / "latin.txt", "--prompts")
+    questions.read_prompts(tmp_path / "latin.txt", "--prompts", problems)
+    (problem,) = problems
     assert "latin.txt: is not UTF-8 at byte 4" in problem
 
 
@@ -428,7 +429,7 @@ def test_help_tells_every_default(capsys):
             run(command, "--help")
         assert exit_.value.code == 0
         said = " ".join(capsys.readouterr().out.split())
-        for option in ("--batch-size BATCH_SIZE samples at once (default 16)", "(default 1)"):
+        for option in ("number of samples generated at once (default 16)", "(default 1)"):
             assert option in said
 
 
