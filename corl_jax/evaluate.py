@@ -1,14 +1,15 @@
-"""Measures a Janus checkpoint on held-out rows: drawings by an exact checker, answers by solution.
+"""Measures a Janus checkpoint on held-out rows: generated images and answers.
 
     python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
         [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]
         [--seed 0] [--dtype float32|bfloat16] [--out DIR]
 
-Every row is drawn once, with guidance, and answered once, greedily. Guidance, temperature and
-length that are not given are those of the checkpoint. Without --data the rows are of the
-drawn world's split `test`, made in memory from the seed; with it, the first of a parquet file or
-folder that `python -m corl_jax.data.drawn_world` wrote. Prints each rate with its 95% interval
-(Wilson). --out writes report.json, grid.png and answers.jsonl.
+For every row, one image is generated with guidance and checked exactly. One question is answered
+greedily and compared with its solution. Guidance, temperature and length that are not given are
+those of the checkpoint. Without --data, the rows are of the split `test` of the drawn world, made
+in memory from the seed. With --data, they are the first rows of a parquet file or folder that
+`python -m corl_jax.data.drawn_world` wrote. Prints each rate with its 95% interval (Wilson).
+--out writes report.json, grid.png and answers.jsonl.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.policies.sampling_options import (
     complete_options,
@@ -42,11 +42,11 @@ MAX_SEED = 2**32 - 1
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     from corl_jax.evaluation.intervals import format_rates
 
     args = build_parser().parse_args(argv)
-    loader = plan(args)
+    loader = check_arguments(args)
     tell_sampling(args)
     started = time.monotonic()
     dtype, report = measure(args, loader)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             "max_new_tokens": args.max_new_tokens,
             "dtype": dtype,
         }
-        write(args.out, report, settings)
+        write_report(args.out, report, settings)
     where = f": {args.out}" if args.out else ""
     rows = len(report.prompts)
     print(
@@ -87,105 +87,108 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--suite", default="shapes", help="what is measured (default %(default)s)")
     add("--world", choices=("full", "small"),
-        help="of rows drawn in memory (default: small for pictures below 48 pixels)")  # fmt: skip
+        help="world of rows made in memory (default: small for images under 48 px)")  # fmt: skip
     add("--data", type=parse_place, metavar="PATH",
-        help="parquet file or folder (default: drawn in memory)")  # fmt: skip
+        help="parquet file or folder (default: rows made in memory)")  # fmt: skip
     add("--rows", type=int, metavar="N",
-        help=f"the first N rows (default {DEFAULT_ROWS}, or all of --data if fewer)")  # fmt: skip
-    add("--batch-size", type=int, default=32, help="rows at once (default %(default)s)")
-    add("--cfg-scale", type=float, help=f"guidance; 1 is none ({describe_default('cfg_scale')})")
-    add("--temperature", type=float, help=f"of drawings ({describe_default('temperature')})")
+        help=f"number of rows (default {DEFAULT_ROWS}, or all of --data if fewer)")  # fmt: skip
+    add("--batch-size", type=int, default=32, help="number of rows at once (default %(default)s)")
+    add(
+        "--cfg-scale",
+        type=float,
+        help=f"scale of guidance; 1: none ({describe_default('cfg_scale')})",
+    )
+    add(
+        "--temperature",
+        type=float,
+        help=f"temperature of images ({describe_default('temperature')})",
+    )
     add(
         "--greedy",
         action=argparse.BooleanOptionalAction,
-        help="draw the likeliest codes (default: as the checkpoint states); answers always are",
+        help="take the most likely image codes (default: as the checkpoint states); answers always "
+        "greedy",
     )
     add(
         "--max-new-tokens",
         type=int,
-        help=f"of an answer ({describe_default('max_new_tokens')})",
+        help=f"most tokens of an answer ({describe_default('max_new_tokens')})",
     )
-    add("--seed", type=int, default=0, help="of drawings and of rows (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of images and of rows (default %(default)s)")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)",
     )
-    add("--out", type=parse_path, metavar="DIR", help="new or empty folder for the report")
+    add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
     return parser
 
 
 # ---- checks
 
 
-def plan(args: argparse.Namespace) -> Any:
-    """The Loader of the rows; reads and checks all that needs no device.
+def check_arguments(args: argparse.Namespace) -> Any:
+    """Checks all that needs no device; returns the Loader of the rows.
 
     Raises:
-        InputError: listing everything that is wrong with the options, files and model.
+        InputError: listing all problems of options, files and model.
     """
     from corl_jax.policies import inspect_policy
 
-    problems = option_problems(args)
-    problems += complete_options(args, ("cfg_scale", "temperature", "max_new_tokens"))
-
-    def attempt(function: Callable, *values: Any) -> Any:
-        try:
-            return function(*values)
-        except InputError as error:
-            problems.extend(error.problems)
-            return None
-
-    model = attempt(inspect_policy, args.model)
+    problems = Problems()
+    problems.attempt(check_options, args)
+    problems.add(complete_options(args, ("cfg_scale", "temperature", "max_new_tokens")))
+    model = problems.attempt(inspect_policy, args.model)
     # With a wrong number of rows, or of an unknown suite, there are none to check.
     source = (
         None
         if any(p.startswith(("--rows", "--seed", "--suite")) for p in problems)
-        else attempt(open_rows, args, model)
+        else problems.attempt(open_rows, args, model)
     )
-    lengths = attempt(check_rows, source, model, args) if source is not None else None
-    if problems or lengths is None:
-        raise InputError(problems)
+    lengths = problems.attempt(check_rows, source, model, args) if source is not None else None
+    problems.raise_any()
+    assert model is not None and lengths is not None  # otherwise there was a problem
     return make_loader(source, model.processor, lengths, args)
 
 
-def option_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with numbers and the output folder."""
-    problems = [
-        f"--{name.replace('_', '-')}: found {value}; expected at least 1"
-        for name in ("rows", "batch_size", "max_new_tokens")
-        if (value := getattr(args, name)) is not None and value < 1
-    ]
+def check_options(args: argparse.Namespace) -> None:
+    """Checks the numbers, the suite and the output folder. Raises InputError listing problems."""
     from corl_jax.evaluation import SUITES
 
+    problems = Problems()
+    for name in ("rows", "batch_size", "max_new_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            problems.add(f"--{name.replace('_', '-')}: found {value}; expected at least 1")
     suites = [name for name, suite in SUITES.items() if suite.make_rows is not None]
     if args.suite not in suites:
-        problems.append(f"--suite: found {args.suite}; expected {' or '.join(suites)}")
+        problems.add(f"--suite: found {args.suite}; expected {' or '.join(suites)}")
     if not 0 <= args.seed <= MAX_SEED:
-        problems.append(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
+        problems.add(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
     if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
-        problems.append(f"--cfg-scale: found {args.cfg_scale:g}; expected a number of at least 0")
-    problems += temperature_problems(args.temperature)
+        problems.add(f"--cfg-scale: found {args.cfg_scale:g}; expected a number of at least 0")
+    problems.add(temperature_problems(args.temperature))
     if args.greedy and args.temperature is not None:
-        problems.append("--temperature: --greedy would ignore it; leave one of them out")
-    out = args.out
-    if out is None:
-        return problems
+        problems.add("--temperature: --greedy would ignore it; leave one of them out")
+    if args.out is not None:
+        problems.attempt(check_output_folder, args.out)
+    problems.raise_any()
+
+
+def check_output_folder(out: Path) -> None:
+    """Raises an InputError unless `out` is an empty folder or can be made."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        problems.append(f"--out {out}: is no folder; name a new or an empty one")
-    elif out.is_dir() and any(out.iterdir()):
-        problems.append(f"--out {out}: holds files; name a new or an empty folder")
-    else:
-        parent = next(folder for folder in out.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            problems.append(f"--out {out}: {parent} cannot be written to; name another place")
-    return problems
+        raise InputError(f"--out {out}: is no folder; name a new or an empty one")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"--out {out}: holds files; name a new or an empty folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: {parent} cannot be written to; name another place")
 
 
 def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
-    """The rows to measure on. Raises InputError for a file that cannot be, or has too few.
+    """Returns the rows to measure on. Raises InputError for data that cannot be used.
 
-    The drawn world is chosen by the image size of `model`; None if it cannot be read.
+    The image size of `model` chooses the drawn world; None if the model cannot be read.
     """
     from corl_jax.data.dataset import ParquetSource, Rows
     from corl_jax.data.drawn_world.scene import choose_world
@@ -209,10 +212,10 @@ def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
 
 
 def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, int] | None:
-    """Padded prompt lengths by task, None without a model; reads every row once.
+    """Reads every row once; returns the padded prompt length of each task, None without a model.
 
     Raises:
-        InputError: listing every row that could not be drawn, answered or scored.
+        InputError: listing every row that cannot be generated, answered or scored.
     """
     from corl_jax.data.images import decode_image
     from corl_jax.evaluation import SUITES
@@ -220,36 +223,39 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
     names = [source.where(row) for row in range(len(source))]
     suite, columns = SUITES[args.suite], scored_columns(args)
     assert suite.find_row_problems is not None
-    problems = suite.find_row_problems({name: source.column(name) for name in columns}, names)
+    problems = Problems()
+    problems.add(suite.find_row_problems({name: source.column(name) for name in columns}, names))
     longest = dict.fromkeys(TASKS, 1)
     for row, name in enumerate(names):
-        try:
-            columns = source[row]
-            decode_image(columns["real_image"])
-        except InputError as error:
-            problems += [f"{name}: {problem}" for problem in error.problems]
+        columns = None
+        with problems.collect(f"{name}: "):
+            row_values = source[row]
+            decode_image(row_values["real_image"])
+            columns = row_values
+        if columns is None:
             continue
         empty = [k for k in ("prompt", "qa_problem") if not (columns[k] or "").strip()]
-        problems += [f"{name}: {key} is empty; expected a text" for key in empty]
+        problems.add(f"{name}: {key} is empty; expected a text" for key in empty)
         if model is None or empty:
             continue
-        for task, (length, room) in prompt_lengths(columns, model, args.max_new_tokens).items():
+        for task, (length, room) in count_prompt_tokens(
+            columns, model, args.max_new_tokens
+        ).items():
             longest[task] = max(longest[task], length)
             if length > room:
-                problems.append(
+                problems.add(
                     f"{name}: its {task} prompt has {length} tokens; expected at most {room}, "
                     "which leaves room for the completion in the model's positions; see "
                     "--max-new-tokens"
                 )
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return model and {task: model.processor.bucket(length) for task, length in longest.items()}
 
 
-def prompt_lengths(
+def count_prompt_tokens(
     columns: dict[str, Any], model: Any, max_new_tokens: int
 ) -> dict[str, tuple[int, int]]:
-    """(tokens of the row's prompt, most that leave room for a completion) by task."""
+    """Returns (tokens of the prompt, most tokens that leave room for a completion) by task."""
     limits = model.family.limits(model.sizes)
     lengths = {}
     for name, task in TASKS.items():
@@ -270,13 +276,12 @@ def scored_columns(args: argparse.Namespace) -> list[str]:
 def make_loader(
     source: Any, processor: Any, lengths: dict[str, int], args: argparse.Namespace
 ) -> Any:
-    """Rows in file order, all padded alike, so that each task compiles once."""
-    from corl_jax.data.dataset import Loader
+    """Returns a loader of the rows in file order."""
+    # With one padded length for all batches each task compiles once.
+    from corl_jax.data.dataset import Loader, LoaderOptions
     from corl_jax.evaluation import SUITES
 
-    return Loader(
-        source,
-        processor,
+    options = LoaderOptions(
         tasks=SUITES[args.suite].tasks,
         batch_size=min(args.batch_size, len(source)),
         seed=0,
@@ -286,13 +291,14 @@ def make_loader(
         max_bad_fraction=0.0,  # a row in another's place would count twice
         max_long_fraction=0.0,
     )
+    return Loader(source, processor, options)
 
 
 # ---- measuring
 
 
 def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
-    """The compute dtype's name, and the report."""
+    """Evaluates the model; returns the name of the compute dtype, and the report."""
     import jax
     import jax.numpy as jnp
     from tqdm import tqdm
@@ -333,8 +339,8 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     return dtype.name, report
 
 
-def write(out: Path, report: Any, settings: dict[str, Any]) -> None:
-    """report.json, grid.png and answers.jsonl, all or none."""
+def write_report(out: Path, report: Any, settings: dict[str, Any]) -> None:
+    """Writes report.json, grid.png and answers.jsonl; all of them or none."""
     from PIL import Image
 
     from corl_jax.atomic_files import create_folder

@@ -1,7 +1,7 @@
-"""Draw images or answer questions with a Janus checkpoint.
+"""Generates images, or answers questions about images, with a Janus checkpoint.
 
-A sample depends on the seed, its prompt's place in the input and its number, and on nothing
-else: batch size, company and devices change it only where rounding decides a near tie.
+A sample depends only on the seed, the position of its prompt in the input and its number. Batch
+size, the other prompts and the number of devices change a sample only by rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from corl_jax.console import write_json_lines
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.policies.sampling_options import (
     HARMLESS,
@@ -30,7 +30,7 @@ from corl_jax.policies.sampling_options import (
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
 
 if TYPE_CHECKING:
-    from corl_jax.data.questions import Case
+    from corl_jax.data.questions import ImageQuestion
 
 MAX_SEED = 2**32 - 1
 GRID_PROMPTS, GRID_SAMPLES = 16, 8
@@ -39,8 +39,8 @@ TEXT_OPTIONS = ("temperature", "top_k", "top_p", "max_new_tokens", "instruction"
 Records = dict[tuple[int, int], dict[str, Any]]
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model in the compute dtype, and that dtype."""
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Loads the model; returns it and its compute dtype."""
     import jax
     import jax.numpy as jnp
 
@@ -56,7 +56,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def check_number(name: str, value: float | None, low: float, high=math.inf, *, above=False):
-    """A problem unless `value` is None or finite, at least (or above) `low`, at most `high`."""
+    """Returns a problem unless `value` is None, or a finite number in the range."""
     if value is None or (low <= value <= high and value < math.inf and (value > low or not above)):
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
@@ -64,86 +64,96 @@ def check_number(name: str, value: float | None, low: float, high=math.inf, *, a
     return [f"{name}: found {value}; expected a number {bounds}"]
 
 
-def check_options(args: argparse.Namespace, samples: str) -> list[str]:
-    """Problems of the options that both tasks share; `samples` is the one that counts them."""
-    problems = check_number("--batch-size", args.batch_size, 1)
-    problems += check_number(f"--{samples}", args.samples, 1)
-    problems += check_number("--seed", args.seed, 0, MAX_SEED)
-    problems += temperature_problems(args.temperature)
+def check_options(args: argparse.Namespace, samples: str, problems: Problems) -> None:
+    """Notes problems of the options that both subcommands have.
+
+    `samples` is the name of the option that gives the number of samples.
+    """
+    problems.add(check_number("--batch-size", args.batch_size, 1))
+    problems.add(check_number(f"--{samples}", args.samples, 1))
+    problems.add(check_number("--seed", args.seed, 0, MAX_SEED))
+    problems.add(temperature_problems(args.temperature))
     if args.greedy:
-        problems += [
+        problems.add(
             f"--{name.replace('_', '-')}: found {value:g}, which --greedy would ignore; leave one "
             f"of them out, or set {harmless:g}"
             for name, harmless in HARMLESS.items()
             if (value := getattr(args, name, None)) not in (None, harmless)
-        ]
-    return problems
+        )
 
 
 def check_model(
-    args: argparse.Namespace, new_tokens: int | None, task: Task, rows: list, system: str = ""
-) -> list[str]:
-    """Returns problems of the model's small files, and of prompts that are too long for it.
+    args: argparse.Namespace,
+    new_tokens: int | None,
+    task: Task,
+    rows: list[tuple[str, dict[str, str]]],
+    problems: Problems,
+    system: str = "",
+) -> None:
+    """Notes problems of the model's small files, and prompts that are too long for the model.
 
-    `rows` has (what it is, columns) of each prompt; without `new_tokens` an image follows.
+    `rows` has (what it is, columns) of each prompt. Without `new_tokens` an image follows.
     """
     from corl_jax.policies import inspect_policy
 
-    try:
+    model = None
+    with problems.collect("--model: "):
         model = inspect_policy(args.model)
-    except InputError as error:
-        return [f"--model: {problem}" for problem in error.problems]
+    if model is None:
+        return
     limits = model.family.limits(model.sizes)
-    positions = limits.positions
-    room = positions - (limits.image_tokens if new_tokens is None else new_tokens)
-    return [
+    room = limits.positions - (limits.image_tokens if new_tokens is None else new_tokens)
+    problems.add(
         f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
-        f"is generated in the model's {positions} positions"
+        f"is generated in the model's {limits.positions} positions"
         for what, row in rows
         if len(ids := model.processor.prompt_ids(task.turn.prompt, row, system)) > room
-    ]
+    )
 
 
 # ---- image
 
 
-def image_prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The drawing prompts, and problems."""
+def read_image_prompts(args: argparse.Namespace, problems: Problems) -> list[str]:
+    """Returns the prompts of images; notes what is wrong with them."""
     from corl_jax.data import questions
 
     if args.prompts is not None:
-        return questions.read_prompts(args.prompts, "--prompts")
-    problems = []
+        return questions.read_prompts(args.prompts, "--prompts", problems)
     for number, prompt in enumerate(args.prompt, 1):
         if prompt.strip():
-            problems += questions.text_problems(f"--prompt: number {number}", prompt)
+            problems.add(questions.find_text_problems(f"--prompt: number {number}", prompt))
         else:
-            problems.append(f"--prompt: number {number} is empty; expected a text")
-    return args.prompt, problems
+            problems.add(f"--prompt: number {number} is empty; expected a text")
+    return args.prompt
 
 
 def check_image(args: argparse.Namespace) -> list[str]:
-    """The prompts. Raises: InputError listing all that is wrong with options, files and model."""
+    """Checks the arguments of `image`; returns the prompts.
+
+    Raises:
+        InputError: listing all problems of options, files and model.
+    """
     from corl_jax.data import questions
 
-    problems = check_options(args, "images-per-prompt")
-    problems += check_number("--cfg-scale", args.cfg_scale, 0)
+    problems = Problems()
+    check_options(args, "images-per-prompt", problems)
+    problems.add(check_number("--cfg-scale", args.cfg_scale, 0))
     if args.out.is_dir() and any(args.out.iterdir()):
-        problems.append(f"--out {args.out}: holds files; name a new or an empty folder")
+        problems.add(f"--out {args.out}: holds files; name a new or an empty folder")
     elif args.out.exists() and not args.out.is_dir():
-        problems.append(f"--out {args.out}: is a file; name a new or an empty folder")
-    prompts, wrong = image_prompts(args)
-    problems += wrong + complete_options(args, ("cfg_scale", "temperature"))
-    texts = [questions.without_surrogates(prompt) for prompt in prompts]
+        problems.add(f"--out {args.out}: is a file; name a new or an empty folder")
+    prompts = read_image_prompts(args, problems)
+    problems.add(complete_options(args, ("cfg_scale", "temperature")))
+    texts = [questions.replace_surrogates(prompt) for prompt in prompts]
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(texts)]
-    problems += check_model(args, None, IMAGE_GENERATION, rows)
-    if problems:
-        raise InputError(problems)
+    check_model(args, None, IMAGE_GENERATION, rows, problems)
+    problems.raise_any()
     return prompts
 
 
 def generate_images(args: argparse.Namespace) -> None:
-    """The `image` subcommand."""
+    """Runs the `image` subcommand."""
     from PIL import Image
 
     from corl_jax.atomic_files import create_folder
@@ -153,7 +163,7 @@ def generate_images(args: argparse.Namespace) -> None:
     prompts = check_image(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
-    model, dtype = load(args)
+    model, dtype = load_model(args)
     with create_folder(args.out) as folder:
         options = SamplingOptions(
             special=model.processor.special, cfg_scale=args.cfg_scale, greedy=args.greedy,
@@ -163,29 +173,29 @@ def generate_images(args: argparse.Namespace) -> None:
             model, prompts, options, samples=args.samples, batch_size=args.batch_size,
             seed=args.seed, show_progress=True,
         ):  # fmt: skip
-            name = image_name(sample.prompt, sample.number)
+            name = name_image(sample.prompt, sample.number)
             Image.fromarray(np.asarray(sample.pixels)).save(folder / name)
             records[sample.prompt, sample.number] = {
                 "prompt": prompts[sample.prompt], "file": name, "seed": args.seed,
                 "index": sample.prompt, "sample": sample.number, "tokens": sample.tokens.tolist(),
             }  # fmt: skip
-        (folder / "samples.jsonl").write_text(json_lines(records), encoding="utf-8")
+        (folder / "samples.jsonl").write_text(format_records(records), encoding="utf-8")
         save_grid(folder, prompts, args.samples)
-    report(args, len(records), "images", started, args.out)
+    print_report(args, len(records), "images", started, args.out)
 
 
-def image_name(prompt: int, number: int) -> str:
+def name_image(prompt: int, number: int) -> str:
     return f"{prompt:05d}_{number:02d}.png"
 
 
 def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
-    """A row a prompt, of the first GRID_PROMPTS prompts and GRID_SAMPLES samples."""
+    """Saves a grid of the first prompts and samples, one row per prompt."""
     from PIL import Image
 
     from corl_jax.runs import pictures
 
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
-    files = [[folder / image_name(row, column) for column in columns] for row in range(len(shown))]
+    files = [[folder / name_image(row, column) for column in columns] for row in range(len(shown))]
     images = [[np.asarray(Image.open(file)) for file in row] for row in files]
     Image.fromarray(pictures.draw_samples(np.asarray(images), shown)).save(folder / "grid.png")
 
@@ -193,23 +203,26 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
 # ---- text
 
 
-def text_cases(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
-    """The questions, and problems."""
+def read_text_questions(args: argparse.Namespace, problems: Problems) -> list[ImageQuestion]:
+    """Returns the questions; notes what is wrong with them."""
     from corl_jax.data import questions
 
     if args.input is None:
         if args.image is None or args.question is None:
-            return [], ["give --image FILE and --question TEXT, or --input FILE.jsonl"]
+            problems.add("give --image FILE and --question TEXT, or --input FILE.jsonl")
+            return []
         row = {"image": args.image, "question": args.question}
-        case = questions.Case(row, Path(args.image), "--image, --question")
-        return [case], questions.text_problems("--question", args.question)
+        case = questions.ImageQuestion(row, Path(args.image), "--image, --question")
+        problems.add(questions.find_text_problems("--question", args.question))
+        return [case]
     if args.image is not None or args.question is not None:
-        return [], ["--input: has its own images and questions; leave --image, --question out"]
-    return questions.read_cases(args.input, "--input", OUTPUT_KEYS)
+        problems.add("--input: has its own images and questions; leave --image, --question out")
+        return []
+    return questions.read_questions(args.input, "--input", OUTPUT_KEYS, problems)
 
 
 def check_room(args: argparse.Namespace) -> list[str]:
-    """A problem if answers leave no room for questions; `check_model` says what else is wrong."""
+    """Returns a problem if answers leave no room for questions."""
     from corl_jax.policies import find_family
     from corl_jax.weights.checkpoint import load_config
     from corl_jax.weights.hub import resolve_model_dir
@@ -219,52 +232,56 @@ def check_room(args: argparse.Namespace) -> list[str]:
         family = find_family(folder)
         limits = family.limits(load_config(folder, family.kind))
     except InputError:
-        return []  # told by check_model, with the other files' problems
-    positions, picture = limits.positions, limits.input_image_tokens
-    if args.max_new_tokens < positions - picture:
+        return []  # check_model reports it, with the problems of other files
+    positions, image = limits.positions, limits.input_image_tokens
+    if args.max_new_tokens < positions - image:
         return []
     return [
-        f"--max-new-tokens: found {args.max_new_tokens}; expected less than {positions - picture}: "
-        f"of the model's {positions} positions the picture takes {picture}, the question its own"
+        f"--max-new-tokens: found {args.max_new_tokens}; expected less than {positions - image}: "
+        f"of the model's {positions} positions the image takes {image}, the question its own"
     ]
 
 
-def check_text(args: argparse.Namespace) -> list[Case]:
-    """The cases. Raises: InputError listing all that is wrong with options, files and model."""
+def check_text(args: argparse.Namespace) -> list[ImageQuestion]:
+    """Checks the arguments of `text`; returns the questions.
+
+    Raises:
+        InputError: listing all problems of options, files and model.
+    """
     from corl_jax.data import questions
 
-    problems = check_options(args, "samples")
-    problems += check_number("--max-new-tokens", args.max_new_tokens, 1)
-    problems += check_number("--top-k", args.top_k, 0)
-    problems += check_number("--top-p", args.top_p, 0, 1, above=True)
+    problems = Problems()
+    check_options(args, "samples", problems)
+    problems.add(check_number("--max-new-tokens", args.max_new_tokens, 1))
+    problems.add(check_number("--top-k", args.top_k, 0))
+    problems.add(check_number("--top-p", args.top_p, 0, 1, above=True))
     if args.out is not None and args.out.exists():
-        problems.append(f"--out {args.out}: exists; name a new file")
+        problems.add(f"--out {args.out}: exists; name a new file")
     elif args.out is not None and not args.out.absolute().parent.is_dir():
-        problems.append(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
-    cases, wrong = text_cases(args)
+        problems.add(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    cases = read_text_questions(args, problems)
     if args.system_prompt:
-        wrong += questions.text_problems("--system-prompt", args.system_prompt)
-    problems += wrong + questions.picture_problems(cases)
-    problems += complete_options(args, TEXT_OPTIONS)
+        problems.add(questions.find_text_problems("--system-prompt", args.system_prompt))
+    questions.check_images(cases, problems)
+    problems.add(complete_options(args, TEXT_OPTIONS))
     no_room = check_room(args)
-    problems += no_room
-    system = questions.without_surrogates(args.system_prompt)
-    asked = [(case.where, questions.without_surrogates(ask(args, case))) for case in cases]
-    rows = [(where, {"qa_problem": text}) for where, text in asked]
+    problems.add(no_room)
+    system = questions.replace_surrogates(args.system_prompt)
+    texts = [questions.replace_surrogates(format_question(args, case)) for case in cases]
+    rows = [(c.where, {"qa_problem": text}) for c, text in zip(cases, texts, strict=True)]
     new_tokens = 0 if no_room else args.max_new_tokens
-    problems += check_model(args, new_tokens, IMAGE_UNDERSTANDING, rows, system)
-    if problems:
-        raise InputError(problems)
+    check_model(args, new_tokens, IMAGE_UNDERSTANDING, rows, problems, system)
+    problems.raise_any()
     return cases
 
 
-def ask(args: argparse.Namespace, case: Case) -> str:
-    """The question as the model gets it."""
+def format_question(args: argparse.Namespace, case: ImageQuestion) -> str:
+    """Returns a question with its instruction, as the model gets it."""
     return add_instruction(case.row["question"], args.instruction)
 
 
 def generate_texts(args: argparse.Namespace) -> None:
-    """The `text` subcommand."""
+    """Runs the `text` subcommand."""
     from corl_jax.data.images import decode_image
     from corl_jax.policies import batched
     from corl_jax.policies.family import SamplingOptions
@@ -272,16 +289,17 @@ def generate_texts(args: argparse.Namespace) -> None:
     cases = check_text(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
-    model, dtype = load(args)
+    model, dtype = load_model(args)
     options = SamplingOptions(
         special=model.processor.special, max_new_tokens=args.max_new_tokens, greedy=args.greedy,
         temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
         dtype=dtype,
     )  # fmt: skip
     for sample in batched.answer_questions(
-        model, [ask(args, case) for case in cases], lambda i: decode_image(cases[i].file),
-        options, system_prompt=args.system_prompt, samples=args.samples,
-        batch_size=args.batch_size, seed=args.seed, show_progress=True,
+        model, [format_question(args, case) for case in cases],
+        lambda i: decode_image(cases[i].file), options,
+        system_prompt=args.system_prompt, samples=args.samples, batch_size=args.batch_size,
+        seed=args.seed, show_progress=True,
     ):  # fmt: skip
         tokens = sample.tokens.tolist()
         records[sample.prompt, sample.number] = {
@@ -290,31 +308,33 @@ def generate_texts(args: argparse.Namespace) -> None:
             "index": sample.prompt, "sample": sample.number,
         }  # fmt: skip
     write_text(args.out, records)
-    report(args, len(records), "texts", started, args.out or "standard output")
+    print_report(args, len(records), "texts", started, args.out or "standard output")
 
 
 def write_text(out: Path | None, records: Records) -> None:
-    """To standard output, or to a file that appears whole."""
+    """Writes the answers to standard output, or to a file that appears whole."""
     from corl_jax.atomic_files import replace_file
 
     if out is None:
-        write_json_lines(json_lines(records))
+        write_json_lines(format_records(records))
         return
     try:
         with replace_file(out) as file:
-            file.write(json_lines(records).encode())
+            file.write(format_records(records).encode())
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-def json_lines(records: Records) -> str:
-    """A line a record, in the order of prompts and samples."""
+def format_records(records: Records) -> str:
+    """Returns one JSON line per record, in the order of prompts and samples."""
     from corl_jax.data.questions import to_json_line
 
     return "".join(to_json_line(records[at]) for at in sorted(records))
 
 
-def report(args: argparse.Namespace, count: int, what: str, started: float, where: Any) -> None:
+def print_report(
+    args: argparse.Namespace, count: int, what: str, started: float, where: Any
+) -> None:
     if args.greedy and args.samples > 1:
         print(f"note: --greedy makes the {args.samples} {what} of a prompt equal", file=sys.stderr)
     seconds = time.monotonic() - started
@@ -326,54 +346,79 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=parse_place, required=True,
         help="model directory of any of the three kinds, or a hub id")  # fmt: skip
-    add("--seed", type=int, default=0, help="of all samples (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all samples (default %(default)s)")
     add("--greedy", action=argparse.BooleanOptionalAction,
-        help="always the most likely token; all samples equal (default: as the checkpoint "
+        help="always take the most likely token; all samples are equal (default: as the checkpoint "
         "states)")  # fmt: skip
     add("--temperature", type=float, help=f"divides the logits ({describe_default('temperature')})")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
-    add("--batch-size", type=int, default=16, help="samples at once (default %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="number of samples generated at once (default %(default)s)",
+    )
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     prompts, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
-    prompts.add_argument("--prompt", action="append", help="what to draw; may be repeated")
+    prompts.add_argument("--prompt", action="append", help="text of an image; may be repeated")
     prompts.add_argument(
-        "--prompts", type=parse_path, metavar="FILE", help="text file, a prompt a line"
+        "--prompts", type=parse_path, metavar="FILE", help="text file with one prompt per line"
     )
-    add("--out", type=parse_path, required=True, metavar="DIR", help="new or empty folder")
+    add("--out", type=parse_path, required=True, metavar="DIR", help="a new or empty folder")
     add("--images-per-prompt", type=int, default=1, metavar="N", dest="samples",
-        help="(default %(default)s)")  # fmt: skip
-    add("--cfg-scale", type=float, help=f"guidance; 1 is none ({describe_default('cfg_scale')})")
+        help="number of images per prompt (default %(default)s)")  # fmt: skip
+    add(
+        "--cfg-scale",
+        type=float,
+        help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')})",
+    )
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image", type=parse_place, metavar="FILE", help="a picture, with --question")
-    add("--question", metavar="TEXT")
+    add("--image", type=parse_place, metavar="FILE", help="an image, with --question")
+    add("--question", metavar="TEXT", help="a question about --image")
     add("--input", type=parse_path, metavar="FILE.jsonl",
         help='lines {"image": PATH, "question": TEXT}; PATH from the folder of FILE')  # fmt: skip
     add("--out", type=parse_path, metavar="FILE", help="a new file (default standard output)")
-    add("--system-prompt", default="", metavar="TEXT", help="(default none, as in CoRL)")
-    add("--max-new-tokens", type=int, metavar="N", help=f"({describe_default('max_new_tokens')})")
+    add(
+        "--system-prompt",
+        default="",
+        metavar="TEXT",
+        help="system prompt (default none, as in CoRL)",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"most tokens of an answer ({describe_default('max_new_tokens')})",
+    )
     add("--instruction", choices=INSTRUCTIONS,
         help="put into each question that asks for no answer tags: choice, for an option's letter; "
         "open, for a few words; auto, choice where lines A., B. list options, else open; none "
         f"({describe_default('instruction')})")  # fmt: skip
-    add("--samples", type=int, default=1, metavar="N", help="a question (default %(default)s)")
+    add(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of answers per question (default %(default)s)",
+    )
     add("--top-k", type=int, metavar="K",
-        help="draw from the K most likely tokens; 0: all "
+        help="sample from the K most likely tokens; 0: from all "
         f"({describe_default('top_k')})")  # fmt: skip
     add("--top-p", type=float, metavar="P",
-        help="draw from the likeliest tokens of probability P together "
+        help="sample from the most likely tokens with total probability P "
         f"({describe_default('top_p')})")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m corl_jax.generate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="image|text")
-    image = commands.add_parser("image", help="draw prompts", description=(
+    image = commands.add_parser("image", help="generate images from prompts", description=(
         "Writes PROMPT_SAMPLE.png (numbers from 0), grid.png (at most the first "
         f"{GRID_PROMPTS} prompts, {GRID_SAMPLES} samples each) and samples.jsonl, a line an "
         "image: prompt, file, seed, index, sample, tokens."))  # fmt: skip
@@ -391,7 +436,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     args = build_parser().parse_args(argv)
     args.function(args)
 

@@ -1,11 +1,11 @@
-"""The whole story at small size: a nano Janus learns to draw and to answer, in minutes on a CPU.
+"""Trains a very small Janus in minutes on a CPU: data, training, evaluation and export.
 
     python -m corl_jax.quickstart [--out runs/quickstart] [key=value ...]
 
-Converts the nano Janus that this package carries, draws rows to train on and others to evaluate
-on, runs unified GRPO with evaluations on the way, and exports the result for PyTorch. Each step is
-a command that is printed before it runs, the same that trains a large Janus. Run from the root of
-the repository, where configs/ is; a rerun takes up what is there. `key=value` goes to the training.
+Converts the nano Janus of this package, makes rows for training and others for evaluation, runs
+unified GRPO with evaluations, and exports the result for PyTorch. Each step is a command that is
+printed before it runs; the same commands train a large Janus. Run it in the root of the repository,
+where configs/ is. A second run continues where the first one stopped. The training reads key=value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ QUESTION = "What color is the circle?"
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.quickstart",
         description=__doc__,
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     work = Work(args.out, find_config(), args.overrides)
     for title, command, result in work.steps():
         if result is not None and result.exists():
-            say(f"{title}: {result} is there already")
+            print_title(f"{title}: {result} is there already")
             continue
-        say(title)
-        run(command)
-    finish(work)
+        print_title(title)
+        run_command(command)
+    summarize(work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,24 +100,27 @@ class Work:
         return ["--config", str(self.config), *named, *self.overrides]
 
     def steps(self) -> list[tuple[str, list[str], Path | None]]:
-        """(title, command, what it makes) in order; None: the command sees itself what is done.
+        """Returns (title, command, what it makes) of each step.
 
         Raises: InputError for overrides that make no config.
         """
+        # The training has no result here: its command sees what is done, and resumes.
         config = config_files.load(self.config, self.training[2:])
         draw_train = draw_rows(self.train_data, num_train_rows(config), TRAIN_SEED, "train")
         draw_test = draw_rows(self.test_data, config.eval.rows, TEST_SEED, "test")
         return [
             (
                 "1. The nano Janus, from transformers' layout to ours",
-                python("tools.convert_weights", "to-jax", shown(NANO_JANUS), self.model),
+                make_command(
+                    "tools.convert_weights", "to-jax", shorten_path(NANO_JANUS), self.model
+                ),
                 self.model,
             ),
             ("2. Rows to train on, each used once", draw_train, self.train_data),
             ("3. Held-out rows, with demands that no training row has", draw_test, self.test_data),
             (
                 "4. Unified GRPO, with evaluations on the held-out rows, and the export",
-                python("corl_jax.train", *self.training),
+                make_command("corl_jax.train", *self.training),
                 None,
             ),
         ]
@@ -139,40 +142,40 @@ def num_train_rows(config: Config) -> int:
 def draw_rows(out: Path, rows: int, seed: int, split: str) -> list[str]:
     """Returns the command that writes rows of the small drawn world."""
     numbers = ["--rows", rows, "--seed", seed, "--split", split]
-    return python("corl_jax.data.drawn_world", "--world", WORLD, "--out", out, *numbers)
+    return make_command("corl_jax.data.drawn_world", "--world", WORLD, "--out", out, *numbers)
 
 
 def find_config() -> Path:
-    """configs/quickstart.yaml of the working directory, or of the clone this package lies in.
+    """Returns configs/quickstart.yaml of the working directory, or of this package's clone.
 
     Raises:
         InputError: it is in neither, as after an installation from a wheel.
     """
     for root in (Path(), PACKAGE.parent):
         if (root / CONFIG).is_file():
-            return shown(root / CONFIG)
+            return shorten_path(root / CONFIG)
     raise InputError(
         f"{CONFIG}: not found in {Path.cwd()} nor in {PACKAGE.parent}; clone the repository and "
         "run this command in its root"
     )
 
 
-def shown(path: Path) -> Path:
-    """The path relative to the working directory, if it lies below it."""
+def shorten_path(path: Path) -> Path:
+    """Returns a path relative to the working directory, if it is inside of it."""
     path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def python(module: str, *arguments: Any) -> list[str]:
+def make_command(module: str, *arguments: Any) -> list[str]:
     # Not resolved: a virtual environment's python is a link, which must not be followed.
-    return [str(shown(Path(sys.executable))), "-m", module, *map(str, arguments)]
+    return [str(shorten_path(Path(sys.executable))), "-m", module, *map(str, arguments)]
 
 
-def say(text: str) -> None:
+def print_title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def run(command: list[str]) -> None:
+def run_command(command: list[str]) -> None:
     """Prints and runs a command; ends the process with its exit code if it fails."""
     print(f"$ {shlex.join(command)}", flush=True)
     again = "run the same quickstart again to go on from here"
@@ -203,10 +206,15 @@ class Rise:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Rise:
-        """Of one number per step, in order of steps, at least two."""
+        """Compares the first and the last quarter of at least two numbers, one per step."""
         quarter = max(1, len(values) // 4)
         first, last = values[:quarter], values[-quarter:]
-        return cls(statistics.fmean(first), statistics.fmean(last), _stderr(first), _stderr(last))
+        return cls(
+            statistics.fmean(first),
+            statistics.fmean(last),
+            _standard_error(first),
+            _standard_error(last),
+        )
 
     @property
     def in_errors(self) -> float:
@@ -215,12 +223,12 @@ class Rise:
         return (self.last - self.first) / error if error else math.nan
 
 
-def _stderr(values: Sequence[float]) -> float:
+def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def finish(work: Work) -> None:
-    """Pictures side by side, a summary as JSON and as text."""
+def summarize(work: Work) -> None:
+    """Writes the image grids side by side and summary.json; prints a summary."""
     records = [record for _, record in read_lines(work.train.metrics)]
     rewards = [r["reward"] for r in records if r.get("reward") is not None]
     evaluations = [r for r in records if "eval/draw/accuracy" in r]
@@ -232,7 +240,7 @@ def finish(work: Work) -> None:
         )
     rise = Rise.of(rewards)
     before, after = evaluations[0], evaluations[-1]
-    picture = before_and_after(work)
+    picture = join_grids(work)
     numbers = {
         "steps": len(rewards),
         "reward": dataclasses.asdict(rise) | {"difference_in_standard_errors": rise.in_errors},
@@ -240,16 +248,16 @@ def finish(work: Work) -> None:
         "after": {key: value for key, value in after.items() if key.startswith("eval/")},
     }
     RunDir(work.out).write_json("summary.json", to_json(numbers))
-    say("What came out")
-    print("\n".join(result_lines(rise, len(rewards), before, after)))
-    say("What to look at")
-    print("\n".join(place_lines(work, picture)))
-    say("What to try next")
-    print("\n".join(next_lines(work)))
+    print_title("What came out")
+    print("\n".join(describe_results(rise, len(rewards), before, after)))
+    print_title("What to look at")
+    print("\n".join(list_places(work, picture)))
+    print_title("What to try next")
+    print("\n".join(suggest_commands(work)))
 
 
-def before_and_after(work: Work) -> Path:
-    """Writes the drawings of the first and the last evaluation side by side; returns the file."""
+def join_grids(work: Work) -> Path:
+    """Joins the image grids of the first and the last evaluation; returns the file."""
     sheets = sorted(work.train.images.glob(f"{pictures.HELD_OUT}_*.png"))
     pages = []
     for path in (sheets[0], sheets[-1]):
@@ -258,11 +266,11 @@ def before_and_after(work: Work) -> Path:
     return pictures.save_png(work.out / "before_after.png", pictures.join_side_by_side(*pages))
 
 
-def result_lines(rise: Rise, steps: int, before: dict, after: dict) -> list[str]:
+def describe_results(rise: Rise, steps: int, before: dict, after: dict) -> list[str]:
     quarter = max(1, steps // 4)
     lines = [f"{'on held-out rows (95% interval)':34}{'before':>22}{'after':>26}"]
     names = {
-        "drawings as demanded": "draw/accuracy",
+        "images as demanded": "draw/accuracy",
         "answers right": "answer/accuracy",
         "  choice questions": "answer/mc",
         "  open questions": "answer/oe",
@@ -270,7 +278,9 @@ def result_lines(rise: Rise, steps: int, before: dict, after: dict) -> list[str]
     }
     for label, name in names.items():
         if f"eval/{name}" in before and f"eval/{name}" in after:
-            lines.append(f"{label:34}{_rate(before, name):>22}{_rate(after, name):>26}")
+            lines.append(
+                f"{label:34}{_format_rate(before, name):>22}{_format_rate(after, name):>26}"
+            )
     lines.append(
         f"unified reward, mean of {quarter} steps: first quarter {rise.first:.3f} "
         f"(se {rise.first_error:.3f}), last quarter {rise.last:.3f} (se {rise.last_error:.3f})"
@@ -278,14 +288,14 @@ def result_lines(rise: Rise, steps: int, before: dict, after: dict) -> list[str]
     return lines
 
 
-def _rate(record: dict, name: str) -> str:
+def _format_rate(record: dict, name: str) -> str:
     mean, low, high = (100 * record[f"eval/{name}{end}"] for end in ("", "_low", "_high"))
     return f"{mean:.1f} % ({low:.0f} .. {high:.0f})"
 
 
-def place_lines(work: Work, picture: Path) -> list[str]:
+def list_places(work: Work, picture: Path) -> list[str]:
     places = {
-        "drawings, before and after": f"{picture}  (green: as demanded, red: not)",
+        "images, before and after": f"{picture}  (green: as demanded, red: not)",
         "curves": f"tensorboard --logdir {work.train.tensorboard}  (pip install tensorboard)",
         "numbers": f"{work.train.metrics}, {work.out / 'summary.json'}",
         "the model, for PyTorch": work.train.export,
@@ -293,17 +303,17 @@ def place_lines(work: Work, picture: Path) -> list[str]:
     return [f"{label:28}{place}" for label, place in places.items()]
 
 
-def next_lines(work: Work) -> list[str]:
-    """Commands with the trained model: the second looks at a drawing of the first, the third
-    measures again what the table says."""
+def suggest_commands(work: Work) -> list[str]:
+    """Returns commands to try with the trained model."""
+    # The second reads an image of the first; the third measures the table again.
     rows = config_files.load(work.train.config).eval.rows
     model, out = ["--model", work.train.export], work.out / "drawings"
     commands = [
-        python("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,
+        make_command("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,
                "--images-per-prompt", 8),
-        python("corl_jax.generate", "text", *model, "--image", out / "00000_00.png",
+        make_command("corl_jax.generate", "text", *model, "--image", out / "00000_00.png",
                "--question", QUESTION, "--greedy"),
-        python("corl_jax.evaluate", *model, "--data", work.test_data, "--rows", rows),
+        make_command("corl_jax.evaluate", *model, "--data", work.test_data, "--rows", rows),
     ]  # fmt: skip
     return [f"$ {shlex.join(command)}" for command in commands]
 

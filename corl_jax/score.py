@@ -1,4 +1,4 @@
-"""Tries a reward out on a file of cases.
+"""Computes a reward for the cases of a file.
 
     python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR]
                              [--network NAME=PATH ...] [--repeat N] [key=value ...]
@@ -6,19 +6,20 @@
 
 NAME is a registered reward, or one of your own: FILE.py:FUNCTION.
 
-Each line of the input is one case, a JSON object. A reward of answers reads `completion`, one of
-images `image` (a path); besides, each reads the columns that `--list` names: `qa_problem`,
+Each line of the input is one case, a JSON object. A reward of texts reads `completion`, a reward of
+images reads `image` (a path). Each also reads the columns that `--list` names: `qa_problem`,
 `qa_solution`, `qa_type` (or `problem`, `solution`, `type` for short), `prompt`, `real_image` (a
-path), `spec`, .. Paths are relative to the input's folder; null stands for "not there"; columns
-in brackets may be left out (an answer without `qa_type` counts as OE, or as `default_type=MC`
-says); other keys are not read. Images must be squares of one size, as a model draws them; only a
-reward of your own gets them as they are. key=value are the reward's options, values in YAML.
---network says where the weights of a reward network are, where that is not its usual place.
+path), `spec` and others. Paths are relative to the input's folder. null means that there is no
+value. Columns in brackets may be left out (an answer without `qa_type` counts as OE, or as
+`default_type=MC` says). Other keys are not read. Images must be squares of one size, as a model
+generates them; only a reward of your own gets images of any size. key=value are the reward's
+options, with values in YAML. --network gives the place of a reward network's weights, if it is not
+the usual one.
 
-Prints a line per case, {"index", "line", "reward"}; null where the reward does not apply. The
+Prints a line per case, {"index", "line", "reward"}, with null if the reward does not apply. The
 mean goes to stderr. --repeat N calls the reward N times with the same cases, as the steps of a run
-would: "reward" is the first call's, "rewards" lists all of them, null too where a call failed.
-stderr says which calls failed and how much the others differ; a failed call gives exit code 1.
+do: "reward" is that of the first call, "rewards" lists those of all calls, with null for a failed
+call. stderr says which calls failed and how much the others differ; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.images import decode_image
 from corl_jax.data.questions import holds_surrogate
 from corl_jax.devices.startup import prepare_devices
-from corl_jax.errors import InputError, RewardError, exit_on_input_error
+from corl_jax.errors import InputError, Problems, RewardError, exit_on_input_error
 from corl_jax.input_files import LONE_SURROGATE, expand_path, parse_path, parse_place, read_text
 from corl_jax.policies import inspect_policy, load_policy
 from corl_jax.rewards import networks, registry
@@ -56,12 +56,12 @@ DTYPES = ("float32", "bfloat16")
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = _parser().parse_intermixed_args(argv)
+    """Runs the command."""
+    args = build_parser().parse_intermixed_args(argv)
     if args.list:
-        print(table())
+        print(describe_rewards())
         return
-    reward, found, cases = plan(args)
+    reward, found, cases = check_arguments(args)
     context = _load_context(args, reward, found)
     calls = [call_once(reward, cases.samples, context) for _ in range(args.repeat)]
     traces = {number: call for number, call in enumerate(calls, 1) if isinstance(call, str)}
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_rewards(name: str, cases: Cases, calls: list[np.ndarray | str]) -> None:
-    """A line per case, and to stderr the mean and how the calls differ; a str is a failed call."""
+    """Prints a line per case, and to stderr the mean. A call that is a str has failed."""
     count = len(cases.lines)
     failed = np.full(count, np.nan, np.float32)
     values = np.stack([failed if isinstance(call, str) else call for call in calls])
@@ -89,7 +89,7 @@ def _print_rewards(name: str, cases: Cases, calls: list[np.ndarray | str]) -> No
     print(text, file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.score",
         description=__doc__,
@@ -98,25 +98,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reward", type=parse_place, metavar="NAME", help="a name of --list, or FILE.py:FUNCTION"
     )
-    parser.add_argument("--input", type=parse_path, metavar="FILE", help="cases, JSON lines")
     parser.add_argument(
-        "--model", type=parse_place, metavar="DIR", help="for rewards that ask the policy"
+        "--input", type=parse_path, metavar="FILE", help="cases, one JSON object per line"
     )
     parser.add_argument(
-        "--network", action="append", default=[], metavar="NAME=PATH", help="a network's weights"
+        "--model", type=parse_place, metavar="DIR", help="the policy, for rewards that need one"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the networks'")
-    parser.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
     parser.add_argument(
-        "--repeat", type=int, default=1, metavar="N", help="call it N times with the same cases"
+        "--network",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="weights of a reward network",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="compute dtype of the networks"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of answers that the reward samples"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=1,
+        metavar="N",
+        help="call the reward N times with the same cases",
     )
     parser.add_argument("--list", action="store_true", help="show all rewards and stop")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="the reward's options")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the reward")
     return parser
 
 
-def table() -> str:
-    """The registry for reading."""
+def describe_rewards() -> str:
+    """Returns a text that describes every registered reward."""
     blocks = []
     for name, entry in registry.REGISTRY.items():
         columns = [*entry.columns, *(["|".join(entry.either)] if entry.either else [])]
@@ -125,7 +139,7 @@ def table() -> str:
         lines = [
             f"{name}",
             f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
-            f"  task {entry.task}; networks: {_networks(entry)}; "
+            f"  task {entry.task}; networks: {_name_networks(entry)}; "
             f"columns: {' '.join(columns) or 'none'}",
             f"  options: {' '.join(f'{k}={o.default}' for k, o in options) or 'none'}",
         ]
@@ -133,7 +147,7 @@ def table() -> str:
     return "\n".join(blocks)
 
 
-def _networks(entry: RewardRow) -> str:
+def _name_networks(entry: RewardRow) -> str:
     chosen = (
         f"{network} ({option}={value})"
         for option, values in entry.chosen.items()
@@ -143,53 +157,47 @@ def _networks(entry: RewardRow) -> str:
 
 
 class Cases:
-    """The input's cases: where each stands, and the samples that they are."""
+    """The cases of an input: their line numbers, and their samples."""
 
     def __init__(self, lines: list[int], samples: Samples):
         self.lines = lines
         self.samples = samples
 
 
-def plan(args: argparse.Namespace) -> tuple[BoundReward, list[networks.CheckedNetwork], Cases]:
-    """The reward, the networks that it asks and its cases, checked; nothing needs a device.
+def check_arguments(
+    args: argparse.Namespace,
+) -> tuple[BoundReward, list[networks.CheckedNetwork], Cases]:
+    """Checks all that needs no device; returns the reward, its networks and its cases.
 
     Raises:
         InputError: listing all problems of the arguments and the input.
     """
-    problems: list[str] = []
-
-    def attempt(function: Callable, *values: Any) -> Any:
-        try:
-            return function(*values)
-        except InputError as error:
-            problems.extend(error.problems)
-            return None
-
+    problems = Problems()
     for name in ("reward", "input"):
         if getattr(args, name) is None:
-            problems.append(f"--{name}: missing; expected --reward NAME --input FILE, or --list")
-    options = _options(args.options, problems)
+            problems.add(f"--{name}: missing; expected --reward NAME --input FILE, or --list")
+    options = _read_options(args.options, problems)
     if args.seed < 0:
-        problems.append(f"--seed: found {args.seed}; expected 0 or more")
+        problems.add(f"--seed: found {args.seed}; expected 0 or more")
     if args.repeat < 1:
-        problems.append(f"--repeat: found {args.repeat}; expected 1 or more")
-    reward = args.reward and attempt(_resolve, args.reward, options)
+        problems.add(f"--repeat: found {args.repeat}; expected 1 or more")
+    reward = args.reward and problems.attempt(_resolve, args.reward, options)
     asked = reward.networks if reward else ()
-    settings = attempt(_network_settings, args.network, args.dtype, asked)
-    found = reward and settings and attempt(networks.check_networks, [reward], settings, args.dtype)
+    settings = problems.attempt(_read_network_settings, args.network, args.dtype, asked)
+    found = None
+    if reward and settings:
+        found = problems.attempt(networks.check_networks, [reward], settings, args.dtype)
     asks = bool(reward and {"policy", "initial"} & set(reward.scorers))
     if asks and not args.model:
-        problems.append(f"--model: missing; {reward.name} asks the policy")
+        problems.add(f"--model: missing; {reward.name} asks the policy")
     elif args.model and (asks or reward is None):
-        model = attempt(inspect_policy, args.model)
+        model = problems.attempt(inspect_policy, args.model)
         if reward and model:
-            problems += networks.find_position_problems(
-                reward, model.family.limits(model.sizes), model.processor
-            )
+            limits = model.family.limits(model.sizes)
+            problems.add(networks.find_position_problems(reward, limits, model.processor))
     entry = reward.row if reward else registry.REGISTRY.get(args.reward)
-    cases = args.input and attempt(read_cases, args.input, entry)
-    if problems:
-        raise InputError(problems)
+    cases = args.input and problems.attempt(read_cases, args.input, entry)
+    problems.raise_any()
     assert reward and found is not None and cases
     return reward, found, cases
 
@@ -203,82 +211,80 @@ def _resolve(name: str, options: dict[str, Any]) -> BoundReward:
     return registry.bind_reward(name, options)
 
 
-def _network_settings(
+def _read_network_settings(
     texts: list[str], dtype: Literal["float32", "bfloat16"], asked: tuple[str, ...]
 ) -> Networks:
-    """The networks block that --network and --dtype give; `asked` are those of the reward."""
-    known, problems, paths = list(networks.NETWORKS), [], {}
+    """Returns the block `networks` of --network and --dtype. The reward runs those in `asked`."""
+    known, problems, paths = list(networks.NETWORKS), Problems(), {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not path or name not in known:
-            problems.append(
+            problems.add(
                 f"--network: found {text!r}, expected NAME=PATH with a name of {', '.join(known)}"
             )
-        try:
+        with problems.collect(f"--network {name}: "):
             paths[name] = expand_path(path)
-        except InputError as error:
-            problems.append(f"--network {name}: {error}")
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     blocks: Any = {
         n: RewardNetwork(path=paths.get(n), dtype=dtype if n in asked else "float32") for n in known
     }
     return Networks(**blocks)
 
 
-def _options(texts: list[str], problems: list[str]) -> dict[str, Any]:
-    """The options that key=value arguments give; appends what is wrong with the others."""
+def _read_options(texts: list[str], problems: Problems) -> dict[str, Any]:
+    """Returns the options of key=value arguments; notes what is wrong with them."""
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            problems.append(f"argument {text!r}: expected key=value, an option of the reward")
+            problems.add(f"argument {text!r}: expected key=value, an option of the reward")
         elif key in options:
-            problems.append(f"argument {text!r}: option {key} is given twice")
+            problems.add(f"argument {text!r}: option {key} is given twice")
         else:
             try:
                 parsed = parse_yaml(value)
                 is_path = key == "scorer" and isinstance(parsed, str)
                 options[key] = expand_path(parsed) if is_path else parsed
             except ValueError as error:
-                problems.append(f"argument {text!r}: the value cannot be read: {error}")
+                problems.add(f"argument {text!r}: the value cannot be read: {error}")
     return options
 
 
 def read_cases(path: Path, entry: RewardRow | None) -> Cases:
-    """The cases of a JSONL file for a reward; with no entry only the file itself is checked.
+    """Returns the cases of a JSON lines file. Without an entry only the file itself is checked.
 
     Raises:
         InputError: listing the problems of all lines.
     """
     text = read_text(path, "JSON lines")
-    lines, rows, problems = [], [], []
+    lines, rows, problems = [], [], Problems()
     # Not splitlines(): it also breaks at separators that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        found: list[str] = []
-        rows.append(_case(line, path.parent, entry, found))
+        of_line = Problems()
+        rows.append(_read_case(line, path.parent, entry, of_line))
         lines.append(number)
-        problems += [f"{path}: line {number}: {problem}" for problem in found]
+        problems.add(of_line, f"{path}: line {number}: ")
     if not lines:
-        problems.append(f"{path}: found no cases; expected a JSON object a line")
+        problems.add(f"{path}: found no cases; expected a JSON object a line")
     if entry and not entry.any_size and not problems:
-        problems += _size_problems(path, lines, rows)
-    if problems:
-        raise InputError(problems)
+        problems.attempt(_check_sizes, path, lines, rows)
+    problems.raise_any()
     return Cases(lines, _samples(entry, rows) if entry else Samples({}, texts=[]))
 
 
-def _case(line: str, folder: Path, entry: RewardRow | None, problems: list[str]) -> dict[str, Any]:
-    """One line's values by column name; appends what is wrong with it."""
+def _read_case(
+    line: str, folder: Path, entry: RewardRow | None, problems: Problems
+) -> dict[str, Any]:
+    """Returns the values of a line by column name; notes what is wrong with it."""
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError) as error:
-        problems.append(f"not JSON ({error})")
+        problems.add(f"not JSON ({error})")
         return {}
     if not isinstance(raw, dict):
-        problems.append(f"found {type(raw).__name__}, expected an object")
+        problems.add(f"found {type(raw).__name__}, expected an object")
         return {}
     if entry is None:
         return {}
@@ -287,34 +293,34 @@ def _case(line: str, folder: Path, entry: RewardRow | None, problems: list[str])
         short = column.rpartition("_")[2]
         if short in SHORT and short in raw:
             if column in raw:
-                problems.append(f"found both {short} and {column}; drop one")
+                problems.add(f"found both {short} and {column}; drop one")
             raw[column] = raw[short]
     completion = "completion" if entry.task == "mm2t" else "image"
     needed = [completion, *entry.columns]
     missing = [name for name in needed if name not in raw]
     if entry.either and not set(entry.either) & raw.keys():
         missing.append(" or ".join(entry.either))
-    problems += [f"{name} is missing; found {', '.join(raw) or 'nothing'}" for name in missing]
+    problems.add(f"{name} is missing; found {', '.join(raw) or 'nothing'}" for name in missing)
     read = raw if entry.every_column else (completion, *known)
-    problems += [
+    problems.add(
         f"{ascii(name)[1:-1]} {LONE_SURROGATE}"
         for name in read
         if holds_surrogate({name: raw.get(name)})
-    ]
+    )
     row = dict(raw) if entry.every_column else {}
     for name in (completion, *known):
-        problem, row[name] = _value(name, raw.get(name), folder)
+        problem, row[name] = _read_value(name, raw.get(name), folder)
         if entry.any_size and name not in (completion, "real_image"):
             problem = None  # a user's own reward reads other columns as it likes, as in training
         if problem is None and name == completion and name in raw and raw[name] is None:
             problem = f"found null, expected a {'text' if name == 'completion' else 'path'}"
         if problem:
-            problems.append(f"{name}: {problem}")
+            problems.add(f"{name}: {problem}")
     return row
 
 
-def _value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
-    """(problem or None, value) of one key; null is a value everywhere."""
+def _read_value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
+    """Returns (problem or None, value) of a key. null is a value of every key."""
     if value is None:
         return None, None
     if name not in ("image", "real_image"):
@@ -327,17 +333,18 @@ def _value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
         return str(error), None
 
 
-def _size_problems(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> list[str]:
-    """Images form one batch, so all must have the size of the first, a square."""
+def _check_sizes(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> None:
+    """Raises an InputError unless all images are squares of one size."""
+    # They form one batch.
     sizes = [row["image"].size for row in rows if "image" in row]
-    problems = []
+    problems = Problems()
     for line, (width, height) in zip(lines, sizes, strict=False):
         if width != height or (width, height) != sizes[0]:
-            problems.append(
+            problems.add(
                 f"{path}: line {line}: image: found {width}x{height} pixels, line {lines[0]} has "
-                f"{sizes[0][0]}x{sizes[0][1]}; expected squares of one size, as a model draws them"
+                f"{sizes[0][0]}x{sizes[0][1]}; expected squares of one size, as a model makes them"
             )
-    return problems
+    problems.raise_any()
 
 
 def _samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:

@@ -1,17 +1,26 @@
-"""What is wrong with a config as a whole: options that contradict or idle beside others.
+"""Checks options against each other: contradictions are refused, idle options are reported.
 
-Types and ranges are pydantic's part, in `schema`.
+Types and ranges are checked by pydantic, in `schema`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from corl_jax.config.fields import Section
+from corl_jax.config.stages import STAGES
+from corl_jax.errors import Problems
+from corl_jax.nearest import nearest_divisors
+
 if TYPE_CHECKING:
-    from corl_jax.config.fields import Section
     from corl_jax.config.schema import Config
+
+REWARD_GRACE_S = 1.0
+"""Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),
@@ -22,294 +31,303 @@ SWITCH_USERS = {
     "format_repeated_blocks": ("format",),
     "ti_sim_fixed_spans": ("t2i_ti_sim",),
 }
-"""Switches of `compat` that act on rewards -> those rewards."""
+"""Switch of `compat` that changes rewards -> those rewards."""
 
-STAGE_BLOCKS = {"rl": "algorithm", "sft": "sft", "vq": "vq"}
-"""Stage -> the block of options that it alone reads."""
-
-UNUSED_MOMENTS = {"adafactor": ("b1", "b2", "eps"), "lion": ("eps",), "sgd": ("b2", "eps")}
-"""Optimizer -> what it does not read."""
+OPTIMIZERS_WITH = {"b1": ("adamw", "lion", "sgd"), "b2": ("adamw", "lion")}
+"""Option of the optimizer -> the optimizers that read it."""
 
 
-REWARD_GRACE_S = 1.0
-"""Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
+# ---- options without effect
 
 
-def problems(config: Config) -> list[str]:
-    """A line for each option that does not fit the others."""
-    return [
-        *_batches(config),
-        *_contradictions(config),
-        *_unused_blocks(config),
-        *_unused_switches(config),
-        *_unused_moments(config),
-        *(warmup_problems(config, config.train.max_steps) if config.train.max_steps else []),
-        *_guards(config),
-        *_processes(config),
-        *_places(config),
-        *_adapters(config),
-    ]
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Who reads some options. In a config without that reader they have no effect."""
+
+    options: str  # regex of whole keys
+    name: str  # completes "only .. reads it"
+    is_present: Callable[[Config, str], bool]  # of a config and the option's key
 
 
-def _batches(config: Config) -> list[str]:
-    problems = []
+def _has_reward(*names: str) -> Callable[[Config, str], bool]:
+    return lambda config, _: any(reward.label in names for reward in config.scored_rewards)
+
+
+def _has_optimizer(*names: str) -> Callable[[Config, str], bool]:
+    return lambda config, _: config.optimizer.name in names
+
+
+def _has_block(block: str) -> Callable[[Config, str], bool]:
+    return lambda config, _: STAGES[config.stage].block == block
+
+
+READERS = (
+    *(
+        Reader(rf"{facts.block}\..*", f"stage {stage}", _has_block(facts.block))
+        for stage, facts in STAGES.items()
+        if facts.block
+    ),
+    Reader(
+        "rewards", "stage rl or eval.suite rewards",
+        lambda config, _: config.scored_rewards == config.rewards,
+    ),
+    Reader(
+        r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",
+        lambda config, key: config.rewards[int(key.split(".")[1])].use is not None,
+    ),
+    *(
+        Reader(rf"compat\.{switch}", f"the reward {' or '.join(names)}", _has_reward(*names))
+        for switch, names in SWITCH_USERS.items()
+    ),
+    Reader(
+        r"compat\.(image_logprobs_unshifted|text_top_k_50)|guards\.(?!max_skipped|step_timeout).*",
+        "a stage with rollouts", lambda config, _: STAGES[config.stage].has_rollouts,
+    ),
+    Reader(
+        r"compat\.image_logprobs_unshifted|guards\.duplicates", "the task t2i",
+        lambda config, _: config.algorithm.tasks != "mm2t",
+    ),
+    Reader(
+        r"compat\.text_top_k_50", "the task mm2t",
+        lambda config, _: config.algorithm.tasks != "t2i",
+    ),
+    Reader(
+        r"algorithm\.(advantages|mm2t_weight)", "algorithm.tasks unified",
+        lambda config, _: config.algorithm.tasks == "unified",
+    ),
+    Reader(
+        r"algorithm\.mm2t_weight", "algorithm.advantages unified_reward or unified_advantage",
+        lambda config, _: config.algorithm.advantages != "separate",
+    ),
+    Reader(
+        r"algorithm\.reference|guards\.kl", "algorithm.kl_coef above 0",
+        lambda config, _: config.algorithm.kl_coef > 0,
+    ),
+    Reader(
+        # With adapters the reference model is the frozen part, which has no copy of its own.
+        r"algorithm\.reference", "a run with lora.rank 0", lambda config, _: not config.lora.rank
+    ),
+    Reader(
+        r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",
+        lambda config, _: config.lora.rank > 0,
+    ),
+    *(
+        Reader(rf"optimizer\.{option}", f"optimizer.name {' or '.join(names)}",
+               _has_optimizer(*names))
+        for option, names in OPTIMIZERS_WITH.items()
+    ),
+    Reader(
+        r"train\.micro_batch", "a stage that trains the language model",
+        lambda config, _: STAGES[config.stage].has_micro_batches,
+    ),
+    Reader(
+        r"train\.epochs", "a run without train.max_steps",
+        lambda config, _: config.train.max_steps is None,
+    ),
+    Reader(
+        r"eval\.(every|path|rows|batch_prompts)|guards\.held_out", "an eval.suite other than none",
+        lambda config, _: config.eval.suite != "none",
+    ),
+    Reader(
+        r"guards\.max_failed_reward_fraction", "a reward by `use`",
+        lambda config, _: any(reward.use for reward in config.rewards),
+    ),
+    Reader(
+        r"distributed\.(?!initialize$).*", "distributed.initialize auto or always",
+        lambda config, _: config.distributed.initialize != "never",
+    ),
+)  # fmt: skip
+"""Options -> who reads them. An option that is not matched is always read."""
+
+
+def find_idle_options(config: Config) -> list[str]:
+    """Returns a line for each option that has no effect in this config: its value, and why."""
+    lines = []
+    for key, value in list_changes(config):
+        if key == "guards.fatal":
+            continue
+        if value is None and key.startswith("guards."):
+            continue  # an alarm that is switched off needs no reader
+        if reader := _missing_reader(config, key):
+            shown = ", ".join(one.label for one in config.rewards) if key == "rewards" else value
+            lines.append(f"{key}: {shown!r} has no effect; only {reader} reads it")
+    for alarm in config.guards.fatal:
+        if reader := _missing_reader(config, f"guards.{alarm}"):
+            lines.append(f"guards.fatal: {alarm!r} has no effect; only {reader} reads it")
+    return lines
+
+
+def _missing_reader(config: Config, key: str) -> str | None:
+    for reader in READERS:
+        if re.fullmatch(reader.options, key) and not reader.is_present(config, key):
+            return reader.name
+    return None
+
+
+def list_changes(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (key, value) of each option of a block whose value is not the default."""
+    # Not `model_fields_set`: a config that was written out sets every option.
+    fields = type(section).model_fields
+    for name, value in section:
+        key = prefix + name
+        if isinstance(value, Section):
+            yield from list_changes(value, f"{key}.")
+        elif value != fields[name].get_default(call_default_factory=True):
+            yield key, value
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from list_changes(item, f"{key}.{index}.")
+
+
+# ---- options that contradict each other
+
+
+def check_options_together(config: Config) -> None:
+    """Refuses options that contradict each other.
+
+    Raises:
+        InputError: listing all contradictions.
+    """
+    problems = Problems()
+    _check_batches(config, problems)
+    _check_sampling(config, problems)
+    _check_rewards(config, problems)
+    _check_guards(config, problems)
+    _check_processes(config, problems)
+    _check_places(config, problems)
+    _check_adapters(config, problems)
+    if config.train.max_steps:
+        with problems.collect():
+            check_warmup(config, config.train.max_steps)
+    problems.raise_any()
+
+
+def check_warmup(config: Config, steps: int) -> None:
+    """Refuses a run of `steps` that ends before it reaches its learning rate.
+
+    Raises:
+        InputError: it does.
+    """
+    warmup = config.optimizer.warmup_steps
+    has_rollouts = STAGES[config.stage].has_rollouts
+    iterations = config.algorithm.num_iterations if has_rollouts else 1
+    updates = steps * iterations
+    problems = Problems()
+    # Updates count from 0, so update number `warmup` is the first at the full learning rate.
+    if warmup >= max(updates, 1):
+        length = f"{steps} steps"
+        length += f" with {iterations} updates each" if iterations > 1 else ""
+        problems.add(
+            f"optimizer.warmup_steps: found {warmup}, but the run has {length}, so that it never "
+            f"reaches optimizer.learning_rate; expected less than {updates}; lower it or train "
+            "longer"
+        )
+    problems.raise_any()
+
+
+def _check_batches(config: Config, problems: Problems) -> None:
     batch = config.train.prompts_per_step
     for name, part in (
         ("train.micro_batch", config.train.micro_batch),
         ("rollout.batch_prompts", config.rollout.batch_prompts),
     ):
         if part is not None and batch % part:
-            problems.append(
+            problems.add(
                 f"{name}: {part} does not divide train.prompts_per_step {batch}; "
-                f"nearest divisors {_near_divisors(batch, part)}"
+                f"nearest: {nearest_divisors(batch, part)}"
             )
-    return problems
 
 
-def _contradictions(config: Config) -> list[str]:
-    problems = []
-    if config.stage == "vq" and config.train.micro_batch not in (
-        None,
-        config.train.prompts_per_step,
-    ):
-        problems.append("train.micro_batch: stage vq has no micro-batches; leave it out")
-    if config.eval.suite == "rewards" and (config.stage == "vq" or not config.rewards):
-        problems.append(
-            "eval.suite: rewards, but there are none to score, or stage vq, which "
-            "samples nothing; list rewards or choose another suite"
-        )
-    if config.eval.every and config.eval.suite == "none":
-        problems.append(
-            f"eval.every: {config.eval.every} has no use with eval.suite none; choose a suite "
-            "or drop it"
-        )
-    if config.stage == "rl" and not config.rewards:
-        problems.append("rewards: empty; stage rl needs at least one: {name: format}")
-    if (
-        config.stage == "rl"
-        and config.algorithm.reference != "device"
-        and not config.algorithm.kl_coef
-    ):
-        problems.append(
-            f"algorithm.reference: found {config.algorithm.reference}, but with "
-            "algorithm.kl_coef 0 there is no reference; leave it out, or set algorithm.kl_coef"
-        )
+def _check_sampling(config: Config, problems: Problems) -> None:
     if config.compat.image_logprobs_unshifted and config.algorithm.image_logprobs == "guided":
-        problems.append(
-            "compat.image_logprobs_unshifted: needs algorithm.image_logprobs conditional"
-        )
+        problems.add("compat.image_logprobs_unshifted: needs algorithm.image_logprobs conditional")
     if config.compat.text_top_k_50 and config.rollout.top_k not in (0, 50):
-        problems.append(
+        problems.add(
             f"rollout.top_k: {config.rollout.top_k} contradicts compat.text_top_k_50; drop one"
         )
-    return problems
 
 
-def changed(section: Section) -> dict[str, tuple[Any, Any]]:
-    """name -> (value, default) of the options with another value than the default.
-
-    Not `model_fields_set`: a written-out config sets every option, and a `base` those of others.
-    """
-    defaults = {
-        name: field.get_default(call_default_factory=True)
-        for name, field in type(section).model_fields.items()
-    }
-    return {name: (value, defaults[name]) for name, value in section if value != defaults[name]}
-
-
-def _unused_blocks(config: Config) -> list[str]:
-    """Options in blocks of another stage, and rewards that nothing scores."""
-    stage = config.stage
-    problems = [
-        f"{block}.{name}: found {value!r}, but stage {stage} does not read the block {block}; "
-        f"leave it at {default!r} or set stage to {reader}"
-        for reader, block in STAGE_BLOCKS.items()
-        if reader != stage
-        for name, (value, default) in changed(getattr(config, block)).items()
-    ]
-    scored = stage == "rl" or config.eval.suite == "rewards"
-    if config.rewards and not scored:
-        names = ", ".join(reward.label for reward in config.rewards)
-        problems.append(
-            f"rewards: found {names}, but stage {stage} learns from none; set rewards to []"
-            + (", or eval.suite to rewards" if stage == "sft" else "")
+def _check_rewards(config: Config, problems: Problems) -> None:
+    facts = STAGES[config.stage]
+    if config.eval.suite == "rewards" and not (facts.trains_language_model and config.rewards):
+        problems.add(
+            "eval.suite: rewards, but there are none to score, or stage vq, which samples nothing; "
+            "list rewards or choose another suite"
         )
-    return problems
+    if facts.has_rollouts and not config.rewards:
+        problems.add(f"rewards: empty; stage {config.stage} needs at least one: {{name: format}}")
 
 
-def _unused_switches(config: Config) -> list[str]:
-    """Switches of `compat` that nothing in the run asks."""
-    listed = {reward.label for reward in config.rewards}
-    tasks = config.algorithm.tasks
-    problems = []
-    for switch in changed(config.compat):
-        users = SWITCH_USERS.get(switch, ())
-        if users and listed.isdisjoint(users):
-            why = f"none of its rewards is listed ({' or '.join(users)})"
-        elif not users and switch != "bfloat16_master" and config.stage != "rl":
-            why = f"stage {config.stage} has no rollouts; it acts on those of rl alone"
-        elif (switch, tasks) in (("text_top_k_50", "t2i"), ("image_logprobs_unshifted", "mm2t")):
-            why = f"algorithm.tasks {tasks} leaves out the task that it acts on"
-        else:
-            continue
-        problems.append(f"compat.{switch}: found True, but {why}; leave it out")
-    return problems
-
-
-def _unused_moments(config: Config) -> list[str]:
-    options = config.optimizer
-    unused = UNUSED_MOMENTS.get(options.name, ())
-    return [
-        f"optimizer.{name}: found {value}, but {options.name} does not use it; leave it at "
-        f"{default} or choose another optimizer.name"
-        for name, (value, default) in changed(options).items()
-        if name in unused
-    ]
-
-
-def warmup_problems(config: Config, steps: int) -> list[str]:
-    """Returns a problem if a run of `steps` ends before its learning rate is reached."""
-    warmup = config.optimizer.warmup_steps
-    iterations = config.algorithm.num_iterations if config.stage == "rl" else 1
-    updates = steps * iterations
-    if warmup < max(updates, 1):  # update number `warmup`, from 0, is the first at the full rate
-        return []
-    counted = f"{steps} steps" + (f" with {iterations} updates each" if iterations > 1 else "")
-    return [
-        f"optimizer.warmup_steps: found {warmup}, but the run has {counted}, so that it never "
-        f"reaches optimizer.learning_rate; expected less than {updates}; lower it or train longer"
-    ]
-
-
-def _guards(config: Config) -> list[str]:
-    """Guards of what the run does not do, and a watchdog that would not wait for a reward."""
+def _check_guards(config: Config, problems: Problems) -> None:
     guards = config.guards
-    problems = [
-        f"guards.{name}: found {value!r}, but {why}; leave it at {default!r}"
-        for name, (value, default) in changed(guards).items()
-        if value is not None and (why := _blind(config, name))
-    ]
-    problems += [
-        f"guards.fatal: found {name}, but {why}; drop it"
-        for name in guards.fatal
-        if (why := _blind(config, name) or _off(config, name))
-    ]
-    # One is called after the other.
-    slow = [one for one in config.rewards if one.use]
-    limit, longest = guards.step_timeout_s, sum(one.timeout_s + REWARD_GRACE_S for one in slow)
+    for alarm in guards.fatal:
+        if getattr(guards, alarm) is None:
+            problems.add(f"guards.fatal: found {alarm}, but guards.{alarm} is null; drop it")
+    slow = [reward for reward in config.rewards if reward.use]
+    # The rewards are called one after the other, and the watchdog must wait for all of them.
+    limit, longest = guards.step_timeout_s, sum(x.timeout_s + REWARD_GRACE_S for x in slow)
     if limit is not None and longest >= limit:
-        problems.append(
+        problems.add(
             f"guards.step_timeout_s: {limit:g} is not above the {longest:g} s that the rewards "
-            f"{' and '.join(one.label for one in slow)} may take by their "
+            f"{' and '.join(reward.label for reward in slow)} may take by their "
             "timeout_s; raise the first or lower these"
         )
-    return problems
 
 
-def _off(config: Config, alarm: str) -> str:
-    return "" if getattr(config.guards, alarm) is not None else f"guards.{alarm} is null"
-
-
-def _blind(config: Config, guard: str) -> str:
-    """Why a guard of a rollout or an evaluation has nothing to look at."""
-    if guard in ("max_skipped_updates", "step_timeout_s", "fatal"):
-        return ""
-    if config.stage != "rl":
-        return f"stage {config.stage} has no rollouts and rewards"
-    reasons = {
-        "kl": not config.algorithm.kl_coef and "algorithm.kl_coef 0 measures none",
-        "duplicates": config.algorithm.tasks == "mm2t" and "algorithm.tasks mm2t draws nothing",
-        "held_out": config.eval.suite == "none" and "eval.suite none evaluates nothing",
-        "max_failed_reward_fraction": not any(reward.use for reward in config.rewards)
-        and "no reward by use is listed",
-    }
-    return str(reasons.get(guard) or "")
-
-
-def _processes(config: Config) -> list[str]:
+def _check_processes(config: Config, problems: Problems) -> None:
     options = config.distributed
-    problems = []
-    if options.initialize == "never":
-        problems += [
-            f"distributed.{name}: found {value!r}, but distributed.initialize never starts nothing "
-            "that reads it; leave it out"
-            for name, (value, _) in changed(options).items()
-            if name != "initialize"
-        ]
     address = options.coordinator_address
     if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
-        problems.append(
+        problems.add(
             f"distributed.coordinator_address: found {address!r}; expected HOST:PORT of process 0, "
             "such as node1:1234"
         )
     index, count = options.process_id, options.num_processes
     if index is not None and count is not None and index >= count:
-        problems.append(
+        problems.add(
             f"distributed.process_id: found {index} of {count} processes; expected 0 to {count - 1}"
         )
-    return problems
 
 
-def _places(config: Config) -> list[str]:
-    """Where files go; in an object store no file can be locked or appended to."""
-    problems = []
+def _check_places(config: Config, problems: Problems) -> None:
+    """Checks where files go. In an object store no file can be locked or appended to."""
     if "://" in config.output_dir:
-        problems.append(
+        problems.add(
             f"output_dir: found {config.output_dir!r}; expected a directory on a disk, which all "
             "processes see; to keep the checkpoints in a bucket set checkpoint.directory to "
             "gs://BUCKET/.."
         )
     directory = config.checkpoint.directory
     if directory is None or "://" not in directory:
-        return problems
+        return
     if not directory.startswith("gs://"):
-        problems.append(
+        problems.add(
             f"checkpoint.directory: found {directory!r}; expected a directory or gs://BUCKET/.."
         )
     elif not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
-        problems.append(
-            f"checkpoint.directory: found {directory!r}, but nothing here lists a bucket; run "
-            "`pip install 'corl-jax[gcs]'`"
+        problems.add(
+            f"checkpoint.directory: found {directory!r}, but no installed package lists a bucket; "
+            "run `pip install 'corl-jax[gcs]'`"
         )
-    return problems
 
 
-def _adapters(config: Config) -> list[str]:
-    """What contradicts adapters, and what has no use without them."""
+def _check_adapters(config: Config, problems: Problems) -> None:
     lora, export = config.lora, config.export
     if not lora.rank:
-        idle = {f"lora.{name}": values for name, values in changed(lora).items()}
-        if export.lora != "merged":
-            idle["export.lora"] = (export.lora, "merged")
-        return [
-            f"{key}: found {value!r}, but lora.rank 0 makes no adapters; set lora.rank or leave "
-            f"it at {default!r}"
-            for key, (value, default) in idle.items()
-        ]
-    problems = []
-    if config.stage == "vq":
-        problems.append(
-            f"lora.rank: found {lora.rank}, but stage vq does not use the language model, "
-            "which adapters are for; set it to 0"
+        return
+    if not STAGES[config.stage].trains_language_model:
+        problems.add(
+            f"lora.rank: found {lora.rank}, but stage {config.stage} does not use the language "
+            "model, which adapters are for; set it to 0"
         )
-    elif "trainable" in changed(config.train):
-        problems.append(
-            f"train.trainable: found {config.train.trainable}, but with lora.rank {lora.rank} the "
-            "adapters alone are trained; leave it out, or set lora.rank to 0"
-        )
-    if config.algorithm.reference == "host":
-        problems.append(
-            f"algorithm.reference: host, but with lora.rank {lora.rank} the reference is what is "
-            "frozen and takes no memory of its own; leave it at 'device'"
+    elif "trainable" in dict(list_changes(config.train)):
+        problems.add(
+            f"train.trainable: found {config.train.trainable}, but with lora.rank {lora.rank} only "
+            "the adapters are trained; leave it out, or set lora.rank to 0"
         )
     if export.lora == "adapter" and export.layout != "transformers":
-        problems.append(
+        problems.add(
             f"export.lora: adapter, but export.layout {export.layout}; PEFT loads an adapter onto "
             "transformers' model alone: set export.layout to transformers, or export.lora to merged"
         )
-    return problems
-
-
-def _near_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return ", ".join(str(d) for d in sorted(divisors, key=lambda d: abs(d - wanted))[:2])

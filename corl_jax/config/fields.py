@@ -1,4 +1,4 @@
-"""What the options of `schema` are made of: numbers with bounds, paths, defaults, sections."""
+"""The types that `schema` makes options of: bounded numbers, paths, defaults, blocks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def _some(size: int) -> int:
+def _refuse_zero(size: int) -> int:
     if size == 0:
         raise ValueError("expected -1, or 1 or more")
     return size
 
 
 def _expand(value: Any) -> Any:
-    """Expands a path or each of a list; pydantic adds key and value to the message."""
+    """Expands a path, or each path of a list."""
     if isinstance(value, list):
         return [_expand(path) for path in value]
     try:
         return expand_path(value)
     except InputError as error:
+        # pydantic adds key and value to the message.
         raise ValueError(str(error).removeprefix(f"{value}: ")) from None
 
 
@@ -43,11 +44,12 @@ def _expand_scorer(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def option(default: Any, description: str) -> Any:
-    """A field with a default, which type checkers miss where `Field` takes it by position."""
+    """Returns a field with a default and the text that explains it."""
+    # Type checkers see the default of a field only if it is given by position.
     return Field(default, description=description)
 
 
-Axis = Annotated[int, Field(ge=-1), AfterValidator(_some)]
+Axis = Annotated[int, Field(ge=-1), AfterValidator(_refuse_zero)]
 
 # Every option that names a place has one of these types: `~` and `$VAR` are replaced.
 ConfigPath = Annotated[str, AfterValidator(_expand)]
@@ -57,7 +59,7 @@ RewardOptions = Annotated[dict[str, Any], AfterValidator(_expand_scorer)]
 
 
 class Section(BaseModel):
-    """A frozen block of options that knows no others."""
+    """Base class of config blocks: frozen, strictly typed, unknown keys are errors."""
 
-    # Strict: `true` is no number and "5" is no 5, which pydantic would otherwise convert.
+    # Strict: pydantic would otherwise take `true` for the number 1 and "5" for 5.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

@@ -1,13 +1,12 @@
-"""Configs as files: read, merged with overrides, checked before anything else happens, described.
+"""Reads configs from YAML files, checks them, writes them and describes their options.
 
 A config is a YAML file, optionally on top of another one (`base: other.yaml`, relative to the
-file), with `key.path=value` overrides from the command line; values are parsed as YAML. Unknown
-keys are refused with the nearest known name, and all problems are reported at once.
+file), with `key.path=value` overrides from the command line. Values are parsed as YAML. Unknown
+keys are refused with the nearest known name. All problems are reported together.
 """
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable
@@ -18,99 +17,112 @@ import annotated_types
 import pydantic
 
 from corl_jax.config.fields import Section
-from corl_jax.config.schema import Config, Reward
+from corl_jax.config.schema import Config
 from corl_jax.config.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import expand_path, read_text
+from corl_jax.nearest import suggest_name
 
-MAX_BYTES = 4 * MAX_CHARACTERS  # of a file; UTF-8 has at most four bytes a character
+MAX_BYTES = 4 * MAX_CHARACTERS  # UTF-8 has at most four bytes a character
 RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
-"""Key of an earlier version -> what it is called now."""
+"""Key of an earlier version -> its name now."""
 LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The config of a file and its overrides (`key.path=value`).
+    """Returns the config of a file with its overrides (`key.path=value`).
 
     Raises:
-        InputError: every problem found, each with its key.
+        InputError: listing every problem with its key.
     """
-    tree = _read(Path(expand_path(path)), [])
-    problems = [line for text in overrides or [] for line in _override(tree, text)]
-    try:
-        config = validate(tree, str(path))
-    except InputError as error:
-        raise InputError([*problems, *error.problems]) from None
-    if problems:
-        raise InputError(problems)
+    tree, problems = _read(Path(expand_path(path)), []), Problems()
+    for text in overrides or []:
+        problems.attempt(_override, tree, text)
+    config = problems.attempt(validate, tree, str(path))
+    problems.raise_any()
+    assert config is not None  # otherwise there was a problem
     return config
 
 
 def validate(tree: dict[str, Any], source: str) -> Config:
-    """A Config of a plain dict; `source` names it in errors."""
+    """Returns the Config of a plain dict.
+
+    Raises:
+        InputError: listing every problem; each begins with `source`.
+    """
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        found: dict[str, list[str]] = {}
+        texts_of: dict[str, list[str]] = {}
         for prefix, text in map(_explain, error.errors()):
-            found.setdefault(prefix, []).append(text)
-    lines = [key + line for key, texts in found.items() for line in " or ".join(texts).splitlines()]
+            texts_of.setdefault(prefix, []).append(text)
+    # A value that may have several types has one error for each of them.
+    lines = [
+        prefix + line
+        for prefix, texts in texts_of.items()
+        for line in " or ".join(texts).splitlines()
+    ]
     raise InputError([f"{source}: {line}" for line in lines])
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML, every option with its value."""
+    """Returns the config as YAML, every option with its value."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def describe(section: type[Section] = Config, prefix: str = "") -> str:
-    """Every option on a line: key, default, type and meaning."""
+    """Returns a line for each option: key, default, type and meaning."""
     lines = []
     for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        kind = field.annotation
+        key, kind = prefix + name, field.annotation
         if _is_section(kind):
             lines.append(f"{key}: {(kind.__doc__ or '').splitlines()[0]}")
             lines.append(describe(kind, f"{key}."))
             continue
-        default = (
-            "required"
-            if field.is_required()
-            else repr(field.get_default(call_default_factory=True))
-        )
-        values = " ".join([kind_text(kind), *limits(field.metadata)]).replace("`", "")
-        note = f"; {field.description}" if field.description else ""
-        lines.append(f"  {key} = {default}  # {values}{note}")
+        default = "required"
+        if not field.is_required():
+            default = repr(field.get_default(call_default_factory=True))
+        values = " ".join([describe_type(kind), *describe_limits(field.metadata)]).replace("`", "")
+        lines.append(f"  {key} = {default}  # {values}; {field.description}")
+    if (named := named_block(section)) is not None:
+        lines.append(describe(named, f"{prefix}NAME."))
     return "\n".join(lines)
 
 
-def kind_text(kind: Any) -> str:
-    """A type as a reader of YAML names it."""
+def describe_type(kind: Any) -> str:
+    """Returns a type in the words of a reader of YAML."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return " ".join([kind_text(args[0]), *limits(args[1:])])
+        return " ".join([describe_type(args[0]), *describe_limits(args[1:])])
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in args)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(kind_text, args))
+        return " or ".join(map(describe_type, args))
     if origin is list:
-        return "list of blocks" if args[0] is Reward else f"list of {kind_text(args[0])}"
+        return "list of blocks" if _is_section(args[0]) else f"list of {describe_type(args[0])}"
     if origin is dict:
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true, false"}
     return names.get(kind, "null" if kind is type(None) else "block")
 
 
-def limits(metadata: Iterable[Any]) -> list[str]:
-    """Bounds, as pydantic and annotated_types keep them."""
-    found = []
+def describe_limits(metadata: Iterable[Any]) -> list[str]:
+    """Returns the bounds in the metadata of a pydantic field, as "≥ 1"."""
+    texts = []
     for item in metadata:
         for part in getattr(item, "metadata", None) or [item]:
             for name, text in LIMITS.items():
                 value = getattr(part, name, None)
                 if isinstance(part, annotated_types.BaseMetadata) and value is not None:
-                    found.append(text.format(value))
-    return found
+                    texts.append(text.format(value))
+    return texts
+
+
+def named_block(section: type[Section]) -> type[Section] | None:
+    """Returns the type of the blocks that a user names in a section; None without such blocks."""
+    if section.model_config.get("extra") != "allow":
+        return None
+    return typing.get_args(typing.get_type_hints(section)["__pydantic_extra__"])[1]
 
 
 def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
@@ -136,11 +148,12 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
 
 
 def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
-    """Leaves out blocks and lists without a value, as where all their lines are comments."""
+    """Returns the tree without blocks and lists that have no value."""
+    # In YAML a block whose lines are all comments has the value null.
     kept = {}
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
-        kind = field.annotation if field else None
+        kind = field.annotation if field else named_block(section)
         inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
         if value is None and (_is_section(kind) or typing.get_origin(kind) in (list, dict)):
             continue
@@ -168,43 +181,45 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(tree: dict[str, Any], text: str) -> list[str]:
-    """Sets one value; returns what is wrong with the argument."""
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Sets one value in the tree. Raises InputError for a wrong argument."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        return [f"argument {text!r}: expected key.path=value"]
+        raise InputError(f"argument {text!r}: expected key.path=value")
     *parents, leaf = key.split(".")
     for part in parents:
         child = tree.setdefault(part, {})
         if not isinstance(child, dict):
-            return [f"argument {text!r}: {part} is a value, not a block of options"]
+            raise InputError(f"argument {text!r}: {part} is a value, not a block of options")
         tree = child
     try:
         tree[leaf] = parse_yaml(value)
     except ValueError as error:
-        return [f"argument {text!r}: value is not valid YAML: {error}"]
-    return []
+        raise InputError(f"argument {text!r}: value is not valid YAML: {error}") from None
 
 
 def _explain(item: Any) -> tuple[str, str]:
-    """(key and value found, what is wrong) of one of pydantic's errors."""
+    """Returns (key and value found, problem) of one of pydantic's errors."""
     # A value of several types has an error for each, with the type's name behind the key.
     key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
     if item["type"] == "extra_forbidden":
         if new := RENAMED.get(key):
             return f"{key}: ", f"has a new name; use {new}"
-        known = _known(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.0)[0]
-        return f"{key}: ", f"unknown key; did you mean {near}? (known: {', '.join(known)})"
+        known = _known_keys(item["loc"][:-1])
+        return f"{key}: ", f"unknown key; {suggest_name(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
     return (f"{key}: found {item['input']!r}; " if key else "", message)
 
 
-def _known(location: tuple) -> list[str]:
+def _known_keys(location: tuple) -> list[str]:
+    """Returns the options of the block at a location, such as ("rewards", 0)."""
     section: Any = Config
     for part in location:
-        if isinstance(part, str):
-            section = Reward if part == "rewards" else section.model_fields[part].annotation
+        if not isinstance(part, str):
+            continue  # the number of an item in a list
+        field = section.model_fields.get(part)
+        kind = field.annotation if field else named_block(section)
+        section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     return list(section.model_fields)

@@ -1,14 +1,14 @@
-"""Every knob of a run: typed, bounded and documented. `config.files` reads, checks and writes it.
-What options mean to each other stands in `config.checks`.
+"""Defines every option of a run, with its type, range, default and meaning.
 
-Sources in the field texts: [P] the paper (arXiv 2505.17534), [R] its released script.
+`config.files` reads, checks and writes configs; `config.checks` checks options against each other.
+Sources in the texts: [P] the paper (arXiv 2505.17534), [R] its released script.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from corl_jax.config import checks
 from corl_jax.config.fields import (
@@ -25,325 +25,391 @@ from corl_jax.config.fields import (
     Section,
     option,
 )
+from corl_jax.config.stages import STAGES
 
 
 class Model(Section):
-    """The policy: where its weights are and how it computes."""
+    """The policy: its weights, and how it computes."""
 
     path: ConfigPath = Field(
-        description="directory in any layout, or hub id: owner/name[@revision]"
+        description="Directory of the weights in any layout, or hub id owner/name[@revision]."
     )
     dtype: Literal["float32", "bfloat16"] = option(
-        "bfloat16", "compute dtype; parameters and optimizer stay float32"
+        "bfloat16", "Compute dtype. Parameters and optimizer state stay float32."
     )
     remat: Literal["none", "dots", "full"] = option(
-        "full", "what the backward pass keeps of each layer: all, products, input"
+        "full",
+        "What the forward pass keeps of each layer for the backward pass. none: everything; dots: "
+        "matrix products; full: only the layer's input.",
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = option(
-        "auto", "of the update; auto: cudnn or splash where one runs, or else xla"
+        "auto", "Attention kernel of the update. auto: cuDNN or splash where supported, else XLA."
     )
     logprob_chunk: Positive = option(
-        1024, "tokens whose logits exist at once in a loss; bounds memory"
+        1024, "Number of tokens whose logits are in memory at once when a loss is computed."
     )
-
-
-class Columns(Section):
-    """Names of the dataset's columns; the defaults are the published layout's."""
-
-    prompt: str = "prompt"
-    real_image: str = "real_image"
-    qa_problem: str = "qa_problem"
-    qa_solution: str = "qa_solution"
-    qa_type: str = "qa_type"
 
 
 class Data(Section):
-    """Rows and the prompts made of them."""
+    """The rows, and how prompts are made of them."""
 
-    path: ConfigPaths = Field(description="parquet file, directory, glob, list, or hub id")
-    columns: Columns = Columns()
+    path: ConfigPaths = Field(
+        description="Parquet file, directory, glob, a list of these, or hub dataset id."
+    )
+    columns: dict[str, str] = option(
+        {}, "Standard column name -> its name in your files, where the two differ."
+    )
     max_prompt_length: Positive = option(
-        1024, "tokens of an encoded prompt; longer rows are left out [P, R]"
+        1024, "Most tokens of an encoded prompt. Longer rows are left out. [P, R]"
     )
-    max_bad_fraction: Fraction = option(0.01, "undecodable rows before the run stops")
+    max_bad_fraction: Fraction = option(
+        0.01, "Largest fraction of rows that cannot be decoded. With more the run stops."
+    )
     cache_rows: NonNegative = option(
-        0, "decoded rows kept in memory; for small data read many times"
+        0, "Number of decoded rows kept in memory, for small data that is read many times."
     )
-    prefetch: NonNegative = option(2, "batches prepared ahead by a thread")
-    system_prompt: str = option("", "system text of understanding prompts; CoRL: none")
 
 
 class Rollout(Section):
     """Sampling of the completions that are rewarded."""
 
-    group_size: Annotated[int, Field(ge=2)] = option(8, "completions per prompt, G [P]")
-    temperature: PositiveFloat = option(1.0, "of both tasks, also in log-probs")
-    top_k: NonNegative = option(0, "text only; 0 keeps the whole vocabulary")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    cfg_scale: NonNegativeFloat = option(5.0, "image guidance; 1 is none [P]")
-    max_new_tokens: Positive = option(512, "text tokens of a completion [P]")
-    pixel_dtype: Literal["float32", "bfloat16"] = option("float32", "of rewarded images")
+    group_size: Annotated[int, Field(ge=2)] = option(8, "Completions per prompt, G. [P]")
+    temperature: PositiveFloat = option(
+        1.0, "Sampling temperature of both tasks. Log-probs are computed at it too."
+    )
+    top_k: NonNegative = option(
+        0, "Text is sampled from this many most likely tokens. 0: from the whole vocabulary."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = option(
+        1.0, "Text is sampled from the most likely tokens with this total probability."
+    )
+    cfg_scale: NonNegativeFloat = option(
+        5.0, "Scale of classifier-free guidance of images. 1: no guidance. [P]"
+    )
+    max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")
     batch_prompts: Positive | None = option(
-        None, "prompts sampled at once on all devices; null: all of a step"
+        None, "Number of prompts sampled at once on all devices. null: all prompts of a step."
     )
 
 
 class Reward(Section):
-    """One reward: a registered name, or a function of your own by `use`."""
+    """One reward: a registered one by `name`, or a function of your own by `use`."""
 
-    name: str | None = option(None, "a name that `python -m corl_jax.score --list` shows")
-    use: CodePath | None = option(None, "FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own")
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    options: RewardOptions = Field(default_factory=dict, description="the reward's own keywords")
-    timeout_s: PositiveFloat = option(60.0, "seconds that a call of `use` may take")
-    max_failures: Positive = option(5, "failed calls of `use` in a row after which the run stops")
+    name: str | None = option(
+        None, "Name of a registered reward; `python -m corl_jax.score --list` lists them."
+    )
+    use: CodePath | None = option(
+        None, "A reward function of your own: FILE.py:FUNCTION or MODULE:FUNCTION."
+    )
+    weight: Annotated[float, Field(allow_inf_nan=False)] = option(
+        1.0, "Factor of this reward in the sum of its task's rewards."
+    )
+    options: RewardOptions = Field(
+        default_factory=dict, description="Keyword arguments of the reward."
+    )
+    timeout_s: PositiveFloat = option(60.0, "Seconds that one call of `use` may take.")
+    max_failures: Positive = option(
+        5, "The run stops after this many failed calls of `use` in a row."
+    )
 
     @property
     def label(self) -> str:
-        """The name in logs: the registered one, or that of the user's function."""
+        """The reward's name in logs: the registered name, or that of the user's function."""
         return self.name or (self.use or "").rpartition(":")[2]
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Reward:
+    def _check_kind(self) -> Reward:
         if (self.name is None) == (self.use is None):
             raise ValueError(
                 "needs exactly one of name, a registered reward, and use, FILE.py:FUNCTION"
-            )
-        idle = sorted({"timeout_s", "max_failures"} & checks.changed(self).keys())
-        if self.name is not None and idle:
-            raise ValueError(
-                f"{' and '.join(idle)} act on rewards by use alone; {self.name} is built in"
             )
         return self
 
 
 class RewardNetwork(Section):
-    """Where the weights of a reward network are, and in which type they compute."""
+    """One reward network: its weights and compute dtype."""
 
-    path: ConfigPath | None = option(None, "directory, file or hub id; null: the usual one")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype")
+    path: ConfigPath | None = option(
+        None, "Directory, file or hub id of the weights. null: the usual place."
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Compute dtype of the network.")
 
 
 class Networks(Section):
-    """Networks that rewards ask; only those that the listed rewards name are loaded."""
+    """Reward networks by name. Only networks that the listed rewards need are loaded."""
 
-    offload: bool = option(False, "keep them, and frozen scorers, in host memory between uses")
-    blip: RewardNetwork = RewardNetwork()
-    bert: RewardNetwork = RewardNetwork()
-    sentence: RewardNetwork = RewardNetwork()
-    lpips: RewardNetwork = RewardNetwork()
-    clip: RewardNetwork = RewardNetwork()
-    pickscore: RewardNetwork = RewardNetwork()
-    hpsv2: RewardNetwork = RewardNetwork()
-    clip_l14: RewardNetwork = RewardNetwork()
-    aesthetic: RewardNetwork = RewardNetwork()
+    # Any further key is the name of a network. The table of networks belongs to the rewards, which
+    # check the names, so that a new network needs no change here.
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, RewardNetwork] = Field(init=False)
+
+    offload: bool = option(
+        False,
+        "Keep reward networks and frozen scorers in host memory while they are not in use.",
+    )
+
+    @property
+    def by_name(self) -> dict[str, RewardNetwork]:
+        """The settings of every network that the config names."""
+        return self.__pydantic_extra__ or {}
+
+    def settings_of(self, name: str) -> RewardNetwork:
+        """Returns the settings of a network; the defaults if the config does not name it."""
+        return self.by_name.get(name, RewardNetwork())
 
 
 class Algorithm(Section):
     """The reinforcement learning algorithm: tasks, advantages, loss and penalty."""
 
-    name: Literal["grpo"] = option("grpo", "row of the table of algorithms")
+    name: Literal["grpo"] = option("grpo", "Name of the algorithm.")
 
-    tasks: Literal["unified", "t2i", "mm2t"] = "unified"
-    advantages: Literal["unified_reward", "unified_advantage", "separate"] = "unified_reward"
-    mm2t_weight: NonNegativeFloat = option(
-        0.8, "lambda: weight of the text reward in the joint one [P eq. 5]"
+    tasks: Literal["unified", "t2i", "mm2t"] = option(
+        "unified",
+        "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both.",
     )
-    t2i_loss_weight: NonNegativeFloat = 1.0
-    mm2t_loss_weight: NonNegativeFloat = 1.0
-    std_eps: NonNegativeFloat = option(1e-4, "added to a group's std [R]")
-    scale_by_std: bool = option(True, "false: advantages are only centred")
+    advantages: Literal["unified_reward", "unified_advantage", "separate"] = option(
+        "unified_reward",
+        "How the advantages of the two tasks are joined. unified_reward: one advantage from the "
+        "joint reward of each pair; unified_advantage: the sum of the two advantages; separate: "
+        "each task has its own.",
+    )
+    mm2t_weight: NonNegativeFloat = option(
+        0.8, "Weight of the text reward in the joint reward, lambda. [P eq. 5]"
+    )
+    mm2t_loss_weight: NonNegativeFloat = option(
+        1.0, "Weight of the text loss; that of the image loss is 1."
+    )
+    scale_by_std: bool = option(
+        True, "Divide advantages by the standard deviation of their group. false: only centre them."
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
         "sum_then_normalize",
-        "normalize_then_sum: each reward on its own within its group (GDPO)",
+        "Order of adding rewards and normalizing. normalize_then_sum: each reward is normalized on "
+        "its own within its group (GDPO).",
     )
-    kl_coef: NonNegativeFloat = option(0.0, "beta of the k3 penalty; 0: no reference")
+    kl_coef: NonNegativeFloat = option(
+        0.0, "Coefficient of the k3 KL penalty, beta. 0: no penalty and no reference model."
+    )
     reference: Literal["device", "host"] = option(
-        "device", "where the reference lies between uses; host frees device memory"
+        "device",
+        "Where the reference model is kept while it is not in use. host frees device memory.",
     )
-    clip_low: NonNegativeFloat = option(0.2, "ratio clip below 1; inert at 1 iteration")
-    clip_high: NonNegativeFloat = option(0.2, "ratio clip above 1")
-    num_iterations: Positive = option(1, "optimizer steps on each rollout (mu)")
+    clip_low: NonNegativeFloat = option(
+        0.2, "The probability ratio is clipped below 1 - clip_low. No effect with 1 iteration."
+    )
+    clip_high: NonNegativeFloat = option(
+        0.2, "The probability ratio is clipped above 1 + clip_high. No effect with 1 iteration."
+    )
+    num_iterations: Positive = option(1, "Optimizer updates on each rollout, mu.")
     image_logprobs: Literal["conditional", "guided"] = option(
-        "conditional", "distribution that image tokens are scored under"
+        "conditional",
+        "Distribution under which log-probs of image tokens are computed: that of the prompt, or "
+        "that of guidance, from which they are sampled.",
     )
     mask_truncated: bool = option(
-        False, "leave answers without an end token out of the loss (text only)"
+        False, "Leave text completions without an end token out of the loss."
     )
 
 
 class Lora(Section):
-    """Low-rank adapters in the language model, trained in place of its parameters."""
+    """Low-rank adapters in the language model, trained instead of its parameters."""
 
     rank: NonNegative = option(
-        0, "inner width of the adapters; 0: none, train.trainable says what is trained"
+        0, "Rank of the adapters. 0: no adapters; train.trainable says what is trained."
     )
-    alpha: PositiveFloat = option(32.0, "what they add is scaled by alpha / rank")
+    alpha: PositiveFloat = option(32.0, "The output of adapters is scaled by alpha / rank.")
     targets: list[str] | None = option(
-        None, "projections of each layer that have one; null: all that the model can have"
+        None, "Projections of each layer that get an adapter. null: all that the model can have."
     )
 
 
 class Sft(Section):
-    """The supervised stage: both tasks on one language model."""
+    """Supervised fine-tuning of both tasks on one language model."""
 
-    answer_column: str = option("sft_answer", "target of the question; text")
     caption_column: str | None = option(
-        "caption", "target of the captioning instruction; null trains no captions"
+        "caption",
+        "Column with the answers to the captioning instruction. null: captions are not trained.",
     )
-    t2i_weight: NonNegativeFloat = 1.0
-    mm2t_weight: NonNegativeFloat = 1.0
-    caption_weight: NonNegativeFloat = 1.0
-    cfg_dropout: Fraction = option(
-        0.1, "rows whose prompt is blanked as guidance's unconditional row is"
+    t2i_weight: NonNegativeFloat = option(
+        1.0, "Weight of the image loss; those of the text losses are 1. 0: images are not trained."
     )
-
-
-class Vq(Section):
-    """The image tokenizer's recipe."""
-
-    perceptual_weight: NonNegativeFloat = option(
-        0.5, "weight of the error of image gradients beside that of pixels"
-    )
-    commitment: NonNegativeFloat = option(0.25, "pull of latents to their codes")
-    entropy_weight: NonNegativeFloat = option(0.02, "spread of code use over a batch")
 
 
 class Optimizer(Section):
-    """optax; the defaults are the released run's."""
+    """The optax optimizer. The defaults are those of the released run."""
 
-    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
-    learning_rate: PositiveFloat = option(4e-6, "peak [P]")
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["linear", "cosine", "constant"] = option("linear", "to 0 [R]")
-    warmup_steps: NonNegative = 0
-    max_grad_norm: NonNegativeFloat = option(1.0, "global clip; 0 is none [R]")
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = option("adamw", "Name of the optimizer.")
+    learning_rate: PositiveFloat = option(4e-6, "Peak learning rate. [P]")
+    b1: Fraction = option(0.9, "Decay of the first moment; the momentum of sgd.")
+    b2: Fraction = option(0.999, "Decay of the second moment.")
+    weight_decay: NonNegativeFloat = option(0.0, "Decoupled weight decay.")
+    schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", "Schedule of the learning rate after warmup. linear and cosine end at 0. [R]"
+    )
+    warmup_steps: NonNegative = option(
+        0, "Updates in which the learning rate rises linearly from 0."
+    )
+    max_grad_norm: NonNegativeFloat = option(
+        1.0, "Gradients are clipped to this global norm. 0: no clipping. [R]"
+    )
 
 
 class Train(Section):
-    """Length and batch of the run."""
+    """Length and batch of the run, and what is trained."""
 
-    prompts_per_step: Positive = option(16, "prompts of one rollout, all devices [P]")
+    prompts_per_step: Positive = option(16, "Prompts of one step on all devices. [P]")
     micro_batch: Positive | None = option(
-        None, "prompts whose groups are in one backward pass; null: all of a step"
+        None,
+        "Prompts whose completions share one backward pass. null: all prompts of a step.",
     )
-    epochs: PositiveFloat = 1.0
+    epochs: PositiveFloat = option(1.0, "Passes over the data.")
     max_steps: Positive | None = option(
         None,
-        "overrides epochs; a step is a batch with all its updates",
+        "Length of the run in steps, instead of epochs. A step is a batch with all its updates.",
     )
     trainable: list[str] | None = option(
         None,
-        "regexes of parameter paths; the rest is frozen (all but the adapters is, with lora.rank); "
-        "null: those of the model's published recipe, for Janus language_model and lm_head",
+        "Regexes of the paths of parameters that are trained; all others are frozen. null: those "
+        "of the model's published recipe, for Janus language_model and lm_head. Not read with "
+        "lora.rank above 0.",
     )
     stop_after: Positive | None = option(
         None,
-        "steps (see max_steps) of this process; the schedule stays that of the run",
+        "This process stops after this many steps. The learning rate schedule does not change.",
     )
 
 
 class Mesh(Section):
-    """Devices per axis; one may be -1 and takes what the others leave."""
+    """Devices per mesh axis. One axis may be -1: it takes the devices that the others leave."""
 
-    data: Axis = -1
-    fsdp: Axis = 1
-    tensor: Axis = 1
+    data: Axis = option(-1, "Devices that split the batch and hold the same parameters.")
+    fsdp: Axis = option(1, "Devices that split the batch, the parameters and the optimizer state.")
+    tensor: Axis = option(1, "Devices that split each layer.")
 
 
 class Distributed(Section):
-    """Several processes; on one machine nothing here is needed."""
+    """Training with several processes. One process needs none of these options."""
 
     initialize: Literal["auto", "always", "never"] = option(
-        "auto", "join others: where a cluster or the next three say so, always, never"
+        "auto",
+        "Whether to join other processes. auto: if a cluster is detected or an address is given.",
     )
     coordinator_address: str | None = option(
-        None, "HOST:PORT of process 0; null: as the cluster says"
+        None, "HOST:PORT of process 0. null: as the cluster says."
     )
-    num_processes: Positive | None = option(None, "null: as the cluster says")
+    num_processes: Positive | None = option(None, "Number of processes. null: as the cluster says.")
     process_id: NonNegative | None = option(
-        None, "of this process, from 0; null: as the cluster says"
+        None, "Number of this process, from 0. null: as the cluster says."
     )
-    initialization_timeout_s: Positive = option(300, "until all must have started")
-    heartbeat_timeout_s: Positive = option(100, "after which a silent one is dead")
+    initialization_timeout_s: Positive = option(
+        300, "Seconds in which all processes must have started."
+    )
+    heartbeat_timeout_s: Positive = option(
+        100, "A process that does not answer for this many seconds counts as dead."
+    )
 
 
 class Checkpoint(Section):
-    """Saving, for resuming."""
+    """Saving the state of the run, so that it can be resumed."""
 
-    every: Positive = option(200, "steps between two; the last is always saved")
+    every: Positive = option(200, "Steps between two checkpoints. The last step is always saved.")
     keep: Positive = option(
-        2, "newest checkpoints that stay; one more is there while the next is written"
+        2,
+        "Number of newest checkpoints to keep. One more exists while the next one is written.",
     )
     directory: ConfigPath | None = option(
-        None, "where they are, also gs://BUCKET/..; null: in the run directory"
+        None, "Directory of the checkpoints, also gs://BUCKET/... null: in the run directory."
     )
     max_failures: Positive = option(
-        3, "saves that fail in a row after which the run stops; the last must not"
+        3, "The run stops after this many failed saves in a row, or if the last save fails."
     )
 
 
 class Export(Section):
-    """The final model, for PyTorch."""
+    """The final model, written for PyTorch."""
 
-    layout: Literal["transformers", "original", "jax", "none"] = "transformers"
-    dtype: Literal["keep", "float32", "bfloat16"] = option(
-        "keep", "keep: each tensor's dtype in the source"
+    layout: Literal["transformers", "original", "jax", "none"] = option(
+        "transformers", "Layout of the exported model. none: no export."
     )
-    base: ConfigPath | None = option(None, "original directory that supplies dropped tensors")
+    dtype: Literal["keep", "float32", "bfloat16"] = option(
+        "keep", "dtype of the exported tensors. keep: that of each tensor in model.path."
+    )
     lora: Literal["merged", "adapter"] = option(
         "merged",
-        "merged: a whole model; adapter: a directory for PEFT, transformers layout",
+        "merged: the adapters are added to the weights of a whole model; adapter: a directory "
+        "for PEFT holds them alone (layout transformers).",
     )
 
 
 class Eval(Section):
-    """Held-out evaluation."""
+    """Evaluation on held-out rows."""
 
-    suite: Literal["none", "shapes", "rewards"] = "none"
-    every: NonNegative = option(0, "steps between; 0: only before and after")
-    path: ConfigPaths | None = option(None, "rows; null: the last rows of the data")
-    rows: Positive = 64
-    batch_prompts: Positive = 16
+    suite: Literal["none", "shapes", "rewards"] = option(
+        "none",
+        "What is measured. shapes: the drawn world's exact checker; rewards: the listed rewards.",
+    )
+    every: NonNegative = option(
+        0, "Steps between evaluations. 0: only before and after the training."
+    )
+    path: ConfigPaths | None = option(
+        None, "Held-out rows, named as data.path. null: the last rows of data.path."
+    )
+    rows: Positive = option(64, "Number of held-out rows.")
+    batch_prompts: Positive = option(16, "Number of prompts evaluated at once on all devices.")
 
 
 class Guards(Section):
-    """What ends or warns of a run that goes wrong; docs/reliability.md has each limit's reason."""
+    """Limits that stop a run or print an alarm. docs/reliability.md gives the reasons."""
 
     max_skipped_updates: Positive = option(
-        3, "updates in a row, skipped as not finite, that end the run with code 3"
+        3, "The run ends with exit code 3 after this many updates in a row that are not finite."
     )
     max_failed_reward_fraction: Fraction = option(
-        0.5, "samples of 20 steps that a reward by `use` may fail on; else the end"
+        0.5,
+        "The run ends if a reward by `use` fails on more than this fraction of the samples of 20 "
+        "steps.",
     )
     step_timeout_s: PositiveFloat | None = option(
-        1800.0, "seconds without an iteration, evaluation batch or save; null: no end"
+        1800.0,
+        "The run ends if no iteration, evaluation batch or save finishes for this many seconds. "
+        "null: never.",
     )
-    kl: PositiveFloat | None = option(1.0, "alarm above: nats a token, of either task")
+    kl: PositiveFloat | None = option(
+        1.0, "Alarm if the KL divergence of a task is above this, in nats per token."
+    )
     entropy: PositiveFloat | None = option(
-        0.1, "alarm below: mean of 10 steps as a share of the first 10 steps' mean"
+        0.1,
+        "Alarm if the mean entropy of 10 steps falls below this fraction of that of the first 10 "
+        "steps.",
     )
     duplicates: Fraction | None = option(
-        0.5, "alarm above: drawings that repeat one of their group, mean of 10 steps"
+        0.5,
+        "Alarm if more than this fraction of images repeats another image of its group, mean of "
+        "10 steps.",
     )
     zero_spread: Fraction | None = option(
-        0.9, "alarm above: groups with equal rewards, mean of 10 steps"
+        0.9,
+        "Alarm if more than this fraction of groups has equal rewards, mean of 10 steps.",
     )
     not_applicable: Fraction | None = option(
         0.5,
-        "alarm above: completions without a reward, mean of 10 steps; or a reward that applies to "
-        "none; the end of a run without any",
+        "Alarm if more than this fraction of completions has no reward, mean of 10 steps, or if a "
+        "reward applies to no completion. A run without any reward ends.",
     )
     drift_mean: PositiveFloat | None = option(
-        0.05, "alarm above: mean |sampler - trainer| log-prob, nats"
+        0.05,
+        "Alarm if the log-probs of sampler and trainer differ by more than this, mean of all "
+        "tokens, in nats.",
     )
-    drift_max: PositiveFloat | None = option(5.0, "alarm above: the largest, nats")
+    drift_max: PositiveFloat | None = option(
+        5.0,
+        "Alarm if the log-probs of sampler and trainer differ by more than this for one token, in "
+        "nats.",
+    )
     held_out: PositiveFloat | None = option(
         3.0,
-        "alarm: standard errors that a held-out score falls while the reward rises",
+        "Alarm if a held-out score falls by more than this many standard errors while the reward "
+        "rises.",
     )
     fatal: list[
         Literal[
@@ -356,31 +422,45 @@ class Guards(Section):
             "drift_max",
             "held_out",
         ]
-    ] = Field(default_factory=list, description="alarms that end the run with exit code 3")
+    ] = Field(default_factory=list, description="Alarms that end the run with exit code 3.")
 
 
 class Log(Section):
-    """What is written beside the numbers."""
+    """What the run logs, and how often."""
 
-    every: Positive = option(1, "steps between metric lines")
-    images_every: NonNegative = option(50, "steps between image grids; 0: none")
-    fixed_prompts: Positive = option(4, "held-out prompts drawn in each grid")
+    every: Positive = option(1, "Steps between lines of metrics.")
+    images_every: NonNegative = option(50, "Steps between image grids. 0: no grids.")
 
 
 class Compat(Section):
-    """Switches back to behaviours of the released code that our defaults mend; see the docs."""
+    """Switches that bring back bugs of the released code, which are fixed by default."""
 
-    image_logprobs_unshifted: bool = option(False, "Q1: score a token after it is read")
-    bfloat16_master: bool = option(False, "Q2: parameters and optimizer in bfloat16")
-    mc_as_open_ended: bool = option(False, "Q3: choice answers scored by word overlap")
-    text_top_k_50: bool = option(False, "Q4: transformers' implicit top_k")
-    ti_sim_fixed_spans: bool = option(False, "Q7: spans 5:581 and 586: of the tokens")
-    format_without_strip: bool = option(False, "Q20: white space around spoils the format")
-    answer_single_line: bool = option(False, "Q21: answers with a newline not found")
-    format_repeated_blocks: bool = option(False, "C1: blocks within blocks pass the format test")
-    answer_in_thoughts: bool = option(False, "C2: an answer block in the thoughts decides")
+    image_logprobs_unshifted: bool = option(
+        False, "Q1: the log-prob of an image token is read one position too late."
+    )
+    bfloat16_master: bool = option(
+        False, "Q2: parameters and optimizer state are bfloat16, with no float32 copy."
+    )
+    mc_as_open_ended: bool = option(
+        False, "Q3: answers to choice questions are compared by word overlap."
+    )
+    text_top_k_50: bool = option(False, "Q4: text is sampled with transformers' default top_k, 50.")
+    ti_sim_fixed_spans: bool = option(
+        False, "Q7: image and text tokens are taken from the fixed positions 5:581 and 586:."
+    )
+    format_without_strip: bool = option(
+        False, "Q20: white space around a completion fails the format test."
+    )
+    answer_single_line: bool = option(False, "Q21: an answer with a newline is not found.")
+    format_repeated_blocks: bool = option(
+        False, "C1: blocks inside of blocks pass the format test."
+    )
+    answer_in_thoughts: bool = option(
+        False, "C2: an answer block inside of the thoughts counts as the answer."
+    )
     compare_by_letters: bool = option(
-        False, "C3: numbers resemble others by spelling, a class counts within any word"
+        False,
+        "C3: numbers are compared by their letters, and a class counts inside of any word.",
     )
 
 
@@ -388,20 +468,21 @@ class Config(Section):
     """A whole run."""
 
     output_dir: ConfigPath = Field(
-        description="run directory; a rerun of the same command resumes it"
+        description="Run directory. The same command again resumes the run in it."
     )
     stage: Literal["rl", "sft", "vq"] = option(
-        "rl", "reinforcement learning, supervised fine-tuning, or the image tokenizer"
+        "rl",
+        "Kind of training. rl: reinforcement learning; sft: supervised fine-tuning; vq: the image "
+        "tokenizer.",
     )
-    seed: NonNegative = 0
+    seed: NonNegative = option(0, "Seed of the data order and of all samples.")
     model: Model
     data: Data
     rollout: Rollout = Rollout()
-    rewards: list[Reward] = Field(default_factory=list)
+    rewards: list[Reward] = Field(default_factory=list, description="Rewards of the completions.")
     networks: Networks = Networks()
     algorithm: Algorithm = Algorithm()
     sft: Sft = Sft()
-    vq: Vq = Vq()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -414,9 +495,13 @@ class Config(Section):
     log: Log = Log()
     compat: Compat = Compat()
 
+    @property
+    def scored_rewards(self) -> list[Reward]:
+        """The rewards that the training or the evaluation computes."""
+        reads = STAGES[self.stage].has_rollouts or self.eval.suite == "rewards"
+        return self.rewards if reads else []
+
     @model_validator(mode="after")
-    def _cross_checks(self) -> Config:
-        problems = checks.problems(self)
-        if problems:
-            raise ValueError("\n".join(problems))
+    def _check_options_together(self) -> Config:
+        checks.check_options_together(self)
         return self

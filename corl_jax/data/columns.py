@@ -1,20 +1,21 @@
-"""Decides which column of parquet files stands for which name, and whether it can be read.
+"""Finds the column of parquet files for each standard name, and checks that it can be read.
 
-Files are read one by one, so their schemas need not be equal: what nobody reads may differ, null
-throughout is of any type, and the several Arrow types of texts, bytes and lists are one kind.
+Files are read one by one, so their schemas may differ in columns that nothing reads. A column of
+nulls has any type. The different Arrow types of texts, of bytes and of lists are one kind each.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
+from corl_jax.nearest import suggest_name
 
 COLUMNS = ("prompt", "real_image", "qa_problem", "qa_solution", "qa_type")
 IMAGE_COLUMN = "real_image"
+ANSWER_COLUMN = "sft_answer"  # the answer to qa_problem that supervised fine-tuning learns
 BYTE_ORDER_MARK = "\ufeff"  # of a CSV file: its first column's name then begins with it
 
 logger = logging.getLogger(__name__)
@@ -23,21 +24,21 @@ logger = logging.getLogger(__name__)
 def resolve_columns(
     schemas: Mapping[str, Any], columns: Mapping[str, str], required: Sequence[str]
 ) -> dict[str, str]:
-    """Returns the files' column for each name that is given out.
+    """Returns the column of the files for each name that a row has.
 
     `schemas` are Arrow schemas by path; `columns` and `required` are those of `ParquetSource`.
 
     Raises:
         InputError: with every problem of every column.
     """
-    problems = [
-        f"data.columns.{name}: unknown standard name; expected one of {', '.join(COLUMNS)}"
-        for name in columns
-        if name not in COLUMNS
-    ]
+    known = (*COLUMNS, ANSWER_COLUMN)
+    problems = Problems()
+    for name in columns:
+        if name not in known:
+            problems.add(f"data.columns.{name}: unknown key; {suggest_name(name, known)}")
     for path, schema in schemas.items():
         twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-        problems += [f"{path}: has several columns {name}; rename all but one" for name in twice]
+        problems.add(f"{path}: has several columns {name}; rename all but one" for name in twice)
     if not schemas or any(
         len(set(schema.names)) < len(schema.names) for schema in schemas.values()
     ):
@@ -49,20 +50,19 @@ def resolve_columns(
     }
     names = {
         name: spelling[columns.get(name, name)]
-        for name in COLUMNS
-        if columns.get(name, name) in spelling
+        for name in known
+        if columns.get(name, name) in spelling and (name in COLUMNS or name in columns)
     }
-    mapped = [name for name in columns if name in COLUMNS]
+    mapped = [name for name in columns if name in known]
     for name in dict.fromkeys((*required, *mapped)):
         wanted = columns.get(name, name)
         if wanted not in spelling:
-            problems.append(_describe_missing(next(iter(schemas)), name, wanted, list(spelling)))
+            problems.add(_describe_missing(next(iter(schemas)), name, wanted, list(spelling)))
         elif name in required:
-            problems += _check_files(schemas, name, spelling[wanted])
+            problems.add(_check_files(schemas, name, spelling[wanted]))
     for name, column in names.items():
-        problems += _check_types(schemas, name, column)
-    if problems:
-        raise InputError(problems)
+        problems.add(_check_types(schemas, name, column))
+    problems.raise_any()
     _warn_of_absent(schemas, {n: column for n, column in names.items() if n not in required})
     taken = set(names.values())
     rest = {name: own for name, own in spelling.items() if own not in taken and name not in names}
@@ -70,10 +70,10 @@ def resolve_columns(
 
 
 def is_same_kind(first: Any, second: Any) -> bool:
-    """True for Arrow types whose Python values can stand in one column; null fits all."""
+    """Returns whether values of two Arrow types can be in one column; null fits every type."""
     from pyarrow import types
 
-    first, second = _plain_type(first), _plain_type(second)
+    first, second = _unwrap_type(first), _unwrap_type(second)
     if types.is_null(first) or types.is_null(second):
         return True
     for is_kind in (_is_text, _is_bytes, _is_number, types.is_boolean, types.is_struct):
@@ -85,20 +85,17 @@ def is_same_kind(first: Any, second: Any) -> bool:
 
 
 def _describe_missing(path: str, name: str, wanted: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(wanted, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     remedy = (
         f"set data.columns.{name} to the column that holds it"
-        if name in COLUMNS
+        if name in (*COLUMNS, ANSWER_COLUMN)
         else "add it to the data, or leave out what asks it"
     )
-    return (
-        f"{path}: column {wanted} (for {name}) is missing; {hint}found {', '.join(known)}; {remedy}"
-    )
+    nearest = suggest_name(wanted, known, "found", cutoff=0.6)
+    return f"{path}: column {wanted} (for {name}) is missing; {nearest}; {remedy}"
 
 
 def _check_files(schemas: Mapping[str, Any], name: str, column: str) -> list[str]:
-    """Problems of a required column between files: absent from some, or of several kinds."""
+    """Lists files without a required column, or with another kind of values in it."""
     present = [path for path, schema in schemas.items() if column in schema.names]
     absent = [path for path in schemas if path not in present]
     first = present[0]
@@ -121,12 +118,12 @@ def _check_files(schemas: Mapping[str, Any], name: str, column: str) -> list[str
 
 
 def _check_types(schemas: Mapping[str, Any], name: str, column: str) -> list[str]:
-    """Problems of a standard column whose values are not of its kind, one for each type."""
+    """Lists the types of a standard column that are not of its kind."""
     from pyarrow import types
 
     is_good, expected = _is_text, "string; write it as text"
     if name == IMAGE_COLUMN:
-        is_good = _is_picture
+        is_good = _is_image
         expected = (
             "struct<bytes: binary, path: string> or binary; embed the files as docs/data.md shows"
         )
@@ -135,7 +132,7 @@ def _check_types(schemas: Mapping[str, Any], name: str, column: str) -> list[str
         if column not in schema.names:
             continue
         kind = schema.field(column).type
-        if not is_good(_plain_type(kind)) and not types.is_null(kind):
+        if not is_good(_unwrap_type(kind)) and not types.is_null(kind):
             wrong.setdefault(str(kind), []).append(path)
     return [
         f"{_name_files(paths)}: column {column} (for {name}) is {kind}; expected {expected}"
@@ -158,8 +155,8 @@ def _name_files(paths: Sequence[str]) -> str:
     return paths[0] if not more else f"{paths[0]} and {more:,} more file{'s' * (more > 1)}"
 
 
-def _plain_type(kind: Any) -> Any:
-    """The type of the values that a dictionary or an extension type holds."""
+def _unwrap_type(kind: Any) -> Any:
+    """Returns the type of the values in a dictionary or an extension type."""
     import pyarrow as pa
 
     while True:
@@ -206,13 +203,13 @@ def _is_list(kind: Any) -> bool:
     )
 
 
-def _is_picture(kind: Any) -> bool:
-    """Encoded bytes, the hub's Image struct, or a list of these, in which one is expected."""
+def _is_image(kind: Any) -> bool:
+    """Returns whether a type holds images: bytes, the hub's Image struct, or a list of these."""
     from pyarrow import types
 
     if _is_list(kind):
-        kind = _plain_type(kind.value_type)
+        kind = _unwrap_type(kind.value_type)
     if types.is_struct(kind):
-        inner = [_plain_type(field.type) for field in kind if field.name == "bytes"]
+        inner = [_unwrap_type(field.type) for field in kind if field.name == "bytes"]
         return bool(inner) and (_is_bytes(inner[0]) or types.is_null(inner[0]))
     return _is_bytes(kind) or types.is_null(kind)

@@ -1,8 +1,7 @@
-"""Pictures: untrusted bytes to 8-bit RGB, and RGB to the pixel values of the vision tower."""
+"""Decodes untrusted image files to 8-bit RGB."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import stat
@@ -19,7 +18,7 @@ from corl_jax.input_files import LFS_PREFIX
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 2**25  # 100 MB as RGB; Pillow's own limit lets 535 MB through with a warning
 MAX_FILE_BYTES = 2**28  # encoded; a BMP of MAX_PIXELS with alpha has half of it
-MAX_SIDE = 2**14  # a line of 100,000 pixels is no picture, and resizing it costs like one
+MAX_SIDE = 2**14  # a line of 100,000 pixels costs as much to resize as a large image
 WHITE = (255, 255, 255)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_KEYWORD_BYTES = 80  # 79 and a NUL; a text begins with it
@@ -34,22 +33,9 @@ ROTATIONS = {  # by the value of EXIF's Orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-DEFAULT_MIN_SIZE = 14
-
 
 class BadImage(InputError):
-    """A value that is not a usable picture; the message says what was found instead."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSettings:
-    """How a picture becomes pixel values; read from the model directory."""
-
-    size: int  # side of the square, pixels
-    num_tokens: int  # image tokens a picture takes in an understanding prompt
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    min_size: int = DEFAULT_MIN_SIZE  # shortest resized side, pixels
+    """A value that is not a usable image. The message says what was found instead."""
 
 
 def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -61,11 +47,11 @@ def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         BadImage: nothing there, a format outside `FORMATS`, too large, truncated or corrupt.
     """
-    value = take_single_picture(value)
+    value = take_single_image(value)
     if isinstance(value, Image.Image):
         _check_size(value.size, max_pixels)
         return _decode(value)
-    data = remove_png_metadata(_encoded_bytes(value))
+    data = remove_png_metadata(_read_encoded_bytes(value))
     try:
         return _decode_bytes(data, max_pixels)
     except BadImage:
@@ -82,8 +68,8 @@ def fit_pixels(image: Image.Image, side: int) -> np.ndarray:
     return np.asarray(image, np.float32) / 127.5 - 1.0
 
 
-def take_single_picture(value: Any) -> Any:
-    """Returns the picture of a list of one, None for an empty list, and what is no list as it is.
+def take_single_image(value: Any) -> Any:
+    """Returns the only image of a list, None for an empty list, and other values unchanged.
 
     Raises:
         BadImage: a list of several.
@@ -130,7 +116,7 @@ def _filter_png_chunks(data: bytes, is_kept: Callable[[bytes, bytes], bool]) -> 
     return b"".join([*parts, data[place:]])
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Converts any mode to 8-bit RGB: alpha over white, 16-bit scaled to 8.
 
     Raises:
@@ -141,7 +127,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage("image: found 32-bit float pixels; expected 8 or 16 bits a channel")
     if image.mode.startswith("I"):
-        return _grey_to_rgb(np.asarray(image).astype(np.int64))
+        return _convert_grey(np.asarray(image).astype(np.int64))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (*WHITE, 255))
@@ -149,30 +135,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """A picture as normalised float32 [S, S, 3]: longest side S, centred on grey.
-
-    Sides are cut with `int()` as in the original; transformers rounds them, so a side there may
-    be one pixel longer. Source: Janus `VLMImageProcessor`.
-    """
-    image = to_rgb(image)
-    longest = max(image.size)
-    width, height = (
-        max(int(side / longest * settings.size), settings.min_size) for side in image.size
-    )
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if width != height:
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in settings.mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = square
-    pixels = np.asarray(image, np.float32) / np.float32(255)
-    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
-
-
-def _encoded_bytes(value: Any) -> bytes:
-    """The encoded file behind a bytes value, an Image struct or a path."""
+def _read_encoded_bytes(value: Any) -> bytes:
+    """Returns the encoded file of a bytes value, an Image struct or a path."""
     if isinstance(value, Mapping):
         data = value.get("bytes")
         if data is None and value.get("path"):
@@ -182,7 +146,7 @@ def _encoded_bytes(value: Any) -> bytes:
             )
         value = data
     if isinstance(value, str | os.PathLike):
-        value = _file_bytes(value)
+        value = _read_file(value)
     if value is None:
         raise BadImage("image: found null; expected encoded bytes")
     if not isinstance(value, bytes | bytearray | memoryview):
@@ -190,7 +154,7 @@ def _encoded_bytes(value: Any) -> bytes:
     return bytes(value)
 
 
-def _file_bytes(path: str | os.PathLike) -> bytes:
+def _read_file(path: str | os.PathLike) -> bytes:
     try:
         # Neither a device, which never ends, nor a pipe, which may never begin.
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -206,8 +170,8 @@ def _file_bytes(path: str | os.PathLike) -> bytes:
     return data
 
 
-def _describe(data: bytes) -> str:
-    """What undecodable bytes look like, for an error message."""
+def _describe_bytes(data: bytes) -> str:
+    """Returns a description of bytes that cannot be decoded, for an error message."""
     if not data:
         return "0 bytes"
     return f"{len(data)} bytes starting with {data[:12]!r}"
@@ -233,7 +197,7 @@ def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow's parsers raise a dozen types on hostile bytes
         raise BadImage(
-            f"image: found {_describe(data)}, which does not open ({type(error).__name__}): "
+            f"image: found {_describe_bytes(data)}, which does not open ({type(error).__name__}): "
             f"truncated, corrupt, or not one of {', '.join(FORMATS)}"
         ) from error
     with image:
@@ -243,8 +207,8 @@ def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
     return decoded
 
 
-def _rotation(image: Image.Image) -> Image.Transpose | None:
-    """How to turn a picture by its metadata; None where that says nothing or is unreadable."""
+def _read_rotation(image: Image.Image) -> Image.Transpose | None:
+    """Returns the rotation that the metadata demand; None without metadata that can be read."""
     try:
         return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # cameras and editors write metadata that Pillow's parser cannot read
@@ -254,8 +218,8 @@ def _rotation(image: Image.Image) -> Image.Transpose | None:
 def _decode(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        rotation = _rotation(image)
-        return to_rgb(image if rotation is None else image.transpose(rotation))
+        rotation = _read_rotation(image)
+        return convert_to_rgb(image if rotation is None else image.transpose(rotation))
     except BadImage:
         raise
     except Exception as error:
@@ -266,8 +230,9 @@ def _decode(image: Image.Image) -> Image.Image:
         ) from error
 
 
-def _grey_to_rgb(values: np.ndarray) -> Image.Image:
-    """Integer grey [H, W] to RGB. Pillow's own conversion clips 16 bits instead of scaling."""
+def _convert_grey(values: np.ndarray) -> Image.Image:
+    """Converts integer grey values [H, W] to RGB."""
+    # Pillow's own conversion clips 16 bits instead of scaling them.
     top = int(values.max(initial=0))
     if top > 65535 or int(values.min(initial=0)) < 0:
         raise BadImage(f"image: found grey values up to {top}; expected 8 or 16 bits a channel")

@@ -1,4 +1,4 @@
-"""The instruction templates of the published question sets, as constants, and the option layout.
+"""Holds the instruction templates of the published question sets, and fills them in.
 
 The published `qa_problem` columns already contain them; the drawn world applies them itself.
 Source: the appendix of the CoRL paper and ULM-R1's data files.
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 OPTION_LETTERS = "ABCDEFGHIJKLMN"
 INSTRUCTIONS = ("auto", "choice", "open", "none")
-"""How a plain question is asked: `choice` and `open` put it into MCQ and VQA, `none` leaves it, and
-`auto` takes MCQ for a question that lists its options, else VQA."""
+"""How a plain question is asked. choice: in MCQ; open: in VQA; none: unchanged; auto: in MCQ if the
+question lists options, else in VQA."""
 
 _KNOWLEDGE = "Answer the question based on the image and your world knowledge."
 _THINK = (
@@ -42,25 +42,25 @@ CAPTION = "Describe the main content of the image in one sentence."
 
 
 def list_options(question: str, options: Sequence[str]) -> str:
-    """The question line, `Options:`, and a line per option, `A. red`."""
+    """Returns the question, a line `Options:`, and a line for each option, as `A. red`."""
     lines = [f"{letter}. {text}" for letter, text in zip(OPTION_LETTERS, options, strict=False)]
     return "\n".join([question, "Options:", *lines])
 
 
-def multiple_choice(question: str, options: Sequence[str]) -> str:
-    """The MC problem: the question with its options, in the MCQ template."""
+def ask_multiple_choice(question: str, options: Sequence[str]) -> str:
+    """Returns the question with its options in the MCQ template."""
     return MCQ.format(question=list_options(question, options))
 
 
-def open_ended(question: str) -> str:
-    """The OE problem: the question in the VQA template."""
+def ask_open_ended(question: str) -> str:
+    """Returns the question in the VQA template."""
     return VQA.format(question=question)
 
 
 def add_instruction(question: str, instruction: str) -> str:
-    """Returns a question as one of INSTRUCTIONS has it asked.
+    """Adds the template of one of INSTRUCTIONS to a question.
 
-    A question that asks for answer tags itself stays as it is.
+    A question that already asks for answer tags is returned unchanged.
     """
     if instruction == "none" or ("<answer>" in question and "</answer>" in question):
         return question
@@ -70,23 +70,23 @@ def add_instruction(question: str, instruction: str) -> str:
 
 
 def lists_options(question: str) -> bool:
-    """True for a text with a line `A. ...` and a line `B. ...` after it, or with A) or (A)."""
+    """Returns whether a text has a line `A. ...` and then a line `B. ...`; also A) or (A)."""
     letters = re.findall(r"^\s*\(?([A-N])[.):]\s*\S", question, re.MULTILINE)
     return letters[:2] == ["A", "B"]
 
 
-def recognise_instruction(questions: Iterable[str]) -> str | None:
+def recognize_instruction(questions: Iterable[str]) -> str | None:
     """Returns the one of INSTRUCTIONS under which all these questions were asked.
 
     `auto` where both templates occur; None without questions or where one has neither.
     """
-    kinds = {_template_of(question) for question in questions}
+    kinds = {_find_template(question) for question in questions}
     if not kinds or None in kinds:
         return None
     return kinds.pop() if len(kinds) == 1 else "auto"
 
 
-def _template_of(question: str) -> str | None:
+def _find_template(question: str) -> str | None:
     text = " ".join(question.split())
     for name, template in (("choice", MCQ), ("open", VQA)):
         if text.endswith(" ".join(template.removeprefix("{question}").split())):

@@ -47,8 +47,8 @@ _UNREADABLE = {
 def describe_folder(folder: str) -> str:
     """Returns what a folder without `.parquet` files holds and how to make one of it."""
     files: dict[str, list[str]] = collections.defaultdict(list)
-    for path in _walk(folder):
-        files[_suffix(path)].append(path)
+    for path in _list_files(folder):
+        files[_find_suffix(path)].append(path)
     if not files:
         return "it holds no file at all"
     counts = sorted(((len(paths), suffix) for suffix, paths in files.items()), reverse=True)
@@ -67,13 +67,13 @@ def describe_folder(folder: str) -> str:
     paths = sorted(files[suffix])
     if is_lfs_pointer(Path(paths[0])):
         return f"{text}; {describe_lfs_pointer(Path(paths[0]))}"
-    kind = _kind_of(paths[0])
+    kind = _detect_format(paths[0])
     return f"{text}; {_describe_conversion(paths, kind if kind in order else suffix)}"
 
 
 def describe_file(path: str) -> str:
     """Returns what a file that is not parquet seems to be and how to convert it, or ''."""
-    kind = _kind_of(path)
+    kind = _detect_format(path)
     if kind in READERS or kind in LOADERS:
         return f"it looks like {kind} data; {_describe_conversion([path], kind)}"
     return f"it looks like {_UNREADABLE[kind]}" if kind in _UNREADABLE else ""
@@ -85,7 +85,7 @@ def rewrite_command(path: str, rows: int) -> str:
     It holds one batch of rows in memory, besides the row group that it reads.
     """
     target = f"{os.path.splitext(path)[0]}.rewritten.parquet"
-    return _python(
+    return _quote_python(
         f"import pyarrow.parquet as p; f = p.ParquetFile({_quote(path)}); "
         f"w = p.ParquetWriter({_quote(target)}, f.schema_arrow); "
         f"[w.write_batch(b) for b in f.iter_batches({rows})]; w.close()"
@@ -94,7 +94,7 @@ def rewrite_command(path: str, rows: int) -> str:
 
 def _describe_conversion(paths: list[str], suffix: str) -> str:
     path = paths[0]
-    target = f"{os.path.splitext(path.removesuffix(_compression(path)))[0]}.parquet"
+    target = f"{os.path.splitext(path.removesuffix(_find_compression(path)))[0]}.parquet"
     if suffix in LOADERS:
         source = f"data_files={_quote(path)}"
         if suffix in PICTURES:
@@ -112,19 +112,19 @@ def _describe_conversion(paths: list[str], suffix: str) -> str:
         )
     others = f" (and so each of the {len(paths)})" if len(paths) > 1 else ""
     return (
-        f"convert it{others}, for example: {_python(code)} ; "
+        f"convert it{others}, for example: {_quote_python(code)} ; "
         "docs/data.md says which columns are read and how pictures are embedded"
     )
 
 
-def _kind_of(path: str) -> str:
+def _detect_format(path: str) -> str:
     """Returns the suffix of a file's format by its first bytes, else by its name, else ''."""
     try:
         with open(path, "rb") as file:
             start = file.read(512).removeprefix(BYTE_ORDER_MARK)
     except OSError:
         start = b""  # reading it as parquet says why
-    suffix = _suffix(path)
+    suffix = _find_suffix(path)
     if start.startswith((LFS_PREFIX, b"PAR1")):
         return ""
     if suffix in (".csv", ".tsv"):  # which may begin with anything
@@ -137,7 +137,7 @@ def _kind_of(path: str) -> str:
     return sniffed or (suffix if suffix in READERS or suffix in LOADERS else "")
 
 
-def _python(code: str) -> str:
+def _quote_python(code: str) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
@@ -145,16 +145,16 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _compression(path: str) -> str:
+def _find_compression(path: str) -> str:
     return next((end for end in COMPRESSED if path.lower().endswith(end)), "")
 
 
-def _suffix(path: str) -> str:
-    """The ending of a file's name in lower case, without that of a compression."""
-    return os.path.splitext(path.lower().removesuffix(_compression(path)))[1]
+def _find_suffix(path: str) -> str:
+    """Returns the suffix of a file in lower case, without that of a compression."""
+    return os.path.splitext(path.lower().removesuffix(_find_compression(path)))[1]
 
 
-def _walk(folder: str) -> list[str]:
+def _list_files(folder: str) -> list[str]:
     paths: list[str] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -1,4 +1,4 @@
-"""Parquet files as a random-access list of rows, checked when opened."""
+"""Reads parquet files as a random-access list of rows; checks them when they are opened."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from corl_jax.data import other_formats
 from corl_jax.data.columns import BYTE_ORDER_MARK, COLUMNS, resolve_columns
-from corl_jax.data.parquet_files import find_files, first_line
-from corl_jax.errors import InputError
+from corl_jax.data.parquet_files import find_files, take_first_line
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
 CACHE_BYTES = 2**30
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """What the loader needs of a data set: rows by number, and whole columns by name."""
+    """A data set as the loader reads it: rows by number, and whole columns by name."""
 
     @property
     def names(self) -> Mapping[str, str]: ...
@@ -71,7 +71,7 @@ class ParquetSource:
         return int(self._starts[-1])
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One row. Raises InputError when it, or its row group, cannot be read."""
+        """Returns a row. Raises InputError if it, or its row group, cannot be read."""
         group, offset = self._locate(row)
         arrays = self._arrays(group)
         return {
@@ -80,7 +80,7 @@ class ParquetSource:
         }
 
     def column(self, name: str) -> list:
-        """A whole column by standard or own name, None where it is absent or cannot be read."""
+        """Returns a whole column; None in rows where it is absent or cannot be read."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -90,14 +90,14 @@ class ParquetSource:
             if column in self._schemas[path].names:
                 try:
                     with pq.ParquetFile(path) as file:
-                        part = _to_list(file.read_row_group(group, columns=[column])[column])
+                        part = _convert_array(file.read_row_group(group, columns=[column])[column])
                 except (OSError, pa.ArrowException):
                     pass  # reported when one of its rows is asked for
             values.extend(part)
         return values
 
     def where(self, row: int) -> str:
-        """The file and the row in it, for messages."""
+        """Returns the file of a row and its number in the file, for messages."""
         path, _ = self._groups[self._locate(row)[0]]
         first = next(i for i, (other, _) in enumerate(self._groups) if other == path)
         return f"{path} row {row - int(self._starts[first])}"
@@ -111,13 +111,11 @@ class ParquetSource:
         self._open()
 
     def _open(self) -> None:
-        self._schemas, row_groups, problems = _read_footers(self.paths)
-        try:
+        problems = Problems()
+        self._schemas, row_groups = _read_footers(self.paths, problems)
+        with problems.collect():
             self.names = resolve_columns(self._schemas, self._columns, self._required)
-        except InputError as error:
-            problems += error.problems
-        if problems:
-            raise InputError(problems)
+        problems.raise_any()
         self._groups = [(path, group) for path, group, _, _ in row_groups]
         self._group_sizes = [(path, size) for path, _, _, size in row_groups]
         self._starts = np.cumsum([0] + [rows for _, _, rows, _ in row_groups])
@@ -129,7 +127,7 @@ class ParquetSource:
 
     def _value(self, name: str, array: Any, offset: int) -> Any:
         try:
-            return _to_python(array[offset])
+            return _convert_scalar(array[offset])
         except UNREADABLE as error:
             column = self.names[name]
             if name in COLUMNS or name in self._required:
@@ -138,7 +136,7 @@ class ParquetSource:
                 self._unread.add(column)
                 logger.warning(
                     "data: values of column %s, which no option names, cannot be read (%s); they "
-                    "are null", column, first_line(error),
+                    "are null", column, take_first_line(error),
                 )  # fmt: skip
             return None
 
@@ -149,17 +147,17 @@ class ParquetSource:
         return group, row - int(self._starts[group])
 
     def _arrays(self, group: int) -> dict[str, Any]:
-        """The columns of a row group, from the cache or the file."""
+        """Returns the columns of a row group, from the cache or the file."""
         with self._lock:  # one reader at a time; decoding, which is the slow part, is outside
             if group in self._unreadable:
                 raise InputError(self._unreadable[group])
             if group not in self._cache:
                 self._cache[group] = self._read(group)
-                self._cached_bytes += _size(self._cache[group])
+                self._cached_bytes += _count_bytes(self._cache[group])
             self._cache.move_to_end(group)
             while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
                 _, dropped = self._cache.popitem(last=False)
-                self._cached_bytes -= _size(dropped)
+                self._cached_bytes -= _count_bytes(dropped)
             return self._cache[group]
 
     def _read(self, group: int) -> dict[str, Any]:
@@ -173,7 +171,7 @@ class ParquetSource:
             with pq.ParquetFile(path) as file:
                 table = file.read_row_group(number, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            message = f"{path}: row group {number} is unreadable ({first_line(error)})"
+            message = f"{path}: row group {number} is unreadable ({take_first_line(error)})"
             self._unreadable[group] = message
             raise InputError(message) from error
         chunks = {name: table[name].chunks for name in columns}
@@ -208,8 +206,8 @@ class Rows:
         return self.source.where(self.start + row)
 
 
-def held_out(source: Source, n: int) -> tuple[Rows, Rows]:
-    """(training rows, the last `n` rows) for evaluation when no file of its own is given."""
+def split_held_out_rows(source: Source, n: int) -> tuple[Rows, Rows]:
+    """Splits a source into (training rows, the last `n` rows for evaluation)."""
     if not 0 < n < len(source):
         raise InputError(
             f"data: cannot hold out {n} of {len(source)} rows; expected 1 to {len(source) - 1}"
@@ -219,30 +217,30 @@ def held_out(source: Source, n: int) -> tuple[Rows, Rows]:
 
 
 def _read_footers(
-    paths: Sequence[str],
-) -> tuple[dict[str, Any], list[tuple[str, int, int, int]], list[str]]:
-    """Arrow schemas by path, (path, row group, rows, bytes) of row groups with rows, problems."""
+    paths: Sequence[str], problems: Problems
+) -> tuple[dict[str, Any], list[tuple[str, int, int, int]]]:
+    """Returns Arrow schemas by path, and (path, row group, rows, bytes) of each row group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    problems, schemas, row_groups = [], {}, []
+    schemas, row_groups = {}, []
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
                 meta = file.metadata
                 schemas[path] = file.schema_arrow
         except (OSError, pa.ArrowException, UnicodeError) as error:
-            problems.append(_describe_unreadable(path, error))
+            problems.add(_describe_unreadable(path, error))
             continue
         for number in range(meta.num_row_groups):
             group = meta.row_group(number)
             if group.num_rows:
                 row_groups.append((path, number, group.num_rows, group.total_byte_size))
     if schemas and not row_groups and not problems:
-        problems.append(f"{', '.join(paths)}: found 0 rows; expected at least one")
+        problems.add(f"{', '.join(paths)}: found 0 rows; expected at least one")
     if row_groups:  # files without rows, which some writers leave, may have no columns either
         schemas = {path: schemas[path] for path, *_ in row_groups}
-    return schemas, row_groups, problems
+    return schemas, row_groups
 
 
 def _describe_unreadable(path: str, error: Exception) -> str:
@@ -252,7 +250,9 @@ def _describe_unreadable(path: str, error: Exception) -> str:
         return f"{path!a}: cannot be opened, since its name is not UTF-8; rename it"
     size = os.path.getsize(path) if os.path.exists(path) else 0
     remedy = other_formats.describe_file(path) or "copy or write it again"
-    return f"{path}: not a readable parquet file ({size:,} bytes; {first_line(error)}); {remedy}"
+    return (
+        f"{path}: not a readable parquet file ({size:,} bytes; {take_first_line(error)}); {remedy}"
+    )
 
 
 def _describe_large_groups(sizes: Sequence[tuple[str, int]]) -> str | None:
@@ -270,22 +270,22 @@ def _describe_large_groups(sizes: Sequence[tuple[str, int]]) -> str | None:
     )
 
 
-def _to_python(scalar: Any) -> Any:
+def _convert_scalar(scalar: Any) -> Any:
     """Returns a scalar's value; a text without the byte order mark of the file it came from."""
     value = scalar.as_py()
     return value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else value
 
 
-def _to_list(array: Any) -> list:
+def _convert_array(array: Any) -> list:
     """Returns the values of an array, None in place of those that cannot be converted."""
     values = []
     for scalar in array:
         try:
-            values.append(_to_python(scalar))
+            values.append(_convert_scalar(scalar))
         except UNREADABLE:
             values.append(None)  # reported when its row is asked for
     return values
 
 
-def _size(arrays: Mapping[str, Any]) -> int:
+def _count_bytes(arrays: Mapping[str, Any]) -> int:
     return sum(array.nbytes for array in arrays.values())

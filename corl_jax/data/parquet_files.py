@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Sequence
 
 from corl_jax.data import other_formats, splits
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import expand_path
 
 HUB_PREFIX = "hf://datasets/"
@@ -40,22 +40,20 @@ def find_files(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
     if not entries:
         raise InputError("data: found an empty list; expected at least one parquet file")
     paths = [path for entry in entries for path in _expand(expand_path(entry))]
-    problems = _repeated_files(paths)
-    if problems:
-        raise InputError(problems)
+    _refuse_repeated_files(paths)
     if len(entries) > 1:
         _warn_of_splits(paths)
     return paths
 
 
-def first_line(error: BaseException) -> str:
+def take_first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _repeated_files(paths: Sequence[str]) -> list[str]:
-    """Problems of files that come twice, under whatever spellings."""
-    problems: list[str] = []
+def _refuse_repeated_files(paths: Sequence[str]) -> None:
+    """Raises an InputError for files that are named twice, also under two spellings."""
+    problems = Problems()
     spelling: dict[str, str] = {}
     for path in paths:
         real = os.path.realpath(path)
@@ -64,8 +62,8 @@ def _repeated_files(paths: Sequence[str]) -> list[str]:
             continue
         first = spelling[real]
         other = "" if first == path else f": {path} is the same file"
-        problems.append(f"data: {first} is named twice{other}; name it once")
-    return list(dict.fromkeys(problems))
+        problems.add(f"data: {first} is named twice{other}; name it once")
+    problems.raise_any()
 
 
 def _warn_of_splits(paths: Sequence[str]) -> None:
@@ -81,13 +79,13 @@ def _expand(entry: str) -> list[str]:
     if os.path.isfile(entry):
         return [entry]
     if os.path.isdir(entry):
-        return _one_split(entry, ALL_FILES, entry, entry)
+        return _list_one_split(entry, ALL_FILES, entry, entry)
     if entry.startswith(HUB_PREFIX):
         match = HUB_ID.fullmatch(entry.removeprefix(HUB_PREFIX))
     else:
-        root = _fixed_part(entry)
+        root = _find_root(entry)
         if _list_files(root, os.path.relpath(entry, root)):
-            return _one_split(root, os.path.relpath(entry, root), entry, root)
+            return _list_one_split(root, os.path.relpath(entry, root), entry, root)
         match = HUB_ID.fullmatch(entry)
         if match and (match["pattern"] or entry.startswith(".") or entry.endswith(".parquet")):
             match = None
@@ -96,7 +94,7 @@ def _expand(entry: str) -> list[str]:
     pattern = match["pattern"] or ALL_FILES
     shown = HUB_PREFIX + match["repo"] + (f"@{match['revision']}" if match["revision"] else "")
     root = _download(match["repo"], match["revision"], pattern)
-    return _one_split(root, pattern, entry, shown)
+    return _list_one_split(root, pattern, entry, shown)
 
 
 def _describe_missing(entry: str) -> str:
@@ -104,13 +102,13 @@ def _describe_missing(entry: str) -> str:
         f"data: {entry} not found; expected a parquet file, a directory or glob of them, or a hub "
         "dataset id owner/name"
     )
-    root = _fixed_part(entry)
+    root = _find_root(entry)
     if not _WILDCARD.search(entry) or not os.path.isdir(root):
         return text
     return f"{text}. {root}: {other_formats.describe_folder(root)}"
 
 
-def _fixed_part(pattern: str) -> str:
+def _find_root(pattern: str) -> str:
     """Returns the folder of a glob above its first wildcard."""
     parts = pattern.split("/")
     first = next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts) - 1)
@@ -130,7 +128,7 @@ def _list_files(root: str, pattern: str) -> list[str]:
     return sorted(found)
 
 
-def _one_split(root: str, pattern: str, entry: str, shown: str) -> list[str]:
+def _list_one_split(root: str, pattern: str, entry: str, shown: str) -> list[str]:
     """Returns the files that match a pattern below `root`, which must be of one split.
 
     `shown` is what a user writes for `root`.
@@ -158,7 +156,7 @@ def _one_split(root: str, pattern: str, entry: str, shown: str) -> list[str]:
 
 
 def _download(repo: str, revision: str | None, pattern: str) -> str:
-    """A local snapshot of a hub dataset's files that match; the hub's cache makes it cheap."""
+    """Downloads the files of a hub dataset that match; returns their folder in the hub's cache."""
     import huggingface_hub
 
     if not pattern.endswith(".parquet"):  # a folder
@@ -173,6 +171,6 @@ def _download(repo: str, revision: str | None, pattern: str) -> str:
     except Exception as error:  # the hub client raises its own, requests' and OS errors
         raise InputError(
             f"data: {repo} is neither a local path nor a dataset that could be fetched from the "
-            f"hub ({type(error).__name__}: {first_line(error)}). Offline, fetch it elsewhere "
+            f"hub ({type(error).__name__}: {take_first_line(error)}). Offline, fetch it elsewhere "
             f"with `hf download --repo-type dataset {repo} --local-dir DIR` and give DIR"
         ) from error

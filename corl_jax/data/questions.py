@@ -1,4 +1,4 @@
-"""Prompts and questions from the command line and from files, with all that is wrong with them."""
+"""Reads and checks prompts and questions of the command line and of files."""
 
 from __future__ import annotations
 
@@ -8,61 +8,66 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from corl_jax.data.images import BadImage, decode_image
-from corl_jax.errors import InputError
+from corl_jax.data.images import decode_image
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate, read_text
 
 EXPECTED = '; expected {"image": PATH, "question": TEXT}'
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A question about a picture."""
+class ImageQuestion:
+    """A question about an image."""
 
     row: dict[str, Any]  # image (as given), question, and what else its line holds
-    file: Path  # where the picture lies
+    file: Path  # of the image
     where: str  # for messages
 
 
-def read_prompts(path: Path, option: str) -> tuple[list[str], list[str]]:
-    """Returns the prompts of a text file, one a line, and problems."""
-    lines, problems = read_lines(path, option)
+def read_prompts(path: Path, option: str, problems: Problems) -> list[str]:
+    """Returns the prompts of a text file, one per line; notes what is wrong with them."""
+    lines = read_lines(path, option, problems)
     for number, line in lines:
-        problems += text_problems(f"{option} {path}: line {number}", line)
-    return [line for _, line in lines], problems
+        problems.add(find_text_problems(f"{option} {path}: line {number}", line))
+    return [line for _, line in lines]
 
 
-def read_lines(path: Path, option: str) -> tuple[list[tuple[int, str]], list[str]]:
-    """Returns (line number, line) of every line with text in it, and problems."""
-    try:
-        lines = read_text(path, "UTF-8 text, one entry a line").split("\n")
-    except InputError as error:
-        return [], [f"{option} {problem}" for problem in error.problems]
-    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    return found, ([] if found else [f"{option} {path}: found no line with text; expected some"])
+def read_lines(path: Path, option: str, problems: Problems) -> list[tuple[int, str]]:
+    """Returns (line number, line) of every line with text; notes problems of the file."""
+    with problems.collect(f"{option} "):
+        text = read_text(path, "UTF-8 text, one entry a line")
+        # Not splitlines(), which also splits at separators inside of a text.
+        lines = enumerate(text.split("\n"), 1)
+        filled = [(number, line.strip()) for number, line in lines if line.strip()]
+        if not filled:
+            raise InputError(f"{path}: found no line with text; expected some")
+        return filled
+    return []
 
 
-def read_cases(
-    path: Path, option: str, output_keys: Collection[str]
-) -> tuple[list[Case], list[str]]:
-    """Returns the questions of a JSON lines file, and problems; `output_keys` are not for input."""
-    lines, problems = read_lines(path, option)
+def read_questions(
+    path: Path, option: str, output_keys: Collection[str], problems: Problems
+) -> list[ImageQuestion]:
+    """Returns the questions of a JSON lines file; notes what is wrong with them.
+
+    `output_keys` must not be keys of a line.
+    """
     cases = []
-    for number, line in lines:
+    for number, line in read_lines(path, option, problems):
         where = f"{option} {path}: line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{where}: not valid JSON ({error})")
+            problems.add(f"{where}: not valid JSON ({error})")
             continue
-        wrong = row_problems(row, output_keys)
-        problems += [f"{where}: {problem}" for problem in wrong]
-        if not wrong:
-            cases.append(Case(row, path.parent / row["image"], where))
-    return cases, problems
+        row_problems = find_row_problems(row, output_keys)
+        problems.add(row_problems, f"{where}: ")
+        if not row_problems:
+            cases.append(ImageQuestion(row, path.parent / row["image"], where))
+    return cases
 
 
-def row_problems(row: Any, output_keys: Collection[str]) -> list[str]:
+def find_row_problems(row: Any, output_keys: Collection[str]) -> list[str]:
     """Lists what is wrong with a line of questions."""
     if not isinstance(row, dict):
         return [f"found a {type(row).__name__}{EXPECTED}"]
@@ -77,31 +82,27 @@ def row_problems(row: Any, output_keys: Collection[str]) -> list[str]:
 
 
 def holds_surrogate(value: Any) -> bool:
-    """True for a JSON value with a lone surrogate in any of its texts or keys."""
+    """Returns whether a JSON value has a lone surrogate in a text or key."""
     return has_lone_surrogate(json.dumps(value, ensure_ascii=False))
 
 
-def text_problems(where: str, text: str) -> list[str]:
+def find_text_problems(where: str, text: str) -> list[str]:
     """Lists what is wrong with a prompt or question of the command line or a text file."""
     if not text.strip():
         return [f"{where}: found an empty text; expected some"]
     return [f"{where}: {LONE_SURROGATE}"] if has_lone_surrogate(text) else []
 
 
-def without_surrogates(text: str) -> str:
-    """Returns a text that a tokenizer takes, to look for what else is wrong with it."""
+def replace_surrogates(text: str) -> str:
+    """Returns a text that a tokenizer accepts, so that the other checks can go on."""
     return text.encode("utf-8", "replace").decode()
 
 
-def picture_problems(cases: Sequence[Case]) -> list[str]:
-    """Decodes every picture once, so that a bad one stops nothing half-way."""
-    problems = []
+def check_images(cases: Sequence[ImageQuestion], problems: Problems) -> None:
+    """Decodes every image once, so that a bad image is found before the work begins."""
     for case in cases:
-        try:
+        with problems.collect(f"{case.where}: {case.file}: "):
             decode_image(case.file)
-        except BadImage as error:
-            problems += [f"{case.where}: {case.file}: {problem}" for problem in error.problems]
-    return problems
 
 
 def to_json_line(value: Any) -> str:

@@ -28,7 +28,7 @@ _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # xTest -> x Test
 _HUB_NAME = re.compile(r"([^/]+?)(?:-\d{5}-of-\d{5}[^/]*|/\d{4})\.parquet")
 
 
-def split_of(path: str) -> frozenset[str]:
+def find_splits(path: str) -> frozenset[str]:
     """Returns the splits that the names in a relative path tell; empty if they tell none."""
     spaced = _HUMP.sub(" ", path)
     words = (match.group(1).lower() for match in _KEYWORD.finditer(spaced))
@@ -44,9 +44,9 @@ def group_by_split(paths: Sequence[str], root: str) -> dict[frozenset[str], list
     """
     groups: dict[frozenset[str], list[str]] = {}
     relative = {path: os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
-    known = any(split_of(name) for name in relative.values())
+    known = any(find_splits(name) for name in relative.values())
     for path, name in relative.items():
-        split = split_of(name)
+        split = find_splits(name)
         match = _HUB_NAME.search(name)
         if not split and known and match:
             split = frozenset([match.group(1)])

@@ -1,6 +1,6 @@
-"""The rows of a source that can be used: decoded, tokenised, and in the place of those that cannot.
+"""Decodes and tokenises rows.
 
-An unusable row gives way to the next usable one of the file, which depends on the row alone.
+A row that cannot be used is replaced by the next usable row of the file, and counted.
 """
 
 from __future__ import annotations
@@ -8,20 +8,35 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from corl_jax.data.columns import IMAGE_COLUMN
-from corl_jax.data.images import decode_image, take_single_picture
+from corl_jax.data.images import decode_image, take_single_image
+from corl_jax.data.loader_options import LoaderOptions
 from corl_jax.data.parquet import Source
 from corl_jax.errors import InputError
 from corl_jax.tasks import TASKS
+from corl_jax.types import EncodedPrompts
 
 ROWS_IN_MESSAGE = 5
 
 
+class Encoder(Protocol):
+    """The functions of a policy's processor that the loader needs; see `policies.family`."""
+
+    def prompt_ids(self, prompt: str, columns: Mapping[str, Any]) -> list[int]: ...
+    def bucket(self, length: int) -> int: ...
+    def encode(
+        self,
+        prompt: str,
+        ids: Sequence[Sequence[int]],
+        images: Sequence[Any] | None = None,
+        length: int | None = None,
+    ) -> EncodedPrompts: ...
+
+
 class BadRow(ValueError):
-    """A row that cannot be used; the message says why."""
+    """A row that cannot be used. The message says why."""
 
 
 class LongRow(BadRow):
@@ -30,45 +45,25 @@ class LongRow(BadRow):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One usable row: decoded columns and, by task, unpadded token ids."""
+    """One usable row: decoded columns, and unpadded token ids by task."""
 
     columns: dict[str, Any]
     ids: dict[str, list[int]]
 
 
 class UsableRows:
-    """A source in which every index gives a usable row; unusable ones are counted.
+    """A source in which every index gives a usable row.
 
-    An unusable row is replaced by the next usable one in file order, the end followed by the
-    start. Counts are of distinct rows, those of earlier processes of the run included.
+    An unusable row is replaced by the next usable row in file order; after the last row comes the
+    first. Counts are of distinct rows, including those of earlier processes of the run.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        processor: Any,
-        tasks: Sequence[str],
-        required: Sequence[str],
-        *,
-        max_prompt_length: int | None,
-        system_prompt: str,
-        max_bad_fraction: float,
-        max_long_fraction: float,
-        max_pixels: int,
-        cache_rows: int,
-        readable: Mapping[str, Callable[[Any], str | None]] = MappingProxyType({}),
-    ):
+    def __init__(self, source: Source, processor: Encoder | None, options: LoaderOptions):
         self._source = source
-        self._cache_rows = cache_rows
-        self._cache: dict[int, Example] = {}
         self._processor = processor
-        self._tasks = tuple(tasks)
-        self._required = tuple(required)
-        self._max_prompt_length = max_prompt_length
-        self._system_prompt = system_prompt
-        self._limits = {"bad": max_bad_fraction, "long": max_long_fraction}
-        self._max_pixels = max_pixels
-        self._readable = readable
+        self._options = options
+        self._cache: dict[int, Example] = {}
+        self._limits = {"bad": options.max_bad_fraction, "long": options.max_long_fraction}
         self._unusable: dict[str, dict[int, str]] = {"bad": {}, "long": {}}
         self._lock = threading.Lock()
 
@@ -84,40 +79,42 @@ class UsableRows:
 
     @property
     def left_out(self) -> dict[str, list[int]]:
-        """Rows left out so far: `bad` (undecodable or empty) and `long`."""
+        """Rows left out so far: `bad` (cannot be decoded, or empty) and `long`."""
         with self._lock:
             return {kind: sorted(rows) for kind, rows in self._unusable.items()}
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many distinct rows `left_out` has of each kind."""
+        """Number of distinct rows of each kind in `left_out`."""
         return {kind: len(rows) for kind, rows in self.left_out.items()}
 
     def leave_out(self, rows: Mapping[str, Sequence[int]]) -> None:
-        """Takes over `left_out` of an earlier process."""
-        for kind, listed in rows.items():
-            self._unusable[kind].update(dict.fromkeys(listed, "left out before the run resumed"))
+        """Leaves out the rows that `left_out` of an earlier process lists."""
+        for kind, numbers in rows.items():
+            self._unusable[kind].update(dict.fromkeys(numbers, "left out before the run resumed"))
 
     def share(self, union: Callable[[set[int]], set[int]]) -> None:
-        """Counts rows that other processes left out, too; `union` is over all processes.
+        """Leaves out the rows that other processes left out too.
+
+        `union` returns the union of a set over all processes.
 
         Raises:
-            InputError: together they are too many.
+            InputError: the rows of all processes together are too many.
         """
         for kind, rows in self._unusable.items():
             with self._lock:
-                own = set(rows)
-            for row in sorted(union(own) - own):
+                local = set(rows)
+            for row in sorted(union(local) - local):
                 self._leave_out(kind, row, "as another process found")
 
     def ids(self, columns: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Token ids by task. Raises LongRow."""
+        """Returns the token ids of a row by task. Raises LongRow."""
         ids = {}
-        for task in self._tasks:
+        for task in self._options.tasks:
             assert self._processor is not None  # the loader refuses tasks without one
             prompt = TASKS[task].turn.prompt
-            ids[task] = self._processor.prompt_ids(prompt, columns, self._system_prompt)
-            limit = self._max_prompt_length
+            ids[task] = self._processor.prompt_ids(prompt, columns)
+            limit = self._options.max_prompt_length
             if limit is not None and len(ids[task]) > limit:
                 raise LongRow(
                     f"its {task} prompt has {len(ids[task])} tokens, the limit is {limit}"
@@ -131,7 +128,7 @@ class UsableRows:
             return None
         try:
             example = self.example(row)
-            if len(self._cache) < self._cache_rows:
+            if len(self._cache) < self._options.cache_rows:
                 self._cache[row] = example
             return example
         except (BadRow, InputError) as error:
@@ -139,21 +136,21 @@ class UsableRows:
             return None
 
     def example(self, row: int) -> Example:
-        """The row itself. Raises BadRow or InputError when it is unusable."""
+        """Returns a row. Raises BadRow or InputError if it cannot be used."""
         columns = self._source[row]
         if IMAGE_COLUMN in columns:
-            columns[IMAGE_COLUMN] = take_single_picture(columns[IMAGE_COLUMN])
-        for name in self._required:
+            columns[IMAGE_COLUMN] = take_single_image(columns[IMAGE_COLUMN])
+        for name in self._options.required_columns:
             value = columns[name]
             if value is None or (isinstance(value, str) and not value.strip()):
                 raise BadRow(f"{name} is {'null' if value is None else 'empty'}")
-        for name, problem_of in self._readable.items():
-            if problem := problem_of(columns.get(name)):
+        for name, find_problem in self._options.readable.items():
+            if problem := find_problem(columns.get(name)):
                 raise BadRow(f"{name}: {problem}")
-        ids = self.ids(columns)  # before the image: cheaper to refuse
+        ids = self.ids(columns)  # before the image is decoded, which takes longer
         if columns.get(IMAGE_COLUMN) is not None:
-            image = decode_image(columns[IMAGE_COLUMN], max_pixels=self._max_pixels)
-            columns[IMAGE_COLUMN] = image
+            limit = self._options.max_pixels
+            columns[IMAGE_COLUMN] = decode_image(columns[IMAGE_COLUMN], max_pixels=limit)
         return Example(columns, ids)
 
     def _leave_out(self, kind: str, row: int, reason: str) -> None:
@@ -169,7 +166,7 @@ class UsableRows:
         if not rows:
             return []
         what, remedy = {
-            "bad": ("cannot be decoded", "mend the data or raise data.max_bad_fraction"),
+            "bad": ("cannot be decoded", "repair the data or raise data.max_bad_fraction"),
             "long": (
                 "are over max_prompt_length",
                 "raise data.max_prompt_length, where the model has room (a begun run then needs "

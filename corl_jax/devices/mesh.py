@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.errors import InputError
+from corl_jax.nearest import nearest_divisors
 from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.types import Params
 
@@ -208,16 +209,9 @@ def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any, rules: 
             more = f" and {len(left) - LISTED} sizes more" if len(left) > LISTED else ""
             problems.append(
                 f"mesh.{axis}: {ways} does not divide {', '.join(left[:LISTED])}{more}; "
-                f"nearest: {_near(ways, math.gcd(mesh.size, *names))}"
+                f"nearest: {nearest_divisors(math.gcd(mesh.size, *names), ways)}"
             )
     return problems
-
-
-def _near(wanted: int, number: int) -> str:
-    """The divisors of a number on both sides of one that is none."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    sides = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
-    return " or ".join(map(str, sides))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -175,8 +175,7 @@ def programs(
     for task in image_tasks(outline.tasks):
         shape = (config.train.prompts_per_step * group, completion_length(outline, task))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        dtype = build.DTYPES[config.rollout.pixel_dtype]
-        decode = functools.partial(outline.family.decode_images, outline.sizes, dtype=dtype)
+        decode = functools.partial(outline.family.decode_images, outline.sizes)
         listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
     train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()

@@ -168,7 +168,7 @@ class Family:
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
     # (sizes, params, prompts, special, dtype) -> last hidden states [B, P, D] float32, for R_TIM
     hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
-    # (sizes, params, pixels, options) -> (loss, metrics): the stage that trains the image tokenizer
+    # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
     @property

@@ -21,6 +21,7 @@ from corl_jax.config.schema import Networks, RewardNetwork
 from corl_jax.devices.mesh import network_shardings, param_shardings
 from corl_jax.devices.offload import host_shardings
 from corl_jax.errors import InputError, Problems
+from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Limits
 from corl_jax.rewards import captions, clip_scores, similarity
@@ -136,7 +137,7 @@ def check_networks(
     problems.add(_find_unused_settings(resolved, config))
     checked, sizes = [], {}
     for name, users in _group_by_network((r.networks, r.name) for r in resolved).items():
-        options = get_network_options(config, name)
+        options = config.settings_of(name)
         size = f"{NETWORKS[name].parameters:,} parameters as published"
         with problems.collect(f"networks.{name} (asked by {', '.join(users)}; {size}): "):
             path = _find_weights(name, options.path)
@@ -165,11 +166,6 @@ def check_networks(
                     problems.add(lines)
     problems.raise_any()
     return checked
-
-
-def get_network_options(config: Networks, name: str) -> RewardNetwork:
-    """Returns the options of a network of NETWORKS in a config."""
-    return getattr(config, name)
 
 
 def find_missing_assets(kind: str, opened: Checkpoint) -> list[str]:
@@ -301,8 +297,13 @@ def _find_unused_settings(resolved: Sequence[BoundReward], config: Networks) -> 
     problems = [
         f"networks.{name}: is set, but no listed reward asks it; remove it, or choose the reward "
         "option that does"
-        for name in NETWORKS
-        if name not in used and get_network_options(config, name) != RewardNetwork()
+        for name, settings in config.by_name.items()
+        if name in NETWORKS and name not in used and settings != RewardNetwork()
+    ]
+    problems += [
+        f"networks.{name}: unknown key; {suggest_name(name, ['offload', *NETWORKS])}"
+        for name in config.by_name
+        if name not in NETWORKS
     ]
     if config.offload and not used and not scorers:
         problems.append("networks.offload: found True, but no reward asks a frozen network")

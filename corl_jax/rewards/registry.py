@@ -8,7 +8,6 @@ parameters are the options that a config may set, checked against their annotati
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import time
@@ -20,6 +19,7 @@ import numpy as np
 
 from corl_jax.data.instructions import CAPTION
 from corl_jax.errors import InputError, Problems
+from corl_jax.nearest import suggest_name
 from corl_jax.rewards import clip_scores, cycle, own, policy
 from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
@@ -244,10 +244,7 @@ def bind_reward(
         InputError: listing what is wrong with the name or the options.
     """
     if name not in REGISTRY:
-        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"{where}: unknown reward {name!r}; did you mean {near}? (known: {', '.join(REGISTRY)})"
-        )
+        raise InputError(f"{where}: unknown reward {name!r}; {suggest_name(name, REGISTRY)}")
     row, accepted, problems = REGISTRY[name], list_options(name), Problems()
     for key, value in options.items():
         if problem := find_option_problem(accepted, key, value):

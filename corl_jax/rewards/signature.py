@@ -7,7 +7,6 @@ Nothing here imports JAX or numpy, because it also runs in the process of a user
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from corl_jax.errors import InputError, Problems
+from corl_jax.nearest import suggest_name
 
 TASK_OF = {"images": "t2i", "texts": "mm2t"}
 """Name of the parameter for the completions -> task. A user's reward must have one of the two."""
@@ -134,8 +134,7 @@ def find_option_problem(accepted: Mapping[str, Option], key: str, value: Any) ->
     if key not in accepted:
         if not accepted:
             return "unknown; this reward has no options"
-        near = difflib.get_close_matches(str(key), accepted, n=1, cutoff=0.0)[0]
-        return f"unknown; did you mean {near}? (known: {', '.join(accepted)})"
+        return f"unknown; {suggest_name(str(key), accepted)}"
     option = accepted[key]
     try:
         pydantic.TypeAdapter(option.annotation).validate_python(value, strict=True)

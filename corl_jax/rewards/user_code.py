@@ -7,7 +7,6 @@ here imports JAX or numpy.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import importlib.machinery
@@ -24,6 +23,7 @@ from typing import Any
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import describe_lfs_pointer, expand_path, is_lfs_pointer
+from corl_jax.nearest import suggest_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +99,7 @@ def find_function(module: types.ModuleType, source: str, name: str) -> Callable[
         ]
         if not listed:
             raise InputError(f"{source} has no function {name}, nor any other")
-        near = difflib.get_close_matches(name, listed, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"{source} has no function {name}; did you mean {near}? (found: {', '.join(listed)})"
-        )
+        raise InputError(f"{source} has no function {name}; {suggest_name(name, listed, 'found')}")
     function = getattr(module, name)
     if isinstance(function, type) or not callable(function):
         kind = "a class" if isinstance(function, type) else f"of type {type(function).__name__}"

@@ -45,7 +45,7 @@ MAY_CHANGE = (
     # A new directory must have the step that saved.json names.
     r"checkpoint\.(every|keep|max_failures|directory)",
     r"eval\.(every|batch_prompts)",  # not eval.rows: training leaves them out
-    r"data\.(prefetch|cache_rows|max_bad_fraction)",
+    r"data\.(cache_rows|max_bad_fraction)",
     r"rewards\.\d+\.(timeout_s|max_failures)",
     r"guards\..*",  # they end a run or let it continue as it is
     r"networks\.offload",

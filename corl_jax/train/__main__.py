@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 
 from corl_jax.config import files as config_files
+from corl_jax.config.checks import find_idle_options
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes, startup
 from corl_jax.errors import exit_on_input_error
@@ -89,10 +91,18 @@ def main(argv: list[str] | None = None) -> None:
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.failing_together():
         planned = resolve_run(config)
+        warn_of_idle_options(config)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(check.describe(planned))
+
+
+def warn_of_idle_options(config: Config) -> None:
+    """Prints a warning for each option without effect; the first process alone."""
+    if jax.process_index() == 0:
+        for line in find_idle_options(config):
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def run_training(

@@ -72,7 +72,6 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         loss_weights=tuple(plan.stage.loss_weights(config).items()),
         tasks=plan.tasks,
         group_size=config.rollout.group_size,
-        pixel_dtype=DTYPES[config.rollout.pixel_dtype],
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
         mask_truncated=config.algorithm.mask_truncated,
@@ -238,7 +237,6 @@ def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
         task_weights=task_weights(algorithm),
         mode=algorithm.advantages,
         group_size=plan.config.rollout.group_size,
-        eps=algorithm.std_eps,
         scale=algorithm.scale_by_std,
         normalize_each=algorithm.multi_objective_aggregation == "normalize_then_sum",
     )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from corl_jax.config.schema import Config
-from corl_jax.data.instructions import recognise_instruction
+from corl_jax.data.instructions import recognize_instruction
 from corl_jax.devices import batches, processes
 from corl_jax.evaluation import SUITES
 from corl_jax.input_files import expand_path
@@ -99,7 +99,7 @@ def describe_sampling(config: Config, run: Run) -> Generation:
     if text_tasks(run.tasks):
         questions = [text for text in run.train_loader.source.column("qa_problem") if text]
         if questions:
-            stated["instruction"] = recognise_instruction(questions) or "none"
+            stated["instruction"] = recognize_instruction(questions) or "none"
     return Generation(**stated)
 
 
@@ -141,7 +141,7 @@ def export(
     assert options.layout != "none"  # `refresh_export` calls this with a layout only
     notes = save_checkpoint(
         folder, kind, run.family.base(run.sizes), params, layout=options.layout,
-        assets_from=model_dir, base=options.base, dtype=options.dtype,
+        assets_from=model_dir, dtype=options.dtype,
         layer_dtypes=layer_dtypes, progress=lambda _: beat(),
         overwrite=True, generation=generation.as_json(), extra=extra,
     )  # fmt: skip

@@ -30,14 +30,14 @@ def tokenizer_iteration(run: Run, state: TrainState, prompts: Prompts, step: int
 
 
 def make_tokenizer_step(
-    family: Family, sizes: Sizes, options: Any, optimizer: optax.GradientTransformation, **jit: Any
+    family: Family, sizes: Sizes, optimizer: optax.GradientTransformation, **jit: Any
 ) -> Callable:
     """Returns the jitted step (state, frozen, pixels) -> (state, metrics); donates the state."""
 
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, pixels: jax.Array):
         def loss(trained: Params):
-            return family.tokenizer_loss(sizes, merge(trained, frozen), pixels, options)
+            return family.tokenizer_loss(sizes, merge(trained, frozen), pixels)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, update = apply_gradients(state, grads, optimizer, value)

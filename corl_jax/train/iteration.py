@@ -129,7 +129,7 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
     }
     result = rollout.segments[-1]
     if not TASKS[task].makes_text:
-        pixels = run.family.decode_images(run.sizes, params, result.values, dtype=run.pixel_dtype)
+        pixels = run.family.decode_images(run.sizes, params, result.values)
         return Samples(columns, images=to_host_rows(pixels))
     tokens, mask = to_host_rows(result.values), to_host_rows(result.mask)
     texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]

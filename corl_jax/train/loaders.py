@@ -6,11 +6,17 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from corl_jax.config.checks import warmup_problems
+from corl_jax.config.checks import check_warmup
 from corl_jax.config.schema import Config
 from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.columns import IMAGE_COLUMN
-from corl_jax.data.dataset import Loader, ParquetSource, Source, held_out
+from corl_jax.data.dataset import (
+    Loader,
+    LoaderOptions,
+    ParquetSource,
+    Source,
+    split_held_out_rows,
+)
 from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.rewards import registry
@@ -29,9 +35,8 @@ def open_sources(
     names = columns_to_read(stage, config, listed)
 
     def open_rows(path: Any, more: Sequence[str] = ()) -> Source:
-        # A column that keeps its standard name need not be there: a task may do without it.
-        renamed = config.data.columns.model_dump(exclude_defaults=True)
-        source = ParquetSource(path, columns=renamed, required=sorted({*names, *more}))
+        required = sorted({*names, *more})
+        source = ParquetSource(path, columns=config.data.columns, required=required)
         problems = registry.find_missing_columns(listed, source.names)
         if problems:
             raise InputError(problems)
@@ -42,7 +47,7 @@ def open_sources(
     measured = SUITES[config.eval.suite].columns
     if config.eval.path is not None:
         return open_rows(config.data.path), open_rows(config.eval.path, measured)
-    return held_out(open_rows(config.data.path, measured), config.eval.rows)
+    return split_held_out_rows(open_rows(config.data.path, measured), config.eval.rows)
 
 
 def make_loaders(
@@ -60,28 +65,27 @@ def make_loaders(
     """
     data, tasks, (trained, held) = config.data, stage.tasks(config), sources
     common: dict[str, Any] = {
-        "processor": processor,
         "seed": config.seed,
         "max_prompt_length": data.max_prompt_length,
-        "system_prompt": data.system_prompt,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
         "readable": column_checks(config, stage, rewards),
         "process_index": shard[0],
         "process_count": shard[1],
     }
-    train = Loader(
-        trained, tasks=tasks, batch_size=config.train.prompts_per_step, prefetch=data.prefetch,
+    options = LoaderOptions(
+        tasks=tasks, batch_size=config.train.prompts_per_step,
         required=stage.target_columns(config), **common,
     )  # fmt: skip
+    train = Loader(trained, processor, options)
     train.check()
-    if problems := warmup_problems(config, count_steps(config, train)):
-        raise InputError(problems)
+    check_warmup(config, count_steps(config, train))
     if held is None:
         return train, None
     measured = SUITES[config.eval.suite].tasks or tasks
     batch = config.eval.batch_prompts
-    return train, Loader(held, tasks=measured, batch_size=batch, shuffle=False, **common)
+    options = LoaderOptions(tasks=measured, batch_size=batch, shuffle=False, **common)
+    return train, Loader(held, processor, options)
 
 
 def count_steps(config: Config, loader: Loader) -> int:

@@ -27,7 +27,7 @@ def make_optimizer(options: Any, total_steps: int) -> optax.GradientTransformati
     rate = learning_rate(options, total_steps)
     decay = options.weight_decay
     update = {
-        "adamw": lambda: optax.adamw(rate, options.b1, options.b2, options.eps, weight_decay=decay),
+        "adamw": lambda: optax.adamw(rate, options.b1, options.b2, weight_decay=decay),
         "adafactor": lambda: optax.adafactor(rate, weight_decay_rate=decay or None),
         "lion": lambda: optax.lion(rate, options.b1, options.b2, weight_decay=decay),
         "sgd": lambda: optax.chain(

@@ -24,6 +24,8 @@ from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params, Prompts
 
+FIXED_PROMPTS = 4
+"""Prompts of an image grid."""
 TABLE_ROWS = 16
 """Answers shown in the text table of an iteration."""
 SHEET_IMAGES, SHEET_COLUMNS = 36, 6  # of the image of an evaluation
@@ -120,7 +122,7 @@ def choose_fixed_prompts(config: Config, run: Run) -> Prompts:
     loader = run.eval_loader or run.train_loader
     shards = batches.num_batch_shards(run.mesh)
     # 10 prompts on 4 shards: 12, so that each shard has the same number.
-    count = min(-(-config.log.fixed_prompts // shards) * shards, loader.batch_size)
+    count = min(-(-FIXED_PROMPTS // shards) * shards, loader.batch_size)
     return loader.at(np.arange(count))
 
 

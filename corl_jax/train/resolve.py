@@ -19,6 +19,7 @@ from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError, Problems
 from corl_jax.models.lora import Lora
+from corl_jax.nearest import nearest_multiples
 from corl_jax.params import partition
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Family, Limits, Processor
@@ -128,7 +129,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     """
     problems, stage = Problems(), STAGES[config.stage]
     model = problems.attempt(_inspect_model, config.model.path)
-    rewards = problems.attempt(registry.bind_rewards, config.rewards, config.compat)
+    rewards = problems.attempt(registry.bind_rewards, config.scored_rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
     asked: list[networks.CheckedNetwork] | None = []
     if rewards is not None:  # without the rewards nobody can say which networks they ask
@@ -224,15 +225,10 @@ def batch_problems(config: Config, mesh: Mesh) -> list[str]:
     }
     return [
         f"{name}: {size} is not a multiple of the {ways} ways that mesh data x fsdp splits "
-        f"prompts; nearest: {_near_multiples(size, ways)}"
+        f"prompts; nearest: {nearest_multiples(ways, size)}"
         for name, size in sizes.items()
         if size % ways
     ]
-
-
-def _near_multiples(size: int, ways: int) -> str:
-    below, above = size // ways * ways, -(-size // ways) * ways
-    return f"{below} or {above}" if below else str(above)
 
 
 def mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
@@ -294,19 +290,12 @@ def _answer_problems(
 
 def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     """Returns what would stop the export, which is written when all the training is done."""
-    layout, base = config.export.layout, config.export.base
+    layout = config.export.layout
     problems = []
     if layout != "none":
         problems += list_place_problems(RunDir(Path(config.output_dir)).export)
-    if base is not None and layout in ("transformers", "none"):
-        problems.append(
-            f"export.base: found {base!r}, which export.layout {layout} has no use for; remove it, "
-            "or set export.layout to original"
-        )
-        base = None
-    if layout != "none":
         try:
-            check_export(family.kind, layout, family.base(sizes), base)
+            check_export(family.kind, layout, family.base(sizes))
         except InputError as error:
             problems += [f"export: {problem}" for problem in error.problems]
     return problems

@@ -86,7 +86,7 @@ def fingerprint_untrained(run: Run) -> dict[str, str]:
 
 def hash_reward_files(config: Config) -> dict[str, str]:
     """Returns file -> SHA-256 of the files of the user's rewards."""
-    files = (Path((reward.use or "").rpartition(":")[0]) for reward in config.rewards)
+    files = (Path((reward.use or "").rpartition(":")[0]) for reward in config.scored_rewards)
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files

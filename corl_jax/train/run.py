@@ -52,7 +52,6 @@ class Run:
     loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
     tasks: tuple[str, ...]
     group_size: int
-    pixel_dtype: Any  # in which codes become pixels
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
     mask_truncated: bool

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.data import instructions
-from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.data.images import fit_pixels
 from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
@@ -26,6 +26,10 @@ from corl_jax.types import EncodedPrompts, Prompts, Segment
 
 CAPTION = "caption"
 """Name of the captions beside those of the tasks, in metrics and weights."""
+
+CFG_DROPOUT = 0.1
+"""Fraction of image prompts that are blanked, so that the model learns guidance's unconditional
+rows."""
 
 
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
@@ -53,17 +57,15 @@ def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
             # Drawn for all processes, of which this one takes its own.
             total = run.train_loader.batch_size
             draws = np.random.default_rng([run.seed, step, step * total]).random(total)
-            dropped = draws[prompts.index - step * total] < options.cfg_dropout
+            dropped = draws[prompts.index - step * total] < CFG_DROPOUT
             encoded = blank_prompts(run, prompts.encoded[task], dropped)
             pixels = np.stack([fit_pixels(x, run.image_side) for x in columns[IMAGE_COLUMN]])
             segment = Segment(CODES, pixels, np.ones(len(prompts), bool))
             batch[task] = TaskBatch(encoded, (segment,))
     for task in text_tasks(run.tasks):
         questions = prompts.encoded[task]
-        if weights[task]:
-            answers = columns[options.answer_column]
-            batch[task] = TaskBatch(questions, (make_targets(run, answers),))
-        if options.caption_column and weights[CAPTION]:
+        batch[task] = TaskBatch(questions, (make_targets(run, columns[ANSWER_COLUMN]),))
+        if options.caption_column:
             turn = TASKS[task].turn
             row = dict.fromkeys(TASKS[task].columns, instructions.CAPTION)
             ids = run.processor.prompt_ids(turn.prompt, row)

@@ -14,7 +14,7 @@ import optax
 from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
-from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.tasks import TASKS, required_columns
 from corl_jax.train import image_tokenizer, iteration, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
@@ -47,21 +47,19 @@ def _rl_tasks(config: Config) -> tuple[str, ...]:
 
 
 def _rl_weights(config: Config) -> dict[str, float]:
-    algorithm = config.algorithm
-    return {"t2i": algorithm.t2i_loss_weight, "mm2t": algorithm.mm2t_loss_weight}
+    weight = config.algorithm.mm2t_loss_weight
+    return {name: weight if task.makes_text else 1.0 for name, task in TASKS.items()}
 
 
 def _sft_weights(config: Config) -> dict[str, float]:
-    options = config.sft
-    weights = {"t2i": options.t2i_weight, "mm2t": options.mm2t_weight}
-    return weights | {sft.CAPTION: options.caption_weight}
+    weight = config.sft.t2i_weight
+    weights = {name: 1.0 if task.makes_text else weight for name, task in TASKS.items()}
+    return weights | {sft.CAPTION: 1.0}
 
 
 def _sft_columns(config: Config) -> list[str]:
-    options = config.sft
-    answers = [options.answer_column] if options.mm2t_weight else []
-    captions = options.caption_column if options.caption_weight else None
-    return [IMAGE_COLUMN, *answers, *([captions] if captions else [])]
+    captions = config.sft.caption_column
+    return [IMAGE_COLUMN, ANSWER_COLUMN, *([captions] if captions else [])]
 
 
 def _token_step(outline: Any, options: UpdateOptions, optimizer: Any, **jit: Any) -> Callable:
@@ -71,9 +69,7 @@ def _token_step(outline: Any, options: UpdateOptions, optimizer: Any, **jit: Any
 def _pixel_step(
     outline: Any, options: UpdateOptions, optimizer: optax.GradientTransformation, **jit: Any
 ) -> Callable:
-    return image_tokenizer.make_tokenizer_step(
-        outline.family, outline.sizes, outline.config.vq, optimizer, **jit
-    )
+    return image_tokenizer.make_tokenizer_step(outline.family, outline.sizes, optimizer, **jit)
 
 
 STAGES: dict[str, Stage] = {

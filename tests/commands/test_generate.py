@@ -19,7 +19,7 @@ from PIL import Image
 from corl_jax import generate, policies
 from corl_jax.data import questions
 from corl_jax.devices import startup
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.params import leaf_paths, map_with_path
 from corl_jax.policies import batched, inspect_policy, load_policy
 from corl_jax.policies.choices import sample_keys
@@ -247,7 +247,7 @@ def test_greedy_takes_options_that_change_nothing(cases, model_dir, tmp_path, ca
     folder = tmp_path / "out"
     run("image", "--model", model_dir, "--prompt", PROMPTS[0], "--out", folder, "--greedy",
         "--temperature", 1, "--images-per-prompt", 2)  # fmt: skip
-    first, second = (folder / generate.image_name(0, number) for number in range(2))
+    first, second = (folder / generate.name_image(0, number) for number in range(2))
     assert first.read_bytes() == second.read_bytes()
     assert "note: --greedy makes the 2 images" in capsys.readouterr().err
 
@@ -351,14 +351,15 @@ def test_half_characters_are_refused_with_their_line(cases, model_dir, tmp_path,
 def test_files_with_a_byte_order_mark_are_read(cases, tmp_path):
     text = "\ufeff" + cases.read_text(encoding="utf-8")
     (tmp_path / "cases.jsonl").write_text(text, encoding="utf-8")
-    found, problems = questions.read_cases(tmp_path / "cases.jsonl", "--input", ())
+    problems = Problems()
+    found = questions.read_questions(tmp_path / "cases.jsonl", "--input", (), problems)
     assert [case.row for case in found] == lines_of(cases) and not problems
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\ntwo\n")
-    assert questions.read_prompts(tmp_path / "prompts.txt", "--prompts") == (
-        ["a red circle", "two"], []
-    )  # fmt: skip
+    prompts = questions.read_prompts(tmp_path / "prompts.txt", "--prompts", problems)
+    assert prompts == ["a red circle", "two"] and not problems
     (tmp_path / "latin.txt").write_bytes("Stra\xdfe".encode("latin-1"))
-    _, (problem,) = questions.read_prompts(tmp_path / "latin.txt", "--prompts")
+    questions.read_prompts(tmp_path / "latin.txt", "--prompts", problems)
+    (problem,) = problems
     assert "latin.txt: is not UTF-8 at byte 4" in problem
 
 
@@ -368,7 +369,7 @@ def test_a_record_is_one_line_for_every_reader(monkeypatch, capsys):
         (0, 0): {"text": "a\u2028b\u2029c\x85d\x0be \u4e2d \U0001f600"},
         (0, 1): {"text": "x"},
     }
-    text = generate.json_lines(records)
+    text = generate.format_records(records)
     assert len(text.splitlines()) == 2 and "\u4e2d" in text
     assert [json.loads(line) for line in text.splitlines()] == list(records.values())
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", newline="")
@@ -392,10 +393,10 @@ def test_a_plain_question_is_asked_as_the_checkpoint_states(cases, model_dir, tm
     assert (args.max_new_tokens, args.temperature, args.instruction) == (5, 0.5, "open")
     args = parse([*base, "--instruction", "none", "--max-new-tokens", "6", "--top-k", "3"])
     found = generate.check_text(args)
-    assert generate.ask(args, found[0]) == "how many squares?"
+    assert generate.format_question(args, found[0]) == "how many squares?"
     assert (args.max_new_tokens, args.top_k, args.temperature) == (6, 3, 0.5)
     args.instruction = "choice"
-    assert "option letter" in generate.ask(args, found[0])
+    assert "option letter" in generate.format_question(args, found[0])
     (folder / "generation_config.json").write_text('{"guidance_scale": "x"}')
     said = refused(capsys, *base, "--max-new-tokens", 5)
     assert said.count("error: ") == 1 and "guidance_scale is 'x'" in said
@@ -440,7 +441,7 @@ def test_help_tells_every_default(capsys):
             run(command, "--help")
         assert exit_.value.code == 0
         said = " ".join(capsys.readouterr().out.split())
-        for option in ("--batch-size BATCH_SIZE samples at once (default 16)", "(default 1)"):
+        for option in ("number of samples generated at once (default 16)", "(default 1)"):
             assert option in said
 
 

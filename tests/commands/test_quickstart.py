@@ -60,7 +60,7 @@ def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
 
 def test_a_step_that_fails_ends_with_its_exit_code(capfd):
     with pytest.raises(SystemExit) as ended:
-        quickstart.run([sys.executable, "-c", "raise SystemExit(2)"])
+        quickstart.run_command([sys.executable, "-c", "raise SystemExit(2)"])
     assert ended.value.code == 2
     out, err = capfd.readouterr()
     assert "raise SystemExit" in out and "exit code 2" in err
@@ -90,7 +90,7 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     assert summary["reward"]["first"] > 0 and summary["reward"]["first_error"] is None
     assert 0 <= summary["after"]["eval/answer/accuracy"] <= 1
     printed = done.stdout.partition("What came out")[2]
-    assert "drawings as demanded" in printed and "answers right" in printed
+    assert "images as demanded" in printed and "answers right" in printed
     assert "compiling for the first evaluation" in done.stderr
     assert "compiling for the first step" in done.stderr
     assert "corl_jax.generate image" in printed and str(out / "train" / "export") in printed

@@ -360,9 +360,9 @@ def test_wrong_files_and_names(tmp_path, capsys):
 
 
 def test_boxes_as_lists_or_texts():
-    assert score._value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
-    assert "expected [[x1" in score._value("od_solution", [[0, 1, 2]], Path())[0]
-    assert "expected [[x1" in score._value("od_solution", [[0, 1, 2, True]], Path())[0]
+    assert score._read_value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
+    assert "expected [[x1" in score._read_value("od_solution", [[0, 1, 2]], Path())[0]
+    assert "expected [[x1" in score._read_value("od_solution", [[0, 1, 2, True]], Path())[0]
 
 
 def test_the_list_names_every_reward(capsys):

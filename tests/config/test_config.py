@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import typing
 
@@ -10,7 +11,8 @@ import yaml
 
 from corl_jax.config import checks
 from corl_jax.config import files as config_files
-from corl_jax.config.schema import Checkpoint, Columns, Config, Section
+from corl_jax.config.schema import Checkpoint, Config, RewardNetwork, Section
+from corl_jax.config.stages import STAGES
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 from corl_jax.train.optimizer import learning_rate
@@ -77,8 +79,8 @@ def test_base_that_leads_back_to_itself(write):
     [("1e-4", 1e-4), ("2E+3", 2000.0), ("1.e-3", 1e-3), ("0.5", 0.5), ("3", 3.0)],
 )
 def test_numbers_as_people_write_them(write, text, value):
-    loaded = config_files.load(write(MINIMAL), [f"optimizer.eps={text}"])
-    assert loaded.optimizer.eps == value
+    loaded = config_files.load(write(MINIMAL), [f"optimizer.learning_rate={text}"])
+    assert loaded.optimizer.learning_rate == value
     option = config_files.load(write(MINIMAL), [f"rewards=[{{name: x, options: {{y: {text}}}}}]"])
     assert option.rewards[0].options["y"] == value
 
@@ -105,22 +107,22 @@ def test_an_octal_of_yaml_1_1_is_no_octal(write):
 
 @pytest.mark.parametrize("word", ["yes", "No", "ON", "off"])
 def test_words_that_yaml_1_1_takes_for_truth_are_refused_unless_quoted(write, word):
-    (line,) = problems(write(MINIMAL), f"data.system_prompt={word}")
+    (line,) = problems(write(MINIMAL), f"sft.caption_column={word}")
     assert word in line and "YAML 1.1" in line and f"'{word}' in quotes" in line
     (line,) = problems(write(MINIMAL + f"    networks: {{offload: {word}}}\n"))
     assert "line 6" in line and "write " + ("true" if word in ("yes", "ON") else "false") in line
-    quoted = config_files.load(write(MINIMAL), [f"data.system_prompt='{word}'"])
-    assert quoted.data.system_prompt == word
+    quoted = config_files.load(write(MINIMAL), [f"sft.caption_column='{word}'"])
+    assert quoted.sft.caption_column == word
 
 
 @pytest.mark.parametrize(
     "text", ["1e5", "010", "0o7", "yes", "off", "1:30", "2026-11-29", "1_000", "null", "~x", ""]
 )
 def test_texts_that_look_like_numbers_survive_being_written_out(write, text):
-    loaded = config_files.load(write(MINIMAL), [f"data.system_prompt='{text}'"])
+    loaded = config_files.load(write(MINIMAL), [f"sft.caption_column='{text}'"])
     dumped = config_files.dump(loaded)
     assert config_files.load(write(dumped, "again.yaml")) == loaded
-    assert yaml.safe_load(dumped)["data"]["system_prompt"] == text  # readers of YAML 1.1 too
+    assert yaml.safe_load(dumped)["sft"]["caption_column"] == text  # readers of YAML 1.1 too
 
 
 def test_words_stay_words(write):
@@ -158,7 +160,7 @@ def test_empty_block_or_list_leaves_that_of_the_base(write):
     write(MINIMAL + "    algorithm: {kl_coef: 0.1}\n    networks: {blip: {path: b}}\n", "base.yaml")
     path = write("base: base.yaml\nalgorithm:\nrewards:\n  # - name: x\nnetworks: {blip: }\n")
     assert config_files.load(path) == config_files.load(path.with_name("base.yaml"))
-    assert config_files.load(path, ["algorithm.std_eps=0.5"]).algorithm.kl_coef == 0.1
+    assert config_files.load(path, ["algorithm.clip_low=0.5"]).algorithm.kl_coef == 0.1
 
 
 def test_null_of_an_option_is_a_value(write):
@@ -180,20 +182,21 @@ def test_empty_list_of_rewards_is_no_reward(write):
 # ---- paths
 
 NO_PATHS = {
-    "rewards.name", "data.system_prompt", "sft.answer_column", "sft.caption_column",
-    "train.trainable", "lora.targets", "distributed.coordinator_address",
-    *(f"data.columns.{name}" for name in Columns.model_fields),
+    "rewards.name", "sft.caption_column", "train.trainable", "lora.targets",
+    "distributed.coordinator_address",
 }  # fmt: skip
 
 
 def texts(section, prefix=""):
     """The key and the field of every option that is free text or a list of it."""
-    for name, field in section.model_fields.items():
-        kind = field.annotation
+    fields = {name: field.annotation for name, field in section.model_fields.items()}
+    if config_files.named_block(section):
+        fields["blip"] = config_files.named_block(section)
+    for name, kind in fields.items():
         inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
         if isinstance(inner, type) and issubclass(inner, Section):
             yield from texts(inner, f"{prefix}{name}.")
-        elif "text" in config_files.kind_text(kind):
+        elif "text" in config_files.describe_type(kind):
             yield f"{prefix}{name}"
 
 
@@ -350,7 +353,7 @@ def test_missing_keys_say_how_to_give_them(write):
     ("overrides", "part"),
     [
         (["train.micro_batch=5"], "does not divide train.prompts_per_step 16"),
-        (["rollout.batch_prompts=3"], "nearest divisors 2, 4"),
+        (["rollout.batch_prompts=3"], "nearest: 2 or 4"),
         (["rewards=[]"], "needs at least one"),
         (["compat.text_top_k_50=true", "rollout.top_k=7"], "contradicts compat.text_top_k_50"),
         (
@@ -365,32 +368,142 @@ def test_options_that_contradict_each_other(write, overrides, part):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "part"),
+    ("overrides", "found", "reader"),
     [
-        (["sft.cfg_dropout=0.2"], "sft.cfg_dropout: found 0.2, but stage rl does not read"),
-        (["vq.commitment=1.0"], "leave it at 0.25 or set stage to vq"),
-        (["stage=sft"], "rewards: found format, but stage sft learns from none"),
-        (["stage=vq", "rewards=[]", "algorithm.kl_coef=0.1"], "algorithm.kl_coef: found 0.1"),
+        (["sft.t2i_weight=0.2"], "sft.t2i_weight: 0.2", "stage sft"),
+        (["stage=sft"], "rewards: 'format'", "stage rl or eval.suite rewards"),
+        (["stage=vq", "rewards=[]", "algorithm.kl_coef=0.1"], "algorithm.kl_coef: 0.1", "stage rl"),
+        (["algorithm.reference=host"], "algorithm.reference: 'host'", "algorithm.kl_coef above 0"),
         (
-            ["algorithm.reference=host"],
-            "algorithm.reference: found host, but with algorithm.kl_coef 0",
+            ["algorithm.reference=host", "algorithm.kl_coef=0.1", "lora.rank=4"],
+            "algorithm.reference: 'host'", "a run with lora.rank 0",
         ),
-        (["stage=sft", "rewards=[]", "vq.commitment=1.0"], "vq.commitment: found 1.0"),
-        (["stage=sft", "rewards=[]", "compat.text_top_k_50=true"], "sft has no rollouts"),
-        (["compat.mc_as_open_ended=true"], "rewards is listed (qa_accuracy)"),
-        (["compat.answer_single_line=true"], "(qa_accuracy or oc_accuracy)"),
-        (["compat.ti_sim_fixed_spans=true"], "(t2i_ti_sim)"),
-        (["compat.format_without_strip=true", "rewards=[{name: format_tag}]"], "(format)"),
-        (["compat.text_top_k_50=true", "algorithm.tasks=t2i"], "algorithm.tasks t2i leaves out"),
-        (["compat.image_logprobs_unshifted=true", "algorithm.tasks=mm2t"], "mm2t leaves out"),
-        (["optimizer.name=lion", "optimizer.eps=1e-6"], "lion does not use it; leave it at 1e-08"),
-        (["optimizer.name=sgd", "optimizer.b2=0.9"], "optimizer.b2: found 0.9, but sgd"),
-        (["optimizer.name=adafactor", "optimizer.b1=0.8"], "optimizer.b1: found 0.8"),
+        (
+            ["stage=sft", "rewards=[]", "compat.text_top_k_50=true"],
+            "compat.text_top_k_50: True", "a stage with rollouts",
+        ),
+        (
+            ["compat.mc_as_open_ended=true"],
+            "compat.mc_as_open_ended: True", "the reward qa_accuracy",
+        ),
+        (
+            ["compat.answer_single_line=true"],
+            "compat.answer_single_line: True", "the reward qa_accuracy or oc_accuracy",
+        ),
+        (
+            ["compat.ti_sim_fixed_spans=true"],
+            "compat.ti_sim_fixed_spans: True", "the reward t2i_ti_sim",
+        ),
+        (
+            ["compat.format_without_strip=true", "rewards=[{name: format_tag}]"],
+            "compat.format_without_strip: True", "the reward format",
+        ),
+        (
+            ["compat.text_top_k_50=true", "algorithm.tasks=t2i"],
+            "compat.text_top_k_50: True", "the task mm2t",
+        ),
+        (
+            ["compat.image_logprobs_unshifted=true", "algorithm.tasks=mm2t"],
+            "compat.image_logprobs_unshifted: True", "the task t2i",
+        ),
+        (
+            ["optimizer.name=sgd", "optimizer.b2=0.9"],
+            "optimizer.b2: 0.9", "optimizer.name adamw or lion",
+        ),
+        (
+            ["optimizer.name=adafactor", "optimizer.b1=0.8"],
+            "optimizer.b1: 0.8", "optimizer.name adamw or lion or sgd",
+        ),
+        (
+            ["rewards=[{name: format, timeout_s: 5.0}]"],
+            "rewards.0.timeout_s: 5.0", "a reward by `use`",
+        ),
+        (["guards.kl=2.0"], "guards.kl: 2.0", "algorithm.kl_coef above 0"),
+        (["guards.fatal=[kl]"], "guards.fatal: 'kl'", "algorithm.kl_coef above 0"),
+        (["guards.held_out=2.0"], "guards.held_out: 2.0", "an eval.suite other than none"),
+        (
+            ["guards.duplicates=0.4", "algorithm.tasks=mm2t"],
+            "guards.duplicates: 0.4", "the task t2i",
+        ),
+        (
+            ["guards.max_failed_reward_fraction=0.4"],
+            "guards.max_failed_reward_fraction: 0.4", "a reward by `use`",
+        ),
+        (
+            ["stage=sft", "rewards=[]", "guards.entropy=0.2"],
+            "guards.entropy: 0.2", "a stage with rollouts",
+        ),
+        (["eval.every=5"], "eval.every: 5", "an eval.suite other than none"),
+        (
+            ["stage=vq", "rewards=[]", "train.micro_batch=8"],
+            "train.micro_batch: 8", "a stage that trains the language model",
+        ),
+        (
+            ["train.epochs=2.0", "train.max_steps=5"],
+            "train.epochs: 2.0", "a run without train.max_steps",
+        ),
+        (
+            ["algorithm.mm2t_weight=0.5", "algorithm.tasks=mm2t"],
+            "algorithm.mm2t_weight: 0.5", "algorithm.tasks unified",
+        ),
+        (
+            ["algorithm.mm2t_weight=0.5", "algorithm.advantages=separate"],
+            "algorithm.mm2t_weight: 0.5",
+            "algorithm.advantages unified_reward or unified_advantage",
+        ),
+        (["export.lora=adapter"], "export.lora: 'adapter'", "lora.rank above 0"),
+        (["lora.alpha=12.0"], "lora.alpha: 12.0", "lora.rank above 0"),
+        (
+            ["distributed.initialize=never", "distributed.process_id=1"],
+            "distributed.process_id: 1", "distributed.initialize auto or always",
+        ),
     ],
-)
-def test_options_that_the_run_would_ignore(write, overrides, part):
-    (line,) = problems(write(MINIMAL), *overrides)
-    assert part in line
+)  # fmt: skip
+def test_an_option_without_effect_is_named_with_its_reader(write, overrides, found, reader):
+    lines = checks.find_idle_options(config_files.load(write(MINIMAL), overrides))
+    assert lines == [f"{found} has no effect; only {reader} reads it"]
+
+
+def test_every_row_of_the_table_of_readers_names_options():
+    known = list(flat_keys(Config))
+    for reader in checks.READERS:
+        assert any(re.fullmatch(reader.options, key) for key in known), reader.options
+
+
+def flat_keys(section, prefix=""):
+    """The key of every option; the first item of a list stands for all."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        inner = (*typing.get_args(kind), None)[0]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from flat_keys(kind, f"{prefix}{name}.")
+            continue
+        yield prefix + name
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from flat_keys(inner, f"{prefix}{name}.0.")
+
+
+def test_stages_are_those_of_the_table():
+    assert typing.get_args(Config.model_fields["stage"].annotation) == tuple(STAGES)
+
+
+def test_a_fatal_alarm_that_is_switched_off_is_refused(write):
+    (line,) = problems(write(MINIMAL), "guards.fatal=[entropy]", "guards.entropy=null")
+    assert line.endswith("guards.fatal: found entropy, but guards.entropy is null; drop it")
+
+
+def test_rewards_that_nothing_reads_are_not_scored(write):
+    path = write(MINIMAL)
+    assert config_files.load(path, ["stage=sft"]).scored_rewards == []
+    assert len(config_files.load(path, ["stage=sft", "eval.suite=rewards"]).scored_rewards) == 1
+
+
+def test_networks_are_named_by_the_user(write):
+    loaded = config_files.load(write(MINIMAL), ["networks.blip.dtype=bfloat16"])
+    assert loaded.networks.settings_of("blip").dtype == "bfloat16"
+    assert loaded.networks.settings_of("bert") == RewardNetwork()
+    (line,) = problems(write(MINIMAL), "networks.blip.pth=x")
+    assert "networks.blip.pth: unknown key; did you mean path? (known: path, dtype)" in line
 
 
 def test_options_that_only_look_ignored(write):
@@ -401,8 +514,9 @@ def test_options_that_only_look_ignored(write):
         ["stage=vq", "rewards=[]", "compat.bfloat16_master=true", "algorithm.kl_coef=0.0"],
         ["optimizer.name=sgd", "optimizer.b1=0.5"],  # its momentum
         ["optimizer.name=lion", "optimizer.b2=0.5"],
+        ["guards.kl=null"],  # switched off
     ):
-        config_files.load(path, overrides)
+        assert not checks.find_idle_options(config_files.load(path, overrides)), overrides
 
 
 def test_switches_of_rewards_are_the_registrys():

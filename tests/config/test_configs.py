@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from corl_jax.config import files as config_files
-from corl_jax.config.schema import Compat, Config, Reward, RewardNetwork, Section
+from corl_jax.config.checks import find_idle_options
+from corl_jax.config.schema import Compat, Config, Reward, Section
+from corl_jax.data.columns import COLUMNS
 from corl_jax.errors import InputError
 from corl_jax.params import partition
 from corl_jax.policies.janus import network
@@ -26,6 +28,7 @@ FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 PAPER = [name for name in FILES if name.startswith("janus_pro_")]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 DEVICES = (1, 2, 4, 8)
+MAX_OPTIONS = 102
 
 # The paper's table of values: G, beta, prompt tokens, answer tokens, prompts a step, peak rate.
 TABLE = {
@@ -68,6 +71,12 @@ def differing(a: Config, b: Config) -> set[str]:
 # ---- every config
 
 
+def test_the_minimal_config_is_a_run_in_twelve_lines():
+    lines = (CONFIGS / "minimal.yaml").read_text().splitlines()
+    assert len(lines) <= 12 and all("#" in line for line in lines)
+    assert load("minimal.yaml").stage == "rl"
+
+
 def test_the_promised_configs_are_there():
     promised = {f"janus_pro_{size}/{stage}.yaml" for size in ("1b", "7b") for stage in STAGES}
     promised |= {f"janus_pro_{size}/released.yaml" for size in ("1b", "7b")}
@@ -98,6 +107,22 @@ def test_trainable_patterns_match_parameters(name):
     shapes = network.abstract(network.PRESETS["janus-pro-1b"])
     trained, frozen = partition(shapes, load(name).train.trainable or FAMILY.trainable)
     assert trained and frozen
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_has_no_option_without_effect(name):
+    assert not find_idle_options(load(name))
+
+
+def test_there_are_few_options():
+    """A new option needs two shipped configs that differ in it, or a user who asked for it."""
+    count = sum(
+        not isinstance(field.annotation, type) or not issubclass(field.annotation, Section)
+        for key, kind in sections().items()
+        if key != "rewards"  # the list counts as one
+        for field in kind.model_fields.values()
+    )
+    assert count <= MAX_OPTIONS
 
 
 def test_run_directories_are_distinct():
@@ -270,13 +295,13 @@ def sections() -> dict[str, type[Section]]:
     def visit(section, prefix):
         for name, field in section.model_fields.items():
             kind = field.annotation
-            if kind is RewardNetwork:
-                found[f"{prefix}NAME"] = kind
-            elif isinstance(kind, type) and issubclass(kind, Section):
+            if isinstance(kind, type) and issubclass(kind, Section):
                 found[prefix + name] = kind
                 visit(kind, f"{prefix}{name}.")
             if name == "rewards":
                 found[name] = Reward
+        if (named := config_files.named_block(section)) is not None:
+            found[f"{prefix}NAME"] = named
 
     visit(Config, "")
     return found
@@ -298,7 +323,9 @@ def options_table(key: str) -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             continue
-        values = " ".join([config_files.kind_text(kind), *config_files.limits(field.metadata)])
+        values = " ".join(
+            [config_files.describe_type(kind), *config_files.describe_limits(field.metadata)]
+        )
         meaning = (field.description or "").replace("|", "\\|")
         lines.append(f"| `{prefix}{name}` | {default_text(field)} | {values} | {meaning} |")
     return "\n".join(lines)
@@ -367,6 +394,10 @@ def test_links_and_paths_in_a_document_exist(path):
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
 def test_options_named_in_a_document_exist(path):
     known = {f"{key}.{name}" for key, kind in sections().items() for name in kind.model_fields}
+    known |= {f"data.columns.{name}" for name in COLUMNS}
+    known |= {
+        f"networks.{name}.{option}" for name in networks.NETWORKS for option in ("path", "dtype")
+    }
     blocks = "|".join(sorted({key.split(".")[0] for key in sections()} - {"run", "rewards"}))
     for name in re.findall(rf"`((?:{blocks})\.[a-z_0-9.]+)(?:=[^`]*)?`", path.read_text()):
         module = (ROOT / "corl_jax" / name.replace(".", "/", 1)).with_suffix(".py").exists()

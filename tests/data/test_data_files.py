@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from corl_jax.data import parquet
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.images import decode_image
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.parquet_files import find_files
-from corl_jax.data.questions import read_cases
-from corl_jax.errors import InputError
+from corl_jax.data.questions import read_questions
+from corl_jax.errors import InputError, Problems
 from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row
 
 REQUIRED = ("prompt", "real_image")
@@ -293,7 +293,8 @@ def test_a_list_of_two_pictures_is_refused_and_an_empty_one_is_none(tmp_path):
     images = pa.array([[picture], [picture] * 2, []], pa.list_(pa.binary()))
     pq.write_table(pa.table(arrays() | {"images": images}), tmp_path / "a.parquet")
     source = ParquetSource(tmp_path, columns={"real_image": "images"}, required=REQUIRED)
-    loader = Loader(source, None, tasks=(), batch_size=3, seed=0, max_bad_fraction=0.5)
+    options = LoaderOptions(tasks=(), batch_size=3, seed=0, max_bad_fraction=0.5)
+    loader = Loader(source, None, options)
     rows = loader._rows
     assert rows.example(0).columns["real_image"].size == (32, 32)
     with pytest.raises(InputError, match="found a list of 2 pictures; expected one"):
@@ -374,8 +375,10 @@ def test_questions_with_a_mark_and_with_lone_surrogates(tmp_path):
     path = tmp_path / "a.jsonl"
     question = '{"image": "a.png", "question": %s}\n'
     path.write_bytes(b"\xef\xbb\xbf" + (question % '"\\ud83d\\ude00"' + "\n").encode())
-    (case,), problems = read_cases(path, "--input", ())
+    problems = Problems()
+    (case,) = read_questions(path, "--input", (), problems)
     assert case.row["question"] == "\U0001f600" and not problems
     path.write_text(question % '"a\\ud83d"' + "{\n")
-    _, (first, second) = read_cases(path, "--input", ())
+    read_questions(path, "--input", (), problems)
+    first, second = problems
     assert "line 1: question holds a lone surrogate" in first and "line 2: not valid" in second

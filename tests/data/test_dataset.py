@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from corl_jax.data.columns import COLUMNS
-from corl_jax.data.dataset import Loader, held_out, required_columns
+from corl_jax.data.dataset import Loader, LoaderOptions, required_columns, split_held_out_rows
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.parquet_files import find_files
 from corl_jax.errors import InputError
@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 
 def loader(source, processor, **options):
     settings = {"tasks": BOTH, "batch_size": 4, "seed": 7, **options}
-    return Loader(source, processor, **settings)
+    return Loader(source, processor, LoaderOptions(**settings))
 
 
 def numbers(prompts):
@@ -162,14 +162,14 @@ def test_hub_datasets(tmp_path, monkeypatch):
 
 
 def test_held_out_takes_the_last_rows(source):
-    train, evaluation = held_out(source, 5)
+    train, evaluation = split_held_out_rows(source, 5)
     assert (len(train), len(evaluation)) == (25, 5)
     assert evaluation[0] == tiny_row(25) and evaluation.where(0).endswith("row 25")
     assert evaluation.column("qa_type") == source.column("qa_type")[25:]
     with pytest.raises(IndexError):
         train[25]
     with pytest.raises(InputError):
-        held_out(source, 30)
+        split_held_out_rows(source, 30)
 
 
 # ---- order
@@ -258,7 +258,7 @@ def test_single_tasks_and_plain_columns(source, processor, tmp_path):
 
 def test_wrong_arguments_are_listed_together(source, processor, tmp_path):
     with pytest.raises(InputError) as error:
-        Loader(source, None, tasks=("t2i", "x"), batch_size=3, seed=-1, process_count=2)
+        loader(source, None, tasks=("t2i", "x"), batch_size=3, seed=-1, process_count=2)
     assert len(error.value.problems) == 4
     texts = ParquetSource(tiny_parquet(tmp_path / "t.parquet", [{"prompt": "a"}]))
     with pytest.raises(InputError) as error:

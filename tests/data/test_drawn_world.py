@@ -62,7 +62,7 @@ def test_checker_accepts_what_the_renderer_draws(detections, specs):
 def test_checker_refuses_mismatched_pictures(detections, specs):
     rng = np.random.default_rng(0)
     pairs = [(i, int(j)) for i in range(ROWS) for j in rng.integers(ROWS, size=3)]
-    keys = [scene.combination(spec) for spec in specs]
+    keys = [scene.normalize_spec(spec) for spec in specs]
     passed = collections.defaultdict(list)
     for i, j in pairs:
         if keys[i] != keys[j]:
@@ -159,7 +159,7 @@ def test_splits_are_disjoint_where_they_say_so():
     def keys(split):
         drawn = [generator.sample_spec_of_row(8, index, split) for index in range(3000)]
         return {
-            name: {scene.combination(s) for s in drawn if s["category"] == name}
+            name: {scene.normalize_spec(s) for s in drawn if s["category"] == name}
             for name in scene.CATEGORIES
         }
 
@@ -174,7 +174,7 @@ def test_held_out_ignores_order_and_wording():
     left = {"category": "position", "include": [a, b | {"position": ["left of", 0]}]}
     right = {"category": "position", "include": [b, a | {"position": ["right of", 0]}]}
     above = {"category": "position", "include": [b, a | {"position": ["above", 0]}]}
-    combination = scene.combination
+    combination = scene.normalize_spec
     assert combination(left) == combination(right) != combination(above)
     assert left["include"][1]["position"] == ["left of", 0]
 
@@ -209,7 +209,7 @@ def test_answers_are_true_of_the_picture(rows, detections):
             expected = {d.color for d in found if d.shape == match[1]}
         elif match := re.match(r"How many (\w+) are there\?", question):
             names = ["object" if match[1] == "objects" else d.shape for d in found]
-            number = sum(match[1] in ("objects", language.plural(name)) for name in names)
+            number = sum(match[1] in ("objects", language.make_plural(name)) for name in names)
             expected = {language.NUMBERS[number]}
         else:
             continue
@@ -224,7 +224,7 @@ def test_option_letters_are_balanced(rows):
 
 
 def test_parquet_is_in_the_published_layout(tmp_path):
-    path = generator.write(tmp_path / "data", 230, 1, start=7, split="train")
+    path = generator.write_rows(tmp_path / "data", 230, 1, start=7, split="train")
     assert path.name == "train-00000-of-00001.parquet"
     file = pq.ParquetFile(path)
     assert [file.metadata.row_group(i).num_rows for i in range(3)] == [100, 100, 30]
@@ -250,14 +250,14 @@ def test_command_reports_all_problems_and_writes_nothing(tmp_path, capsys):
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(generator, "make_row", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generator.write(tmp_path / "data", 10, 0)
+        generator.write_rows(tmp_path / "data", 10, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_write_accepts_an_empty_directory(tmp_path):
-    generator.write(tmp_path, 2, 0)
+    generator.write_rows(tmp_path, 2, 0)
     with pytest.raises(InputError):
-        generator.write(tmp_path, 2, 0)
+        generator.write_rows(tmp_path, 2, 0)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def test_checker_accepts_what_the_renderer_draws(rows):
 def test_checker_refuses_other_demands(rows):
     detections = [checker.detect(row["real_image"]) for row in rows]
     specs = [json.loads(row["spec"]) for row in rows]
-    keys = [scene.combination(spec) for spec in specs]
+    keys = [scene.normalize_spec(spec) for spec in specs]
     passed = collections.defaultdict(list)
     for first in range(ROWS):
         second = (first * 7 + 3) % ROWS
@@ -76,7 +76,9 @@ def test_splits_share_no_held_out_demand():
         )
         specs = (json.loads(row["spec"]) for row in rows)
         return {
-            scene.combination(spec) for spec in specs if spec["category"] in scene.SPLIT_CATEGORIES
+            scene.normalize_spec(spec)
+            for spec in specs
+            if spec["category"] in scene.SPLIT_CATEGORIES
         }
 
     train, test = demands("train"), demands("test")
@@ -91,7 +93,7 @@ def test_the_command_writes_the_small_world(tmp_path):
     table = pq.read_table(file).to_pylist()
     assert table == [generator.make_row(5, index, world="small") for index in range(3)]
     with pytest.raises(InputError, match="--image-size: 31 found, an integer of at least 32"):
-        generator.write(tmp_path / "other", 1, 0, image_size=31, world="small")
+        generator.write_rows(tmp_path / "other", 1, 0, image_size=31, world="small")
 
 
 @pytest.mark.parametrize(("side", "world"), [(32, "small"), (47, "small"), (48, "full")])

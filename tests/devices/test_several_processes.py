@@ -64,7 +64,7 @@ def run_options(model: Path, rows: Path, folder: Path, **changes) -> dict:
         "rewards": own,
         "train": {"max_steps": 3, "prompts_per_step": 8, "micro_batch": 4},
         "eval": {"suite": "rewards", "rows": 6, "batch_prompts": 4},
-        "log": {"images_every": 3, "fixed_prompts": 3},
+        "log": {"images_every": 3},
         "checkpoint": {"every": 1, "keep": 1},
     }
     return tiny_runs.options(model, rows, folder / "run", **common | changes)
@@ -423,7 +423,6 @@ def test_half_of_the_settings_are_refused(no_cluster, options):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"initialize": "never", "process_id": 1}, "process_id: found 1, but"),
         ({"coordinator_address": "host"}, "expected HOST:PORT"),
         ({"process_id": 2, "num_processes": 2}, "found 2 of 2 processes; expected 0 to 1"),
     ],

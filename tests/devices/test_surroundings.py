@@ -230,7 +230,7 @@ COMMANDS = {
     "plan": lambda path: plan.main(
         ["--config", path, "--topology", "local", "--model", "janus-pro-1b"]
     ),
-    "generate": lambda path: generate.load(argparse.Namespace(model="none", dtype=None)),
+    "generate": lambda path: generate.load_model(argparse.Namespace(model="none", dtype=None)),
     "evaluate": lambda path: evaluate.measure(argparse.Namespace(model="none", dtype=None), None),
 }
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from corl_jax import evaluate, policies
 from corl_jax.config import schema
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.data.drawn_world.scene import CATEGORIES
@@ -89,10 +89,10 @@ def drawn():
 
 
 def loader(model, batch_size: int, rows: int = ROWS) -> Loader:
-    return Loader(
-        HeldOutShapes(rows, 5), model.processor, tasks=("t2i", "mm2t"), batch_size=batch_size,
-        seed=0, shuffle=False, lengths="dataset",
-    )  # fmt: skip
+    options = LoaderOptions(
+        tasks=("t2i", "mm2t"), batch_size=batch_size, seed=0, shuffle=False, lengths="dataset"
+    )
+    return Loader(HeldOutShapes(rows, 5), model.processor, options)
 
 
 def measure(model, batches, seed: int = 3, **options):
@@ -379,7 +379,7 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
 
 
 def test_command_reads_files(model_dir, tmp_path, capsys):
-    path = generator.write(tmp_path / "data", 5, 2, split="test")
+    path = generator.write_rows(tmp_path / "data", 5, 2, split="test")
     run(model_dir, "--data", str(path), "--batch-size", "4")
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1].split()[-1] == "5"

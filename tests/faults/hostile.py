@@ -136,7 +136,7 @@ def read_image(folder: Path, rng: np.random.Generator) -> None:
 
 def read_parquet(folder: Path, rng: np.random.Generator) -> None:
     """A mutated data file of two row groups; what opens is read to its last row."""
-    from corl_jax.data.dataset import BadRow, UsableRows
+    from corl_jax.data.dataset import BadRow, LoaderOptions, UsableRows
     from corl_jax.data.parquet import ParquetSource
     from tests.support.tiny_models import tiny_parquet
 
@@ -147,10 +147,11 @@ def read_parquet(folder: Path, rng: np.random.Generator) -> None:
     source = ParquetSource(file, required=("prompt", "real_image"))
     if len(source) > 1000:
         raise InputError("more rows than were written; each would be counted as bad")
-    rows = UsableRows(
-        source, None, (), ("prompt",), max_prompt_length=None, system_prompt="",
-        max_bad_fraction=1, max_long_fraction=1, max_pixels=2**20, cache_rows=0,
+    options = LoaderOptions(
+        tasks=(), batch_size=1, seed=0, required=("prompt",), max_bad_fraction=1,
+        max_long_fraction=1, max_pixels=2**20,
     )  # fmt: skip
+    rows = UsableRows(source, None, options)
     for row in range(len(source)):
         try:
             rows.example(row)

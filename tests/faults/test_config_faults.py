@@ -131,9 +131,9 @@ def test_all_wrong_values_are_refused_together(figure, options, tmp_path):
 SIZES = {
     ("train.prompts_per_step=12",): ("train.prompts_per_step: 12", "8 ways", "8 or 16"),
     ("train.micro_batch=4",): ("train.micro_batch: 4", "8 ways"),
-    ("train.micro_batch=3",): ("train.micro_batch: 3 does not divide", "8", "2, 4"),
+    ("train.micro_batch=3",): ("train.micro_batch: 3 does not divide", "8", "2 or 4"),
     ("rollout.batch_prompts=4",): ("rollout.batch_prompts: 4", "8 ways"),
-    ("rollout.batch_prompts=5",): ("rollout.batch_prompts: 5 does not divide", "nearest divisors"),
+    ("rollout.batch_prompts=5",): ("rollout.batch_prompts: 5 does not divide", "nearest: 4 or 8"),
     ("mesh.data=16",): ("data 16", "8 device(s)"),
     ("mesh.fsdp=3",): ("fsdp 3", "8 device(s)"),
     ("mesh.data=2", "mesh.fsdp=2"): ("data 2 x fsdp 2 x tensor 1", "8 device(s)"),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from corl_jax.config import files as config_files
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.prompts import Processor
@@ -125,7 +125,7 @@ def numbers(prompts) -> list[int]:
 
 def batches(source, processor, start=0, stop=50, **options) -> list[list[int]]:
     settings = {"tasks": BOTH, "batch_size": 8, "seed": 5, "max_bad_fraction": 0.03}
-    loader = Loader(source, processor, **(settings | options))
+    loader = Loader(source, processor, LoaderOptions(**(settings | options)))
     return [numbers(prompts) for prompts in loader.iterate(start, stop)], loader.counts
 
 
@@ -225,10 +225,11 @@ def test_prompts_of_every_kind(tmp_path, processor, name, figure):
     # Column types come from the first rows.
     rows.append(tiny_row(len(texts)))
     source = ParquetSource(tiny_parquet(tmp_path / "rows.parquet", rows))
-    loader = Loader(
-        source, processor, tasks=BOTH, batch_size=len(rows), seed=0, shuffle=False,
-        max_prompt_length=300, max_bad_fraction=0.5,
+    options = LoaderOptions(
+        tasks=BOTH, batch_size=len(rows), seed=0, shuffle=False, max_prompt_length=300,
+        max_bad_fraction=0.5,
     )  # fmt: skip
+    loader = Loader(source, processor, options)
     batch = loader.batch(0)
     assert loader.counts == {"bad": 3, "long": 1}
     task = "t2i" if name == "prompt" else "mm2t"

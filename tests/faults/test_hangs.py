@@ -14,7 +14,7 @@ import jax
 import psutil
 import pytest
 
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.weights.checkpoint import load_config, load_params
@@ -274,7 +274,7 @@ class Failing(ParquetSource):
 def test_a_loader_thread_that_dies_ends_the_run(tmp_path, error, threads, figure):
     source = Failing(tiny_parquet(tmp_path / "rows.parquet", 16))
     source.error = error
-    loader = Loader(source, None, tasks=(), batch_size=4, seed=0, threads=threads)
+    loader = Loader(source, None, LoaderOptions(tasks=(), batch_size=4, seed=0, threads=threads))
     with pytest.raises(type(error)):
         for _ in loader.iterate(0, 8):
             pass

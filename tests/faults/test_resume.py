@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from corl_jax.config import files as config_files
-from corl_jax.data.dataset import Loader, ParquetSource, required_columns
+from corl_jax.data.dataset import Loader, LoaderOptions, ParquetSource, required_columns
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards.samples import FrozenNetwork, Network
@@ -39,11 +39,11 @@ def test_batches_after_a_resume_whatever_prepares_them(tmp_path, figure):
 
     def make(prefetch: int, threads: int) -> Loader:
         tasks = ("t2i", "mm2t")
-        return Loader(
-            ParquetSource(path, required=required_columns(tasks)), processor, tasks=tasks,
-            batch_size=4, seed=3, max_prompt_length=128, max_bad_fraction=0.5, prefetch=prefetch,
-            threads=threads,
+        options = LoaderOptions(
+            tasks=tasks, batch_size=4, seed=3, max_prompt_length=128, max_bad_fraction=0.5,
+            prefetch=prefetch, threads=threads,
         )  # fmt: skip
+        return Loader(ParquetSource(path, required=required_columns(tasks)), processor, options)
 
     whole = list(make(2, 1).iterate(0, 16))
     compared = wrong = 0

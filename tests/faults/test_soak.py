@@ -108,7 +108,7 @@ def grpo_run(model: Path, tmp_path: Path, steps: int) -> dict:
         rollout={"max_new_tokens": 4}, algorithm={"kl_coef": 0.01}, export={"layout": "none"},
         train={"max_steps": steps, "prompts_per_step": 2},
         eval={"suite": "rewards", "rows": 2, "batch_prompts": 2, "every": steps // 80},
-        log={"every": max(1, steps // 100), "images_every": steps // 40, "fixed_prompts": 2},
+        log={"every": max(1, steps // 100), "images_every": steps // 40},
         checkpoint={"every": steps // 40},
     )  # fmt: skip
 

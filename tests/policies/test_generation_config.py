@@ -168,7 +168,10 @@ def test_what_a_run_did_not_sample_is_left_to_its_source():
     assert "guidance_scale" not in sampled(("mm2t",), [None])
     assert sampled(("t2i",), eval={"suite": "shapes"}) == both
     assert sampled(("mm2t",), compat={"text_top_k_50": True})["top_k"] == 50
-    asked = [instructions.open_ended("what?"), instructions.multiple_choice("which?", ["a", "b"])]
+    asked = [
+        instructions.ask_open_ended("what?"),
+        instructions.ask_multiple_choice("which?", ["a", "b"]),
+    ]
     assert sampled(("mm2t",), asked)["question_instruction"] == "auto"
 
 
@@ -177,16 +180,16 @@ def test_what_a_run_did_not_sample_is_left_to_its_source():
 
 def test_a_question_gets_the_instruction_of_the_training():
     plain, listed = "How many are there?", "Which?\nA. one\nB. two"
-    assert instructions.add_instruction(plain, "auto") == instructions.open_ended(plain)
+    assert instructions.add_instruction(plain, "auto") == instructions.ask_open_ended(plain)
     for instruction in ("auto", "choice"):
         asked = instructions.add_instruction(listed, instruction)
         assert asked == instructions.MCQ.format(question=listed)
-    assert instructions.add_instruction(listed, "open") == instructions.open_ended(listed)
+    assert instructions.add_instruction(listed, "open") == instructions.ask_open_ended(listed)
     assert instructions.add_instruction(plain, "none") == plain
     braces = "What is {this}?"
     assert braces in instructions.add_instruction(braces, "open")
     for instruction in instructions.INSTRUCTIONS:  # one that has it stays
-        asked = instructions.open_ended(plain)
+        asked = instructions.ask_open_ended(plain)
         assert instructions.add_instruction(asked, instruction) == asked
 
 
@@ -199,9 +202,9 @@ def test_lists_of_options_are_told_from_sentences():
 
 
 def test_the_instruction_of_a_data_set_is_recognised():
-    choice = instructions.multiple_choice("which?", ["a", "b"])
-    open_ended = instructions.open_ended("what?")
-    recognise = instructions.recognise_instruction
+    choice = instructions.ask_multiple_choice("which?", ["a", "b"])
+    open_ended = instructions.ask_open_ended("what?")
+    recognise = instructions.recognize_instruction
     assert recognise([choice, choice]) == "choice" and recognise([open_ended]) == "open"
     assert recognise([choice, open_ended]) == "auto"
     assert recognise([choice, "what?"]) is None and recognise([]) is None

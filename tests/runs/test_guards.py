@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from corl_jax.config import files as config_files
+from corl_jax.config.checks import find_idle_options
 from corl_jax.config.schema import Guards as Options
 from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.evaluation import shapes
@@ -315,18 +316,9 @@ def test_an_alarm_that_is_on_is_fatal_for_a_resumed_run_that_lists_it():
 @pytest.mark.parametrize(
     ("tree", "part"),
     [
-        ({"guards": {"kl": 0.5}}, "guards.kl: found 0.5, but algorithm.kl_coef 0 measures none"),
-        ({"guards": {"fatal": ["kl"]}}, "guards.fatal: found kl, but algorithm.kl_coef 0"),
         (
             {"guards": {"fatal": ["entropy"], "entropy": None}},
             "guards.fatal: found entropy, but guards.entropy is null",
-        ),
-        ({"guards": {"held_out": 2.0}}, "eval.suite none evaluates nothing"),
-        ({"guards": {"duplicates": 0.1}, "algorithm": {"tasks": "mm2t"}}, "mm2t draws nothing"),
-        ({"guards": {"max_failed_reward_fraction": 0.1}}, "no reward by use is listed"),
-        (
-            {"guards": {"drift_max": 1.0}, "stage": "sft", "rewards": []},
-            "stage sft has no rollouts",
         ),
         (
             {"guards": {"step_timeout_s": 60.0}, "rewards": [{"use": "f.py:judge"}]},
@@ -342,10 +334,35 @@ def test_an_alarm_that_is_on_is_fatal_for_a_resumed_run_that_lists_it():
         ({"guards": {"fatal": ["klx"]}}, "guards.fatal"),
     ],
 )
-def test_guards_that_have_nothing_to_watch_are_refused(tree, part):
+def test_guards_that_contradict_other_options_are_refused(tree, part):
     with pytest.raises(InputError) as error:
         config_files.validate(BASE | tree, "test")
     assert any(part in problem for problem in error.value.problems), error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("tree", "found", "reader"),
+    [
+        ({"guards": {"kl": 0.5}}, "guards.kl: 0.5", "algorithm.kl_coef above 0"),
+        ({"guards": {"fatal": ["kl"]}}, "guards.fatal: 'kl'", "algorithm.kl_coef above 0"),
+        ({"guards": {"held_out": 2.0}}, "guards.held_out: 2.0", "an eval.suite other than none"),
+        (
+            {"guards": {"duplicates": 0.1}, "algorithm": {"tasks": "mm2t"}},
+            "guards.duplicates: 0.1", "the task t2i",
+        ),
+        (
+            {"guards": {"max_failed_reward_fraction": 0.1}},
+            "guards.max_failed_reward_fraction: 0.1", "a reward by `use`",
+        ),
+        (
+            {"guards": {"drift_max": 1.0}, "stage": "sft", "rewards": []},
+            "guards.drift_max: 1.0", "a stage with rollouts",
+        ),
+    ],
+)  # fmt: skip
+def test_guards_that_have_nothing_to_watch_are_reported(tree, found, reader):
+    lines = find_idle_options(config_files.validate(BASE | tree, "test"))
+    assert f"{found} has no effect; only {reader} reads it" in lines
 
 
 def test_the_watchdog_waits_for_all_rewards_together():

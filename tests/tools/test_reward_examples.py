@@ -134,7 +134,7 @@ def test_commands_for_other_weights_want_only_the_weights(example, tmp_path, mon
     words = shlex.split(page.write_command(example, folder=str(tmp_path)))
     assert words[:3] == ["python", "-m", "corl_jax.score"]
     with pytest.raises(InputError) as error:
-        score.plan(score._parser().parse_intermixed_args(words[3:]))
+        score.check_arguments(score.build_parser().parse_intermixed_args(words[3:]))
     known = ("networks.", f"reward: {example.reward}: option text_term: ")
     assert all(problem.startswith(known) for problem in error.value.problems)
 

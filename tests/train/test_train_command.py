@@ -21,7 +21,6 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from corl_jax import policies
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Eval, Rollout
 from corl_jax.devices.mesh import make_mesh
@@ -524,7 +523,6 @@ VQ = {"stage": "vq", "rewards": []}
     [
         ({"algorithm": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
         ({"rewards": [{"name": "format"}]}, ["none is for t2i"]),
-        (VQ | {"train": {"micro_batch": 2}}, ["vq has no micro-batches"]),
         (VQ, ["train.trainable: found language_model, lm_head, which stage"]),
         ({"stage": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
         ({"stage": "sft", "rewards": [], "sft": {"caption_column": "captoin"}}, ["captoin"]),
@@ -739,18 +737,13 @@ def test_weights_are_checked_with_the_rest(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_export_is_checked_before_training(options, model, tmp_path, capsys):
-    def check(**export):
-        return refused(capsys, options(export=export), "--check")
-
-    missing = str(tmp_path / "nowhere")
-    (line,) = check(layout="original", base=missing)
-    assert "export: base: " in line and "no such directory" in line
-    (line,) = check(layout="original", base=str(model))
-    assert "it has nothing to give" in line
-    for layout in ("transformers", "none"):
-        (line,) = check(layout=layout, base=missing)
-        assert f"which export.layout {layout} has no use for" in line
+def test_an_option_without_effect_is_a_warning_at_the_start(options, tmp_path, capsys):
+    path = write_config(tmp_path / "config.yaml", options(guards={"kl": 0.5}))
+    warning = "warning: guards.kl: 0.5 has no effect; only algorithm.kl_coef above 0 reads it"
+    command.main(["--config", str(path), "--check"])
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
+    command.main(["--config", str(path), "train.max_steps=1"])
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
 
 
 def test_an_export_that_transformers_cannot_express(options, model, tmp_path, capsys):
@@ -826,23 +819,14 @@ def test_digests_are_taken_once_after_the_first_step(options, tmp_path, monkeypa
         steps.append(step)
         return add(self, step, result)
 
-    dtypes = []
-
-    def decode(*args, dtype):
-        dtypes.append(dtype)
-        return FAMILY.decode_images(*args, dtype=dtype)
-
-    recording = dataclasses.replace(FAMILY, decode_images=decode)
-    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, recording)
     monkeypatch.setattr(command, "fingerprint_untrained", take)
     monkeypatch.setattr(StepLog, "add", log)
     tree = options(
         algorithm={"tasks": "t2i"}, rewards=[{"name": "t2i_pixel_mse"}], train={"max_steps": 3},
-        checkpoint={"every": 1}, rollout={"pixel_dtype": "bfloat16"},
+        checkpoint={"every": 1},
     )  # fmt: skip
     path = write_config(tmp_path / "config.yaml", tree)
     command.main(["--config", str(path), "train.stop_after=2"])
     assert taken == [1] and steps == [1, 2]
-    assert set(dtypes) == {jax.numpy.bfloat16}, "of rollout.pixel_dtype"
     command.main(["--config", str(path)])
     assert taken == [1, 2] and steps == [1, 2, 3]

@@ -56,7 +56,7 @@ def write(out: Path, rows: int, seed: int, world: str, mismatched: float, terse:
     """
     name = "train-00000-of-00001.parquet"
     table = pa.Table.from_pylist(
-        list(make_rows(rows, seed, world, mismatched, terse)), schema=generator.schema()
+        list(make_rows(rows, seed, world, mismatched, terse)), schema=generator.make_schema()
     )
     with create_folder(out) as folder:
         pq.write_table(table, folder / name, row_group_size=generator.ROW_GROUP)

@@ -103,7 +103,7 @@ def _make_image_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
         "qa_problem": row["qa_problem"],
         "qa_solution": row["qa_solution"],
         "qa_type": row["qa_type"],
-        "cls_problem": instructions.open_ended("Which shape is yellow?"),
+        "cls_problem": instructions.ask_open_ended("Which shape is yellow?"),
         "cls_solution": "<answer>cross</answer>",
         "od_problem": instructions.OD.format(category=_describe_entry(spec["include"][DETECTED])),
         "od_solution": _find_boxes(row["real_image"], spec["include"][DETECTED]),
@@ -128,8 +128,8 @@ def _find_boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
 def _make_answer_cases() -> list[dict[str, Any]]:
     question = "Which shape is purple?"
     columns = {
-        "MC": (instructions.multiple_choice(question, CHOICES), "<answer>B</answer>"),
-        "OE": (instructions.open_ended(question), "<answer>triangle</answer>"),
+        "MC": (instructions.ask_multiple_choice(question, CHOICES), "<answer>B</answer>"),
+        "OE": (instructions.ask_open_ended(question), "<answer>triangle</answer>"),
     }
     return [
         {"completion": text, "problem": columns[kind][0], "solution": columns[kind][1],

@@ -1,12 +1,12 @@
-"""The exact checker of the drawn world: does a picture hold what its prompt demands?
+"""Checks whether an image of the drawn world shows what its prompt demands.
 
-Judged from pixels alone. Every pixel is unmixed into background and one palette colour, the
-covered pixels fall into connected components, and a component's shape is the template whose
-overlap with it is largest once both have the same centroid and area. All of it uses soft
-coverage, so that the mild blur and noise of an image codec change little.
+The checker reads only pixels. It separates every pixel into background and one palette colour, and
+groups the covered pixels into connected components. The shape of a component is the template with
+the largest overlap, after both are moved and scaled to the same centroid and area. Coverage is
+soft, so the mild blur and noise of an image codec change little.
 
-Semantics are GenEval's (two objects, counting, colours, position, attribute binding), made strict
-by default: the picture may hold nothing beyond what is demanded, as the renderer's never do.
+The rules are GenEval's (two objects, counting, colours, position, attribute binding), made strict
+by default: the image may show nothing that is not demanded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from corl_jax.data.drawn_world.scene import (
     Object,
     Scene,
     Spec,
-    relations,
+    find_relations,
     render,
 )
 
@@ -43,7 +43,7 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """One object found; lengths are shares of the image side, overlap is the soft IoU."""
+    """A detected object. Lengths are fractions of the image side; overlap is the soft IoU."""
 
     shape: str
     color: str
@@ -53,10 +53,11 @@ class Detection:
     overlap: float
 
 
-def _unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each pixel's coverage and palette index, both [H, W]; the frame tells the background."""
+def _separate_colors(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the coverage and the palette index of each pixel, both [H, W]."""
     pixels = image.astype(np.float32)
     edge = max(1, round(BORDER * image.shape[0]))
+    # The border of an image shows only background.
     frame = [pixels[:edge], pixels[-edge:], pixels[:, :edge], pixels[:, -edge:]]
     background = np.median(np.concatenate([part.reshape(-1, 3) for part in frame]), axis=0)
     toward = np.array(list(PALETTE.values()), np.float32) - background  # [colors, 3]
@@ -71,16 +72,16 @@ def _unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(chosen, 1.0).reshape(image.shape[:2]), best.reshape(image.shape[:2])
 
 
-def _window(coverage: np.ndarray, y: float, x: float, area: float) -> np.ndarray:
-    """Coverage sampled on a GRID x GRID window about the centroid, scaled by the area."""
+def _sample_window(coverage: np.ndarray, y: float, x: float, area: float) -> np.ndarray:
+    """Samples coverage on a GRID x GRID window around the centroid, scaled by the area."""
     steps = STEPS * np.sqrt(area)
     places = np.empty((2, GRID, GRID))
     places[0], places[1] = (y + steps)[:, None], x + steps
     return ndimage.map_coordinates(coverage, places, order=1, mode="constant")
 
 
-def _centroid(coverage: np.ndarray) -> tuple[float, float, float]:
-    """Row, column and area in pixels."""
+def _find_centroid(coverage: np.ndarray) -> tuple[float, float, float]:
+    """Returns row, column and area of an object, in pixels."""
     area = float(coverage.sum())
     y = float(coverage.sum(1) @ np.arange(coverage.shape[0])) / area
     x = float(coverage.sum(0) @ np.arange(coverage.shape[1])) / area
@@ -88,20 +89,20 @@ def _centroid(coverage: np.ndarray) -> tuple[float, float, float]:
 
 
 @functools.cache
-def _templates() -> np.ndarray:
-    """[shapes, blurs, GRID * GRID] windows of the renderer's shapes, as `_rim` cuts them out."""
+def _make_templates() -> np.ndarray:
+    """Returns windows of the renderer's shapes, [shapes, blurs, GRID * GRID]."""
     windows = []
     for shape in SHAPES:
         drawn = render(Scene((Object(shape, "black", 0.5, 0.5, 0.3),), (255, 255, 255)))
         for blur in BLURS:
-            coverage, _ = _unmix(ndimage.gaussian_filter(drawn, (blur, blur, 0)))
-            soft, _, _ = _rim(coverage, coverage > COVERED, (slice(0, 64), slice(0, 64)))
-            windows.append(_window(soft, *_centroid(soft)).reshape(-1))
+            coverage, _ = _separate_colors(ndimage.gaussian_filter(drawn, (blur, blur, 0)))
+            soft, _, _ = _cut_out(coverage, coverage > COVERED, (slice(0, 64), slice(0, 64)))
+            windows.append(_sample_window(soft, *_find_centroid(soft)).reshape(-1))
     return np.stack(windows).reshape(len(SHAPES), len(BLURS), -1)
 
 
-def _rim(coverage: np.ndarray, inside: np.ndarray, box) -> tuple[np.ndarray, int, int]:
-    """One component's coverage with its soft rim one pixel wide, and where the cut-out begins."""
+def _cut_out(coverage: np.ndarray, inside: np.ndarray, box) -> tuple[np.ndarray, int, int]:
+    """Returns the coverage of a component with a rim one pixel wide, and its top left corner."""
     (top, left), (height, width) = (box[0].start, box[1].start), inside.shape
     # The mask grown by one pixel; written out, it takes a fifth of scipy's binary_dilation.
     grown = np.zeros((height + 2, width + 2), bool)
@@ -116,11 +117,11 @@ def _rim(coverage: np.ndarray, inside: np.ndarray, box) -> tuple[np.ndarray, int
     return np.where(grown, soft, 0.0), top - 1, left - 1
 
 
-def _shape(soft: np.ndarray) -> tuple[str, float, tuple[float, float, float]]:
-    """Best shape, its overlap, and (row, column, area) of one object's coverage."""
-    y, x, area = _centroid(soft)
-    window = _window(soft, y, x, area).reshape(-1)
-    templates = _templates()
+def _classify_shape(soft: np.ndarray) -> tuple[str, float, tuple[float, float, float]]:
+    """Returns the most similar shape, its overlap, and (row, column, area) of an object."""
+    y, x, area = _find_centroid(soft)
+    window = _sample_window(soft, y, x, area).reshape(-1)
+    templates = _make_templates()
     overlap = np.minimum(templates, window).sum(-1) / np.maximum(templates, window).sum(-1)
     best = int(overlap.max(1).argmax())
     top = float(overlap[best].max())
@@ -134,8 +135,8 @@ def _label(mask: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _components(colors: np.ndarray, mask: np.ndarray, least: float):
-    """Yields (box, mask within the box, palette index); touching colours are taken apart."""
+def _find_components(colors: np.ndarray, mask: np.ndarray, least: float):
+    """Yields (box, mask in the box, palette index); separates objects of two colours that touch."""
     labels = _label(mask)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels[box] == number
@@ -153,13 +154,15 @@ def _components(colors: np.ndarray, mask: np.ndarray, least: float):
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """The objects in a picture, uint8 [H, W, 3], from left to right."""
+    """Returns the objects in an image, uint8 [H, W, 3], from left to right."""
     height, width = image.shape[:2]
-    coverage, colors = _unmix(image)
+    coverage, colors = _separate_colors(image)
     found = []
-    for box, inside, color in _components(colors, coverage > COVERED, MIN_AREA * height * width):
-        soft, top, left = _rim(coverage, inside, box)
-        name, overlap, (y, x, area) = _shape(soft)
+    for box, inside, color in _find_components(
+        colors, coverage > COVERED, MIN_AREA * height * width
+    ):
+        soft, top, left = _cut_out(coverage, inside, box)
+        name, overlap, (y, x, area) = _classify_shape(soft)
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         edges = (
             (left + 1 + columns[0]) / width,
@@ -173,15 +176,15 @@ def detect(image: np.ndarray) -> list[Detection]:
     return sorted(found, key=lambda one: one.center)
 
 
-def _matches(found: list[Detection], entry: Spec) -> list[Detection]:
+def _select_matches(found: list[Detection], entry: Spec) -> list[Detection]:
     color = entry.get("color")
     return [d for d in found if d.shape == entry["class"] and color in (None, d.color)]
 
 
 def satisfies(found: list[Detection], spec: Spec, *, strict: bool = True) -> bool:
-    """Whether the detections meet the demand; see `check`."""
+    """Returns whether the detected objects meet a demand; see `check`."""
     include = spec["include"]
-    groups = [_matches(found, entry) for entry in include]
+    groups = [_select_matches(found, entry) for entry in include]
     if any(len(group) < e["count"] for group, e in zip(groups, include, strict=True)):
         return False
     if spec["category"] == "counting" and len(groups[0]) != include[0]["count"]:
@@ -192,16 +195,16 @@ def satisfies(found: list[Detection], spec: Spec, *, strict: bool = True) -> boo
         if "position" not in entry:
             continue
         relation, other = entry["position"]
-        if not any(relation in relations(a.box, b.box) for a in group for b in groups[other]):
+        if not any(relation in find_relations(a.box, b.box) for a in group for b in groups[other]):
             return False
     return True
 
 
 def check(image: np.ndarray, spec: Spec | str, *, strict: bool = True) -> bool:
-    """Whether a picture, uint8 [H, W, 3], holds what the spec (dict or JSON) demands.
+    """Returns whether an image, uint8 [H, W, 3], shows what the spec (dict or JSON) demands.
 
-    strict: also that it holds no further object, of whatever shape; otherwise GenEval's rule, where
-    only counting limits the number, and only of the counted shape.
+    strict: the image may show no further object. Otherwise GenEval's rule holds: only counting
+    limits the number of objects, and only of the counted shape.
     """
     demand = json.loads(spec) if isinstance(spec, str) else spec
     return satisfies(detect(image), demand, strict=strict)

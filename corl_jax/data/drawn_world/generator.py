@@ -1,17 +1,16 @@
-"""The drawn world as a dataset in the published layout: rows, parquet, and the command.
+"""Makes the rows of the drawn world, in the published layout, and writes them as parquet.
 
     python -m corl_jax.data.drawn_world --out DIR --rows N --seed S
         [--world full|small] [--image-size 64] [--start K] [--split train|test|all]
 
-Row i depends on (seed, i, world, image size, split) alone, so any range of rows can be written
-alone.
-Splits: `train` and `test` hold disjoint demands in the categories that have many combinations
-(position, color_attr; one combination in five is held out) and share the other four categories,
-whose few combinations every split needs; there the pictures still differ with the seed.
+Row i depends only on (seed, i, world, image size, split), so any range of rows can be written.
+Splits: `train` and `test` have different demands in the categories with many combinations
+(position, color_attr; one combination in five is held out). They share the other four categories,
+whose few combinations every split needs. There the images still differ with the seed.
 
 Columns: `prompt`, `real_image` (Hugging Face Image struct, PNG), `qa_problem`, `qa_solution`,
 `qa_type` as published; `category`, `spec` (JSON, see `drawn_world.scene`) for the exact checker;
-`caption` (everything the picture holds) and `sft_answer` as supervised targets.
+`caption` (everything the image shows) and `sft_answer` as supervised targets.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from corl_jax.data.drawn_world.scene import (
     WORLDS,
     Spec,
     World,
-    in_split,
+    is_in_split,
     render,
     sample_scene,
     sample_spec,
 )
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import Problems, exit_on_input_error
 from corl_jax.input_files import parse_place
 
-__all__ = ["FEATURES", "make_row", "render", "sample_spec_of_row", "schema", "write"]
+__all__ = ["FEATURES", "make_row", "make_schema", "render", "sample_spec_of_row", "write_rows"]
 
 ROW_GROUP = 100
 
@@ -63,33 +62,34 @@ FEATURES: dict[str, Any] = {
 } | {name: {"dtype": "string", "_type": "Value"} for name in TEXT_COLUMNS[1:]}
 
 
-def schema() -> pa.Schema:
-    """The parquet schema, with the metadata by which `datasets` recognises the image column."""
+def make_schema() -> pa.Schema:
+    """Returns the parquet schema, with the metadata that tells `datasets` of the image column."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [(n, image if f["_type"] == "Image" else pa.string()) for n, f in FEATURES.items()]
     metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
     return pa.schema(fields, metadata=metadata)
 
 
-def _generator(seed: int, index: int) -> np.random.Generator:
+def _make_generator(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, index]))
 
 
-def _spec(rng: np.random.Generator, split: str, world: World) -> Spec:
-    """A demand of the split; its category is drawn once, so that splits keep the shares."""
+def _sample_split_spec(rng: np.random.Generator, split: str, world: World) -> Spec:
+    """Samples a demand of the split."""
+    # The category is sampled once, so that every split has the same fractions of categories.
     spec = sample_spec(rng, world=world)
     category = spec["category"]
-    while not in_split(spec, split):
+    while not is_in_split(spec, split):
         spec = sample_spec(rng, category, world)
     return spec
 
 
 def sample_spec_of_row(seed: int, index: int, split: str = "all", world: str = "full") -> Spec:
-    """The demand of row `index`, without drawing its picture."""
-    return _spec(_generator(seed, index), split, WORLDS[world])
+    """Returns the demand of row `index` without rendering its image."""
+    return _sample_split_spec(_make_generator(seed, index), split, WORLDS[world])
 
 
-def _png(image: np.ndarray) -> bytes:
+def _encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -104,64 +104,65 @@ def make_row(
     encode: bool = True,
     world: str = "full",
 ) -> dict[str, Any]:
-    """Row `index` of the dataset of a world of `WORLDS`, whose image size is the default.
+    """Returns row `index` of a world of `WORLDS`; its image size is the default.
 
     `real_image` is the Image struct, or uint8 [S, S, 3] if not `encode`.
     """
     chosen = WORLDS[world]
-    rng = _generator(seed, index)
-    spec = _spec(rng, split, chosen)
+    rng = _make_generator(seed, index)
+    spec = _sample_split_spec(rng, split, chosen)
     scene = sample_scene(rng, spec, chosen)
     image = render(scene, image_size or chosen.image_size)
-    description = language.describe(scene)
-    question = language.ask(rng, scene, chosen)
+    description = language.describe_scene(scene)
+    question = language.ask_question(rng, scene, chosen)
     return {
-        "prompt": language.caption(rng, spec),
-        "real_image": {"bytes": _png(image), "path": f"{index:08d}.png"} if encode else image,
+        "prompt": language.write_caption(rng, spec),
+        "real_image": {"bytes": _encode_png(image), "path": f"{index:08d}.png"}
+        if encode
+        else image,
         "qa_problem": question.problem,
         "qa_solution": question.solution,
         "qa_type": question.kind,
         "category": spec["category"],
         "spec": json.dumps(spec),
         "caption": f"{description}.",
-        "sft_answer": language.sft_answer(description, question, chosen),
+        "sft_answer": language.write_answer(description, question, chosen),
     }
 
 
-def _row_groups(
+def _make_row_groups(
     rows: int, seed: int, image_size: int, start: int, split: str, world: str
 ) -> Iterator[pa.RecordBatch]:
     for first in range(start, start + rows, ROW_GROUP):
         last = min(first + ROW_GROUP, start + rows)
         group = [make_row(seed, i, image_size, split, world=world) for i in range(first, last)]
-        yield pa.RecordBatch.from_pylist(group, schema=schema())
+        yield pa.RecordBatch.from_pylist(group, schema=make_schema())
 
 
-def _problems(
+def _check_arguments(
     out: Path, rows: int, seed: int, image_size: int, start: int, world: World
-) -> list[str]:
+) -> None:
+    problems = Problems()
     limits = {
         "--rows": (rows, 1),
         "--seed": (seed, 0),
         "--start": (start, 0),
         "--image-size": (image_size, world.min_image_size),
     }
-    problems = [
-        f"{name}: {value} found, an integer of at least {low} expected"
-        for name, (value, low) in limits.items()
-        if value < low
-    ]
+    for name, (value, low) in limits.items():
+        if value < low:
+            problems.add(f"{name}: {value} found, an integer of at least {low} expected")
     if out.exists() and not out.is_dir():
-        problems.append(f"--out {out}: a file found, a new or empty directory expected")
+        problems.add(f"--out {out}: a file found, a new or empty directory expected")
     elif out.is_dir() and any(out.iterdir()):
-        problems.append(
+        problems.add(
             f"--out {out}: a directory with files found, a new or empty one expected; "
             "name another or remove it"
         )
-    return problems
+    problems.raise_any()
 
 
-def write(
+def write_rows(
     out: str | Path,
     rows: int,
     seed: int,
@@ -171,39 +172,41 @@ def write(
     split: str = "all",
     world: str = "full",
 ) -> Path:
-    """Writes rows start..start+rows-1 and returns the parquet file; the directory appears whole.
+    """Writes rows start..start+rows-1 into a new directory; returns the parquet file.
 
     Raises: InputError for numbers out of range or a directory that holds files.
     """
     out, size = Path(out), image_size or WORLDS[world].image_size
-    if problems := _problems(out, rows, seed, size, start, WORLDS[world]):
-        raise InputError(problems)
+    _check_arguments(out, rows, seed, size, start, WORLDS[world])
     name = f"{'test' if split == 'test' else 'train'}-00000-of-00001.parquet"
-    with create_folder(out) as folder, pq.ParquetWriter(folder / name, schema()) as writer:
-        for batch in _row_groups(rows, seed, size, start, split, world):
+    with create_folder(out) as folder, pq.ParquetWriter(folder / name, make_schema()) as writer:
+        for batch in _make_row_groups(rows, seed, size, start, split, world):
             writer.write_batch(batch, row_group_size=ROW_GROUP)
     return out / name
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.data.drawn_world", description="Writes the drawn world as parquet."
     )
     parser.add_argument("--out", type=parse_place, required=True, help="new or empty directory")
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--rows", type=int, required=True, help="number of rows")
+    parser.add_argument("--seed", type=int, required=True, help="seed of all rows")
     parser.add_argument(
-        "--world", choices=tuple(WORLDS), default="full", help="small: for models of 32x32 pictures"
+        "--world",
+        choices=tuple(WORLDS),
+        default="full",
+        help="small is for models of 32x32 images (default %(default)s)",
     )
     parser.add_argument(
-        "--image-size", type=int, help="side in pixels (default 64, or 32 of the small world)"
+        "--image-size", type=int, help="image side in pixels (default 64; small world: 32)"
     )
     parser.add_argument("--start", type=int, default=0, help="index of the first row")
     parser.add_argument("--split", choices=SPLITS, default="all", help="see the module docstring")
     args = parser.parse_args(argv)
-    path = write(
+    path = write_rows(
         args.out,
         args.rows,
         args.seed,

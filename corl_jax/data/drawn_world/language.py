@@ -1,4 +1,4 @@
-"""The drawn world in words: captions, descriptions, questions with answers, and worked answers."""
+"""Writes the texts of the drawn world: prompts, descriptions, questions and answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corl_jax.data.drawn_world.scene import (
     Scene,
     Spec,
     World,
-    clear_relation,
+    find_clear_relation,
 )
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
@@ -23,7 +23,7 @@ MAX_OPTIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something true of a picture, as a question; the reason is the sentence that answers it."""
+    """A true fact about an image, as a question. `reason` is the sentence that answers it."""
 
     question: str
     answer: str
@@ -33,7 +33,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A fact as the published columns hold it."""
+    """A question and its answer, in the format of the published columns."""
 
     problem: str  # with the instruction template, if the world has them
     solution: str  # <answer>..</answer>
@@ -41,111 +41,113 @@ class Question:
     reason: str
 
 
-def article(noun: str) -> str:
-    """The noun with its indefinite article; every word of the world begins with a consonant."""
+def add_article(noun: str) -> str:
+    """Returns a noun with its indefinite article."""
+    # Every noun of the world begins with a consonant.
     return f"a {noun}"
 
 
-def plural(shape: str) -> str:
-    """The shape's plural."""
+def make_plural(shape: str) -> str:
+    """Returns the plural of a shape."""
     return shape + ("es" if shape.endswith("ss") else "s")
 
 
-def named(one: Object) -> str:
-    """`red circle`."""
+def name_object(one: Object) -> str:
+    """Returns the name of an object, such as `red circle`."""
     return f"{one.color} {one.shape}"
 
 
-def caption(rng: np.random.Generator, spec: Spec) -> str:
-    """The prompt that demands the spec, worded in one of a few ways."""
+def write_caption(rng: np.random.Generator, spec: Spec) -> str:
+    """Returns a prompt that demands the spec, in one of a few wordings."""
     include = spec["include"]
     nouns = [" ".join(filter(None, (e.get("color"), e["class"]))) for e in include]
     if spec["category"] == "counting":
-        text = f"{NUMBERS[include[0]['count']]} {plural(nouns[0])}"
+        text = f"{NUMBERS[include[0]['count']]} {make_plural(nouns[0])}"
     elif spec["category"] == "position":
         relation = include[1]["position"][0]
         if relation in ("left of", "right of") and rng.integers(2):
             relation = f"to the {relation}"
-        text = f"{article(nouns[1])} {relation} {article(nouns[0])}"
+        text = f"{add_article(nouns[1])} {relation} {add_article(nouns[0])}"
     else:
-        text = " and ".join(article(noun) for noun in nouns)
+        text = " and ".join(add_article(noun) for noun in nouns)
     return f"a photo of {text}" if rng.integers(2) else text
 
 
-def describe(scene: Scene) -> str:
-    """All that the picture holds, in one short phrase without a full stop."""
+def describe_scene(scene: Scene) -> str:
+    """Returns all that the image shows, in one short phrase without a full stop."""
     objects = sorted(scene.objects, key=lambda one: one.x + one.y / 4)
-    if len(objects) == 2 and (relation := clear_relation(*objects)) is not None:
-        return f"{article(named(objects[0]))} {relation} {article(named(objects[1]))}"
+    if len(objects) == 2 and (relation := find_clear_relation(*objects)) is not None:
+        first, second = (add_article(name_object(one)) for one in objects)
+        return f"{first} {relation} {second}"
     counts: dict[tuple[str, str], int] = {}
     for one in objects:
         counts[one.color, one.shape] = counts.get((one.color, one.shape), 0) + 1
     parts = [
-        article(f"{color} {shape}") if n == 1 else f"{NUMBERS[n]} {color} {plural(shape)}"
+        add_article(f"{color} {shape}") if n == 1 else f"{NUMBERS[n]} {color} {make_plural(shape)}"
         for (color, shape), n in counts.items()
     ]
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def _others(items: tuple[str, ...], answer: str) -> tuple[str, ...]:
+def _exclude(items: tuple[str, ...], answer: str) -> tuple[str, ...]:
     return tuple(item for item in items if item != answer)
 
 
-def _alone(scene: Scene, field: str) -> list[Object]:
-    """The objects whose shape (or colour) no other object has."""
+def _find_unique(scene: Scene, field: str) -> list[Object]:
+    """Returns the objects whose shape (or colour) no other object has."""
     values = [getattr(one, field) for one in scene.objects]
     return [one for one in scene.objects if values.count(getattr(one, field)) == 1]
 
 
-def _color(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
-    if not (alone := _alone(scene, "shape")):
+def _ask_color(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
+    if not (alone := _find_unique(scene, "shape")):
         return None
     one = alone[int(rng.integers(len(alone)))]
     question = f"What color is the {one.shape}?"
     reason = f"the {one.shape} is {one.color}"
-    return Fact(question, one.color, _others(world.colors, one.color), reason)
+    return Fact(question, one.color, _exclude(world.colors, one.color), reason)
 
 
-def _shape(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
-    if not (alone := _alone(scene, "color")):
+def _ask_shape(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
+    if not (alone := _find_unique(scene, "color")):
         return None
     one = alone[int(rng.integers(len(alone)))]
     question = (f"Which shape is {one.color}?", f"What shape is the {one.color} object?")
-    reason = f"the {one.color} object is {article(one.shape)}"
-    return Fact(question[rng.integers(2)], one.shape, _others(world.shapes, one.shape), reason)
+    reason = f"the {one.color} object is {add_article(one.shape)}"
+    return Fact(question[rng.integers(2)], one.shape, _exclude(world.shapes, one.shape), reason)
 
 
-def _count(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
+def _ask_count(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
     shapes = [one.shape for one in scene.objects]
     shape = shapes[int(rng.integers(len(shapes)))]
     if rng.integers(2):
         single, many, count = "object", "objects", len(shapes)
     else:
-        single, many, count = shape, plural(shape), shapes.count(shape)
+        single, many, count = shape, make_plural(shape), shapes.count(shape)
     reason = f"there is one {single}" if count == 1 else f"there are {NUMBERS[count]} {many}"
     answer = NUMBERS[count]
-    others = _others(NUMBERS[1 : world.max_count + 1], answer)
+    others = _exclude(NUMBERS[1 : world.max_count + 1], answer)
     return Fact(f"How many {many} are there?", answer, others, reason)
 
 
-def _relation(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
+def _ask_relation(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
     if len(scene.objects) != 2:
         return None
     a, b = (scene.objects[i] for i in rng.permutation(2))
-    relation = clear_relation(a, b)
-    if relation is None or named(a) == named(b):
+    relation = find_clear_relation(a, b)
+    if relation is None or name_object(a) == name_object(b):
         return None
-    reason = f"the {named(a)} is {relation} the {named(b)}"
+    reason = f"the {name_object(a)} is {relation} the {name_object(b)}"
     if rng.integers(2):
-        question = f"Where is the {named(a)} relative to the {named(b)}?"
-        return Fact(question, relation, _others(RELATIONS, relation), reason)
+        question = f"Where is the {name_object(a)} relative to the {name_object(b)}?"
+        return Fact(question, relation, _exclude(RELATIONS, relation), reason)
     drawn = rng.integers((len(world.colors), len(world.shapes)), size=(6, 2))
     decoys = [f"{world.colors[i]} {world.shapes[j]}" for i, j in drawn]
-    wrong = tuple(dict.fromkeys([named(b), *(d for d in decoys if d != named(a))]))
-    return Fact(f"What is {relation} the {named(b)}?", named(a), wrong, reason)
+    wrong = tuple(dict.fromkeys([name_object(b), *(d for d in decoys if d != name_object(a))]))
+    return Fact(f"What is {relation} the {name_object(b)}?", name_object(a), wrong, reason)
 
 
-def _exists(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
+def _ask_existence(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
     if rng.integers(2):
         one = scene.objects[int(rng.integers(len(scene.objects)))]
         color, shape = one.color, one.shape
@@ -155,19 +157,21 @@ def _exists(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
     present = any((one.color, one.shape) == (color, shape) for one in scene.objects)
     answer = "yes" if present else "no"
     reason = f"there is {'a' if present else 'no'} {color} {shape}"
-    return Fact(f"Is there a {color} {shape}?", answer, _others(("yes", "no"), answer), reason)
+    return Fact(f"Is there a {color} {shape}?", answer, _exclude(("yes", "no"), answer), reason)
 
 
-FACTS = (_color, _shape, _count, _relation, _exists)
+FACTS = (_ask_color, _ask_shape, _ask_count, _ask_relation, _ask_existence)
 
 
-def ask(rng: np.random.Generator, scene: Scene, world: World = FULL) -> Question:
-    """Draws a question about the picture, multiple choice or open-ended with equal probability."""
+def ask_question(rng: np.random.Generator, scene: Scene, world: World = FULL) -> Question:
+    """Samples a question about the image: multiple choice or open-ended, equally likely."""
     fact = None
     while fact is None:
         fact = FACTS[int(rng.integers(len(FACTS)))](rng, scene, world)
     if rng.integers(2):
-        problem = instructions.open_ended(fact.question) if world.instructions else fact.question
+        problem = (
+            instructions.ask_open_ended(fact.question) if world.instructions else fact.question
+        )
         return Question(problem, f"<answer>{fact.answer}</answer>", "OE", fact.reason)
     wrong = [fact.wrong[i] for i in rng.permutation(len(fact.wrong))[: MAX_OPTIONS - 1]]
     options = [[fact.answer, *wrong][i] for i in rng.permutation(len(wrong) + 1)]
@@ -181,8 +185,8 @@ def ask(rng: np.random.Generator, scene: Scene, world: World = FULL) -> Question
     )
 
 
-def sft_answer(description: str, question: Question, world: World = FULL) -> str:
-    """The worked answer in the format that the format reward asks for."""
+def write_answer(description: str, question: Question, world: World = FULL) -> str:
+    """Returns the answer with its reason, in the format that the format reward demands."""
     if not world.instructions:
         return f"<think>{question.reason}</think>{question.solution}"
     return f"<think>the image shows {description}. {question.reason}.</think>{question.solution}"

@@ -11,7 +11,7 @@ what the spec leaves open (free colours, sizes, places).
 Combinations per category (up to wording), full and small: single_object 5, 4; two_object 10, 6;
 counting 15, 8; colors 30, 16; position 40, 24 without and 1,200, 288 with colours; color_attr
 300, 72. The last two categories
-have a held-out fifth (`held_out`); the other four are shared by all splits, because leaving out
+have a held-out fifth (`is_held_out`); the other four are shared by all splits, because leaving out
 a fifth of so few would leave out a whole shape or number.
 """
 
@@ -56,7 +56,7 @@ CLEAR_MAIN, CLEAR_OTHER = 0.6, 0.4  # what the renderer asks of a relation; GenE
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What pictures may hold, where, and how questions about them are put."""
+    """What images may show, where, and how questions about them are worded."""
 
     shapes: tuple[str, ...]
     colors: tuple[str, ...]
@@ -96,7 +96,7 @@ def choose_world(image_size: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One drawn object; its box's centre x, y and its width `size` are shares of the image side."""
+    """An object. The centre x, y and the width `size` are fractions of the image side."""
 
     shape: str
     color: str
@@ -118,15 +118,15 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn; colours as RGB 0..255."""
+    """The content of an image. Colours are RGB, 0..255."""
 
     objects: tuple[Object, ...]
     background: tuple[int, int, int] = (248, 248, 248)
     tints: tuple[tuple[int, int, int], ...] = ()  # added to each object's palette colour
 
 
-def offset(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, float]:
-    """GenEval's reduced offset of box a from box b, in units of their distance.
+def reduced_offset(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, float]:
+    """Offset of box a from box b as GenEval reduces it, in units of their distance.
 
     Source: GenEval, evaluation/evaluate_images.py, `relative_position`.
     """
@@ -137,16 +137,16 @@ def offset(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def relations(a: tuple[float, ...], b: tuple[float, ...]) -> set[str]:
-    """How box a lies relative to box b; two relations hold at once on a diagonal."""
-    x, y = offset(a, b)
+def find_relations(a: tuple[float, ...], b: tuple[float, ...]) -> set[str]:
+    """Returns the relations of box a to box b. On a diagonal there are two."""
+    x, y = reduced_offset(a, b)
     holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
     return {name for name, held in zip(RELATIONS, holds, strict=True) if held}
 
 
-def clear_relation(a: Object, b: Object) -> str | None:
-    """The one relation of a to b that no reader would dispute, or None."""
-    x, y = offset(a.box, b.box)
+def find_clear_relation(a: Object, b: Object) -> str | None:
+    """Returns the relation of a to b if it is clear to every reader, else None."""
+    x, y = reduced_offset(a.box, b.box)
     if abs(x) >= CLEAR_MAIN and abs(y) <= CLEAR_OTHER:
         return "left of" if x < 0 else "right of"
     if abs(y) >= CLEAR_MAIN and abs(x) <= CLEAR_OTHER:
@@ -159,7 +159,7 @@ def _pick(rng: np.random.Generator, items: tuple[str, ...], count: int) -> list[
 
 
 def sample_spec(rng: np.random.Generator, category: str | None = None, world: World = FULL) -> Spec:
-    """Draws a demand, of any category with the same probability unless one is named."""
+    """Samples a demand of a category. None: of all categories, equally likely."""
     category = category or CATEGORIES[int(rng.integers(len(CATEGORIES)))]
     pair = category in ("two_object", "position", "color_attr")
     shapes = _pick(rng, world.shapes, 2 if pair else 1)
@@ -174,8 +174,9 @@ def sample_spec(rng: np.random.Generator, category: str | None = None, world: Wo
     return {"category": category, "include": include}
 
 
-def combination(spec: Spec) -> str:
-    """The demand with order and wording taken out: `a left of b` and `b right of a` are one."""
+def normalize_spec(spec: Spec) -> str:
+    """Returns a text that is equal for demands with the same meaning."""
+    # For example: "a left of b" and "b right of a".
     include = [dict(entry) for entry in spec["include"]]
     relation = include[-1].pop("position", [None])[0]
     if relation in ("right of", "below"):
@@ -186,22 +187,22 @@ def combination(spec: Spec) -> str:
     return json.dumps([spec["category"], relation, include], sort_keys=True)
 
 
-def held_out(spec: Spec) -> bool:
-    """Whether the combination belongs to the test split only; False in the shared categories."""
+def is_held_out(spec: Spec) -> bool:
+    """Returns whether a demand belongs to the test split only; False in shared categories."""
     if spec["category"] not in SPLIT_CATEGORIES:
         return False
-    digest = hashlib.sha256(combination(spec).encode()).digest()
+    digest = hashlib.sha256(normalize_spec(spec).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
-def in_split(spec: Spec, split: str) -> bool:
-    """Whether rows of the split may hold this demand."""
+def is_in_split(spec: Spec, split: str) -> bool:
+    """Returns whether rows of the split may have this demand."""
     shared = spec["category"] not in SPLIT_CATEGORIES
-    return split == "all" or shared or held_out(spec) == (split == "test")
+    return split == "all" or shared or is_held_out(spec) == (split == "test")
 
 
-def _kinds(rng: np.random.Generator, spec: Spec, world: World) -> list[tuple[str, str]]:
-    """Shape and colour of each object, free colours drawn."""
+def _choose_kinds(rng: np.random.Generator, spec: Spec, world: World) -> list[tuple[str, str]]:
+    """Returns shape and colour of each object; samples colours that the spec leaves open."""
     shapes = [(e["class"], e.get("color")) for e in spec["include"] for _ in range(e["count"])]
     free = [world.colors[i] for i in rng.integers(len(world.colors), size=len(shapes))]
     if spec["category"] == "counting" and rng.integers(2):
@@ -209,8 +210,8 @@ def _kinds(rng: np.random.Generator, spec: Spec, world: World) -> list[tuple[str
     return [(shape, color or other) for (shape, color), other in zip(shapes, free, strict=True)]
 
 
-def _apart(a: Object, b: Object) -> bool:
-    """Whether the two boxes keep the gap."""
+def _are_apart(a: Object, b: Object) -> bool:
+    """Returns whether the gap between two boxes is large enough."""
     p, q = a.box, b.box
     wide = max(p[0] - q[2], q[0] - p[2])
     high = max(p[1] - q[3], q[1] - p[3])
@@ -237,7 +238,7 @@ def _place_in_cells(
 def _place(
     rng: np.random.Generator, kinds: list[tuple[str, str]], world: World
 ) -> list[Object] | None:
-    """One try at placing all objects; None where two come too close."""
+    """Tries to place all objects once; returns None if two are too close."""
     if world.cells is not None:
         return _place_in_cells(rng, kinds, world)
     low, high = world.sizes[len(kinds)]
@@ -247,7 +248,7 @@ def _place(
             size = float(rng.uniform(low, high))
             x, y = rng.uniform(MARGIN + size / 2, 1 - MARGIN - size / 2, size=2)
             one = Object(shape, color, float(x), float(y), size)
-            if all(_apart(one, other) for other in placed):
+            if all(_are_apart(one, other) for other in placed):
                 placed.append(one)
                 break
         else:
@@ -256,17 +257,17 @@ def _place(
 
 
 def sample_scene(rng: np.random.Generator, spec: Spec, world: World = FULL) -> Scene:
-    """Draws a picture that holds exactly what the spec demands and nothing else.
+    """Samples a scene with exactly what the spec demands.
 
     `spec["include"]` must demand one to four objects of the world in all.
     """
-    kinds = _kinds(rng, spec, world)
+    kinds = _choose_kinds(rng, spec, world)
     wanted = spec["include"][-1].get("position")
     while True:
         objects = _place(rng, kinds, world)
         if objects is None:
             continue
-        if wanted is None or clear_relation(objects[-1], objects[wanted[1]]) == wanted[0]:
+        if wanted is None or find_clear_relation(objects[-1], objects[wanted[1]]) == wanted[0]:
             break
     background = int(rng.integers(236, 253)) + rng.integers(-3, 4, size=3)
     tints = rng.integers(-8, 9, size=(len(objects), 3))
@@ -277,7 +278,7 @@ def sample_scene(rng: np.random.Generator, spec: Spec, world: World = FULL) -> S
     )
 
 
-def _draw(draw: ImageDraw.ImageDraw, one: Object, color, background, side: int) -> None:
+def _draw_object(draw: ImageDraw.ImageDraw, one: Object, color, background, side: int) -> None:
     left, top, right, bottom = (v * side for v in one.box)
     x, y, half = one.x * side, one.y * side, one.size * side / 2
     if one.shape == "square":
@@ -296,7 +297,7 @@ def _draw(draw: ImageDraw.ImageDraw, one: Object, color, background, side: int) 
 
 
 def render(scene: Scene | Spec, image_size: int = 64, seed: int = 0) -> np.ndarray:
-    """Draws a scene, or a scene of the seed for a spec: uint8 [image_size, image_size, 3]."""
+    """Renders a scene, or a scene sampled for a spec: uint8 [image_size, image_size, 3]."""
     if not isinstance(scene, Scene):
         scene = sample_scene(np.random.default_rng(seed), scene)
     side = image_size * SUPERSAMPLE
@@ -305,5 +306,5 @@ def render(scene: Scene | Spec, image_size: int = 64, seed: int = 0) -> np.ndarr
     tints = scene.tints or ((0, 0, 0),) * len(scene.objects)
     for one, tint in zip(scene.objects, tints, strict=True):
         color = np.clip(np.add(PALETTE[one.color], tint), 0, 255)
-        _draw(draw, one, tuple(int(c) for c in color), scene.background, side)
+        _draw_object(draw, one, tuple(int(c) for c in color), scene.background, side)
     return np.asarray(image.reduce(SUPERSAMPLE))

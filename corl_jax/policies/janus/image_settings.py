@@ -1,7 +1,11 @@
-"""How a Janus resizes and normalises the images of its prompts, read from its JSON files."""
+"""Reads Janus's image settings from a model directory, and applies them to images.
+
+Source: Janus `VLMImageProcessor`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.data.images import DEFAULT_MIN_SIZE, ImageSettings
+from corl_jax.data.images import convert_to_rgb
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.checkpoint.settings import parse_vision
 from corl_jax.weights.foreign_config import Fields
+
+DEFAULT_MIN_SIZE = 14
+
 
 FIXED_PREPROCESSING = {  # what preprocess_image does; a file that says otherwise is refused
     "do_resize": True,
@@ -24,11 +31,45 @@ FIXED_PREPROCESSING = {  # what preprocess_image does; a file that says otherwis
 }
 
 
-def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
-    """Image settings from the JSON files of a model directory, whatever its layout.
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """How an image becomes pixel values of the vision tower."""
 
-    `configs` holds config.json, processor_config.json and preprocessor_config.json by stem,
-    empty dicts where absent. The processor files lead; config.json fills in and must agree.
+    size: int  # side of the square, pixels
+    num_tokens: int  # image tokens a picture takes in an understanding prompt
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    min_size: int = DEFAULT_MIN_SIZE  # shortest resized side, pixels
+
+
+def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """Returns an image as normalised float32 [S, S, 3]: longest side S, centred on grey.
+
+    Source: Janus `VLMImageProcessor`.
+    """
+    image = convert_to_rgb(image)
+    longest = max(image.size)
+    # int() as in the original; transformers rounds, so a side there may be one pixel longer.
+    width, height = (
+        max(int(side / longest * settings.size), settings.min_size) for side in image.size
+    )
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if width != height:
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in settings.mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+
+
+def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
+    """Returns the image settings in the JSON files of a model directory of any layout.
+
+    `configs` holds config.json, processor_config.json and preprocessor_config.json by stem, and
+    an empty dict for an absent file. Values come from the processor files. config.json supplies
+    what they leave out, and must agree with them.
     """
     problems: list[str] = []
     processor = Fields(str(folder / "processor_config.json"), configs["processor_config"], problems)
@@ -36,14 +77,14 @@ def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> Im
     problems += [
         f"{folder}: image preprocessing {key} is {pre[key]!r}; only {value!r} is supported"
         for key, value in FIXED_PREPROCESSING.items()
-        if pre.get(key) is not None and not _same_number(pre[key], value)
+        if pre.get(key) is not None and not _is_same_number(pre[key], value)
     ]
-    size, tokens = _geometry(configs["config"], processor, pre, folder)
+    size, tokens = _read_geometry(configs["config"], processor, pre, folder)
     min_size = Fields(str(folder / "preprocessor_config.json"), pre, problems).size(
         "min_size", DEFAULT_MIN_SIZE
     )
     for key in ("image_mean", "image_std"):
-        if len(_floats(pre.get(key))) != 3:
+        if len(_parse_floats(pre.get(key))) != 3:
             problems.append(
                 f"{folder}: {key} is {pre.get(key)!r} in preprocessor_config.json; expected three "
                 "numbers (Janus: 0.5, 0.5, 0.5)"
@@ -51,23 +92,25 @@ def image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> Im
     if problems:
         raise InputError(problems)
     assert size is not None and tokens is not None  # otherwise there was a problem
-    (r, g, b), (r_std, g_std, b_std) = (_floats(pre[key]) for key in ("image_mean", "image_std"))
+    (r, g, b), (r_std, g_std, b_std) = (
+        _parse_floats(pre[key]) for key in ("image_mean", "image_std")
+    )
     return ImageSettings(size, tokens, (r, g, b), (r_std, g_std, b_std), min_size)
 
 
-def _geometry(
+def _read_geometry(
     config: Mapping[str, Any], processor: Fields, pre: Mapping[str, Any], folder: Path
 ) -> tuple[int | None, int | None]:
-    """(image size, image tokens), where the processor files and config.json agree."""
+    """Returns (image size, image tokens); notes where the files do not agree."""
     problems, vision_size, vision_tokens = processor.problems, None, None
     try:
-        vision_size, vision_tokens = vision_geometry(config, folder / "config.json")
+        vision_size, vision_tokens = read_vision_geometry(config, folder / "config.json")
     except InputError as error:
         problems += error.problems
     size, tokens = vision_size, vision_tokens
     stated = pre.get("image_size") or pre.get("size")
     if stated:
-        size = _square(stated)
+        size = _parse_square(stated)
         if size is None:
             problems.append(
                 f"{folder}: image size is {stated!r} in the processor files; expected the side of "
@@ -90,10 +133,10 @@ def _geometry(
     return size, tokens
 
 
-def vision_geometry(
+def read_vision_geometry(
     config: Mapping[str, Any], file: Path = Path("config.json")
 ) -> tuple[int | None, int | None]:
-    """(image size, image tokens) by a config.json of any layout; None where it does not say.
+    """Returns (image size, image tokens) of a config.json; None for what it does not say.
 
     Raises:
         InputError: listing the fields of the vision tower that are malformed.
@@ -102,19 +145,19 @@ def vision_geometry(
     return (siglip.image_size, siglip.num_tokens) if siglip else (None, None)
 
 
-def _square(size: Any) -> int | None:
-    """The side from 384, [384, 384] or {"height": 384, "width": 384}; None for anything else."""
+def _parse_square(size: Any) -> int | None:
+    """Returns the side of 384, [384, 384] or {"height": 384, "width": 384}; else None."""
     sides = list(size.values()) if isinstance(size, Mapping) else size
     sides = sides if isinstance(sides, list) else [sides]
     same = sides and all(type(side) is int and side == sides[0] > 0 for side in sides)
     return sides[0] if same else None
 
 
-def _floats(value: Any) -> tuple[float, ...]:
-    """One number, thrice, or a list of numbers; empty for anything else."""
+def _parse_floats(value: Any) -> tuple[float, ...]:
+    """Returns a list of numbers, or one number three times; empty for anything else."""
     items = value if isinstance(value, list) else [value] * 3
     return tuple(map(float, items)) if all(isinstance(i, int | float) for i in items) else ()
 
 
-def _same_number(found: Any, expected: float) -> bool:
+def _is_same_number(found: Any, expected: float) -> bool:
     return isinstance(found, int | float) and bool(np.isclose(float(found), expected))

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.data.images import ImageSettings, preprocess
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
-from corl_jax.policies.janus.image_settings import image_settings
+from corl_jax.policies.janus.image_settings import (
+    ImageSettings,
+    preprocess_image,
+    read_image_settings,
+)
 from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
@@ -101,7 +104,7 @@ class Processor:
             for name in FILES:
                 file = folder / f"{name}.json"
                 configs[name] = read_json(file) if file.is_file() else {}
-            image = image_settings(configs, folder)
+            image = read_image_settings(configs, folder)
         except InputError as error:
             raise InputError(problems + error.problems) from error
         if problems:
@@ -305,7 +308,7 @@ class Processor:
 
     def preprocess_image(self, image: Image.Image) -> np.ndarray:
         """A picture as normalised float32 [S, S, 3]; see `images.preprocess`."""
-        return preprocess(image, self.image)
+        return preprocess_image(image, self.image)
 
 
 def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:

@@ -12,8 +12,6 @@ world's hard edges are matched by an error on image gradients instead.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,25 +21,30 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
 
+PERCEPTUAL_WEIGHT = 0.5  # of the error of image gradients beside that of pixels
+COMMITMENT_WEIGHT = 0.25  # of the distance of latents to their codes
+ENTROPY_WEIGHT = 0.02  # spreads the use of codes over a batch
 ENTROPY_TEMPERATURE = 0.05
 """Temperature of a latent's soft assignment to codes, whose similarities lie in [-1, 1]."""
 
 
 def tokenizer_loss(
-    sizes: JanusConfig, params: Params, pixels: jax.Array, options: Any
+    sizes: JanusConfig, params: Params, pixels: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]; `options` is `schema.Vq`."""
+    """Returns (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
     # What is frozen has the dtype of its checkpoint.
     model = network.bind(sizes, network.cast(params, jnp.float32)).vqmodel
-    return vq_loss(
-        model, pixels, options.perceptual_weight, options.commitment, options.entropy_weight
-    )
+    return vq_loss(model, pixels)
 
 
 def vq_loss(
-    model: VQModel, pixels: jax.Array, perceptual: float, commitment: float, entropy: float
+    model: VQModel,
+    pixels: jax.Array,
+    perceptual: float = PERCEPTUAL_WEIGHT,
+    commitment: float = COMMITMENT_WEIGHT,
+    entropy: float = ENTROPY_WEIGHT,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
+    """Returns (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
     z = model.latents(pixels)
     codebook = model.codebook()
     similarity = jnp.einsum("nhwc,kc->nhwk", z, codebook)

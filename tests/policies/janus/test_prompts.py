@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.data.images import MAX_SIDE, BadImage, decode_image, preprocess
+from corl_jax.data.images import MAX_SIDE, BadImage, decode_image
 from corl_jax.errors import InputError
-from corl_jax.policies.janus.image_settings import vision_geometry
+from corl_jax.policies.janus.image_settings import preprocess_image, read_vision_geometry
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import STRINGS
 from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
@@ -176,12 +176,15 @@ def test_from_dir_reads_either_layout(tmp_path, processor):
 
 def test_vision_geometry_of_each_config():
     original = {"params": {"image_size": 384, "model_name": "siglip_large_patch16_384"}}
-    assert vision_geometry({"vision_config": original}) == (384, 576)
+    assert read_vision_geometry({"vision_config": original}) == (384, 576)
     mini = {"params": {"image_size": 64, "patch_size": 8, "model_name": "siglip_large_patch16_384"}}
-    assert vision_geometry({"vision_config": mini}) == (64, 64)
-    assert vision_geometry({"vision_config": {"image_size": 64, "patch_size": 16}}) == (64, 16)
-    assert vision_geometry({"janus": {"siglip": {"image_size": 64, "patch_size": 8}}}) == (64, 64)
-    assert vision_geometry({}) == (None, None)
+    assert read_vision_geometry({"vision_config": mini}) == (64, 64)
+    assert read_vision_geometry({"vision_config": {"image_size": 64, "patch_size": 16}}) == (64, 16)
+    assert read_vision_geometry({"janus": {"siglip": {"image_size": 64, "patch_size": 8}}}) == (
+        64,
+        64,
+    )
+    assert read_vision_geometry({}) == (None, None)
 
 
 def test_from_dir_lists_every_problem(tmp_path):
@@ -226,7 +229,7 @@ def test_pixels_equal_transformers_where_rounding_agrees(processor, model_dir, s
 
 
 def test_resize_truncates_and_centres_on_grey(processor):
-    pixels = preprocess(Image.new("RGB", (9, 7), "white"), processor.image)
+    pixels = preprocess_image(Image.new("RGB", (9, 7), "white"), processor.image)
     rows = np.flatnonzero((pixels == 1).all((1, 2)))  # int(7 / 9 * 32) = 24 rows, (32 - 24) // 2
     assert rows.tolist() == list(range(4, 28))
     np.testing.assert_allclose(pixels[0, 0], (127 / 255 - 0.5) / 0.5, atol=1e-6)
@@ -325,14 +328,14 @@ def test_from_dir_reads_what_transformers_saves(tmp_path, model_dir, processor):
     ],
 )
 def test_vision_geometry_of_square_lists(vision):
-    assert vision_geometry(vision) == (64, 16)
+    assert read_vision_geometry(vision) == (64, 16)
 
 
 def test_vision_geometry_of_absent_sections():
     """Which then have the defaults that the weights' config has."""
     for vision in ({"params": None}, {}, None):
         config = {"model_type": "multi_modality", "vision_config": vision}
-        assert vision_geometry(config) == (384, 576)
+        assert read_vision_geometry(config) == (384, 576)
 
 
 def test_null_settings_are_absent_settings(tmp_path, processor):
