@@ -52,7 +52,7 @@ def group_advantages(
     valid rewards, or with no spread, get exactly 0. `scale=False` leaves the std out.
     Returns the advantages [N] and the metrics of `reward_stats`.
     Raises: ValueError if N is not a multiple of the group size.
-    Source: docs/method.md; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form.
+    Source: docs/explained/method.md; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form.
     """
     groups = _as_groups(rewards, group_size)
     valid = ~jnp.isnan(groups)
@@ -141,7 +141,7 @@ def joint_advantages(
     `compared` says that the rewards come from `normalize_each`: totals are then normalised over
     the batch instead of within groups.
     Raises: ValueError if the mode is unknown or both tasks are absent.
-    Source: docs/method.md; arXiv 2505.17534 eq. 5.
+    Source: docs/explained/method.md; arXiv 2505.17534 eq. 5.
     """
     if mode not in ADVANTAGE_MODES:
         raise ValueError(f"advantage mode {mode!r}: expected one of {', '.join(ADVANTAGE_MODES)}")
@@ -186,7 +186,7 @@ def k3_kl(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     """The estimate exp(d) - d - 1 of KL(policy || reference), d = ref - policy, per token.
 
     Unbiased in value under samples of the policy, never negative, 0 where both agree.
-    Source: docs/method.md; Schulman, "Approximating KL divergence" (estimator k3).
+    Source: docs/explained/method.md; Schulman, "Approximating KL divergence" (estimator k3).
     """
     delta = jnp.clip(ref_logprobs - logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jnp.expm1(delta) - delta
@@ -223,7 +223,7 @@ def policy_loss(
     token means as (sum, number of tokens): `clip_ratio/low_mean`, `clip_ratio/high_mean`,
     `clip_ratio/region_mean`; `kl` given a reference; `entropy` given one.
     Raises: ValueError if kl_coef is not 0 and there is no reference.
-    Source: docs/method.md; PPO (arXiv 1707.06347) eq. 7; metric names of TRL.
+    Source: docs/explained/method.md; PPO (arXiv 1707.06347) eq. 7; metric names of TRL.
     """
     if ref_logprobs is None and kl_coef != 0:
         raise ValueError(f"kl_coef {kl_coef} needs ref_logprobs, and none were given")

@@ -315,7 +315,7 @@ class Eval(Section):
 
 
 class Guards(Section):
-    """What ends or warns of a run that goes wrong; docs/reliability.md has each limit's reason."""
+    """Limits that stop a run or raise an alarm. Reasons: docs/explained/reliability.md."""
 
     max_skipped_updates: Positive = option(
         3, "updates in a row, skipped as not finite, that end the run with code 3"

@@ -94,7 +94,8 @@ def _compile_anew_on_cpus(index: int) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     if index == 0:
         print(
-            "several processes on CPUs: programs are compiled anew, see docs/reliability.md; "
+            "several processes on CPUs: programs are compiled anew at each start "
+            "(docs/explained/reliability.md); "
             f"{CACHE_VARIABLE}=true keeps them",
             file=sys.stderr,
         )

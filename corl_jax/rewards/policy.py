@@ -1,10 +1,10 @@
 """Rewards in which a Janus looks at the drawings: similarity, captions, answers.
 
 `scorer` says which: `policy` is the policy as it stands at this step, so that the reward moves
-with it and can be gamed (arXiv 2505.17534 does this; Q26 in docs/released_code.md); `initial` is
-a frozen copy of what the run started from; anything else is the path of another checkpoint. All
-rows of a step run through programs of one shape: pieces of equal size, prompts padded to a bucket
-of the longest.
+with it and can be gamed (arXiv 2505.17534 does this; Q26 in
+docs/explained/released_code.md); `initial` is a frozen copy of what the run started from; anything
+else is the path of another checkpoint. All rows of a step run through programs of one shape: pieces
+of equal size, prompts padded to a bucket of the longest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Text rewards: strings -> one float.
 
-The defaults mend the released code's quirks (Q numbers: docs/released_code.md); a keyword
+The defaults mend the released code's quirks (Q numbers: docs/explained/released_code.md); a keyword
 argument switches each released behaviour back on. NaN means that a reward does not apply to a row.
 """
 

@@ -83,7 +83,7 @@ def refused(capsys, tree: dict, *arguments: str) -> list[str]:
 
 
 def unseen(lines: list[dict], *sections: str) -> list[str]:
-    """What docs/metrics.md promises in its sections and no line has."""
+    """What docs/reference/metrics.md promises in its sections and no line has."""
     return metrics_page.never(sections, {name for line in lines for name in line})
 
 

@@ -1,4 +1,4 @@
-"""The section of docs/rewards.md: written from the scores, and compared with what stands there."""
+"""Writes the examples section of docs/reference/rewards.md from the scores, or compares the two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from corl_jax.runs.pictures import cell_text
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Found
 
-PAGE = cases.ROOT / "docs" / "rewards.md"
+PAGE = cases.ROOT / "docs" / "reference" / "rewards.md"
 FIGURE = cases.ROOT / "docs" / "images" / "reward_examples.png"
 BEGIN = "<!-- reward examples, written by `python -m tools.reward_examples` -->"
 END = "<!-- end of reward examples -->"
@@ -20,10 +20,10 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\w.])")
 MM2T_WIDTH = 120  # letters of an answer that are shown
 
 TEXT = """\
-A file of [drawings](examples/rewards/drawings.jsonl) and one of
-[answers](examples/rewards/answers.jsonl), scored in float32 with weights at hand: the
-[mini Janus](mini.md) as the policy, MiniLM for `sentence`. `python -m tools.reward_examples`
-writes all of this section and the figure; with `--check` it compares. One of its scores by hand:
+A file of [drawings](../examples/rewards/drawings.jsonl) and one of
+[answers](../examples/rewards/answers.jsonl), scored in float32. The policy is the
+[mini Janus](../measured/mini.md), `sentence` is MiniLM. `python -m tools.reward_examples`
+writes this section and the figure; with `--check` it compares them. One of the scores by hand:
 
     python -m corl_jax.score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
       --model corl_jax/assets/mini_janus
@@ -35,7 +35,7 @@ Prompt: *{prompt}*
 image. The mini Janus drew the others (seed {drawing_seed}), the last one for
 *{other}*. They were chosen to differ, and say nothing of how often it draws right.
 
-![The drawings and their scores](images/reward_examples.png)
+![The drawings and their scores](../images/reward_examples.png)
 
 {drawings}
 
