@@ -370,6 +370,13 @@ def test_links_and_paths_in_a_document_exist(path):
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
 
 
+def test_the_index_lists_every_page_once():
+    text = (DOCS / "index.md").read_text()
+    listed = re.findall(r"^- \[.+?\]\((.+?)\): .+", text, re.MULTILINE)
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert sorted(listed) == sorted(pages - {"index.md"})
+
+
 @pytest.mark.parametrize("path", documents(), ids=page_id)
 def test_options_named_in_a_document_exist(path):
     known = {f"{key}.{name}" for key, kind in sections().items() for name in kind.model_fields}

@@ -20,7 +20,7 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\w.])")
 MM2T_WIDTH = 120  # letters of an answer that are shown
 
 TEXT = """\
-A file of [drawings](../examples/rewards/drawings.jsonl) and one of
+A file of [generated images](../examples/rewards/drawings.jsonl) and one of
 [answers](../examples/rewards/answers.jsonl), scored in float32. The policy is the
 [mini Janus](../measured/mini.md), `sentence` is MiniLM. `python -m tools.reward_examples`
 writes this section and the figure; with `--check` it compares them. One of the scores by hand:
@@ -28,32 +28,32 @@ writes this section and the figure; with `--check` it compares them. One of the 
     python -m corl_jax.score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
       --model corl_jax/assets/mini_janus
 
-### Drawings
+### Images
 
 Prompt: *{prompt}*
-(row {row} of the drawn world's test split, seed {row_seed}). The first picture is the row's real
-image. The mini Janus drew the others (seed {drawing_seed}), the last one for
-*{other}*. They were chosen to differ, and say nothing of how often it draws right.
+(row {row} of the drawn world's test split, seed {row_seed}). The first image is the row's real
+image. The mini Janus generated the others (seed {drawing_seed}), the last one for
+*{other}*. They were chosen to differ, and do not show how often it is right.
 
-![The drawings and their scores](../images/reward_examples.png)
+![The images and their scores](../images/reward_examples.png)
 
 {drawings}
 
-- Only the checker tells the two right pictures from all others. `t2i_qa` and `t2i_oc` look at what
-  they ask for: a smudge passes the one, two yellow shapes the other.
-- `t2i_bid_cycle_reward` gives swapped colours more than the right drawing, by word overlap and by
+- Only the checker separates the two right images from all others. `t2i_qa` and `t2i_oc` see only
+  what they ask for: a smudge passes the first, two yellow shapes the second.
+- `t2i_bid_cycle_reward` gives swapped colours more than the right image, by word overlap and by
   sentence embeddings alike: their caption has the prompt's words in another order, while that of
-  the right drawing also says where things lie, which the prompt does not.
-- `t2i_pixel_mse` is higher for two yellow shapes than for any other drawing, because they lie where
-  the real image's do.
-- `t2i_ti_sim` hardly spreads: two yellow shapes stand at the top, the real image at the bottom.
-- `t2i_od`: the mini Janus never learnt boxes, so it earns nothing.
+  the right image also says where things lie, which the prompt does not.
+- `t2i_pixel_mse` is higher for two yellow shapes than for any other generated image, because they
+  lie at the same places as in the real image.
+- `t2i_ti_sim` hardly differs: two yellow shapes have the highest value, the real image the lowest.
+- `t2i_od`: the mini Janus never learnt boxes, so all values are 0.
 
-What it said, greedily; of its answers the answer block:
+Its captions and answers, greedy. Of the answers the answer block is shown:
 
 {said}
 
-The rule of `t2i_od` on answers written by hand, where one box is true:
+The rule of `t2i_od` on answers written by hand, with one true box:
 
 {boxes}
 
@@ -65,13 +65,13 @@ and as an open question (OE, solution "triangle"). `␣` is a leading space.
 {answers}
 
 `qa_accuracy` finds an answer without tags, or with a tag that is never closed; the format rewards
-are there for those. As an open answer a longer one that holds the right word earns a part.
+count the tags. A longer open answer that holds the right word gets a part.
 
 ### Not scored here
 
-These need weights that do not come with the project (`spice` needs Java and a parser as well), so
-there are no numbers, only the range to expect. With the weights in DIR, the same drawings are
-scored by:
+These need weights that do not come with the project (`spice` needs Java and a parser as well). So
+the table has no scores, only the range to expect. With the weights in DIR, these commands score the
+same images:
 
 {commands}
 
