@@ -14,7 +14,7 @@ from flax import nnx
 
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
-from corl_jax.models.causal import CausalAttention, attend_causally
+from corl_jax.models.attention import AttentionKernel, attend_causally
 from corl_jax.models.layers import Remat, apply_rope, merge_heads, split_heads
 from corl_jax.models.lora import Lora, projection
 
@@ -68,14 +68,14 @@ class Attention(nnx.Module):
         return apply_rope(query, rope), apply_rope(key, rope), value
 
     def __call__(
-        self, x: jax.Array, rope, kept: jax.Array, attention: CausalAttention = "xla"
+        self, x: jax.Array, rope, kept: jax.Array, attention: AttentionKernel = "xla"
     ) -> tuple[jax.Array, KVCache]:
         query, key, value = self.project(x, rope)
         attended = attend_causally(query, key, value, kept, attention)
         return self.o_proj(merge_heads(attended)), (key, value)
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: CausalAttention
+        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
         """Attends from completions x [N, T, D] to their prompts' entries and to one another.
 
@@ -119,13 +119,13 @@ class Block(nnx.Module):
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", "embed")
 
     def __call__(
-        self, x: jax.Array, rope, kept: jax.Array, attention: CausalAttention = "xla"
+        self, x: jax.Array, rope, kept: jax.Array, attention: AttentionKernel = "xla"
     ) -> tuple[jax.Array, KVCache]:
         attended, cache = self.attn(self.input_layernorm(x), rope, kept, attention)
         return self._feed_forward(x + attended), cache
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: CausalAttention
+        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
         attended = self.attn.after(self.input_layernorm(x), prompt, rope, kept, attention)
         return self._feed_forward(x + attended)
@@ -158,7 +158,7 @@ class Llama(nnx.Module):
         completions: jax.Array,
         *,
         remat: Remat = "none",
-        attention: CausalAttention = "xla",
+        attention: AttentionKernel = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states of left-padded prompts [B, P, D] and of completions [N, T, D] after them.
 

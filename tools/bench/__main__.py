@@ -51,7 +51,7 @@ from corl_jax.config import schema
 from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
+from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_training_kernel
 from corl_jax.models.lora import Lora
 from corl_jax.policies.janus import network
 from tools.bench import (
@@ -192,18 +192,18 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(problems)
 
 
-def attention_of(args: argparse.Namespace) -> CausalAttention:
+def attention_of(args: argparse.Namespace) -> AttentionKernel:
     """What the update attends with; looks at the device.
 
     Raises: InputError for a kernel that the device cannot run.
     """
     head_dim = SIZES[args.size].janus.llama.head_dim
     if args.attention == "auto":
-        return best(COMPUTE, head_dim)
-    if not runs(args.attention, COMPUTE, head_dim):
+        return choose_training_kernel(COMPUTE, head_dim)
+    if not can_run(args.attention, COMPUTE, head_dim):
         raise InputError(
             f"--attention: found {args.attention}, which {jax.devices()[0].platform} with heads of "
-            f"{head_dim} cannot run; expected {NEEDS[args.attention]}; give xla"
+            f"{head_dim} cannot run; expected {KERNELS[args.attention].needs}; give xla"
         )
     return args.attention
 

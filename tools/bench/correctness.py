@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.models.causal import CausalAttention
+from corl_jax.models.attention import AttentionKernel
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.train.step import LossOptions, TaskBatch, make_logprob_step
@@ -126,7 +126,7 @@ def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
 
 
 @functools.lru_cache(maxsize=4)
-def _score_step(config: Any, special: Any, dtype: Any, kernel: CausalAttention) -> Callable:
+def _score_step(config: Any, special: Any, dtype: Any, kernel: AttentionKernel) -> Callable:
     scoring = LogprobOptions(special, remat="none", attention=kernel)
     return make_logprob_step(config, LossOptions(scoring, (), dtype=dtype))
 

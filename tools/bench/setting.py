@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from corl_jax.devices.mesh import BATCH, batch_sharding, param_spec
-from corl_jax.models.causal import CausalAttention
+from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.prompts import Processor
@@ -37,7 +37,7 @@ class Setting:
     repeats: int
     micro_batch: int | None  # prompts of one backward pass; None: all
     remat: Remat  # what the backward pass keeps, as model.remat
-    attention: CausalAttention  # of the update, as model.attention
+    attention: AttentionKernel  # of the update, as model.attention
     pixel_dtype: Any  # of codes to pixels, as rollout.pixel_dtype
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from corl_jax.models.causal import CausalAttention
+from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat
 from corl_jax.policies.janus.network import Janus
 from corl_jax.policies.janus.sampling import guide, unconditional_ids
@@ -31,7 +31,7 @@ class LogprobOptions:
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     unshifted: bool = False  # compat Q1: the logits that follow a token score that token
     remat: Remat = "full"
-    attention: CausalAttention = "xla"
+    attention: AttentionKernel = "xla"
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
 
 

@@ -182,7 +182,7 @@ def _image_program(
     score: str,
     greedy: bool,
     dtype: Any,
-    attention: attentions.Implementation,
+    attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype)))
     ids, mask = prompts.input_ids, prompts.attention_mask
@@ -234,9 +234,9 @@ def guide(conditional: jax.Array, unconditional: jax.Array, cfg_scale: Any) -> j
 
 def _implementation(
     config: JanusConfig, attention: Attention, dtype: Any
-) -> attentions.Implementation:
+) -> attentions.DecodeKernel:
     return (
-        attentions.fastest_attention(dtype, config.llama.head_dim)
+        attentions.choose_decode_kernel(dtype, config.llama.head_dim)
         if attention == "auto"
         else attention
     )
@@ -290,7 +290,7 @@ def _text_program(
     top_p: float,
     greedy: bool,
     dtype: Any,
-    attention: attentions.Implementation,
+    attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype)))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
