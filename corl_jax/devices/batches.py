@@ -24,7 +24,7 @@ def num_batch_shards(mesh: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def shares(mesh: Mesh) -> list[int]:
+def list_process_shards(mesh: Mesh) -> list[int]:
     """The share that each process holds, by process.
 
     Raises:
@@ -47,10 +47,10 @@ def shares(mesh: Mesh) -> list[int]:
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-    """(this process's share, number of shares). Raises: InputError as `shares`."""
+    """(this process's share, number of shares). Raises: InputError as `list_process_shards`."""
     if len({device.process_index for device in mesh.devices.flat}) == 1:
         return 0, 1
-    found = shares(mesh)
+    found = list_process_shards(mesh)
     return found[jax.process_index()], max(found) + 1
 
 
@@ -82,7 +82,7 @@ def all_gather_rows(mesh: Mesh, values: np.ndarray) -> np.ndarray:
     """
     if process_shard(mesh)[1] == 1 and jax.process_count() == 1:
         return values
-    found = shares(mesh)
+    found = list_process_shards(mesh)
     everyone = processes.all_gather(values)
     return np.concatenate([everyone[found.index(number)] for number in range(max(found) + 1)])
 
@@ -103,7 +103,7 @@ def all_gather_array(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def mesh_of(params: Any) -> Mesh | None:
+def find_mesh(params: Any) -> Mesh | None:
     """The mesh that parameters lie on; None on a single device."""
     leaves = jax.tree.leaves(params)
     sharding = getattr(leaves[0], "sharding", None) if leaves else None

@@ -49,14 +49,14 @@ def initialize(options: Distributed) -> None:
         InputError: the settings contradict each other, or the cluster's description, or the
             coordinator's port cannot be opened.
     """
-    settings = _settings(options)
+    settings = _resolve_settings(options)
     if settings is None:
         return
     address, count, index = (settings[key] for key in ("address", "count", "index"))
     place = f"process {index} of {count} at {address}"
     if index == 0:
-        _require_free(address, place)
-    waiting = threading.Timer(options.initialization_timeout_s, _never_met, (place, options))
+        _require_free_port(address, place)
+    waiting = threading.Timer(options.initialization_timeout_s, _exit_unconnected, (place, options))
     waiting.daemon = True
     waiting.start()
     try:
@@ -77,12 +77,12 @@ def initialize(options: Distributed) -> None:
     finally:
         waiting.cancel()
     if count > 1:
-        _name_in_warnings(index)
-        _watch()
-        _compile_anew_on_cpus(index)
+        _prefix_warnings(index)
+        _watch_for_failures()
+        _disable_cpu_cache(index)
 
 
-def _compile_anew_on_cpus(index: int) -> None:
+def _disable_cpu_cache(index: int) -> None:
     """Keeps programs of several processes on CPUs out of the compilation cache.
 
     gloo wants the collectives of a program in the same order everywhere, which XLA's programs for
@@ -101,7 +101,7 @@ def _compile_anew_on_cpus(index: int) -> None:
         )
 
 
-def _settings(options: Distributed) -> dict[str, Any] | None:
+def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
     """What jax.distributed wants, from the config and the cluster; None to stay alone.
 
     Raises:
@@ -124,7 +124,7 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
                 "to every process, or set distributed.initialize to never"
                 for name in missing
             )
-    listed = _listed_devices()
+    listed = _read_local_devices()
     try:
         detect: Any = ClusterEnv.auto_detect_unset_distributed_params
         address, count, index, devices = detect(
@@ -143,7 +143,7 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
     return {"address": address, "count": count, "index": index, "devices": devices}
 
 
-def _listed_devices() -> list[int] | None:
+def _read_local_devices() -> list[int] | None:
     """JAX_LOCAL_DEVICE_IDS, which jax itself reads only where no cluster says which are whose."""
     listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     if listed is None:
@@ -155,7 +155,7 @@ def _listed_devices() -> list[int] | None:
     return [int(number) for number in listed.split(",")]
 
 
-def _require_free(address: str, place: str) -> None:
+def _require_free_port(address: str, place: str) -> None:
     """Opens the coordinator's port as jax will: where that fails, jax crashes without a word."""
     if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # which names the place to listen at
         return
@@ -172,7 +172,7 @@ def _require_free(address: str, place: str) -> None:
         ) from None
 
 
-def _never_met(place: str, options: Distributed) -> None:
+def _exit_unconnected(place: str, options: Distributed) -> None:
     print(
         f"error: distributed: {place} waited {options.initialization_timeout_s} s, and not all "
         "processes came; look for an earlier error in the others' logs, check that all can reach "
@@ -183,7 +183,7 @@ def _never_met(place: str, options: Distributed) -> None:
     os._exit(1)  # connecting cannot be interrupted
 
 
-def _name_in_warnings(index: int) -> None:
+def _prefix_warnings(index: int) -> None:
     """Warnings of all but the first process, whose log is the run's, say where they come from."""
     logging.captureWarnings(True)
     if index and logging.lastResort is not None:
@@ -194,7 +194,7 @@ def _name_in_warnings(index: int) -> None:
 
 
 @contextlib.contextmanager
-def failing_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+def fail_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """An exception in the block ends all processes with its text and exit code.
 
     Without this the others wait in their next collective for a process that will not come. With
@@ -207,10 +207,10 @@ def failing_together(first: Callable[[], None] = lambda: None) -> Iterator[None]
         if jax.process_count() == 1:
             raise
         first()
-        _end(_publish(_described(error)))
+        _end_process(_publish_failure(_describe_failure(error)))
 
 
-def _described(error: BaseException) -> dict[str, Any]:
+def _describe_failure(error: BaseException) -> dict[str, Any]:
     problems = getattr(error, "problems", None)  # of those that a user can act on
     if problems is None:
         text = "".join(traceback.format_exception(error)).rstrip()
@@ -220,18 +220,18 @@ def _described(error: BaseException) -> dict[str, Any]:
     return {"process": jax.process_index(), "code": code, "text": text[-MAX_CHARACTERS:]}
 
 
-def _publish(failure: dict[str, Any]) -> dict[str, Any]:
+def _publish_failure(failure: dict[str, Any]) -> dict[str, Any]:
     """The first failure of the run: this one, or the one that it follows from."""
     client = distributed.global_state.client
     try:
         client.key_value_set(f"{FAILURE}first", json.dumps(failure))
     except RuntimeError:  # there is one, or the coordinator has died
         with contextlib.suppress(RuntimeError):
-            return _published() or failure
+            return _read_published() or failure
     return failure
 
 
-def _published() -> dict[str, Any] | None:
+def _read_published() -> dict[str, Any] | None:
     found = distributed.global_state.client.key_value_dir_get(FAILURE)
     return json.loads(found[0][1]) if found else None
 
@@ -239,7 +239,7 @@ def _published() -> dict[str, Any] | None:
 _ending = threading.Lock()
 
 
-def _end(failure: dict[str, Any]) -> None:
+def _end_process(failure: dict[str, Any]) -> None:
     """Says why and exits at once: any other way out waits for the other processes."""
     with _ending:
         own = jax.process_index()
@@ -257,18 +257,18 @@ def _end(failure: dict[str, Any]) -> None:
         os._exit(failure["code"])
 
 
-def _watch() -> None:
+def _watch_for_failures() -> None:
     """Ends this process soon after another one has failed, wherever it waits."""
     stopped = threading.Event()
 
     def look() -> None:
         while not stopped.wait(POLL_S):
             try:
-                failure = _published()
+                failure = _read_published()
             except RuntimeError:  # the coordinator has died, of which jax tells us
                 continue
             if failure is not None and not stopped.is_set():
-                _end(failure)
+                _end_process(failure)
 
     thread = threading.Thread(target=look, name="failures of other processes", daemon=True)
 

@@ -123,14 +123,14 @@ class Clip(nnx.Module):
 
     def image_embeds(self, pixel_values: jax.Array) -> jax.Array:
         """`image_features` of unit length, in float32."""
-        return unit_length(self.image_features(pixel_values))
+        return normalize_rows(self.image_features(pixel_values))
 
     def text_embeds(self, ids: jax.Array) -> jax.Array:
         """`text_features` of unit length, in float32."""
-        return unit_length(self.text_features(ids))
+        return normalize_rows(self.text_features(ids))
 
 
-def unit_length(x: jax.Array) -> jax.Array:
+def normalize_rows(x: jax.Array) -> jax.Array:
     """[N, features] float32 rows of norm 1."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

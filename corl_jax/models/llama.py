@@ -173,7 +173,10 @@ class Llama(nnx.Module):
         completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
         completions = constrain(completions, "batch", "length", "embed")
         length, group_size = completions.shape[1], len(completions) // len(prompts)
-        prompt_rope, repeated = self.rope(positions_of(mask)), jnp.repeat(mask, group_size, axis=0)
+        prompt_rope, repeated = (
+            self.rope(compute_positions(mask)),
+            jnp.repeat(mask, group_size, axis=0),
+        )
         rope = self.rope(repeated.sum(axis=-1, keepdims=True) + jnp.arange(length))
         kept = jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
 
@@ -187,7 +190,7 @@ class Llama(nnx.Module):
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")
-        rope = self.rope(positions_of(mask))
+        rope = self.rope(compute_positions(mask))
 
         def step(block: Block, x: jax.Array):
             x, cache = block(x, rope, mask)
@@ -197,6 +200,6 @@ class Llama(nnx.Module):
         return self.norm(x), caches
 
 
-def positions_of(mask: jax.Array) -> jax.Array:
+def compute_positions(mask: jax.Array) -> jax.Array:
     """Positions [B, T] counted over kept tokens only, so that padding shifts nothing."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)

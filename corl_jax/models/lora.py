@@ -38,7 +38,7 @@ class LoraLinear(nnx.Linear):
             in_features, out_features, use_bias=False, kernel_init=initializer, rngs=rngs
         )
         self.scale = lora.scale
-        self.lora_a = nnx.Param(_uniform(rngs.params(), (in_features, lora.rank)))
+        self.lora_a = nnx.Param(_draw_uniform(rngs.params(), (in_features, lora.rank)))
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features)))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,19 +54,19 @@ def projection(
     return LoraLinear(in_features, out_features, lora, rngs=rngs)
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _draw_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """What PEFT draws A from, torch's kaiming_uniform with a = sqrt(5); `shape` [..., in, rank]."""
     bound = 1 / math.sqrt(shape[-2])
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def init(shapes: Params, key: jax.Array) -> Params:
+def init_adapters(shapes: Params, key: jax.Array) -> Params:
     """The first values of a tree of adapters: A drawn, B zero, so that they change nothing."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
 
     def first(key: jax.Array, path: Any, leaf: Any) -> jax.Array:
         drawn = path[-1].key == "lora_a"
-        return _uniform(key, leaf.shape) if drawn else jnp.zeros(leaf.shape)
+        return _draw_uniform(key, leaf.shape) if drawn else jnp.zeros(leaf.shape)
 
     return tree.unflatten([first(key, *leaf) for key, leaf in zip(keys, leaves, strict=True)])

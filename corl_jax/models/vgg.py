@@ -47,7 +47,7 @@ class Lpips(nnx.Module):
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
         distance = jnp.zeros(first.shape[0], jnp.float32)
         for head, x, y in zip(self.heads, self.taps(first), self.taps(second), strict=True):
-            difference = jnp.square(unit_length(x) - unit_length(y))
+            difference = jnp.square(normalize_channels(x) - normalize_channels(y))
             distance += head(difference).astype(jnp.float32).mean(axis=(1, 2, 3))
         return distance
 
@@ -57,21 +57,21 @@ class Lpips(nnx.Module):
         x = x.astype(self.stages[0][0].kernel.dtype)
         taps = []
         for convs in self.stages:
-            x = halve(x) if taps else x
+            x = max_pool(x) if taps else x
             for conv in convs:
                 x = jax.nn.relu(conv(x))
             taps.append(x)
         return taps
 
 
-def halve(x: jax.Array) -> jax.Array:
+def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 block; an odd last row or column is left out."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
-def unit_length(x: jax.Array) -> jax.Array:
+def normalize_channels(x: jax.Array) -> jax.Array:
     """Each position's features divided by their norm, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.sqrt(EPSILON + jnp.square(x).sum(axis=-1, keepdims=True))

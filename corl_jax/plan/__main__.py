@@ -36,7 +36,7 @@ STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
 DOES_NOT_FIT_EXIT_CODE = 1
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.plan",
         description=__doc__,
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def model_config(path: str, preset: str | None) -> JanusConfig:
+def resolve_model_config(path: str, preset: str | None) -> JanusConfig:
     """Sizes by a preset's name, a directory's config.json, or a name that holds a preset's.
 
     Raises:
@@ -110,7 +110,9 @@ def model_config(path: str, preset: str | None) -> JanusConfig:
     return PRESETS[named]
 
 
-def prompt_lengths(args: argparse.Namespace, config: Config, model: JanusConfig) -> dict[str, int]:
+def resolve_prompt_lengths(
+    args: argparse.Namespace, config: Config, model: JanusConfig
+) -> dict[str, int]:
     """Padded tokens of each task's longest prompt.
 
     Raises:
@@ -136,7 +138,9 @@ def prompt_lengths(args: argparse.Namespace, config: Config, model: JanusConfig)
     return lengths
 
 
-def selected(planned: list[programs.Program], names: list[str] | None) -> list[programs.Program]:
+def select_programs(
+    planned: list[programs.Program], names: list[str] | None
+) -> list[programs.Program]:
     """Those whose name starts with one of `names`; None takes all.
 
     Raises:
@@ -153,19 +157,21 @@ def selected(planned: list[programs.Program], names: list[str] | None) -> list[p
     return [each for each in planned if each.name.startswith(tuple(names))]
 
 
-def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+def find_devices(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
     if topology == "local":
         startup.start_devices()
-    devices, chip = chips.local() if topology == "local" else chips.described(topology)
+    devices, chip = (
+        chips.find_local_chip() if topology == "local" else chips.describe_slice(topology)
+    )
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
 
-def heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
     config, model = outline.config, outline.model_config
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract(model)))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
-        f"{task} {lengths[task]} + {programs.completion_length(outline, task)} tokens"
+        f"{task} {lengths[task]} + {programs.get_completion_length(outline, task)} tokens"
         for task in outline.tasks
     )
     at_once = rollout.batch_prompts or train.prompts_per_step
@@ -180,7 +186,7 @@ def heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, in
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(argv)
+    args = parse_arguments(argv)
     startup.check_jax_settings()
     if args.topology != "local":
         # Nothing runs; and libtpu would otherwise look for chips on this machine.
@@ -188,27 +194,27 @@ def main(argv: list[str] | None = None) -> None:
     config = config_files.load(args.config, args.overrides)
     if config.stage != "rl":
         raise InputError(f"stage: found {config.stage}; the plan is of the iterations of rl")
-    model = model_config(config.model.path, args.model)
-    lengths = prompt_lengths(args, config, model)
-    devices, chip = devices_of(args.topology, args.hbm)
+    model = resolve_model_config(config.model.path, args.model)
+    lengths = resolve_prompt_lengths(args, config, model)
+    devices, chip = find_devices(args.topology, args.hbm)
     outline = resolve.outline_run(config, model, STAND_INS, devices)
-    print(heading(outline, chip, lengths), flush=True)
+    print(format_heading(outline, chip, lengths), flush=True)
     listed, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
-    kept, planned = programs.programs(outline, lengths, build.DTYPES[args.stored])
-    planned = selected(planned, args.only)
-    print(f"\n{tables.kept_table(kept, reserve)}", flush=True)
-    if reason := tables.too_much_kept(kept, chip, reserve):
+    kept, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
+    planned = select_programs(planned, args.only)
+    print(f"\n{tables.format_resident_table(kept, reserve)}", flush=True)
+    if reason := tables.explain_overflow(kept, chip, reserve):
         print(f"  {reason}")
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
-            listed.append(tables.compiled(program, kept))
+            listed.append(tables.compile_program(program, kept))
     for part in (
-        tables.memory_table(listed, chip, reserve),
-        tables.cost_table(listed, chip),
-        tables.iteration(listed, chip),
+        tables.format_memory_table(listed, chip, reserve),
+        tables.format_cost_table(listed, chip),
+        tables.format_iteration(listed, chip),
     ):
         print(f"\n{part}")
     if tables.fits(listed, chip, reserve) is False:

@@ -59,7 +59,7 @@ _NO_MACHINE = {
 """What libtpu would otherwise look for on this machine, which it only borrows to compile."""
 
 
-def local() -> tuple[list[Any], Chip]:
+def find_local_chip() -> tuple[list[Any], Chip]:
     """The devices present and what they are; a kind that nobody listed has no figures."""
     devices = jax.devices()
     kind = devices[0].device_kind.lower()
@@ -71,7 +71,7 @@ def local() -> tuple[list[Any], Chip]:
     return devices, chip
 
 
-def described(name: str) -> tuple[list[Any], Chip]:
+def describe_slice(name: str) -> tuple[list[Any], Chip]:
     """Devices of a TPU slice such as `v5e:4x4`, which need not exist, and their chip.
 
     Raises:

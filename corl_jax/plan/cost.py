@@ -55,9 +55,9 @@ class Cost:
         return sum(traffic.nbytes for traffic in self.collectives.values())
 
 
-def cost_of(text: str, rounds: int = 1) -> Cost:
+def count_cost(text: str, rounds: int = 1) -> Cost:
     """The cost of a program's text; loops without a known end run `rounds` times."""
-    counter = _Counter(hlo.parse(text), rounds)
+    counter = _Counter(hlo.parse_program(text), rounds)
     counter.walk(counter.module.entry, 1, fused=False)
     return counter.cost
 
@@ -72,54 +72,56 @@ class _Counter:
         for each in scope.values():
             kind = each.opcode.removesuffix("-start")
             if each.opcode == "while":
-                self._loop(scope, each, times)
+                self._walk_loop(scope, each, times)
             elif each.opcode == "dot":
-                self.cost.flops += times * dot_flops(scope, each)
+                self.cost.flops += times * count_dot_flops(scope, each)
             elif each.opcode == "convolution":
-                self.cost.flops += times * convolution_flops(scope, each)
+                self.cost.flops += times * count_convolution_flops(scope, each)
             elif kind in COLLECTIVES:
-                self._collective(scope, each, kind, times)
+                self._count_collective(scope, each, kind, times)
                 continue
             elif each.opcode == "custom-call":
-                self._kernel(scope, each, times)
-            for inner in hlo.called(each):
+                self._count_kernel(scope, each, times)
+            for inner in hlo.list_called(each):
                 self.walk(inner, times, fused or each.opcode == "fusion")
             if not fused:
-                self.cost.hbm += times * traffic(self.module, scope, each)
+                self.cost.hbm += times * count_traffic(self.module, scope, each)
 
-    def _loop(self, scope: Computation, each: Instruction, times: int) -> None:
-        count = hlo.trips(self.module, scope, each)
+    def _walk_loop(self, scope: Computation, each: Instruction, times: int) -> None:
+        count = hlo.count_trips(self.module, scope, each)
         if count is None:
             self.cost.open_loops += 1
             count = self.rounds
-        self.walk(each.attribute("body") or "", times * count, fused=False)
+        self.walk(each.get_attribute("body") or "", times * count, fused=False)
 
-    def _collective(self, scope: Computation, each: Instruction, kind: str, times: int) -> None:
+    def _count_collective(
+        self, scope: Computation, each: Instruction, kind: str, times: int
+    ) -> None:
         # An asynchronous one appears in every fusion that it overlaps, under one channel.
         channel = re.search(r"channel_id=(\d+)", each.attributes)
         if channel is not None:
             if channel[1] in self.seen:
                 return
             self.seen.add(channel[1])
-        ways = group_size(each.attributes, self.module.partitions)
-        results = _results(each)
+        ways = parse_group_size(each.attributes, self.module.partitions)
+        results = _list_results(each)
         size = sum(array.nbytes for array in results)
         found = self.cost.collectives.setdefault(kind, Traffic())
         found.count += times
-        found.nbytes += times * size * sent_share(kind, ways)
+        found.nbytes += times * size * count_sent_bytes(kind, ways)
         operands = [array for name in each.operands for array in scope[name].arrays]
-        self.cost.hbm += times * sum(map(_hbm, [*operands, *results]))
+        self.cost.hbm += times * sum(map(_count_hbm_bytes, [*operands, *results]))
 
-    def _kernel(self, scope: Computation, each: Instruction, times: int) -> None:
+    def _count_kernel(self, scope: Computation, each: Instruction, times: int) -> None:
         target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
         name = target[1] if target else "unknown"
         if "gemm" in name or "matmul" in name:
-            self.cost.flops += times * dot_flops(scope, each)
+            self.cost.flops += times * count_dot_flops(scope, each)
         elif name not in _HARMLESS:
             self.cost.kernels[name] += times
 
 
-def _results(each: Instruction) -> list[Array]:
+def _list_results(each: Instruction) -> list[Array]:
     """The arrays that a collective makes; a `-start` lists its inputs before them."""
     arrays = [array for array in each.arrays if array.dims]
     if each.opcode.endswith("-start") and len(arrays) > 1:
@@ -127,7 +129,7 @@ def _results(each: Instruction) -> list[Array]:
     return each.arrays
 
 
-def sent_share(kind: str, ways: int) -> float:
+def count_sent_bytes(kind: str, ways: int) -> float:
     """Bytes that each of `ways` devices in a ring sends per byte of the result."""
     if kind == "reduce-scatter":
         return ways - 1.0
@@ -136,7 +138,7 @@ def sent_share(kind: str, ways: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (ways - 1) / ways
 
 
-def group_size(attributes: str, partitions: int) -> int:
+def parse_group_size(attributes: str, partitions: int) -> int:
     """Devices that take part together, from any of the notations of `replica_groups`."""
     if mesh := re.search(r"replica_groups=\w*mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
@@ -153,19 +155,19 @@ def group_size(attributes: str, partitions: int) -> int:
 # ---- products
 
 
-def _numbers(text: str, attributes: str) -> list[int]:
+def _parse_numbers(text: str, attributes: str) -> list[int]:
     found = re.search(rf'{text}"?[=:][{{\[]([^}}\]]*)[}}\]]', attributes)
     return [int(number) for number in re.findall(r"\d+", found[1])] if found else []
 
 
-def dot_flops(scope: Computation, each: Instruction) -> float:
+def count_dot_flops(scope: Computation, each: Instruction) -> float:
     """Of a `dot`, or of a library's product with the same dimension numbers."""
     left = scope[each.operands[0]].arrays[0].dims
-    summed = _numbers("lhs_contracting_dim(?:ension)?s", each.attributes)
+    summed = _parse_numbers("lhs_contracting_dim(?:ension)?s", each.attributes)
     return 2.0 * math.prod(each.arrays[0].dims) * math.prod(left[dim] for dim in summed)
 
 
-def convolution_flops(scope: Computation, each: Instruction) -> float:
+def count_convolution_flops(scope: Computation, each: Instruction) -> float:
     """Products with padding left out; on TPUs matrix products are convolutions as well."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     if labels is None:
@@ -173,9 +175,11 @@ def convolution_flops(scope: Computation, each: Instruction) -> float:
     image, kernel = (scope[name].arrays[0].dims for name in each.operands[:2])
     out = each.arrays[0].dims
     places = 1
-    for axis, window in enumerate(_windows(each.attributes, len(labels[1]) - 2)):
+    for axis, window in enumerate(_parse_windows(each.attributes, len(labels[1]) - 2)):
         digit = str(axis)
-        places *= _valid_places(image[labels[1].index(digit)], out[labels[3].index(digit)], window)
+        places *= _count_valid_places(
+            image[labels[1].index(digit)], out[labels[3].index(digit)], window
+        )
     features = out[labels[3].index("f")] * kernel[labels[2].index("i")]
     return 2.0 * out[labels[3].index("b")] * features * places
 
@@ -183,7 +187,7 @@ def convolution_flops(scope: Computation, each: Instruction) -> float:
 Window = dict[str, tuple[int, ...]]
 
 
-def _windows(attributes: str, rank: int) -> list[Window]:
+def _parse_windows(attributes: str, rank: int) -> list[Window]:
     text = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(re.findall(r"(\w+)=(\S+)", text[1])) if text else {}
     usual = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
@@ -197,7 +201,7 @@ def _windows(attributes: str, rank: int) -> list[Window]:
     ]
 
 
-def _valid_places(size: int, out: int, window: Window) -> int:
+def _count_valid_places(size: int, out: int, window: Window) -> int:
     """Pairs of an output place and a kernel place that meet an element of the input."""
     (width,), (stride,), (dilate,), (spread,) = (
         window[name] for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
@@ -210,11 +214,11 @@ def _valid_places(size: int, out: int, window: Window) -> int:
 # ---- memory traffic
 
 
-def _hbm(array: Array) -> int:
+def _count_hbm_bytes(array: Array) -> int:
     return 0 if array.on_chip else array.nbytes
 
 
-def traffic(module: Module, scope: Computation, each: Instruction) -> float:
+def count_traffic(module: Module, scope: Computation, each: Instruction) -> float:
     """Bytes that an instruction moves between HBM and the chip, its inner ones not looked at."""
     if each.opcode in _NO_TRAFFIC or each.opcode.endswith("-done"):
         return 0.0
@@ -225,20 +229,24 @@ def traffic(module: Module, scope: Computation, each: Instruction) -> float:
         source, target = (arrays[0] for arrays in (inputs[0], each.arrays[::1]))
         if each.opcode == "slice-start":
             target = each.arrays[1]
-        return (0 if source.on_chip else target.nbytes) + _hbm(target)
+        return (0 if source.on_chip else target.nbytes) + _count_hbm_bytes(target)
     if each.opcode in ("dynamic-slice", "slice", "gather"):
         moved = sum(array.nbytes for array in each.arrays)
         return moved * (2 - inputs[0][0].on_chip - each.arrays[0].on_chip)
     if each.opcode == "dynamic-update-slice":
-        return _hbm(inputs[1][0]) + (0 if each.arrays[0].on_chip else inputs[1][0].nbytes)
+        return _count_hbm_bytes(inputs[1][0]) + (
+            0 if each.arrays[0].on_chip else inputs[1][0].nbytes
+        )
     if each.opcode == "fusion":
-        return _fusion_traffic(module, scope, each)
-    return float(sum(_hbm(array) for arrays in [*inputs, each.arrays] for array in arrays))
+        return _count_fusion_traffic(module, scope, each)
+    return float(
+        sum(_count_hbm_bytes(array) for arrays in [*inputs, each.arrays] for array in arrays)
+    )
 
 
-def _fusion_traffic(module: Module, scope: Computation, each: Instruction) -> float:
-    inner = module.computations[each.attribute("calls") or ""]
-    root = module.root(each.attribute("calls") or "")
+def _count_fusion_traffic(module: Module, scope: Computation, each: Instruction) -> float:
+    inner = module.computations[each.get_attribute("calls") or ""]
+    root = module.get_root(each.get_attribute("calls") or "")
     kept = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+", each.attributes)}
     parameters = {int(x.inside): x.name for x in inner.values() if x.opcode == "parameter"}
     users: dict[str, list[Instruction]] = {}
@@ -249,7 +257,7 @@ def _fusion_traffic(module: Module, scope: Computation, each: Instruction) -> fl
     for place, name in enumerate(each.operands):
         for array in scope[name].arrays if name in scope else ():
             if not array.on_chip and place in parameters:
-                total += _read(parameters[place], users, array.nbytes)
+                total += _count_read_bytes(parameters[place], users, array.nbytes)
     outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for place, (array, made) in enumerate(zip(each.arrays, outputs, strict=False)):
         while made.opcode in ("bitcast", "copy") and made.operands[0] in inner:
@@ -262,14 +270,14 @@ def _fusion_traffic(module: Module, scope: Computation, each: Instruction) -> fl
     return total
 
 
-def _read(name: str, users: dict[str, list[Instruction]], nbytes: int) -> float:
+def _count_read_bytes(name: str, users: dict[str, list[Instruction]], nbytes: int) -> float:
     """Bytes of a fusion's input that are looked at: the slices, if nothing else reads it."""
     moved = 0.0
     for user in users.get(name, ()):
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             moved += sum(array.nbytes for array in user.arrays)
         elif user.opcode == "bitcast":
-            moved += _read(user.name, users, nbytes)
+            moved += _count_read_bytes(user.name, users, nbytes)
         elif not (
             user.opcode in ("tuple", *COLLECTIVES)
             or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)

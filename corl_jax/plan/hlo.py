@@ -57,7 +57,7 @@ class Instruction:
     def operands(self) -> list[str]:
         return _NAME.findall(self.inside)
 
-    def attribute(self, name: str) -> str | None:
+    def get_attribute(self, name: str) -> str | None:
         """The computation that an attribute such as `body` or `calls` names."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
@@ -74,11 +74,11 @@ class Module:
     entry: str
     partitions: int
 
-    def root(self, name: str) -> Instruction:
+    def get_root(self, name: str) -> Instruction:
         return next(each for each in self.computations[name].values() if each.root)
 
 
-def parse(text: str) -> Module:
+def parse_program(text: str) -> Module:
     """The program of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
@@ -87,20 +87,20 @@ def parse(text: str) -> Module:
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif found := _ASSIGNMENT.match(line.strip()):
-            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+            current[found[2]] = _parse_instruction(found[2], found[3], bool(found[1]))
     partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
-def _instruction(name: str, rest: str, root: bool) -> Instruction:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+def _parse_instruction(name: str, rest: str, root: bool) -> Instruction:
+    end = _find_closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
-    stop = _closing(rest, start)
+    stop = _find_closing(rest, start)
     return Instruction(name, result, rest[:start], rest[start + 1 : stop], rest[stop + 1 :], root)
 
 
-def _closing(text: str, start: int) -> int:
+def _find_closing(text: str, start: int) -> int:
     """Where the parenthesis that opens at `start` closes."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
@@ -113,20 +113,20 @@ def _closing(text: str, start: int) -> int:
 # ---- loops
 
 
-def trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
+def count_trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
     """How often a `while` runs its body; None where its end depends on what it computes."""
     known = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    test = module.root(loop.attribute("condition") or "")
-    scope = module.computations[loop.attribute("condition") or ""]
-    sides = [_source(scope, name) for name in test.operands]
+    test = module.get_root(loop.get_attribute("condition") or "")
+    scope = module.computations[loop.get_attribute("condition") or ""]
+    sides = [_find_source(scope, name) for name in test.operands]
     if test.opcode == "fusion":
-        called = module.root(test.attribute("calls") or "")
-        inner = module.computations[test.attribute("calls") or ""]
-        places = [_parameter(inner, name) for name in called.operands]
+        called = module.get_root(test.get_attribute("calls") or "")
+        inner = module.computations[test.get_attribute("calls") or ""]
+        places = [_find_parameter(inner, name) for name in called.operands]
         sides = [
-            _source(inner, name) if place is None else sides[place]
+            _find_source(inner, name) if place is None else sides[place]
             for name, place in zip(called.operands, places, strict=True)
         ]
         test = called
@@ -134,18 +134,18 @@ def trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
         return None
     (counter, slot), (kind, bound) = sides
     if kind == "slot":
-        kind, bound = _initial(parent, loop, bound)
+        kind, bound = _find_initial(parent, loop, bound)
     if counter != "slot" or kind != "constant":
         return None
-    origin, first = _initial(parent, loop, slot)
-    step = _increment(module, loop, slot)
+    origin, first = _find_initial(parent, loop, slot)
+    step = _find_increment(module, loop, slot)
     return math.ceil((bound - (first if origin == "constant" else 0)) / step)
 
 
 Source = tuple[str, int]  # ("constant", value), ("slot", index of the loop's tuple) or ("", 0)
 
 
-def _source(scope: Computation, name: str) -> Source:
+def _find_source(scope: Computation, name: str) -> Source:
     each = scope.get(name)
     while each is not None and each.opcode in ("copy", "bitcast", "convert", "copy-done"):
         each = scope.get(each.operands[0])
@@ -159,45 +159,47 @@ def _source(scope: Computation, name: str) -> Source:
     return "", 0
 
 
-def _parameter(scope: Computation, name: str) -> int | None:
+def _find_parameter(scope: Computation, name: str) -> int | None:
     each = scope.get(name)
     return int(each.inside) if each is not None and each.opcode == "parameter" else None
 
 
-def _initial(parent: Computation, loop: Instruction, slot: int) -> Source:
+def _find_initial(parent: Computation, loop: Instruction, slot: int) -> Source:
     start = parent.get(loop.operands[0])
     if start is None or start.opcode != "tuple":
         return "", 0
-    return _source(parent, start.operands[slot])
+    return _find_source(parent, start.operands[slot])
 
 
-def _increment(module: Module, loop: Instruction, slot: int) -> int:
+def _find_increment(module: Module, loop: Instruction, slot: int) -> int:
     """What a body adds to its counter; 1 where that cannot be read."""
-    body = loop.attribute("body") or ""
-    scope, out = module.computations[body], module.root(body)
+    body = loop.get_attribute("body") or ""
+    scope, out = module.computations[body], module.get_root(body)
     if out.opcode != "tuple":
         return 1
     each = scope[out.operands[slot]]
-    if each.opcode == "fusion" and (called := each.attribute("calls")):
-        scope, each = module.computations[called], module.root(called)
+    if each.opcode == "fusion" and (called := each.get_attribute("calls")):
+        scope, each = module.computations[called], module.get_root(called)
     if each.opcode != "add":
         return 1
     constants = [
-        value for kind, value in (_source(scope, x) for x in each.operands) if kind == "constant"
+        value
+        for kind, value in (_find_source(scope, x) for x in each.operands)
+        if kind == "constant"
     ]
     return max(1, constants[0]) if constants else 1
 
 
-def called(each: Instruction) -> Iterator[str]:
+def list_called(each: Instruction) -> Iterator[str]:
     """Computations that an instruction runs once: fusions, calls, branches, asynchronous ones."""
     if each.opcode in ("fusion", "async-start"):
-        names = [each.attribute("calls")]
+        names = [each.get_attribute("calls")]
     elif each.opcode == "call":
-        names = [each.attribute("to_apply")]
+        names = [each.get_attribute("to_apply")]
     elif each.opcode == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
         names = _NAME.findall(listed[1]) if listed else []
-        names += [each.attribute(f"{side}_computation") for side in ("true", "false")]
+        names += [each.get_attribute(f"{side}_computation") for side in ("true", "false")]
     else:
         names = []
     yield from filter(None, names)

@@ -42,14 +42,14 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class ResidentArrays:
     """What stays on the devices for the whole run."""
 
     state: TrainState
     frozen: Params
     reference: Params | None
 
-    def parts(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Any]:
         return {
             "trained parameters": self.state.params,
             "optimizer": self.state.opt_state,
@@ -58,7 +58,7 @@ class Held:
         }
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
+def attach_shardings(shapes: Any, shardings: Any) -> Any:
     """Shapes that know where they lie; `shardings` is a tree like theirs, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
@@ -69,7 +69,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def shard_bytes(tree: Any) -> int:
+def count_shard_bytes(tree: Any) -> int:
     """Bytes that one device holds of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -77,7 +77,9 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def held(outline: RunOutline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, TrainState]:
+def make_resident_arrays(
+    outline: RunOutline, stored: Any = jnp.bfloat16
+) -> tuple[ResidentArrays, Any, TrainState]:
     """(what the run keeps, its optimizer, the state's shardings), as `build.build` lays it out.
 
     `stored` is the dtype of the model's files, in which the frozen parameters stay.
@@ -99,12 +101,16 @@ def held(outline: RunOutline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, Tr
         cast = functools.partial(network.cast, dtype=build.DTYPES[config.model.dtype])
         # Adapters have none: the reference is what is frozen.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
-        reference = with_shardings(jax.eval_shape(cast, first), where)
-    frozen = with_shardings(frozen, param_shardings(frozen, mesh))
-    return Held(with_shardings(fresh, shardings), frozen, reference), optimizer, shardings
+        reference = attach_shardings(jax.eval_shape(cast, first), where)
+    frozen = attach_shardings(frozen, param_shardings(frozen, mesh))
+    return (
+        ResidentArrays(attach_shardings(fresh, shardings), frozen, reference),
+        optimizer,
+        shardings,
+    )
 
 
-def prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
+def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
     """`count` prompts of `length` padded tokens, with pixels where the task reads a picture."""
     rows = batch_sharding(outline.mesh)
     side = outline.model_config.siglip.image_size
@@ -116,13 +122,13 @@ def prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedP
     )
 
 
-def completion_length(outline: RunOutline, task: str) -> int:
+def get_completion_length(outline: RunOutline, task: str) -> int:
     if task == "t2i":
         return outline.model_config.num_image_tokens
     return outline.config.rollout.max_new_tokens
 
 
-def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
+def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
     """What an update reads; `extra` names the log-probs that it needs besides the sampler's."""
     config = outline.config
     count = config.train.prompts_per_step
@@ -130,9 +136,9 @@ def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) 
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
 
     def of(task: str) -> TaskBatch:
-        size = (rows, completion_length(outline, task))
+        size = (rows, get_completion_length(outline, task))
         return TaskBatch(
-            prompts(outline, task, count, lengths[task]),
+            make_prompts(outline, task, count, lengths[task]),
             shape(size, jnp.int32), shape(size, jnp.bool_), shape((rows,), jnp.float32),
             **{name: shape(size, jnp.float32) for name in ("sampler_logprobs", *extra)},
         )  # fmt: skip
@@ -140,16 +146,16 @@ def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) 
     return {task: of(task) for task in outline.tasks}
 
 
-def programs(
+def make_programs(
     outline: RunOutline, lengths: dict[str, int], stored: Any = jnp.bfloat16
-) -> tuple[Held, list[Program]]:
+) -> tuple[ResidentArrays, list[Program]]:
     """What a GRPO iteration runs on the devices, rewards excluded, in its order.
 
     `lengths` are the padded tokens of each task's prompts, `stored` is the dtype of the model's
     files, which for the released ones is bfloat16.
     """
     config, group = outline.config, outline.config.rollout.group_size
-    kept, optimizer, shardings = held(outline, stored)
+    kept, optimizer, shardings = make_resident_arrays(outline, stored)
     params = merge(kept.state.params, kept.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)
@@ -159,15 +165,15 @@ def programs(
             f"sample {task}",
             jax.jit(sampler),
             (params,),
-            (prompts(outline, task, count, lengths[task]), with_shardings(keys, rows)),
+            (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
             calls=config.train.prompts_per_step // count,
-            rounds=sampling.strides(completion_length(outline, task) - 1)[0],
+            rounds=sampling.strides(get_completion_length(outline, task) - 1)[0],
         )
         for task, sampler in build.make_samplers(outline).items()
         if task in outline.tasks
     ]
     if "t2i" in outline.tasks:
-        shape = (config.train.prompts_per_step * group, completion_length(outline, "t2i"))
+        shape = (config.train.prompts_per_step * group, get_completion_length(outline, "t2i"))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         dtype = build.DTYPES[config.rollout.pixel_dtype]
         decode = functools.partial(sampling.decode_images, outline.model_config, dtype=dtype)
@@ -179,9 +185,11 @@ def programs(
         # The reference is in the compute dtype, which changes only what the scoring casts.
         scored = (kept.state.params, kept.frozen)
         listed.append(
-            Program("log-probs", score_step, scored, (batch(outline, lengths, ()),), len(extra))
+            Program(
+                "log-probs", score_step, scored, (make_batch(outline, lengths, ()),), len(extra)
+            )
         )
-    update = (batch(outline, lengths, extra),)
+    update = (make_batch(outline, lengths, extra),)
     listed.append(
         Program("update", train_step, (kept.state, kept.frozen), update, outline.updates_per_step)
     )

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from corl_jax.plan.chips import GIB, Chip
-from corl_jax.plan.cost import Cost, cost_of
-from corl_jax.plan.programs import Held, Program, shard_bytes
+from corl_jax.plan.cost import Cost, count_cost
+from corl_jax.plan.programs import Program, ResidentArrays, count_shard_bytes
 
 PRODUCTS, MEMORY, LINKS = 0.6, 0.8, 0.7
 """Shares of a chip's peak figures that a program is taken to reach; a guess, not a measurement."""
@@ -23,7 +23,7 @@ REMEDIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledProgram:
     """One program as the compiler left it; bytes of one device."""
 
     program: Program
@@ -34,7 +34,7 @@ class Compiled:
     peak: float  # with all that the run keeps, also what this program does not read
     cost: Cost | None  # None: the compiler found that it does not fit
 
-    def seconds(self, chip: Chip) -> tuple[float, float, float] | None:
+    def estimate_seconds(self, chip: Chip) -> tuple[float, float, float] | None:
         """Of a call: at products, at memory, at links; None for a chip without figures."""
         if self.cost is None or not (chip.peak and chip.bandwidth and chip.links):
             return None
@@ -45,27 +45,29 @@ class Compiled:
         )
 
 
-def compiled(program: Program, kept: Held) -> Compiled:
+def compile_program(program: Program, kept: ResidentArrays) -> CompiledProgram:
     """Compiles a program, within `jax.set_mesh`."""
-    everything = shard_bytes(kept.parts())
+    everything = count_shard_bytes(kept.by_name())
     try:
         done = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = _parse_needed_bytes(str(error))
         if needed is None:
             raise
-        rest = everything - shard_bytes(program.resident)
-        return Compiled(program, shard_bytes(program.inputs), needed, 0, 0, needed + rest, None)
+        rest = everything - count_shard_bytes(program.resident)
+        return CompiledProgram(
+            program, count_shard_bytes(program.inputs), needed, 0, 0, needed + rest, None
+        )
     memory = done.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code, temporaries = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
-    peak = everything + shard_bytes(program.inputs) + temporaries + output + code
+    peak = everything + count_shard_bytes(program.inputs) + temporaries + output + code
     arguments = memory.argument_size_in_bytes
-    cost = cost_of(done.as_text(), program.rounds)
-    return Compiled(program, arguments, temporaries, output, code, peak, cost)
+    cost = count_cost(done.as_text(), program.rounds)
+    return CompiledProgram(program, arguments, temporaries, output, code, peak, cost)
 
 
-def _needed(message: str) -> int | None:
+def _parse_needed_bytes(message: str) -> int | None:
     """Bytes that a TPU program would take, as the compiler says when it refuses it."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
@@ -74,16 +76,16 @@ def _needed(message: str) -> int | None:
     return round(float(found[1]) * units[found[2]])
 
 
-def fits(listed: list[Compiled], chip: Chip, reserve: float) -> bool | None:
+def fits(listed: list[CompiledProgram], chip: Chip, reserve: float) -> bool | None:
     """Whether every program does; None without a known capacity."""
     if chip.hbm is None:
         return None
     return all(each.cost is not None and each.peak + reserve <= chip.hbm for each in listed)
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
+def format_table(header: list[str], rows: list[list[Any]]) -> str:
     """Columns: the first to the left, numbers to the right."""
-    cells = [header, *[[_cell(value) for value in row] for row in rows]]
+    cells = [header, *[[_format_cell(value) for value in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "\n".join(
         "  " + "  ".join(
@@ -94,7 +96,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     )  # fmt: skip
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -102,19 +104,19 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def kept_table(kept: Held, reserve: float) -> str:
+def format_resident_table(kept: ResidentArrays, reserve: float) -> str:
     """What is on each device all the time."""
-    parts = {name: shard_bytes(part) / GIB for name, part in kept.parts().items()}
+    parts = {name: count_shard_bytes(part) / GIB for name, part in kept.by_name().items()}
     if reserve:
         parts["reserved (--reserve)"] = reserve / GIB
     parts["sum"] = sum(parts.values())
     rows = [[name, f"{size:.2f}"] for name, size in parts.items() if size]
-    return "kept on each device for the whole run:\n" + table(["part", "GiB"], rows)
+    return "kept on each device for the whole run:\n" + format_table(["part", "GiB"], rows)
 
 
-def too_much_kept(kept: Held, chip: Chip, reserve: float) -> str | None:
+def explain_overflow(kept: ResidentArrays, chip: Chip, reserve: float) -> str | None:
     """Why no program can fit, whatever it adds."""
-    size = shard_bytes(kept.parts()) + reserve
+    size = count_shard_bytes(kept.by_name()) + reserve
     if chip.hbm is None or size <= chip.hbm:
         return None
     return (
@@ -123,7 +125,7 @@ def too_much_kept(kept: Held, chip: Chip, reserve: float) -> str | None:
     )
 
 
-def memory_table(listed: list[Compiled], chip: Chip, reserve: float) -> str:
+def format_memory_table(listed: list[CompiledProgram], chip: Chip, reserve: float) -> str:
     """What each program adds to what is kept."""
     capacity = chip.hbm and chip.hbm / GIB
     lines = [
@@ -135,7 +137,7 @@ def memory_table(listed: list[Compiled], chip: Chip, reserve: float) -> str:
         sizes = (each.arguments, each.temporaries, each.output, each.code, each.peak + reserve)
         verdict = {True: "yes", False: "NO", None: "?"}[fits([each], chip, reserve)]
         rows.append([each.program.name, *[f"{size / GIB:.2f}" for size in sizes], verdict])
-    lines.append(table(header, rows))
+    lines.append(format_table(header, rows))
     if any(each.cost is None for each in listed):
         lines.append("  Refused by the compiler: temporaries are then all that it asked for.")
     lines += [
@@ -147,7 +149,7 @@ def memory_table(listed: list[Compiled], chip: Chip, reserve: float) -> str:
     return "\n".join(lines)
 
 
-def cost_table(listed: list[Compiled], chip: Chip) -> str:
+def format_cost_table(listed: list[CompiledProgram], chip: Chip) -> str:
     """What each call of a program does on a device, and the time that this takes."""
     header = ["program", "calls", "TFLOP", "HBM GB", "sent GB"]
     header += ["products s", "memory s", "links s", "call s"]
@@ -155,13 +157,13 @@ def cost_table(listed: list[Compiled], chip: Chip) -> str:
     for each in listed:
         if each.cost is None:
             continue
-        times = each.seconds(chip)
+        times = each.estimate_seconds(chip)
         span = None if times is None else f"{max(times):.2f} to {sum(times):.2f}"
         rows.append([
             each.program.name, each.program.calls, each.cost.flops / 1e12, each.cost.hbm / 1e9,
             each.cost.sent / 1e9, *(times or (None,) * 3), span,
         ])  # fmt: skip
-    lines = ["a call on each device, loops multiplied out:", table(header, rows)]
+    lines = ["a call on each device, loops multiplied out:", format_table(header, rows)]
     kinds = [
         [each.program.name, kind, found.count, found.nbytes / 1e9]
         for each in listed
@@ -170,7 +172,7 @@ def cost_table(listed: list[Compiled], chip: Chip) -> str:
     ]
     if kinds:
         header = ["program", "collective", "count", "sent GB"]
-        lines += ["collectives of a call, sent by each device:", table(header, kinds)]
+        lines += ["collectives of a call, sent by each device:", format_table(header, kinds)]
     for each in listed:
         if each.cost is not None and each.cost.kernels:
             names = ", ".join(f"{name} x {n}" for name, n in sorted(each.cost.kernels.items()))
@@ -183,9 +185,9 @@ def cost_table(listed: list[Compiled], chip: Chip) -> str:
     return "\n".join(lines)
 
 
-def iteration(listed: list[Compiled], chip: Chip) -> str:
+def format_iteration(listed: list[CompiledProgram], chip: Chip) -> str:
     """The estimated time of a whole iteration, with what was assumed."""
-    times = [each.seconds(chip) for each in listed]
+    times = [each.estimate_seconds(chip) for each in listed]
     times = [each for each in times if each is not None]
     if len(times) < len(listed) or not (chip.peak and chip.bandwidth and chip.links):
         return f"time: no estimate, {'a program does not fit' if chip.peak else 'no figures'}"

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import mesh_of, process_shard
+from corl_jax.devices.batches import find_mesh, process_shard
 from corl_jax.devices.processes import all_max
 from corl_jax.errors import InputError
 from corl_jax.policies.janus import network, sampling
@@ -259,7 +259,7 @@ def ask(
     calls the same programs.
     """
     with context.scorer(scorer) as policy:
-        mesh = mesh_of(policy.params)
+        mesh = find_mesh(policy.params)
         first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
         row = first + np.arange(len(samples))
         keys = sampling.sample_keys(context.seed, row, 1, STREAMS[stream])

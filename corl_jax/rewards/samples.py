@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from corl_jax.devices.batches import (
-    mesh_of,
+    find_mesh,
     num_batch_shards,
     process_shard,
     put_rows,
@@ -159,7 +159,7 @@ def in_pieces(
     All pieces have one size, at most about `most` rows, so that one compiled program serves
     them; the last row fills up. Rows are spread over the devices on which `params` lie.
     """
-    mesh = mesh_of(params)
+    mesh = find_mesh(params)
     blocks = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
     outputs = []
     for index in chunks(rows, most, blocks):

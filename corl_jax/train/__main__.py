@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         print(config_files.dump(config), end="")
         return
     startup.prepare_devices(config.distributed)
-    with Interruption() as interruption, processes.failing_together():
+    with Interruption() as interruption, processes.fail_together():
         planned = resolve_run(config)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
@@ -93,7 +93,7 @@ def run_training(
         run_directory.checkpoints_locked(directory, config.checkpoint.directory, primary) as place,
         Checkpoints(place, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
-        processes.failing_together(checkpoints.settle),  # before the above waits for the others
+        processes.fail_together(checkpoints.settle),  # before the above waits for the others
     ):
         steps = checkpoints.steps()  # by all: their managers may wait for each other
         if primary:

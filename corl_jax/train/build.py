@@ -98,7 +98,7 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     frozen = load_sharded(plan.model_dir, base, param_shardings(rest, mesh), lambda _: None)
 
     def draw(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))
+        return jax.tree.map(lambda x: x.astype(master), lora.init_adapters(shapes, key))
 
     # Not the seed itself, which the samples' keys are made of.
     key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)

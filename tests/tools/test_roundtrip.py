@@ -43,7 +43,7 @@ def test_the_shipped_tokenizer_keeps_pictures_close(nano):
 def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatch):
     """7 rows in chunks of 4 repeat one; every second picture comes back as another row's."""
     made = pictures(7)
-    assert roundtrip.measure(NANO_JANUS, 7, seed=2) == Rate.of(7, 7)
+    assert roundtrip.measure_roundtrip(NANO_JANUS, 7, seed=2) == Rate.of(7, 7)
 
     def spoil(config, params, batch):
         assert len(batch) == 4
@@ -52,7 +52,7 @@ def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatc
 
     monkeypatch.setattr(roundtrip, "BATCH", 4)
     monkeypatch.setattr(roundtrip, "reconstruct", spoil)
-    assert roundtrip.measure(NANO_JANUS, 7, seed=2) == Rate.of(4, 7)
+    assert roundtrip.measure_roundtrip(NANO_JANUS, 7, seed=2) == Rate.of(4, 7)
 
 
 def test_the_command_prints_the_share_and_its_interval(capsys):

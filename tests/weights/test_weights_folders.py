@@ -201,7 +201,7 @@ def write_adapter(folder, base: object = "someone/model") -> None:
         lambda place: open_network(place, "bert"),
         lambda place: open_network(place / "adapter_model.safetensors", "clip"),
         lambda place: convert(place, place.parent / "out", layout="jax"),
-        lambda place: plan.model_config(str(place), None),
+        lambda place: plan.resolve_model_config(str(place), None),
         lambda place: networks._locate("bert", str(place)),
     ],
 )

@@ -65,24 +65,24 @@ from tools.bench import (
     training,
     versus,
 )
-from tools.bench.ceilings import ceilings
+from tools.bench.ceilings import measure_ceilings
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import SIZES
 from tools.bench.timing import HEADER, Record
 from tools.bench.vocabularies import write_processor
 
 RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
-    "rewards": scoring.rewards,
-    "image": generation.image,
-    "text": generation.text,
-    "vq": generation.vq,
-    "train": training.train,
-    "iteration": training.iteration,
-    "correctness": correctness.correctness,
-    "gradients": gradients.gradients,
-    "bits": bits.bits,
-    "builds": builds.builds,
-    "layouts": layouts.layouts,
+    "rewards": scoring.measure_rewards,
+    "image": generation.measure_image,
+    "text": generation.measure_text,
+    "vq": generation.measure_vq,
+    "train": training.measure_train,
+    "iteration": training.measure_iteration,
+    "correctness": correctness.measure_correctness,
+    "gradients": gradients.measure_gradients,
+    "bits": bits.measure_bits,
+    "builds": builds.measure_builds,
+    "layouts": layouts.measure_layouts,
 }
 ALONE = ("rewards", "correctness", "gradients")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
@@ -90,7 +90,7 @@ WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts th
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=__doc__,
@@ -163,7 +163,7 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Raises: InputError listing every argument that cannot be used."""
     problems = [
         f"--parts: found {part!r}, expected some of {','.join(RUNS)}"
@@ -185,14 +185,14 @@ def check(args: argparse.Namespace) -> None:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
         )
-    problems += _mesh_problems(args)
+    problems += _list_mesh_problems(args)
     if args.peer:
-        problems += versus.check(args)
+        problems += versus.list_peer_problems(args)
     if problems:
         raise InputError(problems)
 
 
-def attention_of(args: argparse.Namespace) -> AttentionKernel:
+def choose_attention(args: argparse.Namespace) -> AttentionKernel:
     """What the update attends with; looks at the device.
 
     Raises: InputError for a kernel that the device cannot run.
@@ -208,7 +208,7 @@ def attention_of(args: argparse.Namespace) -> AttentionKernel:
     return args.attention
 
 
-def axes_of(mesh: str) -> dict[str, int]:
+def parse_axes(mesh: str) -> dict[str, int]:
     """Devices along each axis of a mesh, of what --mesh says.
 
     Raises: InputError for an axis that there is not, or a number that is none.
@@ -225,9 +225,9 @@ def axes_of(mesh: str) -> dict[str, int]:
     return dict.fromkeys(AXES, 1) | {name: int(value) for name, value in named.items()}
 
 
-def _mesh_problems(args: argparse.Namespace) -> list[str]:
+def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
     try:
-        axes = axes_of(args.mesh)
+        axes = parse_axes(args.mesh)
     except InputError as error:
         return error.problems
     problems, ways = [], math.prod(axes[name] for name in BATCH)
@@ -251,7 +251,7 @@ def _mesh_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def environment(argv: list[str], mesh: str) -> dict[str, Any]:
+def describe_environment(argv: list[str], mesh: str) -> dict[str, Any]:
     """Where and how the numbers came about."""
     device = jax.local_devices()[0]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -262,22 +262,22 @@ def environment(argv: list[str], mesh: str) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.local_device_count(),
-        "mesh": axes_of(mesh),
+        "mesh": parse_axes(mesh),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
+def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     """Measures the parts one after another; returns those that did not fit into memory."""
-    size, failed, axes = SIZES[args.size], [], axes_of(args.mesh)
-    attention = attention_of(args)
+    size, failed, axes = SIZES[args.size], [], parse_axes(args.mesh)
+    attention = choose_attention(args)
     used = math.prod(axes.values())
     if used > jax.local_device_count():
         raise InputError(
             f"--mesh: found {args.mesh}, which asks for {used} devices of the "
             f"{jax.local_device_count()} here; give less"
         )
-    found, records = ceilings(size.copied, size.product, args.repeats)
+    found, records = measure_ceilings(size.copied, size.product, args.repeats)
     for record in records:
         write(record)
     mesh = make_mesh(**axes, devices=jax.local_devices()[:used])
@@ -309,11 +309,11 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(argv)
-    check(args)
+    args = parse_arguments(argv)
+    check_arguments(args)
     # Before JAX uses the device.
     startup.check_jax_settings()
-    peers = versus.measure(args) if args.peer else versus.NOBODY
+    peers = versus.measure_peers(args) if args.peer else versus.NOBODY
     startup.start_devices()
     with contextlib.ExitStack() as stack:
         out: TextIO | None = None
@@ -326,16 +326,16 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(data), file=out, flush=True)
 
         def write(record: Record) -> None:
-            print(record.row(), flush=True)
-            line({"record": "result", "size": args.size, **record.as_json()})
+            print(record.format_row(), flush=True)
+            line({"record": "result", "size": args.size, **record.to_json()})
 
-        found = environment(sys.argv[1:] if argv is None else argv, args.mesh)
+        found = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
         line(found | {"peer": peers.environment})
         print(f"{found['device']}, {found['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
         for record in peers.records:
             write(record)
-        failed = run(args, lambda record: write(peers.beside(record)))
+        failed = run_parts(args, lambda record: write(peers.add_times(record)))
     errors = [f"{', '.join(failed)}: out of device memory; use fewer --prompts"] if failed else []
     errors += [f"{', '.join(peers.failed)}: see above"] if peers.failed else []
     if errors:

@@ -50,34 +50,34 @@ COPIES: dict[str, tuple[Callable[[jax.Array], jax.Array], Any]] = {
 }
 
 
-def ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings, list[Record]]:
+def measure_ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings, list[Record]]:
     """Copying an array of `copied` bytes, and products of square matrices of `product` rows."""
-    copies = [*_copy_records(copied, repeats)]
-    matmul = _product_record(product, repeats)
+    copies = [*_measure_copies(copied, repeats)]
+    matmul = _measure_product(product, repeats)
     best = max(record.figures["tb_per_s"] for record in copies)
     found = Ceilings(best * 1e12, matmul.figures["tflop_per_s"] * 1e12)
     return found, [*copies, matmul]
 
 
-def _copy_records(copied: int, repeats: int) -> Iterator[Record]:
+def _measure_copies(copied: int, repeats: int) -> Iterator[Record]:
     for name, (program, dtype) in COPIES.items():
         x = jnp.zeros((copied // (1024 * jnp.dtype(dtype).itemsize), 1024), dtype)
         moved = 2 * x.nbytes
-        timing, seconds = _per_call(program, x, repeats)
+        timing, seconds = _time_calls(program, x, repeats)
         yield Record("ceiling", f"copy: {name}", timing, {"tb_per_s": moved / seconds / 1e12})
 
 
-def _product_record(side: int, repeats: int) -> Record:
+def _measure_product(side: int, repeats: int) -> Record:
     keys = jax.random.split(jax.random.key(0, impl="rbg"))
     # Entries of such a size keep the products' size.
     matrix = jax.random.normal(keys[0], (side, side), jnp.bfloat16) * side**-0.5
     x = jax.random.normal(keys[1], (side, side), jnp.bfloat16)
-    timing, seconds = _per_call(functools.partial(_multiply, matrix=matrix), x, repeats)
+    timing, seconds = _time_calls(functools.partial(_multiply, matrix=matrix), x, repeats)
     rate = 2 * side**3 / seconds / 1e12
     return Record("ceiling", f"bfloat16 product, {side}^3", timing, {"tflop_per_s": rate})
 
 
-def _per_call(
+def _time_calls(
     program: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int
 ) -> tuple[Timing, float]:
     """The timing of many calls, each on the result of the one before, and seconds of one."""

@@ -31,7 +31,7 @@ Scorer = Callable[[str, EncodedPrompts, Any], np.ndarray]
 """(task, prompts, tokens) -> log-probs [N, T] by the trainer."""
 
 
-def correctness(setting: Setting) -> Iterator[Record]:
+def measure_correctness(setting: Setting) -> Iterator[Record]:
     """Two prompts of different length, two completions each; at tiny size in float32 alone.
 
     `cached`: the log-probs that the samplers recorded against the trainer's of the same tokens.
@@ -44,47 +44,47 @@ def correctness(setting: Setting) -> Iterator[Record]:
     every completion has before the first that differs: GPUs may sum in another order.
     """
     for dtype in map(jnp.dtype, setting.size.checked):
-        params = setting.policy(dtype)
+        params = setting.make_policy(dtype)
         precision = "highest" if dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
             for task in STREAMS:
-                yield from compare(setting, task, params, dtype)
+                yield from compare_task(setting, task, params, dtype)
         del params
 
 
-def compare(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
+def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
     """The records of one task."""
-    prompts, sample = prompts_of(setting, task), sampler(setting, task, params, dtype)
-    score = scorer(setting, params, dtype)
+    prompts, sample = make_prompts(setting, task), make_sampler(setting, task, params, dtype)
+    score = make_scorer(setting, params, dtype)
     keys = sampling.sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
     name = f"{task}, {dtype.name}"
     drawn = sample(prompts, keys)
     again = score(task, prompts, drawn.tokens)
-    figures = difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
+    figures = measure_difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
     yield Record("correctness", f"{name}: cached", None, figures)
-    figures = alike(drawn, sample(prompts, keys))
+    figures = compare_tokens(drawn, sample(prompts, keys))
     yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
-    alone, own = unpadded(prompts, -1), drawn.tokens[-GROUP:]
-    figures = difference(again[-GROUP:], score(task, alone, own))
+    alone, own = remove_padding(prompts, -1), drawn.tokens[-GROUP:]
+    figures = measure_difference(again[-GROUP:], score(task, alone, own))
     batched = sample(prompts, keys[::GROUP], greedy=True)
     single = sample(alone, keys[::GROUP][-1:], greedy=True)
-    yield Record("correctness", f"{name}: padded", None, figures | greedy(batched, single))
+    yield Record("correctness", f"{name}: padded", None, figures | compare_greedy(batched, single))
 
 
-def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
+def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
     """PROMPTS prompts, the first without padding and the last with some."""
     size, special = setting.size, setting.processor.special
     make, length = {
-        "t2i": (inputs.drawing_prompts, size.image_prompt),
-        "mm2t": (inputs.questions, size.text_prompt),
+        "t2i": (inputs.make_image_prompts, size.image_prompt),
+        "mm2t": (inputs.make_questions, size.text_prompt),
     }[task]
     made = (make(size.janus, special, PROMPTS, length, seed) for seed in itertools.count())
     return next(prompts for prompts in made if not prompts.attention_mask[-1].all())
 
 
-def unpadded(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
+def remove_padding(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
     """One prompt alone, as long as it is."""
     kept = prompts.attention_mask[row]
     pixels = prompts.pixel_values
@@ -95,12 +95,12 @@ def unpadded(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
     )
 
 
-def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Rollout]:
+def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Rollout]:
     """(prompts, keys, greedy=) -> Rollout; greedy answers have COMPARED tokens."""
     config, special, most = setting.size.janus, setting.endless, setting.size.new_tokens
 
     def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Rollout:
-        placed, options = setting.placed(prompts), {"greedy": greedy, "dtype": dtype}
+        placed, options = setting.place(prompts), {"greedy": greedy, "dtype": dtype}
         if task == "t2i":
             return sampling.sample_images(
                 config, params, placed, keys, special=special, cfg_scale=CFG_SCALE, **options
@@ -113,38 +113,38 @@ def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable
     return sample
 
 
-def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
+def make_scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
     """The trainer's own scoring step."""
     kernel = setting.attention if dtype == COMPUTE else "xla"
-    step = _score_step(setting.size.janus, setting.processor.special, dtype, kernel)
+    step = _make_logprob_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
     def score(task: str, prompts: EncodedPrompts, tokens: Any) -> np.ndarray:
         batch = TaskBatch(prompts, tokens, np.ones(tokens.shape, bool))
-        return np.asarray(step(params, {}, setting.placed({task: batch}))[task])
+        return np.asarray(step(params, {}, setting.place({task: batch}))[task])
 
     return score
 
 
 @functools.lru_cache(maxsize=4)
-def _score_step(config: Any, special: Any, dtype: Any, kernel: AttentionKernel) -> Callable:
+def _make_logprob_step(config: Any, special: Any, dtype: Any, kernel: AttentionKernel) -> Callable:
     scoring = LogprobOptions(special, remat="none", attention=kernel)
     return make_logprob_step(config, LossOptions(scoring, (), dtype=dtype))
 
 
-def difference(first: Any, second: Any) -> dict[str, float]:
+def measure_difference(first: Any, second: Any) -> dict[str, float]:
     """Mean and largest absolute difference of log-probs."""
     apart = np.abs(np.asarray(first, np.float64) - np.asarray(second, np.float64))
     return {"difference_mean": float(apart.mean()), "difference_max": float(apart.max())}
 
 
-def alike(first: Rollout, second: Rollout) -> dict[str, float]:
+def compare_tokens(first: Rollout, second: Rollout) -> dict[str, float]:
     """Share of equal tokens; steps at which all completions are alike, before the first other."""
     same = np.asarray(first.tokens) == np.asarray(second.tokens)
     prefix = int(np.argmin([*same.all(axis=0), False]))
     return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
 
-def greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
+def compare_greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
     """How far the last row of a batch and the same prompt alone go together."""
     first, second = (
         (np.asarray(x.tokens)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
@@ -153,7 +153,7 @@ def greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
     same = first[0] == second[0]
     prefix = int(np.argmin([*same, False]))
     shown = slice(0, min(prefix + 1, len(same)))
-    together = difference(first[1][shown], second[1][shown])
+    together = measure_difference(first[1][shown], second[1][shown])
     return {
         "greedy_agreement": float(same.mean()),
         "greedy_prefix": prefix,

@@ -37,7 +37,7 @@ from corl_jax.policies.janus.network import JanusConfig
 BYTES = 2  # of a bfloat16
 
 
-def layer_weights(config: JanusConfig) -> int:
+def count_layer_weights(config: JanusConfig) -> int:
     """Of all layers of the language model, without norms."""
     llama = config.llama
     queries, keys = (n * llama.head_dim for n in (llama.num_heads, llama.num_kv_heads))
@@ -45,13 +45,13 @@ def layer_weights(config: JanusConfig) -> int:
     return llama.num_layers * (attention + 3 * llama.hidden_size * llama.intermediate_size)
 
 
-def adapter_weights(config: JanusConfig) -> int:
+def count_adapter_weights(config: JanusConfig) -> int:
     """Of the low-rank adapters of all layers."""
     leaves = leaf_paths(network.abstract(config))
     return sum(math.prod(x.shape) for path, x in leaves if re.fullmatch(ADAPTERS, path))
 
 
-def head_weights(config: JanusConfig, task: str) -> int:
+def count_head_weights(config: JanusConfig, task: str) -> int:
     """Of what turns hidden states into the logits of a task, `t2i` or `mm2t`."""
     width = config.llama.hidden_size
     if task == "mm2t":
@@ -59,7 +59,7 @@ def head_weights(config: JanusConfig, task: str) -> int:
     return config.image_token_embed * (width + config.vq.num_embeddings)
 
 
-def token_bytes(config: JanusConfig) -> int:
+def count_cache_bytes(config: JanusConfig) -> int:
     """Of one token's keys and values in all layers."""
     llama = config.llama
     return 2 * BYTES * llama.num_layers * llama.num_kv_heads * llama.head_dim
@@ -81,25 +81,25 @@ class Work:
         return self.prompts * self.group * (1 + self.guided)
 
 
-def step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
+def count_step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
     """Read by a decode step with a cache of mean length; see the module's formulas."""
-    weights = BYTES * (layer_weights(config) + head_weights(config, work.task))
+    weights = BYTES * (count_layer_weights(config) + count_head_weights(config, work.task))
     prompts = work.prompts * (1 + work.guided) if shared else work.rows
     tokens = prompts * work.prompt + work.rows * work.length / 2
-    return round(weights + token_bytes(config) * tokens)
+    return round(weights + count_cache_bytes(config) * tokens)
 
 
-def training_operations(config: JanusConfig, works: tuple[Work, ...], shared: bool) -> float:
+def count_training_operations(config: JanusConfig, works: tuple[Work, ...], shared: bool) -> float:
     """Of a forward and a backward pass; see the module's formulas."""
     llama = config.llama
-    adapters, each = adapter_weights(config), 4 if llama.lora else 6
+    adapters, each = count_adapter_weights(config), 4 if llama.lora else 6
     total = 0.0
     for work in works:
         prompts = work.prompts if shared else work.rows
         read = prompts * work.prompt + work.rows * work.length
         pairs = prompts * work.prompt**2 / 2
         pairs += work.rows * (work.length * work.prompt + work.length**2 / 2)
-        total += (each * layer_weights(config) + 6 * adapters) * read
-        total += each * head_weights(config, work.task) * work.rows * work.length
+        total += (each * count_layer_weights(config) + 6 * adapters) * read
+        total += each * count_head_weights(config, work.task) * work.rows * work.length
         total += 12 * llama.num_layers * llama.num_heads * llama.head_dim * pairs
     return total

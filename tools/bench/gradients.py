@@ -17,12 +17,12 @@ from corl_jax.policies.janus.logprobs import LogprobOptions
 from corl_jax.train import step
 from corl_jax.types import Params
 from tools.bench import inputs
-from tools.bench.generation import STREAMS, prompts_of
+from tools.bench.generation import STREAMS, make_prompts
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 
-def gradients(setting: Setting) -> Iterator[Record]:
+def measure_gradients(setting: Setting) -> Iterator[Record]:
     """Of each task's loss: how far they are from those in float32, as a share of their length.
 
     `error` is of the update's attention in bfloat16, `error_xla` of XLA's own in bfloat16, which a
@@ -30,32 +30,32 @@ def gradients(setting: Setting) -> Iterator[Record]:
     is off most. Float32 products are taken without shortcuts, and by XLA's attention.
     """
     patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
-    trained, frozen = partition(setting.policy(jnp.float32), patterns)
+    trained, frozen = partition(setting.make_policy(jnp.float32), patterns)
     for task in STREAMS:
-        batch = {task: _batch(setting, task)}
+        batch = {task: _make_batch(setting, task)}
         with jax.default_matmul_precision("highest"):
-            exact = _gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
+            exact = _make_gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
         figures: dict[str, Any] = {"attention": setting.attention}
         off = {}
         for kernel in {setting.attention, "xla"}:
-            found = _gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
-            off[kernel] = errors(found, exact)
+            found = _make_gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
+            off[kernel] = measure_errors(found, exact)
         for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
             figures |= {f"{name}{suffix}": x for name, x in off[kernel].items()}
         yield Record("gradients", task, None, figures)
 
 
-def _batch(setting: Setting, task: str) -> step.TaskBatch:
+def _make_batch(setting: Setting, task: str) -> step.TaskBatch:
     """Left-padded prompts, and answers of which some end early."""
     size = setting.size
     length = size.janus.num_image_tokens if task == "t2i" else size.answer
-    made = inputs.task_batch(
-        size.janus, setting.processor.special, prompts_of(setting, task), setting.group, length
+    made = inputs.make_task_batch(
+        size.janus, setting.processor.special, make_prompts(setting, task), setting.group, length
     )
-    return setting.placed(made)
+    return setting.place(made)
 
 
-def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
+def _make_gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
     scoring = LogprobOptions(setting.processor.special, remat=setting.remat, attention=kernel)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     objective = step.LossOptions(scoring, ((task, 1.0),), dtype=dtype, micro_batches=pieces)
@@ -67,13 +67,13 @@ def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
     return compute
 
 
-def errors(found: Params, exact: Params) -> dict[str, float]:
+def measure_errors(found: Params, exact: Params) -> dict[str, float]:
     """Lengths of differences over those of the exact gradients: of all leaves, the largest of one.
 
     Leaves without gradient, as those of the other task's head, are left out.
     """
     apart, lengths = (
-        {path: float(_squares(leaf)) for path, leaf in leaf_paths(tree)}
+        {path: float(_sum_squares(leaf)) for path, leaf in leaf_paths(tree)}
         for tree in (jax.tree.map(jnp.subtract, found, exact), exact)
     )
     seen = {path: (apart[path] / lengths[path]) ** 0.5 for path in lengths if lengths[path]}
@@ -82,5 +82,5 @@ def errors(found: Params, exact: Params) -> dict[str, float]:
 
 
 @jax.jit
-def _squares(x: jax.Array) -> jax.Array:
+def _sum_squares(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(jnp.float32)))

@@ -35,7 +35,7 @@ def score_texts() -> None:
         )  # fmt: skip
 
 
-def shortest(function: Callable[[], object], repeats: int) -> float:
+def measure_shortest(function: Callable[[], object], repeats: int) -> float:
     """Processor seconds of the quickest of `repeats` calls."""
     seconds = []
     for _ in range(repeats):
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     if repeats < 1:
         raise InputError([f"--repeats: found {repeats}, expected an integer of at least 1"])
     pictures = [generator.make_row(11, i, encode=False)["real_image"] for i in range(PICTURES)]
-    seconds = shortest(score_texts, repeats)
+    seconds = measure_shortest(score_texts, repeats)
     print(f"text    {COMPLETIONS} completions  {1e3 * seconds:8.1f} ms")
-    seconds = shortest(lambda: [checker.detect(x) for x in pictures], repeats)
+    seconds = measure_shortest(lambda: [checker.detect(x) for x in pictures], repeats)
     print(f"shapes  one picture      {1e3 * seconds / PICTURES:8.2f} ms")
 
 

@@ -18,13 +18,13 @@ CAPTION_WORDS = 12
 ENDLESS = -1  # an end of text that no network draws, so that every answer has all its tokens
 
 
-def _plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
+def _find_plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
     """Ids of ordinary tokens."""
     structure = [special.bos, special.eos, special.pad, special.boi, special.eoi, special.image]
     return np.setdiff1d(np.arange(config.llama.vocab_size), structure)
 
 
-def _left_padded(
+def _make_left_padded(
     rng: np.random.Generator, special: SpecialTokens, plain: np.ndarray, count: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and mask [count, length], starts [count]: BOS and words, the first row full."""
@@ -37,24 +37,24 @@ def _left_padded(
     return ids, mask, start
 
 
-def drawing_prompts(
+def make_image_prompts(
     config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
     """[BOS, words, BOI] of different lengths."""
     rng = np.random.default_rng([seed, 0])
-    ids, mask, _ = _left_padded(rng, special, _plain_ids(config, special), count, length)
+    ids, mask, _ = _make_left_padded(rng, special, _find_plain_ids(config, special), count, length)
     ids[:, -1] = special.boi
     return EncodedPrompts(ids, mask)
 
 
-def questions(
+def make_questions(
     config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
     """[BOS, BOI, picture, EOI, words] of different lengths, with pixel values."""
     rng = np.random.default_rng([seed, 1])
     slots, side = config.num_image_tokens, config.siglip.image_size
-    words, mask, _ = _left_padded(
-        rng, special, _plain_ids(config, special), count, length - slots - 2
+    words, mask, _ = _make_left_padded(
+        rng, special, _find_plain_ids(config, special), count, length - slots - 2
     )
     picture = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
     ids = np.full((count, length), special.pad, np.int32)
@@ -66,14 +66,14 @@ def questions(
     return EncodedPrompts(ids, kept, pixels)
 
 
-def task_batch(
+def make_task_batch(
     config: JanusConfig, special: SpecialTokens, prompts: EncodedPrompts, group: int, length: int
 ) -> TaskBatch:
     """Completions of prompts; those of questions end somewhere in their second half."""
     drawn = prompts.pixel_values is None
     rng = np.random.default_rng(3 + drawn)
     rows = len(prompts.input_ids) * group
-    ids = np.arange(config.vq.num_embeddings) if drawn else _plain_ids(config, special)
+    ids = np.arange(config.vq.num_embeddings) if drawn else _find_plain_ids(config, special)
     ends = np.full(rows, length) if drawn else rng.integers(length // 2, length + 1, rows)
     return TaskBatch(
         prompts=prompts,
@@ -87,18 +87,18 @@ def task_batch(
 # ---- what rewards read
 
 
-def drawings(count: int, side: int, seed: int = 0) -> np.ndarray:
+def make_images(count: int, side: int, seed: int = 0) -> np.ndarray:
     """Pictures of random blocks, uint8 [count, side, side, 3]."""
     rng = np.random.default_rng([seed, 2])
-    return np.stack([np.asarray(_blocks(rng, (side, side))) for _ in range(count)])
+    return np.stack([np.asarray(_make_blocks(rng, (side, side))) for _ in range(count)])
 
 
-def _blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+def _make_blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
-def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
+def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
     """Columns of `count` rows of a data set, each repeated for the completions of its group."""
     rng = np.random.default_rng([seed, 4])
 
@@ -110,7 +110,7 @@ def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
         choices = "Options:\nA. one\nB. two\nC. three\nD. four"
         return {
             "prompt": sentence(),
-            "real_image": _blocks(rng, PICTURE),
+            "real_image": _make_blocks(rng, PICTURE),
             "qa_problem": f"{sentence()}?\n{choices if kind == 'MC' else ''}",
             "qa_solution": f"<answer>{'B' if kind == 'MC' else sentence()}</answer>",
             "qa_type": kind,
@@ -122,7 +122,7 @@ def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
     return {name: [one[name] for one in made for _ in range(group)] for name in made[0]}
 
 
-def answers(count: int, words: int, seed: int = 0) -> list[str]:
+def make_answers(count: int, words: int, seed: int = 0) -> list[str]:
     """Texts of about `words` words: well-formed, of a few answers, and some without tags."""
     rng = np.random.default_rng([seed, 5])
 

@@ -17,40 +17,43 @@ import jax
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.policies import decoding
 from corl_jax.policies.janus import sampling
-from tools.bench.generation import keys, prompts_of, samplers
+from tools.bench.generation import make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 
-def layouts(setting: Setting) -> Iterator[Record]:
+def measure_layouts(setting: Setting) -> Iterator[Record]:
     """Seconds of a rollout of images without their pixels, in both layouts, on a mesh with `fsdp`.
 
     The same completions, up to rounding; the parameters start as training lays them out.
     """
-    params = setting.policy(COMPUTE)
-    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
-    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
-    for name, layout in (("gathered once", contextlib.nullcontext), ("as in training", as_stored)):
+    params = setting.make_policy(COMPUTE)
+    prompts, drawn = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
+    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, drawn)
+    for name, layout in (
+        ("gathered once", contextlib.nullcontext),
+        ("as in training", use_training_layout),
+    ):
         with layout():
             timing = setting.measure(f"layout_{name}", sample)
         yield Record("layouts", f"image tokens, matrices {name}", timing, {})
 
 
 @contextlib.contextmanager
-def as_stored() -> Iterator[None]:
+def use_training_layout() -> Iterator[None]:
     """Takes what lays matrices out for decoding away from the samplers; activations keep theirs."""
 
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return device_mesh.constrain(x, *names) if names[0] == "batch" else x
 
-    def gathered(params: Any) -> Any:
+    def keep(params: Any) -> Any:
         return params
 
     sampling._image_program.clear_cache()  # it would not notice
     try:
         with (
             mock.patch.object(decoding, "constrain", constrain),
-            mock.patch.object(sampling, "gathered", gathered),
+            mock.patch.object(sampling, "gather_over_fsdp", keep),
         ):
             yield
     finally:

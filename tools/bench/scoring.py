@@ -25,7 +25,7 @@ from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record, measure
 from tools.bench.vocabularies import write_network
-from tools.bench.weights import draw, without_end, without_separator
+from tools.bench.weights import draw_params, prevent_end, prevent_separator
 
 UNIFIED = Path(__file__).parents[2] / "configs" / "janus_pro_1b" / "unified.yaml"
 """The config whose rewards are those of the paper's first stage."""
@@ -33,17 +33,17 @@ ANSWER_REWARDS = ("format", "format_tag", "qa_accuracy", "oc_accuracy")
 CYCLE = "t2i_bid_cycle_reward"
 
 
-def rewards(setting: Setting) -> Iterator[Record]:
+def measure_rewards(setting: Setting) -> Iterator[Record]:
     """The first stage's rewards together, then each reward, then those of answers."""
-    policy = without_end(setting.policy(jnp.float32), setting.processor.special.eos)
-    scored = _drawings(setting)
-    yield from _stage_one(setting, policy, scored)
-    for label, reward in _drawing_rewards(setting):
-        yield from _one_reward(setting, policy, scored, label, reward)
-    yield from _answer_rewards(setting)
+    policy = prevent_end(setting.make_policy(jnp.float32), setting.processor.special.eos)
+    scored = _make_image_samples(setting)
+    yield from _measure_stage_one(setting, policy, scored)
+    for label, reward in _list_image_rewards(setting):
+        yield from _measure_reward(setting, policy, scored, label, reward)
+    yield from _measure_answer_rewards(setting)
 
 
-def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
+def _list_image_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
     size = setting.size
     blip = {
         "caption": "blip", "text_term": "bertscore", "image_term": "lpips",
@@ -61,28 +61,32 @@ def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
         yield name, registry.resolve_one(name, {})
 
 
-def _one_reward(
+def _measure_reward(
     setting: Setting, policy: Any, scored: Samples, label: str, reward: BoundReward
 ) -> Iterator[Record]:
     networks = Networks(setting, reward.networks)
-    for held in networks.held():
-        context = _context(setting, policy, held)
+    for held in networks.yield_placements():
+        context = _make_context(setting, policy, held)
         call = functools.partial(registry.score, [reward], scored, context)
         timing = measure(call, setting.repeats)
         finite = float(np.isfinite(call()[reward.name]).mean())
-        figures = {"images": len(scored), "finite": finite, **_moved(held, setting.repeats + 2)}
-        yield Record("rewards", f"{label}{_how(held)}", timing, figures)
+        figures = {
+            "images": len(scored),
+            "finite": finite,
+            **_count_moved(held, setting.repeats + 2),
+        }
+        yield Record("rewards", f"{label}{_describe_placement(held)}", timing, figures)
 
 
-def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
+def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
     """All rewards of the config, one after another, on the images and as many answers."""
     config = config_files.load(UNIFIED)
     resolved = registry.resolve(config.rewards, config.compat)
-    answered = _answers(setting, len(scored))
+    answered = _make_answer_samples(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
-    for held in networks.held():
-        context = _context(setting, policy, held)
+    for held in networks.yield_placements():
+        context = _make_context(setting, policy, held)
 
         def call(context: Context = context) -> dict[str, dict[str, float]]:
             costs = registry.score_timed(resolved["t2i"], scored, context)[1]
@@ -90,13 +94,13 @@ def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Recor
 
         timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
-        figures |= _moved(held, setting.repeats + 2)
-        yield Record("rewards", f"stage 1{_how(held)}", timing, figures)
+        figures |= _count_moved(held, setting.repeats + 2)
+        yield Record("rewards", f"stage 1{_describe_placement(held)}", timing, figures)
         if not any(frozen.offloaded for frozen in held.values()):
-            yield from _cycle_terms(setting, scored, held)
+            yield from _measure_cycle_terms(setting, scored, held)
 
 
-def _cycle_terms(
+def _measure_cycle_terms(
     setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
     """What the cycle reward's time goes to, as far as its networks are there."""
@@ -120,17 +124,17 @@ def _cycle_terms(
                 perceptual.lpips_distance, networks["lpips"], pictures, real
             )
             yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
-            timing = measure(functools.partial(_squashed, pictures), setting.repeats)
+            timing = measure(functools.partial(_squash_images, pictures), setting.repeats)
             yield Record("rewards", "  of it, drawings resized on the host", timing, {})
 
 
-def _squashed(pictures: np.ndarray) -> list[np.ndarray]:
+def _squash_images(pictures: np.ndarray) -> list[np.ndarray]:
     return [image.squash(Image.fromarray(one), perceptual.SIZE) for one in pictures]
 
 
-def _answer_rewards(setting: Setting) -> Iterator[Record]:
+def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
     """On the host alone."""
-    answered = _answers(setting, setting.size.answers)
+    answered = _make_answer_samples(setting, setting.size.answers)
     context = Context(None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
         reward = registry.resolve_one(name, {})
@@ -164,34 +168,34 @@ class Networks:
     def __init__(self, setting: Setting, names: tuple[str, ...]):
         self._setting, self._names = setting, names
 
-    def held(self) -> Iterator[dict[str, Counted]]:
+    def yield_placements(self) -> Iterator[dict[str, Counted]]:
         """The networks resident, then offloaded where that is to be measured."""
-        yield {name: self._network(name, False) for name in self._names}
+        yield {name: self._make_network(name, False) for name in self._names}
         if self._names and self._setting.offload:
-            yield {name: self._network(name, True) for name in self._names}
+            yield {name: self._make_network(name, True) for name in self._names}
 
-    def _network(self, name: str, offload: bool) -> Counted:
+    def _make_network(self, name: str, offload: bool) -> Counted:
         kind, config = NETWORKS[name].kind, self._setting.size.networks[name]
         folder = self._setting.folder / name
         if not folder.is_dir():
             write_network(folder, kind, config)
         abstract = modules.abstract(KINDS[kind].module, config)
-        params = draw(abstract, 1)
+        params = draw_params(abstract, 1)
         if kind == "blip":
-            params = without_separator(params, config)
+            params = prevent_separator(params, config)
         network = Network(config, params, folder, jnp.float32)
         return Counted(network, network_shardings(params, self._setting.mesh), offload)
 
 
-def _context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
+def _make_context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
     return Context(setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
 
 
-def _how(held: Mapping[str, Counted]) -> str:
+def _describe_placement(held: Mapping[str, Counted]) -> str:
     return ", offloaded" if any(frozen.offloaded for frozen in held.values()) else ""
 
 
-def _moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
+def _count_moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
     """GB that a call brings to the device, of offloaded networks."""
     moved = sum(frozen.moved for frozen in held.values() if frozen.offloaded)
     return {"moved_gb": moved / calls / 1e9} if moved else {}
@@ -200,13 +204,13 @@ def _moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
 # ---- samples
 
 
-def _drawings(setting: Setting) -> Samples:
+def _make_image_samples(setting: Setting) -> Samples:
     side = setting.size.janus.siglip.image_size
-    columns = inputs.rows(setting.prompts, setting.group)
-    return Samples(columns, images=inputs.drawings(setting.completions, side))
+    columns = inputs.make_rows(setting.prompts, setting.group)
+    return Samples(columns, images=inputs.make_images(setting.completions, side))
 
 
-def _answers(setting: Setting, count: int) -> Samples:
-    columns = inputs.rows(-(-count // setting.group), setting.group)
+def _make_answer_samples(setting: Setting, count: int) -> Samples:
+    columns = inputs.make_rows(-(-count // setting.group), setting.group)
     columns = {name: values[:count] for name, values in columns.items()}
-    return Samples(columns, texts=inputs.answers(count, setting.size.new_tokens // 4))
+    return Samples(columns, texts=inputs.make_answers(count, setting.size.new_tokens // 4))

@@ -22,7 +22,7 @@ from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
 from tools.bench.sizes import Size
 from tools.bench.timing import Timing, measure
-from tools.bench.weights import draw
+from tools.bench.weights import draw_params
 
 COMPUTE = jnp.bfloat16
 
@@ -51,7 +51,7 @@ class Setting:
         return self.prompts * self.group
 
     @property
-    def ways(self) -> int:
+    def num_batch_shards(self) -> int:
         """Into how many parts the mesh splits prompts."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
@@ -60,15 +60,15 @@ class Setting:
         """The special tokens with an end of text that is never drawn."""
         return dataclasses.replace(self.processor.special, eos=ENDLESS)
 
-    def policy(self, dtype: Any) -> Params:
+    def make_policy(self, dtype: Any) -> Params:
         """A random Janus, laid out by the table of parameters."""
 
         def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
             return NamedSharding(self.mesh, param_spec(path, shape, self.mesh))
 
-        return draw(network.abstract(self.size.janus), 0, dtype, place)
+        return draw_params(network.abstract(self.size.janus), 0, dtype, place)
 
-    def placed(self, tree: Any) -> Any:
+    def place(self, tree: Any) -> Any:
         """Arrays on the devices, their leading axis spread over them as prompts are."""
         return jax.device_put(tree, batch_sharding(self.mesh))
 

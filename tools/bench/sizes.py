@@ -13,7 +13,7 @@ from corl_jax.models.blip_text import BlipTextConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
-from tools.mini_janus.config import mini_config
+from tools.mini_janus.config import make_mini_config
 
 PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")
 
@@ -90,7 +90,7 @@ _TINY_NETWORKS = {
 
 def _tiny_janus() -> JanusConfig:
     """The shipped mini Janus with less of everything that a step or a compilation repeats."""
-    config = mini_config(vocab_size=640)
+    config = make_mini_config(vocab_size=640)
     llama = dataclasses.replace(config.llama, num_layers=2)
     siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=16, patch_size=4)
     vq = dataclasses.replace(config.vq, channel_multiplier=(1, 1, 2))

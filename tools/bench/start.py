@@ -42,7 +42,7 @@ from tools.bench import inputs
 from tools.bench.scoring import UNIFIED
 from tools.bench.sizes import SIZES
 from tools.bench.vocabularies import write_processor
-from tools.bench.weights import draw
+from tools.bench.weights import draw_params
 
 ROWS = 64
 STEP = re.compile(r"step 1/")
@@ -51,7 +51,7 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 
 def write_model(folder: Path, config: JanusConfig) -> None:
     """Random bfloat16 weights, drawn on the host, with the mini Janus's words."""
-    params = draw(network.abstract(config), 0, jnp.bfloat16)
+    params = draw_params(network.abstract(config), 0, jnp.bfloat16)
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
     folder.mkdir()
@@ -64,12 +64,12 @@ def write_rows(file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = inputs.rows(ROWS, 1)
-    columns["real_image"] = [{"bytes": _png(x), "path": ""} for x in columns["real_image"]]
+    columns = inputs.make_rows(ROWS, 1)
+    columns["real_image"] = [{"bytes": _encode_png(x), "path": ""} for x in columns["real_image"]]
     pq.write_table(pa.table(columns), file)
 
 
-def _png(picture: Any) -> bytes:
+def _encode_png(picture: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "png")
     return buffer.getvalue()
@@ -99,7 +99,7 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
     return file
 
 
-def seconds_to_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
+def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
     """Runs the training command until its first step has ended; `settings` for its environment.
 
     Raises: InputError with what it said, where it ends before.
@@ -129,7 +129,7 @@ def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
         write_rows(folder / "rows.parquet")
         settings = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         for start in ("cold", "cached"):
-            spent = seconds_to_first_step(config, folder / start, settings)
+            spent = time_first_step(config, folder / start, settings)
             yield {"record": "start", "size": size, "start": start, "seconds": spent}
 
 

@@ -32,11 +32,11 @@ class Timing:
 
 def measure(call: Callable[[], Any], repeats: int) -> Timing:
     """Calls once to compile, then `repeats` times."""
-    first, *calls = (_seconds(call) for _ in range(repeats + 1))
+    first, *calls = (_time_call(call) for _ in range(repeats + 1))
     return Timing(first, tuple(calls))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _time_call(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
@@ -52,7 +52,7 @@ class Record:
     figures: dict[str, Any]
     memory: dict[str, float] | None = None  # GiB; None: JAX's, when the record is written
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Flat: part, name, seconds, figures, memory."""
         seconds: dict[str, Any] = {}
         if self.timing is not None:
@@ -63,22 +63,22 @@ class Record:
             }
         return {"part": self.part, "name": self.name, **seconds, **self._counted()}
 
-    def row(self) -> str:
+    def format_row(self) -> str:
         """The line of the table."""
         seconds, compiled = "", ""
         if self.timing is not None:
             seconds, compiled = f"{self.timing.median:.4f}", f"{self.timing.compile:.1f}"
-        figures = "  ".join(f"{name} {_short(value)}" for name, value in self._counted().items())
+        figures = "  ".join(f"{name} {_shorten(value)}" for name, value in self._counted().items())
         return f"{self.part:<12}{self.name:<40}{seconds:>10}{compiled:>9}  {figures}"
 
     def _counted(self) -> dict[str, Any]:
-        return self.figures | (memory() if self.memory is None else self.memory)
+        return self.figures | (measure_memory() if self.memory is None else self.memory)
 
 
 HEADER = f"{'part':<12}{'name':<40}{'median s':>10}{'compile':>9}  figures"
 
 
-def memory() -> dict[str, float]:
+def measure_memory() -> dict[str, float]:
     """GiB of the first device, where the platform tells: at the most since the process began, now.
 
     The most is the process's, not the part's: run a part alone to have its own.
@@ -88,5 +88,5 @@ def memory() -> dict[str, float]:
     return {name: stats[key] / GIB for name, key in names.items() if key in stats}
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -22,8 +22,8 @@ from corl_jax.train.run import Run
 from corl_jax.train.step import LossOptions, TrainState, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
-from tools.bench.cost import Work, training_operations
-from tools.bench.generation import prompts_of, samplers
+from tools.bench.cost import Work, count_training_operations
+from tools.bench.generation import make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
@@ -31,21 +31,21 @@ UPDATES = 1000  # of the schedule
 TASKS = ("t2i", "mm2t")
 
 
-def start(setting: Setting) -> tuple[TrainState, Params, Any]:
+def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
     """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
     patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
-    trained, frozen = partition(setting.policy(COMPUTE), patterns)
+    trained, frozen = partition(setting.make_policy(COMPUTE), patterns)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
     shardings = state_shardings(optimizer, trained, setting.mesh)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = make_train_step(
-        setting.size.janus, objective(setting), optimizer, out_shardings=(shardings, None)
+        setting.size.janus, make_loss_options(setting), optimizer, out_shardings=(shardings, None)
     )
     return jax.device_put(TrainState(jnp.int32(0), trained, moments), shardings), frozen, step
 
 
-def objective(setting: Setting) -> LossOptions:
+def make_loss_options(setting: Setting) -> LossOptions:
     """That of the paper's first stage."""
     scoring = LogprobOptions(
         setting.processor.special, remat=setting.remat, attention=setting.attention
@@ -54,7 +54,7 @@ def objective(setting: Setting) -> LossOptions:
     return LossOptions(scoring, tuple((task, 1.0) for task in TASKS), micro_batches=pieces)
 
 
-def works(setting: Setting) -> tuple[Work, ...]:
+def list_works(setting: Setting) -> tuple[Work, ...]:
     """The completions of a training step."""
     size, counts = setting.size, (setting.prompts, setting.group)
     return (
@@ -63,28 +63,28 @@ def works(setting: Setting) -> tuple[Work, ...]:
     )
 
 
-def batch_of(setting: Setting) -> dict[str, Any]:
+def make_batch(setting: Setting) -> dict[str, Any]:
     """A batch of both tasks, on the devices."""
     size, special = setting.size, setting.processor.special
-    return setting.placed(
+    return setting.place(
         {
-            work.task: inputs.task_batch(
-                size.janus, special, prompts_of(setting, work.task), work.group, work.length
+            work.task: inputs.make_task_batch(
+                size.janus, special, make_prompts(setting, work.task), work.group, work.length
             )
-            for work in works(setting)
+            for work in list_works(setting)
         }
     )
 
 
-def train(setting: Setting) -> Iterator[Record]:
+def measure_train(setting: Setting) -> Iterator[Record]:
     """One optimizer step on both tasks: vision tower, padding masks, AdamW.
 
     `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is
     the operations that the mathematics needs (see `cost`; each prompt read once) at the measured
     rate of products; `mfu_repeated_prompts` takes the reference's operations.
     """
-    state, frozen, step = start(setting)
-    batch = batch_of(setting)
+    state, frozen, step = start_training(setting)
+    batch = make_batch(setting)
 
     def update() -> dict[str, jax.Array]:
         nonlocal state
@@ -92,10 +92,10 @@ def train(setting: Setting) -> Iterator[Record]:
         return metrics
 
     timing = setting.measure("train", update)
-    tokens = sum(work.rows * (work.prompt + work.length) for work in works(setting))
+    tokens = sum(work.rows * (work.prompt + work.length) for work in list_works(setting))
     figures: dict[str, Any] = {"tokens_per_s": tokens / timing.median}
     for name, shared in (("mfu", True), ("mfu_repeated_prompts", False)):
-        needed = training_operations(setting.size.janus, works(setting), shared)
+        needed = count_training_operations(setting.size.janus, list_works(setting), shared)
         figures[f"{name}_tflop"] = needed / 1e12
         figures[name] = needed / setting.ceilings.matmul / setting.mesh.size / timing.median
     figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
@@ -103,14 +103,14 @@ def train(setting: Setting) -> Iterator[Record]:
     yield Record("train", "optimizer step", timing, figures)
 
 
-def iteration(setting: Setting) -> Iterator[Record]:
+def measure_iteration(setting: Setting) -> Iterator[Record]:
     """The project's GRPO iteration, its rewards replaced by free ones.
 
     Both rollouts, pixels and texts on the host, advantages and the update, which reads answers
     as long as they were sampled. `programs` counts the update's compilations.
     """
-    state, frozen, step = start(setting)
-    run, prompts = _run(setting, frozen, step), _prompts(setting)
+    state, frozen, step = start_training(setting)
+    run, prompts = _make_run(setting, frozen, step), _make_prompts(setting)
     number = 0
 
     def iterate_once() -> Any:
@@ -129,8 +129,8 @@ def iteration(setting: Setting) -> Iterator[Record]:
     yield Record("iteration", "rollouts and update", timing, figures)
 
 
-def _prompts(setting: Setting) -> Prompts:
-    encoded = {task: prompts_of(setting, task) for task in TASKS}
+def _make_prompts(setting: Setting) -> Prompts:
+    encoded = {task: make_prompts(setting, task) for task in TASKS}
     columns = {"prompt": [""] * setting.prompts}
     return Prompts(np.arange(setting.prompts), columns, **encoded)
 
@@ -140,7 +140,7 @@ def _free_reward(samples: Samples, context: Context) -> np.ndarray:
     return rng.standard_normal(len(samples)).astype(np.float32)
 
 
-def _run(setting: Setting, frozen: Params, step: Any) -> Run:
+def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
     """What an iteration uses of a run; nothing is loaded, saved or evaluated."""
     rewards = {
         task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
@@ -153,7 +153,7 @@ def _run(setting: Setting, frozen: Params, step: Any) -> Run:
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
         iterate=rl_iteration.rl_iteration, train_step=step, score_step=step,
-        samplers=samplers(setting), rewards=rewards, networks={},
+        samplers=make_samplers(setting), rewards=rewards, networks={},
         comparison={
             "weights": weights, "mode": "unified_reward", "group_size": setting.group,
             "mm2t_weight": 0.8, "eps": 1e-4, "scale": True, "each": False,

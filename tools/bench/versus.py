@@ -33,7 +33,7 @@ class Peers:
     records: tuple[Record, ...]
     failed: tuple[str, ...]  # what did not run to its end
 
-    def beside(self, record: Record) -> Record:
+    def add_times(self, record: Record) -> Record:
         """The record with each peer's seconds over its own, if it is of the same work."""
         times = {
             f"times_{theirs.name.replace(' ', '_')}": theirs.timing.median / record.timing.median
@@ -47,7 +47,7 @@ class Peers:
 NOBODY = Peers({}, (), ())
 
 
-def check(args: argparse.Namespace) -> list[str]:
+def list_peer_problems(args: argparse.Namespace) -> list[str]:
     """What keeps the peer from running, as lines for the user."""
     problems = []
     if not OURS.keys() & set(args.parts):
@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def measure(args: argparse.Namespace) -> Peers:
+def measure_peers(args: argparse.Namespace) -> Peers:
     """Runs `python -m tools.bench.peer`; on the CPU if JAX is told to use it.
 
     Raises: InputError where torch cannot use the device; its message is on stderr.
@@ -76,10 +76,10 @@ def measure(args: argparse.Namespace) -> Peers:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(lines) < 2:
         raise InputError(f"--peer: PyTorch measured nothing, exit code {done.returncode}")
-    return parsed(lines, complete=not done.returncode)
+    return parse_peers(lines, complete=not done.returncode)
 
 
-def parsed(lines: list[dict[str, Any]], complete: bool) -> Peers:
+def parse_peers(lines: list[dict[str, Any]], complete: bool) -> Peers:
     """The first line is of the environment; the others are of one kind of work each."""
     environment, *found = lines
     failed = [f"peer {line['part']} ({line['name']})" for line in found if "failed" in line]

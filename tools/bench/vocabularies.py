@@ -39,7 +39,7 @@ _BLIP_IMAGES = {
 }  # fmt: skip
 
 
-def words(count: int) -> list[str]:
+def make_words(count: int) -> list[str]:
     """Different lower-case words, the common ones first."""
     letters = itertools.product(string.ascii_lowercase, repeat=4)
     made_up = ("x" + "".join(four) for four in letters)
@@ -50,7 +50,7 @@ def write_bert(folder: Path, size: int) -> None:
     """A vocab.txt of `size` tokens."""
     pieces = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces += [f"##{piece}" for piece in string.ascii_lowercase + string.digits]
-    pieces += (word for word in words(size) if len(word) > 1)
+    pieces += (word for word in make_words(size) if len(word) > 1)
     plain = iter(pieces)
     lines = [_BERT_SPECIAL.get(i) or next(plain) for i in range(size)]
     (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -62,7 +62,7 @@ def write_clip(folder: Path, size: int) -> None:
 
     alphabet = sorted(ByteLevel.alphabet())
     plain = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
-    plain += [f"{word}</w>" for word in words(size) if len(word) > 1]
+    plain += [f"{word}</w>" for word in make_words(size) if len(word) > 1]
     tokens = [*plain[: size - len(_CLIP_SPECIAL)], *_CLIP_SPECIAL]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     _write_json(folder / "vocab.json", vocabulary)

@@ -23,7 +23,7 @@ Place = Callable[[str, tuple[int, ...]], Any]
 """(path, shape) -> sharding."""
 
 
-def draw(
+def draw_params(
     abstract: Params, seed: int, dtype: Any = jnp.float32, place: Place | None = None
 ) -> Params:
     """Normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
@@ -46,25 +46,25 @@ def draw(
             return jnp.zeros(x.shape, kind, device=where)
         if not x.shape:
             return jnp.full(x.shape, math.log(100), kind, device=where)
-        return _noise(jax.random.fold_in(base, next(keys)), x.shape, kind, where)
+        return _draw_noise(jax.random.fold_in(base, next(keys)), x.shape, kind, where)
 
     return map_with_path(leaf, abstract)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
-def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
+def _draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
     # A program per shape: one for all leaves takes longer to compile than they do together.
     noise = STD * jax.random.normal(key, shape, dtype)
     return noise if where is None else jax.lax.with_sharding_constraint(noise, where)
 
 
-def without_end(params: Params, eos: int) -> Params:
+def prevent_end(params: Params, eos: int) -> Params:
     """A Janus whose greedy answers never end: the logit of EOS is 0, among the smaller half."""
     kernel = params["lm_head"]["kernel"].at[:, eos].set(0)
     return params | {"lm_head": {"kernel": kernel}}
 
 
-def without_separator(params: Params, config: Any) -> Params:
+def prevent_separator(params: Params, config: Any) -> Params:
     """A BLIP whose captions fill all their tokens, of words that BERT knows too."""
     text = config.text
     decoder = params["text_decoder"]

@@ -28,15 +28,15 @@ from tools.mini_janus import tokenizer as tokenizers
 from tools.mini_janus.config import CONFIGS, MAX_POSITIONS, WORLDS
 
 
-def create(out: Path, seed: int, size: str = "mini") -> int:
+def create_model(out: Path, seed: int, size: str = "mini") -> int:
     """Writes the directory, whole or not at all, and returns the number of parameters.
 
     Raises: InputError where the directory holds files.
     """
     with whole_directory(out) as folder, tempfile.TemporaryDirectory() as assets:
-        tokenizer = tokenizers.build(seed, WORLDS[size])
-        tokenizers.write(Path(assets), tokenizer, MAX_POSITIONS[size])
-        config = CONFIGS[size](tokenizers.embedding_rows(tokenizer))
+        tokenizer = tokenizers.train_tokenizer(seed, WORLDS[size])
+        tokenizers.write_tokenizer(Path(assets), tokenizer, MAX_POSITIONS[size])
+        config = CONFIGS[size](tokenizers.count_embedding_rows(tokenizer))
         params = network.init(config, jax.random.key(seed))
         export = Export(
             layout="transformers",
@@ -74,13 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     startup.check_jax_settings()
     startup.start_devices()
     if args.command == "roundtrip":
-        rate = roundtrip.measure(args.model, args.rows, args.seed)
+        rate = roundtrip.measure_roundtrip(args.model, args.rows, args.seed)
         print(
             f"{rate.mean:.2%} ({rate.low:.2%} - {rate.high:.2%}) of {rate.n:,} pictures pass the "
             f"checker after encoding and decoding: {args.model}"
         )
     else:
-        print(f"{create(args.out, args.seed, args.size):,} parameters: {args.out}")
+        print(f"{create_model(args.out, args.seed, args.size):,} parameters: {args.out}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ WORLDS = {"mini": "full", "nano": "small"}
 MAX_POSITIONS = {"mini": 1024, "nano": 256}
 
 
-def mini_config(vocab_size: int) -> JanusConfig:
+def make_mini_config(vocab_size: int) -> JanusConfig:
     """A Janus for 64x64 pictures: 8x8 tokens an image, read and drawn, as both grids must agree."""
     return JanusConfig(
         llama=LlamaConfig(
@@ -52,7 +52,7 @@ def mini_config(vocab_size: int) -> JanusConfig:
     )
 
 
-def nano_config(vocab_size: int) -> JanusConfig:
+def make_nano_config(vocab_size: int) -> JanusConfig:
     """A Janus for 32x32 pictures: 4x4 tokens an image."""
     return JanusConfig(
         llama=LlamaConfig(
@@ -85,4 +85,7 @@ def nano_config(vocab_size: int) -> JanusConfig:
     )
 
 
-CONFIGS: dict[str, Callable[[int], JanusConfig]] = {"mini": mini_config, "nano": nano_config}
+CONFIGS: dict[str, Callable[[int], JanusConfig]] = {
+    "mini": make_mini_config,
+    "nano": make_nano_config,
+}

@@ -23,7 +23,7 @@ from corl_jax.types import Params
 BATCH = 100  # pictures encoded at once
 
 
-def measure(model: Path, rows: int, seed: int) -> Rate:
+def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
     """The share of `rows` held-out pictures that the checker accepts after encoding and decoding.
 
     Raises: InputError for wrong numbers, and for a model that cannot be read or draws too small.

@@ -21,32 +21,32 @@ WARM_UP = 4  # tokens of the pass that is not timed
 TOP_K = 50  # transformers' default, which the reference's answers are drawn with
 
 
-def drawing_prompts(peer: Peer) -> EncodedPrompts:
+def make_image_prompts(peer: Peer) -> EncodedPrompts:
     size = peer.size
-    return inputs.drawing_prompts(size.janus, peer.special, peer.prompts, size.image_prompt)
+    return inputs.make_image_prompts(size.janus, peer.special, peer.prompts, size.image_prompt)
 
 
-def questions(peer: Peer) -> EncodedPrompts:
+def make_questions(peer: Peer) -> EncodedPrompts:
     size = peer.size
-    return inputs.questions(size.janus, peer.special, peer.prompts, size.text_prompt)
+    return inputs.make_questions(size.janus, peer.special, peer.prompts, size.text_prompt)
 
 
-def generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+def time_generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     """`generate(generation_mode="image")` with its static cache, and pixels on the host."""
-    model, prompts = peer.model, drawing_prompts(peer)
-    ids, mask = peer.tensor(prompts.input_ids), peer.tensor(prompts.attention_mask).long()
+    model, prompts = peer.model, make_image_prompts(peer)
+    ids, mask = peer.to_tensor(prompts.input_ids), peer.to_tensor(prompts.attention_mask).long()
 
     def draw(steps: int) -> torch.Tensor:
-        with image_tokens(model, steps), static_cache(model):
+        with set_image_tokens(model, steps), patch_static_cache(model):
             return model.generate(
                 ids, attention_mask=mask, generation_mode="image", num_return_sequences=peer.group
             )
 
-    return _images(peer, draw)
+    return _time_images(peer, draw)
 
 
 @contextlib.contextmanager
-def image_tokens(model: Any, count: int) -> Iterator[None]:
+def set_image_tokens(model: Any, count: int) -> Iterator[None]:
     """Images of so many tokens, which `generate` reads from the vision tower's config."""
     config = model.model.vision_model.config
     full, config.num_image_tokens = config.num_image_tokens, count
@@ -57,7 +57,7 @@ def image_tokens(model: Any, count: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def static_cache(model: Any) -> Iterator[None]:
+def patch_static_cache(model: Any) -> Iterator[None]:
     """Lets image generation make its cache in transformers 5.17.
 
     There `_prepare_static_cache` has an argument that Janus's `generate` does not give:
@@ -75,19 +75,19 @@ def static_cache(model: Any) -> Iterator[None]:
         del model._prepare_static_cache
 
 
-def looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     """The reference's loop, a cache that grows by a token a step, and pixels on the host.
 
     Each completion has two rows side by side, each with the prompt of its own.
     """
-    prompts = drawing_prompts(peer)
+    prompts = make_image_prompts(peer)
     ids, kept = (
-        peer.tensor(x).repeat_interleave(2 * peer.group, dim=0)
+        peer.to_tensor(x).repeat_interleave(2 * peer.group, dim=0)
         for x in (prompts.input_ids, prompts.attention_mask)
     )
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)
     ids[1::2] = torch.where(torch.isin(ids[1::2], structure), ids[1::2], peer.special.pad)
-    return _images(peer, functools.partial(_loop, peer.model, ids, kept.long()))
+    return _time_images(peer, functools.partial(_loop, peer.model, ids, kept.long()))
 
 
 @torch.inference_mode()
@@ -109,54 +109,56 @@ def _loop(model: Any, ids: torch.Tensor, kept: torch.Tensor, steps: int) -> torc
     return torch.cat(drawn, dim=1)
 
 
-def _images(peer: Peer, draw: Callable[[int], torch.Tensor]) -> tuple[list[float], dict[str, Any]]:
+def _time_images(
+    peer: Peer, draw: Callable[[int], torch.Tensor]
+) -> tuple[list[float], dict[str, Any]]:
     """Times `draw`, steps -> codes [N, steps], and the pixels of its codes."""
     steps, count = peer.size.janus.num_image_tokens, peer.prompts * peer.group
     codes = draw(WARM_UP).repeat(1, steps)[:, :steps]
-    to_pixels(peer.model, codes)
+    decode_pixels(peer.model, codes)
 
     def tokens() -> None:
         nonlocal codes
         codes = draw(steps)
 
-    drawing = peer.seconds(tokens)
+    drawing = peer.time_call(tokens)
     if codes.shape != (count, steps):
         raise RuntimeError(f"drew codes {tuple(codes.shape)}, expected {(count, steps)}")
-    whole = drawing + peer.seconds(lambda: to_pixels(peer.model, codes))
+    whole = drawing + peer.time_call(lambda: decode_pixels(peer.model, codes))
     return [whole], {"images_per_s": count / whole, "ms_per_step": 1e3 * drawing / steps}
 
 
 @torch.inference_mode()
-def to_pixels(model: Any, codes: torch.Tensor) -> np.ndarray:
+def decode_pixels(model: Any, codes: torch.Tensor) -> np.ndarray:
     """uint8 [N, S, S, 3] on the host."""
     pixels = model.decode_image_tokens(codes).float()
     return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+def time_generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     """`generate` as the reference calls it, on embedded prompts; a picture is read once a prompt.
 
     Answers never end, are drawn with top-k 50, and their cache grows by a token a step.
     """
-    prompts, steps = questions(peer), peer.size.new_tokens
-    mask, pixels = peer.tensor(prompts.attention_mask).long(), torch_pixels(peer, prompts)
+    prompts, steps = make_questions(peer), peer.size.new_tokens
+    mask, pixels = peer.to_tensor(prompts.attention_mask).long(), make_torch_pixels(peer, prompts)
 
     @torch.inference_mode()
     def answer(count: int) -> torch.Tensor:
         return peer.model.generate(
-            inputs_embeds=peer.embedded(prompts, pixels), attention_mask=mask, do_sample=True,
+            inputs_embeds=peer.embed_prompts(prompts, pixels), attention_mask=mask, do_sample=True,
             top_k=TOP_K, max_new_tokens=count, num_return_sequences=peer.group,
         )  # fmt: skip
 
     answer(WARM_UP)
     drawn: list[torch.Tensor] = []
-    spent = peer.seconds(lambda: drawn.append(answer(steps)))
+    spent = peer.time_call(lambda: drawn.append(answer(steps)))
     expected = (peer.prompts * peer.group, steps)
     if drawn[0].shape != expected:
         raise RuntimeError(f"wrote tokens {tuple(drawn[0].shape)}, expected {expected}")
     return [spent], {"tokens_per_s": drawn[0].numel() / spent, "ms_per_step": 1e3 * spent / steps}
 
 
-def torch_pixels(peer: Peer, prompts: EncodedPrompts) -> torch.Tensor:
+def make_torch_pixels(peer: Peer, prompts: EncodedPrompts) -> torch.Tensor:
     """[B, 3, S, S]."""
-    return peer.tensor(prompts.pixel_values).permute(0, 3, 1, 2).contiguous()
+    return peer.to_tensor(prompts.pixel_values).permute(0, 3, 1, 2).contiguous()

@@ -32,14 +32,14 @@ class Peer:
     device: str  # `cuda` or `cpu`
     model: Any
 
-    def tensor(self, array: Any) -> torch.Tensor:
+    def to_tensor(self, array: Any) -> torch.Tensor:
         """On the device; ids as transformers wants them, numbers in bfloat16."""
         found = torch.from_numpy(np.array(array)).to(self.device)
         if found.dtype == torch.int32:
             return found.long()
         return found.to(DTYPE) if found.is_floating_point() else found
 
-    def seconds(self, call: Callable[[], Any]) -> float:
+    def time_call(self, call: Callable[[], Any]) -> float:
         """Of a call, until the device has done it."""
         self._wait()
         began = time.perf_counter()
@@ -51,12 +51,12 @@ class Peer:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def embedded(self, prompts: EncodedPrompts, pixels: Any = None) -> torch.Tensor:
+    def embed_prompts(self, prompts: EncodedPrompts, pixels: Any = None) -> torch.Tensor:
         """Prompts [B, P, D], the pictures' features in their places.
 
         `pixels` are the prompts' own unless given.
         """
-        ids, model = self.tensor(prompts.input_ids), self.model.model
+        ids, model = self.to_tensor(prompts.input_ids), self.model.model
         embeds = model.language_model.embed_tokens(ids)
         if pixels is None:
             return embeds
