@@ -1,7 +1,7 @@
 """Several processes of one run: they start together, agree, and fail together.
 
-jax.distributed connects them. What it leaves out is here: an error that says what to do when one
-of them never starts, and an end for all when one of them fails, with its error.
+jax.distributed connects them. This module adds an error with a remedy if a process never starts,
+and ends all processes with the error of the one that fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax._src.clusters import ClusterEnv
 from corl_jax.config.schema import Distributed
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, FAILED_EXIT_CODE, InputError
 
-MARGIN_S = 15  # jax ends a process that cannot connect without a word to the user; we come first
+MARGIN_S = 15  # jax ends a process that cannot connect without a message; ours must come first
 POLL_S = 0.5
 FAILURE = "corl_jax/failure/"
 CACHE_VARIABLE = "JAX_ENABLE_COMPILATION_CACHE"
@@ -40,13 +40,13 @@ MAX_CHARACTERS = 20_000  # of a failure's text
 
 
 def initialize(options: Distributed) -> None:
-    """Joins the other processes, where the config or the cluster says that there are others.
+    """Connects to the other processes, if the config or the cluster names any.
 
-    Before the first use of a device. Exits with code 1 if not all processes come in time, or if
-    they cannot be connected.
+    Must run before the first use of a device. Exits with code 1 if not all processes start in time,
+    or if they cannot be connected.
 
     Raises:
-        InputError: the settings contradict each other, or the cluster's description, or the
+        InputError: the settings contradict each other or the cluster's description, or the
             coordinator's port cannot be opened.
     """
     settings = _resolve_settings(options)
@@ -83,12 +83,12 @@ def initialize(options: Distributed) -> None:
 
 
 def _disable_cpu_cache(index: int) -> None:
-    """Keeps programs of several processes on CPUs out of the compilation cache.
+    """Switches the compilation cache off for several processes on CPUs.
 
-    gloo wants the collectives of a program in the same order everywhere, which XLA's programs for
-    CPUs seem to lose in the cache: with it GRPO with fsdp ends in "collective mismatch".
-    JAX_ENABLE_COMPILATION_CACHE in the environment is left as it is.
+    JAX_ENABLE_COMPILATION_CACHE in the environment wins.
     """
+    # gloo needs the collectives of a program in the same order everywhere. XLA's programs for CPUs
+    # seem to lose it in the cache: GRPO with fsdp then ends in "collective mismatch" (jax 0.10.2).
     if CACHE_VARIABLE in os.environ or jax.default_backend() != "cpu":
         return
     jax.config.update("jax_enable_compilation_cache", False)
@@ -102,10 +102,10 @@ def _disable_cpu_cache(index: int) -> None:
 
 
 def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
-    """What jax.distributed wants, from the config and the cluster; None to stay alone.
+    """Returns the settings for jax.distributed from config and cluster; None to stay alone.
 
     Raises:
-        InputError: listing what is missing or cannot be.
+        InputError: listing every setting that is missing or cannot be used.
     """
     if options.initialize == "never":
         return None
@@ -144,7 +144,8 @@ def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
 
 
 def _read_local_devices() -> list[int] | None:
-    """JAX_LOCAL_DEVICE_IDS, which jax itself reads only where no cluster says which are whose."""
+    """Returns the device numbers of JAX_LOCAL_DEVICE_IDS; None if it is not set."""
+    # jax reads the variable only if no cluster tells which devices belong to which process.
     listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     if listed is None:
         return None
@@ -156,8 +157,9 @@ def _read_local_devices() -> list[int] | None:
 
 
 def _require_free_port(address: str, place: str) -> None:
-    """Opens the coordinator's port as jax will: where that fails, jax crashes without a word."""
-    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # which names the place to listen at
+    """Opens and closes the coordinator's port, as a test."""
+    # jax opens the port in the same way, and crashes without a message if it cannot.
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # another address to listen at
         return
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -173,6 +175,7 @@ def _require_free_port(address: str, place: str) -> None:
 
 
 def _exit_unconnected(place: str, options: Distributed) -> None:
+    """Prints that not all processes started in time, and exits."""
     print(
         f"error: distributed: {place} waited {options.initialization_timeout_s} s, and not all "
         "processes came; look for an earlier error in the others' logs, check that all can reach "
@@ -184,7 +187,7 @@ def _exit_unconnected(place: str, options: Distributed) -> None:
 
 
 def _prefix_warnings(index: int) -> None:
-    """Warnings of all but the first process, whose log is the run's, say where they come from."""
+    """Prefixes the warnings of all processes but the first with the process number."""
     logging.captureWarnings(True)
     if index and logging.lastResort is not None:
         logging.lastResort.setFormatter(logging.Formatter(f"process {index}: %(message)s"))
@@ -195,12 +198,12 @@ def _prefix_warnings(index: int) -> None:
 
 @contextlib.contextmanager
 def fail_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """An exception in the block ends all processes with its text and exit code.
+    """Ends all processes with the text and exit code of an exception in the block.
 
-    Without this the others wait in their next collective for a process that will not come. With
-    one process it does nothing. `first` runs before the others hear of the exception; it has to
-    end by itself.
+    With one process it does nothing. `first` is called before the other processes are told. It must
+    return; no time limit is set.
     """
+    # Without this the others wait in their next collective for a process that has ended.
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -211,7 +214,8 @@ def fail_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 def _describe_failure(error: BaseException) -> dict[str, Any]:
-    problems = getattr(error, "problems", None)  # of those that a user can act on
+    """Returns number, exit code and text of this process's failure, as JSON values."""
+    problems = getattr(error, "problems", None)  # of an InputError
     if problems is None:
         text = "".join(traceback.format_exception(error)).rstrip()
     else:
@@ -221,17 +225,18 @@ def _describe_failure(error: BaseException) -> dict[str, Any]:
 
 
 def _publish_failure(failure: dict[str, Any]) -> dict[str, Any]:
-    """The first failure of the run: this one, or the one that it follows from."""
+    """Publishes a failure to all processes. Returns the first failure of the run."""
     client = distributed.global_state.client
     try:
         client.key_value_set(f"{FAILURE}first", json.dumps(failure))
-    except RuntimeError:  # there is one, or the coordinator has died
+    except RuntimeError:  # another failure is published, or the coordinator has died
         with contextlib.suppress(RuntimeError):
             return _read_published() or failure
     return failure
 
 
 def _read_published() -> dict[str, Any] | None:
+    """Returns the published failure, if there is one."""
     found = distributed.global_state.client.key_value_dir_get(FAILURE)
     return json.loads(found[0][1]) if found else None
 
@@ -240,43 +245,44 @@ _ending = threading.Lock()
 
 
 def _end_process(failure: dict[str, Any]) -> None:
-    """Says why and exits at once: any other way out waits for the other processes."""
+    """Prints the failure and exits at once."""
+    # Any other way to exit waits for the other processes.
     with _ending:
         own = jax.process_index()
         prefix = f"process {failure['process']}: "
-        if own in (0, failure["process"]):  # the others would only repeat it
+        if own in (0, failure["process"]):  # the others would print the same
             lines = failure["text"].splitlines()
             print("\n".join(prefix + line for line in lines), file=sys.stderr)
-        # An error of its own may still come from another one that is gone.
+        # Its own error may be the consequence of another process that has ended.
         cause = "" if own == failure["process"] else f", for process {failure['process']} failed"
         print(f"process {own}: ends{cause}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if own == 0:  # it holds what the others have yet to read
+        if own == 0:  # the coordinator: the others still have to read the failure
             time.sleep(4 * POLL_S)
         os._exit(failure["code"])
 
 
 def _watch_for_failures() -> None:
-    """Ends this process soon after another one has failed, wherever it waits."""
+    """Starts a thread that ends this process soon after another one has failed."""
     stopped = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not stopped.wait(POLL_S):
             try:
                 failure = _read_published()
-            except RuntimeError:  # the coordinator has died, of which jax tells us
+            except RuntimeError:  # the coordinator has died; jax reports that
                 continue
             if failure is not None and not stopped.is_set():
                 _end_process(failure)
 
-    thread = threading.Thread(target=look, name="failures of other processes", daemon=True)
+    thread = threading.Thread(target=poll, name="failures of other processes", daemon=True)
 
     def stop() -> None:
         stopped.set()
         thread.join()
 
-    atexit.register(stop)  # runs before jax lets go of the client
+    atexit.register(stop)  # runs before jax closes the client
     thread.start()
 
 
@@ -284,9 +290,9 @@ def _watch_for_failures() -> None:
 
 
 def broadcast_first(number: int | None) -> int | None:
-    """The first process's number (above -1) or None, for a decision that all must share.
+    """Returns the first process's number (above -1) or None, for a decision of all processes.
 
-    Files that one process sees another may not yet see.
+    One process may not yet see files that another one sees.
     """
     if jax.process_count() == 1:
         return number
@@ -297,7 +303,7 @@ def broadcast_first(number: int | None) -> int | None:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have reached this call."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -305,7 +311,7 @@ def barrier(name: str) -> None:
 
 
 def all_gather(values: np.ndarray) -> np.ndarray:
-    """[processes, ...]: an array of each process, of the same shape in all."""
+    """Returns the arrays of all processes, [processes, ...]; all have the same shape."""
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils
@@ -314,12 +320,12 @@ def all_gather(values: np.ndarray) -> np.ndarray:
 
 
 def all_max(value: int) -> int:
-    """Over all processes."""
+    """Returns the largest value of all processes."""
     return int(all_gather(np.array([value], np.int32)).max())
 
 
 def all_union(numbers: set[int]) -> set[int]:
-    """The numbers (from 0 on) of all processes."""
+    """Returns the numbers (from 0 on) of all processes."""
     if jax.process_count() == 1:
         return numbers
     padded = np.full(all_max(len(numbers)), -1, np.int32)

@@ -249,7 +249,7 @@ def test_time_is_between_perfect_overlap_and_none():
     chip = chips.Chip("test", 2**30, bandwidth=100.0, peak=1000.0, links=10.0)
     work = cost.Cost(flops=1200.0, hbm=80.0, collectives={"all-gather": cost.Traffic(1, 21.0)})
     one = tables.CompiledProgram(programs.Program("update", None, (), (), 2), 0, 0, 0, 0, 0, work)
-    assert one.seconds(chip) == pytest.approx((2.0, 1.0, 3.0))
+    assert one.estimate_seconds(chip) == pytest.approx((2.0, 1.0, 3.0))
     assert "6.0 s if products, memory and links overlap, 12.0 s" in tables.format_iteration(
         [one], chip
     )
