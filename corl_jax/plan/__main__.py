@@ -1,8 +1,8 @@
-"""Compile a run for devices that need not be there: does it fit, what does it cost?
+"""Compiles a run for devices that need not exist: does it fit, and what does it cost?
 
 python -m corl_jax.plan --config FILE --topology v5e:4x4 [key=value ...]
 
-Compiles the training step and both samplers of a GRPO config as the run would, from shapes alone:
+Compiles the training step and the samplers of a config as the run would, from shapes alone:
 no weights, no data, no TPU. Prints memory, operations and collectives of each device, and an
 estimate of the time. Exit code 1: it does not fit.
 """
@@ -89,7 +89,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def resolve_model_config(path: str, preset: str | None) -> JanusConfig:
-    """Sizes by a preset's name, a directory's config.json, or a name that holds a preset's.
+    """Returns the sizes of a preset, of a directory's config.json, or of the preset in a name.
 
     Raises:
         InputError: none of them says what the model is.
@@ -113,10 +113,10 @@ def resolve_model_config(path: str, preset: str | None) -> JanusConfig:
 def resolve_prompt_lengths(
     args: argparse.Namespace, config: Config, model: JanusConfig
 ) -> dict[str, int]:
-    """Padded tokens of each task's longest prompt.
+    """Returns the padded length of each task's longest prompt in tokens.
 
     Raises:
-        InputError: a length that the config or the model does not admit.
+        InputError: a length that the config or the model does not allow.
     """
     limit, problems = config.data.max_prompt_length, []
     shortest = {"t2i": 1, "mm2t": model.num_image_tokens + 2}
@@ -141,23 +141,24 @@ def resolve_prompt_lengths(
 def select_programs(
     planned: list[programs.Program], names: list[str] | None
 ) -> list[programs.Program]:
-    """Those whose name starts with one of `names`; None takes all.
+    """Returns the programs whose name starts with one of `names`; None selects all.
 
     Raises:
-        InputError: a name that no program of this config has.
+        InputError: no program of this config has a name.
     """
     if names is None:
         return planned
-    known = [each.name for each in planned]
-    unknown = [name for name in names if not any(each.startswith(name) for each in known)]
+    known = [program.name for program in planned]
+    unknown = [name for name in names if not any(program.startswith(name) for program in known)]
     if unknown:
         raise InputError(
             f"--only: found {', '.join(unknown)}; this config's programs are {', '.join(known)}"
         )
-    return [each for each in planned if each.name.startswith(tuple(names))]
+    return [program for program in planned if program.name.startswith(tuple(names))]
 
 
 def find_devices(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+    """Returns the devices of a topology and their chip; `hbm` in GiB replaces its memory."""
     if topology == "local":
         startup.start_devices()
     devices, chip = (
@@ -167,6 +168,7 @@ def find_devices(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
 
 
 def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+    """Returns the lines about model, devices and iteration."""
     config, model = outline.config, outline.model_config
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract(model)))
     train, rollout = config.train, config.rollout
@@ -185,7 +187,7 @@ def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     args = parse_arguments(argv)
     startup.check_jax_settings()
     if args.topology != "local":
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     devices, chip = find_devices(args.topology, args.hbm)
     outline = resolve.outline_run(config, model, STAND_INS, devices)
     print(format_heading(outline, chip, lengths), flush=True)
-    listed, reserve = [], args.reserve * chips.GIB
+    compiled, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
     kept, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
     planned = select_programs(planned, args.only)
@@ -210,14 +212,14 @@ def main(argv: list[str] | None = None) -> None:
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
-            listed.append(tables.compile_program(program, kept))
+            compiled.append(tables.compile_program(program, kept))
     for part in (
-        tables.format_memory_table(listed, chip, reserve),
-        tables.format_cost_table(listed, chip),
-        tables.format_iteration(listed, chip),
+        tables.format_memory_table(compiled, chip, reserve),
+        tables.format_cost_table(compiled, chip),
+        tables.format_iteration(compiled, chip),
     ):
         print(f"\n{part}")
-    if tables.fits(listed, chip, reserve) is False:
+    if tables.fits(compiled, chip, reserve) is False:
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
 
 

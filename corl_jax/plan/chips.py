@@ -1,4 +1,4 @@
-"""Accelerators: what each has by its maker's figures, and descriptions of whole TPU topologies."""
+"""Accelerators with their makers' figures, and descriptions of TPU slices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator; `jax` sees it as one device.
+    """One accelerator, which `jax` sees as one device.
 
-    `hbm` is what XLA may use of the memory, which for TPUs is a little less than is sold.
+    `hbm` is the memory that XLA may use. For TPUs that is a little less than the makers state.
     """
 
     name: str
@@ -60,7 +60,7 @@ _NO_MACHINE = {
 
 
 def find_local_chip() -> tuple[list[Any], Chip]:
-    """The devices present and what they are; a kind that nobody listed has no figures."""
+    """Returns the devices of this machine and their chip; an unknown chip has no figures."""
     devices = jax.devices()
     kind = devices[0].device_kind.lower()
     gpu = next((name for name in ("h100", "h200") if name in kind), "")
@@ -72,10 +72,10 @@ def find_local_chip() -> tuple[list[Any], Chip]:
 
 
 def describe_slice(name: str) -> tuple[list[Any], Chip]:
-    """Devices of a TPU slice such as `v5e:4x4`, which need not exist, and their chip.
+    """Returns the devices of a TPU slice such as `v5e:4x4`, which need not exist, and their chip.
 
     Raises:
-        InputError: no such topology, or no libtpu, whose compiler describes it.
+        InputError: no such topology, or libtpu, whose compiler describes it, is not installed.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     tpus = [key for key, chip in CHIPS.items() if chip.name.startswith("TPU")]

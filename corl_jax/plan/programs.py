@@ -1,7 +1,7 @@
-"""The programs of a GRPO iteration, ready to be lowered: the run's own functions, shapes as inputs.
+"""The programs of a GRPO iteration: the run's own functions, with shapes as inputs.
 
-Nothing is materialised: parameters, optimizer state and batches are ShapeDtypeStructs with the
-shardings that a run gives them.
+Parameters, optimizer state and batches are ShapeDtypeStructs with the shardings of a run; no array
+is made.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ class Program:
     rounds: int = 1  # of a loop whose end depends on what is drawn, at most
 
     def lower(self) -> Any:
-        """Within `jax.set_mesh`."""
+        """Lowers the program; call it within `jax.set_mesh`."""
         return self.function.lower(*self.resident, *self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResidentArrays:
-    """What stays on the devices for the whole run."""
+    """Shapes of the arrays that stay on the devices for the whole run."""
 
     state: TrainState
     frozen: Params
     reference: Params | None
 
     def by_name(self) -> dict[str, Any]:
+        """Returns the arrays by the name that tables print."""
         return {
             "trained parameters": self.state.params,
             "optimizer": self.state.opt_state,
@@ -59,7 +60,7 @@ class ResidentArrays:
 
 
 def attach_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie; `shardings` is a tree like theirs, or one for all."""
+    """Returns shapes with shardings; `shardings` is a tree like `shapes`, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(
@@ -70,7 +71,7 @@ def attach_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def count_shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of shapes with shardings."""
+    """Counts the bytes of one device for shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -80,9 +81,9 @@ def count_shard_bytes(tree: Any) -> int:
 def make_resident_arrays(
     outline: RunOutline, stored: Any = jnp.bfloat16
 ) -> tuple[ResidentArrays, Any, TrainState]:
-    """(what the run keeps, its optimizer, the state's shardings), as `build.build` lays it out.
+    """Returns (resident arrays, optimizer, shardings of the state), as `build.build` lays them out.
 
-    `stored` is the dtype of the model's files, in which the frozen parameters stay.
+    `stored` is the dtype of the model's files, in which frozen parameters stay.
     """
     config, mesh = outline.config, outline.mesh
     parts = partition(network.abstract(outline.model_config), config.trained)
@@ -111,7 +112,7 @@ def make_resident_arrays(
 
 
 def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
-    """`count` prompts of `length` padded tokens, with pixels where the task reads a picture."""
+    """Returns shapes of `count` prompts of `length` padded tokens, with pixels for questions."""
     rows = batch_sharding(outline.mesh)
     side = outline.model_config.siglip.image_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
@@ -123,13 +124,14 @@ def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> Enc
 
 
 def get_completion_length(outline: RunOutline, task: str) -> int:
+    """Returns the number of tokens of a task's longest completion."""
     if task == "t2i":
         return outline.model_config.num_image_tokens
     return outline.config.rollout.max_new_tokens
 
 
 def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
-    """What an update reads; `extra` names the log-probs that it needs besides the sampler's."""
+    """Returns shapes of an update's batch; `extra` names further log-probs that it needs."""
     config = outline.config
     count = config.train.prompts_per_step
     rows = count * config.rollout.group_size
@@ -149,9 +151,9 @@ def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, .
 def make_programs(
     outline: RunOutline, lengths: dict[str, int], stored: Any = jnp.bfloat16
 ) -> tuple[ResidentArrays, list[Program]]:
-    """What a GRPO iteration runs on the devices, rewards excluded, in its order.
+    """Returns the resident arrays and the programs of an iteration in order, without rewards.
 
-    `lengths` are the padded tokens of each task's prompts, `stored` is the dtype of the model's
+    `lengths` are the padded lengths of each task's prompts. `stored` is the dtype of the model's
     files, which for the released ones is bfloat16.
     """
     config, group = outline.config, outline.config.rollout.group_size

@@ -253,21 +253,25 @@ def test_several_devices_and_a_profile(tmp_path):
 def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
     setting = published("tiny", tmp_path)
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.local_devices()[:4])
-    kernel = dataclasses.replace(setting, mesh=mesh).policy(jax.numpy.float32)["lm_head"]["kernel"]
+    kernel = dataclasses.replace(setting, mesh=mesh).make_policy(jax.numpy.float32)["lm_head"][
+        "kernel"
+    ]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
 
 
 def test_both_layouts_draw_the_same(monkeypatch):
     """And only one of them asks for the policy's matrices to be gathered, inside of layers too."""
     drawn, asked, laid_out = [], [], []
-    gathered, constrain = sampling.gathered, device_mesh.constrain
+    gather, constrain = sampling.gather_over_fsdp, device_mesh.constrain
 
     def keep(call, repeats):
         drawn.append(np.asarray(call().tokens))
         return Timing(1.0, (1.0,))
 
     monkeypatch.setattr("tools.bench.setting.measure", keep)
-    monkeypatch.setattr(sampling, "gathered", lambda params: asked.append(1) or gathered(params))
+    monkeypatch.setattr(
+        sampling, "gather_over_fsdp", lambda params: asked.append(1) or gather(params)
+    )
     monkeypatch.setattr(
         device_mesh, "constrain", lambda x, *names: laid_out.append(names) or constrain(x, *names)
     )
@@ -308,7 +312,7 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         )
         return state, *rest
 
-    monkeypatch.setattr(bits, "start", started)
+    monkeypatch.setattr(bits, "start_training", started)
     command.main([*TINY, "--parts", "bits"])
     pattern = r"^bits +(.+?)  +results (\d)  of 2  digest (\w{12})\b"
     shown = re.findall(pattern, capsys.readouterr().out, re.M)

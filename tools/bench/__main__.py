@@ -164,7 +164,7 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: InputError listing every argument that cannot be used."""
+    """Checks the arguments. Raises: InputError listing every argument that cannot be used."""
     problems = [
         f"--parts: found {part!r}, expected some of {','.join(RUNS)}"
         for part in args.parts
@@ -193,7 +193,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def choose_attention(args: argparse.Namespace) -> AttentionKernel:
-    """What the update attends with; looks at the device.
+    """Returns the attention kernel of the update; looks at the device.
 
     Raises: InputError for a kernel that the device cannot run.
     """
@@ -209,9 +209,9 @@ def choose_attention(args: argparse.Namespace) -> AttentionKernel:
 
 
 def parse_axes(mesh: str) -> dict[str, int]:
-    """Devices along each axis of a mesh, of what --mesh says.
+    """Returns the number of devices along each axis of --mesh.
 
-    Raises: InputError for an axis that there is not, or a number that is none.
+    Raises: InputError for an unknown axis, or a number below 1.
     """
     parts = (part.partition("=") for part in mesh.split(",") if part)
     named = {name: value for name, _, value in parts}
@@ -252,7 +252,7 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
 
 
 def describe_environment(argv: list[str], mesh: str) -> dict[str, Any]:
-    """Where and how the numbers came about."""
+    """Returns date, command, devices and versions of the measurement."""
     device = jax.local_devices()[0]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -308,7 +308,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     args = parse_arguments(argv)
     check_arguments(args)
     # Before JAX uses the device.

@@ -1,4 +1,4 @@
-"""Whether the same call gives the same bits again, in this process and in the next."""
+"""Checks whether the same call gives the same bits again, in this process and in the next."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ UPDATES = 2
 
 
 def measure_bits(setting: Setting) -> Iterator[Record]:
-    """Rollouts, pixels, and the state after UPDATES optimizer steps from the same start.
+    """Measures rollouts, pixels, and the state after UPDATES optimizer steps from the same start.
 
-    `results`: how many different ones --repeats + 1 calls gave. `digest` is of the last one's
-    bits: two runs of the benchmark compare by it. On GPUs both are of interest with and without
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+    `results` is the number of different results of --repeats + 1 calls. `digest` is a hash of the
+    last result's bits; compare it between two runs of the benchmark. On GPUs, run it with and
+    without XLA_FLAGS=--xla_gpu_deterministic_ops=true.
     """
     yield from _measure_samplers(setting)
     name = f"{UPDATES} updates, {setting.attention}"
@@ -42,14 +42,14 @@ def _measure_samplers(setting: Setting) -> Iterator[Record]:
 
 
 def repeat_call(setting: Setting, name: str, call: Callable[[], Any]) -> Record:
-    """The record of one thing that is called several times."""
+    """Returns the record of a call that is repeated."""
     digests = [summary(call()) for _ in range(setting.repeats + 1)]
     figures = {"results": len(set(digests)), "of": len(digests), "digest": digests[-1][:12]}
     return Record("bits", name, None, figures)
 
 
 def run_updates(setting: Setting) -> Any:
-    """The trained parameters and moments, a fresh start some updates on."""
+    """Returns trained parameters and moments after UPDATES updates from a new start."""
     state, frozen, step = start_training(setting)
     batch = make_batch(setting)
     for _ in range(UPDATES):

@@ -1,4 +1,4 @@
-"""The image sampler in each of the builds of `devices.compiling`, whichever a call would take."""
+"""The image sampler in each build of `devices.compiling`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.bench.timing import Record
 
 
 def measure_builds(setting: Setting) -> Iterator[Record]:
-    """Guided tokens without their pixels; the prefill counts into the milliseconds a step."""
+    """Measures guided tokens without their pixels; milliseconds a step include the prefill."""
     params, program = setting.make_policy(COMPUTE), sampling._image_program
     prompts, drawn = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
     sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, drawn)

@@ -1,7 +1,8 @@
-"""What the device itself can do, measured in the run whose results are compared with it.
+"""Measures the rates of the device, in the same run as the results that are compared with them.
 
-Calls are dispatched one after another without waiting, few and many; the difference of the two
-times is that of the calls between them, free of what starting and waiting cost the host.
+Few calls and then many calls are dispatched one after another without waiting. The difference of
+the two times is the time of the calls between them, without the host's cost of starting and
+waiting.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ COPIES: dict[str, tuple[Callable[[jax.Array], jax.Array], Any]] = {
 
 
 def measure_ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings, list[Record]]:
-    """Copying an array of `copied` bytes, and products of square matrices of `product` rows."""
+    """Measures copies of `copied` bytes, and products of square matrices of `product` rows."""
     copies = [*_measure_copies(copied, repeats)]
     matmul = _measure_product(product, repeats)
     best = max(record.figures["tb_per_s"] for record in copies)
@@ -80,7 +81,7 @@ def _measure_product(side: int, repeats: int) -> Record:
 def _time_calls(
     program: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int
 ) -> tuple[Timing, float]:
-    """The timing of many calls, each on the result of the one before, and seconds of one."""
+    """Returns the timing of many calls, each on the last one's result, and seconds of one call."""
 
     def run(calls: int) -> Timing:
         def chain() -> jax.Array:

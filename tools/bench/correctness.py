@@ -1,6 +1,6 @@
-"""Whether samplers and trainer agree at full size: their log-probs of the same tokens.
+"""Checks whether samplers and trainer agree at full size: their log-probs of the same tokens.
 
-Hidden states are compared through the log-probs that they lead to: samplers do not hand them out.
+Hidden states are compared through these log-probs, because samplers do not return them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ Scorer = Callable[[str, EncodedPrompts, Any], np.ndarray]
 
 
 def measure_correctness(setting: Setting) -> Iterator[Record]:
-    """Two prompts of different length, two completions each; at tiny size in float32 alone.
+    """Measures two prompts of different length with two completions each.
 
-    `cached`: the log-probs that the samplers recorded against the trainer's of the same tokens.
-    `padded`: the shorter prompt in the batch against the same prompt alone, without padding:
-    the trainer's log-probs of the same tokens, and greedy decoding, whose tokens may part for
-    good where two logits are closer than rounding; its log-probs are of the tokens before that and
-    of the first that differs, which is the likeliest in both. Differences are absolute, in nats.
-    Float32 products are taken without shortcuts.
-    `repeated`: the share of tokens that a second call draws alike with the same keys, and how many
-    every completion has before the first that differs: GPUs may sum in another order.
+    At tiny size only float32 is measured. Differences are absolute, in nats. Float32 products have
+    full precision.
+
+    `cached`: log-probs that the samplers recorded against the trainer's of the same tokens.
+    `padded`: the shorter prompt in the batch against the same prompt alone, without padding.
+    Log-probs of the trainer for the same tokens, and greedy decoding. Greedy tokens may differ from
+    the first near tie on, so their log-probs are compared up to the first that differs. `repeated`:
+    the fraction of tokens that a second call with the same keys gives again, and the number of
+    tokens before the first that differs. GPUs may sum in another order.
     """
     for dtype in map(jnp.dtype, setting.size.checked):
         params = setting.make_policy(dtype)
@@ -53,7 +54,7 @@ def measure_correctness(setting: Setting) -> Iterator[Record]:
 
 
 def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
-    """The records of one task."""
+    """Yields the records of one task."""
     prompts, sample = make_prompts(setting, task), make_sampler(setting, task, params, dtype)
     score = make_scorer(setting, params, dtype)
     keys = sampling.sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
@@ -74,7 +75,7 @@ def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Ite
 
 
 def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
-    """PROMPTS prompts, the first without padding and the last with some."""
+    """Returns PROMPTS prompts, the first without padding and the last with some."""
     size, special = setting.size, setting.processor.special
     make, length = {
         "t2i": (inputs.make_image_prompts, size.image_prompt),
@@ -85,7 +86,7 @@ def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
 
 
 def remove_padding(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
-    """One prompt alone, as long as it is."""
+    """Returns one prompt alone, without its padding."""
     kept = prompts.attention_mask[row]
     pixels = prompts.pixel_values
     return EncodedPrompts(
@@ -96,7 +97,7 @@ def remove_padding(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
 
 
 def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Rollout]:
-    """(prompts, keys, greedy=) -> Rollout; greedy answers have COMPARED tokens."""
+    """Returns (prompts, keys, greedy=) -> Rollout; greedy answers have COMPARED tokens."""
     config, special, most = setting.size.janus, setting.endless, setting.size.new_tokens
 
     def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Rollout:
@@ -114,7 +115,7 @@ def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Cal
 
 
 def make_scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
-    """The trainer's own scoring step."""
+    """Returns the trainer's log-prob step."""
     kernel = setting.attention if dtype == COMPUTE else "xla"
     step = _make_logprob_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
@@ -132,20 +133,20 @@ def _make_logprob_step(config: Any, special: Any, dtype: Any, kernel: AttentionK
 
 
 def measure_difference(first: Any, second: Any) -> dict[str, float]:
-    """Mean and largest absolute difference of log-probs."""
+    """Returns the mean and the largest absolute difference of log-probs."""
     apart = np.abs(np.asarray(first, np.float64) - np.asarray(second, np.float64))
     return {"difference_mean": float(apart.mean()), "difference_max": float(apart.max())}
 
 
 def compare_tokens(first: Rollout, second: Rollout) -> dict[str, float]:
-    """Share of equal tokens; steps at which all completions are alike, before the first other."""
+    """Returns the fraction of equal tokens, and the number of first steps with all tokens equal."""
     same = np.asarray(first.tokens) == np.asarray(second.tokens)
     prefix = int(np.argmin([*same.all(axis=0), False]))
     return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
 
 def compare_greedy(batched: Rollout, single: Rollout) -> dict[str, float]:
-    """How far the last row of a batch and the same prompt alone go together."""
+    """Compares the last row of a batch with the same prompt alone, up to the first other token."""
     first, second = (
         (np.asarray(x.tokens)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
         for x in (batched, single)

@@ -1,4 +1,4 @@
-"""The samplers and the image tokenizer: rollouts of `prompts` x `group` completions."""
+"""Measures the samplers and the image tokenizer: rollouts of `prompts` x `group` completions."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ STREAMS = {"t2i": 0, "mm2t": 1}
 
 
 def make_keys(setting: Setting, task: str) -> jax.Array:
-    """Of all completions of a task."""
+    """Returns the keys of all completions of a task."""
     drawn = sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
     return setting.place(drawn)
 
 
 def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
-    """Left-padded prompts on the host."""
+    """Returns left-padded prompts on the host."""
     size, special = setting.size, setting.processor.special
     if task == "t2i":
         return inputs.make_image_prompts(size.janus, special, setting.prompts, size.image_prompt)
@@ -36,7 +36,7 @@ def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
 
 
 def make_codes(setting: Setting) -> jax.Array:
-    """Of all completions, [N, T] int32, any of the codebook."""
+    """Returns random codes [N, T] int32 of all completions."""
     config = setting.size.janus
     shape = (setting.completions, config.num_image_tokens)
     drawn = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
@@ -44,7 +44,7 @@ def make_codes(setting: Setting) -> jax.Array:
 
 
 def make_samplers(setting: Setting) -> dict[str, Any]:
-    """task -> (params, prompts, keys) -> Rollout, with the options of the paper."""
+    """Returns task -> (params, prompts, keys) -> Rollout, with the options of the paper."""
     images = functools.partial(
         sampling.sample_images, setting.size.janus,
         special=setting.endless, cfg_scale=CFG_SCALE, temperature=1.0, dtype=COMPUTE,
@@ -57,9 +57,9 @@ def make_samplers(setting: Setting) -> dict[str, Any]:
 
 
 def measure_image(setting: Setting) -> Iterator[Record]:
-    """The image rollout: guided tokens alone, and with their pixels on the host.
+    """Measures the image rollout: guided tokens alone, and with their pixels on the host.
 
-    Milliseconds a step and the fraction of the roofline are of the tokens, prefill included; the
+    Milliseconds a step and the fraction of the roofline are of the tokens, prefill included. The
     roofline is the time of a step's bytes (see `cost`) at the measured rate of copying.
     """
     size, params = setting.size, setting.make_policy(COMPUTE)
@@ -85,9 +85,9 @@ def measure_image(setting: Setting) -> Iterator[Record]:
 
 
 def measure_text(setting: Setting) -> Iterator[Record]:
-    """The text rollout: all of it, and its first token, which is vision tower and prefill.
+    """Measures the text rollout: all of it, and its first token, which is vision tower and prefill.
 
-    Milliseconds a step and the fraction of the roofline are of what comes after that token.
+    Milliseconds a step and the fraction of the roofline are of the tokens after the first.
     """
     size, params = setting.size, setting.make_policy(COMPUTE)
     prompts, drawn = setting.place(make_prompts(setting, "mm2t")), make_keys(setting, "mm2t")
@@ -114,7 +114,7 @@ def measure_text(setting: Setting) -> Iterator[Record]:
 
 
 def measure_vq(setting: Setting) -> Iterator[Record]:
-    """Codes to pixels, uint8 on the host."""
+    """Measures codes to pixels, uint8 on the host."""
     config, params, drawn = setting.size.janus, setting.make_policy(COMPUTE), make_codes(setting)
 
     def decode() -> np.ndarray:
@@ -126,7 +126,7 @@ def measure_vq(setting: Setting) -> Iterator[Record]:
 
 
 def _describe_decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
-    """What decode steps cost, against the time of the bytes that one device reads."""
+    """Returns the cost of decode steps, against the time of the bytes that one device reads."""
     step = seconds / steps
     own = dataclasses.replace(work, prompts=work.prompts // setting.num_batch_shards)
     figures: dict[str, Any] = {"ms_per_step": 1e3 * step}

@@ -1,6 +1,7 @@
-"""Whether the update's attention differentiates as it should: its gradients against exact ones.
+"""Checks the gradients of the update's attention against exact ones.
 
-With one update a rollout the loss is the same whatever the network computes, so it shows nothing.
+With one update a rollout the value of the loss is the same whatever the network computes, so it
+cannot show an error.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from tools.bench.timing import Record
 
 
 def measure_gradients(setting: Setting) -> Iterator[Record]:
-    """Of each task's loss: how far they are from those in float32, as a share of their length.
+    """Measures errors of each task's gradients against float32, as fractions of their length.
 
-    `error` is of the update's attention in bfloat16, `error_xla` of XLA's own in bfloat16, which a
-    sound kernel should not exceed by much; `largest` and `largest_xla` are those of the leaf that
-    is off most. Float32 products are taken without shortcuts, and by XLA's attention.
+    `error` is of the update's attention in bfloat16, `error_xla` of XLA's in bfloat16, which a
+    correct kernel should not exceed by much. `largest` and `largest_xla` are those of the leaf with
+    the largest error. Exact gradients use float32 products of full precision and XLA's attention.
     """
     patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
     trained, frozen = partition(setting.make_policy(jnp.float32), patterns)
@@ -46,7 +47,7 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
 
 
 def _make_batch(setting: Setting, task: str) -> step.TaskBatch:
-    """Left-padded prompts, and answers of which some end early."""
+    """Returns left-padded prompts, and answers of which some end early."""
     size = setting.size
     length = size.janus.num_image_tokens if task == "t2i" else size.answer
     made = inputs.make_task_batch(
@@ -68,9 +69,9 @@ def _make_gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any
 
 
 def measure_errors(found: Params, exact: Params) -> dict[str, float]:
-    """Lengths of differences over those of the exact gradients: of all leaves, the largest of one.
+    """Returns the relative error of the gradients: of all leaves, and the largest of one leaf.
 
-    Leaves without gradient, as those of the other task's head, are left out.
+    Leaves without gradient, such as those of the other task's head, are left out.
     """
     apart, lengths = (
         {path: float(_sum_squares(leaf)) for path, leaf in leaf_paths(tree)}

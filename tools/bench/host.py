@@ -1,11 +1,11 @@
-"""How long rewards take that run on the host, one after the other, with no network.
+"""Measures rewards that run on the host, one after the other, without a network.
 
     python -m tools.bench.host
     python -m tools.bench.host --repeats 20
 
-`text` scores 512 completions, half of them to questions of multiple choice: format and accuracy.
-`shapes` looks for objects in 500 pictures of the drawn world. Each time is the shortest of
---repeats rounds, in processor seconds, so that other work on the machine counts little.
+`text` scores 512 completions, half of them of multiple-choice questions: format and accuracy.
+`shapes` finds objects in 500 images of the drawn world. Each time is the shortest of --repeats
+rounds, in processor seconds, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def score_texts() -> None:
 
 
 def measure_shortest(function: Callable[[], object], repeats: int) -> float:
-    """Processor seconds of the quickest of `repeats` calls."""
+    """Returns the processor seconds of the fastest of `repeats` calls."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()

@@ -19,7 +19,7 @@ ENDLESS = -1  # an end of text that no network draws, so that every answer has a
 
 
 def _find_plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
-    """Ids of ordinary tokens."""
+    """Returns the ids of ordinary tokens."""
     structure = [special.bos, special.eos, special.pad, special.boi, special.eoi, special.image]
     return np.setdiff1d(np.arange(config.llama.vocab_size), structure)
 
@@ -27,7 +27,7 @@ def _find_plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
 def _make_left_padded(
     rng: np.random.Generator, special: SpecialTokens, plain: np.ndarray, count: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and mask [count, length], starts [count]: BOS and words, the first row full."""
+    """Returns ids and mask [count, length], starts [count]: BOS and words; row 0 is full."""
     shortest = max(1, round(SHORTEST * length))
     start = length - rng.integers(shortest, length + 1, count)
     start[0] = 0
@@ -40,7 +40,7 @@ def _make_left_padded(
 def make_image_prompts(
     config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
-    """[BOS, words, BOI] of different lengths."""
+    """Returns prompts [BOS, words, BOI] of different lengths."""
     rng = np.random.default_rng([seed, 0])
     ids, mask, _ = _make_left_padded(rng, special, _find_plain_ids(config, special), count, length)
     ids[:, -1] = special.boi
@@ -50,7 +50,7 @@ def make_image_prompts(
 def make_questions(
     config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
-    """[BOS, BOI, picture, EOI, words] of different lengths, with pixel values."""
+    """Returns questions [BOS, BOI, image, EOI, words] of different lengths, with pixel values."""
     rng = np.random.default_rng([seed, 1])
     slots, side = config.num_image_tokens, config.siglip.image_size
     words, mask, _ = _make_left_padded(
@@ -69,7 +69,7 @@ def make_questions(
 def make_task_batch(
     config: JanusConfig, special: SpecialTokens, prompts: EncodedPrompts, group: int, length: int
 ) -> TaskBatch:
-    """Completions of prompts; those of questions end somewhere in their second half."""
+    """Returns completions of prompts; answers end somewhere in their second half."""
     drawn = prompts.pixel_values is None
     rng = np.random.default_rng(3 + drawn)
     rows = len(prompts.input_ids) * group
@@ -88,7 +88,7 @@ def make_task_batch(
 
 
 def make_images(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """Pictures of random blocks, uint8 [count, side, side, 3]."""
+    """Returns images of random blocks, uint8 [count, side, side, 3]."""
     rng = np.random.default_rng([seed, 2])
     return np.stack([np.asarray(_make_blocks(rng, (side, side))) for _ in range(count)])
 
@@ -99,7 +99,7 @@ def _make_blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image
 
 
 def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
-    """Columns of `count` rows of a data set, each repeated for the completions of its group."""
+    """Returns columns of `count` data rows, each repeated for the completions of its group."""
     rng = np.random.default_rng([seed, 4])
 
     def sentence() -> str:
@@ -123,7 +123,7 @@ def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
 
 
 def make_answers(count: int, words: int, seed: int = 0) -> list[str]:
-    """Texts of about `words` words: well-formed, of a few answers, and some without tags."""
+    """Returns texts of about `words` words: well-formed, with few answers, some without tags."""
     rng = np.random.default_rng([seed, 5])
 
     def text(number: int) -> str:

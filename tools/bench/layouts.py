@@ -1,7 +1,7 @@
-"""Decoding with matrices gathered once a rollout, and with matrices split as training has them.
+"""Measures decoding with matrices gathered once a rollout, and with matrices split as in training.
 
-The samplers do the former. The latter leaves it to XLA when the loop over tokens gathers what a
-step reads; for the time of the measurement it takes the place of the samplers' own layout.
+The samplers gather once. For the other layout this module replaces the samplers' layout during
+the measurement; XLA then decides when the loop over tokens gathers the matrices.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tools.bench.timing import Record
 
 
 def measure_layouts(setting: Setting) -> Iterator[Record]:
-    """Seconds of a rollout of images without their pixels, in both layouts, on a mesh with `fsdp`.
+    """Measures image rollouts without their pixels, in both layouts, on a mesh with `fsdp`.
 
-    The same completions, up to rounding; the parameters start as training lays them out.
+    The completions are the same, up to rounding. The parameters start as training lays them out.
     """
     params = setting.make_policy(COMPUTE)
     prompts, drawn = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
@@ -41,7 +41,7 @@ def measure_layouts(setting: Setting) -> Iterator[Record]:
 
 @contextlib.contextmanager
 def use_training_layout() -> Iterator[None]:
-    """Takes what lays matrices out for decoding away from the samplers; activations keep theirs."""
+    """Removes the samplers' layout of matrices in the block; activations keep theirs."""
 
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return device_mesh.constrain(x, *names) if names[0] == "batch" else x

@@ -1,4 +1,4 @@
-"""The rewards: seconds of the project's reward functions, with networks resident and offloaded."""
+"""Measures the project's reward functions, with networks on the device and offloaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CYCLE = "t2i_bid_cycle_reward"
 
 
 def measure_rewards(setting: Setting) -> Iterator[Record]:
-    """The first stage's rewards together, then each reward, then those of answers."""
+    """Measures the first stage's rewards together, then each reward, then those of answers."""
     policy = prevent_end(setting.make_policy(jnp.float32), setting.processor.special.eos)
     scored = _make_image_samples(setting)
     yield from _measure_stage_one(setting, policy, scored)
@@ -79,7 +79,7 @@ def _measure_reward(
 
 
 def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
-    """All rewards of the config, one after another, on the images and as many answers."""
+    """Measures all rewards of the config, one after another, on the images and as many answers."""
     config = config_files.load(UNIFIED)
     resolved = registry.resolve(config.rewards, config.compat)
     answered = _make_answer_samples(setting, len(scored))
@@ -103,7 +103,7 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
 def _measure_cycle_terms(
     setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
-    """What the cycle reward's time goes to, as far as its networks are there."""
+    """Measures the parts of the cycle reward, as far as their networks are there."""
     pictures, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
     said = prompts
     with contextlib.ExitStack() as stack:
@@ -133,7 +133,7 @@ def _squash_images(pictures: np.ndarray) -> list[np.ndarray]:
 
 
 def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
-    """On the host alone."""
+    """Measures rewards of answers, which run on the host alone."""
     answered = _make_answer_samples(setting, setting.size.answers)
     context = Context(None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
@@ -148,7 +148,7 @@ def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
 
 
 class Counted(FrozenNetwork):
-    """A frozen network that adds up the bytes of its parameters, each time that it is used."""
+    """A frozen network that adds up the bytes of its parameters, each time it is used."""
 
     def __init__(self, network: Network, sharding: Any, offload: bool):
         super().__init__(network, sharding, offload=offload)
@@ -156,7 +156,7 @@ class Counted(FrozenNetwork):
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Any]:
-        """As a FrozenNetwork's."""
+        """Yields the network, as FrozenNetwork does."""
         with super().use() as network:
             self.moved += sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
             yield network
@@ -169,7 +169,7 @@ class Networks:
         self._setting, self._names = setting, names
 
     def yield_placements(self) -> Iterator[dict[str, Counted]]:
-        """The networks resident, then offloaded where that is to be measured."""
+        """Yields the networks on the device, then offloaded if that is to be measured."""
         yield {name: self._make_network(name, False) for name in self._names}
         if self._names and self._setting.offload:
             yield {name: self._make_network(name, True) for name in self._names}
@@ -196,7 +196,7 @@ def _describe_placement(held: Mapping[str, Counted]) -> str:
 
 
 def _count_moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
-    """GB that a call brings to the device, of offloaded networks."""
+    """Returns the GB of offloaded networks that a call moves to the device."""
     moved = sum(frozen.moved for frozen in held.values() if frozen.offloaded)
     return {"moved_gb": moved / calls / 1e9} if moved else {}
 

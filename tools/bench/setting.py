@@ -1,4 +1,4 @@
-"""What all parts share: the sizes, how often, where, and the random Janus."""
+"""The values that all parts share: sizes, repeats, mesh, and the random Janus."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ class Setting:
 
     @property
     def num_batch_shards(self) -> int:
-        """Into how many parts the mesh splits prompts."""
+        """Number of parts into which the mesh splits prompts."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
     @property
     def endless(self) -> SpecialTokens:
-        """The special tokens with an end of text that is never drawn."""
+        """The special tokens with an end of text that is never sampled."""
         return dataclasses.replace(self.processor.special, eos=ENDLESS)
 
     def make_policy(self, dtype: Any) -> Params:
-        """A random Janus, laid out by the table of parameters."""
+        """Makes a random Janus, laid out by the sharding rules."""
 
         def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
             return NamedSharding(self.mesh, param_spec(path, shape, self.mesh))
@@ -69,11 +69,11 @@ class Setting:
         return draw_params(network.abstract(self.size.janus), 0, dtype, place)
 
     def place(self, tree: Any) -> Any:
-        """Arrays on the devices, their leading axis spread over them as prompts are."""
+        """Moves arrays to the devices, their leading axis spread over them like prompts."""
         return jax.device_put(tree, batch_sharding(self.mesh))
 
     def measure(self, name: str, call: Callable[[], Any]) -> Timing:
-        """The seconds of a call; with `trace` a further one is profiled."""
+        """Measures the seconds of a call; with `trace` one more call is profiled."""
         timing = measure(call, self.repeats)
         if self.trace is not None:
             with jax.profiler.trace(self.trace / name, create_perfetto_trace=True):

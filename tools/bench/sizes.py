@@ -1,4 +1,4 @@
-"""What is measured: the sizes of the networks, and the lengths of prompts and answers."""
+"""The sizes of the measured networks, and the lengths of prompts and answers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ _TINY_NETWORKS = {
 
 
 def _tiny_janus() -> JanusConfig:
-    """The shipped mini Janus with less of everything that a step or a compilation repeats."""
+    """Returns the shipped mini Janus with fewer layers, smaller images and fewer codes."""
     config = make_mini_config(vocab_size=640)
     llama = dataclasses.replace(config.llama, num_layers=2)
     siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=16, patch_size=4)

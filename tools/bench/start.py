@@ -1,14 +1,14 @@
-"""How long the training command takes from its start to the end of its first step.
+"""Measures the training command from its start to the end of its first step.
 
     python -m tools.bench.start --size 1b
     python -m tools.bench.start --size 1b --out start.jsonl train.prompts_per_step=8
 
-A checkpoint of random weights in transformers' layout is written first, and rows with pictures.
+It first writes a checkpoint of random weights in transformers' layout, and rows with images. Then
 `configs/janus_pro_1b/unified.yaml` runs on them twice, with the rewards that need no network but
-the policy: once with an empty compilation cache, `cold`, and once with what that run left there.
+the policy: once with an empty compilation cache (`cold`), and once with the cache of that run.
 Evaluation and export are off, and the command is ended after its first step. Seconds are from the
 start of the process: imports, the check of data and weights, loading, compilation, one step.
-What follows --out are options of the run, as the training command takes them.
+Arguments after --out are options of the run, as the training command takes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 
 
 def write_model(folder: Path, config: JanusConfig) -> None:
-    """Random bfloat16 weights, drawn on the host, with the mini Janus's words."""
+    """Writes random bfloat16 weights, made on the host, with the mini Janus's tokenizer."""
     params = draw_params(network.abstract(config), 0, jnp.bfloat16)
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
@@ -60,7 +60,7 @@ def write_model(folder: Path, config: JanusConfig) -> None:
 
 
 def write_rows(file: Path) -> None:
-    """In the published layout."""
+    """Writes rows in the published layout."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -76,7 +76,7 @@ def _encode_png(picture: Any) -> bytes:
 
 
 def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
-    """The published config on what `folder` holds.
+    """Writes the published config with the files of `folder`.
 
     Raises: InputError for options that the run would refuse.
     """
@@ -100,9 +100,9 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
 
 
 def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
-    """Runs the training command until its first step has ended; `settings` for its environment.
+    """Runs the training command until its first step has ended; `settings` extend its environment.
 
-    Raises: InputError with what it said, where it ends before.
+    Raises: InputError with the command's output, if it ends before.
     """
     environment = os.environ | settings
     began, said = time.perf_counter(), []
@@ -121,7 +121,7 @@ def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) ->
 
 
 def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
-    """One record for the cold start and one for that from the cache."""
+    """Yields one record for the cold start and one for the start with the cache."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_config(folder, size, overrides)
@@ -135,7 +135,7 @@ def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.start",
         description=__doc__,

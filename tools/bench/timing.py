@@ -1,4 +1,4 @@
-"""Taking times on the host clock, and one line of results."""
+"""Measures times on the host, and formats one line of results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Timing:
 
     @property
     def compile(self) -> float:
-        """What the first call took longer than the others: compilation, or reading its cache."""
+        """Seconds of compilation, or of reading its cache: first call minus median."""
         return max(self.first - self.median, 0.0)
 
 
@@ -44,7 +44,7 @@ def _time_call(call: Callable[[], Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One measured thing; the figures' names end in their unit where they have one."""
+    """One measured thing; names of figures end in their unit, if they have one."""
 
     part: str
     name: str
@@ -53,7 +53,7 @@ class Record:
     memory: dict[str, float] | None = None  # GiB; None: JAX's, when the record is written
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: part, name, seconds, figures, memory."""
+        """Returns a flat dict: part, name, seconds, figures, memory."""
         seconds: dict[str, Any] = {}
         if self.timing is not None:
             seconds = {
@@ -64,7 +64,7 @@ class Record:
         return {"part": self.part, "name": self.name, **seconds, **self._counted()}
 
     def format_row(self) -> str:
-        """The line of the table."""
+        """Returns the line of the table."""
         seconds, compiled = "", ""
         if self.timing is not None:
             seconds, compiled = f"{self.timing.median:.4f}", f"{self.timing.compile:.1f}"

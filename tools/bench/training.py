@@ -32,7 +32,7 @@ TASKS = ("t2i", "mm2t")
 
 
 def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
-    """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
+    """Returns a new float32 state with AdamW, the frozen parameters, and the jitted step."""
     patterns = [ADAPTERS] if setting.size.janus.llama.lora else Train().trainable
     trained, frozen = partition(setting.make_policy(COMPUTE), patterns)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
@@ -46,7 +46,7 @@ def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
 
 
 def make_loss_options(setting: Setting) -> LossOptions:
-    """That of the paper's first stage."""
+    """Returns the loss options of the paper's first stage."""
     scoring = LogprobOptions(
         setting.processor.special, remat=setting.remat, attention=setting.attention
     )
@@ -55,7 +55,7 @@ def make_loss_options(setting: Setting) -> LossOptions:
 
 
 def list_works(setting: Setting) -> tuple[Work, ...]:
-    """The completions of a training step."""
+    """Returns the completions of a training step."""
     size, counts = setting.size, (setting.prompts, setting.group)
     return (
         Work("t2i", *counts, size.image_prompt, size.janus.num_image_tokens),
@@ -64,7 +64,7 @@ def list_works(setting: Setting) -> tuple[Work, ...]:
 
 
 def make_batch(setting: Setting) -> dict[str, Any]:
-    """A batch of both tasks, on the devices."""
+    """Returns a batch of both tasks, on the devices."""
     size, special = setting.size, setting.processor.special
     return setting.place(
         {
@@ -104,10 +104,10 @@ def measure_train(setting: Setting) -> Iterator[Record]:
 
 
 def measure_iteration(setting: Setting) -> Iterator[Record]:
-    """The project's GRPO iteration, its rewards replaced by free ones.
+    """Measures the project's GRPO iteration, with rewards that cost nothing.
 
-    Both rollouts, pixels and texts on the host, advantages and the update, which reads answers
-    as long as they were sampled. `programs` counts the update's compilations.
+    It has both rollouts, pixels and texts on the host, advantages, and the update, which reads
+    answers as long as they were sampled. `programs` counts the update's compilations.
     """
     state, frozen, step = start_training(setting)
     run, prompts = _make_run(setting, frozen, step), _make_prompts(setting)
@@ -141,7 +141,7 @@ def _free_reward(samples: Samples, context: Context) -> np.ndarray:
 
 
 def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
-    """What an iteration uses of a run; nothing is loaded, saved or evaluated."""
+    """Returns a Run with the values of an iteration; nothing is loaded, saved or evaluated."""
     rewards = {
         task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
         for task in TASKS

@@ -1,7 +1,7 @@
-"""The same work in PyTorch, and how many times as fast this project is.
+"""Measures the same work in PyTorch, and how many times as fast this project is.
 
-PyTorch runs first, in a process of its own that ends before JAX starts: JAX takes most of a
-device's memory as soon as it uses it.
+PyTorch runs first, in a process of its own that ends before JAX starts, because JAX takes most of
+a device's memory as soon as it uses it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ OURS = {"image": "tokens and pixels", "text": "answers", "train": "optimizer ste
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """What PyTorch measured."""
+    """The results of PyTorch."""
 
     environment: dict[str, Any]
     records: tuple[Record, ...]
     failed: tuple[str, ...]  # what did not run to its end
 
     def add_times(self, record: Record) -> Record:
-        """The record with each peer's seconds over its own, if it is of the same work."""
+        """Returns the record with each peer's seconds over its own, if the work is the same."""
         times = {
             f"times_{theirs.name.replace(' ', '_')}": theirs.timing.median / record.timing.median
             for theirs in self.records
@@ -48,7 +48,7 @@ NOBODY = Peers({}, (), ())
 
 
 def list_peer_problems(args: argparse.Namespace) -> list[str]:
-    """What keeps the peer from running, as lines for the user."""
+    """Lists what keeps the peer from running."""
     problems = []
     if not OURS.keys() & set(args.parts):
         problems.append(f"--peer: --parts names none of {','.join(OURS)}, which alone are compared")
@@ -80,7 +80,7 @@ def measure_peers(args: argparse.Namespace) -> Peers:
 
 
 def parse_peers(lines: list[dict[str, Any]], complete: bool) -> Peers:
-    """The first line is of the environment; the others are of one kind of work each."""
+    """Parses the lines of the peer: the first is the environment, each other one kind of work."""
     environment, *found = lines
     failed = [f"peer {line['part']} ({line['name']})" for line in found if "failed" in line]
     if not complete and not failed:  # it was ended from outside

@@ -1,4 +1,4 @@
-"""Random parameters, made where they are used; what keeps random networks busy to the end."""
+"""Random parameters, made on the device, and changes so that random networks never stop early."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Place = Callable[[str, tuple[int, ...]], Any]
 def draw_params(
     abstract: Params, seed: int, dtype: Any = jnp.float32, place: Place | None = None
 ) -> Params:
-    """Normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
+    """Returns normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
 
-    A scalar, which is the log of the factor on CLIP's cosines, becomes that of 100. What Janus
-    always computes in float32 is float32. `place` says where leaves lie, by default on the first
-    device.
+    A scalar, which is the logarithm of the factor on CLIP's cosines, becomes that of 100. The parts
+    of Janus that always compute in float32 are float32. `place` returns the sharding of a leaf, by
+    default the first device.
     """
     # This kind of key is drawn from at the speed of memory.
     keys = itertools.count()
@@ -59,13 +59,13 @@ def _draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) 
 
 
 def prevent_end(params: Params, eos: int) -> Params:
-    """A Janus whose greedy answers never end: the logit of EOS is 0, among the smaller half."""
+    """Changes a Janus so that greedy answers never end: the logit of EOS is 0."""
     kernel = params["lm_head"]["kernel"].at[:, eos].set(0)
     return params | {"lm_head": {"kernel": kernel}}
 
 
 def prevent_separator(params: Params, config: Any) -> Params:
-    """A BLIP whose captions fill all their tokens, of words that BERT knows too."""
+    """Changes a BLIP so that captions use all their tokens, with words that BERT knows too."""
     text = config.text
     decoder = params["text_decoder"]
     barred = jnp.array([text.sep_token_id, *range(text.bos_token_id, text.vocab_size)])

@@ -29,9 +29,9 @@ from tools.mini_janus.config import CONFIGS, MAX_POSITIONS, WORLDS
 
 
 def create_model(out: Path, seed: int, size: str = "mini") -> int:
-    """Writes the directory, whole or not at all, and returns the number of parameters.
+    """Writes the directory, completely or not at all, and returns the number of parameters.
 
-    Raises: InputError where the directory holds files.
+    Raises: InputError if the directory holds files.
     """
     with whole_directory(out) as folder, tempfile.TemporaryDirectory() as assets:
         tokenizer = tokenizers.train_tokenizer(seed, WORLDS[size])
@@ -52,7 +52,7 @@ def create_model(out: Path, seed: int, size: str = "mini") -> int:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.mini_janus",
         description=__doc__,

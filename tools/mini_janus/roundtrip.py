@@ -1,4 +1,4 @@
-"""What the image tokenizer of a Janus loses of the drawn world, by the exact checker."""
+"""Measures what the image tokenizer of a Janus loses of the drawn world, by the exact checker."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ BATCH = 100  # pictures encoded at once
 
 
 def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
-    """The share of `rows` held-out pictures that the checker accepts after encoding and decoding.
+    """Returns how many of `rows` held-out images the checker accepts after encoding and decoding.
 
-    Raises: InputError for wrong numbers, and for a model that cannot be read or draws too small.
+    Raises: InputError for wrong numbers, and for a model that cannot be read or whose images
+        are too small.
     """
     limits = {"--rows": (rows, 1), "--seed": (seed, 0)}
     problems = [
@@ -62,7 +63,7 @@ def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
 
 
 def reconstruct(config: JanusConfig, params: Params, pictures: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [N, S, S, 3] as the image tokenizer gives them back."""
+    """Encodes and decodes images uint8 [N, S, S, 3]."""
     pixels = jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
     codes = encode_images(config, params, pixels)
     return np.asarray(jax.device_get(sampling.decode_images(config, params, codes)))

@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer of the drawn world, with Janus's special tokens.
 
-Every word of the world becomes one token and every byte has one, so any text can be encoded.
+Every word of the world is one token and every byte is one, so any text can be encoded.
 Special tokens come last, as in Janus: their ids follow the merges.
 """
 
@@ -40,7 +40,7 @@ PIECES = r"[\r\n]+| ?</?[a-z]+>|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+"
 
 
 def yield_corpus(seed: int, rows: int = CORPUS_ROWS, world: str = "full") -> Iterator[str]:
-    """All text that a Janus of this drawn world reads or writes."""
+    """Yields all text that a Janus of this drawn world reads or writes."""
     yield from [instructions.CAPTION, "\n", "\n\n", ": "]
     for index in range(rows):
         row = generator.make_row(seed, index, split="train", encode=False, world=world)
@@ -72,12 +72,12 @@ def train_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
 
 
 def count_embedding_rows(tokenizer: Tokenizer) -> int:
-    """The vocabulary size of a model for this tokenizer."""
+    """Returns the vocabulary size of a model for this tokenizer."""
     return -(-tokenizer.get_vocab_size() // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer, max_positions: int) -> None:
-    """Writes what `corl_jax.weights` needs to make the tokenizer and processor files."""
+    """Writes the files from which `corl_jax.weights` makes the tokenizer and processor files."""
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {"model_max_length": max_positions}
     (out / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")

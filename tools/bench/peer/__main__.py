@@ -47,21 +47,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Where the peer's numbers are from."""
+    """Returns the device and the versions of the peer."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     versions = {package: importlib.metadata.version(package) for package in ("transformers",)}
     return {"device": name, "versions": {"torch": torch.__version__, **versions}}
 
 
 def measure_memory(device: str) -> dict[str, float]:
-    """GiB, as torch counts them, at the most since the last reset."""
+    """Returns the peak GiB since the last reset, as torch counts them."""
     if device == "cpu":
         return {}
     return {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
 
 
 def attempt(peer: Peer, run: Callable[[Peer], Measured]) -> dict[str, Any]:
-    """What a run measured; or what stopped it, so that the others can still be measured."""
+    """Returns the results of a run, or its error, so that the others can still be measured."""
     if peer.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -75,7 +75,7 @@ def attempt(peer: Peer, run: Callable[[Peer], Measured]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     args = parse_arguments(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --peer: torch sees no CUDA device; JAX_PLATFORMS=cpu compares on the CPU")

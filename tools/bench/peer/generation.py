@@ -32,7 +32,7 @@ def make_questions(peer: Peer) -> EncodedPrompts:
 
 
 def time_generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """`generate(generation_mode="image")` with its static cache, and pixels on the host."""
+    """Times `generate(generation_mode="image")` with its static cache, and pixels on the host."""
     model, prompts = peer.model, make_image_prompts(peer)
     ids, mask = peer.to_tensor(prompts.input_ids), peer.to_tensor(prompts.attention_mask).long()
 
@@ -47,7 +47,7 @@ def time_generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
 
 @contextlib.contextmanager
 def set_image_tokens(model: Any, count: int) -> Iterator[None]:
-    """Images of so many tokens, which `generate` reads from the vision tower's config."""
+    """Sets the tokens of an image, which `generate` reads from the vision tower's config."""
     config = model.model.vision_model.config
     full, config.num_image_tokens = config.num_image_tokens, count
     try:
@@ -76,9 +76,9 @@ def patch_static_cache(model: Any) -> Iterator[None]:
 
 
 def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """The reference's loop, a cache that grows by a token a step, and pixels on the host.
+    """Times the reference's loop, whose cache grows by a token a step, and pixels on the host.
 
-    Each completion has two rows side by side, each with the prompt of its own.
+    Each completion has two rows side by side, each with its own prompt.
     """
     prompts = make_image_prompts(peer)
     ids, kept = (
@@ -92,7 +92,7 @@ def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
 
 @torch.inference_mode()
 def _loop(model: Any, ids: torch.Tensor, kept: torch.Tensor, steps: int) -> torch.Tensor:
-    """Codes [N, steps] of prompts [2 N, P], conditional rows first of each pair."""
+    """Samples codes [N, steps] of prompts [2 N, P]; the first row of a pair is conditional."""
     embeds, drawn = model.model.language_model.embed_tokens(ids), []
     cache = DynamicCache()
     for _ in range(steps):
@@ -130,15 +130,15 @@ def _time_images(
 
 @torch.inference_mode()
 def decode_pixels(model: Any, codes: torch.Tensor) -> np.ndarray:
-    """uint8 [N, S, S, 3] on the host."""
+    """Returns uint8 [N, S, S, 3] on the host."""
     pixels = model.decode_image_tokens(codes).float()
     return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def time_generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """`generate` as the reference calls it, on embedded prompts; a picture is read once a prompt.
+    """Times `generate` as in the reference, on embedded prompts; images are read once a prompt.
 
-    Answers never end, are drawn with top-k 50, and their cache grows by a token a step.
+    Answers never end and are sampled with top-k 50; their cache grows by a token a step.
     """
     prompts, steps = make_questions(peer), peer.size.new_tokens
     mask, pixels = peer.to_tensor(prompts.attention_mask).long(), make_torch_pixels(peer, prompts)
@@ -160,5 +160,5 @@ def time_generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
 
 
 def make_torch_pixels(peer: Peer, prompts: EncodedPrompts) -> torch.Tensor:
-    """[B, 3, S, S]."""
+    """Returns pixels [B, 3, S, S]."""
     return peer.to_tensor(prompts.pixel_values).permute(0, 3, 1, 2).contiguous()

@@ -18,11 +18,11 @@ CLIP = 1.0  # of the gradients' global norm
 
 
 def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """Optimizer steps on both tasks: bfloat16 parameters and AdamW's states, checkpointed layers.
+    """Times optimizer steps on both tasks: bfloat16 parameters and AdamW, checkpointed layers.
 
-    Every completion is read with its own prompt, and the vision tower reads a picture for each,
-    as in the reference. Only the language model is trained. Log-probs are of the completions'
-    tokens alone, and each is of the logits before its token, where the reference is off by one.
+    Every completion is read with its own prompt, and the vision tower reads an image for each, as
+    in the reference. Only the language model is trained. Log-probs are of the completions' tokens
+    alone, each from the logits before its token, where the reference is off by one.
     """
     model, size = peer.model, peer.size
     model.requires_grad_(False)
@@ -60,7 +60,7 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
 
 
 def compute_task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
-    """The policy gradient's loss, a mean over rows of means over their tokens."""
+    """Computes the policy gradient's loss, a mean over rows of means over their tokens."""
     mask, advantages = peer.to_tensor(batch.mask), peer.to_tensor(batch.advantages).float()
     scores = compute_logprobs(peer, batch, pixels)
     terms = -torch.exp(scores - scores.detach()) * advantages[:, None]
@@ -68,7 +68,7 @@ def compute_task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None)
 
 
 def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
-    """[N, T] float32 of the batch's tokens: images without pixels, else answers."""
+    """Computes log-probs [N, T] float32 of the tokens: of images without pixels, else answers."""
     model, tokens = peer.model, peer.to_tensor(batch.tokens)
     prompts = fan_out(peer, batch)
     if pixels is None:
@@ -93,7 +93,7 @@ def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) 
 
 
 def fan_out(peer: Peer, batch: TaskBatch) -> Any:
-    """The prompts, once for each completion."""
+    """Repeats the prompts once for each completion."""
     prompts = batch.prompts
     return dataclasses.replace(
         prompts,
