@@ -124,11 +124,11 @@ def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
                 "to every process, or set distributed.initialize to never"
                 for name in missing
             )
-    listed = _read_local_devices()
+    local_devices = _read_local_devices()
     try:
         detect: Any = ClusterEnv.auto_detect_unset_distributed_params
         address, count, index, devices = detect(
-            *given.values(), listed, None, options.initialization_timeout_s
+            *given.values(), local_devices, None, options.initialization_timeout_s
         )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         raise InputError(
@@ -146,14 +146,15 @@ def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
 def _read_local_devices() -> list[int] | None:
     """Returns the device numbers of JAX_LOCAL_DEVICE_IDS; None if it is not set."""
     # jax reads the variable only if no cluster tells which devices belong to which process.
-    listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    if listed is None:
+    local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    if local_devices is None:
         return None
-    if not re.fullmatch(r"\d+(,\d+)*", listed):
+    if not re.fullmatch(r"\d+(,\d+)*", local_devices):
         raise InputError(
-            f"JAX_LOCAL_DEVICE_IDS: found {listed!r}, expected numbers of devices such as 0,1,2,3"
+            f"JAX_LOCAL_DEVICE_IDS: found {local_devices!r}, "
+            "expected device numbers such as 0,1,2,3"
         )
-    return [int(number) for number in listed.split(",")]
+    return [int(number) for number in local_devices.split(",")]
 
 
 def _require_free_port(address: str, place: str) -> None:
@@ -237,8 +238,8 @@ def _publish_failure(failure: dict[str, Any]) -> dict[str, Any]:
 
 def _read_published() -> dict[str, Any] | None:
     """Returns the published failure, if there is one."""
-    found = distributed.global_state.client.key_value_dir_get(FAILURE)
-    return json.loads(found[0][1]) if found else None
+    values = distributed.global_state.client.key_value_dir_get(FAILURE)
+    return json.loads(values[0][1]) if values else None
 
 
 _ending = threading.Lock()
@@ -298,8 +299,8 @@ def broadcast_first(number: int | None) -> int | None:
         return number
     from jax.experimental import multihost_utils
 
-    found = multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number))
-    return None if found < 0 else int(found)
+    first = multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number))
+    return None if first < 0 else int(first)
 
 
 def barrier(name: str) -> None:

@@ -32,7 +32,7 @@ from corl_jax.weights.files import load_config
 from corl_jax.weights.folders import refuse_adapter
 
 STAND_INS = SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5)
-"""Ids only enter a program as numbers, so that any will do where there is no tokenizer."""
+"""Ids enter a program only as numbers, so any ids work without a tokenizer."""
 DOES_NOT_FIT_EXIT_CODE = 1
 
 
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=PRESETS,
         help="sizes (default: of model.path's config.json, or of the preset that it names)",
     )
-    for task, option in (("drawing", "image"), ("understanding", "text")):
+    for task, option in (("image generation", "image"), ("image understanding", "text")):
         parser.add_argument(
             f"--{option}-prompt",
             type=int,
@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--stored",
         choices=build.DTYPES,
         default="bfloat16",
-        help="dtype of the model's files and so of what is frozen (default: bfloat16)",
+        help="dtype of the model's files, and so of frozen parameters (default: bfloat16)",
     )
     parser.add_argument(
         "--hbm", type=float, metavar="GIB", help="memory of a device, instead of the known one"
@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="GIB",
-        help="kept free on each device for what is not compiled here: reward networks (default 0)",
+        help="memory of each device for reward networks, which are not compiled (default 0)",
     )
     parser.add_argument(
         "--only",
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     startup.check_jax_settings()
     if args.topology != "local":
-        # Nothing runs; and libtpu would otherwise look for chips on this machine.
+        # Otherwise libtpu would look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")
     config = config_files.load(args.config, args.overrides)
     if config.stage != "rl":
@@ -202,17 +202,17 @@ def main(argv: list[str] | None = None) -> None:
     outline = resolve.outline_run(config, model, STAND_INS, devices)
     print(format_heading(outline, chip, lengths), flush=True)
     compiled, reserve = [], args.reserve * chips.GIB
-    # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
-    kept, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
+    # Outside of the mesh: helper computations run here, not on devices that do not exist.
+    resident, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
     planned = select_programs(planned, args.only)
-    print(f"\n{tables.format_resident_table(kept, reserve)}", flush=True)
-    if reason := tables.explain_overflow(kept, chip, reserve):
+    print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)
+    if reason := tables.explain_overflow(resident, chip, reserve):
         print(f"  {reason}")
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
-            compiled.append(tables.compile_program(program, kept))
+            compiled.append(tables.compile_program(program, resident))
     for part in (
         tables.format_memory_table(compiled, chip, reserve),
         tables.format_cost_table(compiled, chip),

@@ -77,9 +77,9 @@ def describe_slice(name: str) -> tuple[list[Any], Chip]:
     Raises:
         InputError: no such topology, or libtpu, whose compiler describes it, is not installed.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     tpus = [key for key, chip in CHIPS.items() if chip.name.startswith("TPU")]
-    if not found or found[1] not in tpus:
+    if not match or match[1] not in tpus:
         raise InputError(
             f"--topology: found {name!r}; expected local, or one of {', '.join(tpus)} with the "
             "slice's shape in chips, such as v5e:4x4 or v5p:2x2x2"
@@ -94,12 +94,12 @@ def describe_slice(name: str) -> tuple[list[Any], Chip]:
     for variable, value in _NO_MACHINE.items():
         os.environ.setdefault(variable, value)
     # A v4 chip's two cores work as one device, as they do by default where there are chips.
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if found[1] == "v4" else {}
-    if set(found[2]) <= {"1", "x"}:  # smaller than a host
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
+    if set(match[2]) <= {"1", "x"}:  # smaller than a host
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--topology {name}: libtpu knows no such slice ({reason})") from None
-    return list(devices), CHIPS[found[1]]
+    return list(devices), CHIPS[match[1]]

@@ -146,8 +146,8 @@ def parse_group_size(attributes: str, partitions: int) -> int:
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(iota[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(listed[1].split(","))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(match[1].split(","))
     return partitions
 
 
@@ -156,8 +156,8 @@ def parse_group_size(attributes: str, partitions: int) -> int:
 
 def _parse_numbers(text: str, attributes: str) -> list[int]:
     """Returns the numbers of an attribute such as `lhs_contracting_dims={1}`."""
-    found = re.search(rf'{text}"?[=:][{{\[]([^}}\]]*)[}}\]]', attributes)
-    return [int(number) for number in re.findall(r"\d+", found[1])] if found else []
+    match = re.search(rf'{text}"?[=:][{{\[]([^}}\]]*)[}}\]]', attributes)
+    return [int(number) for number in re.findall(r"\d+", match[1])] if match else []
 
 
 def count_dot_flops(scope: Computation, op: Instruction) -> float:

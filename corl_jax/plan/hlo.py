@@ -198,8 +198,8 @@ def list_called(op: Instruction) -> Iterator[str]:
     elif op.opcode == "call":
         names = [op.get_attribute("to_apply")]
     elif op.opcode == "conditional":
-        listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
-        names = _NAME.findall(listed[1]) if listed else []
+        match = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
+        names = _NAME.findall(match[1]) if match else []
         names += [op.get_attribute(f"{side}_computation") for side in ("true", "false")]
     else:
         names = []

@@ -34,7 +34,7 @@ class Program:
     resident: tuple  # inputs that stay on the device between programs
     inputs: tuple  # the others
     calls: int = 1  # in an iteration
-    rounds: int = 1  # of a loop whose end depends on what is drawn, at most
+    rounds: int = 1  # most rounds of a loop whose end depends on sampled tokens
 
     def lower(self) -> Any:
         """Lowers the program; call it within `jax.set_mesh`."""
@@ -100,7 +100,7 @@ def make_resident_arrays(
     reference = None
     if config.algorithm.kl_coef:
         cast = functools.partial(network.cast, dtype=build.DTYPES[config.model.dtype])
-        # Adapters have none: the reference is what is frozen.
+        # With adapters the reference is the frozen parameters.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
         reference = attach_shardings(jax.eval_shape(cast, first), where)
     frozen = attach_shardings(frozen, param_shardings(frozen, mesh))
@@ -157,12 +157,12 @@ def make_programs(
     files, which for the released ones is bfloat16.
     """
     config, group = outline.config, outline.config.rollout.group_size
-    kept, optimizer, shardings = make_resident_arrays(outline, stored)
-    params = merge(kept.state.params, kept.frozen)
+    resident, optimizer, shardings = make_resident_arrays(outline, stored)
+    params = merge(resident.state.params, resident.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * group))
-    listed = [
+    programs = [
         Program(
             f"sample {task}",
             jax.jit(sampler),
@@ -179,20 +179,26 @@ def make_programs(
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         dtype = build.DTYPES[config.rollout.pixel_dtype]
         decode = functools.partial(sampling.decode_images, outline.model_config, dtype=dtype)
-        listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
+        programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
     train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
-    extra = (*old, *(("ref_logprobs",) if kept.reference is not None else ()))
+    extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
     if extra:
-        # The reference is in the compute dtype, which changes only what the scoring casts.
-        scored = (kept.state.params, kept.frozen)
-        listed.append(
+        # The reference is in the compute dtype; only the casts of the program differ.
+        scored = (resident.state.params, resident.frozen)
+        programs.append(
             Program(
                 "log-probs", score_step, scored, (make_batch(outline, lengths, ()),), len(extra)
             )
         )
     update = (make_batch(outline, lengths, extra),)
-    listed.append(
-        Program("update", train_step, (kept.state, kept.frozen), update, outline.updates_per_step)
+    programs.append(
+        Program(
+            "update",
+            train_step,
+            (resident.state, resident.frozen),
+            update,
+            outline.updates_per_step,
+        )
     )
-    return kept, listed
+    return resident, programs

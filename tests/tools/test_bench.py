@@ -332,7 +332,7 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         (["--mesh", "data=0"], "--mesh: found data=0"),
         (["--attention", "splash"], "--attention: found splash, which cpu"),
         (["--lora", "4", "--parts", "vq,train"], "--lora: has no effect on vq"),
-        (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, which is no multiple"),
+        (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, no multiple of the 4 parts"),
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
         (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
         (["--parts", "layouts"], "--parts: found layouts; give --mesh fsdp=N"),
@@ -670,7 +670,7 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
         start.main(["--size", "tiny", "optimizer.learning_rat=1"])
     assert error.value.code == BAD_INPUT_EXIT_CODE
     assert "did you mean learning_rate" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"log\.every=2: this option is the measurement's own"):
+    with pytest.raises(InputError, match=r"log\.every=2: the measurement sets this option"):
         start.write_config(tmp_path, "tiny", ["log.every=2"])
     config = start.write_config(tmp_path, "tiny", [])
     with pytest.raises(InputError, match=r"(?s)no step was made.*model: no such directory"):

@@ -15,7 +15,7 @@ from tests.support.tiny_runs import model_dir
 from tools.mini_janus import roundtrip
 from tools.mini_janus.__main__ import main
 
-LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) pictures pass the checker")
+LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) images pass the checker")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_wrong_numbers_and_models_are_named(tmp_path, tiny_config, capsys):
     small = model_dir(tmp_path / "model", tiny_config)
     for arguments, lines in [
         (["--rows", "0", "--seed", "-1"], ["--rows: found 0", "--seed: found -1"]),
-        ([], [f"{small}: draws pictures of 16 pixels a side; the drawn world needs at least 32"]),
+        ([], [f"{small}: generates images of 16 pixels a side; the drawn world needs at least 32"]),
     ]:
         with pytest.raises(SystemExit, match="2"):
             main(["roundtrip", "--model", str(small), *arguments])

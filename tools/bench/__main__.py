@@ -6,22 +6,23 @@
     python -m tools.bench --size tiny                     # everything, on a CPU
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
-iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (does the
-update's attention differentiate as it should); if named also bits (are they the same in each call),
-builds (the image sampler with each set of options that it is compiled with) and, on a mesh with
-fsdp, layouts (decoding with matrices gathered, and split as in training). Compute is bfloat16;
-training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
-host clock, to the moment when the results are there; `compile` is what the first call took longer.
-Every function says in its docstring what its figures are; roofline and MFU are against rates of
-copying and of matrix products that are measured first, on one device. Memory peaks are the
-process's on its first device: run a part alone to have its own.
+iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are the
+gradients of the update's attention right). Only if named: bits (does each call give the same bits),
+builds (the image sampler with each set of compiler options) and, on a mesh with fsdp, layouts
+(decoding with matrices gathered, and split as in training).
 
-One device is used, or those of --mesh, as the training command lays them out:
+Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
+that compiles, on the host, until the results are there; `compile` is how much longer the first
+call took. Every function explains its figures in its docstring. Roofline and MFU are relative to
+rates of copying and of matrix products that are measured first, on one device. Memory peaks are
+those of the process on its first device: run a part alone to get its own peak.
+
+The benchmark uses one device, or those of --mesh, laid out as in the training command:
 
     python -m tools.bench --size 7b --parts train,iteration --mesh fsdp=4 --prompts 32
 
 With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
-and as the reference writes them; `times_...` of this project's figures is PyTorch's seconds over
+and as the reference writes them. `times_...` in this project's figures is PyTorch's seconds over
 its own.
 """
 
@@ -96,7 +97,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=SIZES, default="1b", help="of all networks")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="size of all networks")
     parser.add_argument("--parts", help="separated by commas; default: what fits on one device")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
@@ -118,7 +119,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--offload",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="rewards: measure networks that rest in host memory too",
+        help="rewards: measure networks that are kept in host memory too",
     )
     parser.add_argument(
         "--peer", choices=versus.PEERS, help="measure PyTorch with it on the same shapes too"
@@ -141,19 +142,19 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
         "--remat",
         choices=("none", "dots", "full"),
         default="full",
-        help="what the backward pass keeps of a layer, as model.remat (default: full)",
+        help="values of a layer that the backward pass keeps, as model.remat (default: full)",
     )
     parser.add_argument(
         "--attention",
         choices=("auto", "xla", "cudnn", "splash"),
         default="auto",
-        help="of the update, as model.attention (default: auto)",
+        help="attention kernel of the update, as model.attention (default: auto)",
     )
     parser.add_argument(
         "--pixel-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of codes to pixels, as rollout.pixel_dtype (default: float32)",
+        help="dtype of codes to pixels, as rollout.pixel_dtype (default: float32)",
     )
     parser.add_argument(
         "--lora",
@@ -235,8 +236,8 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
         value = getattr(args, option)
         if value is not None and value % ways:
             problems.append(
-                f"--{option.replace('_', '-')}: found {value}, which is no multiple of the mesh's "
-                f"{ways} ways of data and fsdp; nearest: {-(-value // ways) * ways}"
+                f"--{option.replace('_', '-')}: found {value}, no multiple of the {ways} parts "
+                f"into which data and fsdp split prompts; nearest: {-(-value // ways) * ways}"
             )
     alone = [part for part in args.parts if part in ALONE]
     if args.mesh and alone:
@@ -277,7 +278,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             f"--mesh: found {args.mesh}, which asks for {used} devices of the "
             f"{jax.local_device_count()} here; give less"
         )
-    found, records = measure_ceilings(size.copied, size.product, args.repeats)
+    rates, records = measure_ceilings(size.copied, size.product, args.repeats)
     for record in records:
         write(record)
     mesh = make_mesh(**axes, devices=jax.local_devices()[:used])
@@ -287,7 +288,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             micro_batch=args.micro_batch, remat=args.remat, attention=attention,
             pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
             processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
-            ceilings=found, trace=args.trace,
+            ceilings=rates, trace=args.trace,
         )  # fmt: skip
         if args.lora:
             adapters = Lora(args.lora, 2.0 * args.lora, tuple(schema.Lora().targets))
@@ -329,9 +330,9 @@ def main(argv: list[str] | None = None) -> None:
             print(record.format_row(), flush=True)
             line({"record": "result", "size": args.size, **record.to_json()})
 
-        found = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
-        line(found | {"peer": peers.environment})
-        print(f"{found['device']}, {found['versions']}", flush=True)
+        details = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
+        line(details | {"peer": peers.environment})
+        print(f"{details['device']}, {details['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
         for record in peers.records:
             write(record)

@@ -29,10 +29,10 @@ def measure_bits(setting: Setting) -> Iterator[Record]:
 
 
 def _measure_samplers(setting: Setting) -> Iterator[Record]:
-    params, drawn = setting.make_policy(COMPUTE), make_samplers(setting)
+    params, sampler_of = setting.make_policy(COMPUTE), make_samplers(setting)
     for task in STREAMS:
         prompts = setting.place(make_prompts(setting, task))
-        sample = functools.partial(drawn[task], params, prompts, make_keys(setting, task))
+        sample = functools.partial(sampler_of[task], params, prompts, make_keys(setting, task))
         yield repeat_call(setting, f"rollout {task}", sample)
     decode = functools.partial(
         sampling.decode_images, setting.size.janus, params, make_codes(setting),

@@ -56,8 +56,8 @@ def measure_ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings,
     copies = [*_measure_copies(copied, repeats)]
     matmul = _measure_product(product, repeats)
     best = max(record.figures["tb_per_s"] for record in copies)
-    found = Ceilings(best * 1e12, matmul.figures["tflop_per_s"] * 1e12)
-    return found, [*copies, matmul]
+    rates = Ceilings(best * 1e12, matmul.figures["tflop_per_s"] * 1e12)
+    return rates, [*copies, matmul]
 
 
 def _measure_copies(copied: int, repeats: int) -> Iterator[Record]:
@@ -70,7 +70,7 @@ def _measure_copies(copied: int, repeats: int) -> Iterator[Record]:
 
 def _measure_product(side: int, repeats: int) -> Record:
     keys = jax.random.split(jax.random.key(0, impl="rbg"))
-    # Entries of such a size keep the products' size.
+    # With this scale the entries of the products keep their size.
     matrix = jax.random.normal(keys[0], (side, side), jnp.bfloat16) * side**-0.5
     x = jax.random.normal(keys[1], (side, side), jnp.bfloat16)
     timing, seconds = _time_calls(functools.partial(_multiply, matrix=matrix), x, repeats)
@@ -94,5 +94,5 @@ def _time_calls(
 
     few, many = run(FEW), run(MANY)
     seconds = (many.median - few.median) / (MANY - FEW)
-    # Where the work is too small to be told from the host's noise, what a call costs counts too.
+    # If the work is smaller than the host's noise, the cost of a call counts too.
     return many, seconds if seconds > 0 else many.median / MANY

@@ -59,16 +59,17 @@ def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Ite
     score = make_scorer(setting, params, dtype)
     keys = sampling.sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
     name = f"{task}, {dtype.name}"
-    drawn = sample(prompts, keys)
-    again = score(task, prompts, drawn.tokens)
-    figures = measure_difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
+    rollout = sample(prompts, keys)
+    trainer_logprobs = score(task, prompts, rollout.tokens)
+    figures = measure_difference(rollout.logprobs, trainer_logprobs)
+    figures["logp_mean"] = float(np.mean(trainer_logprobs))
     yield Record("correctness", f"{name}: cached", None, figures)
-    figures = compare_tokens(drawn, sample(prompts, keys))
+    figures = compare_tokens(rollout, sample(prompts, keys))
     yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
-    alone, own = remove_padding(prompts, -1), drawn.tokens[-GROUP:]
-    figures = measure_difference(again[-GROUP:], score(task, alone, own))
+    alone, own = remove_padding(prompts, -1), rollout.tokens[-GROUP:]
+    figures = measure_difference(trainer_logprobs[-GROUP:], score(task, alone, own))
     batched = sample(prompts, keys[::GROUP], greedy=True)
     single = sample(alone, keys[::GROUP][-1:], greedy=True)
     yield Record("correctness", f"{name}: padded", None, figures | compare_greedy(batched, single))
@@ -87,11 +88,11 @@ def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
 
 def remove_padding(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
     """Returns one prompt alone, without its padding."""
-    kept = prompts.attention_mask[row]
+    real = prompts.attention_mask[row]
     pixels = prompts.pixel_values
     return EncodedPrompts(
-        prompts.input_ids[row][kept][None],
-        kept[kept][None],
+        prompts.input_ids[row][real][None],
+        real[real][None],
         None if pixels is None else pixels[row][None],
     )
 

@@ -92,14 +92,14 @@ def count_step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
 def count_training_operations(config: JanusConfig, works: tuple[Work, ...], shared: bool) -> float:
     """Counts the operations of a forward and a backward pass; see the formulas above."""
     llama = config.llama
-    adapters, each = count_adapter_weights(config), 4 if llama.lora else 6
+    adapters, per_weight = count_adapter_weights(config), 4 if llama.lora else 6
     total = 0.0
     for work in works:
         prompts = work.prompts if shared else work.rows
         read = prompts * work.prompt + work.rows * work.length
         pairs = prompts * work.prompt**2 / 2
         pairs += work.rows * (work.length * work.prompt + work.length**2 / 2)
-        total += (each * count_layer_weights(config) + 6 * adapters) * read
-        total += each * count_head_weights(config, work.task) * work.rows * work.length
+        total += (per_weight * count_layer_weights(config) + 6 * adapters) * read
+        total += per_weight * count_head_weights(config, work.task) * work.rows * work.length
         total += 12 * llama.num_layers * llama.num_heads * llama.head_dim * pairs
     return total

@@ -23,8 +23,8 @@ STREAMS = {"t2i": 0, "mm2t": 1}
 
 def make_keys(setting: Setting, task: str) -> jax.Array:
     """Returns the keys of all completions of a task."""
-    drawn = sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
-    return setting.place(drawn)
+    keys = sampling.sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
+    return setting.place(keys)
 
 
 def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
@@ -39,8 +39,8 @@ def make_codes(setting: Setting) -> jax.Array:
     """Returns random codes [N, T] int32 of all completions."""
     config = setting.size.janus
     shape = (setting.completions, config.num_image_tokens)
-    drawn = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
-    return setting.place(drawn.astype(np.int32))
+    codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
+    return setting.place(codes.astype(np.int32))
 
 
 def make_samplers(setting: Setting) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def measure_image(setting: Setting) -> Iterator[Record]:
     roofline is the time of a step's bytes (see `cost`) at the measured rate of copying.
     """
     size, params = setting.size, setting.make_policy(COMPUTE)
-    prompts, drawn = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
-    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, drawn)
+    prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
+    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
 
     def with_pixels() -> np.ndarray:
         pixels = sampling.decode_images(
@@ -90,14 +90,14 @@ def measure_text(setting: Setting) -> Iterator[Record]:
     Milliseconds a step and the fraction of the roofline are of the tokens after the first.
     """
     size, params = setting.size, setting.make_policy(COMPUTE)
-    prompts, drawn = setting.place(make_prompts(setting, "mm2t")), make_keys(setting, "mm2t")
+    prompts, keys = setting.place(make_prompts(setting, "mm2t")), make_keys(setting, "mm2t")
     sample = make_samplers(setting)["mm2t"]
 
     def first() -> Rollout:
-        return sample(params, prompts, drawn, max_new_tokens=1)
+        return sample(params, prompts, keys, max_new_tokens=1)
 
     def answers() -> Rollout:
-        return sample(params, prompts, drawn)
+        return sample(params, prompts, keys)
 
     prefill, whole = setting.measure("text_prefill", first), setting.measure("text", answers)
     if not bool(answers().mask.all()):
@@ -106,7 +106,7 @@ def measure_text(setting: Setting) -> Iterator[Record]:
     length = size.new_tokens
     work = Work("mm2t", setting.prompts, setting.group, size.text_prompt, length)
     rate = {"tokens_per_s": setting.completions * length / whole.median}
-    # A work too small to be told from noise counts with its prefill.
+    # Work that is smaller than the noise is measured with its prefill.
     later = whole.median - prefill.median
     spent = (later, length - 1) if later > 0 else (whole.median, length)
     decoding = _describe_decoding(setting, work, *spent)
@@ -115,10 +115,10 @@ def measure_text(setting: Setting) -> Iterator[Record]:
 
 def measure_vq(setting: Setting) -> Iterator[Record]:
     """Measures codes to pixels, uint8 on the host."""
-    config, params, drawn = setting.size.janus, setting.make_policy(COMPUTE), make_codes(setting)
+    config, params, codes = setting.size.janus, setting.make_policy(COMPUTE), make_codes(setting)
 
     def decode() -> np.ndarray:
-        return np.asarray(sampling.decode_images(config, params, drawn, dtype=setting.pixel_dtype))
+        return np.asarray(sampling.decode_images(config, params, codes, dtype=setting.pixel_dtype))
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median

@@ -39,8 +39,8 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
         figures: dict[str, Any] = {"attention": setting.attention}
         off = {}
         for kernel in {setting.attention, "xla"}:
-            found = _make_gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
-            off[kernel] = measure_errors(found, exact)
+            gradients = _make_gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
+            off[kernel] = measure_errors(gradients, exact)
         for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
             figures |= {f"{name}{suffix}": x for name, x in off[kernel].items()}
         yield Record("gradients", task, None, figures)
@@ -68,14 +68,14 @@ def _make_gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any
     return compute
 
 
-def measure_errors(found: Params, exact: Params) -> dict[str, float]:
+def measure_errors(gradients: Params, exact: Params) -> dict[str, float]:
     """Returns the relative error of the gradients: of all leaves, and the largest of one leaf.
 
     Leaves without gradient, such as those of the other task's head, are left out.
     """
     apart, lengths = (
         {path: float(_sum_squares(leaf)) for path, leaf in leaf_paths(tree)}
-        for tree in (jax.tree.map(jnp.subtract, found, exact), exact)
+        for tree in (jax.tree.map(jnp.subtract, gradients, exact), exact)
     )
     seen = {path: (apart[path] / lengths[path]) ** 0.5 for path in lengths if lengths[path]}
     overall = (sum(apart.values()) / sum(lengths.values())) ** 0.5

@@ -19,7 +19,7 @@ from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.rewards import text
 
 COMPLETIONS = 512
-PICTURES = 500
+IMAGES = 500
 PROBLEM = "What is shown?\nOptions:\nA. a lake\nB. burning\nC. a person\nD. two cars"
 THOUGHT = "The picture shows a person near a stove, so we look at the flames. " * 8
 ANSWERS = ("B. burning", "The answer is B", "burning", "a person", "red cars on a road")
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     repeats = parser.parse_args(argv).repeats
     if repeats < 1:
         raise InputError([f"--repeats: found {repeats}, expected an integer of at least 1"])
-    pictures = [generator.make_row(11, i, encode=False)["real_image"] for i in range(PICTURES)]
+    images = [generator.make_row(11, i, encode=False)["real_image"] for i in range(IMAGES)]
     seconds = measure_shortest(score_texts, repeats)
     print(f"text    {COMPLETIONS} completions  {1e3 * seconds:8.1f} ms")
-    seconds = measure_shortest(lambda: [checker.detect(x) for x in pictures], repeats)
-    print(f"shapes  one picture      {1e3 * seconds / PICTURES:8.2f} ms")
+    seconds = measure_shortest(lambda: [checker.detect(x) for x in images], repeats)
+    print(f"shapes  one image        {1e3 * seconds / IMAGES:8.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Made-up inputs of fixed sizes: left-padded prompts, completions, pictures, rows of a data set."""
+"""Random inputs of fixed sizes: left-padded prompts, completions, images, rows of a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from corl_jax.types import EncodedPrompts, SpecialTokens
 from tools.bench.vocabularies import COMMON
 
 SHORTEST = 0.75  # a prompt's least share of the padded length
-PICTURE = (512, 448)  # width and height of a real image, pixels
+IMAGE_SIZE = (512, 448)  # width and height of a real image, pixels
 CAPTION_WORDS = 12
 ENDLESS = -1  # an end of text that no network draws, so that every answer has all its tokens
 
@@ -56,25 +56,25 @@ def make_questions(
     words, mask, _ = _make_left_padded(
         rng, special, _find_plain_ids(config, special), count, length - slots - 2
     )
-    picture = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
+    image = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
     ids = np.full((count, length), special.pad, np.int32)
-    for row, text, kept in zip(ids, words, mask, strict=True):
-        real = np.concatenate([text[kept][:1], picture, text[kept][1:]])
+    for row, text, real_mask in zip(ids, words, mask, strict=True):
+        real = np.concatenate([text[real_mask][:1], image, text[real_mask][1:]])
         row[length - len(real) :] = real
-    kept = np.arange(length) >= length - (mask.sum(axis=1) + len(picture))[:, None]
+    real_mask = np.arange(length) >= length - (mask.sum(axis=1) + len(image))[:, None]
     pixels = rng.standard_normal((count, side, side, 3)).astype(np.float32)
-    return EncodedPrompts(ids, kept, pixels)
+    return EncodedPrompts(ids, real_mask, pixels)
 
 
 def make_task_batch(
     config: JanusConfig, special: SpecialTokens, prompts: EncodedPrompts, group: int, length: int
 ) -> TaskBatch:
     """Returns completions of prompts; answers end somewhere in their second half."""
-    drawn = prompts.pixel_values is None
-    rng = np.random.default_rng(3 + drawn)
+    is_image = prompts.pixel_values is None
+    rng = np.random.default_rng(3 + is_image)
     rows = len(prompts.input_ids) * group
-    ids = np.arange(config.vq.num_embeddings) if drawn else _find_plain_ids(config, special)
-    ends = np.full(rows, length) if drawn else rng.integers(length // 2, length + 1, rows)
+    ids = np.arange(config.vq.num_embeddings) if is_image else _find_plain_ids(config, special)
+    ends = np.full(rows, length) if is_image else rng.integers(length // 2, length + 1, rows)
     return TaskBatch(
         prompts=prompts,
         tokens=rng.choice(ids, (rows, length)).astype(np.int32),
@@ -110,7 +110,7 @@ def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
         choices = "Options:\nA. one\nB. two\nC. three\nD. four"
         return {
             "prompt": sentence(),
-            "real_image": _make_blocks(rng, PICTURE),
+            "real_image": _make_blocks(rng, IMAGE_SIZE),
             "qa_problem": f"{sentence()}?\n{choices if kind == 'MC' else ''}",
             "qa_solution": f"<answer>{'B' if kind == 'MC' else sentence()}</answer>",
             "qa_type": kind,
@@ -119,7 +119,7 @@ def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
         }
 
     made = [row(number) for number in range(count)]
-    return {name: [one[name] for one in made for _ in range(group)] for name in made[0]}
+    return {name: [row[name] for row in made for _ in range(group)] for name in made[0]}
 
 
 def make_answers(count: int, words: int, seed: int = 0) -> list[str]:

@@ -28,8 +28,8 @@ def measure_layouts(setting: Setting) -> Iterator[Record]:
     The completions are the same, up to rounding. The parameters start as training lays them out.
     """
     params = setting.make_policy(COMPUTE)
-    prompts, drawn = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
-    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, drawn)
+    prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
+    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
     for name, layout in (
         ("gathered once", contextlib.nullcontext),
         ("as in training", use_training_layout),

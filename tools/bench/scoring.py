@@ -65,17 +65,17 @@ def _measure_reward(
     setting: Setting, policy: Any, scored: Samples, label: str, reward: BoundReward
 ) -> Iterator[Record]:
     networks = Networks(setting, reward.networks)
-    for held in networks.yield_placements():
-        context = _make_context(setting, policy, held)
+    for placement in networks.yield_placements():
+        context = _make_context(setting, policy, placement)
         call = functools.partial(registry.score, [reward], scored, context)
         timing = measure(call, setting.repeats)
         finite = float(np.isfinite(call()[reward.name]).mean())
         figures = {
             "images": len(scored),
             "finite": finite,
-            **_count_moved(held, setting.repeats + 2),
+            **_count_moved(placement, setting.repeats + 2),
         }
-        yield Record("rewards", f"{label}{_describe_placement(held)}", timing, figures)
+        yield Record("rewards", f"{label}{_describe_placement(placement)}", timing, figures)
 
 
 def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
@@ -85,8 +85,8 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
     answered = _make_answer_samples(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
-    for held in networks.yield_placements():
-        context = _make_context(setting, policy, held)
+    for placement in networks.yield_placements():
+        context = _make_context(setting, policy, placement)
 
         def call(context: Context = context) -> dict[str, dict[str, float]]:
             costs = registry.score_timed(resolved["t2i"], scored, context)[1]
@@ -94,42 +94,40 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
 
         timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
-        figures |= _count_moved(held, setting.repeats + 2)
-        yield Record("rewards", f"stage 1{_describe_placement(held)}", timing, figures)
-        if not any(frozen.offloaded for frozen in held.values()):
-            yield from _measure_cycle_terms(setting, scored, held)
+        figures |= _count_moved(placement, setting.repeats + 2)
+        yield Record("rewards", f"stage 1{_describe_placement(placement)}", timing, figures)
+        if not any(frozen.offloaded for frozen in placement.values()):
+            yield from _measure_cycle_terms(setting, scored, placement)
 
 
 def _measure_cycle_terms(
-    setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
+    setting: Setting, scored: Samples, placement: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
     """Measures the parts of the cycle reward, as far as their networks are there."""
-    pictures, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
-    said = prompts
+    images, real, prompts = scored.drawn(), scored.column("real_image"), scored.column("prompt")
+    texts = prompts
     with contextlib.ExitStack() as stack:
-        networks = {name: stack.enter_context(frozen.use()) for name, frozen in held.items()}
+        networks = {name: stack.enter_context(frozen.use()) for name, frozen in placement.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
-            describe = functools.partial(captions.caption, networks["blip"], pictures, **tokens)
-            timing, said = measure(describe, setting.repeats), describe()
-            drawn = captions.caption_tokens(networks["blip"], pictures, **tokens)
-            ended = drawn == networks["blip"].config.text.sep_token_id
-            figures = {"different": len(set(said)), "cut": float(1 - ended.any(axis=1).mean())}
+            describe = functools.partial(captions.caption, networks["blip"], images, **tokens)
+            timing, texts = measure(describe, setting.repeats), describe()
+            caption_tokens = captions.caption_tokens(networks["blip"], images, **tokens)
+            ended = caption_tokens == networks["blip"].config.text.sep_token_id
+            figures = {"different": len(set(texts)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
         if "bert" in networks:
-            compare = functools.partial(similarity.bert_score, networks["bert"], said, prompts)
+            compare = functools.partial(similarity.bert_score, networks["bert"], texts, prompts)
             yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
         if "lpips" in networks:
-            distance = functools.partial(
-                perceptual.lpips_distance, networks["lpips"], pictures, real
-            )
+            distance = functools.partial(perceptual.lpips_distance, networks["lpips"], images, real)
             yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
-            timing = measure(functools.partial(_squash_images, pictures), setting.repeats)
-            yield Record("rewards", "  of it, drawings resized on the host", timing, {})
+            timing = measure(functools.partial(_squash_images, images), setting.repeats)
+            yield Record("rewards", "  of it, images resized on the host", timing, {})
 
 
-def _squash_images(pictures: np.ndarray) -> list[np.ndarray]:
-    return [image.squash(Image.fromarray(one), perceptual.SIZE) for one in pictures]
+def _squash_images(images: np.ndarray) -> list[np.ndarray]:
+    return [image.squash(Image.fromarray(pixels), perceptual.SIZE) for pixels in images]
 
 
 def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
@@ -187,17 +185,17 @@ class Networks:
         return Counted(network, network_shardings(params, self._setting.mesh), offload)
 
 
-def _make_context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
-    return Context(setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
+def _make_context(setting: Setting, policy: Any, placement: Mapping[str, FrozenNetwork]) -> Context:
+    return Context(setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, placement)
 
 
-def _describe_placement(held: Mapping[str, Counted]) -> str:
-    return ", offloaded" if any(frozen.offloaded for frozen in held.values()) else ""
+def _describe_placement(placement: Mapping[str, Counted]) -> str:
+    return ", offloaded" if any(frozen.offloaded for frozen in placement.values()) else ""
 
 
-def _count_moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
+def _count_moved(placement: Mapping[str, Counted], calls: int) -> dict[str, float]:
     """Returns the GB of offloaded networks that a call moves to the device."""
-    moved = sum(frozen.moved for frozen in held.values() if frozen.offloaded)
+    moved = sum(frozen.moved for frozen in placement.values() if frozen.offloaded)
     return {"moved_gb": moved / calls / 1e9} if moved else {}
 
 

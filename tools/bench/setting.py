@@ -41,7 +41,7 @@ class Setting:
     pixel_dtype: Any  # of codes to pixels, as rollout.pixel_dtype
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
-    processor: Processor  # of the mini Janus's words, with the size's pictures
+    processor: Processor  # tokenizer of the mini Janus, image size of `size`
     mesh: Mesh
     ceilings: Ceilings  # of one device
     trace: Path | None = None  # folder for a profile of one call of each thing

@@ -25,20 +25,20 @@ class Size:
     janus: JanusConfig
     networks: Mapping[str, Any]  # reward network -> its config
     parts: tuple[str, ...] = PARTS  # measured unless the command names others
-    image_prompt: int = 40  # tokens of a drawing prompt, the longest
-    question: int = 100  # tokens of an understanding prompt beside those of its picture
+    image_prompt: int = 40  # tokens of the longest prompt of an image
+    question: int = 100  # tokens of a question without those of its image
     new_tokens: int = 512  # of a sampled answer
     answer: int = 256  # tokens of an answer in the training step
     caption: int = 50  # tokens that BLIP writes
     policy_caption: int = 64  # tokens that the policy writes
     checked: tuple[str, ...] = ("bfloat16", "float32")  # dtypes whose correctness is measured
     answers: int = 512  # texts that the text rewards read
-    copied: int = 4 << 30  # bytes of the array whose copying is timed
+    copied: int = 4 << 30  # bytes of the array that is copied
     product: int = 8192  # side of the matrices whose product is timed
 
     @property
     def text_prompt(self) -> int:
-        """Tokens of an understanding prompt, the longest."""
+        """Tokens of the longest question with its image."""
         return self.janus.num_image_tokens + self.question
 
 
@@ -109,4 +109,4 @@ SIZES = {
         checked=("float32",), caption=5, policy_caption=4, answers=16, copied=1 << 20, product=128,
     ),
 }  # fmt: skip
-"""By the name that the command takes."""
+"""By the name on the command line."""

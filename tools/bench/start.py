@@ -69,9 +69,9 @@ def write_rows(file: Path) -> None:
     pq.write_table(pa.table(columns), file)
 
 
-def _encode_png(picture: Any) -> bytes:
+def _encode_png(image: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -87,10 +87,11 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
         "log.every": 1, "log.images_every": 0, "export.layout": "none",
         "rewards": '[{"name": "t2i_ti_sim"}, {"name": "qa_accuracy"}, {"name": "format"}]',
     }  # fmt: skip
-    taken = [one for one in overrides if one.partition("=")[0] in changed.keys() - {"rewards"}]
-    if taken:
+    fixed = changed.keys() - {"rewards"}
+    reserved = [override for override in overrides if override.partition("=")[0] in fixed]
+    if reserved:
         raise InputError(
-            f"{one}: this option is the measurement's own; leave it out" for one in taken
+            f"{override}: the measurement sets this option; leave it out" for override in reserved
         )
     options += [f"{key}={value}" for key, value in changed.items()]
     config = config_files.load(UNIFIED, [*options, *overrides])

@@ -63,8 +63,8 @@ def measure_peers(args: argparse.Namespace) -> Peers:
     Raises: InputError where torch cannot use the device; its message is on stderr.
     """
     parts = [part for part in args.parts if part in OURS]
-    told: Any = jax.config
-    device = "cpu" if told.jax_platforms == "cpu" else "cuda"
+    jax_config: Any = jax.config
+    device = "cpu" if jax_config.jax_platforms == "cpu" else "cuda"
     command = [
         sys.executable, "-m", "tools.bench.peer", "--size", args.size, "--parts", ",".join(parts),
         "--prompts", str(args.prompts), "--group", str(args.group),
@@ -81,11 +81,11 @@ def measure_peers(args: argparse.Namespace) -> Peers:
 
 def parse_peers(lines: list[dict[str, Any]], complete: bool) -> Peers:
     """Parses the lines of the peer: the first is the environment, each other one kind of work."""
-    environment, *found = lines
-    failed = [f"peer {line['part']} ({line['name']})" for line in found if "failed" in line]
+    environment, *results = lines
+    failed = [f"peer {line['part']} ({line['name']})" for line in results if "failed" in line]
     if not complete and not failed:  # it was ended from outside
         failed.append("peer")
-    return Peers(environment, tuple(map(_record, found)), tuple(failed))
+    return Peers(environment, tuple(map(_record, results)), tuple(failed))
 
 
 def _record(line: dict[str, Any]) -> Record:

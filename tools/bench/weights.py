@@ -32,7 +32,7 @@ def draw_params(
     of Janus that always compute in float32 are float32. `place` returns the sharding of a leaf, by
     default the first device.
     """
-    # This kind of key is drawn from at the speed of memory.
+    # Random numbers of this kind of key are made at the speed of memory.
     keys = itertools.count()
     base = jax.random.key(seed, impl="rbg")
 

@@ -20,7 +20,7 @@ from corl_jax.startup import load_model
 from corl_jax.train.sft import encode_images
 from corl_jax.types import Params
 
-BATCH = 100  # pictures encoded at once
+BATCH = 100  # images encoded at once
 
 
 def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
@@ -42,28 +42,28 @@ def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
     world = scene.choose_world(side)
     if side < (least := scene.WORLDS[world].min_image_size):
         raise InputError(
-            f"{folder}: draws pictures of {side} pixels a side; the drawn world needs at least "
+            f"{folder}: generates images of {side} pixels a side; the drawn world needs at least "
             f"{least}"
         )
     hits = 0
     for index in chunks(rows, BATCH):
-        drawn = [
+        chunk_rows = [
             generator.make_row(
                 HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False, world=world
             )
             for i in index
         ]
-        seen = reconstruct(config, params, np.stack([row["real_image"] for row in drawn]))
+        decoded = reconstruct(config, params, np.stack([row["real_image"] for row in chunk_rows]))
         fresh = len(np.unique(index))  # the last chunk repeats its last row to be full
         hits += sum(
-            checker.check(picture, json.loads(row["spec"]))
-            for picture, row in zip(seen[:fresh], drawn[:fresh], strict=True)
+            checker.check(image, json.loads(row["spec"]))
+            for image, row in zip(decoded[:fresh], chunk_rows[:fresh], strict=True)
         )
     return Rate.of(hits, rows)
 
 
-def reconstruct(config: JanusConfig, params: Params, pictures: np.ndarray) -> np.ndarray:
+def reconstruct(config: JanusConfig, params: Params, images: np.ndarray) -> np.ndarray:
     """Encodes and decodes images uint8 [N, S, S, 3]."""
-    pixels = jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
+    pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     codes = encode_images(config, params, pixels)
     return np.asarray(jax.device_get(sampling.decode_images(config, params, codes)))

@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", type=int, default=6000)
     add("--seed", type=int, default=1)
     add("--world", choices=tuple(WORLDS), default="small")
-    add("--mismatched", type=float, default=0.5, help="share of prompts of other pictures")
-    add("--terse", type=float, default=0.7, help="share of answers without thoughts")
+    add("--mismatched", type=float, default=0.5, help="fraction of prompts of other images")
+    add("--terse", type=float, default=0.7, help="fraction of answers without thoughts")
     args = parser.parse_args(argv)
     print(write(args.out, args.rows, args.seed, args.world, args.mismatched, args.terse))
 

@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         if part not in args.parts.split(","):
             continue
         print(f"measuring {part}: {name}", file=sys.stderr, flush=True)
-        found = attempt(peer, run)
-        failed |= "failed" in found
-        print(json.dumps({"part": part, "name": name, **found}), flush=True)
+        result = attempt(peer, run)
+        failed |= "failed" in result
+        print(json.dumps({"part": part, "name": name, **result}), flush=True)
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()

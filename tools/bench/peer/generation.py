@@ -18,7 +18,7 @@ from tools.bench.generation import CFG_SCALE
 from tools.bench.peer.model import Peer
 
 WARM_UP = 4  # tokens of the pass that is not timed
-TOP_K = 50  # transformers' default, which the reference's answers are drawn with
+TOP_K = 50  # transformers' default, which the reference samples answers with
 
 
 def make_image_prompts(peer: Peer) -> EncodedPrompts:
@@ -36,13 +36,13 @@ def time_generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     model, prompts = peer.model, make_image_prompts(peer)
     ids, mask = peer.to_tensor(prompts.input_ids), peer.to_tensor(prompts.attention_mask).long()
 
-    def draw(steps: int) -> torch.Tensor:
+    def sample(steps: int) -> torch.Tensor:
         with set_image_tokens(model, steps), patch_static_cache(model):
             return model.generate(
                 ids, attention_mask=mask, generation_mode="image", num_return_sequences=peer.group
             )
 
-    return _time_images(peer, draw)
+    return _time_images(peer, sample)
 
 
 @contextlib.contextmanager
@@ -81,51 +81,51 @@ def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     Each completion has two rows side by side, each with its own prompt.
     """
     prompts = make_image_prompts(peer)
-    ids, kept = (
+    ids, mask = (
         peer.to_tensor(x).repeat_interleave(2 * peer.group, dim=0)
         for x in (prompts.input_ids, prompts.attention_mask)
     )
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)
     ids[1::2] = torch.where(torch.isin(ids[1::2], structure), ids[1::2], peer.special.pad)
-    return _time_images(peer, functools.partial(_loop, peer.model, ids, kept.long()))
+    return _time_images(peer, functools.partial(_loop, peer.model, ids, mask.long()))
 
 
 @torch.inference_mode()
-def _loop(model: Any, ids: torch.Tensor, kept: torch.Tensor, steps: int) -> torch.Tensor:
+def _loop(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
     """Samples codes [N, steps] of prompts [2 N, P]; the first row of a pair is conditional."""
-    embeds, drawn = model.model.language_model.embed_tokens(ids), []
+    embeds, outputs = model.model.language_model.embed_tokens(ids), []
     cache = DynamicCache()
     for _ in range(steps):
         hidden = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=kept, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         logits = model.model.generation_head(hidden)
         conditional, unconditional = logits[0::2], logits[1::2]
         mixed = unconditional + CFG_SCALE * (conditional - unconditional)
         token = torch.multinomial(torch.softmax(mixed, dim=-1), 1)
-        drawn.append(token)
+        outputs.append(token)
         embeds = model.prepare_embeddings_for_image_generation(token.repeat(1, 2).view(-1, 1))
-        kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
-    return torch.cat(drawn, dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return torch.cat(outputs, dim=1)
 
 
 def _time_images(
-    peer: Peer, draw: Callable[[int], torch.Tensor]
+    peer: Peer, sample: Callable[[int], torch.Tensor]
 ) -> tuple[list[float], dict[str, Any]]:
-    """Times `draw`, steps -> codes [N, steps], and the pixels of its codes."""
+    """Times `sample`, steps -> codes [N, steps], and the pixels of its codes."""
     steps, count = peer.size.janus.num_image_tokens, peer.prompts * peer.group
-    codes = draw(WARM_UP).repeat(1, steps)[:, :steps]
+    codes = sample(WARM_UP).repeat(1, steps)[:, :steps]
     decode_pixels(peer.model, codes)
 
     def tokens() -> None:
         nonlocal codes
-        codes = draw(steps)
+        codes = sample(steps)
 
-    drawing = peer.time_call(tokens)
+    sampling_seconds = peer.time_call(tokens)
     if codes.shape != (count, steps):
-        raise RuntimeError(f"drew codes {tuple(codes.shape)}, expected {(count, steps)}")
-    whole = drawing + peer.time_call(lambda: decode_pixels(peer.model, codes))
-    return [whole], {"images_per_s": count / whole, "ms_per_step": 1e3 * drawing / steps}
+        raise RuntimeError(f"sampled codes {tuple(codes.shape)}, expected {(count, steps)}")
+    whole = sampling_seconds + peer.time_call(lambda: decode_pixels(peer.model, codes))
+    return [whole], {"images_per_s": count / whole, "ms_per_step": 1e3 * sampling_seconds / steps}
 
 
 @torch.inference_mode()
@@ -151,12 +151,12 @@ def time_generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
         )  # fmt: skip
 
     answer(WARM_UP)
-    drawn: list[torch.Tensor] = []
-    spent = peer.time_call(lambda: drawn.append(answer(steps)))
+    outputs: list[torch.Tensor] = []
+    spent = peer.time_call(lambda: outputs.append(answer(steps)))
     expected = (peer.prompts * peer.group, steps)
-    if drawn[0].shape != expected:
-        raise RuntimeError(f"wrote tokens {tuple(drawn[0].shape)}, expected {expected}")
-    return [spent], {"tokens_per_s": drawn[0].numel() / spent, "ms_per_step": 1e3 * spent / steps}
+    if outputs[0].shape != expected:
+        raise RuntimeError(f"sampled tokens {tuple(outputs[0].shape)}, expected {expected}")
+    return [spent], {"tokens_per_s": outputs[0].numel() / spent, "ms_per_step": 1e3 * spent / steps}
 
 
 def make_torch_pixels(peer: Peer, prompts: EncodedPrompts) -> torch.Tensor:

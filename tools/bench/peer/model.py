@@ -34,10 +34,10 @@ class Peer:
 
     def to_tensor(self, array: Any) -> torch.Tensor:
         """Moves an array to the device: ids as int64, numbers in bfloat16."""
-        found = torch.from_numpy(np.array(array)).to(self.device)
-        if found.dtype == torch.int32:
-            return found.long()
-        return found.to(DTYPE) if found.is_floating_point() else found
+        tensor = torch.from_numpy(np.array(array)).to(self.device)
+        if tensor.dtype == torch.int32:
+            return tensor.long()
+        return tensor.to(DTYPE) if tensor.is_floating_point() else tensor
 
     def time_call(self, call: Callable[[], Any]) -> float:
         """Returns the seconds of a call, until the device has finished it."""

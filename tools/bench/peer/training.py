@@ -35,12 +35,15 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     optimizer = torch.optim.AdamW(
         trained, lr=LEARNING_RATE, weight_decay=0.0, fused=peer.device == "cuda"
     )
-    drawing, asking = make_image_prompts(peer), make_questions(peer)
+    image_prompts, text_prompts = make_image_prompts(peer), make_questions(peer)
     batches = [
         inputs.make_task_batch(size.janus, peer.special, prompts, peer.group, length)
-        for prompts, length in ((drawing, size.janus.num_image_tokens), (asking, size.answer))
+        for prompts, length in (
+            (image_prompts, size.janus.num_image_tokens),
+            (text_prompts, size.answer),
+        )
     ]
-    pixels = make_torch_pixels(peer, asking).repeat_interleave(peer.group, dim=0)
+    pixels = make_torch_pixels(peer, text_prompts).repeat_interleave(peer.group, dim=0)
 
     def step() -> None:
         loss = compute_task_loss(peer, batches[0], None) + compute_task_loss(
@@ -78,9 +81,9 @@ def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) 
         head = model.lm_head
         completion = model.model.language_model.embed_tokens(tokens)
     embeds = torch.cat([peer.embed_prompts(prompts, pixels), completion], dim=1)
-    kept = torch.cat([peer.to_tensor(prompts.attention_mask), peer.to_tensor(batch.mask)], dim=1)
+    mask = torch.cat([peer.to_tensor(prompts.attention_mask), peer.to_tensor(batch.mask)], dim=1)
     hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=kept.long(), use_cache=False
+        inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
     logits = head(hidden[:, -tokens.shape[1] - 1 : -1])
     # Row by row, as trl does for bfloat16: a softmax of all rows at once takes twice the memory.
