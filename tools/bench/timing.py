@@ -79,9 +79,9 @@ HEADER = f"{'part':<12}{'name':<40}{'median s':>10}{'compile':>9}  figures"
 
 
 def measure_memory() -> dict[str, float]:
-    """GiB of the first device, where the platform tells: at the most since the process began, now.
+    """Returns the peak and the used GiB of the first device, if the platform reports them.
 
-    The most is the process's, not the part's: run a part alone to have its own.
+    The peak is that of the process, not of the part: run a part alone to get its own peak.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"process_peak_gib": "peak_bytes_in_use", "in_use_gib": "bytes_in_use"}

@@ -77,11 +77,11 @@ def make_batch(setting: Setting) -> dict[str, Any]:
 
 
 def measure_train(setting: Setting) -> Iterator[Record]:
-    """One optimizer step on both tasks: vision tower, padding masks, AdamW.
+    """Measures one optimizer step on both tasks: vision tower, padding masks, AdamW.
 
-    `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is
-    the operations that the mathematics needs (see `cost`; each prompt read once) at the measured
-    rate of products; `mfu_repeated_prompts` takes the reference's operations.
+    `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is the
+    operations that the mathematics needs (see `cost`; each prompt read once) at the measured rate
+    of products; `mfu_repeated_prompts` takes the reference's operations.
     """
     state, frozen, step = start_training(setting)
     batch = make_batch(setting)

@@ -58,11 +58,11 @@ def set_image_tokens(model: Any, count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patch_static_cache(model: Any) -> Iterator[None]:
-    """Lets image generation make its cache in transformers 5.17.
+    """Patches image generation so that it can make its cache in transformers 5.17.
 
-    There `_prepare_static_cache` has an argument that Janus's `generate` does not give:
-    "TypeError: ... missing 1 required positional argument: 'prefill_chunk_size'". None is what
-    5.23 gives; there the patch changes nothing.
+    There `_prepare_static_cache` has an argument that Janus's `generate` does not give: "TypeError:
+    ... missing 1 required positional argument: 'prefill_chunk_size'". 5.23 gives None; there the
+    patch changes nothing.
     """
     prepare = model._prepare_static_cache
     if "prefill_chunk_size" not in inspect.signature(prepare).parameters:
