@@ -191,14 +191,6 @@ def make_programs(
                 "log-probs", score_step, scored, (make_batch(outline, lengths, ()),), len(extra)
             )
         )
-    update = (make_batch(outline, lengths, extra),)
-    programs.append(
-        Program(
-            "update",
-            train_step,
-            (resident.state, resident.frozen),
-            update,
-            outline.updates_per_step,
-        )
-    )
+    update, arrays = (make_batch(outline, lengths, extra),), (resident.state, resident.frozen)
+    programs.append(Program("update", train_step, arrays, update, outline.updates_per_step))
     return resident, programs
