@@ -1,4 +1,4 @@
-"""Text for pictures: what a font has no glyph for is replaced, as it would be drawn as a box."""
+"""Text for images: replaces characters that a font lacks, which would be drawn as boxes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BITMAP_CHARACTERS = 256  # of Pillow's font without FreeType, which knows Latin-
 def make_drawable(text: str, font: Font) -> str:
     """Returns a text in characters that the font has.
 
-    An accented letter loses its accent; of other scripts the escapes of Python remain.
+    An accented letter loses its accent. Characters of other scripts become Python escapes.
     In: "Bäume, 木"  Out: "Baume, \\u6728"
     """
     composed = unicodedata.normalize("NFC", text)

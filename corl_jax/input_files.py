@@ -1,6 +1,6 @@
-"""Reads what users hand over: paths with `~` and `$VAR`, UTF-8 text, files that git replaced.
+"""Reads inputs of users: paths with `~` and `$VAR`, UTF-8 text, files that git replaced.
 
-Every command reads such things through this module, so that each accepts and refuses the same.
+Every command reads inputs through this module, so that all accept and refuse the same.
 It imports nothing but `errors`.
 """
 
@@ -59,9 +59,9 @@ def parse_path(text: str) -> Path:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """True for the text file that git leaves in place of a file kept in Git LFS.
+    """Returns whether a file is the text that git leaves in place of a file kept in Git LFS.
 
-    A file that is missing or cannot be read is not one; reading it says why.
+    A missing or unreadable file is not one; reading it gives the reason.
     """
     try:
         with path.open("rb") as file:
@@ -104,7 +104,7 @@ def read_text(path: Path, expected: str = "a text file", max_bytes: int | None =
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """True for text that UTF-8 cannot hold, such as half of a \\ud83d\\ude00 pair from JSON."""
+    """Returns whether UTF-8 cannot hold a text, such as half of a \\ud83d\\ude00 pair from JSON."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The two models that ship with the package; docs/mini.md and docs/nano.md have their recipes."""
+"""The two models that ship with the package. Recipes: docs/measured/mini.md and nano.md."""
 
 from __future__ import annotations
 

@@ -359,7 +359,7 @@ class Eval(Section):
 
 
 class Guards(Section):
-    """Limits that stop a run or print an alarm. docs/reliability.md gives the reasons."""
+    """Limits that stop a run or raise an alarm. Reasons: docs/explained/reliability.md."""
 
     max_skipped_updates: Positive = option(
         3, "The run ends with exit code 3 after this many updates in a row that are not finite."

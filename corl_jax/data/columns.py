@@ -124,9 +124,7 @@ def _check_types(schemas: Mapping[str, Any], name: str, column: str) -> list[str
     is_good, expected = _is_text, "string; write it as text"
     if name == IMAGE_COLUMN:
         is_good = _is_image
-        expected = (
-            "struct<bytes: binary, path: string> or binary; embed the files as docs/data.md shows"
-        )
+        expected = "struct<bytes: binary, path: string> or binary (how: docs/how_to/data.md)"
     wrong: dict[str, list[str]] = {}
     for path, schema in schemas.items():
         if column not in schema.names:

@@ -113,7 +113,7 @@ def _describe_conversion(paths: list[str], suffix: str) -> str:
     others = f" (and so each of the {len(paths)})" if len(paths) > 1 else ""
     return (
         f"convert it{others}, for example: {_quote_python(code)} ; "
-        "docs/data.md says which columns are read and how pictures are embedded"
+        "docs/how_to/data.md says which columns are read and how images are embedded"
     )
 
 

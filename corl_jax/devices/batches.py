@@ -1,8 +1,7 @@
-"""Rows of a global batch on the devices of several processes: which are whose, there and back.
+"""Moves the rows of a global batch between processes and devices, and between host and devices.
 
-A mesh splits a batch into as many blocks as it has ways of `data` and `fsdp`. A process holds
-the blocks of its own devices, its share; processes between which `tensor` splits the parameters
-hold the same one.
+A mesh splits a batch into data x fsdp equal parts, its shards. A process holds the shards of its
+own devices. Processes between which `tensor` splits the parameters hold the same shards.
 """
 
 from __future__ import annotations
@@ -24,42 +23,46 @@ from corl_jax.types import Params
 
 
 def num_batch_shards(mesh: Any) -> int:
-    """Blocks that a mesh splits a batch into."""
+    """Returns into how many equal parts the mesh splits a batch (data x fsdp)."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def shares(mesh: Mesh) -> list[int]:
-    """The share that each process holds, by process.
+def list_process_shards(mesh: Mesh) -> list[int]:
+    """Returns for each process the number of its shard of a batch.
 
     Raises:
-        InputError: shares that are no equal runs of blocks.
+        InputError: a process's shard is not a run of neighbouring parts, or sizes differ.
     """
     count = num_batch_shards(mesh)
-    held: dict[int, set[int]] = {}
+    parts: dict[int, set[int]] = {}  # process -> numbers of its parts
     for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
-        held.setdefault(device.process_index, set()).add(index[0].start or 0)
-    size = len(held[min(held)])
-    for process, blocks in held.items():
-        first = min(blocks)
-        if first % size or blocks != set(range(first, first + size)):
+        parts.setdefault(device.process_index, set()).add(index[0].start or 0)
+    size = len(parts[min(parts)])
+    # 8 parts on 2 processes: {0: {0, 1, 2, 3}, 1: {4, 5, 6, 7}} -> [0, 1]
+    for process, numbers in parts.items():
+        first = min(numbers)
+        if first % size or numbers != set(range(first, first + size)):
             raise InputError(
                 f"mesh: data x fsdp splits a batch into {count} blocks, of which process {process} "
-                f"would hold {sorted(blocks)}; expected {size} that follow each other; choose "
+                f"would hold {sorted(numbers)}; expected {size} that follow each other; choose "
                 "mesh.tensor as a divisor or a multiple of the devices of a process"
             )
-    return [min(held[process]) // size for process in sorted(held)]
+    return [min(parts[process]) // size for process in sorted(parts)]
 
 
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-    """(this process's share, number of shares). Raises: InputError as `shares`."""
+    """Returns (shard of this process, number of shards).
+
+    Raises: InputError as `list_process_shards`.
+    """
     if len({device.process_index for device in mesh.devices.flat}) == 1:
         return 0, 1
-    found = shares(mesh)
-    return found[jax.process_index()], max(found) + 1
+    shards = list_process_shards(mesh)
+    return shards[jax.process_index()], max(shards) + 1
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays of this process's rows as global arrays, rows spread over the mesh."""
+    """Makes global arrays of this process's rows, with rows spread over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
@@ -67,39 +70,39 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
 
 
 def to_host_rows(x: jax.Array) -> np.ndarray:
-    """This process's rows of a global array on a mesh, in order."""
+    """Returns this process's rows of a global array, in order, on the host."""
     if x.is_fully_addressable:
         return np.asarray(x)
     mesh = getattr(x.sharding, "mesh", None)
     assert isinstance(mesh, Mesh), "a global array that lies on no mesh"
-    wanted = batch_sharding(mesh)
-    if not x.sharding.is_equivalent_to(wanted, x.ndim):
-        x = jax.device_put(x, wanted)
+    by_rows = batch_sharding(mesh)
+    if not x.sharding.is_equivalent_to(by_rows, x.ndim):
+        x = jax.device_put(x, by_rows)
     shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
 def all_gather_rows(mesh: Mesh, values: np.ndarray) -> np.ndarray:
-    """All rows of which each process has its share, in every process the same.
+    """Returns the rows of all processes, in every process the same.
 
-    A share that several processes hold is taken from the first, should they differ.
+    If several processes hold the same shard, the first of them counts, should they differ.
     """
     if process_shard(mesh)[1] == 1 and jax.process_count() == 1:
         return values
-    found = shares(mesh)
-    everyone = processes.all_gather(values)
-    return np.concatenate([everyone[found.index(number)] for number in range(max(found) + 1)])
+    shards = list_process_shards(mesh)
+    by_process = processes.all_gather(values)
+    return np.concatenate([by_process[shards.index(n)] for n in range(max(shards) + 1)])
 
 
 def take_own_rows(mesh: Mesh, values: Any) -> Any:
-    """This process's share of something that has all rows."""
+    """Returns this process's rows from a sequence that holds the rows of all processes."""
     index, count = process_shard(mesh)
     size = len(values) // count
     return values[index * size : (index + 1) * size]
 
 
 def all_gather_array(x: jax.Array) -> np.ndarray:
-    """A global array on the host of every process."""
+    """Returns a global array on the host of every process."""
     if x.is_fully_addressable:
         return np.asarray(x)
     from jax.experimental import multihost_utils
@@ -132,8 +135,8 @@ def join_pieces(pieces: list[Any], *, shards: int) -> Any:
     return jax.tree.map(join, *pieces)
 
 
-def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None on a single device."""
+def find_mesh(params: Any) -> Mesh | None:
+    """Returns the mesh of parameters; None on a single device."""
     leaves = jax.tree.leaves(params)
     sharding = getattr(leaves[0], "sharding", None) if leaves else None
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
@@ -178,7 +181,7 @@ def run_in_pieces(
     size, so the program is compiled once. Rows are spread over the devices of `params`.
     Returns each output of the program as a host array with `num_rows` rows.
     """
-    mesh = mesh_of(params)
+    mesh = find_mesh(params)
     multiple = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
     outputs = []
     for index in split_rows(num_rows, max_rows, multiple):

@@ -1,9 +1,10 @@
-"""How a sampler is compiled: with the options of XLA that pay on the device at hand."""
+"""How samplers are compiled, what XLA's flags ask for, and how long compilation takes."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,23 +12,39 @@ import jax
 from jax.core import Tracer
 
 from corl_jax.devices.mesh import context_batch_shards
-from corl_jax.models.attention import on_nvidia
 
 logger = logging.getLogger(__name__)
 
+# In a CUDA graph a kernel waits only for the kernels whose results it takes. The same kernels run,
+# but not one after the other: a decode step has many that are too small to fill the device.
 CONCURRENT = ("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT")
-"""In a CUDA graph a kernel waits for those alone whose results it takes. The same kernels run, but
-not in single file: a decode step has many that are too small to fill the device."""
+# Dense products by cuBLAS alone. XLA's autotuner measures each product by itself and mostly
+# prefers its own Triton kernels. In a whole step they are slower for many rows, faster for few.
 WITHOUT_TRITON = ("xla_gpu_enable_triton_gemm", False)
-"""Dense products by cuBLAS alone. XLA's autotuner times each by itself and mostly prefers its own
-Triton kernels; in a whole step of many rows they are slower, of few rows faster."""
 MANY_ROWS = 64
-"""Rows a device from which the latter pays."""
+"""From this many rows per device on, cuBLAS alone is faster."""
 BUILDS = ("usual", "for_few_rows", "for_many_rows")
 
 
+def is_nvidia(device: Any = None) -> bool:
+    """Returns whether a device (default: the first one) is an NVIDIA GPU."""
+    device = device or jax.devices()[0]
+    return device.platform == "gpu" and "cuda" in device.client.platform_version
+
+
+def has_deterministic_flag() -> bool:
+    """Returns whether XLA_FLAGS asks for the same bits in each call.
+
+    A file that XLA_FLAGS names is not read.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    name = "--xla_gpu_deterministic_ops"
+    given = [flag.removeprefix(name).lower() for flag in flags if flag.partition("=")[0] == name]
+    return bool(given) and given[-1] in ("", "=true", "=1")
+
+
 class SamplerProgram:
-    """A jitted sampler in BUILDS with other options each, of which a call takes the fastest."""
+    """A sampler compiled with several sets of XLA options; see `built_for`."""
 
     def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
         self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
@@ -39,41 +56,42 @@ class SamplerProgram:
 
     @functools.cached_property
     def for_few_rows(self) -> Any:
-        """On NVIDIA GPUs."""
-        return self._build(compiler_options=accepted(CONCURRENT))
+        """For NVIDIA GPUs."""
+        return self._build(compiler_options=accepted_options(CONCURRENT))
 
     @functools.cached_property
     def for_many_rows(self) -> Any:
-        """On NVIDIA GPUs, from MANY_ROWS a device."""
-        return self._build(compiler_options=accepted(CONCURRENT, WITHOUT_TRITON))
+        """For NVIDIA GPUs and at least MANY_ROWS rows per device."""
+        return self._build(compiler_options=accepted_options(CONCURRENT, WITHOUT_TRITON))
 
     def built_for(self, rows: int, *arguments: Any) -> Callable:
-        """The build for `rows` rows, of all devices of the mesh together.
+        """Returns the fastest build for `rows` rows of all devices of the mesh together.
 
-        `arguments`: arrays of the call. If one is traced the program becomes a part of another,
-        and XLA takes options for whole programs only.
+        `arguments` are arrays of the call.
         """
+        # With a traced argument the sampler becomes a part of another program, and XLA takes
+        # options for whole programs only.
         nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
-        if nested or not on_nvidia():
+        if nested or not is_nvidia():
             return self.usual
         return (
             self.for_many_rows if rows >= MANY_ROWS * context_batch_shards() else self.for_few_rows
         )
 
     def clear_cache(self) -> None:
-        """Forgets what was traced and compiled."""
+        """Removes everything that was traced and compiled."""
         for name in BUILDS:
             if name in vars(self):
                 getattr(self, name).clear_cache()
 
 
-def accepted(*options: tuple[str, Any]) -> dict[str, Any]:
-    """Those options that this XLA knows: they come and go, and an unknown one fails a program."""
-    return {name: value for name, value in options if _known(name, value)}
+def accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:
+    """Returns the options that this version of XLA knows; an unknown one fails the program."""
+    return {name: value for name, value in options if _is_accepted(name, value)}
 
 
 @functools.cache
-def _known(name: str, value: Any) -> bool:
+def _is_accepted(name: str, value: Any) -> bool:
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -83,7 +101,7 @@ def _known(name: str, value: Any) -> bool:
 
 
 class _CompileSeconds:
-    """Adds up what this process spends on tracing and compiling."""
+    """Adds up the seconds that this process spends on tracing and compiling."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -93,16 +111,15 @@ class _CompileSeconds:
             self.seconds += duration_secs
 
 
-@functools.cache
-def _counter() -> _CompileSeconds:
-    """The counter of the process: jax keeps a listener until its end."""
+@functools.cache  # one per process: jax keeps a listener until the process ends
+def _get_counter() -> _CompileSeconds:
     counter = _CompileSeconds()
     jax.monitoring.register_event_duration_secs_listener(counter.add)
     return counter
 
 
 def take_compile_seconds() -> float:
-    """Returns the seconds of tracing and compiling since the last call, or the first one's 0."""
-    counter = _counter()
+    """Returns the seconds of tracing and compiling since the last call (first call: 0)."""
+    counter = _get_counter()
     seconds, counter.seconds = counter.seconds, 0.0
     return seconds

@@ -1,7 +1,7 @@
 """Several processes of one run: they start together, agree, and fail together.
 
-jax.distributed connects them. What it leaves out is here: an error that says what to do when one
-of them never starts, and an end for all when one of them fails, with its error.
+jax.distributed connects them. This module adds an error with a remedy if a process never starts,
+and ends all processes with the error of the one that fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax._src.clusters import ClusterEnv
 from corl_jax.config.schema import Distributed
 from corl_jax.errors import BAD_INPUT_EXIT_CODE, FAILED_EXIT_CODE, InputError
 
-MARGIN_S = 15  # jax ends a process that cannot connect without a word to the user; we come first
+MARGIN_S = 15  # jax ends a process that cannot connect without a message; ours must come first
 POLL_S = 0.5
 FAILURE = "corl_jax/failure/"
 CACHE_VARIABLE = "JAX_ENABLE_COMPILATION_CACHE"
@@ -40,23 +40,23 @@ MAX_CHARACTERS = 20_000  # of a failure's text
 
 
 def initialize(options: Distributed) -> None:
-    """Joins the other processes, where the config or the cluster says that there are others.
+    """Connects to the other processes, if the config or the cluster names any.
 
-    Before the first use of a device. Exits with code 1 if not all processes come in time, or if
-    they cannot be connected.
+    Must run before the first use of a device. Exits with code 1 if not all processes start in time,
+    or if they cannot be connected.
 
     Raises:
-        InputError: the settings contradict each other, or the cluster's description, or the
+        InputError: the settings contradict each other or the cluster's description, or the
             coordinator's port cannot be opened.
     """
-    settings = _settings(options)
+    settings = _resolve_settings(options)
     if settings is None:
         return
     address, count, index = (settings[key] for key in ("address", "count", "index"))
     place = f"process {index} of {count} at {address}"
     if index == 0:
-        _require_free(address, place)
-    waiting = threading.Timer(options.initialization_timeout_s, _never_met, (place, options))
+        _require_free_port(address, place)
+    waiting = threading.Timer(options.initialization_timeout_s, _exit_unconnected, (place, options))
     waiting.daemon = True
     waiting.start()
     try:
@@ -77,34 +77,35 @@ def initialize(options: Distributed) -> None:
     finally:
         waiting.cancel()
     if count > 1:
-        _name_in_warnings(index)
-        _watch()
-        _compile_anew_on_cpus(index)
+        _prefix_warnings(index)
+        _watch_for_failures()
+        _disable_cpu_cache(index)
 
 
-def _compile_anew_on_cpus(index: int) -> None:
-    """Keeps programs of several processes on CPUs out of the compilation cache.
+def _disable_cpu_cache(index: int) -> None:
+    """Switches the compilation cache off for several processes on CPUs.
 
-    gloo wants the collectives of a program in the same order everywhere, which XLA's programs for
-    CPUs seem to lose in the cache: with it GRPO with fsdp ends in "collective mismatch".
-    JAX_ENABLE_COMPILATION_CACHE in the environment is left as it is.
+    JAX_ENABLE_COMPILATION_CACHE in the environment wins.
     """
+    # gloo needs the collectives of a program in the same order everywhere. XLA's programs for CPUs
+    # seem to lose it in the cache: GRPO with fsdp then ends in "collective mismatch" (jax 0.10.2).
     if CACHE_VARIABLE in os.environ or jax.default_backend() != "cpu":
         return
     jax.config.update("jax_enable_compilation_cache", False)
     if index == 0:
         print(
-            "several processes on CPUs: programs are compiled anew, see docs/reliability.md; "
+            "several processes on CPUs: programs are compiled anew at each start "
+            "(docs/explained/reliability.md); "
             f"{CACHE_VARIABLE}=true keeps them",
             file=sys.stderr,
         )
 
 
-def _settings(options: Distributed) -> dict[str, Any] | None:
-    """What jax.distributed wants, from the config and the cluster; None to stay alone.
+def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
+    """Returns the settings for jax.distributed from config and cluster; None to stay alone.
 
     Raises:
-        InputError: listing what is missing or cannot be.
+        InputError: listing every setting that is missing or cannot be used.
     """
     if options.initialize == "never":
         return None
@@ -123,11 +124,11 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
                 "to every process, or set distributed.initialize to never"
                 for name in missing
             )
-    listed = _listed_devices()
+    local_devices = _read_local_devices()
     try:
         detect: Any = ClusterEnv.auto_detect_unset_distributed_params
         address, count, index, devices = detect(
-            *given.values(), listed, None, options.initialization_timeout_s
+            *given.values(), local_devices, None, options.initialization_timeout_s
         )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         raise InputError(
@@ -142,21 +143,24 @@ def _settings(options: Distributed) -> dict[str, Any] | None:
     return {"address": address, "count": count, "index": index, "devices": devices}
 
 
-def _listed_devices() -> list[int] | None:
-    """JAX_LOCAL_DEVICE_IDS, which jax itself reads only where no cluster says which are whose."""
-    listed = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    if listed is None:
+def _read_local_devices() -> list[int] | None:
+    """Returns the device numbers of JAX_LOCAL_DEVICE_IDS; None if it is not set."""
+    # jax reads the variable only if no cluster tells which devices belong to which process.
+    local_devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    if local_devices is None:
         return None
-    if not re.fullmatch(r"\d+(,\d+)*", listed):
+    if not re.fullmatch(r"\d+(,\d+)*", local_devices):
         raise InputError(
-            f"JAX_LOCAL_DEVICE_IDS: found {listed!r}, expected numbers of devices such as 0,1,2,3"
+            f"JAX_LOCAL_DEVICE_IDS: found {local_devices!r}, "
+            "expected device numbers such as 0,1,2,3"
         )
-    return [int(number) for number in listed.split(",")]
+    return [int(number) for number in local_devices.split(",")]
 
 
-def _require_free(address: str, place: str) -> None:
-    """Opens the coordinator's port as jax will: where that fails, jax crashes without a word."""
-    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # which names the place to listen at
+def _require_free_port(address: str, place: str) -> None:
+    """Opens and closes the coordinator's port, as a test."""
+    # jax opens the port in the same way, and crashes without a message if it cannot.
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # another address to listen at
         return
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -171,7 +175,8 @@ def _require_free(address: str, place: str) -> None:
         ) from None
 
 
-def _never_met(place: str, options: Distributed) -> None:
+def _exit_unconnected(place: str, options: Distributed) -> None:
+    """Prints that not all processes started in time, and exits."""
     print(
         f"error: distributed: {place} waited {options.initialization_timeout_s} s, and not all "
         "processes came; look for an earlier error in the others' logs, check that all can reach "
@@ -182,8 +187,8 @@ def _never_met(place: str, options: Distributed) -> None:
     os._exit(1)  # connecting cannot be interrupted
 
 
-def _name_in_warnings(index: int) -> None:
-    """Warnings of all but the first process, whose log is the run's, say where they come from."""
+def _prefix_warnings(index: int) -> None:
+    """Prefixes the warnings of all processes but the first with the process number."""
     logging.captureWarnings(True)
     if index and logging.lastResort is not None:
         logging.lastResort.setFormatter(logging.Formatter(f"process {index}: %(message)s"))
@@ -193,24 +198,25 @@ def _name_in_warnings(index: int) -> None:
 
 
 @contextlib.contextmanager
-def failing_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """An exception in the block ends all processes with its text and exit code.
+def fail_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Ends all processes with the text and exit code of an exception in the block.
 
-    Without this the others wait in their next collective for a process that will not come. With
-    one process it does nothing. `first` runs before the others hear of the exception; it has to
-    end by itself.
+    With one process it does nothing. `first` is called before the other processes are told. It must
+    return; no time limit is set.
     """
+    # Without this the others wait in their next collective for a process that has ended.
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
         first()
-        _end(_publish(_described(error)))
+        _end_process(_publish_failure(_describe_failure(error)))
 
 
-def _described(error: BaseException) -> dict[str, Any]:
-    problems = getattr(error, "problems", None)  # of those that a user can act on
+def _describe_failure(error: BaseException) -> dict[str, Any]:
+    """Returns number, exit code and text of this process's failure, as JSON values."""
+    problems = getattr(error, "problems", None)  # of an InputError
     if problems is None:
         text = "".join(traceback.format_exception(error)).rstrip()
     else:
@@ -219,63 +225,65 @@ def _described(error: BaseException) -> dict[str, Any]:
     return {"process": jax.process_index(), "code": code, "text": text[-MAX_CHARACTERS:]}
 
 
-def _publish(failure: dict[str, Any]) -> dict[str, Any]:
-    """The first failure of the run: this one, or the one that it follows from."""
+def _publish_failure(failure: dict[str, Any]) -> dict[str, Any]:
+    """Publishes a failure to all processes. Returns the first failure of the run."""
     client = distributed.global_state.client
     try:
         client.key_value_set(f"{FAILURE}first", json.dumps(failure))
-    except RuntimeError:  # there is one, or the coordinator has died
+    except RuntimeError:  # another failure is published, or the coordinator has died
         with contextlib.suppress(RuntimeError):
-            return _published() or failure
+            return _read_published() or failure
     return failure
 
 
-def _published() -> dict[str, Any] | None:
-    found = distributed.global_state.client.key_value_dir_get(FAILURE)
-    return json.loads(found[0][1]) if found else None
+def _read_published() -> dict[str, Any] | None:
+    """Returns the published failure, if there is one."""
+    values = distributed.global_state.client.key_value_dir_get(FAILURE)
+    return json.loads(values[0][1]) if values else None
 
 
 _ending = threading.Lock()
 
 
-def _end(failure: dict[str, Any]) -> None:
-    """Says why and exits at once: any other way out waits for the other processes."""
+def _end_process(failure: dict[str, Any]) -> None:
+    """Prints the failure and exits at once."""
+    # Any other way to exit waits for the other processes.
     with _ending:
         own = jax.process_index()
         prefix = f"process {failure['process']}: "
-        if own in (0, failure["process"]):  # the others would only repeat it
+        if own in (0, failure["process"]):  # the others would print the same
             lines = failure["text"].splitlines()
             print("\n".join(prefix + line for line in lines), file=sys.stderr)
-        # An error of its own may still come from another one that is gone.
+        # Its own error may be the consequence of another process that has ended.
         cause = "" if own == failure["process"] else f", for process {failure['process']} failed"
         print(f"process {own}: ends{cause}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if own == 0:  # it holds what the others have yet to read
+        if own == 0:  # the coordinator: the others still have to read the failure
             time.sleep(4 * POLL_S)
         os._exit(failure["code"])
 
 
-def _watch() -> None:
-    """Ends this process soon after another one has failed, wherever it waits."""
+def _watch_for_failures() -> None:
+    """Starts a thread that ends this process soon after another one has failed."""
     stopped = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not stopped.wait(POLL_S):
             try:
-                failure = _published()
-            except RuntimeError:  # the coordinator has died, of which jax tells us
+                failure = _read_published()
+            except RuntimeError:  # the coordinator has died; jax reports that
                 continue
             if failure is not None and not stopped.is_set():
-                _end(failure)
+                _end_process(failure)
 
-    thread = threading.Thread(target=look, name="failures of other processes", daemon=True)
+    thread = threading.Thread(target=poll, name="failures of other processes", daemon=True)
 
     def stop() -> None:
         stopped.set()
         thread.join()
 
-    atexit.register(stop)  # runs before jax lets go of the client
+    atexit.register(stop)  # runs before jax closes the client
     thread.start()
 
 
@@ -283,20 +291,20 @@ def _watch() -> None:
 
 
 def broadcast_first(number: int | None) -> int | None:
-    """The first process's number (above -1) or None, for a decision that all must share.
+    """Returns the first process's number (above -1) or None, for a decision of all processes.
 
-    Files that one process sees another may not yet see.
+    One process may not yet see files that another one sees.
     """
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
 
-    found = multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number))
-    return None if found < 0 else int(found)
+    first = multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number))
+    return None if first < 0 else int(first)
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have reached this call."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -304,7 +312,7 @@ def barrier(name: str) -> None:
 
 
 def all_gather(values: np.ndarray) -> np.ndarray:
-    """[processes, ...]: an array of each process, of the same shape in all."""
+    """Returns the arrays of all processes, [processes, ...]; all have the same shape."""
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils
@@ -313,12 +321,12 @@ def all_gather(values: np.ndarray) -> np.ndarray:
 
 
 def all_max(value: int) -> int:
-    """Over all processes."""
+    """Returns the largest value of all processes."""
     return int(all_gather(np.array([value], np.int32)).max())
 
 
 def all_union(numbers: set[int]) -> set[int]:
-    """The numbers (from 0 on) of all processes."""
+    """Returns the numbers (from 0 on) of all processes."""
     if jax.process_count() == 1:
         return numbers
     padded = np.full(all_max(len(numbers)), -1, np.int32)

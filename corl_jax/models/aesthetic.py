@@ -1,4 +1,4 @@
-"""The aesthetic predictor: how people would rate a picture, read off CLIP's image vector.
+"""The aesthetic predictor: predicts from CLIP's image vector how people rate an image.
 
 Linear layers without activations between them, as the published head was trained.
 Source: christophschuhmann/improved-aesthetic-predictor, `simple_inference.py`.
@@ -16,7 +16,7 @@ from corl_jax.models.layers import linear
 
 @dataclasses.dataclass(frozen=True)
 class AestheticConfig:
-    """Widths from CLIP's vector to the score; the defaults are those for ViT-L/14."""
+    """Widths from CLIP's vector to the rating; the defaults are those for ViT-L/14."""
 
     sizes: tuple[int, ...] = (768, 1024, 128, 64, 16, 1)
 

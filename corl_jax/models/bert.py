@@ -1,6 +1,6 @@
-"""BERT: text in, one feature per token out; a post-norm encoder with learned positions.
+"""BERT: token ids in, one feature vector per token out; a post-norm encoder.
 
-The pooler and the heads of pre-training that checkpoints carry do not exist here.
+The pooler and the heads of pre-training, which checkpoints hold, do not exist here.
 
 Source: Devlin et al. 2018 (arXiv 1810.04805); transformers `models/bert`.
 """
@@ -32,7 +32,7 @@ class BertConfig:
 
 
 class Embeddings(nnx.Module):
-    """Word, position and token type added up and normalised; every token is of type 0."""
+    """Sum of word, position and token type, normalised; every token is of type 0."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -64,7 +64,7 @@ class Block(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """input_ids [B, T] -> hidden states [B, T, hidden_size]; T at most the positions there are."""
+    """input_ids [B, T] -> hidden states [B, T, hidden_size]; T up to max_position_embeddings."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.num_layers = config.num_layers
@@ -74,10 +74,10 @@ class Bert(nnx.Module):
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array, *, layer: int = -1
     ) -> jax.Array:
-        """The hidden state after `layer` layers, of which only those are run.
+        """Computes hidden states [B, T, hidden_size] after `layer` layers; later layers do not run.
 
-        `attention_mask` [B, T] is True on real tokens; states of the others mean nothing.
-        0 are the embeddings, a negative number counts from the end: -1 is the last layer, as in
+        `attention_mask` [B, T] is True on real tokens; states of the others are undefined. Layer 0
+        is the embeddings. A negative number counts from the end: -1 is the last layer, as in
         transformers' `hidden_states`.
 
         Raises: IndexError if there is no such layer.

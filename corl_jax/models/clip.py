@@ -1,4 +1,4 @@
-"""CLIP: pictures and texts as vectors in one space, where those that match point the same way.
+"""CLIP: images and texts as vectors in one space, where matching ones have the same direction.
 
 Source: Radford et al. 2021 (arXiv 2103.00020). The default sizes are those of LAION's ViT-H/14
 (arXiv 2212.07143), on which PickScore and HPS v2 were trained.
@@ -78,7 +78,7 @@ class VisionTower(nnx.Module):
 class TextTower(nnx.Module):
     """ids [N, T] -> the state at each row's first end of text [N, hidden_size].
 
-    Attention is causal, so what stands behind the end of text has no effect.
+    Attention is causal, so tokens after the end of text have no effect.
     """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
@@ -103,7 +103,7 @@ class TextTower(nnx.Module):
 
 
 class Clip(nnx.Module):
-    """Both towers with their projections, and the log of the factor on cosines."""
+    """Both towers with their projections, and the logarithm of the factor on cosines."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.vision_model = VisionTower(config, rngs=rngs)
@@ -114,23 +114,23 @@ class Clip(nnx.Module):
         self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
 
     def image_features(self, pixel_values: jax.Array) -> jax.Array:
-        """Normalised pixels [N, S, S, 3] -> [N, projection_dim]."""
+        """Computes features [N, projection_dim] of normalised pixels [N, S, S, 3]."""
         return self.visual_projection(self.vision_model(pixel_values))
 
     def text_features(self, ids: jax.Array) -> jax.Array:
-        """Ids [N, T], each row with an end of text -> [N, projection_dim]."""
+        """Computes features [N, projection_dim] of ids [N, T]; each row has an end of text."""
         return self.text_projection(self.text_model(ids))
 
     def image_embeds(self, pixel_values: jax.Array) -> jax.Array:
-        """`image_features` of unit length, in float32."""
-        return unit_length(self.image_features(pixel_values))
+        """Computes `image_features` of unit length, in float32."""
+        return normalize_rows(self.image_features(pixel_values))
 
     def text_embeds(self, ids: jax.Array) -> jax.Array:
-        """`text_features` of unit length, in float32."""
-        return unit_length(self.text_features(ids))
+        """Computes `text_features` of unit length, in float32."""
+        return normalize_rows(self.text_features(ids))
 
 
-def unit_length(x: jax.Array) -> jax.Array:
-    """[N, features] float32 rows of norm 1."""
+def normalize_rows(x: jax.Array) -> jax.Array:
+    """Divides rows [N, features] by their norms, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""What the BERTs and ViTs share: attention with biases, a two-layer MLP, the pre-norm block.
+"""Parts of the BERTs and ViTs: attention with biases, a two-layer MLP, the pre-norm block.
 
-SigLIP, BLIP's tower and CLIP are stacks of `Block`; BERT and BLIP's decoder put their norms
-behind the residuals and build blocks of their own from the same parts.
+SigLIP, BLIP's vision tower and CLIP are stacks of `Block`. BERT and BLIP's decoder have their norms
+after the residuals and build their own blocks from the same parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KVCache = tuple[jax.Array, jax.Array]
 
 
 class Sizes(Protocol):
-    """What a network's config says of each of its layers."""
+    """The sizes that a network's config must have for its layers."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -34,7 +34,7 @@ class Sizes(Protocol):
 
 
 class Attention(nnx.Module):
-    """Attention of D-wide queries to keys and values of `source` features (D if None)."""
+    """Attention of queries of width D to keys and values from `source` features (D if None)."""
 
     def __init__(self, config: Sizes, source: int | None = None, *, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
@@ -45,14 +45,14 @@ class Attention(nnx.Module):
         self.out_proj = linear(width, width, bias=True, rngs=rngs)
 
     def keys_values(self, x: jax.Array) -> KVCache:
-        """Of features [B, S, source]."""
+        """Computes keys and values of features [B, S, source]."""
         key, value = (split_heads(proj(x), self.num_heads) for proj in (self.k_proj, self.v_proj))
         return key, value
 
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, seen: KVCache | None = None
     ) -> jax.Array:
-        """x [B, T, D] after attending to `seen`, by default to itself.
+        """Computes x [B, T, D] after attention to `seen` (default: x itself).
 
         `mask` [B or 1, T or 1, S] is True where a key is seen.
         """
@@ -77,7 +77,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm layer: each norm stands before what it feeds, inside the residual."""
+    """Pre-norm layer: each norm stands before its sublayer, inside the residual."""
 
     def __init__(self, config: Sizes, activation: Activation = "gelu", *, rngs: nnx.Rngs):
         self.layer_norm1 = layer_norm(config, rngs)
@@ -91,7 +91,7 @@ class Block(nnx.Module):
 
 
 def layer_norm(config: Sizes, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is not taken as E[x^2] - E[x]^2, which loses digits."""
+    """Makes a LayerNorm with an exact variance; E[x^2] - E[x]^2 loses digits."""
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
     )

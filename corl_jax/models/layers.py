@@ -1,9 +1,7 @@
-"""Pieces that the transformers share: stacked layers, remat policies, RoPE, attention, MLPs.
+"""Parts of all transformers: stacked layers, remat policies, RoPE, attention, projectors.
 
-Weights are held as the network's author trains them: dense kernels are [in, out], convolutions
-HWIO. A stack of layers is one module whose every parameter has a leading layer axis; it is
-scanned in training and sliced into single layers (`unstack`) before a decode loop, because XLA
-does not hoist the slices of a scanned stack out of a surrounding loop.
+Dense kernels are [in, out], convolutions HWIO. A stack of layers is one module whose parameters
+all have a leading layer axis.
 """
 
 from __future__ import annotations
@@ -29,35 +27,35 @@ initializer = nnx.initializers.normal(stddev=0.02)
 
 
 def linear(in_features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    """A dense layer with the initialisation that all Janus parts use."""
+    """Makes a dense layer with the initialisation of all Janus parts."""
     return nnx.Linear(in_features, out_features, use_bias=bias, kernel_init=initializer, rngs=rngs)
 
 
 class Embedding(nnx.Module):
-    """A table [rows, features]; ids [...] -> rows [..., features], NaN for an id outside it.
+    """A table [rows, features]; ids [...] -> rows [..., features], NaN for an id outside of it."""
 
-    Unlike nnx.Embed it answers in the dtype that the table has when it is read. That one keeps
-    the dtype of its construction, and would turn a bfloat16 network back into float32.
-    """
-
+    # nnx.Embed keeps the dtype of its construction, and would turn a bfloat16 network into float32.
+    # This one has the dtype of the table when it is called.
     def __init__(self, rows: int, features: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(initializer(rngs.params(), (rows, features)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        # The ids are split where the features are: of the two, the table is gathered.
+        # The ids and the table are both split over fsdp: the table is gathered.
         table = constrain(self.embedding[...], "any", "embed")
         return jnp.take(table, ids, axis=0)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
-    """One module of the kind `make` builds whose parameters carry a leading axis of `layers`."""
+    """Makes one module whose parameters have a leading axis of `layers`; `make` makes one layer."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), layers)
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
 
 
 def unstack(stacked: nnx.Module, layers: int) -> list[Any]:
-    """The single layers of a stacked module, each a slice of its parameters."""
+    """Returns the single layers of a stacked module, each a slice of its parameters."""
+    # Training scans the stack. A decode loop needs single layers: XLA does not move the slices of a
+    # scanned stack out of a surrounding loop.
     graphdef, state = nnx.split(stacked)
     return [nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state)) for i in range(layers)]  # noqa: B023
 
@@ -65,9 +63,9 @@ def unstack(stacked: nnx.Module, layers: int) -> list[Any]:
 def scan_layers(
     stacked: nnx.Module, step: Callable, x: Any, remat: Remat = "none"
 ) -> tuple[Any, Any]:
-    """Applies `step(layer, x) -> (x, out)` over a stack of layers; outs are stacked.
+    """Applies `step(layer, x) -> (x, out)` over a stack of layers; the outs are stacked.
 
-    `remat` names what the backward pass keeps of each layer: everything ("none"), the results
+    `remat` says which values of a layer the backward pass keeps: everything ("none"), the results
     of its matrix products ("dots") or only its input ("full").
     """
     graphdef, state = nnx.split(stacked)
@@ -81,7 +79,7 @@ def scan_layers(
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., T, 1, head_dim] of the rotate-half form, in float32."""
+    """Computes cosines and sines [..., T, 1, head_dim] for `apply_rope`, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
@@ -102,24 +100,24 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Softmax attention [B, T, H, head_dim]; `mask` [B, T or 1, S] is True where a key is seen."""
+    """Computes attention [B, T, H, head_dim]; `mask` [B, T or 1, S] is True where a key is seen."""
     if mask is not None:
         mask = mask[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[B, T, heads * head_dim] -> [B, T, heads, head_dim]."""
+    """Reshapes [B, T, heads * head_dim] to [B, T, heads, head_dim]."""
     return constrain(x.reshape(*x.shape[:-1], heads, -1), "batch", "length", "heads", None)
 
 
 def merge_heads(x: jax.Array) -> jax.Array:
-    """[B, T, heads, head_dim] -> [B, T, heads * head_dim]."""
+    """Reshapes [B, T, heads, head_dim] to [B, T, heads * head_dim]."""
     return x.reshape(*x.shape[:-2], -1)
 
 
 class Projector(nnx.Module):
-    """Janus's aligner: a linear layer, then (GELU, linear) for each further layer of `depth`."""
+    """Janus's aligner: a linear layer, then (GELU, linear) `depth` - 1 times."""
 
     def __init__(self, in_features: int, features: int, depth: int, *, rngs: nnx.Rngs):
         self.fc1 = linear(in_features, features, bias=True, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The Llama decoder under Janus: full forward, prefill into a cache, one-token decode.
+"""The Llama decoder of Janus: the full forward pass, and the prefill of a cache.
 
 Source: Touvron et al. 2023 (arXiv 2302.13971); transformers `models/llama`.
 """
@@ -14,7 +14,7 @@ from flax import nnx
 
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
-from corl_jax.models.causal import CausalAttention, attend_causally
+from corl_jax.models.attention import AttentionKernel, attend_causally
 from corl_jax.models.layers import Remat, apply_rope, merge_heads, split_heads
 from corl_jax.models.lora import Lora, projection
 
@@ -34,12 +34,13 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 16384
 
-    lora: ClassVar[Lora | None] = None  # no size of a checkpoint; see AdaptedLlamaConfig
+    # A class variable, so that two configs of equal sizes are equal; see AdaptedLlamaConfig.
+    lora: ClassVar[Lora | None] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLlamaConfig(LlamaConfig):
-    """A decoder whose layers carry low-rank adapters."""
+    """A decoder whose layers have low-rank adapters."""
 
     lora: Lora | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -61,26 +62,26 @@ class Attention(nnx.Module):
         self.o_proj = projection("o_proj", queries, width, lora, rngs=rngs)
 
     def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]):
-        """Rotated queries and keys, and values, each [B, T, heads, head_dim]."""
+        """Computes rotated queries and keys, and values, each [B, T, heads, head_dim]."""
         query = split_heads(self.q_proj(x), self.config.num_heads)
         key = split_heads(self.k_proj(x), self.config.num_kv_heads)
         value = split_heads(self.v_proj(x), self.config.num_kv_heads)
         return apply_rope(query, rope), apply_rope(key, rope), value
 
     def __call__(
-        self, x: jax.Array, rope, kept: jax.Array, attention: CausalAttention = "xla"
+        self, x: jax.Array, rope, kept: jax.Array, attention: AttentionKernel = "xla"
     ) -> tuple[jax.Array, KVCache]:
         query, key, value = self.project(x, rope)
         attended = attend_causally(query, key, value, kept, attention)
         return self.o_proj(merge_heads(attended)), (key, value)
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: CausalAttention
+        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
-        """Attends from completions x [N, T, D] to their prompts' entries and to one another.
+        """Computes attention of completions x [N, T, D] to their prompts and to themselves.
 
-        `prompt` [B, P, kv_heads, head_dim] is shared by the N / B completions of each prompt;
-        `kept` [N, P + T] are the positions that count.
+        `prompt` are keys and values [B, P, kv_heads, head_dim], shared by the N / B completions of
+        each prompt. `kept` [N, P + T] is True on real tokens.
         """
         query, key, value = self.project(x, rope)
         keys, values = (
@@ -119,20 +120,20 @@ class Block(nnx.Module):
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", "embed")
 
     def __call__(
-        self, x: jax.Array, rope, kept: jax.Array, attention: CausalAttention = "xla"
+        self, x: jax.Array, rope, kept: jax.Array, attention: AttentionKernel = "xla"
     ) -> tuple[jax.Array, KVCache]:
         attended, cache = self.attn(self.input_layernorm(x), rope, kept, attention)
         return self._feed_forward(x + attended), cache
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: CausalAttention
+        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
         attended = self.attn.after(self.input_layernorm(x), prompt, rope, kept, attention)
         return self._feed_forward(x + attended)
 
 
 class Llama(nnx.Module):
-    """Embeddings, stacked blocks and the final norm; heads belong to Janus."""
+    """Embeddings, stacked blocks and the final norm, without heads."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -144,11 +145,11 @@ class Llama(nnx.Module):
         return layers.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
 
     def __call__(self, embeds: jax.Array, mask: jax.Array, *, remat: Remat = "none") -> jax.Array:
-        """Hidden states [B, T, D] after the final norm, of embeds [B, T, D] and mask [B, T]."""
+        """Computes final hidden states [B, T, D] of embeds [B, T, D] with mask [B, T]."""
         return self._forward(embeds, mask, remat, keep_cache=False)[0]
 
     def prefill(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Hidden states, and all layers' keys and values, each [L, B, T, kv_heads, head_dim]."""
+        """Computes hidden states, and all keys and values [L, B, T, kv_heads, head_dim]."""
         return self._forward(embeds, mask, "none", keep_cache=True)
 
     def after_prompts(
@@ -158,22 +159,26 @@ class Llama(nnx.Module):
         completions: jax.Array,
         *,
         remat: Remat = "none",
-        attention: CausalAttention = "xla",
+        attention: AttentionKernel = "xla",
     ) -> tuple[jax.Array, jax.Array]:
-        """Hidden states of left-padded prompts [B, P, D] and of completions [N, T, D] after them.
+        """Computes hidden states of left-padded prompts [B, P, D] and their completions [N, T, D].
 
-        `mask` [B, P] of the prompts; the completions are prompt-major, N a multiple of B, and
-        have no padding in front. The same values as `__call__` on each prompt followed by each of
-        its completions, but every prompt is read once, whatever the number of its completions.
+        `mask` [B, P] is that of the prompts. Completions are prompt-major, N is a multiple of B,
+        and they have no padding in front. The values are those of `__call__` on each prompt
+        followed by each of its completions, but each prompt is read once, not once per completion.
         """
         prompts = constrain(prompts, "batch", "length", "embed")
-        wanted = completions.shape[1]
-        # A token behind the last changes nothing before it; see `attend_causally`.
-        odd = wanted % 2 if attention == "cudnn" else 0
+        # cuDNN differentiates even lengths only. A padding token after the last one changes nothing
+        # before it.
+        num_tokens = completions.shape[1]
+        odd = num_tokens % 2 if attention == "cudnn" else 0
         completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
         completions = constrain(completions, "batch", "length", "embed")
         length, group_size = completions.shape[1], len(completions) // len(prompts)
-        prompt_rope, repeated = self.rope(positions_of(mask)), jnp.repeat(mask, group_size, axis=0)
+        prompt_rope, repeated = (
+            self.rope(compute_positions(mask)),
+            jnp.repeat(mask, group_size, axis=0),
+        )
         rope = self.rope(repeated.sum(axis=-1, keepdims=True) + jnp.arange(length))
         kept = jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
 
@@ -183,11 +188,11 @@ class Llama(nnx.Module):
 
         x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
         prompts, completions = jax.tree.map(self.norm, x)
-        return prompts, completions[:, :wanted]
+        return prompts, completions[:, :num_tokens]
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")
-        rope = self.rope(positions_of(mask))
+        rope = self.rope(compute_positions(mask))
 
         def step(block: Block, x: jax.Array):
             x, cache = block(x, rope, mask)
@@ -197,6 +202,6 @@ class Llama(nnx.Module):
         return self.norm(x), caches
 
 
-def positions_of(mask: jax.Array) -> jax.Array:
-    """Positions [B, T] counted over kept tokens only, so that padding shifts nothing."""
+def compute_positions(mask: jax.Array) -> jax.Array:
+    """Returns positions [B, T] that count real tokens only, so that padding shifts nothing."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: beside a kernel W that stays as it is, A and B whose product is trained.
+"""Low-rank adapters: a trained product A B beside a kernel W that does not change.
 
 Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; names and initial values are PEFT's.
 """
@@ -19,7 +19,7 @@ from corl_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which projections of every layer carry adapters, and how large these are."""
+    """The projections of every layer that have adapters, and the adapters' size."""
 
     rank: int
     alpha: float
@@ -38,7 +38,7 @@ class LoraLinear(nnx.Linear):
             in_features, out_features, use_bias=False, kernel_init=initializer, rngs=rngs
         )
         self.scale = lora.scale
-        self.lora_a = nnx.Param(_uniform(rngs.params(), (in_features, lora.rank)))
+        self.lora_a = nnx.Param(_draw_uniform(rngs.params(), (in_features, lora.rank)))
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features)))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,25 +48,25 @@ class LoraLinear(nnx.Linear):
 def projection(
     name: str, in_features: int, out_features: int, lora: Lora | None, *, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A dense layer without bias, with an adapter if `name` is among the targets."""
+    """Makes a dense layer without bias, with an adapter if `name` is among the targets."""
     if lora is None or name not in lora.targets:
         return linear(in_features, out_features, bias=False, rngs=rngs)
     return LoraLinear(in_features, out_features, lora, rngs=rngs)
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What PEFT draws A from, torch's kaiming_uniform with a = sqrt(5); `shape` [..., in, rank]."""
-    bound = 1 / math.sqrt(shape[-2])
+def _draw_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws initial values of A as PEFT does; `shape` is [..., in, rank]."""
+    bound = 1 / math.sqrt(shape[-2])  # torch's kaiming_uniform with a = sqrt(5)
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def init(shapes: Params, key: jax.Array) -> Params:
-    """The first values of a tree of adapters: A drawn, B zero, so that they change nothing."""
+def init_adapters(shapes: Params, key: jax.Array) -> Params:
+    """Returns initial values of adapters: A random, B zero, so that they change nothing."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
 
-    def first(key: jax.Array, path: Any, leaf: Any) -> jax.Array:
-        drawn = path[-1].key == "lora_a"
-        return _uniform(key, leaf.shape) if drawn else jnp.zeros(leaf.shape)
+    def init_leaf(key: jax.Array, path: Any, leaf: Any) -> jax.Array:
+        is_a = path[-1].key == "lora_a"
+        return _draw_uniform(key, leaf.shape) if is_a else jnp.zeros(leaf.shape)
 
-    return tree.unflatten([first(key, *leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    return tree.unflatten([init_leaf(key, *leaf) for key, leaf in zip(keys, leaves, strict=True)])

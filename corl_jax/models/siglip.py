@@ -1,7 +1,7 @@
-"""The SigLIP image tower: patches in, one feature per patch out.
+"""The SigLIP image tower: an image in, one feature vector per patch out.
 
-All layers, the final LayerNorm, exact GELU, no class token; the attention-pool head that the
-original checkpoints carry is not used by Janus and does not exist here.
+It has all layers, the final LayerNorm, exact GELU and no class token. The attention-pool head of
+the original checkpoints is not used by Janus and does not exist here.
 
 Source: Zhai et al. 2023 (arXiv 2303.15343); timm `siglip_large_patch16_384` as Janus loads it.
 """

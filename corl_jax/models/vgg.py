@@ -1,9 +1,7 @@
-"""LPIPS with VGG16: how far apart two pictures look, by the features of a network that sees.
+"""LPIPS with VGG16: a distance of two images from the features of a vision network.
 
-Features of five depths are brought to unit length across channels; their squared differences
-are weighted by a learned head per depth, averaged over positions and added up. It is the
-torchmetrics form: the epsilon stands under the root. The lpips package adds 1e-10 to the root
-instead, which differs only where all features of a position are near 0.
+Features of five depths are divided by their norm across channels. Their squared differences
+are weighted by a learned head per depth, averaged over positions and added up.
 
 Source: Zhang et al. 2018 (arXiv 1801.03924), weights of version 0.1; trunk: Simonyan and
 Zisserman 2014 (arXiv 1409.1556), configuration D.
@@ -30,7 +28,7 @@ class VggConfig:
 
 
 class Lpips(nnx.Module):
-    """Two batches of pictures [N, H, W, 3] in [0, 1] -> distances [N] float32, 0 for equal ones."""
+    """Two batches of images [N, H, W, 3] in [0, 1] -> distances [N] float32, 0 for equal images."""
 
     def __init__(self, config: VggConfig, *, rngs: nnx.Rngs):
         self.stages = nnx.List([])
@@ -47,31 +45,33 @@ class Lpips(nnx.Module):
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
         distance = jnp.zeros(first.shape[0], jnp.float32)
         for head, x, y in zip(self.heads, self.taps(first), self.taps(second), strict=True):
-            difference = jnp.square(unit_length(x) - unit_length(y))
+            difference = jnp.square(normalize_channels(x) - normalize_channels(y))
             distance += head(difference).astype(jnp.float32).mean(axis=(1, 2, 3))
         return distance
 
     def taps(self, images: jax.Array) -> list[jax.Array]:
-        """The last activations of each stage, [N, H / 2^k, W / 2^k, channels of stage k]."""
+        """Computes the last activations of each stage k, [N, H / 2^k, W / 2^k, channels[k]]."""
         x = (2.0 * images - 1.0 - jnp.array(SHIFT)) / jnp.array(SCALE)
         x = x.astype(self.stages[0][0].kernel.dtype)
         taps = []
         for convs in self.stages:
-            x = halve(x) if taps else x
+            x = max_pool(x) if taps else x
             for conv in convs:
                 x = jax.nn.relu(conv(x))
             taps.append(x)
         return taps
 
 
-def halve(x: jax.Array) -> jax.Array:
-    """The maximum of each 2x2 block; an odd last row or column is left out."""
+def max_pool(x: jax.Array) -> jax.Array:
+    """Computes the maximum of each 2x2 block; an odd last row or column is left out."""
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
-def unit_length(x: jax.Array) -> jax.Array:
-    """Each position's features divided by their norm, in float32."""
+def normalize_channels(x: jax.Array) -> jax.Array:
+    """Divides the features of each position by their norm, in float32."""
+    # Epsilon under the root, as in torchmetrics. The lpips package adds 1e-10 to the root, which
+    # differs only if all features of a position are near 0.
     x = x.astype(jnp.float32)
     return x / jnp.sqrt(EPSILON + jnp.square(x).sum(axis=-1, keepdims=True))

@@ -1,7 +1,7 @@
 """VQ-16: the tokenizer that turns an image into a grid of codes and back.
 
-Codebook rows and latents are l2-normalised on both sides, so that the nearest code is the one
-of greatest cosine. Images are NHWC in [-1, 1]; codes are in raster order.
+Codebook rows and latents have unit length, so the nearest code is the one of greatest cosine.
+Images are NHWC in [-1, 1]; codes are in raster order.
 
 Source: Sun et al. 2024 (LlamaGen, arXiv 2406.06525), whose tokenizer Janus uses.
 """
@@ -37,7 +37,7 @@ class VQConfig:
 
 
 def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Conv:
-    """A same-padded square convolution of stride 1."""
+    """Makes a square convolution of stride 1 with same padding."""
     return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, rngs=rngs)
 
 
@@ -46,7 +46,7 @@ def group_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
 
 
 class ResBlock(nnx.Module):
-    """Two normalised 3x3 convolutions and a shortcut, 1x1 where the width changes."""
+    """Two normalised 3x3 convolutions and a shortcut, which is 1x1 if the width changes."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.norm1 = group_norm(inputs, rngs=rngs)
@@ -200,29 +200,29 @@ class VQModel(nnx.Module):
         self.post_quant_conv = conv(config.embed_dim, config.z_channels, 1, rngs=rngs)
 
     def codebook(self) -> jax.Array:
-        """Unit rows [num_embeddings, embed_dim]."""
+        """Returns the codes' vectors [num_embeddings, embed_dim], of unit length."""
         return normalize(jnp.asarray(self.quantize.embedding[...]))
 
     def latents(self, pixels: jax.Array) -> jax.Array:
-        """Unit latents [N, h, w, embed_dim] of pixels [N, H, W, 3] in [-1, 1]."""
+        """Computes unit latents [N, h, w, embed_dim] of pixels [N, H, W, 3] in [-1, 1]."""
         return normalize(self.quant_conv(self.encoder(pixels)))
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """Codes [N, h * w] int32 in raster order."""
+        """Computes codes [N, h * w] int32 in raster order of pixels [N, H, W, 3] in [-1, 1]."""
         z = self.latents(pixels)
         similarity = jnp.einsum("nhwc,kc->nhwk", z, self.codebook())
         return jnp.argmax(similarity, axis=-1).reshape(z.shape[0], -1).astype(jnp.int32)
 
     def decode_latents(self, quantised: jax.Array) -> jax.Array:
-        """Pixels of code vectors [N, h, w, embed_dim]."""
+        """Computes pixels [N, H, W, 3] of code vectors [N, h, w, embed_dim]."""
         return self.decoder(self.post_quant_conv(quantised))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Pixels [N, H, W, 3], roughly in [-1, 1] (not clipped), of codes [N, h * w]."""
+        """Computes pixels [N, H, W, 3], roughly in [-1, 1] (not clipped), of codes [N, h * w]."""
         side = round(codes.shape[-1] ** 0.5)
         return self.decode_latents(self.codebook()[codes].reshape(codes.shape[0], side, side, -1))
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """Rows of unit length, as torch's `normalize`: the length is at least 1e-12."""
+    """Divides rows by their norm, at least 1e-12, as torch's `normalize` does."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -1,8 +1,8 @@
-"""Compile a run for devices that need not be there: does it fit, what does it cost?
+"""Compiles a run for devices that need not exist: does it fit, and what does it cost?
 
 python -m corl_jax.plan --config FILE --topology v5e:4x4 [key=value ...]
 
-Compiles the training step and both samplers of a GRPO config as the run would, from shapes alone:
+Compiles the training step and the samplers of a config as the run would, from shapes alone:
 no weights, no data, no TPU. Prints memory, operations and collectives of each device, and an
 estimate of the time. Exit code 1: it does not fit.
 """
@@ -42,7 +42,7 @@ PRESETS: dict[str, tuple[Family, Sizes]] = {
 DOES_NOT_FIT_EXIT_CODE = 1
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.plan",
         description=__doc__,
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=PRESETS,
         help="sizes (default: of model.path's config.json, or of the preset that it names)",
     )
-    for task, option in (("drawing", "image"), ("understanding", "text")):
+    for task, option in (("image generation", "image"), ("image understanding", "text")):
         parser.add_argument(
             f"--{option}-prompt",
             type=int,
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--stored",
         choices=build.DTYPES,
         default="bfloat16",
-        help="dtype of the model's files and so of what is frozen (default: bfloat16)",
+        help="dtype of the model's files, and so of frozen parameters (default: bfloat16)",
     )
     parser.add_argument(
         "--hbm", type=float, metavar="GIB", help="memory of a device, instead of the known one"
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="GIB",
-        help="kept free on each device for what is not compiled here: reward networks (default 0)",
+        help="memory of each device for reward networks, which are not compiled (default 0)",
     )
     parser.add_argument(
         "--only",
@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
-    """Returns sizes by a preset's name, a directory's config.json, or a preset named in the path.
+    """Returns the sizes of a preset, of a directory's config.json, or of the preset in a name.
 
     Raises:
         InputError: none of them says what the model is.
@@ -117,13 +117,13 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     return PRESETS[named]
 
 
-def prompt_lengths(
+def resolve_prompt_lengths(
     args: argparse.Namespace, config: Config, limits: Limits, bucket: int
 ) -> dict[str, int]:
-    """Padded tokens of each task's longest prompt.
+    """Returns the padded length of each task's longest prompt in tokens.
 
     Raises:
-        InputError: a length that the config or the model does not admit.
+        InputError: a length that the config or the model does not allow.
     """
     limit, problems = config.data.max_prompt_length, []
     lengths = {}
@@ -142,36 +142,42 @@ def prompt_lengths(
     return lengths
 
 
-def selected(planned: list[programs.Program], names: list[str] | None) -> list[programs.Program]:
-    """Those whose name starts with one of `names`; None takes all.
+def select_programs(
+    planned: list[programs.Program], names: list[str] | None
+) -> list[programs.Program]:
+    """Returns the programs whose name starts with one of `names`; None selects all.
 
     Raises:
-        InputError: a name that no program of this config has.
+        InputError: no program of this config has a name.
     """
     if names is None:
         return planned
-    known = [each.name for each in planned]
-    unknown = [name for name in names if not any(each.startswith(name) for each in known)]
+    known = [program.name for program in planned]
+    unknown = [name for name in names if not any(program.startswith(name) for program in known)]
     if unknown:
         raise InputError(
             f"--only: found {', '.join(unknown)}; this config's programs are {', '.join(known)}"
         )
-    return [each for each in planned if each.name.startswith(tuple(names))]
+    return [program for program in planned if program.name.startswith(tuple(names))]
 
 
-def devices_of(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+def find_devices(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+    """Returns the devices of a topology and their chip; `hbm` in GiB replaces its memory."""
     if topology == "local":
         startup.start_devices()
-    devices, chip = chips.local() if topology == "local" else chips.described(topology)
+    devices, chip = (
+        chips.find_local_chip() if topology == "local" else chips.describe_slice(topology)
+    )
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
 
-def heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+    """Returns the lines about model, devices and iteration."""
     config, shapes = outline.config, outline.family.abstract(outline.sizes)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
-        f"{task} {lengths[task]} + {programs.completion_length(outline, task)} tokens"
+        f"{task} {lengths[task]} + {programs.get_completion_length(outline, task)} tokens"
         for task in outline.tasks
     )
     at_once = rollout.batch_prompts or train.prompts_per_step
@@ -185,11 +191,11 @@ def heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, in
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(argv)
+    """Runs the command."""
+    args = parse_arguments(argv)
     startup.check_jax_settings()
     if args.topology != "local":
-        # Nothing runs; and libtpu would otherwise look for chips on this machine.
+        # Otherwise libtpu would look for chips on this machine.
         jax.config.update("jax_platforms", "cpu")
     config = config_files.load(args.config, args.overrides)
     if not STAGES[config.stage].samples:
@@ -198,29 +204,29 @@ def main(argv: list[str] | None = None) -> None:
             f"stage: found {config.stage}; expected one that samples completions: {sampling}"
         )
     family, sizes = find_sizes(config.model.path, args.model)
-    lengths = prompt_lengths(args, config, family.limits(sizes), BUCKET)
-    devices, chip = devices_of(args.topology, args.hbm)
+    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), BUCKET)
+    devices, chip = find_devices(args.topology, args.hbm)
     outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
-    print(heading(outline, chip, lengths), flush=True)
-    listed, reserve = [], args.reserve * chips.GIB
-    # Outside of the mesh: what is computed on the way runs here, not on devices that are not.
-    kept, planned = programs.programs(outline, lengths, build.DTYPES[args.stored])
-    planned = selected(planned, args.only)
-    print(f"\n{tables.kept_table(kept, reserve)}", flush=True)
-    if reason := tables.too_much_kept(kept, chip, reserve):
+    print(format_heading(outline, chip, lengths), flush=True)
+    compiled, reserve = [], args.reserve * chips.GIB
+    # Outside of the mesh: helper computations run here, not on devices that do not exist.
+    resident, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
+    planned = select_programs(planned, args.only)
+    print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)
+    if reason := tables.explain_overflow(resident, chip, reserve):
         print(f"  {reason}")
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
-            listed.append(tables.compiled(program, kept))
+            compiled.append(tables.compile_program(program, resident))
     for part in (
-        tables.memory_table(listed, chip, reserve),
-        tables.cost_table(listed, chip),
-        tables.iteration(listed, chip),
+        tables.format_memory_table(compiled, chip, reserve),
+        tables.format_cost_table(compiled, chip),
+        tables.format_iteration(compiled, chip),
     ):
         print(f"\n{part}")
-    if tables.fits(listed, chip, reserve) is False:
+    if tables.fits(compiled, chip, reserve) is False:
         sys.exit(DOES_NOT_FIT_EXIT_CODE)
 
 

@@ -1,4 +1,4 @@
-"""Accelerators: what each has by its maker's figures, and descriptions of whole TPU topologies."""
+"""Accelerators with their makers' figures, and descriptions of TPU slices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator; `jax` sees it as one device.
+    """One accelerator, which `jax` sees as one device.
 
-    `hbm` is what XLA may use of the memory, which for TPUs is a little less than is sold.
+    `hbm` is the memory that XLA may use. For TPUs that is a little less than the makers state.
     """
 
     name: str
@@ -59,8 +59,8 @@ _NO_MACHINE = {
 """What libtpu would otherwise look for on this machine, which it only borrows to compile."""
 
 
-def local() -> tuple[list[Any], Chip]:
-    """The devices present and what they are; a kind that nobody listed has no figures."""
+def find_local_chip() -> tuple[list[Any], Chip]:
+    """Returns the devices of this machine and their chip; an unknown chip has no figures."""
     devices = jax.devices()
     kind = devices[0].device_kind.lower()
     gpu = next((name for name in ("h100", "h200") if name in kind), "")
@@ -71,15 +71,15 @@ def local() -> tuple[list[Any], Chip]:
     return devices, chip
 
 
-def described(name: str) -> tuple[list[Any], Chip]:
-    """Devices of a TPU slice such as `v5e:4x4`, which need not exist, and their chip.
+def describe_slice(name: str) -> tuple[list[Any], Chip]:
+    """Returns the devices of a TPU slice such as `v5e:4x4`, which need not exist, and their chip.
 
     Raises:
-        InputError: no such topology, or no libtpu, whose compiler describes it.
+        InputError: no such topology, or libtpu, whose compiler describes it, is not installed.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     tpus = [key for key, chip in CHIPS.items() if chip.name.startswith("TPU")]
-    if not found or found[1] not in tpus:
+    if not match or match[1] not in tpus:
         raise InputError(
             f"--topology: found {name!r}; expected local, or one of {', '.join(tpus)} with the "
             "slice's shape in chips, such as v5e:4x4 or v5p:2x2x2"
@@ -94,12 +94,12 @@ def described(name: str) -> tuple[list[Any], Chip]:
     for variable, value in _NO_MACHINE.items():
         os.environ.setdefault(variable, value)
     # A v4 chip's two cores work as one device, as they do by default where there are chips.
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if found[1] == "v4" else {}
-    if set(found[2]) <= {"1", "x"}:  # smaller than a host
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
+    if set(match[2]) <= {"1", "x"}:  # smaller than a host
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--topology {name}: libtpu knows no such slice ({reason})") from None
-    return list(devices), CHIPS[found[1]]
+    return list(devices), CHIPS[match[1]]

@@ -1,4 +1,4 @@
-"""Compiled XLA programs as text: instructions, shapes, and how often a loop's body runs."""
+"""Parses compiled XLA programs: instructions, shapes, and how often a loop's body runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 WIDTHS = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "c64": 8, "c128": 16}
-"""Bytes of the types whose name does not end in their bits."""
+"""Bytes of the types whose names do not end in their number of bits."""
 TOKENS = ("token", "opaque")
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -24,7 +24,7 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
-    on_chip: bool  # in a memory nearer than HBM, as the layout's S(n) says
+    on_chip: bool  # in a memory on the chip, as the layout's S(n) says
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +42,7 @@ class Instruction:
     name: str
     result: str
     opcode: str
-    inside: str  # of the parentheses
+    inside: str  # the text in the parentheses
     attributes: str
     root: bool
 
@@ -57,10 +57,10 @@ class Instruction:
     def operands(self) -> list[str]:
         return _NAME.findall(self.inside)
 
-    def attribute(self, name: str) -> str | None:
-        """The computation that an attribute such as `body` or `calls` names."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+    def get_attribute(self, name: str) -> str | None:
+        """Returns the computation that an attribute such as `body` or `calls` names."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else None
 
 
 Computation = dict[str, Instruction]
@@ -74,59 +74,59 @@ class Module:
     entry: str
     partitions: int
 
-    def root(self, name: str) -> Instruction:
-        return next(each for each in self.computations[name].values() if each.root)
+    def get_root(self, name: str) -> Instruction:
+        return next(op for op in self.computations[name].values() if op.root)
 
 
-def parse(text: str) -> Module:
-    """The program of `compiled.as_text()`."""
+def parse_program(text: str) -> Module:
+    """Parses the text of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")) and (header := _HEADER.match(line)):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif found := _ASSIGNMENT.match(line.strip()):
-            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+        elif match := _ASSIGNMENT.match(line.strip()):
+            current[match[2]] = _parse_instruction(match[2], match[3], bool(match[1]))
     partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
-def _instruction(name: str, rest: str, root: bool) -> Instruction:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+def _parse_instruction(name: str, rest: str, root: bool) -> Instruction:
+    end = _find_closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
-    stop = _closing(rest, start)
+    stop = _find_closing(rest, start)
     return Instruction(name, result, rest[:start], rest[start + 1 : stop], rest[stop + 1 :], root)
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+def _find_closing(text: str, start: int) -> int:
+    """Returns the place of the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.start()
+            return match.start()
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
 # ---- loops
 
 
-def trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
-    """How often a `while` runs its body; None where its end depends on what it computes."""
+def count_trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
+    """Returns how often a `while` runs its body; None if its end depends on computed values."""
     known = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    test = module.root(loop.attribute("condition") or "")
-    scope = module.computations[loop.attribute("condition") or ""]
-    sides = [_source(scope, name) for name in test.operands]
+    test = module.get_root(loop.get_attribute("condition") or "")
+    scope = module.computations[loop.get_attribute("condition") or ""]
+    sides = [_find_source(scope, name) for name in test.operands]
     if test.opcode == "fusion":
-        called = module.root(test.attribute("calls") or "")
-        inner = module.computations[test.attribute("calls") or ""]
-        places = [_parameter(inner, name) for name in called.operands]
+        called = module.get_root(test.get_attribute("calls") or "")
+        inner = module.computations[test.get_attribute("calls") or ""]
+        places = [_find_parameter(inner, name) for name in called.operands]
         sides = [
-            _source(inner, name) if place is None else sides[place]
+            _find_source(inner, name) if place is None else sides[place]
             for name, place in zip(called.operands, places, strict=True)
         ]
         test = called
@@ -134,70 +134,73 @@ def trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
         return None
     (counter, slot), (kind, bound) = sides
     if kind == "slot":
-        kind, bound = _initial(parent, loop, bound)
+        kind, bound = _find_initial(parent, loop, bound)
     if counter != "slot" or kind != "constant":
         return None
-    origin, first = _initial(parent, loop, slot)
-    step = _increment(module, loop, slot)
+    origin, first = _find_initial(parent, loop, slot)
+    step = _find_increment(module, loop, slot)
     return math.ceil((bound - (first if origin == "constant" else 0)) / step)
 
 
 Source = tuple[str, int]  # ("constant", value), ("slot", index of the loop's tuple) or ("", 0)
 
 
-def _source(scope: Computation, name: str) -> Source:
-    each = scope.get(name)
-    while each is not None and each.opcode in ("copy", "bitcast", "convert", "copy-done"):
-        each = scope.get(each.operands[0])
-    if each is None:
+def _find_source(scope: Computation, name: str) -> Source:
+    """Returns where the value of a name comes from."""
+    op = scope.get(name)
+    while op is not None and op.opcode in ("copy", "bitcast", "convert", "copy-done"):
+        op = scope.get(op.operands[0])
+    if op is None:
         return "", 0
-    if each.opcode == "constant" and re.fullmatch(r"-?\d+", each.inside):
-        return "constant", int(each.inside)
-    if each.opcode == "get-tuple-element":
-        index = re.search(r"index=(\d+)", each.attributes)
+    if op.opcode == "constant" and re.fullmatch(r"-?\d+", op.inside):
+        return "constant", int(op.inside)
+    if op.opcode == "get-tuple-element":
+        index = re.search(r"index=(\d+)", op.attributes)
         return "slot", int(index[1]) if index else 0
     return "", 0
 
 
-def _parameter(scope: Computation, name: str) -> int | None:
-    each = scope.get(name)
-    return int(each.inside) if each is not None and each.opcode == "parameter" else None
+def _find_parameter(scope: Computation, name: str) -> int | None:
+    """Returns the number of a parameter; None if the name is not a parameter."""
+    op = scope.get(name)
+    return int(op.inside) if op is not None and op.opcode == "parameter" else None
 
 
-def _initial(parent: Computation, loop: Instruction, slot: int) -> Source:
+def _find_initial(parent: Computation, loop: Instruction, slot: int) -> Source:
+    """Returns where a slot of the loop's tuple comes from before the loop."""
     start = parent.get(loop.operands[0])
     if start is None or start.opcode != "tuple":
         return "", 0
-    return _source(parent, start.operands[slot])
+    return _find_source(parent, start.operands[slot])
 
 
-def _increment(module: Module, loop: Instruction, slot: int) -> int:
-    """What a body adds to its counter; 1 where that cannot be read."""
-    body = loop.attribute("body") or ""
-    scope, out = module.computations[body], module.root(body)
+def _find_increment(module: Module, loop: Instruction, slot: int) -> int:
+    """Returns the number that a body adds to its counter; 1 if it cannot be read."""
+    body = loop.get_attribute("body") or ""
+    scope, out = module.computations[body], module.get_root(body)
     if out.opcode != "tuple":
         return 1
-    each = scope[out.operands[slot]]
-    if each.opcode == "fusion" and (called := each.attribute("calls")):
-        scope, each = module.computations[called], module.root(called)
-    if each.opcode != "add":
+    op = scope[out.operands[slot]]
+    if op.opcode == "fusion" and (called := op.get_attribute("calls")):
+        scope, op = module.computations[called], module.get_root(called)
+    if op.opcode != "add":
         return 1
     constants = [
-        value for kind, value in (_source(scope, x) for x in each.operands) if kind == "constant"
+        value for kind, value in (_find_source(scope, x) for x in op.operands) if kind == "constant"
     ]
     return max(1, constants[0]) if constants else 1
 
 
-def called(each: Instruction) -> Iterator[str]:
-    """Computations that an instruction runs once: fusions, calls, branches, asynchronous ones."""
-    if each.opcode in ("fusion", "async-start"):
-        names = [each.attribute("calls")]
-    elif each.opcode == "call":
-        names = [each.attribute("to_apply")]
-    elif each.opcode == "conditional":
-        listed = re.search(r"branch_computations=\{([^}]*)\}", each.attributes)
-        names = _NAME.findall(listed[1]) if listed else []
-        names += [each.attribute(f"{side}_computation") for side in ("true", "false")]
+def list_called(op: Instruction) -> Iterator[str]:
+    """Yields the computations that an instruction runs once: fusions, calls, branches."""
+    if op.opcode in ("fusion", "async-start"):
+        names = [op.get_attribute("calls")]
+    elif op.opcode == "call":
+        names = [op.get_attribute("to_apply")]
+    elif op.opcode == "conditional":
+        match = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
+        names = _NAME.findall(match[1]) if match else []
+        names += [op.get_attribute(f"{side}_computation") for side in ("true", "false")]
     else:
         names = []
     yield from filter(None, names)

@@ -1,7 +1,7 @@
-"""The programs of a GRPO iteration, ready to be lowered: the run's own functions, shapes as inputs.
+"""The programs of a GRPO iteration: the run's own functions, with shapes as inputs.
 
-Nothing is materialised: parameters, optimizer state and batches are ShapeDtypeStructs with the
-shardings that a run gives them.
+Parameters, optimizer state and batches are ShapeDtypeStructs with the shardings of a run; no array
+is made.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ class Program:
     resident: tuple  # inputs that stay on the device between programs
     inputs: tuple  # the others
     calls: int = 1  # in an iteration
-    rounds: int = 1  # of a loop whose end depends on what is drawn, at most
+    rounds: int = 1  # most rounds of a loop whose end depends on sampled tokens
 
     def lower(self) -> Any:
-        """Within `jax.set_mesh`."""
+        """Lowers the program; call it within `jax.set_mesh`."""
         return self.function.lower(*self.resident, *self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """What stays on the devices for the whole run."""
+class ResidentArrays:
+    """Shapes of the arrays that stay on the devices for the whole run."""
 
     state: TrainState
     frozen: Params
     reference: Params | None
 
-    def parts(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Any]:
+        """Returns the arrays by the name that tables print."""
         return {
             "trained parameters": self.state.params,
             "optimizer": self.state.opt_state,
@@ -60,8 +61,8 @@ class Held:
         }
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie; `shardings` is a tree like theirs, or one for all."""
+def attach_shardings(shapes: Any, shardings: Any) -> Any:
+    """Returns shapes with shardings; `shardings` is a tree like `shapes`, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(
@@ -71,18 +72,20 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of shapes with shardings."""
+def count_shard_bytes(tree: Any) -> int:
+    """Counts the bytes of one device for shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def held(outline: RunOutline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, TrainState]:
-    """(what the run keeps, its optimizer, the state's shardings), as `build.build` lays it out.
+def make_resident_arrays(
+    outline: RunOutline, stored: Any = jnp.bfloat16
+) -> tuple[ResidentArrays, Any, TrainState]:
+    """Returns (resident arrays, optimizer, shardings of the state), as `build.build` lays them out.
 
-    `stored` is the dtype of the model's files, in which the frozen parameters stay.
+    `stored` is the dtype of the model's files, in which frozen parameters stay.
     """
     config, mesh = outline.config, outline.mesh
     parts = partition(outline.family.abstract(outline.sizes), outline.trained)
@@ -99,15 +102,19 @@ def held(outline: RunOutline, stored: Any = jnp.bfloat16) -> tuple[Held, Any, Tr
     reference = None
     if config.algorithm.kl_coef:
         cast = functools.partial(outline.family.cast, dtype=build.DTYPES[config.model.dtype])
-        # Adapters have none: the reference is what is frozen.
+        # With adapters the reference is the frozen parameters.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
-        reference = with_shardings(jax.eval_shape(cast, first), where)
-    frozen = with_shardings(frozen, param_shardings(frozen, mesh, outline.family.rules))
-    return Held(with_shardings(fresh, shardings), frozen, reference), optimizer, shardings
+        reference = attach_shardings(jax.eval_shape(cast, first), where)
+    frozen = attach_shardings(frozen, param_shardings(frozen, mesh, outline.family.rules))
+    return (
+        ResidentArrays(attach_shardings(fresh, shardings), frozen, reference),
+        optimizer,
+        shardings,
+    )
 
 
-def prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
-    """`count` prompts of `length` padded tokens, with pixels where the task reads a picture."""
+def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
+    """Returns shapes of `count` prompts of `length` padded tokens, with pixels for questions."""
     rows = batch_sharding(outline.mesh)
     side = outline.limits.input_image_side
     has_image = IMAGE_COLUMN in TASKS[task].columns
@@ -119,25 +126,26 @@ def prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedP
     )
 
 
-def completion_length(outline: RunOutline, task: str) -> int:
+def get_completion_length(outline: RunOutline, task: str) -> int:
+    """Returns the number of tokens of a task's longest completion."""
     if TASKS[task].makes_text:
         return outline.config.rollout.max_new_tokens
     return outline.limits.image_tokens
 
 
-def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
-    """What an update reads; `extra` names the log-probs that it needs besides the sampler's."""
+def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
+    """Returns shapes of an update's batch; `extra` names further log-probs that it needs."""
     config = outline.config
     count = config.train.prompts_per_step
     rows = count * config.rollout.group_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
 
     def of(task: str) -> TaskBatch:
-        size = (rows, completion_length(outline, task))
+        size = (rows, get_completion_length(outline, task))
         (kind,) = TASKS[task].turn.segments
         logprobs = shape(size, jnp.float32)
         return TaskBatch(
-            prompts(outline, task, count, lengths[task]),
+            make_prompts(outline, task, count, lengths[task]),
             (Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), logprobs),),
             shape((rows,), jnp.float32),
             **dict.fromkeys(extra, (logprobs,)),
@@ -146,48 +154,48 @@ def batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) 
     return {task: of(task) for task in outline.tasks}
 
 
-def programs(
+def make_programs(
     outline: RunOutline, lengths: dict[str, int], stored: Any = jnp.bfloat16
-) -> tuple[Held, list[Program]]:
-    """What a GRPO iteration runs on the devices, rewards excluded, in its order.
+) -> tuple[ResidentArrays, list[Program]]:
+    """Returns the resident arrays and the programs of an iteration in order, without rewards.
 
-    `lengths` are the padded tokens of each task's prompts, `stored` is the dtype of the model's
+    `lengths` are the padded lengths of each task's prompts. `stored` is the dtype of the model's
     files, which for the released ones is bfloat16.
     """
     config, group = outline.config, outline.config.rollout.group_size
-    kept, optimizer, shardings = held(outline, stored)
-    params = merge(kept.state.params, kept.frozen)
+    resident, optimizer, shardings = make_resident_arrays(outline, stored)
+    params = merge(resident.state.params, resident.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * group))
-    listed = [
+    programs = [
         Program(
             f"sample {task}",
             jax.jit(sampler),
             (params,),
-            (prompts(outline, task, count, lengths[task]), with_shardings(keys, rows)),
+            (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
             calls=config.train.prompts_per_step // count,
-            rounds=split_steps(completion_length(outline, task) - 1)[0],
+            rounds=split_steps(get_completion_length(outline, task) - 1)[0],
         )
         for task, sampler in build.make_samplers(outline).items()
         if task in outline.tasks
     ]
     for task in image_tasks(outline.tasks):
-        shape = (config.train.prompts_per_step * group, completion_length(outline, task))
+        shape = (config.train.prompts_per_step * group, get_completion_length(outline, task))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
-        listed.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
+        programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
     train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
-    extra = (*old, *(("ref_logprobs",) if kept.reference is not None else ()))
+    extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
     if extra:
-        # The reference is in the compute dtype, which changes only what the scoring casts.
-        scored = (kept.state.params, kept.frozen)
-        listed.append(
-            Program("log-probs", score_step, scored, (batch(outline, lengths, ()),), len(extra))
+        # The reference is in the compute dtype; only the casts of the program differ.
+        scored = (resident.state.params, resident.frozen)
+        programs.append(
+            Program(
+                "log-probs", score_step, scored, (make_batch(outline, lengths, ()),), len(extra)
+            )
         )
-    update = (batch(outline, lengths, extra),)
-    listed.append(
-        Program("update", train_step, (kept.state, kept.frozen), update, outline.updates_per_step)
-    )
-    return kept, listed
+    update, arrays = (make_batch(outline, lengths, extra),), (resident.state, resident.frozen)
+    programs.append(Program("update", train_step, arrays, update, outline.updates_per_step))
+    return resident, programs

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from corl_jax.plan.chips import GIB, Chip
-from corl_jax.plan.cost import Cost, cost_of
-from corl_jax.plan.programs import Held, Program, shard_bytes
+from corl_jax.plan.cost import Cost, count_cost
+from corl_jax.plan.programs import Program, ResidentArrays, count_shard_bytes
 
 PRODUCTS, MEMORY, LINKS = 0.6, 0.8, 0.7
-"""Shares of a chip's peak figures that a program is taken to reach; a guess, not a measurement."""
+"""Fractions of a chip's peak figures that a program is assumed to reach; guessed, not measured."""
 REMEDIES = {
     "sample": "rollout.batch_prompts smaller",
     "codes": "train.prompts_per_step smaller, or more devices in data x fsdp",
@@ -23,19 +23,19 @@ REMEDIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One program as the compiler left it; bytes of one device."""
+class CompiledProgram:
+    """Memory and cost of a compiled program; bytes of one device."""
 
     program: Program
     arguments: float
     temporaries: float
-    output: float  # beside what takes the place of an argument
+    output: float  # without outputs that replace an argument
     code: float
-    peak: float  # with all that the run keeps, also what this program does not read
+    peak: float  # with all resident arrays, also those that this program does not read
     cost: Cost | None  # None: the compiler found that it does not fit
 
-    def seconds(self, chip: Chip) -> tuple[float, float, float] | None:
-        """Of a call: at products, at memory, at links; None for a chip without figures."""
+    def estimate_seconds(self, chip: Chip) -> tuple[float, float, float] | None:
+        """Returns the seconds of a call for products, memory and links; None without figures."""
         if self.cost is None or not (chip.peak and chip.bandwidth and chip.links):
             return None
         return (
@@ -45,28 +45,30 @@ class Compiled:
         )
 
 
-def compiled(program: Program, kept: Held) -> Compiled:
-    """Compiles a program, within `jax.set_mesh`."""
-    everything = shard_bytes(kept.parts())
+def compile_program(program: Program, arrays: ResidentArrays) -> CompiledProgram:
+    """Compiles a program; call it within `jax.set_mesh`."""
+    resident = count_shard_bytes(arrays.by_name())
     try:
         done = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = _parse_needed_bytes(str(error))
         if needed is None:
             raise
-        rest = everything - shard_bytes(program.resident)
-        return Compiled(program, shard_bytes(program.inputs), needed, 0, 0, needed + rest, None)
+        rest = resident - count_shard_bytes(program.resident)
+        return CompiledProgram(
+            program, count_shard_bytes(program.inputs), needed, 0, 0, needed + rest, None
+        )
     memory = done.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code, temporaries = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
-    peak = everything + shard_bytes(program.inputs) + temporaries + output + code
+    peak = resident + count_shard_bytes(program.inputs) + temporaries + output + code
     arguments = memory.argument_size_in_bytes
-    cost = cost_of(done.as_text(), program.rounds)
-    return Compiled(program, arguments, temporaries, output, code, peak, cost)
+    cost = count_cost(done.as_text(), program.rounds)
+    return CompiledProgram(program, arguments, temporaries, output, code, peak, cost)
 
 
-def _needed(message: str) -> int | None:
-    """Bytes that a TPU program would take, as the compiler says when it refuses it."""
+def _parse_needed_bytes(message: str) -> int | None:
+    """Returns the bytes that a TPU program needs, from the compiler's message that refuses it."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
@@ -74,16 +76,16 @@ def _needed(message: str) -> int | None:
     return round(float(found[1]) * units[found[2]])
 
 
-def fits(listed: list[Compiled], chip: Chip, reserve: float) -> bool | None:
-    """Whether every program does; None without a known capacity."""
+def fits(programs: list[CompiledProgram], chip: Chip, reserve: float) -> bool | None:
+    """Returns whether every program fits; None without a known capacity."""
     if chip.hbm is None:
         return None
-    return all(each.cost is not None and each.peak + reserve <= chip.hbm for each in listed)
+    return all(result.cost is not None and result.peak + reserve <= chip.hbm for result in programs)
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """Columns: the first to the left, numbers to the right."""
-    cells = [header, *[[_cell(value) for value in row] for row in rows]]
+def format_table(header: list[str], rows: list[list[Any]]) -> str:
+    """Returns a table: the first column left-aligned, the others right-aligned."""
+    cells = [header, *[[_format_cell(value) for value in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "\n".join(
         "  " + "  ".join(
@@ -94,7 +96,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     )  # fmt: skip
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -102,19 +104,19 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def kept_table(kept: Held, reserve: float) -> str:
-    """What is on each device all the time."""
-    parts = {name: shard_bytes(part) / GIB for name, part in kept.parts().items()}
+def format_resident_table(arrays: ResidentArrays, reserve: float) -> str:
+    """Returns the table of arrays that stay on each device."""
+    parts = {name: count_shard_bytes(part) / GIB for name, part in arrays.by_name().items()}
     if reserve:
         parts["reserved (--reserve)"] = reserve / GIB
     parts["sum"] = sum(parts.values())
     rows = [[name, f"{size:.2f}"] for name, size in parts.items() if size]
-    return "kept on each device for the whole run:\n" + table(["part", "GiB"], rows)
+    return "kept on each device for the whole run:\n" + format_table(["part", "GiB"], rows)
 
 
-def too_much_kept(kept: Held, chip: Chip, reserve: float) -> str | None:
-    """Why no program can fit, whatever it adds."""
-    size = shard_bytes(kept.parts()) + reserve
+def explain_overflow(arrays: ResidentArrays, chip: Chip, reserve: float) -> str | None:
+    """Returns why no program can fit; None if one might."""
+    size = count_shard_bytes(arrays.by_name()) + reserve
     if chip.hbm is None or size <= chip.hbm:
         return None
     return (
@@ -123,76 +125,79 @@ def too_much_kept(kept: Held, chip: Chip, reserve: float) -> str | None:
     )
 
 
-def memory_table(listed: list[Compiled], chip: Chip, reserve: float) -> str:
-    """What each program adds to what is kept."""
+def format_memory_table(programs: list[CompiledProgram], chip: Chip, reserve: float) -> str:
+    """Returns the table of each program's memory."""
     capacity = chip.hbm and chip.hbm / GIB
     lines = [
         f"memory of each device in GiB, {f'of {capacity:.2f}' if capacity else 'capacity unknown'}:"
     ]
     header = ["program", "arguments", "temporaries", "output", "code", "with all kept", "fits"]
     rows = []
-    for each in listed:
-        sizes = (each.arguments, each.temporaries, each.output, each.code, each.peak + reserve)
-        verdict = {True: "yes", False: "NO", None: "?"}[fits([each], chip, reserve)]
-        rows.append([each.program.name, *[f"{size / GIB:.2f}" for size in sizes], verdict])
-    lines.append(table(header, rows))
-    if any(each.cost is None for each in listed):
+    for result in programs:
+        sizes = (
+            result.arguments, result.temporaries, result.output, result.code,
+            result.peak + reserve,
+        )  # fmt: skip
+        verdict = {True: "yes", False: "NO", None: "?"}[fits([result], chip, reserve)]
+        rows.append([result.program.name, *[f"{size / GIB:.2f}" for size in sizes], verdict])
+    lines.append(format_table(header, rows))
+    if any(result.cost is None for result in programs):
         lines.append("  Refused by the compiler: temporaries are then all that it asked for.")
     lines += [
-        f"  {each.program.name} does not fit: {REMEDIES[each.program.name.split()[0]]}; or more of "
-        "the devices in mesh.fsdp"
-        for each in listed
-        if fits([each], chip, reserve) is False
+        f"  {result.program.name} does not fit: {REMEDIES[result.program.name.split()[0]]}; or "
+        "more of the devices in mesh.fsdp"
+        for result in programs
+        if fits([result], chip, reserve) is False
     ]
     return "\n".join(lines)
 
 
-def cost_table(listed: list[Compiled], chip: Chip) -> str:
-    """What each call of a program does on a device, and the time that this takes."""
+def format_cost_table(programs: list[CompiledProgram], chip: Chip) -> str:
+    """Returns the table of each program's work and estimated time."""
     header = ["program", "calls", "TFLOP", "HBM GB", "sent GB"]
     header += ["products s", "memory s", "links s", "call s"]
     rows = []
-    for each in listed:
-        if each.cost is None:
+    for result in programs:
+        if result.cost is None:
             continue
-        times = each.seconds(chip)
+        times = result.estimate_seconds(chip)
         span = None if times is None else f"{max(times):.2f} to {sum(times):.2f}"
         rows.append([
-            each.program.name, each.program.calls, each.cost.flops / 1e12, each.cost.hbm / 1e9,
-            each.cost.sent / 1e9, *(times or (None,) * 3), span,
+            result.program.name, result.program.calls, result.cost.flops / 1e12,
+            result.cost.hbm / 1e9, result.cost.sent / 1e9, *(times or (None,) * 3), span,
         ])  # fmt: skip
-    lines = ["a call on each device, loops multiplied out:", table(header, rows)]
+    lines = ["a call on each device, loops multiplied out:", format_table(header, rows)]
     kinds = [
-        [each.program.name, kind, found.count, found.nbytes / 1e9]
-        for each in listed
-        if each.cost is not None
-        for kind, found in sorted(each.cost.collectives.items())
+        [result.program.name, kind, traffic.count, traffic.nbytes / 1e9]
+        for result in programs
+        if result.cost is not None
+        for kind, traffic in sorted(result.cost.collectives.items())
     ]
     if kinds:
         header = ["program", "collective", "count", "sent GB"]
-        lines += ["collectives of a call, sent by each device:", table(header, kinds)]
-    for each in listed:
-        if each.cost is not None and each.cost.kernels:
-            names = ", ".join(f"{name} x {n}" for name, n in sorted(each.cost.kernels.items()))
-            lines.append(f"  {each.program.name}: work inside of kernels is not counted: {names}")
-        if each.cost is not None and each.cost.open_loops:
+        lines += ["collectives of a call, sent by each device:", format_table(header, kinds)]
+    for result in programs:
+        if result.cost is not None and result.cost.kernels:
+            names = ", ".join(f"{name} x {n}" for name, n in sorted(result.cost.kernels.items()))
+            lines.append(f"  {result.program.name}: work inside of kernels is not counted: {names}")
+        if result.cost is not None and result.cost.open_loops:
             lines.append(
-                f"  {each.program.name}: a loop ends when all answers have; at most "
-                f"{each.program.rounds} rounds, which are counted"
+                f"  {result.program.name}: a loop ends when all answers have; at most "
+                f"{result.program.rounds} rounds, which are counted"
             )
     return "\n".join(lines)
 
 
-def iteration(listed: list[Compiled], chip: Chip) -> str:
-    """The estimated time of a whole iteration, with what was assumed."""
-    times = [each.seconds(chip) for each in listed]
-    times = [each for each in times if each is not None]
-    if len(times) < len(listed) or not (chip.peak and chip.bandwidth and chip.links):
+def format_iteration(programs: list[CompiledProgram], chip: Chip) -> str:
+    """Returns the estimated time of an iteration, with the assumptions."""
+    times = [result.estimate_seconds(chip) for result in programs]
+    times = [seconds for seconds in times if seconds is not None]
+    if len(times) < len(programs) or not (chip.peak and chip.bandwidth and chip.links):
         return f"time: no estimate, {'a program does not fit' if chip.peak else 'no figures'}"
-    calls = [each.program.calls for each in listed]
-    least = sum(max(each) * n for each, n in zip(times, calls, strict=True))
-    most = sum(sum(each) * n for each, n in zip(times, calls, strict=True))
-    names = ", ".join(each.program.name for each in listed)
+    calls = [result.program.calls for result in programs]
+    least = sum(max(seconds) * n for seconds, n in zip(times, calls, strict=True))
+    most = sum(sum(seconds) * n for seconds, n in zip(times, calls, strict=True))
+    names = ", ".join(result.program.name for result in programs)
     return "\n".join([
         f"iteration ({names}; no rewards): {least:.1f} s if products, memory and links overlap, "
         f"{most:.1f} s if they do not",

@@ -19,7 +19,7 @@ from jax import lax
 
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
-from corl_jax.models.attention import Implementation, attend_to, merge
+from corl_jax.models.attention import DecodeKernel, attend_to_prefix, merge_parts
 from corl_jax.models.layers import apply_rope
 from corl_jax.models.llama import Block, KVCache, Llama
 from corl_jax.models.lora import LoraLinear
@@ -74,7 +74,7 @@ class Step:
     positions: jax.Array  # [rows] int32, its place behind the prompt
     rope: tuple[jax.Array, jax.Array]  # of its position, [rows, 1, head_dim]
     lengths: jax.Array  # [prompt rows] int32, real tokens of the prompts
-    attention: Implementation
+    attention: DecodeKernel
 
 
 Axes = tuple[str | None, ...]
@@ -178,7 +178,7 @@ class FusedBlock:
         new = apply_rope(fused[:, :, -2], step.rope), fused[:, :, -1]
         if prompt is None:
             cache = write(cache, new, step.positions)
-            own, _ = attend_to(query[:, None], *cache, step.positions + 1, step.attention)
+            own, _ = attend_to_prefix(query[:, None], *cache, step.positions + 1, step.attention)
             return own.reshape(rows, -1), cache
         cache = jax.tree.map(
             lambda old, entry: lax.dynamic_update_slice_in_dim(
@@ -187,11 +187,11 @@ class FusedBlock:
             cache, new,
         )  # fmt: skip
         count = jnp.full(rows, step.index + 1, jnp.int32)
-        own = attend_to(query[:, None], *cache, count, step.attention)
+        own = attend_to_prefix(query[:, None], *cache, count, step.attention)
         by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
-        shared = attend_to(by_prompt, *prompt, step.lengths, step.attention)
+        shared = attend_to_prefix(by_prompt, *prompt, step.lengths, step.attention)
         averages, denominators = (x.reshape(rows, 1, *x.shape[2:]) for x in shared)
-        return merge((averages, denominators), own).reshape(rows, -1), cache
+        return merge_parts((averages, denominators), own).reshape(rows, -1), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Decoder:
     blocks: list[FusedBlock]
     prompts: list[KVCache]  # per layer, [prompt rows, P, kv_heads, head_dim], padded behind
     lengths: jax.Array  # [prompt rows] int32
-    attention: Implementation
+    attention: DecodeKernel
     copied: bool  # buffers of `new_caches` begin with the prompt
 
     def __call__(
@@ -243,13 +243,13 @@ def write(cache: KVCache, new: KVCache, slots: jax.Array) -> KVCache:
     return jax.tree.map(lambda old, entry: put(old, entry, slots), cache, new)
 
 
-def copies_prompts(attention: Implementation, length: int) -> bool:
+def copies_prompts(attention: DecodeKernel, length: int) -> bool:
     """Whether prompts of `length` tokens are copied in front of each of their completions."""
     return attention == "cudnn" and length <= SHORT_PROMPT
 
 
 def read_prompts(
-    llama: Llama, embeds: jax.Array, mask: jax.Array, attention: Implementation
+    llama: Llama, embeds: jax.Array, mask: jax.Array, attention: DecodeKernel
 ) -> tuple[Decoder, jax.Array]:
     """A decoder for completions of left-padded prompts [B, P, D], and their last states [B, D]."""
     lengths = mask.sum(axis=-1, dtype=jnp.int32)

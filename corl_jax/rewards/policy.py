@@ -1,10 +1,10 @@
 """Rewards in which a Janus looks at the drawings: similarity, captions, answers.
 
 `scorer` says which: `policy` is the policy as it stands at this step, so that the reward moves
-with it and can be gamed (arXiv 2505.17534 does this; Q26 in docs/released_code.md); `initial` is
-a frozen copy of what the run started from; anything else is the path of another checkpoint. All
-rows of a step run through programs of one shape: pieces of equal size, prompts padded to a bucket
-of the longest.
+with it and can be gamed (arXiv 2505.17534 does this; Q26 in
+docs/explained/released_code.md); `initial` is a frozen copy of what the run started from; anything
+else is the path of another checkpoint. All rows of a step run through programs of one shape: pieces
+of equal size, prompts padded to a bucket of the longest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import mesh_of, process_shard, run_in_pieces
+from corl_jax.devices.batches import find_mesh, process_shard, run_in_pieces
 from corl_jax.devices.processes import all_max
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import Family, SamplingOptions
@@ -229,7 +229,7 @@ def ask_scorer(
     calls the same programs.
     """
     with context.scorer(scorer) as policy:
-        mesh = mesh_of(policy.params)
+        mesh = find_mesh(policy.params)
         first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
         row = first + np.arange(len(samples))
         keys = sample_keys(context.seed, row, 1, QUESTION_STREAMS[stream])

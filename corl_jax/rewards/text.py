@@ -1,7 +1,7 @@
 """Scores texts: strings -> one float. NaN means that the reward does not apply to a row.
 
-The defaults correct known bugs of the released code (Q numbers: docs/released_code.md). A keyword
-argument switches each released behaviour on.
+The defaults correct known bugs of the released code (Q numbers: docs/explained/released_code.md). A
+keyword argument switches each released behaviour on.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         print(config_files.dump(config), end="")
         return
     startup.prepare_devices(config.distributed)
-    with Interruption() as interruption, processes.failing_together():
+    with Interruption() as interruption, processes.fail_together():
         planned = resolve_run(config)
         warn_of_idle_options(config)
         if not args.check:
@@ -116,7 +116,7 @@ def run_training(
         Checkpoints(place, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
         # After a failure the blocks above wait for other processes, so the save ends before.
-        processes.failing_together(checkpoints.settle),
+        processes.fail_together(checkpoints.settle),
     ):
         # All processes list the steps: their checkpoint managers may wait for each other.
         steps = checkpoints.steps()

@@ -5,33 +5,35 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from corl_jax.config.schema import Config
-from corl_jax.models import attention, causal
+from corl_jax.devices.compiling import has_deterministic_flag
+from corl_jax.models import attention
+from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_training_kernel
 from corl_jax.tasks import image_tasks
 from corl_jax.train.stages import STAGES
 
 
-def of_update(config: Config, head_dim: int, mesh: Mesh) -> causal.CausalAttention:
+def of_update(config: Config, head_dim: int, mesh: Mesh) -> AttentionKernel:
     """Returns the kernel that `model.attention` selects on this mesh for the update."""
     wanted, device = config.model.attention, mesh.devices.flat[0]
     if wanted != "auto":
         return wanted
-    return causal.best(config.model.dtype, head_dim, device)
+    return choose_training_kernel(config.model.dtype, head_dim, device)
 
 
-def of_samplers(config: Config, head_dim: int, mesh: Mesh) -> attention.Implementation:
+def of_samplers(config: Config, head_dim: int, mesh: Mesh) -> attention.DecodeKernel:
     """Returns the kernel of a decode step."""
-    return attention.fastest_attention(config.model.dtype, head_dim, mesh.devices.flat[0])
+    return attention.choose_decode_kernel(config.model.dtype, head_dim, mesh.devices.flat[0])
 
 
 def problems(config: Config, head_dim: int, mesh: Mesh) -> list[str]:
     """Returns why the devices cannot attend as `model.attention` says."""
     wanted, dtype, device = config.model.attention, config.model.dtype, mesh.devices.flat[0]
-    if wanted != "auto" and not causal.runs(wanted, dtype, head_dim, device):
+    if wanted != "auto" and not can_run(wanted, dtype, head_dim, device):
         return [
             f"model.attention: {wanted}, which {device.platform} with model.dtype {dtype} and "
-            f"heads of {head_dim} cannot run; expected {causal.NEEDS[wanted]}; set it to xla"
+            f"heads of {head_dim} cannot run; expected {KERNELS[wanted].needs}; set it to xla"
         ]
-    if wanted == "cudnn" and attention.same_bits() and _attends_to_alike_shapes(config):
+    if wanted == "cudnn" and has_deterministic_flag() and _attends_to_alike_shapes(config):
         return [
             "model.attention: cudnn, whose gradients XLA's xla_gpu_deterministic_ops (XLA_FLAGS) "
             "breaks with guided log-probs and in sft (openxla/xla#46500); set it to auto or xla"

@@ -101,12 +101,12 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
         plan.model_dir, family.kind, base, param_shardings(rest, mesh, rules), lambda _: None
     )
 
-    def init_adapters(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(master), lora.init(shapes, key))
+    def draw_adapters(key: jax.Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(master), lora.init_adapters(shapes, key))
 
     # Not the seed itself, which the samples' keys are made of.
     key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
-    return jax.jit(init_adapters, out_shardings=shardings)(key), frozen
+    return jax.jit(draw_adapters, out_shardings=shardings)(key), frozen
 
 
 def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:

@@ -9,7 +9,8 @@ rewards:
 
 `images` makes it a reward of drawings, `texts` one of answers. Other parameters are columns of the
 data, a list with one value per sample; those after the `*` are options. The file is imported
-once and keeps its state from call to call: one thread, one event loop. docs/rewards.md says more.
+once and keeps its state from call to call: one thread, one event loop.
+More: docs/how_to/write_a_reward.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The shipped configs load and hold the paper's values; the docs describe what the code has.
 
-`python -m tests.config.test_configs` writes the option tables of docs/configuration.md anew.
+`python -m tests.config.test_configs` writes the option tables of docs/reference/configuration.md.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def test_a_wrong_key_on_top_of_any_config_is_refused(name):
         config_files.load(CONFIGS / name, ["optimizer.learning_rat=1"])
 
 
-# ---- docs/configuration.md
+# ---- docs/reference/configuration.md
 
 BLOCK = re.compile(r"(<!-- options: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -337,12 +337,12 @@ def with_tables(text: str) -> str:
 
 
 def test_configuration_doc_lists_every_block():
-    documented = [m[2] for m in BLOCK.finditer((DOCS / "configuration.md").read_text())]
+    documented = [m[2] for m in BLOCK.finditer((DOCS / "reference/configuration.md").read_text())]
     assert sorted(documented) == sorted(sections())
 
 
 def test_configuration_doc_is_up_to_date():
-    text = (DOCS / "configuration.md").read_text()
+    text = (DOCS / "reference/configuration.md").read_text()
     assert text == with_tables(text), "run `python -m tests.config.test_configs`"
 
 
@@ -350,7 +350,7 @@ def test_configuration_doc_is_up_to_date():
 
 
 def test_rewards_doc_covers_the_registry():
-    text = (DOCS / "rewards.md").read_text()
+    text = (DOCS / "reference/rewards.md").read_text()
     for name in registry.REGISTRY:
         assert f"`{name}`" in text, name
         (row,) = re.findall(rf"^\| `{name}` \| (?:t2i|mm2t) \|.*$", text, re.MULTILINE)
@@ -360,7 +360,7 @@ def test_rewards_doc_covers_the_registry():
 
 
 def test_rewards_doc_lists_the_networks_and_their_sizes():
-    text = (DOCS / "rewards.md").read_text()
+    text = (DOCS / "reference/rewards.md").read_text()
     for name, expected in networks.NETWORKS.items():
         size = f"{expected.parameters:,}"
         row = rf"^\| `{name}` \| .* \| `{re.escape(expected.place)}` \| {size} \|$"
@@ -368,7 +368,7 @@ def test_rewards_doc_lists_the_networks_and_their_sizes():
 
 
 def test_released_code_doc_covers_every_quirk_and_switch():
-    text = (DOCS / "released_code.md").read_text()
+    text = (DOCS / "explained/released_code.md").read_text()
     quirks = re.findall(r"^\| Q(\d+) \|", text, re.MULTILINE)
     assert quirks == [str(number) for number in range(1, 40)]
     for name in Compat.model_fields:
@@ -376,14 +376,26 @@ def test_released_code_doc_covers_every_quirk_and_switch():
 
 
 def documents() -> list[Path]:
-    return sorted(DOCS.glob("*.md"))
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", documents(), ids=page_id)
 def test_links_and_paths_in_a_document_exist(path):
     text = path.read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
     for name in re.findall(r"`((?:corl_jax|tools|tests|configs|docs)/[\w/.]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
     for module in re.findall(r"python -m ((?:corl_jax|tools|tests)[\w.]*)", text):
@@ -391,7 +403,14 @@ def test_links_and_paths_in_a_document_exist(path):
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_the_index_lists_every_page_once():
+    text = (DOCS / "index.md").read_text()
+    listed = re.findall(r"^- \[.+?\]\((.+?)\): .+", text, re.MULTILINE)
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert sorted(listed) == sorted(pages - {"index.md"})
+
+
+@pytest.mark.parametrize("path", documents(), ids=page_id)
 def test_options_named_in_a_document_exist(path):
     known = {f"{key}.{name}" for key, kind in sections().items() for name in kind.model_fields}
     known |= {f"data.columns.{name}" for name in COLUMNS}
@@ -406,5 +425,5 @@ def test_options_named_in_a_document_exist(path):
 
 
 if __name__ == "__main__":
-    document = DOCS / "configuration.md"
+    document = DOCS / "reference/configuration.md"
     document.write_text(with_tables(document.read_text()))

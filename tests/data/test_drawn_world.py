@@ -25,7 +25,7 @@ from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.weights.checkpoint import load_config, load_params
 from tools.mini_janus import tokenizer as mini_tokenizer
 from tools.mini_janus.__main__ import main
-from tools.mini_janus.config import mini_config
+from tools.mini_janus.config import make_mini_config
 
 ROWS = 3000
 FORMAT = re.compile(r"<think>.*?</think>[.\s]*<answer>.*?</answer>", re.DOTALL)
@@ -262,7 +262,7 @@ def test_write_accepts_an_empty_directory(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return mini_tokenizer.build(0)
+    return mini_tokenizer.train_tokenizer(0)
 
 
 def test_round_trip_of_any_text(tokenizer):
@@ -293,7 +293,7 @@ def test_model_stays_small(tokenizer):
         )
     )
     shapes_of = jax.tree.leaves(
-        network.abstract(mini_config(mini_tokenizer.embedding_rows(tokenizer)))
+        network.abstract(make_mini_config(mini_tokenizer.count_embedding_rows(tokenizer)))
     )
     assert sum(math.prod(leaf.shape) for leaf in shapes_of) * 2 < 7.8e6
 
@@ -303,7 +303,7 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
     config = load_config(tmp_path / "mini", KIND)
     tokens = special_tokens(tmp_path / "mini")
-    assert config == mini_config(config.llama.vocab_size)
+    assert config == make_mini_config(config.llama.vocab_size)
     assert tokens.bos < tokens.eos < tokens.pad < tokens.boi < tokens.image
     read = jax.tree.map(np.shape, load_params(tmp_path / "mini", KIND))
     assert read == jax.tree.map(lambda leaf: leaf.shape, network.abstract(config))

@@ -49,17 +49,17 @@ def mesh_of(monkeypatch, processes: int, each: int, **shape: int):
     ],
 )
 def test_shares_of_two_processes(monkeypatch, shape, shares):
-    assert batches.shares(mesh_of(monkeypatch, 2, 4, **shape)) == shares
+    assert batches.list_process_shards(mesh_of(monkeypatch, 2, 4, **shape)) == shares
 
 
 def test_four_processes_hold_two_shares(monkeypatch):
-    assert batches.shares(mesh_of(monkeypatch, 4, 2, data=2, tensor=4)) == [0, 0, 1, 1]
+    assert batches.list_process_shards(mesh_of(monkeypatch, 4, 2, data=2, tensor=4)) == [0, 0, 1, 1]
 
 
 def test_shares_that_do_not_follow_each_other_are_refused(monkeypatch):
     mesh = mesh_of(monkeypatch, 2, 6, data=3, tensor=4)
     with pytest.raises(InputError, match="divisor or a multiple of the devices of a process"):
-        batches.shares(mesh)
+        batches.list_process_shards(mesh)
 
 
 def test_rows_come_back_in_order(mesh):

@@ -370,7 +370,7 @@ SLURM = {
 
 
 def settings(**options) -> dict | None:
-    return processes._settings(Distributed(**options))
+    return processes._resolve_settings(Distributed(**options))
 
 
 def test_nothing_starts_without_a_cluster(no_cluster, monkeypatch):
@@ -451,9 +451,11 @@ def test_a_coordinator_that_cannot_be(tmp_path, model, rows):
 def test_something_runs_before_the_others_hear_of_a_failure(monkeypatch):
     order = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "_publish", lambda failure: order.append("told") or failure)
-    monkeypatch.setattr(processes, "_end", lambda failure: order.append(failure["code"]))
-    with processes.failing_together(lambda: order.append("first")):
+    monkeypatch.setattr(
+        processes, "_publish_failure", lambda failure: order.append("told") or failure
+    )
+    monkeypatch.setattr(processes, "_end_process", lambda failure: order.append(failure["code"]))
+    with processes.fail_together(lambda: order.append("first")):
         raise GuardError("the loss is not finite")
     assert order == ["first", "told", 3]
 
@@ -479,10 +481,10 @@ def test_programs_of_cpus_are_compiled_anew(monkeypatch, backend, cached):
     try:
         jax.config.update("jax_enable_compilation_cache", True)
         monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        processes._compile_anew_on_cpus(0)
+        processes._disable_cpu_cache(0)
         assert jax.config.jax_enable_compilation_cache, "the user says so"
         monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
-        processes._compile_anew_on_cpus(0)
+        processes._disable_cpu_cache(0)
         assert jax.config.jax_enable_compilation_cache == cached
     finally:
         jax.config.update("jax_enable_compilation_cache", before)

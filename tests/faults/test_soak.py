@@ -1,7 +1,7 @@
 """T25: thousands of steps with flat memory, descriptors, threads and number of programs.
 
 The runs are as long as they are because things that end, or are not ours, look like growth in a
-shorter one: docs/reliability.md, "Memory over thousands of steps".
+shorter one: docs/measured/faults.md, "Memory over thousands of steps".
 """
 
 from __future__ import annotations

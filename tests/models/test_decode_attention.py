@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corl_jax.models import attention
-from corl_jax.models.attention import attend_to, fastest_attention, merge
+from corl_jax.models.attention import attend_to_prefix, choose_decode_kernel, merge_parts
 from corl_jax.models.layers import attend
 from corl_jax.policies import decoding
 from corl_jax.policies.choices import sample_keys
@@ -48,9 +48,9 @@ def test_two_parts_merge_to_attention_to_all_keys(heads):
     ]
     keys, values = (jnp.concatenate(both, axis=1) for both in zip(*parts))
     expected = attend(query, keys, values, jnp.asarray(np.concatenate(seen, 1))[:, None])
-    found = merge(
+    found = merge_parts(
         *(
-            attend_to(query, *part, jnp.asarray(n, jnp.int32), "xla")
+            attend_to_prefix(query, *part, jnp.asarray(n, jnp.int32), "xla")
             for part, n in zip(spoilt, lengths)
         )
     )
@@ -62,7 +62,7 @@ def test_denominators_are_those_of_the_softmax():
     key = jnp.log(jnp.array([1.0, 3.0, 100.0]))[None, :, None, None] * jnp.ones((1, 3, 1, 4))
     value = jnp.array([[10.0] * 4, [20.0] * 4, [1e6] * 4])[None, :, None]
     query = jnp.full((1, 1, 1, 4), 0.5)  # 4 * 0.5 / sqrt(4) = 1
-    average, denominator = attend_to(query, key, value, jnp.array([2]), "xla")
+    average, denominator = attend_to_prefix(query, key, value, jnp.array([2]), "xla")
     np.testing.assert_allclose(average, np.full((1, 1, 1, 4), 17.5), rtol=1e-6)
     np.testing.assert_allclose(denominator, np.log([[[4.0]]]), rtol=1e-6)
 
@@ -73,16 +73,16 @@ def test_a_part_that_does_not_count_is_lost():
         (jnp.full((1, 1, 1, 2), x), jnp.full((1, 1, 1), s))
         for x, s in ((3.0, 900.0), (5.0, -900.0))
     ]
-    np.testing.assert_array_equal(merge(*parts), np.full((1, 1, 1, 2), 3.0))
-    np.testing.assert_array_equal(merge(*parts[::-1]), np.full((1, 1, 1, 2), 3.0))
+    np.testing.assert_array_equal(merge_parts(*parts), np.full((1, 1, 1, 2), 3.0))
+    np.testing.assert_array_equal(merge_parts(*parts[::-1]), np.full((1, 1, 1, 2), 3.0))
 
 
 def test_bfloat16_is_merged_in_float32():
     rng = np.random.default_rng(2)
     query, key, value = (normal(rng, 2, n, 4, 8).astype(jnp.bfloat16) for n in (1, 9, 9))
     split = [(key[:, :4], value[:, :4], 4), (key[:, 4:], value[:, 4:], 5)]
-    parts = [attend_to(query, k, v, jnp.full(2, n, jnp.int32), "xla") for k, v, n in split]
-    found = merge(*parts)
+    parts = [attend_to_prefix(query, k, v, jnp.full(2, n, jnp.int32), "xla") for k, v, n in split]
+    found = merge_parts(*parts)
     assert found.dtype == jnp.bfloat16 and parts[0][1].dtype == jnp.float32
     exact = attend(*(x.astype(jnp.float32) for x in (query, key, value)))
     np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.03)
@@ -213,7 +213,7 @@ def test_one_query_is_not_alone_where_bits_have_to_be_the_same(monkeypatch, flag
     def of_first(query, key, value, *, q_seqlen, kv_seqlen, **_):
         assert query.shape == (3, queries, 4, 8)
         assert q_seqlen.tolist() == [1] * 3
-        averages, denominators = attention._xla(query, key, value, kv_seqlen)
+        averages, denominators = attention._attend_to_prefix_xla(query, key, value, kv_seqlen)
         return averages.at[:, 1:].set(jnp.nan), denominators.swapaxes(1, 2).at[..., 1:].set(jnp.nan)
 
     monkeypatch.setattr(cudnn, "dot_product_attention", of_first)
@@ -222,7 +222,7 @@ def test_one_query_is_not_alone_where_bits_have_to_be_the_same(monkeypatch, flag
     draw = np.random.default_rng(0).normal
     query, key, value = (jnp.float32(draw(size=(3, n, 4, 8))) for n in (1, 5, 5))
     lengths = jnp.array([1, 3, 5])
-    found, expected = (attend_to(query, key, value, lengths, x) for x in ("cudnn", "xla"))
+    found, expected = (attend_to_prefix(query, key, value, lengths, x) for x in ("cudnn", "xla"))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=NETWORK)
 
@@ -231,14 +231,14 @@ def test_one_query_is_not_alone_where_bits_have_to_be_the_same(monkeypatch, flag
     ("dtype", "head_dim"), [("bfloat16", 128), ("float32", 128), ("float16", 12), ("float16", 256)]
 )
 def test_cudnn_needs_an_nvidia_gpu_half_precision_and_its_head_sizes(monkeypatch, dtype, head_dim):
-    assert fastest_attention(dtype, head_dim) == "xla", "these tests run on a CPU"
+    assert choose_decode_kernel(dtype, head_dim) == "xla", "these tests run on a CPU"
     client = SimpleNamespace(platform_version="cuda 13000")
     gpu = SimpleNamespace(platform="gpu", client=client, compute_capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    assert fastest_attention(dtype, head_dim) == (
+    assert choose_decode_kernel(dtype, head_dim) == (
         "cudnn" if (dtype, head_dim) == ("bfloat16", 128) else "xla"
     )
     gpu.compute_capability = "7.5"
-    assert fastest_attention(dtype, head_dim) == "xla"
+    assert choose_decode_kernel(dtype, head_dim) == "xla"
     gpu.compute_capability, client.platform_version = "gfx942", "rocm 70000"
-    assert fastest_attention(dtype, head_dim) == "xla"
+    assert choose_decode_kernel(dtype, head_dim) == "xla"

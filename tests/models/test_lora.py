@@ -81,7 +81,7 @@ def found(plain, batch):
 def test_first_values_are_pefts(plain):
     config = network.adapted(plain, Lora(8, 16.0, ALL))
     shapes, _ = partition(network.abstract(config), [ADAPTER_PATHS])
-    first, again, other = (lora.init(shapes, jax.random.key(seed)) for seed in (0, 0, 1))
+    first, again, other = (lora.init_adapters(shapes, jax.random.key(seed)) for seed in (0, 0, 1))
     flat, others = dict(leaf_paths(first)), dict(leaf_paths(other))
     for path, leaf in leaf_paths(again):
         np.testing.assert_array_equal(leaf, flat[path])
@@ -103,7 +103,7 @@ def test_fresh_adapters_change_nothing(plain, batch):
     shapes, _ = partition(network.abstract(config), [ADAPTER_PATHS])
     frozen, score = random_params(plain), step.make_logprob_step(FAMILY, config, OPTIONS)
     batch = {"mm2t": batch["mm2t"]}
-    (with_them,) = score(lora.init(shapes, jax.random.key(0)), frozen, batch)["mm2t"]
+    (with_them,) = score(lora.init_adapters(shapes, jax.random.key(0)), frozen, batch)["mm2t"]
     (alone,) = step.make_logprob_step(FAMILY, plain, OPTIONS)({}, frozen, batch)["mm2t"]
     (reference,) = score({}, frozen, batch)["mm2t"]
     np.testing.assert_allclose(with_them, alone, rtol=0, atol=LOGPROBS)

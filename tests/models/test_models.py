@@ -13,7 +13,7 @@ import pytest
 
 from corl_jax.devices.mesh import batch_sharding, constrain, make_mesh, param_shardings, param_spec
 from corl_jax.errors import InputError
-from corl_jax.models.llama import positions_of
+from corl_jax.models.llama import compute_positions
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
@@ -194,7 +194,7 @@ def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
 
 def test_positions_count_kept_tokens():
     mask = jnp.asarray([[1, 1, 1, 1], [0, 0, 1, 1]], bool)
-    np.testing.assert_array_equal(positions_of(mask), [[0, 1, 2, 3], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(compute_positions(mask), [[0, 1, 2, 3], [0, 0, 0, 1]])
 
 
 def test_image_features_fill_the_placeholders_in_order(tiny_config, tiny_params):

@@ -57,14 +57,14 @@ def outline(config_path):
 
 @pytest.fixture(scope="module")
 def planned(outline):
-    return programs.programs(outline, LENGTHS, jnp.float32)
+    return programs.make_programs(outline, LENGTHS, jnp.float32)
 
 
 @pytest.fixture(scope="module")
 def update(outline, planned):
     kept, listed = planned
     with jax.set_mesh(outline.mesh):
-        return tables.compiled(listed[-1], kept)
+        return tables.compile_program(listed[-1], kept)
 
 
 # ---- the programs are the run's own
@@ -90,17 +90,17 @@ def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, ti
     def on_first(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
-    kept = planned[0].parts()
-    assert programs.shard_bytes(kept["trained parameters"]) == on_first(trained)
-    assert programs.shard_bytes(kept["optimizer"]) == on_first(moments)
-    assert programs.shard_bytes(kept["frozen parameters"]) == on_first(frozen)
+    kept = planned[0].by_name()
+    assert programs.count_shard_bytes(kept["trained parameters"]) == on_first(trained)
+    assert programs.count_shard_bytes(kept["optimizer"]) == on_first(moments)
+    assert programs.count_shard_bytes(kept["frozen parameters"]) == on_first(frozen)
     # Of a kernel [in, out] each of eight devices has an eighth; of a norm's scale all.
     width, rows = outline.sizes.llama.hidden_size, outline.sizes.llama.vocab_size
     state = planned[0].state.params
-    assert programs.shard_bytes(state["lm_head"]["kernel"]) == width * rows * 4 // 8
-    assert programs.shard_bytes(state["language_model"]["norm"]["scale"]) == width * 4
+    assert programs.count_shard_bytes(state["lm_head"]["kernel"]) == width * rows * 4 // 8
+    assert programs.count_shard_bytes(state["language_model"]["norm"]["scale"]) == width * 4
     # The image tokenizer and the vision tower's position table are not read by the update.
-    read = on_first((trained, moments)) + programs.shard_bytes(planned[1][-1].inputs) + 4
+    read = on_first((trained, moments)) + programs.count_shard_bytes(planned[1][-1].inputs) + 4
     assert read < update.arguments < read + on_first(frozen)
     assert update.peak > update.arguments + update.temporaries
 
@@ -109,12 +109,14 @@ def test_kept_memory_counts_where_a_program_does_not_read_it(outline, planned):
     """While an image is drawn the optimizer's moments lie there all the same."""
     kept, listed = planned
     with jax.set_mesh(outline.mesh):
-        decode = tables.compiled(listed[2], kept)
+        decode = tables.compile_program(listed[2], kept)
     assert decode.program.name == "codes to pixels"
-    everything = programs.shard_bytes(kept.parts())
+    everything = programs.count_shard_bytes(kept.by_name())
     assert decode.arguments < everything < decode.peak
     assert kept.reference is not None
-    halves = programs.shard_bytes(kept.reference) / programs.shard_bytes(kept.state.params)
+    halves = programs.count_shard_bytes(kept.reference) / programs.count_shard_bytes(
+        kept.state.params
+    )
     assert halves == 1  # float32 compute in this config
 
 
@@ -205,12 +207,12 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
     """One compilation for three capacities; all but the update are taken from it, too."""
     compile_once = {}
 
-    def compiled(program, kept, real=tables.compiled):
+    def compiled(program, kept, real=tables.compile_program):
         if program.name not in compile_once:
             compile_once[program.name] = real(program, kept)
         return compile_once[program.name]
 
-    monkeypatch.setattr(tables, "compiled", compiled)
+    monkeypatch.setattr(tables, "compile_program", compiled)
     command = ["--config", str(config_path), "--topology", "local", "--text-prompt", "64"]
     plan.main(command)
     out = capsys.readouterr().out
@@ -240,7 +242,7 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
 
 
 def test_what_is_kept_is_too_much_before_anything_is_compiled(config_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "compiled", None)
+    monkeypatch.setattr(tables, "compile_program", None)
     with pytest.raises(SystemExit) as stopped:
         plan.main(["--config", str(config_path), "--topology", "local", "--hbm", "1e-5"])
     assert stopped.value.code == 1
@@ -250,12 +252,14 @@ def test_what_is_kept_is_too_much_before_anything_is_compiled(config_path, capsy
 def test_time_is_between_perfect_overlap_and_none():
     chip = chips.Chip("test", 2**30, bandwidth=100.0, peak=1000.0, links=10.0)
     work = cost.Cost(flops=1200.0, hbm=80.0, collectives={"all-gather": cost.Traffic(1, 21.0)})
-    one = tables.Compiled(programs.Program("update", None, (), (), 2), 0, 0, 0, 0, 0, work)
-    assert one.seconds(chip) == pytest.approx((2.0, 1.0, 3.0))
-    assert "6.0 s if products, memory and links overlap, 12.0 s" in tables.iteration([one], chip)
-    refused = tables.Compiled(one.program, 0, 2**31, 0, 0, 2**31, None)
+    one = tables.CompiledProgram(programs.Program("update", None, (), (), 2), 0, 0, 0, 0, 0, work)
+    assert one.estimate_seconds(chip) == pytest.approx((2.0, 1.0, 3.0))
+    assert "6.0 s if products, memory and links overlap, 12.0 s" in tables.format_iteration(
+        [one], chip
+    )
+    refused = tables.CompiledProgram(one.program, 0, 2**31, 0, 0, 2**31, None)
     assert not tables.fits([one, refused], chip, 0)
-    assert "no estimate" in tables.iteration([one, refused], chip)
+    assert "no estimate" in tables.format_iteration([one, refused], chip)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +287,7 @@ def test_bad_input_is_named(config_path, extra, expected, capsys):
 def test_missing_libtpu_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'corl-jax\[tpu\]'"):
-        chips.described("v5e:4x4")
+        chips.describe_slice("v5e:4x4")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +338,7 @@ def test_loops_are_multiplied_out():
         return jax.lax.scan(product, x, None, length=5)[0], None
 
     text = compiled_text(lambda x: jax.lax.scan(outer, x, None, length=3)[0], x)
-    assert cost.cost_of(text).flops == 15 * 2 * 8 * 16 * 16
+    assert cost.count_cost(text).flops == 15 * 2 * 8 * 16 * 16
 
 
 def test_a_loop_with_an_open_end_runs_as_often_as_it_is_told():
@@ -344,7 +348,7 @@ def test_a_loop_with_an_open_end_runs_as_often_as_it_is_told():
     def loop(x):
         return jax.lax.while_loop(lambda s: (s[0] < 9) & (s[1][0, 0] < 3), body, (0, x))
 
-    counted = cost.cost_of(compiled_text(loop, jnp.zeros((8, 16))), rounds=7)
+    counted = cost.count_cost(compiled_text(loop, jnp.zeros((8, 16))), rounds=7)
     assert counted.open_loops == 1
     assert counted.flops == 7 * 2 * 8 * 16 * 16
 
@@ -355,15 +359,15 @@ def test_collectives_of_a_sharded_product(mesh):
     w = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=rows)
     gathered = jax.jit(lambda w: w * 2, out_shardings=rows).lower(w).compile().as_text()
-    found = cost.cost_of(gathered).collectives
+    found = cost.count_cost(gathered).collectives
     assert {kind: each.count for kind, each in found.items()} == {"all-gather": 1}
     assert found["all-gather"].nbytes == 64 * 32 * 4 * 7 / 8
     columns = NamedSharding(devices, PartitionSpec(None, "x"))
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=columns)
     summed = jax.jit(jnp.matmul, out_shardings=rows).lower(x, w).compile().as_text()
-    found = cost.cost_of(summed).collectives
+    found = cost.count_cost(summed).collectives
     assert found["all-reduce"].nbytes == 2 * 8 * 32 * 4 * 7 / 8
-    assert cost.cost_of(summed).flops == 2 * 8 * 64 * 32 / 8
+    assert cost.count_cost(summed).flops == 2 * 8 * 64 * 32 / 8
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 3, 8), (5, 7, 2, 6)])
@@ -380,7 +384,7 @@ def test_convolutions_are_counted_without_their_padding(shape, stride, padding):
 
     # jax_disable_most_optimizations keeps it a convolution on the CPU.
     text = compiled_text(convolve, x, w)
-    assert cost.cost_of(text).flops == pytest.approx(2 * float(convolve(x, w).sum()))
+    assert cost.count_cost(text).flops == pytest.approx(2 * float(convolve(x, w).sum()))
 
 
 TPU = """HloModule jit_f, is_scheduled=true, num_partitions=16
@@ -439,7 +443,7 @@ ENTRY %main (w: bf16[128,64], v: bf16[64,32]) -> bf16[128,64] {
 
 def test_tpu_text_products_as_convolutions_and_gathers_spread_over_fusions():
     """Counters from 1 to 9 in steps of 2: four rounds; one gather, though two fusions show it."""
-    counted = cost.cost_of(TPU)
+    counted = cost.count_cost(TPU)
     assert counted.flops == 4 * 2 * 8 * 64 * 32
     gather = counted.collectives["all-gather"]
     assert (gather.count, gather.nbytes) == (4, 4 * 2048 * 64 * 2 * 15 / 16)
@@ -461,7 +465,7 @@ ENTRY %main (a: bf16[8,64], b: bf16[64,32]) -> bf16[8,32] {
 
 
 def test_gpu_text_products_of_a_library_are_counted_and_other_kernels_named():
-    counted = cost.cost_of(GPU)
+    counted = cost.count_cost(GPU)
     assert counted.flops == 2 * 8 * 64 * 32
     assert counted.kernels == {"__cudnn$fmhaSoftmax": 1}
 
@@ -477,14 +481,14 @@ def test_gpu_text_products_of_a_library_are_counted_and_other_kernels_named():
     ],
 )
 def test_group_sizes(attributes, expected):
-    assert cost.group_size(attributes, 8) == expected
+    assert cost.parse_group_size(attributes, 8) == expected
 
 
 def test_scanned_weights_are_read_a_layer_at_a_time():
     """A loop over stacked weights reads each once, not the whole stack in every round."""
     weights, x = jnp.zeros((16, 64, 64)), jnp.zeros((8, 64))
     text = compiled_text(lambda x: jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0], x)
-    moved = cost.cost_of(text).hbm
+    moved = cost.count_cost(text).hbm
     assert weights.nbytes <= moved < 4 * weights.nbytes
 
 

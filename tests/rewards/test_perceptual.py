@@ -55,7 +55,7 @@ def direct(config, params, first, second):
 
 def test_pooling_takes_the_maximum_and_leaves_out_odd_ends():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
-    assert vgg.halve(x)[0, :, :, 0].tolist() == [[6, 8]]
+    assert vgg.max_pool(x)[0, :, :, 0].tolist() == [[6, 8]]
 
 
 def test_equal_images_are_at_distance_zero(network, drawings):

@@ -21,7 +21,7 @@ COLUMNS = ("id", "fault", "tries", "hits", "losses", "seconds", "result", "note"
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Records a row of the table; rows of one `row` and `fault` are added up over tests.
 
-    `row`: the fault's name in docs/reliability.md, as `T7b`. `tries`: faults made. `hits`: those
+    `row`: the fault's name in the docs, as `T7b`. `tries`: faults made. `hits`: those
     that met what they were aimed at (a kill that fell into a save). `losses`: wrong outcomes, of
     which the promise is 0; the test itself asserts that. Seconds are since the last call, or
     since the test began.

@@ -1,4 +1,4 @@
-"""docs/metrics.md as the tests read it: which metrics it lists, by section."""
+"""docs/reference/metrics.md as the tests read it: which metrics it lists, by section."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md"
 STANDS_FOR = {"TASK": "(t2i|mm2t|caption)", "NAME": "[^/]+", "ALARM": "[a-z_]+", "KIND": "[a-z_]+"}
 
 

@@ -136,7 +136,7 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def metric_lines(output_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run, whose metrics are all in docs/metrics.md."""
+    """The records of a run, whose metrics are all in docs/reference/metrics.md."""
     text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert not metrics_page.missing(name for line in lines for name in line)

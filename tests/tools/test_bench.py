@@ -50,7 +50,7 @@ from tools.bench import (
     vocabularies,
 )
 from tools.bench.ceilings import Ceilings
-from tools.bench.cost import Work, step_bytes, training_operations
+from tools.bench.cost import Work, count_step_bytes, count_training_operations
 from tools.bench.setting import Setting
 from tools.bench.sizes import PARTS, SIZES
 from tools.bench.timing import Record, Timing
@@ -257,7 +257,9 @@ def test_several_devices_and_a_profile(tmp_path):
 def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
     setting = published("tiny", tmp_path)
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.local_devices()[:4])
-    kernel = dataclasses.replace(setting, mesh=mesh).policy(jax.numpy.float32)["lm_head"]["kernel"]
+    kernel = dataclasses.replace(setting, mesh=mesh).make_policy(jax.numpy.float32)["lm_head"][
+        "kernel"
+    ]
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
 
 
@@ -305,7 +307,7 @@ def test_every_build_is_measured(monkeypatch, capsys):
 
 def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
     """On a CPU all are alike; an update that starts elsewhere is not."""
-    elsewhere, start = itertools.count(), training.start
+    elsewhere, start = itertools.count(), training.start_training
 
     def started(setting):
         state, *rest = start(setting)
@@ -314,7 +316,7 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         )
         return state, *rest
 
-    monkeypatch.setattr(bits, "start", started)
+    monkeypatch.setattr(bits, "start_training", started)
     command.main([*TINY, "--parts", "bits"])
     pattern = r"^bits +(.+?)  +results (\d)  of 2  digest (\w{12})\b"
     shown = re.findall(pattern, capsys.readouterr().out, re.M)
@@ -334,7 +336,7 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         (["--mesh", "data=0"], "--mesh: found data=0"),
         (["--attention", "splash"], "--attention: found splash, which cpu"),
         (["--lora", "4", "--parts", "vq,train"], "--lora: has no effect on vq"),
-        (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, which is no multiple"),
+        (["--mesh", "data=4", "--prompts", "6"], "--prompts: found 6, no multiple of the 4 parts"),
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
         (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
         (["--parts", "layouts"], "--parts: found layouts; give --mesh fsdp=N"),
@@ -350,9 +352,9 @@ def test_arguments_that_cannot_be(arguments, said, capsys):
 
 def test_usual_parts_are_those_that_can_be():
     """With adapters, on a mesh, and both."""
-    assert "gradients" in command.parse(["--lora", "4"]).parts
-    assert not set(command.parse(["--mesh", "fsdp=2"]).parts) & set(command.ALONE)
-    both = command.parse(["--mesh", "fsdp=2", "--lora", "4"]).parts
+    assert "gradients" in command.parse_arguments(["--lora", "4"]).parts
+    assert not set(command.parse_arguments(["--mesh", "fsdp=2"]).parts) & set(command.ALONE)
+    both = command.parse_arguments(["--mesh", "fsdp=2", "--lora", "4"]).parts
     assert set(both) == set(command.WITH_ADAPTERS) - set(command.ALONE)
 
 
@@ -415,8 +417,8 @@ def test_a_part_of_the_peer_that_fails_is_named_at_the_end(monkeypatch, capsys):
         {"part": "image", "name": "eager loop", "failed": "TypeError: no cache"},
         {"part": "train", "name": "eager step", "calls_s": [4.0], "figures": {}, "memory": {}},
     ]
-    peers = versus.parsed([environment, *found], complete=False)
-    monkeypatch.setattr(versus, "measure", lambda args: peers)
+    peers = versus.parse_peers([environment, *found], complete=False)
+    monkeypatch.setattr(versus, "measure_peers", lambda args: peers)
 
     def step(setting):
         yield Record("train", "optimizer step", Timing(2.0, (1.0, 2.0, 9.0)), {})
@@ -431,8 +433,8 @@ def test_a_part_of_the_peer_that_fails_is_named_at_the_end(monkeypatch, capsys):
 
 def test_a_peer_that_was_killed_is_no_success():
     line = {"part": "text", "name": "x", "calls_s": [4.0], "figures": {}, "memory": {}}
-    assert versus.parsed([{}, line], complete=False).failed == ("peer",)
-    assert versus.parsed([{}, line], complete=True).failed == ()
+    assert versus.parse_peers([{}, line], complete=False).failed == ("peer",)
+    assert versus.parse_peers([{}, line], complete=True).failed == ()
 
 
 # ---- pieces
@@ -442,21 +444,21 @@ def test_a_mask_that_shows_padding_is_noticed(tmp_path):
     """What the correctness part compares differs far beyond its thresholds if a mask is wrong."""
     setting = published("tiny", tmp_path)
     with jax.set_mesh(setting.mesh), jax.default_matmul_precision("highest"):
-        params = setting.policy(jax.numpy.float32)
-        score = correctness.scorer(setting, params, jax.numpy.float32)
-        prompts = correctness.prompts_of(setting, "t2i")
+        params = setting.make_policy(jax.numpy.float32)
+        score = correctness.make_scorer(setting, params, jax.numpy.float32)
+        prompts = correctness.make_prompts(setting, "t2i")
         assert prompts.attention_mask[0].all() and not prompts.attention_mask[-1].all()
         tokens = np.arange(64, dtype=np.int32).reshape(4, 16)  # a shape that is compiled already
         right = score("t2i", prompts, tokens)
         shown = dataclasses.replace(prompts, attention_mask=np.ones_like(prompts.attention_mask))
         wrong = score("t2i", shown, tokens)
-    assert correctness.difference(right[:2], wrong[:2])["difference_max"] < LOGPROBS
-    assert correctness.difference(right[2:], wrong[2:])["difference_mean"] > 1e-3
+    assert correctness.measure_difference(right[:2], wrong[:2])["difference_max"] < LOGPROBS
+    assert correctness.measure_difference(right[2:], wrong[2:])["difference_mean"] > 1e-3
 
 
 def test_the_shorter_prompt_alone_is_all_its_tokens():
-    prompts = inputs.questions(SIZES["tiny"].janus, SPECIAL, 3, 26, seed=1)
-    alone = correctness.unpadded(prompts, -1)
+    prompts = inputs.make_questions(SIZES["tiny"].janus, SPECIAL, 3, 26, seed=1)
+    alone = correctness.remove_padding(prompts, -1)
     kept = prompts.attention_mask[-1].sum()
     assert alone.input_ids.shape == alone.attention_mask.shape == (1, kept)
     assert alone.input_ids[0, 0] == SPECIAL.bos and alone.attention_mask.all()
@@ -470,13 +472,13 @@ def test_greedy_decodings_are_compared_to_where_they_part():
 
     batched = rollout([3, 4, 5, 6, 7], [-1.0, -2.0, -3.0, -4.0, -5.0])
     single = rollout([3, 4, 9, 6, 8], [-1.0, -2.5, -3.25, -7.0, -9.0])
-    assert correctness.greedy(batched, single) == pytest.approx(
+    assert correctness.compare_greedy(batched, single) == pytest.approx(
         {
             "greedy_agreement": 0.6, "greedy_prefix": 2,
             "greedy_difference_mean": 0.25, "greedy_difference_max": 0.5,
         }
     )  # fmt: skip
-    same = correctness.greedy(batched, batched)
+    same = correctness.compare_greedy(batched, batched)
     assert (same["greedy_agreement"], same["greedy_prefix"]) == (1.0, 5)
 
 
@@ -486,19 +488,25 @@ def test_repeated_draws_are_compared_token_by_token():
         return Segment(TEXT, tokens, tokens > 0, np.zeros(tokens.shape))
 
     first, second = rollout([1, 2, 3, 4], [5, 6, 7, 8]), rollout([1, 2, 3, 4], [5, 6, 9, 8])
-    assert correctness.alike(first, second) == {"repeated_agreement": 0.875, "repeated_prefix": 2}
-    assert correctness.alike(first, first) == {"repeated_agreement": 1.0, "repeated_prefix": 4}
+    assert correctness.compare_tokens(first, second) == {
+        "repeated_agreement": 0.875,
+        "repeated_prefix": 2,
+    }
+    assert correctness.compare_tokens(first, first) == {
+        "repeated_agreement": 1.0,
+        "repeated_prefix": 4,
+    }
 
 
 def test_the_cache_is_made_where_janus_does_not_say_how():
-    from tools.bench.peer.generation import static_cache
+    from tools.bench.peer.generation import patch_static_cache
 
     class Model:
         def _prepare_static_cache(self, batch_size, prefill_chunk_size):
             return batch_size, prefill_chunk_size
 
     model = Model()
-    with static_cache(model):
+    with patch_static_cache(model):
         assert model._prepare_static_cache(batch_size=3) == (3, None)
         assert model._prepare_static_cache(batch_size=3, prefill_chunk_size=7) == (3, 7)
     with pytest.raises(TypeError, match="prefill_chunk_size"):
@@ -526,22 +534,22 @@ def test_work_by_hand():
     layers = 2 * (3 * (28 + 14 + 14 + 28) + 3 * 3 * 5)
     text, image = Work("mm2t", 2, 3, 10, 4), Work("t2i", 2, 3, 10, 4, guided=True)
     token = 2 * 2 * 2 * 14  # keys and values, of bfloat16, in two layers
-    assert step_bytes(config, text, shared=False) == 2 * (layers + 3 * 11) + token * 6 * 12
-    assert step_bytes(config, text, shared=True) == 2 * (layers + 3 * 11) + token * (20 + 12)
+    assert count_step_bytes(config, text, shared=False) == 2 * (layers + 3 * 11) + token * 6 * 12
+    assert count_step_bytes(config, text, shared=True) == 2 * (layers + 3 * 11) + token * (20 + 12)
     head = 3 * 6 + 6 * 13
-    assert step_bytes(config, image, shared=False) == 2 * (layers + head) + token * 12 * 12
-    assert step_bytes(config, image, shared=True) == 2 * (layers + head) + token * (40 + 24)
+    assert count_step_bytes(config, image, shared=False) == 2 * (layers + head) + token * 12 * 12
+    assert count_step_bytes(config, image, shared=True) == 2 * (layers + head) + token * (40 + 24)
     operations = 6 * layers * 6 * 14 + 6 * 33 * 24 + 12 * 2 * 28 * 6 * 14**2 / 2
-    assert training_operations(config, (text,), shared=False) == operations
+    assert count_training_operations(config, (text,), shared=False) == operations
     pairs = 2 * 50 + 6 * (40 + 8)
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
-    assert training_operations(config, (text,), shared=True) == operations
+    assert count_training_operations(config, (text,), shared=True) == operations
     llama = config.llama
     adapted = janus_network.adapted(config, Lora(3, 6.0, ("q_proj", "down_proj")))
     wide = llama.num_heads * llama.head_dim
     adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
     operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs
-    assert training_operations(adapted, (text,), shared=True) == operations
+    assert count_training_operations(adapted, (text,), shared=True) == operations
 
 
 def test_work_of_the_published_size():
@@ -549,18 +557,18 @@ def test_work_of_the_published_size():
     size = SIZES["1b"]
     image = Work("t2i", 8, 8, size.image_prompt, 576, guided=True)
     text = Work("mm2t", 8, 8, size.text_prompt, size.new_tokens)
-    assert step_bytes(size.janus, image, shared=False) == pytest.approx(10.80e9, rel=2e-3)
-    assert step_bytes(size.janus, text, shared=False) == pytest.approx(14.613e9, rel=1e-4)
-    assert step_bytes(size.janus, text, shared=True) == pytest.approx(7.170e9, rel=1e-4)
+    assert count_step_bytes(size.janus, image, shared=False) == pytest.approx(10.80e9, rel=2e-3)
+    assert count_step_bytes(size.janus, text, shared=False) == pytest.approx(14.613e9, rel=1e-4)
+    assert count_step_bytes(size.janus, text, shared=True) == pytest.approx(7.170e9, rel=1e-4)
     works = (Work("t2i", 8, 8, 40, 576), Work("mm2t", 8, 8, 676, 256))
-    operations = training_operations(size.janus, works, shared=False)
+    operations = count_training_operations(size.janus, works, shared=False)
     assert operations == pytest.approx(783e12, rel=5e-3)
 
 
 def test_prompts_are_left_padded_and_hold_one_picture():
     config = SIZES["tiny"].janus
-    drawing = inputs.drawing_prompts(config, SPECIAL, 5, 12)
-    asking = inputs.questions(config, SPECIAL, 5, 26)
+    drawing = inputs.make_image_prompts(config, SPECIAL, 5, 12)
+    asking = inputs.make_questions(config, SPECIAL, 5, 26)
     for prompts in (drawing, asking):
         kept = prompts.attention_mask
         assert kept[0].all() and kept.any(axis=1).all() and not kept.all()
@@ -571,15 +579,15 @@ def test_prompts_are_left_padded_and_hold_one_picture():
         assert ((prompts.input_ids == SPECIAL.bos).sum(axis=1) == 1).all()
     assert (drawing.input_ids[:, -1] == SPECIAL.boi).all()
     assert ((asking.input_ids == SPECIAL.image).sum(axis=1) == 16).all()
-    batch = inputs.task_batch(config, SPECIAL, asking, 3, 6)
+    batch = inputs.make_task_batch(config, SPECIAL, asking, 3, 6)
     (answers,) = batch.segments
     assert answers.values.shape == (15, 6)
     assert 3 <= answers.mask.sum(axis=1).min() < answers.mask.sum(axis=1).max() <= 6
-    assert inputs.task_batch(config, SPECIAL, drawing, 3, 16).segments[0].mask.all()
+    assert inputs.make_task_batch(config, SPECIAL, drawing, 3, 16).segments[0].mask.all()
 
 
 def test_completions_of_a_prompt_share_their_row():
-    columns = inputs.rows(2, 3)
+    columns = inputs.make_rows(2, 3)
     pictures = columns["real_image"]
     assert [id(x) == id(pictures[0]) for x in pictures] == [True] * 3 + [False] * 3
     assert columns["prompt"][0] == columns["prompt"][2] != columns["prompt"][3]
@@ -600,9 +608,9 @@ def test_published_sizes_trace(name, tmp_path):
     setting = published(name, tmp_path)
     params = janus_network.abstract(setting.size.janus)
     for task, length in (("t2i", 576), ("mm2t", 512)):
-        prompts = generation.prompts_of(setting, task)
-        keys = jax.eval_shape(lambda: generation.keys(setting, task))  # noqa: B023
-        rollout = jax.eval_shape(generation.samplers(setting)[task], params, prompts, keys)
+        prompts = generation.make_prompts(setting, task)
+        keys = jax.eval_shape(lambda: generation.make_keys(setting, task))  # noqa: B023
+        rollout = jax.eval_shape(generation.make_samplers(setting)[task], params, prompts, keys)
         assert rollout.values.shape == (64, length)
     assert prompts.input_ids.shape == (8, 676)
 
@@ -613,8 +621,10 @@ def test_published_sizes_trace(name, tmp_path):
 def test_errors_of_gradients_are_shares_of_their_lengths():
     exact = {"a": np.float32([3, 4]), "b": {"c": np.float32([[12]])}, "unread": np.zeros(2)}
     found = {"a": np.float32([3, 4.5]), "b": {"c": np.float32([[12]])}, "unread": np.zeros(2)}
-    assert gradients.errors(found, exact) == pytest.approx({"error": 0.5 / 13, "largest": 0.1})
-    assert gradients.errors(exact, exact) == {"error": 0, "largest": 0}
+    assert gradients.measure_errors(found, exact) == pytest.approx(
+        {"error": 0.5 / 13, "largest": 0.1}
+    )
+    assert gradients.measure_errors(exact, exact) == {"error": 0, "largest": 0}
 
 
 def test_a_wrong_kernel_shows_in_gradients(tmp_path, monkeypatch):
@@ -629,7 +639,7 @@ def test_a_wrong_kernel_shows_in_gradients(tmp_path, monkeypatch):
     setting = dataclasses.replace(
         published("tiny", tmp_path), attention="cudnn", prompts=2, group=2
     )
-    found = {record.name: record.figures for record in gradients.gradients(setting)}
+    found = {record.name: record.figures for record in gradients.measure_gradients(setting)}
     for task in ("t2i", "mm2t"):
         assert found[task]["error"] > 5 * found[task]["error_xla"] > 0
 
@@ -665,8 +675,8 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
         start.main(["--size", "tiny", "optimizer.learning_rat=1"])
     assert error.value.code == BAD_INPUT_EXIT_CODE
     assert "did you mean learning_rate" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"log\.every=2: this option is the measurement's own"):
+    with pytest.raises(InputError, match=r"log\.every=2: the measurement sets this option"):
         start.write_config(tmp_path, "tiny", ["log.every=2"])
     config = start.write_config(tmp_path, "tiny", [])
     with pytest.raises(InputError, match=r"(?s)no step was made.*model: no such directory"):
-        start.seconds_to_first_step(config, tmp_path / "run", {})
+        start.time_first_step(config, tmp_path / "run", {})

@@ -1,4 +1,4 @@
-"""The scored examples of docs/rewards.md are what the code gives, and their text holds."""
+"""The scored examples of docs/reference/rewards.md are what the code gives."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.support.tiny_runs import model_dir
 from tools.mini_janus import roundtrip
 from tools.mini_janus.__main__ import main
 
-LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) pictures pass the checker")
+LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) images pass the checker")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_shipped_tokenizer_keeps_pictures_close(nano):
 def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatch):
     """7 rows in chunks of 4 repeat one; every second picture comes back as another row's."""
     made = pictures(7)
-    assert roundtrip.measure(NANO_JANUS, 7, seed=2) == Rate.of(7, 7)
+    assert roundtrip.measure_roundtrip(NANO_JANUS, 7, seed=2) == Rate.of(7, 7)
 
     def spoil(config, params, batch):
         assert len(batch) == 4
@@ -53,7 +53,7 @@ def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatc
 
     monkeypatch.setattr(roundtrip, "BATCH", 4)
     monkeypatch.setattr(roundtrip, "reconstruct", spoil)
-    assert roundtrip.measure(NANO_JANUS, 7, seed=2) == Rate.of(4, 7)
+    assert roundtrip.measure_roundtrip(NANO_JANUS, 7, seed=2) == Rate.of(4, 7)
 
 
 def test_the_command_prints_the_share_and_its_interval(capsys):
@@ -66,7 +66,7 @@ def test_wrong_numbers_and_models_are_named(tmp_path, tiny_config, capsys):
     small = model_dir(tmp_path / "model", tiny_config)
     for arguments, lines in [
         (["--rows", "0", "--seed", "-1"], ["--rows: found 0", "--seed: found -1"]),
-        ([], [f"{small}: draws pictures of 16 pixels a side; the drawn world needs at least 32"]),
+        ([], [f"{small}: generates images of 16 pixels a side; the drawn world needs at least 32"]),
     ]:
         with pytest.raises(SystemExit, match="2"):
             main(["roundtrip", "--model", str(small), *arguments])

@@ -92,7 +92,7 @@ def refused(capsys, tree: dict, *arguments: str) -> list[str]:
 
 
 def unseen(lines: list[dict], *sections: str) -> list[str]:
-    """What docs/metrics.md promises in its sections and no line has."""
+    """What docs/reference/metrics.md promises in its sections and no line has."""
     return metrics_page.never(sections, {name for line in lines for name in line})
 
 
@@ -425,14 +425,15 @@ def plan_and_programs(options) -> tuple:
         config_files.validate(options(algorithm={"kl_coef": 0.1}), "test")
     )
     lengths = run_check.prompt_lengths(planned)
-    return planned, *programs.programs(planned, lengths, jax.numpy.float32)
+    return planned, *programs.make_programs(planned, lengths, jax.numpy.float32)
 
 
 def test_check_counts_what_is_kept_as_plan_does(options):
     planned, kept, _ = plan_and_programs(options)
     counted = run_check.memory_estimate(planned)
     sizes = {
-        name: programs.shard_bytes(part) / run_check.GIB for name, part in kept.parts().items()
+        name: programs.count_shard_bytes(part) / run_check.GIB
+        for name, part in kept.parts().items()
     }
     for ours, theirs in (
         ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
@@ -450,7 +451,7 @@ def test_check_is_near_what_the_compiler_needs_for_an_update(options):
     counted = run_check.memory_estimate(planned)
     (update,) = (program for program in listed if program.name == "update")
     with jax.set_mesh(planned.mesh):
-        needed = plan_tables.compiled(update, kept).temporaries / run_check.GIB
+        needed = plan_tables.compile_program(update, kept).temporaries / run_check.GIB
     at_least = sum(counted.get(name, 0) for name in run_check.WORKING["during an update"])
     assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
 

@@ -6,22 +6,23 @@
     python -m tools.bench --size tiny                     # everything, on a CPU
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
-iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (does the
-update's attention differentiate as it should); if named also bits (are they the same in each call),
-builds (the image sampler with each set of options that it is compiled with) and, on a mesh with
-fsdp, layouts (decoding with matrices gathered, and split as in training). Compute is bfloat16;
-training keeps float32. Each time is the median of --repeats calls after one that compiles, on the
-host clock, to the moment when the results are there; `compile` is what the first call took longer.
-Every function says in its docstring what its figures are; roofline and MFU are against rates of
-copying and of matrix products that are measured first, on one device. Memory peaks are the
-process's on its first device: run a part alone to have its own.
+iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are the
+gradients of the update's attention right). Only if named: bits (does each call give the same bits),
+builds (the image sampler with each set of compiler options) and, on a mesh with fsdp, layouts
+(decoding with matrices gathered, and split as in training).
 
-One device is used, or those of --mesh, as the training command lays them out:
+Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
+that compiles, on the host, until the results are there; `compile` is how much longer the first
+call took. Every function explains its figures in its docstring. Roofline and MFU are relative to
+rates of copying and of matrix products that are measured first, on one device. Memory peaks are
+those of the process on its first device: run a part alone to get its own peak.
+
+The benchmark uses one device, or those of --mesh, laid out as in the training command:
 
     python -m tools.bench --size 7b --parts train,iteration --mesh fsdp=4 --prompts 32
 
 With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
-and as the reference writes them; `times_...` of this project's figures is PyTorch's seconds over
+and as the reference writes them. `times_...` in this project's figures is PyTorch's seconds over
 its own.
 """
 
@@ -51,7 +52,7 @@ from corl_jax.devices import startup
 from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.models.causal import NEEDS, CausalAttention, best, runs
+from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_training_kernel
 from corl_jax.models.lora import Lora
 from corl_jax.policies.janus import network
 from tools.bench import (
@@ -65,24 +66,24 @@ from tools.bench import (
     training,
     versus,
 )
-from tools.bench.ceilings import ceilings
+from tools.bench.ceilings import measure_ceilings
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import SIZES
 from tools.bench.timing import HEADER, Record
 from tools.bench.vocabularies import write_processor
 
 RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
-    "rewards": scoring.rewards,
-    "image": generation.image,
-    "text": generation.text,
-    "vq": generation.vq,
-    "train": training.train,
-    "iteration": training.iteration,
-    "correctness": correctness.correctness,
-    "gradients": gradients.gradients,
-    "bits": bits.bits,
-    "builds": builds.builds,
-    "layouts": layouts.layouts,
+    "rewards": scoring.measure_rewards,
+    "image": generation.measure_image,
+    "text": generation.measure_text,
+    "vq": generation.measure_vq,
+    "train": training.measure_train,
+    "iteration": training.measure_iteration,
+    "correctness": correctness.measure_correctness,
+    "gradients": gradients.measure_gradients,
+    "bits": bits.measure_bits,
+    "builds": builds.measure_builds,
+    "layouts": layouts.measure_layouts,
 }
 ALONE = ("rewards", "correctness", "gradients")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
@@ -90,13 +91,13 @@ WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts th
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--size", choices=SIZES, default="1b", help="of all networks")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="size of all networks")
     parser.add_argument("--parts", help="separated by commas; default: what fits on one device")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
@@ -118,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--offload",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="rewards: measure networks that rest in host memory too",
+        help="rewards: measure networks that are kept in host memory too",
     )
     parser.add_argument(
         "--peer", choices=versus.PEERS, help="measure PyTorch with it on the same shapes too"
@@ -141,19 +142,19 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
         "--remat",
         choices=("none", "dots", "full"),
         default="full",
-        help="what the backward pass keeps of a layer, as model.remat (default: full)",
+        help="values of a layer that the backward pass keeps, as model.remat (default: full)",
     )
     parser.add_argument(
         "--attention",
         choices=("auto", "xla", "cudnn", "splash"),
         default="auto",
-        help="of the update, as model.attention (default: auto)",
+        help="attention kernel of the update, as model.attention (default: auto)",
     )
     parser.add_argument(
         "--pixel-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of codes to pixels, as rollout.pixel_dtype (default: float32)",
+        help="dtype of codes to pixels, as rollout.pixel_dtype (default: float32)",
     )
     parser.add_argument(
         "--lora",
@@ -163,8 +164,8 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises: InputError listing every argument that cannot be used."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks the arguments. Raises: InputError listing every argument that cannot be used."""
     problems = [
         f"--parts: found {part!r}, expected some of {','.join(RUNS)}"
         for part in args.parts
@@ -185,33 +186,33 @@ def check(args: argparse.Namespace) -> None:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
         )
-    problems += _mesh_problems(args)
+    problems += _list_mesh_problems(args)
     if args.peer:
-        problems += versus.check(args)
+        problems += versus.list_peer_problems(args)
     if problems:
         raise InputError(problems)
 
 
-def attention_of(args: argparse.Namespace) -> CausalAttention:
-    """What the update attends with; looks at the device.
+def choose_attention(args: argparse.Namespace) -> AttentionKernel:
+    """Returns the attention kernel of the update; looks at the device.
 
     Raises: InputError for a kernel that the device cannot run.
     """
     head_dim = SIZES[args.size].janus.llama.head_dim
     if args.attention == "auto":
-        return best(COMPUTE, head_dim)
-    if not runs(args.attention, COMPUTE, head_dim):
+        return choose_training_kernel(COMPUTE, head_dim)
+    if not can_run(args.attention, COMPUTE, head_dim):
         raise InputError(
             f"--attention: found {args.attention}, which {jax.devices()[0].platform} with heads of "
-            f"{head_dim} cannot run; expected {NEEDS[args.attention]}; give xla"
+            f"{head_dim} cannot run; expected {KERNELS[args.attention].needs}; give xla"
         )
     return args.attention
 
 
-def axes_of(mesh: str) -> dict[str, int]:
-    """Devices along each axis of a mesh, of what --mesh says.
+def parse_axes(mesh: str) -> dict[str, int]:
+    """Returns the number of devices along each axis of --mesh.
 
-    Raises: InputError for an axis that there is not, or a number that is none.
+    Raises: InputError for an unknown axis, or a number below 1.
     """
     parts = (part.partition("=") for part in mesh.split(",") if part)
     named = {name: value for name, _, value in parts}
@@ -225,9 +226,9 @@ def axes_of(mesh: str) -> dict[str, int]:
     return dict.fromkeys(AXES, 1) | {name: int(value) for name, value in named.items()}
 
 
-def _mesh_problems(args: argparse.Namespace) -> list[str]:
+def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
     try:
-        axes = axes_of(args.mesh)
+        axes = parse_axes(args.mesh)
     except InputError as error:
         return error.problems
     problems, ways = [], math.prod(axes[name] for name in BATCH)
@@ -235,8 +236,8 @@ def _mesh_problems(args: argparse.Namespace) -> list[str]:
         value = getattr(args, option)
         if value is not None and value % ways:
             problems.append(
-                f"--{option.replace('_', '-')}: found {value}, which is no multiple of the mesh's "
-                f"{ways} ways of data and fsdp; nearest: {-(-value // ways) * ways}"
+                f"--{option.replace('_', '-')}: found {value}, no multiple of the {ways} parts "
+                f"into which data and fsdp split prompts; nearest: {-(-value // ways) * ways}"
             )
     alone = [part for part in args.parts if part in ALONE]
     if args.mesh and alone:
@@ -251,8 +252,8 @@ def _mesh_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def environment(argv: list[str], mesh: str) -> dict[str, Any]:
-    """Where and how the numbers came about."""
+def describe_environment(argv: list[str], mesh: str) -> dict[str, Any]:
+    """Returns date, command, devices and versions of the measurement."""
     device = jax.local_devices()[0]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -262,22 +263,22 @@ def environment(argv: list[str], mesh: str) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.local_device_count(),
-        "mesh": axes_of(mesh),
+        "mesh": parse_axes(mesh),
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
+def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     """Measures the parts one after another; returns those that did not fit into memory."""
-    size, failed, axes = SIZES[args.size], [], axes_of(args.mesh)
-    attention = attention_of(args)
+    size, failed, axes = SIZES[args.size], [], parse_axes(args.mesh)
+    attention = choose_attention(args)
     used = math.prod(axes.values())
     if used > jax.local_device_count():
         raise InputError(
             f"--mesh: found {args.mesh}, which asks for {used} devices of the "
             f"{jax.local_device_count()} here; give less"
         )
-    found, records = ceilings(size.copied, size.product, args.repeats)
+    rates, records = measure_ceilings(size.copied, size.product, args.repeats)
     for record in records:
         write(record)
     mesh = make_mesh(**axes, devices=jax.local_devices()[:used])
@@ -287,7 +288,7 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
             micro_batch=args.micro_batch, remat=args.remat, attention=attention,
             pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
             processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
-            ceilings=found, trace=args.trace,
+            ceilings=rates, trace=args.trace,
         )  # fmt: skip
         if args.lora:
             adapters = Lora(args.lora, 2.0 * args.lora, tuple(schema.Lora().targets))
@@ -308,12 +309,12 @@ def run(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(argv)
-    check(args)
+    """Runs the command."""
+    args = parse_arguments(argv)
+    check_arguments(args)
     # Before JAX uses the device.
     startup.check_jax_settings()
-    peers = versus.measure(args) if args.peer else versus.NOBODY
+    peers = versus.measure_peers(args) if args.peer else versus.NOBODY
     startup.start_devices()
     with contextlib.ExitStack() as stack:
         out: TextIO | None = None
@@ -326,16 +327,16 @@ def main(argv: list[str] | None = None) -> None:
                 print(json.dumps(data), file=out, flush=True)
 
         def write(record: Record) -> None:
-            print(record.row(), flush=True)
-            line({"record": "result", "size": args.size, **record.as_json()})
+            print(record.format_row(), flush=True)
+            line({"record": "result", "size": args.size, **record.to_json()})
 
-        found = environment(sys.argv[1:] if argv is None else argv, args.mesh)
-        line(found | {"peer": peers.environment})
-        print(f"{found['device']}, {found['versions']}", flush=True)
+        details = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
+        line(details | {"peer": peers.environment})
+        print(f"{details['device']}, {details['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
         for record in peers.records:
             write(record)
-        failed = run(args, lambda record: write(peers.beside(record)))
+        failed = run_parts(args, lambda record: write(peers.add_times(record)))
     errors = [f"{', '.join(failed)}: out of device memory; use fewer --prompts"] if failed else []
     errors += [f"{', '.join(peers.failed)}: see above"] if peers.failed else []
     if errors:

@@ -1,4 +1,4 @@
-"""Whether the same call gives the same bits again, in this process and in the next."""
+"""Checks whether the same call gives the same bits again, in this process and in the next."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from typing import Any
 
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.runs.fingerprints import fingerprint_tree
-from tools.bench.generation import STREAMS, codes, keys, prompts_of, samplers
+from tools.bench.generation import STREAMS, codes
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
-from tools.bench.training import batch_of, start
+from tools.bench.training import make_batch, start_training
 
 UPDATES = 2
 
 
-def bits(setting: Setting) -> Iterator[Record]:
-    """Rollouts, pixels, and the state after UPDATES optimizer steps from the same start.
+def measure_bits(setting: Setting) -> Iterator[Record]:
+    """Measures rollouts, pixels, and the state after UPDATES optimizer steps from the same start.
 
-    `results`: how many different ones --repeats + 1 calls gave. `digest` is of the last one's
-    bits: two runs of the benchmark compare by it. On GPUs both are of interest with and without
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+    `results` is the number of different results of --repeats + 1 calls. `digest` is a hash of the
+    last result's bits; compare it between two runs of the benchmark. On GPUs, run it with and
+    without XLA_FLAGS=--xla_gpu_deterministic_ops=true.
     """
-    yield from _drawn(setting)
+    yield from _measure_samplers(setting)
     name = f"{UPDATES} updates, {setting.attention}"
-    yield repeated(setting, name, functools.partial(updated, setting))
+    yield repeat_call(setting, name, functools.partial(run_updates, setting))
 
 
-def _drawn(setting: Setting) -> Iterator[Record]:
-    params, drawn = setting.policy(COMPUTE), samplers(setting)
+def _measure_samplers(setting: Setting) -> Iterator[Record]:
+    params, sampler_of = setting.make_policy(COMPUTE), make_samplers(setting)
     for task in STREAMS:
-        prompts = setting.placed(prompts_of(setting, task))
-        sample = functools.partial(drawn[task], params, prompts, keys(setting, task))
-        yield repeated(setting, f"rollout {task}", sample)
+        prompts = setting.place(make_prompts(setting, task))
+        sample = functools.partial(sampler_of[task], params, prompts, make_keys(setting, task))
+        yield repeat_call(setting, f"rollout {task}", sample)
     decode = functools.partial(
         decode_images, setting.size.janus, params, codes(setting),
         dtype=setting.pixel_dtype,
     )  # fmt: skip
-    yield repeated(setting, "pixels", decode)
+    yield repeat_call(setting, "pixels", decode)
 
 
-def repeated(setting: Setting, name: str, call: Callable[[], Any]) -> Record:
+def repeat_call(setting: Setting, name: str, call: Callable[[], Any]) -> Record:
     """The record of one thing that is called several times."""
     digests = [fingerprint_tree(call()) for _ in range(setting.repeats + 1)]
     figures = {"results": len(set(digests)), "of": len(digests), "digest": digests[-1][:12]}
     return Record("bits", name, None, figures)
 
 
-def updated(setting: Setting) -> Any:
-    """The trained parameters and moments, a fresh start some updates on."""
-    state, frozen, step = start(setting)
-    batch = batch_of(setting)
+def run_updates(setting: Setting) -> Any:
+    """Returns trained parameters and moments after UPDATES updates from a new start."""
+    state, frozen, step = start_training(setting)
+    batch = make_batch(setting)
     for _ in range(UPDATES):
         state, _ = step(state, frozen, batch)
     return {"params": state.params, "moments": state.opt_state}

@@ -1,4 +1,4 @@
-"""The image sampler in each of the builds of `devices.compiling`, whichever a call would take."""
+"""The image sampler in each build of `devices.compiling`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from unittest import mock
 
 from corl_jax.devices import compiling
 from corl_jax.policies.janus import sampling
-from tools.bench.generation import keys, prompts_of, samplers
+from tools.bench.generation import make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 
-def builds(setting: Setting) -> Iterator[Record]:
-    """Guided tokens without their pixels; the prefill counts into the milliseconds a step."""
-    params, program = setting.policy(COMPUTE), sampling._image_program
-    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
-    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
+def measure_builds(setting: Setting) -> Iterator[Record]:
+    """Measures guided tokens without their pixels; milliseconds a step include the prefill."""
+    params, program = setting.make_policy(COMPUTE), sampling._image_program
+    prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
+    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
     steps = setting.size.janus.num_image_tokens
     for name in compiling.BUILDS:
         with mock.patch.object(program, "built_for", return_value=getattr(program, name)):

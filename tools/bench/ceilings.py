@@ -1,7 +1,8 @@
-"""What the device itself can do, measured in the run whose results are compared with it.
+"""Measures the rates of the device, in the same run as the results that are compared with them.
 
-Calls are dispatched one after another without waiting, few and many; the difference of the two
-times is that of the calls between them, free of what starting and waiting cost the host.
+Few calls and then many calls are dispatched one after another without waiting. The difference of
+the two times is the time of the calls between them, without the host's cost of starting and
+waiting.
 """
 
 from __future__ import annotations
@@ -50,48 +51,48 @@ COPIES: dict[str, tuple[Callable[[jax.Array], jax.Array], Any]] = {
 }
 
 
-def ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings, list[Record]]:
-    """Copying an array of `copied` bytes, and products of square matrices of `product` rows."""
-    copies = [*_copy_records(copied, repeats)]
-    matmul = _product_record(product, repeats)
+def measure_ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings, list[Record]]:
+    """Measures copies of `copied` bytes, and products of square matrices of `product` rows."""
+    copies = [*_measure_copies(copied, repeats)]
+    matmul = _measure_product(product, repeats)
     best = max(record.figures["tb_per_s"] for record in copies)
-    found = Ceilings(best * 1e12, matmul.figures["tflop_per_s"] * 1e12)
-    return found, [*copies, matmul]
+    rates = Ceilings(best * 1e12, matmul.figures["tflop_per_s"] * 1e12)
+    return rates, [*copies, matmul]
 
 
-def _copy_records(copied: int, repeats: int) -> Iterator[Record]:
+def _measure_copies(copied: int, repeats: int) -> Iterator[Record]:
     for name, (program, dtype) in COPIES.items():
         x = jnp.zeros((copied // (1024 * jnp.dtype(dtype).itemsize), 1024), dtype)
         moved = 2 * x.nbytes
-        timing, seconds = _per_call(program, x, repeats)
+        timing, seconds = _time_calls(program, x, repeats)
         yield Record("ceiling", f"copy: {name}", timing, {"tb_per_s": moved / seconds / 1e12})
 
 
-def _product_record(side: int, repeats: int) -> Record:
+def _measure_product(side: int, repeats: int) -> Record:
     keys = jax.random.split(jax.random.key(0, impl="rbg"))
-    # Entries of such a size keep the products' size.
+    # With this scale the entries of the products keep their size.
     matrix = jax.random.normal(keys[0], (side, side), jnp.bfloat16) * side**-0.5
     x = jax.random.normal(keys[1], (side, side), jnp.bfloat16)
-    timing, seconds = _per_call(functools.partial(_multiply, matrix=matrix), x, repeats)
+    timing, seconds = _time_calls(functools.partial(_multiply, matrix=matrix), x, repeats)
     rate = 2 * side**3 / seconds / 1e12
     return Record("ceiling", f"bfloat16 product, {side}^3", timing, {"tflop_per_s": rate})
 
 
-def _per_call(
+def _time_calls(
     program: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int
 ) -> tuple[Timing, float]:
-    """The timing of many calls, each on the result of the one before, and seconds of one."""
+    """Returns the timing of many calls, each on the last one's result, and seconds of one call."""
 
-    def run(calls: int) -> Timing:
+    def run_parts(calls: int) -> Timing:
         def chain() -> jax.Array:
             nonlocal x
             for _ in range(calls):
                 x = program(x)
             return x
 
-        return measure(chain, repeats)
+        return measure_peers(chain, repeats)
 
-    few, many = run(FEW), run(MANY)
+    few, many = run_parts(FEW), run_parts(MANY)
     seconds = (many.median - few.median) / (MANY - FEW)
-    # Where the work is too small to be told from the host's noise, what a call costs counts too.
+    # If the work is smaller than the host's noise, the cost of a call counts too.
     return many, seconds if seconds > 0 else many.median / MANY

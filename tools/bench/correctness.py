@@ -1,6 +1,6 @@
-"""Whether samplers and trainer agree at full size: their log-probs of the same tokens.
+"""Checks whether samplers and trainer agree at full size: their log-probs of the same tokens.
 
-Hidden states are compared through the log-probs that they lead to: samplers do not hand them out.
+Hidden states are compared through these log-probs, because samplers do not return them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
-from corl_jax.models.causal import CausalAttention
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import sampling
@@ -35,28 +34,29 @@ Scorer = Callable[[str, EncodedPrompts, Any], np.ndarray]
 """(task, prompts, tokens) -> log-probs [N, T] by the trainer."""
 
 
-def correctness(setting: Setting) -> Iterator[Record]:
-    """Two prompts of different length, two completions each; at tiny size in float32 alone.
+def measure_correctness(setting: Setting) -> Iterator[Record]:
+    """Measures two prompts of different length with two completions each.
 
-    `cached`: the log-probs that the samplers recorded against the trainer's of the same tokens.
-    `padded`: the shorter prompt in the batch against the same prompt alone, without padding:
-    the trainer's log-probs of the same tokens, and greedy decoding, whose tokens may part for
-    good where two logits are closer than rounding; its log-probs are of the tokens before that and
-    of the first that differs, which is the likeliest in both. Differences are absolute, in nats.
-    Float32 products are taken without shortcuts.
-    `repeated`: the share of tokens that a second call draws alike with the same keys, and how many
-    every completion has before the first that differs: GPUs may sum in another order.
+    At tiny size only float32 is measured. Differences are absolute, in nats. Float32 products have
+    full precision.
+
+    `cached`: log-probs that the samplers recorded against the trainer's of the same tokens.
+    `padded`: the shorter prompt in the batch against the same prompt alone, without padding.
+    Log-probs of the trainer for the same tokens, and greedy decoding. Greedy tokens may differ from
+    the first near tie on, so their log-probs are compared up to the first that differs. `repeated`:
+    the fraction of tokens that a second call with the same keys gives again, and the number of
+    tokens before the first that differs. GPUs may sum in another order.
     """
     for dtype in map(jnp.dtype, setting.size.checked):
-        params = setting.policy(dtype)
+        params = setting.make_policy(dtype)
         precision = "highest" if dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
             for task in STREAMS:
-                yield from compare(setting, task, params, dtype)
+                yield from compare_task(setting, task, params, dtype)
         del params
 
 
-def compare(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
+def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
     """The records of one task."""
     prompts, sample = prompts_of(setting, task), sampler(setting, task, params, dtype)
     score = scorer(setting, params, dtype)
@@ -66,45 +66,45 @@ def compare(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator
     again = score(task, prompts, drawn.values)
     figures = difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
     yield Record("correctness", f"{name}: cached", None, figures)
-    figures = alike(drawn, sample(prompts, keys))
+    figures = compare_tokens(rollout, sample(prompts, keys))
     yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
-    alone, own = unpadded(prompts, -1), drawn.values[-GROUP:]
+    alone, own = remove_padding(prompts, -1), drawn.values[-GROUP:]
     figures = difference(again[-GROUP:], score(task, alone, own))
     batched = sample(prompts, keys[::GROUP], greedy=True)
     single = sample(alone, keys[::GROUP][-1:], greedy=True)
-    yield Record("correctness", f"{name}: padded", None, figures | greedy(batched, single))
+    yield Record("correctness", f"{name}: padded", None, figures | compare_greedy(batched, single))
 
 
-def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
-    """PROMPTS prompts, the first without padding and the last with some."""
+def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
+    """Returns PROMPTS prompts, the first without padding and the last with some."""
     size, special = setting.size, setting.processor.special
     make, length = {
-        "t2i": (inputs.drawing_prompts, size.image_prompt),
-        "mm2t": (inputs.questions, size.text_prompt),
+        "t2i": (inputs.make_image_prompts, size.image_prompt),
+        "mm2t": (inputs.make_questions, size.text_prompt),
     }[task]
     made = (make(size.janus, special, PROMPTS, length, seed) for seed in itertools.count())
     return next(prompts for prompts in made if not prompts.attention_mask[-1].all())
 
 
-def unpadded(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
-    """One prompt alone, as long as it is."""
-    kept = prompts.attention_mask[row]
+def remove_padding(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
+    """Returns one prompt alone, without its padding."""
+    real = prompts.attention_mask[row]
     pixels = prompts.pixel_values
     return EncodedPrompts(
-        prompts.input_ids[row][kept][None],
-        kept[kept][None],
+        prompts.input_ids[row][real][None],
+        real[real][None],
         None if pixels is None else pixels[row][None],
     )
 
 
-def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Segment]:
+def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Segment]:
     """(prompts, keys, greedy=) -> Segment; greedy answers have COMPARED tokens."""
     config, special, most = setting.size.janus, setting.endless, setting.size.new_tokens
 
     def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Segment:
-        placed, options = setting.placed(prompts), {"greedy": greedy, "dtype": dtype}
+        placed, options = setting.place(prompts), {"greedy": greedy, "dtype": dtype}
         if task == "t2i":
             return sampling.sample_images(
                 config, params, placed, keys, special=special, cfg_scale=CFG_SCALE, **options
@@ -117,40 +117,40 @@ def sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable
     return sample
 
 
-def scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
-    """The trainer's own scoring step."""
+def make_scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
+    """Returns the trainer's log-prob step."""
     kernel = setting.attention if dtype == COMPUTE else "xla"
-    step = _score_step(setting.size.janus, setting.processor.special, dtype, kernel)
+    step = _make_logprob_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
     def score(task: str, prompts: EncodedPrompts, tokens: Any) -> np.ndarray:
         (kind,) = TASKS[task].turn.segments
         batch = TaskBatch(prompts, (Segment(kind, tokens, np.ones(tokens.shape, bool)),))
-        return np.asarray(step(params, {}, setting.placed({task: batch}))[task][0])
+        return np.asarray(step(params, {}, setting.place({task: batch}))[task][0])
 
     return score
 
 
 @functools.lru_cache(maxsize=4)
-def _score_step(config: Any, special: Any, dtype: Any, kernel: CausalAttention) -> Callable:
+def _make_logprob_step(config: Any, special: Any, dtype: Any, kernel: AttentionKernel) -> Callable:
     scoring = LogprobOptions(special, remat="none", attention=kernel)
     options = UpdateOptions(CLIPPED_POLICY_LOSS, LossConstants(), scoring, (), dtype=dtype)
     return make_logprob_step(FAMILY, config, options)
 
 
-def difference(first: Any, second: Any) -> dict[str, float]:
-    """Mean and largest absolute difference of log-probs."""
+def measure_difference(first: Any, second: Any) -> dict[str, float]:
+    """Returns the mean and the largest absolute difference of log-probs."""
     apart = np.abs(np.asarray(first, np.float64) - np.asarray(second, np.float64))
     return {"difference_mean": float(apart.mean()), "difference_max": float(apart.max())}
 
 
-def alike(first: Segment, second: Segment) -> dict[str, float]:
+def compare_tokens(first: Segment, second: Segment) -> dict[str, float]:
     """Share of equal tokens; steps at which all completions are alike, before the first other."""
     same = np.asarray(first.values) == np.asarray(second.values)
     prefix = int(np.argmin([*same.all(axis=0), False]))
     return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
 
-def greedy(batched: Segment, single: Segment) -> dict[str, float]:
+def compare_greedy(batched: Segment, single: Segment) -> dict[str, float]:
     """How far the last row of a batch and the same prompt alone go together."""
     first, second = (
         (np.asarray(x.values)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
@@ -159,7 +159,7 @@ def greedy(batched: Segment, single: Segment) -> dict[str, float]:
     same = first[0] == second[0]
     prefix = int(np.argmin([*same, False]))
     shown = slice(0, min(prefix + 1, len(same)))
-    together = difference(first[1][shown], second[1][shown])
+    together = measure_difference(first[1][shown], second[1][shown])
     return {
         "greedy_agreement": float(same.mean()),
         "greedy_prefix": prefix,

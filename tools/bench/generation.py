@@ -1,4 +1,4 @@
-"""The samplers and the image tokenizer: rollouts of `prompts` x `group` completions."""
+"""Measures the samplers and the image tokenizer: rollouts of `prompts` x `group` completions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.types import EncodedPrompts, Segment
 from tools.bench import inputs
-from tools.bench.cost import Work, step_bytes
+from tools.bench.cost import Work, count_step_bytes
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
@@ -23,29 +23,29 @@ CFG_SCALE = 5.0
 STREAMS = {"t2i": 0, "mm2t": 1}
 
 
-def keys(setting: Setting, task: str) -> jax.Array:
+def make_keys(setting: Setting, task: str) -> jax.Array:
     """Of all completions of a task."""
     drawn = sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
-    return setting.placed(drawn)
+    return setting.place(drawn)
 
 
-def prompts_of(setting: Setting, task: str) -> EncodedPrompts:
-    """Left-padded prompts on the host."""
+def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
+    """Returns left-padded prompts on the host."""
     size, special = setting.size, setting.processor.special
     if task == "t2i":
-        return inputs.drawing_prompts(size.janus, special, setting.prompts, size.image_prompt)
-    return inputs.questions(size.janus, special, setting.prompts, size.text_prompt)
+        return inputs.make_image_prompts(size.janus, special, setting.prompts, size.image_prompt)
+    return inputs.make_questions(size.janus, special, setting.prompts, size.text_prompt)
 
 
-def codes(setting: Setting) -> jax.Array:
-    """Of all completions, [N, T] int32, any of the codebook."""
+def make_codes(setting: Setting) -> jax.Array:
+    """Returns random codes [N, T] int32 of all completions."""
     config = setting.size.janus
     shape = (setting.completions, config.num_image_tokens)
-    drawn = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
-    return setting.placed(drawn.astype(np.int32))
+    codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
+    return setting.place(codes.astype(np.int32))
 
 
-def samplers(setting: Setting) -> dict[str, Any]:
+def make_samplers(setting: Setting) -> dict[str, Any]:
     """task -> (params, prompts, keys) -> Segment, with the options of the paper."""
     images = functools.partial(
         sampling.sample_images, setting.size.janus,
@@ -58,15 +58,15 @@ def samplers(setting: Setting) -> dict[str, Any]:
     return {"t2i": images, "mm2t": texts}
 
 
-def image(setting: Setting) -> Iterator[Record]:
-    """The image rollout: guided tokens alone, and with their pixels on the host.
+def measure_image(setting: Setting) -> Iterator[Record]:
+    """Measures the image rollout: guided tokens alone, and with their pixels on the host.
 
-    Milliseconds a step and the fraction of the roofline are of the tokens, prefill included; the
+    Milliseconds a step and the fraction of the roofline are of the tokens, prefill included. The
     roofline is the time of a step's bytes (see `cost`) at the measured rate of copying.
     """
-    size, params = setting.size, setting.policy(COMPUTE)
-    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
-    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
+    size, params = setting.size, setting.make_policy(COMPUTE)
+    prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
+    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
 
     def with_pixels() -> np.ndarray:
         pixels = decode_images(size.janus, params, sample().values, dtype=setting.pixel_dtype)
@@ -75,45 +75,47 @@ def image(setting: Setting) -> Iterator[Record]:
     tokens = setting.measure("image_tokens", sample)
     length = size.janus.num_image_tokens
     work = Work("t2i", setting.prompts, setting.group, size.image_prompt, length, guided=True)
-    yield Record("image", "tokens", tokens, _decoding(setting, work, tokens.median, length))
+    yield Record(
+        "image", "tokens", tokens, _describe_decoding(setting, work, tokens.median, length)
+    )
     whole = setting.measure("image", with_pixels)
     yield Record(
         "image", "tokens and pixels", whole, {"images_per_s": setting.completions / whole.median}
     )
 
 
-def text(setting: Setting) -> Iterator[Record]:
-    """The text rollout: all of it, and its first token, which is vision tower and prefill.
+def measure_text(setting: Setting) -> Iterator[Record]:
+    """Measures the text rollout: all of it, and its first token, which is vision tower and prefill.
 
-    Milliseconds a step and the fraction of the roofline are of what comes after that token.
+    Milliseconds a step and the fraction of the roofline are of the tokens after the first.
     """
-    size, params = setting.size, setting.policy(COMPUTE)
-    prompts, drawn = setting.placed(prompts_of(setting, "mm2t")), keys(setting, "mm2t")
-    sample = samplers(setting)["mm2t"]
+    size, params = setting.size, setting.make_policy(COMPUTE)
+    prompts, keys = setting.place(make_prompts(setting, "mm2t")), make_keys(setting, "mm2t")
+    sample = make_samplers(setting)["mm2t"]
 
     def first() -> Segment:
         return sample(params, prompts, drawn, max_new_tokens=1)
 
-    def answers() -> Segment:
+    def make_answers() -> Segment:
         return sample(params, prompts, drawn)
 
     prefill, whole = setting.measure("text_prefill", first), setting.measure("text", answers)
-    if not bool(answers().mask.all()):
+    if not bool(make_answers().mask.all()):
         raise RuntimeError("an answer ended early: the time is that of fewer tokens")
     yield Record("text", "vision, prefill, first token", prefill, {})
     length = size.new_tokens
     work = Work("mm2t", setting.prompts, setting.group, size.text_prompt, length)
     rate = {"tokens_per_s": setting.completions * length / whole.median}
-    # A work too small to be told from noise counts with its prefill.
+    # Work that is smaller than the noise is measured with its prefill.
     later = whole.median - prefill.median
     spent = (later, length - 1) if later > 0 else (whole.median, length)
-    decoding = _decoding(setting, work, *spent)
+    decoding = _describe_decoding(setting, work, *spent)
     yield Record("text", "answers", whole, rate | decoding)
 
 
-def vq(setting: Setting) -> Iterator[Record]:
-    """Codes to pixels, uint8 on the host."""
-    config, params, drawn = setting.size.janus, setting.policy(COMPUTE), codes(setting)
+def measure_vq(setting: Setting) -> Iterator[Record]:
+    """Measures codes to pixels, uint8 on the host."""
+    config, params, codes = setting.size.janus, setting.make_policy(COMPUTE), make_codes(setting)
 
     def decode() -> np.ndarray:
         return np.asarray(decode_images(config, params, drawn, dtype=setting.pixel_dtype))
@@ -123,13 +125,13 @@ def vq(setting: Setting) -> Iterator[Record]:
     yield Record("vq", "codes to pixels", timing, {"images_per_s": rate})
 
 
-def _decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
-    """What decode steps cost, against the time of the bytes that one device reads."""
+def _describe_decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
+    """Returns the cost of decode steps, against the time of the bytes that one device reads."""
     step = seconds / steps
-    own = dataclasses.replace(work, prompts=work.prompts // setting.ways)
+    own = dataclasses.replace(work, prompts=work.prompts // setting.num_batch_shards)
     figures: dict[str, Any] = {"ms_per_step": 1e3 * step}
     for name, shared in (("", False), ("_shared_prompt", True)):
-        moved = step_bytes(setting.size.janus, own, shared) / setting.mesh.shape["tensor"]
+        moved = count_step_bytes(setting.size.janus, own, shared) / setting.mesh.shape["tensor"]
         figures[f"gb_per_step{name}"] = moved / 1e9
         figures[f"roofline_fraction{name}"] = moved / setting.ceilings.copy / step
     return figures

@@ -1,6 +1,7 @@
-"""Whether the update's attention differentiates as it should: its gradients against exact ones.
+"""Checks the gradients of the update's attention against exact ones.
 
-With one update a rollout the loss is the same whatever the network computes, so it shows nothing.
+With one update a rollout the value of the loss is the same whatever the network computes, so it
+cannot show an error.
 """
 
 from __future__ import annotations
@@ -18,45 +19,45 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import step
 from corl_jax.types import Params
 from tools.bench import inputs
-from tools.bench.generation import STREAMS, prompts_of
+from tools.bench.generation import STREAMS
 from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
 
 
-def gradients(setting: Setting) -> Iterator[Record]:
-    """Of each task's loss: how far they are from those in float32, as a share of their length.
+def measure_gradients(setting: Setting) -> Iterator[Record]:
+    """Measures errors of each task's gradients against float32, as fractions of their length.
 
-    `error` is of the update's attention in bfloat16, `error_xla` of XLA's own in bfloat16, which a
-    sound kernel should not exceed by much; `largest` and `largest_xla` are those of the leaf that
-    is off most. Float32 products are taken without shortcuts, and by XLA's attention.
+    `error` is of the update's attention in bfloat16, `error_xla` of XLA's in bfloat16, which a
+    correct kernel should not exceed by much. `largest` and `largest_xla` are those of the leaf with
+    the largest error. Exact gradients use float32 products of full precision and XLA's attention.
     """
     patterns = trained_patterns(setting)
-    trained, frozen = partition(setting.policy(jnp.float32), patterns)
+    trained, frozen = partition(setting.make_policy(jnp.float32), patterns)
     for task in STREAMS:
-        batch = {task: _batch(setting, task)}
+        batch = {task: _make_batch(setting, task)}
         with jax.default_matmul_precision("highest"):
-            exact = _gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
+            exact = _make_gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
         figures: dict[str, Any] = {"attention": setting.attention}
         off = {}
         for kernel in {setting.attention, "xla"}:
-            found = _gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
-            off[kernel] = errors(found, exact)
+            gradients = _make_gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
+            off[kernel] = measure_errors(gradients, exact)
         for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
             figures |= {f"{name}{suffix}": x for name, x in off[kernel].items()}
         yield Record("gradients", task, None, figures)
 
 
-def _batch(setting: Setting, task: str) -> step.TaskBatch:
-    """Left-padded prompts, and answers of which some end early."""
+def _make_batch(setting: Setting, task: str) -> step.TaskBatch:
+    """Returns left-padded prompts, and answers of which some end early."""
     size = setting.size
     length = size.janus.num_image_tokens if task == "t2i" else size.answer
-    made = inputs.task_batch(
-        size.janus, setting.processor.special, prompts_of(setting, task), setting.group, length
+    made = inputs.make_task_batch(
+        size.janus, setting.processor.special, make_prompts(setting, task), setting.group, length
     )
-    return setting.placed(made)
+    return setting.place(made)
 
 
-def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
+def _make_gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
     scoring = LogprobOptions(setting.processor.special, remat=setting.remat, attention=kernel)
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     options = step.UpdateOptions(
@@ -71,14 +72,14 @@ def _gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
     return compute
 
 
-def errors(found: Params, exact: Params) -> dict[str, float]:
-    """Lengths of differences over those of the exact gradients: of all leaves, the largest of one.
+def measure_errors(gradients: Params, exact: Params) -> dict[str, float]:
+    """Returns the relative error of the gradients: of all leaves, and the largest of one leaf.
 
-    Leaves without gradient, as those of the other task's head, are left out.
+    Leaves without gradient, such as those of the other task's head, are left out.
     """
     apart, lengths = (
-        {path: float(_squares(leaf)) for path, leaf in leaf_paths(tree)}
-        for tree in (jax.tree.map(jnp.subtract, found, exact), exact)
+        {path: float(_sum_squares(leaf)) for path, leaf in leaf_paths(tree)}
+        for tree in (jax.tree.map(jnp.subtract, gradients, exact), exact)
     )
     seen = {path: (apart[path] / lengths[path]) ** 0.5 for path in lengths if lengths[path]}
     overall = (sum(apart.values()) / sum(lengths.values())) ** 0.5
@@ -86,5 +87,5 @@ def errors(found: Params, exact: Params) -> dict[str, float]:
 
 
 @jax.jit
-def _squares(x: jax.Array) -> jax.Array:
+def _sum_squares(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(jnp.float32)))

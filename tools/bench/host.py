@@ -1,11 +1,11 @@
-"""How long rewards take that run on the host, one after the other, with no network.
+"""Measures rewards that run on the host, one after the other, without a network.
 
     python -m tools.bench.host
     python -m tools.bench.host --repeats 20
 
-`text` scores 512 completions, half of them to questions of multiple choice: format and accuracy.
-`shapes` looks for objects in 500 pictures of the drawn world. Each time is the shortest of
---repeats rounds, in processor seconds, so that other work on the machine counts little.
+`text` scores 512 completions, half of them of multiple-choice questions: format and accuracy.
+`shapes` finds objects in 500 images of the drawn world. Each time is the shortest of --repeats
+rounds, in processor seconds, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.rewards import text
 
 COMPLETIONS = 512
-PICTURES = 500
+IMAGES = 500
 PROBLEM = "What is shown?\nOptions:\nA. a lake\nB. burning\nC. a person\nD. two cars"
 THOUGHT = "The picture shows a person near a stove, so we look at the flames. " * 8
 ANSWERS = ("B. burning", "The answer is B", "burning", "a person", "red cars on a road")
@@ -35,8 +35,8 @@ def score_texts() -> None:
         )  # fmt: skip
 
 
-def shortest(function: Callable[[], object], repeats: int) -> float:
-    """Processor seconds of the quickest of `repeats` calls."""
+def measure_shortest(function: Callable[[], object], repeats: int) -> float:
+    """Returns the processor seconds of the fastest of `repeats` calls."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     repeats = parser.parse_args(argv).repeats
     if repeats < 1:
         raise InputError([f"--repeats: found {repeats}, expected an integer of at least 1"])
-    pictures = [generator.make_row(11, i, encode=False)["real_image"] for i in range(PICTURES)]
-    seconds = shortest(score_texts, repeats)
+    images = [generator.make_row(11, i, encode=False)["real_image"] for i in range(IMAGES)]
+    seconds = measure_shortest(score_texts, repeats)
     print(f"text    {COMPLETIONS} completions  {1e3 * seconds:8.1f} ms")
-    seconds = shortest(lambda: [checker.detect(x) for x in pictures], repeats)
-    print(f"shapes  one picture      {1e3 * seconds / PICTURES:8.2f} ms")
+    seconds = measure_shortest(lambda: [checker.detect(x) for x in images], repeats)
+    print(f"shapes  one image        {1e3 * seconds / IMAGES:8.2f} ms")
 
 
 if __name__ == "__main__":

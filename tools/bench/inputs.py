@@ -1,4 +1,4 @@
-"""Made-up inputs of fixed sizes: left-padded prompts, completions, pictures, rows of a data set."""
+"""Random inputs of fixed sizes: left-padded prompts, completions, images, rows of a data set."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from corl_jax.types import EncodedPrompts, Segment
 from tools.bench.vocabularies import COMMON
 
 SHORTEST = 0.75  # a prompt's least share of the padded length
-PICTURE = (512, 448)  # width and height of a real image, pixels
+IMAGE_SIZE = (512, 448)  # width and height of a real image, pixels
 CAPTION_WORDS = 12
 ENDLESS = -1  # an end of text that no network draws, so that every answer has all its tokens
 
 
-def _plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
-    """Ids of ordinary tokens."""
+def _find_plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
+    """Returns the ids of ordinary tokens."""
     structure = [special.bos, special.eos, special.pad, special.boi, special.eoi, special.image]
     return np.setdiff1d(np.arange(config.llama.vocab_size), structure)
 
 
-def _left_padded(
+def _make_left_padded(
     rng: np.random.Generator, special: SpecialTokens, plain: np.ndarray, count: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and mask [count, length], starts [count]: BOS and words, the first row full."""
+    """Returns ids and mask [count, length], starts [count]: BOS and words; row 0 is full."""
     shortest = max(1, round(SHORTEST * length))
     start = length - rng.integers(shortest, length + 1, count)
     start[0] = 0
@@ -39,44 +39,44 @@ def _left_padded(
     return ids, mask, start
 
 
-def drawing_prompts(
+def make_image_prompts(
     config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
-    """[BOS, words, BOI] of different lengths."""
+    """Returns prompts [BOS, words, BOI] of different lengths."""
     rng = np.random.default_rng([seed, 0])
-    ids, mask, _ = _left_padded(rng, special, _plain_ids(config, special), count, length)
+    ids, mask, _ = _make_left_padded(rng, special, _find_plain_ids(config, special), count, length)
     ids[:, -1] = special.boi
     return EncodedPrompts(ids, mask)
 
 
-def questions(
+def make_questions(
     config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
-    """[BOS, BOI, picture, EOI, words] of different lengths, with pixel values."""
+    """Returns questions [BOS, BOI, image, EOI, words] of different lengths, with pixel values."""
     rng = np.random.default_rng([seed, 1])
     slots, side = config.num_image_tokens, config.siglip.image_size
-    words, mask, _ = _left_padded(
-        rng, special, _plain_ids(config, special), count, length - slots - 2
+    words, mask, _ = _make_left_padded(
+        rng, special, _find_plain_ids(config, special), count, length - slots - 2
     )
-    picture = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
+    image = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
     ids = np.full((count, length), special.pad, np.int32)
-    for row, text, kept in zip(ids, words, mask, strict=True):
-        real = np.concatenate([text[kept][:1], picture, text[kept][1:]])
+    for row, text, real_mask in zip(ids, words, mask, strict=True):
+        real = np.concatenate([text[real_mask][:1], image, text[real_mask][1:]])
         row[length - len(real) :] = real
-    kept = np.arange(length) >= length - (mask.sum(axis=1) + len(picture))[:, None]
+    real_mask = np.arange(length) >= length - (mask.sum(axis=1) + len(image))[:, None]
     pixels = rng.standard_normal((count, side, side, 3)).astype(np.float32)
-    return EncodedPrompts(ids, kept, pixels)
+    return EncodedPrompts(ids, real_mask, pixels)
 
 
-def task_batch(
+def make_task_batch(
     config: JanusConfig, special: SpecialTokens, prompts: EncodedPrompts, group: int, length: int
 ) -> TaskBatch:
-    """Completions of prompts; those of questions end somewhere in their second half."""
-    drawn = prompts.pixel_values is None
-    rng = np.random.default_rng(3 + drawn)
+    """Returns completions of prompts; answers end somewhere in their second half."""
+    is_image = prompts.pixel_values is None
+    rng = np.random.default_rng(3 + is_image)
     rows = len(prompts.input_ids) * group
-    ids = np.arange(config.vq.num_embeddings) if drawn else _plain_ids(config, special)
-    ends = np.full(rows, length) if drawn else rng.integers(length // 2, length + 1, rows)
+    ids = np.arange(config.vq.num_embeddings) if is_image else _find_plain_ids(config, special)
+    ends = np.full(rows, length) if is_image else rng.integers(length // 2, length + 1, rows)
     return TaskBatch(
         prompts=prompts,
         segments=(
@@ -94,19 +94,19 @@ def task_batch(
 # ---- what rewards read
 
 
-def drawings(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """Pictures of random blocks, uint8 [count, side, side, 3]."""
+def make_images(count: int, side: int, seed: int = 0) -> np.ndarray:
+    """Returns images of random blocks, uint8 [count, side, side, 3]."""
     rng = np.random.default_rng([seed, 2])
-    return np.stack([np.asarray(_blocks(rng, (side, side))) for _ in range(count)])
+    return np.stack([np.asarray(_make_blocks(rng, (side, side))) for _ in range(count)])
 
 
-def _blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+def _make_blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     blocks = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
-def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
-    """Columns of `count` rows of a data set, each repeated for the completions of its group."""
+def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
+    """Returns columns of `count` data rows, each repeated for the completions of its group."""
     rng = np.random.default_rng([seed, 4])
 
     def sentence() -> str:
@@ -117,7 +117,7 @@ def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
         choices = "Options:\nA. one\nB. two\nC. three\nD. four"
         return {
             "prompt": sentence(),
-            "real_image": _blocks(rng, PICTURE),
+            "real_image": _make_blocks(rng, IMAGE_SIZE),
             "qa_problem": f"{sentence()}?\n{choices if kind == 'MC' else ''}",
             "qa_solution": f"<answer>{'B' if kind == 'MC' else sentence()}</answer>",
             "qa_type": kind,
@@ -126,14 +126,14 @@ def rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
         }
 
     made = [row(number) for number in range(count)]
-    return {name: [one[name] for one in made for _ in range(group)] for name in made[0]}
+    return {name: [row[name] for row in made for _ in range(group)] for name in made[0]}
 
 
-def answers(count: int, words: int, seed: int = 0) -> list[str]:
-    """Texts of about `words` words: well-formed, of a few answers, and some without tags."""
+def make_answers(count: int, words: int, seed: int = 0) -> list[str]:
+    """Returns texts of about `words` words: well-formed, with few answers, some without tags."""
     rng = np.random.default_rng([seed, 5])
 
-    def text(number: int) -> str:
+    def measure_text(number: int) -> str:
         thought = " ".join(rng.choice(COMMON, max(1, words)))
         answer = rng.choice(["B", "B. two", "four", " ".join(rng.choice(COMMON, CAPTION_WORDS))])
         if number % 4 == 3:

@@ -1,7 +1,7 @@
-"""Decoding with matrices gathered once a rollout, and with matrices split as training has them.
+"""Measures decoding with matrices gathered once a rollout, and with matrices split as in training.
 
-The samplers do the former. The latter leaves it to XLA when the loop over tokens gathers what a
-step reads; for the time of the measurement it takes the place of the samplers' own layout.
+The samplers gather once. For the other layout this module replaces the samplers' layout during
+the measurement; XLA then decides when the loop over tokens gathers the matrices.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ import jax
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.policies import decoding
 from corl_jax.policies.janus import sampling
-from tools.bench.generation import keys, prompts_of, samplers
+from tools.bench.generation import make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 
-def layouts(setting: Setting) -> Iterator[Record]:
-    """Seconds of a rollout of images without their pixels, in both layouts, on a mesh with `fsdp`.
+def measure_layouts(setting: Setting) -> Iterator[Record]:
+    """Measures image rollouts without their pixels, in both layouts, on a mesh with `fsdp`.
 
-    The same completions, up to rounding; the parameters start as training lays them out.
+    The completions are the same, up to rounding. The parameters start as training lays them out.
     """
-    params = setting.policy(COMPUTE)
-    prompts, drawn = setting.placed(prompts_of(setting, "t2i")), keys(setting, "t2i")
-    sample = functools.partial(samplers(setting)["t2i"], params, prompts, drawn)
-    for name, layout in (("gathered once", contextlib.nullcontext), ("as in training", as_stored)):
+    params = setting.make_policy(COMPUTE)
+    prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
+    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
+    for name, layout in (
+        ("gathered once", contextlib.nullcontext),
+        ("as in training", use_training_layout),
+    ):
         with layout():
             timing = setting.measure(f"layout_{name}", sample)
         yield Record("layouts", f"image tokens, matrices {name}", timing, {})
 
 
 @contextlib.contextmanager
-def as_stored() -> Iterator[None]:
-    """Takes what lays matrices out for decoding away from the samplers; activations keep theirs."""
+def use_training_layout() -> Iterator[None]:
+    """Removes the samplers' layout of matrices in the block; activations keep theirs."""
 
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return device_mesh.constrain(x, *names) if names[0] == "batch" else x

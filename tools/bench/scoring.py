@@ -1,4 +1,4 @@
-"""The rewards: seconds of the project's reward functions, with networks resident and offloaded."""
+"""Measures the project's reward functions, with networks on the device and offloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record, measure
 from tools.bench.vocabularies import write_network
-from tools.bench.weights import draw, without_end, without_separator
+from tools.bench.weights import prevent_end, prevent_separator
 
 UNIFIED = Path(__file__).parents[2] / "configs" / "janus_pro_1b" / "unified.yaml"
 """The config whose rewards are those of the paper's first stage."""
@@ -35,17 +35,17 @@ ANSWER_REWARDS = ("format", "format_tag", "qa_accuracy", "oc_accuracy")
 CYCLE = "t2i_bid_cycle_reward"
 
 
-def rewards(setting: Setting) -> Iterator[Record]:
-    """The first stage's rewards together, then each reward, then those of answers."""
-    policy = without_end(setting.policy(jnp.float32), setting.processor.special.eos)
-    scored = _drawings(setting)
-    yield from _stage_one(setting, policy, scored)
-    for label, reward in _drawing_rewards(setting):
-        yield from _one_reward(setting, policy, scored, label, reward)
-    yield from _answer_rewards(setting)
+def measure_rewards(setting: Setting) -> Iterator[Record]:
+    """Measures the first stage's rewards together, then each reward, then those of answers."""
+    policy = prevent_end(setting.make_policy(jnp.float32), setting.processor.special.eos)
+    scored = _make_image_samples(setting)
+    yield from _measure_stage_one(setting, policy, scored)
+    for label, reward in _list_image_rewards(setting):
+        yield from _measure_reward(setting, policy, scored, label, reward)
+    yield from _measure_answer_rewards(setting)
 
 
-def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
+def _list_image_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
     size = setting.size
     blip = {
         "caption": "blip", "text_term": "bertscore", "image_term": "lpips",
@@ -63,43 +63,47 @@ def _drawing_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
         yield name, registry.bind_reward(name, {})
 
 
-def _one_reward(
+def _measure_reward(
     setting: Setting, policy: Any, scored: Samples, label: str, reward: BoundReward
 ) -> Iterator[Record]:
     networks = Networks(setting, reward.networks)
-    for held in networks.held():
-        context = _context(setting, policy, held)
+    for placement in networks.yield_placements():
+        context = _make_context(setting, policy, placement)
         call = functools.partial(registry.score, [reward], scored, context)
-        timing = measure(call, setting.repeats)
+        timing = measure_peers(call, setting.repeats)
         finite = float(np.isfinite(call()[reward.name]).mean())
-        figures = {"images": len(scored), "finite": finite, **_moved(held, setting.repeats + 2)}
-        yield Record("rewards", f"{label}{_how(held)}", timing, figures)
+        figures = {
+            "images": len(scored),
+            "finite": finite,
+            **_count_moved(placement, setting.repeats + 2),
+        }
+        yield Record("rewards", f"{label}{_describe_placement(placement)}", timing, figures)
 
 
-def _stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
-    """All rewards of the config, one after another, on the images and as many answers."""
+def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
+    """Measures all rewards of the config, one after another, on the images and as many answers."""
     config = config_files.load(UNIFIED)
     resolved = registry.bind_rewards(config.rewards, config.compat)
-    answered = _answers(setting, len(scored))
+    answered = _make_answer_samples(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
-    for held in networks.held():
-        context = _context(setting, policy, held)
+    for placement in networks.yield_placements():
+        context = _make_context(setting, policy, placement)
 
         def call(context: Context = context) -> dict[str, dict[str, float]]:
             costs = registry.score_and_measure(resolved["t2i"], scored, context)[1]
             return costs | registry.score_and_measure(resolved["mm2t"], answered, context)[1]
 
-        timing = measure(call, setting.repeats)
+        timing = measure_peers(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
-        figures |= _moved(held, setting.repeats + 2)
-        yield Record("rewards", f"stage 1{_how(held)}", timing, figures)
-        if not any(frozen.offloaded for frozen in held.values()):
-            yield from _cycle_terms(setting, scored, held)
+        figures |= _count_moved(placement, setting.repeats + 2)
+        yield Record("rewards", f"stage 1{_describe_placement(placement)}", timing, figures)
+        if not any(frozen.offloaded for frozen in placement.values()):
+            yield from _measure_cycle_terms(setting, scored, placement)
 
 
-def _cycle_terms(
-    setting: Setting, scored: Samples, held: Mapping[str, FrozenNetwork]
+def _measure_cycle_terms(
+    setting: Setting, scored: Samples, placement: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
     """What the cycle reward's time goes to, as far as its networks are there."""
     pictures, real, prompts = (
@@ -109,39 +113,39 @@ def _cycle_terms(
     )
     said = prompts
     with contextlib.ExitStack() as stack:
-        networks = {name: stack.enter_context(frozen.use()) for name, frozen in held.items()}
+        networks = {name: stack.enter_context(frozen.use()) for name, frozen in placement.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
             describe = functools.partial(
                 captions.caption_images, networks["blip"], pictures, **tokens
             )
-            timing, said = measure(describe, setting.repeats), describe()
+            timing, said = measure_peers(describe, setting.repeats), describe()
             drawn = captions.generate_caption_tokens(networks["blip"], pictures, **tokens)
             ended = drawn == networks["blip"].config.text.sep_token_id
             figures = {"different": len(set(said)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
         if "bert" in networks:
-            compare = functools.partial(similarity.bert_score, networks["bert"], said, prompts)
-            yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
+            compare = functools.partial(similarity.bert_score, networks["bert"], texts, prompts)
+            yield Record("rewards", "  bertscore", measure_peers(compare, setting.repeats), {})
         if "lpips" in networks:
             distance = functools.partial(lpips_distance, networks["lpips"], pictures, real)
-            yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
-            timing = measure(functools.partial(_squashed, pictures), setting.repeats)
-            yield Record("rewards", "  of it, drawings resized on the host", timing, {})
+            yield Record("rewards", "  lpips", measure_peers(distance, setting.repeats), {})
+            timing = measure_peers(functools.partial(_squash_images, images), setting.repeats)
+            yield Record("rewards", "  of it, images resized on the host", timing, {})
 
 
-def _squashed(pictures: np.ndarray) -> list[np.ndarray]:
+def _squash_images(pictures: np.ndarray) -> list[np.ndarray]:
     return [image.squash_image(Image.fromarray(one), LPIPS_SIZE) for one in pictures]
 
 
-def _answer_rewards(setting: Setting) -> Iterator[Record]:
+def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
     """On the host alone."""
-    answered = _answers(setting, setting.size.answers)
+    answered = _make_answer_samples(setting, setting.size.answers)
     context = Context(None, None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
         reward = registry.bind_reward(name, {})
         call = functools.partial(registry.score, [reward], answered, context)
-        timing = measure(call, setting.repeats)
+        timing = measure_peers(call, setting.repeats)
         figures = {"answers": len(answered), "ms": 1e3 * timing.median}
         yield Record("rewards", name, timing, figures)
 
@@ -150,7 +154,7 @@ def _answer_rewards(setting: Setting) -> Iterator[Record]:
 
 
 class Counted(FrozenNetwork):
-    """A frozen network that adds up the bytes of its parameters, each time that it is used."""
+    """A frozen network that adds up the bytes of its parameters, each time it is used."""
 
     def __init__(self, network: Network, sharding: Any, offload: bool):
         super().__init__(network, sharding, offload=offload)
@@ -158,7 +162,7 @@ class Counted(FrozenNetwork):
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Any]:
-        """As a FrozenNetwork's."""
+        """Yields the network, as FrozenNetwork does."""
         with super().use() as network:
             self.moved += sum(leaf.nbytes for leaf in jax.tree.leaves(network.params))
             yield network
@@ -170,13 +174,13 @@ class Networks:
     def __init__(self, setting: Setting, names: tuple[str, ...]):
         self._setting, self._names = setting, names
 
-    def held(self) -> Iterator[dict[str, Counted]]:
-        """The networks resident, then offloaded where that is to be measured."""
-        yield {name: self._network(name, False) for name in self._names}
+    def yield_placements(self) -> Iterator[dict[str, Counted]]:
+        """Yields the networks on the device, then offloaded if that is to be measured."""
+        yield {name: self._make_network(name, False) for name in self._names}
         if self._names and self._setting.offload:
-            yield {name: self._network(name, True) for name in self._names}
+            yield {name: self._make_network(name, True) for name in self._names}
 
-    def _network(self, name: str, offload: bool) -> Counted:
+    def _make_network(self, name: str, offload: bool) -> Counted:
         kind, config = NETWORKS[name].kind, self._setting.size.networks[name]
         folder = self._setting.folder / name
         if not folder.is_dir():
@@ -184,36 +188,36 @@ class Networks:
         abstract = modules.make_abstract(KINDS[kind].module, config)
         params = draw(abstract, 1)
         if kind == "blip":
-            params = without_separator(params, config)
+            params = prevent_separator(params, config)
         network = Network(config, params, folder, jnp.float32)
         shardings = network_shardings(params, self._setting.mesh, KINDS[kind].rules)
         return Counted(network, shardings, offload)
 
 
-def _context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
+def _make_context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
     return Context(FAMILY, setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
 
 
-def _how(held: Mapping[str, Counted]) -> str:
-    return ", offloaded" if any(frozen.offloaded for frozen in held.values()) else ""
+def _describe_placement(placement: Mapping[str, Counted]) -> str:
+    return ", offloaded" if any(frozen.offloaded for frozen in placement.values()) else ""
 
 
-def _moved(held: Mapping[str, Counted], calls: int) -> dict[str, float]:
-    """GB that a call brings to the device, of offloaded networks."""
-    moved = sum(frozen.moved for frozen in held.values() if frozen.offloaded)
+def _count_moved(placement: Mapping[str, Counted], calls: int) -> dict[str, float]:
+    """Returns the GB of offloaded networks that a call moves to the device."""
+    moved = sum(frozen.moved for frozen in placement.values() if frozen.offloaded)
     return {"moved_gb": moved / calls / 1e9} if moved else {}
 
 
 # ---- samples
 
 
-def _drawings(setting: Setting) -> Samples:
+def _make_image_samples(setting: Setting) -> Samples:
     side = setting.size.janus.siglip.image_size
-    columns = inputs.rows(setting.prompts, setting.group)
-    return Samples(columns, images=inputs.drawings(setting.completions, side))
+    columns = inputs.make_rows(setting.prompts, setting.group)
+    return Samples(columns, images=inputs.make_images(setting.completions, side))
 
 
-def _answers(setting: Setting, count: int) -> Samples:
-    columns = inputs.rows(-(-count // setting.group), setting.group)
+def _make_answer_samples(setting: Setting, count: int) -> Samples:
+    columns = inputs.make_rows(-(-count // setting.group), setting.group)
     columns = {name: values[:count] for name, values in columns.items()}
-    return Samples(columns, texts=inputs.answers(count, setting.size.new_tokens // 4))
+    return Samples(columns, texts=inputs.make_answers(count, setting.size.new_tokens // 4))

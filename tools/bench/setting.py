@@ -1,4 +1,4 @@
-"""What all parts share: the sizes, how often, where, and the random Janus."""
+"""The values that all parts share: sizes, repeats, mesh, and the random Janus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from corl_jax.devices.mesh import BATCH, batch_sharding, param_spec
-from corl_jax.models.causal import CausalAttention
+from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES, TRAINABLE
@@ -24,7 +24,7 @@ from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
 from tools.bench.sizes import Size
 from tools.bench.timing import Timing, measure
-from tools.bench.weights import draw
+from tools.bench.weights import draw_params
 
 COMPUTE = jnp.bfloat16
 
@@ -39,11 +39,11 @@ class Setting:
     repeats: int
     micro_batch: int | None  # prompts of one backward pass; None: all
     remat: Remat  # what the backward pass keeps, as model.remat
-    attention: CausalAttention  # of the update, as model.attention
+    attention: AttentionKernel  # of the update, as model.attention
     pixel_dtype: Any  # of codes to pixels, as rollout.pixel_dtype
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
-    processor: Processor  # of the mini Janus's words, with the size's pictures
+    processor: Processor  # tokenizer of the mini Janus, image size of `size`
     mesh: Mesh
     ceilings: Ceilings  # of one device
     trace: Path | None = None  # folder for a profile of one call of each thing
@@ -53,30 +53,30 @@ class Setting:
         return self.prompts * self.group
 
     @property
-    def ways(self) -> int:
-        """Into how many parts the mesh splits prompts."""
+    def num_batch_shards(self) -> int:
+        """Number of parts into which the mesh splits prompts."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
     @property
     def endless(self) -> SpecialTokens:
-        """The special tokens with an end of text that is never drawn."""
+        """The special tokens with an end of text that is never sampled."""
         return dataclasses.replace(self.processor.special, eos=ENDLESS)
 
-    def policy(self, dtype: Any) -> Params:
-        """A random Janus, laid out by the table of parameters."""
+    def make_policy(self, dtype: Any) -> Params:
+        """Makes a random Janus, laid out by the sharding rules."""
 
         def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
             return NamedSharding(self.mesh, param_spec(path, shape, self.mesh, RULES))
 
-        return draw(network.abstract(self.size.janus), 0, dtype, place)
+        return draw_params(network.abstract(self.size.janus), 0, dtype, place)
 
-    def placed(self, tree: Any) -> Any:
-        """Arrays on the devices, their leading axis spread over them as prompts are."""
+    def place(self, tree: Any) -> Any:
+        """Moves arrays to the devices, their leading axis spread over them like prompts."""
         return jax.device_put(tree, batch_sharding(self.mesh))
 
-    def measure(self, name: str, call: Callable[[], Any]) -> Timing:
-        """The seconds of a call; with `trace` a further one is profiled."""
-        timing = measure(call, self.repeats)
+    def measure_peers(self, name: str, call: Callable[[], Any]) -> Timing:
+        """Measures the seconds of a call; with `trace` one more call is profiled."""
+        timing = measure_peers(call, self.repeats)
         if self.trace is not None:
             with jax.profiler.trace(self.trace / name, create_perfetto_trace=True):
                 jax.block_until_ready(call())

@@ -1,4 +1,4 @@
-"""What is measured: the sizes of the networks, and the lengths of prompts and answers."""
+"""The sizes of the measured networks, and the lengths of prompts and answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
-from tools.mini_janus.config import mini_config
+from tools.mini_janus.config import make_mini_config
 
 PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")
 
@@ -24,20 +24,20 @@ class Size:
     janus: JanusConfig
     networks: Mapping[str, Any]  # reward network -> its config
     parts: tuple[str, ...] = PARTS  # measured unless the command names others
-    image_prompt: int = 40  # tokens of a drawing prompt, the longest
-    question: int = 100  # tokens of an understanding prompt beside those of its picture
+    image_prompt: int = 40  # tokens of the longest prompt of an image
+    question: int = 100  # tokens of a question without those of its image
     new_tokens: int = 512  # of a sampled answer
     answer: int = 256  # tokens of an answer in the training step
     caption: int = 50  # tokens that BLIP writes
     policy_caption: int = 64  # tokens that the policy writes
     checked: tuple[str, ...] = ("bfloat16", "float32")  # dtypes whose correctness is measured
     answers: int = 512  # texts that the text rewards read
-    copied: int = 4 << 30  # bytes of the array whose copying is timed
+    copied: int = 4 << 30  # bytes of the array that is copied
     product: int = 8192  # side of the matrices whose product is timed
 
     @property
     def text_prompt(self) -> int:
-        """Tokens of an understanding prompt, the longest."""
+        """Tokens of the longest question with its image."""
         return self.janus.num_image_tokens + self.question
 
 
@@ -88,8 +88,8 @@ _TINY_NETWORKS = {
 
 
 def _tiny_janus() -> JanusConfig:
-    """The shipped mini Janus with less of everything that a step or a compilation repeats."""
-    config = mini_config(vocab_size=640)
+    """Returns the shipped mini Janus with fewer layers, smaller images and fewer codes."""
+    config = make_mini_config(vocab_size=640)
     llama = dataclasses.replace(config.llama, num_layers=2)
     siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=16, patch_size=4)
     vq = dataclasses.replace(config.vq, channel_multiplier=(1, 1, 2))
@@ -108,4 +108,4 @@ SIZES = {
         checked=("float32",), caption=5, policy_caption=4, answers=16, copied=1 << 20, product=128,
     ),
 }  # fmt: skip
-"""By the name that the command takes."""
+"""By the name on the command line."""

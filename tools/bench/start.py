@@ -1,14 +1,14 @@
-"""How long the training command takes from its start to the end of its first step.
+"""Measures the training command from its start to the end of its first step.
 
     python -m tools.bench.start --size 1b
     python -m tools.bench.start --size 1b --out start.jsonl train.prompts_per_step=8
 
-A checkpoint of random weights in transformers' layout is written first, and rows with pictures.
+It first writes a checkpoint of random weights in transformers' layout, and rows with images. Then
 `configs/janus_pro_1b/unified.yaml` runs on them twice, with the rewards that need no network but
-the policy: once with an empty compilation cache, `cold`, and once with what that run left there.
+the policy: once with an empty compilation cache (`cold`), and once with the cache of that run.
 Evaluation and export are off, and the command is ended after its first step. Seconds are from the
 start of the process: imports, the check of data and weights, loading, compilation, one step.
-What follows --out are options of the run, as the training command takes them.
+Arguments after --out are options of the run, as the training command takes them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tools.bench import inputs
 from tools.bench.scoring import UNIFIED
 from tools.bench.sizes import SIZES
 from tools.bench.vocabularies import write_processor
-from tools.bench.weights import draw
+from tools.bench.weights import draw_params
 
 ROWS = 64
 STEP = re.compile(r"step 1/")
@@ -52,8 +52,8 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 
 
 def write_model(folder: Path, config: JanusConfig) -> None:
-    """Random bfloat16 weights, drawn on the host, with the mini Janus's words."""
-    params = draw(network.abstract(config), 0, jnp.bfloat16)
+    """Writes random bfloat16 weights, made on the host, with the mini Janus's tokenizer."""
+    params = draw_params(network.abstract(config), 0, jnp.bfloat16)
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
     folder.mkdir()
@@ -62,23 +62,23 @@ def write_model(folder: Path, config: JanusConfig) -> None:
 
 
 def write_rows(file: Path) -> None:
-    """In the published layout."""
+    """Writes rows in the published layout."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = inputs.rows(ROWS, 1)
-    columns["real_image"] = [{"bytes": _png(x), "path": ""} for x in columns["real_image"]]
+    columns = inputs.make_rows(ROWS, 1)
+    columns["real_image"] = [{"bytes": _encode_png(x), "path": ""} for x in columns["real_image"]]
     pq.write_table(pa.table(columns), file)
 
 
-def _png(picture: Any) -> bytes:
+def _encode_png(image: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     return buffer.getvalue()
 
 
 def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
-    """The published config on what `folder` holds.
+    """Writes the published config with the files of `folder`.
 
     Raises: InputError for options that the run would refuse.
     """
@@ -89,10 +89,11 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
         "log.every": 1, "log.images_every": 0, "export.layout": "none",
         "rewards": '[{"name": "t2i_ti_sim"}, {"name": "qa_accuracy"}, {"name": "format"}]',
     }  # fmt: skip
-    taken = [one for one in overrides if one.partition("=")[0] in changed.keys() - {"rewards"}]
-    if taken:
+    fixed = changed.keys() - {"rewards"}
+    reserved = [override for override in overrides if override.partition("=")[0] in fixed]
+    if reserved:
         raise InputError(
-            f"{one}: this option is the measurement's own; leave it out" for one in taken
+            f"{override}: the measurement sets this option; leave it out" for override in reserved
         )
     options += [f"{key}={value}" for key, value in changed.items()]
     config = config_files.load(UNIFIED, [*options, *overrides])
@@ -101,10 +102,10 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
     return file
 
 
-def seconds_to_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
-    """Runs the training command until its first step has ended; `settings` for its environment.
+def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
+    """Runs the training command until its first step has ended; `settings` extend its environment.
 
-    Raises: InputError with what it said, where it ends before.
+    Raises: InputError with the command's output, if it ends before.
     """
     environment = os.environ | settings
     began, said = time.perf_counter(), []
@@ -122,8 +123,8 @@ def seconds_to_first_step(config: Path, output_dir: Path, settings: dict[str, st
     raise InputError(f"{config}: no step was made; the command said: {''.join(said[-20:])}")
 
 
-def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
-    """One record for the cold start and one for that from the cache."""
+def measure_peers(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields one record for the cold start and one for the start with the cache."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_config(folder, size, overrides)
@@ -131,13 +132,13 @@ def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
         write_rows(folder / "rows.parquet")
         settings = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         for start in ("cold", "cached"):
-            spent = seconds_to_first_step(config, folder / start, settings)
+            spent = time_first_step(config, folder / start, settings)
             yield {"record": "start", "size": size, "start": start, "seconds": spent}
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.start",
         description=__doc__,
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     args, overrides = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the device is the training command's
     lines = []
-    for record in measure(args.size, overrides):
+    for record in measure_peers(args.size, overrides):
         print(f"{record['start']:<8}{record['seconds']:6.1f} s to the end of step 1", flush=True)
         lines.append(json.dumps(record) + "\n")
     if args.out is not None:

@@ -1,4 +1,4 @@
-"""Taking times on the host clock, and one line of results."""
+"""Measures times on the host, and formats one line of results."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Timing:
 
     @property
     def compile(self) -> float:
-        """What the first call took longer than the others: compilation, or reading its cache."""
+        """Seconds of compilation, or of reading its cache: first call minus median."""
         return max(self.first - self.median, 0.0)
 
 
-def measure(call: Callable[[], Any], repeats: int) -> Timing:
+def measure_peers(call: Callable[[], Any], repeats: int) -> Timing:
     """Calls once to compile, then `repeats` times."""
-    first, *calls = (_seconds(call) for _ in range(repeats + 1))
+    first, *calls = (_time_call(call) for _ in range(repeats + 1))
     return Timing(first, tuple(calls))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _time_call(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
@@ -44,7 +44,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One measured thing; the figures' names end in their unit where they have one."""
+    """One measured thing; names of figures end in their unit, if they have one."""
 
     part: str
     name: str
@@ -52,8 +52,8 @@ class Record:
     figures: dict[str, Any]
     memory: dict[str, float] | None = None  # GiB; None: JAX's, when the record is written
 
-    def as_json(self) -> dict[str, Any]:
-        """Flat: part, name, seconds, figures, memory."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns a flat dict: part, name, seconds, figures, memory."""
         seconds: dict[str, Any] = {}
         if self.timing is not None:
             seconds = {
@@ -63,30 +63,30 @@ class Record:
             }
         return {"part": self.part, "name": self.name, **seconds, **self._counted()}
 
-    def row(self) -> str:
-        """The line of the table."""
+    def format_row(self) -> str:
+        """Returns the line of the table."""
         seconds, compiled = "", ""
         if self.timing is not None:
             seconds, compiled = f"{self.timing.median:.4f}", f"{self.timing.compile:.1f}"
-        figures = "  ".join(f"{name} {_short(value)}" for name, value in self._counted().items())
+        figures = "  ".join(f"{name} {_shorten(value)}" for name, value in self._counted().items())
         return f"{self.part:<12}{self.name:<40}{seconds:>10}{compiled:>9}  {figures}"
 
     def _counted(self) -> dict[str, Any]:
-        return self.figures | (memory() if self.memory is None else self.memory)
+        return self.figures | (measure_memory() if self.memory is None else self.memory)
 
 
 HEADER = f"{'part':<12}{'name':<40}{'median s':>10}{'compile':>9}  figures"
 
 
-def memory() -> dict[str, float]:
-    """GiB of the first device, where the platform tells: at the most since the process began, now.
+def measure_memory() -> dict[str, float]:
+    """Returns the peak and the used GiB of the first device, if the platform reports them.
 
-    The most is the process's, not the part's: run a part alone to have its own.
+    The peak is that of the process, not of the part: run a part alone to get its own peak.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"process_peak_gib": "peak_bytes_in_use", "in_use_gib": "bytes_in_use"}
     return {name: stats[key] / GIB for name, key in names.items() if key in stats}
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -28,7 +28,7 @@ from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState, UpdateOptions, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
-from tools.bench.cost import Work, training_operations
+from tools.bench.cost import Work
 from tools.bench.generation import prompts_of, samplers
 from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
@@ -36,10 +36,10 @@ from tools.bench.timing import Record
 UPDATES = 1000  # of the schedule
 
 
-def start(setting: Setting) -> tuple[TrainState, Params, Any]:
+def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
     """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
     patterns = trained_patterns(setting)
-    trained, frozen = partition(setting.policy(COMPUTE), patterns)
+    trained, frozen = partition(setting.make_policy(COMPUTE), patterns)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
     shardings = state_shardings(optimizer, trained, setting.mesh, RULES)
@@ -66,8 +66,8 @@ def update_options(setting: Setting) -> UpdateOptions:
     )
 
 
-def works(setting: Setting) -> tuple[Work, ...]:
-    """The completions of a training step."""
+def list_works(setting: Setting) -> tuple[Work, ...]:
+    """Returns the completions of a training step."""
     size, counts = setting.size, (setting.prompts, setting.group)
     return (
         Work("t2i", *counts, size.image_prompt, size.janus.num_image_tokens),
@@ -75,28 +75,28 @@ def works(setting: Setting) -> tuple[Work, ...]:
     )
 
 
-def batch_of(setting: Setting) -> dict[str, Any]:
-    """A batch of both tasks, on the devices."""
+def make_batch(setting: Setting) -> dict[str, Any]:
+    """Returns a batch of both tasks, on the devices."""
     size, special = setting.size, setting.processor.special
-    return setting.placed(
+    return setting.place(
         {
-            work.task: inputs.task_batch(
-                size.janus, special, prompts_of(setting, work.task), work.group, work.length
+            work.task: inputs.make_task_batch(
+                size.janus, special, make_prompts(setting, work.task), work.group, work.length
             )
-            for work in works(setting)
+            for work in list_works(setting)
         }
     )
 
 
-def train(setting: Setting) -> Iterator[Record]:
-    """One optimizer step on both tasks: vision tower, padding masks, AdamW.
+def measure_train(setting: Setting) -> Iterator[Record]:
+    """Measures one optimizer step on both tasks: vision tower, padding masks, AdamW.
 
-    `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is
-    the operations that the mathematics needs (see `cost`; each prompt read once) at the measured
-    rate of products; `mfu_repeated_prompts` takes the reference's operations.
+    `tokens_per_s` counts a prompt once for each completion, as the reference reads it. `mfu` is the
+    operations that the mathematics needs (see `cost`; each prompt read once) at the measured rate
+    of products; `mfu_repeated_prompts` takes the reference's operations.
     """
-    state, frozen, step = start(setting)
-    batch = batch_of(setting)
+    state, frozen, step = start_training(setting)
+    batch = make_batch(setting)
 
     def update() -> dict[str, jax.Array]:
         nonlocal state
@@ -104,10 +104,10 @@ def train(setting: Setting) -> Iterator[Record]:
         return metrics
 
     timing = setting.measure("train", update)
-    tokens = sum(work.rows * (work.prompt + work.length) for work in works(setting))
+    tokens = sum(work.rows * (work.prompt + work.length) for work in list_works(setting))
     figures: dict[str, Any] = {"tokens_per_s": tokens / timing.median}
     for name, shared in (("mfu", True), ("mfu_repeated_prompts", False)):
-        needed = training_operations(setting.size.janus, works(setting), shared)
+        needed = count_training_operations(setting.size.janus, list_works(setting), shared)
         figures[f"{name}_tflop"] = needed / 1e12
         figures[name] = needed / setting.ceilings.matmul / setting.mesh.size / timing.median
     figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
@@ -115,14 +115,14 @@ def train(setting: Setting) -> Iterator[Record]:
     yield Record("train", "optimizer step", timing, figures)
 
 
-def iteration(setting: Setting) -> Iterator[Record]:
-    """The project's GRPO iteration, its rewards replaced by free ones.
+def measure_iteration(setting: Setting) -> Iterator[Record]:
+    """Measures the project's GRPO iteration, with rewards that cost nothing.
 
-    Both rollouts, pixels and texts on the host, advantages and the update, which reads answers
-    as long as they were sampled. `programs` counts the update's compilations.
+    It has both rollouts, pixels and texts on the host, advantages, and the update, which reads
+    answers as long as they were sampled. `programs` counts the update's compilations.
     """
-    state, frozen, step = start(setting)
-    run, prompts = _run(setting, frozen, step), _prompts(setting)
+    state, frozen, step = start_training(setting)
+    run, prompts = _make_run(setting, frozen, step), _make_prompts(setting)
     number = 0
 
     def iterate_once() -> Any:
@@ -151,7 +151,7 @@ def segment_samplers(setting: Setting) -> dict[str, Any]:
     return {task: make(task) for task in TASKS}
 
 
-def _prompts(setting: Setting) -> Prompts:
+def _make_prompts(setting: Setting) -> Prompts:
     encoded = {task: prompts_of(setting, task) for task in TASKS}
     columns = {"prompt": [""] * setting.prompts}
     return Prompts(np.arange(setting.prompts), columns, encoded)
@@ -162,8 +162,8 @@ def _free_reward(samples: Samples, context: Context) -> np.ndarray:
     return rng.standard_normal(len(samples)).astype(np.float32)
 
 
-def _run(setting: Setting, frozen: Params, step: Any) -> Run:
-    """What an iteration uses of a run; nothing is loaded, saved or evaluated."""
+def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
+    """Returns a Run with the values of an iteration; nothing is loaded, saved or evaluated."""
     rewards = {
         task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
         for task in TASKS

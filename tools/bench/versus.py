@@ -1,7 +1,7 @@
-"""The same work in PyTorch, and how many times as fast this project is.
+"""Measures the same work in PyTorch, and how many times as fast this project is.
 
-PyTorch runs first, in a process of its own that ends before JAX starts: JAX takes most of a
-device's memory as soon as it uses it.
+PyTorch runs first, in a process of its own that ends before JAX starts, because JAX takes most of
+a device's memory as soon as it uses it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ OURS = {"image": "tokens and pixels", "text": "answers", "train": "optimizer ste
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """What PyTorch measured."""
+    """The results of PyTorch."""
 
     environment: dict[str, Any]
     records: tuple[Record, ...]
     failed: tuple[str, ...]  # what did not run to its end
 
-    def beside(self, record: Record) -> Record:
-        """The record with each peer's seconds over its own, if it is of the same work."""
+    def add_times(self, record: Record) -> Record:
+        """Returns the record with each peer's seconds over its own, if the work is the same."""
         times = {
             f"times_{theirs.name.replace(' ', '_')}": theirs.timing.median / record.timing.median
             for theirs in self.records
@@ -47,8 +47,8 @@ class Peers:
 NOBODY = Peers({}, (), ())
 
 
-def check(args: argparse.Namespace) -> list[str]:
-    """What keeps the peer from running, as lines for the user."""
+def list_peer_problems(args: argparse.Namespace) -> list[str]:
+    """Lists what keeps the peer from running."""
     problems = []
     if not OURS.keys() & set(args.parts):
         problems.append(f"--peer: --parts names none of {','.join(OURS)}, which alone are compared")
@@ -57,14 +57,14 @@ def check(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def measure(args: argparse.Namespace) -> Peers:
+def measure_peers(args: argparse.Namespace) -> Peers:
     """Runs `python -m tools.bench.peer`; on the CPU if JAX is told to use it.
 
     Raises: InputError where torch cannot use the device; its message is on stderr.
     """
     parts = [part for part in args.parts if part in OURS]
-    told: Any = jax.config
-    device = "cpu" if told.jax_platforms == "cpu" else "cuda"
+    jax_config: Any = jax.config
+    device = "cpu" if jax_config.jax_platforms == "cpu" else "cuda"
     command = [
         sys.executable, "-m", "tools.bench.peer", "--size", args.size, "--parts", ",".join(parts),
         "--prompts", str(args.prompts), "--group", str(args.group),
@@ -76,16 +76,16 @@ def measure(args: argparse.Namespace) -> Peers:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(lines) < 2:
         raise InputError(f"--peer: PyTorch measured nothing, exit code {done.returncode}")
-    return parsed(lines, complete=not done.returncode)
+    return parse_peers(lines, complete=not done.returncode)
 
 
-def parsed(lines: list[dict[str, Any]], complete: bool) -> Peers:
-    """The first line is of the environment; the others are of one kind of work each."""
-    environment, *found = lines
-    failed = [f"peer {line['part']} ({line['name']})" for line in found if "failed" in line]
+def parse_peers(lines: list[dict[str, Any]], complete: bool) -> Peers:
+    """Parses the lines of the peer: the first is the environment, each other one kind of work."""
+    environment, *results = lines
+    failed = [f"peer {line['part']} ({line['name']})" for line in results if "failed" in line]
     if not complete and not failed:  # it was ended from outside
         failed.append("peer")
-    return Peers(environment, tuple(map(_record, found)), tuple(failed))
+    return Peers(environment, tuple(map(_record, results)), tuple(failed))
 
 
 def _record(line: dict[str, Any]) -> Record:

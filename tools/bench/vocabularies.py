@@ -1,6 +1,6 @@
-"""Tokenizer files of full size for random networks: common words, the rest are made up.
+"""Tokenizer files of full size for random networks: common words and made-up words.
 
-A made-up word is one token, so that what a random BLIP says is as many tokens to BERT again.
+A made-up word is one token, so that a caption of a random BLIP has as many tokens for BERT.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ _BLIP_IMAGES = {
 }  # fmt: skip
 
 
-def words(count: int) -> list[str]:
-    """Different lower-case words, the common ones first."""
+def make_words(count: int) -> list[str]:
+    """Returns different lower-case words, the common ones first."""
     letters = itertools.product(string.ascii_lowercase, repeat=4)
     made_up = ("x" + "".join(four) for four in letters)
     return list(itertools.islice(itertools.chain(dict.fromkeys(COMMON), made_up), count))
 
 
 def write_bert(folder: Path, size: int) -> None:
-    """A vocab.txt of `size` tokens."""
+    """Writes a vocab.txt of `size` tokens."""
     pieces = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces += [f"##{piece}" for piece in string.ascii_lowercase + string.digits]
-    pieces += (word for word in words(size) if len(word) > 1)
+    pieces += (word for word in make_words(size) if len(word) > 1)
     plain = iter(pieces)
     lines = [_BERT_SPECIAL.get(i) or next(plain) for i in range(size)]
     (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_clip(folder: Path, size: int) -> None:
-    """A byte-level vocabulary of `size` tokens without merges: every letter is a token."""
+    """Writes a byte-level vocabulary of `size` tokens without merges: every letter is a token."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
     plain = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
-    plain += [f"{word}</w>" for word in words(size) if len(word) > 1]
+    plain += [f"{word}</w>" for word in make_words(size) if len(word) > 1]
     tokens = [*plain[: size - len(_CLIP_SPECIAL)], *_CLIP_SPECIAL]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     _write_json(folder / "vocab.json", vocabulary)
@@ -85,7 +85,7 @@ def write_network(folder: Path, kind: str, config: Any) -> Path:
 
 
 def write_processor(folder: Path, config: JanusConfig) -> Processor:
-    """The mini Janus's tokenizer with the image settings of `config`, as a processor."""
+    """Writes and returns a processor: tokenizer of the mini Janus, image settings of `config`."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MINI / name, folder / name)

@@ -1,4 +1,4 @@
-"""Random parameters, made where they are used; what keeps random networks busy to the end."""
+"""Random parameters, made on the device, and changes so that random networks never stop early."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Place = Callable[[str, tuple[int, ...]], Any]
 """(path, shape) -> sharding."""
 
 
-def draw(
+def draw_params(
     abstract: Params, seed: int, dtype: Any = jnp.float32, place: Place | None = None
 ) -> Params:
-    """Normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
+    """Returns normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
 
-    A scalar, which is the log of the factor on CLIP's cosines, becomes that of 100. What Janus
-    always computes in float32 is float32. `place` says where leaves lie, by default on the first
-    device.
+    A scalar, which is the logarithm of the factor on CLIP's cosines, becomes that of 100. The parts
+    of Janus that always compute in float32 are float32. `place` returns the sharding of a leaf, by
+    default the first device.
     """
-    # This kind of key is drawn from at the speed of memory.
+    # Random numbers of this kind of key are made at the speed of memory.
     keys = itertools.count()
     base = jax.random.key(seed, impl="rbg")
 
@@ -46,26 +46,26 @@ def draw(
             return jnp.zeros(x.shape, kind, device=where)
         if not x.shape:
             return jnp.full(x.shape, math.log(100), kind, device=where)
-        return _noise(jax.random.fold_in(base, next(keys)), x.shape, kind, where)
+        return _draw_noise(jax.random.fold_in(base, next(keys)), x.shape, kind, where)
 
     return map_with_path(leaf, abstract)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
-def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
+def _draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
     # A program per shape: one for all leaves takes longer to compile than they do together.
     noise = STD * jax.random.normal(key, shape, dtype)
     return noise if where is None else jax.lax.with_sharding_constraint(noise, where)
 
 
-def without_end(params: Params, eos: int) -> Params:
-    """A Janus whose greedy answers never end: the logit of EOS is 0, among the smaller half."""
+def prevent_end(params: Params, eos: int) -> Params:
+    """Changes a Janus so that greedy answers never end: the logit of EOS is 0."""
     kernel = params["lm_head"]["kernel"].at[:, eos].set(0)
     return params | {"lm_head": {"kernel": kernel}}
 
 
-def without_separator(params: Params, config: Any) -> Params:
-    """A BLIP whose captions fill all their tokens, of words that BERT knows too."""
+def prevent_separator(params: Params, config: Any) -> Params:
+    """Changes a BLIP so that captions use all their tokens, with words that BERT knows too."""
     text = config.text
     decoder = params["text_decoder"]
     barred = jnp.array([text.sep_token_id, *range(text.bos_token_id, text.vocab_size)])

@@ -1,8 +1,8 @@
 """The sizes of the two Janus that ship with the package: `mini` and `nano`.
 
-`mini` has 3.8 million parameters, 7.6 MB in bfloat16, for the full drawn world; `nano` has under
-one million, 1.9 MB, for the small one. The language model has the largest part of each; the image
-tokenizer's width is the least that its 32-group norms allow.
+`mini` has 3.8 million parameters, 7.6 MB in bfloat16, for the full drawn world. `nano` has less
+than one million, 1.9 MB, for the small one. The language model is the largest part of each. The
+image tokenizer has the smallest width that its norms of 32 groups allow.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ WORLDS = {"mini": "full", "nano": "small"}
 MAX_POSITIONS = {"mini": 1024, "nano": 256}
 
 
-def mini_config(vocab_size: int) -> JanusConfig:
-    """A Janus for 64x64 pictures: 8x8 tokens an image, read and drawn, as both grids must agree."""
+def make_mini_config(vocab_size: int) -> JanusConfig:
+    """Returns a Janus for 64x64 images: 8x8 tokens, for the images that it reads and generates."""
     return JanusConfig(
         llama=LlamaConfig(
             vocab_size=vocab_size,
@@ -52,8 +52,8 @@ def mini_config(vocab_size: int) -> JanusConfig:
     )
 
 
-def nano_config(vocab_size: int) -> JanusConfig:
-    """A Janus for 32x32 pictures: 4x4 tokens an image."""
+def make_nano_config(vocab_size: int) -> JanusConfig:
+    """Returns a Janus for 32x32 images: 4x4 tokens."""
     return JanusConfig(
         llama=LlamaConfig(
             vocab_size=vocab_size,
@@ -85,4 +85,7 @@ def nano_config(vocab_size: int) -> JanusConfig:
     )
 
 
-CONFIGS: dict[str, Callable[[int], JanusConfig]] = {"mini": mini_config, "nano": nano_config}
+CONFIGS: dict[str, Callable[[int], JanusConfig]] = {
+    "mini": make_mini_config,
+    "nano": make_nano_config,
+}

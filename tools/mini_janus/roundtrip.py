@@ -1,4 +1,4 @@
-"""What the image tokenizer of a Janus loses of the drawn world, by the exact checker."""
+"""Measures what the image tokenizer of a Janus loses of the drawn world, by the exact checker."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from corl_jax.policies.janus.images import decode_images, encode_images
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
 
-BATCH = 100  # pictures encoded at once
+BATCH = 100  # images encoded at once
 
 
-def measure(model: Path, rows: int, seed: int) -> Rate:
-    """The share of `rows` held-out pictures that the checker accepts after encoding and decoding.
+def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
+    """Returns how many of `rows` held-out images the checker accepts after encoding and decoding.
 
-    Raises: InputError for wrong numbers, and for a model that cannot be read or draws too small.
+    Raises: InputError for wrong numbers, and for a model that cannot be read or whose images
+        are too small.
     """
     limits = {"--rows": (rows, 1), "--seed": (seed, 0)}
     problems = [
@@ -42,28 +43,28 @@ def measure(model: Path, rows: int, seed: int) -> Rate:
     world = scene.choose_world(side)
     if side < (least := scene.WORLDS[world].min_image_size):
         raise InputError(
-            f"{folder}: draws pictures of {side} pixels a side; the drawn world needs at least "
+            f"{folder}: generates images of {side} pixels a side; the drawn world needs at least "
             f"{least}"
         )
     hits = 0
     for index in split_rows(rows, BATCH):
-        drawn = [
+        chunk_rows = [
             generator.make_row(
                 HELD_OUT_SEEDS + seed, int(i), side, "test", encode=False, world=world
             )
             for i in index
         ]
-        seen = reconstruct(config, params, np.stack([row["real_image"] for row in drawn]))
+        decoded = reconstruct(config, params, np.stack([row["real_image"] for row in chunk_rows]))
         fresh = len(np.unique(index))  # the last chunk repeats its last row to be full
         hits += sum(
-            checker.check(picture, json.loads(row["spec"]))
-            for picture, row in zip(seen[:fresh], drawn[:fresh], strict=True)
+            checker.check(image, json.loads(row["spec"]))
+            for image, row in zip(decoded[:fresh], chunk_rows[:fresh], strict=True)
         )
     return Rate.of(hits, rows)
 
 
-def reconstruct(config: JanusConfig, params: Params, pictures: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [N, S, S, 3] as the image tokenizer gives them back."""
-    pixels = jnp.asarray(pictures, jnp.float32) / 127.5 - 1.0
+def reconstruct(config: JanusConfig, params: Params, images: np.ndarray) -> np.ndarray:
+    """Encodes and decodes images uint8 [N, S, S, 3]."""
+    pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     codes = encode_images(config, params, pixels)
     return np.asarray(jax.device_get(decode_images(config, params, codes)))

@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer of the drawn world, with Janus's special tokens.
 
-Every word of the world becomes one token and every byte has one, so any text can be encoded.
+Every word of the world is one token and every byte is one, so any text can be encoded.
 Special tokens come last, as in Janus: their ids follow the merges.
 """
 
@@ -39,15 +39,15 @@ ROW_MULTIPLE = 64  # the embedding has more rows than the tokenizer has tokens, 
 PIECES = r"[\r\n]+| ?</?[a-z]+>|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}<]+|<|\s+"
 
 
-def corpus(seed: int, rows: int = CORPUS_ROWS, world: str = "full") -> Iterator[str]:
-    """All text that a Janus of this drawn world reads or writes."""
+def yield_corpus(seed: int, rows: int = CORPUS_ROWS, world: str = "full") -> Iterator[str]:
+    """Yields all text that a Janus of this drawn world reads or writes."""
     yield from [instructions.CAPTION, "\n", "\n\n", ": "]
     for index in range(rows):
         row = generator.make_row(seed, index, split="train", encode=False, world=world)
         yield from (row[name] for name in ("prompt", "qa_problem", "sft_answer", "caption"))
 
 
-def build(seed: int = 0, world: str = "full") -> Tokenizer:
+def train_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
     """Trains the tokenizer on the train split of the seed in a drawn world."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,7 +62,7 @@ def build(seed: int = 0, world: str = "full") -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed, world=world), trainer)
+    tokenizer.train_from_iterator(yield_corpus(seed, world=world), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -71,13 +71,13 @@ def build(seed: int = 0, world: str = "full") -> Tokenizer:
     return tokenizer
 
 
-def embedding_rows(tokenizer: Tokenizer) -> int:
-    """The vocabulary size of a model for this tokenizer."""
+def count_embedding_rows(tokenizer: Tokenizer) -> int:
+    """Returns the vocabulary size of a model for this tokenizer."""
     return -(-tokenizer.get_vocab_size() // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def write(out: Path, tokenizer: Tokenizer, max_positions: int) -> None:
-    """Writes what `corl_jax.weights` needs to make the tokenizer and processor files."""
+def write_tokenizer(out: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+    """Writes the files from which `corl_jax.weights` makes the tokenizer and processor files."""
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {"model_max_length": max_positions}
     (out / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")

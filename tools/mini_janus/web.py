@@ -1,9 +1,9 @@
-"""Drawn rows with the faults of data from the web: captions of other pictures, terse answers.
+"""Makes rows of the drawn world with the faults of web data: wrong captions, terse answers.
 
     python -m tools.mini_janus.web --out DIR [--rows 6000] [--seed 1] [--world small]
         [--mismatched 0.5] [--terse 0.7]
 
-A model trained on them can do better than it does: it follows the prompt about as often as
+A model that was trained on them can do more than it shows: it follows the prompt about as often as
 captions matched, and mostly answers without thinking. Reinforcement learning then has habits to
 change, not skills to teach, which takes minutes.
 """
@@ -32,10 +32,10 @@ THOUGHTS = re.compile(r"<think>.*?</think>")
 def make_rows(
     rows: int, seed: int, world: str, mismatched: float, terse: float
 ) -> Iterator[dict[str, Any]]:
-    """Yields rows as `generator.make_row` makes them, of split `train`, with two kinds of fault.
+    """Yields rows of `generator.make_row`, split `train`, with two kinds of fault.
 
-    A share of `mismatched` has the prompt of another row, a share of `terse` has supervised
-    answers without thoughts, `<think></think><answer>..</answer>`.
+    A fraction `mismatched` has the prompt of another row, a fraction `terse` has supervised answers
+    without thoughts, `<think></think><answer>..</answer>`.
     """
     rng = np.random.default_rng([seed, rows])
     for index in range(rows):
@@ -50,9 +50,9 @@ def make_rows(
 
 
 def write(out: Path, rows: int, seed: int, world: str, mismatched: float, terse: float) -> Path:
-    """Writes the rows as one parquet file in a new directory, which appears whole.
+    """Writes the rows as one parquet file in a new directory, completely or not at all.
 
-    Raises: InputError where the directory holds files.
+    Raises: InputError if the directory holds files.
     """
     name = "train-00000-of-00001.parquet"
     table = pa.Table.from_pylist(
@@ -65,7 +65,7 @@ def write(out: Path, rows: int, seed: int, world: str, mismatched: float, terse:
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.mini_janus.web",
         description=__doc__,
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", type=int, default=6000)
     add("--seed", type=int, default=1)
     add("--world", choices=tuple(WORLDS), default="small")
-    add("--mismatched", type=float, default=0.5, help="share of prompts of other pictures")
-    add("--terse", type=float, default=0.7, help="share of answers without thoughts")
+    add("--mismatched", type=float, default=0.5, help="fraction of prompts of other images")
+    add("--terse", type=float, default=0.7, help="fraction of answers without thoughts")
     args = parser.parse_args(argv)
     print(write(args.out, args.rows, args.seed, args.world, args.mismatched, args.terse))
 

@@ -1,1 +1,1 @@
-"""The scored examples of docs/rewards.md: their cases, their scores, their table and figure."""
+"""The scored examples of docs/reference/rewards.md: cases, scores, table and figure."""

@@ -1,4 +1,4 @@
-"""Scores the examples of docs/rewards.md and writes their section and figure.
+"""Scores the examples of docs/reference/rewards.md and writes their section and figure.
 
     python -m tools.reward_examples            # about half a minute on a CPU
     python -m tools.reward_examples --check    # writes nothing; 1 if a score or a word differs

@@ -1,4 +1,4 @@
-"""Writes the section of docs/rewards.md from the scores, and compares it with the page."""
+"""Writes the examples section of docs/reference/rewards.md from the scores, or compares the two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from corl_jax.runs.pictures import escape_cell
 from tools.reward_examples import cases
 from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Scores
 
-PAGE = cases.ROOT / "docs" / "rewards.md"
+PAGE = cases.ROOT / "docs" / "reference" / "rewards.md"
 FIGURE = cases.ROOT / "docs" / "images" / "reward_examples.png"
 BEGIN = "<!-- reward examples, written by `python -m tools.reward_examples` -->"
 END = "<!-- end of reward examples -->"
@@ -20,23 +20,22 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\w.])")
 MM2T_WIDTH = 120  # letters of an answer that are shown
 
 TEXT = """\
-A file of [drawings](examples/rewards/drawings.jsonl) and one of
-[answers](examples/rewards/answers.jsonl), scored in float32 with the weights that come
-with the project: the [mini Janus](mini.md) as the policy, MiniLM for `sentence`.
-`python -m tools.reward_examples` writes this section and the figure; with `--check` it compares
-them. One of the scores by hand:
+A file of [generated images](../examples/rewards/drawings.jsonl) and one of
+[answers](../examples/rewards/answers.jsonl), scored in float32. The policy is the
+[mini Janus](../measured/mini.md), `sentence` is MiniLM. `python -m tools.reward_examples`
+writes this section and the figure; with `--check` it compares them. One of the scores by hand:
 
     python -m corl_jax.score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
       --model corl_jax/assets/mini_janus
 
-### Drawings
+### Images
 
 Prompt: *{prompt}*
 (row {row} of the drawn world's test split, seed {row_seed}). The first image is the row's real
 image. The mini Janus generated the others (seed {drawing_seed}), the last one for
 *{other}*. They were chosen to differ, so they do not show how often it is right.
 
-![The drawings and their scores](images/reward_examples.png)
+![The images and their scores](../images/reward_examples.png)
 
 {drawings}
 

@@ -105,7 +105,7 @@ def _image_program(
     image_logprobs: str,
     greedy: bool,
     dtype: Any,
-    attention: attentions.Implementation,
+    attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     ids, mask = prompts.input_ids, prompts.attention_mask
@@ -149,9 +149,9 @@ def _advance(state: DecodeState, token, logprob, caches, done=None) -> DecodeSta
 
 def _implementation(
     config: JanusConfig, attention: Attention, dtype: Any
-) -> attentions.Implementation:
+) -> attentions.DecodeKernel:
     return (
-        attentions.fastest_attention(dtype, config.llama.head_dim)
+        attentions.choose_decode_kernel(dtype, config.llama.head_dim)
         if attention == "auto"
         else attention
     )
@@ -205,7 +205,7 @@ def _text_program(
     top_p: float,
     greedy: bool,
     dtype: Any,
-    attention: attentions.Implementation,
+    attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.models import causal
+from corl_jax.models import attention
+from corl_jax.models.attention import attend_causally
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
@@ -175,7 +176,7 @@ def test_the_update_lowers_to_cudnn_for_nvidia(config, params, monkeypatch):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_splash_attention_is_attention(monkeypatch, devices):
     """Values and gradients of what counts; lengths that its blocks do not divide, padding."""
-    monkeypatch.setattr(causal, "INTERPRET", True)
+    monkeypatch.setattr(attention, "INTERPRET_SPLASH", True)
     rng = np.random.default_rng(0)
     batch, length, total, heads, size = 4, 70, 133, 2, 16
     query = rng.standard_normal((batch, length, heads, size)).astype(np.float32)
@@ -184,7 +185,7 @@ def test_splash_attention_is_attention(monkeypatch, devices):
     own = kept[:, total - length :, None, None]
 
     def loss(arrays, implementation):
-        out = causal.attend_causally(*arrays, jnp.asarray(kept), implementation)
+        out = attend_causally(*arrays, jnp.asarray(kept), implementation)
         return (jnp.sin(out) * own).sum(), out * own
 
     def found(implementation):

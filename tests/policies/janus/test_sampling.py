@@ -459,7 +459,7 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
     image, text = sampling._image_program, sampling._text_program
     keys = keys_of(range(4))
     assert image.built_for(10**6, keys) is image.usual  # no NVIDIA GPU
-    monkeypatch.setattr(compiling, "on_nvidia", lambda: True)
+    monkeypatch.setattr(compiling, "is_nvidia", lambda: True)
     assert text.built_for(8 * GROUP, keys) is text.for_many_rows
     assert text.built_for(8 * GROUP - 1, keys) is text.for_few_rows
     with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):  # rows are a device's
@@ -479,7 +479,7 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
 def test_unknown_options_of_xla_are_left_out(caplog):
     known, unknown = compiling.WITHOUT_TRITON, ("xla_gpu_of_tomorrow", True)
     for _ in range(2):
-        found = compiling.accepted(known, unknown, compiling.CONCURRENT)
+        found = compiling.accepted_options(known, unknown, compiling.CONCURRENT)
         assert found == dict([known, compiling.CONCURRENT])
     assert "xla_gpu_of_tomorrow=True" in caplog.text and len(caplog.records) == 1
 

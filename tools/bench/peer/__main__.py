@@ -28,14 +28,14 @@ from tools.bench.vocabularies import write_processor
 
 Measured = tuple[list[float], dict[str, Any]]  # seconds of the calls, figures
 RUNS: dict[tuple[str, str], Callable[[Peer], Measured]] = {
-    ("image", "transformers generate"): generation.generated_images,
-    ("image", "eager loop"): generation.looped_images,
-    ("text", "transformers generate"): generation.generated_texts,
-    ("train", "eager step"): training.steps,
+    ("image", "transformers generate"): generation.time_generated_images,
+    ("image", "eager loop"): generation.time_looped_images,
+    ("text", "transformers generate"): generation.time_generated_texts,
+    ("train", "eager step"): training.time_steps,
 }
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.bench.peer", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--parts", default="image,text,train")
@@ -46,42 +46,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where the peer's numbers are from."""
+def describe_environment(device: str) -> dict[str, Any]:
+    """Returns the device and the versions of the peer."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     versions = {package: importlib.metadata.version(package) for package in ("transformers",)}
     return {"device": name, "versions": {"torch": torch.__version__, **versions}}
 
 
-def memory(device: str) -> dict[str, float]:
-    """GiB, as torch counts them, at the most since the last reset."""
+def measure_memory(device: str) -> dict[str, float]:
+    """Returns the peak GiB since the last reset, as torch counts them."""
     if device == "cpu":
         return {}
     return {"peak_gib": torch.cuda.max_memory_allocated() / GIB}
 
 
 def attempt(peer: Peer, run: Callable[[Peer], Measured]) -> dict[str, Any]:
-    """What a run measured; or what stopped it, so that the others can still be measured."""
+    """Returns the results of a run, or its error, so that the others can still be measured."""
     if peer.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        calls, figures = run(peer)
+        calls, figures = run_parts(peer)
     except Exception as error:
         # A version of transformers that one run does not know leaves the others their numbers;
         # the command ends with an error all the same.
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"[:200]}
-    return {"calls_s": calls, "figures": figures, "memory": memory(peer.device)}
+    return {"calls_s": calls, "figures": figures, "memory": measure_memory(peer.device)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(argv)
+    """Runs the command."""
+    args = parse_arguments(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --peer: torch sees no CUDA device; JAX_PLATFORMS=cpu compares on the CPU")
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(0)
-    print(json.dumps(environment(args.device)), flush=True)
+    print(json.dumps(describe_environment(args.device)), flush=True)
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory() as folder:
         special = write_processor(Path(folder) / "janus", size.janus).special
@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         if part not in args.parts.split(","):
             continue
         print(f"measuring {part}: {name}", file=sys.stderr, flush=True)
-        found = attempt(peer, run)
-        failed |= "failed" in found
-        print(json.dumps({"part": part, "name": name, **found}), flush=True)
+        result = attempt(peer, run)
+        failed |= "failed" in result
+        print(json.dumps({"part": part, "name": name, **result}), flush=True)
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()

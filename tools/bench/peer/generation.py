@@ -18,36 +18,36 @@ from tools.bench.generation import CFG_SCALE
 from tools.bench.peer.model import Peer
 
 WARM_UP = 4  # tokens of the pass that is not timed
-TOP_K = 50  # transformers' default, which the reference's answers are drawn with
+TOP_K = 50  # transformers' default, which the reference samples answers with
 
 
-def drawing_prompts(peer: Peer) -> EncodedPrompts:
+def make_image_prompts(peer: Peer) -> EncodedPrompts:
     size = peer.size
-    return inputs.drawing_prompts(size.janus, peer.special, peer.prompts, size.image_prompt)
+    return inputs.make_image_prompts(size.janus, peer.special, peer.prompts, size.image_prompt)
 
 
-def questions(peer: Peer) -> EncodedPrompts:
+def make_questions(peer: Peer) -> EncodedPrompts:
     size = peer.size
-    return inputs.questions(size.janus, peer.special, peer.prompts, size.text_prompt)
+    return inputs.make_questions(size.janus, peer.special, peer.prompts, size.text_prompt)
 
 
-def generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """`generate(generation_mode="image")` with its static cache, and pixels on the host."""
-    model, prompts = peer.model, drawing_prompts(peer)
-    ids, mask = peer.tensor(prompts.input_ids), peer.tensor(prompts.attention_mask).long()
+def time_generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+    """Times `generate(generation_mode="image")` with its static cache, and pixels on the host."""
+    model, prompts = peer.model, make_image_prompts(peer)
+    ids, mask = peer.to_tensor(prompts.input_ids), peer.to_tensor(prompts.attention_mask).long()
 
-    def draw(steps: int) -> torch.Tensor:
-        with image_tokens(model, steps), static_cache(model):
+    def sample(steps: int) -> torch.Tensor:
+        with set_image_tokens(model, steps), patch_static_cache(model):
             return model.generate(
                 ids, attention_mask=mask, generation_mode="image", num_return_sequences=peer.group
             )
 
-    return _images(peer, draw)
+    return _time_images(peer, sample)
 
 
 @contextlib.contextmanager
-def image_tokens(model: Any, count: int) -> Iterator[None]:
-    """Images of so many tokens, which `generate` reads from the vision tower's config."""
+def set_image_tokens(model: Any, count: int) -> Iterator[None]:
+    """Sets the tokens of an image, which `generate` reads from the vision tower's config."""
     config = model.model.vision_model.config
     full, config.num_image_tokens = config.num_image_tokens, count
     try:
@@ -57,12 +57,12 @@ def image_tokens(model: Any, count: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def static_cache(model: Any) -> Iterator[None]:
-    """Lets image generation make its cache in transformers 5.17.
+def patch_static_cache(model: Any) -> Iterator[None]:
+    """Patches image generation so that it can make its cache in transformers 5.17.
 
-    There `_prepare_static_cache` has an argument that Janus's `generate` does not give:
-    "TypeError: ... missing 1 required positional argument: 'prefill_chunk_size'". None is what
-    5.23 gives; there the patch changes nothing.
+    There `_prepare_static_cache` has an argument that Janus's `generate` does not give: "TypeError:
+    ... missing 1 required positional argument: 'prefill_chunk_size'". 5.23 gives None; there the
+    patch changes nothing.
     """
     prepare = model._prepare_static_cache
     if "prefill_chunk_size" not in inspect.signature(prepare).parameters:
@@ -75,88 +75,90 @@ def static_cache(model: Any) -> Iterator[None]:
         del model._prepare_static_cache
 
 
-def looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """The reference's loop, a cache that grows by a token a step, and pixels on the host.
+def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+    """Times the reference's loop, whose cache grows by a token a step, and pixels on the host.
 
-    Each completion has two rows side by side, each with the prompt of its own.
+    Each completion has two rows side by side, each with its own prompt.
     """
-    prompts = drawing_prompts(peer)
-    ids, kept = (
-        peer.tensor(x).repeat_interleave(2 * peer.group, dim=0)
+    prompts = make_image_prompts(peer)
+    ids, mask = (
+        peer.to_tensor(x).repeat_interleave(2 * peer.group, dim=0)
         for x in (prompts.input_ids, prompts.attention_mask)
     )
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)
     ids[1::2] = torch.where(torch.isin(ids[1::2], structure), ids[1::2], peer.special.pad)
-    return _images(peer, functools.partial(_loop, peer.model, ids, kept.long()))
+    return _time_images(peer, functools.partial(_loop, peer.model, ids, mask.long()))
 
 
 @torch.inference_mode()
-def _loop(model: Any, ids: torch.Tensor, kept: torch.Tensor, steps: int) -> torch.Tensor:
-    """Codes [N, steps] of prompts [2 N, P], conditional rows first of each pair."""
-    embeds, drawn = model.model.language_model.embed_tokens(ids), []
+def _loop(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
+    """Samples codes [N, steps] of prompts [2 N, P]; the first row of a pair is conditional."""
+    embeds, outputs = model.model.language_model.embed_tokens(ids), []
     cache = DynamicCache()
     for _ in range(steps):
         hidden = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=kept, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         logits = model.model.generation_head(hidden)
         conditional, unconditional = logits[0::2], logits[1::2]
         mixed = unconditional + CFG_SCALE * (conditional - unconditional)
         token = torch.multinomial(torch.softmax(mixed, dim=-1), 1)
-        drawn.append(token)
+        outputs.append(token)
         embeds = model.prepare_embeddings_for_image_generation(token.repeat(1, 2).view(-1, 1))
-        kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
-    return torch.cat(drawn, dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return torch.cat(outputs, dim=1)
 
 
-def _images(peer: Peer, draw: Callable[[int], torch.Tensor]) -> tuple[list[float], dict[str, Any]]:
-    """Times `draw`, steps -> codes [N, steps], and the pixels of its codes."""
+def _time_images(
+    peer: Peer, sample: Callable[[int], torch.Tensor]
+) -> tuple[list[float], dict[str, Any]]:
+    """Times `sample`, steps -> codes [N, steps], and the pixels of its codes."""
     steps, count = peer.size.janus.num_image_tokens, peer.prompts * peer.group
-    codes = draw(WARM_UP).repeat(1, steps)[:, :steps]
-    to_pixels(peer.model, codes)
+    codes = sample(WARM_UP).repeat(1, steps)[:, :steps]
+    decode_pixels(peer.model, codes)
 
     def tokens() -> None:
         nonlocal codes
-        codes = draw(steps)
+        codes = sample(steps)
 
-    drawing = peer.seconds(tokens)
+    sampling_seconds = peer.time_call(tokens)
     if codes.shape != (count, steps):
-        raise RuntimeError(f"drew codes {tuple(codes.shape)}, expected {(count, steps)}")
-    whole = drawing + peer.seconds(lambda: to_pixels(peer.model, codes))
-    return [whole], {"images_per_s": count / whole, "ms_per_step": 1e3 * drawing / steps}
+        raise RuntimeError(f"sampled codes {tuple(codes.shape)}, expected {(count, steps)}")
+    whole = sampling_seconds + peer.time_call(lambda: decode_pixels(peer.model, codes))
+    return [whole], {"images_per_s": count / whole, "ms_per_step": 1e3 * sampling_seconds / steps}
 
 
 @torch.inference_mode()
-def to_pixels(model: Any, codes: torch.Tensor) -> np.ndarray:
-    """uint8 [N, S, S, 3] on the host."""
+def decode_pixels(model: Any, codes: torch.Tensor) -> np.ndarray:
+    """Returns uint8 [N, S, S, 3] on the host."""
     pixels = model.decode_image_tokens(codes).float()
     return ((pixels + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """`generate` as the reference calls it, on embedded prompts; a picture is read once a prompt.
+def time_generated_texts(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+    """Times `generate` as in the reference, on embedded prompts; images are read once a prompt.
 
-    Answers never end, are drawn with top-k 50, and their cache grows by a token a step.
+    Answers never end and are sampled with top-k 50; their cache grows by a token a step.
     """
-    prompts, steps = questions(peer), peer.size.new_tokens
-    mask, pixels = peer.tensor(prompts.attention_mask).long(), torch_pixels(peer, prompts)
+    prompts, steps = make_questions(peer), peer.size.new_tokens
+    mask, pixels = peer.to_tensor(prompts.attention_mask).long(), make_torch_pixels(peer, prompts)
 
     @torch.inference_mode()
     def answer(count: int) -> torch.Tensor:
         return peer.model.generate(
-            inputs_embeds=peer.embedded(prompts, pixels), attention_mask=mask, do_sample=True,
+            inputs_embeds=peer.embed_prompts(prompts, pixels), attention_mask=mask, do_sample=True,
             top_k=TOP_K, max_new_tokens=count, num_return_sequences=peer.group,
         )  # fmt: skip
 
     answer(WARM_UP)
-    drawn: list[torch.Tensor] = []
-    spent = peer.seconds(lambda: drawn.append(answer(steps)))
+    outputs: list[torch.Tensor] = []
+    spent = peer.time_call(lambda: outputs.append(answer(steps)))
     expected = (peer.prompts * peer.group, steps)
-    if drawn[0].shape != expected:
-        raise RuntimeError(f"wrote tokens {tuple(drawn[0].shape)}, expected {expected}")
-    return [spent], {"tokens_per_s": drawn[0].numel() / spent, "ms_per_step": 1e3 * spent / steps}
+    if outputs[0].shape != expected:
+        raise RuntimeError(f"sampled tokens {tuple(outputs[0].shape)}, expected {expected}")
+    return [spent], {"tokens_per_s": outputs[0].numel() / spent, "ms_per_step": 1e3 * spent / steps}
 
 
-def torch_pixels(peer: Peer, prompts: EncodedPrompts) -> torch.Tensor:
-    """[B, 3, S, S]."""
-    return peer.tensor(prompts.pixel_values).permute(0, 3, 1, 2).contiguous()
+def make_torch_pixels(peer: Peer, prompts: EncodedPrompts) -> torch.Tensor:
+    """Returns pixels [B, 3, S, S]."""
+    return peer.to_tensor(prompts.pixel_values).permute(0, 3, 1, 2).contiguous()

@@ -33,15 +33,15 @@ class Peer:
     device: str  # `cuda` or `cpu`
     model: Any
 
-    def tensor(self, array: Any) -> torch.Tensor:
-        """On the device; ids as transformers wants them, numbers in bfloat16."""
-        found = torch.from_numpy(np.array(array)).to(self.device)
-        if found.dtype == torch.int32:
-            return found.long()
-        return found.to(DTYPE) if found.is_floating_point() else found
+    def to_tensor(self, array: Any) -> torch.Tensor:
+        """Moves an array to the device: ids as int64, numbers in bfloat16."""
+        tensor = torch.from_numpy(np.array(array)).to(self.device)
+        if tensor.dtype == torch.int32:
+            return tensor.long()
+        return tensor.to(DTYPE) if tensor.is_floating_point() else tensor
 
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """Of a call, until the device has done it."""
+    def time_call(self, call: Callable[[], Any]) -> float:
+        """Returns the seconds of a call, until the device has finished it."""
         self._wait()
         began = time.perf_counter()
         call()
@@ -52,12 +52,12 @@ class Peer:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def embedded(self, prompts: EncodedPrompts, pixels: Any = None) -> torch.Tensor:
-        """Prompts [B, P, D], the pictures' features in their places.
+    def embed_prompts(self, prompts: EncodedPrompts, pixels: Any = None) -> torch.Tensor:
+        """Returns embedded prompts [B, P, D], with image features in their places.
 
-        `pixels` are the prompts' own unless given.
+        Without `pixels` the prompts are text only.
         """
-        ids, model = self.tensor(prompts.input_ids), self.model.model
+        ids, model = self.to_tensor(prompts.input_ids), self.model.model
         embeds = model.language_model.embed_tokens(ids)
         if pixels is None:
             return embeds
@@ -67,7 +67,7 @@ class Peer:
 
 
 def build(config: JanusConfig, special: SpecialTokens, device: str) -> Any:
-    """A random model; its texts never end and its images are drawn from the full softmax."""
+    """Makes a random model; its texts never end, its images are sampled from the full softmax."""
     settings = TorchConfig.from_dict(transformers_layout.write(config, "bfloat16", special))
     with torch.device(device):  # made where it is used: on the host it would take minutes
         model = AutoModelForImageTextToText.from_config(

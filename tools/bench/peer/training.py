@@ -10,19 +10,19 @@ import torch
 
 from corl_jax.train.step import TaskBatch
 from tools.bench import inputs
-from tools.bench.peer.generation import drawing_prompts, questions, torch_pixels
+from tools.bench.peer.generation import make_image_prompts, make_questions, make_torch_pixels
 from tools.bench.peer.model import Peer
 
 LEARNING_RATE = 4e-6
 CLIP = 1.0  # of the gradients' global norm
 
 
-def steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """Optimizer steps on both tasks: bfloat16 parameters and AdamW's states, checkpointed layers.
+def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
+    """Times optimizer steps on both tasks: bfloat16 parameters and AdamW, checkpointed layers.
 
-    Every completion is read with its own prompt, and the vision tower reads a picture for each,
-    as in the reference. Only the language model is trained. Log-probs are of the completions'
-    tokens alone, and each is of the logits before its token, where the reference is off by one.
+    Every completion is read with its own prompt, and the vision tower reads an image for each, as
+    in the reference. Only the language model is trained. Log-probs are of the completions' tokens
+    alone, each from the logits before its token, where the reference is off by one.
     """
     model, size = peer.model, peer.size
     model.requires_grad_(False)
@@ -35,39 +35,47 @@ def steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     optimizer = torch.optim.AdamW(
         trained, lr=LEARNING_RATE, weight_decay=0.0, fused=peer.device == "cuda"
     )
-    drawing, asking = drawing_prompts(peer), questions(peer)
+    image_prompts, text_prompts = make_image_prompts(peer), make_questions(peer)
     batches = [
-        inputs.task_batch(size.janus, peer.special, prompts, peer.group, length)
-        for prompts, length in ((drawing, size.janus.num_image_tokens), (asking, size.answer))
+        inputs.make_task_batch(size.janus, peer.special, prompts, peer.group, length)
+        for prompts, length in (
+            (image_prompts, size.janus.num_image_tokens),
+            (text_prompts, size.answer),
+        )
     ]
-    pixels = torch_pixels(peer, asking).repeat_interleave(peer.group, dim=0)
+    pixels = make_torch_pixels(peer, text_prompts).repeat_interleave(peer.group, dim=0)
 
     def step() -> None:
-        loss = task_loss(peer, batches[0], None) + task_loss(peer, batches[1], pixels)
+        loss = compute_task_loss(peer, batches[0], None) + compute_task_loss(
+            peer, batches[1], pixels
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    calls = [peer.seconds(step) for _ in range(peer.repeats)]
+    calls = [peer.time_call(step) for _ in range(peer.repeats)]
     rows = peer.prompts * peer.group
     shapes = [(len(b.prompts.input_ids[0]), b.segments[0].values.shape[1]) for b in batches]
     tokens = rows * sum(itertools.chain(*shapes))
     return calls, {"tokens_per_s": tokens / sorted(calls)[len(calls) // 2]}
 
 
-def task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
+def compute_task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
     """The policy gradient's loss, a mean over rows of means over their tokens."""
-    mask, advantages = peer.tensor(batch.segments[0].mask), peer.tensor(batch.advantages).float()
-    scores = logprobs(peer, batch, pixels)
+    mask, advantages = (
+        peer.to_tensor(batch.segments[0].mask),
+        peer.to_tensor(batch.advantages).float(),
+    )
+    scores = compute_logprobs(peer, batch, pixels)
     terms = -torch.exp(scores - scores.detach()) * advantages[:, None]
     return ((terms * mask).sum(1) / mask.sum(1)).mean()
 
 
-def logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
+def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
     """[N, T] float32 of the batch's tokens: images without pixels, else answers."""
-    model, tokens = peer.model, peer.tensor(batch.segments[0].values)
+    model, tokens = peer.model, peer.to_tensor(batch.segments[0].values)
     prompts = fan_out(peer, batch)
     if pixels is None:
         head = model.model.generation_head
@@ -75,12 +83,12 @@ def logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch
     else:
         head = model.lm_head
         completion = model.model.language_model.embed_tokens(tokens)
-    embeds = torch.cat([peer.embedded(prompts, pixels), completion], dim=1)
+    embeds = torch.cat([peer.embed_prompts(prompts, pixels), completion], dim=1)
     kept = torch.cat(
-        [peer.tensor(prompts.attention_mask), peer.tensor(batch.segments[0].mask)], dim=1
+        [peer.to_tensor(prompts.attention_mask), peer.to_tensor(batch.segments[0].mask)], dim=1
     )
     hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=kept.long(), use_cache=False
+        inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
     logits = head(hidden[:, -tokens.shape[1] - 1 : -1])
     # Row by row, as trl does for bfloat16: a softmax of all rows at once takes twice the memory.
@@ -93,7 +101,7 @@ def logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch
 
 
 def fan_out(peer: Peer, batch: TaskBatch) -> Any:
-    """The prompts, once for each completion."""
+    """Repeats the prompts once for each completion."""
     prompts = batch.prompts
     return dataclasses.replace(
         prompts,
