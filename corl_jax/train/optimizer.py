@@ -22,12 +22,17 @@ def learning_rate(options: Any, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(options: Any, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named optimizer; `options` is `schema.Optimizer`."""
+def make_optimizer(
+    options: Any, total_steps: int, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Returns clipping by global norm, then the named optimizer.
+
+    `options` is `schema.Optimizer`, `eps` the one of AdamW.
+    """
     rate = learning_rate(options, total_steps)
     decay = options.weight_decay
     update = {
-        "adamw": lambda: optax.adamw(rate, options.b1, options.b2, weight_decay=decay),
+        "adamw": lambda: optax.adamw(rate, options.b1, options.b2, eps, weight_decay=decay),
         "adafactor": lambda: optax.adafactor(rate, weight_decay_rate=decay or None),
         "lion": lambda: optax.lion(rate, options.b1, options.b2, weight_decay=decay),
         "sgd": lambda: optax.chain(

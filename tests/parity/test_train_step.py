@@ -37,9 +37,8 @@ SIZES = {
 TRAINABLE = [r"(?!vqmodel).*"]
 # A large eps: Adam divides a gradient by its own size, so where it is next to 0 the update
 # would be the sign of a rounding error.
-OPTIMIZER = schema.Optimizer(
-    learning_rate=1e-2, eps=1e-3, weight_decay=0.1, b2=0.99, max_grad_norm=0.5
-)
+EPS = 1e-3
+OPTIMIZER = schema.Optimizer(learning_rate=1e-2, weight_decay=0.1, b2=0.99, max_grad_norm=0.5)
 OPTIONS = step.UpdateOptions(
     loss=CLIPPED_POLICY_LOSS,
     constants=LossConstants(kl_coef=KL, clip_low=LOW, clip_high=HIGH),
@@ -230,14 +229,14 @@ def test_gradient_norm(found, expected):
 def test_two_updates_on_one_rollout(case, scored, compute):
     """Clip by global norm, AdamW, linear decay without warm-up; the old log-probs stay."""
     trained, frozen = partition(case.params, TRAINABLE)
-    optimizer = make_optimizer(OPTIMIZER, UPDATES)
+    optimizer = make_optimizer(OPTIMIZER, UPDATES, EPS)
     apply = jax.jit(lambda state, grads: step.apply_gradients(state, grads, optimizer, 0.0))
     state = step.TrainState(jnp.int32(0), trained, optimizer.init(trained))
 
     model = torch_janus.tiny_model(**SIZES)
     parameters = [p for n, p in model.named_parameters() if "vqmodel" not in n]
     adam = torch.optim.AdamW(
-        parameters, OPTIMIZER.learning_rate, (OPTIMIZER.b1, OPTIMIZER.b2), OPTIMIZER.eps,
+        parameters, OPTIMIZER.learning_rate, (OPTIMIZER.b1, OPTIMIZER.b2), EPS,
         OPTIMIZER.weight_decay,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / UPDATES)
@@ -271,11 +270,11 @@ def test_adamw_alone_to_the_end_of_the_schedule():
     weights = {name: x.astype(np.float32) for name, x in weights.items()}
     theirs = {name: torch.nn.Parameter(tensor(x)) for name, x in weights.items()}
     adam = torch.optim.AdamW(
-        theirs.values(), options.learning_rate, (options.b1, options.b2), options.eps,
+        theirs.values(), options.learning_rate, (options.b1, options.b2), EPS,
         options.weight_decay,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda done: 1 - done / UPDATES)
-    optimizer = make_optimizer(options, UPDATES)
+    optimizer = make_optimizer(options, UPDATES, EPS)
     state = step.TrainState(jnp.int32(0), weights, optimizer.init(weights))
     for update in range(UPDATES):
         size = (0.1, 30.0)[update % 2]  # global norm below and above 1

@@ -15,7 +15,7 @@ from corl_jax.config.schema import Compat, Networks, Reward, RewardNetwork
 from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import applicable, image, registry
-from corl_jax.rewards.networks import NETWORKS, get_network_options
+from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.signature import find_option_problem
 from tests.support.tiny_models import tiny_image
@@ -286,7 +286,7 @@ def test_every_reward_network_has_its_options_and_a_reward():
     used |= {n for row in REGISTRY.values() for by in row.chosen.values() for n in by.values()}
     assert used - {"policy"} == {*NETWORKS}
     for name in NETWORKS:
-        assert get_network_options(Networks(), name) == RewardNetwork()
+        assert Networks().settings_of(name) == RewardNetwork()
 
 
 def test_options_that_the_networks_cannot_serve_are_named():
