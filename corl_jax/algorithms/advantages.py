@@ -191,9 +191,9 @@ class AdvantageOptions:
     task_weights: tuple[tuple[str, float], ...]  # task -> weight in the joint reward
     mode: str
     group_size: int
-    eps: float
     scale: bool
     normalize_each: bool  # each reward on its own within its group (GDPO)
+    eps: float = 1e-4  # added to the standard deviation, as in the released script
 
 
 def group_relative(

@@ -50,6 +50,10 @@ class Processor(Protocol):
         """Pads prompts on the left to `length`, or to the bucket of the longest; adds images."""
         ...
 
+    def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
+        """Pads prompts without images on the left, as `encode`."""
+        ...
+
     def bucket(self, length: int) -> int:
         """Returns the padded length of a prompt of `length` tokens."""
         ...
@@ -158,7 +162,6 @@ class Family:
     trainable: tuple[str, ...]  # regexes of the parameters that are trained by default
     float32_parts: tuple[str, ...]  # first names of paths that compute in float32 in any dtype
     tokenizer_parts: tuple[str, ...]  # first names of paths that only the stage vq trains
-    adapters: Adapters
     limits: Callable[[Sizes], Limits]
     # sampling and scoring
     turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of a turn's segments
@@ -166,10 +169,12 @@ class Family:
     # images: values are those of a segment of codes
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
+    # What a family may lack; options that need it are then refused.
+    adapters: Adapters | None = None
     # (sizes, params, prompts, special, dtype) -> last hidden states [B, P, D] float32, for R_TIM
-    hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
+    hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array] | None = None
     # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
-    tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
 
     @property
     def name(self) -> str:
@@ -194,4 +199,8 @@ class Family:
 
     def base(self, sizes: Sizes) -> Sizes:
         """Returns the sizes without adapters: what checkpoints hold, and the reference."""
-        return self.adapters.remove(sizes)
+        return self.adapters.remove(sizes) if self.adapters else sizes
+
+    def lora_of(self, sizes: Sizes) -> Any:
+        """Returns the `models.lora.Lora` of the adapters; None without adapters."""
+        return self.adapters.options_of(sizes) if self.adapters else None

@@ -161,6 +161,9 @@ def check_networks(
             checked.append(CheckedNetwork(path, scorer.folder, count, dtype, users, scorer))
             limits = scorer.family.limits(scorer.sizes)
             for reward in resolved:
+                if path in reward.scorers and reward.row.reads_hidden_states:
+                    problems.add(_find_missing_hidden_states(scorer))
+            for reward in resolved:
                 if path in reward.scorers:
                     lines = find_position_problems(reward, limits, scorer.processor, longest_prompt)
                     problems.add(lines)
@@ -191,6 +194,12 @@ def _rewards_with(names: Iterable[str]) -> list[str]:
         for reward, row in REGISTRY.items()
         if {*row.networks, *(n for by in row.chosen.values() for n in by.values())} & {*names}
     ]
+
+
+def _find_missing_hidden_states(scorer: PolicyFiles) -> list[str]:
+    if scorer.family.hidden_states is not None:
+        return []
+    return [f"a {scorer.family.name} does not give hidden states; choose another scorer"]
 
 
 def find_position_problems(

@@ -108,6 +108,7 @@ def _similarity_program(
     dtype: Any,
     image_tokens: int,
 ) -> jax.Array:
+    assert family.hidden_states is not None  # the config was checked
     hidden = family.hidden_states(sizes, params, prompts, special, dtype)
     places = image_start[:, None] + jnp.arange(image_tokens)
     images = jnp.take_along_axis(hidden, places[..., None], axis=1)

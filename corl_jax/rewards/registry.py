@@ -70,6 +70,7 @@ class RewardRow:
     optional: tuple[str, ...] = ()  # used if the data has them
     every_column: bool = False  # a user's reward that takes all columns of the data
     any_size: bool = False  # takes images of different sizes
+    reads_hidden_states: bool = False  # of the scorer, which not every family gives
     # column -> option that replaces it: the data needs the column, or the config the option
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed_question: str | None = None  # what it asks the scorer; None: questions of the data
@@ -94,7 +95,9 @@ REGISTRY: dict[str, RewardRow] = {
         "mm2t",
         either=("cls_solution", "qa_solution"),
     ),
-    "t2i_ti_sim": RewardRow(policy.score_ti_sim, "t2i", ("policy",), columns=("prompt",)),
+    "t2i_ti_sim": RewardRow(
+        policy.score_ti_sim, "t2i", ("policy",), columns=("prompt",), reads_hidden_states=True
+    ),
     "t2i_bid_cycle_reward": RewardRow(
         cycle.score_bid_cycle,
         "t2i",

@@ -81,7 +81,7 @@ def _parameters(plan: ResolvedRun) -> str:
     if lora.rank:
         lines.append(
             f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
-            f"{', '.join(plan.family.adapters.options_of(plan.sizes).targets)}"
+            f"{', '.join(plan.family.lora_of(plan.sizes).targets)}"
         )
     if chosen := attention(plan):
         lines.append(f"  {chosen}")

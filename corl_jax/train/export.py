@@ -115,7 +115,7 @@ def export(
     sample. `extra` has further JSON files by name. `beat` is called after each piece of work.
     """
     options, kind = config.export, run.family.kind
-    lora = run.family.adapters.options_of(run.sizes)
+    lora = run.family.lora_of(run.sizes)
     if options.lora == "adapter":
         trained = fetch_params(state.params, primary, beat)
         if not primary:

@@ -37,6 +37,7 @@ def make_tokenizer_step(
     @functools.partial(jax.jit, donate_argnums=0, **jit)
     def train_step(state: TrainState, frozen: Params, pixels: jax.Array):
         def loss(trained: Params):
+            assert family.tokenizer_loss is not None  # the config was checked
             return family.tokenizer_loss(sizes, merge(trained, frozen), pixels)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)

@@ -27,6 +27,7 @@ from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
+from corl_jax.tasks import TASKS
 from corl_jax.train import attending
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.stages import STAGES, Stage
@@ -87,7 +88,7 @@ class ResolvedRun(RunOutline):
 
 def trained_patterns(config: Config, family: Family) -> Sequence[str]:
     """Returns the regexes of the trained parameters: the adapters, or those of the config."""
-    if config.lora.rank:
+    if config.lora.rank and family.adapters is not None:
         return [family.adapters.paths]
     chosen = config.train.trainable
     return family.trainable if chosen is None else chosen
@@ -143,6 +144,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_scorer_problems(asked or [], mesh))
     sizes = loaders = None
     if model:
+        problems.add(find_missing_abilities(config, stage, model.family, listed))
         problems.add(_answer_problems(config, listed, model))
         sizes = problems.attempt(add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(_model_problems(config, model.family, sizes, mesh))
@@ -181,9 +183,15 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
     Raises:
         InputError: a projection that the family does not adapt.
     """
-    options, known = config.lora, family.adapters.targets
+    options = config.lora
     if not options.rank:
         return sizes
+    if family.adapters is None:
+        raise InputError(
+            f"lora.rank: found {options.rank}, but the model is a {family.name}, which has no "
+            "adapters; set it to 0"
+        )
+    known = family.adapters.targets
     targets = known if options.targets is None else tuple(options.targets)
     unknown = [name for name in targets if name not in known]
     if unknown or not targets or len(set(targets)) < len(targets):
@@ -192,6 +200,31 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
             "each once"
         )
     return family.adapters.add(sizes, Lora(options.rank, options.alpha, targets))
+
+
+def find_missing_abilities(
+    config: Config, stage: Stage, family: Family, rewards: Sequence[registry.BoundReward]
+) -> list[str]:
+    """Returns what the run asks of the model that its family does not have."""
+    problems = [
+        f"algorithm.tasks: {task} needs segments of {' and '.join(TASKS[task].turn.segments)}, "
+        f"which a {family.name} does not make; choose another task or model"
+        for task in stage.tasks(config)
+        if TASKS[task].turn.segments not in family.turns
+    ]
+    if not stage.uses_language_model and family.tokenizer_loss is None:
+        problems.append(
+            f"stage: found {config.stage}, but a {family.name} has no image tokenizer to train; "
+            "choose another stage"
+        )
+    return problems + [
+        f"rewards: {reward.name} reads hidden states, which a {family.name} does not give; "
+        "remove it, or set its option scorer to another model"
+        for reward in rewards
+        if family.hidden_states is None
+        and reward.row.reads_hidden_states
+        and {"policy", "initial"} & set(reward.scorers)
+    ]
 
 
 def _reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
@@ -303,7 +336,7 @@ def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
 
 def trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
-    if config.lora.rank and family.adapters.options_of(sizes) is None:
+    if config.lora.rank and family.lora_of(sizes) is None:
         return []  # add_adapters has said why there are none
     try:
         trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))

@@ -1,0 +1,155 @@
+"""A second family of a few dozen lines goes through the unchanged program."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from corl_jax import generate, policies
+from corl_jax.errors import InputError
+from corl_jax.models import modules
+from corl_jax.policies import load_policy
+from corl_jax.train import __main__ as command
+from corl_jax.weights.export import save_checkpoint
+from docs.examples import bag_family
+from docs.examples.bag_family import FAMILY, KIND, PALETTE, WORDS, BagSizes
+from tests.support import tiny_runs
+from tests.support.tiny_models import encode, tiny_parquet
+
+RED = "def red(images):\n    return [image.getpixel((0, 0))[0] / 255 for image in images]\n"
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def family(monkeypatch):
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, FAMILY)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(checkpoint, rows, reward file) of the family."""
+    folder = tmp_path_factory.mktemp("bag")
+    params = modules.init_params(bag_family.Bag, BagSizes(), jax.random.key(0))
+    save_checkpoint(folder / "model", KIND, BagSizes(), params)
+    picture = {"bytes": encode(Image.new("RGB", (4, 4), "red")), "path": "red.png"}
+    rows = [
+        {
+            "prompt": f"a red picture {i}", "real_image": picture, "qa_problem": f"how many? {i}",
+            "qa_solution": "<answer>two</answer>", "qa_type": "OE",
+        }
+        for i in range(16)
+    ]  # fmt: skip
+    (folder / "rewards.py").write_text(RED)
+    return folder / "model", tiny_parquet(folder / "rows.parquet", rows), folder / "rewards.py"
+
+
+def options(files, output, **changes):
+    model, rows, rewards = files
+    return tiny_runs.options(
+        model, rows, output,
+        rewards=[{"use": f"{rewards}:red"}, {"name": "qa_accuracy"}],
+        data={"max_prompt_length": 64},
+        rollout={"group_size": 8},
+        train={"prompts_per_step": 8, "max_steps": STEPS},
+        optimizer={"learning_rate": 0.3, "schedule": "constant"},
+        eval={"suite": "rewards", "rows": 8, "batch_prompts": 8, "every": 6},
+        checkpoint={"every": 6}, log={"images_every": 6},
+        **changes,
+    )  # fmt: skip
+
+
+def run(files, output, *more, **changes):
+    path = tiny_runs.write_config(output.with_suffix(".yaml"), options(files, output, **changes))
+    command.main(["--config", str(path), *more])
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def numbers(lines):
+    """The metrics without times."""
+    return [
+        {name: x for name, x in line.items() if "second" not in name and "time" not in name}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(policies.FAMILIES, FAMILY.name, FAMILY)
+        output = tmp_path_factory.mktemp("runs") / "whole"
+        return output, run(files, output)
+
+
+def test_it_learns_both_tasks(trained):
+    output, lines = trained
+    evaluations = [line for line in lines if "eval/mm2t/qa_accuracy" in line]
+    for name in ("eval/mm2t/qa_accuracy", "eval/t2i/red"):
+        assert evaluations[-1][name] > evaluations[0][name] + 0.3
+    assert (output / "images" / f"step_{STEPS:06d}.png").is_file()
+    last = [line for line in lines if "t2i/sampling/sampling_logp_difference/max" in line][-1]
+    for task in ("t2i", "mm2t"):
+        assert last[f"{task}/sampling/sampling_logp_difference/max"] < 1e-5
+
+
+def test_it_resumes_to_the_bit(files, trained, tmp_path):
+    run(files, tmp_path / "halves", "train.stop_after=6")
+    resumed = run(files, tmp_path / "halves")
+    drop = ("perf/", "data/")
+    whole, halves = (
+        [{k: x for k, x in line.items() if not k.startswith(drop)} for line in numbers(lines)]
+        for lines in (trained[1], resumed)
+    )
+    assert whole == halves
+
+
+def test_its_export_is_loaded_and_sampled(trained, tmp_path):
+    model = load_policy(trained[0] / "export")
+    assert model.family is FAMILY and model.sizes == BagSizes()
+    generate.main([
+        "image", "--model", str(trained[0] / "export"), "--prompt", "a red picture 1",
+        "--images-per-prompt", "4", "--out", str(tmp_path / "images"),
+    ])  # fmt: skip
+    picture = np.asarray(Image.open(tmp_path / "images" / "00000_00.png"))
+    assert picture.shape == (4, 4, 3) and {tuple(x) for x in picture.reshape(-1, 3)} <= {
+        tuple(color) for color in PALETTE
+    }
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    generate.main([
+        "text", "--model", str(trained[0] / "export"), "--image", str(tmp_path / "picture.png"),
+        "--question", "how many? 1", "--greedy", "--out", str(tmp_path / "answers.jsonl"),
+    ])  # fmt: skip
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert answer["text"] in WORDS
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"lora": {"rank": 2}}, "lora.rank: found 2, but the model is a bag"),
+        ({"stage": "vq", "rewards": [], "eval": {"suite": "none"}}, "has no image tokenizer"),
+        (
+            {"rewards": [{"name": "t2i_ti_sim"}, {"name": "format"}]},
+            "t2i_ti_sim reads hidden states, which a bag does not give",
+        ),
+    ],
+)
+def test_what_the_family_lacks_is_refused(files, tmp_path, capsys, changes, problem):
+    tree = options(files, tmp_path / "run")
+    for key, value in changes.items():
+        tree[key] = value if not isinstance(value, dict) else tree.get(key, {}) | value
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--config", str(path)])
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_names_no_family_is_refused_by_its_reader(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    with pytest.raises(InputError, match="model_type is 'other'"):
+        policies.inspect_policy(tmp_path)
