@@ -234,9 +234,9 @@ def test_a_part_alone(tmp_path, capsys):
 
 def test_micro_batches_are_pieces_of_the_prompts(tmp_path):
     setting = published("tiny", tmp_path)
-    assert training.update_options(setting).micro_batches == 1
+    assert training.make_update_options(setting).micro_batches == 1
     small = dataclasses.replace(setting, micro_batch=2)
-    assert training.update_options(small).micro_batches == 4
+    assert training.make_update_options(small).micro_batches == 4
 
 
 def test_several_devices_and_a_profile(tmp_path):

@@ -154,7 +154,7 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
         "--pixel-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="dtype of codes to pixels, as rollout.pixel_dtype (default: float32)",
+        help="dtype of codes to pixels in image, vq and bits (default: float32, as in training)",
     )
     parser.add_argument(
         "--lora",

@@ -8,7 +8,7 @@ from typing import Any
 
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.runs.fingerprints import fingerprint_tree
-from tools.bench.generation import STREAMS, codes
+from tools.bench.generation import STREAMS, make_codes, make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 from tools.bench.training import make_batch, start_training
@@ -35,14 +35,14 @@ def _measure_samplers(setting: Setting) -> Iterator[Record]:
         sample = functools.partial(sampler_of[task], params, prompts, make_keys(setting, task))
         yield repeat_call(setting, f"rollout {task}", sample)
     decode = functools.partial(
-        decode_images, setting.size.janus, params, codes(setting),
+        decode_images, setting.size.janus, params, make_codes(setting),
         dtype=setting.pixel_dtype,
     )  # fmt: skip
     yield repeat_call(setting, "pixels", decode)
 
 
 def repeat_call(setting: Setting, name: str, call: Callable[[], Any]) -> Record:
-    """The record of one thing that is called several times."""
+    """Returns the record of a call that is repeated."""
     digests = [fingerprint_tree(call()) for _ in range(setting.repeats + 1)]
     figures = {"results": len(set(digests)), "of": len(digests), "digest": digests[-1][:12]}
     return Record("bits", name, None, figures)

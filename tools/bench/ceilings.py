@@ -83,16 +83,16 @@ def _time_calls(
 ) -> tuple[Timing, float]:
     """Returns the timing of many calls, each on the last one's result, and seconds of one call."""
 
-    def run_parts(calls: int) -> Timing:
+    def run(calls: int) -> Timing:
         def chain() -> jax.Array:
             nonlocal x
             for _ in range(calls):
                 x = program(x)
             return x
 
-        return measure_peers(chain, repeats)
+        return measure(chain, repeats)
 
-    few, many = run_parts(FEW), run_parts(MANY)
+    few, many = run(FEW), run(MANY)
     seconds = (many.median - few.median) / (MANY - FEW)
     # If the work is smaller than the host's noise, the cost of a call counts too.
     return many, seconds if seconds > 0 else many.median / MANY

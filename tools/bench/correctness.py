@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
+from corl_jax.models.attention import AttentionKernel
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import sampling
@@ -57,21 +58,22 @@ def measure_correctness(setting: Setting) -> Iterator[Record]:
 
 
 def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Iterator[Record]:
-    """The records of one task."""
-    prompts, sample = prompts_of(setting, task), sampler(setting, task, params, dtype)
-    score = scorer(setting, params, dtype)
+    """Yields the records of one task."""
+    prompts, sample = make_prompts(setting, task), make_sampler(setting, task, params, dtype)
+    score = make_scorer(setting, params, dtype)
     keys = sample_keys(0, np.arange(PROMPTS), GROUP, STREAMS[task])
     name = f"{task}, {dtype.name}"
-    drawn = sample(prompts, keys)
-    again = score(task, prompts, drawn.values)
-    figures = difference(drawn.logprobs, again) | {"logp_mean": float(np.mean(again))}
+    rollout = sample(prompts, keys)
+    trainer_logprobs = score(task, prompts, rollout.values)
+    figures = measure_difference(rollout.logprobs, trainer_logprobs)
+    figures["logp_mean"] = float(np.mean(trainer_logprobs))
     yield Record("correctness", f"{name}: cached", None, figures)
     figures = compare_tokens(rollout, sample(prompts, keys))
     yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
-    alone, own = remove_padding(prompts, -1), drawn.values[-GROUP:]
-    figures = difference(again[-GROUP:], score(task, alone, own))
+    alone, own = remove_padding(prompts, -1), rollout.values[-GROUP:]
+    figures = measure_difference(trainer_logprobs[-GROUP:], score(task, alone, own))
     batched = sample(prompts, keys[::GROUP], greedy=True)
     single = sample(alone, keys[::GROUP][-1:], greedy=True)
     yield Record("correctness", f"{name}: padded", None, figures | compare_greedy(batched, single))
@@ -100,7 +102,7 @@ def remove_padding(prompts: EncodedPrompts, row: int) -> EncodedPrompts:
 
 
 def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Callable[..., Segment]:
-    """(prompts, keys, greedy=) -> Segment; greedy answers have COMPARED tokens."""
+    """Returns (prompts, keys, greedy=) -> Segment; greedy answers have COMPARED tokens."""
     config, special, most = setting.size.janus, setting.endless, setting.size.new_tokens
 
     def sample(prompts: EncodedPrompts, keys: jax.Array, greedy: bool = False) -> Segment:
@@ -144,14 +146,14 @@ def measure_difference(first: Any, second: Any) -> dict[str, float]:
 
 
 def compare_tokens(first: Segment, second: Segment) -> dict[str, float]:
-    """Share of equal tokens; steps at which all completions are alike, before the first other."""
+    """Returns the fraction of equal tokens, and the number of first steps with all tokens equal."""
     same = np.asarray(first.values) == np.asarray(second.values)
     prefix = int(np.argmin([*same.all(axis=0), False]))
     return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
 
 def compare_greedy(batched: Segment, single: Segment) -> dict[str, float]:
-    """How far the last row of a batch and the same prompt alone go together."""
+    """Compares the last row of a batch with the same prompt alone, up to the first other token."""
     first, second = (
         (np.asarray(x.values)[-1, :COMPARED], np.asarray(x.logprobs)[-1, :COMPARED])
         for x in (batched, single)

@@ -77,7 +77,7 @@ class Work:
     guided: bool = False  # each completion has a second row without its prompt
 
     @property
-    def make_rows(self) -> int:
+    def rows(self) -> int:
         return self.prompts * self.group * (1 + self.guided)
 
 

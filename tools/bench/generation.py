@@ -24,9 +24,9 @@ STREAMS = {"t2i": 0, "mm2t": 1}
 
 
 def make_keys(setting: Setting, task: str) -> jax.Array:
-    """Of all completions of a task."""
-    drawn = sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
-    return setting.place(drawn)
+    """Returns the keys of all completions of a task."""
+    keys = sample_keys(0, np.arange(setting.prompts), setting.group, STREAMS[task])
+    return setting.place(keys)
 
 
 def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
@@ -46,7 +46,7 @@ def make_codes(setting: Setting) -> jax.Array:
 
 
 def make_samplers(setting: Setting) -> dict[str, Any]:
-    """task -> (params, prompts, keys) -> Segment, with the options of the paper."""
+    """Returns task -> (params, prompts, keys) -> Segment, with the options of the paper."""
     images = functools.partial(
         sampling.sample_images, setting.size.janus,
         special=setting.endless, cfg_scale=CFG_SCALE, temperature=1.0, dtype=COMPUTE,
@@ -94,13 +94,13 @@ def measure_text(setting: Setting) -> Iterator[Record]:
     sample = make_samplers(setting)["mm2t"]
 
     def first() -> Segment:
-        return sample(params, prompts, drawn, max_new_tokens=1)
+        return sample(params, prompts, keys, max_new_tokens=1)
 
-    def make_answers() -> Segment:
-        return sample(params, prompts, drawn)
+    def answers() -> Segment:
+        return sample(params, prompts, keys)
 
     prefill, whole = setting.measure("text_prefill", first), setting.measure("text", answers)
-    if not bool(make_answers().mask.all()):
+    if not bool(answers().mask.all()):
         raise RuntimeError("an answer ended early: the time is that of fewer tokens")
     yield Record("text", "vision, prefill, first token", prefill, {})
     length = size.new_tokens
@@ -118,7 +118,7 @@ def measure_vq(setting: Setting) -> Iterator[Record]:
     config, params, codes = setting.size.janus, setting.make_policy(COMPUTE), make_codes(setting)
 
     def decode() -> np.ndarray:
-        return np.asarray(decode_images(config, params, drawn, dtype=setting.pixel_dtype))
+        return np.asarray(decode_images(config, params, codes, dtype=setting.pixel_dtype))
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median

@@ -19,7 +19,7 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import step
 from corl_jax.types import Params
 from tools.bench import inputs
-from tools.bench.generation import STREAMS
+from tools.bench.generation import STREAMS, make_prompts
 from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
 
@@ -31,8 +31,7 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
     correct kernel should not exceed by much. `largest` and `largest_xla` are those of the leaf with
     the largest error. Exact gradients use float32 products of full precision and XLA's attention.
     """
-    patterns = trained_patterns(setting)
-    trained, frozen = partition(setting.make_policy(jnp.float32), patterns)
+    trained, frozen = partition(setting.make_policy(jnp.float32), trained_patterns(setting))
     for task in STREAMS:
         batch = {task: _make_batch(setting, task)}
         with jax.default_matmul_precision("highest"):

@@ -81,7 +81,7 @@ def make_task_batch(
         prompts=prompts,
         segments=(
             Segment(
-                CODES if drawn else TEXT,
+                CODES if is_image else TEXT,
                 rng.choice(ids, (rows, length)).astype(np.int32),
                 np.arange(length) < ends[:, None],
                 np.full((rows, length), -np.log(len(ids)), np.float32),
@@ -133,7 +133,7 @@ def make_answers(count: int, words: int, seed: int = 0) -> list[str]:
     """Returns texts of about `words` words: well-formed, with few answers, some without tags."""
     rng = np.random.default_rng([seed, 5])
 
-    def measure_text(number: int) -> str:
+    def text(number: int) -> str:
         thought = " ".join(rng.choice(COMMON, max(1, words)))
         answer = rng.choice(["B", "B. two", "four", " ".join(rng.choice(COMMON, CAPTION_WORDS))])
         if number % 4 == 3:

@@ -46,14 +46,14 @@ def use_training_layout() -> Iterator[None]:
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return device_mesh.constrain(x, *names) if names[0] == "batch" else x
 
-    def gathered(params: Any, rules: Any) -> Any:
+    def keep(params: Any, rules: Any) -> Any:
         return params
 
     sampling._image_program.clear_cache()  # it would not notice
     try:
         with (
             mock.patch.object(decoding, "constrain", constrain),
-            mock.patch.object(sampling, "gather_over_fsdp", gathered),
+            mock.patch.object(sampling, "gather_over_fsdp", keep),
         ):
             yield
     finally:

@@ -27,7 +27,7 @@ from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 from tools.bench.vocabularies import write_network
-from tools.bench.weights import prevent_end, prevent_separator
+from tools.bench.weights import draw_params, prevent_end, prevent_separator
 
 UNIFIED = Path(__file__).parents[2] / "configs" / "janus_pro_1b" / "unified.yaml"
 """The config whose rewards are those of the paper's first stage."""
@@ -70,7 +70,7 @@ def _measure_reward(
     for placement in networks.yield_placements():
         context = _make_context(setting, policy, placement)
         call = functools.partial(registry.score, [reward], scored, context)
-        timing = measure_peers(call, setting.repeats)
+        timing = measure(call, setting.repeats)
         finite = float(np.isfinite(call()[reward.name]).mean())
         figures = {
             "images": len(scored),
@@ -94,7 +94,7 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
             costs = registry.score_and_measure(resolved["t2i"], scored, context)[1]
             return costs | registry.score_and_measure(resolved["mm2t"], answered, context)[1]
 
-        timing = measure_peers(call, setting.repeats)
+        timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
         figures |= _count_moved(placement, setting.repeats + 2)
         yield Record("rewards", f"stage 1{_describe_placement(placement)}", timing, figures)
@@ -105,47 +105,43 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
 def _measure_cycle_terms(
     setting: Setting, scored: Samples, placement: Mapping[str, FrozenNetwork]
 ) -> Iterator[Record]:
-    """What the cycle reward's time goes to, as far as its networks are there."""
-    pictures, real, prompts = (
-        scored.require_images(),
-        scored.column("real_image"),
-        scored.column("prompt"),
-    )
-    said = prompts
+    """Measures the parts of the cycle reward, as far as their networks are there."""
+    images, real = scored.require_images(), scored.column("real_image")
+    texts = prompts = scored.column("prompt")
     with contextlib.ExitStack() as stack:
         networks = {name: stack.enter_context(frozen.use()) for name, frozen in placement.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
             describe = functools.partial(
-                captions.caption_images, networks["blip"], pictures, **tokens
+                captions.caption_images, networks["blip"], images, **tokens
             )
-            timing, said = measure_peers(describe, setting.repeats), describe()
-            drawn = captions.generate_caption_tokens(networks["blip"], pictures, **tokens)
-            ended = drawn == networks["blip"].config.text.sep_token_id
-            figures = {"different": len(set(said)), "cut": float(1 - ended.any(axis=1).mean())}
+            timing, texts = measure(describe, setting.repeats), describe()
+            caption_tokens = captions.generate_caption_tokens(networks["blip"], images, **tokens)
+            ended = caption_tokens == networks["blip"].config.text.sep_token_id
+            figures = {"different": len(set(texts)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
         if "bert" in networks:
             compare = functools.partial(similarity.bert_score, networks["bert"], texts, prompts)
-            yield Record("rewards", "  bertscore", measure_peers(compare, setting.repeats), {})
+            yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
         if "lpips" in networks:
-            distance = functools.partial(lpips_distance, networks["lpips"], pictures, real)
-            yield Record("rewards", "  lpips", measure_peers(distance, setting.repeats), {})
-            timing = measure_peers(functools.partial(_squash_images, images), setting.repeats)
+            distance = functools.partial(lpips_distance, networks["lpips"], images, real)
+            yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
+            timing = measure(functools.partial(_squash_images, images), setting.repeats)
             yield Record("rewards", "  of it, images resized on the host", timing, {})
 
 
-def _squash_images(pictures: np.ndarray) -> list[np.ndarray]:
-    return [image.squash_image(Image.fromarray(one), LPIPS_SIZE) for one in pictures]
+def _squash_images(images: np.ndarray) -> list[np.ndarray]:
+    return [image.squash_image(Image.fromarray(pixels), LPIPS_SIZE) for pixels in images]
 
 
 def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
-    """On the host alone."""
+    """Measures rewards of answers, which run on the host alone."""
     answered = _make_answer_samples(setting, setting.size.answers)
     context = Context(None, None, None, None, None, 0, 0)
     for name in ANSWER_REWARDS:
         reward = registry.bind_reward(name, {})
         call = functools.partial(registry.score, [reward], answered, context)
-        timing = measure_peers(call, setting.repeats)
+        timing = measure(call, setting.repeats)
         figures = {"answers": len(answered), "ms": 1e3 * timing.median}
         yield Record("rewards", name, timing, figures)
 
@@ -186,7 +182,7 @@ class Networks:
         if not folder.is_dir():
             write_network(folder, kind, config)
         abstract = modules.make_abstract(KINDS[kind].module, config)
-        params = draw(abstract, 1)
+        params = draw_params(abstract, 1)
         if kind == "blip":
             params = prevent_separator(params, config)
         network = Network(config, params, folder, jnp.float32)
@@ -194,8 +190,8 @@ class Networks:
         return Counted(network, shardings, offload)
 
 
-def _make_context(setting: Setting, policy: Any, held: Mapping[str, FrozenNetwork]) -> Context:
-    return Context(FAMILY, setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, held)
+def _make_context(setting: Setting, policy: Any, placement: Mapping[str, FrozenNetwork]) -> Context:
+    return Context(FAMILY, setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, placement)
 
 
 def _describe_placement(placement: Mapping[str, Counted]) -> str:

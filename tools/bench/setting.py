@@ -40,7 +40,7 @@ class Setting:
     micro_batch: int | None  # prompts of one backward pass; None: all
     remat: Remat  # what the backward pass keeps, as model.remat
     attention: AttentionKernel  # of the update, as model.attention
-    pixel_dtype: Any  # of codes to pixels, as rollout.pixel_dtype
+    pixel_dtype: Any  # of codes to pixels; training uses float32
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
     processor: Processor  # tokenizer of the mini Janus, image size of `size`
@@ -74,9 +74,9 @@ class Setting:
         """Moves arrays to the devices, their leading axis spread over them like prompts."""
         return jax.device_put(tree, batch_sharding(self.mesh))
 
-    def measure_peers(self, name: str, call: Callable[[], Any]) -> Timing:
+    def measure(self, name: str, call: Callable[[], Any]) -> Timing:
         """Measures the seconds of a call; with `trace` one more call is profiled."""
-        timing = measure_peers(call, self.repeats)
+        timing = measure(call, self.repeats)
         if self.trace is not None:
             with jax.profiler.trace(self.trace / name, create_perfetto_trace=True):
                 jax.block_until_ready(call())

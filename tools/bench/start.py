@@ -123,7 +123,7 @@ def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) ->
     raise InputError(f"{config}: no step was made; the command said: {''.join(said[-20:])}")
 
 
-def measure_peers(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
+def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
     """Yields one record for the cold start and one for the start with the cache."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     args, overrides = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the device is the training command's
     lines = []
-    for record in measure_peers(args.size, overrides):
+    for record in measure(args.size, overrides):
         print(f"{record['start']:<8}{record['seconds']:6.1f} s to the end of step 1", flush=True)
         lines.append(json.dumps(record) + "\n")
     if args.out is not None:

@@ -30,7 +30,7 @@ class Timing:
         return max(self.first - self.median, 0.0)
 
 
-def measure_peers(call: Callable[[], Any], repeats: int) -> Timing:
+def measure(call: Callable[[], Any], repeats: int) -> Timing:
     """Calls once to compile, then `repeats` times."""
     first, *calls = (_time_call(call) for _ in range(repeats + 1))
     return Timing(first, tuple(calls))

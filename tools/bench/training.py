@@ -28,8 +28,8 @@ from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState, UpdateOptions, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs
-from tools.bench.cost import Work
-from tools.bench.generation import prompts_of, samplers
+from tools.bench.cost import Work, count_training_operations
+from tools.bench.generation import make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
 
@@ -37,9 +37,8 @@ UPDATES = 1000  # of the schedule
 
 
 def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
-    """A fresh state in float32 with AdamW, the frozen parameters, and the jitted step."""
-    patterns = trained_patterns(setting)
-    trained, frozen = partition(setting.make_policy(COMPUTE), patterns)
+    """Returns a new float32 state with AdamW, the frozen parameters, and the jitted step."""
+    trained, frozen = partition(setting.make_policy(COMPUTE), trained_patterns(setting))
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
     shardings = state_shardings(optimizer, trained, setting.mesh, RULES)
@@ -47,15 +46,15 @@ def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
     step = make_train_step(
         FAMILY,
         setting.size.janus,
-        update_options(setting),
+        make_update_options(setting),
         optimizer,
         out_shardings=(shardings, None),
     )
     return jax.device_put(TrainState(jnp.int32(0), trained, moments), shardings), frozen, step
 
 
-def update_options(setting: Setting) -> UpdateOptions:
-    """Returns the loss of the paper's first stage."""
+def make_update_options(setting: Setting) -> UpdateOptions:
+    """Returns the update options of the paper's first stage."""
     scoring = LogprobOptions(
         setting.processor.special, remat=setting.remat, attention=setting.attention
     )
@@ -141,18 +140,18 @@ def measure_iteration(setting: Setting) -> Iterator[Record]:
     yield Record("iteration", "rollouts and update", timing, figures)
 
 
-def segment_samplers(setting: Setting) -> dict[str, Any]:
+def make_segment_samplers(setting: Setting) -> dict[str, Any]:
     """Returns the samplers as a run has them: task -> (params, prompts, keys) -> segments."""
 
     def make(task: str) -> Any:
-        sample = samplers(setting)[task]
+        sample = make_samplers(setting)[task]
         return lambda *inputs: (sample(*inputs),)
 
     return {task: make(task) for task in TASKS}
 
 
 def _make_prompts(setting: Setting) -> Prompts:
-    encoded = {task: prompts_of(setting, task) for task in TASKS}
+    encoded = {task: make_prompts(setting, task) for task in TASKS}
     columns = {"prompt": [""] * setting.prompts}
     return Prompts(np.arange(setting.prompts), columns, encoded)
 
@@ -180,10 +179,10 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
         iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
-        samplers=segment_samplers(setting), rewards=rewards, networks={},
+        samplers=make_segment_samplers(setting), rewards=rewards, networks={},
         recipe=RECIPES["grpo"], advantage_options=comparison,
         loss_weights=tuple((task, 1.0) for task in TASKS), tasks=tuple(TASKS),
         group_size=setting.group, rollout_batch=setting.prompts,
-        pixel_dtype=setting.pixel_dtype, num_iterations=1, mask_truncated=False, sft=None,
+        num_iterations=1, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip

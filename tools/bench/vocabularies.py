@@ -70,7 +70,7 @@ def write_clip(folder: Path, size: int) -> None:
 
 
 def write_network(folder: Path, kind: str, config: Any) -> Path:
-    """The small files of a reward network of a kind of `weights.layouts.KINDS`."""
+    """Writes the small files of a reward network of a kind of `weights.layouts.KINDS`."""
     folder.mkdir(parents=True)
     if kind == "bert":
         write_bert(folder, config.vocab_size)

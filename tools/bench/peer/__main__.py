@@ -65,7 +65,7 @@ def attempt(peer: Peer, run: Callable[[Peer], Measured]) -> dict[str, Any]:
     if peer.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        calls, figures = run_parts(peer)
+        calls, figures = run(peer)
     except Exception as error:
         # A version of transformers that one run does not know leaves the others their numbers;
         # the command ends with an error all the same.

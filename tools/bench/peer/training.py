@@ -63,19 +63,18 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
 
 
 def compute_task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
-    """The policy gradient's loss, a mean over rows of means over their tokens."""
-    mask, advantages = (
-        peer.to_tensor(batch.segments[0].mask),
-        peer.to_tensor(batch.advantages).float(),
-    )
+    """Computes the policy gradient's loss, a mean over rows of means over their tokens."""
+    (segment,) = batch.segments
+    mask, advantages = peer.to_tensor(segment.mask), peer.to_tensor(batch.advantages).float()
     scores = compute_logprobs(peer, batch, pixels)
     terms = -torch.exp(scores - scores.detach()) * advantages[:, None]
     return ((terms * mask).sum(1) / mask.sum(1)).mean()
 
 
 def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
-    """[N, T] float32 of the batch's tokens: images without pixels, else answers."""
-    model, tokens = peer.model, peer.to_tensor(batch.segments[0].values)
+    """Computes log-probs [N, T] float32 of the tokens: of images without pixels, else answers."""
+    (segment,) = batch.segments
+    model, tokens = peer.model, peer.to_tensor(segment.values)
     prompts = fan_out(peer, batch)
     if pixels is None:
         head = model.model.generation_head
@@ -84,9 +83,7 @@ def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) 
         head = model.lm_head
         completion = model.model.language_model.embed_tokens(tokens)
     embeds = torch.cat([peer.embed_prompts(prompts, pixels), completion], dim=1)
-    kept = torch.cat(
-        [peer.to_tensor(prompts.attention_mask), peer.to_tensor(batch.segments[0].mask)], dim=1
-    )
+    mask = torch.cat([peer.to_tensor(prompts.attention_mask), peer.to_tensor(segment.mask)], dim=1)
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
