@@ -1,4 +1,4 @@
-"""Generates images, or answers questions about images, with a Janus checkpoint.
+"""Generates images, or answers questions about images, with a checkpoint.
 
 A sample depends only on the seed, the position of its prompt in the input and its number. Batch
 size, the other prompts and the number of devices change a sample only by rounding.
@@ -353,12 +353,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, help=f"divides the logits ({describe_default('temperature')})")
     add("--dtype", choices=("float32", "bfloat16"),
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
-    add(
-        "--batch-size",
-        type=int,
-        default=16,
-        help="number of samples generated at once (default %(default)s)",
-    )
+    add("--batch-size", type=int, default=16,
+        help="number of samples generated at once (default %(default)s)")  # fmt: skip
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
@@ -370,11 +366,8 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--out", type=parse_path, required=True, metavar="DIR", help="a new or empty folder")
     add("--images-per-prompt", type=int, default=1, metavar="N", dest="samples",
         help="number of images per prompt (default %(default)s)")  # fmt: skip
-    add(
-        "--cfg-scale",
-        type=float,
-        help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')})",
-    )
+    add("--cfg-scale", type=float,
+        help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')})")  # fmt: skip
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
@@ -384,29 +377,16 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     add("--input", type=parse_path, metavar="FILE.jsonl",
         help='lines {"image": PATH, "question": TEXT}; PATH from the folder of FILE')  # fmt: skip
     add("--out", type=parse_path, metavar="FILE", help="a new file (default standard output)")
-    add(
-        "--system-prompt",
-        default="",
-        metavar="TEXT",
-        help="system prompt (default none, as in CoRL)",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"most tokens of an answer ({describe_default('max_new_tokens')})",
-    )
+    add("--system-prompt", default="", metavar="TEXT",
+        help="system prompt (default none, as in CoRL)")  # fmt: skip
+    add("--max-new-tokens", type=int, metavar="N",
+        help=f"most tokens of an answer ({describe_default('max_new_tokens')})")  # fmt: skip
     add("--instruction", choices=INSTRUCTIONS,
         help="put into each question that asks for no answer tags: choice, for an option's letter; "
         "open, for a few words; auto, choice where lines A., B. list options, else open; none "
         f"({describe_default('instruction')})")  # fmt: skip
-    add(
-        "--samples",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of answers per question (default %(default)s)",
-    )
+    add("--samples", type=int, default=1, metavar="N",
+        help="number of answers per question (default %(default)s)")  # fmt: skip
     add("--top-k", type=int, metavar="K",
         help="sample from the K most likely tokens; 0: from all "
         f"({describe_default('top_k')})")  # fmt: skip

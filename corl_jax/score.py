@@ -295,7 +295,7 @@ def _read_case(
             if column in raw:
                 problems.add(f"found both {short} and {column}; drop one")
             raw[column] = raw[short]
-    completion = "completion" if entry.task == "mm2t" else "image"
+    completion = "completion" if TASKS[entry.task].makes_text else "image"
     needed = [completion, *entry.columns]
     missing = [name for name in needed if name not in raw]
     if entry.either and not set(entry.either) & raw.keys():
@@ -356,7 +356,7 @@ def _samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
         for name in names
         if name not in ("completion", "image")
     }
-    if entry.task == "mm2t":
+    if TASKS[entry.task].makes_text:
         return Samples(columns, texts=[row["completion"] for row in rows])
     images = [np.asarray(row["image"]) for row in rows]
     return Samples(columns, images=images if entry.any_size else np.stack(images))

@@ -131,10 +131,7 @@ def test_imports_point_downwards(path):
             continue
         other = part_of(module)
         where = f"{relative(path)} imports {module}"
-        janus = f"{module}.".startswith("corl_jax.policies.janus.")
-        layouts = janus and relative(path) in KNOW_JANUS
-        below = layer_of(other) <= layer_of(part)
-        assert below or layouts, f"{where}, which is a layer above it"
+        assert layer_of(other) <= layer_of(part), f"{where}, which is a layer above it"
         assert not is_forbidden(module_name(path), module), f"{where}: never that way round"
         if layer_of(part) == layer_of(other) == COMMANDS and not part.endswith("__main__"):
             assert part == other, f"{where}: a command is nobody's library"
@@ -152,16 +149,6 @@ def test_algorithms_know_arrays_alone():
                 assert package in allowed, f"{relative(path)} imports {module}"
 
 
-# Outside of policies/ a model is a `Family`. These modules know Janus itself; those of weights/
-# read its layouts, from a layer above them.
-KNOW_JANUS = {
-    "corl_jax/train/export.py", "corl_jax/train/resolve.py",
-    *(f"corl_jax/weights/{name}.py" for name in (
-        "checkpoint", "export", "files", "networks", "sharded_load", "tables/__init__",
-    )),
-}  # fmt: skip
-
-
 def knows_janus(path: Path) -> bool:
     return any(f"{module}.".startswith("corl_jax.policies.janus.") for module, _ in imports(path))
 
@@ -169,18 +156,14 @@ def knows_janus(path: Path) -> bool:
 def test_policies_alone_know_a_family():
     outside = [path for path in sources(PACKAGE) if PACKAGE / "policies" not in path.parents]
     found = {relative(path) for path in outside if knows_janus(path)}
-    assert not found - KNOW_JANUS, "ask the Family instead"
-    assert not KNOW_JANUS - found, "no longer knows Janus: drop it from KNOW_JANUS"
+    assert not found, "ask the Family instead"
 
 
 # Where a task or a stage is told from another by its name. Elsewhere the row of its table says
 # what it does, so that a new one needs a new row only.
 TASK_NAMES = {"t2i", "mm2t"}
 KNOW_TASKS = {
-    "corl_jax/tasks.py", "corl_jax/rewards/registry.py", "corl_jax/train/stages.py",
-    # still to be freed of them
-    "corl_jax/rewards/custom.py", "corl_jax/rewards/policy.py", "corl_jax/rewards/signature.py",
-    "corl_jax/score.py", "corl_jax/train/milestones.py",
+    "corl_jax/tasks.py", "corl_jax/rewards/registry.py",
 }  # fmt: skip
 
 

@@ -33,13 +33,13 @@ from corl_jax.rewards.samples import (
     read_question_types,
     score_rows,
 )
-from corl_jax.tasks import QUESTION_STREAMS, TASKS
+from corl_jax.tasks import IMAGE_UNDERSTANDING, QUESTION_STREAMS
 from corl_jax.types import EncodedPrompts, Params, Sizes
 
 CHUNK = 64
 """Images looked at in one program; bounds the memory of caches and attention."""
 NO_QUESTION = "?"  # fills up rows to which a reward does not apply
-(QUESTION,) = TASKS["mm2t"].turns  # a question about an image, answered with a text
+QUESTION = IMAGE_UNDERSTANDING.turn  # a question about an image, answered with a text
 
 # ---- similarity of image and caption
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from corl_jax.errors import InputError, Problems
 from corl_jax.nearest import suggest_name
+from corl_jax.tasks import TASKS
 
-TASK_OF = {"images": "t2i", "texts": "mm2t"}
+TASK_OF = {"texts" if task.makes_text else "images": name for name, task in TASKS.items()}
 """Name of the parameter for the completions -> task. A user's reward must have one of the two."""
 
 
