@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tools.bench.timing import Record, Timing
+from tools.bench.timing import Record, Timing, measure
 
 FEW, MANY = 4, 24  # calls
 

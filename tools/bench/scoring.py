@@ -25,7 +25,7 @@ from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights.layouts import KINDS
 from tools.bench import inputs
 from tools.bench.setting import COMPUTE, Setting
-from tools.bench.timing import Record
+from tools.bench.timing import Record, measure
 from tools.bench.vocabularies import write_network
 from tools.bench.weights import draw_params, prevent_end, prevent_separator
 

@@ -23,7 +23,7 @@ from corl_jax.types import Params
 from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
 from tools.bench.sizes import Size
-from tools.bench.timing import Timing
+from tools.bench.timing import Timing, measure
 from tools.bench.weights import draw_params
 
 COMPUTE = jnp.bfloat16
