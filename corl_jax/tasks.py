@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from corl_jax.nearest import suggest_name
+
 TEXT, CODES = "text", "codes"
 """Kinds of segments: text tokens, and codes of an image tokenizer."""
 
@@ -50,9 +52,24 @@ TASKS: dict[str, Task] = {
 }
 
 IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
+UNIFIED = ("t2i", "mm2t")
+"""CoRL's tasks on the same rows, paired by the number of the sample."""
 
 QUESTION_STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
 """Random streams of the questions that rewards ask a model about its images."""
+
+
+def choose_tasks(choice: str) -> tuple[str, ...]:
+    """Returns the tasks that a value of the option `algorithm.tasks` trains together.
+
+    Raises:
+        ValueError: it is neither `unified` nor a task.
+    """
+    if choice == "unified":
+        return UNIFIED
+    if choice not in TASKS:
+        raise ValueError(suggest_name(choice, ("unified", *TASKS)))
+    return (choice,)
 
 
 def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:

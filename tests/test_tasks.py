@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
+from pydantic import ValidationError
 
 from corl_jax import tasks
 from corl_jax.config.schema import Algorithm
@@ -39,7 +38,11 @@ def test_required_columns():
 
 
 def test_the_config_names_every_task_and_no_other():
-    assert set(get_args(Algorithm.model_fields["tasks"].annotation)) == {"unified", *TASKS}
+    assert tasks.choose_tasks("unified") == ("t2i", "mm2t")
+    for name in TASKS:
+        assert tasks.choose_tasks(Algorithm(tasks=name).tasks) == (name,)
+    with pytest.raises(ValidationError, match="did you mean t2i"):
+        Algorithm(tasks="t2")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

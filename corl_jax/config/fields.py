@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
+from corl_jax.tasks import choose_tasks
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -56,6 +57,14 @@ ConfigPath = Annotated[str, AfterValidator(_expand)]
 ConfigPaths = Annotated[str | list[str], AfterValidator(_expand)]
 CodePath = Annotated[str, AfterValidator(_expand_file)]  # FILE:NAME
 RewardOptions = Annotated[dict[str, Any], AfterValidator(_expand_scorer)]
+
+
+def _check_tasks(name: str) -> str:
+    choose_tasks(name)
+    return name
+
+
+TaskChoice = Annotated[str, AfterValidator(_check_tasks)]
 
 
 class Section(BaseModel):

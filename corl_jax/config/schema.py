@@ -23,6 +23,7 @@ from corl_jax.config.fields import (
     PositiveFloat,
     RewardOptions,
     Section,
+    TaskChoice,
     option,
 )
 from corl_jax.config.stages import STAGES
@@ -161,9 +162,10 @@ class Networks(Section):
 class Algorithm(Section):
     """The reinforcement learning algorithm: tasks, advantages, loss and penalty."""
 
-    name: Literal["grpo"] = option("grpo", "Name of the algorithm.")
-
-    tasks: Literal["unified", "t2i", "mm2t"] = option(
+    # The names belong to the tables of algorithms and of evaluation suites, which read them after
+    # the config, so that a new row needs no change here.
+    name: str = option("grpo", "Name of the algorithm: grpo.")
+    tasks: TaskChoice = option(
         "unified",
         "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both.",
     )
@@ -344,7 +346,7 @@ class Export(Section):
 class Eval(Section):
     """Evaluation on held-out rows."""
 
-    suite: Literal["none", "shapes", "rewards"] = option(
+    suite: str = option(
         "none",
         "What is measured. shapes: the drawn world's exact checker; rewards: the listed rewards.",
     )

@@ -30,7 +30,7 @@ from corl_jax.rewards.text import format_reward, qa_accuracy
 from corl_jax.runs import pictures
 from corl_jax.types import Prompts
 
-TASKS = tuple(tasks.TASKS)
+TASKS = tasks.UNIFIED
 COLUMNS = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
 ACCURACIES = ("draw/accuracy", "answer/accuracy")
 PROMPT_LINES = 3  # below an image

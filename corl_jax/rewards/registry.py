@@ -30,6 +30,7 @@ from corl_jax.rewards.text_rewards import (
     score_oc_accuracy,
     score_qa_accuracy,
 )
+from corl_jax.tasks import TASKS
 
 if TYPE_CHECKING:
     from corl_jax.config.schema import Compat, Reward
@@ -52,8 +53,6 @@ __all__ = [
     "score",
     "score_and_measure",
 ]
-
-TASKS = ("t2i", "mm2t")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,10 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.nearest import suggest_name
 from corl_jax.tasks import TASKS
 
-TASK_OF = {"texts" if task.makes_text else "images": name for name, task in TASKS.items()}
-"""Name of the parameter for the completions -> task. A user's reward must have one of the two."""
+TASK_OF = {"texts" if task.makes_text else "images": name for name, task in reversed(TASKS.items())}
+"""Name of the parameter for the completions -> the first task that makes such completions.
+
+A user's reward must have one of the two parameters."""
 
 
 REQUIRED = inspect.Parameter.empty

@@ -13,13 +13,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
 from corl_jax.data.dataset import Loader
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import layout_problems, make_mesh
 from corl_jax.errors import InputError, Problems
+from corl_jax.evaluation import SUITES
 from corl_jax.models.lora import Lora
-from corl_jax.nearest import nearest_multiples
+from corl_jax.nearest import nearest_multiples, suggest_name
 from corl_jax.params import partition
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Family, Limits, Processor
@@ -106,6 +108,7 @@ def outline_run(
         InputError: mesh, batch, lengths or trained parameters do not fit one another.
     """
     problems = Problems()
+    problems.add(find_unknown_names(config))
     mesh = problems.attempt(
         make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
     )
@@ -129,6 +132,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         InputError: all problems found in the model directory, the data, rewards and mesh.
     """
     problems, stage = Problems(), STAGES[config.stage]
+    unknown = find_unknown_names(config)
+    problems.add(unknown)
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = problems.attempt(registry.bind_rewards, config.scored_rewards, config.compat)
     listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
@@ -136,7 +141,9 @@ def resolve_run(config: Config) -> ResolvedRun:
     if rewards is not None:  # without the rewards nobody can say which networks they ask
         asked = problems.attempt(_inspect_networks, config, listed)
         problems.add(_reward_problems(config, stage, rewards))
-    sources = problems.attempt(open_sources, config, stage, rewards or {})
+    sources = None
+    if not unknown:  # the suite says which columns are read
+        sources = problems.attempt(open_sources, config, stage, rewards or {})
     mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shard = problems.attempt(batches.process_shard, mesh) if mesh else None
     if mesh:
@@ -161,6 +168,19 @@ def resolve_run(config: Config) -> ResolvedRun:
         model_dir=model.folder, processor=model.processor, rewards=rewards,
         networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
+
+
+def find_unknown_names(config: Config) -> list[str]:
+    """Returns the names of the config that are not rows of their tables."""
+    chosen = (
+        ("algorithm.name", config.algorithm.name, RECIPES),
+        ("eval.suite", config.eval.suite, ("none", *SUITES)),
+    )
+    return [
+        f"{key}: found {name!r}; {suggest_name(name, names)}"
+        for key, name, names in chosen
+        if name not in names
+    ]
 
 
 def _inspect_model(path: str) -> PolicyFiles:

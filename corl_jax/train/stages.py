@@ -15,7 +15,7 @@ from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
-from corl_jax.tasks import TASKS, required_columns
+from corl_jax.tasks import TASKS, UNIFIED, choose_tasks, required_columns
 from corl_jax.train import image_tokenizer, iteration, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
@@ -42,8 +42,7 @@ class Stage:
 
 
 def _rl_tasks(config: Config) -> tuple[str, ...]:
-    chosen = config.algorithm.tasks
-    return tuple(TASKS) if chosen == "unified" else (chosen,)
+    return choose_tasks(config.algorithm.tasks)
 
 
 def _rl_weights(config: Config) -> dict[str, float]:
@@ -86,7 +85,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(
         iterate=sft.sft_iteration,
         make_step=_token_step,
-        tasks=lambda config: tuple(TASKS),
+        tasks=lambda config: UNIFIED,
         target_columns=_sft_columns,
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
         loss_weights=_sft_weights,

@@ -182,7 +182,8 @@ def test_empty_list_of_rewards_is_no_reward(write):
 # ---- paths
 
 NO_PATHS = {
-    "rewards.name", "sft.caption_column", "train.trainable", "lora.targets",
+    "rewards.name", "sft.caption_column", "train.trainable", "lora.targets", "algorithm.name",
+    "algorithm.tasks", "eval.suite",
     "distributed.coordinator_address",
 }  # fmt: skip
 
