@@ -530,6 +530,8 @@ VQ = {"stage": "vq", "rewards": []}
         ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
         ({"eval": {"suite": "shapes", "rows": 4}}, ["spec", "category"]),
         ({"data": {"columns": {"prompt": "caption_of_it"}}}, ["data.columns.prompt"]),
+        ({"algorithm": {"name": "grpq"}, "eval": {"suite": "shape", "rows": 4}},
+         ["algorithm.name: found 'grpq'; did you mean grpo?", "did you mean shapes?"]),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(options, capsys, changes, parts):
