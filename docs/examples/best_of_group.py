@@ -46,7 +46,7 @@ def evaluate_best_of_group(inputs: EvaluationInputs) -> BestOfGroup:
     """Returns the share of held-out prompts with a full reward in their group."""
     loader: Any = inputs.batches
     assert inputs.score is not None
-    num_rows = len(loader.source)
+    num_rows = len(loader.source) if inputs.rows is None else min(inputs.rows, len(loader.source))
     best: dict[str, list[np.ndarray]] = {}
     for prompts in loader.iterate(0, -(-num_rows // loader.batch_size)):
         for name, rewards in inputs.score(prompts).items():
