@@ -391,7 +391,7 @@ def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
         assert np.asarray(used["t2i"].segments[0].mask).all()
         kept = text.mask & (closed[:, None] | (not masked))
         np.testing.assert_array_equal(used["mm2t"].segments[0].mask, kept)
-        assert metrics["mm2t/completions/clipped_ratio"] == pytest.approx(1 - closed.mean())
+        assert float(metrics["mm2t/completions/clipped_ratio"]) == pytest.approx(1 - closed.mean())
 
 
 # ---- the state
