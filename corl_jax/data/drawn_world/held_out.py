@@ -7,7 +7,7 @@ from typing import Any
 from corl_jax.data.drawn_world import generator
 
 HELD_OUT_SEEDS = 2**40
-"""Added to the seed of `HeldOutShapes`, so that no training set of the same seed has its rows."""
+"""Number added to the seed of `HeldOutShapes`: a training set of the same seed has other rows."""
 
 
 class HeldOutShapes:
@@ -28,7 +28,7 @@ class HeldOutShapes:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return dict(self._rows[row])
+        return dict(self._rows[row])  # a copy: the loader puts decoded images into it
 
     def column(self, name: str) -> list:
         return [row[name] for row in self._rows]

@@ -23,7 +23,7 @@ MAX_OPTIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """A true fact about an image, as a question. `reason` is the sentence that answers it."""
+    """A true fact about an image, as a question. `reason` is a phrase that explains the answer."""
 
     question: str
     answer: str
@@ -75,6 +75,7 @@ def write_caption(rng: np.random.Generator, spec: Spec) -> str:
 
 def describe_scene(scene: Scene) -> str:
     """Returns all that the image shows, in one short phrase without a full stop."""
+    # From left to right; a small share of y orders objects in the same column from top to bottom.
     objects = sorted(scene.objects, key=lambda one: one.x + one.y / 4)
     if len(objects) == 2 and (relation := find_clear_relation(*objects)) is not None:
         first, second = (add_article(name_object(one)) for one in objects)
@@ -148,6 +149,7 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, world: World) -> Fact 
 
 
 def _ask_existence(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
+    # Half of the questions are about an object of the image, so that "yes" is not rare.
     if rng.integers(2):
         one = scene.objects[int(rng.integers(len(scene.objects)))]
         color, shape = one.color, one.shape
@@ -165,6 +167,7 @@ FACTS = (_ask_color, _ask_shape, _ask_count, _ask_relation, _ask_existence)
 
 def ask_question(rng: np.random.Generator, scene: Scene, world: World = FULL) -> Question:
     """Samples a question about the image: multiple choice or open-ended, equally likely."""
+    # Some questions do not fit a scene, such as "What color is the circle?" with two circles.
     fact = None
     while fact is None:
         fact = FACTS[int(rng.integers(len(FACTS)))](rng, scene, world)
@@ -176,9 +179,9 @@ def ask_question(rng: np.random.Generator, scene: Scene, world: World = FULL) ->
     wrong = [fact.wrong[i] for i in rng.permutation(len(fact.wrong))[: MAX_OPTIONS - 1]]
     options = [[fact.answer, *wrong][i] for i in rng.permutation(len(wrong) + 1)]
     letter = instructions.OPTION_LETTERS[options.index(fact.answer)]
-    listed = instructions.list_options(fact.question, options)
+    with_options = instructions.list_options(fact.question, options)
     return Question(
-        instructions.MCQ.format(question=listed) if world.instructions else listed,
+        instructions.MCQ.format(question=with_options) if world.instructions else with_options,
         f"<answer>{letter}</answer>",
         "MC",
         f"{fact.reason}, option {letter}",
