@@ -65,14 +65,9 @@ def resolve_columns(
         problems.add(_check_types(schemas, name, column))
     problems.raise_any()
     _warn_of_absent(schemas, {n: column for n, column in names.items() if n not in required})
-    # All other columns keep their names, for rewards that read columns of their own. A column that
-    # a standard name is mapped to does not appear twice.
+    # All other columns keep their names, so that rewards can read them.
     taken = set(names.values())
-    rest = {
-        name: column
-        for name, column in spelling.items()
-        if column not in taken and name not in names
-    }
+    rest = {n: column for n, column in spelling.items() if column not in taken and n not in names}
     return names | rest
 
 

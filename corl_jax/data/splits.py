@@ -39,8 +39,8 @@ def find_splits(path: str) -> frozenset[str]:
 
 def group_by_split(paths: Sequence[str], root: str) -> dict[frozenset[str], list[str]]:
     """Groups paths by the splits in their names below `root`."""
-    # If one file has a known split, NAME-00000-of-00001.parquet is of the split NAME. Otherwise NAME
-    # may be that of the data set.
+    # If one file has a known split, NAME-00000-of-00001.parquet is of the split NAME. Otherwise
+    # NAME may be that of the data set.
     groups: dict[frozenset[str], list[str]] = {}
     relative = {path: os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     known = any(find_splits(name) for name in relative.values())
