@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     loader = check_arguments(args)
     tell_sampling(args)
+    # From here on devices are in use; all problems of the arguments were reported before.
     started = time.monotonic()
     dtype, report = measure(args, loader)
     seconds = time.monotonic() - started

@@ -57,6 +57,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def check_number(name: str, value: float | None, low: float, high=math.inf, *, above=False):
     """Returns a problem unless `value` is None or a finite number in the range."""
+    # NaN fails every comparison, so it is a problem too.
     if value is None or (low <= value <= high and value < math.inf and (value > low or not above)):
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
@@ -102,6 +103,7 @@ def check_model(
     if model is None:
         return
     limits = model.family.limits(model.sizes)
+    # An image takes all its codes, a text at most `new_tokens`.
     room = limits.positions - (limits.image_tokens if new_tokens is None else new_tokens)
     problems.add(
         f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
@@ -170,7 +172,7 @@ def generate_images(args: argparse.Namespace) -> None:
     with create_folder(args.out) as folder:
         options = SamplingOptions(
             special=model.processor.special, cfg_scale=args.cfg_scale, greedy=args.greedy,
-            temperature=args.temperature or 1.0, dtype=dtype,
+            temperature=args.temperature or 1.0, dtype=dtype,  # None with --greedy
         )  # fmt: skip
         for sample in batched.generate_images(
             model, prompts, options, samples=args.samples, batch_size=args.batch_size,
@@ -197,6 +199,7 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
 
     from corl_jax.runs import pictures
 
+    # Read from the files: the images of a long input need not stay in memory.
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
     files = [[folder / name_image(row, column) for column in columns] for row in range(len(shown))]
     images = [[np.asarray(Image.open(file)) for file in row] for row in files]
@@ -333,6 +336,7 @@ def format_records(records: Records) -> str:
     """Returns one JSON line per record, in the order of prompts and samples."""
     from corl_jax.data.questions import to_json_line
 
+    # Samples arrive sorted by the length of their prompts.
     return "".join(to_json_line(records[at]) for at in sorted(records))
 
 
@@ -341,6 +345,7 @@ def print_report(
 ) -> None:
     if args.greedy and args.samples > 1:
         print(f"note: --greedy makes the {args.samples} {what} of a prompt equal", file=sys.stderr)
+    # stderr, because standard output may be the answers.
     seconds = time.monotonic() - started
     note = f"{count} {what} in {seconds:.1f} s, loading and compilation included: {where}"
     print(note, file=sys.stderr)

@@ -62,7 +62,7 @@ def _join_keys(keys: tuple) -> str:
 def partition(
     params: Params, patterns: Sequence[str], option: str = "train.trainable"
 ) -> tuple[Params, Params]:
-    """Splits parameters into those whose path matches a pattern, and all others.
+    """Splits parameters by their paths: any pattern matches, or none does.
 
     `merge` puts the two trees together again. `option` names the config's option in messages.
 

@@ -297,6 +297,7 @@ def _read_case(
             if column in raw:
                 problems.add(f"found both {short} and {column}; drop one")
             raw[column] = raw[short]
+    # A null counts as given: only an absent key is missing.
     completion = "completion" if TASKS[entry.task].makes_text else "image"
     needed = [completion, *entry.columns]
     missing = [name for name in needed if name not in raw]
@@ -351,6 +352,7 @@ def _check_sizes(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> No
 
 
 def _make_samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
+    # A dict, not a set: columns keep their order.
     names = dict.fromkeys([*entry.columns, *entry.either, *entry.optional])
     if entry.every_column:
         names |= dict.fromkeys(name for row in rows for name in row)
@@ -361,6 +363,7 @@ def _make_samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
     }
     if TASKS[entry.task].makes_text:
         return Samples(columns, texts=[row["completion"] for row in rows])
+    # A reward of the program gets one array [N, S, S, 3], as in training.
     images = [np.asarray(row["image"]) for row in rows]
     return Samples(columns, images=images if entry.any_size else np.stack(images))
 

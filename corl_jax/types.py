@@ -1,4 +1,4 @@
-"""The values that cross module borders.
+"""The values that modules pass to each other.
 
 Axis legend, used in every docstring and annotation:
 

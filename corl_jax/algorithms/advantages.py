@@ -27,8 +27,8 @@ def combine_rewards(per_function: jax.Array, weights: jax.Array, group_size: int
     """Adds the rewards of several functions, each times its weight.
 
     `per_function` [F, N] is NaN where a function does not apply; `weights` [F]. Returns [N].
-    A function that applies to no row of a group adds nothing to that group. A row is NaN if it
-    lacks a reward that other rows of its group have, or if no function applies to it.
+    A function that applies to no row of a group adds nothing to that group. A row is NaN if no
+    function applies to it. It is also NaN if it lacks a reward that other rows of its group have.
     Source: TRL's weighted nansum, made fair within a group.
     """
     per_function = jnp.asarray(per_function, jnp.float32)
@@ -178,8 +178,8 @@ def unify_rewards(
 ) -> jax.Array:
     """Returns the weighted sum of the tasks' rewards [N]: r_t2i + lambda r_mm2t.
 
-    A task without any valid reward in a group counts as 0 in that group. A row is NaN if it
-    lacks a reward that other rows of its group have, or if its group has no reward at all.
+    A task without any valid reward in a group counts as 0 in that group. A row is NaN if its group
+    has no reward at all. It is also NaN if it lacks a reward that other rows of its group have.
     Source: arXiv 2505.17534 eq. 5, with lambda = 0.8.
     """
     groups = {task: _split_into_groups(values, group_size) for task, values in rewards.items()}

@@ -162,7 +162,7 @@ class Loader:
         return self.processor.encode(TASKS[task].turn.prompt, ids, images, self.lengths.get(task))
 
     def _compute_lengths(self) -> dict[str, int]:
-        """Returns the padded prompt length of each task; empty if each batch has its own."""
+        """Returns the padded prompt length of each task; empty if it differs between batches."""
         padding, tasks = self.options.padding, self.options.tasks
         if isinstance(padding, Mapping):
             return dict(padding)

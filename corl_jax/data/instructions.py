@@ -60,7 +60,7 @@ def ask_open_ended(question: str) -> str:
 def add_instruction(question: str, instruction: str) -> str:
     """Adds the template of one of INSTRUCTIONS to a question.
 
-    A question that already asks for answer tags is returned unchanged.
+    A question that already mentions answer tags is returned unchanged.
     """
     if instruction == "none" or ("<answer>" in question and "</answer>" in question):
         return question

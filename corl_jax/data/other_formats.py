@@ -53,8 +53,8 @@ def describe_folder(folder: str) -> str:
     if not files:
         return "it holds no file at all"
     counts = sorted(((len(paths), suffix) for suffix, paths in files.items()), reverse=True)
-    listed = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for count, suffix in counts[:5])
-    text = f"it holds these files: {listed}"
+    summary = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for count, suffix in counts[:5])
+    text = f"it holds these files: {summary}"
     for suffix in PARQUET_NAMES:
         if suffix in files:
             ending = os.path.splitext(files[suffix][0])[1]

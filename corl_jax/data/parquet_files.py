@@ -117,7 +117,7 @@ def _find_root(pattern: str) -> str:
 
 
 def _list_files(root: str, pattern: str) -> list[str]:
-    """Returns the files that match a pattern below `root`, and those in folders that match."""
+    """Returns the files that match a pattern below `root`, and the files in matching folders."""
     prefix = "" if root == "." else glob.escape(root)
     files = set()
     for path in glob.glob(os.path.join(prefix, pattern), recursive=True):
@@ -149,8 +149,8 @@ def _list_one_split(root: str, pattern: str, entry: str, shown: str) -> list[str
         parts = [part] if isinstance(part, str) else part
         names = [name if shown == "." else f"{shown.rstrip('/')}/{name}" for name in parts]
         more = ", .." if len(names) > MAX_FILES_NAMED else ""
-        listed = f"[{', '.join(names[:MAX_FILES_NAMED])}{more}]"
-        example = names[0] if isinstance(part, str) else listed
+        example_list = f"[{', '.join(names[:MAX_FILES_NAMED])}{more}]"
+        example = names[0] if isinstance(part, str) else example_list
         raise InputError(
             f"data: {entry} holds {splits.describe_groups(groups)}; name the files of one, for "
             f"example {example}"

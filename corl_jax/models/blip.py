@@ -54,7 +54,7 @@ class BlipTextConfig:
     layer_norm_eps: float = 1e-12
     bos_token_id: int = 30522  # starts a caption
     sep_token_id: int = 102  # ends it
-    tie_word_embeddings: bool = True  # False: the head has a kernel of its own
+    tie_word_embeddings: bool = True  # False: the head has another kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class DecoderBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Hidden states [..., D] -> logits [..., V]; a tied head has no kernel of its own."""
+    """Hidden states [..., D] -> logits [..., V]; a tied head uses the word embeddings."""
 
     def __init__(self, config: BlipTextConfig, *, rngs: nnx.Rngs):
         width, rows = config.hidden_size, config.vocab_size

@@ -158,7 +158,7 @@ def _sample_turn(
 def _run_pieces(
     planned: Sequence[Piece], samples: int, call: Callable, unit: str, show_progress: bool
 ) -> Iterator[Sample]:
-    """Yields the samples of the pieces, without those that only fill a batch up."""
+    """Yields the samples of the pieces; leaves out samples that only fill a batch up."""
     total = samples * len({prompt for piece in planned for prompt in piece.prompts})
     with tqdm(total=total, unit=unit, disable=None if show_progress else True) as bar:
         for piece in planned:

@@ -23,7 +23,7 @@ STRIDE = 16
 
 
 def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) -> jax.Array:
-    """Returns the keys [N] of the samples of prompts [B]; each task has a `stream` of its own."""
+    """Returns the keys [N] of the samples of prompts [B]; `stream` is the number of the task."""
     # Without the stream, image i and text i of a prompt would draw the same random numbers.
     base = jax.random.fold_in(jax.random.key(seed), stream)
     index = jnp.asarray(prompt_index, jnp.uint32)
@@ -86,7 +86,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """Sets all logits to -inf but those of the most likely tokens with total probability `top_p`.
+    """Keeps the most likely tokens with total probability `top_p`; sets other logits to -inf.
 
     At least one token stays, and so do ties with the least likely token that stays.
     """

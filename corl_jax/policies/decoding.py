@@ -162,12 +162,12 @@ class FusedBlock:
         # Grouped queries, 4 heads and 2 key heads: [q0, q1, k0, v0] and [q2, q3, k1, v1], so each
         # key head lies with its queries.
         heads, size = attn.config.num_kv_heads, attn.config.head_dim
-        queries, one = (heads, attn.config.num_heads // heads, size), (heads, 1, size)
+        queries, single = (heads, attn.config.num_heads // heads, size), (heads, 1, size)
         wide, inner = (attn.config.hidden_size,), (1, attn.config.intermediate_size)
         side = ("embed", "heads", None, None)
         return cls(
             block,
-            qkv=Fused.of((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, one, one),
+            qkv=Fused.of((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, single, single),
             out=Fused.of((attn.o_proj,), ("heads", "embed"), wide),
             gate_up=Fused.of((mlp.gate_proj, mlp.up_proj), ("embed", None, "mlp"), inner, inner),
             down=Fused.of((mlp.down_proj,), ("mlp", "embed"), wide),

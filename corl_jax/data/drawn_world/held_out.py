@@ -14,7 +14,7 @@ class HeldOutShapes:
     """A data source of rows that are in no training set, whatever the seeds.
 
     The rows are of the split `test`. Its specs are absent from `train`, except where a category
-    has too few specs. Images and questions have seeds of their own.
+    has too few specs. Images and questions have other seeds.
     """
 
     def __init__(self, rows: int, seed: int, world: str = "full"):

@@ -2,8 +2,8 @@
 
 A world has a few shapes and colours on a light background. An image has one to four objects. They
 are not rotated and touch neither each other nor the border. `FULL` has 5 shapes and 6 colours in
-any place. `SMALL`, for models that learn on a CPU, has 4 shapes and 4 colours, in images of half
-the side with four cells.
+any place. `SMALL` is for models that learn on a CPU. It has 4 shapes and 4 colours, in images of
+half the side with four cells.
 
 A *spec* is a demand in the form of GenEval:
 `{"category": .., "include": [{"class", "count", "color"?, "position"?}, ..]}`. `position:
@@ -289,20 +289,20 @@ def sample_scene(rng: np.random.Generator, spec: Spec, world: World = FULL) -> S
     )
 
 
-def _draw_object(draw: ImageDraw.ImageDraw, one: Object, color, background, side: int) -> None:
-    left, top, right, bottom = (v * side for v in one.box)
-    x, y, half = one.x * side, one.y * side, one.size * side / 2
-    if one.shape == "square":
+def _draw_object(draw: ImageDraw.ImageDraw, item: Object, color, background, side: int) -> None:
+    left, top, right, bottom = (v * side for v in item.box)
+    x, y, half = item.x * side, item.y * side, item.size * side / 2
+    if item.shape == "square":
         draw.rectangle((left, top, right, bottom), fill=color)
-    elif one.shape == "triangle":
+    elif item.shape == "triangle":
         draw.polygon([(x, top), (right, bottom), (left, bottom)], fill=color)
-    elif one.shape == "cross":
+    elif item.shape == "cross":
         arm = half * CROSS_ARM
         draw.rectangle((left, y - arm, right, y + arm), fill=color)
         draw.rectangle((x - arm, top, x + arm, bottom), fill=color)
     else:
         draw.ellipse((left, top, right, bottom), fill=color)
-        if one.shape == "ring":
+        if item.shape == "ring":
             hole = half * RING_HOLE
             draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
 
@@ -315,7 +315,7 @@ def render(scene: Scene | Spec, image_size: int = 64, seed: int = 0) -> np.ndarr
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
     tints = scene.tints or ((0, 0, 0),) * len(scene.objects)
-    for one, tint in zip(scene.objects, tints, strict=True):
-        color = np.clip(np.add(PALETTE[one.color], tint), 0, 255)
-        _draw_object(draw, one, tuple(int(c) for c in color), scene.background, side)
+    for item, tint in zip(scene.objects, tints, strict=True):
+        color = np.clip(np.add(PALETTE[item.color], tint), 0, 255)
+        _draw_object(draw, item, tuple(int(c) for c in color), scene.background, side)
     return np.asarray(image.reduce(SUPERSAMPLE))

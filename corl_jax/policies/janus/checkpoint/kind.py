@@ -1,4 +1,4 @@
-"""`KIND`: the checkpoints of Janus, in both PyTorch layouts and in our own."""
+"""`KIND`: the checkpoints of Janus, in both PyTorch layouts and in that of corl_jax."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def _parse_rope_theta(fields: Fields) -> float:
 
 
 def write_llama(llama: LlamaConfig) -> dict[str, Any]:
-    """Returns all sizes as JSON, so that no reader depends on its own defaults."""
+    """Returns all sizes as JSON."""
+    # All, because readers differ in their defaults.
     fields: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": llama.vocab_size,
