@@ -28,8 +28,8 @@ from corl_jax.input_files import parse_path, parse_place
 from corl_jax.policies.sampling_options import (
     complete_options,
     describe_default,
+    find_temperature_problems,
     tell_sampling,
-    temperature_problems,
 )
 from corl_jax.tasks import TASKS
 
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     loader = check_arguments(args)
     tell_sampling(args)
+    # From here on devices are in use; all problems of the arguments were reported before.
     started = time.monotonic()
     dtype, report = measure(args, loader)
     seconds = time.monotonic() - started
@@ -139,7 +140,7 @@ def check_arguments(args: argparse.Namespace) -> Any:
     problems.attempt(check_options, args)
     problems.add(complete_options(args, ("cfg_scale", "temperature", "max_new_tokens")))
     model = problems.attempt(inspect_policy, args.model)
-    # With a wrong number of rows, or of an unknown suite, there are none to check.
+    # With a wrong number of rows, or an unknown suite, there are no rows to check.
     source = (
         None
         if any(p.startswith(("--rows", "--seed", "--suite")) for p in problems)
@@ -152,7 +153,7 @@ def check_arguments(args: argparse.Namespace) -> Any:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Checks the numbers, the suite and the output folder. Raises InputError listing problems."""
+    """Checks the numbers, the suite and the output folder. Raises: InputError listing problems."""
     from corl_jax.evaluation import SUITES
 
     problems = Problems()
@@ -166,7 +167,7 @@ def check_options(args: argparse.Namespace) -> None:
         problems.add(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
     if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
         problems.add(f"--cfg-scale: found {args.cfg_scale:g}; expected a number of at least 0")
-    problems.add(temperature_problems(args.temperature))
+    problems.add(find_temperature_problems(args.temperature))
     if args.greedy and args.temperature is not None:
         problems.add("--temperature: --greedy would ignore it; leave one of them out")
     if args.out is not None:
@@ -175,20 +176,21 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_output_folder(out: Path) -> None:
-    """Raises an InputError unless `out` is an empty folder or can be made."""
+    """Checks that `out` is an empty folder or can be made. Raises: InputError if not."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"--out {out}: is no folder; name a new or an empty one")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"--out {out}: holds files; name a new or an empty folder")
+    # Checked now, because the folder is written at the end, after the sampling.
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--out {out}: {parent} cannot be written to; name another place")
 
 
 def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
-    """Returns the rows to measure on. Raises InputError for data that cannot be used.
+    """Opens the rows of the evaluation. Raises: InputError for data that cannot be used.
 
-    The image size of `model` chooses the drawn world; None if the model cannot be read.
+    The image size of `model` chooses the drawn world. `model` is None if it cannot be read.
     """
     from corl_jax.data.dataset import ParquetSource, Rows
     from corl_jax.data.drawn_world.scene import choose_world
@@ -221,10 +223,11 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
     from corl_jax.evaluation import SUITES
 
     names = [source.where(row) for row in range(len(source))]
-    suite, columns = SUITES[args.suite], scored_columns(args)
+    suite, columns = SUITES[args.suite], list_scored_columns(args)
     assert suite.find_row_problems is not None
     problems = Problems()
     problems.add(suite.find_row_problems({name: source.column(name) for name in columns}, names))
+    # Unlike training, an evaluation leaves out no row: the rates of two models must be comparable.
     longest = dict.fromkeys(TASKS, 1)
     for row, name in enumerate(names):
         columns = None
@@ -255,7 +258,7 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
 def count_prompt_tokens(
     columns: dict[str, Any], model: Any, max_new_tokens: int
 ) -> dict[str, tuple[int, int]]:
-    """Returns (tokens of the prompt, most tokens that leave room for a completion) by task."""
+    """Counts, by task, the prompt's tokens and the most that leave room for a completion."""
     limits = model.family.limits(model.sizes)
     lengths = {}
     for name, task in TASKS.items():
@@ -265,8 +268,9 @@ def count_prompt_tokens(
     return lengths
 
 
-def scored_columns(args: argparse.Namespace) -> list[str]:
-    """Returns the columns that the suite's scores are computed from; images are read by row."""
+def list_scored_columns(args: argparse.Namespace) -> list[str]:
+    """Lists the columns from which the suite computes scores, without images."""
+    # These columns are read whole. Images are large, so they are read row by row.
     from corl_jax.data.columns import IMAGE_COLUMN
     from corl_jax.evaluation import SUITES
 
@@ -285,10 +289,10 @@ def make_loader(
         tasks=SUITES[args.suite].tasks,
         batch_size=min(args.batch_size, len(source)),
         seed=0,
-        required=scored_columns(args),
+        required=list_scored_columns(args),
         shuffle=False,
         lengths=lengths,
-        max_bad_fraction=0.0,  # a row in another's place would count twice
+        max_bad_fraction=0.0,  # a row that replaces another one would count twice
         max_long_fraction=0.0,
     )
     return Loader(source, processor, options)
@@ -312,16 +316,16 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
 
     prepare_devices()
     dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    # As many devices as divide a batch; the model is whole on each.
-    ways = math.gcd(loader.batch_size, jax.local_device_count())
-    mesh = make_mesh(devices=jax.local_devices()[:ways])
+    # As many devices as divide a batch, each with the whole model: 6 rows, 4 devices -> 2.
+    num_devices = math.gcd(loader.batch_size, jax.local_device_count())
+    mesh = make_mesh(devices=jax.local_devices()[:num_devices])
     model = load_policy(args.model, dtype, mesh)
     steps = loader.steps_per_epoch
     batches = tqdm(loader.iterate(0, steps), total=steps, unit="batch", disable=None)
     options = SamplingOptions(
         special=model.processor.special,
         cfg_scale=args.cfg_scale,
-        temperature=args.temperature or 1.0,
+        temperature=args.temperature or 1.0,  # None with --greedy
         max_new_tokens=args.max_new_tokens,
         dtype=dtype,
     )

@@ -24,8 +24,8 @@ from corl_jax.policies.sampling_options import (
     HARMLESS,
     complete_options,
     describe_default,
+    find_temperature_problems,
     tell_sampling,
-    temperature_problems,
 )
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
 
@@ -56,7 +56,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def check_number(name: str, value: float | None, low: float, high=math.inf, *, above=False):
-    """Returns a problem unless `value` is None, or a finite number in the range."""
+    """Returns a problem unless `value` is None or a finite number in the range."""
+    # NaN fails every comparison, so it is a problem too.
     if value is None or (low <= value <= high and value < math.inf and (value > low or not above)):
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
@@ -65,14 +66,14 @@ def check_number(name: str, value: float | None, low: float, high=math.inf, *, a
 
 
 def check_options(args: argparse.Namespace, samples: str, problems: Problems) -> None:
-    """Notes problems of the options that both subcommands have.
+    """Adds problems of the options of both subcommands.
 
-    `samples` is the name of the option that gives the number of samples.
+    `samples` is the name of the option for the number of samples.
     """
     problems.add(check_number("--batch-size", args.batch_size, 1))
     problems.add(check_number(f"--{samples}", args.samples, 1))
     problems.add(check_number("--seed", args.seed, 0, MAX_SEED))
-    problems.add(temperature_problems(args.temperature))
+    problems.add(find_temperature_problems(args.temperature))
     if args.greedy:
         problems.add(
             f"--{name.replace('_', '-')}: found {value:g}, which --greedy would ignore; leave one "
@@ -90,9 +91,9 @@ def check_model(
     problems: Problems,
     system: str = "",
 ) -> None:
-    """Notes problems of the model's small files, and prompts that are too long for the model.
+    """Adds problems of the model's small files, and prompts that are too long for the model.
 
-    `rows` has (what it is, columns) of each prompt. Without `new_tokens` an image follows.
+    `rows` has (name in messages, columns) of each prompt. Without `new_tokens` an image follows.
     """
     from corl_jax.policies import inspect_policy
 
@@ -102,6 +103,7 @@ def check_model(
     if model is None:
         return
     limits = model.family.limits(model.sizes)
+    # An image takes all its codes, a text at most `new_tokens`.
     room = limits.positions - (limits.image_tokens if new_tokens is None else new_tokens)
     problems.add(
         f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
@@ -115,7 +117,7 @@ def check_model(
 
 
 def read_image_prompts(args: argparse.Namespace, problems: Problems) -> list[str]:
-    """Returns the prompts of images; notes what is wrong with them."""
+    """Reads the prompts of images; adds their problems to `problems`."""
     from corl_jax.data import questions
 
     if args.prompts is not None:
@@ -145,6 +147,8 @@ def check_image(args: argparse.Namespace) -> list[str]:
         problems.add(f"--out {args.out}: is a file; name a new or an empty folder")
     prompts = read_image_prompts(args, problems)
     problems.add(complete_options(args, ("cfg_scale", "temperature")))
+    # Prompts with a lone surrogate are a problem already; replaced, the tokenizer can count the
+    # others.
     texts = [questions.replace_surrogates(prompt) for prompt in prompts]
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(texts)]
     check_model(args, None, IMAGE_GENERATION, rows, problems)
@@ -164,10 +168,11 @@ def generate_images(args: argparse.Namespace) -> None:
     tell_sampling(args)
     started, records = time.monotonic(), {}
     model, dtype = load_model(args)
+    # The folder appears whole, after the last image: no reader sees a part of the output.
     with create_folder(args.out) as folder:
         options = SamplingOptions(
             special=model.processor.special, cfg_scale=args.cfg_scale, greedy=args.greedy,
-            temperature=args.temperature or 1.0, dtype=dtype,
+            temperature=args.temperature or 1.0, dtype=dtype,  # None with --greedy
         )  # fmt: skip
         for sample in batched.generate_images(
             model, prompts, options, samples=args.samples, batch_size=args.batch_size,
@@ -194,6 +199,7 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
 
     from corl_jax.runs import pictures
 
+    # Read from the files: the images of a long input need not stay in memory.
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
     files = [[folder / name_image(row, column) for column in columns] for row in range(len(shown))]
     images = [[np.asarray(Image.open(file)) for file in row] for row in files]
@@ -204,7 +210,7 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
 
 
 def read_text_questions(args: argparse.Namespace, problems: Problems) -> list[ImageQuestion]:
-    """Returns the questions; notes what is wrong with them."""
+    """Reads the questions; adds their problems to `problems`."""
     from corl_jax.data import questions
 
     if args.input is None:
@@ -264,6 +270,7 @@ def check_text(args: argparse.Namespace) -> list[ImageQuestion]:
         problems.add(questions.find_text_problems("--system-prompt", args.system_prompt))
     questions.check_images(cases, problems)
     problems.add(complete_options(args, TEXT_OPTIONS))
+    # One problem instead of one for each question, which all would be too long.
     no_room = check_room(args)
     problems.add(no_room)
     system = questions.replace_surrogates(args.system_prompt)
@@ -329,6 +336,7 @@ def format_records(records: Records) -> str:
     """Returns one JSON line per record, in the order of prompts and samples."""
     from corl_jax.data.questions import to_json_line
 
+    # Samples arrive sorted by the length of their prompts.
     return "".join(to_json_line(records[at]) for at in sorted(records))
 
 
@@ -337,6 +345,7 @@ def print_report(
 ) -> None:
     if args.greedy and args.samples > 1:
         print(f"note: --greedy makes the {args.samples} {what} of a prompt equal", file=sys.stderr)
+    # stderr, because standard output may be the answers.
     seconds = time.monotonic() - started
     note = f"{count} {what} in {seconds:.1f} s, loading and compilation included: {where}"
     print(note, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A metric: a number that carries how several of it become one."""
+"""A metric: a number, and the rule that reduces several of these numbers to one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ Over = Literal["last", "first", "mean", "sum", "max"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A number, and how the numbers of several updates or processes become one.
+    """A number, and the rule that reduces the numbers of several updates or processes to one.
 
-    `last`, `first`: of the updates of one iteration, this one's number counts. All processes
-    have the same number.
-    `mean`, `sum`, `max`: each process has measured its own number; they are reduced so.
+    `last`, `first`: the number of the last or first update of an iteration counts.
+    `mean`, `sum`, `max`: the numbers of all processes are reduced by this function.
     """
 
-    value: Any  # float, or a scalar of the device
+    value: Any  # float, or a scalar of the device, which is not read before it is logged
+    # `last` and `first` reduce over updates only: all processes must have the same number.
+    # Static: the rule is part of the tree's structure, so that jit can return metrics.
     over: Over = dataclasses.field(default="last", metadata={"static": True})
 
     def __float__(self) -> float:

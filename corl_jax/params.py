@@ -33,6 +33,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split("/")
+        # "a/b/c" -> tree["a"]["b"]["c"]; parents that do not exist yet are made.
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -43,25 +44,27 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
     """Returns (path, leaf) of each leaf of any pytree, in the order of jax.tree.leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(_join(keys), leaf) for keys, leaf in leaves]
+    return [(_join_keys(keys), leaf) for keys, leaf in leaves]
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> Params:
     """Returns the tree of function(path, leaf)."""
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: function(_join(keys), leaf), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function(_join_keys(keys), leaf), tree
+    )
 
 
-def _join(keys: tuple) -> str:
+def _join_keys(keys: tuple) -> str:
+    # keystr with simple=True gives "kernel", not "['kernel']", for keys of every kind of node.
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def partition(
     params: Params, patterns: Sequence[str], option: str = "train.trainable"
 ) -> tuple[Params, Params]:
-    """Splits parameters into (those whose path matches a regex, the others).
+    """Splits parameters by their paths: any pattern matches, or none does.
 
-    `merge` puts the two trees together again. `option` is the name of the config's option that
-    holds the patterns, for messages.
+    `merge` puts the two trees together again. `option` names the config's option in messages.
 
     Raises:
         InputError: a pattern is not a regular expression, or matches no path.
@@ -69,6 +72,7 @@ def partition(
     paths = [path for path, _ in leaf_paths(params)]
     problems = []
     for pattern in patterns:
+        # A pattern without a match is a typing error: it would silently train nothing.
         try:
             if not any(re.fullmatch(pattern, path) for path in paths):
                 tops = ", ".join(sorted({path.split("/")[0] for path in paths}))
@@ -96,10 +100,11 @@ def merge(first: Params, second: Params) -> Params:
 
 
 def compute_dtype(path: str, dtype: Any, float32_parts: Sequence[str]) -> Any:
-    """Returns the dtype of one parameter where a network computes in `dtype`.
+    """Returns the dtype of one parameter of a network that computes in `dtype`.
 
-    Paths that begin with one of `float32_parts` compute in float32 in any case.
+    Paths whose first name is in `float32_parts` compute in float32 in any case.
     """
+    # "vqmodel/decoder/conv_in/kernel" -> "vqmodel"
     return jnp.float32 if path.split("/")[0] in float32_parts else dtype
 
 

@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print(describe_rewards())
         return
-    reward, found, cases = check_arguments(args)
-    context = _load_context(args, reward, found)
+    reward, checked_networks, cases = check_arguments(args)
+    context = _load_context(args, reward, checked_networks)
     calls = [call_once(reward, cases.samples, context) for _ in range(args.repeat)]
     traces = {number: call for number, call in enumerate(calls, 1) if isinstance(call, str)}
     if len(traces) < len(calls):
@@ -72,11 +72,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_rewards(name: str, cases: Cases, calls: list[np.ndarray | str]) -> None:
-    """Prints a line per case, and to stderr the mean. A call that is a str has failed."""
+    """Prints a line per case, and the mean to stderr. A call that is a str has failed."""
     count = len(cases.lines)
     failed = np.full(count, np.nan, np.float32)
     values = np.stack([failed if isinstance(call, str) else call for call in calls])
     for index, (line, rewards) in enumerate(zip(cases.lines, values.T, strict=True)):
+        # 7 digits: float32 has no more, and JSON would print those of a float64.
         numbers = [None if np.isnan(value) else float(f"{value:.7g}") for value in rewards]
         more = {"rewards": numbers} if len(calls) > 1 else {}
         print(json.dumps({"index": index, "line": line, "reward": numbers[0]} | more))
@@ -157,7 +158,7 @@ def _name_networks(entry: RewardRow) -> str:
 
 
 class Cases:
-    """The cases of an input: their line numbers, and their samples."""
+    """The cases of an input: their line numbers and their samples."""
 
     def __init__(self, lines: list[int], samples: Samples):
         self.lines = lines
@@ -167,7 +168,7 @@ class Cases:
 def check_arguments(
     args: argparse.Namespace,
 ) -> tuple[BoundReward, list[networks.CheckedNetwork], Cases]:
-    """Checks all that needs no device; returns the reward, its networks and its cases.
+    """Checks arguments and input without a device; returns the reward, its networks and cases.
 
     Raises:
         InputError: listing all problems of the arguments and the input.
@@ -181,16 +182,17 @@ def check_arguments(
         problems.add(f"--seed: found {args.seed}; expected 0 or more")
     if args.repeat < 1:
         problems.add(f"--repeat: found {args.repeat}; expected 1 or more")
-    reward = args.reward and problems.attempt(_resolve, args.reward, options)
-    asked = reward.networks if reward else ()
-    settings = problems.attempt(_read_network_settings, args.network, args.dtype, asked)
-    found = None
+    reward = args.reward and problems.attempt(_bind_reward, args.reward, options)
+    used = reward.networks if reward else ()
+    settings = problems.attempt(_read_network_settings, args.network, args.dtype, used)
+    checked_networks = None
     if reward and settings:
-        found = problems.attempt(networks.check_networks, [reward], settings, args.dtype)
-    asks = bool(reward and {"policy", "initial"} & set(reward.scorers))
-    if asks and not args.model:
+        checked_networks = problems.attempt(networks.check_networks, [reward], settings, args.dtype)
+    needs_policy = bool(reward and {"policy", "initial"} & set(reward.scorers))
+    if needs_policy and not args.model:
         problems.add(f"--model: missing; {reward.name} asks the policy")
-    elif args.model and (asks or reward is None):
+    # Without a valid reward it is not known whether the model is needed; its problems are shown.
+    elif args.model and (needs_policy or reward is None):
         model = problems.attempt(inspect_policy, args.model)
         if reward and model:
             limits = model.family.limits(model.sizes)
@@ -198,13 +200,13 @@ def check_arguments(
     entry = reward.row if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and problems.attempt(read_cases, args.input, entry)
     problems.raise_any()
-    assert reward and found is not None and cases
-    return reward, found, cases
+    assert reward and checked_networks is not None and cases
+    return reward, checked_networks, cases
 
 
-def _resolve(name: str, options: dict[str, Any]) -> BoundReward:
+def _bind_reward(name: str, options: dict[str, Any]) -> BoundReward:
     if ":" in name:
-        # Tried out, a reward that fails should say so, not count as "does not apply".
+        # In a run a few failures count as "does not apply". This command must show the first one.
         return registry.bind_user_reward(
             Reward(use=name, options=options, max_failures=1), "reward"
         )
@@ -212,9 +214,9 @@ def _resolve(name: str, options: dict[str, Any]) -> BoundReward:
 
 
 def _read_network_settings(
-    texts: list[str], dtype: Literal["float32", "bfloat16"], asked: tuple[str, ...]
+    texts: list[str], dtype: Literal["float32", "bfloat16"], used: tuple[str, ...]
 ) -> Networks:
-    """Returns the block `networks` of --network and --dtype. The reward runs those in `asked`."""
+    """Returns the block `networks` of --network and --dtype. The reward runs those in `used`."""
     known, problems, paths = list(networks.NETWORKS), Problems(), {}
     for text in texts:
         name, equals, path = text.partition("=")
@@ -226,13 +228,13 @@ def _read_network_settings(
             paths[name] = expand_path(path)
     problems.raise_any()
     blocks: Any = {
-        n: RewardNetwork(path=paths.get(n), dtype=dtype if n in asked else "float32") for n in known
+        n: RewardNetwork(path=paths.get(n), dtype=dtype if n in used else "float32") for n in known
     }
     return Networks(**blocks)
 
 
 def _read_options(texts: list[str], problems: Problems) -> dict[str, Any]:
-    """Returns the options of key=value arguments; notes what is wrong with them."""
+    """Reads the options of key=value arguments; adds their problems to `problems`."""
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -251,14 +253,14 @@ def _read_options(texts: list[str], problems: Problems) -> dict[str, Any]:
 
 
 def read_cases(path: Path, entry: RewardRow | None) -> Cases:
-    """Returns the cases of a JSON lines file. Without an entry only the file itself is checked.
+    """Reads the cases of a JSON lines file. Without an entry it only checks the file itself.
 
     Raises:
         InputError: listing the problems of all lines.
     """
     text = read_text(path, "JSON lines")
     lines, rows, problems = [], [], Problems()
-    # Not splitlines(): it also breaks at separators that JSON strings may hold.
+    # Not splitlines(): it also splits at characters such as U+2028, which JSON strings may have.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -271,13 +273,13 @@ def read_cases(path: Path, entry: RewardRow | None) -> Cases:
     if entry and not entry.any_size and not problems:
         problems.attempt(_check_sizes, path, lines, rows)
     problems.raise_any()
-    return Cases(lines, _samples(entry, rows) if entry else Samples({}, texts=[]))
+    return Cases(lines, _make_samples(entry, rows) if entry else Samples({}, texts=[]))
 
 
 def _read_case(
     line: str, folder: Path, entry: RewardRow | None, problems: Problems
 ) -> dict[str, Any]:
-    """Returns the values of a line by column name; notes what is wrong with it."""
+    """Reads the values of a line by column name; adds its problems to `problems`."""
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -295,6 +297,7 @@ def _read_case(
             if column in raw:
                 problems.add(f"found both {short} and {column}; drop one")
             raw[column] = raw[short]
+    # A null counts as given: only an absent key is missing.
     completion = "completion" if TASKS[entry.task].makes_text else "image"
     needed = [completion, *entry.columns]
     missing = [name for name in needed if name not in raw]
@@ -311,7 +314,8 @@ def _read_case(
     for name in (completion, *known):
         problem, row[name] = _read_value(name, raw.get(name), folder)
         if entry.any_size and name not in (completion, "real_image"):
-            problem = None  # a user's own reward reads other columns as it likes, as in training
+            # A user's reward may read these columns in any form, and training does not check them.
+            problem = None
         if problem is None and name == completion and name in raw and raw[name] is None:
             problem = f"found null, expected a {'text' if name == 'completion' else 'path'}"
         if problem:
@@ -320,7 +324,7 @@ def _read_case(
 
 
 def _read_value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
-    """Returns (problem or None, value) of a key. null is a value of every key."""
+    """Reads the value of a key; returns (problem or None, value). null fits every key."""
     if value is None:
         return None, None
     if name not in ("image", "real_image"):
@@ -334,7 +338,7 @@ def _read_value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
 
 
 def _check_sizes(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> None:
-    """Raises an InputError unless all images are squares of one size."""
+    """Checks that all images are squares of one size. Raises: InputError if not."""
     # They form one batch.
     sizes = [row["image"].size for row in rows if "image" in row]
     problems = Problems()
@@ -347,7 +351,8 @@ def _check_sizes(path: Path, lines: list[int], rows: list[dict[str, Any]]) -> No
     problems.raise_any()
 
 
-def _samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
+def _make_samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
+    # A dict, not a set: columns keep their order.
     names = dict.fromkeys([*entry.columns, *entry.either, *entry.optional])
     if entry.every_column:
         names |= dict.fromkeys(name for row in rows for name in row)
@@ -358,24 +363,28 @@ def _samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
     }
     if TASKS[entry.task].makes_text:
         return Samples(columns, texts=[row["completion"] for row in rows])
+    # A reward of the program gets one array [N, S, S, 3], as in training.
     images = [np.asarray(row["image"]) for row in rows]
     return Samples(columns, images=images if entry.any_size else np.stack(images))
 
 
 def _load_context(
-    args: argparse.Namespace, reward: BoundReward, found: list[networks.CheckedNetwork]
+    args: argparse.Namespace, reward: BoundReward, checked_networks: list[networks.CheckedNetwork]
 ) -> Context:
     model = dtype = None
-    # Of rewards without a network those of images may use a device; a user's own readies itself.
+    # Rewards of images may use a device even without a network. A user's reward prepares its own.
     row = reward.row
     uses_images = not TASKS[row.task].makes_text and not row.any_size
-    if found or reward.scorers or uses_images:
+    if checked_networks or reward.scorers or uses_images:
         prepare_devices()
-    loaded = {one.name: networks.load_frozen_network(one, None, offload=False) for one in found}
+    loaded = {
+        network.name: networks.load_frozen_network(network, None, offload=False)
+        for network in checked_networks
+    }
     if {"policy", "initial"} & set(reward.scorers):
         dtype = networks.DTYPES[args.dtype]
         model = load_policy(args.model, dtype)
-        # Nothing was trained: the model is what a run of it would start from.
+        # Nothing was trained here, so the model is its initial state too.
         initial = Policy(model.family, model.sizes, model.params, model.processor, dtype)
         loaded["initial"] = FrozenNetwork(initial, SingleDeviceSharding(jax.local_devices()[0]))
     elif args.model:

@@ -1,4 +1,4 @@
-"""The tasks: what a policy makes for a row of the data.
+"""The tasks: the text or image that a policy makes for a row of the data.
 
 A task is one or more turns. A turn is a prompt and the segments that the policy adds to it in one
 context. docs/how_to/add_a_task.md shows the rows that later tasks will be.
@@ -27,20 +27,22 @@ class Turn:
 class Task:
     """One row of `TASKS`."""
 
-    description: str  # as a message or a table names it
+    description: str  # in messages and tables
     turns: tuple[Turn, ...]
-    columns: tuple[str, ...]  # columns of the data that the prompts are made of
+    columns: tuple[str, ...]  # columns of the data that make the prompts
     stream: int  # random stream: the samples of two tasks on one row are independent
 
     @property
     def turn(self) -> Turn:
-        """The only turn: tasks of several turns are not built yet."""
+        """The only turn of the task."""
+        # Fails for several turns, which no part of the program can run yet.
         (turn,) = self.turns
         return turn
 
     @property
     def makes_text(self) -> bool:
-        """Whether rewards see a text; an image otherwise."""
+        """True if rewards see a text, False if they see an image."""
+        # The last segment of a turn is its result.
         return self.turn.segments[-1] == TEXT
 
 
@@ -55,6 +57,7 @@ IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
 UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
 
+# They follow the streams of TASKS: an equal number would repeat the random numbers of a task.
 QUESTION_STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
 """Random streams of the questions that rewards ask a model about its images."""
 
@@ -73,15 +76,16 @@ def choose_tasks(choice: str) -> tuple[str, ...]:
 
 
 def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Returns the standard columns that the tasks' prompts are made of, each once."""
+    """Returns the standard columns that make the tasks' prompts, each once."""
+    # A dict, not a set: the order of columns must be the same in every process.
     return tuple(dict.fromkeys(name for task in tasks for name in TASKS[task].columns))
 
 
 def image_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Returns those of the tasks whose result is an image."""
+    """Returns the tasks that make an image."""
     return tuple(task for task in tasks if not TASKS[task].makes_text)
 
 
 def text_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Returns those of the tasks whose result is a text."""
+    """Returns the tasks that make a text."""
     return tuple(task for task in tasks if TASKS[task].makes_text)

@@ -1,4 +1,4 @@
-"""The values that cross module borders.
+"""The values that modules pass to each other.
 
 Axis legend, used in every docstring and annotation:
 
@@ -39,7 +39,9 @@ class EncodedPrompts:
 class Prompts:
     """One batch of dataset rows on the host, encoded for the tasks that need it."""
 
-    index: np.ndarray  # [B] int64, global position in the data order; seeds the samples
+    # [B] int64, global position in the data order. It seeds the samples, so that they depend on
+    # neither the batch size nor the number of processes.
+    index: np.ndarray
     columns: dict[str, list]  # raw row values by standard column name
     encoded: dict[str, EncodedPrompts] = dataclasses.field(default_factory=dict)  # by task
 
@@ -50,17 +52,20 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A sequence of choices that a policy made, one a column: tokens, codes or denoising steps.
+    """The choices that a policy made for one part of its output, one choice per column.
 
-    `logprobs` are under the full distribution that the family records: for text the softmax at
-    the sampling temperature, which top-k and top-p do not change.
+    A choice is a text token, an image code or a denoising step. `logprobs` are those of the full
+    distribution that the family records. For text this is the softmax at the sampling temperature.
     """
 
+    # Static: jit compiles for the kind, and does not trace it.
     kind: str = dataclasses.field(metadata={"static": True})  # "text", "codes", "latents"
     values: Array  # [N, T] int32; of denoising steps the latents, [N, T + 1, ...]
     mask: Array  # [N, T] bool, the choices that count
-    logprobs: Array | None = None  # [N, T] float32, as sampled; None for given completions
-    # What scoring needs to repeat the choices, by name: the step at which a code was chosen, ...
+    # [N, T] float32, as sampled; None for given completions. Top-k and top-p do not change them:
+    # the update computes log-probs over the full softmax, and the two must agree.
+    logprobs: Array | None = None
+    # Arrays that scoring needs to repeat the choices, by name, such as the step of each code.
     replay: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
@@ -74,5 +79,5 @@ class Rollout:
 
     @property
     def group_size(self) -> int:
-        """Completions per prompt."""
+        """The number of completions per prompt."""
         return self.segments[0].mask.shape[0] // self.prompts.input_ids.shape[0]

@@ -1,4 +1,4 @@
-"""The table of algorithms: each is a way to make advantages and a loss."""
+"""The table of algorithms. Each row has a function that makes advantages, and a loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from corl_jax.algorithms.advantages import AdvantageOptions, group_relative
+from corl_jax.algorithms.advantages import AdvantageOptions, compare_within_groups
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, Loss
 
 Compare = Callable[
@@ -27,6 +27,6 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2402.03300; for two tasks arXiv 2505.17534
-    "grpo": Recipe(group_relative, CLIPPED_POLICY_LOSS),
+    "grpo": Recipe(compare_within_groups, CLIPPED_POLICY_LOSS),
 }
 """`algorithm.name` -> recipe."""

@@ -27,7 +27,7 @@ QUESTION_TYPES: dict[str, QuestionType] = {
         "OE",
     ),
 }  # fmt: skip
-"""Spelling of a question's type, in small letters without spaces and dashes -> the type."""
+"""A question's type as data sets spell it, in small letters without separators -> the type."""
 
 
 def read_question_type(value: str | None) -> QuestionType | None:
@@ -50,11 +50,8 @@ def read_question_type(value: str | None) -> QuestionType | None:
 
 
 def find_value_problem(name: str, value: Any) -> str | None:
-    """Returns what is wrong with a row's value of the column `name`, None if nothing is.
-
-    Null is allowed in every column: the reward then does not apply to the row. Images are
-    checked where they are decoded.
-    """
+    """Returns the problem of a value of the column `name`, or None. It does not check images."""
+    # Null is allowed in every column: the reward then does not apply to the row.
     if value is None:
         return None
     if name == "spec":
@@ -62,6 +59,7 @@ def find_value_problem(name: str, value: Any) -> str | None:
     if name == "od_solution" and isinstance(value, list):
         boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
         sides = [side for box in value for side in box] if boxes else []
+        # type(), because True is an int as well; Python ints of a JSON file have no limit.
         boxes = boxes and all(type(side) in (int, float) and abs(side) < 2**31 for side in sides)
         return None if boxes else f"found {_shorten(value)}, expected [[x1, y1, x2, y2], ..]"
     if not isinstance(value, str):
@@ -75,7 +73,7 @@ def find_value_problem(name: str, value: Any) -> str | None:
 
 
 def find_spec_problem(value: Any) -> str | None:
-    """Returns what is wrong with a spec of the drawn world (dict or JSON), None if nothing is."""
+    """Returns the problem of a spec of the drawn world (dict or JSON), or None."""
     expected = (
         "expected {category, include: [{class, count, color?, position?}, ..]}, count a whole "
         "number from 1, position [relation, index of an entry]"
@@ -85,11 +83,13 @@ def find_spec_problem(value: Any) -> str | None:
         include = spec["include"]
         valid = spec["category"] in CATEGORIES and isinstance(include, list) and bool(include)
         for entry in include:
+            # An entry without a position passes as if it had a valid one.
             relation, other = entry.get("position", (RELATIONS[0], 0))
             valid = valid and isinstance(entry["class"], str) and relation in RELATIONS
             valid = valid and isinstance(entry.get("color"), str | None)
             valid = valid and _is_whole_number(entry["count"], 1, MAX_OBJECTS)
             valid = valid and type(other) is int and 0 <= other < len(include)
+    # A spec can be any JSON. It is read as if it were valid, and each way to fail is a problem.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"[:MAX_SHOWN_CHARACTERS]
         return f"found {_shorten(value)} ({why}); {expected}"
@@ -97,12 +97,13 @@ def find_spec_problem(value: Any) -> str | None:
 
 
 def _is_whole_number(value: Any, lowest: int, highest: int) -> bool:
-    """True for a whole number in these bounds; 2.0, as tables write it, is one."""
+    """Returns whether a value is a whole number in these bounds; 2.0 is one."""
+    # Tables write whole numbers as floats where a column has missing values.
     return type(value) in (int, float) and lowest <= value <= highest and value == int(value)
 
 
 def _shorten(value: Any) -> str:
-    """Returns a value of a file for a message. The value may be very long or deeply nested."""
+    """Returns a text of a value for a message. The value may be very long or deeply nested."""
     try:
         text = repr(value)
     except RecursionError:

@@ -1,7 +1,7 @@
 """Finds the column of parquet files for each standard name, and checks that it can be read.
 
 Files are read one by one, so their schemas may differ in columns that nothing reads. A column of
-nulls has any type. The different Arrow types of texts, of bytes and of lists are one kind each.
+nulls fits every type. All Arrow types of texts are one kind, and so are those of bytes and lists.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 def resolve_columns(
     schemas: Mapping[str, Any], columns: Mapping[str, str], required: Sequence[str]
 ) -> dict[str, str]:
-    """Returns the column of the files for each name that a row has.
+    """Returns the column of the files for each name of a row.
 
-    `schemas` are Arrow schemas by path; `columns` and `required` are those of `ParquetSource`.
+    `schemas` are Arrow schemas by path. See `ParquetSource` for `columns` and `required`.
 
     Raises:
         InputError: with every problem of every column.
@@ -43,6 +43,7 @@ def resolve_columns(
         len(set(schema.names)) < len(schema.names) for schema in schemas.values()
     ):
         raise InputError(problems)
+    # Name without a byte order mark -> name in the files
     spelling = {
         name.removeprefix(BYTE_ORDER_MARK): name
         for schema in schemas.values()
@@ -55,17 +56,18 @@ def resolve_columns(
     }
     mapped = [name for name in columns if name in known]
     for name in dict.fromkeys((*required, *mapped)):
-        wanted = columns.get(name, name)
-        if wanted not in spelling:
-            problems.add(_describe_missing(next(iter(schemas)), name, wanted, list(spelling)))
+        column = columns.get(name, name)
+        if column not in spelling:
+            problems.add(_describe_missing(next(iter(schemas)), name, column, list(spelling)))
         elif name in required:
-            problems.add(_check_files(schemas, name, spelling[wanted]))
+            problems.add(_check_files(schemas, name, spelling[column]))
     for name, column in names.items():
         problems.add(_check_types(schemas, name, column))
     problems.raise_any()
     _warn_of_absent(schemas, {n: column for n, column in names.items() if n not in required})
+    # All other columns keep their names, so that rewards can read them.
     taken = set(names.values())
-    rest = {name: own for name, own in spelling.items() if own not in taken and name not in names}
+    rest = {n: column for n, column in spelling.items() if column not in taken and n not in names}
     return names | rest
 
 
@@ -84,18 +86,18 @@ def is_same_kind(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _describe_missing(path: str, name: str, wanted: str, known: list[str]) -> str:
+def _describe_missing(path: str, name: str, column: str, known: list[str]) -> str:
     remedy = (
         f"set data.columns.{name} to the column that holds it"
         if name in (*COLUMNS, ANSWER_COLUMN)
         else "add it to the data, or leave out what asks it"
     )
-    nearest = suggest_name(wanted, known, "found", cutoff=0.6)
-    return f"{path}: column {wanted} (for {name}) is missing; {nearest}; {remedy}"
+    nearest = suggest_name(column, known, "found", cutoff=0.6)
+    return f"{path}: column {column} (for {name}) is missing; {nearest}; {remedy}"
 
 
 def _check_files(schemas: Mapping[str, Any], name: str, column: str) -> list[str]:
-    """Lists files without a required column, or with another kind of values in it."""
+    """Lists problems of files without a required column, or with another kind of values in it."""
     present = [path for path, schema in schemas.items() if column in schema.names]
     absent = [path for path in schemas if path not in present]
     first = present[0]
@@ -118,7 +120,7 @@ def _check_files(schemas: Mapping[str, Any], name: str, column: str) -> list[str
 
 
 def _check_types(schemas: Mapping[str, Any], name: str, column: str) -> list[str]:
-    """Lists the types of a standard column that are not of its kind."""
+    """Lists problems of a standard column's types that are not of its kind."""
     from pyarrow import types
 
     is_good, expected = _is_text, "string; write it as text"

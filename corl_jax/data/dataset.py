@@ -5,11 +5,10 @@
     loader = Loader(source, processor, options)
     for prompts in loader: ...  # prepared by background threads
 
-Batch `step` is a function of the data, the seed and the step. Position p of the order is slot p of
-a shuffled, endlessly repeated pass over the rows (grain). A global batch is B consecutive
-positions, and each process takes its contiguous part of them, so the order does not depend on the
-number of processes. A row that cannot be used is replaced by the next usable row of the file. The
-replacement depends only on that row.
+Batch `step` is a function of the data, the seed and the step. grain shuffles the rows and repeats
+them endlessly. A global batch is B consecutive positions of this order. Each process takes its
+contiguous part of them, so the order does not depend on the number of processes. The next usable
+row of the file replaces a row that cannot be used.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Loader:
     """
 
     def __init__(self, source: Source, processor: Encoder | None, options: LoaderOptions):
-        """`processor` may be None if `options` names no tasks."""
+        """Opens the data. `processor` may be None if `options` names no tasks."""
         options.check(list(source.names), has_processor=processor is not None)
         self.source = source
         self.processor = processor
@@ -54,21 +53,21 @@ class Loader:
         self._step = 0
         self._rows = UsableRows(source, processor, options)
         self._order = _make_order(self._rows, options.seed, options.shuffle)
-        self.lengths = self._padded_lengths()
+        self.lengths = self._compute_lengths()
 
     @property
     def batch_size(self) -> int:
-        """Rows of a batch of all processes."""
+        """The number of rows of a global batch."""
         return self.options.batch_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every row was read once. The last batch may run into the next pass."""
+        """The number of steps for one pass. The last batch may have rows of the next pass."""
         return -(-len(self.source) // self.batch_size)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of rows left out so far, including those that other processes reported."""
+        """The number of rows left out so far, with rows that other processes reported."""
         return self._rows.counts
 
     def share_unusable(self, union: Callable[[set[int]], set[int]]) -> None:
@@ -78,6 +77,7 @@ class Loader:
     def batch(self, step: int) -> Prompts:
         """Returns this process's part of global batch `step`."""
         part = self.batch_size // self.options.process_count
+        # batch_size 16, 4 processes: step 2, process 1 -> positions 36..39
         first = step * self.batch_size + self.options.process_index * part
         return self.at(np.arange(first, first + part, dtype=np.int64))
 
@@ -92,6 +92,7 @@ class Loader:
         """Returns batches `start` to `stop` - 1, prepared ahead by background threads."""
         import grain
 
+        # Several threads make batches at once, but they come out in order.
         steps = grain.MapDataset.range(start, stop).map(self.batch)
         options = grain.ReadOptions(
             num_threads=self.options.threads, prefetch_buffer_size=self.options.prefetch
@@ -101,22 +102,22 @@ class Loader:
     def __iter__(self) -> Iterator[Prompts]:
         """Yields batches from the current step on, without end."""
         for prompts in self.iterate(self._step, 2**31):
-            # Counted before the batch is used, so the state is always that of the next batch.
+            # Counted before the batch is used, so the state is that of the next batch.
             self._step += 1
             yield prompts
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the step, the rows left out, and what identifies the data."""
-        return {"step": self._step, "left_out": self._rows.left_out, **self._identity()}
+        """Returns the step, the rows left out, and values that identify the data."""
+        return {"step": self._step, "left_out": self._rows.left_out, **self._describe_identity()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state of `get_state`, at the next `iter()`.
+        """Sets a state of `get_state`; the next `iter()` continues from it.
 
         Raises:
             InputError: the state belongs to another data set, seed or batch size.
         """
         problems = Problems()
-        for name, value in self._identity().items():
+        for name, value in self._describe_identity().items():
             if state.get(name) != value:
                 problems.add(
                     f"data state: {name} was {state.get(name)} and is now {value}; the order would "
@@ -130,7 +131,7 @@ class Loader:
         """Reads the first rows, so that a run with unusable data does not start.
 
         Raises:
-            InputError: none of the first `rows` rows can be used; gives the reason of each.
+            InputError: none of the first `rows` rows can be used. It names the reason of each.
         """
         rows = min(rows, len(self.source))
         problems = Problems()
@@ -144,7 +145,7 @@ class Loader:
         if not usable:
             problems.raise_any()
 
-    def _identity(self) -> dict[str, int]:
+    def _describe_identity(self) -> dict[str, int]:
         return {
             "seed": self.options.seed,
             "batch_size": self.batch_size,
@@ -160,13 +161,15 @@ class Loader:
         images = columns[IMAGE_COLUMN] if IMAGE_COLUMN in TASKS[task].columns else None
         return self.processor.encode(TASKS[task].turn.prompt, ids, images, self.lengths.get(task))
 
-    def _padded_lengths(self) -> dict[str, int]:
-        """Returns the padded prompt length of each task; empty if each batch has its own."""
+    def _compute_lengths(self) -> dict[str, int]:
+        """Returns the padded prompt length of each task; empty if it differs between batches."""
         padding, tasks = self.options.padding, self.options.tasks
         if isinstance(padding, Mapping):
             return dict(padding)
         if padding == "batch" or self.processor is None:
             return {}
+        # All processes must compile the same shapes without talking, so each reads the texts of all
+        # rows. Images are not read: an image has a fixed number of tokens.
         longest: collections.Counter[str] = collections.Counter()
         names = [name for name in required_columns(tasks) if name != IMAGE_COLUMN]
         for texts in zip(*(self.source.column(name) for name in names), strict=True):

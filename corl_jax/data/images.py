@@ -41,8 +41,8 @@ class BadImage(InputError):
 def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes encoded bytes, a Hugging Face Image struct, a file path or a PIL image to RGB.
 
-    A list of one of these is that one. The EXIF rotation is applied, other metadata is ignored,
-    transparency is laid over white, and of an animation the first frame is taken.
+    A list with one element stands for this element. The EXIF rotation is applied and other
+    metadata ignored. Transparency is put over white. An animation gives its first frame.
 
     Raises:
         BadImage: nothing there, a format outside `FORMATS`, too large, truncated or corrupt.
@@ -55,7 +55,8 @@ def decode_image(value: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         return _decode_bytes(data, max_pixels)
     except BadImage:
-        pixels = keep_png_pixels(data)  # a wrong checksum in the metadata spoils no pixel
+        # A wrong checksum in the metadata spoils no pixel: try again with the pixels alone.
+        pixels = keep_png_pixels(data)
         if len(pixels) == len(data):
             raise
     return _decode_bytes(pixels, max_pixels)
@@ -82,11 +83,12 @@ def take_single_image(value: Any) -> Any:
 
 
 def remove_png_metadata(data: bytes) -> bytes:
-    """Returns a PNG without its texts and colour profile, none of which is decompressed.
+    """Returns a PNG without its texts and colour profile; returns other data unchanged.
 
-    Pillow refuses a PNG for the size of these, and holds up to 64 MB of them. The first of each
-    text that may tell the orientation stays. What is no PNG comes back as it is.
+    The first text of each kind that may state the orientation stays.
     """
+    # Pillow decompresses these chunks, refuses a PNG for their size, and holds up to 64 MB of them.
+    # Here nothing is decompressed.
     orientation = set(ORIENTATION_TEXTS)
 
     def is_kept(kind: bytes, content: bytes) -> bool:
@@ -99,7 +101,8 @@ def remove_png_metadata(data: bytes) -> bytes:
 
 
 def keep_png_pixels(data: bytes) -> bytes:
-    """Returns a PNG of only those chunks that its pixels need: critical ones and transparency."""
+    """Returns a PNG with the chunks that its pixels need: critical chunks and transparency."""
+    # The PNG standard marks critical chunks by an upper-case first letter: IHDR, PLTE, IDAT, IEND.
     return _filter_png_chunks(data, lambda kind, _: kind[:1].isupper() or kind == b"tRNS")
 
 
@@ -113,6 +116,7 @@ def _filter_png_chunks(data: bytes, is_kept: Callable[[bytes, bytes], bool]) -> 
         if is_kept(kind, data[place + 8 : min(end, place + 8 + PNG_KEYWORD_BYTES)]):
             parts.append(data[place:end])
         place = end
+    # A truncated chunk at the end stays, so that Pillow reports the file as truncated.
     return b"".join([*parts, data[place:]])
 
 
@@ -128,6 +132,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("image: found 32-bit float pixels; expected 8 or 16 bits a channel")
     if image.mode.startswith("I"):
         return _convert_grey(np.asarray(image).astype(np.int64))
+    # Pillow's own conversion drops alpha: transparent pixels would show arbitrary colours.
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (*WHITE, 255))
@@ -156,7 +161,7 @@ def _read_encoded_bytes(value: Any) -> bytes:
 
 def _read_file(path: str | os.PathLike) -> bytes:
     try:
-        # Neither a device, which never ends, nor a pipe, which may never begin.
+        # Not a device, whose data never ends, and not a pipe, whose data may never begin.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadImage(f"image: cannot read {path}: not a file")
         with open(path, "rb") as file:
@@ -208,7 +213,7 @@ def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _read_rotation(image: Image.Image) -> Image.Transpose | None:
-    """Returns the rotation that the metadata demand; None without metadata that can be read."""
+    """Returns the rotation that the metadata state; None without readable metadata."""
     try:
         return ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # cameras and editors write metadata that Pillow's parser cannot read
@@ -232,7 +237,8 @@ def _decode(image: Image.Image) -> Image.Image:
 
 def _convert_grey(values: np.ndarray) -> Image.Image:
     """Converts integer grey values [H, W] to RGB."""
-    # Pillow's own conversion clips 16 bits instead of scaling them.
+    # Pillow's own conversion clips 16 bits instead of scaling them: 65535 -> 255, 32768 -> 255.
+    # Here 65535 / 257 = 255; adding 128 rounds to the nearest.
     top = int(values.max(initial=0))
     if top > 65535 or int(values.min(initial=0)) < 0:
         raise BadImage(f"image: found grey values up to {top}; expected 8 or 16 bits a channel")

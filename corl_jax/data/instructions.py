@@ -1,6 +1,6 @@
 """Holds the instruction templates of the published question sets, and fills them in.
 
-The published `qa_problem` columns already contain them; the drawn world applies them itself.
+The published `qa_problem` columns already contain them. The drawn world fills them in itself.
 Source: the appendix of the CoRL paper and ULM-R1's data files.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 OPTION_LETTERS = "ABCDEFGHIJKLMN"
 INSTRUCTIONS = ("auto", "choice", "open", "none")
-"""How a plain question is asked. choice: in MCQ; open: in VQA; none: unchanged; auto: in MCQ if the
-question lists options, else in VQA."""
+"""Templates for a plain question. choice: MCQ; open: VQA; none: no template; auto: MCQ if the
+question lists options, else VQA."""
 
 _KNOWLEDGE = "Answer the question based on the image and your world knowledge."
 _THINK = (
@@ -60,7 +60,7 @@ def ask_open_ended(question: str) -> str:
 def add_instruction(question: str, instruction: str) -> str:
     """Adds the template of one of INSTRUCTIONS to a question.
 
-    A question that already asks for answer tags is returned unchanged.
+    A question that already mentions answer tags is returned unchanged.
     """
     if instruction == "none" or ("<answer>" in question and "</answer>" in question):
         return question
@@ -76,9 +76,10 @@ def lists_options(question: str) -> bool:
 
 
 def recognize_instruction(questions: Iterable[str]) -> str | None:
-    """Returns the one of INSTRUCTIONS under which all these questions were asked.
+    """Returns the name in INSTRUCTIONS whose template all these questions have.
 
-    `auto` where both templates occur; None without questions or where one has neither.
+    Returns `auto` if both templates occur. Returns None without questions, or if a question has
+    no template.
     """
     kinds = {_find_template(question) for question in questions}
     if not kinds or None in kinds:
@@ -87,6 +88,7 @@ def recognize_instruction(questions: Iterable[str]) -> str | None:
 
 
 def _find_template(question: str) -> str | None:
+    # Data sets differ in line breaks, so white space is made equal on both sides.
     text = " ".join(question.split())
     for name, template in (("choice", MCQ), ("open", VQA)):
         if text.endswith(" ".join(template.removeprefix("{question}").split())):

@@ -15,7 +15,7 @@ MAX_SEED = 2**32 - 1  # grain's shuffle takes 32 bits
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """Which prompts a loader makes, of which rows, and in which order."""
+    """The prompts that a loader makes, their rows and their order."""
 
     tasks: Sequence[str]  # whose prompts are encoded; without any a batch has columns only
     batch_size: int  # of all processes together
@@ -23,7 +23,7 @@ class LoaderOptions:
     shuffle: bool = True
     process_index: int = 0
     process_count: int = 1  # each process gets an equal part of every batch
-    # ---- rows that cannot be used
+    # ---- usable rows
     required: Sequence[str] = ()  # columns that must not be null, besides those of the tasks
     # column -> function that returns what is wrong with a value, or None
     readable: Mapping[str, Callable[[Any], str | None]] = dataclasses.field(default_factory=dict)
@@ -32,9 +32,9 @@ class LoaderOptions:
     max_long_fraction: float = 0.5  # of rows over max_prompt_length; more end the run
     max_pixels: int = MAX_PIXELS  # of an image
     # ---- padding
-    # Padded prompt lengths. batch: each batch has its own; dataset: that of the longest prompt of
-    # all rows, on which processes agree without talking; or a length for each task. None: dataset
-    # with several processes, else batch.
+    # Padded prompt lengths. batch: of the longest prompt in each batch; dataset: of the longest
+    # prompt of all rows, which all processes know without talking; or a length for each task.
+    # None: dataset with several processes, else batch.
     lengths: str | Mapping[str, int] | None = None
     # ---- speed: none of these changes a batch
     cache_rows: int = 0  # decoded rows that stay in memory
@@ -48,7 +48,7 @@ class LoaderOptions:
 
     @property
     def padding(self) -> str | Mapping[str, int]:
-        """`lengths` with its default filled in."""
+        """The option `lengths`, or its default."""
         return self.lengths or ("dataset" if self.process_count > 1 else "batch")
 
     def check(self, columns: Sequence[str], has_processor: bool) -> None:

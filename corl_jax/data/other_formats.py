@@ -1,4 +1,4 @@
-"""Names the format of data that is not parquet, with a command that converts it."""
+"""Names the format of data that is not parquet, and a command that converts it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from corl_jax.input_files import BYTE_ORDER_MARK, LFS_PREFIX, describe_lfs_point
 MAX_FILES_LISTED = 10_000  # a wrong path may be a whole disk
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PARQUET_NAMES = (".parquet", ".pq", ".parq")
-# The module to import and the call that reads a format, FILE being its path. The first format
-# that a folder holds is named.
+# The module to import and the call that reads a format; FILE stands for the path. Of several
+# formats in a folder the first in this table is named.
 READERS = {
     ".arrow": ("pyarrow.ipc", "pyarrow.ipc.open_stream(pyarrow.memory_map(FILE)).read_all()"),
     ".feather": ("pyarrow.feather", "pyarrow.feather.read_table(FILE)"),
@@ -32,6 +32,7 @@ READERS = {
 }
 LOADERS = {".tar": "webdataset", **dict.fromkeys(PICTURES, "imagefolder")}
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+# First bytes of a file -> its format. 0xffffffff begins each message of an Arrow stream.
 _MAGIC = {
     b"ARROW1": ".feather", b"\xff\xff\xff\xff": ".arrow", b"{": ".jsonl", b"[": ".json",
     b"\x1f\x8b": ".gz", b"PK\x03\x04": ".zip", b"<": ".html",
@@ -45,21 +46,21 @@ _UNREADABLE = {
 
 
 def describe_folder(folder: str) -> str:
-    """Returns what a folder without `.parquet` files holds and how to make one of it."""
+    """Describes the files of a folder without `.parquet` files, and how to convert them."""
     files: dict[str, list[str]] = collections.defaultdict(list)
     for path in _list_files(folder):
         files[_find_suffix(path)].append(path)
     if not files:
         return "it holds no file at all"
     counts = sorted(((len(paths), suffix) for suffix, paths in files.items()), reverse=True)
-    listed = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for count, suffix in counts[:5])
-    text = f"it holds these files: {listed}"
+    summary = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for count, suffix in counts[:5])
+    text = f"it holds these files: {summary}"
     for suffix in PARQUET_NAMES:
         if suffix in files:
             ending = os.path.splitext(files[suffix][0])[1]
             return f"{text}; name them by a glob: {os.path.join(folder, '**', '*' + ending)}"
     named = {os.path.basename(path).partition(".")[0] for paths in files.values() for path in paths}
-    # A folder of pictures has a metadata.jsonl or .csv, which is not the data itself.
+    # A folder of images has a metadata.jsonl or .csv, which is not the data itself.
     order = (*LOADERS, *READERS) if "metadata" in named else (*READERS, *LOADERS)
     suffix = next((suffix for suffix in order if suffix in files), None)
     if suffix is None:
@@ -72,7 +73,7 @@ def describe_folder(folder: str) -> str:
 
 
 def describe_file(path: str) -> str:
-    """Returns what a file that is not parquet seems to be and how to convert it, or ''."""
+    """Describes the format of a file that is not parquet and its conversion; '' if unknown."""
     kind = _detect_format(path)
     if kind in READERS or kind in LOADERS:
         return f"it looks like {kind} data; {_describe_conversion([path], kind)}"
@@ -80,14 +81,12 @@ def describe_file(path: str) -> str:
 
 
 def rewrite_command(path: str, rows: int) -> str:
-    """Returns a shell command that writes a parquet file again in row groups of `rows` rows.
-
-    It holds one batch of rows in memory, besides the row group that it reads.
-    """
+    """Returns a shell command that writes a parquet file again in row groups of `rows` rows."""
+    # By batches: besides the row group that it reads, the command has one batch in memory.
     target = f"{os.path.splitext(path)[0]}.rewritten.parquet"
     return _quote_python(
-        f"import pyarrow.parquet as p; f = p.ParquetFile({_quote(path)}); "
-        f"w = p.ParquetWriter({_quote(target)}, f.schema_arrow); "
+        f"import pyarrow.parquet as p; f = p.ParquetFile({_write_literal(path)}); "
+        f"w = p.ParquetWriter({_write_literal(target)}, f.schema_arrow); "
         f"[w.write_batch(b) for b in f.iter_batches({rows})]; w.close()"
     )
 
@@ -96,19 +95,19 @@ def _describe_conversion(paths: list[str], suffix: str) -> str:
     path = paths[0]
     target = f"{os.path.splitext(path.removesuffix(_find_compression(path)))[0]}.parquet"
     if suffix in LOADERS:
-        source = f"data_files={_quote(path)}"
+        source = f"data_files={_write_literal(path)}"
         if suffix in PICTURES:
-            source = f"data_dir={_quote(os.path.dirname(path) or '.')}"
+            source = f"data_dir={_write_literal(os.path.dirname(path) or '.')}"
         code = (
             f'import datasets; datasets.load_dataset("{LOADERS[suffix]}", {source}, '
-            f'split="train").to_parquet({_quote(target)})'
+            f'split="train").to_parquet({_write_literal(target)})'
         )
     else:
         modules, call = READERS[suffix]
         code = (
             f"import {modules}, pyarrow.parquet as p; "
-            f"p.write_table({call.replace('FILE', _quote(path))}, {_quote(target)}, "
-            "row_group_size=100)"
+            f"p.write_table({call.replace('FILE', _write_literal(path))}, "
+            f"{_write_literal(target)}, row_group_size=100)"
         )
     others = f" (and so each of the {len(paths)})" if len(paths) > 1 else ""
     return (
@@ -127,11 +126,13 @@ def _detect_format(path: str) -> str:
     suffix = _find_suffix(path)
     if start.startswith((LFS_PREFIX, b"PAR1")):
         return ""
-    if suffix in (".csv", ".tsv"):  # which may begin with anything
+    # A table may begin with any character, also with those of another format.
+    if suffix in (".csv", ".tsv"):
         return suffix
     if start[257:262] == b"ustar":
         return ".tar"
     sniffed = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
+    # rows.jsonl.gz is a table, not an archive.
     if sniffed == ".gz" and suffix in READERS:
         return suffix
     return sniffed or (suffix if suffix in READERS or suffix in LOADERS else "")
@@ -141,7 +142,8 @@ def _quote_python(code: str) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def _quote(text: str) -> str:
+def _write_literal(text: str) -> str:
+    # A JSON string is a Python literal in double quotes. shlex then adds single quotes around all.
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -157,6 +159,7 @@ def _find_suffix(path: str) -> str:
 def _list_files(folder: str) -> list[str]:
     paths: list[str] = []
     for parent, folders, names in os.walk(folder):
+        # In place: os.walk then enters only these, in this order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
         if len(paths) >= MAX_FILES_LISTED:

@@ -20,14 +20,15 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
 CACHE_BYTES = 2**30
-LARGE_GROUP_BYTES = 2**28  # some 1,000 pictures; `datasets` writes groups of 100
-UNREADABLE = (ValueError, OverflowError)  # of a value: no UTF-8, a date that Python cannot hold
+LARGE_GROUP_BYTES = 2**28  # some 1,000 images; `datasets` writes groups of 100
+# Errors of a single value: a text that is no UTF-8, a date out of Python's range.
+UNREADABLE = (ValueError, OverflowError)
 
 logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """A data set as the loader reads it: rows by number, and whole columns by name."""
+    """A data set for the loader: rows by number, and whole columns by name."""
 
     @property
     def names(self) -> Mapping[str, str]: ...
@@ -40,12 +41,10 @@ class Source(Protocol):
 class ParquetSource:
     """Rows of one or more parquet files by number, in file order, as dicts of Python values.
 
-    `columns` maps a standard name (`COLUMNS`) to the file's name for it; a standard name that
-    is not mapped is looked for under its own name. Every other column of the files is kept under
-    its own name, unless a mapped column takes that name. A column that is not `required` may be
-    absent from some files, whose rows then have None there.
-    Row groups are read whole and kept, the least recently used ones dropped beyond
-    `cache_bytes`. Only paths and settings are pickled.
+    `columns` maps a standard name (`COLUMNS`) to the name of its column in the files. Without a
+    mapping both names are equal. All other columns keep their names, unless a mapped column takes
+    the name. A column that is not `required` may be absent from some files; its values there are
+    None. Row groups are read whole and cached up to `cache_bytes`.
 
     Raises:
         InputError: on construction, with every problem of every file.
@@ -73,9 +72,9 @@ class ParquetSource:
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Returns a row. Raises InputError if it, or its row group, cannot be read."""
         group, offset = self._locate(row)
-        arrays = self._arrays(group)
+        arrays = self._read_cached(group)
         return {
-            name: self._value(name, arrays[column], offset) if column in arrays else None
+            name: self._convert_value(name, arrays[column], offset) if column in arrays else None
             for name, column in self.names.items()
         }
 
@@ -102,6 +101,7 @@ class ParquetSource:
         first = next(i for i, (other, _) in enumerate(self._groups) if other == path)
         return f"{path} row {row - int(self._starts[first])}"
 
+    # Only paths and settings are pickled: locks cannot be, and the cache would be large.
     def __getstate__(self) -> dict[str, Any]:
         kept = ("paths", "_columns", "_required", "_cache_bytes")
         return {name: getattr(self, name) for name in kept}
@@ -118,17 +118,19 @@ class ParquetSource:
         problems.raise_any()
         self._groups = [(path, group) for path, group, _, _ in row_groups]
         self._group_sizes = [(path, size) for path, _, _, size in row_groups]
+        # Row groups of 100, 100 and 50 rows -> [0, 100, 200, 250]; the last entry is the length.
         self._starts = np.cumsum([0] + [rows for _, _, rows, _ in row_groups])
         self._lock = threading.Lock()
         self._cache: collections.OrderedDict[int, dict[str, Any]] = collections.OrderedDict()
         self._cached_bytes = 0
         self._unreadable: dict[int, str] = {}
-        self._unread: set[str] = set()  # columns with values that are given out as None
+        self._unread: set[str] = set()  # columns for which a warning was given
 
-    def _value(self, name: str, array: Any, offset: int) -> Any:
+    def _convert_value(self, name: str, array: Any, offset: int) -> Any:
         try:
             return _convert_scalar(array[offset])
         except UNREADABLE as error:
+            # Wrong values of a column that nothing needs must not cost the row.
             column = self.names[name]
             if name in COLUMNS or name in self._required:
                 raise InputError(f"column {column} cannot be read ({error})") from error
@@ -143,17 +145,20 @@ class ParquetSource:
     def _locate(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
+        # starts [0, 100, 200, 250]: row 100 -> right of index 1 -> 2 - 1 = group 1, offset 0
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return group, row - int(self._starts[group])
 
-    def _arrays(self, group: int) -> dict[str, Any]:
+    def _read_cached(self, group: int) -> dict[str, Any]:
         """Returns the columns of a row group, from the cache or the file."""
-        with self._lock:  # one reader at a time; decoding, which is the slow part, is outside
+        # Two threads would read the same group twice. Decoding, the slow part, is outside.
+        with self._lock:
             if group in self._unreadable:
                 raise InputError(self._unreadable[group])
             if group not in self._cache:
                 self._cache[group] = self._read(group)
                 self._cached_bytes += _count_bytes(self._cache[group])
+            # Least recently used first. The newest group stays, even if it is over the limit alone.
             self._cache.move_to_end(group)
             while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
                 _, dropped = self._cache.popitem(last=False)
@@ -172,6 +177,7 @@ class ParquetSource:
                 table = file.read_row_group(number, columns=columns)
         except (OSError, pa.ArrowException) as error:
             message = f"{path}: row group {number} is unreadable ({take_first_line(error)})"
+            # Remembered: each row of the group would read the broken data again.
             self._unreadable[group] = message
             raise InputError(message) from error
         chunks = {name: table[name].chunks for name in columns}
@@ -271,13 +277,13 @@ def _describe_large_groups(sizes: Sequence[tuple[str, int]]) -> str | None:
 
 
 def _convert_scalar(scalar: Any) -> Any:
-    """Returns a scalar's value; a text without the byte order mark of the file it came from."""
+    """Returns a scalar's value; a text loses a byte order mark at its start."""
     value = scalar.as_py()
     return value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else value
 
 
 def _convert_array(array: Any) -> list:
-    """Returns the values of an array, None in place of those that cannot be converted."""
+    """Returns the values of an array; values that cannot be converted become None."""
     values = []
     for scalar in array:
         try:

@@ -1,4 +1,4 @@
-"""Finds the parquet files that a path, directory, glob, list or hub dataset id names."""
+"""Finds the parquet files of a path, directory, glob, list or hub dataset id."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 def find_files(data: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Returns the parquet files named by a file, directory, glob, list of these, or hub dataset.
 
-    A hub dataset is `owner/name[@revision]` or `hf://datasets/owner/name[@revision][/GLOB]`; a
+    A hub dataset is `owner/name[@revision]` or `hf://datasets/owner/name[@revision][/GLOB]`. A
     local path of the same name wins. Directories are searched recursively. `~` and `$VAR` are
-    replaced. A list may name files of several splits, which is said on standard error.
+    replaced. A list may name files of several splits; this gives a warning.
 
     Raises:
         InputError: nothing found, one file twice, a directory, glob or hub dataset with several
@@ -86,6 +86,7 @@ def _expand(entry: str) -> list[str]:
         root = _find_root(entry)
         if _list_files(root, os.path.relpath(entry, root)):
             return _list_one_split(root, os.path.relpath(entry, root), entry, root)
+        # Without hf:// only owner/name is an id; a longer path is a local one with an error in it.
         match = HUB_ID.fullmatch(entry)
         if match and (match["pattern"] or entry.startswith(".") or entry.endswith(".parquet")):
             match = None
@@ -116,22 +117,24 @@ def _find_root(pattern: str) -> str:
 
 
 def _list_files(root: str, pattern: str) -> list[str]:
-    """Returns the files that match a pattern below `root`, and those in folders that match."""
+    """Returns the files that match a pattern below `root`, and the files in matching folders."""
     prefix = "" if root == "." else glob.escape(root)
-    found = set()
+    files = set()
     for path in glob.glob(os.path.join(prefix, pattern), recursive=True):
         if os.path.isfile(path):
-            found.add(path)
-        elif not pattern.endswith(ALL_FILES):  # or a folder `rows.parquet`, whose files match too
+            files.add(path)
+        # The pattern **/*.parquet also matches a folder `rows.parquet`, and the files in it.
+        elif not pattern.endswith(ALL_FILES):
             inside = glob.glob(os.path.join(glob.escape(path), ALL_FILES), recursive=True)
-            found.update(filter(os.path.isfile, inside))
-    return sorted(found)
+            files.update(filter(os.path.isfile, inside))
+    # Sorted: the order of rows must not depend on the file system.
+    return sorted(files)
 
 
 def _list_one_split(root: str, pattern: str, entry: str, shown: str) -> list[str]:
-    """Returns the files that match a pattern below `root`, which must be of one split.
+    """Returns the files that match a pattern below `root`; all must be of one split.
 
-    `shown` is what a user writes for `root`.
+    `shown` is the name of `root` as a user writes it.
     """
     paths = _list_files(root, pattern)
     if not paths:
@@ -146,8 +149,8 @@ def _list_one_split(root: str, pattern: str, entry: str, shown: str) -> list[str
         parts = [part] if isinstance(part, str) else part
         names = [name if shown == "." else f"{shown.rstrip('/')}/{name}" for name in parts]
         more = ", .." if len(names) > MAX_FILES_NAMED else ""
-        listed = f"[{', '.join(names[:MAX_FILES_NAMED])}{more}]"
-        example = names[0] if isinstance(part, str) else listed
+        example_list = f"[{', '.join(names[:MAX_FILES_NAMED])}{more}]"
+        example = names[0] if isinstance(part, str) else example_list
         raise InputError(
             f"data: {entry} holds {splits.describe_groups(groups)}; name the files of one, for "
             f"example {example}"
@@ -165,7 +168,9 @@ def _download(repo: str, revision: str | None, pattern: str) -> str:
         return huggingface_hub.snapshot_download(
             repo,
             repo_type="dataset",
+            # refs%2Fconvert%2Fparquet, as in the hub's URLs
             revision=revision and urllib.parse.unquote(revision),
+            # In the hub's patterns * matches slashes too, and **/ would exclude files at the top.
             allow_patterns=[pattern.removeprefix("**/")],
         )
     except Exception as error:  # the hub client raises its own, requests' and OS errors

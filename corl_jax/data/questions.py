@@ -1,4 +1,4 @@
-"""Reads and checks prompts and questions of the command line and of files."""
+"""Reads and checks prompts and questions from the command line and from files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ImageQuestion:
 
 
 def read_prompts(path: Path, option: str, problems: Problems) -> list[str]:
-    """Returns the prompts of a text file, one per line; notes what is wrong with them."""
+    """Reads the prompts of a text file, one per line; adds their problems to `problems`."""
     lines = read_lines(path, option, problems)
     for number, line in lines:
         problems.add(find_text_problems(f"{option} {path}: line {number}", line))
@@ -33,10 +33,10 @@ def read_prompts(path: Path, option: str, problems: Problems) -> list[str]:
 
 
 def read_lines(path: Path, option: str, problems: Problems) -> list[tuple[int, str]]:
-    """Returns (line number, line) of every line with text; notes problems of the file."""
+    """Reads every line with text; returns (line number, line). Adds problems to `problems`."""
     with problems.collect(f"{option} "):
         text = read_text(path, "UTF-8 text, one entry a line")
-        # Not splitlines(), which also splits at separators inside of a text.
+        # Not splitlines(): it also splits at characters such as U+2028 inside of a text.
         lines = enumerate(text.split("\n"), 1)
         filled = [(number, line.strip()) for number, line in lines if line.strip()]
         if not filled:
@@ -48,7 +48,7 @@ def read_lines(path: Path, option: str, problems: Problems) -> list[tuple[int, s
 def read_questions(
     path: Path, option: str, output_keys: Collection[str], problems: Problems
 ) -> list[ImageQuestion]:
-    """Returns the questions of a JSON lines file; notes what is wrong with them.
+    """Reads the questions of a JSON lines file; adds their problems to `problems`.
 
     `output_keys` must not be keys of a line.
     """
@@ -57,7 +57,7 @@ def read_questions(
         where = f"{option} {path}: line {number}"
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # the second: "[[[[..", nested too deeply
             problems.add(f"{where}: not valid JSON ({error})")
             continue
         row_problems = find_row_problems(row, output_keys)
@@ -68,7 +68,7 @@ def read_questions(
 
 
 def find_row_problems(row: Any, output_keys: Collection[str]) -> list[str]:
-    """Lists what is wrong with a line of questions."""
+    """Lists the problems of a line of questions."""
     if not isinstance(row, dict):
         return [f"found a {type(row).__name__}{EXPECTED}"]
     problems = [
@@ -87,7 +87,7 @@ def holds_surrogate(value: Any) -> bool:
 
 
 def find_text_problems(where: str, text: str) -> list[str]:
-    """Lists what is wrong with a prompt or question of the command line or a text file."""
+    """Lists the problems of a prompt or question from the command line or a text file."""
     if not text.strip():
         return [f"{where}: found an empty text; expected some"]
     return [f"{where}: {LONE_SURROGATE}"] if has_lone_surrogate(text) else []
@@ -106,10 +106,8 @@ def check_images(cases: Sequence[ImageQuestion], problems: Problems) -> None:
 
 
 def to_json_line(value: Any) -> str:
-    """Returns a value as one line of JSON with its end.
-
-    Characters that some readers take for the end of a line are escaped.
-    """
+    """Returns a value as one line of JSON with its line end."""
+    # Some readers take these characters for the end of a line; JSON need not escape them.
     text = json.dumps(value, ensure_ascii=False)
     for character in "\u2028\u2029\x85":
         text = text.replace(character, f"\\u{ord(character):04x}")

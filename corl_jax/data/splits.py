@@ -1,9 +1,9 @@
-"""Tells train, validation and test files apart by their names, so that no test row is trained on.
+"""Finds the split of files by their names, so that no run trains on test rows.
 
-The rules are those of Hugging Face `datasets` (`data_files.py`): a keyword that stands between
-separators, digits or the ends of a folder's or file's name. Beyond them `=` separates
-(`split=test`), upper case counts (`xTest`), so do `testset`, `testdata`, `testsplit` and COCO's
-`minival`, and held-out rows are test rows.
+The rules are those of Hugging Face `datasets` (`data_files.py`). A keyword counts between
+separators, digits or the ends of a folder's or file's name. In addition, `=` separates
+(`split=test`), and so does an upper-case letter (`xTest`). `testset`, `testdata`, `testsplit` and
+COCO's `minival` count. Held-out rows are test rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HUB_NAME = re.compile(r"([^/]+?)(?:-\d{5}-of-\d{5}[^/]*|/\d{4})\.parquet")
 
 
 def find_splits(path: str) -> frozenset[str]:
-    """Returns the splits that the names in a relative path tell; empty if they tell none."""
+    """Returns the splits in the names of a relative path; empty if there are none."""
     spaced = _HUMP.sub(" ", path)
     words = (match.group(1).lower() for match in _KEYWORD.finditer(spaced))
     return frozenset(
@@ -38,10 +38,9 @@ def find_splits(path: str) -> frozenset[str]:
 
 
 def group_by_split(paths: Sequence[str], root: str) -> dict[frozenset[str], list[str]]:
-    """Returns the paths by the splits that their names below `root` tell.
-
-    Beside a known split, `unsupervised-00000-of-00001.parquet` is of the split `unsupervised`.
-    """
+    """Groups paths by the splits in their names below `root`."""
+    # If one file has a known split, NAME-00000-of-00001.parquet is of the split NAME. Otherwise
+    # NAME may be that of the data set.
     groups: dict[frozenset[str], list[str]] = {}
     relative = {path: os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     known = any(find_splits(name) for name in relative.values())
@@ -55,10 +54,8 @@ def group_by_split(paths: Sequence[str], root: str) -> dict[frozenset[str], list
 
 
 def has_several_splits(groups: Mapping[frozenset[str], Sequence[str]]) -> bool:
-    """True if reading all groups would mix rows to train on with others.
-
-    Files without a split beside those of `train` are more rows to train on.
-    """
+    """Returns whether the groups mix training rows with other rows."""
+    # Files without a split, next to files of `train`, count as training rows.
     return len(groups) > 1 and any(split - {"train"} for split in groups)
 
 
@@ -81,8 +78,7 @@ def suggest_pattern(
 ) -> str | list[str]:
     """Returns a directory or glob below `root` that names one split's files, else the files.
 
-    The split is `train` where there is one. `list_files` gives the files of a pattern below
-    `root`, and a pattern is returned only if it names no other file.
+    The split is `train` if it exists. `list_files` returns the files of a pattern below `root`.
     """
     split = min(groups, key=lambda split: (split != {"train"}, "train" not in split, sorted(split)))
     paths = sorted(groups[split])
@@ -96,6 +92,7 @@ def suggest_pattern(
         patterns += [f"**/{name}" for name in names]
         patterns += [f"**/{word}/**/*.parquet", f"**/*{word}*/**/*.parquet"]
     for pattern in patterns:
+        # Tested, not trusted: a suggestion must not name a file of another split.
         if sorted(list_files(pattern)) == paths:
             return pattern
     return [os.path.relpath(path, root) for path in paths]

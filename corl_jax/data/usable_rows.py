@@ -1,7 +1,4 @@
-"""Decodes and tokenises rows.
-
-A row that cannot be used is replaced by the next usable row of the file, and counted.
-"""
+"""Decodes and tokenises rows; counts rows that cannot be used and replaces them."""
 
 from __future__ import annotations
 
@@ -71,21 +68,22 @@ class UsableRows:
         return len(self._source)
 
     def __getitem__(self, row: int) -> Example:
+        # The replacement depends on this row only, not on the batch: every process finds the same.
         for offset in range(len(self)):
-            example = self._try((row + offset) % len(self))
+            example = self._try_row((row + offset) % len(self))
             if example is not None:
                 return example
-        raise InputError("\n".join(self._summary("bad") + self._summary("long")))
+        raise InputError("\n".join(self._summarize("bad") + self._summarize("long")))
 
     @property
     def left_out(self) -> dict[str, list[int]]:
-        """Rows left out so far: `bad` (cannot be decoded, or empty) and `long`."""
+        """The rows left out so far: `bad` (undecodable or empty) and `long`."""
         with self._lock:
             return {kind: sorted(rows) for kind, rows in self._unusable.items()}
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of distinct rows of each kind in `left_out`."""
+        """The number of distinct rows of each kind in `left_out`."""
         return {kind: len(rows) for kind, rows in self.left_out.items()}
 
     def leave_out(self, rows: Mapping[str, Sequence[int]]) -> None:
@@ -104,6 +102,7 @@ class UsableRows:
         for kind, rows in self._unusable.items():
             with self._lock:
                 local = set(rows)
+            # Outside of the lock: the union waits for other processes, and loader threads go on.
             for row in sorted(union(local) - local):
                 self._leave_out(kind, row, "as another process found")
 
@@ -121,7 +120,8 @@ class UsableRows:
                 )
         return ids
 
-    def _try(self, row: int) -> Example | None:
+    def _try_row(self, row: int) -> Example | None:
+        # No lock: two threads may decode the same row, and both get an equal example.
         if row in self._cache:
             return self._cache[row]
         if any(row in rows for rows in self._unusable.values()):
@@ -136,7 +136,7 @@ class UsableRows:
             return None
 
     def example(self, row: int) -> Example:
-        """Returns a row. Raises BadRow or InputError if it cannot be used."""
+        """Reads a row. Raises BadRow or InputError if it cannot be used."""
         columns = self._source[row]
         if IMAGE_COLUMN in columns:
             columns[IMAGE_COLUMN] = take_single_image(columns[IMAGE_COLUMN])
@@ -147,7 +147,8 @@ class UsableRows:
         for name, find_problem in self._options.readable.items():
             if problem := find_problem(columns.get(name)):
                 raise BadRow(f"{name}: {problem}")
-        ids = self.ids(columns)  # before the image is decoded, which takes longer
+        # Tokenised before the image is decoded: a prompt that is too long saves the slower step.
+        ids = self.ids(columns)
         if columns.get(IMAGE_COLUMN) is not None:
             limit = self._options.max_pixels
             columns[IMAGE_COLUMN] = decode_image(columns[IMAGE_COLUMN], max_pixels=limit)
@@ -158,9 +159,9 @@ class UsableRows:
             self._unusable[kind][row] = reason
             too_many = len(self._unusable[kind]) > self._limits[kind] * len(self)
         if too_many:
-            raise InputError(self._summary(kind))
+            raise InputError(self._summarize(kind))
 
-    def _summary(self, kind: str) -> list[str]:
+    def _summarize(self, kind: str) -> list[str]:
         with self._lock:
             rows = dict(self._unusable[kind])
         if not rows:

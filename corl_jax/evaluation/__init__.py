@@ -1,4 +1,4 @@
-"""Evaluation suites: each is a row of SUITES and a file of this package."""
+"""The table of evaluation suites; each suite has a file in this package."""
 
 from __future__ import annotations
 

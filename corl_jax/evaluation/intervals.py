@@ -1,4 +1,4 @@
-"""Rates with their intervals."""
+"""Computes rates with their 95% intervals."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Rate:
         """Returns the rate of `hits` successes in `n` tries."""
         if not n:
             return cls(math.nan, 0.0, 1.0, 0)
+        # mean +- 1.96 standard errors would leave [0, 1], and would have no width without misses.
         mean, shrink = hits / n, 1 + Z_95**2 / n
         center = (mean + Z_95**2 / (2 * n)) / shrink
         half = Z_95 * math.sqrt(mean * (1 - mean) / n + Z_95**2 / (4 * n**2)) / shrink

@@ -33,14 +33,14 @@ class RewardsReport:
 
 
 def evaluate_rewards(inputs: EvaluationInputs) -> RewardsReport:
-    """Returns mean and standard error of each training reward. `inputs.batches` is a Loader."""
+    """Computes mean and standard error of each training reward. `inputs.batches` is a Loader."""
     loader: Any = inputs.batches
     assert inputs.score is not None
     num_rows = len(loader.source) if inputs.rows is None else min(inputs.rows, len(loader.source))
     scores: dict[str, list[np.ndarray]] = {}
     for prompts in loader.iterate(0, -(-num_rows // loader.batch_size)):
         for name, values in inputs.score(prompts).items():
-            # The last batch may contain rows of a second pass.
+            # The last batch may contain rows of a second pass. G = 2: rows [T, F] -> [T, T, F, F]
             counted = np.repeat(prompts.index < num_rows, len(values) // len(prompts))
             gathered = inputs.gather(np.where(counted, values, np.nan))
             scores.setdefault(f"eval/{name}", []).append(gathered)
@@ -50,7 +50,7 @@ def evaluate_rewards(inputs: EvaluationInputs) -> RewardsReport:
 
 
 def estimate_mean(values: np.ndarray) -> tuple[float, float]:
-    """Returns (mean, standard error) of the values that are not NaN; NaN for too few."""
+    """Computes (mean, standard error) of the values that are not NaN; NaN for too few."""
     values = values[~np.isnan(values)]
     mean = float(values.mean()) if values.size else np.nan
     spread = float(values.std(ddof=1)) if values.size > 1 else np.nan

@@ -1,4 +1,4 @@
-"""Suite `shapes`: how often images and answers are right on the drawn world.
+"""Suite `shapes`: the rates of right images and right answers on the drawn world.
 
 For each row one image is generated and one question answered. The exact checker judges images. An
 answer is right if it equals the solution. The samples of a row depend on the seed and the row's
@@ -39,7 +39,7 @@ PASS, FAIL = ("pass", (20, 120, 50)), ("fail", (190, 30, 30))
 
 @dataclasses.dataclass(frozen=True)
 class ShapesReport:
-    """The results. Rates are over all processes, the other fields of this process's rows."""
+    """The results. Rates are over all processes, other fields over this process's rows."""
 
     rates: dict[str, Rate]  # by name without `eval/`
     images: np.ndarray  # [rows, S, S, 3] uint8
@@ -98,8 +98,6 @@ class ShapesReport:
 def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:
     """Generates an image and an answer for each row, and scores both.
 
-    The last batch may have fewer rows than the others; it is padded.
-
     Raises:
         InputError: a batch lacks something, which is checked before it is sampled; or no rows.
     """
@@ -115,6 +113,7 @@ def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:
         if not kept.size and jax.process_count() == 1:
             break
         check_batch(prompts)
+        # A smaller last batch is padded to the size of the others, so that no program is compiled.
         size = max(size, len(prompts))
         images, texts = _sample(inputs, prompts, size)
         columns = {name: [values[row] for row in kept] for name, values in prompts.columns.items()}
@@ -123,7 +122,7 @@ def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:
 
 
 def check_batch(prompts: Prompts) -> None:
-    """Raises: InputError listing everything that is missing or wrong for the scores."""
+    """Checks that a batch has all that the scores need. Raises: InputError listing problems."""
     problems = Problems()
     for task in TASKS:
         if task not in prompts.encoded:
@@ -142,7 +141,7 @@ def check_batch(prompts: Prompts) -> None:
 
 
 def find_row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> list[str]:
-    """Returns what is wrong with the columns of the scores; `names` of the rows, for messages."""
+    """Lists problems of the columns that scores need; `names` are the rows' names in messages."""
     problems = Problems()
     for row, name in enumerate(names):
         spec, category = columns["spec"][row], columns["category"][row]
@@ -164,12 +163,12 @@ def find_row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> 
 
 
 def score_images(images: np.ndarray, columns: Mapping[str, Sequence]) -> list[bool]:
-    """Returns for each image uint8 [N, H, W, 3] whether it shows exactly what `spec` demands."""
+    """Returns whether each image uint8 [N, H, W, 3] shows exactly what its `spec` demands."""
     return [check(image, spec) for image, spec in zip(images, columns["spec"], strict=True)]
 
 
 def score_answers(texts: Sequence[str], columns: Mapping[str, Sequence]) -> list[dict[str, Any]]:
-    """Returns each answer with its question and solution, and whether it is right and well formed.
+    """Returns each answer with its question, its solution, and whether it is right and well formed.
 
     An answer is right if its accuracy reward is 1: the true option, or the words of the solution.
     """
@@ -194,7 +193,7 @@ def compute_rates(
     answers: Sequence[Mapping[str, Any]],
     gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> dict[str, Rate]:
-    """Returns rates by name, over the rows of all processes. `gather` all-gathers rows."""
+    """Computes rates by name, over the rows of all processes. `gather` all-gathers rows."""
     correct = [answer["correct"] for answer in answers]
     kinds = [answer["qa_type"] for answer in answers]
     tries = {"draw/accuracy": list(passed)}
@@ -206,6 +205,7 @@ def compute_rates(
     for kind in ("MC", "OE"):
         tries[f"answer/{kind.lower()}"] = [c for c, k in zip(correct, kinds) if k == kind]
     tries["answer/format"] = [answer["format"] for answer in answers]
+    # Counts, not rates, are added over processes: [processes, rates, 2] -> [rates, 2].
     counts = np.array([[sum(values), len(values)] for values in tries.values()], np.int32)
     counts = gather(counts[None]).sum(axis=0)
     return {name: Rate.of(int(hits), int(n)) for name, (hits, n) in zip(tries, counts)}
@@ -214,13 +214,13 @@ def compute_rates(
 def _sample(
     inputs: EvaluationInputs, prompts: Prompts, num_rows: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Returns the images [num_rows, S, S, 3] and answers of a batch padded to `num_rows` rows."""
+    """Samples images [num_rows, S, S, 3] and answers of a batch padded to `num_rows` rows."""
     policy, images, texts = inputs.policy, None, None
     for name in TASKS:
         task = tasks.TASKS[name]
         greedy = inputs.greedy_texts if task.makes_text else inputs.greedy_images
         options = dataclasses.replace(inputs.sampling, greedy=greedy)
-        encoded, keys = _place(inputs, prompts, name, num_rows)
+        encoded, keys = _place_batch(inputs, prompts, name, num_rows)
         sample = policy.family.turns[task.turn.segments].sample
         result = sample(policy.config, policy.params, encoded, keys, options)[-1]
         if task.makes_text:
@@ -234,7 +234,7 @@ def _sample(
     return images, texts
 
 
-def _place(inputs: EvaluationInputs, prompts: Prompts, task: str, num_rows: int) -> tuple:
+def _place_batch(inputs: EvaluationInputs, prompts: Prompts, task: str, num_rows: int) -> tuple:
     """Returns (encoded prompts, keys) of a batch padded to `num_rows` rows, on the devices."""
     index = pad_rows(prompts.index, num_rows)
     encoded = jax.tree.map(lambda x: pad_rows(x, num_rows), prompts.encoded[task])

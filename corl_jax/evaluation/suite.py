@@ -1,4 +1,4 @@
-"""What an evaluation suite is: the values it gets, and what it gives back."""
+"""Defines evaluation suites: their inputs and their reports."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from corl_jax.types import Prompts
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationInputs:
-    """What a suite gets."""
+    """The inputs of a suite."""
 
     policy: Policy
-    batches: Loader | Iterable[Prompts]  # of a Loader, whose passes never end, one pass
+    # One pass is read of a Loader, whose passes never end.
+    batches: Loader | Iterable[Prompts]
     sampling: SamplingOptions
     seed: int  # a sample depends on it and on the number of its row
     greedy_texts: bool = True  # the most likely token at each step
@@ -32,7 +33,7 @@ class EvaluationInputs:
 
 
 class Report(Protocol):
-    """What a suite returns."""
+    """The result of a suite."""
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of the run's log, `eval/NAME`."""

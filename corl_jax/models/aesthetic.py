@@ -1,6 +1,5 @@
 """The aesthetic predictor: predicts from CLIP's image vector how people rate an image.
 
-Linear layers without activations between them, as the published head was trained.
 Source: christophschuhmann/improved-aesthetic-predictor, `simple_inference.py`.
 """
 
@@ -11,7 +10,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from corl_jax.models.layers import linear
+from corl_jax.models.layers import make_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +25,10 @@ class AestheticHead(nnx.Module):
 
     def __init__(self, config: AestheticConfig, *, rngs: nnx.Rngs):
         widths = zip(config.sizes[:-1], config.sizes[1:], strict=True)
-        self.layers = nnx.List([linear(i, o, bias=True, rngs=rngs) for i, o in widths])
+        self.layers = nnx.List([make_linear(i, o, bias=True, rngs=rngs) for i, o in widths])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # No activations between the layers, as the published head was trained.
         for layer in self.layers:
             x = layer(x)
         return x[..., 0]

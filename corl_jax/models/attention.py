@@ -1,4 +1,4 @@
-"""Attention kernels: a table of what each one can do, the choice of one, and the computation.
+"""Attention kernels: a table of their abilities, the choice of a kernel, and the computation.
 
 A training step attends causally over whole sequences. A decode step attends to a prefix of the
 keys, in two parts: the prompt, whose keys the whole group shares, and the tokens sampled so far.
@@ -33,7 +33,7 @@ INTERPRET_SPLASH = False  # True runs splash attention on a CPU, for tests; slow
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Where an attention kernel runs, and what it can do. None means any."""
+    """The devices and dtypes of an attention kernel, and its abilities. None means any."""
 
     needs: str  # the devices, dtypes and head sizes below, in words
     has_device: Callable[[Any], bool]
@@ -130,6 +130,8 @@ def attend_causally(
     itself = jnp.eye(length, total, total - length, dtype=bool)
     before = jnp.tril(jnp.ones((length, total), bool), total - length)
     mask = before & (key_mask[:, None, :] | itself)
+    # An unmarked query sees itself: a softmax without any key would be NaN, and NaN would reach the
+    # gradients of all keys.
     if kernel == "cudnn":  # needs all three in the same layout
         laid_out = (constrain(x, "batch", "length", "heads", None) for x in (query, key, value))
         query, key, value = laid_out
@@ -142,6 +144,7 @@ def _attend_splash(
     query: jax.Array, key: jax.Array, value: jax.Array, key_mask: jax.Array
 ) -> jax.Array:
     length, total = query.shape[1], key.shape[1]
+    # The kernel of jax does not scale the scores.
     query = query / math.sqrt(query.shape[-1])
     # A marked query sees marked keys, an unmarked one the unmarked keys: no row is without keys.
     segments = key_mask.astype(jnp.int32)
@@ -172,7 +175,8 @@ def _make_splash_kernel(length: int, total: int) -> Callable:
     )  # fmt: skip
 
     def attend(query, key, value, query_segments, key_segments):
-        # Padding keys stand after the last key, so they are later than every real query.
+        # Padding keys stand after the last key, so they are later than every real query. The offset
+        # aligns the last query with the last key: T = 2, S = 3: query 0 is position 1.
         causal = masks.CausalMask((height, width), offset=total - length)
         kernel: Any = splash.make_splash_mha(
             masks.MultiHeadMask([causal] * query.shape[2]), block_sizes=sizes,
@@ -180,6 +184,7 @@ def _make_splash_kernel(length: int, total: int) -> Callable:
         )  # fmt: skip
 
         def attend_row(query, key, value, *segments):
+            # [T, H, head_dim] -> [H, T, head_dim], the layout of the kernel
             by_head = (x.swapaxes(0, 1) for x in (query, key, value))
             return kernel(*by_head, splash.SegmentIds(*segments)).swapaxes(0, 1)
 
@@ -211,11 +216,13 @@ def _attend_to_prefix_xla(
     query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array
 ) -> PartialAttention:
     *leading, heads, size = query.shape
+    # r row, q query, k key head, h query of a key head, d head_dim, s key
     grouped = query.reshape(*leading, key.shape[2], -1, size)
     scores = jnp.einsum("rqkhd,rskd->rkhqs", grouped, key, preferred_element_type=jnp.float32)
     seen = jnp.arange(key.shape[1]) < lengths[:, None]
     scores = jnp.where(seen[:, None, None, None], scores / math.sqrt(size), -jnp.inf)
     denominators = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    # The softmax, by denominators that the merge of two parts needs as well.
     weights = jnp.exp(scores - denominators).astype(value.dtype)
     averages = jnp.einsum("rkhqs,rskd->rqkhd", weights, value).reshape(query.shape)
     return averages, jnp.moveaxis(denominators[..., 0], -1, 1).reshape(*leading, heads)
@@ -225,7 +232,8 @@ def _attend_to_prefix_cudnn(
     query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array
 ) -> PartialAttention:
     # jax.nn.dot_product_attention calls this too, but rounds the denominators to the queries'
-    # dtype: in bfloat16 that is off by up to 0.06 at 16, and by as much in the parts' weights.
+    # dtype: in bfloat16 that is off by up to 0.06 at 16, and by as much in the parts' weights. So
+    # this uses the private function.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     count = query.shape[1]

@@ -1,6 +1,6 @@
 """BERT: token ids in, one feature vector per token out; a post-norm encoder.
 
-The pooler and the heads of pre-training, which checkpoints hold, do not exist here.
+It has no pooler and no heads of pre-training, unlike the checkpoints.
 
 Source: Devlin et al. 2018 (arXiv 1810.04805); transformers `models/bert`.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.encoder import MLP, Attention, layer_norm
+from corl_jax.models.encoder import MLP, Attention, make_layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Embeddings(nnx.Module):
             config.max_position_embeddings, width, rngs=rngs
         )
         self.token_type_embeddings = layers.Embedding(config.type_vocab_size, width, rngs=rngs)
-        self.layernorm = layer_norm(config, rngs)
+        self.layernorm = make_layer_norm(config, rngs)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         positions = self.position_embeddings(jnp.arange(input_ids.shape[1]))
@@ -54,9 +54,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.attn = Attention(config, rngs=rngs)
-        self.attn_layernorm = layer_norm(config, rngs)
+        self.attn_layernorm = make_layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
-        self.mlp_layernorm = layer_norm(config, rngs)
+        self.mlp_layernorm = make_layer_norm(config, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = self.attn_layernorm(x + self.attn(x, mask))
@@ -76,12 +76,12 @@ class Bert(nnx.Module):
     ) -> jax.Array:
         """Computes hidden states [B, T, hidden_size] after `layer` layers; later layers do not run.
 
-        `attention_mask` [B, T] is True on real tokens; states of the others are undefined. Layer 0
-        is the embeddings. A negative number counts from the end: -1 is the last layer, as in
-        transformers' `hidden_states`.
+        `attention_mask` [B, T] is True on real tokens; states of padding are undefined. Layer 0 is
+        the embeddings, as in transformers' `hidden_states`. -1 is the last layer.
 
         Raises: IndexError if there is no such layer.
         """
+        # 12 layers: range(13)[-1] = 12, range(13)[-2] = 11; IndexError for others
         count = range(self.num_layers + 1)[layer]
         graphdef, state = nnx.split(self.layers)
         first = nnx.merge(graphdef, jax.tree.map(lambda x: x[:count], state))

@@ -1,7 +1,7 @@
 """BLIP's captioner: a vision transformer, and a causal BERT whose layers attend to its features.
 
-The image tower has SigLIP's layers, with a class token in front of the patches; the decoder
-reads all of its features.
+The image tower has SigLIP's layers, with a class token in front of the patches. The decoder attends
+to the class token and to all patches.
 
 Source: Li et al. 2022 (arXiv 2201.12086); transformers 5.23 `models/blip`.
 """
@@ -17,8 +17,8 @@ from jax import lax
 
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
-from corl_jax.models.encoder import MLP, Attention, Block, KVCache, layer_norm
-from corl_jax.models.layers import linear
+from corl_jax.models.encoder import MLP, Attention, Block, KVCache, make_layer_norm
+from corl_jax.models.layers import make_linear
 from corl_jax.models.siglip import SiglipConfig
 
 
@@ -42,12 +42,9 @@ class BlipVisionConfig(SiglipConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BlipTextConfig:
-    """Sizes of the decoder; the defaults are those of blip-image-captioning-base.
+    """Sizes of the decoder; the defaults are those of blip-image-captioning-base."""
 
-    BERT's vocabulary has 30522 tokens; BLIP adds the one that starts a caption, and one that
-    the captioner does not use.
-    """
-
+    # BERT's 30522 tokens, a token that starts a caption, and a token that captions do not use.
     vocab_size: int = 30524
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -57,7 +54,7 @@ class BlipTextConfig:
     layer_norm_eps: float = 1e-12
     bos_token_id: int = 30522  # starts a caption
     sep_token_id: int = 102  # ends it
-    tie_word_embeddings: bool = True  # False: the head has a kernel of its own
+    tie_word_embeddings: bool = True  # False: the head has another kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +74,11 @@ class VisionTower(nnx.Module):
         self.class_embedding = layers.Embedding(1, width, rngs=rngs)
         self.position_embedding = layers.Embedding(config.num_tokens, width, rngs=rngs)
         self.layers = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
-        self.post_layernorm = layer_norm(config, rngs)
+        self.post_layernorm = make_layer_norm(config, rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         x = self.patch_embedding(pixel_values.astype(self.patch_embedding.kernel.dtype))
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, S/16, S/16, D] -> [B, patches, D]
         first = jnp.broadcast_to(self.class_embedding.embedding[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding.embedding[...]
         x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x)
@@ -102,33 +99,33 @@ class DecoderBlock(nnx.Module):
 
     def __init__(self, config: BlipTextConfig, vision_width: int, *, rngs: nnx.Rngs):
         self.attn = Attention(config, rngs=rngs)
-        self.attn_layernorm = layer_norm(config, rngs)
+        self.attn_layernorm = make_layer_norm(config, rngs)
         self.cross_attn = Attention(config, vision_width, rngs=rngs)
-        self.cross_attn_layernorm = layer_norm(config, rngs)
+        self.cross_attn_layernorm = make_layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
-        self.mlp_layernorm = layer_norm(config, rngs)
+        self.mlp_layernorm = make_layer_norm(config, rngs)
 
     def __call__(self, x: jax.Array, text: KVCache, mask: jax.Array, image: KVCache) -> jax.Array:
-        """x [B, T, D], `mask` [B or 1, T or 1, S] True where a key of the text is attended to."""
+        """Computes x [B, T, D]; `mask` [B or 1, T or 1, S] is True where a text key is seen."""
         x = self.attn_layernorm(x + self.attn(x, mask, text))
         x = self.cross_attn_layernorm(x + self.cross_attn(x, seen=image))
         return constrain(self.mlp_layernorm(x + self.mlp(x)), "batch", "length", "embed")
 
 
 class Head(nnx.Module):
-    """Hidden states [..., D] -> logits [..., V]; a tied head has no kernel of its own."""
+    """Hidden states [..., D] -> logits [..., V]; a tied head uses the word embeddings."""
 
     def __init__(self, config: BlipTextConfig, *, rngs: nnx.Rngs):
         width, rows = config.hidden_size, config.vocab_size
         self.tied = config.tie_word_embeddings
-        self.dense = linear(width, width, bias=True, rngs=rngs)
-        self.layernorm = layer_norm(config, rngs)
+        self.dense = make_linear(width, width, bias=True, rngs=rngs)
+        self.layernorm = make_layer_norm(config, rngs)
         self.bias = nnx.Param(jnp.zeros(rows))
         if not self.tied:
             self.kernel = nnx.Param(layers.initializer(rngs.params(), (width, rows)))
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """`embedding` [V, D] are the word embeddings."""
+        """Computes the logits; `embedding` [V, D] are the word embeddings."""
         x = self.layernorm(jax.nn.gelu(self.dense(x), approximate=False))
         return x @ (embedding.T if self.tied else self.kernel[...]) + self.bias[...]
 
@@ -143,26 +140,31 @@ class TextDecoder(nnx.Module):
         self.position_embeddings = layers.Embedding(
             config.max_position_embeddings, width, rngs=rngs
         )
-        self.embed_layernorm = layer_norm(config, rngs)
+        self.embed_layernorm = make_layer_norm(config, rngs)
         self.layers = layers.stack(
             lambda rngs: DecoderBlock(config, vision_width, rngs=rngs), config.num_layers, rngs
         )
         self.head = Head(config, rngs=rngs)
 
     def __call__(self, ids: jax.Array, features: jax.Array) -> jax.Array:
-        """Logits [B, T, V] of the tokens that follow ids [B, T], for features [B, S, D]."""
+        """Computes logits [B, T, V] of the tokens after ids [B, T], for features [B, S, D]."""
         length = ids.shape[1]
         mask = jnp.tril(jnp.ones((1, length, length), bool))
 
         def step(block: DecoderBlock, x: jax.Array):
-            text, image = block.attn.keys_values(x), block.cross_attn.keys_values(features)
+            text, image = (
+                block.attn.project_keys_values(x),
+                block.cross_attn.project_keys_values(features),
+            )
             return block(x, text, mask, image), None
 
         x, _ = layers.scan_layers(self.layers, step, self._embed(ids, jnp.arange(length)))
         return self._logits(x)
 
     def start(self, features: jax.Array, length: int) -> tuple[list[DecoderBlock], DecoderCache]:
-        """Returns the single layers, and a cache for `length` tokens about features [N, S, D]."""
+        """Returns the single layers, and a cache for `length` tokens, given features [N, S, D]."""
+        # Unstacked, because a decode loop would copy the slices of a stack in each step. The keys
+        # and values of the image do not change, so they are computed once.
         config = self.config
         blocks = layers.unstack(self.layers, config.num_layers)
         heads = config.num_heads, config.hidden_size // config.num_heads
@@ -170,19 +172,20 @@ class TextDecoder(nnx.Module):
         empty = constrain(empty, "batch", "length", "heads", None)
         return blocks, DecoderCache(
             text=[(empty, empty)] * config.num_layers,
-            image=[block.cross_attn.keys_values(features) for block in blocks],
+            image=[block.cross_attn.project_keys_values(features) for block in blocks],
         )
 
     def decode(
         self, blocks: list[DecoderBlock], token: jax.Array, step: jax.Array, cache: DecoderCache
     ) -> tuple[jax.Array, DecoderCache]:
-        """Returns logits [N, V] after token [N] at position `step`, and the new cache."""
+        """Computes logits [N, V] after token [N] at position `step`; returns them and the cache."""
         x, caches = self._embed(token[:, None], step), []
+        # Positions behind `step` are zeros that were never written.
         mask = (jnp.arange(cache.text[0][0].shape[1]) <= step)[None, None]
         for block, old, image in zip(blocks, cache.text, cache.image, strict=True):
             new = [
                 lax.dynamic_update_slice_in_dim(buffer, entry, step, axis=1)
-                for buffer, entry in zip(old, block.attn.keys_values(x), strict=True)
+                for buffer, entry in zip(old, block.attn.project_keys_values(x), strict=True)
             ]
             x = block(x, (new[0], new[1]), mask, image)
             caches.append((new[0], new[1]))
@@ -204,5 +207,5 @@ class Blip(nnx.Module):
         self.text_decoder = TextDecoder(config.text, config.vision.hidden_size, rngs=rngs)
 
     def __call__(self, pixel_values: jax.Array, ids: jax.Array) -> jax.Array:
-        """Logits [B, T, V] of the tokens that follow ids [B, T], for normalised pixels."""
+        """Computes logits [B, T, V] of the tokens after ids [B, T], for normalised pixels."""
         return self.text_decoder(ids, self.vision_model(pixel_values))

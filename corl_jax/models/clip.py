@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.encoder import Activation, Block, layer_norm
-from corl_jax.models.layers import initializer, linear
+from corl_jax.models.encoder import Activation, Block, make_layer_norm
+from corl_jax.models.layers import initializer, make_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +59,20 @@ class VisionTower(nnx.Module):
         self.class_embedding = nnx.Param(initializer(rngs.params(), (tower.hidden_size,)))
         tokens = 1 + (config.image_size // config.patch_size) ** 2
         self.position_embedding = layers.Embedding(tokens, tower.hidden_size, rngs=rngs)
-        self.pre_layernorm = layer_norm(tower, rngs)
+        self.pre_layernorm = make_layer_norm(tower, rngs)
         self.layers = layers.stack(
             lambda rngs: Block(tower, tower.activation, rngs=rngs), tower.num_layers, rngs
         )
-        self.post_layernorm = layer_norm(tower, rngs)
+        self.post_layernorm = make_layer_norm(tower, rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         x = self.patch_embedding(pixel_values.astype(self.patch_embedding.kernel.dtype))
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [N, 16, 16, D] -> [N, 256, D] at 224 pixels
         first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding.embedding[...]
         x = self.pre_layernorm(x)
         x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x)
+        # Only the class token is used, so only it is normalised.
         return self.post_layernorm(x[:, 0])
 
 
@@ -91,13 +92,14 @@ class TextTower(nnx.Module):
         self.layers = layers.stack(
             lambda rngs: Block(tower, tower.activation, rngs=rngs), tower.num_layers, rngs
         )
-        self.final_layernorm = layer_norm(tower, rngs)
+        self.final_layernorm = make_layer_norm(tower, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.position_embedding.embedding[...][:length]
         causal = jnp.tril(jnp.ones((1, length, length), bool))
         x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x, causal), None), x)
+        # argmax of booleans is the first True: rows are padded with the end token.
         end = jnp.argmax(ids == self.eos_token_id, axis=-1)
         return self.final_layernorm(x[jnp.arange(x.shape[0]), end])
 
@@ -109,9 +111,11 @@ class Clip(nnx.Module):
         self.vision_model = VisionTower(config, rngs=rngs)
         self.text_model = TextTower(config, rngs=rngs)
         features = config.projection_dim
-        self.visual_projection = linear(config.vision.hidden_size, features, bias=False, rngs=rngs)
-        self.text_projection = linear(config.text.hidden_size, features, bias=False, rngs=rngs)
-        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))
+        self.visual_projection = make_linear(
+            config.vision.hidden_size, features, bias=False, rngs=rngs
+        )
+        self.text_projection = make_linear(config.text.hidden_size, features, bias=False, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.log(1 / 0.07))  # CLIP's initial temperature of 0.07
 
     def image_features(self, pixel_values: jax.Array) -> jax.Array:
         """Computes features [N, projection_dim] of normalised pixels [N, S, S, 3]."""

@@ -18,6 +18,7 @@ from corl_jax.devices.mesh import constrain
 
 Remat = Literal["none", "full", "dots"]
 
+# "dots" keeps products without batch dimensions: those of the projections, not of attention.
 _REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -26,7 +27,7 @@ _REMAT_POLICIES: dict[str, Callable | None] = {
 initializer = nnx.initializers.normal(stddev=0.02)
 
 
-def linear(in_features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+def make_linear(in_features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
     """Makes a dense layer with the initialisation of all Janus parts."""
     return nnx.Linear(in_features, out_features, use_bias=bias, kernel_init=initializer, rngs=rngs)
 
@@ -47,6 +48,7 @@ class Embedding(nnx.Module):
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:
     """Makes one module whose parameters have a leading axis of `layers`; `make` makes one layer."""
+    # eval_shape makes no arrays: only the structure of one layer is needed here.
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), layers)
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
@@ -65,8 +67,8 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Applies `step(layer, x) -> (x, out)` over a stack of layers; the outs are stacked.
 
-    `remat` says which values of a layer the backward pass keeps: everything ("none"), the results
-    of its matrix products ("dots") or only its input ("full").
+    `remat` names the values of a layer that are kept for the backward pass: all ("none"), results
+    of its matrix products ("dots") or its input ("full").
     """
     graphdef, state = nnx.split(stacked)
 
@@ -74,14 +76,17 @@ def scan_layers(
         return step(nnx.merge(graphdef, params), carry)
 
     if remat != "none":
+        # prevent_cse guards against a merge of both computations, which a scan excludes anyway.
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     return lax.scan(body, x, state)
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Computes cosines and sines [..., T, 1, head_dim] for `apply_rope`, in float32."""
+    # float32: in bfloat16 positions above 256 are not exact.
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
+    # Halves, not pairs: head_dim 4: [a0, a1] -> [a0, a1, a0, a1]
     angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -93,6 +98,8 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """
     cos, sin = rope
     half = x.shape[-1] // 2
+    # [x0, x1, x2, x3] -> [-x2, -x3, x0, x1]: pairs are (x0, x2) and (x1, x3), as in both layouts
+    # of Janus, so q and k need no permutation.
     rotated = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     return (x * cos + rotated * sin).astype(x.dtype)
 
@@ -102,7 +109,7 @@ def attend(
 ) -> jax.Array:
     """Computes attention [B, T, H, head_dim]; `mask` [B, T or 1, S] is True where a key is seen."""
     if mask is not None:
-        mask = mask[:, None]
+        mask = mask[:, None]  # the same for all heads
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
@@ -120,9 +127,9 @@ class Projector(nnx.Module):
     """Janus's aligner: a linear layer, then (GELU, linear) `depth` - 1 times."""
 
     def __init__(self, in_features: int, features: int, depth: int, *, rngs: nnx.Rngs):
-        self.fc1 = linear(in_features, features, bias=True, rngs=rngs)
+        self.fc1 = make_linear(in_features, features, bias=True, rngs=rngs)
         self.hidden_layers = nnx.List(
-            [linear(features, features, bias=True, rngs=rngs) for _ in range(depth - 1)]
+            [make_linear(features, features, bias=True, rngs=rngs) for _ in range(depth - 1)]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

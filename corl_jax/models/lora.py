@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from corl_jax.models.layers import initializer, linear
+from corl_jax.models.layers import initializer, make_linear
 from corl_jax.types import Params
 
 
@@ -39,18 +39,20 @@ class LoraLinear(nnx.Linear):
         )
         self.scale = lora.scale
         self.lora_a = nnx.Param(_draw_uniform(rngs.params(), (in_features, lora.rank)))
+        # Zeros: at the start the adapted model equals the base model.
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features)))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # (x A) B, not x (A B): the product A B would be as large as the kernel.
         return super().__call__(x) + (x @ self.lora_a[...] * self.scale) @ self.lora_b[...]
 
 
-def projection(
+def make_projection(
     name: str, in_features: int, out_features: int, lora: Lora | None, *, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """Makes a dense layer without bias, with an adapter if `name` is among the targets."""
     if lora is None or name not in lora.targets:
-        return linear(in_features, out_features, bias=False, rngs=rngs)
+        return make_linear(in_features, out_features, bias=False, rngs=rngs)
     return LoraLinear(in_features, out_features, lora, rngs=rngs)
 
 

@@ -1,7 +1,7 @@
 """The SigLIP image tower: an image in, one feature vector per patch out.
 
 It has all layers, the final LayerNorm, exact GELU and no class token. The attention-pool head of
-the original checkpoints is not used by Janus and does not exist here.
+the original checkpoints is left out, because Janus does not use it.
 
 Source: Zhai et al. 2023 (arXiv 2303.15343); timm `siglip_large_patch16_384` as Janus loads it.
 """
@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from corl_jax.models import layers
-from corl_jax.models.encoder import Block, layer_norm
+from corl_jax.models.encoder import Block, make_layer_norm
 from corl_jax.models.layers import Remat
 
 
@@ -45,12 +45,12 @@ class Siglip(nnx.Module):
         )
         self.position_embedding = layers.Embedding(config.num_tokens, config.hidden_size, rngs=rngs)
         self.layers = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
-        self.post_layernorm = layer_norm(config, rngs)
+        self.post_layernorm = make_layer_norm(config, rngs)
 
     def __call__(self, pixel_values: jax.Array, *, remat: Remat = "none") -> jax.Array:
         kernel_dtype = self.patch_embedding.kernel.dtype
         x = self.patch_embedding(pixel_values.astype(kernel_dtype))
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, 24, 24, D] -> [B, 576, D], row by row
         x = x + self.position_embedding.embedding[...]
         x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x, remat)
         return self.post_layernorm(x)

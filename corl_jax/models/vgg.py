@@ -44,16 +44,19 @@ class Lpips(nnx.Module):
 
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
         distance = jnp.zeros(first.shape[0], jnp.float32)
-        for head, x, y in zip(self.heads, self.taps(first), self.taps(second), strict=True):
+        for head, x, y in zip(
+            self.heads, self.compute_taps(first), self.compute_taps(second), strict=True
+        ):
             difference = jnp.square(normalize_channels(x) - normalize_channels(y))
             distance += head(difference).astype(jnp.float32).mean(axis=(1, 2, 3))
         return distance
 
-    def taps(self, images: jax.Array) -> list[jax.Array]:
+    def compute_taps(self, images: jax.Array) -> list[jax.Array]:
         """Computes the last activations of each stage k, [N, H / 2^k, W / 2^k, channels[k]]."""
         x = (2.0 * images - 1.0 - jnp.array(SHIFT)) / jnp.array(SCALE)
         x = x.astype(self.stages[0][0].kernel.dtype)
         taps = []
+        # The tap of a stage is before its pooling, so the pooling belongs to the next stage.
         for convs in self.stages:
             x = max_pool(x) if taps else x
             for conv in convs:
@@ -65,6 +68,7 @@ class Lpips(nnx.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """Computes the maximum of each 2x2 block; an odd last row or column is left out."""
     batch, height, width, channels = x.shape
+    # [B, 5, 5, C] -> [B, 4, 4, C] -> [B, 2, 2, 2, 2, C], maximum over axes 2 and 4
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 

@@ -36,12 +36,13 @@ class VQConfig:
         return [self.base_channels * multiplier for multiplier in self.channel_multiplier]
 
 
-def conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+def make_conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Conv:
     """Makes a square convolution of stride 1 with same padding."""
     return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, rngs=rngs)
 
 
-def group_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def make_group_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    # flax's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
     return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
 
@@ -49,12 +50,12 @@ class ResBlock(nnx.Module):
     """Two normalised 3x3 convolutions and a shortcut, which is 1x1 if the width changes."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.norm1 = group_norm(inputs, rngs=rngs)
-        self.conv1 = conv(inputs, outputs, 3, rngs=rngs)
-        self.norm2 = group_norm(outputs, rngs=rngs)
-        self.conv2 = conv(outputs, outputs, 3, rngs=rngs)
+        self.norm1 = make_group_norm(inputs, rngs=rngs)
+        self.conv1 = make_conv(inputs, outputs, 3, rngs=rngs)
+        self.norm2 = make_group_norm(outputs, rngs=rngs)
+        self.conv2 = make_conv(outputs, outputs, 3, rngs=rngs)
         if inputs != outputs:
-            self.nin_shortcut = conv(inputs, outputs, 1, rngs=rngs)
+            self.nin_shortcut = make_conv(inputs, outputs, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -66,17 +67,19 @@ class AttnBlock(nnx.Module):
     """Single-head self-attention over all positions of the feature map."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.norm = group_norm(channels, rngs=rngs)
-        self.q = conv(channels, channels, 1, rngs=rngs)
-        self.k = conv(channels, channels, 1, rngs=rngs)
-        self.v = conv(channels, channels, 1, rngs=rngs)
-        self.proj_out = conv(channels, channels, 1, rngs=rngs)
+        self.norm = make_group_norm(channels, rngs=rngs)
+        self.q = make_conv(channels, channels, 1, rngs=rngs)
+        self.k = make_conv(channels, channels, 1, rngs=rngs)
+        self.v = make_conv(channels, channels, 1, rngs=rngs)
+        self.proj_out = make_conv(channels, channels, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         normed = self.norm(x)
         batch, height, width, channels = x.shape
         query, key, value = (
-            f(normed).reshape(batch, height * width, 1, channels) for f in (self.q, self.k, self.v)
+            # [N, H, W, C] -> [N, H * W, 1 head, C]
+            f(normed).reshape(batch, height * width, 1, channels)
+            for f in (self.q, self.k, self.v)
         )
         h = jax.nn.dot_product_attention(query, key, value)
         return x + self.proj_out(h.reshape(batch, height, width, channels))
@@ -84,6 +87,9 @@ class AttnBlock(nnx.Module):
 
 class Downsample(nnx.Module):
     """Halves each side: one row and column of zeros on the far sides, then stride 2."""
+
+    # Not "SAME" with zeros on both sides: the original pads right and bottom only, and another
+    # padding shifts the grid of codes.
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(
@@ -98,7 +104,7 @@ class Upsample(nnx.Module):
     """Doubles each side by repetition, then a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, 3, rngs=rngs)
+        self.conv = make_conv(channels, channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
@@ -123,6 +129,7 @@ class Level(nnx.Module):
     upsample: Upsample  # of a decoder
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, rngs: nnx.Rngs):
+        # The first block changes the width: inputs 128, outputs 256 -> [128, 256, 256]
         widths = [inputs] + [outputs] * (blocks - 1)
         self.block = nnx.List([ResBlock(width, outputs, rngs=rngs) for width in widths])
         if attention:
@@ -145,7 +152,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
         channels = config.level_channels
         last = len(channels) - 1
-        self.conv_in = conv(3, config.base_channels, 3, rngs=rngs)
+        self.conv_in = make_conv(3, config.base_channels, 3, rngs=rngs)
         self.down = nnx.List([])
         for index, outputs in enumerate(channels):
             inputs = channels[index - 1] if index else config.base_channels
@@ -154,8 +161,8 @@ class Encoder(nnx.Module):
                 level.downsample = Downsample(outputs, rngs=rngs)
             self.down.append(level)
         self.mid = Mid(channels[-1], rngs=rngs)
-        self.norm_out = group_norm(channels[-1], rngs=rngs)
-        self.conv_out = conv(channels[-1], config.z_channels, 3, rngs=rngs)
+        self.norm_out = make_group_norm(channels[-1], rngs=rngs)
+        self.conv_out = make_conv(channels[-1], config.z_channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
@@ -165,12 +172,13 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents [N, h, w, z_channels] -> pixels [N, h * f, w * f, 3]; `up` starts at the lowest."""
+    """Latents [N, h, w, z_channels] -> pixels [N, h * f, w * f, 3]."""
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+        # From the lowest resolution up; checkpoints number the levels in this order too.
         channels = config.level_channels[::-1]
         last = len(channels) - 1
-        self.conv_in = conv(config.z_channels, channels[0], 3, rngs=rngs)
+        self.conv_in = make_conv(config.z_channels, channels[0], 3, rngs=rngs)
         self.mid = Mid(channels[0], rngs=rngs)
         self.up = nnx.List([])
         for index, outputs in enumerate(channels):
@@ -179,8 +187,8 @@ class Decoder(nnx.Module):
             if index != last:
                 level.upsample = Upsample(outputs, rngs=rngs)
             self.up.append(level)
-        self.norm_out = group_norm(channels[-1], rngs=rngs)
-        self.conv_out = conv(channels[-1], 3, 3, rngs=rngs)
+        self.norm_out = make_group_norm(channels[-1], rngs=rngs)
+        self.conv_out = make_conv(channels[-1], 3, 3, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         x = self.mid(self.conv_in(z))
@@ -196,8 +204,8 @@ class VQModel(nnx.Module):
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.quantize = nnx.Embed(config.num_embeddings, config.embed_dim, rngs=rngs)
-        self.quant_conv = conv(config.z_channels, config.embed_dim, 1, rngs=rngs)
-        self.post_quant_conv = conv(config.embed_dim, config.z_channels, 1, rngs=rngs)
+        self.quant_conv = make_conv(config.z_channels, config.embed_dim, 1, rngs=rngs)
+        self.post_quant_conv = make_conv(config.embed_dim, config.z_channels, 1, rngs=rngs)
 
     def codebook(self) -> jax.Array:
         """Returns the codes' vectors [num_embeddings, embed_dim], of unit length."""
@@ -219,6 +227,7 @@ class VQModel(nnx.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Computes pixels [N, H, W, 3], roughly in [-1, 1] (not clipped), of codes [N, h * w]."""
+        # 576 codes -> a grid of 24 x 24, row by row
         side = round(codes.shape[-1] ** 0.5)
         return self.decode_latents(self.codebook()[codes].reshape(codes.shape[0], side, side, -1))
 

@@ -1,4 +1,4 @@
-"""Kinds of unified models, and how a checkpoint of one is opened."""
+"""The families of unified models; opens and loads their checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILIES: dict[str, Family] = {"janus": JANUS}
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFiles:
-    """A checkpoint whose files were checked; its weights are not read yet."""
+    """A checkpoint with checked files; its weights are not read yet."""
 
     family: Family
     sizes: Sizes
@@ -41,28 +41,27 @@ class Model(PolicyFiles):
 
 
 def find_family(folder: Path) -> Family:
-    """Returns the family of the checkpoint in a folder, by what its config.json states.
-
-    For a folder that states none of them it is the first family, whose reader says what is wrong.
-    """
+    """Returns the family that the config.json of a folder states, or else the first family."""
     first, *_ = families = tuple(FAMILIES.values())
     try:
         kind = recognise_kind(folder, [family.kind for family in families])
     except InputError:
-        return first
+        return first  # its reader reports what is wrong with the folder
     return next((family for family in families if family.kind is kind), first)
 
 
 def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
-    """Reads the small files of a checkpoint, and checks that its tensors are whole and fit.
+    """Reads the small files of a checkpoint, and checks names, shapes and sizes of its tensors.
 
-    Of the weights only names, shapes and sizes are looked at; no device starts.
+    It does not read the weights and starts no device.
 
     Raises:
-        InputError: listing every file, setting and tensor that is missing, malformed or at odds.
+        InputError: listing every file, setting and tensor that is missing, malformed or of
+            another size than the config states.
     """
     folder = resolve_model_dir(path_or_hub_id)
     problems = Problems()
+    # Git LFS pointers first: every other reader would call them corrupt.
     problems.add(find_pointers(folder))
     family = find_family(folder)
     sizes = problems.attempt(load_config, folder, family.kind)
@@ -71,6 +70,8 @@ def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
         with problems.collect():
             open_checkpoint(folder, family.kind, sizes).close()
     if sizes is not None and processor is not None:
+        # An id without a row in the table embeds as NaN. More rows than tokens are usual: tables
+        # are padded.
         tokens, rows = processor.num_tokens, family.limits(sizes).vocab_size
         if tokens > rows:
             problems.add(
@@ -100,6 +101,7 @@ def load_policy(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None
 
         params = load_sharded(folder, family.kind, sizes, shardings, choose_dtype)
     else:
+        # Cast on the host, so that the device never holds the stored dtype and the copy together.
         params = load_params(folder, family.kind, sizes)
         if dtype is not None:
             params = family.cast(params, dtype)

@@ -1,7 +1,8 @@
 """Samples many prompts in batches of fixed shape.
 
-A sample depends on the seed, its prompt's place in the input and its number. Batch size, the other
-prompts and the number of devices change it only by rounding.
+A sample depends on the seed, the position of its prompt in the input, and its number among the
+prompt's samples. Batch size, the other prompts and the number of devices change it only by
+rounding.
 """
 
 from __future__ import annotations
@@ -27,42 +28,48 @@ from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, TEXT, Task
 class Sample:
     """One generated image or one answer."""
 
-    prompt: int  # place in the input
+    prompt: int  # position in the input
     number: int  # among the samples of its prompt
-    tokens: np.ndarray  # [T] int32; of an answer up to and including its EOS
+    tokens: np.ndarray  # [T] int32; an answer ends with its EOS
     pixels: np.ndarray | None = None  # of an image, uint8 [S, S, 3]
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One call of a sampler: `group` samples, from number `first` on, of each of some prompts."""
+    """One call of a sampler: `group` samples of each of some prompts, from number `first` on."""
 
     length: int  # padded prompt length
     prompts: tuple[int, ...]
-    rows: int  # prompts in every call of this length; the last call repeats one to fill up
+    rows: int  # prompts in every call of this length; the last call repeats a prompt to fill up
     first: int
     group: int
 
     @property
     def filled(self) -> list[int]:
+        # rows = 3, prompts (7, 8) -> [7, 8, 7]: the shape of the other calls, so no new program.
         return [*self.prompts, *[self.prompts[0]] * (self.rows - len(self.prompts))]
 
     def keys(self, seed: int, stream: int) -> jax.Array:
         """Returns the keys [rows * group], prompt-major."""
+        # Samples are numbered over all pieces of a prompt, so that the batch size changes no key:
+        # first = 2, group = 2 takes columns 2 and 3 of keys [rows, 4].
         last = self.first + self.group
         keys = sample_keys(seed, self.filled, last, stream)
         return keys.reshape(self.rows, last)[:, self.first :].reshape(-1)
 
 
-def pieces(lengths: Sequence[int], samples: int, batch_size: int) -> Iterator[Piece]:
-    """Splits prompts of padded `lengths`, `samples` each, into calls of `batch_size` at most.
+def split_in_pieces(lengths: Sequence[int], samples: int, batch_size: int) -> Iterator[Piece]:
+    """Splits prompts of padded `lengths`, with `samples` each, into calls of one shape per length.
 
-    All calls of one length have one shape, hence one program.
+    No call has more than `batch_size` samples.
     """
+    # XLA compiles a program for each shape, which takes longer than a few samples that are thrown
+    # away. samples = 10, batch_size = 4: 3 rounds of 4, of which the last gives 2.
     rounds = math.ceil(samples / batch_size)
     group = math.ceil(samples / rounds)
     for length in sorted(set(lengths)):
         members = [i for i, other in enumerate(lengths) if other == length]
+        # 5 prompts, at most 4 a call: 2 calls of 3 rows, not one of 4 and one of 1 filled up to 4.
         calls = math.ceil(len(members) / (batch_size // group))
         rows = math.ceil(len(members) / calls)
         for start in range(0, len(members), rows):
@@ -111,7 +118,7 @@ def answer_questions(
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How many samples, how they are batched, and how progress is shown."""
+    """The number of samples, their batches, and the progress bar."""
 
     samples: int
     batch_size: int
@@ -135,6 +142,7 @@ def _sample_turn(
             turn.prompt, [ids[i] for i in piece.filled], images, piece.length
         )
         keys = piece.keys(batching.seed, task.stream)
+        # The last segment of a turn is its result.
         result = program.sample(model.sizes, model.params, encoded, keys, options)[-1]
         tokens, mask = np.asarray(result.values), np.asarray(result.mask)
         if result.kind == TEXT:
@@ -143,28 +151,30 @@ def _sample_turn(
         return tokens, np.asarray(pixels)
 
     lengths = [processor.bucket(len(row)) for row in ids]
-    planned = list(pieces(lengths, batching.samples, batching.batch_size))
-    yield from _run(planned, batching.samples, call, batching.unit, batching.show_progress)
+    planned = list(split_in_pieces(lengths, batching.samples, batching.batch_size))
+    yield from _run_pieces(planned, batching.samples, call, batching.unit, batching.show_progress)
 
 
-def _run(
+def _run_pieces(
     planned: Sequence[Piece], samples: int, call: Callable, unit: str, show_progress: bool
 ) -> Iterator[Sample]:
-    """The pieces' samples, without what only filled a batch up."""
+    """Yields the samples of the pieces; leaves out samples that only fill a batch up."""
     total = samples * len({prompt for piece in planned for prompt in piece.prompts})
     with tqdm(total=total, unit=unit, disable=None if show_progress else True) as bar:
         for piece in planned:
-            with jax.set_mesh(_mesh(piece.rows * piece.group)):
+            with jax.set_mesh(_choose_mesh(piece.rows * piece.group)):
                 results = zip(*call(piece), strict=True)
             numbers = range(piece.first, piece.first + piece.group)
             places = [(prompt, number) for prompt in piece.prompts for number in numbers]
+            # Not strict: the results of repeated prompts come last, and have no place.
             for (prompt, number), result in zip(places, results, strict=False):
                 if number < samples:
                     yield Sample(prompt, number, *result)
                     bar.update()
 
 
-def _mesh(rows: int) -> jax.sharding.Mesh:
-    """As many of this process's devices as the rows divide among evenly."""
+def _choose_mesh(rows: int) -> jax.sharding.Mesh:
+    """Returns a mesh of as many devices of this process as divide the rows evenly."""
+    # 6 rows on 4 devices: gcd 2, so 2 devices with 3 rows each.
     devices = jax.local_devices()
     return make_mesh(devices=devices[: math.gcd(rows, len(devices))])

@@ -1,7 +1,7 @@
-"""How a token is chosen from logits, with random keys that belong to a sample and nothing else.
+"""Chooses tokens from logits, with a random key for each sample.
 
-A sample depends on its own key and prompt only: not on the batch around it, its order or the
-number of devices. Keys come from (seed, prompt index, sample index); step t folds t in.
+A sample depends on its key and its prompt only. The batch, its order and the number of devices do
+not change it. A key comes from (seed, stream, prompt index, sample index); step t folds t in.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 512
-"""Tokens of the vocabulary that are drawn from together; see `Choice.draw`."""
+"""Number of neighbouring tokens in one block of the vocabulary; see `_draw_token`."""
 
-
+# To test whether all texts have ended, the host waits for the device. At most 15 steps are wasted.
 STRIDE = 16
-"""Steps between looks at whether all texts have ended: to look, the host waits for the device."""
+"""Steps between two tests of whether all texts have ended."""
 
 
 def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) -> jax.Array:
-    """Keys [N] of prompts' samples; `stream` tells tasks of the same prompt apart."""
+    """Returns the keys [N] of the samples of prompts [B]; `stream` is the number of the task."""
+    # Without the stream, image i and text i of a prompt would draw the same random numbers.
     base = jax.random.fold_in(jax.random.key(seed), stream)
     index = jnp.asarray(prompt_index, jnp.uint32)
     fold = jax.random.fold_in
+    # [B] x [G] -> keys [B, G] -> [N], prompt-major
     grid = jax.vmap(
         lambda prompt: jax.vmap(lambda sample: fold(fold(base, prompt), sample))(
             jnp.arange(group_size)
@@ -37,7 +39,7 @@ def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How a token is drawn from logits."""
+    """The rule by which a token is drawn from logits."""
 
     temperature: jax.Array | float
     greedy: bool
@@ -45,19 +47,20 @@ class Choice:
     top_p: float = 1.0
 
     def draw(self, keys: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
-        """Token ids [N] of float32 logits [N, V], already divided by the temperature."""
+        """Draws token ids [N] from float32 logits [N, V], already divided by the temperature."""
         if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
+        # The key of step t depends on t alone, not on the random numbers of the steps before.
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         return jax.vmap(_draw_token)(keys, split_in_blocks(logits))
 
 
 def _draw_token(key: jax.Array, blocks: jax.Array) -> jax.Array:
-    """A token id of logits [blocks, BLOCK]: first its block, then its place in there.
-
-    A random number a token of a large vocabulary would cost more than its softmax.
-    """
+    """Draws a token id from logits [blocks, BLOCK]: first a block, then a place in the block."""
+    # categorical() makes a random number for each logit. For a large vocabulary that costs more
+    # than its softmax. Here it makes blocks + BLOCK numbers: 200 + 512 for a vocabulary of 102400.
+    # p(block) p(place | block) is the softmax over the whole vocabulary.
     block_key, place_key = jax.random.split(key)
     block = jax.random.categorical(block_key, jax.nn.logsumexp(blocks, axis=-1))
     place = jax.random.categorical(place_key, blocks[block])
@@ -65,7 +68,8 @@ def _draw_token(key: jax.Array, blocks: jax.Array) -> jax.Array:
 
 
 def split_in_blocks(logits: jax.Array) -> jax.Array:
-    """[..., V] -> [..., blocks, BLOCK or fewer], the last block filled up with -inf."""
+    """Reshapes [..., V] to [..., blocks, BLOCK or fewer]; -inf fills the last block up."""
+    # V = 1200 -> [3, 512], the last 336 of them -inf: probability 0 in every softmax
     size = min(BLOCK, logits.shape[-1])
     count = math.ceil(logits.shape[-1] / size)
     padding = [(0, 0)] * (logits.ndim - 1) + [(0, count * size - logits.shape[-1])]
@@ -74,7 +78,7 @@ def split_in_blocks(logits: jax.Array) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """All but the k largest logits become -inf; 0 keeps all, ties with the k-th stay."""
+    """Sets all but the k largest logits to -inf; k = 0 keeps all, ties with the k-th stay."""
     if not 0 < k < logits.shape[-1]:
         return logits
     threshold = lax.top_k(logits, k)[0][..., -1:]
@@ -82,30 +86,32 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the smallest set of most likely tokens whose probability reaches `top_p`.
+    """Keeps the most likely tokens with total probability `top_p`; sets other logits to -inf.
 
-    Never empty; tokens that tie with the least likely kept one stay.
+    At least one token stays, and so do ties with the least likely token that stays.
     """
     if top_p >= 1.0:
         return logits
     ordered = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(ordered, axis=-1)
+    # [0.5, 0.3, 0.2], top_p = 0.6: before = [0, 0.5, 0.8], kept = [True, True, False]
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < top_p).at[..., 0].set(True)
+    # A threshold on logits needs no gather back to the unsorted order.
     threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log-softmax of float32 logits [..., V] at tokens [...]."""
+    """Computes the log-softmax of float32 logits [..., V] at tokens [...]."""
     picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    # By blocks, as the token was drawn: XLA then reads the logits once for both.
+    # By blocks, as in `_draw_token`: XLA then reads the logits once for both.
     by_block = jax.nn.logsumexp(split_in_blocks(logits), axis=-1)
     return picked - jax.nn.logsumexp(by_block, axis=-1)
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, cfg_scale: Any) -> jax.Array:
-    """Classifier-free guidance on logits; scale 1 is the conditional distribution.
+    """Mixes logits by classifier-free guidance; scale 1 gives the conditional ones.
 
     Source: Ho and Salimans 2022 (arXiv 2207.12598), as Janus applies it to image tokens.
     """
@@ -113,12 +119,15 @@ def guide(conditional: jax.Array, unconditional: jax.Array, cfg_scale: Any) -> j
 
 
 def split_steps(steps: int) -> tuple[int, int]:
-    """(count, steps of each) that make at least `steps`, none longer than STRIDE."""
+    """Returns (rounds, steps a round) for at least `steps` steps, at most STRIDE a round."""
+    # 511 steps -> 32 rounds of 16, one step more than needed; 20 -> 2 rounds of 10, none more
     count = math.ceil(steps / STRIDE)
     return count, math.ceil(steps / max(count, 1))
 
 
 def completion_mask(tokens: jax.Array, steps: Any, eos: int) -> jax.Array:
-    """[N, T] bool: drawn tokens up to and including the first EOS."""
+    """Returns a mask [N, T], True on sampled tokens up to and including the first EOS."""
+    # tokens [a, EOS, EOS]: cumsum [0, 1, 2] minus itself [0, 1, 1] -> ended [0, 0, 1]. Places from
+    # `steps` on were never sampled: the loop stops before them if all rows have ended.
     ended = jnp.cumsum(tokens == eos, axis=-1) - (tokens == eos)
     return (ended == 0) & (jnp.arange(tokens.shape[-1]) < steps)

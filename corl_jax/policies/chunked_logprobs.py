@@ -1,7 +1,7 @@
-"""Log-probs of given tokens from hidden states, a few tokens at a time.
+"""Computes log-probs of given tokens from hidden states, a few tokens at a time.
 
-Logits are made and reduced in pieces: of [rows, T, 102400] only [rows, chunk, 102400] ever
-exists, forward and backward.
+Logits are made and reduced in pieces. With Janus's vocabulary [rows, T, 102400] never exists,
+neither forward nor backward, but only [rows, size of a piece, 102400].
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from jax import lax
 
 
 def repeat_rows(x: jax.Array, group_size: int) -> jax.Array:
-    """Each prompt's entry repeated for its completions."""
+    """Repeats the row of each prompt for its completions."""
+    # G = 2: [p0, p1] -> [p0, p0, p1, p1]
     return jnp.repeat(x, group_size, axis=0)
 
 
@@ -26,22 +27,26 @@ def chunked_logprobs(
     temperature: float,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropies), both [N, T] float32, of `tokens` [N, T].
+    """Returns (log-probs, entropies), both [N, T] float32, of `tokens` [N, T].
 
-    `hidden` is an array [N, T, D] or a tuple of such; `logits_of` maps a slice of it to logits.
-    The softmax is taken in float32. Entropies carry no gradient.
+    `hidden` is an array [N, T, D] or a tuple of such arrays. `logits_of` maps a slice of it to
+    logits. `chunk` is the number of tokens of a piece, over all rows. Entropies have no gradient.
     """
+    # N = 64, chunk = 1024: pieces of 16 tokens of each row
     rows, length = tokens.shape
     size = max(1, min(length, chunk // rows))
     pieces = -(-length // size)
 
     def split(x: jax.Array) -> jax.Array:
+        # [N, T, ...] -> [pieces, N, size, ...]; lax.map runs over the first axis
         padding = [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, padding).reshape(rows, pieces, size, *x.shape[2:]).swapaxes(0, 1)
 
+    # Without checkpoint the backward pass would keep the logits of every piece.
     @jax.checkpoint
     def score(piece: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
         states, targets = piece
+        # bfloat16 has 8 bits: log-probs of some -10 would be off by up to 0.03.
         logits = logits_of(states).astype(jnp.float32) / temperature
         normalised = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         picked = jnp.take_along_axis(normalised, targets[..., None], axis=-1)[..., 0]
@@ -49,4 +54,5 @@ def chunked_logprobs(
         return picked, lax.stop_gradient(entropy)
 
     out = lax.map(score, (jax.tree.map(split, hidden), split(tokens)))
+    # [pieces, N, size] -> [N, T]; the padding of the last piece is cut off
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1)[:, :length], out)

@@ -1,10 +1,9 @@
-"""One token at a time through a Llama, many completions a prompt.
+"""Decodes with a Llama, one token per step and many completions per prompt.
 
-A prompt is read once, whatever the number of its completions, and its keys and values are kept
-once: each completion adds only those of its own tokens, all at the same slot, and a step attends
-to both parts. Where a short prompt costs less to read again than to attend to apart, each
-completion's buffer begins with a copy of it. The layers are unstacked and their matrices fused
-before the loop, because XLA does not hoist the slices of a stacked layer out of it.
+The prompt is read once, and its keys and values are kept once for all its completions. Each
+completion has a buffer for the keys and values of its tokens. A step attends to both parts and
+merges the results. For short prompts, each completion's buffer begins with a copy of the prompt
+instead. The layers are unstacked and their matrices fused before the loop.
 """
 
 from __future__ import annotations
@@ -24,55 +23,65 @@ from corl_jax.models.layers import apply_rope
 from corl_jax.models.llama import Block, KVCache, Llama
 from corl_jax.models.lora import LoraLinear
 
+# For a short prompt one call of cuDNN over prompt and completion costs less than two calls.
 SHORT_PROMPT = 128
-"""Tokens, padding included, up to which cuDNN attends to a prompt and a completion in one call."""
+"""Longest prompt, in tokens with padding, that is copied in front of its completions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How prompts, samples and rows of the network relate.
+    """Maps between prompts, samples and rows of the network.
 
-    A guided prompt takes two rows, conditional first, and so do its samples: the conditional
-    rows of all its samples, then the unconditional ones. On a mesh that divides the prompts
-    guidance needs no communication.
+    With guidance a prompt has two rows, conditional and unconditional, and so has each sample.
+    A prompt's rows are neighbours: first the conditional rows of its samples, then the others.
     """
+
+    # Two prompts p, q with conditional c and unconditional u, G = 2:
+    #   prompt rows [pc, pu, qc, qu], sample rows [pc, pc, pu, pu, qc, qc, qu, qu]
+    # A mesh that divides the prompts has all rows of a sample on one device, so guidance needs no
+    # communication.
 
     group_size: int
     guided: bool = False
 
     def of_prompts(self, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
-        """[B, ...] twice -> the prompts' rows."""
+        """Interleaves conditional and unconditional [B, ...] to the rows of the prompts."""
         if not self.guided:
             return conditional
         pairs = jnp.stack([conditional, unconditional], axis=1)
         return pairs.reshape(-1, *conditional.shape[1:])
 
     def fan_out(self, x: jax.Array) -> jax.Array:
-        """The prompts' rows, each repeated for its completions."""
+        """Repeats the rows of the prompts for their completions."""
         return jnp.repeat(x, self.group_size, axis=0)
 
     def of_samples(self, x: jax.Array) -> jax.Array:
-        """[N, ...] -> rows of the network, the same for the two rows of a guided sample."""
-        return jnp.repeat(self._groups(x), 1 + self.guided, axis=0).reshape(-1, *x.shape[1:])
+        """Repeats samples [N, ...] to rows of the network; both rows of a sample are equal."""
+        # Guided, G = 2: [a, b, c, d] -> [a, b, a, b, c, d, c, d]
+        return jnp.repeat(self._split_groups(x), 1 + self.guided, axis=0).reshape(-1, *x.shape[1:])
 
     def split(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows of the network -> conditional and unconditional [N, ...], the same if unguided."""
-        groups = self._groups(rows)
+        """Splits rows of the network into conditional and unconditional [N, ...].
+
+        Without guidance both are the same.
+        """
+        # [rows, ...] -> [groups of rows, G, ...] -> [B, 1 or 2, G, ...]
+        groups = self._split_groups(rows)
         pairs = groups.reshape(-1, 1 + self.guided, *groups.shape[1:])
         first, last = (pairs[:, i].reshape(-1, *rows.shape[1:]) for i in (0, -1))
         return first, last
 
-    def _groups(self, x: jax.Array) -> jax.Array:
+    def _split_groups(self, x: jax.Array) -> jax.Array:
         return x.reshape(-1, self.group_size, *x.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Where a decode step stands: shared by all layers of that step."""
+    """The values of a decode step that all its layers share."""
 
-    index: jax.Array  # scalar int32, the completion token being read
-    positions: jax.Array  # [rows] int32, its place behind the prompt
-    rope: tuple[jax.Array, jax.Array]  # of its position, [rows, 1, head_dim]
+    index: jax.Array  # scalar int32, number of the completion token that is read
+    positions: jax.Array  # [rows] int32, position of that token, counted from the prompt's start
+    rope: tuple[jax.Array, jax.Array]  # cosines and sines of the positions, [rows, 1, head_dim]
     lengths: jax.Array  # [prompt rows] int32, real tokens of the prompts
     attention: DecodeKernel
 
@@ -83,22 +92,25 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Matrices with the same input as one, and what their adapters add to the product.
+    """Several matrices with the same input as one matrix, and their adapters as another."""
 
-    Adapters stay beside the kernels: a bfloat16 kernel plus a small update rounds back to the
-    kernel, and the samples would be those of a policy that training has already left.
-    """
+    # Adapters are not added to the kernels: a bfloat16 kernel plus a small update rounds back to
+    # the kernel, and the sampler would use an older policy than the one that is trained.
 
     kernel: jax.Array  # [in, *out]
     adapters: tuple[jax.Array, jax.Array] | None  # [in, R], [R, *out], R the sum of the ranks
-    scale: float  # of what the adapters add
+    scale: float  # factor on the product with the adapters
 
     @classmethod
     def of(cls, projections: Sequence[nnx.Linear], axes: Axes, *shapes: tuple[int, ...]) -> Fused:
-        """`shapes`: of each projection's outputs; several are laid side by side on the axis -2.
+        """Fuses projections, whose outputs have the given shapes, along the axis -2.
 
-        `axes` names the fused kernel's axes for `constrain`.
+        `axes` are the names of the fused kernel's axes for `constrain`.
         """
+        # With adapters A1 [in, r], A2 [in, r] of two projections, outputs of width a and b:
+        #   down = [A1 A2]  [in, 2r]
+        #   up   = [B1 0 ]  [2r, a + b]: zeros keep each adapter off the other's outputs
+        #          [0  B2]
         kernels = [p.kernel[...].reshape(-1, *s) for p, s in zip(projections, shapes, strict=True)]
         down, up, before, scale = [], [], 0, 1.0
         after = sum(kernel.shape[-2] for kernel in kernels)
@@ -118,22 +130,25 @@ class Fused:
         return cls(kernel, adapters, scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[rows, in] -> [rows, *out]."""
+        """Multiplies [rows, in] to [rows, *out]."""
         out = jnp.einsum("nd,d...->n...", x, self.kernel)
         if self.adapters is None:
             return out
         down, up = self.adapters
+        # Through the rank R, as LoraLinear does in training: the order decides the rounding.
         return out + jnp.einsum("nr,r...->n...", x @ down * self.scale, up)
 
 
 @dataclasses.dataclass(frozen=True)
 class FusedBlock:
-    """A block whose matrices with the same input are one, read in one matrix product.
+    """A Llama block whose matrices with the same input are fused into one.
 
-    The fused axes keep their key heads and inner features apart, so that a mesh splits them
-    without moving anything. Each matrix is split as its product's activations are: what training
-    splits over `fsdp` besides is gathered here, once a rollout and not once a token.
+    On a mesh each matrix is split as the activations that it makes.
     """
+
+    # Key heads and inner features have axes of their own, so that a mesh splits them without
+    # moving data. Training also splits matrices over `fsdp`; these parts are gathered here, once
+    # a rollout and not once a token.
 
     block: Block
     qkv: Fused  # outputs [kv_heads, queries of a key head + 2, head_dim]
@@ -144,13 +159,15 @@ class FusedBlock:
     @classmethod
     def of(cls, block: Block) -> FusedBlock:
         attn, mlp = block.attn, block.mlp
+        # Grouped queries, 4 heads and 2 key heads: [q0, q1, k0, v0] and [q2, q3, k1, v1], so each
+        # key head lies with its queries.
         heads, size = attn.config.num_kv_heads, attn.config.head_dim
-        queries, one = (heads, attn.config.num_heads // heads, size), (heads, 1, size)
+        queries, single = (heads, attn.config.num_heads // heads, size), (heads, 1, size)
         wide, inner = (attn.config.hidden_size,), (1, attn.config.intermediate_size)
         side = ("embed", "heads", None, None)
         return cls(
             block,
-            qkv=Fused.of((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, one, one),
+            qkv=Fused.of((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, single, single),
             out=Fused.of((attn.o_proj,), ("heads", "embed"), wide),
             gate_up=Fused.of((mlp.gate_proj, mlp.up_proj), ("embed", None, "mlp"), inner, inner),
             down=Fused.of((mlp.down_proj,), ("mlp", "embed"), wide),
@@ -159,12 +176,13 @@ class FusedBlock:
     def __call__(
         self, x: jax.Array, prompt: KVCache | None, cache: KVCache, step: Step
     ) -> tuple[jax.Array, KVCache]:
-        """x [rows, D] after this block, and its cache with the token's key and value.
+        """Returns x [rows, D] after this block, and the cache with the token's key and value.
 
-        `prompt` is None where the cache begins with it.
+        `prompt` is None if the cache begins with a copy of the prompt.
         """
         attended, cache = self._attend(self.block.input_layernorm(x), prompt, cache, step)
         x = x + self.out(attended)
+        # [rows, 2, F]: gate and up
         inner = self.gate_up(self.block.post_attention_layernorm(x))
         x = x + self.down(jax.nn.silu(inner[:, 0]) * inner[:, 1])
         return constrain(x, "batch", "embed"), cache
@@ -173,13 +191,18 @@ class FusedBlock:
         self, x: jax.Array, prompt: KVCache | None, cache: KVCache, step: Step
     ) -> tuple[jax.Array, KVCache]:
         rows, size = len(x), self.block.attn.config.head_dim
+        # [rows, kv_heads, queries + 2, head_dim]; the last two are the key and the value
         fused = constrain(self.qkv(x), "batch", "heads", None, None)
         query = apply_rope(fused[:, :, :-2].reshape(rows, -1, size), step.rope)
         new = apply_rope(fused[:, :, -2], step.rope), fused[:, :, -1]
         if prompt is None:
+            # Prompts differ in length, so each row has another slot; the cache is dense up to it.
             cache = write(cache, new, step.positions)
-            own, _ = attend_to_prefix(query[:, None], *cache, step.positions + 1, step.attention)
-            return own.reshape(rows, -1), cache
+            attended, _ = attend_to_prefix(
+                query[:, None], *cache, step.positions + 1, step.attention
+            )
+            return attended.reshape(rows, -1), cache
+        # Without the prompt all rows write to the same slot: one slice, not a scatter per row.
         cache = jax.tree.map(
             lambda old, entry: lax.dynamic_update_slice_in_dim(
                 old, entry[:, None], step.index, axis=1
@@ -187,30 +210,32 @@ class FusedBlock:
             cache, new,
         )  # fmt: skip
         count = jnp.full(rows, step.index + 1, jnp.int32)
-        own = attend_to_prefix(query[:, None], *cache, count, step.attention)
+        by_completion = attend_to_prefix(query[:, None], *cache, count, step.attention)
+        # The completions of a prompt become its queries: its keys are read once for the group.
+        # [rows, H, head_dim] -> [prompt rows, G, H, head_dim]
         by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
         shared = attend_to_prefix(by_prompt, *prompt, step.lengths, step.attention)
         averages, denominators = (x.reshape(rows, 1, *x.shape[2:]) for x in shared)
-        return merge_parts((averages, denominators), own).reshape(rows, -1), cache
+        return merge_parts((averages, denominators), by_completion).reshape(rows, -1), cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The fused layers, and the prompts: shared by all rows of a group, or copied for each."""
+    """The fused layers, and the keys and values of the prompts."""
 
     llama: Llama
     blocks: list[FusedBlock]
-    prompts: list[KVCache]  # per layer, [prompt rows, P, kv_heads, head_dim], padded behind
+    prompts: list[KVCache]  # per layer, [prompt rows, P, kv_heads, head_dim], padded on the right
     lengths: jax.Array  # [prompt rows] int32
     attention: DecodeKernel
-    copied: bool  # buffers of `new_caches` begin with the prompt
+    copied: bool  # the buffers of `new_caches` begin with a copy of the prompt
 
     def __call__(
         self, embeds: jax.Array, index: jax.Array, caches: list[KVCache]
     ) -> tuple[jax.Array, list[KVCache]]:
-        """Hidden states [rows, D] after reading completion token `index` (embeds [rows, D]).
+        """Returns hidden states [rows, D] after completion token `index`, and the new caches.
 
-        The rows of one prompt row lie side by side.
+        `embeds` [rows, D] are the tokens' embeddings. Rows of the same prompt row are neighbours.
         """
         positions = jnp.repeat(self.lengths, len(embeds) // len(self.lengths)) + index
         rope = self.llama.rope(positions)
@@ -222,43 +247,46 @@ class Decoder:
         return self.llama.norm(x), new
 
     def new_caches(self, rows: int, length: int) -> list[KVCache]:
-        """Per-layer buffers [rows, S, kv_heads, head_dim] for completions of `length` tokens.
+        """Makes buffers [rows, S, kv_heads, head_dim] per layer for `length` completion tokens.
 
-        S is `length`, or with copied prompts P + `length`; a completion's tokens then follow its
-        prompt's real ones.
+        S is `length`, or P + `length` if prompts are copied.
         """
 
-        def buffer(prompt: jax.Array) -> jax.Array:
+        # A copied prompt of 3 tokens, P = 5: [a, b, c, x, x | 0, 0, ..]. The first completion token
+        # overwrites the padding x behind c, so that no gap remains.
+        def make_buffer(prompt: jax.Array) -> jax.Array:
             zeros = jnp.zeros((rows, length, *prompt.shape[2:]), prompt.dtype)
             if self.copied:
                 zeros = jnp.concatenate([jnp.repeat(prompt, rows // len(prompt), 0), zeros], axis=1)
             return constrain(zeros, "batch", "length", "heads", None)
 
-        return [(buffer(keys), buffer(values)) for keys, values in self.prompts]
+        return [(make_buffer(keys), make_buffer(values)) for keys, values in self.prompts]
 
 
 def write(cache: KVCache, new: KVCache, slots: jax.Array) -> KVCache:
-    """Keys and values [rows, S, ...] with those of one token, [rows, ...], at each row's slot."""
+    """Writes keys and values of one token, [rows, ...], to the slot of each row of a cache."""
     put = jax.vmap(lambda row, entry, slot: lax.dynamic_update_index_in_dim(row, entry, slot, 0))
     return jax.tree.map(lambda old, entry: put(old, entry, slots), cache, new)
 
 
 def copies_prompts(attention: DecodeKernel, length: int) -> bool:
-    """Whether prompts of `length` tokens are copied in front of each of their completions."""
+    """Returns whether prompts of `length` tokens are copied in front of their completions."""
     return attention == "cudnn" and length <= SHORT_PROMPT
 
 
 def read_prompts(
     llama: Llama, embeds: jax.Array, mask: jax.Array, attention: DecodeKernel
 ) -> tuple[Decoder, jax.Array]:
-    """A decoder for completions of left-padded prompts [B, P, D], and their last states [B, D]."""
+    """Reads left-padded prompts [B, P, D]; returns a decoder and their last states [B, D]."""
     lengths = mask.sum(axis=-1, dtype=jnp.int32)
-    # Padding goes behind, so that a length tells which keys are real.
+    # Padding moves to the right, so that a length says which keys are real:
+    # P = 4, length 3: [x, a, b, c], source = (0..3 + 1) % 4 = [1, 2, 3, 0] -> [a, b, c, x]
     places = jnp.arange(mask.shape[1])
     source = (places + mask.shape[1] - lengths[:, None]) % mask.shape[1]
     embeds = jnp.take_along_axis(embeds, source[..., None], axis=1)
     hidden, (keys, values) = llama.prefill(embeds, places < lengths[:, None])
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    # XLA does not move the slices of a stacked layer out of a loop: each step would copy them.
     blocks = layers.unstack(llama.layers, len(keys))
     names = "batch", "length", "heads", None
     prompts = [(constrain(keys[i], *names), constrain(values[i], *names)) for i in range(len(keys))]

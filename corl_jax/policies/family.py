@@ -1,8 +1,7 @@
-"""`Family`: everything that the program asks of a kind of unified model.
+"""`Family`: all functions and values that the program needs of one kind of unified model.
 
-A family is a record of functions and values. The rest of the program reaches a model through it
-and through nothing else: it never imports a family's modules, and it never compares a family's
-name. docs/how_to/add_a_policy.md builds a small family step by step.
+The rest of the program reaches a model only through its family. It never imports the family's
+modules and never compares its name. docs/how_to/add_a_policy.md builds a small family step by step.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ class Processor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How the segments of a turn are sampled; hashable, so that a program is compiled for it.
+    """Options of sampling; hashable, because jit takes them as static arguments.
 
-    A segment ignores the options that are not about its kind.
+    A segment ignores options of other kinds of segments.
     """
 
     special: Any  # ids of the processor's special tokens
@@ -81,20 +80,22 @@ class SamplingOptions:
     top_p: float = 1.0  # text
     max_new_tokens: int = 512  # text
     cfg_scale: float = 5.0  # images; 1 is no guidance
-    image_logprobs: Literal["conditional", "guided"] = "conditional"  # which are recorded
+    # The distribution of the recorded log-probs. Images are always sampled from the guided one; the
+    # released code trains on the conditional one (Q27).
+    image_logprobs: Literal["conditional", "guided"] = "conditional"
     dtype: Any = jnp.bfloat16  # compute dtype
     attention: str = "auto"  # kernel of a decode step
 
 
 @dataclasses.dataclass(frozen=True)
 class LogprobOptions:
-    """How given completions are scored; hashable, closed over by the jitted steps."""
+    """Options of scoring given completions; hashable, closed over by the jitted steps."""
 
     special: Any
     temperature: float = 1.0
     cfg_scale: float = 5.0
     image_logprobs: Literal["conditional", "guided"] = "conditional"
-    unshifted: bool = False  # compat Q1: the logits that follow a token score that token
+    unshifted: bool = False  # Q1, as the released code: logits after an image token score it
     remat: Remat = "full"
     attention: str = "xla"  # kernel of the update
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
@@ -111,7 +112,7 @@ Logprobs = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class TurnProgram:
-    """How a family samples and scores the segments of one kind of turn."""
+    """The functions that sample and score the segments of one kind of turn."""
 
     sample: Sample
     logprobs: Logprobs
@@ -119,7 +120,7 @@ class TurnProgram:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Numbers of a model that checks, estimates and evaluations need."""
+    """Sizes of a model that checks, estimates and evaluations need."""
 
     positions: int  # most tokens of a prompt and its completion together
     image_tokens: int  # choices that make an image
@@ -140,7 +141,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """How low-rank adapters are added to a family's networks."""
+    """The functions and names that add low-rank adapters to a family's networks."""
 
     paths: str  # regex of their parameters
     targets: tuple[str, ...]  # projections of each layer that can have one
@@ -151,12 +152,12 @@ class Adapters:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that it can be hashed
 class Family:
-    """One kind of unified model. See `policies.FAMILIES` for those that there are."""
+    """One kind of unified model; `policies.FAMILIES` lists all of them."""
 
     kind: NetworkKind  # the network, its checkpoints and its layout on a mesh
     presets: Mapping[str, Sizes]  # published sizes by name, for the command `plan`
     open_processor: Callable[[Path], Any]  # folder -> Processor
-    # Special tokens for compiling without a tokenizer: ids only enter a program as numbers.
+    # Special tokens for compiling without a tokenizer. Ids are constants of a program, no shapes.
     stand_in_tokens: Any
     # parameters
     trainable: tuple[str, ...]  # regexes of the parameters that are trained by default
@@ -169,7 +170,7 @@ class Family:
     # images: values are those of a segment of codes
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
-    # What a family may lack; options that need it are then refused.
+    # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
     # (sizes, params, prompts, special, dtype) -> last hidden states [B, P, D] float32, for R_TIM
     hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array] | None = None
@@ -190,7 +191,7 @@ class Family:
         return modules.make_abstract(self.kind.module, sizes)
 
     def compute_dtype(self, path: str, dtype: Any) -> Any:
-        """Returns the dtype of one parameter where the model computes in `dtype`."""
+        """Returns the dtype of one parameter of a model that computes in `dtype`."""
         return params_lib.compute_dtype(path, dtype, self.float32_parts)
 
     def cast(self, params: Params, dtype: Any) -> Params:
@@ -198,7 +199,7 @@ class Family:
         return params_lib.cast(params, dtype, self.float32_parts)
 
     def base(self, sizes: Sizes) -> Sizes:
-        """Returns the sizes without adapters: what checkpoints hold, and the reference."""
+        """Returns the sizes without adapters, as in checkpoints and for the reference."""
         return self.adapters.remove(sizes) if self.adapters else sizes
 
     def lora_of(self, sizes: Sizes) -> Any:

@@ -1,6 +1,6 @@
-"""Reads generation_config.json, which states how a checkpoint is sampled, as transformers does.
+"""Reads generation_config.json, the sampling settings of a checkpoint, as transformers does.
 
-A value that the file does not state is None, and the reader's own default holds.
+A value that the file does not state is None. The command then uses its default.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from corl_jax.weights.storage import read_json
 
 FILE = "generation_config.json"
 INSTRUCTION_KEY = "question_instruction"
-"""Ours; transformers keeps keys that it does not know and reads them nowhere."""
+"""A key of ours; transformers keeps unknown keys and does not read them."""
 MAX_NUMBER = 1e9
 
-# Keys that change what transformers draws and nothing here, with the values that change nothing.
+# Keys that change the samples of transformers but have no effect here. The values are those that
+# change nothing there either; they need no note.
 NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "min_p": (0,), "top_h": (), "typical_p": (1,), "epsilon_cutoff": (0,),
     "eta_cutoff": (0,), "repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
@@ -33,7 +34,7 @@ NOT_APPLIED: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What a generation_config.json states about sampling; None: it does not say."""
+    """The sampling settings of a generation_config.json; None for a setting it does not state."""
 
     guidance_scale: float | None = None  # 1: no guidance
     do_sample: bool | None = None
@@ -42,15 +43,13 @@ class Generation:
     top_p: float | None = None
     max_new_tokens: int | None = None
     instruction: str | None = None  # one of INSTRUCTIONS
-    not_applied: tuple[str, ...] = ()  # `key value` of what has no counterpart here
+    not_applied: tuple[str, ...] = ()  # `key value` of settings without an effect here
 
     @property
     def is_greedy(self) -> bool:
-        """True where the file asks for the most likely token.
-
-        An absent do_sample is not taken for that, as transformers takes it: the released Janus
-        files lack it and are meant to be sampled.
-        """
+        """True if the file asks for the most likely token."""
+        # transformers decodes greedily without do_sample. The files of the released Janus lack it,
+        # but their images are meant to be sampled.
         return self.do_sample is False or (self.do_sample is None and self.temperature == 0)
 
     def as_json(self) -> dict[str, Any]:
@@ -71,7 +70,7 @@ NOTHING_STATED = Generation()
 
 
 def read_generation(folder: str | Path) -> Generation:
-    """Reads the file of a model directory; nothing is stated where there is none.
+    """Reads the file of a model directory; without a file returns NOTHING_STATED.
 
     Raises: InputError listing every value that cannot be used.
     """
@@ -123,11 +122,11 @@ def parse_generation(data: Mapping[str, Any], file: Path) -> Generation:
 
 
 def _convert_values(generation: Generation) -> Generation:
-    """Returns the values that transformers acts on, in the types that the samplers take."""
+    """Returns the values as transformers applies them, in the types that the samplers take."""
     guidance, top_p = generation.guidance_scale, generation.top_p
     return dataclasses.replace(
         generation,
-        # transformers guides above 1 only.
+        # transformers has guidance above 1 only.
         guidance_scale=None if guidance is None else max(float(guidance), 1.0),
         temperature=None if generation.temperature is None else float(generation.temperature),
         # At 0 transformers keeps the most likely token, as a probability next to nothing does.
@@ -144,6 +143,7 @@ def _list_not_applied(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_at_least_zero(value: Any) -> bool:
+    # type(), because True is an int as well. The comparison is False for NaN.
     return type(value) in (int, float) and 0 <= value <= MAX_NUMBER
 
 

@@ -1,4 +1,4 @@
-"""Options of the commands that sample: given, or stated by the checkpoint, or the default."""
+"""Completes the sampling options of commands: as given, or as the checkpoint states, or default."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ DEFAULTS: dict[str, Any] = {
     "cfg_scale": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 512,
     "instruction": "none",
 }  # fmt: skip
-"""What holds where neither the command line nor the checkpoint's generation_config.json says."""
-HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no draw
+"""Values for options that neither the command line nor generation_config.json states."""
+HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
 
 
 def describe_default(name: str) -> str:
-    """For --help: where an option's value comes from if it is not given."""
-    return f"default: as the checkpoint states, else {_shown(DEFAULTS[name])}"
+    """Returns, for --help, the source of an option's value if it is not given."""
+    return f"default: as the checkpoint states, else {_format_value(DEFAULTS[name])}"
 
 
-def temperature_problems(value: float | None) -> list[str]:
-    """A problem for a temperature that divides no logits; 0 is what others call greedy."""
+def find_temperature_problems(value: float | None) -> list[str]:
+    """Returns a problem for a temperature that cannot divide logits."""
     if value is None or 0 < value < math.inf:
         return []
+    # Other programs take 0 for greedy decoding.
     remedy = "; give --greedy in its place to take the likeliest" if value == 0 else ""
     return [f"--temperature: found {value}; expected a number above 0{remedy}"]
 
 
 def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Sets `greedy` and those of `names` that were not given; returns problems of the file.
+    """Sets `greedy` and each option of `names` that was not given; returns problems of the file.
 
-    A model that is no folder is no problem here: whoever loads it tells. `args.sampling` becomes
-    the values with where each comes from, `args.not_applied` what else the file asks for.
+    `args.sampling` becomes a text with each value and its source. `args.not_applied` becomes the
+    list of settings of the file that have no effect.
     """
     from corl_jax.policies.generation_config import NOTHING_STATED, read_generation
     from corl_jax.weights.hub import resolve_model_dir
@@ -44,14 +45,15 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
     try:
         folder = resolve_model_dir(args.model)
     except InputError:
-        folder = None
+        folder = None  # the function that loads the model reports it
     try:
         stated = read_generation(folder) if folder else stated
     except InputError as error:
         problems = error.problems
-    if args.greedy is None:  # an option of sampling asks for it, whatever the checkpoint states
-        asked = any(getattr(args, name, None) is not None for name in HARMLESS)
-        args.greedy = stated.is_greedy and not asked
+    if args.greedy is None:
+        # Who gives --temperature, --top-k or --top-p wants samples, whatever the checkpoint states.
+        has_sampling_option = any(getattr(args, name, None) is not None for name in HARMLESS)
+        args.greedy = stated.is_greedy and not has_sampling_option
     shown = ["greedy"] if args.greedy else []
     for name in names:
         if name in HARMLESS and args.greedy:
@@ -62,9 +64,10 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
             "checkpoint": getattr(stated, key),
             "default": DEFAULTS[name],
         }
+        # The first source with a value wins: a dict keeps its order.
         source, value = next((s, v) for s, v in sources.items() if v is not None)
         setattr(args, name, value)
-        shown.append(f"{name} {_shown(value)} ({source})")
+        shown.append(f"{name} {_format_value(value)} ({source})")
     args.sampling, args.not_applied = ", ".join(shown), list(stated.not_applied)
     for name in () if args.greedy else ("top_k", "top_p"):
         value = getattr(stated, name)
@@ -74,7 +77,7 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
 
 
 def tell_sampling(args: argparse.Namespace) -> None:
-    """Says on stderr how is sampled, and what the checkpoint asks for that is not done."""
+    """Prints to stderr the sampling settings, and settings of the checkpoint without an effect."""
     print(f"sampling: {args.sampling}", file=sys.stderr)
     if args.not_applied:
         print(
@@ -84,5 +87,5 @@ def tell_sampling(args: argparse.Namespace) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"

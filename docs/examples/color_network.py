@@ -18,7 +18,7 @@ from flax import nnx
 
 from corl_jax.devices.batches import run_in_pieces
 from corl_jax.models import modules
-from corl_jax.models.layers import linear
+from corl_jax.models.layers import make_linear
 from corl_jax.rewards.networks import NETWORKS, NetworkSource
 from corl_jax.rewards.registry import REGISTRY, RewardRow
 from corl_jax.rewards.samples import Context, Samples
@@ -42,7 +42,7 @@ class ColorHead(nnx.Module):
     """Images [N, S, S, channels] in [0, 1] -> ratings [N]."""
 
     def __init__(self, config: ColorConfig, *, rngs: nnx.Rngs):
-        self.layer = linear(config.channels, 1, bias=True, rngs=rngs)
+        self.layer = make_linear(config.channels, 1, bias=True, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.layer(images.mean(axis=(1, 2)))[..., 0]

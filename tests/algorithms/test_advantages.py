@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from corl_jax.algorithms.advantages import (
     ADVANTAGE_MODES,
     combine_rewards,
-    group_advantages,
-    joint_advantages,
+    compute_group_advantages,
+    compute_joint_advantages,
     normalize_batch,
     normalize_each,
-    unified_reward,
+    unify_rewards,
 )
 
 NAN = math.nan
 
 
 def advantages(rewards, group_size, **options):
-    values, stats = group_advantages(jnp.array(rewards, jnp.float32), group_size, **options)
+    values, stats = compute_group_advantages(jnp.array(rewards, jnp.float32), group_size, **options)
     return np.asarray(values), {name: float(value) for name, value in stats.items()}
 
 
@@ -144,7 +144,7 @@ WEIGHTS = {"t2i": 1.0, "mm2t": 0.8}
 
 def joint(rewards, mode, weights=WEIGHTS, **options):
     """Returns the advantages of both tasks."""
-    result = joint_advantages(rewards, weights, mode, group_size=2, **options)
+    result = compute_joint_advantages(rewards, weights, mode, group_size=2, **options)
     assert list(result) == list(rewards)
     return tuple(result.values())
 
@@ -185,7 +185,7 @@ def test_rewards_normalised_one_by_one_by_hand():
     nan = np.nan
     rewards = jnp.array([[0.0, 1.0, nan, nan], [100.0, 0.0, 3.0, 5.0]], jnp.float32)
     weights = jnp.array([1.0, 1.0])
-    summed = group_advantages(combine_rewards(rewards, weights, 2), 2)[0]
+    summed = compute_group_advantages(combine_rewards(rewards, weights, 2), 2)[0]
     assert summed[0] > 0.7 > -0.7 > summed[1]
     half = np.sqrt(0.5)  # two values: +-1/2 over a std of 1/sqrt(2)
     compared = normalize_each(rewards, weights, 2, eps=0.0)
@@ -223,15 +223,15 @@ def test_joint_advantages_refuses_nonsense():
     with pytest.raises(ValueError, match="unified_reward, unified_advantage, separate"):
         joint(BOTH, "joint")
     with pytest.raises(ValueError, match="at least one task"):
-        joint_advantages({}, WEIGHTS, group_size=2)
+        compute_joint_advantages({}, WEIGHTS, group_size=2)
 
 
 def test_a_missing_part_of_a_unified_reward():
     t2i = jnp.array([1.0, 2.0, 4.0, NAN, NAN, NAN, NAN, NAN, NAN])
     mm2t = jnp.array([NAN, NAN, NAN, 1.0, 0.0, NAN, NAN, NAN, NAN])
-    total = unified_reward({"t2i": t2i, "mm2t": mm2t}, WEIGHTS, 3)
+    total = unify_rewards({"t2i": t2i, "mm2t": mm2t}, WEIGHTS, 3)
     np.testing.assert_allclose(total, [1, 2, 4, 0.8, 0, NAN, NAN, NAN, NAN], rtol=1e-6)
     # A row without its text reward does not look worse than its neighbours: it is left out.
     rewards = {"t2i": jnp.array([1.0, 1.0]), "mm2t": jnp.array([1.0, NAN])}
-    total = unified_reward(rewards, WEIGHTS, 2)
+    total = unify_rewards(rewards, WEIGHTS, 2)
     np.testing.assert_allclose(total, [1.8, NAN], rtol=1e-6)

@@ -452,7 +452,7 @@ def test_help_tells_every_default(capsys):
 @pytest.mark.parametrize("samples", [1, 2, 5, 20])
 def test_pieces_hold_every_sample_once_in_one_shape_a_length(samples, batch_size):
     lengths = [32, 64, 32, 32, 96, 64, 32, 32, 32]
-    planned = list(batched.pieces(lengths, samples, batch_size))
+    planned = list(batched.split_in_pieces(lengths, samples, batch_size))
     found = Counter(
         (prompt, piece.first + g)
         for piece in planned

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import shutil
-import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,8 +314,8 @@ def test_the_page_frames_right_and_wrong_images(report):
 
 
 def test_the_option_lists_the_suites():
-    choices = typing.get_args(schema.Eval.model_fields["suite"].annotation)
-    assert choices == ("none", *SUITES)
+    description = schema.Eval.model_fields["suite"].description
+    assert all(f"{name}:" in description for name in SUITES)
 
 
 def test_the_command_refuses_a_suite_that_needs_a_run(model_dir, capsys):

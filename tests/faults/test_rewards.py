@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.algorithms.advantages import group_advantages
+from corl_jax.algorithms.advantages import compute_group_advantages
 from corl_jax.algorithms.losses import LossConstants, LossInputs, clipped_policy_loss
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.params import leaf_paths
@@ -230,7 +230,7 @@ def test_equal_rewards_teach_exactly_nothing(value, scale, eps, figure):
     rewards = jnp.full(12, value, jnp.float32).at[7].set(jnp.nan)
 
     def loss(logprobs, rewards):
-        advantages, stats = group_advantages(rewards, 4, eps, scale)
+        advantages, stats = compute_group_advantages(rewards, 4, eps, scale)
         mask = jnp.ones(logprobs.shape, bool)
         inputs = LossInputs(logprobs=logprobs, mask=mask, advantages=advantages)
         total, count, _ = clipped_policy_loss(inputs, LossConstants())
@@ -250,11 +250,11 @@ def test_noise_stays_small_and_rounding_is_nothing(figure):
     sizes = {}
     for noise in (1e-7, 1e-6):
         rewards = (1 + noise * rng.uniform(-1, 1, 4000)).astype(np.float32)
-        sizes[noise] = float(jnp.abs(group_advantages(rewards, 8)[0]).max())
+        sizes[noise] = float(jnp.abs(compute_group_advantages(rewards, 8)[0]).max())
     assert sizes[1e-7] == 0 and 0 < sizes[1e-6] < 0.03
     # Around 0, where floats are dense, the eps alone decides.
     around_zero = (1e-7 * rng.uniform(-1, 1, 4000)).astype(np.float32)
-    largest = float(jnp.abs(group_advantages(around_zero, 8)[0]).max())
+    largest = float(jnp.abs(compute_group_advantages(around_zero, 8)[0]).max())
     assert 0 < largest < 0.003
     figure("T12", fault="noise of 1e-7 and 1e-6", tries=3, losses=0,
            note=f"max |advantage| {max(largest, sizes[1e-6]):.4f}")  # fmt: skip

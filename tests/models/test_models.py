@@ -248,7 +248,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
 
 def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
-    config = network.adapted(PRESETS["janus-pro-7b"], Lora(2, 2.0, ADAPTER_TARGETS))
+    config = network.add_adapters(PRESETS["janus-pro-7b"], Lora(2, 2.0, ADAPTER_TARGETS))
     paths = [path for path, _ in leaf_paths(network.abstract(config))]
     first = {
         next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path)) for path in paths

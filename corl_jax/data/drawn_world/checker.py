@@ -1,9 +1,9 @@
 """Checks whether an image of the drawn world shows what its prompt demands.
 
 The checker reads only pixels. It separates every pixel into background and one palette colour, and
-groups the covered pixels into connected components. The shape of a component is the template with
-the largest overlap, after both are moved and scaled to the same centroid and area. Coverage is
-soft, so the mild blur and noise of an image codec change little.
+groups the covered pixels into connected components. Each component is moved and scaled to a fixed
+centroid and area. Its shape is that of the template with the largest overlap. Coverage is soft, so
+the mild blur and noise of an image codec change little.
 
 The rules are GenEval's (two objects, counting, colours, position, attribute binding), made strict
 by default: the image may show nothing that is not demanded.
@@ -63,9 +63,10 @@ def _separate_colors(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     toward = np.array(list(PALETTE.values()), np.float32) - background  # [colors, 3]
     away = (pixels - background).reshape(-1, 3)
     length = np.maximum((toward**2).sum(1), 1.0)
+    # Pixel = background + coverage * toward: least-squares coverage for each colour, [H * W, 6]
     dot = away @ toward.T
     coverage = np.clip(dot / length, 0.0, 1.1)
-    # |away - coverage * toward|^2 without the |away|^2 that all colours share
+    # |away - coverage * toward|^2 without |away|^2, which is the same for all colours
     residual = coverage * (coverage * length - 2 * dot)
     best = residual.argmin(1)
     chosen = np.take_along_axis(coverage, best[:, None], 1)[:, 0]
@@ -90,7 +91,8 @@ def _find_centroid(coverage: np.ndarray) -> tuple[float, float, float]:
 
 @functools.cache
 def _make_templates() -> np.ndarray:
-    """Returns windows of the renderer's shapes, [shapes, blurs, GRID * GRID]."""
+    """Makes windows of the renderer's shapes, [shapes, blurs, GRID * GRID]."""
+    # Blurred as well: a codec blurs thin arms and small holes, which costs overlap.
     windows = []
     for shape in SHAPES:
         drawn = render(Scene((Object(shape, "black", 0.5, 0.5, 0.3),), (255, 255, 255)))
@@ -104,12 +106,13 @@ def _make_templates() -> np.ndarray:
 def _cut_out(coverage: np.ndarray, inside: np.ndarray, box) -> tuple[np.ndarray, int, int]:
     """Returns the coverage of a component with a rim one pixel wide, and its top left corner."""
     (top, left), (height, width) = (box[0].start, box[1].start), inside.shape
-    # The mask grown by one pixel; written out, it takes a fifth of scipy's binary_dilation.
+    # The mask grown by one pixel: soft edges lie outside of it. Written out, because this takes a
+    # fifth of the time of scipy's binary_dilation.
     grown = np.zeros((height + 2, width + 2), bool)
     for down in range(3):
         for right in range(3):
             grown[down : down + height, right : right + width] |= inside
-    # One pixel more on each side than the box, with zeros outside the picture.
+    # One pixel more on each side than the box, with zeros outside of the image.
     soft = np.zeros(grown.shape, coverage.dtype)
     part = coverage[max(top - 1, 0) : top + height + 1, max(left - 1, 0) : left + width + 1]
     down, right = int(top == 0), int(left == 0)
@@ -122,13 +125,14 @@ def _classify_shape(soft: np.ndarray) -> tuple[str, float, tuple[float, float, f
     y, x, area = _find_centroid(soft)
     window = _sample_window(soft, y, x, area).reshape(-1)
     templates = _make_templates()
+    # Soft IoU: sum of minima over sum of maxima, [shapes, blurs]
     overlap = np.minimum(templates, window).sum(-1) / np.maximum(templates, window).sum(-1)
     best = int(overlap.max(1).argmax())
     top = float(overlap[best].max())
     return (SHAPES[best] if top >= MIN_OVERLAP else UNKNOWN), top, (y, x, area)
 
 
-def _label(mask: np.ndarray) -> np.ndarray:
+def _label_components(mask: np.ndarray) -> np.ndarray:
     """Numbers the 4-connected components from 1; 0 is outside."""
     labels = np.zeros(mask.shape, np.int32)
     ndimage.label(mask, output=labels)
@@ -137,17 +141,18 @@ def _label(mask: np.ndarray) -> np.ndarray:
 
 def _find_components(colors: np.ndarray, mask: np.ndarray, least: float):
     """Yields (box, mask in the box, palette index); separates objects of two colours that touch."""
-    labels = _label(mask)
+    labels = _label_components(mask)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels[box] == number
         if inside.sum() < least:
             continue
+        # Pixels at soft edges can get a wrong colour, so a clear majority is enough.
         votes = np.bincount(colors[box][inside], minlength=len(COLORS))
         if votes.max() >= ONE_COLOR * votes.sum():
             yield box, inside, int(votes.argmax())
             continue
         for color in np.flatnonzero(votes >= least):
-            part = _label(inside & (colors[box] == color))
+            part = _label_components(inside & (colors[box] == color))
             sizes = np.bincount(part.reshape(-1))
             for piece in np.flatnonzero(sizes[1:] >= least) + 1:
                 yield box, part == piece, int(color)
@@ -157,13 +162,14 @@ def detect(image: np.ndarray) -> list[Detection]:
     """Returns the objects in an image, uint8 [H, W, 3], from left to right."""
     height, width = image.shape[:2]
     coverage, colors = _separate_colors(image)
-    found = []
+    detections = []
     for box, inside, color in _find_components(
         colors, coverage > COVERED, MIN_AREA * height * width
     ):
         soft, top, left = _cut_out(coverage, inside, box)
         name, overlap, (y, x, area) = _classify_shape(soft)
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        # `soft` begins one pixel outside of the box: + 1 leads back, + 2 behind the last pixel.
         edges = (
             (left + 1 + columns[0]) / width,
             (top + 1 + rows[0]) / height,
@@ -172,24 +178,24 @@ def detect(image: np.ndarray) -> list[Detection]:
         )
         center = ((left + x + 0.5) / width, (top + y + 0.5) / height)
         share = area / (height * width)
-        found.append(Detection(name, COLORS[color], center, edges, share, overlap))
-    return sorted(found, key=lambda one: one.center)
+        detections.append(Detection(name, COLORS[color], center, edges, share, overlap))
+    return sorted(detections, key=lambda detection: detection.center)
 
 
-def _select_matches(found: list[Detection], entry: Spec) -> list[Detection]:
+def _select_matches(detections: list[Detection], entry: Spec) -> list[Detection]:
     color = entry.get("color")
-    return [d for d in found if d.shape == entry["class"] and color in (None, d.color)]
+    return [d for d in detections if d.shape == entry["class"] and color in (None, d.color)]
 
 
-def satisfies(found: list[Detection], spec: Spec, *, strict: bool = True) -> bool:
+def satisfies(detections: list[Detection], spec: Spec, *, strict: bool = True) -> bool:
     """Returns whether the detected objects meet a demand; see `check`."""
     include = spec["include"]
-    groups = [_select_matches(found, entry) for entry in include]
+    groups = [_select_matches(detections, entry) for entry in include]
     if any(len(group) < e["count"] for group, e in zip(groups, include, strict=True)):
         return False
     if spec["category"] == "counting" and len(groups[0]) != include[0]["count"]:
         return False
-    if strict and len(found) != sum(entry["count"] for entry in include):
+    if strict and len(detections) != sum(entry["count"] for entry in include):
         return False
     for group, entry in zip(groups, include, strict=True):
         if "position" not in entry:
@@ -203,8 +209,8 @@ def satisfies(found: list[Detection], spec: Spec, *, strict: bool = True) -> boo
 def check(image: np.ndarray, spec: Spec | str, *, strict: bool = True) -> bool:
     """Returns whether an image, uint8 [H, W, 3], shows what the spec (dict or JSON) demands.
 
-    strict: the image may show no further object. Otherwise GenEval's rule holds: only counting
-    limits the number of objects, and only of the counted shape.
+    strict: the image may show no other object. Otherwise GenEval's rule holds: only `counting`
+    limits a number of objects, that of the counted shape.
     """
     demand = json.loads(spec) if isinstance(spec, str) else spec
     return satisfies(detect(image), demand, strict=strict)

@@ -63,7 +63,7 @@ FEATURES: dict[str, Any] = {
 
 
 def make_schema() -> pa.Schema:
-    """Returns the parquet schema, with the metadata that tells `datasets` of the image column."""
+    """Returns the parquet schema, with the metadata by which `datasets` finds the image column."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [(n, image if f["_type"] == "Image" else pa.string()) for n, f in FEATURES.items()]
     metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
@@ -71,12 +71,14 @@ def make_schema() -> pa.Schema:
 
 
 def _make_generator(seed: int, index: int) -> np.random.Generator:
+    # A stream for each row, so that any range of rows can be made without the rows before it.
     return np.random.default_rng(np.random.SeedSequence([seed, index]))
 
 
 def _sample_split_spec(rng: np.random.Generator, split: str, world: World) -> Spec:
     """Samples a demand of the split."""
-    # The category is sampled once, so that every split has the same fractions of categories.
+    # The category is sampled once and the demand again and again, so that every split has the same
+    # fractions of categories.
     spec = sample_spec(rng, world=world)
     category = spec["category"]
     while not is_in_split(spec, split):
@@ -104,10 +106,11 @@ def make_row(
     encode: bool = True,
     world: str = "full",
 ) -> dict[str, Any]:
-    """Returns row `index` of a world of `WORLDS`; its image size is the default.
+    """Makes row `index` of a world of `WORLDS`, by default with the world's image size.
 
     `real_image` is the Image struct, or uint8 [S, S, 3] if not `encode`.
     """
+    # One generator makes all parts in this order; another order would change every row.
     chosen = WORLDS[world]
     rng = _make_generator(seed, index)
     spec = _sample_split_spec(rng, split, chosen)

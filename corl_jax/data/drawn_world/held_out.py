@@ -7,14 +7,14 @@ from typing import Any
 from corl_jax.data.drawn_world import generator
 
 HELD_OUT_SEEDS = 2**40
-"""Added to the seed of `HeldOutShapes`, so that no training set of the same seed has its rows."""
+"""Number added to the seed of `HeldOutShapes`: a training set of the same seed has other rows."""
 
 
 class HeldOutShapes:
     """A data source of rows that are in no training set, whatever the seeds.
 
     The rows are of the split `test`. Its specs are absent from `train`, except where a category
-    has too few specs. Images and questions have seeds of their own.
+    has too few specs. Images and questions have other seeds.
     """
 
     def __init__(self, rows: int, seed: int, world: str = "full"):
@@ -28,7 +28,7 @@ class HeldOutShapes:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return dict(self._rows[row])
+        return dict(self._rows[row])  # a copy: the loader puts decoded images into it
 
     def column(self, name: str) -> list:
         return [row[name] for row in self._rows]

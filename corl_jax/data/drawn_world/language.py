@@ -23,7 +23,7 @@ MAX_OPTIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """A true fact about an image, as a question. `reason` is the sentence that answers it."""
+    """A true fact about an image, as a question. `reason` is a phrase that explains the answer."""
 
     question: str
     answer: str
@@ -52,9 +52,9 @@ def make_plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("ss") else "s")
 
 
-def name_object(one: Object) -> str:
+def name_object(item: Object) -> str:
     """Returns the name of an object, such as `red circle`."""
-    return f"{one.color} {one.shape}"
+    return f"{item.color} {item.shape}"
 
 
 def write_caption(rng: np.random.Generator, spec: Spec) -> str:
@@ -75,13 +75,14 @@ def write_caption(rng: np.random.Generator, spec: Spec) -> str:
 
 def describe_scene(scene: Scene) -> str:
     """Returns all that the image shows, in one short phrase without a full stop."""
-    objects = sorted(scene.objects, key=lambda one: one.x + one.y / 4)
+    # From left to right; a small share of y orders objects in the same column from top to bottom.
+    objects = sorted(scene.objects, key=lambda item: item.x + item.y / 4)
     if len(objects) == 2 and (relation := find_clear_relation(*objects)) is not None:
-        first, second = (add_article(name_object(one)) for one in objects)
+        first, second = (add_article(name_object(item)) for item in objects)
         return f"{first} {relation} {second}"
     counts: dict[tuple[str, str], int] = {}
-    for one in objects:
-        counts[one.color, one.shape] = counts.get((one.color, one.shape), 0) + 1
+    for item in objects:
+        counts[item.color, item.shape] = counts.get((item.color, item.shape), 0) + 1
     parts = [
         add_article(f"{color} {shape}") if n == 1 else f"{NUMBERS[n]} {color} {make_plural(shape)}"
         for (color, shape), n in counts.items()
@@ -95,30 +96,30 @@ def _exclude(items: tuple[str, ...], answer: str) -> tuple[str, ...]:
 
 def _find_unique(scene: Scene, field: str) -> list[Object]:
     """Returns the objects whose shape (or colour) no other object has."""
-    values = [getattr(one, field) for one in scene.objects]
-    return [one for one in scene.objects if values.count(getattr(one, field)) == 1]
+    values = [getattr(item, field) for item in scene.objects]
+    return [item for item in scene.objects if values.count(getattr(item, field)) == 1]
 
 
 def _ask_color(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
     if not (alone := _find_unique(scene, "shape")):
         return None
-    one = alone[int(rng.integers(len(alone)))]
-    question = f"What color is the {one.shape}?"
-    reason = f"the {one.shape} is {one.color}"
-    return Fact(question, one.color, _exclude(world.colors, one.color), reason)
+    item = alone[int(rng.integers(len(alone)))]
+    question = f"What color is the {item.shape}?"
+    reason = f"the {item.shape} is {item.color}"
+    return Fact(question, item.color, _exclude(world.colors, item.color), reason)
 
 
 def _ask_shape(rng: np.random.Generator, scene: Scene, world: World) -> Fact | None:
     if not (alone := _find_unique(scene, "color")):
         return None
-    one = alone[int(rng.integers(len(alone)))]
-    question = (f"Which shape is {one.color}?", f"What shape is the {one.color} object?")
-    reason = f"the {one.color} object is {add_article(one.shape)}"
-    return Fact(question[rng.integers(2)], one.shape, _exclude(world.shapes, one.shape), reason)
+    item = alone[int(rng.integers(len(alone)))]
+    question = (f"Which shape is {item.color}?", f"What shape is the {item.color} object?")
+    reason = f"the {item.color} object is {add_article(item.shape)}"
+    return Fact(question[rng.integers(2)], item.shape, _exclude(world.shapes, item.shape), reason)
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
-    shapes = [one.shape for one in scene.objects]
+    shapes = [item.shape for item in scene.objects]
     shape = shapes[int(rng.integers(len(shapes)))]
     if rng.integers(2):
         single, many, count = "object", "objects", len(shapes)
@@ -148,13 +149,14 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, world: World) -> Fact 
 
 
 def _ask_existence(rng: np.random.Generator, scene: Scene, world: World) -> Fact:
+    # Half of the questions are about an object of the image, so that "yes" is not rare.
     if rng.integers(2):
-        one = scene.objects[int(rng.integers(len(scene.objects)))]
-        color, shape = one.color, one.shape
+        item = scene.objects[int(rng.integers(len(scene.objects)))]
+        color, shape = item.color, item.shape
     else:
         color = world.colors[int(rng.integers(len(world.colors)))]
         shape = world.shapes[int(rng.integers(len(world.shapes)))]
-    present = any((one.color, one.shape) == (color, shape) for one in scene.objects)
+    present = any((item.color, item.shape) == (color, shape) for item in scene.objects)
     answer = "yes" if present else "no"
     reason = f"there is {'a' if present else 'no'} {color} {shape}"
     return Fact(f"Is there a {color} {shape}?", answer, _exclude(("yes", "no"), answer), reason)
@@ -165,6 +167,7 @@ FACTS = (_ask_color, _ask_shape, _ask_count, _ask_relation, _ask_existence)
 
 def ask_question(rng: np.random.Generator, scene: Scene, world: World = FULL) -> Question:
     """Samples a question about the image: multiple choice or open-ended, equally likely."""
+    # Some questions do not fit a scene, such as "What color is the circle?" with two circles.
     fact = None
     while fact is None:
         fact = FACTS[int(rng.integers(len(FACTS)))](rng, scene, world)
@@ -176,9 +179,9 @@ def ask_question(rng: np.random.Generator, scene: Scene, world: World = FULL) ->
     wrong = [fact.wrong[i] for i in rng.permutation(len(fact.wrong))[: MAX_OPTIONS - 1]]
     options = [[fact.answer, *wrong][i] for i in rng.permutation(len(wrong) + 1)]
     letter = instructions.OPTION_LETTERS[options.index(fact.answer)]
-    listed = instructions.list_options(fact.question, options)
+    with_options = instructions.list_options(fact.question, options)
     return Question(
-        instructions.MCQ.format(question=listed) if world.instructions else listed,
+        instructions.MCQ.format(question=with_options) if world.instructions else with_options,
         f"<answer>{letter}</answer>",
         "MC",
         f"{fact.reason}, option {letter}",

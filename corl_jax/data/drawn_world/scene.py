@@ -1,18 +1,18 @@
-"""The drawn world: what a picture may demand (spec), what it holds (scene), and its pixels.
+"""The drawn world: demands on images (specs), the content of images (scenes), and their pixels.
 
-A world has a few shapes and colours on a light background; a picture holds one to four
-objects that neither touch each other nor the border, none rotated. `FULL` has 5 shapes and
-6 colours in any place. `SMALL`, for models that learn on a CPU, has 4 and 4, each object in one
-of four cells, on pictures of half the side. A *spec* is a demand in
-GenEval's words, `{"category": .., "include": [{"class", "count", "color"?, "position"?}, ..]}`,
-where `position: [relation, j]` says how this entry lies relative to entry j. A *scene* fills in
-what the spec leaves open (free colours, sizes, places).
+A world has a few shapes and colours on a light background. An image has one to four objects. They
+are not rotated and touch neither each other nor the border. `FULL` has 5 shapes and 6 colours in
+any place. `SMALL` is for models that learn on a CPU. It has 4 shapes and 4 colours, in images of
+half the side with four cells.
+
+A *spec* is a demand in the form of GenEval:
+`{"category": .., "include": [{"class", "count", "color"?, "position"?}, ..]}`. `position:
+[relation, j]` is the relation of this entry to entry j. A *scene* adds all that the spec leaves
+open: other colours, sizes and places.
 
 Combinations per category (up to wording), full and small: single_object 5, 4; two_object 10, 6;
 counting 15, 8; colors 30, 16; position 40, 24 without and 1,200, 288 with colours; color_attr
-300, 72. The last two categories
-have a held-out fifth (`is_held_out`); the other four are shared by all splits, because leaving out
-a fifth of so few would leave out a whole shape or number.
+300, 72. A fifth of the combinations of the last two categories is held out (`is_held_out`).
 """
 
 from __future__ import annotations
@@ -39,33 +39,34 @@ PALETTE = {
 COLORS = tuple(PALETTE)
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
+# The other four have few combinations: a fifth of them would be a whole shape or number.
 SPLIT_CATEGORIES = ("position", "color_attr")
 SPLITS = ("train", "test", "all")
 
 HELD_OUT_ONE_IN = 5
 MARGIN = 2 / 64  # kept free at the border, as a fraction of the image side
 GAP = 4 / 64  # kept free between two objects' boxes, so that a lossy codec does not join them
-SUPERSAMPLE = 4
+SUPERSAMPLE = 4  # rendered at four times the side, then reduced: Pillow's shapes have hard edges
 RING_HOLE = 0.55  # inner radius over outer radius
 CROSS_ARM = 0.34  # half the arm's width over half the cross's width
 TRIANGLE_HEIGHT = 0.866  # over its width: equilateral
 
 POSITION_THRESHOLD = 0.1  # GenEval's: offsets below this share of the summed sizes do not count
-CLEAR_MAIN, CLEAR_OTHER = 0.6, 0.4  # what the renderer asks of a relation; GenEval's border is 0.5
+CLEAR_MAIN, CLEAR_OTHER = 0.6, 0.4  # bounds of rendered relations; GenEval's border is 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What images may show, where, and how questions about them are worded."""
+    """The content of images, its places, and the wording of questions."""
 
     shapes: tuple[str, ...]
     colors: tuple[str, ...]
-    max_count: int  # of equal objects that a demand counts
+    max_count: int  # largest number in demands of the category `counting`
     sizes: dict[int, tuple[float, float]]  # range of an object's size, by number of objects
-    image_size: int  # side in pixels of a picture unless another is asked for
-    min_image_size: int  # below, the smallest objects are too few pixels for their shape to show
-    cells: int | None = None  # each object is in one of cells x cells of its own; None: anywhere
-    instructions: bool = True  # questions carry the published templates; False: they stand alone
+    image_size: int  # default side of an image in pixels
+    min_image_size: int  # with fewer pixels the shapes of the smallest objects do not show
+    cells: int | None = None  # a grid of cells x cells with one object a cell; None: any place
+    instructions: bool = True  # whether questions have the published templates
 
 
 FULL = World(
@@ -90,7 +91,7 @@ WORLDS = {"full": FULL, "small": SMALL}
 
 
 def choose_world(image_size: int) -> str:
-    """Returns the name of the largest world whose shapes show in pictures of this side."""
+    """Returns the name of the largest world whose shapes show in images of this side."""
     return "full" if image_size >= FULL.min_image_size else "small"
 
 
@@ -106,7 +107,7 @@ class Object:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom."""
+        """The edges (left, top, right, bottom)."""
         height = self.size * (TRIANGLE_HEIGHT if self.shape == "triangle" else 1.0)
         return (
             self.x - self.size / 2,
@@ -126,12 +127,13 @@ class Scene:
 
 
 def reduced_offset(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, float]:
-    """Offset of box a from box b as GenEval reduces it, in units of their distance.
+    """Computes the offset of box a from box b as GenEval reduces it, in units of their distance.
 
     Source: GenEval, evaluation/evaluate_images.py, `relative_position`.
     """
     delta = np.array([a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]]) / 2
     dims = np.array([a[2] - a[0] + b[2] - b[0], a[3] - a[1] + b[3] - b[1]])
+    # An offset below POSITION_THRESHOLD of the summed sides counts as 0 on that axis.
     reduced = np.maximum(np.abs(delta) - POSITION_THRESHOLD * dims, 0) * np.sign(delta)
     x, y = reduced / max(float(np.linalg.norm(delta)), 1e-9)
     return float(x), float(y)
@@ -140,8 +142,8 @@ def reduced_offset(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, f
 def find_relations(a: tuple[float, ...], b: tuple[float, ...]) -> set[str]:
     """Returns the relations of box a to box b. On a diagonal there are two."""
     x, y = reduced_offset(a, b)
-    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
-    return {name for name, held in zip(RELATIONS, holds, strict=True) if held}
+    conditions = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)  # in the order of RELATIONS
+    return {name for name, holds in zip(RELATIONS, conditions, strict=True) if holds}
 
 
 def find_clear_relation(a: Object, b: Object) -> str | None:
@@ -176,7 +178,8 @@ def sample_spec(rng: np.random.Generator, category: str | None = None, world: Wo
 
 def normalize_spec(spec: Spec) -> str:
     """Returns a text that is equal for demands with the same meaning."""
-    # For example: "a left of b" and "b right of a".
+    # "a left of b" and "b right of a" -> the same text: relations become "left of" or "above", and
+    # entries without a relation are sorted.
     include = [dict(entry) for entry in spec["include"]]
     relation = include[-1].pop("position", [None])[0]
     if relation in ("right of", "below"):
@@ -191,6 +194,8 @@ def is_held_out(spec: Spec) -> bool:
     """Returns whether a demand belongs to the test split only; False in shared categories."""
     if spec["category"] not in SPLIT_CATEGORIES:
         return False
+    # A hash, not a random choice: the split of a demand depends on the demand alone. Not Python's
+    # hash(), which differs from process to process.
     digest = hashlib.sha256(normalize_spec(spec).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
@@ -212,6 +217,7 @@ def _choose_kinds(rng: np.random.Generator, spec: Spec, world: World) -> list[tu
 
 def _are_apart(a: Object, b: Object) -> bool:
     """Returns whether the gap between two boxes is large enough."""
+    # The gap along each axis is negative where the boxes overlap; one large gap is enough.
     p, q = a.box, b.box
     wide = max(p[0] - q[2], q[0] - p[2])
     high = max(p[1] - q[3], q[1] - p[3])
@@ -221,7 +227,7 @@ def _are_apart(a: Object, b: Object) -> bool:
 def _place_in_cells(
     rng: np.random.Generator, kinds: list[tuple[str, str]], world: World
 ) -> list[Object]:
-    """Places each object in a cell of its own, half the gap or more from the cell's border."""
+    """Places each object in another cell, with at least half the gap to the cell's border."""
     assert world.cells is not None
     side, (low, high) = 1 / world.cells, world.sizes[len(kinds)]
     placed = []
@@ -229,6 +235,7 @@ def _place_in_cells(
         size = float(rng.uniform(low, high))
         room = (side - GAP - size) / 2
         x, y = rng.uniform(-room, room, size=2)
+        # cells = 2: cell 2 -> row 1, column 0
         row, column = divmod(int(cell), world.cells)
         center = (column + 0.5) * side + float(x), (row + 0.5) * side + float(y)
         placed.append(Object(shape, color, *center, size))
@@ -247,9 +254,9 @@ def _place(
         for _ in range(10):
             size = float(rng.uniform(low, high))
             x, y = rng.uniform(MARGIN + size / 2, 1 - MARGIN - size / 2, size=2)
-            one = Object(shape, color, float(x), float(y), size)
-            if all(_are_apart(one, other) for other in placed):
-                placed.append(one)
+            candidate = Object(shape, color, float(x), float(y), size)
+            if all(_are_apart(candidate, other) for other in placed):
+                placed.append(candidate)
                 break
         else:
             return None
@@ -262,12 +269,16 @@ def sample_scene(rng: np.random.Generator, spec: Spec, world: World = FULL) -> S
     `spec["include"]` must demand one to four objects of the world in all.
     """
     kinds = _choose_kinds(rng, spec, world)
-    wanted = spec["include"][-1].get("position")
+    position = spec["include"][-1].get("position")
+    # Objects are placed at random until the relation is clear to every reader.
     while True:
         objects = _place(rng, kinds, world)
         if objects is None:
             continue
-        if wanted is None or find_clear_relation(objects[-1], objects[wanted[1]]) == wanted[0]:
+        if position is None:
+            break
+        relation, other = position
+        if find_clear_relation(objects[-1], objects[other]) == relation:
             break
     background = int(rng.integers(236, 253)) + rng.integers(-3, 4, size=3)
     tints = rng.integers(-8, 9, size=(len(objects), 3))
@@ -278,20 +289,20 @@ def sample_scene(rng: np.random.Generator, spec: Spec, world: World = FULL) -> S
     )
 
 
-def _draw_object(draw: ImageDraw.ImageDraw, one: Object, color, background, side: int) -> None:
-    left, top, right, bottom = (v * side for v in one.box)
-    x, y, half = one.x * side, one.y * side, one.size * side / 2
-    if one.shape == "square":
+def _draw_object(draw: ImageDraw.ImageDraw, item: Object, color, background, side: int) -> None:
+    left, top, right, bottom = (v * side for v in item.box)
+    x, y, half = item.x * side, item.y * side, item.size * side / 2
+    if item.shape == "square":
         draw.rectangle((left, top, right, bottom), fill=color)
-    elif one.shape == "triangle":
+    elif item.shape == "triangle":
         draw.polygon([(x, top), (right, bottom), (left, bottom)], fill=color)
-    elif one.shape == "cross":
+    elif item.shape == "cross":
         arm = half * CROSS_ARM
         draw.rectangle((left, y - arm, right, y + arm), fill=color)
         draw.rectangle((x - arm, top, x + arm, bottom), fill=color)
     else:
         draw.ellipse((left, top, right, bottom), fill=color)
-        if one.shape == "ring":
+        if item.shape == "ring":
             hole = half * RING_HOLE
             draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
 
@@ -304,7 +315,7 @@ def render(scene: Scene | Spec, image_size: int = 64, seed: int = 0) -> np.ndarr
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
     tints = scene.tints or ((0, 0, 0),) * len(scene.objects)
-    for one, tint in zip(scene.objects, tints, strict=True):
-        color = np.clip(np.add(PALETTE[one.color], tint), 0, 255)
-        _draw_object(draw, one, tuple(int(c) for c in color), scene.background, side)
+    for item, tint in zip(scene.objects, tints, strict=True):
+        color = np.clip(np.add(PALETTE[item.color], tint), 0, 255)
+        _draw_object(draw, item, tuple(int(c) for c in color), scene.background, side)
     return np.asarray(image.reduce(SUPERSAMPLE))

@@ -22,13 +22,14 @@ from corl_jax.types import EncodedPrompts, Params
 
 
 def describe_limits(sizes: JanusConfig) -> Limits:
-    """Returns the numbers of a Janus that the program checks and estimates with."""
+    """Returns the sizes of a Janus that checks and estimates need."""
     llama = sizes.llama
     return Limits(
         positions=llama.max_position_embeddings,
         image_tokens=sizes.num_image_tokens,
         input_image_tokens=sizes.num_image_tokens,
         input_image_side=sizes.siglip.image_size,
+        # 576 tokens -> a grid of 24 x 24 codes -> 24 * 16 = 384 pixels
         image_side=round(math.sqrt(sizes.num_image_tokens)) * sizes.vq.downsample,
         vocab_size=llama.vocab_size,
         layers=llama.num_layers,
@@ -46,18 +47,19 @@ def describe_limits(sizes: JanusConfig) -> Limits:
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "special", "dtype"))
-def hidden_states(
+def compute_hidden_states(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, special: SpecialTokens, dtype: Any
 ) -> jax.Array:
-    """Returns the last hidden states [B, P, D] float32 of question prompts with their images."""
+    """Computes the last hidden states [B, P, D] float32 of question prompts with their images."""
     model = network.bind(sizes, network.cast(params, dtype))
     assert prompts.pixel_values is not None
     features = model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
+    # float32: R_TIM takes cosines of these states, which the released code computes in bfloat16.
     return model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)
 
 
-def _adapters_of(sizes: JanusConfig) -> Lora | None:
+def _get_adapters(sizes: JanusConfig) -> Lora | None:
     return sizes.llama.lora
 
 
@@ -72,9 +74,9 @@ FAMILY = Family(
     adapters=Adapters(
         paths=layout.ADAPTER_PATHS,
         targets=layout.ADAPTER_TARGETS,
-        add=network.adapted,
-        remove=network.base,
-        options_of=_adapters_of,
+        add=network.add_adapters,
+        remove=network.remove_adapters,
+        options_of=_get_adapters,
     ),
     limits=describe_limits,
     turns={
@@ -84,6 +86,6 @@ FAMILY = Family(
     blank_prompts=sampling.unconditional_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,
-    hidden_states=hidden_states,
+    hidden_states=compute_hidden_states,
     tokenizer_loss=tokenizer_loss,
 )

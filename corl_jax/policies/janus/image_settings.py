@@ -20,8 +20,8 @@ from corl_jax.weights.foreign_config import Fields
 
 DEFAULT_MIN_SIZE = 14
 
-
-FIXED_PREPROCESSING = {  # what preprocess_image does; a file that says otherwise is refused
+# The steps of preprocess_image. A file that states others is refused, not silently ignored.
+FIXED_PREPROCESSING = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
@@ -36,7 +36,7 @@ class ImageSettings:
     """How an image becomes pixel values of the vision tower."""
 
     size: int  # side of the square, pixels
-    num_tokens: int  # image tokens a picture takes in an understanding prompt
+    num_tokens: int  # image tokens of an image in an understanding prompt
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     min_size: int = DEFAULT_MIN_SIZE  # shortest resized side, pixels
@@ -57,6 +57,7 @@ def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if width != height:
         side = max(width, height)
+        # The mean of the normalisation as a colour, 127 grey for Janus: padding becomes about 0.
         square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in settings.mean))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
@@ -65,11 +66,11 @@ def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 
 def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
-    """Returns the image settings in the JSON files of a model directory of any layout.
+    """Reads the image settings from the JSON files of a model directory of any layout.
 
     `configs` holds config.json, processor_config.json and preprocessor_config.json by stem, and
     an empty dict for an absent file. Values come from the processor files. config.json supplies
-    what they leave out, and must agree with them.
+    missing values, and must agree with the processor files.
     """
     problems: list[str] = []
     processor = Fields(str(folder / "processor_config.json"), configs["processor_config"], problems)
@@ -79,6 +80,8 @@ def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) 
         for key, value in FIXED_PREPROCESSING.items()
         if pre.get(key) is not None and not _is_same_number(pre[key], value)
     ]
+    # No defaults for mean and std below: the class defaults are CLIP's, which Janus was not
+    # trained with.
     size, tokens = _read_geometry(configs["config"], processor, pre, folder)
     min_size = Fields(str(folder / "preprocessor_config.json"), pre, problems).size(
         "min_size", DEFAULT_MIN_SIZE
@@ -101,7 +104,7 @@ def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) 
 def _read_geometry(
     config: Mapping[str, Any], processor: Fields, pre: Mapping[str, Any], folder: Path
 ) -> tuple[int | None, int | None]:
-    """Returns (image size, image tokens); notes where the files do not agree."""
+    """Returns (image size, image tokens); adds a problem if the files do not agree."""
     problems, vision_size, vision_tokens = processor.problems, None, None
     try:
         vision_size, vision_tokens = read_vision_geometry(config, folder / "config.json")
@@ -136,7 +139,7 @@ def _read_geometry(
 def read_vision_geometry(
     config: Mapping[str, Any], file: Path = Path("config.json")
 ) -> tuple[int | None, int | None]:
-    """Returns (image size, image tokens) of a config.json; None for what it does not say.
+    """Returns (image size, image tokens) of a config.json; None for a size it does not state.
 
     Raises:
         InputError: listing the fields of the vision tower that are malformed.
@@ -149,6 +152,7 @@ def _parse_square(size: Any) -> int | None:
     """Returns the side of 384, [384, 384] or {"height": 384, "width": 384}; else None."""
     sides = list(size.values()) if isinstance(size, Mapping) else size
     sides = sides if isinstance(sides, list) else [sides]
+    # type(), because True is an int and equals 1.
     same = sides and all(type(side) is int and side == sides[0] > 0 for side in sides)
     return sides[0] if same else None
 

@@ -1,4 +1,4 @@
-"""Pixels and codes: the image tokenizer of a Janus in both directions."""
+"""Turns codes into pixels and pixels into codes with the image tokenizer of a Janus."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
 
+# Activations in float32 take 75 MB an image and layer: 384 x 384 pixels of 128 channels.
 VQ_BATCH = 8
-"""Images that a device decodes at once: activations in float32 take 75 MB an image and layer."""
+"""Number of images that a device decodes at once."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def decode_images(
     config: JanusConfig, params: Params, tokens: jax.Array, *, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """uint8 [N, S, S, 3] of codes [N, T], computed in `dtype`, truncated like the original."""
+    """Decodes codes [N, T] to images uint8 [N, S, S, 3]; the network computes in `dtype`."""
     tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
     model = network.bind(config, params | {"vqmodel": tokenizer})
-    chunks, size = _vq_chunks(tokens.shape[0])
+    chunks, size = _choose_chunks(tokens.shape[0])
     padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
 
     def decode(codes: jax.Array) -> jax.Array:
         pixels = model.vqmodel.decode(constrain(codes, "batch", "length"))
         pixels = (pixels.astype(jnp.float32) + 1) / 2 * 255
+        # Truncated, not rounded, like the original.
         return jnp.clip(pixels, 0, 255).astype(jnp.uint8)
 
     images = lax.map(decode, padded.reshape(chunks, size, -1))
@@ -39,14 +41,15 @@ def decode_images(
     return constrain(images, "batch", None, None, None)
 
 
-def _vq_chunks(images: int) -> tuple[int, int]:
-    """(chunks, images a chunk): at most VQ_BATCH a device, spread evenly over all of them."""
-    ways = context_batch_shards()
-    chunks = math.ceil(images / (VQ_BATCH * ways))
-    return chunks, math.ceil(images / (chunks * ways)) * ways
+def _choose_chunks(images: int) -> tuple[int, int]:
+    """Returns (chunks, images per chunk), with at most VQ_BATCH images a device in a chunk."""
+    # 20 images on 2 devices: 2 chunks of 10 images, not one of 16 and one of 4 filled up to 16.
+    num_batch_shards = context_batch_shards()
+    chunks = math.ceil(images / (VQ_BATCH * num_batch_shards))
+    return chunks, math.ceil(images / (chunks * num_batch_shards)) * num_batch_shards
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode_images(config: JanusConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """Returns the codes [N, T] of pixels [N, S, S, 3] in [-1, 1], computed in float32."""
+    """Encodes pixels [N, S, S, 3] in [-1, 1] to codes [N, T], in float32."""
     return network.bind(config, network.cast(params, jnp.float32)).vqmodel.encode(pixels)

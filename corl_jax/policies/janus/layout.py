@@ -1,4 +1,4 @@
-"""How the parameters of a Janus lie on a mesh, in which type they compute, which are trained."""
+"""Tables of the parameters of a Janus: place on a mesh, compute dtype, trained or not."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from jax.sharding import PartitionSpec
 
 from corl_jax.devices.mesh import Rules
 
+# Pixels show the rounding of bfloat16.
 FLOAT32_PARTS = ("vqmodel",)
-"""Parts that compute in float32 in any compute dtype: pixels show the rounding of bfloat16."""
+"""Parts that compute in float32 in any compute dtype."""
 
 TRAINABLE = ("language_model/.*", "lm_head/.*")
 """Regexes of the parameters that CoRL trains."""
 
 TOKENIZER_PARTS = ("vqmodel",)
-"""Parts that make codes of pixels and pixels of codes; only the stage vq trains them."""
+"""Parts that turn pixels into codes and back; only the stage vq trains them."""
 
 ADAPTER_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -24,6 +25,8 @@ ADAPTER_PATHS = "language_model/layers/.*/lora_[ab]"
 """Regex of the adapters' parameters."""
 
 _WHOLE = PartitionSpec()
+# Column then row: the activations between two matrices stay split over `tensor`, so that a pair
+# costs one sum over devices. `fsdp` splits the other axis for storage only.
 _INNER, _OUTER = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
 _COLUMN = PartitionSpec(None, "fsdp", "tensor")  # [L, in, out], outputs split
 _ROW = PartitionSpec(None, "tensor", "fsdp")  # [L, in, out], inputs split
@@ -38,16 +41,16 @@ RULES: Rules = (
     (r"language_model/layers/.*/(o|down)_proj/lora_b", PartitionSpec(None, None, "fsdp")),
     (r"vision_model/layers/mlp/fc1/kernel", _COLUMN),
     (r"vision_model/layers/mlp/fc2/kernel", _ROW),
-    (r"language_model/embed_tokens/embedding", _OUTER),
+    (r"language_model/embed_tokens/embedding", _OUTER),  # vocabulary over `tensor`
     (r"lm_head/kernel", _INNER),
     (r"generation_head/(proj_out|vision_head)/kernel", _INNER),
     (r"(generation_)?aligner/hidden_layers/\d+/kernel", _INNER),
     (r"aligner/fc1/kernel", _INNER),
-    (r"generation_aligner/fc1/kernel", PartitionSpec(None, "tensor")),
+    (r"generation_aligner/fc1/kernel", PartitionSpec(None, "tensor")),  # [8, D]: 8 is too few
     (r"(language_model|vision_model)/.*(norm|norm1|norm2|layernorm)/(scale|bias)", _WHOLE),
     (r"vision_model/(patch_embedding|position_embedding)/.*", _WHOLE),
     (r".*/bias", _WHOLE),
     (r"generation_embeddings/embedding", _WHOLE),
-    (r"vqmodel/.*", _WHOLE),
+    (r"vqmodel/.*", _WHOLE),  # 72 million parameters: small beside the language model
 )
 """Layout of each parameter on a mesh, by its path."""

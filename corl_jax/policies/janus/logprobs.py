@@ -1,7 +1,6 @@
-"""Log-probs of given completions under the policy, by one teacher-forced pass a task.
+"""Computes log-probs of given completions under the policy, by one forward pass per task.
 
-Logits are made and reduced a few tokens at a time: of [rows, T, 102400] only
-[rows, chunk, 102400] ever exists, forward and backward.
+The logits of all tokens never exist at the same time; see `policies.chunked_logprobs`.
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ from corl_jax.policies.janus.sampling import unconditional_ids
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 
-def _completion_states(
+def _compute_states(
     model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, options: LogprobOptions
 ) -> jax.Array:
-    """Hidden states [N, T, D] that score each completion token.
+    """Computes the hidden states [N, T, D] whose logits score the completion tokens.
 
-    `embeds` [B, P, D] and `mask` [B, P] of the prompts, `completion` [N, T, D] embedded tokens.
-    The state that scores token j has read the tokens before it; the last token is not read.
-    Each prompt is read once, not once per completion.
+    `embeds` [B, P, D] and `mask` [B, P] are those of the prompts; `completion` [N, T, D] are the
+    embedded tokens. Each prompt is read once, not once per completion.
     """
+    # Tokens a, b, c after prompt p. Read: p, a, b; the states after them score a, b, c.
+    # `unshifted` (Q1): read p, a, b, c; the states after a, b, c score a, b, c, which is the error
+    # of the released code: these states predict the token that follows.
     length = completion.shape[1]
     read = completion if options.unshifted else completion[:, : length - 1]
     group_size = len(completion) // len(embeds)
-    if not read.shape[1]:
+    if not read.shape[1]:  # one token: the prompt's last state scores it
         hidden = model.language_model(embeds, mask, remat=options.remat)
         return repeat_rows(hidden[:, -1:], group_size)
     prompts, states = model.language_model.after_prompts(
@@ -40,29 +41,34 @@ def _completion_states(
     )
     if options.unshifted:
         return states
+    # Left padding: the last position of each prompt is a real token.
     return jnp.concatenate([repeat_rows(prompts[:, -1:], group_size), states], axis=1)
 
 
 def image_logprobs(
     model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropies) [N, T] of image codes `tokens` [N, T] given B prompts."""
-    drawn = model.embed_image_tokens(tokens)
+    """Computes (log-probs, entropies) [N, T] of image codes `tokens` [N, T] given B prompts."""
+    completion = model.embed_image_tokens(tokens)
 
-    def states(input_ids: jax.Array) -> jax.Array:
+    def compute_states(input_ids: jax.Array) -> jax.Array:
         embeds = model.embed_text(input_ids)
-        return _completion_states(model, embeds, prompts.attention_mask, drawn, options)
+        return _compute_states(model, embeds, prompts.attention_mask, completion, options)
 
-    def guided_logits(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def guide_logits(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        # float32 before the guidance: a scale of 5 enlarges the rounding of bfloat16 (Q39).
         with_prompt, without = (model.image_logits(x).astype(jnp.float32) for x in pair)
         return guide(with_prompt, without, options.cfg_scale)
 
-    conditional = states(prompts.input_ids)
-    if options.image_logprobs == "conditional":
+    conditional = compute_states(prompts.input_ids)
+    if options.image_logprobs == "conditional":  # as the released code, though it samples guided
         logits_of, hidden = model.image_logits, conditional
     else:
-        hidden = (conditional, states(unconditional_ids(prompts.input_ids, options.special)))
-        logits_of = guided_logits
+        hidden = (
+            conditional,
+            compute_states(unconditional_ids(prompts.input_ids, options.special)),
+        )
+        logits_of = guide_logits
 
     return chunked_logprobs(logits_of, hidden, tokens, options.temperature, options.chunk)
 
@@ -70,14 +76,15 @@ def image_logprobs(
 def text_logprobs(
     model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """(log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
+    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
     features = None
     if prompts.pixel_values is not None:
         features = model.image_features(prompts.pixel_values, remat=options.remat)
     embeds = model.prompt_embeds(prompts.input_ids, options.special.image, features)
+    # The released code shifts texts correctly: Q1 is about images only.
     options = dataclasses.replace(options, unshifted=False)
     answers = model.embed_text(tokens)
-    hidden = _completion_states(model, embeds, prompts.attention_mask, answers, options)
+    hidden = _compute_states(model, embeds, prompts.attention_mask, answers, options)
     return chunked_logprobs(model.text_logits, hidden, tokens, options.temperature, options.chunk)
 
 
@@ -85,7 +92,7 @@ def score_codes(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
     options: LogprobOptions,
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:  # fmt: skip
-    """Scores the segment of a turn that made an image; see `image_logprobs`."""
+    """Scores the image codes of a turn; see `image_logprobs`."""
     (codes,) = segments
     return (image_logprobs(network.bind(sizes, params), prompts, codes.values, options),)
 
@@ -94,6 +101,6 @@ def score_answers(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
     options: LogprobOptions,
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:  # fmt: skip
-    """Scores the segment of a turn that made a text; see `text_logprobs`."""
+    """Scores the text of a turn; see `text_logprobs`."""
     (text,) = segments
     return (text_logprobs(network.bind(sizes, params), prompts, text.values, options),)

@@ -1,4 +1,4 @@
-"""Janus: one language model that reads images through SigLIP and draws them as VQ codes.
+"""Janus: one language model that reads images through SigLIP and generates them as VQ codes.
 
 `abstract`, `init` and `bind` move between the network and its parameters, a nested dict of
 arrays: `bind(config, params).text_logits(...)` works with concrete arrays and inside `jit`.
@@ -17,7 +17,7 @@ from flax import nnx
 
 from corl_jax import params as params_lib
 from corl_jax.models import modules
-from corl_jax.models.layers import Embedding, Projector, Remat, linear
+from corl_jax.models.layers import Embedding, Projector, Remat, make_linear
 from corl_jax.models.llama import AdaptedLlamaConfig, Llama, LlamaConfig
 from corl_jax.models.lora import Lora
 from corl_jax.models.siglip import Siglip, SiglipConfig
@@ -39,24 +39,26 @@ class JanusConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of an image, read or drawn: both towers use the same grid."""
+        """The number of tokens of an image, in a prompt or generated: both have the same grid."""
         return self.siglip.num_tokens
 
 
-def adapted(config: JanusConfig, lora: Lora) -> JanusConfig:
-    """The same Janus with adapters in the layers of its language model."""
-    sizes = dataclasses.asdict(base(config).llama)
+def add_adapters(config: JanusConfig, lora: Lora) -> JanusConfig:
+    """Returns the sizes with adapters in the layers of the language model."""
+    sizes = dataclasses.asdict(remove_adapters(config).llama)
     return dataclasses.replace(config, llama=AdaptedLlamaConfig(**sizes, lora=lora))
 
 
-def base(config: JanusConfig) -> JanusConfig:
-    """The same Janus without adapters: what checkpoints hold, and the reference."""
+def remove_adapters(config: JanusConfig) -> JanusConfig:
+    """Returns the sizes without adapters, as in checkpoints and for the reference."""
     if config.llama.lora is None:
         return config
+    # The plain class again, so that these sizes equal those of a model that never had adapters.
     sizes = {f.name: getattr(config.llama, f.name) for f in dataclasses.fields(LlamaConfig)}
     return dataclasses.replace(config, llama=LlamaConfig(**sizes))
 
 
+# The published 7B config states few sizes; all others are transformers' LlamaConfig defaults.
 _7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_layers=30, num_heads=32, num_kv_heads=32
 )
@@ -71,22 +73,23 @@ class GenerationHead(nnx.Module):
     """Hidden states -> logits over image codes."""
 
     def __init__(self, width: int, inner: int, codes: int, *, rngs: nnx.Rngs):
-        self.proj_out = linear(width, inner, bias=True, rngs=rngs)
-        self.vision_head = linear(inner, codes, bias=True, rngs=rngs)
+        self.proj_out = make_linear(width, inner, bias=True, rngs=rngs)
+        self.vision_head = make_linear(inner, codes, bias=True, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         return self.vision_head(jax.nn.gelu(self.proj_out(hidden), approximate=False))
 
 
 class Janus(nnx.Module):
-    """The parts and how they are wired; sampling and losses live elsewhere."""
+    """The parts and their connections; sampling and losses are in other modules."""
 
     def __init__(self, config: JanusConfig, *, rngs: nnx.Rngs):
         width, vq = config.llama.hidden_size, config.vq
         self.language_model = Llama(config.llama, rngs=rngs)
-        self.lm_head = linear(width, config.llama.vocab_size, bias=False, rngs=rngs)
+        self.lm_head = make_linear(width, config.llama.vocab_size, bias=False, rngs=rngs)
         self.vision_model = Siglip(config.siglip, rngs=rngs)
         self.aligner = Projector(config.siglip.hidden_size, width, config.aligner_depth, rngs=rngs)
+        # A table of its own: the VQ codebook has the same shape but other values.
         self.generation_embeddings = Embedding(vq.num_embeddings, vq.embed_dim, rngs=rngs)
         self.generation_aligner = Projector(
             vq.embed_dim, width, config.generation_aligner_depth, rngs=rngs
@@ -97,50 +100,52 @@ class Janus(nnx.Module):
         self.vqmodel = VQModel(vq, rngs=rngs)
 
     def embed_text(self, input_ids: jax.Array) -> jax.Array:
-        """[..., T] ids -> [..., T, D]."""
+        """Embeds ids [..., T] to [..., T, D]."""
         return self.language_model.embed_tokens(input_ids)
 
     def embed_image_tokens(self, tokens: jax.Array) -> jax.Array:
-        """[..., T] image codes -> [..., T, D], as the language model reads what it drew."""
+        """Embeds generated image codes [..., T] to [..., T, D]."""
         return self.generation_aligner(self.generation_embeddings(tokens))
 
     def image_features(self, pixel_values: jax.Array, *, remat: Remat = "none") -> jax.Array:
-        """[B, S, S, 3] normalised pixels -> [B, image tokens, D]."""
+        """Computes features [B, image tokens, D] of normalised pixels [B, S, S, 3]."""
         return self.aligner(self.vision_model(pixel_values, remat=remat))
 
     def prompt_embeds(
         self, input_ids: jax.Array, image_token: int, image_features: jax.Array | None = None
     ) -> jax.Array:
-        """[B, P] ids -> [B, P, D], image features standing at the `image_token` positions."""
+        """Embeds ids [B, P] to [B, P, D], with image features at the `image_token` positions."""
         embeds = self.embed_text(input_ids)
         if image_features is None:
             return embeds
         is_image = input_ids == image_token
+        # ids [t, I, I, t] -> cumsum - 1 = [-1, 0, 1, 1]: position 1 takes feature 0, position 2
+        # feature 1. Values at text positions are not used; the clip keeps them in range.
         order = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, image_features.shape[1] - 1)
         placed = jnp.take_along_axis(image_features, order[..., None], axis=1)
         return jnp.where(is_image[..., None], placed.astype(embeds.dtype), embeds)
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V]."""
+        """Computes text logits [..., V] of hidden states [..., D]."""
         return self.lm_head(hidden)
 
     def image_logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., image codes]."""
+        """Computes logits over image codes of hidden states [..., D]."""
         return self.generation_head(hidden)
 
 
 def abstract(config: JanusConfig, dtype: Any = jnp.float32) -> Params:
-    """Shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
+    """Returns the shapes of all parameters, as a nested dict of ShapeDtypeStruct."""
     return modules.make_abstract(Janus, config, dtype)
 
 
 def init(config: JanusConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: normal(0.02) for the transformers, flax's defaults for convolutions."""
+    """Returns random parameters: normal(0.02) in transformers, flax's defaults in convolutions."""
     return modules.init_params(Janus, config, key, dtype)
 
 
 def bind(config: JanusConfig, params: Params) -> Janus:
-    """The network with these parameters."""
+    """Returns the network with these parameters."""
     return modules.bind(Janus, config, params)
 
 

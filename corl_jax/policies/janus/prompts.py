@@ -1,4 +1,4 @@
-"""Prompts and pictures to arrays, on the host: chat template, tokenizer, resize, normalise.
+"""Turns prompts and images into arrays on the host: chat template, tokenizer, pixels.
 
 Sources: Janus `VLChatProcessor`, `conversation.py` and `VLMImageProcessor`; transformers'
 `JanusProcessor` produces the same ids (system prompt off) and, where `int()` and `round()`
@@ -29,15 +29,17 @@ from corl_jax.weights.storage import read_json
 
 FILES = ("config", "processor_config", "preprocessor_config")
 GENERATE, QUESTION = "generate", "question"
-"""Kinds of prompts: a text to draw; a question about an image."""
-FIXED_START, FIXED_GAP = 5, 5  # Q7: image tokens from 5 on, "caption" five tokens after them
+"""Kinds of prompts: a text for image generation; a question about an image."""
+# Q7: the released code takes the image tokens from position 5 on, skips five tokens and takes the
+# rest as the caption. Only two tokens, EOI and a line break, are before the caption.
+FIXED_START, FIXED_GAP = 5, 5
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 LONGEST_SHOWN = 80  # characters of a text in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionPrompt:
-    """A question prompt whose question is a caption, and where its parts lie."""
+    """A question prompt with a caption as its question, and the positions of its parts."""
 
     ids: list[int]  # unpadded
     image_start: int  # position of the first image token
@@ -47,8 +49,8 @@ class CaptionPrompt:
 class Processor:
     """Chat template, tokenizer and image preprocessing of one Janus directory.
 
-    Text of the user never becomes structure: a special token's string inside a prompt or a
-    question is tokenised as the plain characters that it is.
+    Text of a user never becomes structure. The string of a special token inside a prompt or a
+    question is tokenised as plain characters.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Processor:
         template: str | None = None,
         bucket_size: int = BUCKET,
     ):
-        """`template` is a key of `ROLES`; None chooses by whether the role tokens exist.
+        """Opens the tokenizer. `template` is a key of `ROLES`; None looks for the role tokens.
 
         Raises:
             InputError: unreadable tokenizer, missing special tokens, unknown template.
@@ -69,7 +71,8 @@ class Processor:
         tokenizer_file = Path(model_dir) / "tokenizer.json"
         self.special = special_tokens(model_dir)
         tokenizer, self._added, self._plain = _load_tokenizers(tokenizer_file)
-        for name, string in STRINGS.items():  # a vocabulary may hold one without adding it
+        # A vocabulary may contain a structural token that is no added token.
+        for name, string in STRINGS.items():
             self._added.setdefault(string, {"id": getattr(self.special, name)})
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -89,7 +92,7 @@ class Processor:
 
     @classmethod
     def from_dir(cls, model_dir: str | Path, *, bucket_size: int = BUCKET) -> Processor:
-        """Reads any of the three kinds of model directory.
+        """Opens any of the three kinds of model directory.
 
         Raises:
             InputError: listing every missing file, setting and special token.
@@ -114,7 +117,7 @@ class Processor:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the tokenizer knows, added ones included."""
+        """The number of tokens of the tokenizer, added tokens included."""
         return len(self.tokenizer)
 
     @property
@@ -128,18 +131,21 @@ class Processor:
     # ---- templates
 
     def t2i_text(self, prompt: str) -> str:
-        """The drawing prompt, without BOS. Source: Janus's `deepseek` template."""
-        return "".join(self._t2i_parts(prompt))
+        """Returns the prompt of image generation without BOS.
+
+        Source: Janus's `deepseek` template.
+        """
+        return "".join(self._make_t2i_parts(prompt))
 
     def mm2t_text(self, question: str, system_prompt: str = "") -> str:
-        """The understanding prompt before image expansion, without BOS."""
-        return "".join(self._mm2t_parts(question, system_prompt))
+        """Returns the understanding prompt before image expansion, without BOS."""
+        return "".join(self._make_mm2t_parts(question, system_prompt))
 
-    def _t2i_parts(self, prompt: str) -> list[str]:
+    def _make_t2i_parts(self, prompt: str) -> list[str]:
         user, assistant = self.roles
         return [user, f": {prompt.strip()}\n\n", assistant, ":", STRINGS["boi"]]
 
-    def _mm2t_parts(self, question: str, system_prompt: str) -> list[str]:
+    def _make_mm2t_parts(self, question: str, system_prompt: str) -> list[str]:
         user, assistant = self.roles
         system = f"{system_prompt.strip()}\n\n" if system_prompt.strip() else ""
         image = STRINGS["image"]
@@ -149,19 +155,23 @@ class Processor:
     # ---- ids
 
     def t2i_ids(self, prompt: str) -> list[int]:
-        """BOS, the drawing prompt and BOI, unpadded."""
-        return self._ids(self._t2i_parts(prompt), structure=(0, 2, 4))
+        """Returns BOS, the prompt of image generation and BOI, unpadded."""
+        # Parts 0, 2 and 4 are the roles and BOI; part 1 is the user's text.
+        return self._tokenize_parts(self._make_t2i_parts(prompt), structure=(0, 2, 4))
 
     def mm2t_ids(self, question: str, system_prompt: str = "") -> list[int]:
-        """BOS and the understanding prompt with BOI, the image slots and EOI, unpadded."""
-        ids = self._ids(self._mm2t_parts(question, system_prompt), structure=(1, 3, 5))
+        """Returns BOS and the understanding prompt with BOI, image tokens and EOI, unpadded."""
+        ids = self._tokenize_parts(
+            self._make_mm2t_parts(question, system_prompt), structure=(1, 3, 5)
+        )
+        # [.., IMAGE, ..] -> [.., BOI, IMAGE x 576, EOI, ..]; the user's text cannot contain IMAGE
         slot = ids.index(self.special.image)
         special = self.special
-        picture = [special.boi, *[special.image] * self.num_image_tokens, special.eoi]
-        return ids[:slot] + picture + ids[slot + 1 :]
+        image = [special.boi, *[special.image] * self.num_image_tokens, special.eoi]
+        return ids[:slot] + image + ids[slot + 1 :]
 
     def encode_t2i(self, prompts: Sequence[str], length: int | None = None) -> EncodedPrompts:
-        """Left-padded drawing prompts, to `length` or to the bucket of the longest.
+        """Left-pads prompts of image generation to `length`, or to the bucket of the longest.
 
         Raises:
             InputError: no prompt, an empty one, or one longer than `length`.
@@ -178,7 +188,7 @@ class Processor:
         length: int | None = None,
         system_prompt: str = "",
     ) -> EncodedPrompts:
-        """Left-padded understanding prompts with their pixel values, one image each.
+        """Left-pads understanding prompts, with the pixel values of one image each.
 
         Raises:
             InputError: counts differ, an empty question, or one longer than `length`.
@@ -194,7 +204,9 @@ class Processor:
         return self.encode(QUESTION, ids, images, length)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
-        """Left-pads rows of ids to `length`, or to the bucket of the longest; never cuts."""
+        """Left-pads rows of ids to `length`, or to the bucket of the longest row."""
+        # A prompt that is too long is an error, not cut: a cut on the left, as in the released
+        # code, loses BOS or image tokens (Q15).
         if not rows:
             raise InputError("found no prompts; expected at least one")
         if length is None:
@@ -214,11 +226,10 @@ class Processor:
         return EncodedPrompts(input_ids, attention_mask)
 
     def caption_prompt(self, caption: str, fixed_spans: bool = False) -> CaptionPrompt:
-        """Returns the question prompt of a caption; its tokens hold a character of the caption.
+        """Returns the question prompt of a caption, and which of its tokens belong to the caption.
 
-        The line break after the image and the tail with the assistant's role hold none. A token
-        that merges a line break with a part of the caption counts as caption. `fixed_spans` takes
-        the positions of the released code (Q7).
+        A token belongs to the caption if it has a character of it. `fixed_spans` takes the
+        positions of the released code (Q7).
 
         Raises:
             InputError: the tokenizer changes the text between its special tokens.
@@ -231,6 +242,8 @@ class Processor:
             return CaptionPrompt(ids, FIXED_START, is_caption)
         start = ids.index(self.special.image)
         first = start + self.num_image_tokens + 1  # behind the end-of-image token
+        # The text between two added tokens is tokenised alone. So the same text gives the same ids
+        # here, with the offsets of characters. A role that is no added token belongs to the text.
         role = self.roles[1]
         tail = "" if role in self.tokenizer.get_added_vocab() else f"{role}:"
         encoding = self._plain.encode(f"\n{caption}\n\n{tail}", add_special_tokens=False)
@@ -240,6 +253,8 @@ class Processor:
                 "caption's tokens cannot be told apart; set the tokens' lstrip and rstrip to false"
             )
         for position, (begin, end) in enumerate(encoding.offsets, start=first):
+            # Character 0 is the line break, so the caption is [1, 1 + len). True if the two spans
+            # overlap: a token that merges a line break with caption characters counts.
             is_caption[position] = max(begin, 1) < min(end, 1 + len(caption))
         return CaptionPrompt(ids, start, is_caption)
 
@@ -270,36 +285,37 @@ class Processor:
         return dataclasses.replace(encoded, pixel_values=pixels)
 
     def bucket(self, length: int) -> int:
-        """The padded length of a prompt: the next multiple of `bucket_size`."""
+        """Returns the padded length of a prompt: the next multiple of `bucket_size`."""
+        # 33 -> 64 for a bucket size of 32
         return -(-length // self.bucket_size) * self.bucket_size
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids, special tokens left out."""
+        """Returns the text of token ids, without special tokens."""
         return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
 
-    def _ids(self, parts: Sequence[str], structure: Sequence[int]) -> list[int]:
-        """BOS and the parts; those numbered in `structure` may be tokens of their own.
-
-        Pieces between added tokens are tokenised alone by the tokenizer itself, so this gives
-        the ids of the whole string, except that other parts cannot turn into special tokens.
-        """
+    def _tokenize_parts(self, parts: Sequence[str], structure: Sequence[int]) -> list[int]:
+        """Returns BOS and the ids of the parts; parts in `structure` may be added tokens."""
+        # A tokenizer tokenises the pieces between added tokens alone. So these are the ids of the
+        # whole string, except that text of a user cannot become a special token:
+        # ["<|User|>", ": hi\n\n", "<|Assistant|>", ":"] -> BOS, <|User|>, ids(": hi\n\n"), ..
         ids, text = [self.special.bos], ""
         strip_next = False
         for number, part in enumerate(parts):
             token = self._added.get(part) if number in structure else None
             if token is None:
+                # Added tokens with lstrip or rstrip swallow white space next to them.
                 text += part.lstrip() if strip_next and not text else part
                 continue
-            ids += self._plain_ids(text.rstrip() if token.get("lstrip") else text)
+            ids += self._tokenize_plain(text.rstrip() if token.get("lstrip") else text)
             ids.append(token["id"])
             text, strip_next = "", bool(token.get("rstrip"))
-        return ids + self._plain_ids(text)
+        return ids + self._tokenize_plain(text)
 
     def answer_ids(self, text: str) -> list[int]:
-        """Ids of a completion's text, without BOS or EOS; special strings are plain text."""
-        return self._plain_ids(text)
+        """Returns the ids of a completion without BOS and EOS; special strings are plain text."""
+        return self._tokenize_plain(text)
 
-    def _plain_ids(self, text: str) -> list[int]:
+    def _tokenize_plain(self, text: str) -> list[int]:
         if has_lone_surrogate(text):  # the tokenizer would end in a TypeError
             raise InputError(f"the text {text[:LONGEST_SHOWN]!a} {LONE_SURROGATE}")
         return self._plain.encode(text, add_special_tokens=False).ids if text else []
@@ -307,15 +323,14 @@ class Processor:
     # ---- images
 
     def preprocess_image(self, image: Image.Image) -> np.ndarray:
-        """A picture as normalised float32 [S, S, 3]; see `images.preprocess`."""
+        """Returns an image as normalised float32 [S, S, 3]; see `image_settings`."""
         return preprocess_image(image, self.image)
 
 
 def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:
-    """The tokenizer, its added tokens by string, and one that reads special strings as plain text.
+    """Returns the tokenizer, its added tokens by string, and a tokenizer for plain text.
 
-    Structural tokens that the file does not flag as special are flagged in memory, because
-    only special ones can be switched off.
+    The tokenizer for plain text tokenises the strings of special tokens as any other text.
     """
     from tokenizers import Tokenizer
 
@@ -324,11 +339,14 @@ def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         added = {token["content"]: token for token in content.get("added_tokens") or []}
+        # Only tokens that are flagged as special can be switched off, and some files do not flag
+        # structural tokens. `added` shares its dicts with `content`, so this changes `content`.
         for string in structural & added.keys():
             added[string]["special"] = True
         plain = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the Rust parser raises a bare Exception
         raise InputError(f"{path}: not a usable tokenizer.json ({error})") from error
+    # The file may state padding and truncation, which would change the ids of single texts.
     plain.no_padding()
     plain.no_truncation()
     plain.encode_special_tokens = True

@@ -1,11 +1,8 @@
-"""Jitted sampling of images and texts: one prefill per prompt, then G completions decode together.
+"""Samples images and texts: one prefill per prompt, then its G completions decode together.
 
-Both samplers are one XLA program per padded shape. The prompt's keys and values are computed
-once and shared by its G completions, whose own are written in place into preallocated per-layer
-buffers (`models.decoding`).
-
-A sample depends on its own key and prompt only: not on the batch around it, its order or the
-number of devices. Keys come from (seed, prompt index, sample index); step t folds t in.
+Each sampler is one XLA program per padded shape. The keys and values of a prompt are computed once
+and shared by its completions; see `policies.decoding`. A sample depends on its key and its prompt
+only; see `policies.choices`.
 """
 
 from __future__ import annotations
@@ -33,14 +30,17 @@ from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 Attention = Literal["auto", "xla", "cudnn"]
-"""How a decode step attends; "auto" is the fastest that the device and the dtype allow."""
+"""The attention kernel of a decode step; "auto": the fastest for the device and the dtype."""
 
 
 def unconditional_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
-    """The guidance row of a drawing prompt: all but BOS and BOI become padding, still attended.
+    """Returns the ids of the unconditional row: all ids but BOS and BOI become padding.
 
-    Left padding stays masked by the attention mask, which both rows share.
+    The attention mask is that of the conditional row.
     """
+    # [pad, BOS, a, cat, BOI] -> [pad, BOS, pad, pad, BOI]. The inner pads are attended to, as in
+    # Janus; the left one is masked in both rows. By id, not by position: with left padding the
+    # rule of the released code overwrites BOS (Q6).
     kept = (input_ids == special.bos) | (input_ids == special.boi)
     return jnp.where(kept, input_ids, special.pad)
 
@@ -48,25 +48,28 @@ def unconditional_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What one decode step hands to the next."""
+    """The values that one decode step passes to the next."""
 
-    step: jax.Array  # scalar int32, completion tokens drawn so far
-    token: jax.Array  # [N] int32, the newest token, not yet read by the network
-    done: jax.Array  # [N] bool, rows that drew EOS
+    step: jax.Array  # scalar int32, number of tokens sampled so far
+    token: jax.Array  # [N] int32, the newest token, which the network has not read
+    done: jax.Array  # [N] bool, rows that sampled EOS
     tokens: jax.Array  # [N, T] int32
     logprobs: jax.Array  # [N, T] float32
     caches: list[KVCache]  # per layer
 
 
-def _group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
-    """Raises: ValueError, while tracing, if the keys are not a whole number a prompt."""
+def _check_group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
+    """Returns the number of keys per prompt.
+
+    Raises: ValueError, while tracing, if that is no whole number.
+    """
     count = prompts.input_ids.shape[0]
     if keys.shape[0] % count or not keys.shape[0]:
         raise ValueError(f"{keys.shape[0]} keys for {count} prompts: expected a positive multiple")
     return keys.shape[0] // count
 
 
-def _first_state(
+def _start_state(
     token: jax.Array, logprob: jax.Array, done: jax.Array, length: int, fill: int, caches
 ) -> DecodeState:
     rows = token.shape[0]
@@ -109,7 +112,7 @@ def _image_program(
 ) -> tuple[jax.Array, jax.Array]:
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     ids, mask = prompts.input_ids, prompts.attention_mask
-    rows, length = Rows(_group_size(prompts, keys), guided), config.num_image_tokens
+    rows, length = Rows(_check_group_size(prompts, keys), guided), config.num_image_tokens
     embeds = model.embed_text(rows.of_prompts(ids, unconditional_ids(ids, special)))
     mask = rows.of_prompts(mask, mask)
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
@@ -117,21 +120,25 @@ def _image_program(
     choice = Choice(temperature, greedy)
 
     def draw(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # float32 before the guidance: a scale of 5 enlarges the rounding of bfloat16 (Q39).
         conditional, other = rows.split(model.image_logits(hidden).astype(jnp.float32))
         mixed = guide(conditional, other, cfg_scale) if guided else conditional
         token = choice.draw(keys, step, mixed / temperature)
+        # Sampled from the guided distribution, recorded under the one that the loss scores (Q27).
         scored = mixed if image_logprobs == "guided" else conditional
         return token, token_logprobs(scored / temperature, token)
 
     def step(state: DecodeState) -> DecodeState:
+        # The conditional and the unconditional row of a sample read the same token.
         embeds = rows.of_samples(model.embed_image_tokens(state.token))
         hidden, caches = decoder(embeds, state.step - 1, state.caches)
         token, logprob = draw(hidden, state.step)
         return _advance(state, token, logprob, caches)
 
+    # The prefill's last state gives token 0; step t reads token t - 1 and samples token t.
     token, logprob = draw(hidden, jnp.int32(0))
     caches = decoder.new_caches(len(hidden), length)
-    state = _first_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
+    state = _start_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
     state = lax.fori_loop(1, length, lambda _, state: step(state), state)
     return state.tokens, state.logprobs
 
@@ -147,7 +154,7 @@ def _advance(state: DecodeState, token, logprob, caches, done=None) -> DecodeSta
     )
 
 
-def _implementation(
+def _choose_kernel(
     config: JanusConfig, attention: Attention, dtype: Any
 ) -> attentions.DecodeKernel:
     return (
@@ -171,17 +178,19 @@ def sample_images(
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
 ) -> Segment:
-    """Samples `len(keys) / B` images a prompt as codes [N, T]; every image has all its codes.
+    """Samples `len(keys) / B` images per prompt as codes [N, T]; every image has all its codes.
 
-    `image_logprobs` says which distribution the recorded log-probs are of. `cfg_scale` 1 runs
-    without unconditional rows.
+    `image_logprobs` names the distribution of the recorded log-probs. `cfg_scale` 1 has no
+    unconditional rows.
     """
+    # Scale and temperature are traced, so that another value compiles nothing; whether there is
+    # guidance decides the shapes.
     guided = cfg_scale != 1.0
     program = _image_program.built_for(len(keys) * (1 + guided), params, prompts, keys)
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy, dtype=dtype,
-        attention=_implementation(config, attention, dtype),
+        attention=_choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
@@ -210,7 +219,7 @@ def _text_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
-    rows = Rows(_group_size(prompts, keys))
+    rows = Rows(_check_group_size(prompts, keys))
     mask = prompts.attention_mask
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
     hidden = rows.fan_out(last)
@@ -219,6 +228,7 @@ def _text_program(
     def draw(hidden: jax.Array, step: jax.Array, done: jax.Array):
         logits = model.text_logits(hidden).astype(jnp.float32) / temperature
         token = choice.draw(keys, step, logits)
+        # Without top-k and top-p, as the update scores it. Rows that have ended go on as EOS.
         logprob = jnp.where(done, 0.0, token_logprobs(logits, token))
         token = jnp.where(done, special.eos, token)
         return token, logprob, done | (token == special.eos)
@@ -229,13 +239,15 @@ def _text_program(
         return _advance(state, token, logprob, caches, done)
 
     token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(keys.shape[0], bool))
+    # One token comes from the prefill. The length may exceed max_new_tokens by a few steps, which
+    # are cut off below.
     rounds, stride = split_steps(max_new_tokens - 1)
     length = 1 + rounds * stride
     caches = decoder.new_caches(len(hidden), length)
     state = lax.while_loop(
         lambda state: (state.step < length) & ~state.done.all(),
         lambda state: lax.fori_loop(0, stride, lambda _, state: step(state), state),
-        _first_state(token, logprob, done, length, special.eos, caches),
+        _start_state(token, logprob, done, length, special.eos, caches),
     )
     tokens, logprobs = (x[:, :max_new_tokens] for x in (state.tokens, state.logprobs))
     return tokens, completion_mask(tokens, state.step, special.eos), logprobs
@@ -256,16 +268,16 @@ def sample_text(
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
 ) -> Segment:
-    """Answers each prompt `len(keys) / B` times; stops soon after all rows drew EOS.
+    """Samples `len(keys) / B` answers per prompt; stops soon after all rows have ended.
 
-    Tokens after a row's end are EOS and masked out. A row whose mask is full and whose last
-    token is not EOS was truncated.
+    Tokens after the end of a row are EOS and masked out. A row is truncated if its mask is full
+    and its last token is not EOS.
     """
     program = _text_program.built_for(len(keys), params, prompts, keys)
     tokens, mask, logprobs = program(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
-        greedy=greedy, dtype=dtype, attention=_implementation(config, attention, dtype),
+        greedy=greedy, dtype=dtype, attention=_choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(TEXT, tokens, mask, logprobs)
 
@@ -274,7 +286,7 @@ def sample_codes(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, keys: jax.Array,
     options: SamplingOptions,
 ) -> tuple[Segment, ...]:  # fmt: skip
-    """Samples a turn that makes an image; see `sample_images`."""
+    """Samples the image codes of a turn; see `sample_images`."""
     return (
         sample_images(
             sizes, params, prompts, keys, special=options.special, cfg_scale=options.cfg_scale,
@@ -288,7 +300,7 @@ def sample_answers(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, keys: jax.Array,
     options: SamplingOptions,
 ) -> tuple[Segment, ...]:  # fmt: skip
-    """Samples a turn that makes a text; see `sample_text`."""
+    """Samples the text of a turn; see `sample_text`."""
     return (
         sample_text(
             sizes, params, prompts, keys, special=options.special,

@@ -1,13 +1,10 @@
-"""The loss of the image tokenizer's own training: reconstruct, commit, and use every code.
+"""Computes the loss of the image tokenizer's training: reconstruct, commit, use every code.
 
-Encoder, codebook and decoder are trained together; the straight-through estimator carries the
-decoder's gradient past the quantiser. Codes and latents are unit vectors. The entropy term asks
-each latent to choose clearly and the batch to spread over the codebook, which keeps a small
-codebook alive without restarts.
+Encoder, codebook and decoder are trained together. Codes and latents are unit vectors. There is no
+adversarial and no learned perceptual loss; an error on image gradients sharpens edges.
 
 Source: van den Oord et al. 2017 (arXiv 1711.00937), eq. 3; Yu et al. 2024 (MAGVIT-v2, arXiv
-2310.05737), eq. 5 for the entropy term. No adversarial or learned perceptual loss: the drawn
-world's hard edges are matched by an error on image gradients instead.
+2310.05737), eq. 5 for the entropy term.
 """
 
 from __future__ import annotations
@@ -31,8 +28,8 @@ ENTROPY_TEMPERATURE = 0.05
 def tokenizer_loss(
     sizes: JanusConfig, params: Params, pixels: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
-    # What is frozen has the dtype of its checkpoint.
+    """Computes (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
+    # Frozen parameters have the dtype of their checkpoint; the loss is computed in float32.
     model = network.bind(sizes, network.cast(params, jnp.float32)).vqmodel
     return vq_loss(model, pixels)
 
@@ -44,29 +41,37 @@ def vq_loss(
     commitment: float = COMMITMENT_WEIGHT,
     entropy: float = ENTROPY_WEIGHT,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
+    """Computes (loss, metrics) of pixels [B, S, S, 3] in [-1, 1]."""
     z = model.latents(pixels)
     codebook = model.codebook()
     similarity = jnp.einsum("nhwc,kc->nhwk", z, codebook)
+    # Unit vectors: the nearest code is the one with the largest cosine.
     codes = jnp.argmax(similarity, axis=-1)
     quantised = codebook[codes]
+    # Two terms with one value each and other gradients: `commit` moves latents to codes, `move`
+    # codes to latents.
     commit = jnp.mean((z - lax.stop_gradient(quantised)) ** 2)
     move = jnp.mean((quantised - lax.stop_gradient(z)) ** 2)
     spread = assignment_entropy(similarity.reshape(-1, codebook.shape[0]))
-    drawn = model.decode_latents(z + lax.stop_gradient(quantised - z))
-    error = jnp.mean(jnp.abs(drawn - pixels))
-    edges = sum(jnp.mean(jnp.abs(jnp.diff(drawn - pixels, axis=axis))) for axis in (1, 2))
+    # Straight-through: the value is `quantised`, the gradient goes to z past the argmax.
+    decoded = model.decode_latents(z + lax.stop_gradient(quantised - z))
+    error = jnp.mean(jnp.abs(decoded - pixels))
+    # Differences of neighbouring pixels along rows and columns: the hard edges of flat shapes.
+    edges = sum(jnp.mean(jnp.abs(jnp.diff(decoded - pixels, axis=axis))) for axis in (1, 2))
     loss = error + perceptual * edges + move + commitment * commit + entropy * spread
     used = jnp.zeros(codebook.shape[0]).at[codes.reshape(-1)].set(1.0).mean()
-    rmse = jnp.sqrt(jnp.mean((jnp.clip(drawn, -1, 1) - pixels) ** 2)) / 2
+    # / 2: as for pixels in [0, 1]
+    rmse = jnp.sqrt(jnp.mean((jnp.clip(decoded, -1, 1) - pixels) ** 2)) / 2
     metrics = {"vq/l1": error, "vq/edges": edges, "vq/commitment": commit}
     return loss, metrics | {"vq/rmse": rmse, "vq/code_usage": used, "vq/entropy": spread}
 
 
 def assignment_entropy(similarity: jax.Array) -> jax.Array:
-    """Mean entropy of each latent's soft assignment minus that of the mean assignment."""
+    """Computes the mean entropy of each latent's soft assignment minus that of the mean one."""
+    # Small if each latent chooses clearly and the batch uses all codes. This keeps a small codebook
+    # in use without restarts.
     logits = similarity / ENTROPY_TEMPERATURE
     probabilities = jax.nn.softmax(logits, axis=-1)
-    each = -(probabilities * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1).mean()
+    per_latent = -(probabilities * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1).mean()
     mean = probabilities.mean(axis=0)
-    return each + (mean * jnp.log(mean + 1e-9)).sum()
+    return per_latent + (mean * jnp.log(mean + 1e-9)).sum()

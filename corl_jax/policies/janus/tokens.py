@@ -1,4 +1,4 @@
-"""Special tokens of a checkpoint, read from its tokenizer files by string, never by number."""
+"""Reads the special tokens of a checkpoint from its tokenizer files, by string."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from corl_jax.weights.storage import read_json
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that carry structure; always read from the tokenizer by string."""
+    """Ids of the structural tokens."""
+
+    # Never hard-coded: the pad id is 100002 in Janus-Pro-1B and 100015 in Janus-Pro-7B.
 
     bos: int
     eos: int
@@ -33,18 +35,18 @@ STRINGS = {
 """The strings of every released Janus."""
 
 ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
-"""Chat template -> names of user and assistant; the first template's are tokens of their own."""
+"""Chat template -> names of user and assistant; those of `deepseek` are single tokens."""
 
 
 def special_tokens(folder: str | Path) -> SpecialTokens:
-    """The ids of the structural tokens, looked up in `tokenizer.json` by string.
+    """Reads the ids of the structural tokens from `tokenizer.json`, by string.
 
     Raises: InputError listing the strings that the tokenizer lacks.
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{file}: not found; copy it from the checkpoint's own repository")
-    ids = vocabulary(file)
+    ids = read_vocabulary(file)
     problems = [
         f"{file}: has no token {string!r}; use the tokenizer that came with the checkpoint"
         for string in STRINGS.values()
@@ -55,15 +57,16 @@ def special_tokens(folder: str | Path) -> SpecialTokens:
     return SpecialTokens(**{name: ids[string] for name, string in STRINGS.items()})
 
 
-def vocabulary(file: Path) -> dict[str, int]:
-    """Every token of a tokenizer.json with its id; added tokens win over the model's own."""
+def read_vocabulary(file: Path) -> dict[str, int]:
+    """Returns the id of every token of a tokenizer.json, added tokens included."""
     data = read_json(file)
-    vocab = _object(data.get("model")).get("vocab")
+    vocab = _as_dict(data.get("model")).get("vocab")
     ids: dict[str, Any] = dict(vocab) if isinstance(vocab, dict) else {}
     if isinstance(vocab, list):  # a Unigram model lists [token, score] pairs
         ids = {pair[0]: i for i, pair in enumerate(vocab) if isinstance(pair, list) and pair}
+    # After the model's vocabulary: an added token wins, as in the tokenizers library.
     for token in data.get("added_tokens") or ():
-        token = _object(token)
+        token = _as_dict(token)
         ids[str(token.get("content"))] = token.get("id")
     bad = [token for token, number in ids.items() if type(number) is not int]
     if bad:
@@ -71,5 +74,5 @@ def vocabulary(file: Path) -> dict[str, int]:
     return ids
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}

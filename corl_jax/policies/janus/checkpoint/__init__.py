@@ -1,4 +1,4 @@
-"""Checkpoints of Janus: two PyTorch layouts, our own, and the files beside the weights."""
+"""Checkpoints of Janus: two PyTorch layouts, the layout of corl_jax, and the small files."""
 
 from corl_jax.policies.janus.checkpoint.kind import KIND
 

@@ -1,4 +1,4 @@
-"""Tokenizer and processor files: copied within a layout, rewritten between layouts."""
+"""Writes tokenizer and processor files: copies them within a layout, rewrites them between two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
 
 
 def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
-    """Copies the files of these names that the source has, without byte order marks."""
+    """Copies files of these names, without byte order marks; skips names the source lacks."""
     for name in names:
         if (source / name).is_file():
             write_bytes(out / name, read_unmarked(source / name))
@@ -48,15 +48,15 @@ def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> Non
 def write_assets(
     folder: Path, layout: str, config: JanusConfig, source: Assets | None, stated: Mapping[str, Any]
 ) -> list[str]:
-    """Writes tokenizer, processor and generation settings; returns notes on what is missing.
-
-    Our own layout has the files of its source's layout, or of the original one.
-    """
+    """Writes tokenizer, processor and generation settings; returns notes on missing files."""
+    # The layout of corl_jax has the files of its source's layout, or else of the original one.
     source_layout = source.layout if source else "original"
     target = source_layout if layout == OWN_LAYOUT else layout
     origin = source.folder if source else None
     (write_original if target == "original" else write_transformers)(origin, folder, config)
+    # Copied after the new files are written: the source's file wins, and files that it lacks stay.
     if origin is not None and source_layout == target:
+        # Two chat templates would contradict each other.
         if (origin / "chat_template.json").is_file():
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         copy_assets(origin, folder)
@@ -71,32 +71,30 @@ def write_assets(
 def write_generation(
     folder: Path, layout: str, source: Path | None, stated: Mapping[str, Any]
 ) -> None:
-    """Writes generation_config.json: the source's values, replaced by those that are stated.
+    """Writes generation_config.json: the source's values, replaced by the values in `stated`.
 
-    The transformers layout always has one, with the BOI id where transformers reads it. An original
-    checkpoint usually has none; the other layouts then get one only to hold stated values.
+    The transformers layout always gets a file. Other layouts get one if there are values.
     """
     file = source / GENERATION_FILE if source else None
     old = read_json(file) if file and file.is_file() else {}
-    parse_generation(old, file or folder / GENERATION_FILE)  # a wrong value is not handed on
+    parse_generation(old, file or folder / GENERATION_FILE)  # refuses wrong values of the source
     new = {**old, **stated}
     given = old.get("generation_kwargs")
     has_boi = isinstance(given, dict) and "boi_token_id" in given
+    # transformers cannot generate an image without the BOI id in this place.
     if layout == "transformers" and not has_boi:
         made = transformers_layout.write_generation(special_tokens(require_tokenizer(source)))
         kwargs = {**(given if isinstance(given, dict) else {}), **made["generation_kwargs"]}
         new = {**made, **new, "generation_kwargs": kwargs}
     if file and new == old and file.is_file():
+        # Unchanged values: the same bytes, so that a round trip changes no file.
         write_bytes(folder / GENERATION_FILE, file.read_bytes())
     elif new:
         write_json(folder / GENERATION_FILE, new)
 
 
 def require_tokenizer(folder: Path | None) -> Path:
-    """Returns the folder of the tokenizer.
-
-    Raises: InputError if there is none.
-    """
+    """Returns the folder of the tokenizer. Raises: InputError without a folder."""
     if folder is None:
         raise InputError(
             "transformers' layout needs the tokenizer's ids: name a model directory that has "
@@ -199,11 +197,10 @@ def make_chat_template(sft_format: str) -> str:
 def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Returns a tokenizer.json whose post-processor puts BOS first.
 
-    The original leaves that to the tokenizer class it names, which transformers no longer
-    builds from the file as it stands; a class that follows the file needs it in the file.
-
     Raises: InputError for a file that the tokenizers library cannot use.
     """
+    # In the original the tokenizer class adds BOS. The generic class that the output names follows
+    # tokenizer.json alone, so the rule must be in the file.
     bos = special_tokens(folder).bos
     if _find_first_id(tokenizer, folder / "tokenizer.json") == bos:
         return tokenizer
@@ -212,7 +209,8 @@ def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
     if post is not None and post["type"] == "Sequence":
         steps = list(post["processors"])
     templates = [i for i, step in enumerate(steps) if step["type"] == "TemplateProcessing"]
-    if templates:  # a second one would take the parts of the first for a pair of texts
+    if templates:
+        # A second template would take the parts of the first one for a pair of texts.
         steps[templates[0]] = _put_bos_first(steps[templates[0]], bos)
     else:
         first, second = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
@@ -223,7 +221,7 @@ def add_bos(tokenizer: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _find_first_id(tokenizer: dict[str, Any], file: Path) -> int | None:
-    """Returns the id that a text starts with, by the file's rules."""
+    """Returns the first id of a text by the rules of the file."""
     from tokenizers import Tokenizer
 
     try:
@@ -246,7 +244,7 @@ def _put_bos_first(template: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _make_transformers_tokenizer(source: Path) -> dict[str, Any]:
-    """Names a generic class that follows tokenizer.json, and tokens that JanusProcessor needs."""
+    """Returns settings with a generic class, and with the tokens that JanusProcessor needs."""
     named = {f"{name}_token": STRINGS[name] for name in ("image", "boi", "eoi")}
     return {
         **_make_common_tokenizer(source),
@@ -269,6 +267,7 @@ def _make_original_tokenizer(source: Path) -> dict[str, Any]:
 def _make_common_tokenizer(source: Path) -> dict[str, Any]:
     old = _read_if_present(source, "tokenizer_config.json")
     length = old.get("model_max_length")
+    # Some files state 10**30 for "no limit"; then the released Janus's limit is written.
     return {
         "add_bos_token": True,
         "bos_token": STRINGS["bos"],
@@ -290,7 +289,7 @@ def _make_special_map(source: Path) -> dict[str, Any]:
 
 
 def _find_sft_format(source: Path | None) -> str:
-    """Returns the conversation template's name, as stated or by the tokenizer's role tokens."""
+    """Returns the name of the conversation template: the stated one, or by the role tokens."""
     stated = _read_if_present(source, "processor_config.json").get("sft_format")
     if isinstance(stated, str):
         return stated
@@ -305,7 +304,8 @@ def _find_sft_format(source: Path | None) -> str:
 
 
 def _read_image_settings(source: Path | None) -> dict[str, Any]:
-    """Returns the normalisation that the source states, in either of transformers' places."""
+    """Returns the normalisation that the source states, or else that of Janus."""
+    # transformers has two places for it; preprocessor_config.json wins.
     nested = _read_if_present(source, "processor_config.json").get("image_processor")
     settings = {
         **(nested if isinstance(nested, dict) else {}),

@@ -6,8 +6,8 @@ from corl_jax.weights.table import Row
 from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
 
-def llama(key: str, path: str) -> list[Row]:
-    """Returns the rows of a Llama decoder without its head."""
+def make_llama_rows(key: str, path: str) -> list[Row]:
+    """Makes the rows of a Llama decoder without its head."""
     # RoPE is rotate-half in both layouts, so q and k need no permutation.
     torch, leaf = f"{key}.layers.{{layer}}", f"{path}/layers"
     return [
@@ -28,7 +28,8 @@ def llama(key: str, path: str) -> list[Row]:
     ]
 
 
-def res_block(key: str, path: str) -> list[Row]:
+def make_res_block_rows(key: str, path: str) -> list[Row]:
+    # Not every block has a shortcut: it exists only where the width changes.
     return [
         *norm(f"{key}.norm1", f"{path}/norm1"),
         *conv(f"{key}.conv1", f"{path}/conv1"),
@@ -38,14 +39,14 @@ def res_block(key: str, path: str) -> list[Row]:
     ]
 
 
-def attn_block(key: str, path: str) -> list[Row]:
+def make_attn_block_rows(key: str, path: str) -> list[Row]:
     rows = norm(f"{key}.norm", f"{path}/norm")
     for name in ("q", "k", "v", "proj_out"):
         rows += conv(f"{key}.{name}", f"{path}/{name}")
     return rows
 
 
-def vq_half(
+def make_vq_half_rows(
     key: str,
     path: str,
     level: str,
@@ -54,23 +55,25 @@ def vq_half(
     resample: str,
     leaf_level: str,
 ) -> list[Row]:
-    """Returns the rows of the encoder or the decoder; `level`, `block`, `mid` are torch names."""
+    """Makes the rows of the encoder or the decoder; `level`, `block`, `mid` are torch names."""
+    # {i} is the level and {j} the block of a level. Both layouts and ours number the decoder's
+    # levels in the order in which they run, so that the numbers stay.
     torch, leaf = f"{key}.{level}.{{i}}", f"{path}/{leaf_level}/{{i}}"
     return [
         *conv(f"{key}.conv_in", f"{path}/conv_in"),
-        *res_block(f"{torch}.{block}.{{j}}", f"{leaf}/block/{{j}}"),
-        *attn_block(f"{torch}.attn.{{j}}", f"{leaf}/attn/{{j}}"),
+        *make_res_block_rows(f"{torch}.{block}.{{j}}", f"{leaf}/block/{{j}}"),
+        *make_attn_block_rows(f"{torch}.attn.{{j}}", f"{leaf}/attn/{{j}}"),
         *conv(f"{torch}.{resample}.conv", f"{leaf}/{resample}/conv"),
-        *res_block(f"{key}.mid.{mid[0]}", f"{path}/mid/block_1"),
-        *attn_block(f"{key}.mid.{mid[1]}", f"{path}/mid/attn_1"),
-        *res_block(f"{key}.mid.{mid[2]}", f"{path}/mid/block_2"),
+        *make_res_block_rows(f"{key}.mid.{mid[0]}", f"{path}/mid/block_1"),
+        *make_attn_block_rows(f"{key}.mid.{mid[1]}", f"{path}/mid/attn_1"),
+        *make_res_block_rows(f"{key}.mid.{mid[2]}", f"{path}/mid/block_2"),
         *norm(f"{key}.norm_out", f"{path}/norm_out"),
         *conv(f"{key}.conv_out", f"{path}/conv_out"),
     ]
 
 
-def vq_codes(key: str, path: str) -> list[Row]:
-    """Returns the rows of the codebook and of the 1x1 convolutions on either side of it."""
+def make_vq_code_rows(key: str, path: str) -> list[Row]:
+    """Makes the rows of the codebook and of the 1x1 convolutions before and after it."""
     return [
         *embedding(f"{key}.quantize.embedding.weight", f"{path}/quantize"),
         *conv(f"{key}.quant_conv", f"{path}/quant_conv"),

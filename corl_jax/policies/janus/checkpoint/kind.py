@@ -1,4 +1,4 @@
-"""`KIND`: the checkpoints of Janus, in both PyTorch layouts and in our own."""
+"""`KIND`: the checkpoints of Janus, in both PyTorch layouts and in that of corl_jax."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from corl_jax.weights.kinds import ForeignExport, NetworkKind, PeftFormat
 
 
 def check_expressible(layout: str, config: JanusConfig) -> None:
-    """Raises: InputError for sizes that the layout cannot express."""
+    """Checks that the layout can express the sizes. Raises: InputError if not."""
     if layout == "transformers":
         transformers.check_expressible(config)
 
@@ -36,13 +36,14 @@ def write_config(
 
 
 def restate_config(layout: str, data: dict[str, Any]) -> dict[str, Any]:
-    """Returns the source's config.json with the embeddings declared untied, as they are written."""
+    """Returns the source's config.json with untied embeddings, as the weights are written."""
+    # transformers' class default is tied: it would replace lm_head by the embeddings.
     return {**data, "tie_word_embeddings": False} if layout == "transformers" else data
 
 
 def explain_tied_head(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[str]:
-    """Returns the problems; that of a missing text head says what to do about a tied one."""
-    # transformers' class default is true.
+    """Returns the problems; adds a remedy to a missing text head of a tied checkpoint."""
+    # An absent key counts as tied: transformers' class default is true.
     if layout != "transformers" or not data.get("tie_word_embeddings", True):
         return problems
     head, table = (
@@ -74,7 +75,7 @@ KIND = NetworkKind(
         write_config=write_config,
         restate_config=restate_config,
         write_assets=write_assets,
-        # What the files carry beside the model belongs to the vision tower.
+        # The carried tensors belong to the vision tower, so its sizes are theirs.
         carried_sizes=lambda config: config.siglip,
     ),
     explain=explain_tied_head,

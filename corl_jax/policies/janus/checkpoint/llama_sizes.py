@@ -9,7 +9,8 @@ from corl_jax.weights.foreign_config import Fields
 
 
 def parse_llama(fields: Fields) -> LlamaConfig:
-    """Returns the sizes of a `text_config` or `language_config`."""
+    """Reads the sizes of a `text_config` or `language_config`."""
+    # Defaults are those of transformers' LlamaConfig: the published 7B file omits most sizes.
     fields.expect("model_type", ("llama",), "Janus decodes with a Llama")
     fields.expect("hidden_act", ("silu",), "the only activation implemented")
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
@@ -31,7 +32,8 @@ def parse_llama(fields: Fields) -> LlamaConfig:
 
 
 def _parse_rope_theta(fields: Fields) -> float:
-    """Returns `rope_theta`, as transformers 4 writes it or inside `rope_parameters` as 5 does."""
+    """Reads `rope_theta` from the section itself or from `rope_parameters`."""
+    # transformers 4 writes the first, 5 the second.
     theta = fields.number("rope_theta", 10000.0)
     for name in ("rope_scaling", "rope_parameters"):
         section = fields.section(name)
@@ -42,7 +44,8 @@ def _parse_rope_theta(fields: Fields) -> float:
 
 
 def write_llama(llama: LlamaConfig) -> dict[str, Any]:
-    """Returns all sizes as JSON, so that no reader depends on its own defaults."""
+    """Returns all sizes as JSON."""
+    # All, because readers differ in their defaults.
     fields: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": llama.vocab_size,

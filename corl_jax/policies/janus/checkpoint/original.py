@@ -1,7 +1,7 @@
 """Reads the original layout's config.json, and writes it if there is none to copy.
 
-It names presets instead of sizes; explicit `params` override them. What `language_config` leaves
-out has the default of transformers' LlamaConfig, as the 7B file relies on.
+The file names presets instead of sizes; explicit `params` override them. Sizes that
+`language_config` leaves out have the defaults of transformers' LlamaConfig.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SIGLIP_SIZES = ("width", "layers", "heads", "patch_size", "mlp_ratio", "image_s
 
 
 def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
-    """Returns the sizes that the original config.json means; its problems are added."""
+    """Reads the sizes of an original config.json; adds its problems to `problems`."""
     top = Fields(where, data, problems)
     llama = parse_llama(top.section("language_config"))
     siglip = parse_siglip(top.section("vision_config"))
@@ -45,7 +45,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
 
 
 def parse_siglip(section: Fields) -> SiglipConfig:
-    """Returns the sizes that a `vision_config` of the original layout means."""
+    """Reads the sizes of a `vision_config` of the original layout."""
     params = section.section("params")
     name = params.data.get("model_name", "siglip_large_patch16_384")
     preset = SIGLIP_PRESETS.get(name) if isinstance(name, str) else None
@@ -56,6 +56,7 @@ def parse_siglip(section: Fields) -> SiglipConfig:
             f"{params.where}: model_name is {name!r}, expected one of {', '.join(SIGLIP_PRESETS)}, "
             f"or all sizes stated; {missing} are not"
         )
+    # With a problem above the result is not used, but the other fields are still checked.
     preset = preset or SiglipConfig()
     params.expect("select_layer", (-1,), "Janus uses all layers")
     width = params.size("width", preset.hidden_size)
@@ -86,10 +87,7 @@ def _parse_vq(section: Fields) -> VQConfig:
 
 
 def write(config: JanusConfig, dtype: str) -> dict[str, Any]:
-    """Returns the JSON of a config.json that the original package and `parse` both read.
-
-    It has no nulls.
-    """
+    """Returns the JSON of a config.json, without nulls, for the original package and `parse`."""
     return {
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
@@ -173,5 +171,6 @@ def _write_siglip(siglip: SiglipConfig) -> dict[str, Any]:
 
 def find_mlp_ratio(siglip: SiglipConfig) -> float:
     """Returns a ratio whose product with the width, truncated, is exactly the inner width."""
+    # Readers compute int(width * ratio), and the product can round to just below a whole number.
     ratio = siglip.intermediate_size / siglip.hidden_size
     return ratio if int(siglip.hidden_size * ratio) == siglip.intermediate_size else ratio + 1e-9

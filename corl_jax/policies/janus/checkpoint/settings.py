@@ -1,4 +1,4 @@
-"""The sizes that a config.json of the two PyTorch layouts means."""
+"""Reads and checks the sizes in a config.json of the two PyTorch layouts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OWN_FORMAT = OwnFormat("corl_jax", "janus")
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> JanusConfig:
-    """Returns the sizes that a folder's config.json means; its problems are added."""
+    """Reads the sizes of a folder's config.json; adds its problems to `problems`."""
     file = folder / "config.json"
     parser = original_layout if layout == "original" else transformers_layout
     return parser.parse(read_json(file), str(file), problems)
 
 
 def check(config: JanusConfig, where: str) -> list[str]:
-    """Lists sizes that do not divide as the network needs."""
+    """Lists sizes that are no multiples of the sizes that the network divides them by."""
     llama, siglip, vq = config.llama, config.siglip, config.vq
     checks = [
         ("attention heads", llama.num_heads, "key-value heads", llama.num_kv_heads),
@@ -47,9 +47,9 @@ def check(config: JanusConfig, where: str) -> list[str]:
 
 
 def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
-    """Returns the sizes of the vision tower alone; None if the file has none.
+    """Reads the sizes of the vision tower alone; returns None if the file has none.
 
-    The file may lack everything else.
+    The file may lack all other sections.
 
     Raises: InputError listing every field that is malformed or not supported.
     """

@@ -18,7 +18,7 @@ from corl_jax.weights.foreign_config import Fields
 
 
 def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
-    """Returns the sizes that transformers' config.json means; its problems are added."""
+    """Reads the sizes of transformers' config.json; adds its problems to `problems`."""
     top = Fields(where, data, problems)
     llama = parse_llama(top.section("text_config"))
     vision, vq = top.section("vision_config"), top.section("vq_config")
@@ -42,7 +42,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
 
 
 def parse_siglip(fields: Fields) -> SiglipConfig:
-    """Returns the sizes that a `vision_config` of transformers means."""
+    """Reads the sizes of a `vision_config` of transformers."""
     fields.expect("hidden_act", ("gelu",), "the only activation implemented")
     fields.expect("attention_bias", (True,), "SigLIP has biases")
     fields.expect("use_qk_norm", (False,), "not implemented")
@@ -74,7 +74,8 @@ def _parse_vq(fields: Fields) -> VQConfig:
 
 
 def check_expressible(config: JanusConfig) -> None:
-    """Raises: InputError for sizes that transformers' class cannot express."""
+    """Checks that transformers' class can express the sizes. Raises: InputError if not."""
+    # The class uses `projection_dim`, which is hidden_size, for the inner width of the image head.
     width = config.llama.hidden_size
     if config.image_token_embed != width:
         raise InputError(
@@ -152,11 +153,9 @@ def _write_vq(config: JanusConfig) -> dict[str, Any]:
 
 
 def write_generation(special: SpecialTokens) -> dict[str, Any]:
-    """Returns a generation_config.json with which `generate(generation_mode="image")` works.
-
-    transformers reads the BOI id from `generation_kwargs`. Janus draws from the full softmax,
-    where transformers' own default is top_k 50; without do_sample it would draw the argmax.
-    """
+    """Returns a generation_config.json with which `generate(generation_mode="image")` works."""
+    # Janus samples from the full softmax. transformers' default is top_k 50, and greedy decoding
+    # without do_sample. It reads the BOI id from `generation_kwargs`.
     return {
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
