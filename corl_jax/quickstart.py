@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")
     args = parser.parse_intermixed_args(argv)
     work = Work(args.out, find_config(), args.overrides)
-    for title, command, result in work.steps():
+    for title, command, result in work.list_steps():
         if result is not None and result.exists():
             print_title(f"{title}: {result} is there already")
             continue
@@ -99,7 +99,7 @@ class Work:
         named = [f"{key}={path}" for key, path in paths.items()]
         return ["--config", str(self.config), *named, *self.overrides]
 
-    def steps(self) -> list[tuple[str, list[str], Path | None]]:
+    def list_steps(self) -> list[tuple[str, list[str], Path | None]]:
         """Returns (title, command, what it makes) of each step.
 
         Raises: InputError for overrides that make no config.

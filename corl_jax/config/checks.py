@@ -140,7 +140,7 @@ READERS = (
 """Options -> who reads them. An option that is not matched is always read."""
 
 
-def find_idle_options(config: Config) -> list[str]:
+def find_unused_options(config: Config) -> list[str]:
     """Returns a line for each option that has no effect in this config: its value, and why."""
     lines = []
     for key, value in list_changes(config):
@@ -148,16 +148,16 @@ def find_idle_options(config: Config) -> list[str]:
             continue
         if value is None and key.startswith("guards."):
             continue  # an alarm that is switched off needs no reader
-        if reader := _missing_reader(config, key):
+        if reader := _find_missing_reader(config, key):
             shown = ", ".join(one.label for one in config.rewards) if key == "rewards" else value
             lines.append(f"{key}: {shown!r} has no effect; only {reader} reads it")
     for alarm in config.guards.fatal:
-        if reader := _missing_reader(config, f"guards.{alarm}"):
+        if reader := _find_missing_reader(config, f"guards.{alarm}"):
             lines.append(f"guards.fatal: {alarm!r} has no effect; only {reader} reads it")
     return lines
 
 
-def _missing_reader(config: Config, key: str) -> str | None:
+def _find_missing_reader(config: Config, key: str) -> str | None:
     for reader in READERS:
         if re.fullmatch(reader.options, key) and not reader.is_present(config, key):
             return reader.name

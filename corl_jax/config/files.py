@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree, problems = _read(Path(expand_path(path)), []), Problems()
     for text in overrides or []:
-        problems.attempt(_override, tree, text)
+        problems.attempt(_apply_override, tree, text)
     config = problems.attempt(validate, tree, str(path))
     problems.raise_any()
     assert config is not None  # otherwise there was a problem
@@ -181,7 +181,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def _apply_override(tree: dict[str, Any], text: str) -> None:
     """Sets one value in the tree. Raises InputError for a wrong argument."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
@@ -205,7 +205,7 @@ def _explain(item: Any) -> tuple[str, str]:
     if item["type"] == "extra_forbidden":
         if new := RENAMED.get(key):
             return f"{key}: ", f"has a new name; use {new}"
-        known = _known_keys(item["loc"][:-1])
+        known = _list_known_keys(item["loc"][:-1])
         return f"{key}: ", f"unknown key; {suggest_name(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
@@ -213,7 +213,7 @@ def _explain(item: Any) -> tuple[str, str]:
     return (f"{key}: found {item['input']!r}; " if key else "", message)
 
 
-def _known_keys(location: tuple) -> list[str]:
+def _list_known_keys(location: tuple) -> list[str]:
     """Returns the options of the block at a location, such as ("rewards", 0)."""
     section: Any = Config
     for part in location:

@@ -57,12 +57,12 @@ class SamplerProgram:
     @functools.cached_property
     def for_few_rows(self) -> Any:
         """For NVIDIA GPUs."""
-        return self._build(compiler_options=accepted_options(CONCURRENT))
+        return self._build(compiler_options=list_accepted_options(CONCURRENT))
 
     @functools.cached_property
     def for_many_rows(self) -> Any:
         """For NVIDIA GPUs and at least MANY_ROWS rows per device."""
-        return self._build(compiler_options=accepted_options(CONCURRENT, WITHOUT_TRITON))
+        return self._build(compiler_options=list_accepted_options(CONCURRENT, WITHOUT_TRITON))
 
     def built_for(self, rows: int, *arguments: Any) -> Callable:
         """Returns the fastest build for `rows` rows of all devices of the mesh together.
@@ -85,7 +85,7 @@ class SamplerProgram:
                 getattr(self, name).clear_cache()
 
 
-def accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:
+def list_accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:
     """Returns the options that this version of XLA knows; an unknown one fails the program."""
     return {name: value for name, value in options if _is_accepted(name, value)}
 

@@ -5,8 +5,8 @@ A mesh has the axes `data`, `fsdp` and `tensor`. Prompts and completions are spl
 whose regex matches the whole path decides. A path that no rule matches is an error, so that no
 parameter is replicated by accident; a parameter that each device holds whole has a rule for it.
 
-A mesh must divide a policy evenly: `layout_problems` says where it does not, before a device is
-used, and `param_spec` refuses. A reward network never limits the mesh: an axis that does not
+A mesh must divide a policy evenly. `find_layout_problems` says where it does not, before a device
+is used, and `param_spec` refuses. A reward network never limits the mesh: an axis that does not
 divide one of its matrices leaves that axis whole.
 """
 
@@ -71,13 +71,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays out an activation by its axes' names; outside of a mesh, or on one device, does nothing.
 
     An axis that the mesh does not divide is left unsplit: only a frozen reward network has such
-    (see `layout_problems`), and what is computed stays the same.
+    (see `find_layout_problems`), and what is computed stays the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    wanted = PartitionSpec(*(ACTIVATION_AXES[name] for name in names))
-    return jax.lax.with_sharding_constraint(x, _fitting(wanted, x.shape, mesh))
+    spec = PartitionSpec(*(ACTIVATION_AXES[name] for name in names))
+    return jax.lax.with_sharding_constraint(x, _drop_uneven_axes(spec, x.shape, mesh))
 
 
 def shard_heads(function: Callable) -> Callable:
@@ -89,12 +89,12 @@ def shard_heads(function: Callable) -> Callable:
     if mesh.empty or mesh.size == 1:
         return function
 
-    def spread(*arrays: jax.Array) -> jax.Array:
+    def compute_sharded(*arrays: jax.Array) -> jax.Array:
         heads, rows = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH)
         places = tuple(heads if x.ndim == 4 else rows for x in arrays)
         return jax.shard_map(function, in_specs=places, out_specs=heads, check_vma=False)(*arrays)
 
-    return spread
+    return compute_sharded
 
 
 def gather_over_fsdp(params: Params, rules: Rules) -> Params:
@@ -119,10 +119,10 @@ def gather_over_fsdp(params: Params, rules: Rules) -> Params:
 def context_batch_shards() -> int:
     """Parts that the rows of a batch are split into on the mesh of the context; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _ways(BATCH, mesh)
+    return 1 if mesh.empty else _count_pieces(BATCH, mesh)
 
 
-def _ways(axes: Any, mesh: Any) -> int:
+def _count_pieces(axes: Any, mesh: Any) -> int:
     """Into how many pieces an entry of a PartitionSpec splits its axis."""
     if axes is None or axes is PartitionSpec.UNCONSTRAINED:
         return 1
@@ -130,10 +130,12 @@ def _ways(axes: Any, mesh: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+def _drop_uneven_axes(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """The spec without what the mesh does not divide."""
     pairs = zip(spec, shape, strict=False)
-    return PartitionSpec(*(axes if size % _ways(axes, mesh) == 0 else None for axes, size in pairs))
+    return PartitionSpec(
+        *(axes if size % _count_pieces(axes, mesh) == 0 else None for axes, size in pairs)
+    )
 
 
 def find_rule(path: str, rules: Rules) -> PartitionSpec:
@@ -157,9 +159,9 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules) -> Pa
         InputError: no rule matches the path, or the mesh does not divide an axis.
     """
     spec = find_rule(path, rules)
-    if _fitting(spec, shape, mesh) != spec:
+    if _drop_uneven_axes(spec, shape, mesh) != spec:
         leaf = jax.ShapeDtypeStruct(shape, "float32")
-        raise InputError(layout_problems({path: leaf}, {}, mesh, rules))
+        raise InputError(find_layout_problems({path: leaf}, {}, mesh, rules))
     return spec
 
 
@@ -171,7 +173,7 @@ def network_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules) -> 
     Raises:
         InputError: no rule matches the path.
     """
-    return _fitting(find_rule(path, rules), shape, mesh)
+    return _drop_uneven_axes(find_rule(path, rules), shape, mesh)
 
 
 def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
@@ -188,7 +190,9 @@ def network_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
     )
 
 
-def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules) -> list[str]:
+def find_layout_problems(
+    params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules
+) -> list[str]:
     """Lists where a mesh does not divide a policy's parameters, or its counts of `heads` by name.
 
     One line for an axis of the mesh, with the sizes and the nearest values that divide all of them
@@ -203,13 +207,13 @@ def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any, rules: 
                 sizes[axis].setdefault(size, f"axis {place} of {path}")
     problems = []
     for axis, names in sizes.items():
-        ways = mesh.shape[axis]
-        left = [f"{size} ({name})" for size, name in names.items() if size % ways]
+        pieces = mesh.shape[axis]
+        left = [f"{size} ({name})" for size, name in names.items() if size % pieces]
         if left:
             more = f" and {len(left) - LISTED} sizes more" if len(left) > LISTED else ""
             problems.append(
-                f"mesh.{axis}: {ways} does not divide {', '.join(left[:LISTED])}{more}; "
-                f"nearest: {nearest_divisors(math.gcd(mesh.size, *names), ways)}"
+                f"mesh.{axis}: {pieces} does not divide {', '.join(left[:LISTED])}{more}; "
+                f"nearest: {nearest_divisors(math.gcd(mesh.size, *names), pieces)}"
             )
     return problems
 

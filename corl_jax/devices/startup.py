@@ -101,7 +101,7 @@ def enable_compilation_cache() -> None:
     if chosen == "" or "://" in (chosen or "") or not getattr(jax.config, CACHE_ENABLED):
         return
     try:
-        folder = Path(expand_path(chosen)) if chosen else _usual_cache_folder()
+        folder = Path(expand_path(chosen)) if chosen else _find_cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         if not chosen:  # the user's own may be there to be read only
             tempfile.TemporaryFile(dir=folder).close()
@@ -117,7 +117,7 @@ def enable_compilation_cache() -> None:
     jax.config.update(CACHE_DIR, str(folder))
 
 
-def _usual_cache_folder() -> Path:
+def _find_cache_folder() -> Path:
     """Raises RuntimeError where no home directory is known."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(expand_path(home)) / "corl_jax" / "xla"

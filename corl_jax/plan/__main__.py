@@ -28,13 +28,12 @@ from corl_jax.policies import FAMILIES, find_family
 from corl_jax.policies.family import Family, Limits
 from corl_jax.tasks import TASKS
 from corl_jax.train import build, resolve
-from corl_jax.train.check import PROMPT_OPTIONS
+from corl_jax.train.check import PROMPT_OPTIONS, get_completion_length
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Sizes
 from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.folders import refuse_adapter
 
-BUCKET = 32  # prompts are padded to a multiple
 PRESETS: dict[str, tuple[Family, Sizes]] = {
     name: (family, sizes) for family in FAMILIES.values() for name, sizes in family.presets.items()
 }
@@ -177,7 +176,7 @@ def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
-        f"{task} {lengths[task]} + {programs.get_completion_length(outline, task)} tokens"
+        f"{task} {lengths[task]} + {get_completion_length(outline, task)} tokens"
         for task in outline.tasks
     )
     at_once = rollout.batch_prompts or train.prompts_per_step
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
             f"stage: found {config.stage}; expected one that samples completions: {sampling}"
         )
     family, sizes = find_sizes(config.model.path, args.model)
-    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), BUCKET)
+    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), family.prompt_bucket)
     devices, chip = find_devices(args.topology, args.hbm)
     outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
     print(format_heading(outline, chip, lengths), flush=True)

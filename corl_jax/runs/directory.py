@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -31,27 +30,12 @@ import yaml
 
 from corl_jax.atomic_files import replace_file
 from corl_jax.config import files as config_files
+from corl_jax.config import resuming
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
 from corl_jax.runs import same_files
 from corl_jax.runs.locking import lock_directory
-
-MAY_CHANGE = (
-    "output_dir",  # a run may be moved, or named from another working directory
-    r"train\.stop_after",
-    r"(log|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
-    r"model\.attention",  # so does another kernel
-    # A new directory must have the step that saved.json names.
-    r"checkpoint\.(every|keep|max_failures|directory)",
-    r"eval\.(every|batch_prompts)",  # not eval.rows: training leaves them out
-    r"data\.(cache_rows|max_bad_fraction)",
-    r"rewards\.\d+\.(timeout_s|max_failures)",
-    r"guards\..*",  # they end a run or let it continue as it is
-    r"networks\.offload",
-    r"algorithm\.reference",  # where the weights are, not which
-)
-"""Options that may have another value in a resumed run; regexes of whole keys."""
 
 RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
@@ -293,7 +277,7 @@ def list_config_changes(
     allowed: bool = False,
     start: str | None = None,
 ) -> list[str]:
-    """Lists the options that differ from the config in `source`, without those of MAY_CHANGE.
+    """Lists the options that differ from the config in `source`, without those that may change.
 
     `start`: the directory where relative paths of that config start, if it is known.
 
@@ -320,13 +304,13 @@ def list_differences(
     was, now = dict(_iterate_options(old)), dict(_iterate_options(new))
     lines = []
     for key in [*now, *(key for key in was if key not in now)]:
-        if any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE):
+        if resuming.may_change(key):
             continue
         if key not in was:
             lines.append(f"{key}: found {now[key]!r}, the run has no such option")
         elif key not in now:
             lines.append(f"{key}: not given, the run has {was[key]!r}")
-        elif same_files.is_changed(key, was[key], now[key], start):
+        elif same_files.is_changed(was[key], now[key], start, resuming.is_path(key)):
             other = f", from {start}" if was[key] == now[key] else ""
             lines.append(f"{key}: found {now[key]!r}, the run has {was[key]!r}{other}")
     return lines

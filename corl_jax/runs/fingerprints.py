@@ -28,7 +28,7 @@ def fingerprint_leaves(tree: Any) -> dict[str, str]:
 
 def fingerprint_tree(tree: Any) -> str:
     """Returns one hash of all fingerprints of a tree."""
-    return _sha256(fingerprint_leaves(tree))
+    return _hash_record(fingerprint_leaves(tree))
 
 
 @jax.jit
@@ -67,7 +67,7 @@ def make_record(step: int, tree: Any, run: dict[str, Any]) -> dict[str, Any]:
     marks = fingerprint_leaves(tree)
     leaves = {name: [*_describe_leaf(leaf), marks[name]] for name, leaf in leaf_paths(tree)}
     record = {"schema_version": SCHEMA_VERSION, "step": step, "run": run, "leaves": leaves}
-    return record | {"sha256": _sha256(record)}
+    return record | {"sha256": _hash_record(record)}
 
 
 def describe_damage(record: Any, step: int) -> str | None:
@@ -77,7 +77,7 @@ def describe_damage(record: Any, step: int) -> str | None:
     if record["schema_version"] == 1 and "sha256" not in record:
         return None  # of an old version, which the caller refuses
     rest = {key: value for key, value in record.items() if key != "sha256"}
-    if record.get("sha256") != _sha256(rest):
+    if record.get("sha256") != _hash_record(rest):
         return "its record is not the one that was saved"
     if record["step"] != step:
         return f"it is a checkpoint of step {record['step']} under another name"
@@ -111,6 +111,6 @@ def _describe_leaf(leaf: Any) -> tuple[str, list[int]]:
     return jnp.dtype(leaf.dtype).name, list(leaf.shape)
 
 
-def _sha256(record: dict[str, Any]) -> str:
+def _hash_record(record: dict[str, Any]) -> str:
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

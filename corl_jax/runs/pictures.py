@@ -45,7 +45,7 @@ def draw_page(
     `heads`: lines of text above each row. The title stands above all rows.
     """
     heads = heads or [()] * len(rows)
-    width, height = _displayed_size(rows[0][0].pixels)
+    width, height = _compute_displayed_size(rows[0][0].pixels)
     page_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
     num_lines = max((len(cell.lines) for row in rows for cell in row), default=0)
     row_heights = [len(head) * LINE + height + num_lines * LINE + 2 * MARGIN for head in heads]
@@ -173,10 +173,10 @@ def _format_number(value: float) -> str:
 
 def image_width(pixels: np.ndarray) -> int:
     """Returns the width of an image [H, W, 3] on a page, in pixels."""
-    return _displayed_size(pixels)[0]
+    return _compute_displayed_size(pixels)[0]
 
 
-def _displayed_size(pixels: np.ndarray) -> tuple[int, int]:
+def _compute_displayed_size(pixels: np.ndarray) -> tuple[int, int]:
     height, width = pixels.shape[:2]
     scale = max(1, math.ceil(CELL / width))
     return width * scale, height * scale

@@ -6,20 +6,12 @@ import contextlib
 import glob
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
 
-PATH_OPTIONS = (
-    r"model\.path",
-    r"(data|eval)\.path(\.\d+)?",
-    r"networks\.\w+\.path",
-    r"rewards\.\d+\.(use|options\..+)",
-)
-"""Options that are a path or may be one; regexes of whole keys."""
 _HEADER = "# Relative paths start at "
 
 
@@ -49,12 +41,12 @@ def read_header(text: str) -> str | None:
     return start if isinstance(start, str) else None
 
 
-def is_changed(key: str, was: Any, now: Any, start: str | None) -> bool:
+def is_changed(was: Any, now: Any, start: str | None, is_path: bool) -> bool:
     """Returns whether an option has another value, or names other files by the same path.
 
-    `start`: where relative paths of the old value start; None if that is not known.
+    `start`: where relative paths of the old value start; None if that is not known. `is_path`:
+    whether the option's value may be a path.
     """
-    is_path = any(re.fullmatch(pattern, key) for pattern in PATH_OPTIONS)
     if start is None or not is_path or not (isinstance(was, str) and isinstance(now, str)):
         return was != now
     old, new = resolve_path(was, start), resolve_path(now)

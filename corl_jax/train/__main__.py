@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_idle_options
+from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes, startup
 from corl_jax.errors import exit_on_input_error
@@ -91,17 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.fail_together():
         planned = resolve_run(config)
-        warn_of_idle_options(config)
+        warn_of_unused_options(config)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(check.describe(planned))
 
 
-def warn_of_idle_options(config: Config) -> None:
+def warn_of_unused_options(config: Config) -> None:
     """Prints a warning for each option without effect; the first process alone."""
     if jax.process_index() == 0:
-        for line in find_idle_options(config):
+        for line in find_unused_options(config):
             print(f"warning: {line}", file=sys.stderr)
 
 
@@ -205,7 +205,7 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
 def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Outputs) -> None:
     """Prints what a user should know before the first step."""
     log, directory = outputs.log, outputs.directory
-    if chosen := check.attention(planned):
+    if chosen := check.describe_attention(planned):
         log.say(chosen)
     if resumed is not None:
         for text in resumed.warnings:
@@ -218,9 +218,9 @@ def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Output
             log.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
     if outputs.primary and (line := export_record.describe_age(directory.export, planned.steps)):
         log.say(line)
-    if shortage := check.disk_shortage(planned):
+    if shortage := check.explain_disk_shortage(planned):
         log.say(f"warning: {shortage}")
-    for line in check.inapplicable(planned):
+    for line in check.describe_inapplicable_rewards(planned):
         log.say(f"warning: {line}")
 
 

@@ -182,7 +182,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         image_logprobs=algorithm.image_logprobs,
         unshifted=config.compat.image_logprobs_unshifted and samples,
         remat=config.model.remat,
-        attention=attending.of_update(config, plan.limits.head_dim, plan.mesh),
+        attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
     )
     return UpdateOptions(
@@ -207,7 +207,7 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
         cfg_scale=rollout.cfg_scale,
         image_logprobs=plan.config.algorithm.image_logprobs,
         dtype=DTYPES[plan.config.model.dtype],
-        attention=attending.of_samplers(plan.config, plan.limits.head_dim, plan.mesh),
+        attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),
     )
 
 

@@ -29,7 +29,7 @@ from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
-from corl_jax.train.rollout_metrics import describe_rollouts, ended
+from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, Rollout
@@ -67,7 +67,7 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     failed = {}
     for task, result in scored.items():
         metrics |= result.metrics
-        for name, share in mean_failures(run, result).items():
+        for name, share in average_failures(run, result).items():
             metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
             failed[f"{name} of {task}"] = share
     samples = {task: scored[task].samples for task in run.tasks}
@@ -98,7 +98,7 @@ def score_rollout(
     return Scored(samples, rewards, metrics, failures)
 
 
-def mean_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
+def average_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
     """Returns the fraction of all processes' samples on which each user's reward failed."""
     return {
         name: jnp.mean(put(run, np.full(len(scored.samples), share, np.float32)))
@@ -154,12 +154,16 @@ def score_samples(
 
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))
-def _compare(rewards, *, advantages, options):
+def _compute_advantages(rewards, *, advantages, options):
     result, stats = advantages(rewards, options)
-    return result, stats, {task: jax.vmap(_spread)(values) for task, values in rewards.items()}
+    return (
+        result,
+        stats,
+        {task: jax.vmap(_measure_spread)(values) for task, values in rewards.items()},
+    )
 
 
-def _spread(values: jax.Array) -> dict[str, jax.Array]:
+def _measure_spread(values: jax.Array) -> dict[str, jax.Array]:
     """Returns mean and unbiased std of one reward [N] where it applies, and how often it not."""
     return {
         "mean": jnp.nanmean(values),
@@ -178,7 +182,7 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
         for task, values in rewards.items()
     }
     placed = {task: value.T for task, value in put(run, stacked).items()}
-    advantages, stats, spread = _compare(
+    advantages, stats, spread = _compute_advantages(
         placed, advantages=run.recipe.advantages, options=run.advantage_options
     )
     for task, values in rewards.items():
@@ -195,7 +199,7 @@ def make_batch(
     batch: Batch = {
         task: TaskBatch(
             prompts=rollout.prompts,
-            segments=tuple(in_loss(run, segment) for segment in rollout.segments),
+            segments=tuple(set_loss_mask(run, segment) for segment in rollout.segments),
             advantages=advantages[task],
         )
         for task, rollout in rollouts.items()
@@ -210,9 +214,9 @@ def make_batch(
     return batch
 
 
-def in_loss(run: Run, segment: Any) -> Any:
+def set_loss_mask(run: Run, segment: Any) -> Any:
     """Returns the segment with the mask of its loss: truncated texts may be left out."""
     if segment.kind != TEXT or not run.mask_truncated:
         return segment
-    mask = mask_truncated(segment.mask, ended(segment, run.processor.special.eos))
+    mask = mask_truncated(segment.mask, has_ended(segment, run.processor.special.eos))
     return dataclasses.replace(segment, mask=mask)

@@ -20,7 +20,7 @@ from corl_jax.data.dataset import (
 from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.rewards import registry
-from corl_jax.train.stages import Stage, columns_to_read
+from corl_jax.train.stages import Stage, list_columns_to_read
 
 
 def open_sources(
@@ -31,13 +31,13 @@ def open_sources(
     Raises:
         InputError: unreadable files, and the columns that are missing.
     """
-    listed = [reward for of_task in rewards.values() for reward in of_task]
-    names = columns_to_read(stage, config, listed)
+    bound_rewards = [reward for of_task in rewards.values() for reward in of_task]
+    names = list_columns_to_read(stage, config, bound_rewards)
 
     def open_rows(path: Any, more: Sequence[str] = ()) -> Source:
         required = sorted({*names, *more})
         source = ParquetSource(path, columns=config.data.columns, required=required)
-        problems = registry.find_missing_columns(listed, source.names)
+        problems = registry.find_missing_columns(bound_rewards, source.names)
         if problems:
             raise InputError(problems)
         return source
@@ -63,13 +63,13 @@ def make_loaders(
     Raises:
         InputError: rows that cannot be used, or a run too short for its warm-up.
     """
-    data, tasks, (trained, held) = config.data, stage.tasks(config), sources
+    data, tasks, (trained, held_out) = config.data, stage.tasks(config), sources
     common: dict[str, Any] = {
         "seed": config.seed,
         "max_prompt_length": data.max_prompt_length,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
-        "readable": column_checks(config, stage, rewards),
+        "readable": make_column_checks(config, stage, rewards),
         "process_index": shard[0],
         "process_count": shard[1],
     }
@@ -80,12 +80,12 @@ def make_loaders(
     train = Loader(trained, processor, options)
     train.check()
     check_warmup(config, count_steps(config, train))
-    if held is None:
+    if held_out is None:
         return train, None
     measured = SUITES[config.eval.suite].tasks or tasks
     batch = config.eval.batch_prompts
     options = LoaderOptions(tasks=measured, batch_size=batch, shuffle=False, **common)
-    return train, Loader(held, processor, options)
+    return train, Loader(held_out, processor, options)
 
 
 def count_steps(config: Config, loader: Loader) -> int:
@@ -94,7 +94,7 @@ def count_steps(config: Config, loader: Loader) -> int:
     return config.train.max_steps or max(1, round(epochs))
 
 
-def column_checks(
+def make_column_checks(
     config: Config, stage: Stage, rewards: Sequence[registry.BoundReward]
 ) -> dict[str, Callable[[Any], str | None]]:
     """Returns a check of each column that the stage and our own rewards read.

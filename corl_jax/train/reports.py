@@ -94,10 +94,10 @@ def draw_fixed_prompts(
     """Generates and saves images of the same held-out prompts with the same keys each time."""
     (task,) = image_tasks(run.tasks)
     prompts = choose_fixed_prompts(config, run)
-    own = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
+    own_prompts = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
     params = merge(state.params, run.frozen)
-    rollout = rl_iteration.sample(run, task, params, own)
-    samples = rl_iteration.decode(run, task, params, own, rollout)
+    rollout = rl_iteration.sample(run, task, params, own_prompts)
+    samples = rl_iteration.decode(run, task, params, own_prompts, rollout)
     outputs.watchdog.beat()
     scores, _ = rl_iteration.score_samples(run, task, params, samples, step)
     scores = {name: batches.all_gather_rows(run.mesh, values) for name, values in scores.items()}

@@ -12,7 +12,7 @@ from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import Rollout, Segment
 
 
-def ended(text: Segment, eos: int) -> jax.Array:
+def has_ended(text: Segment, eos: int) -> jax.Array:
     """Returns [N] bool: the texts that end with the end token."""
     return ((text.values == eos) & text.mask).any(axis=-1)
 
@@ -60,6 +60,6 @@ def _describe_text(task: str, text: Segment, eos: int) -> dict[str, jax.Array]:
         f"{task}/completions/{name}_length": getattr(lengths, name)()
         for name in ("mean", "min", "max")
     }
-    metrics[f"{task}/completions/clipped_ratio"] = 1 - ended(text, eos).mean()
+    metrics[f"{task}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
     metrics[f"{task}/tokens"] = lengths.sum()
     return metrics

@@ -35,7 +35,7 @@ rows."""
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of rows."""
     with run.phases("data"):
-        batch = put(run, supervised_batch(run, prompts, step))
+        batch = put(run, make_supervised_batch(run, prompts, step))
         for task in image_tasks(tuple(batch.keys() & TASKS.keys())):
             params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values
@@ -47,7 +47,7 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     return state, Iteration(metrics, {}, {}, [metrics])
 
 
-def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
+def make_supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
     """Returns the completions of each kind as host arrays; pixels stand in the place of codes."""
     options, columns = run.sft, prompts.columns
     weights = dict(run.loss_weights)

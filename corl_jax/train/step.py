@@ -79,14 +79,14 @@ class UpdateOptions:
     micro_batches: int = 1
 
 
-def segment_names(name: str, task: TaskBatch) -> list[str]:
+def name_segments(name: str, task: TaskBatch) -> list[str]:
     """Returns the prefix of each segment's metrics: the task, and the kind where it has several."""
     if len(task.segments) == 1:
         return [name]
     return [f"{name}/{segment.kind}" for segment in task.segments]
 
 
-def segment_inputs(
+def make_loss_inputs(
     task: TaskBatch, outputs: tuple[tuple[jax.Array, jax.Array], ...]
 ) -> list[LossInputs]:
     """Returns what the loss reads of each segment; `outputs` are its (log-probs, entropy)."""
@@ -142,9 +142,9 @@ def gradients(
             outputs = family.turns[task.kinds].logprobs(
                 sizes, params, task.prompts, task.segments, options.logprobs
             )
-            inputs = segment_inputs(task, outputs)
+            inputs = make_loss_inputs(task, outputs)
             for prefix, segment, of_segment, count in zip(
-                segment_names(name, task), task.segments, inputs, counts[name], strict=True
+                name_segments(name, task), task.segments, inputs, counts[name], strict=True
             ):
                 value, metrics, difference = segment_loss(of_segment, segment, options)
                 total += weights[name] * value / count
@@ -240,7 +240,7 @@ def make_train_step(
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
         # Only the first update starts from the policy that sampled, so only its difference
         # between sampler and trainer means anything.
-        prefixes = [prefix for name, task in batch.items() for prefix in segment_names(name, task)]
+        prefixes = [prefix for name, task in batch.items() for prefix in name_segments(name, task)]
         names = [f"{prefix}/{name}" for prefix in prefixes for name in DIFFERENCES]
         first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
         return state, to_metrics(metrics | update) | first
