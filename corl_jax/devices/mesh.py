@@ -28,7 +28,7 @@ from corl_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-LISTED = 4  # sizes that a refusal names; most have a common factor
+NAMED_SIZES = 4  # in an error message; most sizes have a common factor
 
 ACTIVATION_AXES: dict[str | None, Any] = {
     "batch": BATCH,
@@ -46,13 +46,13 @@ Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+    """Makes a mesh over all devices; one axis may be -1 and takes the devices left over.
 
     Raises:
         InputError: the axes do not multiply to the number of devices.
     """
     if devices is None:
-        # A process's devices next to each other: its rows of a batch then follow each other.
+        # The devices of a process are neighbours, so its rows of a batch follow each other.
         devices = sorted(jax.devices(), key=lambda device: device.process_index)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
@@ -63,7 +63,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
             f"{len(devices)} device(s) present; make the product equal, or one axis -1"
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
+    # 8 devices, data 4, tensor 2: grid [4, 1, 2]; devices 0 and 1 hold the same rows.
     grid = np.asarray(devices).reshape(shape)
+    # Auto: XLA chooses the layouts between the ones that `constrain` gives.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -81,10 +83,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def shard_heads(function: Callable) -> Callable:
-    """A function that each device computes for its own rows and heads, as a kernel has to be.
+    """Makes each device compute a function for its rows and heads only.
 
-    Of arrays [B, T, heads, head_dim] and [B, T]; it returns one of the former.
+    The function takes arrays [B, T, heads, head_dim] and [B, T]; it returns [B, T, heads, head_dim].
     """
+    # XLA cannot split a kernel that it did not write, and would gather its inputs on each device.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
@@ -98,10 +101,9 @@ def shard_heads(function: Callable) -> Callable:
 
 
 def gather_over_fsdp(params: Params, rules: Rules) -> Params:
-    """Gathers a policy's parameters over `fsdp`, but for its stacked layers. For use inside jit.
-
-    Decoding reads these parameters once a token; left split, they would be gathered as often.
-    """
+    """Gathers a policy's parameters over `fsdp`, except its stacked layers. For use inside jit."""
+    # Decoding reads these parameters once per token. If they stayed split, each token would gather
+    # them again.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
@@ -117,13 +119,13 @@ def gather_over_fsdp(params: Params, rules: Rules) -> Params:
 
 
 def context_batch_shards() -> int:
-    """Parts that the rows of a batch are split into on the mesh of the context; 1 without one."""
+    """Returns the number of parts of a batch on the context's mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _count_pieces(BATCH, mesh)
 
 
 def _count_pieces(axes: Any, mesh: Any) -> int:
-    """Into how many pieces an entry of a PartitionSpec splits its axis."""
+    """Counts the pieces into which an entry of a PartitionSpec splits its axis."""
     if axes is None or axes is PartitionSpec.UNCONSTRAINED:
         return 1
     names = (axes,) if isinstance(axes, str) else axes
@@ -131,7 +133,8 @@ def _count_pieces(axes: Any, mesh: Any) -> int:
 
 
 def _drop_uneven_axes(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The spec without what the mesh does not divide."""
+    """Drops the entries of a spec whose axes the mesh does not divide."""
+    # A spec may be shorter than the shape; the other axes are whole.
     pairs = zip(spec, shape, strict=False)
     return PartitionSpec(
         *(axes if size % _count_pieces(axes, mesh) == 0 else None for axes, size in pairs)
@@ -204,20 +207,21 @@ def find_layout_problems(
     for path, leaf in leaf_paths(params):
         for place, (axis, size) in enumerate(zip(find_rule(path, rules), leaf.shape, strict=False)):
             if axis is not None:
+                # Each size once, with the first parameter that has it.
                 sizes[axis].setdefault(size, f"axis {place} of {path}")
     problems = []
     for axis, names in sizes.items():
         pieces = mesh.shape[axis]
         left = [f"{size} ({name})" for size, name in names.items() if size % pieces]
         if left:
-            more = f" and {len(left) - LISTED} sizes more" if len(left) > LISTED else ""
+            more = f" and {len(left) - NAMED_SIZES} sizes more" if len(left) > NAMED_SIZES else ""
             problems.append(
-                f"mesh.{axis}: {pieces} does not divide {', '.join(left[:LISTED])}{more}; "
+                f"mesh.{axis}: {pieces} does not divide {', '.join(left[:NAMED_SIZES])}{more}; "
                 f"nearest: {nearest_divisors(math.gcd(mesh.size, *names), pieces)}"
             )
     return problems
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over `data` and `fsdp`."""
+    """Returns the layout of a batch: leading axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -45,7 +45,7 @@ RUN_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """The files of a run, by their names."""
+    """The files of a run by name."""
 
     root: Path
 
@@ -119,11 +119,11 @@ class RunDir:
         # removed on purpose.
         if steps and (same or before == directory or steps[-1] >= step):
             return
-        found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+        present = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
         moved = "" if same else f" (checkpoint.directory was {before})"
         raise InputError(
-            f"{path}: step {step} was saved, but {place} has {found}{moved}; bring the checkpoints "
-            "back, name their place in checkpoint.directory, or choose another output_dir to "
+            f"{path}: step {step} was saved, but {place} has {present}{moved}; bring the "
+            "checkpoints back, name their place in checkpoint.directory, or choose another output_dir to "
             "start afresh"
         )
 
@@ -188,9 +188,11 @@ def open_run_directory(
         raise InputError(
             f"output_dir: {run.root}: {error.strerror}; name a directory that can be created"
         ) from None
+    # Before the comparison, so that no other process changes the run in between.
     with lock_directory(run.root):
         _require_same_run(run, config, allow_changes)
         try:
+            # A killed process leaves these parts of files; under the lock nobody else writes them.
             for leftover in (*run.root.glob(".*.tmp"), *run.images.glob(".*.tmp")):
                 leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
@@ -199,7 +201,7 @@ def open_run_directory(
             for replaced in run.root.glob(".export.*.old"):
                 shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
             saved_text = run.config.read_bytes() if run.config.exists() else None
-            # Written even if it stays the same: this shows that the directory can be written.
+            # Written even if it stays the same, as a test that the directory can be written.
             with replace_file(run.config) as file:
                 file.write(saved_text or _encode_config(config))
         except OSError as error:
@@ -214,7 +216,8 @@ def lock_checkpoints(
 ) -> Iterator[str | Path]:
     """Creates and locks the directory of a run's checkpoints; yields its path.
 
-    `directory`: None for the run's own. A bucket is not locked. `primary`: see above.
+    `directory`: None for the run directory's `checkpoints`. A bucket is not locked. `primary`: as
+    in `open_run_directory`.
 
     Raises:
         InputError: it cannot be used, or another process writes to it.
@@ -227,6 +230,7 @@ def lock_checkpoints(
     # Locked too, because another run may have the same option.
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # A second flock of the same file by this process would be refused as well.
         is_locked = path.samefile(run.root)
     except OSError as error:
         raise InputError(
@@ -258,6 +262,7 @@ def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
         return
     try:
         text = run.config.read_text(encoding="utf-8")
+        # Not `config.files.load`, which refuses options that are unknown by now.
         old = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{run.config}: unreadable: {error}; choose another output_dir") from None

@@ -55,7 +55,7 @@ from corl_jax.train.run import Iteration, Run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the command line; None reads that of the process."""
+    """Parses the command line; None reads the arguments of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.train",
         description=__doc__,
@@ -110,6 +110,7 @@ def run_training(
 ) -> None:
     """Resumes or starts the planned run, to its end or to train.stop_after."""
     config, primary = planned.config, jax.process_index() == 0
+    # The blocks end in reverse order: the last save ends while both directories are still locked.
     with (
         open_run_directory(config, primary, allow_changes) as directory,
         lock_checkpoints(directory, config.checkpoint.directory, primary) as place,
@@ -128,6 +129,7 @@ def run_training(
         fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
         resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
         if primary:
+            # Only now: a run keeps its old config until its resume has succeeded.
             directory.keep_config(config)
         start, meta = 0, {}
         if resumed is not None:
@@ -142,6 +144,8 @@ def run_training(
                 config, run, outputs, reports, interruption, range(start, stop)
             )
             with interruption.deferred():
+                # A process that a signal has stopped saves without its reports, so they are made
+                # here.
                 if start == 0 or meta["unreported"] or needs_new_reports(resumed, run):
                     run_due(reports, state, start)
                 log = make_step_log(config, run, outputs)
@@ -182,6 +186,7 @@ def open_outputs(
         saver = Saver(
             checkpoints, log.say, config.checkpoint.max_failures, note_saved, watchdog.paused
         )
+        # As if the run had never stopped: the seconds of earlier processes lie before this start.
         began = time.perf_counter() - meta.get("seconds", 0.0)
         yield Outputs(directory, log, guards, saver, watchdog, fingerprint, began, primary)
 
@@ -190,6 +195,8 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
     """Returns the log of the run's iterations, with the checks after each."""
 
     def check_step(step: int, iteration: Iteration) -> None:
+        # After a whole iteration everything is compiled, and the watchdog may use its shorter
+        # limit.
         outputs.watchdog.beat(compiled=True)
         check_iteration(outputs.guards, step, iteration, is_last=step == run.steps)
         outputs.saver.poll()
@@ -203,7 +210,7 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
 
 
 def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Outputs) -> None:
-    """Prints what a user should know before the first step."""
+    """Prints warnings and notes for the user before the first step."""
     log, directory = outputs.log, outputs.directory
     if chosen := check.describe_attention(planned):
         log.say(chosen)

@@ -1,4 +1,4 @@
-"""Chooses the attention kernels of a run; the devices may be described only."""
+"""Chooses the attention kernels of a run. Devices need not be present: a description is enough."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from corl_jax.train.stages import STAGES
 
 def choose_update_kernel(config: Config, head_dim: int, mesh: Mesh) -> AttentionKernel:
     """Returns the kernel that `model.attention` selects on this mesh for the update."""
+    # The devices of a mesh are of one kind, so the first one speaks for all.
     choice, device = config.model.attention, mesh.devices.flat[0]
     if choice != "auto":
         return choice
@@ -26,7 +27,7 @@ def choose_sampler_kernel(config: Config, head_dim: int, mesh: Mesh) -> attentio
 
 
 def find_problems(config: Config, head_dim: int, mesh: Mesh) -> list[str]:
-    """Returns why the devices cannot attend as `model.attention` says."""
+    """Returns why the devices cannot run the kernel that `model.attention` names."""
     choice, dtype, device = config.model.attention, config.model.dtype, mesh.devices.flat[0]
     if choice != "auto" and not can_run(choice, dtype, head_dim, device):
         return [
@@ -42,10 +43,9 @@ def find_problems(config: Config, head_dim: int, mesh: Mesh) -> list[str]:
 
 
 def _attends_to_alike_shapes(config: Config) -> bool:
-    """Returns whether an update attends to several sequences of the same shapes.
-
-    Guidance does with and without the prompt; supervised training may for its kinds of rows.
-    """
+    """Returns whether an update attends to several sequences of the same shapes."""
+    # Guidance reads each row with and without its prompt. Supervised training may pad two kinds
+    # of completions, such as answers and captions, to the same length.
     stage = STAGES[config.stage]
     if not stage.samples:
         return stage.uses_language_model

@@ -1,4 +1,4 @@
-"""What `--check` prints: parameters, memory, steps and rewards of a planned run."""
+"""Describes a planned run for `--check`: parameters, memory, disk, steps and rewards."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from corl_jax.weights.checkpoint import open_checkpoint
 from corl_jax.weights.sources import find_leaf_dtype, list_layers
 
 GIB = 2**30
-ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
-"""Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
+OPTIMIZER_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
+"""Copies of the trained parameters that each optimizer keeps; adafactor keeps rows and columns."""
 
 
 PROMPT_OPTIONS = {
@@ -46,11 +46,11 @@ WORKING = {
     ),
     "while sampling": ("compute copy", "sampling caches (largest task)"),
 }
-"""Which parts of `estimate_memory` a device holds always, and which in which program."""
+"""Program -> the parts of `estimate_memory` that it needs; a device holds KEPT all the time."""
 
 
 def describe(plan: ResolvedRun) -> str:
-    """The report as text."""
+    """Returns the report as text."""
     sections = [
         _format_parameters(plan),
         _format_memory(plan),
@@ -64,13 +64,13 @@ def describe(plan: ResolvedRun) -> str:
 
 
 def describe_inapplicable_rewards(plan: ResolvedRun) -> list[str]:
-    """A line for each reward that can score none of the first rows to train on."""
+    """Returns a line for each reward that can score none of the first training rows."""
     source, rows = plan.train_loader.source, []
     for row in range(min(ROWS_CHECKED_AT_START, len(source))):
         with contextlib.suppress(InputError):  # a row that cannot be read gives way to another
             rows.append(source[row])
-    listed = [reward for of_task in plan.rewards.values() for reward in of_task]
-    return applicable.find_inapplicable_rewards(listed, rows)
+    bound_rewards = [reward for of_task in plan.rewards.values() for reward in of_task]
+    return applicable.find_inapplicable_rewards(bound_rewards, rows)
 
 
 def _count(params: Params) -> int:
@@ -95,7 +95,7 @@ def _format_parameters(plan: ResolvedRun) -> str:
 
 
 def describe_attention(plan: ResolvedRun) -> str:
-    """Which implementations the devices attend with; empty for the image tokenizer's stage."""
+    """Returns a line about the attention kernels; empty for the image tokenizer's stage."""
     if not plan.stage.uses_language_model:
         return ""
     where = plan.config, plan.limits.head_dim, plan.mesh
@@ -106,10 +106,9 @@ def describe_attention(plan: ResolvedRun) -> str:
 
 
 def _count_frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
-    """(bytes, parameters that computing copies) of what is frozen, on one device.
-
-    It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
-    """
+    """Returns (bytes of frozen parameters, how many of them computing copies), on one device."""
+    # A frozen parameter keeps the type of its checkpoint. Computing casts it to the compute dtype,
+    # and that makes a copy only where the two types differ.
     by_dtype: dict[Any, dict[str, Any]] = {}
     base = plan.family.base(plan.sizes)
     with open_checkpoint(plan.model_dir, plan.family.kind, base) as checkpoint:
@@ -117,6 +116,7 @@ def _count_frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
         for path, leaf in leaf_paths(frozen):
             layers = list_layers(leaves, path, plan.family.kind.is_stacked(path))
             by_dtype.setdefault(find_leaf_dtype(leaves, path, layers), {})[path] = leaf
+    # At most 4 bytes: JAX loads a float64 tensor as float32.
     stored = sum(
         min(kind.itemsize, 4) * _count_share(unflatten(part), plan.mesh, plan.family)
         for kind, part in by_dtype.items()
@@ -142,70 +142,71 @@ def _count_share(params: Params, mesh: Any, family: Family) -> int:
 
 
 def estimate_memory(plan: ResolvedRun) -> dict[str, float]:
-    """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
+    """Estimates GiB per device: weights and optimizer exactly, the rest from shapes."""
     config, mesh = plan.config, plan.mesh
     shapes = plan.family.abstract(plan.sizes)
     trained, frozen = partition(shapes, plan.trained)
-    own, (rest, copied) = _count_share(trained, mesh, plan.family), _count_frozen(plan, frozen)
+    num_trained = _count_share(trained, mesh, plan.family)
+    frozen_bytes, copied = _count_frozen(plan, frozen)
     prompts = measure_prompt_lengths(plan)
     width = jax.numpy.dtype(config.model.dtype).itemsize
     master = 2 if config.compat.bfloat16_master else 4
     estimate = {
-        "parameters, trained": own * master,
-        "parameters, frozen": rest,
-        "optimizer": own * master * ADAM_COPIES[config.optimizer.name],
-        "gradients": own * master,
-        "compute copy": (own + copied) * width,
+        "parameters, trained": num_trained * master,
+        "parameters, frozen": frozen_bytes,
+        "optimizer": num_trained * master * OPTIMIZER_COPIES[config.optimizer.name],
+        "gradients": num_trained * master,
+        "compute copy": (num_trained + copied) * width,
     }
     if plan.stage.samples:
         # With adapters the reference is what is frozen.
         second = config.algorithm.kl_coef and not config.lora.rank
-        estimate["reference"] = own * width if second else 0
+        estimate["reference"] = num_trained * width if second else 0
         estimate["reward networks"] = _count_network_bytes(plan)
+        # The tasks are sampled one after the other, so only the largest cache counts.
         caches = [_count_cache(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["sampling caches (largest task)"] = max(caches) * width
     if plan.stage.uses_language_model:
         activations = [_count_activations(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["activations (kept by remat)"] = max(activations) * width
         scores = [_count_scores(plan, task, prompt) for task, prompt in prompts.items()]
-        estimate["attention scores (xla)"] = max(scores) * 4
+        estimate["attention scores (xla)"] = max(scores) * 4  # float32
     return {name: size / GIB for name, size in estimate.items()}
 
 
 def _count_network_bytes(plan: ResolvedRun) -> int:
-    """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time.
-
-    A scorer is sharded as the policy is. The others are counted whole on each device, which on a
-    mesh with fsdp or tensor is more than they take.
-    """
+    """Counts the bytes of the frozen networks of the rewards on one device."""
+    # A scorer is sharded as the policy is. The others are counted whole on each device, which on a
+    # mesh with fsdp or tensor is more than they take.
     width = jax.numpy.dtype(plan.config.model.dtype).itemsize
     sizes = [network.nbytes for network in plan.networks if network.policy is None]
     scorers: list[Any] = [network.policy for network in plan.networks if network.policy]
-    if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
+    if any("initial" in reward.scorers for of_task in plan.rewards.values() for reward in of_task):
         base = plan.family.base(plan.sizes)
         scorers.append(PolicyFiles(plan.family, base, plan.processor, plan.model_dir))
     sizes += [
         _count_share(scorer.family.abstract(scorer.sizes), plan.mesh, scorer.family) * width
         for scorer in scorers
     ]
+    # Offloaded networks are on the device one at a time.
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
 def _count_cache(plan: ResolvedRun, task: str, prompt: int) -> int:
-    """Key and value numbers of one device's rows, all layers."""
+    """Counts the numbers in the key and value caches of one device's rows, all layers."""
     config, limits = plan.config, plan.limits
     rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
         config.rollout.group_size
     )
     if not TASKS[task].makes_text and config.rollout.cfg_scale != 1:
-        rows *= 2
+        rows *= 2  # guidance decodes a second row without the prompt
     length = prompt + get_completion_length(plan, task)
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     return rows * length * per_token // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])
 
 
 def measure_prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
-    """Padded tokens of the first batch's prompts by task; later batches may have longer ones."""
+    """Returns each task's padded prompt length in the first batch; later ones may be longer."""
     batch = plan.train_loader.batch(0)
     return {task: batch.encoded[task].input_ids.shape[1] for task in plan.tasks}
 
@@ -218,7 +219,7 @@ def get_completion_length(plan: RunOutline, task: str) -> int:
 
 
 def _count_update_rows(plan: ResolvedRun, task: str) -> int:
-    """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
+    """Counts the rows of one micro-batch on all devices; guided log-probs need two per image."""
     config = plan.config
     if not plan.stage.samples:
         return config.train.micro_batch or config.train.prompts_per_step
@@ -228,7 +229,7 @@ def _count_update_rows(plan: ResolvedRun, task: str) -> int:
 
 
 def _count_activations(plan: ResolvedRun, task: str, prompt: int) -> int:
-    """Numbers that the backward pass keeps: each layer's input with remat `full`."""
+    """Counts the numbers that the backward pass keeps: with remat `full` each layer's input."""
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     kept = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
@@ -238,7 +239,7 @@ def _count_activations(plan: ResolvedRun, task: str, prompt: int) -> int:
 
 
 def _count_scores(plan: ResolvedRun, task: str, prompt: int) -> int:
-    """Attention scores that `xla` writes out: of every layer with remat `none`, else of one."""
+    """Counts the attention scores that `xla` writes out: of one layer, with remat `none` of all."""
     if attending.choose_update_kernel(plan.config, plan.limits.head_dim, plan.mesh) != "xla":
         return 0
     limits = plan.limits
@@ -252,7 +253,7 @@ def _count_scores(plan: ResolvedRun, task: str, prompt: int) -> int:
 
 
 def _format_memory(plan: ResolvedRun) -> str:
-    """What a device holds all the time, and at least on top of that while a program runs."""
+    """Returns the table of memory: what a device always holds, and what each program adds."""
     estimate, kept = estimate_memory(plan), 0.0
     lines = [
         f"memory of each of {plan.mesh.size} device(s), GiB",
@@ -273,7 +274,7 @@ def _format_memory(plan: ResolvedRun) -> str:
 
 
 def _explain_uncounted(plan: ResolvedRun) -> list[str]:
-    """What the figures leave out, and the command that compiles the programs and counts it all."""
+    """Returns what the figures leave out, and the command that compiles and counts everything."""
     missing = (
         "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
     )
@@ -292,18 +293,19 @@ def _explain_uncounted(plan: ResolvedRun) -> list[str]:
 
 
 def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
-    """GiB that the run directory may come to hold."""
+    """Estimates the GiB that the run directory may come to hold."""
     config, shapes = plan.config, plan.family.abstract(plan.sizes)
     trained, _ = partition(shapes, plan.trained)
     master = 2 if config.compat.bfloat16_master else 4
-    state = _count(trained) * master * (1 + ADAM_COPIES[config.optimizer.name])
+    state = _count(trained) * master * (1 + OPTIMIZER_COPIES[config.optimizer.name])
     estimate = {}
     if config.checkpoint.directory is None:
         name = f"checkpoints, {config.checkpoint.keep} and one being written"
+        # The oldest one is removed only when the new one is whole.
         estimate[name] = (config.checkpoint.keep + 1) * state / GIB
     if config.export.layout != "none":
         exported = trained if config.export.lora == "adapter" else shapes
-        size = _count(exported) * 4 / GIB
+        size = _count(exported) * 4 / GIB  # float32 at most
         replaces = (Path(config.output_dir) / "export").exists()
         estimate["export, beside the one it replaces" if replaces else "export"] = size * (
             1 + replaces
@@ -312,7 +314,7 @@ def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
 
 
 def _measure_free_gib(plan: ResolvedRun) -> float:
-    """GiB free where the run directory is, or will be."""
+    """Returns the GiB free where the run directory is or will be."""
     folder = Path(plan.config.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -320,8 +322,9 @@ def _measure_free_gib(plan: ResolvedRun) -> float:
 
 
 def explain_disk_shortage(plan: ResolvedRun) -> str | None:
-    """A line when a run from its beginning may find the disk full."""
+    """Returns a line if the disk may become full during the run; None if there is room."""
     needed, free = sum(estimate_disk(plan).values()), _measure_free_gib(plan)
+    # The estimate includes the files that a resumed run has written already.
     for path in Path(plan.config.output_dir).rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # the first process may write and rename
             free += path.stat().st_size * path.is_file() / GIB
@@ -342,9 +345,9 @@ def _format_disk(plan: ResolvedRun) -> str:
 
 def _format_steps(plan: ResolvedRun) -> str:
     train = plan.config.train
-    held = len(plan.eval_loader.source) if plan.eval_loader else 0
+    num_held_out = len(plan.eval_loader.source) if plan.eval_loader else 0
     return "\n".join([
-        f"data: {len(plan.train_loader.source):,} rows to train on, {held:,} held out",
+        f"data: {len(plan.train_loader.source):,} rows to train on, {num_held_out:,} held out",
         f"steps: {plan.steps:,} of {train.prompts_per_step} prompts in {plan.micro_batches} "
         f"micro-batch(es), {plan.optimizer_steps:,} optimizer steps",
         f"mesh: {dict(plan.mesh.shape)} on {plan.mesh.devices.flat[0].platform}",
@@ -353,10 +356,10 @@ def _format_steps(plan: ResolvedRun) -> str:
 
 def _format_rewards(plan: ResolvedRun) -> str:
     lines = ["rewards:", f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
-    for task, listed in plan.rewards.items():
-        for reward in listed:
-            asked = ", ".join((*reward.networks, *reward.scorers)) or "none"
-            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {asked}")
+    for task, of_task in plan.rewards.items():
+        for reward in of_task:
+            networks = ", ".join((*reward.networks, *reward.scorers)) or "none"
+            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {networks}")
     if plan.networks:
         place = "host memory between uses" if plan.config.networks.offload else "every device"
         scorers = any(network.policy for network in plan.networks)
@@ -364,7 +367,7 @@ def _format_rewards(plan: ResolvedRun) -> str:
         lines.append(f"reward networks, in {place}{note}:")
         lines.append(f"  {'network':16}{'parameters':>16}{'MiB':>10}  weights")
         lines += [
-            f"  {found.name:16}{found.parameters:>16,}{found.nbytes / 2**20:>10,.0f}  {found.path}"
-            for found in plan.networks
+            f"  {row.name:16}{row.parameters:>16,}{row.nbytes / 2**20:>10,.0f}  {row.path}"
+            for row in plan.networks
         ]
     return "\n".join(lines)

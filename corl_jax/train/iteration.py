@@ -113,7 +113,7 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
     pieces = []
     for rows in split_positions(run.mesh, len(prompts), run.rollout_batch):
         keys = sample_keys(run.seed, prompts.index[rows], run.group_size, TASKS[task].stream)
-        # Typed keys are no host arrays: their bits are spread over the mesh.
+        # Keys [N] have a type that numpy lacks. Their bits [N, 2] uint32 are laid out instead.
         bits = np.asarray(jax.random.key_data(keys))
         piece, bits = put(run, (jax.tree.map(lambda x: x[rows], encoded), bits))  # noqa: B023
         segments = run.samplers[task](params, piece, jax.random.wrap_key_data(bits))
@@ -122,7 +122,8 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
 
 
 def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollout) -> Samples:
-    """Returns what rewards see: images or texts, with the row of each completion."""
+    """Returns the images or texts that rewards read, with the data row of each completion."""
+    # G = 2: [p0, p1] -> [p0, p0, p1, p1], the order in which samplers return completions.
     columns = {
         name: [value for value in values for _ in range(run.group_size)]
         for name, values in prompts.columns.items()
@@ -164,7 +165,7 @@ def _compute_advantages(rewards, *, advantages, options):
 
 
 def _measure_spread(values: jax.Array) -> dict[str, jax.Array]:
-    """Returns mean and unbiased std of one reward [N] where it applies, and how often it not."""
+    """Returns mean and unbiased std of a reward [N] where it applies, and how often it does not."""
     return {
         "mean": jnp.nanmean(values),
         "std": jnp.nanstd(values, ddof=1),
@@ -173,15 +174,16 @@ def _measure_spread(values: jax.Array) -> dict[str, jax.Array]:
 
 
 def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
-    """Returns (advantages by task, statistics), over all processes' rows.
-
-    Every process sees the rewards of all, so that all compute the same advantages.
-    """
+    """Returns (advantages by task, statistics), over the rows of all processes."""
+    # Processes that hold the same rows may score them differently, if a reward is not
+    # deterministic. The gather gives all of them the scores of one process.
+    # [rewards, N] -> [N, rewards] and back: gathers and shardings are over the leading axis.
     stacked = {
         task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
     placed = {task: value.T for task, value in put(run, stacked).items()}
+    # One program for all rows: baselines and spreads are over the whole batch.
     advantages, stats, spread = _compute_advantages(
         placed, advantages=run.recipe.advantages, options=run.advantage_options
     )
@@ -205,6 +207,7 @@ def make_batch(
         for task, rollout in rollouts.items()
     }
     if run.num_iterations > 1:
+        # With one update the old policy is the current one, and the loss needs no old log-probs.
         old = run.logprob_step(state.params, run.frozen, batch)
         batch = {t: dataclasses.replace(b, old_logprobs=old[t]) for t, b in batch.items()}
     if run.reference is not None:
@@ -215,7 +218,7 @@ def make_batch(
 
 
 def set_loss_mask(run: Run, segment: Any) -> Any:
-    """Returns the segment with the mask of its loss: truncated texts may be left out."""
+    """Returns the segment with its loss mask, which may leave out truncated texts."""
     if segment.kind != TEXT or not run.mask_truncated:
         return segment
     mask = mask_truncated(segment.mask, has_ended(segment, run.processor.special.eos))

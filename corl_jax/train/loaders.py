@@ -45,6 +45,7 @@ def open_sources(
     if config.eval.suite == "none":
         return open_rows(config.data.path), None
     measured = SUITES[config.eval.suite].columns
+    # An evaluation may read more columns than training: of its own file, or of the shared one.
     if config.eval.path is not None:
         return open_rows(config.data.path), open_rows(config.eval.path, measured)
     return split_held_out_rows(open_rows(config.data.path, measured), config.eval.rows)
@@ -79,6 +80,7 @@ def make_loaders(
     )  # fmt: skip
     train = Loader(trained, processor, options)
     train.check()
+    # Only here: without train.max_steps the length is known when the rows are counted.
     check_warmup(config, count_steps(config, train))
     if held_out is None:
         return train, None
@@ -91,13 +93,14 @@ def make_loaders(
 def count_steps(config: Config, loader: Loader) -> int:
     """Returns the number of iterations of the run."""
     epochs = config.train.epochs * len(loader.source) / config.train.prompts_per_step
+    # At least one: rows that fill less than half of a batch would round to 0 steps.
     return config.train.max_steps or max(1, round(epochs))
 
 
 def make_column_checks(
     config: Config, stage: Stage, rewards: Sequence[registry.BoundReward]
 ) -> dict[str, Callable[[Any], str | None]]:
-    """Returns a check of each column that the stage and our own rewards read.
+    """Returns a check of each column that the stage and the built-in rewards read.
 
     Images have checks of their own, and a user's reward may read any value.
     """

@@ -136,10 +136,10 @@ def resolve_run(config: Config) -> ResolvedRun:
     problems.add(unknown)
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = problems.attempt(registry.bind_rewards, config.scored_rewards, config.compat)
-    listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
-    asked: list[networks.CheckedNetwork] | None = []
+    bound_rewards = [reward for of_task in (rewards or {}).values() for reward in of_task]
+    checked_networks: list[networks.CheckedNetwork] | None = []
     if rewards is not None:  # without the rewards nobody can say which networks they ask
-        asked = problems.attempt(_inspect_networks, config, listed)
+        checked_networks = problems.attempt(_inspect_networks, config, bound_rewards)
         problems.add(_find_reward_problems(config, stage, rewards))
     sources = None
     if not unknown:  # the suite says which columns are read
@@ -148,16 +148,24 @@ def resolve_run(config: Config) -> ResolvedRun:
     shard = problems.attempt(batches.process_shard, mesh) if mesh else None
     if mesh:
         problems.add(find_batch_problems(config, mesh))
-        problems.add(_find_scorer_problems(asked or [], mesh))
+        problems.add(_find_scorer_problems(checked_networks or [], mesh))
     sizes = loaders = None
     if model:
-        problems.add(find_missing_abilities(config, stage, model.family, listed))
-        problems.add(_find_answer_problems(config, listed, model))
+        problems.add(find_missing_abilities(config, stage, model.family, bound_rewards))
+        problems.add(_find_answer_problems(config, bound_rewards, model))
+        # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(_find_model_problems(config, model.family, sizes, mesh))
         if sources:
             loaders = problems.attempt(
-                make_loaders, config, stage, model.processor, shard or (0, 1), listed, sources
+                # With a wrong mesh the rows are still checked, as those of a single process.
+                make_loaders,
+                config,
+                stage,
+                model.processor,
+                shard or (0, 1),
+                bound_rewards,
+                sources,
             )
     problems.raise_any()
     assert model and mesh and loaders and rewards is not None
@@ -166,7 +174,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
         mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards,
-        networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
+        networks=checked_networks or [], train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
 
 
@@ -190,10 +198,13 @@ def _inspect_model(path: str) -> PolicyFiles:
 
 
 def _inspect_networks(
-    config: Config, listed: list[registry.BoundReward]
+    config: Config, bound_rewards: list[registry.BoundReward]
 ) -> list[networks.CheckedNetwork]:
     return networks.check_networks(
-        listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
+        bound_rewards,
+        config.networks,
+        config.model.dtype,
+        longest_prompt=config.data.max_prompt_length,
     )
 
 
@@ -225,7 +236,7 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
 def find_missing_abilities(
     config: Config, stage: Stage, family: Family, rewards: Sequence[registry.BoundReward]
 ) -> list[str]:
-    """Returns what the run asks of the model that its family does not have."""
+    """Returns the abilities that the run needs and the model's family lacks."""
     problems = [
         f"algorithm.tasks: {task} needs segments of {' and '.join(TASKS[task].turn.segments)}, "
         f"which a {family.name} does not make; choose another task or model"
@@ -261,26 +272,26 @@ def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, li
     return problems + [
         f"rewards: {reward.name} is for {task}, which algorithm.tasks {chosen} leaves out; "
         "remove it"
-        for task, listed in rewards.items()
+        for task, of_task in rewards.items()
         if task not in tasks
-        for reward in listed
+        for reward in of_task
     ]
 
 
 def find_batch_problems(config: Config, mesh: Mesh) -> list[str]:
     """Returns the batch sizes that the mesh does not divide."""
-    ways, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
+    shards, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
     sizes = {
         "train.prompts_per_step": batch,
         "train.micro_batch": config.train.micro_batch or batch,
         "rollout.batch_prompts": config.rollout.batch_prompts or batch,
-        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else ways,
+        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else shards,
     }
     return [
-        f"{name}: {size} is not a multiple of the {ways} ways that mesh data x fsdp splits "
-        f"prompts; nearest: {nearest_multiples(ways, size)}"
+        f"{name}: {size} is not a multiple of the {shards} ways that mesh data x fsdp splits "
+        f"prompts; nearest: {nearest_multiples(shards, size)}"
         for name, size in sizes.items()
-        if size % ways
+        if size % shards
     ]
 
 
@@ -290,9 +301,11 @@ def find_mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
     return find_layout_problems(family.abstract(sizes), heads, mesh, family.rules)
 
 
-def _find_scorer_problems(asked: Sequence[networks.CheckedNetwork], mesh: Mesh) -> list[str]:
+def _find_scorer_problems(
+    checked_networks: Sequence[networks.CheckedNetwork], mesh: Mesh
+) -> list[str]:
     problems = []
-    for network in asked:
+    for network in checked_networks:
         if network.policy:
             where = f"rewards: option scorer of {', '.join(network.rewards)}: {network.name}"
             lines = find_mesh_problems(network.policy.family, network.policy.sizes, mesh)
@@ -303,7 +316,7 @@ def _find_scorer_problems(asked: Sequence[networks.CheckedNetwork], mesh: Mesh) 
 def _find_model_problems(
     config: Config, family: Family, sizes: Sizes, mesh: Mesh | None
 ) -> list[str]:
-    """Returns what of the model's sizes and parts does not fit the config."""
+    """Returns the sizes and parts of the model that do not fit the config."""
     limits = family.limits(sizes)
     problems = find_trainable_problems(config, family, sizes)
     problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
@@ -329,12 +342,12 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
 
 
 def _find_answer_problems(
-    config: Config, listed: list[registry.BoundReward], model: PolicyFiles
+    config: Config, bound_rewards: list[registry.BoundReward], model: PolicyFiles
 ) -> list[str]:
-    """Returns answers of the policy to rewards that would pass its positions."""
+    """Returns rewards whose prompts to the policy would be longer than its positions."""
     return [
         line
-        for reward in listed
+        for reward in bound_rewards
         if {"policy", "initial"} & set(reward.scorers)
         for line in networks.find_position_problems(
             reward, model.family.limits(model.sizes), model.processor,
@@ -344,7 +357,8 @@ def _find_answer_problems(
 
 
 def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
-    """Returns what would stop the export, which is written when all the training is done."""
+    """Returns what would make the export fail."""
+    # Checked before the training, because the export is written after it.
     layout = config.export.layout
     problems = []
     if layout != "none":

@@ -1,4 +1,4 @@
-"""The stages of a training: what a step is, which rows it reads, what it trains.
+"""Defines the stages of a training: what a step is, which rows it reads, what it trains.
 
 A stage is a row of `STAGES`; `config.stage` names one, and nothing else compares that name.
 """
@@ -53,6 +53,7 @@ def _weigh_rl_tasks(config: Config) -> dict[str, float]:
 def _weigh_sft_batches(config: Config) -> dict[str, float]:
     weight = config.sft.t2i_weight
     weights = {name: 1.0 if task.makes_text else weight for name, task in TASKS.items()}
+    # Captions are no task, but a third kind of completion beside them.
     return weights | {sft.CAPTION: 1.0}
 
 
