@@ -71,6 +71,6 @@ TaskChoice = Annotated[str, AfterValidator(_check_tasks)]
 class Section(BaseModel):
     """Base class of config blocks: frozen, strictly typed, unknown keys are errors."""
 
-    # Strict: pydantic would otherwise read `true` as the number 1 and "5" as 5. `protected_namespaces`
-    # is empty because pydantic reserves names that begin with "model_".
+    # Strict: pydantic would otherwise read `true` as the number 1 and "5" as 5. No protected
+    # namespaces, because pydantic warns about names of options that begin with "model_".
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

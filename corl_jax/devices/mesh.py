@@ -85,9 +85,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def shard_heads(function: Callable) -> Callable:
     """Makes each device compute a function for its rows and heads only.
 
-    The function takes arrays [B, T, heads, head_dim] and [B, T]; it returns [B, T, heads, head_dim].
+    The function takes arrays [B, T, heads, head_dim] and [B, T]. It returns an array
+    [B, T, heads, head_dim].
     """
-    # XLA cannot split a kernel that it did not write, and would gather its inputs on each device.
+    # XLA cannot split a Pallas kernel over devices by itself.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function

@@ -191,9 +191,9 @@ def _exit_unconnected(place: str, options: Distributed) -> None:
 
 def _prefix_warnings(index: int) -> None:
     """Adds the process number to the warnings of all processes but the first."""
-    # Without a handler, warnings reach stderr through the handler of last resort.
     logging.captureWarnings(True)
     if index and logging.lastResort is not None:
+        # It prints the records of loggers without a handler.
         logging.lastResort.setFormatter(logging.Formatter(f"process {index}: %(message)s"))
 
 

@@ -1,4 +1,4 @@
-"""Compiles a run for devices that need not exist: does it fit, and what does it cost?
+"""Compiles a run for devices that need not exist, to see whether it fits and what it costs.
 
 python -m corl_jax.plan --config FILE --topology v5e:4x4 [key=value ...]
 
@@ -106,6 +106,7 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     if (folder / "config.json").is_file():
         family = find_family(folder)
         return family, load_config(folder, family.kind)
+    # deepseek-ai/Janus-Pro-1B and a folder my_janus_pro_1b both name janus-pro-1b.
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:
@@ -135,6 +136,7 @@ def resolve_prompt_lengths(
             problems.append(
                 f"{option}: found {tokens}; expected {shortest} to data.max_prompt_length, {limit}"
             )
+        # bucket = 32: 40 tokens -> 64
         lengths[task] = math.ceil(tokens / bucket) * bucket
     if problems:
         raise InputError(problems)
@@ -208,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
     print(format_heading(outline, chip, lengths), flush=True)
     compiled, reserve = [], args.reserve * chips.GIB
-    # Outside of the mesh: helper computations run here, not on devices that do not exist.
+    # Outside of the mesh: helper computations run on this machine, not on absent devices.
     resident, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
     planned = select_programs(planned, args.only)
     print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)

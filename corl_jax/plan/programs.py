@@ -1,4 +1,4 @@
-"""The programs of a GRPO iteration: the run's own functions, with shapes as inputs.
+"""Lists the programs of a GRPO iteration: the functions of a run, with shapes as inputs.
 
 Parameters, optimizer state and batches are ShapeDtypeStructs with the shardings of a run; no array
 is made.
@@ -169,6 +169,7 @@ def make_programs(
             (params,),
             (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
             calls=config.train.prompts_per_step // count,
+            # The prefill gives the first token, so the loop makes one fewer.
             rounds=split_steps(get_completion_length(outline, task) - 1)[0],
         )
         for task, sampler in build.make_samplers(outline).items()
@@ -183,7 +184,8 @@ def make_programs(
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
     extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
     if extra:
-        # The reference is in the compute dtype; only the casts of the program differ.
+        # Old and reference log-probs are counted as calls of one program. The reference is in the
+        # compute dtype, so only its casts differ.
         scored = (resident.state.params, resident.frozen)
         programs.append(
             Program(

@@ -123,8 +123,8 @@ class RunDir:
         moved = "" if same else f" (checkpoint.directory was {before})"
         raise InputError(
             f"{path}: step {step} was saved, but {place} has {present}{moved}; bring the "
-            "checkpoints back, name their place in checkpoint.directory, or choose another output_dir to "
-            "start afresh"
+            "checkpoints back, name their place in checkpoint.directory, or choose another "
+            "output_dir to start afresh"
         )
 
     def read_json(self, name: str) -> dict[str, Any] | None:

@@ -129,8 +129,7 @@ def run_training(
         fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
         resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
         if primary:
-            # Only now: a run keeps its old config until its resume has succeeded.
-            directory.keep_config(config)
+            directory.keep_config(config)  # not before: a refused resume changes nothing
         start, meta = 0, {}
         if resumed is not None:
             start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
@@ -140,16 +139,15 @@ def run_training(
             report_start(planned, resumed, outputs)
             stop = min(run.steps, start + (config.train.stop_after or run.steps))
             reports = make_reports(config, run, outputs)
-            milestones = make_milestones(
-                config, run, outputs, reports, interruption, range(start, stop)
-            )
+            left = range(start, stop)
+            milestones = make_milestones(config, run, outputs, reports, interruption, left)
             with interruption.deferred():
                 # A process that a signal has stopped saves without its reports, so they are made
                 # here.
                 if start == 0 or meta["unreported"] or needs_new_reports(resumed, run):
                     run_due(reports, state, start)
                 log = make_step_log(config, run, outputs)
-                state = train(run, state, range(start, stop), milestones, log)
+                state = train(run, state, left, milestones, log)
                 outputs.saver.finish()
             interruption.stop_if_asked(f"after step {stop}; the same command continues from there")
             if stop == run.steps:

@@ -158,7 +158,6 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_model_problems(config, model.family, sizes, mesh))
         if sources:
             loaders = problems.attempt(
-                # With a wrong mesh the rows are still checked, as those of a single process.
                 make_loaders,
                 config,
                 stage,
