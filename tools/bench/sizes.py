@@ -1,4 +1,4 @@
-"""The sizes of the measured networks, and the lengths of prompts and answers."""
+"""Lists the sizes of the measured networks, and the lengths of prompts and answers."""
 
 from __future__ import annotations
 
@@ -108,4 +108,4 @@ SIZES = {
         checked=("float32",), caption=5, policy_caption=4, answers=16, copied=1 << 20, product=128,
     ),
 }  # fmt: skip
-"""By the name on the command line."""
+"""Name on the command line -> size."""
