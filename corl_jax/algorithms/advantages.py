@@ -204,12 +204,10 @@ def group_relative(
     `rewards` has [F, N] for each task, NaN where a function does not apply.
     """
     group_size = options.group_size
-    weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
-    totals = {
-        task: combine_rewards(values, weights[task], group_size) for task, values in rewards.items()
-    }
+    totals = total_rewards(rewards, options)
     judged = totals
     if options.normalize_each:
+        weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
         judged = {
             task: normalize_each(values, weights[task], group_size, options.eps, options.scale)
             for task, values in rewards.items()
@@ -218,16 +216,38 @@ def group_relative(
         judged, dict(options.task_weights), options.mode, group_size=group_size,
         eps=options.eps, scale=options.scale, compared=options.normalize_each,
     )  # fmt: skip
+    return advantages, describe_rewards(totals, options)
+
+
+def total_rewards(
+    rewards: Mapping[str, jax.Array], options: AdvantageOptions
+) -> dict[str, jax.Array]:
+    """Returns the weighted sum [N] of each task's rewards [F, N]; see `combine_rewards`."""
+    weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
+    return {
+        task: combine_rewards(values, weights[task], options.group_size)
+        for task, values in rewards.items()
+    }
+
+
+def join_rewards(totals: Mapping[str, jax.Array], options: AdvantageOptions) -> jax.Array:
+    """Returns the reward [N] of each sample number over all tasks; see `unified_reward`."""
+    if len(totals) == 1:
+        (joint,) = totals.values()
+        return joint
+    return unified_reward(totals, dict(options.task_weights), options.group_size)
+
+
+def describe_rewards(
+    totals: Mapping[str, jax.Array], options: AdvantageOptions
+) -> dict[str, jax.Array]:
+    """Returns `reward_stats` of each task, as `TASK/NAME`, and those of the joint reward."""
     stats = {
         f"{task}/{name}": value
         for task, total in totals.items()
-        for name, value in reward_stats(total, group_size).items()
+        for name, value in reward_stats(total, options.group_size).items()
     }
-    if len(totals) > 1:
-        joint = unified_reward(totals, dict(options.task_weights), group_size)
-    else:
-        (joint,) = totals.values()
-    return advantages, stats | reward_stats(joint, group_size)
+    return stats | reward_stats(join_rewards(totals, options), options.group_size)
 
 
 def _as_groups(rewards: jax.Array, group_size: int) -> jax.Array:

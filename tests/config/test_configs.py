@@ -398,6 +398,9 @@ def test_links_and_paths_in_a_document_exist(path):
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
     for name in re.findall(r"`((?:corl_jax|tools|tests|configs|docs)/[\w/.]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+    # Pages about the code leave out the name of the package.
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text):
+        assert any((ROOT / folder / name).exists() for folder in ("", "corl_jax")), name
     for module in re.findall(r"python -m ((?:corl_jax|tools|tests)[\w.]*)", text):
         file = ROOT / module.replace(".", "/")
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module

@@ -40,7 +40,7 @@ from tests.support import several_processes, tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-WITNESS = Path(__file__).with_name("witness_rewards.py")
+WITNESS = ROOT / "tests" / "support" / "witness_rewards.py"
 # Sums over processes are taken in another order; measured after two steps: 3e-8 in 9 of 225 arrays.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 FAILING_CALL = 4  # of the reward of answers: two batches are evaluated, and a step is done

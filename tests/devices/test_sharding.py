@@ -85,7 +85,8 @@ def tables() -> dict[str, str]:
     text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
-        text = table(params, KINDS[name].rules, device_mesh.network_spec)
+        rules = KINDS[name.split("_")[0]].rules
+        text = table(params, rules, device_mesh.network_spec)
         out[f"network_{name}.txt"] = text
     return out
 

@@ -341,7 +341,7 @@ def test_held_out_rows_count_once():
 
     def measure(rows):
         loader = SimpleNamespace(source=range(7), batch_size=3, iterate=batches)
-        inputs = EvaluationInputs(None, loader, SHORT, rows, score=score)
+        inputs = EvaluationInputs(None, loader, SHORT, seed=0, rows=rows, score=score)
         return SUITES["rewards"].evaluate(inputs).metrics()
 
     everything = measure(99)

@@ -233,7 +233,7 @@ def test_prompts_of_every_kind(tmp_path, processor, name, figure):
     batch = loader.batch(0)
     assert loader.counts == {"bad": 3, "long": 1}
     task = "t2i" if name == "prompt" else "mm2t"
-    encoded = getattr(batch, task)
+    encoded = batch.encoded[task]
     plain = control_tokens(processor, encoded.input_ids[-1][encoded.attention_mask[-1]])
     injected = 0
     for row, text in enumerate(batch.columns[name]):

@@ -10,6 +10,7 @@ import pytest
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.runs import directory as run_directory
+from corl_jax.runs.locking import lock_directory
 from corl_jax.runs.log import StepLog
 from tests.faults.harness import PATIENCE, SUPERVISED, Job, outcome, unsound
 from tests.support import tiny_runs
@@ -65,7 +66,7 @@ def test_a_second_run_on_one_directory_of_checkpoints(model, rows, tmp_path, one
     partial = shared / "1.orbax-checkpoint-tmp"  # the first one's save under way
     partial.mkdir(parents=True)
     job = Job.make(tmp_path, model, rows, **SUPERVISED)
-    with run_directory.locked(shared):
+    with lock_directory(shared):
         code = job.here(f"checkpoint.directory={shared}")
     figure("T20", fault="second run on checkpoints in use", tries=1, losses=code != 2)
     assert code == 2 and partial.exists()

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from corl_jax import generate, policies
 from corl_jax.errors import InputError
-from corl_jax.models import modules
 from corl_jax.policies import load_policy
 from corl_jax.train import __main__ as command
-from corl_jax.weights.export import save_checkpoint
-from docs.examples import bag_family
-from docs.examples.bag_family import FAMILY, KIND, PALETTE, WORDS, BagSizes
-from tests.support import tiny_runs
-from tests.support.tiny_models import encode, tiny_parquet
+from docs.examples.bag_family import FAMILY, PALETTE, WORDS, BagSizes
+from tests.support import bag_runs, tiny_runs
 
-RED = "def red(images):\n    return [image.getpixel((0, 0))[0] / 255 for image in images]\n"
 STEPS = 12
 
 
@@ -31,39 +25,13 @@ def family(monkeypatch):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(checkpoint, rows, reward file) of the family."""
-    folder = tmp_path_factory.mktemp("bag")
-    params = modules.init_params(bag_family.Bag, BagSizes(), jax.random.key(0))
-    save_checkpoint(folder / "model", KIND, BagSizes(), params)
-    picture = {"bytes": encode(Image.new("RGB", (4, 4), "red")), "path": "red.png"}
-    rows = [
-        {
-            "prompt": f"a red picture {i}", "real_image": picture, "qa_problem": f"how many? {i}",
-            "qa_solution": "<answer>two</answer>", "qa_type": "OE",
-        }
-        for i in range(16)
-    ]  # fmt: skip
-    (folder / "rewards.py").write_text(RED)
-    return folder / "model", tiny_parquet(folder / "rows.parquet", rows), folder / "rewards.py"
-
-
-def options(files, output, **changes):
-    model, rows, rewards = files
-    return tiny_runs.options(
-        model, rows, output,
-        rewards=[{"use": f"{rewards}:red"}, {"name": "qa_accuracy"}],
-        data={"max_prompt_length": 64},
-        rollout={"group_size": 8},
-        train={"prompts_per_step": 8, "max_steps": STEPS},
-        optimizer={"learning_rate": 0.3, "schedule": "constant"},
-        eval={"suite": "rewards", "rows": 8, "batch_prompts": 8, "every": 6},
-        checkpoint={"every": 6}, log={"images_every": 6},
-        **changes,
-    )  # fmt: skip
+    return bag_runs.write_files(tmp_path_factory.mktemp("bag"))
 
 
 def run(files, output, *more, **changes):
-    path = tiny_runs.write_config(output.with_suffix(".yaml"), options(files, output, **changes))
+    path = tiny_runs.write_config(
+        output.with_suffix(".yaml"), bag_runs.options(files, output, **changes)
+    )
     command.main(["--config", str(path), *more])
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -139,9 +107,7 @@ def test_its_export_is_loaded_and_sampled(trained, tmp_path):
     ],
 )
 def test_what_the_family_lacks_is_refused(files, tmp_path, capsys, changes, problem):
-    tree = options(files, tmp_path / "run")
-    for key, value in changes.items():
-        tree[key] = value if not isinstance(value, dict) else tree.get(key, {}) | value
+    tree = bag_runs.options(files, tmp_path / "run", **changes)
     path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
     with pytest.raises(SystemExit, match="2"):
         command.main(["--config", str(path)])

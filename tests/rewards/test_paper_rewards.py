@@ -68,7 +68,7 @@ def test_check_lists_the_networks(tree, one_device, capsys):
     assert not Path(tree["output_dir"]).exists()
 
 
-def picture_codes(config, params, tokens, *, dtype):
+def picture_codes(config, params, tokens, *, dtype=jnp.float32):
     """Pictures of codes without a network, for comparisons over devices.
 
     A network's pixels are cut to whole numbers, and the last bit of a sum, which another number of

@@ -16,7 +16,6 @@ from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.evaluation import shapes
 from corl_jax.runs.directory import to_json
 from corl_jax.runs.guards import FAILED_WINDOW, UNREWARDED_STEPS, WINDOW, Guards, Update
-from corl_jax.train import reports
 from corl_jax.train.alarms import ALARMS, list_alarms, make_guards
 from corl_jax.train.rollout_metrics import count_duplicates
 
@@ -234,12 +233,12 @@ def test_a_held_out_score_that_falls_while_the_reward_rises(rewards, scores, beg
 def test_scores_of_the_drawn_world_are_its_two_accuracies():
     names = ("draw/accuracy", "draw/counting", "answer/accuracy")
     rates = {name: shapes.Rate(0.5, 0.4, 0.6, 10) for name in names}
-    report = shapes.Report(rates, np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
-    scores = reports.estimate_accuracies(report)
+    report = shapes.ShapesReport(rates, np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
+    scores = report.scores()
     assert scores.keys() == {"eval/draw/accuracy", "eval/answer/accuracy"}
     assert scores["eval/draw/accuracy"] == (0.5, pytest.approx(0.2 / 3.92))
     rates["answer/accuracy"] = shapes.Rate.of(0, 0)
-    assert reports.estimate_accuracies(report).keys() == {"eval/draw/accuracy"}
+    assert report.scores().keys() == {"eval/draw/accuracy"}
 
 
 def test_a_score_that_is_not_finite_is_left_out():

@@ -158,7 +158,7 @@ def test_an_export_whose_replacement_was_killed_comes_back(tmp_path):
 def test_an_option_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     run = open_once(make_config(tmp_path))
     tree = yaml.safe_load(run.config.read_text())
-    del tree["algorithm"]["clip_high"], tree["vq"]
+    del tree["algorithm"]["clip_high"], tree["sft"]
     run.config.write_text(yaml.safe_dump(tree))
     open_once(make_config(tmp_path))
     run.config.write_text(yaml.safe_dump(tree))

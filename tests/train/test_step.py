@@ -24,6 +24,7 @@ from corl_jax.config import schema
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError
+from corl_jax.metrics import Metric
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
@@ -284,7 +285,8 @@ class Recording:
 
     def train(self, state, frozen, batch):
         self.trained.append(batch)
-        metrics = {"loss": len(self.trained), "t2i/sampling/x": 10 * len(self.trained)}
+        count = len(self.trained)
+        metrics = {"loss": Metric(count), "t2i/sampling/x": Metric(10 * count, "first")}
         return step.TrainState(state.step + 1, {"w": state.params["w"] + 1}, None), metrics
 
 
@@ -324,7 +326,7 @@ def test_old_logprobs_are_scored_once_and_kept(monkeypatch, batch):
     for used in calls.trained:
         assert all((part.old_logprobs[0] == 1).all() for part in used.values())
     # The last update's numbers, but the sampler's against the policy that sampled.
-    assert (metrics["loss"], metrics["t2i/sampling/x"]) == (3, 10)
+    assert metrics["loss"].value == 3 and metrics["t2i/sampling/x"].value == 10
 
 
 def test_one_update_needs_no_old_logprobs(monkeypatch, batch):
@@ -389,7 +391,7 @@ def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
         assert np.asarray(used["t2i"].segments[0].mask).all()
         kept = text.mask & (closed[:, None] | (not masked))
         np.testing.assert_array_equal(used["mm2t"].segments[0].mask, kept)
-        assert metrics["mm2t/completions/clipped_ratio"] == pytest.approx(1 - closed.mean())
+        assert float(metrics["mm2t/completions/clipped_ratio"]) == pytest.approx(1 - closed.mean())
 
 
 # ---- the state

@@ -433,7 +433,7 @@ def test_check_counts_what_is_kept_as_plan_does(options):
     counted = run_check.estimate_memory(planned)
     sizes = {
         name: programs.count_shard_bytes(part) / run_check.GIB
-        for name, part in kept.parts().items()
+        for name, part in kept.by_name().items()
     }
     for ours, theirs in (
         ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
@@ -530,6 +530,8 @@ VQ = {"stage": "vq", "rewards": []}
         ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
         ({"eval": {"suite": "shapes", "rows": 4}}, ["spec", "category"]),
         ({"data": {"columns": {"prompt": "caption_of_it"}}}, ["data.columns.prompt"]),
+        ({"algorithm": {"name": "grpq"}, "eval": {"suite": "shape", "rows": 4}},
+         ["algorithm.name: found 'grpq'; did you mean grpo?", "did you mean shapes?"]),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(options, capsys, changes, parts):
@@ -647,7 +649,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
         eval={"suite": "shapes", "rows": 4, "batch_prompts": 2},
     )  # fmt: skip
     planned = resolve.resolve_run(config_files.validate(tree, "test"))
-    assert planned.train_loader.tasks == ("t2i",)
+    assert planned.train_loader.options.tasks == ("t2i",)
     batch = planned.eval_loader.batch(0)
     assert set(batch.encoded) == {"t2i", "mm2t"}
 

@@ -257,9 +257,9 @@ def test_a_revision_of_a_hub_id_is_downloaded(monkeypatch, tmp_path, revision):
 
 def test_an_adapter_names_its_base_as_peft_reads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", str(tmp_path))
-    assert export._base("owner/name@v1", tmp_path / "cache") == ("owner/name", "v1")
-    assert export._base("owner/name", tmp_path / "cache") == ("owner/name", None)
-    assert export._base("$SCRATCH/m@1", tmp_path / "m@1") == (str(tmp_path / "m@1"), None)
+    assert export._find_base("owner/name@v1", tmp_path / "cache") == ("owner/name", "v1")
+    assert export._find_base("owner/name", tmp_path / "cache") == ("owner/name", None)
+    assert export._find_base("$SCRATCH/m@1", tmp_path / "m@1") == (str(tmp_path / "m@1"), None)
 
 
 def test_an_unreachable_revision_says_how_to_fetch_it(monkeypatch):

@@ -204,7 +204,7 @@ def write_adapter(folder, base: object = "someone/model") -> None:
         lambda place: open_checkpoint(place / "adapter_model.safetensors", KINDS["clip"]),
         lambda place: convert(place, place.parent / "out", KIND, layout="jax"),
         lambda place: plan.find_sizes(str(place), None),
-        lambda place: networks._locate("bert", str(place)),
+        lambda place: networks._find_weights("bert", str(place)),
     ],
 )
 def test_an_adapter_given_as_a_model_is_one_line(tmp_path, use):
