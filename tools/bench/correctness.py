@@ -124,7 +124,7 @@ def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Cal
 
 def make_scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
     """Returns the trainer's log-prob step."""
-    # The faster kernels compute in bfloat16 only.
+    # Float32 is scored by XLA: cuDNN attends in half precision only.
     kernel = setting.attention if dtype == COMPUTE else "xla"
     step = _make_logprob_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
