@@ -36,7 +36,7 @@ from corl_jax.runs.log import read_lines
 PACKAGE = Path(__file__).resolve().parent
 CONFIG = Path("configs") / "quickstart.yaml"
 WORLD = "small"
-# Neither seed was used when the options of configs/quickstart.yaml were chosen.
+# Fresh seeds: neither was used when the options of configs/quickstart.yaml were chosen.
 TRAIN_SEED, TEST_SEED = 21, 22
 DRAWING = "a photo of a red circle"
 QUESTION = "What color is the circle?"
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")
     args = parser.parse_intermixed_args(argv)
     work = Work(args.out, find_config(), args.overrides)
-    for title, command, result in work.steps():
+    for title, command, result in work.list_steps():
         if result is not None and result.exists():
             print_title(f"{title}: {result} is there already")
             continue
@@ -99,12 +99,12 @@ class Work:
         named = [f"{key}={path}" for key, path in paths.items()]
         return ["--config", str(self.config), *named, *self.overrides]
 
-    def steps(self) -> list[tuple[str, list[str], Path | None]]:
+    def list_steps(self) -> list[tuple[str, list[str], Path | None]]:
         """Returns (title, command, what it makes) of each step.
 
         Raises: InputError for overrides that make no config.
         """
-        # The training has no result here: its command sees what is done, and resumes.
+        # The training has no result in the list: its command resumes by itself.
         config = config_files.load(self.config, self.training[2:])
         draw_train = draw_rows(self.train_data, num_train_rows(config), TRAIN_SEED, "train")
         draw_test = draw_rows(self.test_data, config.eval.rows, TEST_SEED, "test")
@@ -127,9 +127,9 @@ class Work:
 
 
 def num_train_rows(config: Config) -> int:
-    """Returns how many rows the run reads if it reads none twice.
+    """Returns the number of rows that the run reads if it reads none twice.
 
-    Raises: InputError for a run whose length depends on the rows that are yet to be drawn.
+    Raises: InputError for a run without train.max_steps, whose length depends on these rows.
     """
     if config.train.max_steps is None:
         raise InputError(
@@ -167,7 +167,8 @@ def shorten_path(path: Path) -> Path:
 
 
 def make_command(module: str, *arguments: Any) -> list[str]:
-    # Not resolved: a virtual environment's python is a link, which must not be followed.
+    """Returns the command that runs a module with this Python."""
+    # Links are not followed: the python of a virtual environment is a link to the system's.
     return [str(shorten_path(Path(sys.executable))), "-m", module, *map(str, arguments)]
 
 
@@ -180,6 +181,7 @@ def run_command(command: list[str]) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     again = "run the same quickstart again to go on from here"
     try:
+        # A process of its own, as the user would run it; JAX starts anew in each.
         code = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:
         print(f"\ninterrupted; {again}", file=sys.stderr)
@@ -194,7 +196,7 @@ def run_command(command: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rise:
-    """Means of the first and the last quarter of steps, standard errors of both and between.
+    """Means of the first and the last quarter of steps, with their standard errors.
 
     A step's mean counts as one observation; with a single step a quarter errors are NaN.
     """
@@ -219,6 +221,7 @@ class Rise:
     @property
     def in_errors(self) -> float:
         """The difference in units of its own standard error."""
+        # Of independent means: the root of the summed squares.
         error = math.hypot(self.first_error, self.last_error)
         return (self.last - self.first) / error if error else math.nan
 
@@ -305,7 +308,7 @@ def list_places(work: Work, picture: Path) -> list[str]:
 
 def suggest_commands(work: Work) -> list[str]:
     """Returns commands to try with the trained model."""
-    # The second reads an image of the first; the third measures the table again.
+    # The second command reads an image of the first; the third one measures the table again.
     rows = config_files.load(work.train.config).eval.rows
     model, out = ["--model", work.train.export], work.out / "drawings"
     commands = [

@@ -1,4 +1,4 @@
-"""Checks options against each other: contradictions are refused, idle options are reported.
+"""Checks options against each other: refuses contradictions, reports options without effect.
 
 Types and ranges are checked by pydantic, in `schema`.
 """
@@ -42,7 +42,7 @@ OPTIMIZERS_WITH = {"b1": ("adamw", "lion", "sgd"), "b2": ("adamw", "lion")}
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Who reads some options. In a config without that reader they have no effect."""
+    """The reader of some options. In a config without this reader they have no effect."""
 
     options: str  # regex of whole keys
     name: str  # completes "only .. reads it"
@@ -137,28 +137,31 @@ READERS = (
         lambda config, _: config.distributed.initialize != "never",
     ),
 )  # fmt: skip
-"""Options -> who reads them. An option that is not matched is always read."""
+"""The readers of options. An option that no row matches is always read."""
 
 
-def find_idle_options(config: Config) -> list[str]:
+def find_unused_options(config: Config) -> list[str]:
     """Returns a line for each option that has no effect in this config: its value, and why."""
     lines = []
     for key, value in list_changes(config):
         if key == "guards.fatal":
-            continue
+            continue  # its alarms are checked one by one below
         if value is None and key.startswith("guards."):
             continue  # an alarm that is switched off needs no reader
-        if reader := _missing_reader(config, key):
-            shown = ", ".join(one.label for one in config.rewards) if key == "rewards" else value
+        if reader := _find_missing_reader(config, key):
+            shown = (
+                ", ".join(reward.label for reward in config.rewards) if key == "rewards" else value
+            )
             lines.append(f"{key}: {shown!r} has no effect; only {reader} reads it")
     for alarm in config.guards.fatal:
-        if reader := _missing_reader(config, f"guards.{alarm}"):
+        if reader := _find_missing_reader(config, f"guards.{alarm}"):
             lines.append(f"guards.fatal: {alarm!r} has no effect; only {reader} reads it")
     return lines
 
 
-def _missing_reader(config: Config, key: str) -> str | None:
+def _find_missing_reader(config: Config, key: str) -> str | None:
     for reader in READERS:
+        # An option may match several rows: one reader that is missing is enough.
         if re.fullmatch(reader.options, key) and not reader.is_present(config, key):
             return reader.name
     return None
@@ -204,10 +207,10 @@ def check_options_together(config: Config) -> None:
 
 
 def check_warmup(config: Config, steps: int) -> None:
-    """Refuses a run of `steps` that ends before it reaches its learning rate.
+    """Refuses a run that ends before it reaches its learning rate.
 
     Raises:
-        InputError: it does.
+        InputError: the warm-up is not shorter than `steps` steps.
     """
     warmup = config.optimizer.warmup_steps
     has_rollouts = STAGES[config.stage].has_rollouts
@@ -291,7 +294,8 @@ def _check_processes(config: Config, problems: Problems) -> None:
 
 
 def _check_places(config: Config, problems: Problems) -> None:
-    """Checks where files go. In an object store no file can be locked or appended to."""
+    """Checks the directories of a run."""
+    # In an object store no file can be locked or appended to; orbax writes checkpoints there whole.
     if "://" in config.output_dir:
         problems.add(
             f"output_dir: found {config.output_dir!r}; expected a directory on a disk, which all "

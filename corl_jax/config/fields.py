@@ -1,4 +1,4 @@
-"""The types that `schema` makes options of: bounded numbers, paths, defaults, blocks."""
+"""Defines the types of options in `schema`: bounded numbers, paths, defaults, blocks."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def _expand(value: Any) -> Any:
 
 
 def _expand_file(value: str) -> str:
+    # From the right: a path may have a colon, a function's name has none.
     file, colon, function = value.rpartition(":")
     return f"{_expand(file)}{colon}{function}"
 
@@ -70,5 +71,6 @@ TaskChoice = Annotated[str, AfterValidator(_check_tasks)]
 class Section(BaseModel):
     """Base class of config blocks: frozen, strictly typed, unknown keys are errors."""
 
-    # Strict: pydantic would otherwise take `true` for the number 1 and "5" for 5.
+    # Strict: pydantic would otherwise read `true` as the number 1 and "5" as 5. No protected
+    # namespaces, because pydantic warns about names of options that begin with "model_".
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree, problems = _read(Path(expand_path(path)), []), Problems()
     for text in overrides or []:
-        problems.attempt(_override, tree, text)
+        problems.attempt(_apply_override, tree, text)
     config = problems.attempt(validate, tree, str(path))
     problems.raise_any()
     assert config is not None  # otherwise there was a problem
@@ -56,7 +56,7 @@ def validate(tree: dict[str, Any], source: str) -> Config:
         texts_of: dict[str, list[str]] = {}
         for prefix, text in map(_explain, error.errors()):
             texts_of.setdefault(prefix, []).append(text)
-    # A value that may have several types has one error for each of them.
+    # pydantic reports a value of several types once per type: these texts are joined by "or".
     lines = [
         prefix + line
         for prefix, texts in texts_of.items()
@@ -110,6 +110,7 @@ def describe_limits(metadata: Iterable[Any]) -> list[str]:
     """Returns the bounds in the metadata of a pydantic field, as "≥ 1"."""
     texts = []
     for item in metadata:
+        # Field(gt=0, allow_inf_nan=False) groups its bounds; a single bound stands alone.
         for part in getattr(item, "metadata", None) or [item]:
             for name, text in LIMITS.items():
                 value = getattr(part, name, None)
@@ -122,10 +123,12 @@ def named_block(section: type[Section]) -> type[Section] | None:
     """Returns the type of the blocks that a user names in a section; None without such blocks."""
     if section.model_config.get("extra") != "allow":
         return None
+    # The annotation is dict[str, BLOCK], as text because of `from __future__ import annotations`.
     return typing.get_args(typing.get_type_hints(section)["__pydantic_extra__"])[1]
 
 
 def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
+    # Resolved, so that a link to an earlier file counts as the same file.
     if path.resolve() in seen:
         raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
     try:
@@ -136,6 +139,7 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: found {type(tree).__name__}, expected a mapping of options")
+    # Before the merge: an empty block must not hide the block of the base.
     tree = _drop_empty_blocks(tree, Config)
     base = tree.pop("base", None)
     if base is None:
@@ -181,8 +185,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Sets one value in the tree. Raises InputError for a wrong argument."""
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    """Sets the value of an argument `key.path=value` in the tree; InputError if it is wrong."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise InputError(f"argument {text!r}: expected key.path=value")
@@ -200,12 +204,12 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 def _explain(item: Any) -> tuple[str, str]:
     """Returns (key and value found, problem) of one of pydantic's errors."""
-    # A value of several types has an error for each, with the type's name behind the key.
+    # For a value of several types the location ends in the type: ("data", "path", "str").
     key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
     if item["type"] == "extra_forbidden":
         if new := RENAMED.get(key):
             return f"{key}: ", f"has a new name; use {new}"
-        known = _known_keys(item["loc"][:-1])
+        known = _list_known_keys(item["loc"][:-1])
         return f"{key}: ", f"unknown key; {suggest_name(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
@@ -213,7 +217,7 @@ def _explain(item: Any) -> tuple[str, str]:
     return (f"{key}: found {item['input']!r}; " if key else "", message)
 
 
-def _known_keys(location: tuple) -> list[str]:
+def _list_known_keys(location: tuple) -> list[str]:
     """Returns the options of the block at a location, such as ("rewards", 0)."""
     section: Any = Config
     for part in location:
@@ -221,5 +225,6 @@ def _known_keys(location: tuple) -> list[str]:
             continue  # the number of an item in a list
         field = section.model_fields.get(part)
         kind = field.annotation if field else named_block(section)
+        # list[Reward] -> Reward
         section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     return list(section.model_fields)

@@ -1,4 +1,4 @@
-"""What the checks of a config need to know about each stage: plain data, without jax."""
+"""States facts about each stage for the checks of a config: plain data, without jax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class StageFacts:
-    """Which options a stage reads, and what it trains."""
+    """The options that a stage reads, and the part that it trains."""
 
     block: str | None  # the block of options that no other stage reads
     has_rollouts: bool = False  # samples completions and learns from their rewards

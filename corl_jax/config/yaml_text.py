@@ -1,6 +1,6 @@
-"""YAML as configs and `key=value` arguments use it: the types of YAML 1.2, read and written.
+"""Reads and writes YAML for configs and `key=value` arguments, with the types of YAML 1.2.
 
-PyYAML follows YAML 1.1, for which 010 is 8, 1:30 is 90 and a date is no text.
+PyYAML follows YAML 1.1, in which 010 is 8, 1:30 is 90 and a date is not a text.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        # PyYAML itself takes the last of two equal keys without a word.
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         if twice:
@@ -46,6 +47,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: Any) -> int:
+        # 1_000 -> 1000, 0o17 -> 15, 0xff -> 255, 010 -> 10
         text = str(self.construct_scalar(node)).replace("_", "").lower()
         base = {"0x": 16, "0o": 8}.get(text[:2], 10)
         return int(text if base == 10 else text[2:], base)
@@ -62,6 +64,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes each text that YAML 1.1 or 1.2 reads as something else."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Copied, because add_implicit_resolver would change the lists of yaml.SafeDumper.
         first: list(resolvers)
         for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
@@ -108,5 +111,6 @@ def _count_values(value: Any, known: dict[int, int]) -> int:
         return 1
     if id(value) not in known:
         children = [*value, *value.values()] if isinstance(value, dict) else value
+        # An alias is the same object, so each is counted once and then looked up.
         known[id(value)] = 1 + sum(_count_values(child, known) for child in children)
     return known[id(value)]

@@ -1,4 +1,4 @@
-"""Moves the rows of a global batch between processes and devices, and between host and devices.
+"""Moves the rows of a global batch between processes, and between host and devices.
 
 A mesh splits a batch into data x fsdp equal parts, its shards. A process holds the shards of its
 own devices. Processes between which `tensor` splits the parameters hold the same shards.
@@ -23,7 +23,7 @@ from corl_jax.types import Params
 
 
 def num_batch_shards(mesh: Any) -> int:
-    """Returns into how many equal parts the mesh splits a batch (data x fsdp)."""
+    """Returns the number of equal parts into which the mesh splits a batch (data x fsdp)."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
@@ -36,6 +36,7 @@ def list_process_shards(mesh: Mesh) -> list[int]:
     count = num_batch_shards(mesh)
     parts: dict[int, set[int]] = {}  # process -> numbers of its parts
     for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
+        # A slice without start, slice(None), is the whole batch: part 0.
         parts.setdefault(device.process_index, set()).add(index[0].start or 0)
     size = len(parts[min(parts)])
     # 8 parts on 2 processes: {0: {0, 1, 2, 3}, 1: {4, 5, 6, 7}} -> [0, 1]
@@ -62,7 +63,7 @@ def process_shard(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Makes global arrays of this process's rows, with rows spread over the mesh."""
+    """Makes global arrays from the rows of each process, with rows spread over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
@@ -78,6 +79,7 @@ def to_host_rows(x: jax.Array) -> np.ndarray:
     by_rows = batch_sharding(mesh)
     if not x.sharding.is_equivalent_to(by_rows, x.ndim):
         x = jax.device_put(x, by_rows)
+    # By start, so that of devices with the same rows, over `tensor`, one remains.
     shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
@@ -90,12 +92,14 @@ def all_gather_rows(mesh: Mesh, values: np.ndarray) -> np.ndarray:
     if process_shard(mesh)[1] == 1 and jax.process_count() == 1:
         return values
     shards = list_process_shards(mesh)
+    # Shards by process [0, 0, 1, 1]: the rows of processes 0 and 2.
     by_process = processes.all_gather(values)
     return np.concatenate([by_process[shards.index(n)] for n in range(max(shards) + 1)])
 
 
 def take_own_rows(mesh: Mesh, values: Any) -> Any:
     """Returns this process's rows from a sequence that holds the rows of all processes."""
+    # Shard 1 of 2, 8 rows: rows 4 to 7.
     index, count = process_shard(mesh)
     size = len(values) // count
     return values[index * size : (index + 1) * size]
@@ -118,6 +122,7 @@ def split_positions(mesh: Mesh, rows: int, batch: int) -> Iterator[np.ndarray]:
     """
     shards = num_batch_shards(mesh)
     size = batch // shards
+    # One row for each shard of this process: [[0, 1, 2, 3], [4, 5, 6, 7]].
     positions = np.arange(rows).reshape(shards // process_shard(mesh)[1], -1)
     for first in range(0, positions.shape[1], size):
         yield positions[:, first : first + size].ravel()
@@ -128,6 +133,8 @@ def join_pieces(pieces: list[Any], *, shards: int) -> Any:
     """Joins pytrees of rows that `split_positions` has split, in the order of the rows."""
 
     def join(*xs: jax.Array) -> jax.Array:
+        # Two shards, pieces [0, 1, 4, 5] and [2, 3, 6, 7]: [[0, 1], [4, 5]] and [[2, 3], [6, 7]]
+        # are joined along axis 1 -> [[0, 1, 2, 3], [4, 5, 6, 7]] -> [0 .. 7].
         split = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
         joined = jnp.concatenate(split, axis=1).reshape(-1, *xs[0].shape[1:])
         return constrain(joined, "batch", *[None] * (joined.ndim - 1))
@@ -182,10 +189,12 @@ def run_in_pieces(
     Returns each output of the program as a host array with `num_rows` rows.
     """
     mesh = find_mesh(params)
+    # Each process pads its rows to a multiple of its own shards of the mesh.
     multiple = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
     outputs = []
     for index in split_rows(num_rows, max_rows, multiple):
         arguments = take(index) if mesh is None else put_rows(mesh, take(index))
         outputs.append(jax.tree.leaves(program(*arguments)))
     columns = zip(*outputs, strict=True)
+    # Without the padding, which is at the end of the last piece.
     return [np.concatenate([to_host_rows(x) for x in xs])[:num_rows] for xs in columns]

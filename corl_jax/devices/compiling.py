@@ -1,4 +1,4 @@
-"""How samplers are compiled, what XLA's flags ask for, and how long compilation takes."""
+"""Compiles samplers with XLA options, reads XLA's flags, and measures compilation."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def is_nvidia(device: Any = None) -> bool:
 def has_deterministic_flag() -> bool:
     """Returns whether XLA_FLAGS asks for the same bits in each call.
 
-    A file that XLA_FLAGS names is not read.
+    XLA also accepts a file name in XLA_FLAGS. Such a file is not read.
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
     name = "--xla_gpu_deterministic_ops"
     given = [flag.removeprefix(name).lower() for flag in flags if flag.partition("=")[0] == name]
+    # XLA takes the last of several; the flag alone, without a value, means true.
     return bool(given) and given[-1] in ("", "=true", "=1")
 
 
@@ -57,12 +58,12 @@ class SamplerProgram:
     @functools.cached_property
     def for_few_rows(self) -> Any:
         """For NVIDIA GPUs."""
-        return self._build(compiler_options=accepted_options(CONCURRENT))
+        return self._build(compiler_options=list_accepted_options(CONCURRENT))
 
     @functools.cached_property
     def for_many_rows(self) -> Any:
         """For NVIDIA GPUs and at least MANY_ROWS rows per device."""
-        return self._build(compiler_options=accepted_options(CONCURRENT, WITHOUT_TRITON))
+        return self._build(compiler_options=list_accepted_options(CONCURRENT, WITHOUT_TRITON))
 
     def built_for(self, rows: int, *arguments: Any) -> Callable:
         """Returns the fastest build for `rows` rows of all devices of the mesh together.
@@ -85,7 +86,7 @@ class SamplerProgram:
                 getattr(self, name).clear_cache()
 
 
-def accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:
+def list_accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:
     """Returns the options that this version of XLA knows; an unknown one fails the program."""
     return {name: value for name, value in options if _is_accepted(name, value)}
 
@@ -93,6 +94,7 @@ def accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _is_accepted(name: str, value: Any) -> bool:
     try:
+        # XLA has no list of its options, so an empty program is compiled with the option as a test.
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
     except jax.errors.JaxRuntimeError as error:
         logger.warning("samplers do without XLA's %s=%s: %s", name, value, error)
@@ -107,6 +109,7 @@ class _CompileSeconds:
         self.seconds = 0.0
 
     def add(self, event: str, duration_secs: float, **_: object) -> None:
+        # Tracing, lowering and compiling each send an event with this prefix.
         if event.startswith("/jax/core/compile/"):
             self.seconds += duration_secs
 

@@ -5,8 +5,8 @@ A mesh has the axes `data`, `fsdp` and `tensor`. Prompts and completions are spl
 whose regex matches the whole path decides. A path that no rule matches is an error, so that no
 parameter is replicated by accident; a parameter that each device holds whole has a rule for it.
 
-A mesh must divide a policy evenly: `layout_problems` says where it does not, before a device is
-used, and `param_spec` refuses. A reward network never limits the mesh: an axis that does not
+A mesh must divide a policy evenly. `find_layout_problems` says where it does not, before a device
+is used, and `param_spec` refuses. A reward network never limits the mesh: an axis that does not
 divide one of its matrices leaves that axis whole.
 """
 
@@ -28,7 +28,7 @@ from corl_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-LISTED = 4  # sizes that a refusal names; most have a common factor
+NAMED_SIZES = 4  # in an error message; most sizes have a common factor
 
 ACTIVATION_AXES: dict[str | None, Any] = {
     "batch": BATCH,
@@ -46,13 +46,13 @@ Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+    """Makes a mesh over all devices; one axis may be -1 and takes the devices left over.
 
     Raises:
         InputError: the axes do not multiply to the number of devices.
     """
     if devices is None:
-        # A process's devices next to each other: its rows of a batch then follow each other.
+        # The devices of a process are neighbours, so its rows of a batch follow each other.
         devices = sorted(jax.devices(), key=lambda device: device.process_index)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
@@ -63,7 +63,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
             f"{len(devices)} device(s) present; make the product equal, or one axis -1"
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
+    # 8 devices, data 4, tensor 2: grid [4, 1, 2]; devices 0 and 1 hold the same rows.
     grid = np.asarray(devices).reshape(shape)
+    # Auto: XLA chooses the layouts between the ones that `constrain` gives.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -71,37 +73,38 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays out an activation by its axes' names; outside of a mesh, or on one device, does nothing.
 
     An axis that the mesh does not divide is left unsplit: only a frozen reward network has such
-    (see `layout_problems`), and what is computed stays the same.
+    (see `find_layout_problems`), and what is computed stays the same.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    wanted = PartitionSpec(*(ACTIVATION_AXES[name] for name in names))
-    return jax.lax.with_sharding_constraint(x, _fitting(wanted, x.shape, mesh))
+    spec = PartitionSpec(*(ACTIVATION_AXES[name] for name in names))
+    return jax.lax.with_sharding_constraint(x, _drop_uneven_axes(spec, x.shape, mesh))
 
 
 def shard_heads(function: Callable) -> Callable:
-    """A function that each device computes for its own rows and heads, as a kernel has to be.
+    """Makes each device compute a function for its rows and heads only.
 
-    Of arrays [B, T, heads, head_dim] and [B, T]; it returns one of the former.
+    The function takes arrays [B, T, heads, head_dim] and [B, T]. It returns an array
+    [B, T, heads, head_dim].
     """
+    # XLA cannot split a Pallas kernel over devices by itself.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
 
-    def spread(*arrays: jax.Array) -> jax.Array:
+    def compute_sharded(*arrays: jax.Array) -> jax.Array:
         heads, rows = PartitionSpec(BATCH, None, "tensor"), PartitionSpec(BATCH)
         places = tuple(heads if x.ndim == 4 else rows for x in arrays)
         return jax.shard_map(function, in_specs=places, out_specs=heads, check_vma=False)(*arrays)
 
-    return spread
+    return compute_sharded
 
 
 def gather_over_fsdp(params: Params, rules: Rules) -> Params:
-    """Gathers a policy's parameters over `fsdp`, but for its stacked layers. For use inside jit.
-
-    Decoding reads these parameters once a token; left split, they would be gathered as often.
-    """
+    """Gathers a policy's parameters over `fsdp`, except its stacked layers. For use inside jit."""
+    # Decoding reads these parameters once per token. If they stayed split, each token would gather
+    # them again.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
@@ -117,23 +120,26 @@ def gather_over_fsdp(params: Params, rules: Rules) -> Params:
 
 
 def context_batch_shards() -> int:
-    """Parts that the rows of a batch are split into on the mesh of the context; 1 without one."""
+    """Returns the number of parts of a batch on the context's mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _ways(BATCH, mesh)
+    return 1 if mesh.empty else _count_pieces(BATCH, mesh)
 
 
-def _ways(axes: Any, mesh: Any) -> int:
-    """Into how many pieces an entry of a PartitionSpec splits its axis."""
+def _count_pieces(axes: Any, mesh: Any) -> int:
+    """Counts the pieces into which an entry of a PartitionSpec splits its axis."""
     if axes is None or axes is PartitionSpec.UNCONSTRAINED:
         return 1
     names = (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The spec without what the mesh does not divide."""
+def _drop_uneven_axes(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Drops the entries of a spec whose axes the mesh does not divide."""
+    # A spec may be shorter than the shape; the other axes are whole.
     pairs = zip(spec, shape, strict=False)
-    return PartitionSpec(*(axes if size % _ways(axes, mesh) == 0 else None for axes, size in pairs))
+    return PartitionSpec(
+        *(axes if size % _count_pieces(axes, mesh) == 0 else None for axes, size in pairs)
+    )
 
 
 def find_rule(path: str, rules: Rules) -> PartitionSpec:
@@ -157,9 +163,9 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules) -> Pa
         InputError: no rule matches the path, or the mesh does not divide an axis.
     """
     spec = find_rule(path, rules)
-    if _fitting(spec, shape, mesh) != spec:
+    if _drop_uneven_axes(spec, shape, mesh) != spec:
         leaf = jax.ShapeDtypeStruct(shape, "float32")
-        raise InputError(layout_problems({path: leaf}, {}, mesh, rules))
+        raise InputError(find_layout_problems({path: leaf}, {}, mesh, rules))
     return spec
 
 
@@ -171,7 +177,7 @@ def network_spec(path: str, shape: tuple[int, ...], mesh: Any, rules: Rules) -> 
     Raises:
         InputError: no rule matches the path.
     """
-    return _fitting(find_rule(path, rules), shape, mesh)
+    return _drop_uneven_axes(find_rule(path, rules), shape, mesh)
 
 
 def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
@@ -188,7 +194,9 @@ def network_shardings(params: Params, mesh: Mesh, rules: Rules) -> Params:
     )
 
 
-def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules) -> list[str]:
+def find_layout_problems(
+    params: Params, heads: Mapping[str, int], mesh: Any, rules: Rules
+) -> list[str]:
     """Lists where a mesh does not divide a policy's parameters, or its counts of `heads` by name.
 
     One line for an axis of the mesh, with the sizes and the nearest values that divide all of them
@@ -200,20 +208,21 @@ def layout_problems(params: Params, heads: Mapping[str, int], mesh: Any, rules: 
     for path, leaf in leaf_paths(params):
         for place, (axis, size) in enumerate(zip(find_rule(path, rules), leaf.shape, strict=False)):
             if axis is not None:
+                # Each size once, with the first parameter that has it.
                 sizes[axis].setdefault(size, f"axis {place} of {path}")
     problems = []
     for axis, names in sizes.items():
-        ways = mesh.shape[axis]
-        left = [f"{size} ({name})" for size, name in names.items() if size % ways]
+        pieces = mesh.shape[axis]
+        left = [f"{size} ({name})" for size, name in names.items() if size % pieces]
         if left:
-            more = f" and {len(left) - LISTED} sizes more" if len(left) > LISTED else ""
+            more = f" and {len(left) - NAMED_SIZES} sizes more" if len(left) > NAMED_SIZES else ""
             problems.append(
-                f"mesh.{axis}: {ways} does not divide {', '.join(left[:LISTED])}{more}; "
-                f"nearest: {nearest_divisors(math.gcd(mesh.size, *names), ways)}"
+                f"mesh.{axis}: {pieces} does not divide {', '.join(left[:NAMED_SIZES])}{more}; "
+                f"nearest: {nearest_divisors(math.gcd(mesh.size, *names), pieces)}"
             )
     return problems
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over `data` and `fsdp`."""
+    """Returns the layout of a batch: leading axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -1,4 +1,4 @@
-"""Frozen parameters that stay in host memory between their uses."""
+"""Keeps frozen parameters in host memory between their uses."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Offloadable:
         try:
             yield params
         finally:
+            # Not left to the garbage collector: a late reference would keep the memory in use.
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
 

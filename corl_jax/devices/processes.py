@@ -1,4 +1,4 @@
-"""Several processes of one run: they start together, agree, and fail together.
+"""Connects the processes of a run: they start together, agree, and fail together.
 
 jax.distributed connects them. This module adds an error with a remedy if a process never starts,
 and ends all processes with the error of the one that fails.
@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# What jax.distributed.initialize finds out and makes is not public; orbax uses the same client.
+# jax.distributed has no public access to its client and its detection of clusters. orbax uses the
+# same client.
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
@@ -40,7 +41,7 @@ MAX_CHARACTERS = 20_000  # of a failure's text
 
 
 def initialize(options: Distributed) -> None:
-    """Connects to the other processes, if the config or the cluster names any.
+    """Joins the other processes, if the config or the cluster names any.
 
     Must run before the first use of a device. Exits with code 1 if not all processes start in time,
     or if they cannot be connected.
@@ -62,6 +63,7 @@ def initialize(options: Distributed) -> None:
     try:
         jax.distributed.initialize(
             address, count, index, settings["devices"],
+            # The settings are resolved above; jax must not detect others.
             cluster_detection_method="deactivate",
             initialization_timeout=options.initialization_timeout_s + MARGIN_S,
             heartbeat_timeout_seconds=options.heartbeat_timeout_s,
@@ -188,9 +190,10 @@ def _exit_unconnected(place: str, options: Distributed) -> None:
 
 
 def _prefix_warnings(index: int) -> None:
-    """Prefixes the warnings of all processes but the first with the process number."""
+    """Adds the process number to the warnings of all processes but the first."""
     logging.captureWarnings(True)
     if index and logging.lastResort is not None:
+        # It prints the records of loggers without a handler.
         logging.lastResort.setFormatter(logging.Formatter(f"process {index}: %(message)s"))
 
 
@@ -201,8 +204,8 @@ def _prefix_warnings(index: int) -> None:
 def fail_together(first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Ends all processes with the text and exit code of an exception in the block.
 
-    With one process it does nothing. `first` is called before the other processes are told. It must
-    return; no time limit is set.
+    With one process it does nothing. `first` is called before the failure is published. It must
+    return, because it has no time limit.
     """
     # Without this the others wait in their next collective for a process that has ended.
     try:
@@ -229,6 +232,7 @@ def _publish_failure(failure: dict[str, Any]) -> dict[str, Any]:
     """Publishes a failure to all processes. Returns the first failure of the run."""
     client = distributed.global_state.client
     try:
+        # The store refuses a key that exists, so the first failure of the run stays.
         client.key_value_set(f"{FAILURE}first", json.dumps(failure))
     except RuntimeError:  # another failure is published, or the coordinator has died
         with contextlib.suppress(RuntimeError):
@@ -248,18 +252,19 @@ _ending = threading.Lock()
 def _end_process(failure: dict[str, Any]) -> None:
     """Prints the failure and exits at once."""
     # Any other way to exit waits for the other processes.
+    # Two threads may come here: the one that failed and the one that watches.
     with _ending:
-        own = jax.process_index()
+        index = jax.process_index()
         prefix = f"process {failure['process']}: "
-        if own in (0, failure["process"]):  # the others would print the same
+        if index in (0, failure["process"]):  # once for the run, and where it failed
             lines = failure["text"].splitlines()
             print("\n".join(prefix + line for line in lines), file=sys.stderr)
-        # Its own error may be the consequence of another process that has ended.
-        cause = "" if own == failure["process"] else f", for process {failure['process']} failed"
-        print(f"process {own}: ends{cause}", file=sys.stderr)
+        # The error of this process may be a consequence of the one that failed first.
+        cause = "" if index == failure["process"] else f", for process {failure['process']} failed"
+        print(f"process {index}: ends{cause}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if own == 0:  # the coordinator: the others still have to read the failure
+        if index == 0:  # the coordinator: the others still have to read the failure
             time.sleep(4 * POLL_S)
         os._exit(failure["code"])
 
@@ -291,10 +296,8 @@ def _watch_for_failures() -> None:
 
 
 def broadcast_first(number: int | None) -> int | None:
-    """Returns the first process's number (above -1) or None, for a decision of all processes.
-
-    One process may not yet see files that another one sees.
-    """
+    """Returns the number of the first process (from 0 on, or None) on all processes."""
+    # For decisions that depend on files: one process may not yet see files that another one sees.
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -329,6 +332,7 @@ def all_union(numbers: set[int]) -> set[int]:
     """Returns the numbers (from 0 on) of all processes."""
     if jax.process_count() == 1:
         return numbers
+    # Gathered arrays have the same shape everywhere, so short sets are filled up with -1.
     padded = np.full(all_max(len(numbers)), -1, np.int32)
     if not padded.size:
         return set()

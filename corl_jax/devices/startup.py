@@ -39,7 +39,7 @@ ACCEPTED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
         for way in ("host_to_device", "device_to_device", "device_to_host")  # or JAX_TRANSFER_GUARD
     },
 }
-"""Setting of JAX -> the values with which commands run and results are right, and why."""
+"""Setting of JAX -> the values with which results are right, and the reason."""
 
 
 def prepare_devices(distributed: Distributed | None = None) -> None:
@@ -67,10 +67,10 @@ def start_devices(distributed: Distributed | None = None) -> None:
             processes.initialize(distributed)
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
-        asked = getattr(jax.config, PLATFORMS) or getattr(jax.config, "jax_platform_name", None)
+        platforms = getattr(jax.config, PLATFORMS) or getattr(jax.config, "jax_platform_name", None)
         reason = str(error).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         raise InputError(
-            f"JAX_PLATFORMS: found {asked or 'nothing'}; JAX cannot start its devices "
+            f"JAX_PLATFORMS: found {platforms or 'nothing'}; JAX cannot start its devices "
             f"({reason or 'it does not know them'}); "
             "unset it to take what is there, or install the JAX of these devices, such as "
             "`pip install 'corl-jax[cuda]'`"
@@ -91,21 +91,23 @@ def check_jax_settings() -> None:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, where the user says or in the usual place.
 
-    Small ones too, unless the user says otherwise: a start has a hundred of them. Without a
-    folder that can be written nothing is kept, which a line on stderr says.
+    Without a folder that can be written no program is kept, and a line on stderr says so.
     """
+    # Small programs too, unless the user says otherwise: a start has a hundred of them.
     said = LEAST_SECONDS.upper() in os.environ
     if not said and getattr(jax.config, LEAST_SECONDS) == JAX_DEFAULT_SECONDS:
         jax.config.update(LEAST_SECONDS, 0.0)
     chosen = getattr(jax.config, CACHE_DIR)
+    # Left to JAX: a cache that is switched off, or a URL.
     if chosen == "" or "://" in (chosen or "") or not getattr(jax.config, CACHE_ENABLED):
         return
     try:
-        folder = Path(expand_path(chosen)) if chosen else _usual_cache_folder()
+        folder = Path(expand_path(chosen)) if chosen else _find_cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         if not chosen:  # the user's own may be there to be read only
             tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError, InputError) as error:
+        # Otherwise JAX would warn about each program that it cannot write.
         jax.config.update(CACHE_DIR, None)
         reason = str(error).rstrip(".")
         print(
@@ -117,7 +119,7 @@ def enable_compilation_cache() -> None:
     jax.config.update(CACHE_DIR, str(folder))
 
 
-def _usual_cache_folder() -> Path:
-    """Raises RuntimeError where no home directory is known."""
+def _find_cache_folder() -> Path:
+    """Returns the usual folder of the cache. Raises RuntimeError without a home directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(expand_path(home)) / "corl_jax" / "xla"

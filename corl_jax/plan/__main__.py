@@ -1,4 +1,4 @@
-"""Compiles a run for devices that need not exist: does it fit, and what does it cost?
+"""Compiles a run for devices that need not exist, to see whether it fits and what it costs.
 
 python -m corl_jax.plan --config FILE --topology v5e:4x4 [key=value ...]
 
@@ -28,13 +28,12 @@ from corl_jax.policies import FAMILIES, find_family
 from corl_jax.policies.family import Family, Limits
 from corl_jax.tasks import TASKS
 from corl_jax.train import build, resolve
-from corl_jax.train.check import PROMPT_OPTIONS
+from corl_jax.train.check import PROMPT_OPTIONS, get_completion_length
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Sizes
 from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.folders import refuse_adapter
 
-BUCKET = 32  # prompts are padded to a multiple
 PRESETS: dict[str, tuple[Family, Sizes]] = {
     name: (family, sizes) for family in FAMILIES.values() for name, sizes in family.presets.items()
 }
@@ -107,6 +106,7 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     if (folder / "config.json").is_file():
         family = find_family(folder)
         return family, load_config(folder, family.kind)
+    # deepseek-ai/Janus-Pro-1B and a folder my_janus_pro_1b both name janus-pro-1b.
     plain = path.lower().replace("_", "-")
     named = next((name for name in PRESETS if name in plain), None)
     if named is None:
@@ -136,6 +136,7 @@ def resolve_prompt_lengths(
             problems.append(
                 f"{option}: found {tokens}; expected {shortest} to data.max_prompt_length, {limit}"
             )
+        # bucket = 32: 40 tokens -> 64
         lengths[task] = math.ceil(tokens / bucket) * bucket
     if problems:
         raise InputError(problems)
@@ -177,7 +178,7 @@ def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
-        f"{task} {lengths[task]} + {programs.get_completion_length(outline, task)} tokens"
+        f"{task} {lengths[task]} + {get_completion_length(outline, task)} tokens"
         for task in outline.tasks
     )
     at_once = rollout.batch_prompts or train.prompts_per_step
@@ -204,12 +205,12 @@ def main(argv: list[str] | None = None) -> None:
             f"stage: found {config.stage}; expected one that samples completions: {sampling}"
         )
     family, sizes = find_sizes(config.model.path, args.model)
-    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), BUCKET)
+    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), family.prompt_bucket)
     devices, chip = find_devices(args.topology, args.hbm)
     outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
     print(format_heading(outline, chip, lengths), flush=True)
     compiled, reserve = [], args.reserve * chips.GIB
-    # Outside of the mesh: helper computations run here, not on devices that do not exist.
+    # Outside of the mesh: helper computations run on this machine, not on absent devices.
     resident, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
     planned = select_programs(planned, args.only)
     print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)

@@ -1,4 +1,4 @@
-"""Accelerators with their makers' figures, and descriptions of TPU slices."""
+"""Lists accelerators with their makers' figures, and describes TPU slices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ CHIPS = {
 }
 """The figures of the pages in `source`, as of 2026-11; `hbm` of TPUs as libtpu 0.0.42 reports it.
 
-The pages give links in both directions together, or in bits: half of it, in bytes, goes out.
+The pages give the links of both directions together, or in bits. Here it is one direction in
+bytes.
 """
 
 _KINDS = {
@@ -56,7 +57,7 @@ _NO_MACHINE = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it locks out others, though it holds no chip
 }
-"""What libtpu would otherwise look for on this machine, which it only borrows to compile."""
+"""Environment for libtpu, which would otherwise look for a TPU on this machine."""
 
 
 def find_local_chip() -> tuple[list[Any], Chip]:
@@ -91,11 +92,12 @@ def describe_slice(name: str) -> tuple[list[Any], Chip]:
         )
     from jax.experimental import topologies
 
+    # Before libtpu is loaded, and without a change of variables that the user has set.
     for variable, value in _NO_MACHINE.items():
         os.environ.setdefault(variable, value)
     # A v4 chip's two cores work as one device, as they do by default where there are chips.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if match[1] == "v4" else {}
-    if set(match[2]) <= {"1", "x"}:  # smaller than a host
+    if set(match[2]) <= {"1", "x"}:  # one chip, 1x1, which is smaller than a host
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **options).devices

@@ -1,9 +1,10 @@
 """Counts the work of one device in a compiled program: products, memory traffic, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever the number of its rounds: a scan
-over 24 layers counts as one layer. So the instructions are added up here, each as often as its
-loop runs.
+Each instruction is counted as often as its loop runs.
 """
+
+# XLA's own `cost_analysis` counts the body of a loop once, whatever the number of its rounds: a
+# scan over 24 layers counts as one layer. So the instructions are added up here.
 
 from __future__ import annotations
 
@@ -70,6 +71,7 @@ class _Counter:
     def walk(self, name: str, times: int, fused: bool) -> None:
         scope = self.module.computations[name]
         for op in scope.values():
+            # all-gather-start -> all-gather; its -done moves nothing.
             kind = op.opcode.removesuffix("-start")
             if op.opcode == "while":
                 self._walk_loop(scope, op, times)
@@ -121,7 +123,7 @@ class _Counter:
 
 def _list_results(op: Instruction) -> list[Array]:
     """Returns the arrays that a collective produces."""
-    # A `-start` lists its inputs before its results.
+    # A `-start` lists its inputs before its results: (f32[4], f32[16]) of an all-gather -> f32[16].
     arrays = [array for array in op.arrays if array.dims]
     if op.opcode.endswith("-start") and len(arrays) > 1:
         return arrays[len(arrays) // 2 :]
@@ -130,6 +132,9 @@ def _list_results(op: Instruction) -> list[Array]:
 
 def count_sent_bytes(kind: str, devices: int) -> float:
     """Returns how many bytes each of `devices` in a ring sends per byte of the result."""
+    # 4 devices, result of 1 byte. all-gather: a device passes on 3 of the 4 quarters: 3/4.
+    # all-reduce is a reduce-scatter and an all-gather: 2 * 3/4. The result of a reduce-scatter is
+    # one quarter of the input, of which 3 are sent on.
     if kind == "reduce-scatter":
         return devices - 1.0
     if kind == "collective-permute":
@@ -144,8 +149,10 @@ def parse_group_size(attributes: str, partitions: int) -> int:
         # A part of an axis names its own size: 'x':(4)2.
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    # [2,4]<=[8]: 2 groups of 4 devices
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(iota[2])
+    # {{0,1,2,3},{4,5,6,7}}: 4 devices in the first group
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(match[1].split(","))
     return partitions
@@ -164,11 +171,13 @@ def count_dot_flops(scope: Computation, op: Instruction) -> float:
     """Counts the operations of a `dot`, or of a library's product with the same attributes."""
     left = scope[op.operands[0]].arrays[0].dims
     summed = _parse_numbers("lhs_contracting_dim(?:ension)?s", op.attributes)
+    # [M, K] x [K, N]: 2 M N K, a product and a sum each.
     return 2.0 * math.prod(op.arrays[0].dims) * math.prod(left[dim] for dim in summed)
 
 
 def count_convolution_flops(scope: Computation, op: Instruction) -> float:
     """Counts the operations of a convolution without padding."""
+    # b01f_01io->b01f: batch, two spatial axes, features; kernel with inputs and outputs.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     if labels is None:
         return 0.0
@@ -204,10 +213,11 @@ def _parse_windows(attributes: str, rank: int) -> list[Window]:
 
 
 def _count_valid_places(size: int, out: int, window: Window) -> int:
-    """Counts the pairs of an output place and a kernel place that meet an element of the input."""
+    """Counts the pairs of output place and kernel place that read an element of the input."""
     (width,), (stride,), (dilate,), (spread,) = (
         window[name] for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
     )
+    # places [out, width]: where each element of the kernel lies on the padded input.
     places = np.arange(out)[:, None] * stride - window["pad"][0] + np.arange(width) * spread
     inside = (places >= 0) & (places <= (size - 1) * dilate) & (places % dilate == 0)
     return int(inside.sum())
@@ -221,24 +231,23 @@ def _count_hbm_bytes(array: Array) -> int:
 
 
 def count_traffic(module: Module, scope: Computation, op: Instruction) -> float:
-    """Counts the bytes that an instruction moves between HBM and the chip.
-
-    Instructions inside of it are not counted.
-    """
+    """Counts the bytes that an instruction moves between HBM and the chip, without inner ones."""
     if op.opcode in _NO_TRAFFIC or op.opcode.endswith("-done"):
         return 0.0
     if any(f'"{name}"' in op.attributes for name in _BOOKKEEPING):
         return 0.0
     inputs = [scope[name].arrays for name in op.operands if name in scope]
     if op.opcode in ("copy-start", "slice-start"):
-        source, target = (arrays[0] for arrays in (inputs[0], op.arrays[::1]))
-        if op.opcode == "slice-start":
-            target = op.arrays[1]
+        # A copy lists (target, source, context), a slice (inputs, target, ..).
+        source = inputs[0][0]
+        target = op.arrays[1 if op.opcode == "slice-start" else 0]
         return (0 if source.on_chip else target.nbytes) + _count_hbm_bytes(target)
     if op.opcode in ("dynamic-slice", "slice", "gather"):
+        # Only the slice is read, and it is written.
         moved = sum(array.nbytes for array in op.arrays)
         return moved * (2 - inputs[0][0].on_chip - op.arrays[0].on_chip)
     if op.opcode == "dynamic-update-slice":
+        # Operand 1 is the update; the rest of the buffer stays where it is.
         return _count_hbm_bytes(inputs[1][0]) + (0 if op.arrays[0].on_chip else inputs[1][0].nbytes)
     if op.opcode == "fusion":
         return _count_fusion_traffic(module, scope, op)
@@ -251,6 +260,7 @@ def _count_fusion_traffic(module: Module, scope: Computation, op: Instruction) -
     """Counts the bytes that a fusion moves: inputs that it reads, outputs that it writes."""
     inner = module.computations[op.get_attribute("calls") or ""]
     root = module.get_root(op.get_attribute("calls") or "")
+    # output_to_operand_aliasing={{1}: (2, {})} -> output 1
     kept = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+", op.attributes)}
     parameters = {int(x.inside): x.name for x in inner.values() if x.opcode == "parameter"}
     users: dict[str, list[Instruction]] = {}
@@ -264,9 +274,11 @@ def _count_fusion_traffic(module: Module, scope: Computation, op: Instruction) -
                 total += _count_read_bytes(parameters[place], users, array.nbytes)
     outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for place, (array, made) in enumerate(zip(op.arrays, outputs, strict=False)):
+        # The instruction that computed the output, behind changes of its shape.
         while made.opcode in ("bitcast", "copy") and made.operands[0] in inner:
             made = inner[made.operands[0]]
         if made.opcode == "dynamic-update-slice":
+            # In place: only the update is written.
             array = inner[made.operands[1]].arrays[0]
         elif place in kept:
             continue  # the same buffer as an input: written in place, or returned unchanged

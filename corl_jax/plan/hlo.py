@@ -12,9 +12,12 @@ WIDTHS = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "c64": 8, "c128": 16}
 """Bytes of the types whose names do not end in their number of bits."""
 TOKENS = ("token", "opaque")
 
+# bf16[16,64]{1,0:T(8,128)(2,1)S(1)}: type, sizes, layout
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+# ENTRY %main.5 (p: f32[4]) -> f32[4] {
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# ROOT %add.3 = f32[4]{0} add(%p, %q), metadata={..}
 _ASSIGNMENT = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*)")
 
 
@@ -93,6 +96,7 @@ def parse_program(text: str) -> Module:
 
 
 def _parse_instruction(name: str, rest: str, root: bool) -> Instruction:
+    # The result is one array, f32[4], or a tuple in parentheses, (f32[4], s32[]).
     end = _find_closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
@@ -115,12 +119,14 @@ def _find_closing(text: str, start: int) -> int:
 
 def count_trips(module: Module, parent: Computation, loop: Instruction) -> int | None:
     """Returns how often a `while` runs its body; None if its end depends on computed values."""
+    # XLA states the number for most loops; otherwise it is read from the condition.
     known = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
     test = module.get_root(loop.get_attribute("condition") or "")
     scope = module.computations[loop.get_attribute("condition") or ""]
     sides = [_find_source(scope, name) for name in test.operands]
+    # The comparison may be fused: its operands are then parameters of the fusion.
     if test.opcode == "fusion":
         called = module.get_root(test.get_attribute("calls") or "")
         inner = module.computations[test.get_attribute("calls") or ""]
@@ -132,6 +138,8 @@ def count_trips(module: Module, parent: Computation, loop: Instruction) -> int |
         test = called
     if test.opcode != "compare" or "direction=LT" not in test.attributes or len(sides) != 2:
         return None
+    # counter < bound: the left side is a slot of the loop's tuple, the right one a constant or a
+    # slot that is constant before the loop.
     (counter, slot), (kind, bound) = sides
     if kind == "slot":
         kind, bound = _find_initial(parent, loop, bound)
@@ -139,6 +147,7 @@ def count_trips(module: Module, parent: Computation, loop: Instruction) -> int |
         return None
     origin, first = _find_initial(parent, loop, slot)
     step = _find_increment(module, loop, slot)
+    # From 0 to below 10 in steps of 4: 0, 4, 8 -> 3 rounds.
     return math.ceil((bound - (first if origin == "constant" else 0)) / step)
 
 

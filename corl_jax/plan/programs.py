@@ -1,4 +1,4 @@
-"""The programs of a GRPO iteration: the run's own functions, with shapes as inputs.
+"""Lists the programs of a GRPO iteration: the functions of a run, with shapes as inputs.
 
 Parameters, optimizer state and batches are ShapeDtypeStructs with the shardings of a run; no array
 is made.
@@ -21,6 +21,7 @@ from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
 from corl_jax.tasks import TASKS, image_tasks
 from corl_jax.train import build
+from corl_jax.train.check import get_completion_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
@@ -126,13 +127,6 @@ def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> Enc
     )
 
 
-def get_completion_length(outline: RunOutline, task: str) -> int:
-    """Returns the number of tokens of a task's longest completion."""
-    if TASKS[task].makes_text:
-        return outline.config.rollout.max_new_tokens
-    return outline.limits.image_tokens
-
-
 def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
     """Returns shapes of an update's batch; `extra` names further log-probs that it needs."""
     config = outline.config
@@ -140,7 +134,7 @@ def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, .
     rows = count * config.rollout.group_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
 
-    def of(task: str) -> TaskBatch:
+    def make_task(task: str) -> TaskBatch:
         size = (rows, get_completion_length(outline, task))
         (kind,) = TASKS[task].turn.segments
         logprobs = shape(size, jnp.float32)
@@ -151,7 +145,7 @@ def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, .
             **dict.fromkeys(extra, (logprobs,)),
         )
 
-    return {task: of(task) for task in outline.tasks}
+    return {task: make_task(task) for task in outline.tasks}
 
 
 def make_programs(
@@ -175,6 +169,7 @@ def make_programs(
             (params,),
             (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
             calls=config.train.prompts_per_step // count,
+            # The prefill gives the first token, so the loop makes one fewer.
             rounds=split_steps(get_completion_length(outline, task) - 1)[0],
         )
         for task, sampler in build.make_samplers(outline).items()
@@ -189,7 +184,8 @@ def make_programs(
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
     extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
     if extra:
-        # The reference is in the compute dtype; only the casts of the program differ.
+        # Old and reference log-probs are counted as calls of one program. The reference is in the
+        # compute dtype, so only its casts differ.
         scored = (resident.state.params, resident.frozen)
         programs.append(
             Program(

@@ -1,4 +1,4 @@
-"""Memory and time of compiled programs on a chip, and the tables that show them."""
+"""Computes memory and time of compiled programs on a chip, and formats the tables."""
 
 from __future__ import annotations
 
@@ -54,13 +54,16 @@ def compile_program(program: Program, arrays: ResidentArrays) -> CompiledProgram
         needed = _parse_needed_bytes(str(error))
         if needed is None:
             raise
+        # The compiler has counted the arguments; the other resident arrays come on top.
         rest = resident - count_shard_bytes(program.resident)
         return CompiledProgram(
             program, count_shard_bytes(program.inputs), needed, 0, 0, needed + rest, None
         )
     memory = done.memory_analysis()
+    # Donated arguments are outputs as well; they take no further memory.
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code, temporaries = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
+    # All resident arrays, because those that this program does not read stay in memory too.
     peak = resident + count_shard_bytes(program.inputs) + temporaries + output + code
     arguments = memory.argument_size_in_bytes
     cost = count_cost(done.as_text(), program.rounds)
@@ -70,10 +73,11 @@ def compile_program(program: Program, arrays: ResidentArrays) -> CompiledProgram
 def _parse_needed_bytes(message: str) -> int | None:
     """Returns the bytes that a TPU program needs, from the compiler's message that refuses it."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
+    # "Used 20.1G of 15.7G hbm" or "(20.1G) exceeds"
+    match = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
+    if "RESOURCE_EXHAUSTED" not in message or not match:
         return None
-    return round(float(found[1]) * units[found[2]])
+    return round(float(match[1]) * units[match[2]])
 
 
 def fits(programs: list[CompiledProgram], chip: Chip, reserve: float) -> bool | None:
@@ -195,6 +199,7 @@ def format_iteration(programs: list[CompiledProgram], chip: Chip) -> str:
     if len(times) < len(programs) or not (chip.peak and chip.bandwidth and chip.links):
         return f"time: no estimate, {'a program does not fit' if chip.peak else 'no figures'}"
     calls = [result.program.calls for result in programs]
+    # Overlapped, the slowest of products, memory and links decides; otherwise they add up.
     least = sum(max(seconds) * n for seconds, n in zip(times, calls, strict=True))
     most = sum(sum(seconds) * n for seconds, n in zip(times, calls, strict=True))
     names = ", ".join(result.program.name for result in programs)

@@ -159,6 +159,7 @@ class Family:
     open_processor: Callable[[Path], Any]  # folder -> Processor
     # Special tokens for compiling without a tokenizer. Ids are constants of a program, no shapes.
     stand_in_tokens: Any
+    prompt_bucket: int  # the processor pads prompts to a multiple of this many tokens
     # parameters
     trainable: tuple[str, ...]  # regexes of the parameters that are trained by default
     float32_parts: tuple[str, ...]  # first names of paths that compute in float32 in any dtype

@@ -11,13 +11,10 @@ WAITING_BYTES = 2**26
 
 
 class AppendLog:
-    """Appends records to a file; those that cannot be written wait for the next try.
+    """Appends records to a file. Records that cannot be written wait for the next try.
 
     Readers find whole records, and at most one partial record at the end.
     """
-
-    # Nothing is buffered beside the waiting records: a kill loses no record that was written. A
-    # partial record is cut off before the next try.
 
     def __init__(self, path: Path):
         """Does not open the file yet. Existing content is kept."""
@@ -34,7 +31,7 @@ class AppendLog:
         return len(self._waiting)
 
     def add(self, record: bytes) -> None:
-        """Writes a record after those that wait; drops it if too many bytes wait.
+        """Writes a record after the waiting ones; drops it if too many bytes wait.
 
         Raises:
             OSError: it could not be written now.
@@ -55,6 +52,8 @@ class AppendLog:
         try:
             file = self._file or self._open()
             while self._waiting:
+                # On a full disk `write` may take only a part of a record and raise at the next
+                # call.
                 rest = memoryview(self._waiting[0])
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -62,6 +61,7 @@ class AppendLog:
                 self._waiting_bytes -= len(record)
                 self._end = (self._end or 0) + len(record)
         except OSError:
+            # Opened anew at the next try, which cuts off the partial record.
             self._close_file()
             raise
 
@@ -79,7 +79,9 @@ class AppendLog:
 
     def _open(self) -> io.FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a kill loses no record that was written.
         self._file = file = io.FileIO(self.path, "ab")
+        # A failed write may have left a part of a record behind the last whole one.
         if self._end is not None and file.tell() > self._end:
             file.truncate(self._end)
         self._end = file.tell() if self._end is None else min(self._end, file.tell())

@@ -1,10 +1,9 @@
 """Saves checkpoints in the background, whole or not at all, and restores them bit for bit.
 
-A step is written to a temporary directory, which is renamed when it is complete. A run that dies
-in a save finds the step before. Trees are stored as nested dicts of their paths, and restored
-into the containers and shardings of the tree that asks for them. Restored arrays are compared
-with the fingerprints in the step's record. A damaged step is renamed, and the newest sound one is
-used.
+A step is written to a temporary directory, which is renamed when it is complete. If a run dies
+during a save, the previous step remains. Trees are stored as nested dicts of their paths. They are
+restored into the containers and shardings of a given tree. Restored arrays are compared with the
+fingerprints in the step's record. A damaged step is renamed, and the newest sound one is used.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SETTLE_S = 60  # that a running save gets to end after a process has failed
 
 
 class DamagedError(InputError):
-    """A step is not what was saved: incomplete, changed on the disk, or no checkpoint."""
+    """A step differs from the saved one: incomplete, changed on the disk, or no checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Restored:
     tree: Any
     meta: dict[str, Any]
     changes: list[str]  # options with another value than when it was saved
-    warnings: list[str]  # newer steps that were put aside, and why
+    warnings: list[str]  # newer, damaged steps that were renamed, and why
 
 
 class Checkpoints:
@@ -68,6 +67,7 @@ class Checkpoints:
             self.directory = self.directory.absolute()
         self._saving: int | None = None
         self._failed_steps: set[int] = set()
+        # orbax logs through absl; see the filter.
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
         try:
             # orbax makes only the last folder, and a run directory may not be there yet.
@@ -89,13 +89,13 @@ class Checkpoints:
             ) from None
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> bool:
-        """Starts to save arrays and JSON values. Returns False if the step is there already.
+        """Starts to save arrays and JSON values. Returns False if the step is already there.
 
-        First waits for the save before. Returns when the arrays are copied to the host, so the
+        First waits for the previous save. Returns when the arrays are copied to the host, so the
         caller may donate them.
 
         Raises:
-            SaveError: this or the save before could not be written, or there is no room.
+            SaveError: this or the previous save could not be written, or there is no room.
         """
         if step in self.steps():
             return False
@@ -103,11 +103,13 @@ class Checkpoints:
         self._failed_steps.discard(step)
         try:
             self._require_room(tree)
+            # Hashed before orbax copies the arrays, so that the copy is checked too.
             record = fingerprints.make_record(step, tree, to_json(meta))
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(unflatten(dict(leaf_paths(tree)))),
                 meta=ocp.args.JsonSave(record),
             )
+            # `force` skips orbax's rule of which steps to save: the caller has decided.
             return self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise self._end_failed_save(error) from error
@@ -237,6 +239,7 @@ class Checkpoints:
         args = ocp.args.StandardRestore(unflatten(dict(leaf_paths(abstract))))
         folder = self.directory / str(step) / "state"
         arrays = dict(leaf_paths(ocp.StandardCheckpointHandler().restore(folder, args=args)))
+        # Into the containers of `abstract`, such as the named tuples of optax.
         leaves = [arrays[name] for name, _ in leaf_paths(abstract)]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
@@ -255,12 +258,14 @@ class Checkpoints:
             value = read()
         except DamagedError as error:
             damage = error
+        # The machine is at fault, not the checkpoint: another step would fail too.
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and tensorstore raise errors of many types
             damage = DamagedError(
                 f"{self.directory / str(step)}: unreadable checkpoint ({_shorten_error(error)})"
             )
+        # All processes must choose the same step, so a failure of one counts for all.
         if not _is_true_on_all(damage is None) and damage is None:
             damage = DamagedError(f"{self.directory / str(step)}: not readable by every process")
         if damage is not None:
@@ -271,6 +276,7 @@ class Checkpoints:
         number = 0
         while (aside := self.directory / f"{step}.corrupt-{number}").exists():
             number += 1
+        # All processes have chosen the same name before it is taken.
         processes.barrier(f"{aside} is free")
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(aside)

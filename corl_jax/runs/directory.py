@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -31,27 +30,12 @@ import yaml
 
 from corl_jax.atomic_files import replace_file
 from corl_jax.config import files as config_files
+from corl_jax.config import resuming
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
 from corl_jax.runs import same_files
 from corl_jax.runs.locking import lock_directory
-
-MAY_CHANGE = (
-    "output_dir",  # a run may be moved, or named from another working directory
-    r"train\.stop_after",
-    r"(log|export|mesh|distributed)\..*",  # another mesh changes rounding, not the run
-    r"model\.attention",  # so does another kernel
-    # A new directory must have the step that saved.json names.
-    r"checkpoint\.(every|keep|max_failures|directory)",
-    r"eval\.(every|batch_prompts)",  # not eval.rows: training leaves them out
-    r"data\.(cache_rows|max_bad_fraction)",
-    r"rewards\.\d+\.(timeout_s|max_failures)",
-    r"guards\..*",  # they end a run or let it continue as it is
-    r"networks\.offload",
-    r"algorithm\.reference",  # where the weights are, not which
-)
-"""Options that may have another value in a resumed run; regexes of whole keys."""
 
 RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
@@ -61,7 +45,7 @@ RUN_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """The files of a run, by their names."""
+    """The files of a run by name."""
 
     root: Path
 
@@ -135,12 +119,12 @@ class RunDir:
         # removed on purpose.
         if steps and (same or before == directory or steps[-1] >= step):
             return
-        found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+        present = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
         moved = "" if same else f" (checkpoint.directory was {before})"
         raise InputError(
-            f"{path}: step {step} was saved, but {place} has {found}{moved}; bring the checkpoints "
-            "back, name their place in checkpoint.directory, or choose another output_dir to "
-            "start afresh"
+            f"{path}: step {step} was saved, but {place} has {present}{moved}; bring the "
+            "checkpoints back, name their place in checkpoint.directory, or choose another "
+            "output_dir to start afresh"
         )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -204,9 +188,11 @@ def open_run_directory(
         raise InputError(
             f"output_dir: {run.root}: {error.strerror}; name a directory that can be created"
         ) from None
+    # Before the comparison, so that no other process changes the run in between.
     with lock_directory(run.root):
         _require_same_run(run, config, allow_changes)
         try:
+            # A killed process leaves these parts of files; under the lock nobody else writes them.
             for leftover in (*run.root.glob(".*.tmp"), *run.images.glob(".*.tmp")):
                 leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
@@ -215,7 +201,7 @@ def open_run_directory(
             for replaced in run.root.glob(".export.*.old"):
                 shutil.rmtree(replaced) if run.export.exists() else replaced.rename(run.export)
             saved_text = run.config.read_bytes() if run.config.exists() else None
-            # Written even if it stays the same: this shows that the directory can be written.
+            # Written even if it stays the same, as a test that the directory can be written.
             with replace_file(run.config) as file:
                 file.write(saved_text or _encode_config(config))
         except OSError as error:
@@ -230,7 +216,8 @@ def lock_checkpoints(
 ) -> Iterator[str | Path]:
     """Creates and locks the directory of a run's checkpoints; yields its path.
 
-    `directory`: None for the run's own. A bucket is not locked. `primary`: see above.
+    `directory`: None for the run directory's `checkpoints`. A bucket is not locked. `primary`: as
+    in `open_run_directory`.
 
     Raises:
         InputError: it cannot be used, or another process writes to it.
@@ -243,6 +230,7 @@ def lock_checkpoints(
     # Locked too, because another run may have the same option.
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # A second flock of the same file by this process would be refused as well.
         is_locked = path.samefile(run.root)
     except OSError as error:
         raise InputError(
@@ -274,6 +262,7 @@ def _require_same_run(run: RunDir, config: Config, allow_changes: bool) -> None:
         return
     try:
         text = run.config.read_text(encoding="utf-8")
+        # Not `config.files.load`, which refuses options that are unknown by now.
         old = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{run.config}: unreadable: {error}; choose another output_dir") from None
@@ -293,7 +282,7 @@ def list_config_changes(
     allowed: bool = False,
     start: str | None = None,
 ) -> list[str]:
-    """Lists the options that differ from the config in `source`, without those of MAY_CHANGE.
+    """Lists the options that differ from the config in `source`, without those that may change.
 
     `start`: the directory where relative paths of that config start, if it is known.
 
@@ -320,13 +309,13 @@ def list_differences(
     was, now = dict(_iterate_options(old)), dict(_iterate_options(new))
     lines = []
     for key in [*now, *(key for key in was if key not in now)]:
-        if any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE):
+        if resuming.may_change(key):
             continue
         if key not in was:
             lines.append(f"{key}: found {now[key]!r}, the run has no such option")
         elif key not in now:
             lines.append(f"{key}: not given, the run has {was[key]!r}")
-        elif same_files.is_changed(key, was[key], now[key], start):
+        elif same_files.is_changed(was[key], now[key], start, resuming.is_path(key)):
             other = f", from {start}" if was[key] == now[key] else ""
             lines.append(f"{key}: found {now[key]!r}, the run has {was[key]!r}{other}")
     return lines

@@ -14,7 +14,7 @@ MARKS = (RECORD_FILE, "config.json", ADAPTER_CONFIG)
 
 
 def list_place_problems(folder: Path) -> list[str]:
-    """Lists what an export may not replace at `folder`: a file, a link, or other files in it."""
+    """Lists what forbids an export at `folder`: a file, a link, or foreign files inside."""
     if not (folder.exists() or folder.is_symlink()):
         return []
     remedy = "move it away: the export of the trained model comes here"
@@ -45,6 +45,7 @@ def describe_age(folder: Path, steps: int) -> str | None:
     """Returns a line about an export of fewer than `steps` steps; None without such an export."""
     record = read_record(folder)
     step = (record or {}).get("step")
+    # Not isinstance: True is an int in Python, and a damaged record may hold it.
     if record is None or (type(step) is int and step >= steps):
         return None
     return (

@@ -28,14 +28,16 @@ def fingerprint_leaves(tree: Any) -> dict[str, str]:
 
 def fingerprint_tree(tree: Any) -> str:
     """Returns one hash of all fingerprints of a tree."""
-    return _sha256(fingerprint_leaves(tree))
+    return _hash_record(fingerprint_leaves(tree))
 
 
 @jax.jit
 def _hash_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns two sums modulo 2^32 of each element's bits, scrambled together with its position."""
+    """Returns two sums modulo 2^32 of all elements' bits, scrambled with their positions."""
     # Integer sums are the same in any order, so the layout over devices does not matter.
     # Without scrambling, two flipped sign bits would leave the sum as it is: 2^31 + 2^31 = 2^32.
+    # float32 -> uint32, bfloat16 -> uint16. An 8-byte element becomes two words, on a new last
+    # axis.
     words = jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}")
     bits = x.astype(words) if x.dtype == bool else jax.lax.bitcast_convert_type(x, words)
     bits = bits.astype(jnp.uint32)
@@ -45,6 +47,7 @@ def _hash_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * np.uint32(size & 0xFFFFFFFF) + place
 
+    # Two sums with different salts and odd factors: two errors that cancel in one do not in both.
     def sum_words(salt: int, factor: int) -> jax.Array:
         mixed = (bits ^ _scramble(position + np.uint32(salt))) * np.uint32(factor)
         return _scramble(mixed).sum(dtype=jnp.uint32)
@@ -53,7 +56,7 @@ def _hash_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _scramble(x: jax.Array) -> jax.Array:
-    """Permutes 32-bit words, so that each bit of the result depends on all bits of the word.
+    """Scrambles 32-bit words one to one; each bit of the result depends on all bits of a word.
 
     Source: the last step of MurmurHash3 (fmix32).
     """
@@ -63,21 +66,21 @@ def _scramble(x: jax.Array) -> jax.Array:
 
 
 def make_record(step: int, tree: Any, run: dict[str, Any]) -> dict[str, Any]:
-    """Returns the JSON values that lie beside a step's arrays; `run` has those of the caller."""
+    """Returns the JSON record of a step, with a fingerprint per leaf; `run` is from the caller."""
     marks = fingerprint_leaves(tree)
     leaves = {name: [*_describe_leaf(leaf), marks[name]] for name, leaf in leaf_paths(tree)}
     record = {"schema_version": SCHEMA_VERSION, "step": step, "run": run, "leaves": leaves}
-    return record | {"sha256": _sha256(record)}
+    return record | {"sha256": _hash_record(record)}
 
 
 def describe_damage(record: Any, step: int) -> str | None:
-    """Returns why the record read for `step` is not the one that was saved; None if it is."""
+    """Returns how the record of `step` differs from the saved one; None if it does not."""
     if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
         return "its record is not one of a checkpoint"
     if record["schema_version"] == 1 and "sha256" not in record:
-        return None  # of an old version, which the caller refuses
+        return None  # an old version, which the caller refuses with its own message
     rest = {key: value for key, value in record.items() if key != "sha256"}
-    if record.get("sha256") != _sha256(rest):
+    if record.get("sha256") != _hash_record(rest):
         return "its record is not the one that was saved"
     if record["step"] != step:
         return f"it is a checkpoint of step {record['step']} under another name"
@@ -111,6 +114,7 @@ def _describe_leaf(leaf: Any) -> tuple[str, list[int]]:
     return jnp.dtype(leaf.dtype).name, list(leaf.shape)
 
 
-def _sha256(record: dict[str, Any]) -> str:
+def _hash_record(record: dict[str, Any]) -> str:
+    # Sorted, because JSON readers need not keep the order of keys.
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

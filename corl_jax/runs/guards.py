@@ -1,6 +1,6 @@
 """Watches the numbers of a run: skipped updates, failing rewards, and alarms over logged metrics.
 
-Which metrics an alarm looks at is given by the caller. The state is plain JSON and is saved with
+The caller says which metrics an alarm compares. The state is plain JSON and is saved with
 checkpoints, so a resumed run continues all counts.
 """
 
@@ -42,7 +42,7 @@ class Alarm:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What ends a run, beside the alarms."""
+    """Limits that end a run, beside the alarms."""
 
     max_skipped_updates: int = 3  # in a row
     max_failed_fraction: float = 0.5  # of the samples of FAILED_WINDOW steps, for each reward
@@ -56,7 +56,7 @@ class Update:
     """One update of the parameters."""
 
     skipped: bool
-    # The others are read in an error message alone, so they may still be scalars of the device.
+    # Only an error message reads the others, so they may still be scalars of the device.
     loss: Any
     grad_norm: Any
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the loss, by name
@@ -64,7 +64,7 @@ class Update:
 
 @dataclasses.dataclass
 class State:
-    """What guards remember; JSON values, in which NaN may become None."""
+    """The memory of the guards: JSON values, in which NaN may become None."""
 
     in_a_row: int = 0  # skipped updates up to now
     skipped: int = 0  # updates skipped in the whole run
@@ -104,9 +104,11 @@ class Guards:
         return dataclasses.asdict(self._state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from a saved state; `state` may lack fields that an older version had not."""
+        """Restores a saved state."""
+        # A state of an older version may lack fields: they keep their defaults.
         self._state = dataclasses.replace(State(), **state)
-        # An alarm that is on, and that has become fatal since, begins anew.
+        # An alarm that is on begins anew if it has become fatal, because only its beginning ends
+        # a run.
         quiet = self._state.quiet.items()
         self._state.quiet = {k: v for k, v in quiet if k not in self._limits.fatal}
 
@@ -157,6 +159,7 @@ class Guards:
 
     def _check_failures(self, step: int, reward: str, fraction: float) -> None:
         last = self._state.failed.setdefault(reward, [])
+        # In place: `last` is the list in the state.
         last[:] = [*last, fraction][-FAILED_WINDOW:]
         limit, mean = self._limits.max_failed_fraction, statistics.fmean(last)
         if len(last) == FAILED_WINDOW and mean > limit:
@@ -228,6 +231,7 @@ class Guards:
         if alarm.nan_is_absent and math.isnan(value):
             return None
         first = self._state.first
+        # The first WINDOW steps are the measure for later ones, so they raise no alarm.
         if alarm.relative and len(first.get(key, [])) < WINDOW:
             _add_first(first, key, value)
             return None
@@ -241,7 +245,9 @@ class Guards:
         return level / start if start else 1.0
 
     def _switch(self, name: str, over: bool) -> bool:
-        """Returns whether the alarm begins now; it ends after WINDOW logged steps in the limit."""
+        """Returns whether the alarm begins now."""
+        # It ends after WINDOW logged steps within the limit, so that a value near the limit does
+        # not raise it again and again.
         quiet = self._state.quiet
         if over:
             begins = name not in quiet
@@ -258,10 +264,11 @@ class Guards:
     def check_evaluation(
         self, step: int, scores: Mapping[str, tuple[float, float]]
     ) -> tuple[dict[str, float], list[str]]:
-        """Alarms if a held-out score is below its best although training rewards have risen.
+        """Raises an alarm if a held-out score falls although training rewards have risen.
 
         `scores`: name -> (mean, standard error); scores that are not finite are left out. The
-        limit is `held_out` standard errors of the difference. Returns as `check_logged`.
+        limit is `held_out` standard errors of the difference to its best value. Returns as
+        `check_logged`.
         """
         state, limit = self._state, self._limits.held_out
         # The training reward of an evaluation is the mean of the logged steps since the one
@@ -282,6 +289,7 @@ class Guards:
             then = best[2] if best[2] is not None else (statistics.fmean(begin) if begin else None)
             drop = best[0] - mean
             risen = then is not None and reward is not None and reward > then
+            # Both scores are measured: the error of a difference is the root of the summed squares.
             if risen and drop > limit * math.hypot(error, best[1]):
                 fallen.append(
                     f"{name} {mean:.4g} after {best[0]:.4g}, the reward {reward:.4g} after "
@@ -314,9 +322,10 @@ def _add_first(windows: dict[str, list], key: str, value: float) -> None:
 
 
 def _is_beyond(alarm: Alarm, level: float | None) -> bool:
-    """Returns whether a level is beyond the alarm's limit; NaN is, and None is not."""
+    """Returns whether a level is beyond the alarm's limit: NaN is, None is not."""
     if level is None:
         return False
+    # `not` around the comparison: every comparison with NaN is False, so NaN counts as beyond.
     return not (level <= alarm.limit if alarm.above else level >= alarm.limit)
 
 

@@ -26,12 +26,14 @@ def lock_directory(directory: Path, key: str = "output_dir") -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a writable {key}") from None
-    # A forked child that outlives this process would keep the lock, so each child closes the file.
-    # The list is emptied at the end, because a function registered here cannot be removed.
+    # A flock belongs to the open file, which a forked child shares: a child that outlives this
+    # process would keep the lock. So each child closes the file. The list is emptied at the end,
+    # because Python cannot unregister the function.
     locked = [descriptor]
     os.register_at_fork(after_in_child=lambda: locked and os.close(locked.pop()))
     try:
         try:
+            # Without waiting: a second run should say so at once.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
@@ -43,6 +45,7 @@ def lock_directory(directory: Path, key: str = "output_dir") -> Iterator[None]:
                 f"{path}: cannot be locked ({error.strerror}); put {key} on a file system "
                 "with flock"
             ) from None
+        # For the message of the next process that tries; the lock does not depend on the text.
         os.ftruncate(descriptor, 0)
         holder = {
             "pid": os.getpid(),

@@ -34,10 +34,12 @@ REDUCTIONS = {"mean": np.mean, "sum": np.sum, "max": np.max}
 
 def reduce_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Returns the metrics as numbers, reduced over all processes. All processes must call it."""
+    # float() waits for the device.
     values = {name: float(metric) for name, metric in metrics.items()}
     for over, reduction in REDUCTIONS.items():
         names = [name for name, metric in metrics.items() if metric.over == over]
         if names:
+            # One gather for each reduction, not for each metric: every gather is a collective.
             rows = processes.all_gather(np.array([values[name] for name in names], np.float32))
             values |= dict(zip(names, reduction(rows, axis=0).tolist(), strict=True))
     return values
@@ -72,7 +74,7 @@ class StepLog:
         Raises:
             GuardError, RewardError: the run must not continue, nor be saved as it is.
         """
-        # The check waits for the device, so the time is taken after it.
+        # The check waits for the device, so the time is taken after it: it includes the update.
         self.check(step, result)
         seconds = self.clock.take()
         self._unlogged.append(seconds)
@@ -83,6 +85,7 @@ class StepLog:
         values = self.describe(step, result, means)
         alarms, lines = self.guards.check_logged(step, values, step == self.last_step)
         self.log.add_metrics(step, values | alarms)
+        # Shown before alarms are raised: a fatal one ends the run, and these values explain it.
         self.show(step, result)
         self.log.raise_alarms(self.guards, lines)
 
@@ -235,6 +238,7 @@ class JsonLines:
 
         The half line that a killed process leaves is dropped too.
         """
+        # Lines of the same step that came after the save, such as an evaluation, are logged again.
         limit = math.inf if resumed_lines is None else resumed_lines
         self.count = 0
         with replace_file(path) as file:
@@ -256,6 +260,7 @@ class JsonLines:
         try:
             self.records.add(line)  # unbuffered: a kill loses no finished line
         finally:
+            # A record that waits counts: it is written later. A lost one does not.
             self.count += self.records.lost == before
 
 
@@ -275,7 +280,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _tolerate_console_errors() -> contextlib.suppress:
     """Ignores an OSError of the console."""
-    # It may be a file on a full disk, and there is no other place to report to.
+    # The console may be a file on a full disk, and there is no other place to report to.
     return contextlib.suppress(OSError)
 
 
@@ -308,7 +313,7 @@ class Console:
             )  # fmt: skip
 
     def add_metrics(self, step: int, numbers: Mapping[str, float], is_evaluation: bool) -> None:
-        """Shows the headline of a step; a line without headline metrics whole."""
+        """Shows the headline of a step; shows all metrics if the line has none of the headline."""
         shown = {name: numbers[name] for name in self._headline if name in numbers}
         # NaN would look like an overflow where a reward applies to nothing.
         absent = "none" if is_evaluation else "nan"
@@ -349,6 +354,7 @@ class Console:
         """Adds the time of a step: `seconds` if it was measured, else the time between logs."""
         now = time.monotonic()
         last, self._last = self._last, (step, now)
+        # The mean of the steps since the last log, which may be several.
         if seconds is None and last is not None and step > last[0]:
             seconds = (now - last[1]) / (step - last[0])
         self._pace.add_step(seconds, compiling)

@@ -1,4 +1,4 @@
-"""What one run writes to, and what watches over it, in one record."""
+"""Collects the files, the log and the guards of one run in one record."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from corl_jax.runs.watchdog import Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where the results of a run go, and what watches over it."""
+    """The places for the results of a run, and its guards."""
 
     directory: RunDir
     log: RunLog
     guards: Guards
     saver: Saver
     watchdog: Watchdog
-    fingerprint: Callable[[], Mapping[str, str]]  # option -> that of weights not in checkpoints
+    fingerprint: Callable[[], Mapping[str, str]]  # option -> hash of weights not in checkpoints
     began: float  # time.perf_counter() of the start, moved as if nothing had interrupted the run
     primary: bool = True

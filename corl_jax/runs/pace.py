@@ -17,14 +17,14 @@ STEP_SECONDS, COMPILE_SECONDS = "step_time", "phase/compile_seconds"
 
 
 class Pace:
-    """Collects seconds of steps and milestones, without those of steps that compile.
+    """Collects seconds of steps and milestones; steps that compile are left out.
 
     A process compiles in its first step, and in each later one that meets a new shape. The first
     milestone of each name compiles too, so it counts only until the second.
     """
 
     def __init__(self, count_milestones: Callable[[int], Mapping[str, int]] = lambda step: {}):
-        """`count_milestones`: how many of each name are due from a step on, the step included."""
+        """`count_milestones`: returns how many of each name are due from a step on, included."""
         self._count_milestones = count_milestones
         self._first = True
         self._steps: collections.deque[float] = collections.deque(maxlen=WINDOW)
@@ -60,6 +60,7 @@ class Pace:
         if self.seconds_per_step is None:
             return None
         return self.seconds_per_step * max(total - step, 0) + sum(
+            # Without the first one, which compiles, as soon as there is another.
             count * statistics.fmean(seconds[1:] or seconds)
             for name, count in self._count_milestones(step).items()
             if (seconds := self._milestones.get(name))

@@ -45,7 +45,7 @@ def draw_page(
     `heads`: lines of text above each row. The title stands above all rows.
     """
     heads = heads or [()] * len(rows)
-    width, height = _displayed_size(rows[0][0].pixels)
+    width, height = _compute_displayed_size(rows[0][0].pixels)
     page_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
     num_lines = max((len(cell.lines) for row in rows for cell in row), default=0)
     row_heights = [len(head) * LINE + height + num_lines * LINE + 2 * MARGIN for head in heads]
@@ -62,6 +62,7 @@ def draw_page(
         for column, cell in enumerate(row):
             x = MARGIN + column * (width + MARGIN)
             image = Image.fromarray(np.asarray(cell.pixels, np.uint8))
+            # NEAREST keeps the pixels of enlarged images as they are.
             page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
             if cell.frame:
                 box = (x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1)
@@ -129,6 +130,7 @@ def format_answers_table(
 
     Texts are cut to `width` characters, and escaped so that they cannot break the table.
     """
+    # In the order of first appearance; a row may lack the rewards that do not apply to it.
     names = list(dict.fromkeys(name for row in rewards for name in row))
     columns = {"question": [escape_cell(text, width) for text in questions]}
     columns["answer"] = [escape_cell(text, width) for text in answers]
@@ -147,6 +149,7 @@ def format_answers_table(
 def escape_cell(text: str, width: int) -> str:
     """Returns a text as one markdown cell: cut, with pipes, tags and line ends escaped."""
     text = text if len(text) <= width else text[: width - 1] + "…"
+    # The backslash comes first, so that the ones added here are not escaped again.
     for char in "\\`*_[]|":
         text = text.replace(char, "\\" + char)
     # `<think>` would be read as HTML and not shown.
@@ -173,11 +176,12 @@ def _format_number(value: float) -> str:
 
 def image_width(pixels: np.ndarray) -> int:
     """Returns the width of an image [H, W, 3] on a page, in pixels."""
-    return _displayed_size(pixels)[0]
+    return _compute_displayed_size(pixels)[0]
 
 
-def _displayed_size(pixels: np.ndarray) -> tuple[int, int]:
+def _compute_displayed_size(pixels: np.ndarray) -> tuple[int, int]:
     height, width = pixels.shape[:2]
+    # CELL = 128: 48 pixels -> 3 times, 144 pixels; 384 pixels stay.
     scale = max(1, math.ceil(CELL / width))
     return width * scale, height * scale
 
@@ -201,6 +205,7 @@ def shorten(text: str, width: float) -> str:
 def wrap(text: str, width: int, max_lines: int) -> list[str]:
     """Returns the text in at most `max_lines` lines that fit into `width` pixels."""
     text = " ".join(make_drawable(text, load_font()).split())
+    # textwrap counts characters. The width of "n" stands for all; `shorten` cuts what is too long.
     characters = max(1, int(width / max(load_font().getlength("n"), 1)))
     lines = textwrap.wrap(text, characters) or [""]
     if len(lines) > max_lines:

@@ -1,4 +1,4 @@
-"""Decides whether two paths name the same file; relative paths have their own start directory."""
+"""Decides whether two paths name the same file. Each relative path has a start directory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import contextlib
 import glob
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
 
-PATH_OPTIONS = (
-    r"model\.path",
-    r"(data|eval)\.path(\.\d+)?",
-    r"networks\.\w+\.path",
-    r"rewards\.\d+\.(use|options\..+)",
-)
-"""Options that are a path or may be one; regexes of whole keys."""
 _HEADER = "# Relative paths start at "
 
 
@@ -49,15 +41,16 @@ def read_header(text: str) -> str | None:
     return start if isinstance(start, str) else None
 
 
-def is_changed(key: str, was: Any, now: Any, start: str | None) -> bool:
+def is_changed(was: Any, now: Any, start: str | None, is_path: bool) -> bool:
     """Returns whether an option has another value, or names other files by the same path.
 
-    `start`: where relative paths of the old value start; None if that is not known.
+    `start`: where relative paths of the old value start; None if that is not known. `is_path`:
+    whether the option's value may be a path.
     """
-    is_path = any(re.fullmatch(pattern, key) for pattern in PATH_OPTIONS)
     if start is None or not is_path or not (isinstance(was, str) and isinstance(now, str)):
         return was != now
     old, new = resolve_path(was, start), resolve_path(now)
+    # Sizes are compared below only if the same text names two places.
     if was != now or old == new:
         return old != new
     # Run and files may have been moved or copied together: then the old files are gone, or have
@@ -71,6 +64,7 @@ def resolve_path(value: str, start: str | None = None) -> str:
     if "://" in value:
         return value
     path, colon, function = value.rpartition(":")
+    # A colon may be a part of a plain path.
     if not (colon and path.endswith(".py")):
         path, colon, function = value, "", ""
     with contextlib.suppress(InputError):  # a variable that is no longer set is kept
@@ -81,6 +75,7 @@ def resolve_path(value: str, start: str | None = None) -> str:
 
 def _read_sizes(resolved: str) -> dict[str, int]:
     """Returns file name -> bytes for a file, the files of a directory, or those of a glob."""
+    # FILE.py:FUNCTION -> FILE.py
     path = resolved.rpartition(":")[0] if ".py:" in resolved else resolved
     sizes = {}
     for root in map(Path, [path] if os.path.exists(path) else glob.glob(path)):

@@ -39,7 +39,7 @@ class Saver:
         return self._checkpoints.directory
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Starts a save when the one before has ended, with success or not.
+        """Starts a save after the previous one has ended, with success or not.
 
         Raises:
             SaveError: this is the last failure that is allowed.
@@ -51,7 +51,7 @@ class Saver:
             self._count_failure(error)
 
     def poll(self) -> None:
-        """Reports a save that has ended; does not wait for one that has not.
+        """Reports a save that has ended; does not wait for a running one.
 
         Raises:
             SaveError: this is the last failure that is allowed.
@@ -64,7 +64,7 @@ class Saver:
         Raises:
             SaveError: it failed, even if that was reported before.
         """
-        # Without the last checkpoint the work since the one before would be lost.
+        # Without the last checkpoint the work since the previous one would be lost.
         self._max_failures = 1
         self._report(self._checkpoints.wait)
         if self._failures:
@@ -72,6 +72,7 @@ class Saver:
 
     def _report(self, get_saved_step: Callable[[], int | None]) -> None:
         try:
+            # Storage may take any time, so the watchdog does not count it.
             with self._pause():
                 step = get_saved_step()
         except SaveError as error:
@@ -80,6 +81,7 @@ class Saver:
         if step is not None:
             self._failures = 0
             try:
+                # Before the message: whoever reads it may rely on saved.json.
                 self._note_saved(step)
             except OSError as error:
                 self._say(f"warning: step {step} cannot be noted ({error}); it is saved")

@@ -35,7 +35,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python allows only the main thread to handle signals
-        # Of several processes jax.distributed handles SIGTERM and tells the others.
+        # With several processes SIGTERM is left to jax.distributed.
         for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
             # A shell without job control makes its background jobs ignore Ctrl-C.
             if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
@@ -53,7 +53,8 @@ class Interruption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Defers signals of the block: it asks `is_reached` after each iteration, and saves."""
+        """Defers signals in the block, which calls `is_reached` after each iteration and saves."""
+        # Only inside of the loop an iteration would be lost; elsewhere the process stops at once.
         self._is_deferred = True
         try:
             yield
@@ -64,17 +65,19 @@ class Interruption:
         """Returns whether to save and stop after `step`. Each process must ask after each step."""
         if not self._several:
             return self.reason is not None
+        # All processes must agree on the step, or some would wait in its collectives for ever.
         agreed = multihost_utils.reached_preemption_sync_point(step)
         if agreed:
             self.reason = self.reason or "a signal to one of the processes"
         return agreed
 
     def stop_if_asked(self, what: str) -> None:
-        """Stops where all work is saved; several processes continue, because all must do the same.
+        """Stops a single process after a signal; call it where all work is saved.
 
         Raises:
             Preempted: a signal has come.
         """
+        # Several processes continue: they must do the same, and only `is_reached` makes them agree.
         if self.reason is not None and not self._several:
             raise Preempted(f"stopped by {self.reason} {what}")
 
@@ -83,9 +86,11 @@ class Interruption:
         again, self.reason = self.reason is not None, name
         if again and number == signal.SIGINT:
             _write(f"{name} again: stopped at once; finished checkpoints are whole\n")
+            # Not sys.exit, which would wait for threads and for a save.
             os._exit(INTERRUPTED_TWICE)
         if self._several:
             if not again:
+                # jax.distributed handles SIGTERM and tells the other processes.
                 os.kill(os.getpid(), signal.SIGTERM)
         elif not self._is_deferred:
             raise Preempted(

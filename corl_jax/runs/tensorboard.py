@@ -49,10 +49,11 @@ class EventFile:
         log = self._proto.SessionLog(status=self._proto.SessionLog.START)
         purged = 0 if resumed_at is None else resumed_at + 1
         self._head = self._encode_event(file_version="brain.Event:2")
+        # TensorBoard drops earlier events from `purged` on when it reads a START.
         self._head += self._encode_event(step=purged, session_log=log)
 
     def start(self) -> None:
-        """Creates the file, which hides the later steps of earlier processes."""
+        """Starts the file, which hides the later steps of earlier processes."""
         self.records.add(self._head)
 
     def add_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -76,6 +77,7 @@ class EventFile:
     def _encode_event(self, **fields: Any) -> bytes:
         """Returns an event as a TFRecord: its length and its bytes, each with a checksum."""
         event = self._proto.Event(wall_time=time.time(), **fields).SerializeToString()
+        # [8 bytes length][4 bytes checksum][event][4 bytes checksum], little endian
         length = struct.pack("<Q", len(event))
         sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
         return b"".join([length, sums[0], event, sums[1]])
@@ -83,7 +85,7 @@ class EventFile:
 
 @contextlib.contextmanager
 def block_torch_import() -> Iterator[None]:
-    """Keeps the block from importing PyTorch, unless it is imported already."""
+    """Prevents an import of PyTorch in the block, unless it is imported already."""
     # tensorboardX imports it for tensors that are never used here, which takes seconds.
     if "torch" in sys.modules:
         yield

@@ -31,11 +31,10 @@ class Watchdog:
     It runs in its own thread while the `with` block lasts.
     """
 
-    # Time is counted in ticks of the thread, so a process that was suspended for a while has not
-    # hung. A blocked interpreter keeps the thread from ticking. Then faulthandler's own timer
-    # prints the stacks after BLOCKED_FACTOR times the limit, on stderr alone. That timer uses
-    # wall-clock time: a process that was suspended for longer may be ended when it continues.
-    # Without the timer a process with a blocked interpreter would hang for ever.
+    # A blocked interpreter keeps the thread from ticking. Then faulthandler's timer, which needs no
+    # interpreter, prints the stacks after BLOCKED_FACTOR times the limit, on stderr alone. That
+    # timer uses wall-clock time: a process that was suspended for longer may be ended when it
+    # continues. Without the timer a process with a blocked interpreter would hang for ever.
 
     def __init__(self, timeout_s: float | None = None, stacks: Path | None = None):
         """`stacks`: a file for the stacks, in addition to stderr."""
@@ -83,13 +82,16 @@ class Watchdog:
         silence, seen = 0.0, self._beats
         while not self._ended.wait(tick):
             blocked_s = BLOCKED_FACTOR * self._timeout
+            # Started anew at each tick: it fires only if this thread cannot run.
             faulthandler.dump_traceback_later(blocked_s, exit=True, file=_get_stderr())
+            # Ticks are counted, not read from a clock: a suspended process has no ticks.
             silence = silence + tick if self._beats == seen and not self._pauses else 0.0
             seen = self._beats
             if silence >= self._timeout * (1 if self._compiled else FIRST_FACTOR):
                 self._end_process(silence)
 
     def _end_process(self, silence: float) -> None:
+        # If printing hangs too, for example on a full pipe, the timer ends the process.
         faulthandler.dump_traceback_later(PRINTING_S, exit=True, file=_get_stderr())
         print(
             f"error: no iteration, evaluation batch or save has ended for {silence:.0f} s; raise "
@@ -104,6 +106,7 @@ class Watchdog:
             # The file system may be what hangs or is full; stderr has the stacks already.
             with contextlib.suppress(OSError), self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file=file)
+        # sys.exit would only end this thread.
         os._exit(FAILED_EXIT_CODE)
 
 

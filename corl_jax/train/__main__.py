@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_idle_options
+from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes, startup
 from corl_jax.errors import exit_on_input_error
@@ -55,7 +55,7 @@ from corl_jax.train.run import Iteration, Run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the command line; None reads that of the process."""
+    """Parses the command line; None reads the arguments of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m corl_jax.train",
         description=__doc__,
@@ -91,17 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.fail_together():
         planned = resolve_run(config)
-        warn_of_idle_options(config)
+        warn_of_unused_options(config)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(check.describe(planned))
 
 
-def warn_of_idle_options(config: Config) -> None:
+def warn_of_unused_options(config: Config) -> None:
     """Prints a warning for each option without effect; the first process alone."""
     if jax.process_index() == 0:
-        for line in find_idle_options(config):
+        for line in find_unused_options(config):
             print(f"warning: {line}", file=sys.stderr)
 
 
@@ -110,6 +110,7 @@ def run_training(
 ) -> None:
     """Resumes or starts the planned run, to its end or to train.stop_after."""
     config, primary = planned.config, jax.process_index() == 0
+    # The blocks end in reverse order: the last save ends while both directories are still locked.
     with (
         open_run_directory(config, primary, allow_changes) as directory,
         lock_checkpoints(directory, config.checkpoint.directory, primary) as place,
@@ -128,7 +129,7 @@ def run_training(
         fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
         resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
         if primary:
-            directory.keep_config(config)
+            directory.keep_config(config)  # not before: a refused resume changes nothing
         start, meta = 0, {}
         if resumed is not None:
             start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
@@ -138,14 +139,15 @@ def run_training(
             report_start(planned, resumed, outputs)
             stop = min(run.steps, start + (config.train.stop_after or run.steps))
             reports = make_reports(config, run, outputs)
-            milestones = make_milestones(
-                config, run, outputs, reports, interruption, range(start, stop)
-            )
+            left = range(start, stop)
+            milestones = make_milestones(config, run, outputs, reports, interruption, left)
             with interruption.deferred():
+                # A process that a signal has stopped saves without its reports, so they are made
+                # here.
                 if start == 0 or meta["unreported"] or needs_new_reports(resumed, run):
                     run_due(reports, state, start)
                 log = make_step_log(config, run, outputs)
-                state = train(run, state, range(start, stop), milestones, log)
+                state = train(run, state, left, milestones, log)
                 outputs.saver.finish()
             interruption.stop_if_asked(f"after step {stop}; the same command continues from there")
             if stop == run.steps:
@@ -182,6 +184,7 @@ def open_outputs(
         saver = Saver(
             checkpoints, log.say, config.checkpoint.max_failures, note_saved, watchdog.paused
         )
+        # As if the run had never stopped: the seconds of earlier processes lie before this start.
         began = time.perf_counter() - meta.get("seconds", 0.0)
         yield Outputs(directory, log, guards, saver, watchdog, fingerprint, began, primary)
 
@@ -190,6 +193,8 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
     """Returns the log of the run's iterations, with the checks after each."""
 
     def check_step(step: int, iteration: Iteration) -> None:
+        # After a whole iteration everything is compiled, and the watchdog may use its shorter
+        # limit.
         outputs.watchdog.beat(compiled=True)
         check_iteration(outputs.guards, step, iteration, is_last=step == run.steps)
         outputs.saver.poll()
@@ -203,9 +208,9 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
 
 
 def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Outputs) -> None:
-    """Prints what a user should know before the first step."""
+    """Prints warnings and notes for the user before the first step."""
     log, directory = outputs.log, outputs.directory
-    if chosen := check.attention(planned):
+    if chosen := check.describe_attention(planned):
         log.say(chosen)
     if resumed is not None:
         for text in resumed.warnings:
@@ -218,9 +223,9 @@ def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Output
             log.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
     if outputs.primary and (line := export_record.describe_age(directory.export, planned.steps)):
         log.say(line)
-    if shortage := check.disk_shortage(planned):
+    if shortage := check.explain_disk_shortage(planned):
         log.say(f"warning: {shortage}")
-    for line in check.inapplicable(planned):
+    for line in check.describe_inapplicable_rewards(planned):
         log.say(f"warning: {line}")
 
 

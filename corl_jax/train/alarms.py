@@ -1,4 +1,4 @@
-"""Which metrics the guards of a run look at, and with which limits."""
+"""Says which metrics the guards of a run check, and with which limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_APPLICABLE = "not_applicable"
 
 
 def name_for_tasks(name: str) -> tuple[str, ...]:
-    """Returns the names of one metric of each task."""
+    """Returns the name of a metric for each task, such as `t2i/kl` for `kl`."""
     return tuple(f"{task}/{name}" for task in TASKS)
 
 
@@ -84,14 +84,15 @@ def make_guards(options: schema.Guards) -> Guards:
 
 
 def describe_updates(updates: Sequence[Mapping[str, Metric]]) -> list[Update]:
-    """Returns the updates of an iteration as guards read them; waits for the device."""
+    """Returns the updates of an iteration as guards read them."""
     return [
         Update(
+            # Waits for the device; the other scalars stay there, because only an error reads them.
             skipped=bool(metrics["update/skipped"].value),
             loss=metrics["loss"],
             grad_norm=metrics["grad_norm"],
-            # Metrics of the first update alone compare with the sampler; the loss has no part
-            # in them.
+            # Left out: metrics of the first update alone. They compare it with the sampler, and
+            # no part of the loss depends on them.
             parts={n: m.value for n, m in metrics.items() if "/" in n and m.over == "last"},
         )
         for metrics in updates
@@ -99,7 +100,7 @@ def describe_updates(updates: Sequence[Mapping[str, Metric]]) -> list[Update]:
 
 
 def check_iteration(guards: Guards, step: int, iteration: Iteration, is_last: bool) -> None:
-    """Has the guards check an iteration, after which `step` are done.
+    """Checks an iteration, after which `step` steps are done.
 
     Raises:
         GuardError, RewardError: the run must not continue, nor be saved as it is.

@@ -43,6 +43,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
     shardings = state_shardings(optimizer, trained, mesh, plan.family.rules)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
+    # The layout that the step returns: a different one would compile a second program.
     state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
     base = plan.family.base(plan.sizes)
@@ -94,6 +95,7 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
         loaded = load_sharded(
             plan.model_dir, family.kind, base,
             param_shardings(merge(shapes, rest), mesh, rules),
+            # None keeps the type of the file: a frozen parameter needs no float32 copy.
             lambda path: master if path in trained else None,
         )  # fmt: skip
         return partition(loaded, plan.trained)
@@ -110,10 +112,10 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
 
 
 def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
-    """Returns what the KL penalty compares with: the trained part at the start of the run."""
+    """Returns the start values of the trained parameters for the KL penalty; None without it."""
     if not plan.stage.samples or not plan.config.algorithm.kl_coef:
         return None
-    # Adapters have no reference of their own: it is what is frozen.
+    # With adapters the reference is the frozen network, so no copy is needed.
     first = {} if plan.config.lora.rank else trained
     # A copy: the state's own buffers are donated to the first step.
     copied = jax.tree.map(jnp.copy, plan.family.cast(first, DTYPES[plan.config.model.dtype]))
@@ -122,13 +124,13 @@ def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
 
 
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
-    """Loads the networks that rewards ask; `initial` is the policy at the start of the run."""
+    """Loads the networks of the rewards; `initial` is the policy at the start of the run."""
     offload = plan.config.networks.offload
     loaded = {
         network.name: networks.load_frozen_network(network, plan.mesh, offload)
         for network in plan.networks
     }
-    if any("initial" in reward.scorers for listed in plan.rewards.values() for reward in listed):
+    if any("initial" in reward.scorers for of_task in plan.rewards.values() for reward in of_task):
         base, dtype = plan.family.base(plan.sizes), DTYPES[plan.config.model.dtype]
         start = Policy(plan.family, base, {}, plan.processor, dtype)
         loaded["initial"] = networks.load_frozen_policy(
@@ -142,6 +144,7 @@ def make_steps(
 ) -> tuple[Callable, Callable]:
     """Returns the jitted update and the jitted scoring of the stage."""
     options = make_update_options(plan)
+    # The new state must lie as the donated one, so that it can take over its buffers.
     jit = {"out_shardings": (shardings, None)}
     train_step = plan.stage.make_step(plan, options, optimizer, **jit)
     return train_step, make_logprob_step(plan.family, plan.sizes, options)
@@ -155,7 +158,7 @@ def place(params: Params, mesh: Mesh, rules: Rules) -> Params:
 def state_shardings(
     optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """Returns a TrainState of shardings: optimizer moments lie as their parameters do."""
+    """Returns a TrainState of shardings: each optimizer moment has the layout of its parameter."""
     replicated = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(trained, mesh, rules)
     shapes = jax.eval_shape(optimizer.init, trained)
@@ -177,12 +180,13 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
     algorithm = config.algorithm
     logprobs = LogprobOptions(
         special=plan.special,
+        # Supervised targets were not sampled, so they are scored by the plain softmax.
         temperature=config.rollout.temperature if samples else 1.0,
         cfg_scale=config.rollout.cfg_scale,
         image_logprobs=algorithm.image_logprobs,
         unshifted=config.compat.image_logprobs_unshifted and samples,
         remat=config.model.remat,
-        attention=attending.of_update(config, plan.limits.head_dim, plan.mesh),
+        attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
     )
     return UpdateOptions(
@@ -207,7 +211,7 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
         cfg_scale=rollout.cfg_scale,
         image_logprobs=plan.config.algorithm.image_logprobs,
         dtype=DTYPES[plan.config.model.dtype],
-        attention=attending.of_samplers(plan.config, plan.limits.head_dim, plan.mesh),
+        attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),
     )
 
 
@@ -218,6 +222,7 @@ def make_samplers(plan: RunOutline) -> dict[str, Callable]:
     for name, task in TASKS.items():
         program = plan.family.turns.get(task.turn.segments)
         if program is not None:
+            # Not a lambda: made in a loop, it would run the program of the last task.
             samplers[name] = functools.partial(_sample, program.sample, plan.sizes, options)
     return samplers
 
@@ -231,7 +236,7 @@ def _sample(
 def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
     """Returns how the config turns rewards into advantages."""
     algorithm = plan.config.algorithm
-    weights = {task: tuple(r.weight for r in listed) for task, listed in plan.rewards.items()}
+    weights = {task: tuple(r.weight for r in of_task) for task, of_task in plan.rewards.items()}
     return AdvantageOptions(
         reward_weights=tuple(weights.items()),
         task_weights=task_weights(algorithm),

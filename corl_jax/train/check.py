@@ -1,4 +1,4 @@
-"""What `--check` prints: parameters, memory, steps and rewards of a planned run."""
+"""Describes a planned run for `--check`: parameters, memory, disk, steps and rewards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from corl_jax.data.dataset import ROWS_CHECKED_AT_START
+from corl_jax.devices.batches import num_batch_shards
 from corl_jax.devices.mesh import param_spec
 from corl_jax.errors import InputError
 from corl_jax.params import leaf_paths, partition, unflatten
@@ -19,14 +20,14 @@ from corl_jax.policies.family import Family
 from corl_jax.rewards import applicable
 from corl_jax.tasks import TASKS
 from corl_jax.train import attending
-from corl_jax.train.resolve import ResolvedRun
+from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import open_checkpoint
 from corl_jax.weights.sources import find_leaf_dtype, list_layers
 
 GIB = 2**30
-ADAM_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
-"""Float32 copies of the trained parameters that each optimizer keeps (adafactor: rows only)."""
+OPTIMIZER_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
+"""Copies of the trained parameters that each optimizer keeps; adafactor keeps rows and columns."""
 
 
 PROMPT_OPTIONS = {
@@ -45,33 +46,38 @@ WORKING = {
     ),
     "while sampling": ("compute copy", "sampling caches (largest task)"),
 }
-"""Which parts of `memory_estimate` a device holds always, and which in which program."""
+"""Program -> the parts of `estimate_memory` that it needs; a device holds KEPT all the time."""
 
 
 def describe(plan: ResolvedRun) -> str:
-    """The report as text."""
-    sections = [_parameters(plan), _memory(plan), _disk(plan), _steps(plan)]
+    """Returns the report as text."""
+    sections = [
+        _format_parameters(plan),
+        _format_memory(plan),
+        _format_disk(plan),
+        _format_steps(plan),
+    ]
     if any(plan.rewards.values()):
-        sections.append(_rewards(plan))
-    sections += [f"warning: {line}" for line in inapplicable(plan)]
+        sections.append(_format_rewards(plan))
+    sections += [f"warning: {line}" for line in describe_inapplicable_rewards(plan)]
     return "\n\n".join(sections)
 
 
-def inapplicable(plan: ResolvedRun) -> list[str]:
-    """A line for each reward that can score none of the first rows to train on."""
+def describe_inapplicable_rewards(plan: ResolvedRun) -> list[str]:
+    """Returns a line for each reward that can score none of the first training rows."""
     source, rows = plan.train_loader.source, []
     for row in range(min(ROWS_CHECKED_AT_START, len(source))):
         with contextlib.suppress(InputError):  # a row that cannot be read gives way to another
             rows.append(source[row])
-    listed = [reward for of_task in plan.rewards.values() for reward in of_task]
-    return applicable.find_inapplicable_rewards(listed, rows)
+    bound_rewards = [reward for of_task in plan.rewards.values() for reward in of_task]
+    return applicable.find_inapplicable_rewards(bound_rewards, rows)
 
 
 def _count(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _parameters(plan: ResolvedRun) -> str:
+def _format_parameters(plan: ResolvedRun) -> str:
     shapes, lora = plan.family.abstract(plan.sizes), plan.config.lora
     trained, _ = partition(shapes, plan.trained)
     lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
@@ -83,27 +89,26 @@ def _parameters(plan: ResolvedRun) -> str:
             f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
             f"{', '.join(plan.family.lora_of(plan.sizes).targets)}"
         )
-    if chosen := attention(plan):
+    if chosen := describe_attention(plan):
         lines.append(f"  {chosen}")
     return "\n".join(lines)
 
 
-def attention(plan: ResolvedRun) -> str:
-    """Which implementations the devices attend with; empty for the image tokenizer's stage."""
+def describe_attention(plan: ResolvedRun) -> str:
+    """Returns a line about the attention kernels; empty for the image tokenizer's stage."""
     if not plan.stage.uses_language_model:
         return ""
     where = plan.config, plan.limits.head_dim, plan.mesh
-    chosen = f"attention: {attending.of_update(*where)} in updates"
+    chosen = f"attention: {attending.choose_update_kernel(*where)} in updates"
     if plan.stage.samples:
-        chosen += f", {attending.of_samplers(*where)} in samplers"
+        chosen += f", {attending.choose_sampler_kernel(*where)} in samplers"
     return chosen
 
 
-def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
-    """(bytes, parameters that computing copies) of what is frozen, on one device.
-
-    It keeps its checkpoint's type; where that is the compute dtype, nothing is copied.
-    """
+def _count_frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
+    """Returns (bytes of frozen parameters, how many of them computing copies), on one device."""
+    # A frozen parameter keeps the type of its checkpoint. Computing casts it to the compute dtype,
+    # and that makes a copy only where the two types differ.
     by_dtype: dict[Any, dict[str, Any]] = {}
     base = plan.family.base(plan.sizes)
     with open_checkpoint(plan.model_dir, plan.family.kind, base) as checkpoint:
@@ -111,8 +116,9 @@ def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
         for path, leaf in leaf_paths(frozen):
             layers = list_layers(leaves, path, plan.family.kind.is_stacked(path))
             by_dtype.setdefault(find_leaf_dtype(leaves, path, layers), {})[path] = leaf
+    # At most 4 bytes: JAX loads a float64 tensor as float32.
     stored = sum(
-        min(kind.itemsize, 4) * _share(unflatten(part), plan.mesh, plan.family)
+        min(kind.itemsize, 4) * _count_share(unflatten(part), plan.mesh, plan.family)
         for kind, part in by_dtype.items()
     )
     compute = jax.numpy.dtype(plan.config.model.dtype)
@@ -122,10 +128,10 @@ def _frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
         for path, leaf in part.items()
         if kind != jax.numpy.dtype(plan.family.compute_dtype(path, compute))
     }
-    return stored, _share(unflatten(copied), plan.mesh, plan.family) if copied else 0
+    return stored, _count_share(unflatten(copied), plan.mesh, plan.family) if copied else 0
 
 
-def _share(params: Params, mesh: Any, family: Family) -> int:
+def _count_share(params: Params, mesh: Any, family: Family) -> int:
     """Returns the number of parameters that one device holds."""
     total = 0
     for path, leaf in leaf_paths(params):
@@ -135,87 +141,85 @@ def _share(params: Params, mesh: Any, family: Family) -> int:
     return total
 
 
-def memory_estimate(plan: ResolvedRun) -> dict[str, float]:
-    """GiB a device: weights and optimizer exactly, caches and activations from shapes."""
+def estimate_memory(plan: ResolvedRun) -> dict[str, float]:
+    """Estimates GiB per device: weights and optimizer exactly, the rest from shapes."""
     config, mesh = plan.config, plan.mesh
     shapes = plan.family.abstract(plan.sizes)
     trained, frozen = partition(shapes, plan.trained)
-    own, (rest, copied) = _share(trained, mesh, plan.family), _frozen(plan, frozen)
-    prompts = prompt_lengths(plan)
+    num_trained = _count_share(trained, mesh, plan.family)
+    frozen_bytes, copied = _count_frozen(plan, frozen)
+    prompts = measure_prompt_lengths(plan)
     width = jax.numpy.dtype(config.model.dtype).itemsize
     master = 2 if config.compat.bfloat16_master else 4
     estimate = {
-        "parameters, trained": own * master,
-        "parameters, frozen": rest,
-        "optimizer": own * master * ADAM_COPIES[config.optimizer.name],
-        "gradients": own * master,
-        "compute copy": (own + copied) * width,
+        "parameters, trained": num_trained * master,
+        "parameters, frozen": frozen_bytes,
+        "optimizer": num_trained * master * OPTIMIZER_COPIES[config.optimizer.name],
+        "gradients": num_trained * master,
+        "compute copy": (num_trained + copied) * width,
     }
     if plan.stage.samples:
         # With adapters the reference is what is frozen.
         second = config.algorithm.kl_coef and not config.lora.rank
-        estimate["reference"] = own * width if second else 0
-        estimate["reward networks"] = _networks(plan)
-        caches = [_cache(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["reference"] = num_trained * width if second else 0
+        estimate["reward networks"] = _count_network_bytes(plan)
+        # The tasks are sampled one after the other, so only the largest cache counts.
+        caches = [_count_cache(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["sampling caches (largest task)"] = max(caches) * width
     if plan.stage.uses_language_model:
-        activations = [_activations(plan, task, prompt) for task, prompt in prompts.items()]
+        activations = [_count_activations(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["activations (kept by remat)"] = max(activations) * width
-        scores = [_scores(plan, task, prompt) for task, prompt in prompts.items()]
-        estimate["attention scores (xla)"] = max(scores) * 4
+        scores = [_count_scores(plan, task, prompt) for task, prompt in prompts.items()]
+        estimate["attention scores (xla)"] = max(scores) * 4  # float32
     return {name: size / GIB for name, size in estimate.items()}
 
 
-def _networks(plan: ResolvedRun) -> int:
-    """Bytes of the frozen networks that rewards ask; offloaded, the largest at a time.
-
-    A scorer is sharded as the policy is. The others are counted whole on each device, which on a
-    mesh with fsdp or tensor is more than they take.
-    """
+def _count_network_bytes(plan: ResolvedRun) -> int:
+    """Counts the bytes of the frozen networks of the rewards on one device."""
+    # A scorer is sharded as the policy is. The others are counted whole on each device, which on a
+    # mesh with fsdp or tensor is more than they take.
     width = jax.numpy.dtype(plan.config.model.dtype).itemsize
     sizes = [network.nbytes for network in plan.networks if network.policy is None]
     scorers: list[Any] = [network.policy for network in plan.networks if network.policy]
-    if any("initial" in reward.scorers for of in plan.rewards.values() for reward in of):
+    if any("initial" in reward.scorers for of_task in plan.rewards.values() for reward in of_task):
         base = plan.family.base(plan.sizes)
         scorers.append(PolicyFiles(plan.family, base, plan.processor, plan.model_dir))
     sizes += [
-        _share(scorer.family.abstract(scorer.sizes), plan.mesh, scorer.family) * width
+        _count_share(scorer.family.abstract(scorer.sizes), plan.mesh, scorer.family) * width
         for scorer in scorers
     ]
+    # Offloaded networks are on the device one at a time.
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
-def _ways(plan: ResolvedRun) -> int:
-    return plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
-
-
-def _cache(plan: ResolvedRun, task: str, prompt: int) -> int:
-    """Key and value numbers of one device's rows, all layers."""
+def _count_cache(plan: ResolvedRun, task: str, prompt: int) -> int:
+    """Counts the numbers in the key and value caches of one device's rows, all layers."""
     config, limits = plan.config, plan.limits
     rows = (config.rollout.batch_prompts or config.train.prompts_per_step) * (
         config.rollout.group_size
     )
     if not TASKS[task].makes_text and config.rollout.cfg_scale != 1:
-        rows *= 2
-    length = prompt + _completion(plan, task)
+        rows *= 2  # guidance decodes a second row without the prompt
+    length = prompt + get_completion_length(plan, task)
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
-    return rows * length * per_token // (_ways(plan) * plan.mesh.shape["tensor"])
+    return rows * length * per_token // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])
 
 
-def prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
-    """Padded tokens of the first batch's prompts by task; later batches may have longer ones."""
+def measure_prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
+    """Returns each task's padded prompt length in the first batch; later ones may be longer."""
     batch = plan.train_loader.batch(0)
     return {task: batch.encoded[task].input_ids.shape[1] for task in plan.tasks}
 
 
-def _completion(plan: ResolvedRun, task: str) -> int:
+def get_completion_length(plan: RunOutline, task: str) -> int:
+    """Returns the number of tokens of a task's longest completion."""
     if TASKS[task].makes_text:
         return plan.config.rollout.max_new_tokens
     return plan.limits.image_tokens
 
 
-def _update_rows(plan: ResolvedRun, task: str) -> int:
-    """Rows of one micro-batch on all devices; guided log-probs take two a drawing."""
+def _count_update_rows(plan: ResolvedRun, task: str) -> int:
+    """Counts the rows of one micro-batch on all devices; guided log-probs need two per image."""
     config = plan.config
     if not plan.stage.samples:
         return config.train.micro_batch or config.train.prompts_per_step
@@ -224,29 +228,33 @@ def _update_rows(plan: ResolvedRun, task: str) -> int:
     return rows * (1 + guided)
 
 
-def _activations(plan: ResolvedRun, task: str, prompt: int) -> int:
-    """Numbers that the backward pass keeps: each layer's input with remat `full`."""
+def _count_activations(plan: ResolvedRun, task: str, prompt: int) -> int:
+    """Counts the numbers that the backward pass keeps: with remat `full` each layer's input."""
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     kept = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
-    length = prompt + _completion(plan, task)
+    length = prompt + get_completion_length(plan, task)
     numbers = length * limits.layers * (limits.width + kept)
-    return _update_rows(plan, task) * numbers // _ways(plan)
+    return _count_update_rows(plan, task) * numbers // num_batch_shards(plan.mesh)
 
 
-def _scores(plan: ResolvedRun, task: str, prompt: int) -> int:
-    """Attention scores that `xla` writes out: of every layer with remat `none`, else of one."""
-    if attending.of_update(plan.config, plan.limits.head_dim, plan.mesh) != "xla":
+def _count_scores(plan: ResolvedRun, task: str, prompt: int) -> int:
+    """Counts the attention scores that `xla` writes out: of one layer, with remat `none` of all."""
+    if attending.choose_update_kernel(plan.config, plan.limits.head_dim, plan.mesh) != "xla":
         return 0
     limits = plan.limits
     layers = limits.layers if plan.config.model.remat == "none" else 1
-    numbers = layers * limits.heads * (prompt + _completion(plan, task)) ** 2
-    return _update_rows(plan, task) * numbers // (_ways(plan) * plan.mesh.shape["tensor"])
+    numbers = layers * limits.heads * (prompt + get_completion_length(plan, task)) ** 2
+    return (
+        _count_update_rows(plan, task)
+        * numbers
+        // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])
+    )
 
 
-def _memory(plan: ResolvedRun) -> str:
-    """What a device holds all the time, and at least on top of that while a program runs."""
-    estimate, kept = memory_estimate(plan), 0.0
+def _format_memory(plan: ResolvedRun) -> str:
+    """Returns the table of memory: what a device always holds, and what each program adds."""
+    estimate, kept = estimate_memory(plan), 0.0
     lines = [
         f"memory of each of {plan.mesh.size} device(s), GiB",
         "  kept for the whole run, exact",
@@ -262,17 +270,17 @@ def _memory(plan: ResolvedRun) -> str:
             lines.append(f"  {program}, at least")
             lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
             lines.append(f"    {'with what is kept':32}{kept + sum(sizes.values()):>10.2f}")
-    return "\n".join([*lines, *_uncounted(plan)])
+    return "\n".join([*lines, *_explain_uncounted(plan)])
 
 
-def _uncounted(plan: ResolvedRun) -> list[str]:
-    """What the figures leave out, and the command that compiles the programs and counts it all."""
+def _explain_uncounted(plan: ResolvedRun) -> list[str]:
+    """Returns what the figures leave out, and the command that compiles and counts everything."""
     missing = (
         "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
     )
     if not plan.stage.samples:
         return [missing]
-    lengths = prompt_lengths(plan)
+    lengths = measure_prompt_lengths(plan)
     shown = ", ".join(f"{task} {tokens}" for task, tokens in lengths.items())
     options = " ".join(f"{PROMPT_OPTIONS[task]} {tokens}" for task, tokens in lengths.items())
     return [
@@ -284,19 +292,20 @@ def _uncounted(plan: ResolvedRun) -> list[str]:
     ]
 
 
-def disk_estimate(plan: ResolvedRun) -> dict[str, float]:
-    """GiB that the run directory may come to hold."""
+def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
+    """Estimates the GiB that the run directory may come to hold."""
     config, shapes = plan.config, plan.family.abstract(plan.sizes)
     trained, _ = partition(shapes, plan.trained)
     master = 2 if config.compat.bfloat16_master else 4
-    state = _count(trained) * master * (1 + ADAM_COPIES[config.optimizer.name])
+    state = _count(trained) * master * (1 + OPTIMIZER_COPIES[config.optimizer.name])
     estimate = {}
     if config.checkpoint.directory is None:
         name = f"checkpoints, {config.checkpoint.keep} and one being written"
+        # The oldest one is removed only when the new one is whole.
         estimate[name] = (config.checkpoint.keep + 1) * state / GIB
     if config.export.layout != "none":
         exported = trained if config.export.lora == "adapter" else shapes
-        size = _count(exported) * 4 / GIB
+        size = _count(exported) * 4 / GIB  # float32 at most
         replaces = (Path(config.output_dir) / "export").exists()
         estimate["export, beside the one it replaces" if replaces else "export"] = size * (
             1 + replaces
@@ -304,17 +313,18 @@ def disk_estimate(plan: ResolvedRun) -> dict[str, float]:
     return estimate
 
 
-def _free(plan: ResolvedRun) -> float:
-    """GiB free where the run directory is, or will be."""
+def _measure_free_gib(plan: ResolvedRun) -> float:
+    """Returns the GiB free where the run directory is or will be."""
     folder = Path(plan.config.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free / GIB
 
 
-def disk_shortage(plan: ResolvedRun) -> str | None:
-    """A line when a run from its beginning may find the disk full."""
-    needed, free = sum(disk_estimate(plan).values()), _free(plan)
+def explain_disk_shortage(plan: ResolvedRun) -> str | None:
+    """Returns a line if the disk may become full during the run; None if there is room."""
+    needed, free = sum(estimate_disk(plan).values()), _measure_free_gib(plan)
+    # The estimate includes the files that a resumed run has written already.
     for path in Path(plan.config.output_dir).rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # the first process may write and rename
             free += path.stat().st_size * path.is_file() / GIB
@@ -326,30 +336,30 @@ def disk_shortage(plan: ResolvedRun) -> str | None:
     )
 
 
-def _disk(plan: ResolvedRun) -> str:
-    estimate = disk_estimate(plan)
-    lines = [f"disk, at most, with {_free(plan):,.2f} GiB free: GiB"]
+def _format_disk(plan: ResolvedRun) -> str:
+    estimate = estimate_disk(plan)
+    lines = [f"disk, at most, with {_measure_free_gib(plan):,.2f} GiB free: GiB"]
     lines += [f"  {name:40}{size:>10.2f}" for name, size in estimate.items()]
     return "\n".join([*lines, f"  {'sum':40}{sum(estimate.values()):>10.2f}"])
 
 
-def _steps(plan: ResolvedRun) -> str:
+def _format_steps(plan: ResolvedRun) -> str:
     train = plan.config.train
-    held = len(plan.eval_loader.source) if plan.eval_loader else 0
+    num_held_out = len(plan.eval_loader.source) if plan.eval_loader else 0
     return "\n".join([
-        f"data: {len(plan.train_loader.source):,} rows to train on, {held:,} held out",
+        f"data: {len(plan.train_loader.source):,} rows to train on, {num_held_out:,} held out",
         f"steps: {plan.steps:,} of {train.prompts_per_step} prompts in {plan.micro_batches} "
         f"micro-batch(es), {plan.optimizer_steps:,} optimizer steps",
         f"mesh: {dict(plan.mesh.shape)} on {plan.mesh.devices.flat[0].platform}",
     ])  # fmt: skip
 
 
-def _rewards(plan: ResolvedRun) -> str:
+def _format_rewards(plan: ResolvedRun) -> str:
     lines = ["rewards:", f"  {'reward':28}{'task':8}{'weight':>8}  networks"]
-    for task, listed in plan.rewards.items():
-        for reward in listed:
-            asked = ", ".join((*reward.networks, *reward.scorers)) or "none"
-            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {asked}")
+    for task, of_task in plan.rewards.items():
+        for reward in of_task:
+            networks = ", ".join((*reward.networks, *reward.scorers)) or "none"
+            lines.append(f"  {reward.name:28}{task:8}{reward.weight:>8g}  {networks}")
     if plan.networks:
         place = "host memory between uses" if plan.config.networks.offload else "every device"
         scorers = any(network.policy for network in plan.networks)
@@ -357,7 +367,7 @@ def _rewards(plan: ResolvedRun) -> str:
         lines.append(f"reward networks, in {place}{note}:")
         lines.append(f"  {'network':16}{'parameters':>16}{'MiB':>10}  weights")
         lines += [
-            f"  {found.name:16}{found.parameters:>16,}{found.nbytes / 2**20:>10,.0f}  {found.path}"
-            for found in plan.networks
+            f"  {row.name:16}{row.parameters:>16,}{row.nbytes / 2**20:>10,.0f}  {row.path}"
+            for row in plan.networks
         ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Exports the trained model as a directory that PyTorch loads: the whole model, or its adapters.
 
-`corl_jax_export.json` in it has the step of the run and the options of the export. An export of
-another step than the run's last, or of other options, is written again.
+`corl_jax_export.json` in it has the step of the run and the options of the export. If the step or
+the options have changed, the export is written again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def refresh_export(
         record["generation"] = generation.as_json()
     before = read_record(folder)
     is_current = {name: (before or {}).get(name) for name in record} == record
-    # The first process reads the record, and all do the same.
+    # One process may not yet see files that another one sees, so the first one decides for all.
     is_current = bool(processes.broadcast_first(int(is_current)))
     if not has_export:
         return rename_stale(folder, before) if primary and not is_current else []
@@ -78,7 +78,7 @@ def refresh_export(
 
 
 def describe_sampling(config: Config, run: Run) -> Generation:
-    """Returns how the run's model was sampled; values of other tasks stay those of its source.
+    """Returns how the run sampled its model. Other tasks keep the values of the source model.
 
     The stage of the image tokenizer samples nothing. A run of one task samples only that one,
     unless its evaluation samples both.
@@ -121,6 +121,7 @@ def export(
         if not primary:
             return []
         assert lora is not None  # the config was checked
+        # PEFT loads an adapter onto the layout of transformers alone.
         fits = detect_layout(model_dir, kind) == "transformers"
         base, revision = _find_base(config.model.path, model_dir) if fits else (None, None)
         extra_files = {GENERATION_FILE: generation.as_json(), **(extra or {})}  # peft reads neither
@@ -135,6 +136,7 @@ def export(
     dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes
     if options.dtype != "keep":
         dtypes, layer_dtypes = dict.fromkeys(dtypes, parse_dtype(options.dtype)), {}
+    # Before the cast below, because a merge in float32 rounds only once.
     if lora is not None:
         params, rounded = adapters.merge_adapters(params, lora, dtypes, beat, layer_dtypes)
     params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
@@ -152,6 +154,7 @@ def fetch_params(params: Params, keep: bool, beat: Callable[[], None] = lambda: 
     """Gathers parameters on the host, one leaf at a time; without `keep` each leaf is None."""
 
     def gather(leaf: jax.Array) -> np.ndarray | None:
+        # Every process takes part in each gather. All but the primary drop the leaf at once.
         array = batches.all_gather_array(leaf)
         beat()
         return array if keep else None

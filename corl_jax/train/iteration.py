@@ -29,7 +29,7 @@ from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
-from corl_jax.train.rollout_metrics import describe_rollouts, ended
+from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, Rollout
@@ -67,7 +67,7 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     failed = {}
     for task, result in scored.items():
         metrics |= result.metrics
-        for name, share in mean_failures(run, result).items():
+        for name, share in average_failures(run, result).items():
             metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
             failed[f"{name} of {task}"] = share
     samples = {task: scored[task].samples for task in run.tasks}
@@ -98,7 +98,7 @@ def score_rollout(
     return Scored(samples, rewards, metrics, failures)
 
 
-def mean_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
+def average_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
     """Returns the fraction of all processes' samples on which each user's reward failed."""
     return {
         name: jnp.mean(put(run, np.full(len(scored.samples), share, np.float32)))
@@ -113,7 +113,7 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
     pieces = []
     for rows in split_positions(run.mesh, len(prompts), run.rollout_batch):
         keys = sample_keys(run.seed, prompts.index[rows], run.group_size, TASKS[task].stream)
-        # Typed keys are no host arrays: their bits are spread over the mesh.
+        # Keys [N] have a type that numpy lacks. Their bits [N, 2] uint32 are laid out instead.
         bits = np.asarray(jax.random.key_data(keys))
         piece, bits = put(run, (jax.tree.map(lambda x: x[rows], encoded), bits))  # noqa: B023
         segments = run.samplers[task](params, piece, jax.random.wrap_key_data(bits))
@@ -122,7 +122,8 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
 
 
 def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollout) -> Samples:
-    """Returns what rewards see: images or texts, with the row of each completion."""
+    """Returns the images or texts that rewards read, with the data row of each completion."""
+    # G = 2: [p0, p1] -> [p0, p0, p1, p1], the order in which samplers return completions.
     columns = {
         name: [value for value in values for _ in range(run.group_size)]
         for name, values in prompts.columns.items()
@@ -154,13 +155,17 @@ def score_samples(
 
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))
-def _compare(rewards, *, advantages, options):
+def _compute_advantages(rewards, *, advantages, options):
     result, stats = advantages(rewards, options)
-    return result, stats, {task: jax.vmap(_spread)(values) for task, values in rewards.items()}
+    return (
+        result,
+        stats,
+        {task: jax.vmap(_measure_spread)(values) for task, values in rewards.items()},
+    )
 
 
-def _spread(values: jax.Array) -> dict[str, jax.Array]:
-    """Returns mean and unbiased std of one reward [N] where it applies, and how often it not."""
+def _measure_spread(values: jax.Array) -> dict[str, jax.Array]:
+    """Returns mean and unbiased std of a reward [N] where it applies, and how often it does not."""
     return {
         "mean": jnp.nanmean(values),
         "std": jnp.nanstd(values, ddof=1),
@@ -169,16 +174,17 @@ def _spread(values: jax.Array) -> dict[str, jax.Array]:
 
 
 def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
-    """Returns (advantages by task, statistics), over all processes' rows.
-
-    Every process sees the rewards of all, so that all compute the same advantages.
-    """
+    """Returns (advantages by task, statistics), over the rows of all processes."""
+    # Processes that hold the same rows may score them differently, if a reward is not
+    # deterministic. The gather gives all of them the scores of one process.
+    # [rewards, N] -> [N, rewards] and back: gathers and shardings are over the leading axis.
     stacked = {
         task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
     placed = {task: value.T for task, value in put(run, stacked).items()}
-    advantages, stats, spread = _compare(
+    # One program for all rows: baselines and spreads are over the whole batch.
+    advantages, stats, spread = _compute_advantages(
         placed, advantages=run.recipe.advantages, options=run.advantage_options
     )
     for task, values in rewards.items():
@@ -195,12 +201,13 @@ def make_batch(
     batch: Batch = {
         task: TaskBatch(
             prompts=rollout.prompts,
-            segments=tuple(in_loss(run, segment) for segment in rollout.segments),
+            segments=tuple(set_loss_mask(run, segment) for segment in rollout.segments),
             advantages=advantages[task],
         )
         for task, rollout in rollouts.items()
     }
     if run.num_iterations > 1:
+        # With one update the old policy is the current one, and the loss needs no old log-probs.
         old = run.logprob_step(state.params, run.frozen, batch)
         batch = {t: dataclasses.replace(b, old_logprobs=old[t]) for t, b in batch.items()}
     if run.reference is not None:
@@ -210,9 +217,9 @@ def make_batch(
     return batch
 
 
-def in_loss(run: Run, segment: Any) -> Any:
-    """Returns the segment with the mask of its loss: truncated texts may be left out."""
+def set_loss_mask(run: Run, segment: Any) -> Any:
+    """Returns the segment with its loss mask, which may leave out truncated texts."""
     if segment.kind != TEXT or not run.mask_truncated:
         return segment
-    mask = mask_truncated(segment.mask, ended(segment, run.processor.special.eos))
+    mask = mask_truncated(segment.mask, has_ended(segment, run.processor.special.eos))
     return dataclasses.replace(segment, mask=mask)

@@ -20,7 +20,7 @@ from corl_jax.data.dataset import (
 from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.rewards import registry
-from corl_jax.train.stages import Stage, columns_to_read
+from corl_jax.train.stages import Stage, list_columns_to_read
 
 
 def open_sources(
@@ -31,13 +31,13 @@ def open_sources(
     Raises:
         InputError: unreadable files, and the columns that are missing.
     """
-    listed = [reward for of_task in rewards.values() for reward in of_task]
-    names = columns_to_read(stage, config, listed)
+    bound_rewards = [reward for of_task in rewards.values() for reward in of_task]
+    names = list_columns_to_read(stage, config, bound_rewards)
 
     def open_rows(path: Any, more: Sequence[str] = ()) -> Source:
         required = sorted({*names, *more})
         source = ParquetSource(path, columns=config.data.columns, required=required)
-        problems = registry.find_missing_columns(listed, source.names)
+        problems = registry.find_missing_columns(bound_rewards, source.names)
         if problems:
             raise InputError(problems)
         return source
@@ -45,6 +45,7 @@ def open_sources(
     if config.eval.suite == "none":
         return open_rows(config.data.path), None
     measured = SUITES[config.eval.suite].columns
+    # An evaluation may read more columns than training: of its own file, or of the shared one.
     if config.eval.path is not None:
         return open_rows(config.data.path), open_rows(config.eval.path, measured)
     return split_held_out_rows(open_rows(config.data.path, measured), config.eval.rows)
@@ -63,13 +64,13 @@ def make_loaders(
     Raises:
         InputError: rows that cannot be used, or a run too short for its warm-up.
     """
-    data, tasks, (trained, held) = config.data, stage.tasks(config), sources
+    data, tasks, (trained, held_out) = config.data, stage.tasks(config), sources
     common: dict[str, Any] = {
         "seed": config.seed,
         "max_prompt_length": data.max_prompt_length,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
-        "readable": column_checks(config, stage, rewards),
+        "readable": make_column_checks(config, stage, rewards),
         "process_index": shard[0],
         "process_count": shard[1],
     }
@@ -79,25 +80,27 @@ def make_loaders(
     )  # fmt: skip
     train = Loader(trained, processor, options)
     train.check()
+    # Only here: without train.max_steps the length is known when the rows are counted.
     check_warmup(config, count_steps(config, train))
-    if held is None:
+    if held_out is None:
         return train, None
     measured = SUITES[config.eval.suite].tasks or tasks
     batch = config.eval.batch_prompts
     options = LoaderOptions(tasks=measured, batch_size=batch, shuffle=False, **common)
-    return train, Loader(held, processor, options)
+    return train, Loader(held_out, processor, options)
 
 
 def count_steps(config: Config, loader: Loader) -> int:
     """Returns the number of iterations of the run."""
     epochs = config.train.epochs * len(loader.source) / config.train.prompts_per_step
+    # At least one: rows that fill less than half of a batch would round to 0 steps.
     return config.train.max_steps or max(1, round(epochs))
 
 
-def column_checks(
+def make_column_checks(
     config: Config, stage: Stage, rewards: Sequence[registry.BoundReward]
 ) -> dict[str, Callable[[Any], str | None]]:
-    """Returns a check of each column that the stage and our own rewards read.
+    """Returns a check of each column that the stage and the built-in rewards read.
 
     Images have checks of their own, and a user's reward may read any value.
     """

@@ -24,7 +24,7 @@ from corl_jax.train.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Milestone:
-    """Something that happens after some steps."""
+    """An action after some steps of a run."""
 
     name: str
     due: Callable[[int], bool]  # steps done; asked once after each step
@@ -82,8 +82,7 @@ def make_milestones(
             outputs.fingerprint()
 
     def stop(state: TrainState, step: int) -> None:
-        # Reports could outlast the time that a scheduler gives: the process that resumes makes
-        # them.
+        # The reports of this step are left to the process that resumes.
         unreported = any(report.due(step) for report in report_milestones)
         save_state(config, run, outputs, state, step, unreported)
         outputs.saver.finish()
@@ -101,6 +100,7 @@ def make_milestones(
 
     return [
         Milestone("prepare saves", lambda step: step == steps.start + 1, prepare_saves),
+        # Before the reports, which may take longer than a scheduler waits.
         Milestone("stop", interruption.is_reached, stop),
         *report_milestones,
         Milestone("save", is_save_due, save),
@@ -141,6 +141,7 @@ def count_due(every: int, first: int, last: int) -> int:
 
     `every` 0 has no multiples.
     """
+    # every = 4, steps 3 to 10: the multiples 4 and 8, and the last step 10 -> 3.
     multiples = last // every - (first - 1) // every if every else 0
     return multiples + (first <= last and (not every or last % every != 0))
 
@@ -174,15 +175,15 @@ def save_state(
 def finish_run(
     config: Config, run: Run, outputs: Outputs, model_dir: Path, state: TrainState, step: int
 ) -> None:
-    """Brings the export and `summary.json` of a run with all its steps up to `step`.
+    """Writes the export and `summary.json` of a finished run.
 
-    Files that are up to date stay, byte for byte: then a finished run is run again.
+    Files that are up to date stay as they are, byte for byte.
 
     Raises:
         SaveError: the export could not be written.
     """
     beat = outputs.watchdog.beat
-    beat()
+    beat()  # the time limit of the watchdog starts anew for the export
     try:
         notes = refresh_export(
             outputs.directory.export, config, run, state, step,
@@ -209,6 +210,7 @@ def write_summary(outputs: Outputs, state: TrainState, step: int) -> None:
         "last_evaluation": evaluations[-1] if evaluations else None,
     })  # fmt: skip
     before = outputs.directory.read_json("summary.json") or {}
+    # Without `seconds`, which would change each time a finished run is started again.
     if {name: before.get(name) for name in summary} != summary:
         seconds = time.perf_counter() - outputs.began
         outputs.directory.write_json("summary.json", {**summary, "seconds": seconds})

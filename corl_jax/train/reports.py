@@ -1,4 +1,4 @@
-"""What a run shows of its policy: numbers of iterations, images of fixed prompts, evaluations."""
+"""Reports on the policy of a run: numbers of iterations, images of fixed prompts, evaluations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEADLINE = {
     "kl": "nan", **{f"{task}/kl": "nan" for task in TASKS},
     "grad_norm": "nan", "eval/draw/accuracy": "nan", "eval/answer/accuracy": "nan",
 }  # fmt: skip
-"""What the console shows of a step, as far as it is there -> how it shows NaN."""
+"""Metric that the console shows of a step -> how it shows NaN. Missing metrics are left out."""
 
 
 # ---- the log of an iteration
@@ -46,8 +46,11 @@ def describe_iteration(
 ) -> dict[str, float]:
     """Returns all numbers of an iteration, after which `step` are done; `seconds` by metric."""
     values = reduce_metrics(iteration.metrics) | seconds
+    # The schedule counts updates from 0, so the newest one has the number of applied updates less
+    # 1.
     values["learning_rate"] = float(run.schedule(max(values["update/applied"] - 1, 0)))
     values["epoch"] = step / run.train_loader.steps_per_epoch
+    # Each process reads only its rows, so the unusable ones are collected before they are counted.
     run.train_loader.share_unusable(processes.all_union)
     for kind, count in run.train_loader.counts.items():
         values[f"data/{kind}_rows"] = count
@@ -94,13 +97,14 @@ def draw_fixed_prompts(
     """Generates and saves images of the same held-out prompts with the same keys each time."""
     (task,) = image_tasks(run.tasks)
     prompts = choose_fixed_prompts(config, run)
-    own = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
+    own_prompts = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
     params = merge(state.params, run.frozen)
-    rollout = rl_iteration.sample(run, task, params, own)
-    samples = rl_iteration.decode(run, task, params, own, rollout)
+    rollout = rl_iteration.sample(run, task, params, own_prompts)
+    samples = rl_iteration.decode(run, task, params, own_prompts, rollout)
     outputs.watchdog.beat()
     scores, _ = rl_iteration.score_samples(run, task, params, samples, step)
     scores = {name: batches.all_gather_rows(run.mesh, values) for name, values in scores.items()}
+    # Before the return below: all processes must take part in a gather.
     images = batches.all_gather_rows(run.mesh, np.asarray(samples.images))
     if not outputs.primary:
         return
@@ -121,13 +125,13 @@ def choose_fixed_prompts(config: Config, run: Run) -> Prompts:
     """Returns the first held-out prompts, or those of training without any; of all processes."""
     loader = run.eval_loader or run.train_loader
     shards = batches.num_batch_shards(run.mesh)
-    # 10 prompts on 4 shards: 12, so that each shard has the same number.
+    # Rounded up to equal shards: 4 prompts on 3 shards -> 6.
     count = min(-(-FIXED_PROMPTS // shards) * shards, loader.batch_size)
     return loader.at(np.arange(count))
 
 
 def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    """Returns the rows of a batch that are listed."""
+    """Returns some rows of a batch."""
     return Prompts(
         prompts.index[rows],
         {name: [values[i] for i in rows] for name, values in prompts.columns.items()},
@@ -167,7 +171,7 @@ def evaluate(config: Config, run: Run, outputs: Outputs, state: TrainState, step
 def make_evaluation_inputs(
     config: Config, run: Run, params: Params, beat: Callable[[], None] = lambda: None
 ) -> EvaluationInputs:
-    """Returns what an evaluation suite gets; `beat` is called once a batch, for the watchdog."""
+    """Returns the inputs of an evaluation suite; `beat` tells the watchdog of each batch."""
 
     def place(tree: Any) -> Any:
         beat()

@@ -17,7 +17,7 @@ from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
 from corl_jax.data.dataset import Loader
 from corl_jax.devices import batches
-from corl_jax.devices.mesh import layout_problems, make_mesh
+from corl_jax.devices.mesh import find_layout_problems, make_mesh
 from corl_jax.errors import InputError, Problems
 from corl_jax.evaluation import SUITES
 from corl_jax.models.lora import Lora
@@ -114,11 +114,11 @@ def outline_run(
     )
     sizes = problems.attempt(add_adapters, config, family, sizes) or sizes
     if mesh:
-        problems.add(batch_problems(config, mesh))
-        problems.add(mesh_problems(family, sizes, mesh))
-        problems.add(attending.problems(config, family.limits(sizes).head_dim, mesh))
-    problems.add(trainable_problems(config, family, sizes))
-    problems.add(length_problems(config, family.limits(sizes)))
+        problems.add(find_batch_problems(config, mesh))
+        problems.add(find_mesh_problems(family, sizes, mesh))
+        problems.add(attending.find_problems(config, family.limits(sizes).head_dim, mesh))
+    problems.add(find_trainable_problems(config, family, sizes))
+    problems.add(find_length_problems(config, family.limits(sizes)))
     problems.raise_any()
     assert mesh
     tasks = STAGES[config.stage].tasks(config)
@@ -136,28 +136,35 @@ def resolve_run(config: Config) -> ResolvedRun:
     problems.add(unknown)
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = problems.attempt(registry.bind_rewards, config.scored_rewards, config.compat)
-    listed = [reward for of_task in (rewards or {}).values() for reward in of_task]
-    asked: list[networks.CheckedNetwork] | None = []
+    bound_rewards = [reward for of_task in (rewards or {}).values() for reward in of_task]
+    checked_networks: list[networks.CheckedNetwork] | None = []
     if rewards is not None:  # without the rewards nobody can say which networks they ask
-        asked = problems.attempt(_inspect_networks, config, listed)
-        problems.add(_reward_problems(config, stage, rewards))
+        checked_networks = problems.attempt(_inspect_networks, config, bound_rewards)
+        problems.add(_find_reward_problems(config, stage, rewards))
     sources = None
     if not unknown:  # the suite says which columns are read
         sources = problems.attempt(open_sources, config, stage, rewards or {})
     mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shard = problems.attempt(batches.process_shard, mesh) if mesh else None
     if mesh:
-        problems.add(batch_problems(config, mesh))
-        problems.add(_scorer_problems(asked or [], mesh))
+        problems.add(find_batch_problems(config, mesh))
+        problems.add(_find_scorer_problems(checked_networks or [], mesh))
     sizes = loaders = None
     if model:
-        problems.add(find_missing_abilities(config, stage, model.family, listed))
-        problems.add(_answer_problems(config, listed, model))
+        problems.add(find_missing_abilities(config, stage, model.family, bound_rewards))
+        problems.add(_find_answer_problems(config, bound_rewards, model))
+        # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(add_adapters, config, model.family, model.sizes) or model.sizes
-        problems.add(_model_problems(config, model.family, sizes, mesh))
+        problems.add(_find_model_problems(config, model.family, sizes, mesh))
         if sources:
             loaders = problems.attempt(
-                make_loaders, config, stage, model.processor, shard or (0, 1), listed, sources
+                make_loaders,
+                config,
+                stage,
+                model.processor,
+                shard or (0, 1),
+                bound_rewards,
+                sources,
             )
     problems.raise_any()
     assert model and mesh and loaders and rewards is not None
@@ -166,7 +173,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
         mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards,
-        networks=asked or [], train_loader=train_loader, eval_loader=eval_loader,
+        networks=checked_networks or [], train_loader=train_loader, eval_loader=eval_loader,
     )  # fmt: skip
 
 
@@ -190,10 +197,13 @@ def _inspect_model(path: str) -> PolicyFiles:
 
 
 def _inspect_networks(
-    config: Config, listed: list[registry.BoundReward]
+    config: Config, bound_rewards: list[registry.BoundReward]
 ) -> list[networks.CheckedNetwork]:
     return networks.check_networks(
-        listed, config.networks, config.model.dtype, longest_prompt=config.data.max_prompt_length
+        bound_rewards,
+        config.networks,
+        config.model.dtype,
+        longest_prompt=config.data.max_prompt_length,
     )
 
 
@@ -225,7 +235,7 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
 def find_missing_abilities(
     config: Config, stage: Stage, family: Family, rewards: Sequence[registry.BoundReward]
 ) -> list[str]:
-    """Returns what the run asks of the model that its family does not have."""
+    """Returns the abilities that the run needs and the model's family lacks."""
     problems = [
         f"algorithm.tasks: {task} needs segments of {' and '.join(TASKS[task].turn.segments)}, "
         f"which a {family.name} does not make; choose another task or model"
@@ -247,7 +257,7 @@ def find_missing_abilities(
     ]
 
 
-def _reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
+def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
     """Returns tasks without a reward, and rewards without a task."""
     if not stage.samples:
         return []
@@ -261,57 +271,61 @@ def _reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) 
     return problems + [
         f"rewards: {reward.name} is for {task}, which algorithm.tasks {chosen} leaves out; "
         "remove it"
-        for task, listed in rewards.items()
+        for task, of_task in rewards.items()
         if task not in tasks
-        for reward in listed
+        for reward in of_task
     ]
 
 
-def batch_problems(config: Config, mesh: Mesh) -> list[str]:
+def find_batch_problems(config: Config, mesh: Mesh) -> list[str]:
     """Returns the batch sizes that the mesh does not divide."""
-    ways, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
+    shards, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
     sizes = {
         "train.prompts_per_step": batch,
         "train.micro_batch": config.train.micro_batch or batch,
         "rollout.batch_prompts": config.rollout.batch_prompts or batch,
-        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else ways,
+        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else shards,
     }
     return [
-        f"{name}: {size} is not a multiple of the {ways} ways that mesh data x fsdp splits "
-        f"prompts; nearest: {nearest_multiples(ways, size)}"
+        f"{name}: {size} is not a multiple of the {shards} ways that mesh data x fsdp splits "
+        f"prompts; nearest: {nearest_multiples(shards, size)}"
         for name, size in sizes.items()
-        if size % ways
+        if size % shards
     ]
 
 
-def mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
+def find_mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
     """Returns the sizes of a model that the mesh does not divide."""
     heads = family.limits(sizes).sharded_heads
-    return layout_problems(family.abstract(sizes), heads, mesh, family.rules)
+    return find_layout_problems(family.abstract(sizes), heads, mesh, family.rules)
 
 
-def _scorer_problems(asked: Sequence[networks.CheckedNetwork], mesh: Mesh) -> list[str]:
+def _find_scorer_problems(
+    checked_networks: Sequence[networks.CheckedNetwork], mesh: Mesh
+) -> list[str]:
     problems = []
-    for network in asked:
+    for network in checked_networks:
         if network.policy:
             where = f"rewards: option scorer of {', '.join(network.rewards)}: {network.name}"
-            lines = mesh_problems(network.policy.family, network.policy.sizes, mesh)
+            lines = find_mesh_problems(network.policy.family, network.policy.sizes, mesh)
             problems += [f"{where}: {line}" for line in lines]
     return problems
 
 
-def _model_problems(config: Config, family: Family, sizes: Sizes, mesh: Mesh | None) -> list[str]:
-    """Returns what of the model's sizes and parts does not fit the config."""
+def _find_model_problems(
+    config: Config, family: Family, sizes: Sizes, mesh: Mesh | None
+) -> list[str]:
+    """Returns the sizes and parts of the model that do not fit the config."""
     limits = family.limits(sizes)
-    problems = trainable_problems(config, family, sizes)
-    problems += length_problems(config, limits) + _export_problems(config, family, sizes)
+    problems = find_trainable_problems(config, family, sizes)
+    problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
     if mesh is None:
         return problems
-    problems += mesh_problems(family, sizes, mesh)
-    return problems + attending.problems(config, limits.head_dim, mesh)
+    problems += find_mesh_problems(family, sizes, mesh)
+    return problems + attending.find_problems(config, limits.head_dim, mesh)
 
 
-def length_problems(config: Config, limits: Limits) -> list[str]:
+def find_length_problems(config: Config, limits: Limits) -> list[str]:
     """Returns a problem if prompts and completions may pass the model's positions."""
     stage = STAGES[config.stage]
     if not stage.uses_language_model:
@@ -326,13 +340,13 @@ def length_problems(config: Config, limits: Limits) -> list[str]:
     ]
 
 
-def _answer_problems(
-    config: Config, listed: list[registry.BoundReward], model: PolicyFiles
+def _find_answer_problems(
+    config: Config, bound_rewards: list[registry.BoundReward], model: PolicyFiles
 ) -> list[str]:
-    """Returns answers of the policy to rewards that would pass its positions."""
+    """Returns rewards whose prompts to the policy would be longer than its positions."""
     return [
         line
-        for reward in listed
+        for reward in bound_rewards
         if {"policy", "initial"} & set(reward.scorers)
         for line in networks.find_position_problems(
             reward, model.family.limits(model.sizes), model.processor,
@@ -341,8 +355,9 @@ def _answer_problems(
     ]  # fmt: skip
 
 
-def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
-    """Returns what would stop the export, which is written when all the training is done."""
+def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
+    """Returns what would make the export fail."""
+    # Checked before the training, because the export is written after it.
     layout = config.export.layout
     problems = []
     if layout != "none":
@@ -354,7 +369,7 @@ def _export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     return problems
 
 
-def trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
+def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
     if config.lora.rank and family.lora_of(sizes) is None:
         return []  # add_adapters has said why there are none
@@ -362,10 +377,10 @@ def trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str
         trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
     except InputError as error:
         return list(error.problems)
-    return _gradient_problems(config, family.tokenizer_parts, trained)
+    return _find_gradient_problems(config, family.tokenizer_parts, trained)
 
 
-def _gradient_problems(config: Config, tokenizer: Sequence[str], trained: Params) -> list[str]:
+def _find_gradient_problems(config: Config, tokenizer: Sequence[str], trained: Params) -> list[str]:
     """Returns problems with trained parts that the stage gives no gradient."""
     if STAGES[config.stage].uses_language_model:
         without = sorted(trained.keys() & set(tokenizer))

@@ -29,7 +29,8 @@ def resume(
     """Restores the newest sound checkpoint and the position in the data; None without checkpoint.
 
     `state`: a fresh state, of the shapes and shardings to restore. Its arrays are deleted when
-    there is a checkpoint. `fingerprint` returns the fingerprints of what checkpoints leave out.
+    there is a checkpoint. `fingerprint` returns the fingerprints of the weights that checkpoints
+    leave out.
 
     Raises:
         InputError: no checkpoint is sound; or, without `allow_changes`, weights, data or options
@@ -44,7 +45,9 @@ def resume(
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.restore_newest(abstract, config, allow_changes)
     now, start = fingerprint(), resumed.meta.get("working_directory")
+    # A resumed run may name the same reward file from another working directory.
     before = {_resolve_reward_file(n, start): mark for n, mark in resumed.meta["weights"].items()}
+    # Names that the checkpoint lacks count as unchanged: the comparison of options reports them.
     changed = [n for n in now if before.get(_resolve_reward_file(n), now[n]) != now[n]]
     problems = Problems()
     for name in changed:
@@ -70,10 +73,8 @@ def needs_new_reports(resumed: Restored | None, run: Run) -> bool:
 
 
 def fingerprint_untrained(run: Run) -> dict[str, str]:
-    """Returns option -> fingerprint of the weights that checkpoints leave out.
-
-    They are read from files at each start, so checkpoints need not hold them.
-    """
+    """Returns option -> fingerprint of the weights that checkpoints leave out."""
+    # These weights are read from files at each start, so checkpoints need not hold them.
     # Seconds in a run's first process: each shape of an array is a program to compile.
     with run.reference.use() if run.reference else contextlib.nullcontext() as reference:
         frozen = {"frozen": run.frozen, "reference": reference}
@@ -95,7 +96,7 @@ def hash_reward_files(config: Config) -> dict[str, str]:
 
 
 def _is_reward_file(name: str) -> bool:
-    """Returns whether a fingerprint's name is a reward's file; the others are options."""
+    """Returns whether a fingerprint's name is the file of a reward; other names are options."""
     return name.endswith(".py")
 
 

@@ -12,14 +12,16 @@ from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import Rollout, Segment
 
 
-def ended(text: Segment, eos: int) -> jax.Array:
-    """Returns [N] bool: the texts that end with the end token."""
+def has_ended(text: Segment, eos: int) -> jax.Array:
+    """Returns [N] bool: whether each text has its end token."""
     return ((text.values == eos) & text.mask).any(axis=-1)
 
 
 def count_duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
     """Returns the fraction of rows [N, T] that repeat an earlier row of their group."""
     groups = tokens.reshape(-1, group_size, tokens.shape[-1])
+    # same [groups, G, G]: entry (i, j) says whether rows i and j of a group are equal. Entries
+    # below the diagonal compare a row with the earlier ones.
     same = (groups[:, :, None] == groups[:, None, :]).all(axis=-1)
     return jnp.tril(same, k=-1).any(axis=-1).mean()
 
@@ -44,7 +46,8 @@ def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> dic
 
 
 def _describe_codes(task: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
-    """Images always have all their codes and are never truncated."""
+    """Returns the metrics of image codes [N, T]; all images have the same length."""
+    # Sorted, equal codes are neighbours: [7, 3, 7] -> [3, 7, 7], which has 2 distinct codes.
     ordered = jnp.sort(codes, axis=-1)
     distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=-1)
     return {
@@ -60,6 +63,6 @@ def _describe_text(task: str, text: Segment, eos: int) -> dict[str, jax.Array]:
         f"{task}/completions/{name}_length": getattr(lengths, name)()
         for name in ("mean", "min", "max")
     }
-    metrics[f"{task}/completions/clipped_ratio"] = 1 - ended(text, eos).mean()
+    metrics[f"{task}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
     metrics[f"{task}/tokens"] = lengths.sum()
     return metrics

@@ -62,7 +62,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """What an iteration leaves for the log: scalars, and one example of each task."""
+    """The results of an iteration for the log: metrics, and the samples of each task."""
 
     metrics: dict[str, Metric]
     samples: dict[str, Any]  # task -> rewards.registry.Samples

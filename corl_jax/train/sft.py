@@ -28,14 +28,13 @@ CAPTION = "caption"
 """Name of the captions beside those of the tasks, in metrics and weights."""
 
 CFG_DROPOUT = 0.1
-"""Fraction of image prompts that are blanked, so that the model learns guidance's unconditional
-rows."""
+"""Fraction of image prompts that are blanked: guidance needs a model that knows blank prompts."""
 
 
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of rows."""
     with run.phases("data"):
-        batch = put(run, supervised_batch(run, prompts, step))
+        batch = put(run, make_supervised_batch(run, prompts, step))
         for task in image_tasks(tuple(batch.keys() & TASKS.keys())):
             params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values
@@ -47,19 +46,21 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     return state, Iteration(metrics, {}, {}, [metrics])
 
 
-def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
+def make_supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
     """Returns the completions of each kind as host arrays; pixels stand in the place of codes."""
     options, columns = run.sft, prompts.columns
     weights = dict(run.loss_weights)
     batch: Batch = {}
     for task in image_tasks(run.tasks):
         if weights[task]:
-            # Drawn for all processes, of which this one takes its own.
+            # Drawn for the rows of all processes, so that the choice does not depend on the mesh.
+            # prompts.index counts rows of the whole run: row 70 of step 2 with 32 rows is number 6.
             total = run.train_loader.batch_size
             draws = np.random.default_rng([run.seed, step, step * total]).random(total)
             dropped = draws[prompts.index - step * total] < CFG_DROPOUT
             encoded = blank_prompts(run, prompts.encoded[task], dropped)
             pixels = np.stack([fit_pixels(x, run.image_side) for x in columns[IMAGE_COLUMN]])
+            # The codes come later, from the devices; this mask only has the right number of rows.
             segment = Segment(CODES, pixels, np.ones(len(prompts), bool))
             batch[task] = TaskBatch(encoded, (segment,))
     for task in text_tasks(run.tasks):
@@ -77,7 +78,7 @@ def supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
 
 
 def blank_prompts(run: Run, prompts: EncodedPrompts, dropped: np.ndarray) -> EncodedPrompts:
-    """Turns dropped rows into guidance's unconditional rows, so that the model learns them."""
+    """Replaces the prompts of dropped rows by the unconditional prompts of guidance."""
     blank = np.asarray(run.family.blank_prompts(prompts.input_ids, run.processor.special))
     ids = np.where(dropped[:, None], blank, prompts.input_ids)
     return dataclasses.replace(prompts, input_ids=ids)
@@ -87,7 +88,9 @@ def make_targets(run: Run, answers: Sequence[str]) -> Segment:
     """Returns texts as a segment [B, T]: each answer and the end token, padded to a bucket."""
     processor: Any = run.processor
     rows = [[*processor.answer_ids(text), processor.special.eos] for text in answers]
+    # The rows of all processes form one array, so all pad to the longest row of any process.
     length = processor.bucket(all_max(max(map(len, rows))))
+    # Padding has the id of the end token. The mask tells them apart.
     tokens = np.full((len(rows), length), processor.special.eos, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The stages of a training: what a step is, which rows it reads, what it trains.
+"""Defines the stages of a training: what a step is, which rows it reads, what it trains.
 
 A stage is a row of `STAGES`; `config.stage` names one, and nothing else compares that name.
 """
@@ -41,31 +41,32 @@ class Stage:
         return config.algorithm.num_iterations if self.samples else 1
 
 
-def _rl_tasks(config: Config) -> tuple[str, ...]:
+def _choose_rl_tasks(config: Config) -> tuple[str, ...]:
     return choose_tasks(config.algorithm.tasks)
 
 
-def _rl_weights(config: Config) -> dict[str, float]:
+def _weigh_rl_tasks(config: Config) -> dict[str, float]:
     weight = config.algorithm.mm2t_loss_weight
     return {name: weight if task.makes_text else 1.0 for name, task in TASKS.items()}
 
 
-def _sft_weights(config: Config) -> dict[str, float]:
+def _weigh_sft_batches(config: Config) -> dict[str, float]:
     weight = config.sft.t2i_weight
     weights = {name: 1.0 if task.makes_text else weight for name, task in TASKS.items()}
+    # Captions are no task, but a third kind of completion beside them.
     return weights | {sft.CAPTION: 1.0}
 
 
-def _sft_columns(config: Config) -> list[str]:
+def _list_sft_columns(config: Config) -> list[str]:
     captions = config.sft.caption_column
     return [IMAGE_COLUMN, ANSWER_COLUMN, *([captions] if captions else [])]
 
 
-def _token_step(outline: Any, options: UpdateOptions, optimizer: Any, **jit: Any) -> Callable:
+def _make_token_step(outline: Any, options: UpdateOptions, optimizer: Any, **jit: Any) -> Callable:
     return make_train_step(outline.family, outline.sizes, options, optimizer, **jit)
 
 
-def _pixel_step(
+def _make_pixel_step(
     outline: Any, options: UpdateOptions, optimizer: optax.GradientTransformation, **jit: Any
 ) -> Callable:
     return image_tokenizer.make_tokenizer_step(outline.family, outline.sizes, optimizer, **jit)
@@ -74,27 +75,27 @@ def _pixel_step(
 STAGES: dict[str, Stage] = {
     "rl": Stage(
         iterate=iteration.rl_iteration,
-        make_step=_token_step,
-        tasks=_rl_tasks,
+        make_step=_make_token_step,
+        tasks=_choose_rl_tasks,
         target_columns=lambda config: [],
         loss=lambda config: RECIPES[config.algorithm.name].loss,
-        loss_weights=_rl_weights,
+        loss_weights=_weigh_rl_tasks,
         samples=True,
         uses_language_model=True,
     ),
     "sft": Stage(
         iterate=sft.sft_iteration,
-        make_step=_token_step,
+        make_step=_make_token_step,
         tasks=lambda config: UNIFIED,
-        target_columns=_sft_columns,
+        target_columns=_list_sft_columns,
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
-        loss_weights=_sft_weights,
+        loss_weights=_weigh_sft_batches,
         samples=False,
         uses_language_model=True,
     ),
     "vq": Stage(
         iterate=image_tokenizer.tokenizer_iteration,
-        make_step=_pixel_step,
+        make_step=_make_pixel_step,
         tasks=lambda config: (),
         target_columns=lambda config: [IMAGE_COLUMN],
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
@@ -105,7 +106,7 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -> set[str]:
+def list_columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -> set[str]:
     """Returns the columns that the stage's prompts, its targets and the rewards read."""
     columns = {*required_columns(stage.tasks(config)), *stage.target_columns(config)}
     return columns.union(*(reward.row.columns for reward in rewards))

@@ -1,9 +1,8 @@
 """One optimizer step: gradients over micro-batches, clip, update. Mathematics only.
 
 The loss of a batch is the weighted sum of its tasks' losses. Each is a sum over rows (or tokens)
-divided by a count that depends on masks alone. The counts are taken over the whole batch before
-the first micro-batch, so that splitting it changes nothing but memory. Which model, which task
-and which algorithm run is not known here: the family, the segments and the loss are values.
+divided by a count that depends on masks alone. The model, the task and the algorithm are not
+known here: the family, the segments and the loss are values.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TaskBatch:
-    """The completions of one task with what its loss needs; None where it does not."""
+    """The completions of one task with the inputs of its loss; None where the loss needs none."""
 
     prompts: EncodedPrompts  # B rows
     # The masks say which choices are in the loss. The log-probs are the sampler's, or None.
@@ -79,17 +78,17 @@ class UpdateOptions:
     micro_batches: int = 1
 
 
-def segment_names(name: str, task: TaskBatch) -> list[str]:
-    """Returns the prefix of each segment's metrics: the task, and the kind where it has several."""
+def name_segments(name: str, task: TaskBatch) -> list[str]:
+    """Returns the metric prefix of each segment: the task, with the kind if there are several."""
     if len(task.segments) == 1:
         return [name]
     return [f"{name}/{segment.kind}" for segment in task.segments]
 
 
-def segment_inputs(
+def make_loss_inputs(
     task: TaskBatch, outputs: tuple[tuple[jax.Array, jax.Array], ...]
 ) -> list[LossInputs]:
-    """Returns what the loss reads of each segment; `outputs` are its (log-probs, entropy)."""
+    """Returns the loss inputs of each segment; `outputs` are its (log-probs, entropy)."""
     return [
         LossInputs(
             logprobs=logprobs,
@@ -106,9 +105,10 @@ def segment_inputs(
 def split_batch(batch: Batch, pieces: int) -> Batch:
     """Splits leaves [rows, ...] into [pieces, rows / pieces, ...], groups staying together.
 
-    Piece m takes every pieces-th prompt, so that each device contributes to each piece the
-    prompts that it already holds.
+    Piece m takes every pieces-th prompt.
     """
+    # A device holds neighbouring rows. Taking every pieces-th prompt gives each device a part of
+    # each piece, so no row moves to another device.
 
     def split(task: TaskBatch) -> TaskBatch:
         prompts = task.prompts.input_ids.shape[0]
@@ -129,6 +129,7 @@ def gradients(
     batch: Batch,
 ) -> tuple[Params, dict[str, jax.Array]]:  # fmt: skip
     """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
+    # Over the whole batch, before it is split: so a micro-batch changes nothing but memory.
     counts = {
         name: [jnp.maximum(options.loss.count(segment.mask), 1.0) for segment in task.segments]
         for name, task in batch.items()
@@ -136,15 +137,16 @@ def gradients(
     weights = dict(options.weights)
 
     def loss(trained: Params, piece: Batch) -> tuple[jax.Array, tuple[Sums, dict]]:
+        # Cast inside of the differentiated function: gradients then have the type of the masters.
         params = family.cast(merge(trained, frozen), options.dtype)
         total, sums, largest = jnp.float32(0), {}, {}
         for name, task in piece.items():
             outputs = family.turns[task.kinds].logprobs(
                 sizes, params, task.prompts, task.segments, options.logprobs
             )
-            inputs = segment_inputs(task, outputs)
+            inputs = make_loss_inputs(task, outputs)
             for prefix, segment, of_segment, count in zip(
-                segment_names(name, task), task.segments, inputs, counts[name], strict=True
+                name_segments(name, task), task.segments, inputs, counts[name], strict=True
             ):
                 value, metrics, difference = segment_loss(of_segment, segment, options)
                 total += weights[name] * value / count
@@ -156,6 +158,7 @@ def gradients(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def accumulate(piece: Batch):
+        # A piece comes out of a reshape and a swap; this keeps its rows spread over the mesh.
         piece = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), piece)
         (value, (sums, largest)), grads = gradient(trained, piece)
         return value, sums, largest, grads
@@ -199,6 +202,8 @@ def _scan_sum(accumulate: Callable, pieces: Batch):
             jax.tree.map(jnp.add, old[3], grads),
         ), None
 
+    # The scan starts from zeros, whose shapes are those of one piece; the differences are never
+    # negative, so 0 is below each maximum.
     shapes = jax.eval_shape(accumulate, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return lax.scan(add, zeros, pieces)[0]
@@ -210,15 +215,18 @@ def apply_gradients(
     """Returns (next state, metrics); `grad_norm` is the global norm before clipping.
 
     Unless both loss and norm are finite, the update is skipped: parameters, optimizer and `step`
-    keep their bits, and so the learning rate its place in the schedule. A norm is finite only
-    if the squares of all gradients are, so what the optimizers here make of them is too.
-    `update/skipped` is 1 for a skipped update, `update/applied` the state's step.
+    keep their bits. `update/skipped` is 1 for a skipped update, `update/applied` is the state's
+    step.
     """
+    # The norm is finite only if the squares of all gradients are. Then the results of the
+    # optimizers here are finite too.
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     moved = TrainState(state.step + 1, params, opt_state)
+    # The optimizer state has the step of the schedule: a skipped update leaves the learning rate in
+    # its place.
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     skipped = 1.0 - finite.astype(jnp.float32)
     metrics = {"grad_norm": norm, "update/skipped": skipped, "update/applied": state.step}
@@ -240,7 +248,7 @@ def make_train_step(
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
         # Only the first update starts from the policy that sampled, so only its difference
         # between sampler and trainer means anything.
-        prefixes = [prefix for name, task in batch.items() for prefix in segment_names(name, task)]
+        prefixes = [prefix for name, task in batch.items() for prefix in name_segments(name, task)]
         names = [f"{prefix}/{name}" for prefix in prefixes for name in DIFFERENCES]
         first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
         return state, to_metrics(metrics | update) | first
@@ -251,8 +259,7 @@ def make_train_step(
 def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> Callable:
     """Returns the jitted (trained, frozen, batch) -> {task: log-probs [N, T] of each segment}.
 
-    For old log-probs before the first of several updates, and for the reference: with adapters
-    that is the network without them, which has nothing trained.
+    It computes old log-probs before the first of several updates, and reference log-probs.
     """
 
     @jax.jit
@@ -260,6 +267,7 @@ def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> C
         trained: Params, frozen: Params, batch: Batch
     ) -> dict[str, tuple[jax.Array, ...]]:
         params = family.cast(merge(trained, frozen), options.dtype)
+        # With adapters the reference has no trained parameters: it is the network without them.
         scored_sizes = sizes if trained else family.base(sizes)
 
         def compute(piece: Batch) -> dict[str, tuple[jax.Array, ...]]:
@@ -288,6 +296,7 @@ def _undo_split(
     """Undoes `split_batch` for arrays [pieces, rows / pieces, T]."""
 
     def join(x: jax.Array, prompts: int) -> jax.Array:
+        # Two pieces, G = 1: [[l0, l2], [l1, l3]] -> [l0, l1, l2, l3].
         x = x.reshape(pieces, prompts // pieces, -1, x.shape[-1]).swapaxes(0, 1)
         return x.reshape(-1, x.shape[-1])
 

@@ -203,6 +203,7 @@ FAMILY = Family(
     presets={"bag": BagSizes()},
     open_processor=open_processor,
     stand_in_tokens=BagTokens(),
+    prompt_bucket=16,
     trainable=("images", "texts"),
     float32_parts=(),
     tokenizer_parts=(),

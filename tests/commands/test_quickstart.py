@@ -49,13 +49,13 @@ def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
     assert config.train.max_steps * config.train.prompts_per_step == 1920
     assert config.eval.rows >= 400
     work = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=3",))
-    commands = [" ".join(command) for _, command, _ in work.steps()]
+    commands = [" ".join(command) for _, command, _ in work.list_steps()]
     assert "--rows 96 --seed 21 --split train" in commands[1]
     assert "--rows 512 --seed 22 --split test" in commands[2]
     assert "train.max_steps=3" in commands[3]
     endless = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=null",))
     with pytest.raises(InputError, match="max_steps: found null"):
-        endless.steps()
+        endless.list_steps()
 
 
 def test_a_step_that_fails_ends_with_its_exit_code(capfd):

@@ -461,7 +461,7 @@ def test_options_that_contradict_each_other(write, overrides, part):
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named_with_its_reader(write, overrides, found, reader):
-    lines = checks.find_idle_options(config_files.load(write(MINIMAL), overrides))
+    lines = checks.find_unused_options(config_files.load(write(MINIMAL), overrides))
     assert lines == [f"{found} has no effect; only {reader} reads it"]
 
 
@@ -517,7 +517,7 @@ def test_options_that_only_look_ignored(write):
         ["optimizer.name=lion", "optimizer.b2=0.5"],
         ["guards.kl=null"],  # switched off
     ):
-        assert not checks.find_idle_options(config_files.load(path, overrides)), overrides
+        assert not checks.find_unused_options(config_files.load(path, overrides)), overrides
 
 
 def test_switches_of_rewards_are_the_registrys():

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_idle_options
+from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, Reward, Section
 from corl_jax.data.columns import COLUMNS
 from corl_jax.errors import InputError
@@ -111,7 +111,7 @@ def test_trainable_patterns_match_parameters(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_has_no_option_without_effect(name):
-    assert not find_idle_options(load(name))
+    assert not find_unused_options(load(name))
 
 
 def test_there_are_few_options():

@@ -27,7 +27,7 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
-from corl_jax.train.resolve import mesh_problems
+from corl_jax.train.resolve import find_mesh_problems
 from corl_jax.weights.layouts import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"
@@ -132,7 +132,7 @@ def test_a_reward_network_does_not_limit_the_mesh():
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_the_policy_is_divided_evenly(name, axes):
-    assert mesh_problems(FAMILY, PRESETS[name], mesh_of(axes)) == []
+    assert find_mesh_problems(FAMILY, PRESETS[name], mesh_of(axes)) == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_policy_is_divided_evenly(name, axes):
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_with_the_nearest(axes, expected):
-    problems = mesh_problems(FAMILY, PRESETS["janus-pro-1b"], mesh_of(axes))
+    problems = find_mesh_problems(FAMILY, PRESETS["janus-pro-1b"], mesh_of(axes))
     assert len(problems) == len(expected)
     for problem, pattern in zip(problems, expected, strict=True):
         assert re.match(pattern, problem), problem

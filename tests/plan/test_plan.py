@@ -188,16 +188,20 @@ def test_cudnn_is_not_taken_where_the_flag_for_the_same_bits_breaks_it(
         return config, outline.limits.head_dim, devices
 
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert attending.of_update(*asked("auto")) == attending.of_update(*asked("cudnn")) == "cudnn"
-    assert attending.problems(*asked("cudnn")) == []
+    assert (
+        attending.choose_update_kernel(*asked("auto"))
+        == attending.choose_update_kernel(*asked("cudnn"))
+        == "cudnn"
+    )
+    assert attending.find_problems(*asked("cudnn")) == []
 
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-    assert attending.of_update(*asked("auto")) == "xla"
-    problems = attending.problems(*asked("cudnn"))
+    assert attending.choose_update_kernel(*asked("auto")) == "xla"
+    problems = attending.find_problems(*asked("cudnn"))
     assert [problem.partition(":")[0] for problem in problems] == ["model.attention"] * refused
     assert all("set it to auto or xla" in problem for problem in problems)
     for always in ("auto", "xla"):
-        assert attending.problems(*asked(always)) == []
+        assert attending.find_problems(*asked(always)) == []
 
 
 # ---- the command

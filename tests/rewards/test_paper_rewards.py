@@ -202,7 +202,7 @@ def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monke
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(changed), encoding="utf-8")
         plans[scorer] = resolve.resolve_run(config_files.load(path))
-        estimates[scorer] = check.memory_estimate(plans[scorer])["reward networks"]
+        estimates[scorer] = check.estimate_memory(plans[scorer])["reward networks"]
     mine, theirs = estimates.values()
     (found,) = plans[tree["model"]["path"]].networks
     assert mine == theirs and 0 < theirs < found.nbytes / check.GIB

@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_version(saved, tmp_path, version):
     del record["sha256"]
     record["schema_version"] = version
     if version > 1:
-        record["sha256"] = run_fingerprints._sha256(record)
+        record["sha256"] = run_fingerprints._hash_record(record)
     path.write_text(json.dumps(record))
     with Checkpoints(tmp_path / "c") as checkpoints:
         (line,) = refusal(checkpoints.restore, 7, abstract(state))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_idle_options
+from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Guards as Options
 from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.evaluation import shapes
@@ -360,7 +360,7 @@ def test_guards_that_contradict_other_options_are_refused(tree, part):
     ],
 )  # fmt: skip
 def test_guards_that_have_nothing_to_watch_are_reported(tree, found, reader):
-    lines = find_idle_options(config_files.validate(BASE | tree, "test"))
+    lines = find_unused_options(config_files.validate(BASE | tree, "test"))
     assert f"{found} has no effect; only {reader} reads it" in lines
 
 

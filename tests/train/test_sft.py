@@ -87,15 +87,17 @@ def test_targets_cannot_smuggle_structure_in(processor):
 
 def test_the_batch_has_the_kinds_that_are_trained(processor):
     prompts = prompts_of(processor, 4)
-    batch = sft.supervised_batch(run_of(processor), prompts, 0)
+    batch = sft.make_supervised_batch(run_of(processor), prompts, 0)
     assert set(batch) == {"t2i", "mm2t", "caption"}
     assert batch["t2i"].segments[0].values.shape == (4, 16, 16, 3)
     assert all(part.advantages is None for part in batch.values())
     np.testing.assert_array_equal(
         batch["caption"].prompts.pixel_values, prompts.encoded["mm2t"].pixel_values
     )
-    assert "t2i" not in sft.supervised_batch(run_of(processor, t2i_weight=0.0), prompts, 0)
-    assert "caption" not in sft.supervised_batch(run_of(processor, caption_column=None), prompts, 0)
+    assert "t2i" not in sft.make_supervised_batch(run_of(processor, t2i_weight=0.0), prompts, 0)
+    assert "caption" not in sft.make_supervised_batch(
+        run_of(processor, caption_column=None), prompts, 0
+    )
 
 
 def test_dropped_prompts_are_guidances_unconditional_rows(processor, monkeypatch):
@@ -105,7 +107,7 @@ def test_dropped_prompts_are_guidances_unconditional_rows(processor, monkeypatch
         monkeypatch.setattr(sft, "CFG_DROPOUT", dropout)
         run = run_of(processor)
         later = dataclasses.replace(prompts, index=prompts.index + step * BATCH)
-        return sft.supervised_batch(run, later, step)["t2i"].prompts.input_ids
+        return sft.make_supervised_batch(run, later, step)["t2i"].prompts.input_ids
 
     np.testing.assert_array_equal(ids(0.0), prompts.encoded["t2i"].input_ids)
     special, whole = processor.special, prompts.encoded["t2i"].input_ids

@@ -424,13 +424,13 @@ def plan_and_programs(options) -> tuple:
     planned = resolve.resolve_run(
         config_files.validate(options(algorithm={"kl_coef": 0.1}), "test")
     )
-    lengths = run_check.prompt_lengths(planned)
+    lengths = run_check.measure_prompt_lengths(planned)
     return planned, *programs.make_programs(planned, lengths, jax.numpy.float32)
 
 
 def test_check_counts_what_is_kept_as_plan_does(options):
     planned, kept, _ = plan_and_programs(options)
-    counted = run_check.memory_estimate(planned)
+    counted = run_check.estimate_memory(planned)
     sizes = {
         name: programs.count_shard_bytes(part) / run_check.GIB
         for name, part in kept.by_name().items()
@@ -448,7 +448,7 @@ def test_check_counts_what_is_kept_as_plan_does(options):
 @pytest.mark.slow
 def test_check_is_near_what_the_compiler_needs_for_an_update(options):
     planned, kept, listed = plan_and_programs(options)
-    counted = run_check.memory_estimate(planned)
+    counted = run_check.estimate_memory(planned)
     (update,) = (program for program in listed if program.name == "update")
     with jax.set_mesh(planned.mesh):
         needed = plan_tables.compile_program(update, kept).temporaries / run_check.GIB

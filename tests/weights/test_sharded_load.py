@@ -70,7 +70,7 @@ def layouts(config, mesh):
     """The table's, but whole where this odd model does not divide."""
 
     def one(path, leaf):
-        spec = device_mesh._fitting(device_mesh.find_rule(path, RULES), leaf.shape, mesh)
+        spec = device_mesh._drop_uneven_axes(device_mesh.find_rule(path, RULES), leaf.shape, mesh)
         return NamedSharding(mesh, spec)
 
     return map_with_path(one, network.abstract(config))

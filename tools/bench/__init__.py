@@ -1,4 +1,4 @@
-"""How fast the project's own functions are on this machine, at full size with random weights.
+"""Measures how fast the functions of the project are, at full size with random weights.
 
 See `python -m tools.bench --help`.
 """

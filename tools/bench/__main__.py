@@ -1,4 +1,4 @@
-"""Measures the project's own functions, with random weights made on the device.
+"""Measures the functions of the project, with random weights made on the device.
 
     python -m tools.bench --size 1b --out bench.jsonl
     python -m tools.bench --size 7b --parts image,text --prompts 1
@@ -92,6 +92,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parses the command line; None reads the arguments of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=__doc__,
@@ -102,7 +103,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--repeats", type=int, default=3, help="calls after the first")
-    _update_options(parser)
+    _add_update_options(parser)
     parser.add_argument(
         "--mesh",
         default="",
@@ -134,7 +135,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _update_options(parser: argparse.ArgumentParser) -> None:
+def _add_update_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batch", type=int, help="prompts of one backward pass; default: all"
     )
@@ -231,13 +232,13 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
         axes = parse_axes(args.mesh)
     except InputError as error:
         return error.problems
-    problems, ways = [], math.prod(axes[name] for name in BATCH)
+    problems, shards = [], math.prod(axes[name] for name in BATCH)
     for option in ("prompts", "micro_batch"):
         value = getattr(args, option)
-        if value is not None and value % ways:
+        if value is not None and value % shards:
             problems.append(
-                f"--{option.replace('_', '-')}: found {value}, no multiple of the {ways} parts "
-                f"into which data and fsdp split prompts; nearest: {-(-value // ways) * ways}"
+                f"--{option.replace('_', '-')}: found {value}, no multiple of the {shards} parts "
+                f"into which data and fsdp split prompts; nearest: {-(-value // shards) * shards}"
             )
     alone = [part for part in args.parts if part in ALONE]
     if args.mesh and alone:
@@ -278,6 +279,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             f"--mesh: found {args.mesh}, which asks for {used} devices of the "
             f"{jax.local_device_count()} here; give less"
         )
+    # Before the mesh: the rates are of one device.
     rates, records = measure_ceilings(size.copied, size.product, args.repeats)
     for record in records:
         write(record)
@@ -298,6 +300,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             try:
                 for record in RUNS[part](setting):
                     write(record)
+            # The other parts may fit, and their results should not be lost.
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -312,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(argv)
     check_arguments(args)
-    # Before JAX uses the device.
+    # PyTorch first: JAX takes most of the memory of a device as soon as it uses it.
     startup.check_jax_settings()
     peers = versus.measure_peers(args) if args.peer else versus.NOBODY
     startup.start_devices()
@@ -322,16 +325,16 @@ def main(argv: list[str] | None = None) -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(args.out.open("w", encoding="utf-8"))
 
-        def line(data: dict[str, Any]) -> None:
+        def write_line(data: dict[str, Any]) -> None:
             if out is not None:
                 print(json.dumps(data), file=out, flush=True)
 
         def write(record: Record) -> None:
             print(record.format_row(), flush=True)
-            line({"record": "result", "size": args.size, **record.to_json()})
+            write_line({"record": "result", "size": args.size, **record.to_json()})
 
         details = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
-        line(details | {"peer": peers.environment})
+        write_line(details | {"peer": peers.environment})
         print(f"{details['device']}, {details['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
         for record in peers.records:

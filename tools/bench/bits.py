@@ -50,6 +50,7 @@ def repeat_call(setting: Setting, name: str, call: Callable[[], Any]) -> Record:
 
 def run_updates(setting: Setting) -> Any:
     """Returns trained parameters and moments after UPDATES updates from a new start."""
+    # Made anew, because the step takes over the buffers of its state.
     state, frozen, step = start_training(setting)
     batch = make_batch(setting)
     for _ in range(UPDATES):

@@ -1,4 +1,4 @@
-"""The image sampler in each build of `devices.compiling`."""
+"""Measures the image sampler in each build of `devices.compiling`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def measure_builds(setting: Setting) -> Iterator[Record]:
     sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
     steps = setting.size.janus.num_image_tokens
     for name in compiling.BUILDS:
+        # The program otherwise chooses its build by the number of rows.
         with mock.patch.object(program, "built_for", return_value=getattr(program, name)):
             timing = setting.measure(f"build_{name}", sample)
         figures = {"ms_per_step": 1e3 * timing.median / steps}

@@ -1,8 +1,7 @@
 """Measures the rates of the device, in the same run as the results that are compared with them.
 
-Few calls and then many calls are dispatched one after another without waiting. The difference of
-the two times is the time of the calls between them, without the host's cost of starting and
-waiting.
+A rate comes from the difference of two times: of few calls and of many calls, dispatched one after
+another without waiting. It does not include the cost of starting and waiting on the host.
 """
 
 from __future__ import annotations
@@ -63,6 +62,7 @@ def measure_ceilings(copied: int, product: int, repeats: int) -> tuple[Ceilings,
 def _measure_copies(copied: int, repeats: int) -> Iterator[Record]:
     for name, (program, dtype) in COPIES.items():
         x = jnp.zeros((copied // (1024 * jnp.dtype(dtype).itemsize), 1024), dtype)
+        # Each byte is read and written.
         moved = 2 * x.nbytes
         timing, seconds = _time_calls(program, x, repeats)
         yield Record("ceiling", f"copy: {name}", timing, {"tb_per_s": moved / seconds / 1e12})
@@ -70,10 +70,11 @@ def _measure_copies(copied: int, repeats: int) -> Iterator[Record]:
 
 def _measure_product(side: int, repeats: int) -> Record:
     keys = jax.random.split(jax.random.key(0, impl="rbg"))
-    # With this scale the entries of the products keep their size.
+    # With this scale the entries of the products keep their size: a chain of calls stays finite.
     matrix = jax.random.normal(keys[0], (side, side), jnp.bfloat16) * side**-0.5
     x = jax.random.normal(keys[1], (side, side), jnp.bfloat16)
     timing, seconds = _time_calls(functools.partial(_multiply, matrix=matrix), x, repeats)
+    # A product and a sum for each of side^3 terms.
     rate = 2 * side**3 / seconds / 1e12
     return Record("ceiling", f"bfloat16 product, {side}^3", timing, {"tflop_per_s": rate})
 
@@ -84,13 +85,13 @@ def _time_calls(
     """Returns the timing of many calls, each on the last one's result, and seconds of one call."""
 
     def run(calls: int) -> Timing:
-        def chain() -> jax.Array:
+        def run_chain() -> jax.Array:
             nonlocal x
             for _ in range(calls):
                 x = program(x)
             return x
 
-        return measure(chain, repeats)
+        return measure(run_chain, repeats)
 
     few, many = run(FEW), run(MANY)
     seconds = (many.median - few.median) / (MANY - FEW)

@@ -50,6 +50,7 @@ def measure_correctness(setting: Setting) -> Iterator[Record]:
     """
     for dtype in map(jnp.dtype, setting.size.checked):
         params = setting.make_policy(dtype)
+        # TPUs and GPUs otherwise compute float32 products with fewer bits.
         precision = "highest" if dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
             for task in STREAMS:
@@ -72,8 +73,9 @@ def compare_task(setting: Setting, task: str, params: Params, dtype: Any) -> Ite
     yield Record("correctness", f"{name}: repeated", None, figures)
 
     # The shorter prompt is the last.
-    alone, own = remove_padding(prompts, -1), rollout.values[-GROUP:]
-    figures = measure_difference(trainer_logprobs[-GROUP:], score(task, alone, own))
+    alone, tokens = remove_padding(prompts, -1), rollout.values[-GROUP:]
+    figures = measure_difference(trainer_logprobs[-GROUP:], score(task, alone, tokens))
+    # G = 2: one key for each prompt, of its first completion. Greedy decoding does not use it.
     batched = sample(prompts, keys[::GROUP], greedy=True)
     single = sample(alone, keys[::GROUP][-1:], greedy=True)
     yield Record("correctness", f"{name}: padded", None, figures | compare_greedy(batched, single))
@@ -87,6 +89,7 @@ def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
         "mm2t": (inputs.make_questions, size.text_prompt),
     }[task]
     made = (make(size.janus, special, PROMPTS, length, seed) for seed in itertools.count())
+    # A seed may give all prompts the full length; then the next one is tried.
     return next(prompts for prompts in made if not prompts.attention_mask[-1].all())
 
 
@@ -121,6 +124,7 @@ def make_sampler(setting: Setting, task: str, params: Params, dtype: Any) -> Cal
 
 def make_scorer(setting: Setting, params: Params, dtype: Any) -> Scorer:
     """Returns the trainer's log-prob step."""
+    # Float32 is scored by XLA: cuDNN attends in half precision only.
     kernel = setting.attention if dtype == COMPUTE else "xla"
     step = _make_logprob_step(setting.size.janus, setting.processor.special, dtype, kernel)
 
@@ -148,6 +152,7 @@ def measure_difference(first: Any, second: Any) -> dict[str, float]:
 def compare_tokens(first: Segment, second: Segment) -> dict[str, float]:
     """Returns the fraction of equal tokens, and the number of first steps with all tokens equal."""
     same = np.asarray(first.values) == np.asarray(second.values)
+    # The added False ends the prefix if all are equal: argmin finds the first False.
     prefix = int(np.argmin([*same.all(axis=0), False]))
     return {"repeated_agreement": float(same.mean()), "repeated_prefix": prefix}
 
@@ -160,6 +165,7 @@ def compare_greedy(batched: Segment, single: Segment) -> dict[str, float]:
     )
     same = first[0] == second[0]
     prefix = int(np.argmin([*same, False]))
+    # With the first token that differs: both log-probs come from the same context.
     shown = slice(0, min(prefix + 1, len(same)))
     together = measure_difference(first[1][shown], second[1][shown])
     return {

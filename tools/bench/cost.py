@@ -40,6 +40,7 @@ BYTES = 2  # of a bfloat16
 def count_layer_weights(config: JanusConfig) -> int:
     """Counts the weights of all layers of the language model, without norms."""
     llama = config.llama
+    # Queries and output have the heads' total width, keys and values that of their heads.
     queries, keys = (n * llama.head_dim for n in (llama.num_heads, llama.num_kv_heads))
     attention = llama.hidden_size * (2 * queries + 2 * keys)
     return llama.num_layers * (attention + 3 * llama.hidden_size * llama.intermediate_size)
@@ -56,6 +57,7 @@ def count_head_weights(config: JanusConfig, task: str) -> int:
     width = config.llama.hidden_size
     if task == "mm2t":
         return width * config.llama.vocab_size
+    # Two layers: from the model's width to the inner one, and from there to the codes.
     return config.image_token_embed * (width + config.vq.num_embeddings)
 
 
@@ -85,6 +87,7 @@ def count_step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
     """Counts the bytes of a decode step with a cache of mean length; see the formulas above."""
     weights = BYTES * (count_layer_weights(config) + count_head_weights(config, work.task))
     prompts = work.prompts * (1 + work.guided) if shared else work.rows
+    # On average half of an answer is in the cache.
     tokens = prompts * work.prompt + work.rows * work.length / 2
     return round(weights + count_cache_bytes(config) * tokens)
 
@@ -97,6 +100,7 @@ def count_training_operations(config: JanusConfig, works: tuple[Work, ...], shar
     for work in works:
         prompts = work.prompts if shared else work.rows
         read = prompts * work.prompt + work.rows * work.length
+        # Causal: a token sees the tokens before it, half of all pairs.
         pairs = prompts * work.prompt**2 / 2
         pairs += work.rows * (work.length * work.prompt + work.length**2 / 2)
         total += (per_weight * count_layer_weights(config) + 6 * adapters) * read

@@ -68,8 +68,9 @@ def measure_image(setting: Setting) -> Iterator[Record]:
     prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
     sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
 
-    def with_pixels() -> np.ndarray:
+    def sample_pixels() -> np.ndarray:
         pixels = decode_images(size.janus, params, sample().values, dtype=setting.pixel_dtype)
+        # On the host, where rewards read them: the copy is a part of the time.
         return np.asarray(pixels)
 
     tokens = setting.measure("image_tokens", sample)
@@ -78,7 +79,7 @@ def measure_image(setting: Setting) -> Iterator[Record]:
     yield Record(
         "image", "tokens", tokens, _describe_decoding(setting, work, tokens.median, length)
     )
-    whole = setting.measure("image", with_pixels)
+    whole = setting.measure("image", sample_pixels)
     yield Record(
         "image", "tokens and pixels", whole, {"images_per_s": setting.completions / whole.median}
     )
@@ -93,14 +94,17 @@ def measure_text(setting: Setting) -> Iterator[Record]:
     prompts, keys = setting.place(make_prompts(setting, "mm2t")), make_keys(setting, "mm2t")
     sample = make_samplers(setting)["mm2t"]
 
-    def first() -> Segment:
+    def sample_first() -> Segment:
         return sample(params, prompts, keys, max_new_tokens=1)
 
-    def answers() -> Segment:
+    def sample_answers() -> Segment:
         return sample(params, prompts, keys)
 
-    prefill, whole = setting.measure("text_prefill", first), setting.measure("text", answers)
-    if not bool(answers().mask.all()):
+    prefill, whole = (
+        setting.measure("text_prefill", sample_first),
+        setting.measure("text", sample_answers),
+    )
+    if not bool(sample_answers().mask.all()):
         raise RuntimeError("an answer ended early: the time is that of fewer tokens")
     yield Record("text", "vision, prefill, first token", prefill, {})
     length = size.new_tokens
@@ -128,10 +132,13 @@ def measure_vq(setting: Setting) -> Iterator[Record]:
 def _describe_decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
     """Returns the cost of decode steps, against the time of the bytes that one device reads."""
     step = seconds / steps
-    own = dataclasses.replace(work, prompts=work.prompts // setting.num_batch_shards)
+    # Devices along data and fsdp split the prompts; those along tensor split the bytes.
+    device_work = dataclasses.replace(work, prompts=work.prompts // setting.num_batch_shards)
     figures: dict[str, Any] = {"ms_per_step": 1e3 * step}
     for name, shared in (("", False), ("_shared_prompt", True)):
-        moved = count_step_bytes(setting.size.janus, own, shared) / setting.mesh.shape["tensor"]
+        moved = (
+            count_step_bytes(setting.size.janus, device_work, shared) / setting.mesh.shape["tensor"]
+        )
         figures[f"gb_per_step{name}"] = moved / 1e9
         figures[f"roofline_fraction{name}"] = moved / setting.ceilings.copy / step
     return figures

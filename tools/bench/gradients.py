@@ -1,7 +1,7 @@
 """Checks the gradients of the update's attention against exact ones.
 
-With one update a rollout the value of the loss is the same whatever the network computes, so it
-cannot show an error.
+With one update per rollout the value of the loss does not depend on the network. So it cannot show
+an error, and the gradients are compared instead.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
             exact = _make_gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
         figures: dict[str, Any] = {"attention": setting.attention}
         off = {}
+        # A set: with --attention xla the two are the same.
         for kernel in {setting.attention, "xla"}:
             gradients = _make_gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
             off[kernel] = measure_errors(gradients, exact)

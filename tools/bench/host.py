@@ -26,6 +26,7 @@ ANSWERS = ("B. burning", "The answer is B", "burning", "a person", "red cars on 
 
 
 def score_texts() -> None:
+    """Scores COMPLETIONS texts by format and accuracy."""
     for i in range(COMPLETIONS):
         answer = ANSWERS[i % len(ANSWERS)] + " " * (i % 7)
         completion = f"<think>{THOUGHT}</think><answer>{answer}</answer>"
@@ -39,6 +40,7 @@ def measure_shortest(function: Callable[[], object], repeats: int) -> float:
     """Returns the processor seconds of the fastest of `repeats` calls."""
     seconds = []
     for _ in range(repeats):
+        # Processor time: waiting for another process does not count.
         start = time.process_time()
         function()
         seconds.append(time.process_time() - start)

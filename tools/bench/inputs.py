@@ -31,6 +31,7 @@ def _make_left_padded(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns ids and mask [count, length], starts [count]: BOS and words; row 0 is full."""
     shortest = max(1, round(SHORTEST * length))
+    # length 8, 6 tokens: start 2, mask [0, 0, 1, 1, 1, 1, 1, 1], BOS at place 2.
     start = length - rng.integers(shortest, length + 1, count)
     start[0] = 0
     mask = np.arange(length) >= start[:, None]
@@ -61,6 +62,7 @@ def make_questions(
     image = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
     ids = np.full((count, length), special.pad, np.int32)
     for row, text, real_mask in zip(ids, words, mask, strict=True):
+        # [BOS, words] -> [BOS, BOI, image x slots, EOI, words]
         real = np.concatenate([text[real_mask][:1], image, text[real_mask][1:]])
         row[length - len(real) :] = real
     real_mask = np.arange(length) >= length - (mask.sum(axis=1) + len(image))[:, None]
@@ -84,6 +86,7 @@ def make_task_batch(
                 CODES if is_image else TEXT,
                 rng.choice(ids, (rows, length)).astype(np.int32),
                 np.arange(length) < ends[:, None],
+                # The log-prob of a uniform choice, close to that of random weights.
                 np.full((rows, length), -np.log(len(ids)), np.float32),
             ),
         ),
@@ -109,23 +112,23 @@ def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
     """Returns columns of `count` data rows, each repeated for the completions of its group."""
     rng = np.random.default_rng([seed, 4])
 
-    def sentence() -> str:
+    def write_sentence() -> str:
         return " ".join(rng.choice(COMMON, CAPTION_WORDS))
 
-    def row(number: int) -> dict[str, Any]:
+    def make_row(number: int) -> dict[str, Any]:
         kind = "MC" if number % 2 else "OE"
         choices = "Options:\nA. one\nB. two\nC. three\nD. four"
         return {
-            "prompt": sentence(),
+            "prompt": write_sentence(),
             "real_image": _make_blocks(rng, IMAGE_SIZE),
-            "qa_problem": f"{sentence()}?\n{choices if kind == 'MC' else ''}",
-            "qa_solution": f"<answer>{'B' if kind == 'MC' else sentence()}</answer>",
+            "qa_problem": f"{write_sentence()}?\n{choices if kind == 'MC' else ''}",
+            "qa_solution": f"<answer>{'B' if kind == 'MC' else write_sentence()}</answer>",
             "qa_type": kind,
             "cls_problem": "What is in the picture?",
             "cls_solution": f"<answer>{rng.choice(COMMON)}</answer>",
         }
 
-    made = [row(number) for number in range(count)]
+    made = [make_row(number) for number in range(count)]
     return {name: [row[name] for row in made for _ in range(group)] for name in made[0]}
 
 
@@ -133,11 +136,11 @@ def make_answers(count: int, words: int, seed: int = 0) -> list[str]:
     """Returns texts of about `words` words: well-formed, with few answers, some without tags."""
     rng = np.random.default_rng([seed, 5])
 
-    def text(number: int) -> str:
+    def write_answer(number: int) -> str:
         thought = " ".join(rng.choice(COMMON, max(1, words)))
         answer = rng.choice(["B", "B. two", "four", " ".join(rng.choice(COMMON, CAPTION_WORDS))])
         if number % 4 == 3:
             return f"{thought} {answer}"
         return f"<think>{thought}</think>\n<answer>{answer}</answer>"
 
-    return [text(number) for number in range(count)]
+    return [write_answer(number) for number in range(count)]

@@ -44,12 +44,13 @@ def use_training_layout() -> Iterator[None]:
     """Removes the samplers' layout of matrices in the block; activations keep theirs."""
 
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+        # Activations begin with the batch axis; other arrays are matrices.
         return device_mesh.constrain(x, *names) if names[0] == "batch" else x
 
     def keep(params: Any, rules: Any) -> Any:
         return params
 
-    sampling._image_program.clear_cache()  # it would not notice
+    sampling._image_program.clear_cache()  # jit does not notice the patched functions
     try:
         with (
             mock.patch.object(decoding, "constrain", constrain),

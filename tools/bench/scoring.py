@@ -37,6 +37,7 @@ CYCLE = "t2i_bid_cycle_reward"
 
 def measure_rewards(setting: Setting) -> Iterator[Record]:
     """Measures the first stage's rewards together, then each reward, then those of answers."""
+    # Otherwise random captions could end early, and the time would be that of fewer tokens.
     policy = prevent_end(setting.make_policy(jnp.float32), setting.processor.special.eos)
     scored = _make_image_samples(setting)
     yield from _measure_stage_one(setting, policy, scored)
@@ -90,6 +91,7 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
     for placement in networks.yield_placements():
         context = _make_context(setting, policy, placement)
 
+        # A default argument keeps the context of this round of the loop.
         def call(context: Context = context) -> dict[str, dict[str, float]]:
             costs = registry.score_and_measure(resolved["t2i"], scored, context)[1]
             return costs | registry.score_and_measure(resolved["mm2t"], answered, context)[1]
@@ -150,7 +152,7 @@ def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
 
 
 class Counted(FrozenNetwork):
-    """A frozen network that adds up the bytes of its parameters, each time it is used."""
+    """A frozen network that counts the bytes of its parameters at each use."""
 
     def __init__(self, network: Network, sharding: Any, offload: bool):
         super().__init__(network, sharding, offload=offload)
@@ -200,6 +202,7 @@ def _describe_placement(placement: Mapping[str, Counted]) -> str:
 
 def _count_moved(placement: Mapping[str, Counted], calls: int) -> dict[str, float]:
     """Returns the GB of offloaded networks that a call moves to the device."""
+    # `calls`: the first one, --repeats more, and one for the figures.
     moved = sum(frozen.moved for frozen in placement.values() if frozen.offloaded)
     return {"moved_gb": moved / calls / 1e9} if moved else {}
 

@@ -1,4 +1,4 @@
-"""The values that all parts share: sizes, repeats, mesh, and the random Janus."""
+"""Holds the values that all parts share: sizes, repeats, mesh, and the random Janus."""
 
 from __future__ import annotations
 
@@ -78,11 +78,12 @@ class Setting:
         """Measures the seconds of a call; with `trace` one more call is profiled."""
         timing = measure(call, self.repeats)
         if self.trace is not None:
+            # One more call, because profiling slows a call down.
             with jax.profiler.trace(self.trace / name, create_perfetto_trace=True):
                 jax.block_until_ready(call())
         return timing
 
 
 def trained_patterns(setting: Setting) -> tuple[str, ...]:
-    """Returns the regexes of what an update trains: the adapters, or what the paper trains."""
+    """Returns the regexes of trained parameters: the adapters, or those of the paper."""
     return (ADAPTER_PATHS,) if setting.size.janus.llama.lora else TRAINABLE

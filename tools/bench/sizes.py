@@ -1,4 +1,4 @@
-"""The sizes of the measured networks, and the lengths of prompts and answers."""
+"""Lists the sizes of the measured networks, and the lengths of prompts and answers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _TINY_NETWORKS = {
 }  # fmt: skip
 
 
-def _tiny_janus() -> JanusConfig:
+def _make_tiny_janus() -> JanusConfig:
     """Returns the shipped mini Janus with fewer layers, smaller images and fewer codes."""
     config = make_mini_config(vocab_size=640)
     llama = dataclasses.replace(config.llama, num_layers=2)
@@ -104,8 +104,8 @@ SIZES = {
         parts=("rewards", "image", "text", "vq", "correctness"),
     ),
     "tiny": Size(
-        _tiny_janus(), _TINY_NETWORKS, image_prompt=12, question=10, new_tokens=8, answer=8,
+        _make_tiny_janus(), _TINY_NETWORKS, image_prompt=12, question=10, new_tokens=8, answer=8,
         checked=("float32",), caption=5, policy_caption=4, answers=16, copied=1 << 20, product=128,
     ),
 }  # fmt: skip
-"""By the name on the command line."""
+"""Name on the command line -> size."""

@@ -53,6 +53,7 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 
 def write_model(folder: Path, config: JanusConfig) -> None:
     """Writes random bfloat16 weights, made on the host, with the mini Janus's tokenizer."""
+    # bfloat16, as the published weights are stored: loading reads the same number of bytes.
     params = draw_params(network.abstract(config), 0, jnp.bfloat16)
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
@@ -119,6 +120,7 @@ def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) ->
                 if STEP.match(line):
                     return time.perf_counter() - began
         finally:
+            # At once: a signal that the command handles would let it save first.
             run.kill()
     raise InputError(f"{config}: no step was made; the command said: {''.join(said[-20:])}")
 

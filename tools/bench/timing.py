@@ -38,6 +38,7 @@ def measure(call: Callable[[], Any], repeats: int) -> Timing:
 
 def _time_call(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
+    # JAX returns before the device has finished.
     jax.block_until_ready(call())
     return time.perf_counter() - began
 
@@ -61,17 +62,19 @@ class Record:
                 "compile_s": self.timing.compile,
                 "calls_s": list(self.timing.calls),
             }
-        return {"part": self.part, "name": self.name, **seconds, **self._counted()}
+        return {"part": self.part, "name": self.name, **seconds, **self._list_figures()}
 
     def format_row(self) -> str:
         """Returns the line of the table."""
         seconds, compiled = "", ""
         if self.timing is not None:
             seconds, compiled = f"{self.timing.median:.4f}", f"{self.timing.compile:.1f}"
-        figures = "  ".join(f"{name} {_shorten(value)}" for name, value in self._counted().items())
+        figures = "  ".join(
+            f"{name} {_shorten(value)}" for name, value in self._list_figures().items()
+        )
         return f"{self.part:<12}{self.name:<40}{seconds:>10}{compiled:>9}  {figures}"
 
-    def _counted(self) -> dict[str, Any]:
+    def _list_figures(self) -> dict[str, Any]:
         return self.figures | (measure_memory() if self.memory is None else self.memory)
 
 

@@ -1,4 +1,4 @@
-"""The training step, and a whole iteration of GRPO without the cost of rewards."""
+"""Measures the training step, and a whole iteration of GRPO without the cost of rewards."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def measure_train(setting: Setting) -> Iterator[Record]:
     batch = make_batch(setting)
 
     def update() -> dict[str, jax.Array]:
-        nonlocal state
+        nonlocal state  # the step has taken over the buffers of the last one
         state, metrics = step(state, frozen, batch)
         return metrics
 
@@ -131,7 +131,7 @@ def measure_iteration(setting: Setting) -> Iterator[Record]:
         return done.metrics
 
     timing = setting.measure("iteration", iterate_once)
-    run.phases.take()
+    run.phases.take()  # drops the seconds of the calls above, of which one compiled
     metrics = iterate_once()
     phases = {name.removeprefix("phase/"): spent for name, spent in run.phases.take().items()}
     difference = "sampling/sampling_logp_difference/mean"
@@ -144,6 +144,7 @@ def make_segment_samplers(setting: Setting) -> dict[str, Any]:
     """Returns the samplers as a run has them: task -> (params, prompts, keys) -> segments."""
 
     def make(task: str) -> Any:
+        # Its own function: a lambda in the comprehension would see the last task.
         sample = make_samplers(setting)[task]
         return lambda *inputs: (sample(*inputs),)
 

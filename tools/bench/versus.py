@@ -1,7 +1,7 @@
 """Measures the same work in PyTorch, and how many times as fast this project is.
 
-PyTorch runs first, in a process of its own that ends before JAX starts, because JAX takes most of
-a device's memory as soon as it uses it.
+PyTorch runs first, in another process that ends before JAX starts. JAX takes most of the memory of
+a device as soon as it uses it.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def measure_peers(args: argparse.Namespace) -> Peers:
     # It imports the project's inputs and with them JAX, which must not touch the device.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    # Libraries may print other lines.
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(lines) < 2:
         raise InputError(f"--peer: PyTorch measured nothing, exit code {done.returncode}")
@@ -85,10 +86,10 @@ def parse_peers(lines: list[dict[str, Any]], complete: bool) -> Peers:
     failed = [f"peer {line['part']} ({line['name']})" for line in results if "failed" in line]
     if not complete and not failed:  # it was ended from outside
         failed.append("peer")
-    return Peers(environment, tuple(map(_record, results)), tuple(failed))
+    return Peers(environment, tuple(map(_parse_record, results)), tuple(failed))
 
 
-def _record(line: dict[str, Any]) -> Record:
+def _parse_record(line: dict[str, Any]) -> Record:
     part, name = line["part"], line["name"]
     if "failed" in line:
         return Record(part, name, None, {"failed": line["failed"]}, memory={})

@@ -1,4 +1,4 @@
-"""Tokenizer files of full size for random networks: common words and made-up words.
+"""Writes tokenizer files of full size for random networks: common words and made-up words.
 
 A made-up word is one token, so that a caption of a random BLIP has as many tokens for BERT.
 """
@@ -29,7 +29,7 @@ shirt shoes bag umbrella photo picture painting drawing standing sitting running
 sleeping eating holding wearing looking left right top bottom front back side many few bright dark
 quiet busy empty full open closed what how which where who color number there""".split()  # noqa: SIM905
 
-# The places of the special tokens in bert-base-uncased, whose separator BLIP's config names.
+# The ids of the special tokens in bert-base-uncased; BLIP's config names its separator, 102.
 _BERT_SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
 _CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _BLIP_IMAGES = {
@@ -61,6 +61,7 @@ def write_clip(folder: Path, size: int) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
+    # CLIP marks the end of a word: "dog" is the token "dog</w>".
     plain = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
     plain += [f"{word}</w>" for word in make_words(size) if len(word) > 1]
     tokens = [*plain[: size - len(_CLIP_SPECIAL)], *_CLIP_SPECIAL]

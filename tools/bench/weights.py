@@ -1,4 +1,4 @@
-"""Random parameters, made on the device, and changes so that random networks never stop early."""
+"""Draws random parameters on the device, and changes them so that networks never stop early."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corl_jax.policies.janus.network import FLOAT32_PARTS
 from corl_jax.types import Params
 
 STD = 0.02
-NEVER = -1e4  # a logit that no other stays below
+NEVER = -1e4  # a logit below all others
 
 
 Place = Callable[[str, tuple[int, ...]], Any]
@@ -32,11 +32,11 @@ def draw_params(
     of Janus that always compute in float32 are float32. `place` returns the sharding of a leaf, by
     default the first device.
     """
-    # Random numbers of this kind of key are made at the speed of memory.
+    # Keys of this kind use the generator of the device, which is faster than threefry.
     keys = itertools.count()
     base = jax.random.key(seed, impl="rbg")
 
-    def leaf(path: str, x: Any) -> jax.Array:
+    def draw_leaf(path: str, x: Any) -> jax.Array:
         where = None if place is None else place(path, x.shape)
         exact = path.startswith(tuple(f"{part}/" for part in FLOAT32_PARTS)) or not x.shape
         kind = jnp.float32 if exact else dtype
@@ -48,7 +48,7 @@ def draw_params(
             return jnp.full(x.shape, math.log(100), kind, device=where)
         return _draw_noise(jax.random.fold_in(base, next(keys)), x.shape, kind, where)
 
-    return map_with_path(leaf, abstract)
+    return map_with_path(draw_leaf, abstract)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "where"))
@@ -60,6 +60,7 @@ def _draw_noise(key: jax.Array, shape: tuple[int, ...], dtype: Any, where: Any) 
 
 def prevent_end(params: Params, eos: int) -> Params:
     """Changes a Janus so that greedy answers never end: the logit of EOS is 0."""
+    # Of thousands of random logits the largest one is above 0.
     kernel = params["lm_head"]["kernel"].at[:, eos].set(0)
     return params | {"lm_head": {"kernel": kernel}}
 

@@ -14,7 +14,7 @@ from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
 from corl_jax.policies.janus import images, layout, logprobs, network, sampling
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.janus.prompts import BUCKET, Processor
 from corl_jax.policies.janus.tokenizer_training import tokenizer_loss
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
@@ -68,6 +68,7 @@ FAMILY = Family(
     presets=network.PRESETS,
     open_processor=Processor.from_dir,
     stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
+    prompt_bucket=BUCKET,
     trainable=layout.TRAINABLE,
     float32_parts=layout.FLOAT32_PARTS,
     tokenizer_parts=layout.TOKENIZER_PARTS,

@@ -479,7 +479,7 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
 def test_unknown_options_of_xla_are_left_out(caplog):
     known, unknown = compiling.WITHOUT_TRITON, ("xla_gpu_of_tomorrow", True)
     for _ in range(2):
-        found = compiling.accepted_options(known, unknown, compiling.CONCURRENT)
+        found = compiling.list_accepted_options(known, unknown, compiling.CONCURRENT)
         assert found == dict([known, compiling.CONCURRENT])
     assert "xla_gpu_of_tomorrow=True" in caplog.text and len(caplog.records) == 1
 

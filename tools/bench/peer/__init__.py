@@ -1,5 +1,5 @@
-"""The same work in PyTorch: transformers' Janus, and loops and steps as the reference writes them.
+"""Does the same work in PyTorch: transformers' Janus, with loops and steps of the reference.
 
-A process of its own, `python -m tools.bench.peer`, which `python -m tools.bench --peer` starts
-before JAX takes the device's memory. Nothing else imports torch.
+`python -m tools.bench --peer` starts `python -m tools.bench.peer` as another process, before JAX
+takes the memory of the device. Nothing else imports torch.
 """

@@ -1,8 +1,7 @@
 """Measures PyTorch on the shapes of `python -m tools.bench`, which starts this; JSON on stdout.
 
-Weights are random and bfloat16. cuDNN's attention is off: it plans anew for each new length of the
-cache, about 30 ms a step, which only the first rollout of a process pays (PyTorch 2.11, H200).
-Warm-up comes first; sampling is timed once, the training step --repeats times.
+Weights are random and bfloat16. Warm-up comes first. Sampling is timed once, the training step
+--repeats times.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ RUNS: dict[tuple[str, str], Callable[[Peer], Measured]] = {
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parses the command line; None reads the arguments of the process."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.peer", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--parts", default="image,text,train")
@@ -67,8 +67,8 @@ def attempt(peer: Peer, run: Callable[[Peer], Measured]) -> dict[str, Any]:
     try:
         calls, figures = run(peer)
     except Exception as error:
-        # A version of transformers that one run does not know leaves the others their numbers;
-        # the command ends with an error all the same.
+        # With an unknown version of transformers one run may fail. The others keep their results,
+        # and the command still ends with an error.
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"[:200]}
     return {"calls_s": calls, "figures": figures, "memory": measure_memory(peer.device)}
@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --peer: torch sees no CUDA device; JAX_PLATFORMS=cpu compares on the CPU")
+    # cuDNN's attention is off: it plans anew for each new length of the cache, about 30 ms a step.
+    # Only the first rollout of a process pays that (PyTorch 2.11, H200).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(0)
     print(json.dumps(describe_environment(args.device)), flush=True)

@@ -1,4 +1,4 @@
-"""Rollouts in PyTorch: transformers' `generate`, and the reference's loop over image tokens."""
+"""Times rollouts in PyTorch: transformers' `generate`, and the reference's loop over tokens."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ TOP_K = 50  # transformers' default, which the reference samples answers with
 
 
 def make_image_prompts(peer: Peer) -> EncodedPrompts:
+    """Returns the image prompts of the benchmark."""
     size = peer.size
     return inputs.make_image_prompts(size.janus, peer.special, peer.prompts, size.image_prompt)
 
 
 def make_questions(peer: Peer) -> EncodedPrompts:
+    """Returns the questions of the benchmark."""
     size = peer.size
     return inputs.make_questions(size.janus, peer.special, peer.prompts, size.text_prompt)
 
@@ -58,12 +60,10 @@ def set_image_tokens(model: Any, count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patch_static_cache(model: Any) -> Iterator[None]:
-    """Patches image generation so that it can make its cache in transformers 5.17.
-
-    There `_prepare_static_cache` has an argument that Janus's `generate` does not give: "TypeError:
-    ... missing 1 required positional argument: 'prefill_chunk_size'". 5.23 gives None; there the
-    patch changes nothing.
-    """
+    """Patches image generation so that it can make its cache in transformers 5.17."""
+    # There `_prepare_static_cache` has an argument that Janus's `generate` does not give:
+    # "TypeError: ... missing 1 required positional argument: 'prefill_chunk_size'". 5.23 gives
+    # None; there the patch changes nothing.
     prepare = model._prepare_static_cache
     if "prefill_chunk_size" not in inspect.signature(prepare).parameters:
         yield
@@ -81,17 +81,20 @@ def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     Each completion has two rows side by side, each with its own prompt.
     """
     prompts = make_image_prompts(peer)
+    # G = 2: [p0, p1] -> [p0, p0, p0, p0, p1, ..]: a conditional and an unconditional row for each
+    # completion.
     ids, mask = (
         peer.to_tensor(x).repeat_interleave(2 * peer.group, dim=0)
         for x in (prompts.input_ids, prompts.attention_mask)
     )
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)
+    # Unconditional rows keep BOS and BOI; their words become padding.
     ids[1::2] = torch.where(torch.isin(ids[1::2], structure), ids[1::2], peer.special.pad)
-    return _time_images(peer, functools.partial(_loop, peer.model, ids, mask.long()))
+    return _time_images(peer, functools.partial(_sample_codes, peer.model, ids, mask.long()))
 
 
 @torch.inference_mode()
-def _loop(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
+def _sample_codes(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
     """Samples codes [N, steps] of prompts [2 N, P]; the first row of a pair is conditional."""
     embeds, outputs = model.model.language_model.embed_tokens(ids), []
     cache = DynamicCache()
@@ -104,6 +107,8 @@ def _loop(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torc
         mixed = unconditional + CFG_SCALE * (conditional - unconditional)
         token = torch.multinomial(torch.softmax(mixed, dim=-1), 1)
         outputs.append(token)
+        # Both rows of a pair go on with the token that was sampled from their mix: [a, b] -> [a, a,
+        # b, b].
         embeds = model.prepare_embeddings_for_image_generation(token.repeat(1, 2).view(-1, 1))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return torch.cat(outputs, dim=1)
@@ -114,14 +119,15 @@ def _time_images(
 ) -> tuple[list[float], dict[str, Any]]:
     """Times `sample`, steps -> codes [N, steps], and the pixels of its codes."""
     steps, count = peer.size.janus.num_image_tokens, peer.prompts * peer.group
+    # A few tokens, repeated to the length of an image, also warm up the decoder.
     codes = sample(WARM_UP).repeat(1, steps)[:, :steps]
     decode_pixels(peer.model, codes)
 
-    def tokens() -> None:
+    def sample_tokens() -> None:
         nonlocal codes
         codes = sample(steps)
 
-    sampling_seconds = peer.time_call(tokens)
+    sampling_seconds = peer.time_call(sample_tokens)
     if codes.shape != (count, steps):
         raise RuntimeError(f"sampled codes {tuple(codes.shape)}, expected {(count, steps)}")
     whole = sampling_seconds + peer.time_call(lambda: decode_pixels(peer.model, codes))

@@ -1,4 +1,4 @@
-"""transformers' Janus with random weights, and how its work is timed."""
+"""Builds transformers' Janus with random weights, and times its work."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Peer:
 
     def to_tensor(self, array: Any) -> torch.Tensor:
         """Moves an array to the device: ids as int64, numbers in bfloat16."""
+        # A copy: torch warns about arrays that cannot be written.
         tensor = torch.from_numpy(np.array(array)).to(self.device)
         if tensor.dtype == torch.int32:
             return tensor.long()
@@ -62,6 +63,7 @@ class Peer:
         if pixels is None:
             return embeds
         features = model.get_image_features(pixels, return_dict=True).pooler_output
+        # [B, P] -> [B, P, D]; masked_scatter fills the places in order with the rows of `features`.
         places = (ids == self.special.image)[..., None].expand_as(embeds)
         return embeds.masked_scatter(places, features.to(embeds.dtype))
 

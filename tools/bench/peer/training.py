@@ -1,4 +1,4 @@
-"""A training step in PyTorch as the reference takes it."""
+"""Times a training step in PyTorch, as the reference takes it."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def compute_task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None)
     (segment,) = batch.segments
     mask, advantages = peer.to_tensor(segment.mask), peer.to_tensor(batch.advantages).float()
     scores = compute_logprobs(peer, batch, pixels)
+    # The ratio is 1, but its gradient is that of the log-prob.
     terms = -torch.exp(scores - scores.detach()) * advantages[:, None]
     return ((terms * mask).sum(1) / mask.sum(1)).mean()
 
@@ -87,6 +88,7 @@ def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) 
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
+    # The logits of a token come from the place before it: P + T places, T from number P - 1 on.
     logits = head(hidden[:, -tokens.shape[1] - 1 : -1])
     # Row by row, as trl does for bfloat16: a softmax of all rows at once takes twice the memory.
     return torch.stack(
