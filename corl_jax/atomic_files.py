@@ -44,7 +44,7 @@ def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_read_umask())  # mkdtemp makes it private
         for folder in (path for path in [temporary, *temporary.rglob("*")] if path.is_dir()):
-            _sync_folder(folder)
+            _flush_folder(folder)
         _move_folder(temporary, place)
     except OSError as error:
         raise InputError(
@@ -72,10 +72,10 @@ def _move_folder(temporary: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(out)
-    _sync_folder(out.parent)
+    _flush_folder(out.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,11 +21,11 @@ def make_drawable(text: str, font: Font) -> str:
     In: "Bäume, 木"  Out: "Baume, \\u6728"
     """
     composed = unicodedata.normalize("NFC", text)
-    return "".join(_replacement(character, font) for character in composed)
+    return "".join(_replace_character(character, font) for character in composed)
 
 
 @functools.lru_cache(maxsize=4096)
-def _replacement(character: str, font: Font) -> str:
+def _replace_character(character: str, font: Font) -> str:
     if character.isspace():
         return " "
     if _has_glyph(character, font):

@@ -115,7 +115,7 @@ def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
             raise InputError(f"spice: {command[0]} cannot be run ({error.strerror})") from error
         if done.returncode:
             raise InputError(
-                f"spice: java ended with code {done.returncode}: {_last_lines(done.stderr)}"
+                f"spice: java ended with code {done.returncode}: {_read_last_lines(done.stderr)}"
             )
         return _read_scores(out, len(pairs))
 
@@ -133,7 +133,7 @@ def _read_scores(out: Path, count: int) -> list[float]:
         ) from error
 
 
-def _last_lines(stderr: str) -> str:
+def _read_last_lines(stderr: str) -> str:
     """Returns the last lines of the output, without a stack trace."""
     lines = [line.strip() for line in stderr.splitlines() if line and not line.startswith("\t")]
     return " | ".join(lines[-3:]) or "it said nothing"

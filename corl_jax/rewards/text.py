@@ -116,7 +116,7 @@ def soft_jaccard(first: str | None, second: str | None, numbers_by_value: bool =
         )
     for word in rest1:
         ratio, _, match = max(
-            ((_word_ratio(word, other), -i, other) for i, other in enumerate(rest2)),
+            ((_compute_word_ratio(word, other), -i, other) for i, other in enumerate(rest2)),
             default=(0.0, 0, ""),
         )
         if ratio >= MIN_WORD_RATIO:
@@ -324,7 +324,7 @@ def _read_true_boxes(solution: str | Sequence[Box] | None) -> list[Box] | None:
 
 
 @functools.lru_cache(maxsize=65536)  # the answers of a group share most of their words
-def _word_ratio(first: str, second: str) -> float:
+def _compute_word_ratio(first: str, second: str) -> float:
     total = len(first) + len(second)
     if 2 * min(len(first), len(second)) < MIN_WORD_RATIO * total:  # no match could reach it
         return 0.0

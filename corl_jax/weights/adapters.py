@@ -94,15 +94,15 @@ def save_adapter(
         )
     flat = flatten(params)
     slots = form.table.make_slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
-    plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
-    small = {ADAPTER_CONFIG: _peft_config(form, lora, base, revision), **(extra or {})}
+    plans = [_plan_adapter(slot, flat[slot.path], dtype) for slot in slots]
+    small = {ADAPTER_CONFIG: _make_peft_config(form, lora, base, revision), **(extra or {})}
     with create_folder(Path(out), overwrite=overwrite) as folder:
         for name, data in small.items():
             write_json(folder / name, data)
         write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)
 
 
-def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
+def _plan_adapter(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     kind = np.dtype(leaf.dtype)
     kind = parse_dtype(dtype) if dtype != "keep" and is_float(kind) else kind
 
@@ -112,7 +112,7 @@ def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     return TensorPlan(slot.key, kind, slot.shape, chunks)
 
 
-def _peft_config(
+def _make_peft_config(
     form: PeftFormat, lora: Lora, base: str | None, revision: str | None
 ) -> dict[str, Any]:
     return {

@@ -69,7 +69,7 @@ def save_checkpoint(
             config=config,
             leaves=MemoryLeaves(flat, layer_dtypes if dtype == "keep" else None),
             assets=source.assets if source else None,
-            carried=source.carried if source and _carries_for(source, config) else {},
+            carried=source.carried if source and _has_matching_carried_sizes(source, config) else {},
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             generation=generation or {},
@@ -160,7 +160,7 @@ def _check_params(kind: NetworkKind, config: Any, flat: Mapping[str, Any]) -> No
         raise InputError(sorted(problems))
 
 
-def _carries_for(source: Checkpoint, config: Any) -> bool:
+def _has_matching_carried_sizes(source: Checkpoint, config: Any) -> bool:
     """True if the tensors that a checkpoint carries fit a model of these sizes."""
     foreign = source.kind.foreign_export
     return not foreign or foreign.carried_sizes(source.config) == foreign.carried_sizes(config)
@@ -175,7 +175,7 @@ def _check_base(base: Checkpoint, config: Any) -> None:
             f"{base.folder}: as --base it has nothing to give: no {' and no '.join(patterns)}; "
             f"name a checkpoint of the {' or '.join(layouts)} layout"
         )
-    if not _carries_for(base, config) and kind.foreign_export:
+    if not _has_matching_carried_sizes(base, config) and kind.foreign_export:
         old, new = (kind.foreign_export.carried_sizes(c) for c in (base.config, config))
         raise InputError(
             f"{base.folder}: as --base it has other sizes ({old}) than the model ({new}); name the "

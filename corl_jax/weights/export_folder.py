@@ -211,7 +211,7 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
         old = read_json(source.config)
         if _parse_source(kind, source) == export.config:
             new = foreign.restate_config(export.layout, old)
-            new = _restate_dtype(new, export.stated_dtype) if export.stated_dtype else new
+            new = _replace_dtype(new, export.stated_dtype) if export.stated_dtype else new
             if new == old:
                 write_bytes(file, read_unmarked(source.config))
             else:
@@ -236,13 +236,13 @@ def _parse_source(kind: NetworkKind, source: Assets) -> Any:
     return config
 
 
-def _restate_dtype(value: Any, dtype: str) -> Any:
+def _replace_dtype(value: Any, dtype: str) -> Any:
     if not isinstance(value, dict):
         return value
     return {
         key: dtype
         if key in ("dtype", "torch_dtype") and isinstance(old, str)
-        else _restate_dtype(old, dtype)
+        else _replace_dtype(old, dtype)
         for key, old in value.items()
     }
 

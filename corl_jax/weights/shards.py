@@ -48,7 +48,7 @@ def write_tensors(
     progress: Progress | None = None,
 ) -> list[Path]:
     """Writes one file, or several with their index; returns the files. A tensor is never split."""
-    shards = _split(plans, max_shard_bytes)
+    shards = _split_into_shards(plans, max_shard_bytes)
     stem, suffix = (BIN_NAME if as_bin else SAFE_NAME).split(".")
     write = write_bin if as_bin else write_safetensors
     if len(shards) == 1:
@@ -66,7 +66,7 @@ def write_tensors(
     return files
 
 
-def _split(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
+def _split_into_shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
     shards: list[list[TensorPlan]] = [[]]
     size = 0
     for plan in plans:

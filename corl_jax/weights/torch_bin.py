@@ -52,7 +52,7 @@ class BinStore:
         problems: list[str] = []
         for file in files:
             try:
-                tensors = self._tensors(file)
+                tensors = self._load_tensors(file)
             except InputError as error:
                 problems += error.problems
                 continue
@@ -67,11 +67,11 @@ class BinStore:
             raise InputError(problems)
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
-        tensor = self._tensors(self.infos[key].file)[key]
+        tensor = self._load_tensors(self.infos[key].file)[key]
         tensor = tensor if box is None else tensor[tuple(slice(*ends) for ends in box)]
         return to_numpy(tensor).copy()
 
-    def _tensors(self, file: Path) -> dict[str, Any]:
+    def _load_tensors(self, file: Path) -> dict[str, Any]:
         if self._open is None or self._open[0] != file:
             self.close()
             self._open = (file, load_bin(file))

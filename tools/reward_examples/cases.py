@@ -63,9 +63,9 @@ def write_missing() -> None:
     if not all((FOLDER / file).exists() for file, _, _ in DRAWN.values()):
         _generate_images(row["prompt"])
     if not DRAWINGS.exists():
-        _write(DRAWINGS, _make_image_cases(row))
+        _write_rows(DRAWINGS, _make_image_cases(row))
     if not ANSWERS.exists():
-        _write(ANSWERS, _make_answer_cases())
+        _write_rows(ANSWERS, _make_answer_cases())
 
 
 def load_cases(path: Path) -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ def _make_answer_cases() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -33,11 +33,11 @@ _NORMS = (
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
-def _legacy_norm(key: str, path: str) -> list[Row]:
+def _make_legacy_norm_rows(key: str, path: str) -> list[Row]:
     return [Row(f"{key}.gamma", f"{path}/scale"), Row(f"{key}.beta", f"{path}/bias")]
 
 
-def _table(name: str, prefix: str, *, legacy: bool = False) -> Table:
+def _make_table(name: str, prefix: str, *, legacy: bool = False) -> Table:
     rows = [
         row
         for kind in _EMBEDDINGS
@@ -46,7 +46,7 @@ def _table(name: str, prefix: str, *, legacy: bool = False) -> Table:
     for key, path in _LINEAR:
         rows += dense(f"{prefix}encoder.layer.{{layer}}.{key}", f"layers/{path}")
     for key, path in _NORMS:
-        rows += (_legacy_norm if legacy else norm)(f"{prefix}{key}", path)
+        rows += (_make_legacy_norm_rows if legacy else norm)(f"{prefix}{key}", path)
     start = prefix.replace(".", r"\.")
     return Table(
         name=name,
@@ -60,9 +60,9 @@ def _table(name: str, prefix: str, *, legacy: bool = False) -> Table:
 
 
 TABLES: dict[str, Table] = {
-    "bert": _table("bert", "bert."),
-    "bert_legacy": _table("bert_legacy", "bert.", legacy=True),
-    "encoder": _table("encoder", ""),
+    "bert": _make_table("bert", "bert."),
+    "bert_legacy": _make_table("bert_legacy", "bert.", legacy=True),
+    "encoder": _make_table("encoder", ""),
 }
 
 

@@ -23,7 +23,7 @@ _TEXT, _WRITTEN = "text_decoder.bert.encoder.layer.{layer}", "text_decoder/layer
 _EMBEDDINGS, _HEAD = "text_decoder.bert.embeddings", "text_decoder.cls.predictions"
 
 
-def _fused_qkv() -> list[Row]:
+def _make_fused_qkv_rows() -> list[Row]:
     # Vision attention has one fused tensor: the rows of q, then of k, then of v along axis 0.
     return [
         Row(f"{_VISION}.self_attn.qkv.{leaf}", f"{_SEEN}/attn/{name}/{field}", how, (i, 3))
@@ -32,7 +32,7 @@ def _fused_qkv() -> list[Row]:
     ]
 
 
-def _attention(key: str, path: str) -> list[Row]:
+def _make_attention_rows(key: str, path: str) -> list[Row]:
     """Returns the rows of one of a decoder layer's two attentions, and of the norm behind it."""
     return [
         *dense(f"{_TEXT}.{key}.self.query", f"{_WRITTEN}/{path}/q_proj"),
@@ -54,7 +54,7 @@ _ROWS = (
         DROP_LEADING,
     ),
     *norm(f"{_VISION}.layer_norm1", f"{_SEEN}/layer_norm1"),
-    *_fused_qkv(),
+    *_make_fused_qkv_rows(),
     *dense(f"{_VISION}.self_attn.projection", f"{_SEEN}/attn/out_proj"),
     *norm(f"{_VISION}.layer_norm2", f"{_SEEN}/layer_norm2"),
     *dense(f"{_VISION}.mlp.fc1", f"{_SEEN}/mlp/fc1"),
@@ -63,8 +63,8 @@ _ROWS = (
     *embedding(f"{_EMBEDDINGS}.word_embeddings.weight", "text_decoder/word_embeddings"),
     *embedding(f"{_EMBEDDINGS}.position_embeddings.weight", "text_decoder/position_embeddings"),
     *norm(f"{_EMBEDDINGS}.LayerNorm", "text_decoder/embed_layernorm"),
-    *_attention("attention", "attn"),
-    *_attention("crossattention", "cross_attn"),
+    *_make_attention_rows("attention", "attn"),
+    *_make_attention_rows("crossattention", "cross_attn"),
     *dense(f"{_TEXT}.intermediate.dense", f"{_WRITTEN}/mlp/fc1"),
     *dense(f"{_TEXT}.output.dense", f"{_WRITTEN}/mlp/fc2"),
     *norm(f"{_TEXT}.output.LayerNorm", f"{_WRITTEN}/mlp_layernorm"),

@@ -22,7 +22,7 @@ from corl_jax.weights.table_rows import dense, embedding, norm
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def _transformers_layer(key: str, path: str) -> list[Row]:
+def _make_transformers_layer_rows(key: str, path: str) -> list[Row]:
     torch, leaf = f"{key}.encoder.layers.{{layer}}", f"{path}/layers"
     return [
         *norm(f"{torch}.layer_norm1", f"{leaf}/layer_norm1"),
@@ -37,7 +37,7 @@ def _transformers_layer(key: str, path: str) -> list[Row]:
     ]
 
 
-def _open_clip_layer(key: str, path: str) -> list[Row]:
+def _make_open_clip_layer_rows(key: str, path: str) -> list[Row]:
     torch, leaf = f"{key}.resblocks.{{layer}}", f"{path}/layers"
     return [
         *norm(f"{torch}.ln_1", f"{leaf}/layer_norm1"),
@@ -66,14 +66,14 @@ _TRANSFORMERS = Table(
             "vision_model.embeddings.position_embedding.weight", "vision_model/position_embedding"
         ),
         *norm("vision_model.pre_layrnorm", "vision_model/pre_layernorm"),
-        *_transformers_layer("vision_model", "vision_model"),
+        *_make_transformers_layer_rows("vision_model", "vision_model"),
         *norm("vision_model.post_layernorm", "vision_model/post_layernorm"),
         *dense("visual_projection", "visual_projection", bias=False),
         *embedding("text_model.embeddings.token_embedding.weight", "text_model/token_embedding"),
         *embedding(
             "text_model.embeddings.position_embedding.weight", "text_model/position_embedding"
         ),
-        *_transformers_layer("text_model", "text_model"),
+        *_make_transformers_layer_rows("text_model", "text_model"),
         *norm("text_model.final_layer_norm", "text_model/final_layernorm"),
         *dense("text_projection", "text_projection", bias=False),
         Row("logit_scale", "logit_scale"),
@@ -88,12 +88,12 @@ _OPEN_CLIP = Table(
         Row("visual.conv1.weight", "vision_model/patch_embedding/kernel", CONV),
         *embedding("visual.positional_embedding", "vision_model/position_embedding"),
         *norm("visual.ln_pre", "vision_model/pre_layernorm"),
-        *_open_clip_layer("visual.transformer", "vision_model"),
+        *_make_open_clip_layer_rows("visual.transformer", "vision_model"),
         *norm("visual.ln_post", "vision_model/post_layernorm"),
         Row("visual.proj", "visual_projection/kernel"),
         *embedding("token_embedding.weight", "text_model/token_embedding"),
         *embedding("positional_embedding", "text_model/position_embedding"),
-        *_open_clip_layer("transformer", "text_model"),
+        *_make_open_clip_layer_rows("transformer", "text_model"),
         *norm("ln_final", "text_model/final_layernorm"),
         Row("text_projection", "text_projection/kernel"),
         Row("logit_scale", "logit_scale"),

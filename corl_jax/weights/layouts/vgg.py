@@ -33,7 +33,7 @@ def make_head_key(stage: int) -> str:
     return f"lin{stage}.model.1.weight"
 
 
-def _rows(layout: str) -> tuple[Row, ...]:
+def _make_rows(layout: str) -> tuple[Row, ...]:
     rows = []
     for stage, places in enumerate(PLACES):
         for index in range(len(places)):
@@ -45,13 +45,13 @@ def _rows(layout: str) -> tuple[Row, ...]:
 TABLES: dict[str, Table] = {
     "torchvision": Table(
         name="torchvision",
-        rows=_rows("torchvision"),
+        rows=_make_rows("torchvision"),
         # The second and third are what timm calls the classifier.
         dropped=(r"classifier\..+", r"pre_logits\..+", r"head\..+"),
     ),
     "lpips": Table(
         name="lpips",
-        rows=_rows("lpips"),
+        rows=_make_rows("lpips"),
         # `lins` lists the heads a second time; the scaling is a constant of the method.
         dropped=(r"lins\..+", r"scaling_layer\..+"),
     ),
