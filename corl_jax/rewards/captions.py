@@ -80,7 +80,10 @@ def generate_caption_tokens(
 
 
 def check_assets(checkpoint: Any) -> None:
-    """Raises: InputError for a folder whose tokenizer or image settings cannot be used."""
+    """Checks the folder's tokenizer and image settings.
+
+    Raises: InputError listing what cannot be used.
+    """
     folder, config = Path(checkpoint.folder), checkpoint.config
     problems = Problems()
     problems.attempt(load_tokenizer, folder, config.text)

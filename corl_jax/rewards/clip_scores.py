@@ -154,7 +154,10 @@ def _compute_ratings(
 
 
 def check_assets(checkpoint: Any) -> None:
-    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    """Checks the folder's tokenizer.
+
+    Raises: InputError for a tokenizer that cannot be used.
+    """
     tokenize_prompts(checkpoint, ["a"])
 
 

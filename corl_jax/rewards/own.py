@@ -5,9 +5,9 @@
 
 The names of the parameters say what the function gets. `images` are PIL images: it scores image
 generation. `texts` are strings: it scores answers. Other names are columns of the data, each a
-list with one value per sample. `**columns` takes all other columns. Keyword-only parameters are options of the
-config. The function may be `async def`. It returns one number per sample, or None for a sample to
-which the reward does not apply.
+list with one value per sample. `**columns` takes all other columns. Keyword-only parameters are
+options of the config. The function may be `async def`. It returns one number per sample, or None
+for a sample to which the reward does not apply.
 """
 
 from __future__ import annotations

@@ -303,23 +303,23 @@ def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[st
 def find_missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
     """Returns a problem for each column that a reward needs and the data does not have."""
     problems = []
-    names_found = f"found {', '.join(sorted(available)) or 'none'}"
+    present = f"found {', '.join(sorted(available)) or 'none'}"
     for reward in resolved:
         row = reward.row
         for column in row.columns:
             if column not in available:
                 problems.append(
-                    f"data: column {column} is missing; {reward.name} needs it; {names_found}"
+                    f"data: column {column} is missing; {reward.name} needs it; {present}"
                 )
         for column, option in row.stand_ins.items():
             if column not in available and reward.options.get(option) is None:
                 problems.append(
                     f"data: column {column} is missing; {reward.name} needs it or its option "
-                    f"{option}; {names_found}; set data.columns.{column} or options: {{{option}: ..}}"
+                    f"{option}; {present}; set data.columns.{column} or options: {{{option}: ..}}"
                 )
         if row.either and not set(row.either) & set(available):
             names = " or ".join(row.either)
-            problems.append(f"data: no column {names}; {reward.name} needs one; {names_found}")
+            problems.append(f"data: no column {names}; {reward.name} needs one; {present}")
     return problems
 
 

@@ -33,7 +33,7 @@ def describe_failures(reward: BoundReward, traces: dict[int, str], num_calls: in
 
 
 def describe_differences(values: np.ndarray, names: list[str]) -> str:
-    """Returns how much the rewards [calls, samples] differ between calls; `names` are the samples'."""
+    """Returns how much rewards [calls, samples] differ between calls; `names` are the samples'."""
     # calls [[1, nan, 3], [1, 2, 4]] -> changes_null [F, T, F], spread [0, inf, 1]: a reward that is
     # null in some calls only differs more than any number does.
     absent = np.isnan(values)

@@ -98,7 +98,7 @@ def sentence_similarity(
     check_pooling(network.folder)
     texts = [*predictions, *targets]
     vectors = _encode(network, texts, _encode_sentences, max_tokens, chunk)
-    # Rounding can give 1.0000001 for equal texts, hence the upper bound.
+    # By rounding, the cosine of equal texts can exceed 1.
     cosine = _compare(vectors, np.dot, predictions, targets)
     return np.clip(cosine, 0.0 if clamp else -1.0, 1.0)
 
