@@ -10,10 +10,9 @@ import sys
 
 
 def escape_unprintable_text() -> None:
-    """Makes standard output and error print missing characters as escapes such as \\u2265.
-
-    An error handler other than `strict`, which PYTHONIOENCODING can name, stays.
-    """
+    """Makes standard output and error print missing characters as escapes such as \\u2265."""
+    # Another handler is the user's choice by PYTHONIOENCODING, and stays. `surrogateescape` is
+    # Python's choice for the C locale.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")

@@ -128,8 +128,8 @@ def _run_file(path: Path, content: bytes) -> types.ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and others look up the module of a class there
-    # Not by the loader, which would read the file again. dont_inherit: the `from __future__` of this
-    # module must not apply to the user's code.
+    # Not by the loader, which would read the file again. dont_inherit: this module's `from
+    # __future__` must not apply to the user's code.
     exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
     if package is not None:  # as an import does: `import package.module` binds package.module
         setattr(package, last, module)

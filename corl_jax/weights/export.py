@@ -50,11 +50,11 @@ def save_checkpoint(
 ) -> list[str]:
     """Writes parameters as a checkpoint directory, whole or not at all; returns notes.
 
-    `assets_from` is a model directory of any layout. Its tokenizer and processor files are copied
-    or rewritten, and the tensors that it carries outside the model are written too; those of
-    `base` replace them. With `keep` a parameter is written in the dtype of its array, or of its
-    layers in `layer_dtypes` (see `stored_layer_dtypes`). `generation` has values for
-    generation_config.json, `extra` further JSON files by name.
+    `assets_from` is a model directory of any layout. The export copies or rewrites its tokenizer
+    and processor files, and writes the tensors that it carries outside the model. Those of `base`
+    replace them. `keep` writes a parameter in the dtype of its array, or of its layers in
+    `layer_dtypes` (see `read_layer_dtypes`). `generation` has values for generation_config.json,
+    `extra` further JSON files by name.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """
@@ -69,12 +69,15 @@ def save_checkpoint(
             config=config,
             leaves=MemoryLeaves(flat, layer_dtypes if dtype == "keep" else None),
             assets=source.assets if source else None,
-            carried=source.carried if source and _has_matching_carried_sizes(source, config) else {},
+            carried=source.carried
+            if source and _has_matching_carried_sizes(source, config)
+            else {},
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             generation=generation or {},
             extra=extra or {},
         )
+        # Parameters in memory may have another dtype than the source's config.json states.
         stated = find_main_dtype(plan_tensors(export))
         export = dataclasses.replace(export, stated_dtype=stated)
         return _write(Path(out), export, base, overwrite, progress)
@@ -112,6 +115,7 @@ def convert(
             assets=checkpoint.assets,
             carried=checkpoint.carried,
             dtype=dtype,
+            # With `keep` the tensors are the source's, and so is what its config.json states.
             stated_dtype=None if dtype == "keep" else dtype,
             max_shard_bytes=max_shard_bytes,
             as_bin=as_bin,
@@ -122,7 +126,7 @@ def convert(
 def check_export(
     kind: NetworkKind, layout: str, config: Any, base: str | Path | None = None
 ) -> None:
-    """Refuses what `save_checkpoint` would refuse, before there are parameters to write.
+    """Checks before a run what `save_checkpoint` would refuse after it.
 
     Raises: InputError for sizes that the layout cannot express, and for a base that does not fit.
     """
@@ -161,7 +165,7 @@ def _check_params(kind: NetworkKind, config: Any, flat: Mapping[str, Any]) -> No
 
 
 def _has_matching_carried_sizes(source: Checkpoint, config: Any) -> bool:
-    """True if the tensors that a checkpoint carries fit a model of these sizes."""
+    """Returns whether the tensors that a checkpoint carries fit a model of these sizes."""
     foreign = source.kind.foreign_export
     return not foreign or foreign.carried_sizes(source.config) == foreign.carried_sizes(config)
 
