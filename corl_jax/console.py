@@ -19,7 +19,7 @@ def escape_unprintable_text() -> None:
 
 
 def write_json_lines(text: str) -> None:
-    """Writes JSON to standard output, with JSON's own escapes if that is not UTF-8."""
+    """Writes JSON to standard output, with JSON's escapes if its encoding is not UTF-8."""
     # JSON has no escape like Python's \U0001f600, and its readers expect UTF-8 or ASCII.
     if codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8":
         text = re.sub(r"[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)

@@ -143,7 +143,7 @@ def shorten(
 
 
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a command's `main`: prints errors of this module and exits with their code."""
+    """Wraps a command's `main`: prints errors of this module and exits with their code."""
 
     @functools.wraps(main)
     def run_main(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -67,7 +67,7 @@ def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
 def score_aesthetic(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
 ) -> np.ndarray:
-    """Predicts the rating of an image, about 1 to 10, over `divisor`. The prompt is not used.
+    """Computes the predicted rating of an image, about 1 to 10, over `divisor`; ignores the prompt.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
@@ -100,7 +100,7 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
 
 
 def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
-    """Predicts ratings [N] float32 of images [N, S, S, 3] uint8.
+    """Computes predicted ratings [N] float32 of images [N, S, S, 3] uint8.
 
     `network` is a Network of a Clip, `head` a Network of an AestheticHead.
 

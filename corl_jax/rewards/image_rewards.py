@@ -76,8 +76,8 @@ def score_shapes(
     """Returns 1 for an image that shows what `spec` demands, by the drawn world's checker.
 
     `strict`: the image must show nothing else. Any other image gets `partial_credit` times the
-    number of correct objects, divided by the number of detected or of demanded objects, the larger
-    of the two. NaN without a spec.
+    fraction of correct objects. The fraction is their number over that of the detected or of the
+    demanded objects, whichever is larger. NaN without a spec.
 
     Raises:
         InputError: a spec that cannot be read.

@@ -117,7 +117,7 @@ def _compute_similarity(
 ) -> jax.Array:
     assert family.hidden_states is not None  # the config was checked
     hidden = family.hidden_states(sizes, params, prompts, special, dtype)
-    # Each row has its own start: start [B] = [4, 2], 3 image tokens -> [[4, 5, 6], [2, 3, 4]];
+    # The start differs by row: start [B] = [4, 2], 3 image tokens -> [[4, 5, 6], [2, 3, 4]];
     # hidden [B, P, D] -> images [B, I, D].
     places = image_start[:, None] + jnp.arange(image_tokens)
     images = jnp.take_along_axis(hidden, places[..., None], axis=1)
@@ -127,9 +127,9 @@ def _compute_similarity(
 def matched_similarity(images: jax.Array, tokens: jax.Array, is_caption: jax.Array) -> jax.Array:
     """Computes the mean of the best cosines in both directions, [B] float32 in [-1, 1].
 
-    `images` [B, I, D] are states of image tokens, `tokens` [B, P, D] states of the prompt, of which
-    `is_caption` [B, P] bool selects the caption. Each image token's best caption token and each
-    caption token's best image token count. NaN without a caption token.
+    `images` [B, I, D] are states of image tokens, `tokens` [B, P, D] states of the whole prompt.
+    `is_caption` [B, P] bool selects the caption's tokens. Each image token's best caption token and
+    each caption token's best image token count. NaN without a caption token.
     Source: arXiv 2505.17534 eq. 4.
     """
     # float32, also inside the products: the released code computes in bfloat16.

@@ -10,7 +10,7 @@ from corl_jax.rewards.registry import BoundReward, Context, Samples
 
 
 def call_once(reward: BoundReward, samples: Samples, context: Context) -> np.ndarray | str:
-    """Returns the rewards [N], or the traceback if the user's own reward failed."""
+    """Returns the rewards [N], or the traceback if the user's reward failed."""
     try:
         return registry.score([reward], samples, context)[reward.name]
     except RewardError:

@@ -75,7 +75,7 @@ def read_parameters(function: Callable[..., Any], options: Mapping[str, Any]) ->
     if len(inputs) != 1 and not problems:
         names = ", ".join(p.name for p in parameters) or "none"
         problems.add(
-            f"found the parameters {names}; expected images (a reward of drawings) or texts (a "
+            f"found the parameters {names}; expected images (a reward of images) or texts (a "
             "reward of answers) among them, and not both"
         )
     keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -141,7 +141,7 @@ def oc_accuracy(
 ) -> float:
     """Scores the class of an answer: 1.0 if equal, up to 0.9 if one is a part of the other.
 
-    Case does not matter. Parts are whole words, see `contained_score`. An empty answer scores 0
+    Case does not matter. Parts are whole words, see `score_contained`. An empty answer scores 0
     (Q22). NaN without a solution. Released behaviours: `multiline_answer=False` and
     `answer_in_thoughts=True` as in `qa_accuracy`; `substrings=True` gives 0.9 if one text contains
     the other.
@@ -160,10 +160,10 @@ def oc_accuracy(
         prediction = completion.strip().lower()
     if prediction == truth:
         return 1.0
-    return OC_CONTAINED * contained_score(prediction, truth, substrings)
+    return OC_CONTAINED * score_contained(prediction, truth, substrings)
 
 
-def contained_score(prediction: str, truth: str, substrings: bool = False) -> float:
+def score_contained(prediction: str, truth: str, substrings: bool = False) -> float:
     """Scores how much of an answer is the true class, in [0, 1]; both texts are in lower case.
 
     The score is the number of words of the shorter text over that of the longer. The shorter text
@@ -203,7 +203,7 @@ def oc_answer_score(
 
     `answer` is the scorer's answer about the image, `prompt` the prompt of the image. With an
     answer block: 1.0 equal, 0.9 contained, 0.5 a part of the prompt, 0.2 for "UNK". Without a
-    block: 0.8, 0.7, 0.3, 0. A contained class gets the fraction of `contained_score`. A part of the
+    block: 0.8, 0.7, 0.3, 0. A contained class gets the fraction of `score_contained`. A part of the
     prompt is a phrase of it. `substrings` is the released rule, which compares letters. NaN without
     a solution.
     Source: the released code.
@@ -222,14 +222,14 @@ def oc_answer_score(
     # The released code compares with "UNK" after lower-casing, so it never gives this score.
     if prediction == UNKNOWN:
         return unknown
-    if share := contained_score(prediction, truth, substrings):
+    if share := score_contained(prediction, truth, substrings):
         return contained * share
     demanded = (prompt or "").lower()
     if substrings:
         return in_prompt if prediction in demanded else 0.0
     # With more words than the prompt, the prompt would be a part of the answer.
     is_part = len(_split_class(prediction)) <= len(_split_class(demanded))
-    return in_prompt if is_part and contained_score(prediction, demanded) else 0.0
+    return in_prompt if is_part and score_contained(prediction, demanded) else 0.0
 
 
 def qa_answer_score(

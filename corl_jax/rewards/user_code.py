@@ -171,7 +171,7 @@ def _is_taken(name: str, folder: Path) -> bool:
 def _put_on_path(folder: Path, *, before_installed: bool) -> None:
     """Makes a folder's files importable, before those of the working directory.
 
-    Python's own modules come first: a file beside the reward must not hide one from all others.
+    Modules of Python come before both: a file beside the reward must not hide one of them.
     """
     # [stdlib, lib-dynload | cwd, site-packages] -> stdlib, folder, rest; or, for a name that an
     # installed module has, stdlib, installed, folder, cwd.

@@ -80,8 +80,8 @@ class UserProcess:
     ) -> Any:
         """Returns `count` scores, a Failure or an Interrupt within `timeout_s + grace_s` seconds.
 
-        If the process has ended, the call also waits for a new import, at most `timeout_s` plus
-        three times the duration of the first import.
+        After the end of the process, the call also waits for a new import. It waits at most
+        `timeout_s` plus three times the duration of the first import.
         """
         # Three times: the disk's cache may be cold, or the machine busier than at the first import.
         with self._one_at_a_time:
@@ -103,7 +103,7 @@ class UserProcess:
                 cwd=self._folder,
                 env=_make_environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # standard output belongs to the command's own lines
+                stdout=2,  # standard output is for the lines of the command
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the run alone
             )  # fmt: skip

@@ -22,13 +22,8 @@ from corl_jax.weights.export_folder import (
 )
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.kinds import OWN_LAYOUT, NetworkKind
-from corl_jax.weights.shards import (
-    DEFAULT_SHARD_BYTES,
-    Progress,
-)
-from corl_jax.weights.sources import (
-    MemoryLeaves,
-)
+from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
+from corl_jax.weights.sources import MemoryLeaves
 
 
 def save_checkpoint(
@@ -69,9 +64,7 @@ def save_checkpoint(
             config=config,
             leaves=MemoryLeaves(flat, layer_dtypes if dtype == "keep" else None),
             assets=source.assets if source else None,
-            carried=source.carried
-            if source and _has_matching_carried_sizes(source, config)
-            else {},
+            carried=source.carried if source and _fits_carried(source, config) else {},
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             generation=generation or {},
@@ -164,7 +157,7 @@ def _check_params(kind: NetworkKind, config: Any, flat: Mapping[str, Any]) -> No
         raise InputError(sorted(problems))
 
 
-def _has_matching_carried_sizes(source: Checkpoint, config: Any) -> bool:
+def _fits_carried(source: Checkpoint, config: Any) -> bool:
     """Returns whether the tensors that a checkpoint carries fit a model of these sizes."""
     foreign = source.kind.foreign_export
     return not foreign or foreign.carried_sizes(source.config) == foreign.carried_sizes(config)
@@ -179,7 +172,7 @@ def _check_base(base: Checkpoint, config: Any) -> None:
             f"{base.folder}: as --base it has nothing to give: no {' and no '.join(patterns)}; "
             f"name a checkpoint of the {' or '.join(layouts)} layout"
         )
-    if not _has_matching_carried_sizes(base, config) and kind.foreign_export:
+    if not _fits_carried(base, config) and kind.foreign_export:
         old, new = (kind.foreign_export.carried_sizes(c) for c in (base.config, config))
         raise InputError(
             f"{base.folder}: as --base it has other sizes ({old}) than the model ({new}); name the "

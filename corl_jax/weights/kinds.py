@@ -101,7 +101,7 @@ class NetworkKind:
     foreign_export: ForeignExport | None = None
     # (problems, layout, config.json) -> the problems with what to do about some of them
     explain: Callable[[list[str], str, Mapping[str, Any]], list[str]] | None = None
-    peft: PeftFormat | None = None  # None: adapters are not exported on their own
+    peft: PeftFormat | None = None  # None: adapters are only exported merged
 
     @property
     def needs_config(self) -> bool:

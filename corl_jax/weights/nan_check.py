@@ -24,7 +24,7 @@ def count_non_finite(array: np.ndarray) -> int:
     if array.dtype not in _EXPONENTS:
         floats = np.issubdtype(array.dtype, np.floating)
         return int(array.size - np.isfinite(array).sum()) if floats else 0
-    # NumPy's own test of 16 bits takes some seven times as long.
+    # NumPy's test of 16-bit floats takes some seven times as long.
     kind, exponent = _EXPONENTS[array.dtype]
     # bfloat16 is 1 sign, 8 exponent and 7 mantissa bits: 0x7F80 = 0 11111111 0000000. NaN and
     # infinity have all exponent bits set; their mantissa makes the difference.

@@ -1,4 +1,4 @@
-"""Loads parameters onto a mesh: each process reads the parts of its own devices, leaf by leaf.
+"""Loads parameters onto a mesh: each process reads the parts of its devices, leaf by leaf.
 
 The peak of host memory is one leaf, or this process's part of it.
 """

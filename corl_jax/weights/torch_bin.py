@@ -83,7 +83,7 @@ class BinStore:
 def to_numpy(tensor: Any) -> np.ndarray:
     """Returns a view as a NumPy array."""
     torch = import_torch(Path("a tensor"))
-    if tensor.dtype == torch.bfloat16:  # NumPy's own protocol lacks it
+    if tensor.dtype == torch.bfloat16:  # `numpy()` raises for it
         return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return tensor.contiguous().numpy()
 
@@ -99,8 +99,8 @@ def to_torch(array: np.ndarray) -> Any:
 def load_bin(file: Path) -> dict[str, Any]:
     """Loads {key: tensor} from a PyTorch file, or from the `state_dict` of a training checkpoint.
 
-    Raises: InputError for another kind of file, values that are not plain tensors, compressed
-        archives, large legacy files and tensors that exceed their storage.
+    Raises: InputError for another kind of file, or a compressed archive, or a large legacy file.
+        Also for values that are not plain tensors, and tensors that exceed their storage.
     """
     if is_lfs_pointer(file):
         raise InputError(describe_lfs_pointer(file))
@@ -128,7 +128,7 @@ def _is_legacy(file: Path) -> bool:
         entries = [] if legacy else _list_entries(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
-    except Exception as error:  # zipfile's own, and whatever a damaged directory leads it to
+    except Exception as error:  # zipfile raises several kinds for a damaged archive
         raise InputError(f"{file}: is not a whole PyTorch file ({error}); {_AGAIN}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{file}: is a compressed archive; PyTorch does not write those")
