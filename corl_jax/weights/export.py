@@ -45,11 +45,10 @@ def save_checkpoint(
 ) -> list[str]:
     """Writes parameters as a checkpoint directory, whole or not at all; returns notes.
 
-    `assets_from` is a model directory of any layout. The export copies or rewrites its tokenizer
-    and processor files, and writes the tensors that it carries outside the model. Those of `base`
-    replace them. `keep` writes a parameter in the dtype of its array, or of its layers in
-    `layer_dtypes` (see `read_layer_dtypes`). `generation` has values for generation_config.json,
-    `extra` further JSON files by name.
+    The export takes tokenizer and processor files from `assets_from`, a model directory of any
+    layout, and the tensors outside the model from there or from `base`. `keep` writes a parameter
+    in the dtype of its array, or of its layers in `layer_dtypes` (see `read_layer_dtypes`).
+    `generation` has values for generation_config.json, `extra` further JSON files by name.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """
