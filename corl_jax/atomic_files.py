@@ -16,6 +16,8 @@ from corl_jax.errors import InputError
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[IO[bytes]]:
     """Yields a binary file that replaces `path` when the block ends without an error."""
+    # In the same folder, because a rename is atomic only inside one file system. With the process's
+    # number, so that two processes do not write one file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -34,6 +36,7 @@ def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises: InputError if `out` holds files (unless `overwrite`), or cannot be written.
     """
+    # Before the block, which may take hours.
     _check_free(out, overwrite)
     place, temporary = out.absolute(), None
     try:
@@ -43,8 +46,9 @@ def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         )
         yield temporary
         temporary.chmod(0o777 & ~_read_umask())  # mkdtemp makes it private
+        # Names are data of their folder: without this a power cut could lose files that are whole.
         for folder in (path for path in [temporary, *temporary.rglob("*")] if path.is_dir()):
-            _sync_folder(folder)
+            _flush_folder(folder)
         _move_folder(temporary, place)
     except OSError as error:
         raise InputError(
@@ -64,7 +68,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _move_folder(temporary: Path, out: Path) -> None:
-    """Renames the folder; what was at `out` is removed last, so a whole one always exists."""
+    """Renames the folder to `out`, and removes the old one."""
+    # The old folder goes last, so that a whole one exists at every moment.
     if out.exists():
         old = temporary.with_suffix(".old")
         out.rename(old)
@@ -72,10 +77,10 @@ def _move_folder(temporary: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(out)
-    _sync_folder(out.parent)
+    _flush_folder(out.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,6 +89,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _read_umask() -> int:
+    # The mask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -3,8 +3,8 @@
 0   done.
 1   anything else: an exception, a checkpoint that cannot be written, a reward that keeps failing,
     a hang that the watchdog ended. Look at the message; the same command resumes.
-2   bad input: a config, file or argument; mend it. Found before anything is started, but for
-    rows of the data: too many that cannot be used end a training on the way.
+2   bad input: a config, file or argument; correct it. Commands find it before they start work,
+    except in rows of the data: too many unusable rows end a training later.
 3   a guard stopped the training: too many updates in a row with a loss or gradient that is not
     finite, no reward that applies to anything, or an alarm of `guards.fatal`. Resuming without a
     change leads there again.
@@ -33,7 +33,7 @@ MAX_PRINTED_PROBLEMS = 20
 
 
 class InputError(ValueError):
-    """A wrong config, file or argument: every problem of one input, reported together.
+    """A wrong config, file or argument, with every problem of the input.
 
     Each problem names the file or key, what was found, what was expected and the remedy.
     """
@@ -46,7 +46,7 @@ class InputError(ValueError):
 
 
 class Problems:
-    """Collects what is wrong with an input, so that all of it is reported together.
+    """Collects the problems of an input, to report all of them together.
 
         problems = Problems()
         rows = problems.attempt(open_rows, path)  # None, and noted, if it raises an InputError
@@ -54,26 +54,27 @@ class Problems:
             problems.add(f"{path}: found no rows; expected at least one")
         problems.raise_any()
 
-    A problem that was noted before is not noted again: several readers may meet the same one.
+    Equal problems are kept once.
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, None] = {}  # a dict keeps the order
+        # A dict keeps the order, and each problem once: several readers may find the same one.
+        self._lines: dict[str, None] = {}
 
     def add(self, problems: str | Iterable[str], prefix: str = "") -> None:
-        """Notes one problem, or several, each with `prefix` in front."""
+        """Adds one problem, or several, each with `prefix` in front."""
         lines = [problems] if isinstance(problems, str) else problems
         self._lines.update(dict.fromkeys(prefix + line for line in lines))
 
     def attempt(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Returns what the function returns; None, and its problems noted, for an InputError."""
+        """Returns the function's result; for an InputError adds its problems and returns None."""
         with self.collect():
             return function(*args, **kwargs)
         return None
 
     @contextlib.contextmanager
     def collect(self, prefix: str = "") -> Iterator[None]:
-        """Notes the problems of an InputError that is raised inside, which ends there."""
+        """Adds the problems of an InputError that the block raises, and ends the error there."""
         try:
             yield
         except InputError as error:
@@ -92,7 +93,7 @@ class Problems:
 
 
 class GuardError(RuntimeError):
-    """A guard has stopped a training that was going wrong; one line of what, where and why."""
+    """The error of a guard that stops a training; one line says what, where and why."""
 
     exit_code = GUARD_EXIT_CODE
 
@@ -122,11 +123,10 @@ class RewardError(RuntimeError):
 
 
 class Preempted(BaseException):
-    """A run was asked to stop, and all that it has done is saved; says how to go on.
+    """The end of a run that was asked to stop and has saved its state; says how to resume."""
 
-    Raised out of signal handlers too, so no `except Exception` is to take it for its own.
-    """
-
+    # BaseException, because signal handlers raise it too: no `except Exception` on the way may
+    # catch it.
     exit_code = PREEMPTED_EXIT_CODE
 
 
@@ -135,7 +135,7 @@ def shorten(
 ) -> list[str]:
     """Returns the first `limit` problems and, for a longer list, a line that counts the rest.
 
-    `what` is the word for them in that line.
+    `what` is the noun in that line.
     """
     if len(problems) <= limit:
         return problems
@@ -143,13 +143,11 @@ def shorten(
 
 
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
-    """Turns an error of this module that leaves `main` into lines on stderr and its exit code.
-
-    Every command's main has it, so it readies the console for texts of any language too.
-    """
+    """Wraps a command's `main`: prints errors of this module and exits with their code."""
 
     @functools.wraps(main)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run_main(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Here, because every command's main has this decorator.
         escape_unprintable_text()
         try:
             return main(*args, **kwargs)
@@ -161,4 +159,4 @@ def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(error.exit_code)
 
-    return wrapped
+    return run_main

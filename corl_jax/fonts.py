@@ -1,4 +1,4 @@
-"""Text for images: replaces characters that a font lacks, which would be drawn as boxes."""
+"""Replaces characters that a font lacks, because Pillow draws them as boxes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def make_drawable(text: str, font: Font) -> str:
     An accented letter loses its accent. Characters of other scripts become Python escapes.
     In: "Bäume, 木"  Out: "Baume, \\u6728"
     """
+    # NFC first: "a" and a combining mark become one character, which the font may have.
     composed = unicodedata.normalize("NFC", text)
-    return "".join(_replacement(character, font) for character in composed)
+    return "".join(_replace_character(character, font) for character in composed)
 
 
 @functools.lru_cache(maxsize=4096)
-def _replacement(character: str, font: Font) -> str:
+def _replace_character(character: str, font: Font) -> str:
     if character.isspace():
         return " "
     if _has_glyph(character, font):
@@ -42,6 +43,7 @@ def _has_glyph(character: str, font: Font) -> bool:
         return ord(character) < BITMAP_CHARACTERS and character.isprintable()
     if "\ud800" <= character <= "\udfff":  # half a pair, which cannot be drawn
         return False
+    # Pillow has no test for a glyph. A character without one is drawn as the font's box.
     drawn, box = font.getmask(character), font.getmask(MISSING)
     return drawn.size != box.size or _read_pixels(drawn) != _read_pixels(box)
 

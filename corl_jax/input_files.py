@@ -1,7 +1,7 @@
-"""Reads inputs of users: paths with `~` and `$VAR`, UTF-8 text, files that git replaced.
+"""Reads inputs of users: paths with `~` and `$VAR`, UTF-8 text, Git LFS pointers.
 
 Every command reads inputs through this module, so that all accept and refuse the same.
-It imports nothing but `errors`.
+It imports only `errors`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONE_SURROGATE = (
     "holds a lone surrogate (half of a character, such as \\ud83d), which is no text; expected "
     "whole characters: write it again from its source"
 )
-"""What is wrong with a text for which `has_lone_surrogate` is true, and the remedy."""
+"""The problem and the remedy for a text for which `has_lone_surrogate` is true."""
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
 
@@ -31,6 +31,7 @@ def expand_path(text: str | os.PathLike[str]) -> str:
     Raises: InputError for a variable that is not set, and for a `~` whose home is unknown.
     """
     given = os.fspath(text)
+    # expandvars leaves an unset variable in the text: "$DATA/x" would be in a folder named "$DATA".
     unset = sorted({a or b for a, b in _VARIABLE.findall(given) if (a or b) not in os.environ})
     if unset:
         raise InputError(
@@ -40,7 +41,7 @@ def expand_path(text: str | os.PathLike[str]) -> str:
     if not expanded.startswith("~"):
         return expanded
     with_home = os.path.expanduser(expanded)
-    if with_home == expanded:  # what expanduser returns for an unknown user or a missing home
+    if with_home == expanded:  # expanduser does not raise for an unknown user or a missing home
         raise InputError(f"{given}: the home directory of `~` is not known; write the path out")
     return with_home
 
@@ -59,9 +60,9 @@ def parse_path(text: str) -> Path:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Returns whether a file is the text that git leaves in place of a file kept in Git LFS.
+    """Returns whether a file is a Git LFS pointer, the text that git stores in place of the file.
 
-    A missing or unreadable file is not one; reading it gives the reason.
+    False for a missing or unreadable file; reading it gives the reason.
     """
     try:
         with path.open("rb") as file:
@@ -87,6 +88,7 @@ def read_text(path: Path, expected: str = "a text file", max_bytes: int | None =
     """
     try:
         with path.open("rb") as file:
+            # One byte more than allowed shows that a file is too large, without reading all of it.
             content = file.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""Suggestions in error messages: the nearest known name, divisor or multiple."""
+"""Finds the nearest known name, divisor or multiple, for suggestions in error messages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def suggest_name(name: str, known: Iterable[str], label: str = "known", cutoff: 
     to 1, the text is "known: near, other".
     """
     names = list(known)
-    listed = f"{label}: {', '.join(names)}"
+    known_names = f"{label}: {', '.join(names)}"
     near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]}? ({listed})" if near else listed
+    return f"did you mean {near[0]}? ({known_names})" if near else known_names
 
 
 def nearest_divisors(number: int, value: int) -> str:
@@ -27,5 +27,6 @@ def nearest_divisors(number: int, value: int) -> str:
 
 def nearest_multiples(number: int, value: int) -> str:
     """Returns the multiples of `number` just below and above `value`, as "8 or 16"; never 0."""
+    # number 8, value 13 -> "8 or 16"; value 5 -> "8"
     below = value // number * number
     return f"{below} or {below + number}" if below else str(number)

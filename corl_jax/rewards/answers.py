@@ -16,9 +16,11 @@ from corl_jax.rewards import numerals
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ANSWER_ONE_LINE = re.compile(r"<answer>(.*?)</answer>")
 THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+# Deleted from a completion without an answer block, as in the released code.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 STRAY = (*TAGS, "Answer:", "Answer")
 OPTION_LINE = re.compile(r"^\s*([A-Na-n])\.\s*(.+?)\s*$", re.MULTILINE)
+# "red", `red`, 'red': a single quote is no quotation mark inside a word ("don't").
 QUOTED = re.compile(r"[\"“`]([^\"“”`]+)[\"”`]|(?<!\w)['‘]([^'‘’]+)['’](?!\w)")
 
 # A capital is an option letter wherever a letter is expected. A small letter is one only before a
@@ -58,10 +60,13 @@ LETTER_FORMS = (
 NEGATED = re.compile(
     r"(?i:\bnot (?:the )?(?:option |choice |letter |answer )?)[*\"'`(\[]*[A-N]\b[*\"'`)\]]*"
 )
+# Without the last form: a capital by itself, as in "vitamin C", is not explicit.
 _EXPLICIT_FORMS = LETTER_FORMS[:7]
+# "B." or "B. text" at the start, or nothing but the letter.
 _LEADING_FORMS = LETTER_FORMS[2:4]
 
 
+# Bounds for the parser and the matching of boxes: a completion can contain any text.
 MAX_DETECTION_CHARACTERS = 4096
 MAX_DETECTIONS = 64
 _DETECTION_KEYS = re.compile(r"(['\"])(?:Position|Confidence)\1")
@@ -78,15 +83,15 @@ class Detection(NamedTuple):
 
 
 def find_tagged_answer(text: str, multiline: bool = True, in_thoughts: bool = False) -> str | None:
-    """Returns the content of the first answer block outside the thoughts, None without one.
+    """Returns the content of the first answer block outside the thoughts, None without a block.
 
-    `multiline=False` and `in_thoughts=True` are released behaviours: a block with a line break
-    is ignored (Q21); a block inside the thoughts counts.
+    Released behaviours: `multiline=False` ignores a block with a line break (Q21);
+    `in_thoughts=True` also reads a block inside the thoughts.
     """
-    found = (ANSWER if multiline else ANSWER_ONE_LINE).search(
+    match = (ANSWER if multiline else ANSWER_ONE_LINE).search(
         text if in_thoughts else remove_thoughts(text)
     )
-    return found.group(1).strip() if found else None
+    return match.group(1).strip() if match else None
 
 
 def read_answer(completion: str, multiline: bool = True, in_thoughts: bool = False) -> str:
@@ -107,17 +112,21 @@ def remove_thoughts(text: str) -> str:
     "<think>a <think>b</think> c</think>d" is "d". Thoughts without an end stay, because the answer
     may be inside them.
     """
+    # By `find`, not by a regular expression: thoughts can contain "</think>", and a lazy pattern
+    # would end at the first one.
     opened, closed = "<think>", "</think>"
-    kept, position = [], 0
+    parts, position = [], 0
     while (begin := text.find(opened, position)) >= 0:
         first_end = text.find(closed, begin)
         if first_end < 0:
             break
+        # "<think>a</think>b</think>c<think>d</think>": `first_end` is behind a, `end` behind b, and
+        # `following` before d. The first pass removes all before c.
         following = text.find(opened, first_end)
         end = text.rfind(closed, first_end, following if following >= 0 else len(text))
-        kept.append(text[position:begin])
+        parts.append(text[position:begin])
         position = end + len(closed)
-    return "".join([*kept, text[position:]])
+    return "".join([*parts, text[position:]])
 
 
 def read_solution(solution: str, multiline: bool = True) -> str:
@@ -128,11 +137,11 @@ def read_solution(solution: str, multiline: bool = True) -> str:
 
 
 def are_equal(first: str, second: str, by_value: bool = True) -> bool:
-    """True for equal texts, without case, outer spaces and final dots; numbers compare by value.
+    """Returns whether two texts are equal without case, outer spaces and final dots.
 
-    "two", "2" and "2.0" are equal, and "twenty-one" and "21". Only a whole text is a number ("two
-    dogs" is none). `by_value=False` is the released behaviour: a text that is one of word2number's
-    33 words equals its digits, and nothing else is a number.
+    Numbers compare by value: "two", "2" and "2.0" are equal, and "twenty-one" and "21". Only a
+    whole text is a number ("two dogs" is none). `by_value=False` is the released behaviour: a text
+    that is one of word2number's 33 words equals its digits, and nothing else is a number.
     """
     first, second = _normalise(first), _normalise(second)
     if first == second:
@@ -177,13 +186,14 @@ def find_option_by_text(text: str, options: dict[str, str]) -> str | None:
     """
     quoted = " \n ".join(double or single for double, single in QUOTED.findall(text))
     for part in (quoted, text):
-        found = {
+        contained = {
             letter: option for letter, option in options.items() if _contains_phrase(option, part)
         }
+        # A: "red", B: "dark red", part "it is dark red" -> both are contained, only B is longest.
         longest = [
             letter
-            for letter, option in found.items()
-            if not any(o != option and _contains_phrase(option, o) for o in found.values())
+            for letter, option in contained.items()
+            if not any(o != option and _contains_phrase(option, o) for o in contained.values())
         ]
         if len(longest) == 1:
             return longest[0]
@@ -203,11 +213,12 @@ def parse_detections(text: str) -> list[Detection] | None:
         return None
     try:
         entries = ast.literal_eval(text)
+    # literal_eval's documentation names all of these for bad or deeply nested input.
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
     if not isinstance(entries, list) or len(entries) > MAX_DETECTIONS:
         return None
-    detections = [found for entry in entries if (found := _read_detection(entry)) is not None]
+    detections = [box for entry in entries if (box := _read_detection(entry)) is not None]
     return detections if len(detections) == len(entries) else None
 
 
@@ -235,17 +246,23 @@ def _normalise(text: str) -> str:
 
 
 def _find_first_letter(text: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
-    """Returns the letter of the first form that names only one; for "the answer is", the last."""
+    """Returns the letter of the first form that names exactly one letter, None without such a form.
+
+    If "the answer is .." occurs several times, the last letter counts.
+    """
     text = NEGATED.sub("", " ".join(text.split()))  # the forms know single spaces only
     for form in forms:
         letters = ["".join(match.groups("")).upper() for match in form.finditer(text)]
+        # A completion that corrects itself says "the answer is" twice: "the answer is A .. no, the
+        # answer is B" chooses B.
         if letters and (form is LETTER_FORMS[0] or len(set(letters)) == 1):
             return letters[-1]
     return None
 
 
 def _contains_phrase(phrase: str, text: str) -> bool:
-    """True if the phrase is in the text as whole words, without case, and not after "not"."""
+    """Returns whether a text has the phrase as whole words, without case, and not after "not"."""
+    # Lookarounds, because \b does not match beside a mark, with which a phrase may begin: "(red)".
     phrase = _normalise(phrase)
     return bool(phrase) and bool(
         re.search(rf"(?<!\w)(?<!\bnot ){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)

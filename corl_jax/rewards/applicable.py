@@ -1,4 +1,4 @@
-"""Finds rewards that can score none of the first rows, before a run."""
+"""Finds rewards that can score none of the first rows, before a run starts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def find_inapplicable_rewards(
 ) -> list[str]:
     """Returns a line for each built-in reward that can score none of the rows, with the reason.
 
-    A row cannot be scored where a column that the reward needs is null or blank. What a user's
-    own reward makes of a row only the reward knows.
+    A row cannot be scored if a column that the reward needs is null or blank.
     """
     lines = []
     for reward in rewards:
+        # A user's reward may accept null columns; only its code knows.
         if not rows or reward.name not in REGISTRY:
             continue
-        lines += _open_by_default(reward, rows)
-        missing = [_blank_columns(reward, row) for row in rows]
-        if not all(missing):
+        lines += _find_untyped_questions(reward, rows)
+        missing = [_find_blank_columns(reward, row) for row in rows]  # per row: names of columns
+        if not all(missing):  # at least one row has all columns
             continue
         names = dict.fromkeys(name for columns in missing for name in columns)
         lines.append(
@@ -34,18 +34,18 @@ def find_inapplicable_rewards(
     return lines
 
 
-def _blank_columns(reward: BoundReward, values: Mapping[str, Any]) -> list[str]:
-    """Returns the columns because of which the reward does not apply to a row."""
+def _find_blank_columns(reward: BoundReward, values: Mapping[str, Any]) -> list[str]:
+    """Returns the null or blank columns for which the reward does not apply to a row."""
     row = reward.row
     blank = [name for name in row.columns if is_blank(name, values.get(name))]
-    # Some rewards need a type beside the question; null stands for OE there.
+    # A column that must exist, but whose null has a meaning: null `qa_type` counts as OE.
     blank = [name for name in blank if name != "qa_type"]
     if row.either and all(is_blank(name, values.get(name)) for name in row.either):
         blank += row.either
     return blank
 
 
-def _open_by_default(reward: BoundReward, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _find_untyped_questions(reward: BoundReward, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a line if all questions count as open-ended because their type is null."""
     return [
         f"rewards: {reward.name}: {column} is null in each of the first {len(rows)} rows, which "
@@ -57,13 +57,13 @@ def _open_by_default(reward: BoundReward, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def is_blank(name: str, value: Any) -> bool:
-    """True for a value of the column `name` that no reward can use.
+    """Returns whether no reward can use a value of the column `name`.
 
-    These are null, white space, a solution with an empty answer, and boxes that cannot be read.
+    Such values are null, white space, a solution with an empty answer, and unreadable boxes.
     """
     if value is None:
         return True
-    if not isinstance(value, str):
+    if not isinstance(value, str):  # images, and boxes given as lists
         return False
     if name == "od_solution":
         return answers.parse_detections(answers.read_solution(value)) is None

@@ -37,7 +37,7 @@ def caption_images(
     """Returns one caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
 
     `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and the
-    image settings. Each process captions its own images.
+    image settings. Each process captions only the images of its rows.
 
     Raises: InputError for a folder without those files, settings that are not implemented, or
         more tokens than the decoder has positions.
@@ -72,6 +72,7 @@ def generate_caption_tokens(
             max_new_tokens=max_new_tokens, dtype=jnp.dtype(network.dtype),
         )  # fmt: skip
 
+    # Resized per piece: all images at once would take N * size * size * 3 bytes.
     def take(index: np.ndarray) -> tuple:
         return (squash_to_size(images[index], settings.size),)
 
@@ -79,7 +80,10 @@ def generate_caption_tokens(
 
 
 def check_assets(checkpoint: Any) -> None:
-    """Raises: InputError for a folder whose tokenizer or image settings cannot be used."""
+    """Checks the folder's tokenizer and image settings.
+
+    Raises: InputError listing what cannot be used.
+    """
     folder, config = Path(checkpoint.folder), checkpoint.config
     problems = Problems()
     problems.attempt(load_tokenizer, folder, config.text)
@@ -103,6 +107,7 @@ def _caption_program(
     # Products of float32 are exact on every platform: a caption that changes with the rounding of
     # TensorFloat-32 would give the same image another reward.
     with jax.default_matmul_precision("highest"):
+        # Parameters may be stored in another dtype than the one to compute in.
         model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
         features = model.vision_model(normalise_images(images, settings))
         return decode_greedily(model.text_decoder, features, max_new_tokens)
@@ -130,6 +135,8 @@ def decode_greedily(decoder: TextDecoder, features: jax.Array, max_new_tokens: i
 
     def step(state: DecodeState) -> DecodeState:
         logits, cache = decoder.decode(blocks, state.token, state.step, state.cache)
+        # Finished rows still run, because all rows have one shape; their token is replaced.
+        # sep = 9, done [F, T]: best [5, 7] -> token [5, 9]
         best = jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
         token = jnp.where(state.done, config.sep_token_id, best)
         return DecodeState(
@@ -147,6 +154,7 @@ def decode_greedily(decoder: TextDecoder, features: jax.Array, max_new_tokens: i
         tokens=jnp.full((rows, max_new_tokens), config.sep_token_id, jnp.int32),
         cache=cache,
     )
+    # A loop that can stop early: most captions are much shorter than `max_new_tokens`.
     return lax.while_loop(
         lambda state: (state.step < max_new_tokens) & ~state.done.all(), step, first
     ).tokens
@@ -197,6 +205,7 @@ def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
         fields.expect(name, (True,), "the captioner was trained so")
     for name in ("do_center_crop", "do_pad"):
         fields.expect(name, (False, None), "not implemented")
+    # BLIP was trained on images that were resized bicubically, whatever their aspect ratio.
     fields.expect("resample", (int(Image.Resampling.BICUBIC),), "the filter implemented")
     settings = ImageSettings(
         size=_read_side(fields, image_size),
@@ -210,7 +219,7 @@ def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
 
 
 def _read_side(fields: Fields, expected: int) -> int:
-    """Reads the side from 384 or {"height": 384, "width": 384}; it must be the network's."""
+    """Reads 384 or {"height": 384, "width": 384}; any other size than `expected` is a problem."""
     size = fields.data.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if not sides or any(type(side) is not int or side != expected for side in sides):
@@ -243,6 +252,7 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
     from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     files = ("tokenizer.json", "vocab.txt")
+    # Without either file transformers makes a tokenizer without words.
     if not any((folder / name).is_file() for name in files):
         raise InputError(
             f"{folder}: no tokenizer found, expected {' or '.join(files)} of the captioner"
@@ -255,6 +265,7 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
     except Exception as error:  # the Rust parser raises a bare Exception
         raise InputError(f"{folder}: its tokenizer cannot be used ({error})") from error
     problems = []
+    # A smaller tokenizer fits: BLIP's embedding has two rows more than the tokenizer has tokens.
     if len(tokenizer) > config.vocab_size:
         problems.append(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, expected at most the network's "
@@ -266,14 +277,14 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
     # different models.
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     words = set(tokenizer.get_vocab().values()) - marks
-    for name, what in (("bos_token_id", "starts"), ("sep_token_id", "ends")):
+    for name, verb in (("bos_token_id", "starts"), ("sep_token_id", "ends")):
         token = getattr(config, name)
         if token in words or (name == "sep_token_id" and token not in marks):
-            found = tokenizer.convert_ids_to_tokens(token) if token in words else None
+            word = tokenizer.convert_ids_to_tokens(token) if token in words else None
             problems.append(
                 f"{folder}: {name} is {token} in config.json, by the tokenizer "
-                f"{f'the word {found!r}' if found else 'no token'}, expected the special token "
-                f"that {what} a caption; use the tokenizer that belongs to the weights"
+                f"{f'the word {word!r}' if word else 'no token'}, expected the special token "
+                f"that {verb} a caption; use the tokenizer that belongs to the weights"
             )
     if problems:
         raise InputError(problems)

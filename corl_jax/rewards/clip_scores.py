@@ -1,7 +1,7 @@
 """Scores images with CLIP networks: how well they match the prompt, and how good they look.
 
-The scores are the published ones. `divisor` scales those that are far from 1. Prompts are cut to
-the text tower's 77 tokens.
+The scores are the published ones. `divisor` divides scores that are far from 1. Prompts are cut
+to the text tower's 77 tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMAGES_AT_ONCE = 64
 
 
 def score_clip(samples: Samples, context: Context) -> np.ndarray:
-    """Twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
+    """Returns twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
 
     Source: the released code, with LAION's ViT-H/14.
     """
@@ -43,19 +43,20 @@ def score_clip(samples: Samples, context: Context) -> np.ndarray:
 def score_pickscore(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
 ) -> np.ndarray:
-    """PickScore: the scaled cosine, around 20, over `divisor`; NaN without a prompt.
+    """Returns PickScore, the scaled cosine, around 20, over `divisor`; NaN without a prompt.
 
     Flow-GRPO divides by 26, so that scores stay below 1.
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
     with context.network("pickscore") as network:
         cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
+        # CLIP stores the logarithm of its temperature.
         scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
     return cosine * (scale / np.float32(divisor))
 
 
 def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
-    """Human preference score v2: the cosine, around 0.27; NaN without a prompt.
+    """Returns the human preference score v2, a cosine around 0.27; NaN without a prompt.
 
     Source: Wu et al. 2023 (arXiv 2306.09341).
     """
@@ -66,7 +67,7 @@ def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
 def score_aesthetic(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
 ) -> np.ndarray:
-    """The predicted rating of the image, about 1 to 10, over `divisor`. The prompt is not used.
+    """Computes the predicted rating of an image, about 1 to 10, over `divisor`; ignores the prompt.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
@@ -78,7 +79,7 @@ def score_aesthetic(
 
 
 def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> np.ndarray:
-    """Cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty prompt.
+    """Computes cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty one.
 
     `network` is a Network of a Clip whose folder holds its tokenizer.
 
@@ -86,35 +87,36 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
         InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
     pixels = resize_images(images, network.config.image_size)
+    # An empty prompt runs too, so that the number of rows stays; its cosine is replaced by NaN.
     ids = tokenize_prompts(network, [prompt or "" for prompt in prompts])
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return pixels[index], ids[index]
 
-    program = functools.partial(_cosine_program, network.config, network.params)
+    program = functools.partial(_compute_cosines, network.config, network.params)
     (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
     given = [bool((prompt or "").strip()) for prompt in prompts]
     return np.where(given, cosines, np.float32(np.nan))
 
 
 def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
-    """Ratings [N] float32 of images [N, S, S, 3] uint8.
+    """Computes predicted ratings [N] float32 of images [N, S, S, 3] uint8.
 
     `network` is a Network of a Clip, `head` a Network of an AestheticHead.
 
     Raises:
         InputError: the head needs vectors of another size.
     """
-    expected, found = head.config.sizes[0], network.config.projection_dim
-    if expected != found:
+    expected, given = head.config.sizes[0], network.config.projection_dim
+    if expected != given:
         raise InputError(
             f"aesthetic: the head in {head.folder} reads vectors of {expected}, but the CLIP in "
-            f"{network.folder} gives {found}; use the one that it was trained on, such as ViT-L/14"
+            f"{network.folder} gives {given}; use the one that it was trained on, such as ViT-L/14"
         )
     pixels = resize_images(images, network.config.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:
-        return _rating_program(network.config, network.params, head.config, head.params, pixels)
+        return _compute_ratings(network.config, network.params, head.config, head.params, pixels)
 
     def take(index: np.ndarray) -> tuple[np.ndarray]:
         return (pixels[index],)
@@ -124,16 +126,17 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _cosine_program(
+def _compute_cosines(
     config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array
 ) -> jax.Array:
     model = modules.bind(Clip, config, params)
     image_embeds = model.image_embeds(normalise_pixels(config, pixels))
+    # Both are unit vectors [B, D], so the sum of products is the cosine [B].
     return (image_embeds * model.text_embeds(ids)).sum(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "head_config"))
-def _rating_program(
+def _compute_ratings(
     config: ClipConfig,
     params: Params,
     head_config: AestheticConfig,
@@ -142,6 +145,7 @@ def _rating_program(
 ) -> jax.Array:
     image_embeds = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
     head = modules.bind(AestheticHead, head_config, head_params)
+    # The head's output is the score itself, so it must not change with the device's rounding.
     with jax.default_matmul_precision("highest"):
         return head(image_embeds).astype(jnp.float32)
 
@@ -150,7 +154,10 @@ def _rating_program(
 
 
 def check_assets(checkpoint: Any) -> None:
-    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    """Checks the folder's tokenizer.
+
+    Raises: InputError for a tokenizer that cannot be used.
+    """
     tokenize_prompts(checkpoint, ["a"])
 
 
@@ -204,8 +211,11 @@ def tokenize_prompts(network: Any, prompts: Sequence[str]) -> np.ndarray:
             f"{network.folder}: its tokenizer cannot be used ({error}); put the tokenizer files "
             "of this CLIP there"
         ) from error
+    # Zeros after the end token, as CLIP was trained: [start, a, cat, end] -> [.., end, 0, 0, 0].
     ids = np.zeros((len(rows), config.context_length), np.int32)
     for row, tokens in zip(ids, rows, strict=True):
+        # The text tower takes its features at the end token; another last id means that the
+        # tokenizer belongs to another network.
         if tokens[-1] != config.eos_token_id or max(tokens) >= config.vocab_size:
             raise InputError(
                 f"{network.folder}: its tokenizer ends a prompt with id {tokens[-1]} (largest "

@@ -1,4 +1,4 @@
-"""The cycle rewards: the generated image is captioned, and compared with its real image."""
+"""The cycle rewards: caption a generated image, and compare it with its real image."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ def score_bid_cycle(
     max_new_tokens: Positive = 64,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """The caption of the image against the prompt, plus the image against the real image; [0, 2].
+    """Computes R_cycle: caption against prompt, plus generated against real image; in [0, 2].
 
-    `caption`: who captions the image in at most `max_new_tokens`: BLIP, or the policy (see the
-    option `scorer`). The policy decodes greedily; with `caption_greedy` false it samples at
-    temperature 1, and the reward is random. `text_term` compares caption and prompt (`bertscore`:
-    by the hidden states after `bert_layer`, -1 the last). `image_term` compares the two images,
-    the real one resized as `image_fit` says. `normalise` clips both terms to [0, 1] and halves
-    their sum. Without it, 1 - LPIPS and a cosine of sentences can be negative, as in the released
-    code. NaN without a prompt or a real image.
+    `caption`: BLIP or the policy (see the option `scorer`) captions the image in at most
+    `max_new_tokens`. The policy decodes greedily; with `caption_greedy` false it samples at
+    temperature 1, and the reward is random. `text_term` compares caption and prompt. `bertscore`
+    compares the hidden states after `bert_layer`, where -1 is the last. `image_term` compares the
+    generated image with the real one, which is resized as `image_fit` says. `normalise` clips both
+    terms to [0, 1] and halves their sum. NaN without a prompt or a real image.
     Source: arXiv 2505.17534 eq. 3 (blip, spice, lpips); the released code (blip, bertscore,
     lpips) and its second version (policy, jaccard, rmse).
     """
@@ -55,6 +54,8 @@ def score_bid_cycle(
         text_term, image_captions, samples.column("prompt"), context, bert_layer
     )
     image_scores = _compare_to_real_images(samples, context, image_term, image_fit)
+    # Only with `normalise`: 1 - LPIPS and a cosine of sentences can be negative, and the released
+    # code adds them as they are.
     if normalise:
         text_scores = np.clip(text_scores, 0.0, 1.0)
         image_scores = np.clip(image_scores, 0.0, 1.0)
@@ -74,9 +75,9 @@ def score_cycle(
     max_new_tokens: Positive = 30,
     chunk: Positive = policy.CHUNK,
 ) -> np.ndarray:
-    """The caption of the image against the prompt, at most 1; options as in `score_bid_cycle`.
+    """Compares the caption of the image with the prompt; at most 1, NaN without a prompt.
 
-    NaN without a prompt.
+    `score_bid_cycle` explains the options.
     Source: the released code.
     """
     image_captions = make_captions(
@@ -130,10 +131,12 @@ def compare_texts(
     if term == "rouge":
         return similarity.rouge_l(image_captions, prompts)
 
-    def overlap(prompt: str | None, caption: str) -> float:
+    # The prompt comes first: the soft Jaccard takes the words of its first text in turn, so it is
+    # not symmetric.
+    def measure_overlap(prompt: str | None, caption: str) -> float:
         return text.soft_jaccard(prompt, caption, True) if (prompt or "").strip() else float("nan")
 
-    return score_rows(overlap, list(prompts), list(image_captions))
+    return score_rows(measure_overlap, list(prompts), list(image_captions))
 
 
 def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
@@ -147,7 +150,7 @@ def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: 
 
 
 def find_option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Returns options that have no effect beside others, and terms that cannot run here."""
+    """Returns options without effect beside the others, and terms that cannot run here."""
     chosen = {**defaults, **options}
     problems = []
     if chosen["caption"] == "blip":
@@ -162,23 +165,25 @@ def find_option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]
             f"option bert_layer: found {chosen['bert_layer']}, but text_term "
             f"{chosen['text_term']} asks no BERT; leave it out, or set text_term to bertscore"
         )
+    # Before a run: both terms need packages that are not installed by default.
     check = {"spice": spice.find_spice_problem, "rouge": similarity.find_rouge_problem}
     problem = check.get(chosen["text_term"], lambda: None)()
     return [*problems, f"option text_term: {problem}"] if problem else problems
 
 
 def find_network_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
-    """Returns options that the captioner or the BERT cannot serve (see `RewardRow`)."""
+    """Returns option values that exceed the captioner's positions or BERT's layers."""
     problems = []
     if "blip" in sizes:
-        limit, found = sizes["blip"].text.max_position_embeddings, options["max_new_tokens"]
-        if found > limit:
+        limit, tokens = sizes["blip"].text.max_position_embeddings, options["max_new_tokens"]
+        if tokens > limit:
             problems.append(
-                f"option max_new_tokens: found {found}; expected 1 to {limit}, the captioner's "
+                f"option max_new_tokens: found {tokens}; expected 1 to {limit}, the captioner's "
                 "positions"
             )
     if "bert" in sizes:
         depth, layer = sizes["bert"].num_layers, options["bert_layer"]
+        # Hidden states 0 (embeddings) to depth, or -1 (last) to -depth - 1 (embeddings).
         if not -depth - 1 <= layer <= depth:
             problems.append(
                 f"option bert_layer: found {layer}; expected {-depth - 1} to {depth}, the "

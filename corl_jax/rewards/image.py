@@ -1,8 +1,8 @@
 """Compares generated images with real ones: arrays -> one float per image.
 
-Images are [N, H, W, 3] float32 in [0, 1]; results are [N] float32. These functions are jax and
-can be called inside jit. The exceptions are `fit_image`, which resizes a real image on the host,
-and `lpips_distance`, which runs a network on all rows.
+Images are [N, H, W, 3] float32 in [0, 1]; results are [N] float32. jit can trace these functions,
+except two: `fit_image` resizes a real image on the host, and `lpips_distance` runs a network on
+all rows.
 """
 
 from __future__ import annotations
@@ -32,37 +32,39 @@ MIN_MSE = 1e-10
 # People see no difference from 40 dB on; the PSNR term is 1 from there on.
 PSNR_CEILING_DB = 40.0
 FITS = ("squash", "centre_crop", "pad")
-PAD_COLOR = (127, 127, 127)  # that of the image processor
+PAD_COLOR = (127, 127, 127)  # as the policy's image processor pads
 LPIPS_SIZE = 224  # pixels a side, as the released code compares
 LPIPS_IMAGES_AT_ONCE = 32  # 25 MB of float32 features each
 
 
 def mse(generated: jax.Array, real: jax.Array) -> jax.Array:
-    """Mean squared difference over pixels and channels, in [0, 1]."""
+    """Computes the mean squared difference over pixels and channels, in [0, 1]."""
     return jnp.square(generated - real).mean(axis=(1, 2, 3))
 
 
 def rmse(generated: jax.Array, real: jax.Array) -> jax.Array:
-    """Root of the mean squared difference of the whole image, in [0, 1]."""
+    """Computes the root of the mean squared difference of the whole image, in [0, 1]."""
     return jnp.sqrt(mse(generated, real))
 
 
 def psnr(generated: jax.Array, real: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB for a peak of 1; 100 dB for equal images."""
+    """Computes the peak signal-to-noise ratio in dB for a peak of 1; 100 dB for equal images."""
+    # The smallest error bounds the logarithm, which is infinite for equal images.
     return -10.0 * jnp.log10(jnp.maximum(mse(generated, real), MIN_MSE))
 
 
 def rmse_sliding_window(
     generated: jax.Array, real: jax.Array, window: int = RMSE_WINDOW
 ) -> jax.Array:
-    """Mean over positions and channels of the RMSE inside a sliding square window.
+    """Computes the RMSE inside a sliding square window, averaged over positions and channels.
 
-    The root is taken before the mean, so flat regions with a large error weigh less than in
-    `rmse`. Equal to torchmetrics' `root_mean_squared_error_using_sliding_window`.
+    The root comes before the mean, so flat regions with a large error weigh less than in `rmse`.
+    Equal to torchmetrics' `root_mean_squared_error_using_sliding_window`.
     Raises: InputError if the image is too small for the window.
     """
     # torchmetrics pads, filters, and then cuts round(window / 2) from each border. The rest never
-    # saw the padding, so none is needed here. For even windows the last position is left out.
+    # saw the padding, so none is needed here. For even windows the last position is left out:
+    # H = 24, window 8: 17 positions fit, border 4 leaves 24 - 2 * 4 = 16 of them, from offset 0.
     border = round(window / 2)
     height, width = generated.shape[1:3]
     if window < 1 or min(height, width) <= 2 * border:
@@ -80,10 +82,9 @@ def rmse_sliding_window(
 
 
 def ssim(generated: jax.Array, real: jax.Array) -> jax.Array:
-    """Structural similarity in [-1, 1]: 11x11 Gaussian window, sigma 1.5, data range 1.
+    """Computes the structural similarity in [-1, 1]: 11x11 Gaussian, sigma 1.5, data range 1.
 
     The average is over channels and over the positions where the window fits into the image.
-    torchmetrics also averages over a border that is padded by reflection.
     Raises: InputError if the images are smaller than the window.
     Source: Wang et al. 2004, section III-B.
     """
@@ -93,9 +94,11 @@ def ssim(generated: jax.Array, real: jax.Array) -> jax.Array:
             f"ssim: images of {height}x{width} are smaller than its window of {SSIM_WINDOW}; use "
             "another image term"
         )
-    kernel = jnp.asarray(_gaussian(SSIM_WINDOW, SSIM_SIGMA))
+    kernel = jnp.asarray(_make_gaussian(SSIM_WINDOW, SSIM_SIGMA))
     blur = functools.partial(_filter_valid, kernel=kernel)
+    # Without padding. torchmetrics also averages over a border that it pads by reflection.
     mean_x, mean_y = blur(generated), blur(real)
+    # E[x^2] - E[x]^2: the weights of the window sum to 1.
     var_x = blur(generated * generated) - mean_x**2
     var_y = blur(real * real) - mean_y**2
     covariance = blur(generated * real) - mean_x * mean_y
@@ -115,10 +118,9 @@ IMAGE_TERMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def image_term(name: str, generated: jax.Array, real: jax.Array) -> jax.Array:
-    """The similarity `name` (a key of IMAGE_TERMS), [N] in [0, 1], 1 for equal images.
+    """Computes the similarity `name`, a key of IMAGE_TERMS: [N] in [0, 1], 1 for equal images.
 
-    `rmse` and `mse`: 1 - the (sliding-window) error. `ssim`: anti-correlated images get 0, as
-    unrelated ones do. `psnr`: the fraction of 40 dB.
+    `rmse` and `mse`: 1 - the error, `rmse` with a sliding window. `psnr`: the fraction of 40 dB.
     Raises: InputError if the name is unknown or the shapes differ.
     """
     if name not in IMAGE_TERMS:
@@ -128,34 +130,36 @@ def image_term(name: str, generated: jax.Array, real: jax.Array) -> jax.Array:
             f"image term {name}: generated images are {generated.shape}, real images "
             f"{real.shape}; bring the real ones to size with `fit`"
         )
+    # SSIM is negative for anti-correlated images: they get 0, as unrelated images do.
     return jnp.clip(IMAGE_TERMS[name](generated, real), 0.0, 1.0)
 
 
 def cycle_reward(text_term: jax.Array, image_term: jax.Array, normalise: bool) -> jax.Array:
-    """R_cycle: the text term plus the image term [N]; halved to [0, 1] when `normalise`.
+    """Computes R_cycle [N], the text term plus the image term; `normalise` halves the sum.
 
     NaN in either term gives NaN.
-    Source: arXiv 2505.17534 eq. 3. Halving is our reading of "normalised to [0, 1]" in v3: both
-    terms are in [0, 1].
+    Source: arXiv 2505.17534 eq. 3.
     """
+    # The paper's v3 says "normalised to [0, 1]" without a formula. Both terms are in [0, 1], so we
+    # read it as half of their sum.
     total = jnp.asarray(text_term, jnp.float32) + jnp.asarray(image_term, jnp.float32)
     return total / 2.0 if normalise else total
 
 
 def pixel_mse_reward(generated: jax.Array, real: jax.Array) -> jax.Array:
-    """t2i_pixel_mse: 1 - sliding-window RMSE of the images normalised to [-1, 1].
+    """Computes 1 - sliding-window RMSE of the images normalised to [-1, 1]; in [-1, 1].
 
-    The image processor normalises so (mean 0.5, std 0.5). An error therefore counts twice as much
-    as in the `rmse` image term, and the range is [-1, 1].
-    Source: the released code.
+    Source: the released code, t2i_pixel_mse.
     """
+    # The released code compares the output of the image processor (mean 0.5, std 0.5). An error
+    # therefore counts twice as much as in the `rmse` image term.
     return 1.0 - rmse_sliding_window(2.0 * generated - 1.0, 2.0 * real - 1.0)
 
 
 def squash_image(image: Image.Image, size: int) -> np.ndarray:
     """Resizes the whole image to [size, size, 3] float32 in [0, 1]; its aspect ratio changes.
 
-    Bilinear with antialiasing, as the released reward does it (Q25).
+    The filter is bilinear with antialiasing, as in the released code (Q25).
     """
     return fit_image(image, size, "squash")
 
@@ -169,6 +173,7 @@ def fit_image(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
     """
     if how not in FITS:
         raise InputError(f"image fit {how!r}: expected one of {', '.join(FITS)}")
+    # COCO has grey images, which the released code cannot read (Q12).
     image = image.convert("RGB")
     if how == "pad":
         side = max(image.size)
@@ -188,6 +193,7 @@ def _filter_valid(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """Filters each channel by kernel x kernel [K, K], without padding: [N, H-K+1, W-K+1, C]."""
     # Sums of shifted images, along one axis and then the other. They are float32 on every backend.
     # A convolution would use TF32 or bfloat16 on an accelerator.
+    # K = 3, rows: k0 * x[0:H-2] + k1 * x[1:H-1] + k2 * x[2:H]; then the same over columns.
     size = kernel.shape[0]
     height, width = images.shape[1] - size + 1, images.shape[2] - size + 1
     rows = kernel[0] * images[:, :height]
@@ -199,7 +205,7 @@ def _filter_valid(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return filtered
 
 
-def _gaussian(window: int, sigma: float) -> np.ndarray:
+def _make_gaussian(window: int, sigma: float) -> np.ndarray:
     offsets = np.arange(window) - (window - 1) / 2
     weights = np.exp(-(offsets**2) / (2 * sigma**2))
     return (weights / weights.sum()).astype(np.float32)
@@ -216,7 +222,7 @@ def lpips_distance(
     size: int = LPIPS_SIZE,
     fit: str = "squash",
 ) -> np.ndarray:
-    """LPIPS of generated [N, S, S, 3] uint8 to real images, [N] float32; NaN without one.
+    """Computes LPIPS of generated images [N, S, S, 3] uint8 to real ones: [N], NaN without one.
 
     Both are resized to `size` pixels a side, bilinear with antialiasing. `fit` says how the real
     images are resized (see `fit_image`). `network` is a Network of a Lpips.
@@ -225,8 +231,8 @@ def lpips_distance(
     # The completions of a prompt share one image object, so it is resized once.
     distinct = {id(x): x for x in real if x is not None}
     resized = {key: fit_image(x, size, fit) for key, x in distinct.items()}
-    # Stands in for a missing real image, so that the program keeps one shape. Its distance is
-    # replaced by NaN below.
+    # For rows without a real image, so that the program keeps one shape. NaN replaces the distance
+    # below.
     blank = np.zeros((size, size, 3), np.float32)
 
     def resize_generated(row: int) -> np.ndarray:
@@ -236,7 +242,7 @@ def lpips_distance(
         pixels = np.stack(list(threads.map(resize_generated, index)))
         return pixels, np.stack([resized.get(id(real[i]), blank) for i in index])
 
-    program = functools.partial(_lpips_program, network.config, network.params)
+    program = functools.partial(_compute_lpips, network.config, network.params)
     with ThreadPoolExecutor() as threads:  # Pillow releases the interpreter while it resizes
         (distances,) = run_in_pieces(
             program, take, len(generated), LPIPS_IMAGES_AT_ONCE, network.params
@@ -245,7 +251,7 @@ def lpips_distance(
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _lpips_program(
+def _compute_lpips(
     config: VggConfig, params: Params, generated: jax.Array, real: jax.Array
 ) -> jax.Array:
     # Rounded products of an accelerator change the distance by as much as small edits do.

@@ -25,12 +25,12 @@ Fit = Literal["squash", "centre_crop", "pad"]
 
 
 def score_pixel_mse(samples: Samples, context: Context, *, image_fit: Fit = "squash") -> np.ndarray:
-    """1 - sliding-window RMSE to the real image, in [-1, 1]; NaN without one."""
+    """Returns 1 - sliding-window RMSE to the real image, in [-1, 1]; NaN without a real image."""
     return compare_to_real_images(samples, context, "pixel_mse", image_fit)
 
 
 def compare_to_real_images(samples: Samples, context: Context, score: str, fit: str) -> np.ndarray:
-    """Scores generated images against the real images of their rows [N]; NaN without one.
+    """Scores generated images against the real images of their rows: [N]; NaN without a real image.
 
     `score` is `pixel_mse` or a key of `image.IMAGE_TERMS`. `fit` says how real images are
     resized (see `image.fit_image`).
@@ -40,10 +40,11 @@ def compare_to_real_images(samples: Samples, context: Context, score: str, fit: 
     """
     generated = samples.require_images()
     real = _resize_real_images(samples.column("real_image"), generated.shape[1], fit)
-    # Stands in for a missing real image, so that the program keeps one shape. Its score is
-    # replaced by NaN below.
+    # For rows without a real image, so that the program keeps one shape. NaN replaces the score
+    # below.
     blank = np.zeros(generated.shape[1:], np.float32)
 
+    # float32 only per piece: uint8 takes a quarter of the host's memory.
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = generated[index].astype(np.float32) / np.float32(255)
         return pixels, np.stack([blank if real[i] is None else real[i] for i in index])
@@ -72,16 +73,17 @@ def _resize_real_images(real_images: list, size: int, fit: str) -> list[np.ndarr
 def score_shapes(
     samples: Samples, context: Context, *, strict: bool = True, partial_credit: Fraction = 0.0
 ) -> np.ndarray:
-    """1 for an image that shows what the row's `spec` demands, by the drawn world's checker.
+    """Returns 1 for an image that shows what `spec` demands, by the drawn world's checker.
 
-    `strict`: the image must show nothing else. An image that fails gets `partial_credit` times
-    the fraction of its objects that are correct: number of correct objects / the larger of the
-    number of objects found and demanded. NaN without a spec.
+    `strict`: the image must show nothing else. Any other image gets `partial_credit` times the
+    fraction of correct objects. The fraction is their number over that of the detected or of the
+    demanded objects, whichever is larger. NaN without a spec.
 
     Raises:
         InputError: a spec that cannot be read.
     """
     specs, problems = samples.column("spec"), Problems()
+    # All specs before the first score, so that one message lists every bad row.
     for row, spec in enumerate(specs):
         problem = None if spec is None else find_spec_problem(spec)
         if problem:
@@ -95,15 +97,17 @@ def score_shapes(
         detections = checker.detect(pixels)
         if checker.satisfies(detections, demand, strict=strict):
             return 1.0
-        return partial_credit * _fraction_correct(detections, demand)
+        return partial_credit * _measure_fraction_correct(detections, demand)
 
     return score_rows(score_image, list(samples.require_images()), specs)
 
 
-def _fraction_correct(detections: list[checker.Detection], demand: Spec) -> float:
+def _measure_fraction_correct(detections: list[checker.Detection], demand: Spec) -> float:
     correct = 0
     for entry in demand["include"]:
         color = entry.get("color")
+        # A spec without a color accepts each color.
         same = [d for d in detections if d.shape == entry["class"] and color in (None, d.color)]
+        # 3 circles where 2 are demanded: 2 are correct, and the third one adds to the divisor.
         correct += min(len(same), entry["count"])
     return correct / max(len(detections), sum(entry["count"] for entry in demand["include"]))

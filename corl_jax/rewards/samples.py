@@ -1,4 +1,4 @@
-"""What a reward function gets: completions with the columns of their rows, and networks."""
+"""The inputs of a reward function: completions with the columns of their rows, and networks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Samples:
     """N completions of one task on the host. `columns` repeats each row for its completions."""
 
     columns: dict[str, list]
-    # Image generation: [N, S, S, 3] uint8. A user's own reward takes images one by one, so it
-    # also gets a list of [H, W, 3] of different sizes.
+    # Image generation: [N, S, S, 3] uint8. Only a user's reward accepts a list of [H, W, 3] of
+    # different sizes, because it takes images one by one.
     images: np.ndarray | list[np.ndarray] | None = None
     texts: list[str] | None = None  # image understanding: answers
 
@@ -45,8 +45,8 @@ class Samples:
     def require_images(self) -> np.ndarray:
         """Returns the images as one array. Raises ValueError for texts and for several sizes."""
         if not isinstance(self.images, np.ndarray):
-            found = "texts" if self.images is None else "images of any sizes"
-            raise ValueError(f"samples: found {found} where a reward of equal images was asked for")
+            given = "texts" if self.images is None else "images of any sizes"
+            raise ValueError(f"samples: found {given} where a reward of equal images was asked for")
         return self.images
 
     def list_images(self) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A unified model that rewards may question, and how its prompts are made."""
+    """A unified model that rewards ask questions, with the processor that makes its prompts."""
 
     family: Family
     config: Sizes
@@ -86,6 +86,7 @@ class FrozenNetwork:
 
     def __init__(self, holder: Any, sharding: Any, *, offload: bool = False):
         self._offloadable = Offloadable(holder.params, sharding, offload=offload)
+        # Without the parameters: a second reference would keep the device copy alive.
         self._holder = dataclasses.replace(holder, params=None)
 
     @contextlib.contextmanager
@@ -97,7 +98,7 @@ class FrozenNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What rewards share: the policy at this step, frozen networks, and the random seed.
+    """The inputs that rewards share: the policy at this step, frozen networks, the random seed.
 
     The first four are None if no reward uses the policy. `networks` holds the reward networks by
     name, and each frozen scorer by the value of the option `scorer`.
@@ -163,6 +164,7 @@ def read_class_questions(samples: Samples) -> tuple[list, list]:
         kind: (samples.column(f"{kind}_problem"), samples.column(f"{kind}_solution"))
         for kind in ("cls", "qa")
     }
+    # cls_solution ["cat", None], qa_solution ["A", "B"] -> kinds [cls, qa], solutions ["cat", "B"]
     kinds = ["cls" if solution else "qa" for solution in columns["cls"][1]]
     questions = [columns[kind][0][row] for row, kind in enumerate(kinds)]
     return questions, [columns[kind][1][row] for row, kind in enumerate(kinds)]

@@ -1,4 +1,4 @@
-"""Reads from the parameters of a reward function which inputs, columns and options it takes.
+"""Reads the inputs, columns and options of a reward function from its parameters.
 
 Nothing here imports JAX or numpy, because it also runs in the process of a user's reward (see
 `worker`).
@@ -31,12 +31,12 @@ class Option:
     """A keyword-only parameter of a reward, which a config may set."""
 
     annotation: Any
-    default: Any  # REQUIRED where there is none
+    default: Any  # REQUIRED without a default
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What a user's function takes."""
+    """The parameters of a user's function, by their meaning."""
 
     completions: str  # key of TASK_OF
     columns: tuple[str, ...]
@@ -50,10 +50,11 @@ class Parameters:
 
 
 def read_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> Parameters:
-    """Returns what the function takes, and checks the options that a config sets.
+    """Returns the function's parameters by meaning, and checks the options that a config sets.
 
     Raises: InputError listing parameters that get no value, and options that do not fit.
     """
+    # Values are passed by keyword, so a parameter without a usable keyword gets none.
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
@@ -74,7 +75,7 @@ def read_parameters(function: Callable[..., Any], options: Mapping[str, Any]) ->
     if len(inputs) != 1 and not problems:
         names = ", ".join(p.name for p in parameters) or "none"
         problems.add(
-            f"found the parameters {names}; expected images (a reward of drawings) or texts (a "
+            f"found the parameters {names}; expected images (a reward of images) or texts (a "
             "reward of answers) among them, and not both"
         )
     keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -112,6 +113,8 @@ def _read_annotations(
     problems: Problems,
 ) -> dict[str, Any]:
     """Returns the types of the options; adds to `problems` those that cannot be read."""
+    # Strings in annotations (`from __future__ import annotations`) need the globals of the file. A
+    # decorated function has them behind `__wrapped__`, an object with `__call__` at its class.
     callables: tuple[Any, ...] = (inspect.unwrap(function), type(function).__call__)
     names = next((x.__globals__ for x in callables if hasattr(x, "__globals__")), {})
     hints = {}
@@ -119,6 +122,7 @@ def _read_annotations(
     # the file does not import.
     for key, parameter in keywords.items():
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+        # get_type_hints evaluates all annotations of its argument, so it gets a holder of only one.
         holder = types.SimpleNamespace(__annotations__={key: annotation})
         try:
             hints |= typing.get_type_hints(holder, globalns=names, include_extras=True)
@@ -132,7 +136,7 @@ def _read_annotations(
 
 def find_option_problem(accepted: Mapping[str, Option], key: str, value: Any) -> str | None:
     """Returns what is wrong with an option that a config sets, None if nothing is."""
-    import pydantic
+    import pydantic  # slow to import, and not needed for a function without options
 
     if key not in accepted:
         if not accepted:

@@ -2,7 +2,7 @@
 
 `bert_score` and `sentence_similarity` use a BERT, given as `rewards.samples.Network`. `rouge_l`
 compares words. All take N predictions and N targets and return [N] float32. NaN: the target has
-no words, so the reward does not apply to the row. 0: only the prediction has none.
+no words, so the reward does not apply to the row. 0: only the prediction has no words.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Texts = Sequence[str | None]
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Texts are padded to one of these numbers of tokens, so that few programs are compiled."""
 CHUNK, FEWEST = 64, 8
-"""Texts encoded at once: the most, and the smallest number that is padded to."""
+"""Largest and smallest number of texts in one program."""
 SENTENCE_TOKENS = 256
 MEAN_POOLING = "pooling_mode_mean_tokens"
 
@@ -48,15 +48,11 @@ def bert_score(
     max_tokens: int = LENGTHS[-1],
     chunk: int = CHUNK,
 ) -> np.ndarray:
-    """BERTScore F1 of each pair, in [0, 1], without idf weights and baseline rescaling.
+    """Computes BERTScore F1 of each pair, in [0, 1], without idf weights and baseline rescaling.
 
     For each token the largest cosine with a token of the other text counts. `layer` is the hidden
-    state that is compared (0: embeddings, -1: last layer). `max_tokens`: texts are cut to it, [CLS]
-    and [SEP] included; these two are never compared. Cosines below 0 count as 0, because both known
-    implementations leave a zero vector where a token is masked.
-
-    torchmetrics 1.9 gives the same for one pair. In a batch it undoes its sorting by length with
-    the sorting permutation instead of the inverse, and so scores texts of other rows.
+    state that is compared (0: embeddings, -1: last layer). Texts are cut to `max_tokens`, [CLS] and
+    [SEP] included; these two are never compared.
 
     Raises:
         InputError: no such layer, or a tokenizer that does not fit.
@@ -68,10 +64,15 @@ def bert_score(
             f"bert_score: layer is {layer}, expected {-depth - 1} to {depth}: the network has "
             f"{depth} layers"
         )
-    program = functools.partial(_token_vectors, layer=layer)
+    # torchmetrics 1.9 gives the same for one pair. In a batch it undoes its sorting by length with
+    # the sorting permutation instead of the inverse, and so scores texts of other rows.
+    program = functools.partial(_encode_tokens, layer=layer)
     texts = [*predictions, *targets]
     return _compare(
-        _encode(network, texts, program, max_tokens, chunk), _matched_f1, predictions, targets
+        _encode(network, texts, program, max_tokens, chunk),
+        _compute_matched_f1,
+        predictions,
+        targets,
     )
 
 
@@ -84,10 +85,10 @@ def sentence_similarity(
     max_tokens: int = SENTENCE_TOKENS,
     chunk: int = CHUNK,
 ) -> np.ndarray:
-    """Cosine of the embeddings of the two sentences, in [-1, 1]; `clamp` sets negative ones to 0.
+    """Computes the cosine of two sentence embeddings, in [-1, 1]; `clamp` sets negative ones to 0.
 
     An embedding is the mean of the last hidden state over all tokens, [CLS] and [SEP] included, as
-    in sentence-transformers. `max_tokens`: texts are cut to it; 256 is the setting of
+    in sentence-transformers. Texts are cut to `max_tokens`; 256 is the setting of
     all-MiniLM-L6-v2.
 
     Raises:
@@ -96,34 +97,36 @@ def sentence_similarity(
     """
     check_pooling(network.folder)
     texts = [*predictions, *targets]
-    vectors = _encode(network, texts, _sentence_vectors, max_tokens, chunk)
+    vectors = _encode(network, texts, _encode_sentences, max_tokens, chunk)
+    # By rounding, the cosine of equal texts can exceed 1.
     cosine = _compare(vectors, np.dot, predictions, targets)
     return np.clip(cosine, 0.0 if clamp else -1.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer"))
-def _token_vectors(
+def _encode_tokens(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array, *, layer: int
 ) -> jax.Array:
     """Returns unit vectors [B, T, D] float32 of all tokens of ids [B, T], padding included."""
     with jax.default_matmul_precision("highest"):
         return _normalise(
-            modules.bind(Bert, config, params)(ids, _token_mask(ids, lengths), layer=layer)
+            modules.bind(Bert, config, params)(ids, _make_token_mask(ids, lengths), layer=layer)
         )
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _sentence_vectors(
+def _encode_sentences(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array
 ) -> jax.Array:
     """Returns unit vectors [B, D] float32 of texts; the first `lengths` [B] of ids [B, T] count."""
-    kept = _token_mask(ids, lengths)
+    is_token = _make_token_mask(ids, lengths)
     with jax.default_matmul_precision("highest"):
-        hidden = modules.bind(Bert, config, params)(ids, kept).astype(jnp.float32)
-    return _normalise(jnp.where(kept[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
+        hidden = modules.bind(Bert, config, params)(ids, is_token).astype(jnp.float32)
+    return _normalise(jnp.where(is_token[..., None], hidden, 0.0).sum(axis=1) / lengths[:, None])
 
 
-def _token_mask(ids: jax.Array, lengths: jax.Array) -> jax.Array:
+def _make_token_mask(ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    # lengths [2, 3], T = 4 -> [[T, T, F, F], [T, T, T, F]]
     return jnp.arange(ids.shape[1]) < lengths[:, None]
 
 
@@ -132,10 +135,12 @@ def _normalise(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def _matched_f1(prediction: np.ndarray, target: np.ndarray) -> float:
-    """F1 of the unit vectors [T, D] of two texts; [CLS] and [SEP] are first and last."""
-    # On the host: the work is small, and each pair of lengths would need a program of its own.
-    inside = slice(1, -1)
+def _compute_matched_f1(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Computes the F1 of the unit vectors [T, D] of two texts, without [CLS] and [SEP]."""
+    # On the host: the work is small, and each pair of lengths would need another program.
+    inside = slice(1, -1)  # [CLS] is first, [SEP] is last
+    # Cosines below 0 count as 0: both known implementations leave a zero vector where a token is
+    # masked, and its cosine 0 wins every maximum over negative ones.
     cosine = np.clip(prediction[inside] @ target[inside].T, 0.0, 1.0)
     precision, recall = cosine.max(axis=1).mean(), cosine.max(axis=0).mean()
     total = precision + recall
@@ -172,14 +177,16 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     """Returns text -> its row of the output of `program`; texts without words are left out.
 
-    A text of several rows runs once. Rows with an axis of tokens are cut to the text's own tokens.
-    All processes of a run call the same programs, whatever their texts.
+    A text of several rows runs once. Rows with an axis of tokens are cut to the text's tokens. All
+    processes of a run call the same programs, whatever their texts.
     """
     ids = _tokenize(network, texts, max_tokens)
     groups: dict[int, list[str]] = {length: [] for length in LENGTHS}
     for text, row in ids.items():
         groups[next(length for length in LENGTHS if length >= len(row))].append(text)
-    counts = _largest_of_all_processes([len(group) for group in groups.values()])
+    # Process 0 has 3 texts of up to 16 tokens and process 1 has none: both run that program, with
+    # 3 rows and padding.
+    counts = _find_largest_of_all_processes([len(group) for group in groups.values()])
     run = functools.partial(program, network.config, network.params)
     encoded = {}
     for (length, group), count in zip(groups.items(), counts, strict=True):
@@ -242,7 +249,7 @@ def _pad_texts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids [R, T] and token counts [R] of `rows`, then of padding rows with one token."""
     # Rounded up to a power of two or to whole chunks: the number of distinct texts changes from
-    # step to step and must not need a new program each time.
+    # step to step and must not need a new program each time. 3 -> 8, 20 -> 32, 65 -> 128.
     size = -(-count // chunk) * chunk
     if count < chunk:
         size = min(chunk, max(FEWEST, 1 << (count - 1).bit_length()))
@@ -253,17 +260,23 @@ def _pad_texts(
     return tokens, lengths
 
 
-def _largest_of_all_processes(counts: list[int]) -> list[int]:
+def _find_largest_of_all_processes(counts: list[int]) -> list[int]:
     return all_gather(np.array(counts, np.int32)).max(axis=0).tolist()
 
 
 def check_assets(checkpoint: Any) -> None:
-    """Raises: InputError for a folder whose tokenizer cannot be used."""
+    """Checks the folder's tokenizer.
+
+    Raises: InputError for a tokenizer that cannot be used.
+    """
     load_tokenizer(Path(checkpoint.folder), checkpoint.config.vocab_size)
 
 
 def check_sentence_assets(checkpoint: Any) -> None:
-    """Raises: InputError for a folder whose tokenizer or pooling cannot be used."""
+    """Checks the folder's tokenizer and pooling.
+
+    Raises: InputError listing both if they cannot be used.
+    """
     problems = Problems()
     problems.attempt(check_assets, checkpoint)
     problems.attempt(check_pooling, checkpoint.folder)
@@ -271,18 +284,18 @@ def check_sentence_assets(checkpoint: Any) -> None:
 
 
 def check_pooling(folder: Path) -> None:
-    """Raises: InputError for a network trained for another pooling than the mean.
+    """Checks that a network was trained for the mean of its tokens.
 
-    A plain BERT has no settings of its pooling; its mean is taken.
+    Raises: InputError for another pooling.
     """
+    # A plain BERT has no such file; its mean is taken.
     file = Path(folder) / "1_Pooling" / "config.json"
     if not file.is_file():
         return
     settings = read_json(file)
     active = [name for name, value in settings.items() if value is True]
-    modes = [
-        name for name in active if name.startswith("pooling_mode_")
-    ]  # the older form of the file
+    # The older form of the file has a switch per mode, the newer one a name.
+    modes = [name for name in active if name.startswith("pooling_mode_")]
     if settings.get("pooling_mode", "mean") != "mean" or modes not in ([], [MEAN_POOLING]):
         raise InputError(
             f"{file}: the network was trained for another pooling than the mean ({settings}); use "
@@ -301,7 +314,7 @@ def find_rouge_problem() -> str | None:
 
 
 def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
-    """ROUGE-L F1 of each pair, in [0, 1]: the longest common subsequence of words.
+    """Computes ROUGE-L F1 of each pair, in [0, 1]: the longest common subsequence of words.
 
     Words are runs of the letters a to z and of digits, in lower case and unstemmed.
 
@@ -316,6 +329,7 @@ def rouge_l(predictions: Texts, targets: Texts) -> np.ndarray:
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
 
     def compare(prediction: str | None, target: str | None) -> float:
+        # rouge-score drops all other characters, so such a target has no words.
         if target is None or not re.search(r"[a-z0-9]", target.lower()):
             return float("nan")
         return scorer.score(target, prediction or "")["rougeL"].fmeasure

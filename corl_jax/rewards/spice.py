@@ -1,7 +1,6 @@
 """Computes SPICE, the paper's text term of the cycle reward, with the Java program of its authors.
 
-The package pycocoevalcap contains the program. Its own caller is not used, because it has no time
-limit, writes into the package's folder and downloads half a gigabyte without being asked.
+The package pycocoevalcap contains the program.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import numpy as np
 
 from corl_jax.errors import InputError
 
+# The package's Python caller is not used: it has no time limit, writes into the package's folder
+# and downloads half a gigabyte without a question.
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 HEAP = "8G"
 # SPICE writes its results with the JavaScript engine, which Java 15 removed.
@@ -29,11 +30,11 @@ JAVA = range(8, 15)
 def score_spice(
     predictions: Sequence[str | None], targets: Sequence[str | None], *, timeout_s: float = 600.0
 ) -> np.ndarray:
-    """SPICE F1 of each pair over all kinds of tuples, in [0, 1]: agreement of scene graphs.
+    """Computes SPICE F1 of each pair, [N] float32 in [0, 1]: the agreement of scene graphs.
 
-    [N] float32. NaN: the target is blank, so the reward does not apply to the row. 0: only the
-    prediction is blank, or no object, attribute or relation is found. One Java process scores all
-    distinct pairs, with up to 8 GB of memory.
+    All kinds of tuples count. NaN: the target is blank, so the reward does not apply to the row. 0:
+    only the prediction is blank, or SPICE finds no object, attribute or relation. One Java process
+    scores all distinct pairs, with up to 8 GB of memory.
 
     Raises:
         InputError: SPICE cannot run here, fails, or takes longer than `timeout_s` seconds.
@@ -45,8 +46,9 @@ def score_spice(
     pairs = list(zip(*cleaned, strict=True))
     different = list(dict.fromkeys(pair for pair in pairs if all(pair)))
     scores = dict(zip(different, _run_java(different, timeout_s), strict=True))
-    found = (scores.get(pair, 0.0) if pair[1] else float("nan") for pair in pairs)
-    return np.fromiter(found, np.float32, len(pairs))
+    # pairs ("a cat", "cat"), ("", "cat"), ("a cat", "") -> score, 0, NaN
+    values = (scores.get(pair, 0.0) if pair[1] else float("nan") for pair in pairs)
+    return np.fromiter(values, np.float32, len(pairs))
 
 
 def find_spice_problem() -> str | None:
@@ -54,13 +56,13 @@ def find_spice_problem() -> str | None:
     folder, java = _find_program(), _find_java()
     if folder is None:
         return "spice: found no package pycocoevalcap; run pip install 'corl-jax[spice]'"
-    wanted = f"Java {JAVA[0]} to {JAVA[-1]}"
+    expected = f"Java {JAVA[0]} to {JAVA[-1]}"
     if java is None:
-        return f"spice: found no java; install {wanted} and put it on PATH or set JAVA_HOME"
+        return f"spice: found no java; install {expected} and put it on PATH or set JAVA_HOME"
     version = _read_java_version(java)
     if version not in JAVA:
         return (
-            f"spice: {java} is Java {version or 'of an unknown version'}, expected {wanted}, "
+            f"spice: {java} is Java {version or 'of an unknown version'}, expected {expected}, "
             "because SPICE writes with the JavaScript engine that Java 15 took out; install one "
             "and set JAVA_HOME to it"
         )
@@ -82,7 +84,7 @@ def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
         for i, (prediction, target) in enumerate(pairs)
     ]
     program = _find_program()
-    assert program is not None  # `spice_problem` has looked
+    assert program is not None  # `find_spice_problem` has looked
     jar = str(program / "spice-1.0.jar")
     with tempfile.TemporaryDirectory(prefix="spice-") as folder:
         source, out = Path(folder, "in.json"), Path(folder, "out.json")
@@ -115,7 +117,7 @@ def _run_java(pairs: list[tuple[str, str]], timeout_s: float) -> list[float]:
             raise InputError(f"spice: {command[0]} cannot be run ({error.strerror})") from error
         if done.returncode:
             raise InputError(
-                f"spice: java ended with code {done.returncode}: {_last_lines(done.stderr)}"
+                f"spice: java ended with code {done.returncode}: {_read_last_lines(done.stderr)}"
             )
         return _read_scores(out, len(pairs))
 
@@ -124,8 +126,8 @@ def _read_scores(out: Path, count: int) -> list[float]:
     """Reads the scores by `image_id`, so that their order in the file does not matter."""
     try:
         items = json.loads(out.read_text())
-        found = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in items}
-        return [found[i] for i in range(count)]
+        scores = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in items}
+        return [scores[i] for i in range(count)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"spice: its results cannot be read ({type(error).__name__}: {error}), expected a "
@@ -133,7 +135,7 @@ def _read_scores(out: Path, count: int) -> list[float]:
         ) from error
 
 
-def _last_lines(stderr: str) -> str:
+def _read_last_lines(stderr: str) -> str:
     """Returns the last lines of the output, without a stack trace."""
     lines = [line.strip() for line in stderr.splitlines() if line and not line.startswith("\t")]
     return " | ".join(lines[-3:]) or "it said nothing"
@@ -168,5 +170,6 @@ def _read_java_version(java: str) -> int | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr)
-    return int(found[1]) if found else None
+    # `java -version` writes to standard error.
+    match = re.search(r'version "(?:1\.)?(\d+)', done.stderr)
+    return int(match[1]) if match else None

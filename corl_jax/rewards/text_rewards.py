@@ -1,4 +1,4 @@
-"""Scores answers without a network: Samples -> [N] float32. The rules for one text: `text`."""
+"""Scores answers without a network: Samples -> [N] float32. `text` has the rules for one text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from corl_jax.rewards.samples import (
 def score_format(
     samples: Samples, context: Context, *, strip: bool = True, repeated_blocks: bool = False
 ) -> np.ndarray:
-    """1 for one think block followed by one answer block; see `text.format_reward`.
+    """Returns 1 for one think block followed by one answer block; see `text.format_reward`.
 
-    `strip` ignores white space around both.
+    `strip` ignores white space around the completion.
     """
     score = functools.partial(text.format_reward, strip=strip, repeated_blocks=repeated_blocks)
     return score_rows(score, samples.require_texts())
 
 
 def score_format_tags(samples: Samples, context: Context) -> np.ndarray:
-    """0.125 for each of the four tags that occurs exactly once."""
+    """Returns 0.125 for each of the four tags that occurs exactly once."""
     return score_rows(text.format_tag_reward, samples.require_texts())
 
 
@@ -43,7 +43,7 @@ def score_qa_accuracy(
     mc: bool = True,
     default_type: QuestionType | None = None,
 ) -> np.ndarray:
-    """How right the answers are, in [0, 1]; see `text.qa_accuracy` for the options.
+    """Scores answers to the row's question, in [0, 1]; see `text.qa_accuracy` for the options.
 
     `default_type` is the type of rows whose `qa_type` is null. None counts them as OE.
 
@@ -71,7 +71,7 @@ def score_oc_accuracy(
     answer_in_thoughts: bool = False,
     substrings: bool = False,
 ) -> np.ndarray:
-    """How well the answers name a class, in [0, 1]; see `text.oc_accuracy` for the options.
+    """Scores the class that answers name, in [0, 1]; see `text.oc_accuracy` for the options.
 
     Rows without `cls_solution` use `qa_solution`.
     """

@@ -1,7 +1,7 @@
 """Finds and imports the function that a config names in a user's file or module.
 
-`locate` runs in the run's process, the rest in the process of the reward (see `worker`). Nothing
-here imports JAX or numpy.
+`locate` runs in the run's process, the rest in the process of the reward (see `worker`). The
+module imports neither JAX nor numpy, so that the process of the reward starts fast.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Source:
 
 
 def locate(use: str) -> tuple[Source, str]:
-    """Returns where `FILE.py:FUNCTION` or `package.module:FUNCTION` is, and the function's name.
+    """Returns the file or module of `FILE.py:FUNCTION` or `package.module:FUNCTION`, and FUNCTION.
 
     A file's path starts at the working directory. The user's code does not run yet.
 
     Raises: InputError for another form, and for a file that cannot be read.
     """
-    name, _, function = use.rpartition(":")
+    name, _, function = use.rpartition(":")  # the last colon: a path may contain one
     if not name or not function.isidentifier():
         raise InputError("expected FILE.py:FUNCTION or package.module:FUNCTION")
     path = Path(expand_path(name))
@@ -51,6 +51,8 @@ def locate(use: str) -> tuple[Source, str]:
             raise InputError(f"found {path.name}; expected a Python file, NAME.py")
         if is_lfs_pointer(path):
             raise InputError(describe_lfs_pointer(path))
+        # The content is read now: the process may start again later, and must not then import an
+        # edited file.
         try:
             return Source(name, path.resolve(), path.read_bytes()), function
         except OSError as error:
@@ -91,15 +93,18 @@ def find_function(module: types.ModuleType, source: str, name: str) -> Callable[
     Raises: InputError for a name that is not there or is no function.
     """
     if not hasattr(module, name):
-        listed = [
+        # Only functions of the user's package: a file also has the names that it imports.
+        function_names = [
             key
             for key, value in vars(module).items()
             if inspect.isroutine(value)
             and _get_package(value.__module__) == _get_package(module.__name__)
         ]
-        if not listed:
+        if not function_names:
             raise InputError(f"{source} has no function {name}, nor any other")
-        raise InputError(f"{source} has no function {name}; {suggest_name(name, listed, 'found')}")
+        raise InputError(
+            f"{source} has no function {name}; {suggest_name(name, function_names, 'found')}"
+        )
     function = getattr(module, name)
     if isinstance(function, type) or not callable(function):
         kind = "a class" if isinstance(function, type) else f"of type {type(function).__name__}"
@@ -112,10 +117,8 @@ def _get_package(module: str | None) -> str:
 
 
 def _run_file(path: Path, content: bytes) -> types.ModuleType:
-    """Runs a file as the module that an import from its folder would make of it.
-
-    A process that the file spawns can import that name too, to unpickle a function of the file.
-    """
+    """Runs a file as the module that an import from its folder would create."""
+    # Under that name, because a process that the file spawns unpickles functions by it.
     name = _name_module(path)
     parent, _, last = name.rpartition(".")
     package = importlib.import_module(parent) if parent else None
@@ -125,8 +128,10 @@ def _run_file(path: Path, content: bytes) -> types.ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and others look up the module of a class there
+    # Not by the loader, which would read the file again. dont_inherit: this module's `from
+    # __future__` must not apply to the user's code.
     exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)
-    if package is not None:
+    if package is not None:  # as an import does: `import package.module` binds package.module
         setattr(package, last, module)
     return module
 
@@ -154,11 +159,11 @@ def _name_module(path: Path) -> str:
 
 
 def _is_taken(name: str, folder: Path) -> bool:
-    """True for a top-level name of Python or of an installed module."""
+    """Returns whether Python or an installed module has a top-level name."""
     if name in sys.stdlib_module_names or name in sys.modules:
         return True
-    own = (Path.cwd(), folder)
-    installed = [entry for entry in sys.path if Path(entry or ".").resolve() not in own]
+    local = (Path.cwd(), folder)
+    installed = [entry for entry in sys.path if Path(entry or ".").resolve() not in local]
     spec = importlib.machinery.PathFinder.find_spec(name, installed)
     return spec is not None and spec.loader is not None  # None: a mere folder
 
@@ -166,8 +171,10 @@ def _is_taken(name: str, folder: Path) -> bool:
 def _put_on_path(folder: Path, *, before_installed: bool) -> None:
     """Makes a folder's files importable, before those of the working directory.
 
-    Python's own modules come first: a file beside the reward must not hide one from all others.
+    Modules of Python come before both: a file beside the reward must not hide one of them.
     """
+    # [stdlib, lib-dynload | cwd, site-packages] -> stdlib, folder, rest; or, for a name that an
+    # installed module has, stdlib, installed, folder, cwd.
     python = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     python |= {os.path.join(entry, "lib-dynload") for entry in python}
     first = [entry for entry in sys.path if entry in python]
@@ -184,28 +191,29 @@ def _describe_import_error(error: BaseException) -> str:
     """Returns why a user's module does not import: where, what and the remedy."""
     if isinstance(error, SyntaxError):
         file, line, text = error.filename, error.lineno, error.text
-        what = f"{type(error).__name__}: {error.msg}"
+        problem = f"{type(error).__name__}: {error.msg}"
         remedy = "correct the line"
     else:
         frames = traceback.extract_tb(error.__traceback__)
         skipped = (__file__, importlib.__file__, "<frozen ")
+        # The user's first frame; the frames of this module and of importlib say nothing to a user.
         at = next((frame for frame in frames if not frame.filename.startswith(skipped)), None)
         file, line, text = (at.filename, at.lineno, at.line) if at else (None, None, None)
-        what = traceback.format_exception_only(error)[-1].strip()
+        problem = traceback.format_exception_only(error)[-1].strip()
         remedy = "importing the file must not fail"
     if isinstance(error, ModuleNotFoundError):
         remedy = "install it, or put it beside the file"
-    elif isinstance(error, ImportError) and "relative import" in what:
+    elif isinstance(error, ImportError) and "relative import" in problem:
         remedy = "put an __init__.py into the file's folder, or leave out the dot"
     elif isinstance(error, ImportError) and _is_hidden_by_python(error.name, file):
         remedy = f"{error.name} is a module of Python itself; rename the file beside this one"
     elif isinstance(error, SystemExit):
         remedy = 'move what ends the program under if __name__ == "__main__"'
     place = f"{Path(file).name} line {line}: {(text or '').strip()}: " if file else ""
-    return f"{place}{what}; {remedy}"
+    return f"{place}{problem}; {remedy}"
 
 
 def _is_hidden_by_python(name: str | None, file: str | None) -> bool:
-    """True for a module of Python whose name a file beside `file` also has."""
+    """Returns whether `name` is a module of Python that hides a file beside `file`."""
     hidden = Path(file or "").parent / f"{name}.py"
     return name in sys.stdlib_module_names and Path(file or "") != hidden and hidden.is_file()

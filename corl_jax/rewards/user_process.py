@@ -26,6 +26,7 @@ from corl_jax.rewards.worker import LATE_SIGNAL, Failure, Refusal, Stack
 INDEX_VARIABLE = "CORL_JAX_PROCESS_INDEX"
 END_S = 1.0  # time that the user's code has at its exit
 TICK_S = 0.5  # between checks whether the process lives
+# The run's search path comes as arguments, and replaces the one that `python -P` makes.
 _PROGRAM = """
 import sys
 descriptor, *sys.path = sys.argv[1:]
@@ -38,8 +39,9 @@ serve_calls(int(descriptor))
 class UserProcess:
     """A process that has imported a user's file or module once and calls its functions.
 
-    A call that takes too long and does not end when asked is ended with its process and everything
-    that this process has started. The next call starts a new process with the same content.
+    A call that takes too long first gets a signal. If it does not end then, its process is killed
+    with everything that this process has started. The next call starts a new process with the same
+    content.
     """
 
     def __init__(self, source: Source):
@@ -58,11 +60,11 @@ class UserProcess:
 
     @property
     def pid(self) -> int | None:
-        """None between the end of a process and the next call."""
+        """The number of the process; None between its end and the next call."""
         return self._process and self._process.pid
 
     def inspect(self, name: str, options: dict[str, Any]) -> Parameters:
-        """Returns what a function takes.
+        """Returns a function's parameters, and checks its options.
 
         Raises: InputError for a function or options that cannot be used.
         """
@@ -78,9 +80,10 @@ class UserProcess:
     ) -> Any:
         """Returns `count` scores, a Failure or an Interrupt within `timeout_s + grace_s` seconds.
 
-        If the process has ended, the call also waits for a new import, at most `timeout_s` plus
-        three times the duration of the first import.
+        After the end of the process, the call also waits for a new import. It waits at most
+        `timeout_s` plus three times the duration of the first import.
         """
+        # Three times: the disk's cache may be cold, or the machine busier than at the first import.
         with self._one_at_a_time:
             if self._process is None:
                 failure = self._start(timeout_s + 3 * self._import_s)
@@ -91,6 +94,8 @@ class UserProcess:
 
     def _start(self, limit_s: float | None = None) -> Failure | None:
         """Starts the process and imports the code. Returns None, or why the import failed."""
+        # Popen, not multiprocessing: its spawn imports the run's main module again, with JAX, and a
+        # fork of a process with threads (JAX has some) can deadlock.
         ours, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -98,11 +103,12 @@ class UserProcess:
                 cwd=self._folder,
                 env=_make_environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # standard output belongs to the command's own lines
+                stdout=2,  # standard output is for the lines of the command
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the run alone
             )  # fmt: skip
         self._connection = ours
+        # Runs when the last reward of the file is gone, and at the interpreter's exit.
         self._end = weakref.finalize(self, _end_process, os.getpid(), self._process, ours)
         reply = self._ask(("load", self._source), limit_s)
         if isinstance(reply, Refusal):
@@ -121,6 +127,7 @@ class UserProcess:
             received, reply = self._receive(limit_s)
             if received:
                 return reply
+            # The signal raises a TimeoutError in the user's code, whose handlers can then run.
             self._process.send_signal(LATE_SIGNAL)
             received, reply = self._receive(grace_s)
         except (EOFError, ConnectionError):
@@ -165,18 +172,19 @@ class UserProcess:
         code = self._process.returncode
         self._kill()
         if code is None:
-            how = "closed its connection"
+            reason = "closed its connection"
         elif code >= 0:
-            how = f"exited with code {code}"
+            reason = f"exited with code {code}"
         else:
             hint = "; has memory run out?" if code == -signal.SIGKILL else ""
-            how = f"was ended by {_name_signal(-code)}{hint}"
-        line = f"ChildProcessError: the process of {self._source.name} {how}"
+            # SIGKILL is what Linux sends to a process when memory runs out.
+            reason = f"was ended by {_name_signal(-code)}{hint}"
+        line = f"ChildProcessError: the process of {self._source.name} {reason}"
         return Failure(line, f"{line}\n")
 
     def _kill(self) -> None:
         if self._process is not None:
-            self._end.detach()
+            self._end.detach()  # its number may later belong to another process
             assert self._connection is not None
             _kill_process(self._process, self._connection)
             self._process = self._connection = None

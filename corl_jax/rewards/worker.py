@@ -1,7 +1,7 @@
-"""Runs a file of user's rewards in a process of its own, from its import to the end of the run.
+"""Runs a file of user's rewards in a separate process, from its import to the end of the run.
 
 `user_process` starts it and sends requests over a socket. The user's code has the main thread, as
-in a program of its own, and one event loop. Nothing here imports JAX or numpy, so that the process
+in a script, and one event loop. The module imports neither JAX nor numpy, so that the process
 starts in a few hundredths of a second.
 """
 
@@ -46,7 +46,7 @@ class RawImage:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a call has no result."""
+    """The reason why a call has no result."""
 
     line: str  # the last one of the traceback
     trace: str
@@ -54,14 +54,14 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why code cannot be imported or a function cannot be used."""
+    """The reasons why code cannot be imported or a function cannot be used."""
 
     lines: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Where a call was when its time was over. The reply itself follows."""
+    """The stack of a call when its time was over; the reply itself follows."""
 
     lines: str
 
@@ -113,7 +113,7 @@ class Server:
         self._source, self._module = source, import_module(source)
 
     def inspect(self, name: str, options: dict[str, Any]) -> Any:
-        """Returns what a function takes, and checks its options."""
+        """Returns a function's parameters, and checks its options."""
         return read_parameters(self._find(name), options)
 
     def call(self, name: str, arguments: dict[str, Any], count: int, timeout_s: float) -> Any:
@@ -125,6 +125,8 @@ class Server:
                 Image.frombytes("RGB", image.size, image.pixels) for image in arguments["images"]
             ]
         function = self._find(name)
+        # `_running` is true from here to the end of `convert_scores`, which runs the user's code
+        # too, such as an array's conversion. Outside of it a late signal raises nothing.
         self._timeout_s = timeout_s
         try:
             self._running = True
@@ -154,7 +156,7 @@ class Server:
         except TimeoutError as error:
             if limit.expired():
                 raise self._make_timeout_error() from error.__cause__
-            raise  # the function's own
+            raise  # a TimeoutError of the function, not of the limit
 
     def _make_timeout_error(self) -> TimeoutError:
         return TimeoutError(f"no result after {self._timeout_s:g} s")
@@ -238,8 +240,10 @@ def convert_scores(values: Any, count: int) -> list[float]:
 
 def _describe(error: BaseException) -> Failure:
     """Returns the error's traceback from the user's first frame on."""
+    # As text here: the exception itself may not be picklable, and its class may be the user's.
     trace = traceback.TracebackException.from_exception(error)
     part: traceback.TracebackException | None = trace
+    # The error, then what caused it, as the traceback is printed: each part has its stack.
     while part is not None:
         part.stack[:] = _cut_to_user_frames(part.stack)
         part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
@@ -272,6 +276,8 @@ def _is_machinery(frame: traceback.FrameSummary) -> bool:
 def _end_with_run(connection: Connection) -> None:
     """Ends this process and all that it has started as soon as the run's process has ended."""
 
+    # In a thread, because the user's code can keep the main thread for long. SIGKILL to the group,
+    # because programs that the user's code has started would go on without it.
     def watch() -> None:
         poller = select.poll()
         poller.register(connection.fileno(), 0)  # 0: reports only that the other end is closed

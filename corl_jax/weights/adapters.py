@@ -1,4 +1,4 @@
-"""Adapters as PyTorch knows them: folded into the kernels, or a directory that `peft` loads.
+"""Merges adapters into kernels, or writes them as a directory that PEFT loads.
 
 Source: PEFT 0.21, `tuners/lora` and `utils/save_and_load`.
 """
@@ -24,10 +24,12 @@ from corl_jax.weights.table import DENSE, Row, Slot, Table
 
 
 def adapter_table(table: Table, prefix: str) -> Table:
-    """Returns PEFT's names of A and B beside every dense layer whose path begins with `prefix`.
+    """Returns PEFT's names of A and B for every dense layer whose path begins with `prefix`.
 
-    `table` has the names of the layout that PEFT's base model is in.
+    `table` has the names of the layout of PEFT's base model.
     """
+    # key "model.q_proj.weight", path "llama/q_proj/kernel" ->
+    #   "base_model.model.model.q_proj.lora_A.weight" and "llama/q_proj/lora_a", and the same for B
     rows = tuple(
         Row(
             f"base_model.model.{row.key.removesuffix('.weight')}.{torch}.weight",
@@ -48,9 +50,9 @@ def merge_adapters(
     """Merges adapters into the kernels; returns (parameters, fraction of the update rounded off).
 
     A kernel with an adapter becomes W + A B alpha / rank, in the dtype that `dtypes` has for its
-    path; its layers are rounded to their dtypes in `layer_dtypes`, if it has some. The fraction is
-    of the update's Euclidean norm over all kernels, 0 with float32. `beat` is called after each
-    kernel.
+    path. `layer_dtypes` gives the dtype of each layer, for kernels whose layers differ. The
+    fraction is of the update's Euclidean norm over all kernels, 0 with float32. The function calls
+    `beat` after each kernel.
     """
     flat = flatten(params)
     adapted = [path for path in flat if path.endswith("/lora_a")]
@@ -62,7 +64,8 @@ def merge_adapters(
         out = np.empty(kernel.shape, dtypes[f"{name}/kernel"])
         kinds = (layer_dtypes or {}).get(f"{name}/kernel", [out.dtype.name] * len(out))
         for layer, kind in enumerate(kinds):
-            # In float32, and a layer at a time, so that only one layer is wide at once.
+            # One layer at a time, so that only one layer is float32 at once. A [L, in, r] and
+            # B [L, r, out] -> update [in, out].
             update = (a[layer] @ b[layer]) * np.float32(lora.scale)
             exact = np.asarray(kernel[layer], np.float32) + update
             out[layer] = exact.astype(parse_dtype(kind))
@@ -80,9 +83,9 @@ def save_adapter(
 ) -> None:  # fmt: skip
     """Writes a tree of adapters as a PEFT directory, whole or not at all.
 
-    `base` names the model, in transformers' layout, that it belongs to, and `revision` its
-    branch, tag or commit on the hub. `keep` leaves the adapters in the type that they were
-    trained in. `extra` has further JSON files by name.
+    `base` names the base model in transformers' layout, and `revision` its branch, tag or commit on
+    the hub. `keep` writes the adapters in the dtype of their training. `extra` has further JSON
+    files by name.
 
     Raises: InputError for a folder that is taken or cannot be written, and for a kind without a
         `PeftFormat`.
@@ -94,15 +97,15 @@ def save_adapter(
         )
     flat = flatten(params)
     slots = form.table.make_slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
-    plans = [_plan(slot, flat[slot.path], dtype) for slot in slots]
-    small = {ADAPTER_CONFIG: _peft_config(form, lora, base, revision), **(extra or {})}
+    plans = [_plan_adapter(slot, flat[slot.path], dtype) for slot in slots]
+    small = {ADAPTER_CONFIG: _make_peft_config(form, lora, base, revision), **(extra or {})}
     with create_folder(Path(out), overwrite=overwrite) as folder:
         for name, data in small.items():
             write_json(folder / name, data)
         write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)
 
 
-def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
+def _plan_adapter(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     kind = np.dtype(leaf.dtype)
     kind = parse_dtype(dtype) if dtype != "keep" and is_float(kind) else kind
 
@@ -112,7 +115,7 @@ def _plan(slot: Slot, leaf: Any, dtype: DType) -> TensorPlan:
     return TensorPlan(slot.key, kind, slot.shape, chunks)
 
 
-def _peft_config(
+def _make_peft_config(
     form: PeftFormat, lora: Lora, base: str | None, revision: str | None
 ) -> dict[str, Any]:
     return {

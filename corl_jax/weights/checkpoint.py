@@ -40,7 +40,7 @@ from corl_jax.weights.storage import Store, open_any_store, open_safetensors, op
 from corl_jax.weights.table import Shape
 from corl_jax.weights.wrong_names import shorten_wrong_names
 
-SOURCE_FOLDER = "source"  # in a converted directory: what only its source's layout needs
+SOURCE_FOLDER = "source"  # in a converted directory: files that only its source's layout needs
 CARRIED_FILE = "carried.safetensors"
 # 8-bit floats are not here: without their scales they are a quantised checkpoint.
 _FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
@@ -48,7 +48,7 @@ _FLOATS = {np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFL
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checked checkpoint. Its files are open until `close`."""
+    """A checked checkpoint, whose files are open until `close`."""
 
     kind: NetworkKind
     folder: Path
@@ -61,9 +61,10 @@ class Checkpoint:
 
     @property
     def assets(self) -> Assets:
-        """Where an export takes tokenizer, processor files and the foreign config.json from."""
-        own = self.layout == OWN_LAYOUT
-        config = (self.folder / SOURCE_FOLDER if own else self.folder) / "config.json"
+        """The tokenizer and processor files and the foreign config.json for an export."""
+        # A converted directory has two: config.json of our layout, and source/config.json.
+        is_converted = self.layout == OWN_LAYOUT
+        config = (self.folder / SOURCE_FOLDER if is_converted else self.folder) / "config.json"
         return Assets(self.folder, self.source_layout, config)
 
     @property
@@ -83,15 +84,15 @@ class Checkpoint:
     def load(self, dtype: Any = None) -> Params:
         """Returns all parameters as NumPy arrays; `dtype` None keeps each as stored.
 
-        Reads slice by slice, so that the peak is the result and one tensor more.
+        The peak of memory is the result and one tensor.
 
         Raises: InputError listing the parameters that hold NaN or infinity.
         """
         problems, flat = Problems(), {}
         for path, shape in self.leaves.shapes.items():
             # A scalar stays as stored: it is a scale, and its rounding would scale every output.
-            wanted = dtype if shape else None
-            flat[path] = read_leaf(self.leaves, path, self.kind.is_stacked(path), wanted)
+            leaf_dtype = dtype if shape else None
+            flat[path] = read_leaf(self.leaves, path, self.kind.is_stacked(path), leaf_dtype)
             problems.add(check_finite(self.folder, path, flat[path]))
         problems.raise_any()
         return unflatten(flat)
@@ -136,6 +137,7 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
     _check_pointers(folder, lambda: open_weights(path))
     data = read_config(folder, kind)
     layout = find_stated_layout(data, folder, kind)
+    # Before the weights, if possible: a wrong config makes every tensor look wrong.
     if layout is not None:
         config = config or _parse_config(data, folder, kind, layout, {})
     store = open_weights(path)
@@ -146,7 +148,7 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
             config = config or _parse_config(data, folder, kind, layout, stored)
         open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
         return open_layout(path, kind, layout, config, store, data)
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt too: the store has open files
         store.close()
         raise
 
@@ -171,7 +173,7 @@ def load_sharded(
 
 
 def load_config(folder: str | Path, kind: NetworkKind) -> Any:
-    """Returns the sizes that a directory states, not yet compared with its tensors if possible.
+    """Returns the sizes that a directory states; reads its tensors only if config.json lacks them.
 
     Raises: InputError listing every field that is malformed or not supported.
     """
@@ -185,7 +187,7 @@ def load_config(folder: str | Path, kind: NetworkKind) -> Any:
 
 
 def read_stored_dtypes(folder: str | Path, kind: NetworkKind, config: Any = None) -> dict[str, Any]:
-    """Returns {path: dtype} as stored; the one that holds all layers of a parameter exactly."""
+    """Returns {path: dtype} as stored: one that holds all layers of a parameter exactly."""
     with open_checkpoint(folder, kind, config) as checkpoint:
         leaves = checkpoint.leaves
         return {
@@ -217,7 +219,11 @@ def detect_layout(folder: str | Path, kind: NetworkKind) -> str:
 
 
 def _check_pointers(folder: Path, open_weights: Callable[[], Store]) -> None:
-    """Raises: InputError listing the Git LFS pointers among the small files and the weights."""
+    """Looks for Git LFS pointers among the small files.
+
+    Raises: InputError listing these, and what is wrong with the weights.
+    """
+    # In a clone without Git LFS usually all large files are pointers: one message names them all.
     problems = Problems()
     problems.add(find_pointers(folder))
     if problems:
@@ -249,6 +255,8 @@ def _open_foreign(
     slots = table.make_slots(shapes)
     problems = table.find_problems(slots, stored, path)
     if problems:
+        # The likely causes first: another layout, then one prefix on all names. Only other problems
+        # are listed tensor by tensor.
         check_named_layout(path, kind, layout, stored, shapes)
         problems = shorten_wrong_names(problems, table, slots, stored, path)
     if kind.explain:
@@ -268,6 +276,7 @@ def _open_own(
     folder = path.parent if path.is_file() else path
     stored = {key: info.shape for key, info in store.infos.items()}
     shapes = kind.shapes(config)
+    # Not one name is right: a list of all of them would say less.
     if not stored.keys() & shapes.keys():
         check_named_layout(folder, kind, layout, stored, shapes)
         raise InputError(

@@ -10,7 +10,7 @@ import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DType = Literal["keep", "float32", "bfloat16"]
-"""Element type of an output; `keep` writes each tensor in its own."""
+"""Element type of an output; `keep` writes each tensor in its stored type."""
 
 SAFETENSORS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -39,6 +39,7 @@ def to_safetensors_name(dtype: np.dtype) -> str:
 
 
 def is_float(dtype: np.dtype) -> bool:
+    # By name, because NumPy does not count bfloat16 and the 8-bit types as floating.
     return _NAMES.get(np.dtype(dtype)) in _FLOATS
 
 

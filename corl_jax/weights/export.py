@@ -22,13 +22,8 @@ from corl_jax.weights.export_folder import (
 )
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.kinds import OWN_LAYOUT, NetworkKind
-from corl_jax.weights.shards import (
-    DEFAULT_SHARD_BYTES,
-    Progress,
-)
-from corl_jax.weights.sources import (
-    MemoryLeaves,
-)
+from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
+from corl_jax.weights.sources import MemoryLeaves
 
 
 def save_checkpoint(
@@ -50,11 +45,10 @@ def save_checkpoint(
 ) -> list[str]:
     """Writes parameters as a checkpoint directory, whole or not at all; returns notes.
 
-    `assets_from` is a model directory of any layout. Its tokenizer and processor files are copied
-    or rewritten, and the tensors that it carries outside the model are written too; those of
-    `base` replace them. With `keep` a parameter is written in the dtype of its array, or of its
-    layers in `layer_dtypes` (see `stored_layer_dtypes`). `generation` has values for
-    generation_config.json, `extra` further JSON files by name.
+    The export takes tokenizer and processor files from `assets_from`, a model directory of any
+    layout, and the tensors outside the model from there or from `base`. `keep` writes a parameter
+    in the dtype of its array, or of its layers in `layer_dtypes` (see `read_layer_dtypes`).
+    `generation` has values for generation_config.json, `extra` further JSON files by name.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """
@@ -69,12 +63,13 @@ def save_checkpoint(
             config=config,
             leaves=MemoryLeaves(flat, layer_dtypes if dtype == "keep" else None),
             assets=source.assets if source else None,
-            carried=source.carried if source and _carries_for(source, config) else {},
+            carried=source.carried if source and _fits_carried(source, config) else {},
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             generation=generation or {},
             extra=extra or {},
         )
+        # Parameters in memory may have another dtype than the source's config.json states.
         stated = find_main_dtype(plan_tensors(export))
         export = dataclasses.replace(export, stated_dtype=stated)
         return _write(Path(out), export, base, overwrite, progress)
@@ -112,6 +107,7 @@ def convert(
             assets=checkpoint.assets,
             carried=checkpoint.carried,
             dtype=dtype,
+            # With `keep` the tensors are the source's, and so is what its config.json states.
             stated_dtype=None if dtype == "keep" else dtype,
             max_shard_bytes=max_shard_bytes,
             as_bin=as_bin,
@@ -122,7 +118,7 @@ def convert(
 def check_export(
     kind: NetworkKind, layout: str, config: Any, base: str | Path | None = None
 ) -> None:
-    """Refuses what `save_checkpoint` would refuse, before there are parameters to write.
+    """Checks before a run what `save_checkpoint` would refuse after it.
 
     Raises: InputError for sizes that the layout cannot express, and for a base that does not fit.
     """
@@ -160,8 +156,8 @@ def _check_params(kind: NetworkKind, config: Any, flat: Mapping[str, Any]) -> No
         raise InputError(sorted(problems))
 
 
-def _carries_for(source: Checkpoint, config: Any) -> bool:
-    """True if the tensors that a checkpoint carries fit a model of these sizes."""
+def _fits_carried(source: Checkpoint, config: Any) -> bool:
+    """Returns whether the tensors that a checkpoint carries fit a model of these sizes."""
     foreign = source.kind.foreign_export
     return not foreign or foreign.carried_sizes(source.config) == foreign.carried_sizes(config)
 
@@ -175,7 +171,7 @@ def _check_base(base: Checkpoint, config: Any) -> None:
             f"{base.folder}: as --base it has nothing to give: no {' and no '.join(patterns)}; "
             f"name a checkpoint of the {' or '.join(layouts)} layout"
         )
-    if not _carries_for(base, config) and kind.foreign_export:
+    if not _fits_carried(base, config) and kind.foreign_export:
         old, new = (kind.foreign_export.carried_sizes(c) for c in (base.config, config))
         raise InputError(
             f"{base.folder}: as --base it has other sizes ({old}) than the model ({new}); name the "

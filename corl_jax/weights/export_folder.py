@@ -42,7 +42,7 @@ GENERATION_FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Everything that decides what a written directory holds."""
+    """The inputs from which a directory is written."""
 
     kind: NetworkKind
     layout: str
@@ -51,7 +51,7 @@ class Export:
     assets: Assets | None
     carried: Mapping[str, Store]
     dtype: DType = "keep"
-    stated_dtype: str | None = None  # what config.json must say; None leaves a copied one alone
+    stated_dtype: str | None = None  # for config.json; None keeps that of a copied config.json
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     as_bin: bool = False
     # Values of generation_config.json that replace the source's.
@@ -64,7 +64,7 @@ class Export:
 
     @property
     def assets_layout(self) -> str:
-        """Layout of the tokenizer and processor files that are written."""
+        """The layout of the tokenizer and processor files to write."""
         if self.layout != OWN_LAYOUT:
             return self.layout
         if self.assets:
@@ -73,9 +73,9 @@ class Export:
 
 
 def write_export(folder: Path, export: Export, progress: Progress | None = None) -> list[str]:
-    """Fills an empty folder; returns what the user should know about the result."""
+    """Fills an empty folder; returns notes for the user."""
     plans = plan_tensors(export)
-    # Small files first: a directory that lacks a tokenizer should fail at once.
+    # Small files first: a missing tokenizer must fail before gigabytes are written.
     _write_config(folder, export, plans)
     notes = _write_assets(folder, export)
     plans, not_finite = check_while_writing(plans)
@@ -111,6 +111,7 @@ def _plan_torch(export: Export, key: str, group: list[Slot]) -> TensorPlan:
         find_common_dtype(leaves.dtype(slot.path, slot.layer) for slot in group)
     )
 
+    # The parts of a fused tensor follow each other along axis 0: q [D, D], k, v -> qkv [3D, D].
     def chunks() -> Iterator[np.ndarray]:
         for slot in group:
             leaf = leaves.read(slot.path, slot.layer)
@@ -132,6 +133,7 @@ def _plan_leaf(export: Export, path: str) -> TensorPlan:
 
 
 def _plan_carried(export: Export) -> list[TensorPlan]:
+    # A function per tensor, because `chunks` runs later and must see its key and not the last one.
     def plan(key: str, store: Store) -> TensorPlan:
         info = store.infos[key]
         dtype = export.target_dtype(info.dtype)
@@ -145,7 +147,7 @@ def _plan_carried(export: Export) -> list[TensorPlan]:
 
 
 def _describe_carried(export: Export) -> list[str]:
-    """Says which tensors outside the model have no place in the layout, or no source."""
+    """Describes tensors outside the model without a place in the layout, or without a source."""
     if export.layout == OWN_LAYOUT:
         return []
     patterns = export.kind.tables[export.layout].carried
@@ -165,7 +167,7 @@ def _describe_carried(export: Export) -> list[str]:
 
 
 def _describe_mixed_parts(export: Export) -> list[str]:
-    """Says which tensors join parts that have different dtypes in their source."""
+    """Describes tensors that join parts of different dtypes in their source."""
     if export.layout == OWN_LAYOUT or export.dtype != "keep":
         return []
     groups = group_slots(export.kind.tables[export.layout].make_slots(export.leaves.shapes))
@@ -196,7 +198,7 @@ def find_main_dtype(plans: list[TensorPlan]) -> str:
 
 
 def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None:
-    """Writes config.json: the source's bytes if they still hold, else patched or made anew."""
+    """Writes config.json: the source's bytes if they are still right, else patched or new."""
     source, kind, file = export.assets, export.kind, folder / "config.json"
     foreign = kind.foreign_export
     if export.layout == OWN_LAYOUT or foreign is None:
@@ -209,9 +211,10 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
         return
     if source and source.layout == export.layout and source.config.is_file():
         old = read_json(source.config)
+        # The source's file keeps fields that this package does not know; a new one would lose them.
         if _parse_source(kind, source) == export.config:
             new = foreign.restate_config(export.layout, old)
-            new = _restate_dtype(new, export.stated_dtype) if export.stated_dtype else new
+            new = _replace_dtype(new, export.stated_dtype) if export.stated_dtype else new
             if new == old:
                 write_bytes(file, read_unmarked(source.config))
             else:
@@ -224,7 +227,7 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
 
 
 def _parse_source(kind: NetworkKind, source: Assets) -> Any:
-    """Returns the sizes that the source's foreign config.json means.
+    """Returns the sizes that the source's foreign config.json states.
 
     Raises: InputError listing every field that is malformed or not supported.
     """
@@ -236,19 +239,21 @@ def _parse_source(kind: NetworkKind, source: Assets) -> Any:
     return config
 
 
-def _restate_dtype(value: Any, dtype: str) -> Any:
+def _replace_dtype(value: Any, dtype: str) -> Any:
+    # Nested, because each tower's section has a dtype: {"text_config": {"dtype": ..}}. transformers
+    # calls it `torch_dtype` in older files.
     if not isinstance(value, dict):
         return value
     return {
         key: dtype
         if key in ("dtype", "torch_dtype") and isinstance(old, str)
-        else _restate_dtype(old, dtype)
+        else _replace_dtype(old, dtype)
         for key, old in value.items()
     }
 
 
 def _write_assets(folder: Path, export: Export) -> list[str]:
-    """Writes all small files but config.json; returns what the user should know about them."""
+    """Writes all small files except config.json; returns notes for the user."""
     source, foreign = export.assets, export.kind.foreign_export
     if foreign:
         notes = foreign.write_assets(

@@ -1,4 +1,4 @@
-"""Finds what a folder may hold in place of a model: adapters, Git LFS pointers, marked text."""
+"""Finds adapters, Git LFS pointers and texts with a byte order mark in a model's folder."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SMALL_FILES = (
     f"{SAFE_NAME}{INDEX}",
     f"{BIN_NAME}{INDEX}",
 )
-"""Files of a model folder, weights apart, that are read or travel along."""
+"""Small files of a model folder that are read or copied."""
 
 
 def refuse_adapter(path: Path) -> None:
-    """Refuses an adapter of PEFT, which is no model without the one that it belongs to.
+    """Refuses a PEFT adapter, which is no model without its base.
 
     `path` is a folder, or a file of weights.
 
@@ -45,6 +45,7 @@ def refuse_adapter(path: Path) -> None:
     """
     folder = path.parent if path.is_file() else path
     adapter = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    # A file of weights beside an adapter was named explicitly, so it is what the user means.
     if not adapter or (path != folder and path.name not in adapter):
         return
     base = _read_base_model(folder / ADAPTER_CONFIG)
@@ -63,18 +64,19 @@ def refuse_adapter(path: Path) -> None:
 
 def _read_base_model(file: Path) -> str:
     name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    # The name goes into a message, and a hostile file can hold anything.
     if isinstance(name, str) and 0 < len(name) <= 400 and name.isprintable():
         return name
     return "a model that it does not name"
 
 
 def find_pointers(folder: Path, names: Iterable[str] = SMALL_FILES) -> list[str]:
-    """Returns a line for each of a folder's small files in whose place a Git LFS pointer stands."""
+    """Returns a line for each small file of a folder that is a Git LFS pointer."""
     return [describe_lfs_pointer(folder / name) for name in names if is_lfs_pointer(folder / name)]
 
 
 def read_unmarked(file: Path) -> bytes:
-    """Returns a text file's bytes without the byte order mark that it may begin with."""
+    """Returns a text file's bytes without a byte order mark at the beginning."""
     return file.read_bytes().removeprefix(BYTE_ORDER_MARK)
 
 
@@ -82,13 +84,13 @@ def read_unmarked(file: Path) -> bytes:
 def open_unmarked_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder whose small files other libraries can read: the same, or a copy.
 
-    A byte order mark stops their JSON parsers, and silently joins the first line of a vocabulary.
-
     Raises: InputError listing the small files that are Git LFS pointers.
     """
     if problems := find_pointers(folder):
         raise InputError(problems)
     files = [folder / name for name in SMALL_FILES if (folder / name).is_file()]
+    # A byte order mark stops the JSON parsers of other libraries, and silently joins the first line
+    # of a vocabulary.
     if not any(_is_marked(file) for file in files):
         yield folder
         return

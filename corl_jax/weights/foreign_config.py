@@ -1,11 +1,11 @@
-"""Reads fields of a foreign config.json and gathers everything that is wrong with them."""
+"""Reads fields of a foreign config.json, and collects everything that is wrong with them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_SIZE = 10_000_000  # no network has a size near it; guards against absurd loops
+MAX_SIZE = 10_000_000  # far above every real size; bounds loops over a size from a hostile file
 
 
 def check_divisible(where: str, *pairs: tuple[str, int, str, int]) -> list[str]:
@@ -55,6 +55,7 @@ class Fields:
         value = self.data.get(name)
         if value is None:
             return default
+        # `type`, not isinstance: True is an int for Python.
         if type(value) is not int or not 0 <= value <= MAX_SIZE:
             self._report(name, value, f"a whole number from 0 to {MAX_SIZE}")
             return 0
@@ -98,15 +99,16 @@ class Fields:
     def expect(self, name: str, allowed: tuple[Any, ...], why: str) -> None:
         """Checks a setting of which this implementation supports only some values.
 
-        The first of `allowed` is what an absent field means.
+        The first of `allowed` is the meaning of an absent field.
         """
+        # Types too, because 1 == True == 1.0.
         value = self.data.get(name, allowed[0])
         if not any(value == choice and type(value) is type(choice) for choice in allowed):
             choices = " or ".join(repr(choice) for choice in allowed)
             self._report(name, value, f"{choices}: {why}")
 
     def equal(self, name: str, expected: int) -> None:
-        """Checks a size that repeats what another field says."""
+        """Checks a size that repeats another field."""
         if self.has(name) and self.data[name] != expected:
             self._report(name, self.data[name], f"{expected}, as the other sizes of this file say")
 

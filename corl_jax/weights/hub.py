@@ -15,9 +15,9 @@ _SMALL = ["*.json", "*.jinja", "*.txt"]
 
 
 def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
-    """Returns the directory itself, or the downloaded (or cached) snapshot of a hub id.
+    """Returns a directory as it is, or the downloaded (or cached) snapshot of a hub id.
 
-    Raises: InputError when there is neither, saying how to fetch the model elsewhere, and for
+    Raises: InputError without either, with the command that downloads the model elsewhere, and for
         the directory of an adapter.
     """
     path = Path(expand_path(path_or_hub_id))
@@ -27,8 +27,8 @@ def resolve_model_dir(path_or_hub_id: str | Path) -> Path:
 
 
 def resolve_path(path_or_hub_id: str | Path) -> Path:
-    """Returns what `resolve_model_dir` does, or a single file of weights."""
-    if not str(path_or_hub_id).strip():  # which would mean the working directory
+    """Returns a directory as `resolve_model_dir` does, or a single file of weights."""
+    if not str(path_or_hub_id).strip():  # Path("") is the working directory
         raise InputError(f"{str(path_or_hub_id)!r}: is empty, expected a path or a hub id")
     path = Path(expand_path(path_or_hub_id))
     if not path.exists():
@@ -43,6 +43,7 @@ def split_hub_id(text: str) -> tuple[str, str | None]:
     Raises: InputError for anything else.
     """
     match = _HUB_ID.fullmatch(text)
+    # "./models" and "../models" match the pattern, but are paths of missing folders.
     if not match or text.startswith("."):
         raise InputError(
             f"{text}: no such directory, and not a hub id of the form owner/name or "
@@ -63,6 +64,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
     name = hub_id if revision is None else f"{hub_id}@{revision}"
 
+    # Only safetensors, or else only .bin: many repositories have both, and each is gigabytes.
     def fetch(pattern: str) -> Path:
         patterns = [*_SMALL, pattern]
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))

@@ -1,7 +1,7 @@
 """`NetworkKind`: everything that this package knows about one kind of network.
 
-Policies and reward networks are opened, checked, converted, loaded and exported by the same
-functions (`checkpoint`, `export`). The values of this record are what differs between them.
+The same functions (`checkpoint`, `export`) open, check, convert, load and export policies and
+reward networks. The values of this record are the differences between them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
     "1_Pooling/config.json",
 )  # fmt: skip
-"""Tokenizer and image settings that are copied with the weights, where the source has them."""
+"""Tokenizer and image settings that are copied with the weights, if the source has them."""
 
 WHOLE = PartitionSpec()
+# A pair of products needs no communication between them: COLUMN splits the outputs of the first,
+# ROW the same features as inputs of the second. INNER and OUTER are the same without layers.
 INNER, OUTER = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
 COLUMN = PartitionSpec(None, "fsdp", "tensor")  # [L, in, out], outputs split
 ROW = PartitionSpec(None, "tensor", "fsdp")  # [L, in, out], inputs split
@@ -38,7 +40,7 @@ ROW = PartitionSpec(None, "tensor", "fsdp")  # [L, in, out], inputs split
 
 @dataclasses.dataclass(frozen=True)
 class Assets:
-    """Where tokenizer and processor files come from, and in which layout they are."""
+    """The source of tokenizer and processor files, and their layout."""
 
     folder: Path
     layout: str
@@ -47,7 +49,7 @@ class Assets:
 
 @dataclasses.dataclass(frozen=True)
 class OwnFormat:
-    """How the config.json of our own layout names a kind and its sizes."""
+    """The names of a kind and its sizes in the config.json of our own layout."""
 
     model_type: str = NETWORK_TYPE
     sizes: str = "sizes"  # key of the sizes
@@ -63,8 +65,8 @@ class ForeignExport:
     write_config: Callable[[str, Any, str, Path | None], dict[str, Any]]
     # (layout, the source's config.json) -> the same as an export in that layout must state it
     restate_config: Callable[[str, dict[str, Any]], dict[str, Any]]
-    # (folder to write to, layout, sizes, source or None, values for generation_config.json) -> what
-    # the user should know about the files written. Our own layout keeps those of the source's.
+    # (folder to write to, layout, sizes, source or None, values for generation_config.json) ->
+    # notes for the user. Our own layout keeps the files of the source's layout.
     write_assets: Callable[[Path, str, Any, Assets | None, Mapping[str, Any]], list[str]]
     # sizes -> those that must be equal for the carried tensors of another checkpoint to fit
     carried_sizes: Callable[[Any], Any]
@@ -72,7 +74,7 @@ class ForeignExport:
 
 @dataclasses.dataclass(frozen=True)
 class PeftFormat:
-    """How PEFT names the adapters of a kind: one A and one B beside each adapted dense layer."""
+    """PEFT's names of a kind's adapters: one A and one B for each adapted dense layer."""
 
     table: Table  # `adapter_model.safetensors`
     auto_mapping: Mapping[str, str]  # the class that PEFT puts the adapters into
@@ -81,7 +83,7 @@ class PeftFormat:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class NetworkKind:
-    """One kind of network: how it is built, and how its checkpoints are read and written."""
+    """A kind of network: how to build it, and how to read and write its checkpoints."""
 
     name: str  # in commands and in the config.json of our own layout
     module: type[nnx.Module]
@@ -99,11 +101,11 @@ class NetworkKind:
     foreign_export: ForeignExport | None = None
     # (problems, layout, config.json) -> the problems with what to do about some of them
     explain: Callable[[list[str], str, Mapping[str, Any]], list[str]] | None = None
-    peft: PeftFormat | None = None  # None: adapters are not exported on their own
+    peft: PeftFormat | None = None  # None: adapters are only exported merged
 
     @property
     def needs_config(self) -> bool:
-        """True if config.json states the layout; else it may be absent, and the tensors tell it."""
+        """True if config.json states the layout. Else the tensors' names tell it."""
         return not self.tables or any(self.model_types.values())
 
     @property
@@ -117,13 +119,13 @@ class NetworkKind:
 
     def shapes(self, config: Any) -> dict[str, Shape]:
         """Returns {path: shape} of every parameter."""
+        # Without memory for the parameters: only shapes are traced.
         abstract = modules.make_abstract(self.module, config)
         return {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
 
     def is_stacked(self, path: str) -> bool:
-        """True for a parameter with a leading axis of layers, which files hold one by one.
-
-        Without a foreign layout every parameter is one tensor in every file.
-        """
+        """Returns whether a parameter has a leading axis of layers, each a tensor in files."""
+        # All layouts of a kind stack the same parameters. Without a foreign layout every parameter
+        # is one tensor in every file.
         tables = list(self.tables.values())
         return bool(tables) and tables[0].find_row(path)[0].stacked

@@ -11,7 +11,7 @@ import numpy as np
 from corl_jax.weights.dtypes import BFLOAT16
 from corl_jax.weights.shards import TensorPlan
 
-_BLOCK = 2**20  # values looked at at once, so that the masks stay in the processor's cache
+_BLOCK = 2**20  # values tested at once, so that the masks stay in the processor's cache
 _EXPONENTS = {
     BFLOAT16: (np.uint16, 0x7F80),
     np.dtype(np.float16): (np.uint16, 0x7C00),
@@ -24,8 +24,10 @@ def count_non_finite(array: np.ndarray) -> int:
     if array.dtype not in _EXPONENTS:
         floats = np.issubdtype(array.dtype, np.floating)
         return int(array.size - np.isfinite(array).sum()) if floats else 0
-    # NumPy's own test of 16 bits takes some seven times as long.
+    # NumPy's test of 16-bit floats takes some seven times as long.
     kind, exponent = _EXPONENTS[array.dtype]
+    # bfloat16 is 1 sign, 8 exponent and 7 mantissa bits: 0x7F80 = 0 11111111 0000000. NaN and
+    # infinity have all exponent bits set; their mantissa makes the difference.
     bits = np.ascontiguousarray(array).reshape(-1).view(kind)
     mask = kind(exponent)
     blocks = (bits[start : start + _BLOCK] for start in range(0, bits.size, _BLOCK))
@@ -47,6 +49,8 @@ def check_while_writing(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], 
     """Returns (plans that count NaN and infinity, a list that gets a line for each such tensor)."""
     lines: list[str] = []
 
+    # Counted on the way to the file, so that no tensor is read twice. The list is complete when all
+    # plans are written.
     def count(plan: TensorPlan) -> TensorPlan:
         def count_chunks() -> Iterator[np.ndarray]:
             bad = 0

@@ -19,8 +19,7 @@ def make_own_config(
 ) -> dict[str, Any]:
     """Returns the JSON of a converted directory's config.json.
 
-    `layer_dtypes` has, by path, each layer's dtype of the parameters whose layers differed in the
-    source.
+    `layer_dtypes` maps a path to the dtypes of its layers, if these differ in the source.
     """
     form = kind.own_format
     return {
@@ -55,7 +54,7 @@ def parse_own_config(kind: NetworkKind, data: dict[str, Any], file: Path) -> Any
 def build_config(kind: type, data: Any, where: str, problems: list[str]) -> Any:
     """Builds a config dataclass from JSON: all fields present, none unknown, types exact.
 
-    Problems are added to `problems`; a field that has one keeps its default.
+    Adds problems to `problems`; a field with a problem keeps its default.
     """
     defaults = kind()
     if not isinstance(data, dict):
@@ -69,6 +68,7 @@ def build_config(kind: type, data: Any, where: str, problems: list[str]) -> Any:
         default, value = getattr(defaults, name), data[name]
         if dataclasses.is_dataclass(default):
             values[name] = build_config(type(default), value, f"{where}.{name}", problems)
+        # JSON has no tuples: (0.5, 0.5, 0.5) is written as a list.
         elif isinstance(default, tuple) and isinstance(value, list):
             values[name] = tuple(_read_value(name, default[0], item) for item in value)
             if not value or None in values[name]:
@@ -90,6 +90,7 @@ def _read_value(name: str, default: Any, value: Any) -> Any:
             0 < value < 1e12 or (value, name) == (0, "image_mean")
         )
         return float(value) if fits else None
+    # `type`, not isinstance: true is no size, although bool is a subclass of int.
     if type(value) is not type(default):
         return None
     least = 0 if name.endswith("_token_id") else 1

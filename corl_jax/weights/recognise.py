@@ -14,13 +14,14 @@ from corl_jax.weights.wrong_names import Known, find_layout_of_names, find_wrong
 
 
 def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkKind | None:
-    """Returns the kind that a directory's config.json states; None if it states none of these."""
+    """Returns the kind that a directory's config.json states; None if it states another kind."""
     file = Path(folder) / "config.json"
     data = read_json(file) if file.is_file() else {}
     stated, network = data.get("model_type"), data.get("network")
     for kind in kinds:
-        own = stated == kind.own_format.model_type
-        if (own and (stated != NETWORK_TYPE or network == kind.name)) or (
+        is_own = stated == kind.own_format.model_type
+        # Reward networks share one model_type in our layout; the field `network` tells them apart.
+        if (is_own and (stated != NETWORK_TYPE or network == kind.name)) or (
             isinstance(stated, str) and stated in kind.model_types
         ):
             return kind
@@ -45,10 +46,11 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
 
     Raises: InputError for a config.json of another kind.
     """
-    file, stated, own = folder / "config.json", data.get("model_type"), kind.own_format.model_type
-    if stated == own:
+    file, stated = folder / "config.json", data.get("model_type")
+    own_type = kind.own_format.model_type
+    if stated == own_type:
         network = data.get("network")
-        if own != NETWORK_TYPE or network == kind.name:
+        if own_type != NETWORK_TYPE or network == kind.name:
             return OWN_LAYOUT
         if isinstance(network, str):
             raise _describe_other_kind(folder, network, kind)
@@ -59,7 +61,7 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
     if layout is None:
         raise InputError(
             f"{file}: model_type is {stated!r}, expected one of "
-            f"{', '.join([*kind.model_types, own])}; this is not a {kind.name} checkpoint"
+            f"{', '.join([*kind.model_types, own_type])}; this is not a {kind.name} checkpoint"
         )
     return layout
 
@@ -75,8 +77,9 @@ def find_layout_of_tensors(
 ) -> str:
     """Returns the layout whose key table matches the most tensors.
 
-    Raises: InputError if no table matches one, and config.json or other names say why.
+    Raises: InputError if no table matches a tensor, with the reason from config.json or the names.
     """
+    # Not the first layout that matches: layouts of one kind can share names (see `layouts.blip`).
     counts = {
         layout: sum(table.matches(key) for key in stored) for layout, table in kind.tables.items()
     }
@@ -101,7 +104,10 @@ def check_named_layout(
     stored: Mapping[str, Shape],
     shapes: Mapping[str, Shape],
 ) -> None:
-    """Raises: InputError for tensors that are named as in another layout than the config's."""
+    """Checks that the tensors have the names of the config's layout.
+
+    Raises: InputError for the names of another layout.
+    """
     layouts: dict[str, Known] = {name: is_known_to(table) for name, table in kind.tables.items()}
     named = find_layout_of_names(stored, layouts | {OWN_LAYOUT: shapes.__contains__})
     if named not in (None, layout):

@@ -1,7 +1,7 @@
-"""Which files of a folder are its weights, where several sets of weights lie in it.
+"""Chooses the files of a folder that are its weights, if it has several sets of weights.
 
 The order is that of transformers 5.24 (`modeling_utils._get_resolved_checkpoint_files`), so that
-one folder means one model everywhere. A set that is passed over is named in a warning.
+one folder means one model everywhere. A warning names the sets that are not read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 STANDARD = tuple(f"{name}{end}" for name in (SAFE_NAME, BIN_NAME) for end in ("", INDEX))
 SAFE_PATTERN, BIN_PATTERNS = "*.safetensors", ("*.bin", "*.pth", "*.pt")
-# What trainers leave beside a model, in files that are named as weights are.
+# Files of trainers beside a model, with the suffixes of weights.
 _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+# "model-00001-of-00002.safetensors" -> model, 00001, 00002, .safetensors
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _NAMED = 3  # files of a set that a warning names
 
@@ -30,7 +31,7 @@ _NAMED = 3  # files of a set that a warning names
 class Selection:
     """One set of weights: an index, or files without one."""
 
-    files: Sequence[Path]  # empty where an index says which
+    files: Sequence[Path]  # empty if an index names them
     index: Path | None = None
 
     @property
@@ -61,7 +62,7 @@ def select_weights(folder: Path, *, any_name: bool = False) -> Selection | None:
 
 
 def warn_of_other_weights(folder: Path, selection: Selection, files: Iterable[Path]) -> None:
-    """Warns of weights in a folder beside the `files` that are read; once for each folder."""
+    """Warns, once for each folder, of weights beside the `files` that are read."""
     read = {*files, *([selection.index] if selection.index else [])}
     others = [f for f in list_weights(folder) if f not in read]
     if others:  # an index without its shards, which a download may leave, is no set of weights
@@ -70,6 +71,7 @@ def warn_of_other_weights(folder: Path, selection: Selection, files: Iterable[Pa
         _warn_once(folder, first.name, tuple(file.name for file in (*indexes, *others)))
 
 
+# The cache makes it print once: a run opens the same folder several times.
 @functools.cache
 def _warn_once(folder: Path, chosen: str, others: tuple[str, ...]) -> None:
     more = f" and {len(others) - _NAMED} more files" if len(others) > _NAMED else ""
@@ -83,13 +85,16 @@ def _warn_once(folder: Path, chosen: str, others: tuple[str, ...]) -> None:
 def list_weights(
     folder: Path, patterns: Iterable[str] = (SAFE_PATTERN, *BIN_PATTERNS)
 ) -> list[Path]:
-    """Returns the files of a folder that are named as weights are, without a trainer's state."""
+    """Returns the files of a folder with names of weights, without a trainer's state."""
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     return sorted(file for file in files if not _STATE.fullmatch(file.name))
 
 
 def _check_shards(folder: Path, files: Sequence[Path]) -> None:
-    """Raises: InputError for shards of several saves, and for a save that lacks some."""
+    """Checks the shards of a folder without an index.
+
+    Raises: InputError for shards of several saves, and for a save without all of its shards.
+    """
     saves: dict[str, set[int]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file.name):

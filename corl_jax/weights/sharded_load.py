@@ -1,4 +1,4 @@
-"""Loads parameters onto a mesh: each process reads the parts of its own devices, leaf by leaf.
+"""Loads parameters onto a mesh: each process reads the parts of its devices, leaf by leaf.
 
 The peak of host memory is one leaf, or this process's part of it.
 """
@@ -20,13 +20,13 @@ from corl_jax.weights.sources import Leaves, read_leaf
 from corl_jax.weights.storage import Box
 
 DTypes = Callable[[str], Any]
-"""path -> dtype of a parameter; None is as stored."""
+"""path -> dtype of a parameter; None for the stored one."""
 
 
 def place_leaves(
     leaves: Leaves, stacked: Callable[[str], bool], shardings: Params, dtype: DTypes, source: object
 ) -> Params:
-    """Returns the leaves that `shardings` names as global arrays; `stacked` says which have layers.
+    """Returns the leaves of `shardings` as global arrays; `stacked` tells which have layers.
 
     Raises: InputError listing the parameters of `source` that hold NaN.
     """
@@ -37,6 +37,8 @@ def place_leaves(
         box, local = read_local_part(leaves, path, stacked(path), sharding, dtype(path))
         problems.extend(check_finite(source, path, local))
 
+        # Called for each local device with its index into the global array. box [(4, 8)], index
+        # [6:8] -> local[2:4].
         def take_shard(index: Any) -> Any:
             ends = zip(_make_box(index, shape), box, strict=True)
             return local[tuple(slice(a - first, b - first) for (a, b), (first, _) in ends)]
@@ -56,6 +58,8 @@ def read_local_part(
     shape = leaves.shapes[path]
     indices = sharding.addressable_devices_indices_map(shape).values()
     boxes = [_make_box(index, shape) for index in indices]
+    # Devices [0:2] and [2:4] of 8 rows -> box (0, 4). It may hold rows of no local device, if the
+    # mesh orders devices otherwise; a leaf is read once all the same.
     box = tuple(
         (min(start for start, _ in axis), max(stop for _, stop in axis))
         for axis in zip(*boxes, strict=True)

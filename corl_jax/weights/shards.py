@@ -1,6 +1,6 @@
 """Writes named tensors as sharded safetensors (or .bin) files, one tensor in memory at a time.
 
-Headers are written first, from shapes alone; the data follows chunk by chunk.
+A header needs shapes only, so it is written first. The data follows chunk by chunk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Progress = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written: its chunks, concatenated along axis 0, give the whole."""
+    """A tensor to be written: its chunks, concatenated along axis 0, are the whole tensor."""
 
     key: str
     dtype: np.dtype
@@ -48,7 +48,7 @@ def write_tensors(
     progress: Progress | None = None,
 ) -> list[Path]:
     """Writes one file, or several with their index; returns the files. A tensor is never split."""
-    shards = _split(plans, max_shard_bytes)
+    shards = _split_into_shards(plans, max_shard_bytes)
     stem, suffix = (BIN_NAME if as_bin else SAFE_NAME).split(".")
     write = write_bin if as_bin else write_safetensors
     if len(shards) == 1:
@@ -66,10 +66,11 @@ def write_tensors(
     return files
 
 
-def _split(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
+def _split_into_shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
     shards: list[list[TensorPlan]] = [[]]
     size = 0
     for plan in plans:
+        # A tensor larger than the limit is alone in its shard.
         if shards[-1] and size + plan.nbytes > limit:
             shards.append([])
             size = 0
@@ -94,6 +95,7 @@ def write_safetensors(
         }
         offset += plan.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces, which the format allows behind the JSON, so that the data begins at a multiple of 8.
     text += b" " * (-len(text) % _ALIGN)
     with replace_file(file) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -102,6 +104,7 @@ def write_safetensors(
                 stream.write(chunk.reshape(-1).view(np.uint8).data)
                 if progress:
                     progress(chunk.nbytes)
+    # Finds a file that the disk cut short before it is taken for whole.
     read_header(file)
 
 
@@ -119,7 +122,7 @@ def _check_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:
 
 
 def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None) -> None:
-    """Writes one PyTorch file. A whole shard is in memory, as torch.save needs it."""
+    """Writes one PyTorch file. torch.save needs the whole shard in memory."""
     from corl_jax.weights.torch_bin import import_torch, to_torch
 
     torch = import_torch(file)

@@ -1,7 +1,7 @@
 """Reads parameter slices from a torch layout, from our own directory or from memory.
 
-All three answer the same two questions, so that any layout is written from any other without
-the whole model in memory: which type does a slice have, and what does it hold.
+All three sources give the dtype and the values of a slice. So any layout can be written from any
+other without the whole model in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Leaves(Protocol):
 
     shapes: dict[str, Shape]
     concurrent: bool  # several threads may read
-    transposed: bool  # matrices may lie in the source the other way
+    transposed: bool  # the source may hold matrices as [out, in]
 
     def dtype(self, path: str, layer: int | None) -> np.dtype:
         """Returns the dtype of the slice in its source."""
@@ -58,14 +58,15 @@ class TorchLeaves:
     def read(self, path: str, layer: int | None, box: Box | None = None) -> np.ndarray:
         slot, shape = self._slots[path, layer], self.shapes[path]
         box = make_whole_box(shape if layer is None else shape[1:]) if box is None else box
+        # The box is in the leaf's axes: rows 0:4 of [in, out] are columns 0:4 of torch's [out, in].
         return slot.transform.to_leaf(self._store.read(slot.key, slot.box(box)))
 
 
 class JaxLeaves:
     """Reads the leaves of a converted directory.
 
-    A stacked leaf has one type there; `layer_dtypes` says what each slice was in its source,
-    where those differed.
+    A stacked leaf has one dtype in the file. `layer_dtypes` has the dtypes that its slices had in
+    their source, if these differed.
     """
 
     def __init__(self, store: Store, layer_dtypes: Mapping[str, list[str]]):
@@ -83,6 +84,7 @@ class JaxLeaves:
         if layer is None:
             return self._store.read(path, box)
         box = make_whole_box(self.shapes[path][1:]) if box is None else box
+        # One layer of [L, ..]: the box gets its axis, and [0] removes it.
         array = self._store.read(path, ((layer, layer + 1), *box))[0]
         return array.astype(self.dtype(path, layer), copy=False)
 
@@ -90,8 +92,8 @@ class JaxLeaves:
 class MemoryLeaves:
     """Reads leaves that are NumPy or JAX arrays in memory.
 
-    `layer_dtypes` names the type in which each slice is to be written, for the leaves whose
-    slices had different types in their source.
+    `layer_dtypes` has the dtypes in which to write slices, for leaves whose slices had different
+    dtypes in their source.
     """
 
     concurrent = transposed = False
@@ -140,33 +142,36 @@ def read_leaf(
         where, layer, part = piece
         copy_array(out[where], leaves.read(path, layer, part))
 
-    listed = list(_split_layers(box) if stacked else _split_pieces(box, leaves.transposed))
-    if leaves.concurrent and len(listed) > 1:
+    # Threads help although Python has a lock: `pread` and NumPy's copies release it.
+    pieces = list(_split_layers(box) if stacked else _split_pieces(box, leaves.transposed))
+    if leaves.concurrent and len(pieces) > 1:
         with ThreadPoolExecutor(READERS) as readers:
-            for _ in readers.map(fill, listed):
-                pass  # an error comes out here
+            for _ in readers.map(fill, pieces):
+                pass  # an error of a thread is raised here
     else:
-        for piece in listed:
+        for piece in pieces:
             fill(piece)
     return out
 
 
 Piece = tuple[Any, int | None, Box]
-"""(where it goes, layer, box)."""
+"""(index into the result, layer, box in the source)."""
 
 
 def _split_layers(box: Box) -> Iterator[Piece]:
-    # The ellipsis makes an array of a layer's one number, too.
+    # box ((2, 4), (0, 8)) -> (0, layer 2, ((0, 8),)), (1, layer 3, ((0, 8),)). The ellipsis makes
+    # `out[where]` an array also for a leaf [L], whose layer is one number.
     return (((place, ...), layer, box[1:]) for place, layer in enumerate(range(*box[0])))
 
 
 def _split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
-    """Splits a box into pieces that are each contiguous, or almost, in the file."""
+    """Splits a box into pieces of about PIECE values, which are almost contiguous in the file."""
     sizes = [stop - start for start, stop in box]
     if math.prod(sizes) <= PIECE:
         yield ..., None, box
         return
-    # Of matrices this large the vocabulary, their longest axis, is the outermost in torch's files.
+    # The largest matrices have the vocabulary as their longest axis, which is outermost in torch's
+    # files: leaf [2048, 102400] is torch's [102400, 2048]; pieces of axis 1 are whole rows there.
     axis = int(np.argmax(sizes)) if transposed else 0
     rows = math.ceil(sizes[axis] / math.ceil(math.prod(sizes) / PIECE))
     for start, stop in itertools.pairwise([*range(0, sizes[axis], rows), sizes[axis]]):
@@ -176,9 +181,10 @@ def _split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
 
 
 def copy_array(out: np.ndarray, source: np.ndarray) -> None:
-    """Copies: out[...] = source."""
+    """Copies values: out[...] = source."""
     # bfloat16 is copied by its bits: NumPy does not know the type, and holds the interpreter's lock
-    # while it copies or widens it.
+    # while it copies or widens it. The bits of a bfloat16 are the upper half of the float32's:
+    # 1.0 is 0x3F80, and 0x3F800000.
     if source.dtype == BFLOAT16 and out.dtype == np.float32:
         bits = out.view(np.uint32)
         _copy_by_columns(bits, source.view(np.uint16))
@@ -193,6 +199,8 @@ def _copy_by_columns(out: np.ndarray, source: np.ndarray) -> None:
     if source.ndim < 2 or source.flags.c_contiguous:
         out[...] = source
         return
+    # A transposed source: its columns are contiguous, the result's rows are. Whole rows at once
+    # would load a cache line of the source for every value.
     for start in range(0, out.shape[-1], COLUMNS):
         columns = slice(start, start + COLUMNS)
         out[..., columns] = source[..., columns]

@@ -1,8 +1,7 @@
 """Reads named tensors from files, one at a time and never a whole shard.
 
-Every header and index is checked before the first tensor is read, so that a damaged or hostile
-file is refused with its name and a remedy. Tensors are read with `pread` into fresh arrays: a
-memory map would count every page read against the process.
+Every header and index is checked before the first tensor is read. A damaged or hostile file is
+refused with its name and a remedy.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from corl_jax.weights.selection import (
     warn_of_other_weights,
 )
 
-MAX_HEADER_BYTES = 2**24  # a thousand tensors take 2**17; parsed, JSON takes some 30 times as much
-MAX_JSON_BYTES = 2**26  # of a config, an index or a tokenizer, of which the largest known has 2**25
+MAX_HEADER_BYTES = 2**24  # a thousand tensors take 2**17; parsed JSON takes some 30 times as much
+MAX_JSON_BYTES = 2**26  # of a config, an index or a tokenizer; the largest known one has 2**25
 MAX_KEY = 256  # characters of a tensor's name
-MAX_MALFORMED = 100  # entries of a file that are named; the lines of a hostile one fill the memory
+MAX_MALFORMED = 100  # entries in messages; a hostile file could fill the memory with lines
 _AGAIN = "download or copy it again"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """The shape, dtype and place of a tensor, known without its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -84,6 +83,7 @@ class SafetensorsStore:
 
     def __init__(self, infos: dict[str, TensorInfo]):
         self.infos = infos
+        # For `pread` into fresh arrays: the pages of a memory map would count as the process's.
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
 
@@ -93,7 +93,9 @@ class SafetensorsStore:
         out = np.empty([stop - start for start, stop in box], info.dtype)
         if not out.nbytes:
             return out
-        # Behind the last axis that is split, what is wanted lies in one piece.
+        # Behind the last split axis the box is contiguous in the file. Shape [4, 6, 5], box
+        # [1:3, 2:4, :]: axis 1 is the last split one, outer = 1. For each of the 2 rows one read of
+        # 2 * 5 values; strides [30, 5, 1], corner = 1 * 30 + 2 * 5 = 40.
         split = [axis for axis, ends in enumerate(box) if ends != (0, info.shape[axis])]
         outer = split[-1] if split else 0
         pieces = out.reshape(*out.shape[:outer], -1).view(np.uint8)
@@ -106,11 +108,13 @@ class SafetensorsStore:
         return out
 
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        # Opened on the first read: a checkpoint can have many shards. Several threads read, so
+        # without the lock one file could be opened twice.
         with self._opening:
             if info.file not in self._descriptors:
                 self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
         done = 0
-        while done < len(view):
+        while done < len(view):  # one call of `preadv` returns at most 2 GiB on Linux
             count = os.preadv(self._descriptors[info.file], [view[done:]], offset + done)
             if count == 0:
                 raise InputError(f"{info.file}: ended while being read; {_AGAIN}")
@@ -123,10 +127,11 @@ class SafetensorsStore:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Reads the tensors' names, shapes and places of a safetensors file, checked against its size.
+    """Reads and checks the names, shapes and places of the tensors of a safetensors file.
 
-    Raises: InputError for anything but a whole, well-formed file.
+    Raises: InputError for a file that is not whole and well-formed.
     """
+    # 8 bytes: the header's length, little-endian; then the header, JSON; then the data.
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -158,6 +163,7 @@ def _describe_bad_start(file: Path, size: int) -> str:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json.loads keeps the last of two equal keys: two readers could see different tensors.
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("it names a key twice")
@@ -183,6 +189,7 @@ def _check_entries(
         spans.append((info.offset, end))
     if problems:
         raise InputError(problems)
+    # Every byte of the data belongs to exactly one tensor, as the format demands.
     position = data_start
     for begin, end in sorted(spans):
         if begin != position:
@@ -194,10 +201,8 @@ def _check_entries(
 
 
 def find_bad_names(file: Path, keys: Iterable[str]) -> list[str]:
-    """Lists tensors with names that cannot be real: too long, a path, unprintable.
-
-    No name is ever used as a path here; what handles the same file later might do so.
-    """
+    """Lists tensors with names that cannot be real: too long, a path, unprintable."""
+    # This package uses no name as a path, but another program that gets the file later may do so.
     bad = (
         key
         for key in keys
@@ -215,8 +220,12 @@ def find_bad_names(file: Path, keys: Iterable[str]) -> list[str]:
 
 
 def _parse_entry(file: Path, entry: Mapping[str, Any], data_start: int) -> tuple[TensorInfo, int]:
-    """Raises: TypeError, KeyError or ValueError for an entry that does not add up."""
+    """Returns a tensor's info and the end of its data in the file.
+
+    Raises: TypeError, KeyError or ValueError for an inconsistent entry.
+    """
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    # Below 2**62 the offsets fit C's 64-bit integers.
     numbers = [*shape, begin, end]
     if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
         raise ValueError(f"shape {shape}, data_offsets {[begin, end]}")
@@ -241,7 +250,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_index(file: Path) -> dict[str, Path]:
-    """Reads {key: shard file} from an index.json; the shards must lie in its own folder.
+    """Reads {key: shard file} from an index.json; the shards must be in the same folder.
 
     Raises: InputError listing names that point elsewhere and shards that are absent.
     """
@@ -268,7 +277,7 @@ def read_index(file: Path) -> dict[str, Path]:
 
 
 def open_store(folder: Path) -> Store:
-    """Opens the weights in a folder under their standard names; `select_weights` has their order.
+    """Opens a folder's weights with standard names, in the order of `select_weights`.
 
     Raises: InputError for a folder without weights, or with damaged ones.
     """
@@ -319,7 +328,10 @@ def _open_files(files: list[Path], *, is_bin: bool) -> Store:
 
 
 def open_safetensors(files: list[Path]) -> SafetensorsStore:
-    """Raises: InputError listing the damaged files and the tensors that stand in two files."""
+    """Opens safetensors files as one store.
+
+    Raises: InputError listing the damaged files and the tensors that two files hold.
+    """
     infos: dict[str, TensorInfo] = {}
     problems = []
     for file in files:

@@ -1,8 +1,8 @@
 """A strict, invertible table between a PyTorch state dict and parameter paths.
 
-A row pairs a torch key with a parameter path. `{layer}` in the key stands for the slice of a
-leaf that is stacked over layers; every other placeholder stands on both sides. A torch tensor
-that several leaves share, such as a fused qkv, has one row per leaf, each with its `part`.
+A row pairs a torch key with a parameter path. `{layer}` in the key is the number of a slice of a
+leaf that is stacked over layers. Every other placeholder occurs in both key and path. A torch
+tensor of several leaves, such as a fused qkv, has one row per leaf, each with its `part`.
 All transforms are permutations of elements, so both directions are exact to the bit.
 """
 
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a torch tensor becomes a leaf: perhaps without a leading axis of 1, then permuted."""
+    """The change from a torch tensor to a leaf: without a leading axis of 1, then permuted."""
 
     axes: tuple[int, ...] | None = None
     drop_leading: bool = False
@@ -35,11 +35,12 @@ class Transform:
 
     def to_torch(self, leaf: np.ndarray) -> np.ndarray:
         """Inverts `to_leaf`. Both return views, which a writer must make contiguous."""
+        # argsort inverts a permutation: axes (2, 3, 1, 0) -> (3, 2, 0, 1).
         tensor = leaf if self.axes is None else leaf.transpose(np.argsort(self.axes))
         return tensor[None] if self.drop_leading else tensor
 
     def torch_box(self, box: Box) -> Box:
-        """Returns where a part of a leaf lies in the torch tensor."""
+        """Returns the box of the torch tensor that holds a part of a leaf."""
         if self.axes is not None:
             box = tuple(box[i] for i in np.argsort(self.axes))
         return ((0, 1), *box) if self.drop_leading else box
@@ -75,7 +76,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One row applied: which part of which tensor holds which slice of which leaf."""
+    """A row for one slice of one leaf, and the part of the torch tensor that holds it."""
 
     key: str
     path: str
@@ -85,11 +86,12 @@ class Slot:
     shape: Shape  # of the whole torch tensor
 
     def box(self, box: Box) -> Box:
-        """Returns where a part of the leaf's slice lies in the whole torch tensor."""
+        """Returns the box of the whole torch tensor that holds a part of the leaf's slice."""
         box = self.transform.torch_box(box)
         index, count = self.part
         if count == 1:
             return box
+        # Fused qkv [3D, D], k is part (1, 3): its rows 0:2 are rows D:D+2 of the tensor.
         first = index * (self.shape[0] // count)
         (start, stop), *rest = box
         return ((first + start, first + stop), *rest)
@@ -97,6 +99,8 @@ class Slot:
 
 @functools.cache
 def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    # "layers.{layer}.weight" -> r"layers\.(?P<layer>0|[1-9][0-9]*)\.weight". "01" is no number: two
+    # names would mean the same tensor.
     pieces = re.split(r"\{(\w+)\}", pattern)
     names = (f"(?P<{name}>0|[1-9][0-9]*)" for name in pieces[1::2])
     out = re.escape(pieces[0])
@@ -110,7 +114,7 @@ class Table:
     """The rows of one layout, and the torch keys that have no leaf.
 
     `carried` keys belong to the layout, but the model does not use them; an export takes them
-    from a base checkpoint. `dropped` keys are derived buffers that nobody needs.
+    from a base checkpoint. `dropped` keys are derived buffers, which no loader needs.
     """
 
     name: str
@@ -138,6 +142,8 @@ class Table:
         parts = sorted(row.part[0] for row, _ in hits)
         if not hits:
             raise InputError(f"{key}: no row of the {self.name} table matches it")
+        # q, k, v of a fused tensor: counts {3}, parts [0, 1, 2]. Anything else is an error of the
+        # table.
         if len(counts) != 1 or parts != list(range(counts.pop())):
             rows = ", ".join(row.path for row, _ in hits)
             raise InputError(f"{key}: several rows of the {self.name} table match it: {rows}")
@@ -173,6 +179,7 @@ class Table:
         row, values = self.find_row(path)
         layers: Iterable[int | None] = range(shape[0]) if row.stacked else (None,)
         shape = shape[1:] if row.stacked else shape
+        # Leaf [24, 2048, 2048] of a fused qkv: slices [2048, 2048], torch tensors [6144, 2048].
         torch_shape = row.transform.torch_shape(shape)
         if row.part[1] > 1:
             torch_shape = (torch_shape[0] * row.part[1], *torch_shape[1:])

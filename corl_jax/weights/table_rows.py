@@ -1,4 +1,7 @@
-"""Builds the rows of a key table: one layer of PyTorch each."""
+"""Builds the rows of a key table for one layer of PyTorch.
+
+In: dense("fc1", "mlp/fc1")  Out: fc1.weight [out, in] -> mlp/fc1/kernel [in, out], and the bias
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Reads PyTorch's own files (`.bin`, `.pth`, `.pt`); no other module needs torch.
 
-Files are unpickled with `weights_only`, so that nothing in them can run, and memory-mapped; the
-legacy ones, of PyTorch before 1.6, can only be read whole. One file is open at a time: the pages
-of a mapped file count as memory of the process.
+Files are memory-mapped. Legacy files, of PyTorch before 1.6, can only be read whole.
 """
 
 from __future__ import annotations
@@ -44,7 +42,8 @@ def import_torch(file: Path) -> Any:
 class BinStore:
     """The tensors of one or more PyTorch files."""
 
-    concurrent = False  # one file is open at a time
+    # One file is open at a time: the pages of a mapped file count as memory of the process.
+    concurrent = False
 
     def __init__(self, files: list[Path]):
         self.infos: dict[str, TensorInfo] = {}
@@ -52,7 +51,7 @@ class BinStore:
         problems: list[str] = []
         for file in files:
             try:
-                tensors = self._tensors(file)
+                tensors = self._load_tensors(file)
             except InputError as error:
                 problems += error.problems
                 continue
@@ -67,11 +66,11 @@ class BinStore:
             raise InputError(problems)
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
-        tensor = self._tensors(self.infos[key].file)[key]
+        tensor = self._load_tensors(self.infos[key].file)[key]
         tensor = tensor if box is None else tensor[tuple(slice(*ends) for ends in box)]
         return to_numpy(tensor).copy()
 
-    def _tensors(self, file: Path) -> dict[str, Any]:
+    def _load_tensors(self, file: Path) -> dict[str, Any]:
         if self._open is None or self._open[0] != file:
             self.close()
             self._open = (file, load_bin(file))
@@ -84,7 +83,7 @@ class BinStore:
 def to_numpy(tensor: Any) -> np.ndarray:
     """Returns a view as a NumPy array."""
     torch = import_torch(Path("a tensor"))
-    if tensor.dtype == torch.bfloat16:  # NumPy's own protocol lacks it
+    if tensor.dtype == torch.bfloat16:  # `numpy()` raises for it
         return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     return tensor.contiguous().numpy()
 
@@ -98,20 +97,19 @@ def to_torch(array: np.ndarray) -> Any:
 
 
 def load_bin(file: Path) -> dict[str, Any]:
-    """Loads {key: tensor} from one PyTorch file; memory-mapped, unless it is a legacy one.
+    """Loads {key: tensor} from a PyTorch file, or from the `state_dict` of a training checkpoint.
 
-    A training checkpoint's `state_dict` is taken out of what surrounds it.
-    Raises: InputError for another kind of file, anything but plain tensors, compressed
-    archives (PyTorch never writes them), large legacy files and tensors that exceed their
-    storage.
+    Raises: InputError for another kind of file, or a compressed archive, or a large legacy file.
+        Also for values that are not plain tensors, and tensors that exceed their storage.
     """
     if is_lfs_pointer(file):
         raise InputError(describe_lfs_pointer(file))
     torch = import_torch(file)
     legacy = _is_legacy(file)
     try:
+        # weights_only: the unpickler accepts tensors and plain containers, and runs no code.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=not legacy)
-    except Exception as error:  # a damaged pickle can end in any of them
+    except Exception as error:  # a damaged pickle can raise any error
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{file}: PyTorch cannot load it ({line}); {_AGAIN}") from error
     return _check_state(file, state)
@@ -130,10 +128,11 @@ def _is_legacy(file: Path) -> bool:
         entries = [] if legacy else _list_entries(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); {_AGAIN}") from error
-    except Exception as error:  # zipfile's own, and whatever a damaged directory leads it to
+    except Exception as error:  # zipfile raises several kinds for a damaged archive
         raise InputError(f"{file}: is not a whole PyTorch file ({error}); {_AGAIN}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{file}: is a compressed archive; PyTorch does not write those")
+    # An entry's size bounds the memory it can take; overlapping entries would multiply it.
     if sum(entry.file_size for entry in entries) > size:
         raise InputError(f"{file}: its entries overlap: they claim more than its {size} bytes")
     for entry in entries:
@@ -167,6 +166,7 @@ def _check_state(file: Path, state: Any) -> dict[str, Any]:
             problems.append(f"{file}: {key!r} is a {type(value).__name__}, expected a tensor")
         elif value.layout != torch.strided or value.is_quantized:
             problems.append(f"{file}: {key} is sparse or quantised, expected a plain tensor")
+        # A stride of 0 makes a huge tensor from a few bytes.
         elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
             problems.append(f"{file}: {key} claims more elements than its storage holds")
     if problems:

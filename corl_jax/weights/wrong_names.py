@@ -1,4 +1,4 @@
-"""Explains names that are wrong in one way with one line in place of one per tensor."""
+"""Explains tensors whose names are all wrong in one way by one line, not by one per tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from corl_jax.weights.table import Shape, Slot, Table
 
-# What DistributedDataParallel, torch.compile and FSDP put into names, at their beginning or within.
+# Parts that DistributedDataParallel, torch.compile and FSDP put into names, anywhere.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _VOTERS = 200  # names from which a prefix is guessed; a strange file may hold very many
 _MAX_PARTS = 12  # of a prefix
@@ -19,19 +19,19 @@ Known = Callable[[str], bool]
 
 @dataclasses.dataclass(frozen=True)
 class WrongNames:
-    """Names that one change makes those of a layout."""
+    """Names that one change turns into names of a layout."""
 
     corrected: dict[str, str]  # by the name in the file
-    problem: str  # begins with what the names have, without saying where
+    problem: str  # without the file, which the caller puts in front
 
 
 def is_known_to(table: Table) -> Known:
-    """Returns whether a layout has a name, be it of a tensor that the model does not use."""
+    """Returns a test whether a layout has a name, also of a tensor that the model does not use."""
     return lambda key: table.matches(key) or table.is_carried(key) or table.is_dropped(key)
 
 
 def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
-    """Returns the one change that makes most of the unknown names a layout's, if there is one."""
+    """Returns the change that turns most of the unknown names into a layout's; None without one."""
     is_known = is_known_to(table)
     unknown = [key for key in keys if not is_known(key)]
     candidates = [
@@ -44,6 +44,7 @@ def find_wrong_names(keys: Collection[str], table: Table) -> WrongNames | None:
         # A name that the file has as well is no correction: two tensors would have it.
         usable = {a: b for a, b in candidate.items() if b not in keys and is_known(b)}
         best = usable if len(usable) > len(best) else best
+    # A change that explains less than half of the names would hide the real problem.
     if not best or 2 * len(best) < len(unknown):
         return None
     return WrongNames(best, _describe(best, len(keys), table.name))
@@ -69,7 +70,7 @@ def shorten_wrong_names(
 
 
 def find_layout_of_names(keys: Collection[str], layouts: dict[str, Known]) -> str | None:
-    """Returns the layout that knows at least half of the names, the one that knows the most."""
+    """Returns the layout that knows the most names, if it knows at least half; else None."""
     counts = {name: sum(map(is_known, keys)) for name, is_known in layouts.items()}
     best = max(counts, key=lambda name: counts[name])
     return best if keys and 2 * counts[best] >= len(keys) else None
@@ -82,6 +83,7 @@ def _strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
 
 def _strip_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
     """Removes the prefix that most of the names should not have."""
+    # "model.student.layers.0.weight": "layers.0.weight" is known -> a vote for "model.student."
     votes: collections.Counter[str] = collections.Counter()
     for key in keys[:_VOTERS]:
         parts = key.split(".")
@@ -96,6 +98,7 @@ def _strip_prefix(keys: list[str], is_known: Known) -> dict[str, str]:
 
 def _add_prefix(keys: list[str], is_known: Known, table: Table) -> dict[str, str]:
     """Adds the prefix that most of the names lack."""
+    # Beginnings of the layout's names without a layer's number: "bert.", "bert.embeddings.", ..
     prefixes = {
         ".".join(parts[:count]) + "."
         for parts in (row.key.split(".") for row in table.rows)

@@ -25,7 +25,7 @@ from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import ROLES, STRINGS
 from corl_jax.rewards import answers, text
-from corl_jax.rewards.image_rewards import _fraction_correct
+from corl_jax.rewards.image_rewards import _measure_fraction_correct
 from corl_jax.weights import storage
 from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.layouts import KINDS
@@ -339,7 +339,7 @@ def test_columns_of_rewards(hammer):
                 demand = json.loads(value) if isinstance(value, str) else value
                 for strict in (True, False):
                     assert checker.satisfies(FOUND, demand, strict=strict) in (True, False)
-                assert 0 <= _fraction_correct(FOUND, demand) <= 1
+                assert 0 <= _measure_fraction_correct(FOUND, demand) <= 1
             if problems["od_solution"] is None:
                 answer = "<answer>[{'Position': [0, 0, 9, 9], 'Confidence': 1}]</answer>"
                 score = text.od_answer_score(answer, value)

@@ -637,7 +637,7 @@ def test_a_module_whose_own_import_fails_is_not_called_missing(write, monkeypatc
 @pytest.mark.parametrize(
     ("signature", "expected"),
     [
-        ("()", ["found the parameters none; expected images (a reward of drawings) or texts"]),
+        ("()", ["found the parameters none; expected images (a reward of images) or texts"]),
         ("(image, prompt)", ["found the parameters image, prompt; expected images"]),
         ("(images, texts)", ["found the parameters images, texts; expected images"]),
         ("(**columns)", ["found the parameters columns; expected images"]),

@@ -67,8 +67,8 @@ def samples(count=3, **columns):
 def test_pixels_are_the_processors_to_the_bit(processor, side):
     images = np.random.default_rng(0).integers(0, 256, (4, side, side, 3), dtype=np.uint8)
     expected = [processor.preprocess_image(Image.fromarray(image)) for image in images]
-    levels = policy.normalised_levels(processor)
-    found = policy._normalised(levels, jnp.asarray(policy.pixel_values(processor, images)))
+    levels = policy.make_level_table(processor)
+    found = policy._normalise_pixels(levels, jnp.asarray(policy.pixel_values(processor, images)))
     np.testing.assert_array_equal(found, np.stack(expected))
 
 

@@ -82,9 +82,9 @@ def test_bert_score_by_hand():
     special = [[0.0, 1.0]]
     prediction = np.array([*special, [1, 0], [0.6, 0.8], *special], np.float32)
     target = np.array([*special, [1, 0], *special], np.float32)
-    assert similarity._matched_f1(prediction, target) == pytest.approx(1.6 / 1.8)
+    assert similarity._compute_matched_f1(prediction, target) == pytest.approx(1.6 / 1.8)
     opposite = np.array([*special, [-1, 0], *special], np.float32)
-    assert similarity._matched_f1(opposite, target) == 0.0
+    assert similarity._compute_matched_f1(opposite, target) == 0.0
 
 
 def test_sentence_similarity_is_the_cosine_of_means(network):
@@ -179,12 +179,12 @@ def test_programs_are_compiled_per_bucket_and_not_per_length(network):
         return [f"{WORDS[i % 12]} {'cat ' * (words - 2)} {WORDS[i // 12]}" for i in range(number)]
 
     similarity.bert_score(network, texts(3, 4), texts(2, 5)[:1] * 3)
-    before = similarity._token_vectors._cache_size()
+    before = similarity._encode_tokens._cache_size()
     for number, words in ((2, 3), (6, 9), (5, 14)):  # up to 8 texts of up to 16 tokens
         similarity.bert_score(network, texts(number, words), ["a cat"] * number)
-    assert similarity._token_vectors._cache_size() == before
+    assert similarity._encode_tokens._cache_size() == before
     similarity.bert_score(network, texts(2, 15), ["a cat"] * 2)  # 17 tokens: the next length
-    assert similarity._token_vectors._cache_size() == before + 1
+    assert similarity._encode_tokens._cache_size() == before + 1
 
 
 @settings(deadline=None, max_examples=50)

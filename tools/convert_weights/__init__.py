@@ -1,1 +1,1 @@
-"""The conversion command: PyTorch checkpoints in, PyTorch checkpoints out."""
+"""Converts PyTorch checkpoints into our own layout and back."""

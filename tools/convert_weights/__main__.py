@@ -142,8 +142,8 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def describe_reward_network(folder: Path, kind: NetworkKind) -> list[str]:
-    """Prints what was converted; returns what the rewards that ask the network would lack."""
-    # It imports everything that scores, which the conversion of a policy does not need.
+    """Prints the converted network; returns the files that rewards with this network would lack."""
+    # Imported here: the module imports all rewards, which the conversion of a policy does not need.
     from corl_jax.rewards.networks import find_missing_assets
 
     with open_checkpoint(folder, kind) as written:
@@ -151,19 +151,20 @@ def describe_reward_network(folder: Path, kind: NetworkKind) -> list[str]:
         return find_missing_assets(kind.name, written)
 
 
-def find_source(place: str, asked: str | None = None) -> tuple[Path, NetworkKind]:
-    """Returns the path of a checkpoint and its kind: as asked, as config.json says, else a Janus.
+def find_source(place: str, kind_name: str | None = None) -> tuple[Path, NetworkKind]:
+    """Returns a checkpoint's path and kind: `kind_name`, that of config.json, else a Janus.
 
     Raises: InputError if nothing tells the kind.
     """
     source = resolve_path(place)
     stated = recognise_kind(source, ALL_KINDS.values()) if source.is_dir() else None
-    if not asked and not stated and not (source / "config.json").is_file():
+    if not kind_name and not stated and not (source / "config.json").is_file():
         raise InputError(
             f"{source}: has no config.json that says what it is; give --model "
             f"{' or '.join(KINDS)}, or for a Janus the folder with its config.json"
         )
-    kind = ALL_KINDS[asked] if asked else stated or POLICY
+    kind = ALL_KINDS[kind_name] if kind_name else stated or POLICY
+    # Only a kind without a config.json can be a single file of weights.
     return resolve_model_dir(place) if kind.needs_config else source, kind
 
 

@@ -19,7 +19,7 @@ BLOCK_VALUES = 2**22
 
 @dataclasses.dataclass
 class Comparison:
-    """Lines to print; a note is not a difference."""
+    """The result of a comparison, as lines to print; a note is no difference."""
 
     tensors: int
     differences: list[str]
@@ -80,12 +80,13 @@ def _compare_leaf(
 
 
 def describe_difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str | None:
-    """Says what differs between two arrays; None if nothing does."""
+    """Describes the difference of two arrays; None for equal arrays."""
     if x.shape != y.shape:
         return f"shape {x.shape} against {y.shape}"
     wide = find_common_dtype((x.dtype, y.dtype))
     same, unequal, gap = True, 0, 0.0
     for a, b in _split_blocks(x, y, wide):
+        # Bytes, so that NaN equals NaN and 0.0 differs from -0.0.
         if a.tobytes() != b.tobytes():
             same = False
             count, largest = _count_differences(a, b)
@@ -101,7 +102,8 @@ def describe_difference(x: np.ndarray, y: np.ndarray, ignore_dtype: bool) -> str
 def _split_blocks(
     x: np.ndarray, y: np.ndarray, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs of rows of both, small enough that their copies do not count beside the tensors."""
+    """Yields blocks of rows of both arrays, widened to `dtype`."""
+    # BLOCK_VALUES values at a time: a float64 copy of a whole tensor can be gigabytes.
     x, y = np.atleast_1d(x), np.atleast_1d(y)
     rows = max(1, BLOCK_VALUES * x.shape[0] // max(1, x.size))
     for start in range(0, x.shape[0], rows):
@@ -112,6 +114,7 @@ def _split_blocks(
 def _count_differences(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     unequal = ~(a64 == b64)
+    # Infinity minus infinity is NaN, which nanmax skips.
     with np.errstate(invalid="ignore"):
         gap = np.nanmax(np.abs(a64 - b64)[unequal], initial=0.0)
     return int(unequal.sum()), float(gap)

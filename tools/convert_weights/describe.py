@@ -18,7 +18,7 @@ from corl_jax.weights.storage import Store
 
 
 def describe(path: Path, kind: NetworkKind) -> Iterator[str]:
-    """Yields lines to print.
+    """Yields lines of text with a checkpoint's sizes, parts, files and special tokens.
 
     Raises: InputError listing everything that does not add up.
     """
@@ -35,7 +35,7 @@ def describe(path: Path, kind: NetworkKind) -> Iterator[str]:
 
 
 def _describe_sizes(config: Any) -> Iterator[str]:
-    """Yields a line for each part of the network, and one for the sizes of none."""
+    """Yields a line for each part of the network, and one for the sizes outside of the parts."""
     sizes = dataclasses.asdict(config)
     parts = {name: part for name, part in sizes.items() if isinstance(part, dict)}
     rest = {name: value for name, value in sizes.items() if name not in parts}

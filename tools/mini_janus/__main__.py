@@ -45,7 +45,7 @@ def create_model(out: Path, seed: int, size: str = "mini") -> int:
             layout="transformers",
             config=config,
             leaves=MemoryLeaves(flatten(jax.device_get(params))),
-            # Called `original` so that transformers' files are made, not copied.
+            # Named `original`, so that the export makes transformers' files and does not copy.
             assets=Assets(Path(assets), "original", Path(assets) / "config.json"),
             carried={},
         )
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     measured.add_argument("--rows", type=int, default=1000, help="held-out images")
     measured.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="of the images")
     args = parser.parse_args(argv)
+    # argparse has no group of an option and a subcommand that exclude each other.
     if (args.command is None) == (args.out is None):
         parser.error("expected either --out DIR or roundtrip")
     startup.check_jax_settings()

@@ -1,8 +1,7 @@
-"""The sizes of the two Janus that ship with the package: `mini` and `nano`.
+"""Sizes of the two Janus models in the package: `mini` and `nano`.
 
 `mini` has 3.8 million parameters, 7.6 MB in bfloat16, for the full drawn world. `nano` has less
-than one million, 1.9 MB, for the small one. The language model is the largest part of each. The
-image tokenizer has the smallest width that its norms of 32 groups allow.
+than one million, 1.9 MB, for the small one. The language model is the largest part of each.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from corl_jax.models.vq import VQConfig
 from corl_jax.policies.janus.network import JanusConfig
 
 WORLDS = {"mini": "full", "nano": "small"}
-"""The drawn world that each is made for."""
+"""Size -> the drawn world that it is made for."""
 MAX_POSITIONS = {"mini": 1024, "nano": 256}
 
 
@@ -44,7 +43,7 @@ def make_mini_config(vocab_size: int) -> JanusConfig:
             num_embeddings=512,
             embed_dim=8,
             z_channels=64,
-            base_channels=32,
+            base_channels=32,  # the smallest width for group norms of 32 groups
             channel_multiplier=(1, 1, 1, 2),
             num_res_blocks=1,
         ),

@@ -24,10 +24,9 @@ BATCH = 100  # images encoded at once
 
 
 def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
-    """Returns how many of `rows` held-out images the checker accepts after encoding and decoding.
+    """Measures how many of `rows` held-out images the checker accepts after the round trip.
 
-    Raises: InputError for wrong numbers, and for a model that cannot be read or whose images
-        are too small.
+    Raises: InputError for wrong numbers, for a model that cannot be read, and for too small images.
     """
     limits = {"--rows": (rows, 1), "--seed": (seed, 0)}
     problems = [
@@ -39,6 +38,7 @@ def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
         raise InputError(problems)
     loaded = load_policy(model)
     config, params, folder = loaded.sizes, loaded.params, loaded.folder
+    # 64 tokens of 8 x 8 pixels: isqrt(64) * 8 = 64 pixels a side.
     side = math.isqrt(config.num_image_tokens) * config.vq.downsample
     world = scene.choose_world(side)
     if side < (least := scene.WORLDS[world].min_image_size):
@@ -55,7 +55,7 @@ def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
             for i in index
         ]
         decoded = reconstruct(config, params, np.stack([row["real_image"] for row in chunk_rows]))
-        fresh = len(np.unique(index))  # the last chunk repeats its last row to be full
+        fresh = len(np.unique(index))  # a last chunk [8, 9, 9, 9] has 2 images, the rest fills it
         hits += sum(
             checker.check(image, json.loads(row["spec"]))
             for image, row in zip(decoded[:fresh], chunk_rows[:fresh], strict=True)
@@ -65,6 +65,7 @@ def measure_roundtrip(model: Path, rows: int, seed: int) -> Rate:
 
 def reconstruct(config: JanusConfig, params: Params, images: np.ndarray) -> np.ndarray:
     """Encodes and decodes images uint8 [N, S, S, 3]."""
+    # 0..255 -> [-1, 1], as the image tokenizer reads them.
     pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     codes = encode_images(config, params, pixels)
     return np.asarray(jax.device_get(decode_images(config, params, codes)))

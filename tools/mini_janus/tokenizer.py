@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer of the drawn world, with Janus's special tokens.
+"""Trains a byte-level BPE tokenizer of the drawn world, with Janus's special tokens.
 
-Every word of the world is one token and every byte is one, so any text can be encoded.
-Special tokens come last, as in Janus: their ids follow the merges.
+Every word of the world is one token, and so is every byte. So any text can be encoded. Special
+tokens come last, as in Janus: their ids follow the merges.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _STRUCTURE = ("bos", "eos", "pad", "boi", "eoi")
 SPECIAL_TOKENS = (*(STRINGS[name] for name in _STRUCTURE), *ORIGINAL_SPECIALS)
 
 CORPUS_ROWS = 2000
-MAX_VOCABULARY = 640  # a bound: the world has fewer words, and merging stops when each is one token
+# An upper bound. The world has fewer words, and merging stops when each word is one token.
+MAX_VOCABULARY = 640
 ROW_MULTIPLE = 64  # the embedding has more rows than the tokenizer has tokens, as Janus's has
 
 # Line ends, a tag, one digit, a word, punctuation. A tag is one piece because `<think>` and
@@ -59,6 +60,7 @@ def train_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=MAX_VOCABULARY - len(SPECIAL_TOKENS),
+        # All 256 bytes, also those that the corpus lacks. Sorted: the ids follow this order.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -73,6 +75,7 @@ def train_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
 
 def count_embedding_rows(tokenizer: Tokenizer) -> int:
     """Returns the vocabulary size of a model for this tokenizer."""
+    # Rounded up: 500 tokens -> 512 rows.
     return -(-tokenizer.get_vocab_size() // ROW_MULTIPLE) * ROW_MULTIPLE
 
 

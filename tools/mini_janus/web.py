@@ -37,6 +37,7 @@ def make_rows(
     A fraction `mismatched` has the prompt of another row, a fraction `terse` has supervised answers
     without thoughts, `<think></think><answer>..</answer>`.
     """
+    # Not the generators of the rows: with other fractions of faults the images stay the same.
     rng = np.random.default_rng([seed, rows])
     for index in range(rows):
         row = generator.make_row(seed, index, split="train", world=world)

@@ -1,1 +1,1 @@
-"""The scored examples of docs/reference/rewards.md: cases, scores, table and figure."""
+"""Scored examples of docs/reference/rewards.md: cases, scores, table and figure."""

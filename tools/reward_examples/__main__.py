@@ -22,7 +22,7 @@ from tools.reward_examples.scoring import Scores, score_all
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.reward_examples",
         description=__doc__,
@@ -49,7 +49,7 @@ def write(scores: Scores) -> None:
 
 
 def compare(scores: Scores) -> list[str]:
-    """Returns how the page and the figure differ from the scores."""
+    """Returns the differences of the page and the figure from the scores."""
     old = page.find_section(page.PAGE.read_text(encoding="utf-8"))
     problems = page.list_differences(old, page.write_section(scores))
     shown = figure.read_scores(page.FIGURE)

@@ -1,4 +1,4 @@
-"""The cases: images and questions, written once and kept, so that later versions score the same.
+"""Writes the cases, images and questions, once: later versions must score the same ones.
 
 An existing file is never changed; delete it to make it again.
 """
@@ -24,7 +24,7 @@ MODEL = ROOT / "corl_jax" / "assets" / "mini_janus"
 ROW_SEED, ROW = 7, 189  # of the drawn world's test split: two shapes, a colour each
 DRAWING_SEED = 1
 OTHER_PROMPT = "a photo of a green circle"
-# what the image shows -> (file, 0: the row's prompt or 1: the other one, number of the sample)
+# what the image shows -> (file, 0 for the row's prompt or 1 for the other one, sample's number)
 DRAWN = {
     "right": ("right.png", 0, 7),
     "both yellow": ("yellow.png", 0, 1),
@@ -63,9 +63,9 @@ def write_missing() -> None:
     if not all((FOLDER / file).exists() for file, _, _ in DRAWN.values()):
         _generate_images(row["prompt"])
     if not DRAWINGS.exists():
-        _write(DRAWINGS, _make_image_cases(row))
+        _write_rows(DRAWINGS, _make_image_cases(row))
     if not ANSWERS.exists():
-        _write(ANSWERS, _make_answer_cases())
+        _write_rows(ANSWERS, _make_answer_cases())
 
 
 def load_cases(path: Path) -> list[dict[str, Any]]:
@@ -82,6 +82,7 @@ def _generate_images(prompt: str) -> None:
     prepare_devices()
     model = load_policy(MODEL, np.float32)
     options = SamplingOptions(special=model.processor.special, dtype=np.float32)
+    # {(prompt, sample): file}: the samples of one run were looked at once, and these were chosen.
     chosen = {(which, number): file for file, which, number in DRAWN.values()}
     samples = 1 + max(number for _, number in chosen)
     for sample in batched.generate_images(
@@ -94,7 +95,7 @@ def _generate_images(prompt: str) -> None:
 
 
 def _make_image_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns a case for each image. All have the columns of one row, for every image reward."""
+    """Returns a case for each image, with the columns of one row for every image reward."""
     spec = json.loads(row["spec"])
     shared = {
         "prompt": row["prompt"],
@@ -108,8 +109,8 @@ def _make_image_cases(row: dict[str, Any]) -> list[dict[str, Any]]:
         "od_problem": instructions.OD.format(category=_describe_entry(spec["include"][DETECTED])),
         "od_solution": _find_boxes(row["real_image"], spec["include"][DETECTED]),
     }
-    pictures = [(REAL[0], REAL[1]), *((shown, file) for shown, (file, _, _) in DRAWN.items())]
-    return [{"shows": shown, "image": file, **shared} for shown, file in pictures]
+    images = [(REAL[0], REAL[1]), *((shown, file) for shown, (file, _, _) in DRAWN.items())]
+    return [{"shows": shown, "image": file, **shared} for shown, file in images]
 
 
 def _describe_entry(entry: dict[str, Any]) -> str:
@@ -117,7 +118,8 @@ def _describe_entry(entry: dict[str, Any]) -> str:
 
 
 def _find_boxes(image: np.ndarray, entry: dict[str, Any]) -> list[list[int]]:
-    """Returns where the checker finds the entry in an image, on the question's scale."""
+    """Returns the boxes of an entry in an image, by the checker, on the question's scale."""
+    # The checker's boxes are in [0, 1]; 0.5 -> 192 of the question's 384 pixels.
     return [
         [round(side * OD_SIDE) for side in detection.box]
         for detection in checker.detect(image)
@@ -139,7 +141,7 @@ def _make_answer_cases() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -23,6 +23,8 @@ SCORES_KEY = "scores"  # of the PNG's text: what the figure shows, so that it ca
 
 def save(path: Path, scores: Scores) -> None:
     """Writes the figure as a PNG that also holds its scores as text."""
+    # The scores travel in the file, so that `--check` compares numbers and not pixels, which change
+    # with the font.
     notes = PngImagePlugin.PngInfo()
     notes.add_text(SCORES_KEY, json.dumps(np.round(scores.t2i.astype(float), 4).tolist()))
     buffer = io.BytesIO()
@@ -68,7 +70,7 @@ def _make_cells(rows: list[dict], captions: list[str]) -> list[pictures.Cell]:
 
 
 def _draw_scores(pen: ImageDraw.ImageDraw, y: int, example: Example, values: np.ndarray) -> None:
-    """Draws one reward: its name, range and options, and the score of each image with a bar."""
+    """Draws a reward's name, range and options, and the score of each image with a bar."""
     right = LABEL + len(values) * (CELL + MARGIN)
     pen.line((MARGIN, y - 3, right, y - 3), TRACK)
     bounds = f"{example.low:g} to {example.high:g}"

@@ -87,7 +87,7 @@ def write_section(scores: Scores) -> str:
         [_format_code(example), *map(_format_number, row)]
         for example, row in zip(T2I, scores.t2i, strict=True)
     ]
-    asked = [[what, *map(_format_quotes, texts)] for what, texts in scores.answers.items()]
+    quotes = [[question, *map(_format_quotes, texts)] for question, texts in scores.answers.items()]
     rows = [
         [_format_text(case["completion"]), case["type"], *map(_format_number, row)]
         for case, row in zip(answers, scores.mm2t, strict=True)
@@ -99,16 +99,16 @@ def write_section(scores: Scores) -> str:
         row_seed=cases.ROW_SEED,
         drawing_seed=cases.DRAWING_SEED,
         drawings=_format_table(["reward", *shown], values),
-        said=_format_table(["asked", *shown], asked),
+        said=_format_table(["asked", *shown], quotes),
         boxes=_format_table(
             ["answer", "score"], [[k, _format_number(v)] for k, v in scores.boxes.items()]
         ),
         question=answers[0]["problem"].splitlines()[0],
         options=", ".join(cases.CHOICES),
         answers=_format_table(["answer", "type", *map(_format_code, MM2T)], rows),
-        commands="\n".join(f"    {write_command(one)}" for one, _ in UNSCORED),
+        commands="\n".join(f"    {write_command(example)}" for example, _ in UNSCORED),
         unscored=_format_table(
-            ["reward", "range"], [[_format_code(one), known] for one, known in UNSCORED]
+            ["reward", "range"], [[_format_code(example), known] for example, known in UNSCORED]
         ),
     )
 
@@ -133,6 +133,7 @@ def find_section(page: str) -> str:
     Raises:
         InputError: the two marks are not on the page, once each and in order.
     """
+    # "before BEGIN section END after" -> three parts
     parts = re.split(f"{re.escape(BEGIN)}\n\n|\n{re.escape(END)}", page)
     if len(parts) != 3 or page.find(BEGIN) > page.find(END):
         raise InputError(f"{PAGE}: expected one section between the lines {BEGIN} and {END}")
@@ -148,6 +149,7 @@ def replace_section(page: str, new: str) -> str:
 def list_differences(old: str, new: str) -> list[str]:
     """Returns lines of two sections that differ: in words, or by more than TOLERANCE."""
 
+    # First the words: equal lines with "#" for numbers have equally many numbers to compare.
     def is_different(first: str, second: str) -> bool:
         if NUMBER.sub("#", first) != NUMBER.sub("#", second):
             return True

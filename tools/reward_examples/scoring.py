@@ -78,7 +78,7 @@ UNSCORED = (
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """All that the page shows."""
+    """The scores and answers that the page shows."""
 
     t2i: np.ndarray  # [T2I, images]
     mm2t: np.ndarray  # [answers, MM2T]
@@ -95,8 +95,8 @@ def score_all() -> Scores:
     startup.prepare_devices()
     image_rewards = [registry.bind_reward(example.reward, example.options) for example in T2I]
     loaded = {
-        one.name: networks.load_frozen_network(one, None, offload=False)
-        for one in _list_networks(image_rewards)
+        checked.name: networks.load_frozen_network(checked, None, offload=False)
+        for checked in _list_networks(image_rewards)
     }
     model = load_policy(cases.MODEL, np.float32)
     context = Context(
@@ -114,8 +114,9 @@ def score_all() -> Scores:
 
 def _list_networks(resolved: list[registry.BoundReward]) -> list[networks.CheckedNetwork]:
     """Returns the networks of the rewards, each once."""
-    found = networks.check_networks(resolved, Networks(), "float32")
-    return [one for one in found if one.name in networks.NETWORKS]
+    all_checked = networks.check_networks(resolved, Networks(), "float32")
+    # Without frozen scorers, which `check_networks` lists too.
+    return [checked for checked in all_checked if checked.name in networks.NETWORKS]
 
 
 def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
@@ -129,6 +130,7 @@ def _read_samples(row: registry.RewardRow) -> Samples:
 
 def _collect_answers(context: Context) -> dict[str, list[str]]:
     """Returns the mini Janus's captions and answers, which t2i rewards score."""
+    # Asked again, because a reward returns its score and not the answer; greedy answers are equal.
     samples = {name: _read_samples(registry.REGISTRY[f"t2i_{name}"]) for name in ("qa", "oc", "od")}
     questions = {
         "qa": samples["qa"].column("qa_problem"),
@@ -141,9 +143,10 @@ def _collect_answers(context: Context) -> dict[str, list[str]]:
             max_new_tokens=_get_max_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
         )
     }  # fmt: skip
-    for name, asked in questions.items():
-        answers[asked[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
-            samples[name], context, asked, stream=name, greedy=True,
+    for name, texts in questions.items():
+        # The table's first column: a question without its instructions.
+        answers[texts[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
+            samples[name], context, texts, stream=name, greedy=True,
             max_new_tokens=_get_max_new_tokens(f"t2i_{name}"),
         )  # fmt: skip
     return answers
@@ -163,10 +166,10 @@ def _score_boxes() -> dict[str, float]:
         "the true box and one beside it": [truth, [0, 0, 50, 50]],
     }
     return {
-        what: text.od_answer_score(
+        description: text.od_answer_score(
             f"<answer>{[{'Position': box, 'Confidence': 0.9} for box in boxes]}</answer>", [truth]
         )
-        for what, boxes in answers.items()
+        for description, boxes in answers.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""The kinds of reward networks: one file each, with settings, key tables and sharding rules."""
+"""The kinds of reward networks, each in a file with its settings, key table and sharding rules."""
 
 from __future__ import annotations
 

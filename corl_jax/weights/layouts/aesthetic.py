@@ -1,7 +1,5 @@
 """The aesthetic head's layout: linear layers with dropout between the first four.
 
-Dropout has no weights. The file tells the sizes only by the tensors' shapes.
-
 Source: christophschuhmann/improved-aesthetic-predictor.
 """
 
@@ -16,8 +14,9 @@ from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
 from corl_jax.weights.table import Shape, Table
 from corl_jax.weights.table_rows import dense
 
+# Dropout has no weights, but a number: linear 0, dropout 1, linear 2, .., linear 6, linear 7.
 PLACES = (0, 2, 4, 6, 7)
-"""Of the linear layers."""
+"""Numbers of the linear layers."""
 
 TABLES: dict[str, Table] = {
     "published": Table(
@@ -41,6 +40,7 @@ def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> AestheticConfig:
     """Returns the number of inputs of each layer, and 1 for the score."""
+    # The file has no settings, so the shapes [out, in] of the kernels are the only source.
     usual = AestheticConfig().sizes
     kernels = [shapes.get(f"layers.{place}.weight", ()) for place in PLACES]
     inputs = [shape[1] if len(shape) == 2 else usual[i] for i, shape in enumerate(kernels)]

@@ -1,7 +1,5 @@
 """BERT's layouts: inside a model with heads, old and new, and as a bare encoder.
 
-Files from before 2020 call a norm's parameters gamma and beta; bert-base-uncased still does.
-
 Source: transformers `models/bert`; google-bert/bert-base-uncased, sentence-transformers.
 """
 
@@ -33,11 +31,12 @@ _NORMS = (
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
-def _legacy_norm(key: str, path: str) -> list[Row]:
+def _make_legacy_norm_rows(key: str, path: str) -> list[Row]:
+    # Names of files from before 2020, such as that of bert-base-uncased.
     return [Row(f"{key}.gamma", f"{path}/scale"), Row(f"{key}.beta", f"{path}/bias")]
 
 
-def _table(name: str, prefix: str, *, legacy: bool = False) -> Table:
+def _make_table(name: str, prefix: str, *, legacy: bool = False) -> Table:
     rows = [
         row
         for kind in _EMBEDDINGS
@@ -46,11 +45,12 @@ def _table(name: str, prefix: str, *, legacy: bool = False) -> Table:
     for key, path in _LINEAR:
         rows += dense(f"{prefix}encoder.layer.{{layer}}.{key}", f"layers/{path}")
     for key, path in _NORMS:
-        rows += (_legacy_norm if legacy else norm)(f"{prefix}{key}", path)
+        rows += (_make_legacy_norm_rows if legacy else norm)(f"{prefix}{key}", path)
     start = prefix.replace(".", r"\.")
     return Table(
         name=name,
         rows=tuple(rows),
+        # Scores need the hidden states only: no pooler, and no head of the pre-training.
         dropped=(
             rf"{start}embeddings\.(position_ids|token_type_ids)",
             rf"{start}pooler\.dense\.(weight|bias)",
@@ -60,9 +60,9 @@ def _table(name: str, prefix: str, *, legacy: bool = False) -> Table:
 
 
 TABLES: dict[str, Table] = {
-    "bert": _table("bert", "bert."),
-    "bert_legacy": _table("bert_legacy", "bert.", legacy=True),
-    "encoder": _table("encoder", ""),
+    "bert": _make_table("bert", "bert."),
+    "bert_legacy": _make_table("bert_legacy", "bert.", legacy=True),
+    "encoder": _make_table("encoder", ""),
 }
 
 
@@ -84,12 +84,11 @@ def check(config: BertConfig, where: str) -> list[str]:
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> BertConfig:
-    """Returns the sizes that config.json means; unsupported settings are added to `problems`.
-
-    The file is necessary, because no tensor's shape tells the number of heads.
+    """Returns the sizes of config.json; adds unsupported settings to `problems`.
 
     Raises: InputError for a config.json that is absent or cannot be read.
     """
+    # The file is necessary: q, k and v have the same shape for any number of heads.
     file = folder / "config.json"
     fields = Fields(str(file), read_json(file), problems)
     fields.expect("model_type", ("bert",), "the only text encoder implemented")

@@ -1,7 +1,6 @@
 """BLIP's layouts: transformers' BlipForConditionalGeneration (`model_type: blip`).
 
-Fields that are absent from config.json have the defaults of transformers' BlipConfig: 8 heads in
-the decoder, for one, where the published files state 12.
+Absent fields of config.json have the defaults of transformers' BlipConfig.
 
 Source: transformers 5.23 `models/blip`.
 """
@@ -23,17 +22,17 @@ _TEXT, _WRITTEN = "text_decoder.bert.encoder.layer.{layer}", "text_decoder/layer
 _EMBEDDINGS, _HEAD = "text_decoder.bert.embeddings", "text_decoder.cls.predictions"
 
 
-def _fused_qkv() -> list[Row]:
-    # Vision attention has one fused tensor: the rows of q, then of k, then of v along axis 0.
+def _make_fused_qkv_rows() -> list[Row]:
+    # Vision attention has one fused tensor [3D, D]: the rows of q, then of k, then of v.
     return [
-        Row(f"{_VISION}.self_attn.qkv.{leaf}", f"{_SEEN}/attn/{name}/{field}", how, (i, 3))
-        for leaf, field, how in (("weight", "kernel", DENSE), ("bias", "bias", SAME))
+        Row(f"{_VISION}.self_attn.qkv.{leaf}", f"{_SEEN}/attn/{name}/{field}", transform, (i, 3))
+        for leaf, field, transform in (("weight", "kernel", DENSE), ("bias", "bias", SAME))
         for i, name in enumerate(("q_proj", "k_proj", "v_proj"))
     ]
 
 
-def _attention(key: str, path: str) -> list[Row]:
-    """Returns the rows of one of a decoder layer's two attentions, and of the norm behind it."""
+def _make_attention_rows(key: str, path: str) -> list[Row]:
+    """Returns the rows of an attention of a decoder layer (self or cross), and of its norm."""
     return [
         *dense(f"{_TEXT}.{key}.self.query", f"{_WRITTEN}/{path}/q_proj"),
         *dense(f"{_TEXT}.{key}.self.key", f"{_WRITTEN}/{path}/k_proj"),
@@ -54,7 +53,7 @@ _ROWS = (
         DROP_LEADING,
     ),
     *norm(f"{_VISION}.layer_norm1", f"{_SEEN}/layer_norm1"),
-    *_fused_qkv(),
+    *_make_fused_qkv_rows(),
     *dense(f"{_VISION}.self_attn.projection", f"{_SEEN}/attn/out_proj"),
     *norm(f"{_VISION}.layer_norm2", f"{_SEEN}/layer_norm2"),
     *dense(f"{_VISION}.mlp.fc1", f"{_SEEN}/mlp/fc1"),
@@ -63,8 +62,8 @@ _ROWS = (
     *embedding(f"{_EMBEDDINGS}.word_embeddings.weight", "text_decoder/word_embeddings"),
     *embedding(f"{_EMBEDDINGS}.position_embeddings.weight", "text_decoder/position_embeddings"),
     *norm(f"{_EMBEDDINGS}.LayerNorm", "text_decoder/embed_layernorm"),
-    *_attention("attention", "attn"),
-    *_attention("crossattention", "cross_attn"),
+    *_make_attention_rows("attention", "attn"),
+    *_make_attention_rows("crossattention", "cross_attn"),
     *dense(f"{_TEXT}.intermediate.dense", f"{_WRITTEN}/mlp/fc1"),
     *dense(f"{_TEXT}.output.dense", f"{_WRITTEN}/mlp/fc2"),
     *norm(f"{_TEXT}.output.LayerNorm", f"{_WRITTEN}/mlp_layernorm"),
@@ -115,11 +114,7 @@ def check(config: BlipConfig, where: str) -> list[str]:
 def parse(
     folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
 ) -> BlipConfig:
-    """Returns the sizes of a captioner; its problems are added to `problems`.
-
-    A head whose kernel is in the file has it for its own, as in the published one, whatever the
-    config says of tying. `layout` makes no difference.
-    """
+    """Returns the sizes of a captioner in either layout; adds its problems to `problems`."""
     file = folder / "config.json"
     top = Fields(str(file), read_json(file), problems)
     top.expect("model_type", ("blip",), "this is not a BLIP checkpoint")
@@ -129,8 +124,9 @@ def parse(
             "retrieval, expected the captioner's (BlipForConditionalGeneration)"
         )
     vision, text = top.section("vision_config"), top.section("text_config")
+    # The tensors decide, whatever the config says: the published file holds a kernel for the head.
     tied = HEAD_KERNEL not in shapes
-    if tied and not any(one.data.get("tie_word_embeddings", True) for one in (top, text)):
+    if tied and not any(part.data.get("tie_word_embeddings", True) for part in (top, text)):
         problems.append(
             f"{file}: tie_word_embeddings is False, expected True: the weights hold no "
             f"{HEAD_KERNEL}"
@@ -167,6 +163,7 @@ def _parse_text(fields: Fields, tied: bool) -> BlipTextConfig:
         hidden_size=fields.size("hidden_size", 768),
         intermediate_size=fields.size("intermediate_size", 3072),
         num_layers=fields.size("num_hidden_layers", 12, limit=10_000),
+        # The default of transformers; the published files state 12.
         num_heads=fields.size("num_attention_heads", 8),
         max_position_embeddings=fields.size("max_position_embeddings", 512),
         layer_norm_eps=fields.number("layer_norm_eps", 1e-12),

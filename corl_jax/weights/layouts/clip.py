@@ -1,7 +1,6 @@
 """CLIP's layouts: those of transformers and of open_clip, with the image normalisation.
 
-open_clip fuses q, k and v, and multiplies its projections from the right. PickScore is published
-in the layout of transformers, HPS v2 in that of open_clip.
+PickScore is published in the layout of transformers, HPS v2 in that of open_clip.
 
 Sources: transformers 5.23 `models/clip`; open_clip 3.3 `model.py`, `transformer.py`, `factory.py`.
 """
@@ -22,7 +21,7 @@ from corl_jax.weights.table_rows import dense, embedding, norm
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def _transformers_layer(key: str, path: str) -> list[Row]:
+def _make_transformers_layer_rows(key: str, path: str) -> list[Row]:
     torch, leaf = f"{key}.encoder.layers.{{layer}}", f"{path}/layers"
     return [
         *norm(f"{torch}.layer_norm1", f"{leaf}/layer_norm1"),
@@ -37,14 +36,15 @@ def _transformers_layer(key: str, path: str) -> list[Row]:
     ]
 
 
-def _open_clip_layer(key: str, path: str) -> list[Row]:
+def _make_open_clip_layer_rows(key: str, path: str) -> list[Row]:
     torch, leaf = f"{key}.resblocks.{{layer}}", f"{path}/layers"
     return [
         *norm(f"{torch}.ln_1", f"{leaf}/layer_norm1"),
         *norm(f"{torch}.ln_2", f"{leaf}/layer_norm2"),
+        # open_clip fuses q, k and v: in_proj_weight [3D, D].
         *(
-            Row(f"{torch}.attn.in_proj_{name}", f"{leaf}/attn/{part}/{field}", how, (i, 3))
-            for name, field, how in (("weight", "kernel", DENSE), ("bias", "bias", SAME))
+            Row(f"{torch}.attn.in_proj_{name}", f"{leaf}/attn/{part}/{field}", transform, (i, 3))
+            for name, field, transform in (("weight", "kernel", DENSE), ("bias", "bias", SAME))
             for i, part in enumerate(_PROJECTIONS)
         ),
         *dense(f"{torch}.attn.out_proj", f"{leaf}/attn/out_proj"),
@@ -65,15 +65,16 @@ _TRANSFORMERS = Table(
         *embedding(
             "vision_model.embeddings.position_embedding.weight", "vision_model/position_embedding"
         ),
+        # Spelt so in transformers.
         *norm("vision_model.pre_layrnorm", "vision_model/pre_layernorm"),
-        *_transformers_layer("vision_model", "vision_model"),
+        *_make_transformers_layer_rows("vision_model", "vision_model"),
         *norm("vision_model.post_layernorm", "vision_model/post_layernorm"),
         *dense("visual_projection", "visual_projection", bias=False),
         *embedding("text_model.embeddings.token_embedding.weight", "text_model/token_embedding"),
         *embedding(
             "text_model.embeddings.position_embedding.weight", "text_model/position_embedding"
         ),
-        *_transformers_layer("text_model", "text_model"),
+        *_make_transformers_layer_rows("text_model", "text_model"),
         *norm("text_model.final_layer_norm", "text_model/final_layernorm"),
         *dense("text_projection", "text_projection", bias=False),
         Row("logit_scale", "logit_scale"),
@@ -88,12 +89,13 @@ _OPEN_CLIP = Table(
         Row("visual.conv1.weight", "vision_model/patch_embedding/kernel", CONV),
         *embedding("visual.positional_embedding", "vision_model/position_embedding"),
         *norm("visual.ln_pre", "vision_model/pre_layernorm"),
-        *_open_clip_layer("visual.transformer", "vision_model"),
+        *_make_open_clip_layer_rows("visual.transformer", "vision_model"),
         *norm("visual.ln_post", "vision_model/post_layernorm"),
+        # open_clip multiplies its projections from the right, x @ W: they are [in, out] already.
         Row("visual.proj", "visual_projection/kernel"),
         *embedding("token_embedding.weight", "text_model/token_embedding"),
         *embedding("positional_embedding", "text_model/position_embedding"),
-        *_open_clip_layer("transformer", "text_model"),
+        *_make_open_clip_layer_rows("transformer", "text_model"),
         *norm("ln_final", "text_model/final_layernorm"),
         Row("text_projection", "text_projection/kernel"),
         Row("logit_scale", "logit_scale"),
@@ -105,7 +107,7 @@ TABLES: dict[str, Table] = {"transformers": _TRANSFORMERS, "open_clip": _OPEN_CL
 
 
 ACTIVATIONS: tuple[Activation, ...] = ("quick_gelu", "gelu")  # the first is transformers' default
-LEGACY_EOS = 2  # stands in old configs, whatever the tokenizer says
+LEGACY_EOS = 2  # in old configs, although the tokenizer's end token is another
 OPEN_CLIP_FILE = "open_clip_config.json"
 BICUBIC = 3  # PIL's number
 CHANNELS = 3
@@ -181,7 +183,7 @@ def _parse_transformers(file: Path, problems: list[str]) -> ClipConfig:
         patch_size=vision.size("patch_size", 32),
         vocab_size=vocab,
         context_length=text.size("max_position_embeddings", 77),
-        # What transformers then looks for is the largest id of a row.
+        # With it transformers looks for the largest id of a row, which is the end token's.
         eos_token_id=vocab - 1 if eos == LEGACY_EOS else eos,
         projection_dim=top.size("projection_dim", 512),
         image_mean=mean,
@@ -190,7 +192,8 @@ def _parse_transformers(file: Path, problems: list[str]) -> ClipConfig:
 
 
 def _read_tower_fields(top: Fields, name: str) -> Fields:
-    """Returns a tower's settings; old files repeat them as `.._dict`, which wins."""
+    """Returns a tower's settings."""
+    # Old files repeat them as `text_config_dict`, and transformers prefers that one.
     section, repeated = top.section(name), top.section(f"{name}_dict")
     return Fields(section.where, {**section.data, **repeated.data}, top.problems)
 
@@ -208,7 +211,7 @@ def _parse_transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig
 
 
 def _read_processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
-    """Returns mean and std of the image processor's file; without one, those of CLIP."""
+    """Returns mean and std from the image processor's file; without a file, CLIP's."""
     for name, section in (("preprocessor_config", None), ("processor_config", "image_processor")):
         file = folder / f"{name}.json"
         if not file.is_file():
@@ -287,10 +290,9 @@ def _parse_open_clip_tower(
 
 
 def _find_known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
-    """Returns the default ViT-H/14, as HPS v2 is published without settings; else adds a problem.
-
-    Tensors tell neither the number of heads nor the activation.
-    """
+    """Returns the sizes of ViT-H/14, and adds a problem if the tensors have other sizes."""
+    # HPS v2 is published without settings. Tensors tell neither the number of heads nor the
+    # activation, so no other network can be read without them.
     usual = ClipConfig()
     width, features = (
         shapes.get(key, (0,))[-1:] for key in ("visual.class_embedding", "text_projection")

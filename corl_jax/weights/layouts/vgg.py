@@ -1,8 +1,6 @@
 """The layouts of LPIPS on VGG16: torchvision's trunk and the heads in two files, or both in one.
 
-Convolutions are numbered by their place among the activations and poolings between them. The
-five heads have the same names in lpips's and torchmetrics' files. The files tell the sizes only by
-the tensors' shapes.
+The five heads have the same names in lpips's and torchmetrics' files.
 
 Sources: torchvision `models/vgg.py`; lpips 0.1.4; torchmetrics 1.9 `functional/image/lpips.py`.
 """
@@ -18,8 +16,9 @@ from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
 from corl_jax.weights.table import CONV, Row, Shape, Table
 from corl_jax.weights.table_rows import conv
 
+# Activations and poolings have numbers too: conv 0, ReLU 1, conv 2, ReLU 3, pool 4, conv 5, ..
 PLACES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Of the convolutions of each stage among torchvision's `features`."""
+"""Numbers of each stage's convolutions in torchvision's `features`."""
 LAYOUTS = {"torchvision": "features.{place}", "lpips": "net.slice{slice}.{place}"}
 
 
@@ -33,7 +32,7 @@ def make_head_key(stage: int) -> str:
     return f"lin{stage}.model.1.weight"
 
 
-def _rows(layout: str) -> tuple[Row, ...]:
+def _make_rows(layout: str) -> tuple[Row, ...]:
     rows = []
     for stage, places in enumerate(PLACES):
         for index in range(len(places)):
@@ -45,13 +44,13 @@ def _rows(layout: str) -> tuple[Row, ...]:
 TABLES: dict[str, Table] = {
     "torchvision": Table(
         name="torchvision",
-        rows=_rows("torchvision"),
-        # The second and third are what timm calls the classifier.
+        rows=_make_rows("torchvision"),
+        # The second and third are timm's names of the classifier.
         dropped=(r"classifier\..+", r"pre_logits\..+", r"head\..+"),
     ),
     "lpips": Table(
         name="lpips",
-        rows=_rows("lpips"),
+        rows=_make_rows("lpips"),
         # `lins` lists the heads a second time; the scaling is a constant of the method.
         dropped=(r"lins\..+", r"scaling_layer\..+"),
     ),
@@ -71,10 +70,10 @@ def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list
         (trunk, "VGG16's convolutions", "torchvision's vgg16-397923af.pth"),
         (heads, "the heads of LPIPS", "vgg.pth of lpips (weights/v0.1) or of torchmetrics"),
     )
-    for keys, what, file in parts:
+    for keys, content, file in parts:
         if not any(key in shapes for key in keys):
             problems.append(
-                f"{folder}: {what} are missing ({keys[0]} and others); put {file} there as well"
+                f"{folder}: {content} are missing ({keys[0]} and others); put {file} there as well"
             )
     usual = VggConfig().channels
     widths = [shapes[key][0] if shapes.get(key) else usual[i] for i, key in enumerate(trunk)]
