@@ -181,7 +181,7 @@ def run_command(command: list[str]) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     again = "run the same quickstart again to go on from here"
     try:
-        # A process of its own, as the user would run it; JAX starts anew in each.
+        # Another process, as the user would run it; JAX starts anew in each.
         code = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:
         print(f"\ninterrupted; {again}", file=sys.stderr)

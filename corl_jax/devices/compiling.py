@@ -52,7 +52,7 @@ class SamplerProgram:
 
     @functools.cached_property
     def usual(self) -> Any:
-        """With XLA's own options."""
+        """The build with the usual options of XLA."""
         return self._build()
 
     @functools.cached_property

@@ -78,7 +78,7 @@ def describe_damage(record: Any, step: int) -> str | None:
     if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):
         return "its record is not one of a checkpoint"
     if record["schema_version"] == 1 and "sha256" not in record:
-        return None  # an old version, which the caller refuses with its own message
+        return None  # an old version, which the caller refuses with another message
     rest = {key: value for key, value in record.items() if key != "sha256"}
     if record.get("sha256") != _hash_record(rest):
         return "its record is not the one that was saved"

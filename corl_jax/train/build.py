@@ -117,7 +117,7 @@ def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
         return None
     # With adapters the reference is the frozen network, so no copy is needed.
     first = {} if plan.config.lora.rank else trained
-    # A copy: the state's own buffers are donated to the first step.
+    # A copy: the buffers of the state are donated to the first step.
     copied = jax.tree.map(jnp.copy, plan.family.cast(first, DTYPES[plan.config.model.dtype]))
     shardings = param_shardings(first, plan.mesh, plan.family.rules)
     return Offloadable(copied, shardings, offload=plan.config.algorithm.reference == "host")

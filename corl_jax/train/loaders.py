@@ -102,7 +102,7 @@ def make_column_checks(
 ) -> dict[str, Callable[[Any], str | None]]:
     """Returns a check of each column that the stage and the built-in rewards read.
 
-    Images have checks of their own, and a user's reward may read any value.
+    Images are checked elsewhere, and a user's reward may read any value.
     """
     read = set(stage.target_columns(config))
     for reward in rewards:

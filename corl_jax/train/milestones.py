@@ -27,7 +27,7 @@ class Milestone:
     """An action after some steps of a run."""
 
     name: str
-    due: Callable[[int], bool]  # steps done; asked once after each step
+    due: Callable[[int], bool]  # steps done; called once after each step
     run: Callable[[TrainState, int], None]  # (state, steps done)
 
 

@@ -19,7 +19,7 @@ def learning_rate(options: Any, total_steps: int) -> optax.Schedule:
     }[options.schedule]
     if not warmup:
         return decay
-    # Each part counts from 0 at its own start, so the decay spans `rest` updates.
+    # Each part counts from 0 at its start, so the decay spans `rest` updates.
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 

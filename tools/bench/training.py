@@ -144,7 +144,7 @@ def make_segment_samplers(setting: Setting) -> dict[str, Any]:
     """Returns the samplers as a run has them: task -> (params, prompts, keys) -> segments."""
 
     def make(task: str) -> Any:
-        # Its own function: a lambda in the comprehension would see the last task.
+        # A function for each task: a lambda in the comprehension would see the last task.
         sample = make_samplers(setting)[task]
         return lambda *inputs: (sample(*inputs),)
 
