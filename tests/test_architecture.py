@@ -341,3 +341,27 @@ def test_what_computes_imports_alone_and_starts_nothing():
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def functions_of_the_package() -> Iterator[ast.FunctionDef]:
+    for path in sources(PACKAGE):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("__"):
+                yield node
+
+
+def test_docstrings_say_what_a_function_does():
+    """The first word of most is a verb: Returns, Computes, Reads."""
+    docstrings = [ast.get_docstring(function) for function in functions_of_the_package()]
+    firsts = [text.split()[0] for text in docstrings if text]
+    assert sum(bool(re.fullmatch(r"[A-Z][a-z]+s", word)) for word in firsts) > 0.8 * len(firsts)
+
+
+def test_few_names_are_one_word():
+    names = [function.name.strip("_") for function in functions_of_the_package()]
+    assert sum("_" not in name for name in names) < 0.3 * len(names)
+
+
+def test_reasons_stand_at_the_line():
+    lines = [line.strip() for path in sources(PACKAGE) for line in path.read_text().splitlines()]
+    assert sum(line.startswith("#") for line in lines) > 0.03 * len(lines)

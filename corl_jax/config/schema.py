@@ -244,7 +244,9 @@ class Optimizer(Section):
     learning_rate: PositiveFloat = option(4e-6, "Peak learning rate. [P]")
     b1: Fraction = option(0.9, "Decay of the first moment; the momentum of sgd.")
     b2: Fraction = option(0.999, "Decay of the second moment.")
-    weight_decay: NonNegativeFloat = option(0.0, "Decoupled weight decay.")
+    weight_decay: NonNegativeFloat = option(
+        0.0, "Weight decay: decoupled; sgd adds it to the gradient before the momentum."
+    )
     schedule: Literal["linear", "cosine", "constant"] = option(
         "linear", "Schedule of the learning rate after warmup. linear and cosine end at 0. [R]"
     )

@@ -192,9 +192,15 @@ def _exit_unconnected(place: str, options: Distributed) -> None:
 def _prefix_warnings(index: int) -> None:
     """Adds the process number to the warnings of all processes but the first."""
     logging.captureWarnings(True)
-    if index and logging.lastResort is not None:
-        # It prints the records of loggers without a handler.
-        logging.lastResort.setFormatter(logging.Formatter(f"process {index}: %(message)s"))
+    formatter = logging.Formatter(f"process {index}: %(message)s" if index else None)
+    # Python gives the logger of captured warnings a handler that prints nothing, unless it has one.
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logger = logging.getLogger("py.warnings")
+    logger.addHandler(handler)
+    logger.propagate = False
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(formatter)  # prints for loggers without a handler
 
 
 # ---- failing

@@ -46,6 +46,20 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 FAILING_CALL = 4  # of the reward of answers: two batches are evaluated, and a step is done
 
 
+@pytest.mark.parametrize(("index", "prefix"), [(0, ""), (1, "process 1: ")])
+def test_warnings_are_printed_with_their_process(index, prefix):
+    code = (
+        "import logging, warnings\n"
+        "from corl_jax.devices.processes import _prefix_warnings\n"
+        f"_prefix_warnings({index})\n"
+        "warnings.warn('of Python')\n"
+        "logging.getLogger('other').warning('of a logger')\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert printed.count("of Python") == 1 and f"\n{prefix}of a logger" in printed
+    assert printed.startswith(f"{prefix}<string>:4: UserWarning: of Python")
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet", 20)
