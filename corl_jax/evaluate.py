@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,7 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
     problems = Problems()
     problems.add(suite.find_row_problems({name: source.column(name) for name in columns}, names))
     # Unlike training, an evaluation leaves out no row: the rates of two models must be comparable.
-    longest = dict.fromkeys(TASKS, 1)
+    longest = dict.fromkeys(suite.tasks, 1)
     for row, name in enumerate(names):
         columns = None
         with problems.collect(f"{name}: "):
@@ -241,9 +242,8 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
         problems.add(f"{name}: {key} is empty; expected a text" for key in empty)
         if model is None or empty:
             continue
-        for task, (length, room) in count_prompt_tokens(
-            columns, model, args.max_new_tokens
-        ).items():
+        lengths = count_prompt_tokens(suite.tasks, columns, model, args.max_new_tokens)
+        for task, (length, room) in lengths.items():
             longest[task] = max(longest[task], length)
             if length > room:
                 problems.add(
@@ -256,12 +256,13 @@ def check_rows(source: Any, model: Any, args: argparse.Namespace) -> dict[str, i
 
 
 def count_prompt_tokens(
-    columns: dict[str, Any], model: Any, max_new_tokens: int
+    tasks: Sequence[str], columns: dict[str, Any], model: Any, max_new_tokens: int
 ) -> dict[str, tuple[int, int]]:
     """Counts, by task, the prompt's tokens and the most that leave room for a completion."""
     limits = model.family.limits(model.sizes)
     lengths = {}
-    for name, task in TASKS.items():
+    for name in tasks:
+        task = TASKS[name]
         ids = model.processor.prompt_ids(task.turn.prompt, columns)
         completion = max_new_tokens if task.makes_text else limits.image_tokens
         lengths[name] = (len(ids), limits.positions - completion)

@@ -48,7 +48,7 @@ from corl_jax.rewards import networks, registry
 from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import FrozenNetwork, Policy
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import IMAGES, TEXTS
 
 SHORT = ("problem", "solution", "type")
 DTYPES = ("float32", "bfloat16")
@@ -140,7 +140,7 @@ def describe_rewards() -> str:
         lines = [
             f"{name}",
             f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
-            f"  task {entry.task}; networks: {_name_networks(entry)}; "
+            f"  scores {entry.scores}; networks: {_name_networks(entry)}; "
             f"columns: {' '.join(columns) or 'none'}",
             f"  options: {' '.join(f'{k}={o.default}' for k, o in options) or 'none'}",
         ]
@@ -298,7 +298,7 @@ def _read_case(
                 problems.add(f"found both {short} and {column}; drop one")
             raw[column] = raw[short]
     # A null counts as given: only an absent key is missing.
-    completion = "completion" if TASKS[entry.task].makes_text else "image"
+    completion = "completion" if entry.scores == TEXTS else "image"
     needed = [completion, *entry.columns]
     missing = [name for name in needed if name not in raw]
     if entry.either and not set(entry.either) & raw.keys():
@@ -361,7 +361,7 @@ def _make_samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
         for name in names
         if name not in ("completion", "image")
     }
-    if TASKS[entry.task].makes_text:
+    if entry.scores == TEXTS:
         return Samples(columns, texts=[row["completion"] for row in rows])
     # A reward of the program gets one array [N, S, S, 3], as in training.
     images = [np.asarray(row["image"]) for row in rows]
@@ -374,7 +374,7 @@ def _load_context(
     model = dtype = None
     # Rewards of images may use a device even without a network. A user's reward prepares its own.
     row = reward.row
-    uses_images = not TASKS[row.task].makes_text and not row.any_size
+    uses_images = row.scores == IMAGES and not row.any_size
     if checked_networks or reward.scorers or uses_images:
         prepare_devices()
     loaded = {

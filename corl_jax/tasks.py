@@ -14,6 +14,9 @@ from corl_jax.nearest import suggest_name
 TEXT, CODES = "text", "codes"
 """Kinds of segments: text tokens, and codes of an image tokenizer."""
 
+IMAGES, TEXTS = "images", "texts"
+"""What rewards see of a task: its last segment, decoded."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
@@ -31,6 +34,7 @@ class Task:
     turns: tuple[Turn, ...]
     columns: tuple[str, ...]  # columns of the data that make the prompts
     stream: int  # random stream: the samples of two tasks on one row are independent
+    shown: str  # column that reports show beside the results
 
     @property
     def turn(self) -> Turn:
@@ -40,18 +44,26 @@ class Task:
         return turn
 
     @property
+    def result(self) -> str:
+        """What rewards see: IMAGES or TEXTS."""
+        # The last segment of the last turn is the result.
+        return TEXTS if self.turns[-1].segments[-1] == TEXT else IMAGES
+
+    @property
     def makes_text(self) -> bool:
-        """True if rewards see a text, False if they see an image."""
-        # The last segment of a turn is its result.
-        return self.turn.segments[-1] == TEXT
+        """True if rewards see texts, False if they see images."""
+        return self.result == TEXTS
 
 
 TASKS: dict[str, Task] = {
-    "t2i": Task("image generation", (Turn("generate", (CODES,)),), ("prompt",), stream=0),
-    "mm2t": Task(
-        "image understanding", (Turn("question", (TEXT,)),), ("real_image", "qa_problem"), stream=1
+    "t2i": Task(
+        "image generation", (Turn("generate", (CODES,)),), ("prompt",), stream=0, shown="prompt"
     ),
-}
+    "mm2t": Task(
+        "image understanding", (Turn("question", (TEXT,)),), ("real_image", "qa_problem"),
+        stream=1, shown="qa_problem",
+    ),
+}  # fmt: skip
 
 IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
 UNIFIED = ("t2i", "mm2t")

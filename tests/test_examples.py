@@ -48,6 +48,14 @@ def files(tmp_path_factory):
     return bag_runs.write_files(tmp_path_factory.mktemp("bag"))
 
 
+class Lines(list):
+    """The lines of metrics, and what the run printed as errors and warnings."""
+
+    def __init__(self, lines, printed):
+        super().__init__(lines)
+        self.printed = printed
+
+
 def run(example, files, output, *overrides, **changes):
     """Trains with an example in a process of its own; returns its lines of metrics."""
     path = tiny_runs.write_config(
@@ -56,7 +64,8 @@ def run(example, files, output, *overrides, **changes):
     command = [sys.executable, "-c", START, f"docs.examples.{example}", "--config", str(path)]
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return Lines([json.loads(line) for line in lines], done.stderr)
 
 
 @pytest.mark.parametrize("page", EXAMPLES)
@@ -76,7 +85,10 @@ def test_rloo_by_hand():
 
 
 def test_rloo_learns(files, tmp_path):
-    lines = run("rloo", files, tmp_path / "run", "algorithm.name=rloo")
+    lines = run(
+        "rloo", files, tmp_path / "run", "algorithm.name=rloo", "algorithm.scale_by_std=false"
+    )
+    assert "algorithm.scale_by_std: False has no effect; algorithm.name rloo" in lines.printed
     scores = [line["eval/mm2t/qa_accuracy"] for line in lines if "eval/mm2t/qa_accuracy" in line]
     assert scores[-1] > scores[0] + 0.3
 
@@ -84,9 +96,9 @@ def test_rloo_learns(files, tmp_path):
 def test_a_task_of_its_own_learns(files, tmp_path):
     lines = run(
         "reading_task", files, tmp_path / "run", "algorithm.tasks=reading",
-        rewards=[{"name": "reading_accuracy"}],
+        rewards=[{"name": "qa_accuracy"}],
     )  # fmt: skip
-    name = "eval/reading/reading_accuracy"
+    name = "eval/reading/qa_accuracy"
     scores = [line[name] for line in lines if name in line]
     assert scores[-1] > scores[0] + 0.3
 

@@ -23,6 +23,7 @@ class Recipe:
 
     advantages: Compare
     loss: Loss
+    ignored: frozenset[str] = frozenset()  # options of the block `algorithm` that it does not read
 
 
 RECIPES: dict[str, Recipe] = {

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.config.fields import Section
-from corl_jax.config.stages import STAGES
+from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.errors import Problems
 from corl_jax.nearest import nearest_divisors
+from corl_jax.tasks import IMAGES, TASKS, TEXTS, choose_tasks
 
 if TYPE_CHECKING:
     from corl_jax.config.schema import Config
@@ -50,7 +51,7 @@ class Reader:
 
 
 def _has_reward(*names: str) -> Callable[[Config, str], bool]:
-    return lambda config, _: any(reward.label in names for reward in config.scored_rewards)
+    return lambda config, _: any(reward.label in names for reward in config.rewards)
 
 
 def _has_optimizer(*names: str) -> Callable[[Config, str], bool]:
@@ -58,18 +59,25 @@ def _has_optimizer(*names: str) -> Callable[[Config, str], bool]:
 
 
 def _has_block(block: str) -> Callable[[Config, str], bool]:
-    return lambda config, _: STAGES[config.stage].block == block
+    return lambda config, _: STAGE_FACTS[config.stage].block == block
+
+
+def _evaluates(config: Config) -> bool:
+    return config.eval.suite != "none"
+
+
+def _makes(config: Config, result: str) -> bool:
+    """Returns whether a task of reinforcement learning makes IMAGES or TEXTS."""
+    if not STAGE_FACTS[config.stage].has_rollouts:
+        return True  # supervised stages train both tasks, and their export states the sampling
+    return any(TASKS[task].result == result for task in choose_tasks(config.algorithm.tasks))
 
 
 READERS = (
     *(
         Reader(rf"{facts.block}\..*", f"stage {stage}", _has_block(facts.block))
-        for stage, facts in STAGES.items()
+        for stage, facts in STAGE_FACTS.items()
         if facts.block
-    ),
-    Reader(
-        "rewards", "stage rl or eval.suite rewards",
-        lambda config, _: config.scored_rewards == config.rewards,
     ),
     Reader(
         r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",
@@ -81,19 +89,35 @@ READERS = (
     ),
     Reader(
         r"compat\.(image_logprobs_unshifted|text_top_k_50)|guards\.(?!max_skipped|step_timeout).*",
-        "a stage with rollouts", lambda config, _: STAGES[config.stage].has_rollouts,
+        "a stage with rollouts", lambda config, _: STAGE_FACTS[config.stage].has_rollouts,
     ),
     Reader(
-        r"compat\.image_logprobs_unshifted|guards\.duplicates", "the task t2i",
-        lambda config, _: config.algorithm.tasks != "mm2t",
+        r"compat\.image_logprobs_unshifted|guards\.duplicates|algorithm\.image_logprobs",
+        "a task that makes images", lambda config, _: _makes(config, IMAGES),
     ),
     Reader(
-        r"compat\.text_top_k_50", "the task mm2t",
-        lambda config, _: config.algorithm.tasks != "t2i",
+        r"compat\.text_top_k_50|algorithm\.(mask_truncated|mm2t_loss_weight)",
+        "a task that makes texts", lambda config, _: _makes(config, TEXTS),
+    ),
+    Reader(
+        r"rollout\.(top_k|top_p|max_new_tokens)", "a task that makes texts, or an eval.suite",
+        lambda config, _: _makes(config, TEXTS) or _evaluates(config),
+    ),
+    Reader(
+        r"rollout\.cfg_scale", "a task that makes images, or an eval.suite",
+        lambda config, _: _makes(config, IMAGES) or _evaluates(config),
+    ),
+    Reader(
+        r"rollout\.(group_size|batch_prompts)", "a stage with rollouts, or an eval.suite",
+        lambda config, _: STAGE_FACTS[config.stage].has_rollouts or _evaluates(config),
+    ),
+    Reader(
+        r"algorithm\.clip_(low|high)", "algorithm.num_iterations above 1",
+        lambda config, _: config.algorithm.num_iterations > 1,
     ),
     Reader(
         r"algorithm\.(advantages|mm2t_weight)", "algorithm.tasks unified",
-        lambda config, _: config.algorithm.tasks == "unified",
+        lambda config, _: len(choose_tasks(config.algorithm.tasks)) > 1,
     ),
     Reader(
         r"algorithm\.mm2t_weight", "algorithm.advantages unified_reward or unified_advantage",
@@ -111,6 +135,10 @@ READERS = (
         r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",
         lambda config, _: config.lora.rank > 0,
     ),
+    Reader(
+        r"export\.(dtype|lora)", "an export.layout other than none",
+        lambda config, _: config.export.layout != "none",
+    ),
     *(
         Reader(rf"optimizer\.{option}", f"optimizer.name {' or '.join(names)}",
                _has_optimizer(*names))
@@ -118,7 +146,7 @@ READERS = (
     ),
     Reader(
         r"train\.micro_batch", "a stage that trains the language model",
-        lambda config, _: STAGES[config.stage].has_micro_batches,
+        lambda config, _: STAGE_FACTS[config.stage].has_micro_batches,
     ),
     Reader(
         r"train\.epochs", "a run without train.max_steps",
@@ -126,7 +154,7 @@ READERS = (
     ),
     Reader(
         r"eval\.(every|path|rows|batch_prompts)|guards\.held_out", "an eval.suite other than none",
-        lambda config, _: config.eval.suite != "none",
+        lambda config, _: _evaluates(config),
     ),
     Reader(
         r"guards\.max_failed_reward_fraction", "a reward by `use`",
@@ -149,10 +177,7 @@ def find_unused_options(config: Config) -> list[str]:
         if value is None and key.startswith("guards."):
             continue  # an alarm that is switched off needs no reader
         if reader := _find_missing_reader(config, key):
-            shown = (
-                ", ".join(reward.label for reward in config.rewards) if key == "rewards" else value
-            )
-            lines.append(f"{key}: {shown!r} has no effect; only {reader} reads it")
+            lines.append(f"{key}: {value!r} has no effect; only {reader} reads it")
     for alarm in config.guards.fatal:
         if reader := _find_missing_reader(config, f"guards.{alarm}"):
             lines.append(f"guards.fatal: {alarm!r} has no effect; only {reader} reads it")
@@ -213,7 +238,7 @@ def check_warmup(config: Config, steps: int) -> None:
         InputError: the warm-up is not shorter than `steps` steps.
     """
     warmup = config.optimizer.warmup_steps
-    has_rollouts = STAGES[config.stage].has_rollouts
+    has_rollouts = STAGE_FACTS[config.stage].has_rollouts
     iterations = config.algorithm.num_iterations if has_rollouts else 1
     updates = steps * iterations
     problems = Problems()
@@ -252,13 +277,7 @@ def _check_sampling(config: Config, problems: Problems) -> None:
 
 
 def _check_rewards(config: Config, problems: Problems) -> None:
-    facts = STAGES[config.stage]
-    if config.eval.suite == "rewards" and not (facts.trains_language_model and config.rewards):
-        problems.add(
-            "eval.suite: rewards, but there are none to score, or stage vq, which samples nothing; "
-            "list rewards or choose another suite"
-        )
-    if facts.has_rollouts and not config.rewards:
+    if STAGE_FACTS[config.stage].has_rollouts and not config.rewards:
         problems.add(f"rewards: empty; stage {config.stage} needs at least one: {{name: format}}")
 
 
@@ -320,7 +339,7 @@ def _check_adapters(config: Config, problems: Problems) -> None:
     lora, export = config.lora, config.export
     if not lora.rank:
         return
-    if not STAGES[config.stage].trains_language_model:
+    if not STAGE_FACTS[config.stage].trains_language_model:
         problems.add(
             f"lora.rank: found {lora.rank}, but stage {config.stage} does not use the language "
             "model, which adapters are for; set it to 0"

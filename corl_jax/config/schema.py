@@ -26,7 +26,6 @@ from corl_jax.config.fields import (
     TaskChoice,
     option,
 )
-from corl_jax.config.stages import STAGES
 
 
 class Model(Section):
@@ -498,12 +497,6 @@ class Config(Section):
     guards: Guards = Guards()
     log: Log = Log()
     compat: Compat = Compat()
-
-    @property
-    def scored_rewards(self) -> list[Reward]:
-        """The rewards that the training or the evaluation computes."""
-        reads = STAGES[self.stage].has_rollouts or self.eval.suite == "rewards"
-        return self.rewards if reads else []
 
     @model_validator(mode="after")
     def _check_options_together(self) -> Config:

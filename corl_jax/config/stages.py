@@ -15,7 +15,7 @@ class StageFacts:
     trains_language_model: bool = True  # False: the image tokenizer
 
 
-STAGES = {
+STAGE_FACTS = {
     "rl": StageFacts(block="algorithm", has_rollouts=True),
     "sft": StageFacts(block="sft"),
     "vq": StageFacts(block=None, has_micro_batches=False, trains_language_model=False),

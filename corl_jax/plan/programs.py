@@ -21,7 +21,7 @@ from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
 from corl_jax.tasks import TASKS, image_tasks
 from corl_jax.train import build
-from corl_jax.train.check import get_completion_length
+from corl_jax.train.check import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
@@ -135,14 +135,19 @@ def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, .
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
 
     def make_task(task: str) -> TaskBatch:
-        size = (rows, get_completion_length(outline, task))
-        (kind,) = TASKS[task].turn.segments
-        logprobs = shape(size, jnp.float32)
+        sizes = {
+            kind: (rows, get_segment_length(outline, kind)) for kind in TASKS[task].turn.segments
+        }
+        logprobs = tuple(shape(size, jnp.float32) for size in sizes.values())
+        segments = tuple(
+            Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), of_kind)
+            for (kind, size), of_kind in zip(sizes.items(), logprobs, strict=True)
+        )
         return TaskBatch(
             make_prompts(outline, task, count, lengths[task]),
-            (Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), logprobs),),
+            segments,
             shape((rows,), jnp.float32),
-            **dict.fromkeys(extra, (logprobs,)),
+            **dict.fromkeys(extra, logprobs),
         )
 
     return {task: make_task(task) for task in outline.tasks}

@@ -135,7 +135,7 @@ def check_networks(
     Raises: InputError listing everything that is missing or wrong.
     """
     problems = Problems()
-    problems.add(_find_unused_settings(resolved, config))
+    problems.add(_find_unknown_networks(config))
     checked, sizes = [], {}
     for name, users in _group_by_network((r.networks, r.name) for r in resolved).items():
         options = config.settings_of(name)
@@ -312,21 +312,24 @@ def _group_by_network(
     return {name: tuple(rewards) for name, rewards in users.items()}
 
 
-def _find_unused_settings(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
-    """Returns a problem for each network that the config sets and no listed reward uses."""
-    used = {name for reward in resolved for name in reward.networks}
-    scorers = {name for reward in resolved for name in reward.scorers} - {"policy"}
-    problems = [
-        f"networks.{name}: is set, but no listed reward asks it; remove it, or choose the reward "
-        "option that does"
-        for name, settings in config.by_name.items()
-        if name in NETWORKS and name not in used and settings != RewardNetwork()
-    ]
-    problems += [
+def _find_unknown_networks(config: Networks) -> list[str]:
+    """Returns a problem for each key of the config's `networks` that is no network."""
+    return [
         f"networks.{name}: unknown key; {suggest_name(name, ['offload', *NETWORKS])}"
         for name in config.by_name
         if name not in NETWORKS
     ]
+
+
+def find_unused_settings(resolved: Sequence[BoundReward], config: Networks) -> list[str]:
+    """Returns a warning for each setting of a network that none of the rewards uses."""
+    used = {name for reward in resolved for name in reward.networks}
+    scorers = {name for reward in resolved for name in reward.scorers} - {"policy"}
+    warnings = [
+        f"networks.{name}: has no effect; no listed reward asks it with its options"
+        for name, settings in config.by_name.items()
+        if name in NETWORKS and name not in used and settings != RewardNetwork()
+    ]
     if config.offload and not used and not scorers:
-        problems.append("networks.offload: found True, but no reward asks a frozen network")
-    return problems
+        warnings.append("networks.offload: True has no effect; no reward asks a frozen network")
+    return warnings

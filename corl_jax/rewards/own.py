@@ -62,8 +62,9 @@ class UserReward:
         return self.use.rpartition(":")[2]
 
     @property
-    def task(self) -> str:
-        return self.parameters.task
+    def scores(self) -> str:
+        """What it scores: images or texts."""
+        return self.parameters.completions
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from corl_jax.rewards.text_rewards import (
     score_oc_accuracy,
     score_qa_accuracy,
 )
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import IMAGES, TASKS, TEXTS
 
 if TYPE_CHECKING:
     from corl_jax.config.schema import Compat, Reward
@@ -49,6 +49,7 @@ __all__ = [
     "bind_rewards",
     "bind_user_reward",
     "find_missing_columns",
+    "group_by_task",
     "list_options",
     "score",
     "score_and_measure",
@@ -60,7 +61,7 @@ class RewardRow:
     """A row of REGISTRY: a reward's function and what it needs."""
 
     function: RewardFunction
-    task: str  # t2i: scores images; mm2t: scores texts
+    scores: str  # IMAGES or TEXTS: it applies to the tasks with such results
     networks: tuple[str, ...] = ()  # that it always uses; `policy` stands for the scorer
     # option -> value -> network that it uses then
     chosen: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
@@ -80,26 +81,26 @@ class RewardRow:
 
 
 REGISTRY: dict[str, RewardRow] = {
-    "format": RewardRow(score_format, "mm2t"),
-    "format_tag": RewardRow(score_format_tags, "mm2t"),
+    "format": RewardRow(score_format, TEXTS),
+    "format_tag": RewardRow(score_format_tags, TEXTS),
     "qa_accuracy": RewardRow(
         score_qa_accuracy,
-        "mm2t",
+        TEXTS,
         columns=("qa_solution",),
         optional=("qa_type", "qa_problem"),
         stand_ins={"qa_type": "default_type"},
     ),
     "oc_accuracy": RewardRow(
         score_oc_accuracy,
-        "mm2t",
+        TEXTS,
         either=("cls_solution", "qa_solution"),
     ),
     "t2i_ti_sim": RewardRow(
-        policy.score_ti_sim, "t2i", ("policy",), columns=("prompt",), reads_hidden_states=True
+        policy.score_ti_sim, IMAGES, ("policy",), columns=("prompt",), reads_hidden_states=True
     ),
     "t2i_bid_cycle_reward": RewardRow(
         cycle.score_bid_cycle,
-        "t2i",
+        IMAGES,
         chosen={
             "caption": {"policy": "policy", "blip": "blip"},
             "text_term": {"bertscore": "bert", "sentence": "sentence"},
@@ -112,7 +113,7 @@ REGISTRY: dict[str, RewardRow] = {
     ),
     "t2i_cycle_reward": RewardRow(
         cycle.score_cycle,
-        "t2i",
+        IMAGES,
         chosen={
             "caption": {"policy": "policy", "blip": "blip"},
             "text_term": {"bertscore": "bert", "sentence": "sentence"},
@@ -122,31 +123,35 @@ REGISTRY: dict[str, RewardRow] = {
         find_option_problems=cycle.find_option_problems,
         find_network_problems=cycle.find_network_problems,
     ),
-    "t2i_clip_reward": RewardRow(clip_scores.score_clip, "t2i", ("clip",), columns=("prompt",)),
-    "pickscore": RewardRow(clip_scores.score_pickscore, "t2i", ("pickscore",), columns=("prompt",)),
-    "hpsv2": RewardRow(clip_scores.score_hpsv2, "t2i", ("hpsv2",), columns=("prompt",)),
+    "t2i_clip_reward": RewardRow(clip_scores.score_clip, IMAGES, ("clip",), columns=("prompt",)),
+    "pickscore": RewardRow(
+        clip_scores.score_pickscore, IMAGES, ("pickscore",), columns=("prompt",)
+    ),
+    "hpsv2": RewardRow(clip_scores.score_hpsv2, IMAGES, ("hpsv2",), columns=("prompt",)),
     "aesthetic": RewardRow(
         clip_scores.score_aesthetic,
-        "t2i",
+        IMAGES,
         ("clip_l14", "aesthetic"),
         find_network_problems=clip_scores.find_aesthetic_problems,
     ),
-    "t2i_pixel_mse": RewardRow(score_pixel_mse, "t2i", columns=("real_image",)),
+    "t2i_pixel_mse": RewardRow(score_pixel_mse, IMAGES, columns=("real_image",)),
     "t2i_qa": RewardRow(
         policy.score_qa,
-        "t2i",
+        IMAGES,
         ("policy",),
         columns=("qa_problem", "qa_solution", "qa_type"),
     ),
     "t2i_oc": RewardRow(
         policy.score_oc,
-        "t2i",
+        IMAGES,
         ("policy",),
         either=("cls_solution", "qa_solution"),
         optional=("cls_problem", "qa_problem", "prompt"),
     ),
-    "t2i_od": RewardRow(policy.score_od, "t2i", ("policy",), columns=("od_problem", "od_solution")),
-    "shapes_checker": RewardRow(score_shapes, "t2i", columns=("spec",)),
+    "t2i_od": RewardRow(
+        policy.score_od, IMAGES, ("policy",), columns=("od_problem", "od_solution")
+    ),
+    "shapes_checker": RewardRow(score_shapes, IMAGES, columns=("spec",)),
 }
 
 COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -184,13 +189,13 @@ class BoundReward:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # with their defaults
 
 
-def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[BoundReward]]:
-    """Returns the rewards of each task in the config's order, with options and switches bound.
+def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> list[BoundReward]:
+    """Returns the rewards of a config in its order, with options and switches bound.
 
     Raises:
         InputError: unknown or repeated names, unknown or invalid options, contradictions.
     """
-    bound: dict[str, list[BoundReward]] = {task: [] for task in TASKS}
+    bound: list[BoundReward] = []
     problems, labels = Problems(), set()
     for reward in rewards:
         # Metrics and scores are keyed by the name, so two entries would share one key.
@@ -205,9 +210,19 @@ def bind_rewards(rewards: Sequence[Reward], compat: Compat) -> dict[str, list[Bo
                 options = dict(reward.options)
                 problems.add(_apply_compat(reward.label, options, compat))
                 function = bind_reward(reward.label, options, reward.weight, "rewards")
-            bound[function.row.task].append(function)
+            bound.append(function)
     problems.raise_any()
     return bound
+
+
+def group_by_task(
+    bound: Sequence[BoundReward], tasks: Sequence[str]
+) -> dict[str, list[BoundReward]]:
+    """Returns task -> the rewards that score its results."""
+    return {
+        task: [reward for reward in bound if reward.row.scores == TASKS[task].result]
+        for task in tasks
+    }
 
 
 def bind_user_reward(reward: Reward, where: str = "rewards") -> BoundReward:
@@ -229,7 +244,7 @@ def bind_user_reward(reward: Reward, where: str = "rewards") -> BoundReward:
         )
     row = RewardRow(
         function,
-        function.task,
+        function.scores,
         columns=function.columns,
         optional=function.optional,
         every_column=function.parameters.every_column,

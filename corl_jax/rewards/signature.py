@@ -15,13 +15,10 @@ from typing import Any
 
 from corl_jax.errors import InputError, Problems
 from corl_jax.nearest import suggest_name
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import IMAGES, TEXTS
 
-TASK_OF = {"texts" if task.makes_text else "images": name for name, task in reversed(TASKS.items())}
-"""Name of the parameter for the completions -> the first task that makes such completions.
-
-A user's reward must have one of the two parameters."""
-
+COMPLETIONS = (IMAGES, TEXTS)
+"""Names of the parameter for the completions. A user's reward must have one of them."""
 
 REQUIRED = inspect.Parameter.empty
 
@@ -38,15 +35,11 @@ class Option:
 class Parameters:
     """The parameters of a user's function, by their meaning."""
 
-    completions: str  # key of TASK_OF
+    completions: str  # one of COMPLETIONS
     columns: tuple[str, ...]
     optional: tuple[str, ...]  # columns with a default
     every_column: bool  # it has `**columns`
     options: tuple[str, ...]
-
-    @property
-    def task(self) -> str:
-        return TASK_OF[self.completions]
 
 
 def read_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> Parameters:
@@ -66,9 +59,9 @@ def read_parameters(function: Callable[..., Any], options: Mapping[str, Any]) ->
             problems.add(f"parameter {p.name}: positional-only; move it behind the /")
         elif p.kind is p.VAR_POSITIONAL:
             problems.add(f"parameter *{p.name}: nothing fills it; write * or drop it")
-        elif p.kind is p.KEYWORD_ONLY and p.name in TASK_OF:
+        elif p.kind is p.KEYWORD_ONLY and p.name in COMPLETIONS:
             problems.add(f"parameter {p.name}: an option by its place; move it before the *")
-        elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in TASK_OF:
+        elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in COMPLETIONS:
             inputs.append(p.name)
         elif p.kind is p.POSITIONAL_OR_KEYWORD:
             columns[p.name] = p.default is not p.empty

@@ -91,17 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     startup.prepare_devices(config.distributed)
     with Interruption() as interruption, processes.fail_together():
         planned = resolve_run(config)
-        warn_of_unused_options(config)
+        warn_of_unused_options(planned)
         if not args.check:
             run_training(planned, interruption, args.allow_changed_config)
         elif jax.process_index() == 0:
             print(check.describe(planned))
 
 
-def warn_of_unused_options(config: Config) -> None:
+def warn_of_unused_options(planned: ResolvedRun) -> None:
     """Prints a warning for each option without effect; the first process alone."""
     if jax.process_index() == 0:
-        for line in find_unused_options(config):
+        for line in (*find_unused_options(planned.config), *planned.warnings):
             print(f"warning: {line}", file=sys.stderr)
 
 

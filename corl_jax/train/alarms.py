@@ -34,8 +34,8 @@ ALARMS = (
         above=False, span=WINDOW, relative=True,
     ),
     Alarm(
-        "duplicates", ("t2i/duplicate_fraction",), "images of a group have the same tokens",
-        span=WINDOW,
+        "duplicates", name_for_tasks("duplicate_fraction"),
+        "images of a group have the same tokens", span=WINDOW,
     ),
     Alarm(
         "zero_spread", ("frac_reward_zero_std",),

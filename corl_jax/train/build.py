@@ -216,14 +216,13 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
 
 
 def make_samplers(plan: RunOutline) -> dict[str, Callable]:
-    """Returns (params, prompts, keys) -> segments for each task that the family can do."""
+    """Returns (params, prompts, keys) -> segments for each task of the run."""
     options = make_sampling_options(plan)
     samplers = {}
-    for name, task in TASKS.items():
-        program = plan.family.turns.get(task.turn.segments)
-        if program is not None:
-            # Not a lambda: made in a loop, it would run the program of the last task.
-            samplers[name] = functools.partial(_sample, program.sample, plan.sizes, options)
+    for name in plan.tasks:
+        program = plan.family.turns[TASKS[name].turn.segments]
+        # Not a lambda: made in a loop, it would run the program of the last task.
+        samplers[name] = functools.partial(_sample, program.sample, plan.sizes, options)
     return samplers
 
 

@@ -18,7 +18,7 @@ from corl_jax.params import leaf_paths, partition, unflatten
 from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family
 from corl_jax.rewards import applicable
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import CODES, TASKS, TEXT
 from corl_jax.train import attending
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.types import Params
@@ -212,10 +212,13 @@ def measure_prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
 
 
 def get_completion_length(plan: RunOutline, task: str) -> int:
-    """Returns the number of tokens of a task's longest completion."""
-    if TASKS[task].makes_text:
-        return plan.config.rollout.max_new_tokens
-    return plan.limits.image_tokens
+    """Returns the number of tokens of a task's longest completion, all segments together."""
+    return sum(get_segment_length(plan, kind) for kind in TASKS[task].turn.segments)
+
+
+def get_segment_length(plan: RunOutline, kind: str) -> int:
+    """Returns the number of choices of the longest segment of a kind."""
+    return {TEXT: plan.config.rollout.max_new_tokens, CODES: plan.limits.image_tokens}[kind]
 
 
 def _count_update_rows(plan: ResolvedRun, task: str) -> int:

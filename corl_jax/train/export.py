@@ -23,7 +23,7 @@ from corl_jax.policies.generation_config import FILE as GENERATION_FILE
 from corl_jax.policies.generation_config import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
 from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
-from corl_jax.tasks import image_tasks, text_tasks
+from corl_jax.tasks import TASKS, image_tasks, text_tasks
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
@@ -96,8 +96,8 @@ def describe_sampling(config: Config, run: Run) -> Generation:
             "top_p": rollout.top_p,
             "max_new_tokens": rollout.max_new_tokens,
         }
-    if text_tasks(run.tasks):
-        questions = [text for text in run.train_loader.source.column("qa_problem") if text]
+    for task in text_tasks(run.tasks):
+        questions = [text for text in run.train_loader.source.column(TASKS[task].shown) if text]
         if questions:
             stated["instruction"] = recognize_instruction(questions) or "none"
     return Generation(**stated)

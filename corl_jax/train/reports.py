@@ -83,7 +83,7 @@ def show_answers(config: Config, run: Run, log: RunLog, step: int, iteration: It
         ]
         columns = {name: values[:count] for name, values in samples.columns.items()}
         table = pictures.format_answers_table(
-            columns["qa_problem"], samples.texts[:count], rewards, columns.get("qa_solution")
+            columns[TASKS[task].shown], samples.texts[:count], rewards, columns.get("qa_solution")
         )
         log.add_text(step, f"{task}/answers", table)
 
@@ -95,8 +95,18 @@ def draw_fixed_prompts(
     config: Config, run: Run, outputs: Outputs, state: TrainState, step: int
 ) -> None:
     """Generates and saves images of the same held-out prompts with the same keys each time."""
-    (task,) = image_tasks(run.tasks)
     prompts = choose_fixed_prompts(config, run)
+    for number, task in enumerate(image_tasks(run.tasks)):
+        page = draw_task(run, outputs, task, state, step, prompts)
+        if page is not None:
+            file = f"step_{step:06d}{f'_{task}' if number else ''}.png"
+            save_page(outputs, step, file, f"{task}/fixed_prompts", page)
+
+
+def draw_task(
+    run: Run, outputs: Outputs, task: str, state: TrainState, step: int, prompts: Prompts
+) -> np.ndarray | None:
+    """Returns a page of the images of a task with their rewards; None but for the first process."""
     own_prompts = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
     params = merge(state.params, run.frozen)
     rollout = rl_iteration.sample(run, task, params, own_prompts)
@@ -107,7 +117,7 @@ def draw_fixed_prompts(
     # Before the return below: all processes must take part in a gather.
     images = batches.all_gather_rows(run.mesh, np.asarray(samples.images))
     if not outputs.primary:
-        return
+        return None
     shape = (len(prompts), run.group_size)
     rewards = [
         [
@@ -117,8 +127,8 @@ def draw_fixed_prompts(
         for row in range(len(prompts))
     ]
     images = images.reshape(*shape, *images.shape[1:])
-    page = pictures.draw_samples(images, prompts.columns["prompt"], rewards, f"step {step}")
-    save_page(outputs, step, f"step_{step:06d}.png", f"{task}/fixed_prompts", page)
+    captions = prompts.columns[TASKS[task].shown]
+    return pictures.draw_samples(images, captions, rewards, f"step {step}")
 
 
 def choose_fixed_prompts(config: Config, run: Run) -> Prompts:

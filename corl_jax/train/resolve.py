@@ -14,27 +14,23 @@ from typing import Any
 from jax.sharding import Mesh
 
 from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.config.checks import list_changes
 from corl_jax.config.schema import Config
 from corl_jax.data.dataset import Loader
 from corl_jax.devices import batches
-from corl_jax.devices.mesh import find_layout_problems, make_mesh
-from corl_jax.errors import InputError, Problems
+from corl_jax.devices.mesh import make_mesh
+from corl_jax.errors import Problems
 from corl_jax.evaluation import SUITES
-from corl_jax.models.lora import Lora
-from corl_jax.nearest import nearest_multiples, suggest_name
-from corl_jax.params import partition
+from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Family, Limits, Processor
 from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
-from corl_jax.runs.directory import RunDir
-from corl_jax.runs.export_record import list_place_problems
 from corl_jax.tasks import TASKS
-from corl_jax.train import attending
+from corl_jax.train import attending, fit
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
-from corl_jax.train.stages import STAGES, Stage
-from corl_jax.types import Params, Sizes
-from corl_jax.weights.export import check_export
+from corl_jax.train.stages import STAGES, Stage, scores_rewards
+from corl_jax.types import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,7 @@ class RunOutline:
     @property
     def trained(self) -> Sequence[str]:
         """Regexes of the paths of the trained parameters."""
-        return trained_patterns(self.config, self.family)
+        return fit.trained_patterns(self.config, self.family)
 
     @property
     def micro_batches(self) -> int:
@@ -86,14 +82,7 @@ class ResolvedRun(RunOutline):
     networks: list[networks.CheckedNetwork]  # that the rewards ask
     train_loader: Loader
     eval_loader: Loader | None
-
-
-def trained_patterns(config: Config, family: Family) -> Sequence[str]:
-    """Returns the regexes of the trained parameters: the adapters, or those of the config."""
-    if config.lora.rank and family.adapters is not None:
-        return [family.adapters.paths]
-    chosen = config.train.trainable
-    return family.trainable if chosen is None else chosen
+    warnings: list[str]  # settings without effect that only the tables beside the config tell
 
 
 def outline_run(
@@ -112,13 +101,13 @@ def outline_run(
     mesh = problems.attempt(
         make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
     )
-    sizes = problems.attempt(add_adapters, config, family, sizes) or sizes
+    sizes = problems.attempt(fit.add_adapters, config, family, sizes) or sizes
     if mesh:
-        problems.add(find_batch_problems(config, mesh))
-        problems.add(find_mesh_problems(family, sizes, mesh))
+        problems.add(fit.find_batch_problems(config, mesh))
+        problems.add(fit.find_mesh_problems(family, sizes, mesh))
         problems.add(attending.find_problems(config, family.limits(sizes).head_dim, mesh))
-    problems.add(find_trainable_problems(config, family, sizes))
-    problems.add(find_length_problems(config, family.limits(sizes)))
+    problems.add(fit.find_trainable_problems(config, family, sizes))
+    problems.add(fit.find_length_problems(config, family.limits(sizes)))
     problems.raise_any()
     assert mesh
     tasks = STAGES[config.stage].tasks(config)
@@ -132,49 +121,64 @@ def resolve_run(config: Config) -> ResolvedRun:
         InputError: all problems found in the model directory, the data, rewards and mesh.
     """
     problems, stage = Problems(), STAGES[config.stage]
-    unknown = find_unknown_names(config)
-    problems.add(unknown)
+    problems.add(find_unknown_names(config))
+    problems.add(_find_suite_problems(config, stage))
     model = problems.attempt(_inspect_model, config.model.path)
-    rewards = problems.attempt(registry.bind_rewards, config.scored_rewards, config.compat)
-    bound_rewards = [reward for of_task in (rewards or {}).values() for reward in of_task]
-    checked_networks: list[networks.CheckedNetwork] | None = []
-    if rewards is not None:  # without the rewards nobody can say which networks they ask
-        checked_networks = problems.attempt(_inspect_networks, config, bound_rewards)
-        problems.add(_find_reward_problems(config, stage, rewards))
+    rewards = _resolve_rewards(config, stage, problems)
     sources = None
-    if not unknown:  # the suite says which columns are read
-        sources = problems.attempt(open_sources, config, stage, rewards or {})
+    if config.eval.suite in ("none", *SUITES):  # the suite says which columns are read
+        sources = problems.attempt(open_sources, config, stage, rewards.by_task)
     mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shard = problems.attempt(batches.process_shard, mesh) if mesh else None
     if mesh:
-        problems.add(find_batch_problems(config, mesh))
-        problems.add(_find_scorer_problems(checked_networks or [], mesh))
+        problems.add(fit.find_batch_problems(config, mesh))
+        problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = None
     if model:
-        problems.add(find_missing_abilities(config, stage, model.family, bound_rewards))
-        problems.add(_find_answer_problems(config, bound_rewards, model))
+        problems.add(find_missing_abilities(config, stage, model.family, rewards.used))
+        problems.add(_find_answer_problems(config, rewards.used, model))
         # Without adapters if they are wrong, so that the other checks still run.
-        sizes = problems.attempt(add_adapters, config, model.family, model.sizes) or model.sizes
-        problems.add(_find_model_problems(config, model.family, sizes, mesh))
+        sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes
+        problems.add(fit.find_model_problems(config, model.family, sizes, mesh))
         if sources:
             loaders = problems.attempt(
-                make_loaders,
-                config,
-                stage,
-                model.processor,
-                shard or (0, 1),
-                bound_rewards,
-                sources,
+                make_loaders, config, stage, model.processor, shard or (0, 1), rewards.used, sources
             )
     problems.raise_any()
-    assert model and mesh and loaders and rewards is not None
+    assert model and mesh and loaders
     train_loader, eval_loader = loaders
     return ResolvedRun(
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
         mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
-        model_dir=model.folder, processor=model.processor, rewards=rewards,
-        networks=checked_networks or [], train_loader=train_loader, eval_loader=eval_loader,
+        model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
+        networks=rewards.networks, train_loader=train_loader, eval_loader=eval_loader,
+        warnings=rewards.warnings + find_ignored_options(config),
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRewards:
+    """The rewards of a config, and the networks that they ask."""
+
+    by_task: Mapping[str, list[registry.BoundReward]]
+    used: list[registry.BoundReward]  # those of all tasks, each once
+    networks: list[networks.CheckedNetwork]
+    warnings: list[str]  # settings without effect
+
+
+def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> ResolvedRewards:
+    """Binds the rewards and checks their networks; adds what is wrong to the problems."""
+    listed = config.rewards if scores_rewards(config) else []
+    bound = problems.attempt(registry.bind_rewards, listed, config.compat)
+    if bound is None:  # without the rewards nobody can say which networks they ask
+        return ResolvedRewards({}, [], [], [])
+    by_task = registry.group_by_task(bound, stage.tasks(config))
+    scored = {reward.name for rewards in by_task.values() for reward in rewards}
+    used = [reward for reward in bound if reward.name in scored]
+    checked_networks = problems.attempt(_inspect_networks, config, used) or []
+    problems.add(_find_reward_problems(config, stage, by_task))
+    warnings = find_unused_rewards(config, bound, used)
+    return ResolvedRewards(by_task, used, checked_networks, warnings)
 
 
 def find_unknown_names(config: Config) -> list[str]:
@@ -207,41 +211,23 @@ def _inspect_networks(
     )
 
 
-def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
-    """Returns the sizes with the adapters that the config asks for.
-
-    Raises:
-        InputError: a projection that the family does not adapt.
-    """
-    options = config.lora
-    if not options.rank:
-        return sizes
-    if family.adapters is None:
-        raise InputError(
-            f"lora.rank: found {options.rank}, but the model is a {family.name}, which has no "
-            "adapters; set it to 0"
-        )
-    known = family.adapters.targets
-    targets = known if options.targets is None else tuple(options.targets)
-    unknown = [name for name in targets if name not in known]
-    if unknown or not targets or len(set(targets)) < len(targets):
-        raise InputError(
-            f"lora.targets: found {list(targets)}, expected one or more of {', '.join(known)}, "
-            "each once"
-        )
-    return family.adapters.add(sizes, Lora(options.rank, options.alpha, targets))
-
-
 def find_missing_abilities(
     config: Config, stage: Stage, family: Family, rewards: Sequence[registry.BoundReward]
 ) -> list[str]:
     """Returns the abilities that the run needs and the model's family lacks."""
-    problems = [
-        f"algorithm.tasks: {task} needs segments of {' and '.join(TASKS[task].turn.segments)}, "
-        f"which a {family.name} does not make; choose another task or model"
-        for task in stage.tasks(config)
-        if TASKS[task].turn.segments not in family.turns
-    ]
+    problems = []
+    for task in stage.tasks(config):
+        turns = TASKS[task].turns
+        if len(turns) > 1:
+            problems.append(
+                f"algorithm.tasks: {task} has {len(turns)} turns; tasks of one turn can be trained"
+            )
+        elif turns[0].segments not in family.turns:
+            problems.append(
+                f"stage {config.stage}: the task {task} needs segments of "
+                f"{' and '.join(turns[0].segments)}, which a {family.name} does not make; choose "
+                "another task or model"
+            )
     if not stage.uses_language_model and family.tokenizer_loss is None:
         problems.append(
             f"stage: found {config.stage}, but a {family.name} has no image tokenizer to train; "
@@ -257,47 +243,61 @@ def find_missing_abilities(
     ]
 
 
-def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
-    """Returns tasks without a reward, and rewards without a task."""
-    if not stage.samples:
+def _find_suite_problems(config: Config, stage: Stage) -> list[str]:
+    """Returns a problem if the suite scores rewards and there are none to score."""
+    suite = SUITES.get(config.eval.suite)
+    if suite is None or not suite.uses_rewards or (stage.uses_language_model and config.rewards):
         return []
-    tasks, chosen = stage.tasks(config), config.algorithm.tasks
-    problems = [
-        f"rewards: none is for {task}, which algorithm.tasks {chosen} trains; add one, or set "
-        "algorithm.tasks to the other task"
-        for task in tasks
-        if not rewards.get(task)
-    ]
-    return problems + [
-        f"rewards: {reward.name} is for {task}, which algorithm.tasks {chosen} leaves out; "
-        "remove it"
-        for task, of_task in rewards.items()
-        if task not in tasks
-        for reward in of_task
-    ]
-
-
-def find_batch_problems(config: Config, mesh: Mesh) -> list[str]:
-    """Returns the batch sizes that the mesh does not divide."""
-    shards, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
-    sizes = {
-        "train.prompts_per_step": batch,
-        "train.micro_batch": config.train.micro_batch or batch,
-        "rollout.batch_prompts": config.rollout.batch_prompts or batch,
-        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else shards,
-    }
+    reason = "the config lists none"
+    if not stage.uses_language_model:
+        reason = f"stage {config.stage} samples nothing"
     return [
-        f"{name}: {size} is not a multiple of the {shards} ways that mesh data x fsdp splits "
-        f"prompts; nearest: {nearest_multiples(shards, size)}"
-        for name, size in sizes.items()
-        if size % shards
+        f"eval.suite: found {config.eval.suite}, which scores rewards, but {reason}; list rewards "
+        "or choose another suite"
     ]
 
 
-def find_mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
-    """Returns the sizes of a model that the mesh does not divide."""
-    heads = family.limits(sizes).sharded_heads
-    return find_layout_problems(family.abstract(sizes), heads, mesh, family.rules)
+def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
+    """Returns the tasks without a reward."""
+    chosen = config.algorithm.tasks
+    return [
+        f"rewards: none scores the {TASKS[task].result} of {task}, which algorithm.tasks {chosen} "
+        "trains; add one, or choose other tasks"
+        for task, of_task in rewards.items()
+        if stage.samples and not of_task
+    ]
+
+
+def find_unused_rewards(
+    config: Config,
+    bound: Sequence[registry.BoundReward],
+    used: Sequence[registry.BoundReward],
+) -> list[str]:
+    """Returns a warning for each reward and network that nothing in this run reads."""
+    warnings, names = [], {reward.name for reward in used}
+    if config.rewards and not scores_rewards(config):
+        labels = ", ".join(reward.label for reward in config.rewards)
+        warnings.append(
+            f"rewards: {labels}: no effect; only stage rl or an eval.suite that scores rewards "
+            "reads them"
+        )
+    warnings += [
+        f"rewards: {reward.name} has no effect; only a task that makes {reward.row.scores} reads it"
+        for reward in bound
+        if reward.name not in names
+    ]
+    return warnings + networks.find_unused_settings(used, config.networks)
+
+
+def find_ignored_options(config: Config) -> list[str]:
+    """Returns a warning for each option that the algorithm does not read."""
+    ignored = RECIPES[config.algorithm.name].ignored
+    return [
+        f"algorithm.{key}: {value!r} has no effect; algorithm.name {config.algorithm.name} does "
+        "not read it"
+        for key, value in list_changes(config.algorithm)
+        if key in ignored
+    ]
 
 
 def _find_scorer_problems(
@@ -307,37 +307,9 @@ def _find_scorer_problems(
     for network in checked_networks:
         if network.policy:
             where = f"rewards: option scorer of {', '.join(network.rewards)}: {network.name}"
-            lines = find_mesh_problems(network.policy.family, network.policy.sizes, mesh)
+            lines = fit.find_mesh_problems(network.policy.family, network.policy.sizes, mesh)
             problems += [f"{where}: {line}" for line in lines]
     return problems
-
-
-def _find_model_problems(
-    config: Config, family: Family, sizes: Sizes, mesh: Mesh | None
-) -> list[str]:
-    """Returns the sizes and parts of the model that do not fit the config."""
-    limits = family.limits(sizes)
-    problems = find_trainable_problems(config, family, sizes)
-    problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
-    if mesh is None:
-        return problems
-    problems += find_mesh_problems(family, sizes, mesh)
-    return problems + attending.find_problems(config, limits.head_dim, mesh)
-
-
-def find_length_problems(config: Config, limits: Limits) -> list[str]:
-    """Returns a problem if prompts and completions may pass the model's positions."""
-    stage = STAGES[config.stage]
-    if not stage.uses_language_model:
-        return []
-    answer = config.rollout.max_new_tokens if stage.samples else 0
-    longest = config.data.max_prompt_length + max(answer, limits.image_tokens)
-    if longest <= limits.positions:
-        return []
-    return [
-        f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
-        f"tokens; the model has positions for {limits.positions}"
-    ]
 
 
 def _find_answer_problems(
@@ -353,45 +325,3 @@ def _find_answer_problems(
             config.data.max_prompt_length,
         )
     ]  # fmt: skip
-
-
-def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
-    """Returns what would make the export fail."""
-    # Checked before the training, because the export is written after it.
-    layout = config.export.layout
-    problems = []
-    if layout != "none":
-        problems += list_place_problems(RunDir(Path(config.output_dir)).export)
-        try:
-            check_export(family.kind, layout, family.base(sizes))
-        except InputError as error:
-            problems += [f"export: {problem}" for problem in error.problems]
-    return problems
-
-
-def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
-    """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
-    if config.lora.rank and family.lora_of(sizes) is None:
-        return []  # add_adapters has said why there are none
-    try:
-        trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
-    except InputError as error:
-        return list(error.problems)
-    return _find_gradient_problems(config, family.tokenizer_parts, trained)
-
-
-def _find_gradient_problems(config: Config, tokenizer: Sequence[str], trained: Params) -> list[str]:
-    """Returns problems with trained parts that the stage gives no gradient."""
-    if STAGES[config.stage].uses_language_model:
-        without = sorted(trained.keys() & set(tokenizer))
-        reason = "takes no gradient, so that it would only decay; leave it out"
-        through = "through which stage"
-    else:
-        without = sorted(trained.keys() - set(tokenizer))
-        patterns = ", ".join(f'"{part}/.*"' for part in tokenizer)
-        reason = f"does not use; expected [{patterns}] or a part of it"
-        through = "which stage"
-    if not without:
-        return []
-    names = ", ".join(without)
-    return [f"train.trainable: found {names}, {through} {config.stage} {reason}"]

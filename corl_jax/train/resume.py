@@ -16,6 +16,7 @@ from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints, Restored, to_abstract
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
+from corl_jax.train.stages import scores_rewards
 from corl_jax.train.step import TrainState
 
 REPORT_OPTIONS = ("eval.", "rollout.", "rewards.", "data.", "model.", "networks.", "compat.")
@@ -87,7 +88,8 @@ def fingerprint_untrained(run: Run) -> dict[str, str]:
 
 def hash_reward_files(config: Config) -> dict[str, str]:
     """Returns file -> SHA-256 of the files of the user's rewards."""
-    files = (Path((reward.use or "").rpartition(":")[0]) for reward in config.scored_rewards)
+    rewards = config.rewards if scores_rewards(config) else []
+    files = (Path((reward.use or "").rpartition(":")[0]) for reward in rewards)
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files

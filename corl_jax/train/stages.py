@@ -14,7 +14,9 @@ import optax
 from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
+from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
+from corl_jax.evaluation import SUITES
 from corl_jax.tasks import TASKS, UNIFIED, choose_tasks, required_columns
 from corl_jax.train import image_tokenizer, iteration, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
@@ -33,8 +35,17 @@ class Stage:
     target_columns: Callable[[Config], list[str]]  # learned from; a row must have them
     loss: Callable[[Config], Loss]
     loss_weights: Callable[[Config], dict[str, float]]
-    samples: bool  # completions are sampled, rewarded and compared
-    uses_language_model: bool  # prompts are read; False trains the image tokenizer alone
+    facts: StageFacts
+
+    @property
+    def samples(self) -> bool:
+        """True if completions are sampled, rewarded and compared."""
+        return self.facts.has_rollouts
+
+    @property
+    def uses_language_model(self) -> bool:
+        """True if prompts are read; False if the image tokenizer alone is trained."""
+        return self.facts.trains_language_model
 
     def updates_per_step(self, config: Config) -> int:
         """Returns the optimizer steps of an iteration."""
@@ -80,8 +91,7 @@ STAGES: dict[str, Stage] = {
         target_columns=lambda config: [],
         loss=lambda config: RECIPES[config.algorithm.name].loss,
         loss_weights=_weigh_rl_tasks,
-        samples=True,
-        uses_language_model=True,
+        facts=STAGE_FACTS["rl"],
     ),
     "sft": Stage(
         iterate=sft.sft_iteration,
@@ -90,8 +100,7 @@ STAGES: dict[str, Stage] = {
         target_columns=_list_sft_columns,
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
         loss_weights=_weigh_sft_batches,
-        samples=False,
-        uses_language_model=True,
+        facts=STAGE_FACTS["sft"],
     ),
     "vq": Stage(
         iterate=image_tokenizer.tokenizer_iteration,
@@ -100,8 +109,7 @@ STAGES: dict[str, Stage] = {
         target_columns=lambda config: [IMAGE_COLUMN],
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
         loss_weights=lambda config: {},
-        samples=False,
-        uses_language_model=False,
+        facts=STAGE_FACTS["vq"],
     ),
 }
 
@@ -110,3 +118,9 @@ def list_columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -
     """Returns the columns that the stage's prompts, its targets and the rewards read."""
     columns = {*required_columns(stage.tasks(config)), *stage.target_columns(config)}
     return columns.union(*(reward.row.columns for reward in rewards))
+
+
+def scores_rewards(config: Config) -> bool:
+    """Returns whether the training or the evaluation computes the rewards of the config."""
+    suite = SUITES.get(config.eval.suite)
+    return STAGES[config.stage].samples or (suite is not None and suite.uses_rewards)

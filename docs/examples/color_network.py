@@ -101,7 +101,7 @@ def rate_colors(config: ColorConfig, params: Params, images: jax.Array) -> jax.A
     return modules.bind(ColorHead, config, params)(images.astype(jnp.float32) / 255)
 
 
-ROW = RewardRow(score_color, "t2i", networks=("color",))
+ROW = RewardRow(score_color, "images", networks=("color",))
 
 if __name__ == "__main__":
     KINDS["color"] = KIND

@@ -45,7 +45,11 @@ def leave_one_out(
     return dict.fromkeys(totals, advantages), describe_rewards(totals, options)
 
 
-RLOO = Recipe(leave_one_out, CLIPPED_POLICY_LOSS)
+RLOO = Recipe(
+    leave_one_out,
+    CLIPPED_POLICY_LOSS,
+    ignored=frozenset({"advantages", "scale_by_std", "multi_objective_aggregation"}),
+)
 
 if __name__ == "__main__":
     RECIPES["rloo"] = RLOO

@@ -12,7 +12,7 @@ import yaml
 from corl_jax.config import checks
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Checkpoint, Config, RewardNetwork, Section
-from corl_jax.config.stages import STAGES
+from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 from corl_jax.train.optimizer import learning_rate
@@ -372,7 +372,6 @@ def test_options_that_contradict_each_other(write, overrides, part):
     ("overrides", "found", "reader"),
     [
         (["sft.t2i_weight=0.2"], "sft.t2i_weight: 0.2", "stage sft"),
-        (["stage=sft"], "rewards: 'format'", "stage rl or eval.suite rewards"),
         (["stage=vq", "rewards=[]", "algorithm.kl_coef=0.1"], "algorithm.kl_coef: 0.1", "stage rl"),
         (["algorithm.reference=host"], "algorithm.reference: 'host'", "algorithm.kl_coef above 0"),
         (
@@ -401,11 +400,11 @@ def test_options_that_contradict_each_other(write, overrides, part):
         ),
         (
             ["compat.text_top_k_50=true", "algorithm.tasks=t2i"],
-            "compat.text_top_k_50: True", "the task mm2t",
+            "compat.text_top_k_50: True", "a task that makes texts",
         ),
         (
             ["compat.image_logprobs_unshifted=true", "algorithm.tasks=mm2t"],
-            "compat.image_logprobs_unshifted: True", "the task t2i",
+            "compat.image_logprobs_unshifted: True", "a task that makes images",
         ),
         (
             ["optimizer.name=sgd", "optimizer.b2=0.9"],
@@ -424,7 +423,7 @@ def test_options_that_contradict_each_other(write, overrides, part):
         (["guards.held_out=2.0"], "guards.held_out: 2.0", "an eval.suite other than none"),
         (
             ["guards.duplicates=0.4", "algorithm.tasks=mm2t"],
-            "guards.duplicates: 0.4", "the task t2i",
+            "guards.duplicates: 0.4", "a task that makes images",
         ),
         (
             ["guards.max_failed_reward_fraction=0.4"],
@@ -451,6 +450,26 @@ def test_options_that_contradict_each_other(write, overrides, part):
             ["algorithm.mm2t_weight=0.5", "algorithm.advantages=separate"],
             "algorithm.mm2t_weight: 0.5",
             "algorithm.advantages unified_reward or unified_advantage",
+        ),
+        (
+            ["algorithm.clip_low=0.1"], "algorithm.clip_low: 0.1",
+            "algorithm.num_iterations above 1",
+        ),
+        (
+            ["algorithm.mask_truncated=true", "algorithm.tasks=t2i"],
+            "algorithm.mask_truncated: True", "a task that makes texts",
+        ),
+        (
+            ["rollout.max_new_tokens=9", "algorithm.tasks=t2i"],
+            "rollout.max_new_tokens: 9", "a task that makes texts, or an eval.suite",
+        ),
+        (
+            ["rollout.cfg_scale=2.0", "algorithm.tasks=mm2t"],
+            "rollout.cfg_scale: 2.0", "a task that makes images, or an eval.suite",
+        ),
+        (
+            ["export.dtype=float32", "export.layout=none"],
+            "export.dtype: 'float32'", "an export.layout other than none",
         ),
         (["export.lora=adapter"], "export.lora: 'adapter'", "lora.rank above 0"),
         (["lora.alpha=12.0"], "lora.alpha: 12.0", "lora.rank above 0"),
@@ -485,18 +504,12 @@ def flat_keys(section, prefix=""):
 
 
 def test_stages_are_those_of_the_table():
-    assert typing.get_args(Config.model_fields["stage"].annotation) == tuple(STAGES)
+    assert typing.get_args(Config.model_fields["stage"].annotation) == tuple(STAGE_FACTS)
 
 
 def test_a_fatal_alarm_that_is_switched_off_is_refused(write):
     (line,) = problems(write(MINIMAL), "guards.fatal=[entropy]", "guards.entropy=null")
     assert line.endswith("guards.fatal: found entropy, but guards.entropy is null; drop it")
-
-
-def test_rewards_that_nothing_reads_are_not_scored(write):
-    path = write(MINIMAL)
-    assert config_files.load(path, ["stage=sft"]).scored_rewards == []
-    assert len(config_files.load(path, ["stage=sft", "eval.suite=rewards"]).scored_rewards) == 1
 
 
 def test_networks_are_named_by_the_user(write):

@@ -20,7 +20,8 @@ from corl_jax.params import partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
-from corl_jax.train import resolve
+from corl_jax.tasks import choose_tasks
+from corl_jax.train import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
@@ -87,12 +88,12 @@ def test_the_promised_configs_are_there():
 @pytest.mark.parametrize("name", FILES)
 def test_config_loads_and_its_rewards_fit_its_tasks(name):
     config = load(name)
-    resolved = registry.bind_rewards(config.rewards, config.compat)
+    bound = registry.bind_rewards(config.rewards, config.compat)
     if config.stage != "rl":
         assert not config.rewards
         return
-    trained = {"unified": ["t2i", "mm2t"]}.get(config.algorithm.tasks, [config.algorithm.tasks])
-    assert [task for task, rewards in resolved.items() if rewards] == trained
+    by_task = registry.group_by_task(bound, choose_tasks(config.algorithm.tasks))
+    assert all(by_task.values()) and sum(map(len, by_task.values())) == len(bound)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -180,7 +181,7 @@ def test_7b_differs_from_1b_in_model_mesh_and_adapters_alone(stage):
     assert differing(small, large) == expected
     config_files.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
     if adapters:
-        adapted = resolve.add_adapters(large, FAMILY, network.PRESETS["janus-pro-7b"])
+        adapted = fit.add_adapters(large, FAMILY, network.PRESETS["janus-pro-7b"])
         assert len(FAMILY.adapters.options_of(adapted).targets) == 7
     assert large.lora.targets is None and large.export.lora == "merged"
     assert (large.mesh.data, large.mesh.fsdp, large.mesh.tensor) == (1, -1, 1)
@@ -237,7 +238,7 @@ def test_data_sets_are_the_published_ones():
 def test_answering_stages_need_no_column_of_types():
     for stage, kind in (("refined_mc", "MC"), ("refined_oe", "OE")):
         config = load(f"janus_pro_1b/{stage}.yaml")
-        (reward, _) = registry.bind_rewards(config.rewards, config.compat)["mm2t"]
+        (reward, _) = registry.bind_rewards(config.rewards, config.compat)
         assert not registry.find_missing_columns([reward], ["qa_problem", "qa_solution"])
         assert reward.function.keywords == {"default_type": kind}
     plain = registry.bind_reward("qa_accuracy", {})
@@ -353,7 +354,7 @@ def test_rewards_doc_covers_the_registry():
     text = (DOCS / "reference/rewards.md").read_text()
     for name in registry.REGISTRY:
         assert f"`{name}`" in text, name
-        (row,) = re.findall(rf"^\| `{name}` \| (?:t2i|mm2t) \|.*$", text, re.MULTILINE)
+        (row,) = re.findall(rf"^\| `{name}` \| (?:images|texts) \|.*$", text, re.MULTILINE)
         for option, accepted in registry.list_options(name).items():
             value = yaml.safe_dump(accepted.default).removesuffix("...\n").strip()
             assert f"`{option}={value}`" in row, (name, option)

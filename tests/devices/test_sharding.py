@@ -27,7 +27,7 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
-from corl_jax.train.resolve import find_mesh_problems
+from corl_jax.train.fit import find_mesh_problems
 from corl_jax.weights.layouts import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"

@@ -75,7 +75,7 @@ def problems(use: str, options=None) -> list[str]:
 
 def test_images_make_a_reward_of_drawings(made):
     reward = made("def f(images): return [image.getpixel((0, 0))[0] for image in images]")
-    assert (reward.name, reward.task, reward.columns, reward.optional) == ("f", "t2i", (), ())
+    assert (reward.name, reward.scores, reward.columns, reward.optional) == ("f", "images", (), ())
     scores = reward(images(3), NOWHERE)
     np.testing.assert_array_equal(scores, [0, 51, 102])
     assert scores.dtype == np.float32 and reward.failures == 0
@@ -83,7 +83,7 @@ def test_images_make_a_reward_of_drawings(made):
 
 def test_texts_make_a_reward_of_answers(made):
     reward = made("def f(texts): return [len(text) for text in texts]")
-    assert reward.task == "mm2t"
+    assert reward.scores == "texts"
     np.testing.assert_array_equal(reward(texts("a", "", "ccc"), NOWHERE), [1, 0, 3])
 
 
@@ -717,7 +717,7 @@ def test_the_example_scores_pictures_and_answers():
 
 def test_the_example_asks_a_service(service, caplog):
     judge = load_user_reward(f"{EXAMPLE}:judge", {"url": service})
-    assert (judge.task, judge.columns) == ("mm2t", ("qa_problem",))
+    assert (judge.scores, judge.columns) == ("texts", ("qa_problem",))
     batch = texts("a", "z", "b", qa_problem=["abc", "abc", None])
     np.testing.assert_array_equal(judge(batch, NOWHERE), [1, 0, np.nan])
     assert judge.failures == 0

@@ -18,7 +18,7 @@ from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.signature import find_option_problem
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import IMAGES, TEXTS, UNIFIED
 from tests.support.tiny_models import tiny_image
 
 NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
@@ -34,7 +34,7 @@ def resolve(*rewards, **compat):
 
 def score(name, samples, options=None, **compat):
     reward = {"name": name, "options": options or {}}
-    (one,) = [r for listed in resolve(reward, **compat).values() for r in listed]
+    (one,) = resolve(reward, **compat)
     return registry.score([one], samples, NOWHERE)[name]
 
 
@@ -45,9 +45,9 @@ def texts(*completions, **columns):
 def test_the_table_is_complete_and_consistent():
     assert set(REGISTRY) == set(ISSUE.split())
     for name, entry in REGISTRY.items():
-        assert entry.task in TASKS and entry.function.__doc__
+        assert entry.scores in (IMAGES, TEXTS) and entry.function.__doc__
         others = ("shapes_checker", "pickscore", "hpsv2", "aesthetic")
-        assert name.startswith("t2i") == (entry.task == "t2i") or name in others
+        assert name.startswith("t2i") == (entry.scores == IMAGES) or name in others
         for key, option in registry.list_options(name).items():
             accepted = registry.list_options(name)
             assert find_option_problem(accepted, key, option.default) is None
@@ -60,12 +60,14 @@ def test_the_table_is_complete_and_consistent():
 
 
 def test_rewards_are_split_by_task_in_order():
-    found = resolve({"name": "qa_accuracy", "weight": 0.5}, {"name": "t2i_pixel_mse"},
+    bound = resolve({"name": "qa_accuracy", "weight": 0.5}, {"name": "t2i_pixel_mse"},
                     {"name": "format", "weight": 2})  # fmt: skip
+    found = registry.group_by_task(bound, UNIFIED)
     assert [(r.name, r.weight) for r in found["mm2t"]] == [("qa_accuracy", 0.5), ("format", 2.0)]
     assert [r.name for r in found["t2i"]] == ["t2i_pixel_mse"]
     assert found["t2i"][0].row is REGISTRY["t2i_pixel_mse"]
-    assert resolve() == {"t2i": [], "mm2t": []}
+    assert registry.group_by_task([], UNIFIED) == {"t2i": [], "mm2t": []}
+    assert registry.group_by_task(bound, ("t2i",)) == {"t2i": found["t2i"]}
 
 
 def test_every_problem_is_reported_at_once():
@@ -147,7 +149,7 @@ def test_rewards_that_can_score_none_of_the_first_rows_are_named():
     rewards = resolve(
         *({"name": n} for n in ("format", "qa_accuracy", "oc_accuracy", "t2i_od", "t2i_ti_sim"))
     )
-    listed = [*rewards["mm2t"], *rewards["t2i"]]
+    listed = rewards
     sound = {
         "qa_solution": "<answer>B</answer>", "qa_type": "MC", "prompt": "a dog",
         "od_problem": "where?", "od_solution": [[0, 0, 1, 1]],
@@ -167,7 +169,7 @@ def test_rewards_that_can_score_none_of_the_first_rows_are_named():
 
 
 def test_a_switch_sets_the_fixed_spans_and_refuses_a_contradiction():
-    ((one,), _) = resolve({"name": "t2i_ti_sim"}, ti_sim_fixed_spans=True).values()
+    (one,) = resolve({"name": "t2i_ti_sim"}, ti_sim_fixed_spans=True)
     assert isinstance(one.function, functools.partial)
     assert one.function.keywords == {"fixed_spans": True}
     options = {"fixed_spans": False}
@@ -182,7 +184,7 @@ def test_scores_per_row_with_nan_where_not_applicable():
         qa_problem=["?\nA. red\nB. blue", "how many?", "?"], qa_solution=["B", "2", None],
         qa_type=["MC", "OE", "OE"],
     )  # fmt: skip
-    rewards = resolve(*({"name": n} for n in ("qa_accuracy", "format", "format_tag")))["mm2t"]
+    rewards = resolve(*({"name": n} for n in ("qa_accuracy", "format", "format_tag")))
     found = registry.score(rewards, batch, NOWHERE)
     assert list(found) == ["qa_accuracy", "format", "format_tag"]
     assert all(values.dtype == np.float32 for values in found.values())
@@ -199,7 +201,7 @@ def test_classes_come_from_either_columns_row_by_row():
 
 
 def test_missing_columns_are_named():
-    rewards = resolve({"name": "qa_accuracy"}, {"name": "oc_accuracy"})["mm2t"]
+    rewards = resolve({"name": "qa_accuracy"}, {"name": "oc_accuracy"})
     with pytest.raises(InputError) as caught:
         registry.score(rewards, texts("x", prompt=["y"]), NOWHERE)
     assert caught.value.problems == registry.find_missing_columns(rewards, {"prompt": 0})

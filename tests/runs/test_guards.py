@@ -347,7 +347,7 @@ def test_guards_that_contradict_other_options_are_refused(tree, part):
         ({"guards": {"held_out": 2.0}}, "guards.held_out: 2.0", "an eval.suite other than none"),
         (
             {"guards": {"duplicates": 0.1}, "algorithm": {"tasks": "mm2t"}},
-            "guards.duplicates: 0.1", "the task t2i",
+            "guards.duplicates: 0.1", "a task that makes images",
         ),
         (
             {"guards": {"max_failed_reward_fraction": 0.1}},

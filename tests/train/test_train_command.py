@@ -36,10 +36,11 @@ from corl_jax.runs import export_record
 from corl_jax.runs.log import RunLog, StepLog
 from corl_jax.runs.pace import Phases
 from corl_jax.runs.watchdog import Watchdog
+from corl_jax.tasks import CODES, TASKS, TEXT, Task, Turn
 from corl_jax.train import __main__ as command
 from corl_jax.train import check as run_check
+from corl_jax.train import fit, loop, milestones, reports, resolve
 from corl_jax.train import iteration as rl_iteration
-from corl_jax.train import loop, milestones, reports, resolve
 from corl_jax.train.alarms import make_guards
 from corl_jax.train.resume import fingerprint_untrained
 from corl_jax.train.run import Iteration
@@ -522,10 +523,11 @@ VQ = {"stage": "vq", "rewards": []}
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"algorithm": {"tasks": "t2i"}}, ["format is for mm2t", "qa_accuracy is for mm2t"]),
-        ({"rewards": [{"name": "format"}]}, ["none is for t2i"]),
+        ({"rewards": [{"name": "format"}]}, ["none scores the images of t2i"]),
         (VQ, ["train.trainable: found language_model, lm_head, which stage"]),
-        ({"stage": "sft", "rewards": [], "eval": {"suite": "rewards"}}, ["eval.suite: rew"]),
+        ({"stage": "sft", "rewards": [], "eval": {"suite": "rewards"}},
+         ["eval.suite: found rewards, which scores rewards, but the config lists none"]),
+        (VQ | {"eval": {"suite": "rewards"}}, ["but stage vq samples nothing"]),
         ({"stage": "sft", "rewards": [], "sft": {"caption_column": "captoin"}}, ["captoin"]),
         ({"eval": {"suite": "rewards", "rows": 99}}, ["cannot hold out 99 of 16 rows"]),
         ({"eval": {"suite": "shapes", "rows": 4}}, ["spec", "category"]),
@@ -545,7 +547,7 @@ def test_contradictions_are_refused(options, capsys, changes, parts):
 )
 def test_null_alone_trains_what_the_model_recommends(options, trainable, patterns):
     config = config_files.validate(options(train={"trainable": trainable}), "test")
-    assert resolve.trained_patterns(config, FAMILY) == patterns
+    assert fit.trained_patterns(config, FAMILY) == patterns
 
 
 def test_a_batch_that_the_mesh_does_not_divide(options, monkeypatch, capsys):
@@ -747,6 +749,48 @@ def test_an_option_without_effect_is_a_warning_at_the_start(options, tmp_path, c
     assert capsys.readouterr().err.splitlines().count(warning) == 1
     command.main(["--config", str(path), "train.max_steps=1"])
     assert capsys.readouterr().err.splitlines().count(warning) == 1
+
+
+def test_rewards_of_another_task_are_a_warning(options, tmp_path, capsys):
+    path = write_config(tmp_path / "config.yaml", options(algorithm={"tasks": "t2i"}))
+    command.main(["--config", str(path), "--check"])
+    printed = capsys.readouterr().err.splitlines()
+    for name in ("format", "qa_accuracy"):
+        assert f"warning: rewards: {name} has no effect; only a task that makes texts reads it" in (
+            printed
+        )
+
+
+LATER_TASKS = {
+    "think": Task("thinking", (Turn("generate", (TEXT, CODES)),), ("prompt",), 6, "prompt"),
+    "selfplay": Task(
+        "self-questioning", (Turn("generate", (CODES,)), Turn("own_image", (TEXT,))),
+        ("prompt", "qa_problem"), 7, "prompt",
+    ),
+    "edit": Task("editing", (Turn("edit", (CODES,)),), ("real_image", "instruction"), 8, "prompt"),
+    "denoise": Task("editing", (Turn("edit", ("latents",)),), ("real_image",), 9, "prompt"),
+}  # fmt: skip
+"""The rows of docs/how_to/add_a_task.md that are not built yet."""
+
+
+def test_a_row_that_no_run_uses_changes_nothing(options, tmp_path, monkeypatch):
+    for name, task in LATER_TASKS.items():
+        monkeypatch.setitem(TASKS, name, task)
+    path = write_config(tmp_path / "config.yaml", options(algorithm={"tasks": "t2i"}))
+    command.main(["--config", str(path), "train.max_steps=1", "export.layout=none"])
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("think", "needs segments of text and codes, which a janus does not make"),
+        ("selfplay", "algorithm.tasks: selfplay has 2 turns"),
+        ("denoise", "needs segments of latents, which a janus does not make"),
+    ],
+)
+def test_a_task_that_the_model_cannot_do_is_refused(options, monkeypatch, capsys, name, part):
+    monkeypatch.setitem(TASKS, name, LATER_TASKS[name])
+    assert part in "\n".join(refused(capsys, options(algorithm={"tasks": name})))
 
 
 def test_an_export_that_transformers_cannot_express(options, model, tmp_path, capsys):

@@ -281,16 +281,15 @@ def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
     assert "to-jax FOLDER DST --model vgg" in lpips and "t2i_bid_cycle_reward" in lpips
 
 
-def test_settings_that_nothing_asks_are_refused(folders):
+def test_settings_that_nothing_asks_are_warnings(folders):
     idle = Networks(clip=RewardNetwork(path=str(folders["clip"])))
-    with pytest.raises(InputError, match=r"networks\.clip: is set, but no listed reward asks it"):
-        networks.check_networks([resolved()], idle, "float32")
-    with pytest.raises(InputError, match=r"networks\.offload: found True"):
-        networks.check_networks([resolved()], Networks(offload=True), "float32")
-    assert (
-        networks.check_networks([resolved(scorer="initial")], Networks(offload=True), "float32")
-        == []
-    )
+    assert networks.check_networks([resolved()], idle, "float32") == []
+    (line,) = networks.find_unused_settings([resolved()], idle)
+    assert line.startswith("networks.clip: has no effect; no listed reward asks it")
+    (line,) = networks.find_unused_settings([resolved()], Networks(offload=True))
+    assert line.startswith("networks.offload: True has no effect")
+    frozen = [resolved(scorer="initial")]
+    assert networks.find_unused_settings(frozen, Networks(offload=True)) == []
 
 
 @pytest.mark.parametrize("scorer", ["", "  "])

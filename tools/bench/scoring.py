@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from corl_jax import tasks
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
@@ -84,7 +85,8 @@ def _measure_reward(
 def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
     """Measures all rewards of the config, one after another, on the images and as many answers."""
     config = config_files.load(UNIFIED)
-    resolved = registry.bind_rewards(config.rewards, config.compat)
+    bound = registry.bind_rewards(config.rewards, config.compat)
+    resolved = registry.group_by_task(bound, tasks.UNIFIED)
     answered = _make_answer_samples(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))

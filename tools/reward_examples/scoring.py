@@ -16,6 +16,7 @@ from corl_jax.rewards import cycle, networks, registry, text
 from corl_jax.rewards import policy as asking
 from corl_jax.rewards.samples import Context, Samples, read_class_questions
 from corl_jax.score import read_cases
+from corl_jax.tasks import IMAGES
 from tools.reward_examples import cases
 
 
@@ -124,7 +125,7 @@ def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
 
 
 def _read_samples(row: registry.RewardRow) -> Samples:
-    path = cases.DRAWINGS if row.task == "t2i" else cases.ANSWERS
+    path = cases.DRAWINGS if row.scores == IMAGES else cases.ANSWERS
     return read_cases(path, row).samples
 
 

@@ -1,0 +1,150 @@
+"""Finds what of a config does not fit its model and its mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from corl_jax.config.schema import Config
+from corl_jax.devices import batches
+from corl_jax.devices.mesh import find_layout_problems
+from corl_jax.errors import InputError
+from corl_jax.models.lora import Lora
+from corl_jax.nearest import nearest_multiples
+from corl_jax.params import partition
+from corl_jax.policies.family import Family, Limits
+from corl_jax.runs.directory import RunDir
+from corl_jax.runs.export_record import list_place_problems
+from corl_jax.train import attending
+from corl_jax.train.stages import STAGES
+from corl_jax.types import Params, Sizes
+from corl_jax.weights.export import check_export
+
+
+def trained_patterns(config: Config, family: Family) -> Sequence[str]:
+    """Returns the regexes of the trained parameters: the adapters, or those of the config."""
+    if config.lora.rank and family.adapters is not None:
+        return [family.adapters.paths]
+    chosen = config.train.trainable
+    return family.trainable if chosen is None else chosen
+
+
+def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
+    """Returns the sizes with the adapters that the config asks for.
+
+    Raises:
+        InputError: a projection that the family does not adapt.
+    """
+    options = config.lora
+    if not options.rank:
+        return sizes
+    if family.adapters is None:
+        raise InputError(
+            f"lora.rank: found {options.rank}, but the model is a {family.name}, which has no "
+            "adapters; set it to 0"
+        )
+    known = family.adapters.targets
+    targets = known if options.targets is None else tuple(options.targets)
+    unknown = [name for name in targets if name not in known]
+    if unknown or not targets or len(set(targets)) < len(targets):
+        raise InputError(
+            f"lora.targets: found {list(targets)}, expected one or more of {', '.join(known)}, "
+            "each once"
+        )
+    return family.adapters.add(sizes, Lora(options.rank, options.alpha, targets))
+
+
+def find_batch_problems(config: Config, mesh: Mesh) -> list[str]:
+    """Returns the batch sizes that the mesh does not divide."""
+    shards, batch = batches.num_batch_shards(mesh), config.train.prompts_per_step
+    sizes = {
+        "train.prompts_per_step": batch,
+        "train.micro_batch": config.train.micro_batch or batch,
+        "rollout.batch_prompts": config.rollout.batch_prompts or batch,
+        "eval.batch_prompts": config.eval.batch_prompts if config.eval.suite != "none" else shards,
+    }
+    return [
+        f"{name}: {size} is not a multiple of the {shards} ways that mesh data x fsdp splits "
+        f"prompts; nearest: {nearest_multiples(shards, size)}"
+        for name, size in sizes.items()
+        if size % shards
+    ]
+
+
+def find_mesh_problems(family: Family, sizes: Sizes, mesh: Any) -> list[str]:
+    """Returns the sizes of a model that the mesh does not divide."""
+    heads = family.limits(sizes).sharded_heads
+    return find_layout_problems(family.abstract(sizes), heads, mesh, family.rules)
+
+
+def find_model_problems(
+    config: Config, family: Family, sizes: Sizes, mesh: Mesh | None
+) -> list[str]:
+    """Returns the sizes and parts of the model that do not fit the config."""
+    limits = family.limits(sizes)
+    problems = find_trainable_problems(config, family, sizes)
+    problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
+    if mesh is None:
+        return problems
+    problems += find_mesh_problems(family, sizes, mesh)
+    return problems + attending.find_problems(config, limits.head_dim, mesh)
+
+
+def find_length_problems(config: Config, limits: Limits) -> list[str]:
+    """Returns a problem if prompts and completions may pass the model's positions."""
+    stage = STAGES[config.stage]
+    if not stage.uses_language_model:
+        return []
+    answer = config.rollout.max_new_tokens if stage.samples else 0
+    longest = config.data.max_prompt_length + max(answer, limits.image_tokens)
+    if longest <= limits.positions:
+        return []
+    return [
+        f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
+        f"tokens; the model has positions for {limits.positions}"
+    ]
+
+
+def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
+    """Returns what would make the export fail."""
+    # Checked before the training, because the export is written after it.
+    layout = config.export.layout
+    problems = []
+    if layout != "none":
+        problems += list_place_problems(RunDir(Path(config.output_dir)).export)
+        try:
+            check_export(family.kind, layout, family.base(sizes))
+        except InputError as error:
+            problems += [f"export: {problem}" for problem in error.problems]
+    return problems
+
+
+def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
+    """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
+    if config.lora.rank and family.lora_of(sizes) is None:
+        return []  # add_adapters has said why there are none
+    try:
+        trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
+    except InputError as error:
+        return list(error.problems)
+    return _find_gradient_problems(config, family.tokenizer_parts, trained)
+
+
+def _find_gradient_problems(config: Config, tokenizer: Sequence[str], trained: Params) -> list[str]:
+    """Returns problems with trained parts that the stage gives no gradient."""
+    if STAGES[config.stage].uses_language_model:
+        without = sorted(trained.keys() & set(tokenizer))
+        reason = "takes no gradient, so that it would only decay; leave it out"
+        through = "through which stage"
+    else:
+        without = sorted(trained.keys() - set(tokenizer))
+        patterns = ", ".join(f'"{part}/.*"' for part in tokenizer)
+        reason = f"does not use; expected [{patterns}] or a part of it"
+        through = "which stage"
+    if not without:
+        return []
+    names = ", ".join(without)
+    return [f"train.trainable: found {names}, {through} {config.stage} {reason}"]
