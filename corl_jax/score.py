@@ -188,6 +188,8 @@ def check_arguments(
     checked_networks = None
     if reward and settings:
         checked_networks = problems.attempt(networks.check_networks, [reward], settings, args.dtype)
+        for line in networks.find_unused_settings([reward], settings):
+            print(f"warning: {line}", file=sys.stderr)
     needs_policy = bool(reward and {"policy", "initial"} & set(reward.scorers))
     if needs_policy and not args.model:
         problems.add(f"--model: missing; {reward.name} asks the policy")

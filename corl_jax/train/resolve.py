@@ -135,12 +135,13 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = None
     if model:
-        problems.add(find_missing_abilities(config, stage, model.family, rewards.used))
+        missing = find_missing_abilities(config, stage, model.family, rewards.used)
+        problems.add(missing)
         problems.add(_find_answer_problems(config, rewards.used, model))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))
-        if sources:
+        if sources and not missing:  # prompts are encoded, and the model must know their kind
             loaders = problems.attempt(
                 make_loaders, config, stage, model.processor, shard or (0, 1), rewards.used, sources
             )

@@ -260,7 +260,7 @@ def test_a_reward_that_asks_a_network(tmp_path, capsys):
     err = problems(capsys, *arguments, "--network", f"lpips={clip}")
     assert "holds a clip network, expected vgg" in err and "--model: missing" in err
     err = problems(capsys, *arguments, "--network", f"lpips={vgg}", "--network", f"clip={clip}")
-    assert "networks.clip: is set, but no listed reward asks it" in err
+    assert "warning: networks.clip: has no effect" in err and "--model: missing" in err
 
 
 def test_a_reward_that_asks_the_policy(tmp_path, capsys, tiny_config):
