@@ -31,7 +31,7 @@ from corl_jax.policies.janus.prompts import Processor
 from corl_jax.tasks import TASKS
 from corl_jax.weights.checkpoint import load_params
 from corl_jax.weights.export import save_checkpoint
-from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
+from tests.support.tiny_models import encode, encode_prompts, tiny_image, tiny_tokenizer_dir
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -145,7 +145,7 @@ def test_greedy_images_are_transformers_own(model_dir, processor, tmp_path):
     found = [row["tokens"] for row in lines_of(tmp_path / "out" / "samples.jsonl")]
 
     model = JanusForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
-    encoded = processor.encode_t2i([PROMPTS[0], PROMPTS[2]])
+    encoded = encode_prompts(processor, [PROMPTS[0], PROMPTS[2]])
     try:
         expected = model.generate(
             torch.from_numpy(encoded.input_ids),

@@ -22,7 +22,7 @@ from corl_jax.rewards import cycle, policy, text
 from corl_jax.rewards.image_rewards import compare_to_real_images
 from corl_jax.rewards.registry import REGISTRY, Context, Samples
 from corl_jax.types import EncodedPrompts
-from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
+from tests.support.tiny_models import encode_questions, tiny_image, tiny_tokenizer_dir
 from tests.support.tolerances import NETWORK
 
 CAPTIONS = ["a red circle", "two blue squares and a green triangle, left of a yellow shape", "ring"]
@@ -78,7 +78,7 @@ def test_pixels_are_the_processors_to_the_bit(processor, side):
 def unpadded_hidden(context, caption, image):
     """Last hidden states of the one row, and its ids."""
     processor = context.processor
-    encoded = processor.encode_mm2t([caption], [Image.fromarray(image)])
+    encoded = encode_questions(processor, [caption], [Image.fromarray(image)])
     ids = np.asarray(encoded.input_ids[0])[np.asarray(encoded.attention_mask[0])]
     model = network.bind(context.config, context.params)
     features = model.image_features(jnp.asarray(encoded.pixel_values))
@@ -200,7 +200,7 @@ def test_tokens_that_merge_line_breaks_with_the_caption(processor, monkeypatch, 
 def alone(context, image, question, **options):
     """The greedy answer about one image, sampled without padding or company."""
     processor = context.processor
-    encoded = processor.encode_mm2t([question], [Image.fromarray(image)])
+    encoded = encode_questions(processor, [question], [Image.fromarray(image)])
     real = int(encoded.attention_mask.sum())
     prompts = EncodedPrompts(
         encoded.input_ids[:, -real:], encoded.attention_mask[:, -real:], encoded.pixel_values

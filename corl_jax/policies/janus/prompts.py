@@ -130,18 +130,8 @@ class Processor:
 
     # ---- templates
 
-    def t2i_text(self, prompt: str) -> str:
-        """Returns the prompt of image generation without BOS.
-
-        Source: Janus's `deepseek` template.
-        """
-        return "".join(self._make_t2i_parts(prompt))
-
-    def mm2t_text(self, question: str, system_prompt: str = "") -> str:
-        """Returns the understanding prompt before image expansion, without BOS."""
-        return "".join(self._make_mm2t_parts(question, system_prompt))
-
     def _make_t2i_parts(self, prompt: str) -> list[str]:
+        # Source: Janus's `deepseek` template.
         user, assistant = self.roles
         return [user, f": {prompt.strip()}\n\n", assistant, ":", STRINGS["boi"]]
 
@@ -169,39 +159,6 @@ class Processor:
         special = self.special
         image = [special.boi, *[special.image] * self.num_image_tokens, special.eoi]
         return ids[:slot] + image + ids[slot + 1 :]
-
-    def encode_t2i(self, prompts: Sequence[str], length: int | None = None) -> EncodedPrompts:
-        """Left-pads prompts of image generation to `length`, or to the bucket of the longest.
-
-        Raises:
-            InputError: no prompt, an empty one, or one longer than `length`.
-        """
-        empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
-        if empty:
-            raise InputError([f"prompt {i}: found an empty text" for i in empty])
-        return self.pad([self.t2i_ids(prompt) for prompt in prompts], length)
-
-    def encode_mm2t(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Image.Image],
-        length: int | None = None,
-        system_prompt: str = "",
-    ) -> EncodedPrompts:
-        """Left-pads understanding prompts, with the pixel values of one image each.
-
-        Raises:
-            InputError: counts differ, an empty question, or one longer than `length`.
-        """
-        problems = [
-            f"question {i}: found an empty text" for i, q in enumerate(questions) if not q.strip()
-        ]
-        if len(questions) != len(images):
-            problems.append(f"found {len(questions)} questions and {len(images)} images")
-        if problems:
-            raise InputError(problems)
-        ids = [self.mm2t_ids(question, system_prompt) for question in questions]
-        return self.encode(QUESTION, ids, images, length)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
         """Left-pads rows of ids to `length`, or to the bucket of the longest row."""
