@@ -151,8 +151,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(checked_networks or [], mesh))
     sizes = loaders = None
     if model:
-        problems.add(find_missing_abilities(config, stage, model.family, bound_rewards))
-        problems.add(_find_answer_problems(config, bound_rewards, model))
+        problems.add(find_missing_abilities(config, stage, model.family))
+        problems.add(_find_own_scorer_problems(config, bound_rewards, model))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(_find_model_problems(config, model.family, sizes, mesh))
@@ -232,10 +232,8 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
     return family.adapters.add(sizes, Lora(options.rank, options.alpha, targets))
 
 
-def find_missing_abilities(
-    config: Config, stage: Stage, family: Family, rewards: Sequence[registry.BoundReward]
-) -> list[str]:
-    """Returns the abilities that the run needs and the model's family lacks."""
+def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list[str]:
+    """Returns the abilities that tasks and stage need and the model's family lacks."""
     problems = [
         f"algorithm.tasks: {task} needs segments of {' and '.join(TASKS[task].turn.segments)}, "
         f"which a {family.name} does not make; choose another task or model"
@@ -247,14 +245,7 @@ def find_missing_abilities(
             f"stage: found {config.stage}, but a {family.name} has no image tokenizer to train; "
             "choose another stage"
         )
-    return problems + [
-        f"rewards: {reward.name} reads hidden states, which a {family.name} does not give; "
-        "remove it, or set its option scorer to another model"
-        for reward in rewards
-        if family.hidden_states is None
-        and reward.row.reads_hidden_states
-        and {"policy", "initial"} & set(reward.scorers)
-    ]
+    return problems
 
 
 def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
@@ -340,19 +331,16 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     ]
 
 
-def _find_answer_problems(
+def _find_own_scorer_problems(
     config: Config, bound_rewards: list[registry.BoundReward], model: PolicyFiles
 ) -> list[str]:
-    """Returns rewards whose prompts to the policy would be longer than its positions."""
+    """Returns rewards that need of the policy what it lacks."""
     return [
         line
         for reward in bound_rewards
         if {"policy", "initial"} & set(reward.scorers)
-        for line in networks.find_position_problems(
-            reward, model.family.limits(model.sizes), model.processor,
-            config.data.max_prompt_length,
-        )
-    ]  # fmt: skip
+        for line in networks.find_scorer_problems(reward, model, config.data.max_prompt_length)
+    ]
 
 
 def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:

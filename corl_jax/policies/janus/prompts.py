@@ -18,6 +18,7 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.family import CaptionPrompt
 from corl_jax.policies.janus.image_settings import (
     ImageSettings,
     preprocess_image,
@@ -35,15 +36,6 @@ GENERATE, QUESTION = "generate", "question"
 FIXED_START, FIXED_GAP = 5, 5
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 LONGEST_SHOWN = 80  # characters of a text in a message
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionPrompt:
-    """A question prompt with a caption as its question, and the positions of its parts."""
-
-    ids: list[int]  # unpadded
-    image_start: int  # position of the first image token
-    is_caption: np.ndarray  # [len(ids)] bool, tokens of the caption
 
 
 class Processor:
@@ -193,10 +185,10 @@ class Processor:
         """
         caption = caption.strip()
         ids = self.mm2t_ids(caption)
-        is_caption = np.zeros(len(ids), bool)
+        is_caption, slots = np.zeros(len(ids), bool), np.arange(self.num_image_tokens)
         if fixed_spans:
             is_caption[FIXED_START + self.num_image_tokens + FIXED_GAP :] = True
-            return CaptionPrompt(ids, FIXED_START, is_caption)
+            return CaptionPrompt(ids, FIXED_START + slots, is_caption)
         start = ids.index(self.special.image)
         first = start + self.num_image_tokens + 1  # behind the end-of-image token
         # The text between two added tokens is tokenised alone. So the same text gives the same ids
@@ -213,7 +205,7 @@ class Processor:
             # Character 0 is the line break, so the caption is [1, 1 + len). True if the two spans
             # overlap: a token that merges a line break with caption characters counts.
             is_caption[position] = max(begin, 1) < min(end, 1 + len(caption))
-        return CaptionPrompt(ids, start, is_caption)
+        return CaptionPrompt(ids, start + slots, is_caption)
 
     # ---- kinds of prompts, by the names that `tasks.TASKS` uses
 
