@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, policies
+from corl_jax import generate, policies, score
 from corl_jax.errors import InputError
 from corl_jax.policies import load_policy
 from corl_jax.tasks import CODES
@@ -99,10 +99,11 @@ def test_its_export_is_loaded_and_sampled(trained, tmp_path):
 
 def test_it_answers_questions_about_its_own_images(files, tmp_path):
     """A reward asks the policy, whose answers get better with training."""
-    lines = run(files, tmp_path / "run", rewards=[{"name": "t2i_qa"}, {"name": "qa_accuracy"}])
+    asked = {"name": "t2i_qa", "options": {"max_new_tokens": 2}}
+    lines = run(files, tmp_path / "run", rewards=[asked, {"name": "qa_accuracy"}])
     name = "eval/t2i/t2i_qa"
     scores = [line[name] for line in lines if name in line]
-    assert 0 <= scores[0] < scores[-1] - 0.3 <= 0.7
+    assert scores[0] < 1 and scores[-1] == 1
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,14 @@ def test_what_the_family_lacks_is_refused(files, tmp_path, capsys, changes, prob
         command.main(["--config", str(path)])
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_that_scores_refuses_it_too(files, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        score.main([
+            "--reward", "t2i_ti_sim", "--model", str(files[0]), "--input", str(tmp_path / "none"),
+        ])  # fmt: skip
+    assert "t2i_ti_sim reads hidden states, which a bag does not give" in capsys.readouterr().err
 
 
 def test_a_scorer_that_answers_no_questions_is_refused(files, tmp_path, monkeypatch, capsys):
