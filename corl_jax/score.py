@@ -197,8 +197,7 @@ def check_arguments(
     elif args.model and (needs_policy or reward is None):
         model = problems.attempt(inspect_policy, args.model)
         if reward and model:
-            limits = model.family.limits(model.sizes)
-            problems.add(networks.find_position_problems(reward, limits, model.processor))
+            problems.add(networks.find_scorer_problems(reward, model))
     entry = reward.row if reward else registry.REGISTRY.get(args.reward)
     cases = args.input and problems.attempt(read_cases, args.input, entry)
     problems.raise_any()

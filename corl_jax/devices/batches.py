@@ -175,6 +175,21 @@ def split_rows(num_rows: int, max_rows: int, multiple: int = 1) -> Iterator[np.n
         yield pad_rows(np.arange(first, min(first + size, num_rows)), size)
 
 
+def plan_pieces(
+    num_rows: int, max_rows: int, params: Params | None
+) -> tuple[Iterator[np.ndarray], Callable[[Any], Any]]:
+    """Returns the row numbers of each piece, and what spreads its rows over `params`' devices.
+
+    The pieces are those of `split_rows`; each process has as many as the others.
+    """
+    mesh = find_mesh(params)
+    if mesh is None:
+        return split_rows(num_rows, max_rows), lambda rows: rows
+    # Each process pads its rows to a multiple of its own shards of the mesh.
+    multiple = num_batch_shards(mesh) // process_shard(mesh)[1]
+    return split_rows(num_rows, max_rows, multiple), functools.partial(put_rows, mesh)
+
+
 def run_in_pieces(
     program: Callable[..., Any],
     take: Callable[[np.ndarray], tuple],
@@ -188,13 +203,8 @@ def run_in_pieces(
     size, so the program is compiled once. Rows are spread over the devices of `params`.
     Returns each output of the program as a host array with `num_rows` rows.
     """
-    mesh = find_mesh(params)
-    # Each process pads its rows to a multiple of its own shards of the mesh.
-    multiple = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
-    outputs = []
-    for index in split_rows(num_rows, max_rows, multiple):
-        arguments = take(index) if mesh is None else put_rows(mesh, take(index))
-        outputs.append(jax.tree.leaves(program(*arguments)))
+    pieces, place = plan_pieces(num_rows, max_rows, params)
+    outputs = [jax.tree.leaves(program(*place(take(index)))) for index in pieces]
     columns = zip(*outputs, strict=True)
     # Without the padding, which is at the end of the last piece.
     return [np.concatenate([to_host_rows(x) for x in xs])[:num_rows] for xs in columns]

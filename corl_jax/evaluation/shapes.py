@@ -20,11 +20,10 @@ from corl_jax.data.column_values import find_spec_problem, read_question_type
 from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world.checker import check
 from corl_jax.data.drawn_world.scene import CATEGORIES
-from corl_jax.devices.batches import pad_rows, to_host_rows
 from corl_jax.errors import InputError, Problems
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.suite import EvaluationInputs
-from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.turns import bind_sampler, decode_segment, sample_turn
 from corl_jax.rewards.answers import read_solution
 from corl_jax.rewards.text import format_reward, qa_accuracy
 from corl_jax.runs import pictures
@@ -214,34 +213,22 @@ def compute_rates(
 def _sample(
     inputs: EvaluationInputs, prompts: Prompts, num_rows: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Samples images [num_rows, S, S, 3] and answers of a batch padded to `num_rows` rows."""
-    policy, images, texts = inputs.policy, None, None
+    """Samples images [num_rows, S, S, 3] and answers of a batch filled up to `num_rows` rows."""
+    policy, results = inputs.policy, []
     for name in TASKS:
         task = tasks.TASKS[name]
         greedy = inputs.greedy_texts if task.makes_text else inputs.greedy_images
         options = dataclasses.replace(inputs.sampling, greedy=greedy)
-        encoded, keys = _place_batch(inputs, prompts, name, num_rows)
-        sample = policy.family.turns[task.turn.segments].sample
-        result = sample(policy.config, policy.params, encoded, keys, options)[-1]
-        if task.makes_text:
-            tokens, mask = to_host_rows(result.values), to_host_rows(result.mask)
-            rows = zip(tokens, mask, strict=True)
-            texts = [policy.processor.decode(row[valid]) for row, valid in rows]
-        else:
-            pixels = policy.family.decode_images(policy.config, policy.params, result.values)
-            images = to_host_rows(pixels)
-    assert images is not None and texts is not None
+        program = policy.family.turns[task.turn.segments]
+        rollout = sample_turn(
+            bind_sampler(program.sample, policy.config, options), policy.params,
+            prompts.encoded[name], prompts.index, seed=inputs.seed, stream=task.stream,
+            fill_to=num_rows, place=inputs.place,
+        )  # fmt: skip
+        model = (policy.family, policy.config, policy.params, policy.processor)
+        results.append(decode_segment(*model, rollout.segments[-1]))
+    images, texts = results
     return images, texts
-
-
-def _place_batch(inputs: EvaluationInputs, prompts: Prompts, task: str, num_rows: int) -> tuple:
-    """Returns (encoded prompts, keys) of a batch padded to `num_rows` rows, on the devices."""
-    index = pad_rows(prompts.index, num_rows)
-    encoded = jax.tree.map(lambda x: pad_rows(x, num_rows), prompts.encoded[task])
-    keys = sample_keys(inputs.seed, index, 1, tasks.TASKS[task].stream)
-    # Typed keys are not host arrays, so `place` gets their bits.
-    encoded, bits = inputs.place((encoded, np.asarray(jax.random.key_data(keys))))
-    return encoded, jax.random.wrap_key_data(bits)
 
 
 def _make_report(

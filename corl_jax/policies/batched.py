@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies import Model
-from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import SamplingOptions
+from corl_jax.policies.turns import bind_sampler, decode_segment, list_tokens, sample_turn
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, TEXT, Task
 
 
@@ -43,19 +43,6 @@ class Piece:
     rows: int  # prompts in every call of this length; the last call repeats a prompt to fill up
     first: int
     group: int
-
-    @property
-    def filled(self) -> list[int]:
-        # rows = 3, prompts (7, 8) -> [7, 8, 7]: the shape of the other calls, so no new program.
-        return [*self.prompts, *[self.prompts[0]] * (self.rows - len(self.prompts))]
-
-    def keys(self, seed: int, stream: int) -> jax.Array:
-        """Returns the keys [rows * group], prompt-major."""
-        # Samples are numbered over all pieces of a prompt, so that the batch size changes no key:
-        # first = 2, group = 2 takes columns 2 and 3 of keys [rows, 4].
-        last = self.first + self.group
-        keys = sample_keys(seed, self.filled, last, stream)
-        return keys.reshape(self.rows, last)[:, self.first :].reshape(-1)
 
 
 def split_in_pieces(lengths: Sequence[int], samples: int, batch_size: int) -> Iterator[Piece]:
@@ -133,22 +120,26 @@ def _sample_turn(
     system_prompt: str = "",
 ) -> Iterator[Sample]:  # fmt: skip
     processor, turn = model.processor, task.turn
-    program = model.family.turns[turn.segments]
+    sampler = bind_sampler(model.family.turns[turn.segments].sample, model.sizes, options)
     ids = [processor.prompt_ids(turn.prompt, row, system_prompt) for row in rows]
 
     def call(piece: Piece) -> tuple[Sequence[Any], ...]:
-        images = [image_of(i) for i in piece.filled] if image_of is not None else None
+        images = [image_of(i) for i in piece.prompts] if image_of is not None else None
         encoded = processor.encode(
-            turn.prompt, [ids[i] for i in piece.filled], images, piece.length
+            turn.prompt, [ids[i] for i in piece.prompts], images, piece.length
         )
-        keys = piece.keys(batching.seed, task.stream)
+        # Samples are numbered over all pieces of a prompt, so that the batch size changes no key.
+        rollout = sample_turn(
+            sampler, model.params, encoded, piece.prompts,
+            seed=batching.seed, stream=task.stream, group_size=piece.group, first=piece.first,
+            fill_to=piece.rows,
+        )  # fmt: skip
         # The last segment of a turn is its result.
-        result = program.sample(model.sizes, model.params, encoded, keys, options)[-1]
-        tokens, mask = np.asarray(result.values), np.asarray(result.mask)
-        if result.kind == TEXT:
-            return ([row[kept] for row, kept in zip(tokens, mask, strict=True)],)
-        pixels = model.family.decode_images(model.sizes, model.params, result.values)
-        return tokens, np.asarray(pixels)
+        segment = rollout.segments[-1]
+        tokens = list_tokens(segment)
+        if segment.kind == TEXT:
+            return (tokens,)
+        return tokens, decode_segment(model.family, model.sizes, model.params, processor, segment)
 
     lengths = [processor.bucket(len(row)) for row in ids]
     planned = list(split_in_pieces(lengths, batching.samples, batching.batch_size))

@@ -22,8 +22,19 @@ STRIDE = 16
 """Steps between two tests of whether all texts have ended."""
 
 
-def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) -> jax.Array:
-    """Returns the keys [N] of the samples of prompts [B]; `stream` is the number of the task."""
+def sample_keys(
+    seed: int,
+    prompt_index: Any,
+    group_size: int,
+    stream: int = 0,
+    *,
+    first: int = 0,
+    step: int | None = None,
+) -> jax.Array:
+    """Returns the keys [N] of samples `first` to `first + group_size - 1` of prompts [B].
+
+    `stream` is the number of the task. `step` makes other keys at each step of a run.
+    """
     # Without the stream, image i and text i of a prompt would draw the same random numbers.
     base = jax.random.fold_in(jax.random.key(seed), stream)
     index = jnp.asarray(prompt_index, jnp.uint32)
@@ -31,10 +42,11 @@ def sample_keys(seed: int, prompt_index: Any, group_size: int, stream: int = 0) 
     # [B] x [G] -> keys [B, G] -> [N], prompt-major
     grid = jax.vmap(
         lambda prompt: jax.vmap(lambda sample: fold(fold(base, prompt), sample))(
-            jnp.arange(group_size)
+            jnp.arange(first, first + group_size)
         )
     )
-    return grid(index).reshape(-1)
+    keys = grid(index).reshape(-1)
+    return keys if step is None else jax.vmap(fold, (0, None))(keys, step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,6 @@ class Processor(Protocol):
 
     special: Any  # ids of special tokens: a hashable dataclass with at least `eos`
     num_tokens: int  # tokens that the tokenizer knows
-    image: Any  # data.images.ImageSettings: how images in prompts are resized and normalised
 
     def prompt_ids(
         self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
@@ -46,7 +45,10 @@ class Processor(Protocol):
         images: Sequence[Any] | None = None,
         length: int | None = None,
     ) -> EncodedPrompts:
-        """Pads prompts on the left to `length`, or to the bucket of the longest; adds images."""
+        """Pads prompts on the left to `length`, or to the bucket of the longest; adds images.
+
+        A question takes one PIL image for each prompt, of any size.
+        """
         ...
 
     def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
@@ -150,6 +152,25 @@ class Adapters:
     options_of: Callable[[Sizes], Any]  # -> models.lora.Lora, or None
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionPrompt:
+    """A question prompt with a caption as its question, and the positions of its parts."""
+
+    ids: list[int]  # unpadded
+    image_places: np.ndarray  # [I] positions of the image tokens, equally many in all prompts
+    is_caption: np.ndarray  # [len(ids)] bool, tokens of the caption
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenStates:
+    """The functions that give a model's states of an image and its caption, for R_TIM."""
+
+    # (processor, caption, fixed_spans) -> prompt; fixed_spans takes the released positions (Q7)
+    caption_prompt: Callable[[Any, str, bool], CaptionPrompt]
+    # (sizes, params, prompts, special, dtype) -> last hidden states [B, P, D] float32
+    compute: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that it can be hashed
 class Family:
     """One kind of unified model; `policies.FAMILIES` lists all of them."""
@@ -173,10 +194,12 @@ class Family:
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
-    # (sizes, params, prompts, special, dtype) -> last hidden states [B, P, D] float32, for R_TIM
-    hidden_states: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array] | None = None
+    hidden_states: HiddenStates | None = None
     # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+    # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
+    # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
+    normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Limits
 from corl_jax.rewards import captions, clip_scores, similarity
-from corl_jax.rewards.policy import NO_QUESTION, question_ids
+from corl_jax.rewards.policy import NO_QUESTION, QUESTION, question_ids
 from corl_jax.rewards.registry import REGISTRY, BoundReward
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
 from corl_jax.types import Params
@@ -161,14 +161,9 @@ def check_networks(
             leaves = jax.tree.leaves(scorer.family.abstract(scorer.sizes))
             count = sum(math.prod(leaf.shape) for leaf in leaves)
             checked.append(CheckedNetwork(path, scorer.folder, count, dtype, users, scorer))
-            limits = scorer.family.limits(scorer.sizes)
-            for reward in resolved:
-                if path in reward.scorers and reward.row.reads_hidden_states:
-                    problems.add(_find_missing_hidden_states(scorer))
             for reward in resolved:
                 if path in reward.scorers:
-                    lines = find_position_problems(reward, limits, scorer.processor, longest_prompt)
-                    problems.add(lines)
+                    problems.add(find_scorer_problems(reward, scorer, longest_prompt))
     problems.raise_any()
     return checked
 
@@ -199,20 +194,32 @@ def _find_rewards_with(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _find_missing_hidden_states(scorer: PolicyFiles) -> list[str]:
-    if scorer.family.hidden_states is not None:
-        return []
-    return [f"a {scorer.family.name} does not give hidden states; choose another scorer"]
-
-
-def find_position_problems(
-    reward: BoundReward, limits: Limits, processor: Any, longest_prompt: int = 0
+def find_scorer_problems(
+    reward: BoundReward, scorer: PolicyFiles, longest_prompt: int = 0
 ) -> list[str]:
-    """Returns a problem if an answer of the scorer could exceed its positions.
+    """Returns what the reward needs of a scorer that its family lacks or its positions exceed.
 
     `longest_prompt` is the largest number of tokens of a prompt of the data.
     """
-    if not reward.scorers or "max_new_tokens" not in reward.options:
+    family, missing = scorer.family, None
+    if reward.row.reads_hidden_states and family.hidden_states is None:
+        missing = f"reads hidden states, which a {family.name} does not give"
+    elif not reward.row.reads_hidden_states and QUESTION.segments not in family.turns:
+        missing = f"asks questions, which a {family.name} does not answer"
+    if missing is None:
+        return _find_position_problems(
+            reward, family.limits(scorer.sizes), scorer.processor, longest_prompt
+        )
+    return [
+        f"rewards: {reward.name} {missing}; remove it, or set its option scorer to another model"
+    ]
+
+
+def _find_position_problems(
+    reward: BoundReward, limits: Limits, processor: Any, longest_prompt: int
+) -> list[str]:
+    """Returns a problem if an answer of the scorer could exceed its positions."""
+    if "max_new_tokens" not in reward.options:
         return []
     # Rewards with a fixed question (captions) need its tokens only; other questions are columns of
     # the data, of any length up to the limit.

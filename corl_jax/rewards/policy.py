@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import find_mesh, process_shard, run_in_pieces
+from corl_jax.devices.batches import find_mesh, plan_pieces, process_shard, run_in_pieces
 from corl_jax.devices.processes import all_max
-from corl_jax.policies.choices import sample_keys
-from corl_jax.policies.family import Family, SamplingOptions
+from corl_jax.policies.family import Family, Processor, SamplingOptions
+from corl_jax.policies.turns import Sampler, bind_sampler, decode_segment, sample_turn
 from corl_jax.rewards import text
 from corl_jax.rewards.samples import (
     Context,
@@ -73,54 +73,55 @@ def score_ti_sim(
 def _measure_similarities(
     policy: Policy, samples: Samples, fixed_spans: bool, chunk: int
 ) -> np.ndarray:
+    family = policy.family
+    assert family.hidden_states is not None  # the config was checked
     captions = [caption or "" for caption in samples.column("prompt")]
     # Tokenised once per prompt: the G images of a group share it.
     prompt_of = {
-        caption: policy.processor.caption_prompt(caption, fixed_spans)
+        caption: family.hidden_states.caption_prompt(policy.processor, caption, fixed_spans)
         for caption in dict.fromkeys(captions)
     }
     rows = [prompt_of[caption] for caption in captions]
-    prompts = _pad_prompts(policy, [row.ids for row in rows])
-    # Left padding shifts a row's positions. P = 8, 5 ids, image at 1 -> padding 3, image at 4:
-    #   [pad pad pad bos img img cap cap], is_caption [F F F F F F T T]
-    padding = prompts.input_ids.shape[1] - np.array([len(row.ids) for row in rows])
-    start = (padding + [row.image_start for row in rows]).astype(np.int32)
-    is_caption = np.zeros(prompts.attention_mask.shape, bool)
+    ids = [row.ids for row in rows]
+    length = _choose_length(policy, ids)
+    # Left padding shifts a row's positions. P = 8, 5 ids, image at 1 and 2 -> padding 3, image at
+    # 4 and 5: [pad pad pad bos img img cap cap], is_caption [F F F F F F T T]
+    is_caption = np.zeros((len(rows), length), bool)
     for padded, row in zip(is_caption, rows, strict=True):
-        padded[len(padded) - len(row.ids) :] = row.is_caption
-    image_tokens = policy.family.limits(policy.config).input_image_tokens
+        padded[length - len(row.ids) :] = row.is_caption
+    places = np.stack([length - len(row.ids) + row.image_places for row in rows]).astype(np.int32)
+    images = samples.require_images()
 
-    def program(prompts: EncodedPrompts, start: jax.Array, is_caption: jax.Array) -> jax.Array:
+    def take(index: np.ndarray) -> tuple:
+        prompts = encode_questions(policy, [ids[i] for i in index], images[index], length)
+        return prompts, places[index], is_caption[index]
+
+    def program(prompts: EncodedPrompts, places: jax.Array, is_caption: jax.Array) -> jax.Array:
         return _compute_similarity(
-            policy.params, prompts, start, is_caption, family=policy.family, sizes=policy.config,
-            special=policy.processor.special, dtype=policy.dtype, image_tokens=image_tokens,
+            policy.params, normalise_pixels(policy, prompts), places, is_caption,
+            family=family, sizes=policy.config, special=policy.processor.special,
+            dtype=policy.dtype,
         )  # fmt: skip
 
-    (rewards,) = _run_program(
-        policy, samples.require_images(), prompts, (start, is_caption), program, chunk
-    )
-    return rewards
+    return run_in_pieces(program, take, len(rows), chunk, policy.params)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("family", "sizes", "special", "dtype", "image_tokens"))
+@functools.partial(jax.jit, static_argnames=("family", "sizes", "special", "dtype"))
 def _compute_similarity(
     params: Params,
     prompts: EncodedPrompts,
-    image_start: jax.Array,
+    image_places: jax.Array,
     is_caption: jax.Array,
     *,
     family: Family,
     sizes: Sizes,
     special: Any,
     dtype: Any,
-    image_tokens: int,
 ) -> jax.Array:
     assert family.hidden_states is not None  # the config was checked
-    hidden = family.hidden_states(sizes, params, prompts, special, dtype)
-    # The start differs by row: start [B] = [4, 2], 3 image tokens -> [[4, 5, 6], [2, 3, 4]];
-    # hidden [B, P, D] -> images [B, I, D].
-    places = image_start[:, None] + jnp.arange(image_tokens)
-    images = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    hidden = family.hidden_states.compute(sizes, params, prompts, special, dtype)
+    # The places differ by row, [B, I] = [[4, 5, 6], [2, 3, 4]]; hidden [B, P, D] -> [B, I, D].
+    images = jnp.take_along_axis(hidden, image_places[..., None], axis=1)
     return matched_similarity(images, hidden, is_caption)
 
 
@@ -245,116 +246,78 @@ def ask_scorer(
     A row's random numbers depend on its number in the batch, the seed, the step and `stream`, a key
     of QUESTION_STREAMS. A row without a question gets NO_QUESTION.
     """
+    images = samples.require_images()
+    # Rows without a question run too, so that every process of a run calls the same programs.
+    asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
     with context.scorer(scorer) as policy:
+        ids_of = {text: question_ids(policy.processor, text) for text in dict.fromkeys(asked)}
+        ids = [ids_of[text] for text in asked]
+        length = _choose_length(policy, ids)
         # Numbers of the global batch: 2 processes with 4 rows each -> [0..3] and [4..7]. So the
         # answers do not depend on the number of processes.
         mesh = find_mesh(policy.params)
         first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
-        row = first + np.arange(len(samples))
-        keys = sample_keys(context.seed, row, 1, QUESTION_STREAMS[stream])
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, context.step)
-        # As plain integers, because `run_in_pieces` moves NumPy rows.
-        data = np.asarray(jax.random.key_data(keys))
-        return _generate_answers(
-            policy, samples.require_images(), questions, data, greedy, max_new_tokens, chunk
-        )
+        sampler = _bind_answering(policy, greedy, max_new_tokens)
+        pieces, place = plan_pieces(len(samples), chunk, policy.params)
+        # The device works through all pieces before the host waits for the first.
+        answers = [
+            sample_turn(
+                sampler, policy.params,
+                encode_questions(policy, [ids[i] for i in index], images[index], length),
+                first + index, seed=context.seed, stream=QUESTION_STREAMS[stream],
+                step=context.step, place=place,
+            ).segments[-1]
+            for index in pieces
+        ]  # fmt: skip
+        model = (policy.family, policy.config, policy.params, policy.processor)
+        texts = [text for answer in answers for text in decode_segment(*model, answer)]
+    # Without the rows that fill up the last piece.
+    return texts[: len(samples)]
 
 
-def _generate_answers(
-    policy: Policy,
-    images: np.ndarray,
-    questions: Sequence[str | None],
-    keys: np.ndarray,
-    greedy: bool,
-    max_new_tokens: int,
-    chunk: int,
-) -> list[str]:
-    # Rows without a question run too, so that every process of a run calls the same programs.
-    texts = [q if (q or "").strip() else NO_QUESTION for q in questions]
-    ids = {question: question_ids(policy.processor, question) for question in dict.fromkeys(texts)}
-    prompts = _pad_prompts(policy, [ids[question] for question in texts])
-    sample = policy.family.turns[QUESTION.segments].sample
+def _bind_answering(policy: Policy, greedy: bool, max_new_tokens: int) -> Sampler:
+    """Returns the sampler of answers to prompts that `encode_questions` made."""
     options = SamplingOptions(
         special=policy.processor.special, greedy=greedy, max_new_tokens=max_new_tokens,
         dtype=policy.dtype,
     )  # fmt: skip
-
-    def program(prompts: EncodedPrompts, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        (answer,) = sample(
-            policy.config, policy.params, prompts, jax.random.wrap_key_data(keys), options
-        )
-        return answer.values, answer.mask
-
-    tokens, mask = _run_program(policy, images, prompts, (keys,), program, chunk)
-    # tokens [N, C] are padded: row [5, 8, pad], mask [T, T, F] -> ids [5, 8].
-    return [policy.processor.decode(row[valid]) for row, valid in zip(tokens, mask, strict=True)]
+    sample = bind_sampler(policy.family.turns[QUESTION.segments].sample, policy.config, options)
+    return lambda params, prompts, keys: sample(params, normalise_pixels(policy, prompts), keys)
 
 
-# ---- running
+# ---- prompts
 
 
-def pixel_values(processor: Any, images: np.ndarray) -> np.ndarray:
-    """Returns images uint8 [N, H, W, 3] as the vision tower's [N, S, S, 3], float32 or still uint8.
-
-    `_normalise_pixels` finishes the uint8 ones on the device.
-    """
-    # Generated images usually have the tower's size. As uint8 they are a quarter of the bytes to
-    # move to the device.
-    if images.shape[1:3] == (processor.image.size, processor.image.size):
-        return images
-    return np.stack([processor.preprocess_image(Image.fromarray(image)) for image in images])
-
-
-@jax.jit
-def _normalise_pixels(levels: jax.Array, images: jax.Array) -> jax.Array:
-    """Normalises uint8 [N, S, S, 3] by a table [256, 3] of each channel's levels; float32 stays."""
-    if images.dtype != jnp.uint8:
-        return images
-    # Channel c: level 0..255 -> levels[level, c].
-    channels = (jnp.take(levels[:, c], images[..., c], axis=0) for c in range(levels.shape[1]))
-    return jnp.stack(list(channels), axis=-1)
-
-
-def make_level_table(processor: Any) -> np.ndarray:
-    """Returns the normalised value of each of the 256 levels of each channel, [256, 3] float32."""
-    # A table made on the host, because a device's division by the standard deviation rounds
-    # differently from the image processor's.
-    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
-    mean, std = (np.asarray(x, np.float32) for x in (processor.image.mean, processor.image.std))
-    return (levels - mean) / std
-
-
-def question_ids(processor: Any, question: str) -> list[int]:
+def question_ids(processor: Processor, question: str) -> list[int]:
     """Returns the prompt of a question about an image, unpadded."""
     return processor.prompt_ids(QUESTION.prompt, {"qa_problem": question})
 
 
-def _pad_prompts(policy: Policy, rows: list[list[int]]) -> EncodedPrompts:
-    """Pads prompts on the left to the bucket of the longest row of all processes."""
+def _choose_length(policy: Policy, rows: list[list[int]]) -> int:
+    """Returns the padded length of prompts: the bucket of the longest row of all processes."""
     # Of all processes: they must call the same program, and its shape depends on the length.
-    longest = all_max(max(map(len, rows)))
-    return policy.processor.pad(rows, policy.processor.bucket(longest))
+    return policy.processor.bucket(all_max(max(map(len, rows))))
 
 
-def _run_program(
-    policy: Policy,
-    images: np.ndarray,
-    prompts: EncodedPrompts,
-    extras: tuple[np.ndarray, ...],
-    program: Callable,
-    chunk: int,
-) -> list[np.ndarray]:
-    """Runs `program(prompts with pixels, *extras)` on all rows; returns outputs of N rows each."""
+def encode_questions(
+    policy: Policy, ids: list[list[int]], images: np.ndarray, length: int
+) -> EncodedPrompts:
+    """Returns questions about images uint8 [N, H, W, 3] on the host.
 
-    def take(index: np.ndarray) -> tuple:
-        pixels = pixel_values(policy.processor, images[index])
-        piece = EncodedPrompts(prompts.input_ids[index], prompts.attention_mask[index], pixels)
-        return (piece, *(extra[index] for extra in extras))
+    Their pixel values are still uint8 if `normalise_pixels` can finish them on the device.
+    """
+    processor, side = policy.processor, policy.family.limits(policy.config).input_image_side
+    # Generated images usually have this size. As uint8 they are a quarter of the bytes to move to
+    # the device.
+    if policy.family.normalise_pixels is not None and images.shape[1:3] == (side, side):
+        return dataclasses.replace(processor.pad(ids, length), pixel_values=images)
+    pictures = [Image.fromarray(image) for image in images]
+    return processor.encode(QUESTION.prompt, ids, pictures, length)
 
-    levels = make_level_table(policy.processor)
 
-    def normalise_and_run(piece: EncodedPrompts, *extras: jax.Array) -> Any:
-        pixels = _normalise_pixels(levels, piece.pixel_values)
-        return program(dataclasses.replace(piece, pixel_values=pixels), *extras)
-
-    return run_in_pieces(normalise_and_run, take, len(images), chunk, policy.params)
+def normalise_pixels(policy: Policy, prompts: EncodedPrompts) -> EncodedPrompts:
+    """Finishes, on the device, the pixel values that `encode_questions` left as uint8."""
+    normalise, pixels = policy.family.normalise_pixels, prompts.pixel_values
+    if normalise is None or pixels is None or pixels.dtype != jnp.uint8:
+        return prompts
+    return dataclasses.replace(prompts, pixel_values=normalise(policy.processor, pixels))

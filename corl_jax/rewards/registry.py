@@ -70,7 +70,7 @@ class RewardRow:
     optional: tuple[str, ...] = ()  # used if the data has them
     every_column: bool = False  # a user's reward that takes all columns of the data
     any_size: bool = False  # takes images of different sizes
-    reads_hidden_states: bool = False  # of the scorer, which not every family gives
+    reads_hidden_states: bool = False  # of the scorer; other rewards ask it questions
     # column -> option that replaces it: the data needs the column, or the config the option
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed_question: str | None = None  # what it asks the scorer; None: questions of the data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from corl_jax.devices.offload import Offloadable
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.family import LogprobOptions, SamplingOptions
+from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import TASKS
@@ -215,21 +215,13 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
     )
 
 
-def make_samplers(plan: RunOutline) -> dict[str, Callable]:
+def make_samplers(plan: RunOutline) -> dict[str, Sampler]:
     """Returns (params, prompts, keys) -> segments for each task of the run."""
     options = make_sampling_options(plan)
-    samplers = {}
-    for name in plan.tasks:
-        program = plan.family.turns[TASKS[name].turn.segments]
-        # Not a lambda: made in a loop, it would run the program of the last task.
-        samplers[name] = functools.partial(_sample, program.sample, plan.sizes, options)
-    return samplers
-
-
-def _sample(
-    sample: Any, sizes: Any, options: SamplingOptions, params: Any, prompts: Any, keys: Any
-):
-    return sample(sizes, params, prompts, keys, options)
+    return {
+        name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
+        for name in plan.tasks
+    }
 
 
 def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:

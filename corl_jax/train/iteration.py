@@ -22,11 +22,10 @@ from corl_jax.devices.batches import (
     num_batch_shards,
     split_positions,
     take_own_rows,
-    to_host_rows,
 )
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
-from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
@@ -112,12 +111,13 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
     shards = num_batch_shards(run.mesh)
     pieces = []
     for rows in split_positions(run.mesh, len(prompts), run.rollout_batch):
-        keys = sample_keys(run.seed, prompts.index[rows], run.group_size, TASKS[task].stream)
-        # Keys [N] have a type that numpy lacks. Their bits [N, 2] uint32 are laid out instead.
-        bits = np.asarray(jax.random.key_data(keys))
-        piece, bits = put(run, (jax.tree.map(lambda x: x[rows], encoded), bits))  # noqa: B023
-        segments = run.samplers[task](params, piece, jax.random.wrap_key_data(bits))
-        pieces.append(Rollout(piece, segments))
+        piece = jax.tree.map(lambda x: x[rows], encoded)  # noqa: B023
+        rollout = sample_turn(
+            run.samplers[task], params, piece, prompts.index[rows],
+            seed=run.seed, stream=TASKS[task].stream, group_size=run.group_size,
+            place=functools.partial(put, run),
+        )  # fmt: skip
+        pieces.append(rollout)
     return pieces[0] if len(pieces) == 1 else join_pieces(pieces, shards=shards)
 
 
@@ -128,13 +128,12 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         name: [value for value in values for _ in range(run.group_size)]
         for name, values in prompts.columns.items()
     }
-    result = rollout.segments[-1]
-    if not TASKS[task].makes_text:
-        pixels = run.family.decode_images(run.sizes, params, result.values)
-        return Samples(columns, images=to_host_rows(pixels))
-    tokens, mask = to_host_rows(result.values), to_host_rows(result.mask)
-    texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
-    return Samples(columns, texts=texts)
+    # The last segment of a turn is its result.
+    segment = rollout.segments[-1]
+    result = decode_segment(run.family, run.sizes, params, run.processor, segment)
+    if segment.kind == TEXT:
+        return Samples(columns, texts=result)
+    return Samples(columns, images=result)
 
 
 def score_samples(

@@ -135,9 +135,9 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = None
     if model:
-        missing = find_missing_abilities(config, stage, model.family, rewards.used)
+        missing = find_missing_abilities(config, stage, model.family)
         problems.add(missing)
-        problems.add(_find_answer_problems(config, rewards.used, model))
+        problems.add(_find_own_scorer_problems(config, rewards.used, model))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))
@@ -212,10 +212,8 @@ def _inspect_networks(
     )
 
 
-def find_missing_abilities(
-    config: Config, stage: Stage, family: Family, rewards: Sequence[registry.BoundReward]
-) -> list[str]:
-    """Returns the abilities that the run needs and the model's family lacks."""
+def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list[str]:
+    """Returns the abilities that tasks and stage need and the model's family lacks."""
     problems = []
     for task in stage.tasks(config):
         turns = TASKS[task].turns
@@ -234,14 +232,7 @@ def find_missing_abilities(
             f"stage: found {config.stage}, but a {family.name} has no image tokenizer to train; "
             "choose another stage"
         )
-    return problems + [
-        f"rewards: {reward.name} reads hidden states, which a {family.name} does not give; "
-        "remove it, or set its option scorer to another model"
-        for reward in rewards
-        if family.hidden_states is None
-        and reward.row.reads_hidden_states
-        and {"policy", "initial"} & set(reward.scorers)
-    ]
+    return problems
 
 
 def _find_suite_problems(config: Config, stage: Stage) -> list[str]:
@@ -313,16 +304,13 @@ def _find_scorer_problems(
     return problems
 
 
-def _find_answer_problems(
+def _find_own_scorer_problems(
     config: Config, bound_rewards: list[registry.BoundReward], model: PolicyFiles
 ) -> list[str]:
-    """Returns rewards whose prompts to the policy would be longer than its positions."""
+    """Returns rewards that need of the policy what it lacks."""
     return [
         line
         for reward in bound_rewards
         if {"policy", "initial"} & set(reward.scorers)
-        for line in networks.find_position_problems(
-            reward, model.family.limits(model.sizes), model.processor,
-            config.data.max_prompt_length,
-        )
-    ]  # fmt: skip
+        for line in networks.find_scorer_problems(reward, model, config.data.max_prompt_length)
+    ]

@@ -15,6 +15,7 @@ from corl_jax.devices.batches import put_rows
 from corl_jax.devices.offload import Offloadable
 from corl_jax.metrics import Metric
 from corl_jax.policies.family import Family
+from corl_jax.policies.turns import Sampler
 from corl_jax.types import Params, Sizes
 
 
@@ -44,7 +45,7 @@ class Run:
     iterate: Callable  # (run, state, prompts, step) -> (state, Iteration)
     train_step: Callable
     logprob_step: Callable
-    samplers: dict[str, Callable]  # task -> (params, prompts, keys) -> segments
+    samplers: dict[str, Sampler]  # by task
     rewards: dict[str, list]  # task -> rewards with their options bound
     networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
     recipe: Recipe

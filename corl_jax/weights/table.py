@@ -132,24 +132,6 @@ class Table:
         """Returns whether a row has this torch key."""
         return any(_compile_pattern(row.key).fullmatch(key) for row in self.rows)
 
-    def find_paths(self, key: str) -> list[tuple[str, int | None]]:
-        """Returns the (path, layer) pairs that a torch key holds, in the order of its parts.
-
-        Raises: InputError for a key that no row matches, or that rows match ambiguously.
-        """
-        hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.key).fullmatch(key))]
-        counts = {row.part[1] for row, _ in hits}
-        parts = sorted(row.part[0] for row, _ in hits)
-        if not hits:
-            raise InputError(f"{key}: no row of the {self.name} table matches it")
-        # q, k, v of a fused tensor: counts {3}, parts [0, 1, 2]. Anything else is an error of the
-        # table.
-        if len(counts) != 1 or parts != list(range(counts.pop())):
-            rows = ", ".join(row.path for row, _ in hits)
-            raise InputError(f"{key}: several rows of the {self.name} table match it: {rows}")
-        hits.sort(key=lambda hit: hit[0].part[0])
-        return [(_fill(row.path, m.groupdict()), _read_layer(m)) for row, m in hits]
-
     def find_row(self, path: str) -> tuple[Row, dict[str, str]]:
         """Returns the one row of a leaf, and the values of its placeholders."""
         hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.path).fullmatch(path))]
@@ -229,8 +211,3 @@ def _find_overlaps(slots: Iterable[Slot]) -> list[str]:
 
 def _fill(pattern: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: values[m[1]], pattern)
-
-
-def _read_layer(match: re.Match[str]) -> int | None:
-    layer = match.groupdict().get("layer")
-    return None if layer is None else int(layer)

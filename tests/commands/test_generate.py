@@ -21,7 +21,7 @@ from corl_jax.data import questions
 from corl_jax.devices import startup
 from corl_jax.errors import InputError, Problems
 from corl_jax.params import leaf_paths, map_with_path
-from corl_jax.policies import batched, inspect_policy, load_policy
+from corl_jax.policies import batched, inspect_policy, load_policy, turns
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
@@ -29,9 +29,10 @@ from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.tasks import TASKS
+from corl_jax.types import EncodedPrompts
 from corl_jax.weights.checkpoint import load_params
 from corl_jax.weights.export import save_checkpoint
-from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
+from tests.support.tiny_models import encode, encode_prompts, tiny_image, tiny_tokenizer_dir
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -145,7 +146,7 @@ def test_greedy_images_are_transformers_own(model_dir, processor, tmp_path):
     found = [row["tokens"] for row in lines_of(tmp_path / "out" / "samples.jsonl")]
 
     model = JanusForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
-    encoded = processor.encode_t2i([PROMPTS[0], PROMPTS[2]])
+    encoded = encode_prompts(processor, [PROMPTS[0], PROMPTS[2]])
     try:
         expected = model.generate(
             torch.from_numpy(encoded.input_ids),
@@ -465,14 +466,24 @@ def test_pieces_hold_every_sample_once_in_one_shape_a_length(samples, batch_size
     assert all(piece.rows * piece.group <= batch_size for piece in planned)
     shapes = {(piece.length, piece.rows, piece.group) for piece in planned}
     assert len(shapes) == 3
-    assert all(len(piece.filled) == piece.rows for piece in planned)
+    assert all(len(piece.prompts) <= piece.rows for piece in planned)
 
 
 def test_keys_of_a_piece_are_those_of_the_whole():
+    """Samples 2 to 5 of two prompts in a call of three."""
     whole = jax.random.key_data(sample_keys(5, np.arange(4), 6)).reshape(4, 6, -1)
-    piece = batched.Piece(length=32, prompts=(1, 3), rows=3, first=2, group=4)
-    found = jax.random.key_data(piece.keys(5, TASKS["t2i"].stream)).reshape(3, 4, -1)
-    np.testing.assert_array_equal(found, whole[[1, 3, 1], 2:6])
+    prompts = EncodedPrompts(np.array([[1], [3]]), np.ones((2, 1), bool))
+
+    def sampler(params, prompts, keys):
+        return prompts.input_ids, jax.random.key_data(keys)
+
+    rollout = turns.sample_turn(
+        sampler, {}, prompts, [1, 3], seed=5, stream=TASKS["t2i"].stream, group_size=4, first=2,
+        fill_to=3,
+    )  # fmt: skip
+    ids, found = rollout.segments
+    np.testing.assert_array_equal(ids[:, 0], [1, 3, 3])
+    np.testing.assert_array_equal(found.reshape(3, 4, -1), whole[[1, 3, 3], 2:6])
 
 
 # ---- start

@@ -16,7 +16,15 @@ from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.parquet_files import find_files
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.prompts import Processor
-from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row, tiny_tokenizer_dir
+from tests.support.tiny_models import (
+    encode,
+    encode_prompts,
+    encode_questions,
+    tiny_image,
+    tiny_parquet,
+    tiny_row,
+    tiny_tokenizer_dir,
+)
 
 BOTH = ("t2i", "mm2t")
 
@@ -182,10 +190,10 @@ def test_batches_are_complete_and_encoded(source, processor):
     row = numbers(prompts)[1]
     image = prompts.columns["real_image"][1]
     np.testing.assert_array_equal(np.asarray(image), np.asarray(tiny_image(row)))
-    expected = processor.encode_mm2t([tiny_row(row)["qa_problem"]], [image], length=64)
+    expected = encode_questions(processor, [tiny_row(row)["qa_problem"]], [image], length=64)
     np.testing.assert_array_equal(prompts.encoded["mm2t"].input_ids[1], expected.input_ids[0])
     np.testing.assert_array_equal(prompts.encoded["mm2t"].pixel_values[1], expected.pixel_values[0])
-    drawing = processor.encode_t2i([tiny_row(row)["prompt"]], length=32)
+    drawing = encode_prompts(processor, [tiny_row(row)["prompt"]], length=32)
     np.testing.assert_array_equal(prompts.encoded["t2i"].input_ids[1], drawing.input_ids[0])
 
 

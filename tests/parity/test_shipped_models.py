@@ -17,6 +17,7 @@ from corl_jax.policies.janus.prompts import Processor
 from corl_jax.weights.checkpoint import load_config, load_params
 from corl_jax.weights.export import convert
 from tests.support import draws
+from tests.support.tiny_models import encode_prompts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,7 +63,7 @@ def test_transformers_draws_the_same_tokens_greedily(shipped, loaded):
         shipped.folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    encoded = processor.encode_t2i(PROMPTS)
+    encoded = encode_prompts(processor, PROMPTS)
     with jax.default_matmul_precision("highest"):
         ours = sampling.sample_images(
             config, params, encoded, sample_keys(0, np.arange(2), 1),

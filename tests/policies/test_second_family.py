@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, policies
+from corl_jax import generate, policies, score
 from corl_jax.errors import InputError
 from corl_jax.policies import load_policy
+from corl_jax.tasks import CODES
 from corl_jax.train import __main__ as command
 from docs.examples.bag_family import FAMILY, PALETTE, WORDS, BagSizes
 from tests.support import bag_runs, tiny_runs
@@ -95,6 +97,15 @@ def test_its_export_is_loaded_and_sampled(trained, tmp_path):
     assert answer["text"] in WORDS
 
 
+def test_it_answers_questions_about_its_own_images(files, tmp_path):
+    """A reward asks the policy, whose answers get better with training."""
+    asked = {"name": "t2i_qa", "options": {"max_new_tokens": 2}}
+    lines = run(files, tmp_path / "run", rewards=[asked, {"name": "qa_accuracy"}])
+    name = "eval/t2i/t2i_qa"
+    scores = [line[name] for line in lines if name in line]
+    assert scores[0] < 1 and scores[-1] == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -102,6 +113,15 @@ def test_its_export_is_loaded_and_sampled(trained, tmp_path):
         ({"stage": "vq", "rewards": [], "eval": {"suite": "none"}}, "has no image tokenizer"),
         (
             {"rewards": [{"name": "t2i_ti_sim"}, {"name": "format"}]},
+            "t2i_ti_sim reads hidden states, which a bag does not give",
+        ),
+        (
+            {
+                "rewards": [
+                    {"name": "t2i_ti_sim", "options": {"scorer": "initial"}},
+                    {"name": "format"},
+                ]
+            },
             "t2i_ti_sim reads hidden states, which a bag does not give",
         ),
     ],
@@ -113,6 +133,34 @@ def test_what_the_family_lacks_is_refused(files, tmp_path, capsys, changes, prob
         command.main(["--config", str(path)])
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_that_scores_refuses_it_too(files, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        score.main([
+            "--reward", "t2i_ti_sim", "--model", str(files[0]), "--input", str(tmp_path / "none"),
+        ])  # fmt: skip
+    assert "t2i_ti_sim reads hidden states, which a bag does not give" in capsys.readouterr().err
+
+
+def test_a_scorer_that_answers_no_questions_is_refused(files, tmp_path, monkeypatch, capsys):
+    """Of the policy and of a frozen scorer; a reward that asks nobody is not."""
+    mute = dataclasses.replace(FAMILY, turns={(CODES,): FAMILY.turns[(CODES,)]})
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, mute)
+    tree = bag_runs.options(
+        files, tmp_path / "run", algorithm={"tasks": "t2i"},
+        rewards=[
+            {"name": "t2i_qa"}, {"name": "t2i_oc", "options": {"scorer": str(files[0])}},
+            {"use": f"{files[2]}:red"},
+        ],
+    )  # fmt: skip
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--config", str(path)])
+    found = capsys.readouterr().err
+    for name in ("t2i_qa", "t2i_oc"):
+        assert f"rewards: {name} asks questions, which a bag does not answer" in found
+    assert found.count("which a bag") == 2 and not (tmp_path / "run").exists()
 
 
 def test_a_config_that_names_no_family_is_refused_by_its_reader(tmp_path):

@@ -96,6 +96,22 @@ def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> byt
     return buffer.getvalue()
 
 
+def encode_prompts(processor: Any, prompts: Sequence[str], length: int | None = None) -> Any:
+    """Prompts of image generation, as a loader encodes them."""
+    ids = [processor.prompt_ids("generate", {"prompt": prompt}) for prompt in prompts]
+    return processor.encode("generate", ids, None, length)
+
+
+def encode_questions(
+    processor: Any, questions: Sequence[str], images: Sequence[Image.Image],
+    length: int | None = None, system_prompt: str = "",
+) -> Any:  # fmt: skip
+    """Questions about one image each, as a loader encodes them."""
+    rows = [{"qa_problem": question} for question in questions]
+    ids = [processor.prompt_ids("question", row, system_prompt) for row in rows]
+    return processor.encode("question", ids, images, length)
+
+
 def tiny_row(i: int, **changes: Any) -> dict[str, Any]:
     """Row `i` in the published layout."""
     row = {

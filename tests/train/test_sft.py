@@ -26,7 +26,12 @@ from corl_jax.train import sft, step
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Prompts
 from tests.support import tiny_runs
-from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
+from tests.support.tiny_models import (
+    encode_prompts,
+    encode_questions,
+    tiny_image,
+    tiny_tokenizer_dir,
+)
 from tests.support.tolerances import NETWORK
 
 BATCH = 400
@@ -61,7 +66,7 @@ def prompts_of(processor, rows: int) -> Prompts:
         "caption": texts,
     }  # fmt: skip
     encoded = {
-        "t2i": processor.encode_t2i(texts), "mm2t": processor.encode_mm2t(texts, images)
+        "t2i": encode_prompts(processor, texts), "mm2t": encode_questions(processor, texts, images)
     }  # fmt: skip
     return Prompts(np.arange(rows), columns, encoded)
 

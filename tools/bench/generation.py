@@ -47,6 +47,8 @@ def make_codes(setting: Setting) -> jax.Array:
 
 def make_samplers(setting: Setting) -> dict[str, Any]:
     """Returns task -> (params, prompts, keys) -> Segment, with the options of the paper."""
+    # Not `policies.turns.sample_turn`, which makes and places keys in each call: here they are made
+    # once, so that the time is that of the sampler.
     images = functools.partial(
         sampling.sample_images, setting.size.janus,
         special=setting.endless, cfg_scale=CFG_SCALE, temperature=1.0, dtype=COMPUTE,

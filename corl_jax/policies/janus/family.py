@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.models.lora import Lora
-from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
+from corl_jax.policies.family import Adapters, Family, HiddenStates, Limits, TurnProgram
 from corl_jax.policies.janus import images, layout, logprobs, network, sampling
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
@@ -87,6 +87,7 @@ FAMILY = Family(
     blank_prompts=sampling.unconditional_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,
-    hidden_states=compute_hidden_states,
+    hidden_states=HiddenStates(Processor.caption_prompt, compute_hidden_states),
     tokenizer_loss=tokenizer_loss,
+    normalise_pixels=images.normalise_pixels,
 )

@@ -65,6 +65,13 @@ def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
 
 
+def make_level_table(settings: ImageSettings) -> np.ndarray:
+    """Returns the normalised value of each of the 256 levels of each channel, [256, 3] float32."""
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    mean, std = (np.asarray(x, np.float32) for x in (settings.mean, settings.std))
+    return (levels - mean) / std
+
+
 def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
     """Reads the image settings from the JSON files of a model directory of any layout.
 

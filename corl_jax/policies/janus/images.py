@@ -1,4 +1,7 @@
-"""Turns codes into pixels and pixels into codes with the image tokenizer of a Janus."""
+"""Turns codes into pixels and pixels into codes with the image tokenizer of a Janus.
+
+Normalises pixels for its vision tower.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from jax import lax
 
 from corl_jax.devices.mesh import constrain, context_batch_shards
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.image_settings import make_level_table
 from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params
 
 # Activations in float32 take 75 MB an image and layer: 384 x 384 pixels of 128 channels.
@@ -53,3 +58,17 @@ def _choose_chunks(images: int) -> tuple[int, int]:
 def encode_images(config: JanusConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """Encodes pixels [N, S, S, 3] in [-1, 1] to codes [N, T], in float32."""
     return network.bind(config, network.cast(params, jnp.float32)).vqmodel.encode(pixels)
+
+
+def normalise_pixels(processor: Processor, images: jax.Array) -> jax.Array:
+    """Normalises images uint8 [N, S, S, 3] of the tower's size to float32, as the processor."""
+    # A table made on the host, because a device's division by the standard deviation rounds
+    # differently from the image processor's.
+    return _look_up_levels(make_level_table(processor.image), images)
+
+
+@jax.jit
+def _look_up_levels(levels: jax.Array, images: jax.Array) -> jax.Array:
+    # Channel c: level 0..255 -> levels[level, c].
+    channels = (jnp.take(levels[:, c], images[..., c], axis=0) for c in range(levels.shape[1]))
+    return jnp.stack(list(channels), axis=-1)

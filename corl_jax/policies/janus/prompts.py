@@ -18,6 +18,7 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.family import CaptionPrompt
 from corl_jax.policies.janus.image_settings import (
     ImageSettings,
     preprocess_image,
@@ -35,15 +36,6 @@ GENERATE, QUESTION = "generate", "question"
 FIXED_START, FIXED_GAP = 5, 5
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 LONGEST_SHOWN = 80  # characters of a text in a message
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionPrompt:
-    """A question prompt with a caption as its question, and the positions of its parts."""
-
-    ids: list[int]  # unpadded
-    image_start: int  # position of the first image token
-    is_caption: np.ndarray  # [len(ids)] bool, tokens of the caption
 
 
 class Processor:
@@ -130,18 +122,8 @@ class Processor:
 
     # ---- templates
 
-    def t2i_text(self, prompt: str) -> str:
-        """Returns the prompt of image generation without BOS.
-
-        Source: Janus's `deepseek` template.
-        """
-        return "".join(self._make_t2i_parts(prompt))
-
-    def mm2t_text(self, question: str, system_prompt: str = "") -> str:
-        """Returns the understanding prompt before image expansion, without BOS."""
-        return "".join(self._make_mm2t_parts(question, system_prompt))
-
     def _make_t2i_parts(self, prompt: str) -> list[str]:
+        # Source: Janus's `deepseek` template.
         user, assistant = self.roles
         return [user, f": {prompt.strip()}\n\n", assistant, ":", STRINGS["boi"]]
 
@@ -169,39 +151,6 @@ class Processor:
         special = self.special
         image = [special.boi, *[special.image] * self.num_image_tokens, special.eoi]
         return ids[:slot] + image + ids[slot + 1 :]
-
-    def encode_t2i(self, prompts: Sequence[str], length: int | None = None) -> EncodedPrompts:
-        """Left-pads prompts of image generation to `length`, or to the bucket of the longest.
-
-        Raises:
-            InputError: no prompt, an empty one, or one longer than `length`.
-        """
-        empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
-        if empty:
-            raise InputError([f"prompt {i}: found an empty text" for i in empty])
-        return self.pad([self.t2i_ids(prompt) for prompt in prompts], length)
-
-    def encode_mm2t(
-        self,
-        questions: Sequence[str],
-        images: Sequence[Image.Image],
-        length: int | None = None,
-        system_prompt: str = "",
-    ) -> EncodedPrompts:
-        """Left-pads understanding prompts, with the pixel values of one image each.
-
-        Raises:
-            InputError: counts differ, an empty question, or one longer than `length`.
-        """
-        problems = [
-            f"question {i}: found an empty text" for i, q in enumerate(questions) if not q.strip()
-        ]
-        if len(questions) != len(images):
-            problems.append(f"found {len(questions)} questions and {len(images)} images")
-        if problems:
-            raise InputError(problems)
-        ids = [self.mm2t_ids(question, system_prompt) for question in questions]
-        return self.encode(QUESTION, ids, images, length)
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
         """Left-pads rows of ids to `length`, or to the bucket of the longest row."""
@@ -236,10 +185,10 @@ class Processor:
         """
         caption = caption.strip()
         ids = self.mm2t_ids(caption)
-        is_caption = np.zeros(len(ids), bool)
+        is_caption, slots = np.zeros(len(ids), bool), np.arange(self.num_image_tokens)
         if fixed_spans:
             is_caption[FIXED_START + self.num_image_tokens + FIXED_GAP :] = True
-            return CaptionPrompt(ids, FIXED_START, is_caption)
+            return CaptionPrompt(ids, FIXED_START + slots, is_caption)
         start = ids.index(self.special.image)
         first = start + self.num_image_tokens + 1  # behind the end-of-image token
         # The text between two added tokens is tokenised alone. So the same text gives the same ids
@@ -256,7 +205,7 @@ class Processor:
             # Character 0 is the line break, so the caption is [1, 1 + len). True if the two spans
             # overlap: a token that merges a line break with caption characters counts.
             is_caption[position] = max(begin, 1) < min(end, 1 + len(caption))
-        return CaptionPrompt(ids, start, is_caption)
+        return CaptionPrompt(ids, start + slots, is_caption)
 
     # ---- kinds of prompts, by the names that `tasks.TASKS` uses
 

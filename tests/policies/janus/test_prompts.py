@@ -13,7 +13,13 @@ from corl_jax.errors import InputError
 from corl_jax.policies.janus.image_settings import preprocess_image, read_vision_geometry
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import STRINGS
-from tests.support.tiny_models import encode, tiny_image, tiny_tokenizer_dir
+from tests.support.tiny_models import (
+    encode,
+    encode_prompts,
+    encode_questions,
+    tiny_image,
+    tiny_tokenizer_dir,
+)
 
 QUESTION = "how many squares are there?\nOptions:\nA. one\nB. two"
 
@@ -57,26 +63,37 @@ def janus_processor(folder, image_size=32, num_image_tokens=16):
 # ---- text
 
 
+def text_of(processor, ids):
+    """The text of a prompt with its special tokens, BOS left out, and an image as one token."""
+    assert ids[0] == processor.special.bos
+    text = processor.tokenizer.decode(ids[1:])
+    image = STRINGS["image"]
+    return text.replace(STRINGS["boi"] + image * processor.num_image_tokens + STRINGS["eoi"], image)
+
+
 def test_templates_to_the_letter(processor):
-    assert processor.t2i_text("  a cat \n") == "<|User|>: a cat\n\n<|Assistant|>:<begin_of_image>"
+    drawing = "<|User|>: a cat\n\n<|Assistant|>:<begin_of_image>"
+    assert text_of(processor, processor.t2i_ids("  a cat \n")) == drawing
     expected = "<|User|>: <image_placeholder>\nwhat?\n\n<|Assistant|>:"
-    assert processor.mm2t_text("what?") == expected
-    assert processor.mm2t_text("what?", "Be brief.") == "Be brief.\n\n" + expected
+    assert text_of(processor, processor.mm2t_ids("what?")) == expected
+    brief = processor.mm2t_ids("what?", "Be brief.")
+    assert text_of(processor, brief) == "Be brief.\n\n" + expected
 
 
 def test_padded_ids_equal_transformers(processor, model_dir):
     reference = janus_processor(model_dir)
     prompts = ["a cat", "two blue squares left of a yellow shape — ünïcode 🙂"]
-    ours = processor.encode_t2i(prompts)
-    bare = [processor.t2i_text(p).removesuffix("<begin_of_image>") for p in prompts]
+    ours = encode_prompts(processor, prompts)
+    bare = [f"<|User|>: {p}\n\n<|Assistant|>:" for p in prompts]
     theirs = reference(text=bare, generation_mode="image", padding=True, return_tensors="np")
     check_left_padded(ours, theirs)
 
     questions = ["what?", QUESTION]
     images = [tiny_image(0), tiny_image(1)]
     for system in ("", "You are a helpful assistant."):
-        ours = processor.encode_mm2t(questions, images, system_prompt=system)
-        texts = [processor.mm2t_text(q, system) for q in questions]
+        ours = encode_questions(processor, questions, images, system_prompt=system)
+        start = f"{system}\n\n" if system else ""
+        texts = [f"{start}<|User|>: <image_placeholder>\n{q}\n\n<|Assistant|>:" for q in questions]
         theirs = reference(text=texts, images=images, padding=True, return_tensors="np")
         check_left_padded(ours, theirs)
         pixels = np.transpose(theirs["pixel_values"], (0, 2, 3, 1))
@@ -94,7 +111,7 @@ def check_left_padded(ours, theirs):
 
 def test_image_expansion_and_bos_once(processor):
     special = processor.special
-    encoded = processor.encode_mm2t(["what?"], [tiny_image(0)])
+    encoded = encode_questions(processor, ["what?"], [tiny_image(0)])
     ids = encoded.input_ids[0][encoded.attention_mask[0]].tolist()
     assert ids[0] == special.bos and ids.count(special.bos) == 1
     slots = [i for i, token in enumerate(ids) if token == special.image]
@@ -137,25 +154,22 @@ def test_injection_is_closed_when_the_file_does_not_flag_the_tokens(tmp_path, pr
 
 def test_old_template_for_a_tokenizer_without_role_tokens(tmp_path):
     folder = tiny_tokenizer_dir(tmp_path, role_tokens=False, sft_format=None)
-    assert Processor.from_dir(folder).mm2t_text("q?") == (
-        "User: <image_placeholder>\nq?\n\nAssistant:"
-    )
+    old = Processor.from_dir(folder)
+    expected = "User: <image_placeholder>\nq?\n\nAssistant:"
+    assert text_of(old, old.mm2t_ids("q?")) == expected
     stated = Processor.from_dir(tiny_tokenizer_dir(tmp_path / "s", sft_format="deepseek_old"))
-    assert stated.t2i_text("a cat") == "User: a cat\n\nAssistant:<begin_of_image>"
+    drawing = "User: a cat\n\nAssistant:<begin_of_image>"
+    assert text_of(stated, stated.t2i_ids("a cat")) == drawing
     with pytest.raises(InputError, match="llama-2"):
         Processor.from_dir(tiny_tokenizer_dir(tmp_path / "x", sft_format="llama-2"))
 
 
 def test_lengths_are_buckets_and_never_cut(processor):
     assert [processor.bucket(n) for n in (1, 32, 33)] == [32, 32, 64]
-    assert processor.encode_t2i(["a cat"], length=40).input_ids.shape == (1, 40)
+    assert encode_prompts(processor, ["a cat"], length=40).input_ids.shape == (1, 40)
     with pytest.raises(InputError) as error:
-        processor.encode_t2i(["a", "a cat " * 40, "b " * 90], length=40)
+        encode_prompts(processor, ["a", "a cat " * 40, "b " * 90], length=40)
     assert [problem[:8] for problem in error.value.problems] == ["prompt 1", "prompt 2"]
-    with pytest.raises(InputError, match="empty"):
-        processor.encode_t2i([" "])
-    with pytest.raises(InputError, match="2 questions and 1 images"):
-        processor.encode_mm2t(["a", "b"], [tiny_image(0)])
 
 
 def test_decode_skips_special_tokens(processor):
@@ -314,7 +328,7 @@ def test_from_dir_reads_what_transformers_saves(tmp_path, model_dir, processor):
     saved = Processor.from_dir(tmp_path)
     assert saved.image == processor.image and saved.special == processor.special
     assert saved.mm2t_ids(QUESTION) == processor.mm2t_ids(QUESTION)
-    assert saved.t2i_text("a cat") == processor.t2i_text("a cat")
+    assert saved.t2i_ids("a cat") == processor.t2i_ids("a cat")
 
 
 @pytest.mark.parametrize(
