@@ -93,9 +93,9 @@ def remove_png_metadata(data: bytes) -> bytes:
 
     def is_kept(kind: bytes, content: bytes) -> bool:
         keyword = content[:PNG_KEYWORD_BYTES].partition(b"\0")[0]
-        kept = kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in orientation
+        is_needed = kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in orientation
         orientation.discard(keyword)
-        return kept
+        return is_needed
 
     return _filter_png_chunks(data, is_kept)
 

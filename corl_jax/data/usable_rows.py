@@ -91,7 +91,7 @@ class UsableRows:
         for kind, numbers in rows.items():
             self._unusable[kind].update(dict.fromkeys(numbers, "left out before the run resumed"))
 
-    def share(self, union: Callable[[set[int]], set[int]]) -> None:
+    def exchange_left_out(self, union: Callable[[set[int]], set[int]]) -> None:
         """Leaves out the rows that other processes left out too.
 
         `union` returns the union of a set over all processes.

@@ -146,7 +146,7 @@ def _sample_turn(
         result = program.sample(model.sizes, model.params, encoded, keys, options)[-1]
         tokens, mask = np.asarray(result.values), np.asarray(result.mask)
         if result.kind == TEXT:
-            return ([row[kept] for row, kept in zip(tokens, mask, strict=True)],)
+            return ([row[is_token] for row, is_token in zip(tokens, mask, strict=True)],)
         pixels = model.family.decode_images(model.sizes, model.params, result.values)
         return tokens, np.asarray(pixels)
 

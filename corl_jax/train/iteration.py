@@ -30,7 +30,7 @@ from corl_jax.policies.choices import sample_keys
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
-from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, Rollout
 
@@ -101,7 +101,7 @@ def score_rollout(
 def average_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
     """Returns the fraction of all processes' samples on which each user's reward failed."""
     return {
-        name: jnp.mean(put(run, np.full(len(scored.samples), share, np.float32)))
+        name: jnp.mean(put_batch(run, np.full(len(scored.samples), share, np.float32)))
         for name, share in scored.failures.items()
     }
 
@@ -115,7 +115,7 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
         keys = sample_keys(run.seed, prompts.index[rows], run.group_size, TASKS[task].stream)
         # Keys [N] have a type that numpy lacks. Their bits [N, 2] uint32 are laid out instead.
         bits = np.asarray(jax.random.key_data(keys))
-        piece, bits = put(run, (jax.tree.map(lambda x: x[rows], encoded), bits))  # noqa: B023
+        piece, bits = put_batch(run, (jax.tree.map(lambda x: x[rows], encoded), bits))  # noqa: B023
         segments = run.samplers[task](params, piece, jax.random.wrap_key_data(bits))
         pieces.append(Rollout(piece, segments))
     return pieces[0] if len(pieces) == 1 else join_pieces(pieces, shards=shards)
@@ -133,7 +133,7 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         pixels = run.family.decode_images(run.sizes, params, result.values)
         return Samples(columns, images=to_host_rows(pixels))
     tokens, mask = to_host_rows(result.values), to_host_rows(result.mask)
-    texts = [run.processor.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+    texts = [run.processor.decode(row[real]) for row, real in zip(tokens, mask, strict=True)]
     return Samples(columns, texts=texts)
 
 
@@ -182,7 +182,7 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
         task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
-    placed = {task: value.T for task, value in put(run, stacked).items()}
+    placed = {task: value.T for task, value in put_batch(run, stacked).items()}
     # One program for all rows: baselines and spreads are over the whole batch.
     advantages, stats, spread = _compute_advantages(
         placed, advantages=run.recipe.advantages, options=run.advantage_options

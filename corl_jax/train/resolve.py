@@ -116,7 +116,7 @@ def outline_run(
     if mesh:
         problems.add(find_batch_problems(config, mesh))
         problems.add(find_mesh_problems(family, sizes, mesh))
-        problems.add(attending.find_problems(config, family.limits(sizes).head_dim, mesh))
+        problems.add(attending.find_kernel_problems(config, family.limits(sizes).head_dim, mesh))
     problems.add(find_trainable_problems(config, family, sizes))
     problems.add(find_length_problems(config, family.limits(sizes)))
     problems.raise_any()
@@ -322,7 +322,7 @@ def _find_model_problems(
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
-    return problems + attending.find_problems(config, limits.head_dim, mesh)
+    return problems + attending.find_kernel_problems(config, limits.head_dim, mesh)
 
 
 def find_length_problems(config: Config, limits: Limits) -> list[str]:
