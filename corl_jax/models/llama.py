@@ -129,6 +129,7 @@ class Block(nnx.Module):
     def after(
         self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
+        """Computes the block for completions x [N, T, D] behind their prompts."""
         attended = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
         return self._feed_forward(x + attended)
 
@@ -143,6 +144,7 @@ class Llama(nnx.Module):
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
 
     def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes the cosines and sines that rotate queries and keys at `positions`."""
         return layers.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
 
     def __call__(self, embeds: jax.Array, mask: jax.Array, *, remat: Remat = "none") -> jax.Array:

@@ -53,6 +53,7 @@ class Cost:
 
     @property
     def sent(self) -> float:
+        """The bytes that a device sends in all collectives."""
         return sum(traffic.nbytes for traffic in self.collectives.values())
 
 

@@ -46,6 +46,7 @@ class Piece:
 
     @property
     def filled(self) -> list[int]:
+        """The prompts of the call: the first one is repeated until there are `rows`."""
         # rows = 3, prompts (7, 8) -> [7, 8, 7]: the shape of the other calls, so no new program.
         return [*self.prompts, *[self.prompts[0]] * (self.rows - len(self.prompts))]
 

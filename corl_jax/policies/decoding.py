@@ -158,6 +158,7 @@ class FusedBlock:
 
     @classmethod
     def from_block(cls, block: Block) -> FusedBlock:
+        """Fuses the matrices of a block."""
         attn, mlp = block.attn, block.mlp
         # Grouped queries, 4 heads and 2 key heads: [q0, q1, k0, v0] and [q2, q3, k1, v1], so each
         # key head lies with its queries.

@@ -31,7 +31,7 @@ class Processor(Protocol):
 
     special: Any  # ids of special tokens: a hashable dataclass with at least `eos`
     num_tokens: int  # tokens that the tokenizer knows
-    image: Any  # data.images.ImageSettings: how images in prompts are resized and normalised
+    image: Any  # how images in prompts are resized and normalised
 
     def prompt_ids(
         self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
@@ -180,6 +180,7 @@ class Family:
 
     @property
     def name(self) -> str:
+        """The name of the family, as in FAMILIES."""
         return self.kind.name
 
     @property

@@ -67,7 +67,7 @@ class Policy:
     family: Family
     config: Sizes
     params: Params
-    processor: Any  # data.processor.Processor
+    processor: Any  # policies.family.Processor
     dtype: Any
 
 

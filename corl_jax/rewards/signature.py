@@ -46,6 +46,7 @@ class Parameters:
 
     @property
     def task(self) -> str:
+        """The task whose completions the function scores."""
         return TASK_OF[self.completions]
 
 

@@ -1,4 +1,4 @@
-"""Trains a Janus: GRPO on both tasks, the supervised stage, or the image tokenizer.
+"""Trains a unified model: reinforcement learning, supervised training, or the image tokenizer.
 
 python -m corl_jax.train --config FILE [key=value ...]
 

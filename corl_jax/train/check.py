@@ -275,9 +275,7 @@ def _format_memory(plan: ResolvedRun) -> str:
 
 def _explain_uncounted(plan: ResolvedRun) -> list[str]:
     """Returns what the figures leave out, and the command that compiles and counts everything."""
-    missing = (
-        "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
-    )
+    missing = "  not counted: logits, scores while sampling, decoded images, the compiler's copies"
     if not plan.stage.samples:
         return [missing]
     lengths = measure_prompt_lengths(plan)

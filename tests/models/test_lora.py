@@ -20,7 +20,7 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES
-from corl_jax.train import build, step
+from corl_jax.train import step
 from corl_jax.weights import adapters
 from tests.support import draws
 from tests.support.tiny_models import two_layers
@@ -260,7 +260,7 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
     config, trained, frozen = adapted(plain)
     batch = {"mm2t": batch["mm2t"]}
     alone = rollouts(config, merge(trained, frozen), batch, greedy=True)
-    params = merge(place_params(trained, mesh, RULES), build.place_params(frozen, mesh, RULES))
+    params = merge(place_params(trained, mesh, RULES), place_params(frozen, mesh, RULES))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         found = rollouts(config, params, spread, greedy=True)

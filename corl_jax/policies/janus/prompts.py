@@ -122,10 +122,12 @@ class Processor:
 
     @property
     def image_size(self) -> int:
+        """The side of an image in a prompt, in pixels."""
         return self.image.size
 
     @property
     def num_image_tokens(self) -> int:
+        """The number of tokens of an image in a prompt."""
         return self.image.num_tokens
 
     # ---- templates
