@@ -138,7 +138,7 @@ class Loader:
         usable = 0
         for row in range(rows):
             try:
-                self._rows.example(row)
+                self._rows.read_example(row)
                 usable += 1
             except (BadRow, InputError) as error:
                 problems.add(f"{self.source.where(row)}: {error}")
@@ -176,7 +176,7 @@ class Loader:
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 continue
             try:
-                ids = self._rows.ids(dict(zip(names, texts, strict=True)))
+                ids = self._rows.tokenise_prompts(dict(zip(names, texts, strict=True)))
             except LongRow:
                 continue
             for task in tasks:

@@ -296,10 +296,10 @@ def test_a_list_of_two_pictures_is_refused_and_an_empty_one_is_none(tmp_path):
     options = LoaderOptions(tasks=(), batch_size=3, seed=0, max_bad_fraction=0.5)
     loader = Loader(source, None, options)
     rows = loader._rows
-    assert rows.example(0).columns["real_image"].size == (32, 32)
+    assert rows.read_example(0).columns["real_image"].size == (32, 32)
     with pytest.raises(InputError, match="found a list of 2 images; expected one"):
-        rows.example(1)
-    assert rows.example(2).columns["real_image"] is None
+        rows.read_example(1)
+    assert rows.read_example(2).columns["real_image"] is None
 
 
 # ---- files that differ
