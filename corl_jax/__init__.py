@@ -1,1 +1,1 @@
-"""CoRL in JAX: one GRPO for a model that both sees and draws."""
+"""CoRL in JAX: GRPO on image generation and image understanding together, for one model."""

@@ -99,6 +99,7 @@ class GuardError(RuntimeError):
 
     @property
     def problems(self) -> list[str]:
+        """The lines that a command prints."""
         return str(self).splitlines()
 
 
@@ -109,6 +110,7 @@ class SaveError(RuntimeError):
 
     @property
     def problems(self) -> list[str]:
+        """The lines that a command prints."""
         return str(self).splitlines()
 
 
@@ -119,6 +121,7 @@ class RewardError(RuntimeError):
 
     @property
     def problems(self) -> list[str]:
+        """The lines that a command prints."""
         return [str(self).rstrip()]
 
 

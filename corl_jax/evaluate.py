@@ -1,4 +1,4 @@
-"""Measures a Janus checkpoint on held-out rows: generated images and answers.
+"""Measures a policy on held-out rows: generated images and answers.
 
     python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
         [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]

@@ -190,6 +190,7 @@ def generate_images(args: argparse.Namespace) -> None:
 
 
 def name_image(prompt: int, number: int) -> str:
+    """Returns the file name of image `number` of a prompt."""
     return f"{prompt:05d}_{number:02d}.png"
 
 
@@ -352,6 +353,7 @@ def print_report(
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that both subcommands have."""
     add = parser.add_argument
     add("--model", type=parse_place, required=True,
         help="model directory of any of the three kinds, or a hub id")  # fmt: skip
@@ -367,6 +369,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of image generation."""
     prompts, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     prompts.add_argument("--prompt", action="append", help="text of an image; may be repeated")
     prompts.add_argument(
@@ -380,6 +383,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of image understanding."""
     add = parser.add_argument
     add("--image", type=parse_place, metavar="FILE", help="an image, with --question")
     add("--question", metavar="TEXT", help="a question about --image")

@@ -30,19 +30,19 @@ def expand_path(text: str | os.PathLike[str]) -> str:
 
     Raises: InputError for a variable that is not set, and for a `~` whose home is unknown.
     """
-    given = os.fspath(text)
+    path = os.fspath(text)
     # expandvars leaves an unset variable in the text: "$DATA/x" would be in a folder named "$DATA".
-    unset = sorted({a or b for a, b in _VARIABLE.findall(given) if (a or b) not in os.environ})
+    unset = sorted({a or b for a, b in _VARIABLE.findall(path) if (a or b) not in os.environ})
     if unset:
         raise InputError(
-            f"{given}: ${', $'.join(unset)} is not set; export it, or write the path out"
+            f"{path}: ${', $'.join(unset)} is not set; export it, or write the path out"
         )
-    expanded = os.path.expandvars(given)
+    expanded = os.path.expandvars(path)
     if not expanded.startswith("~"):
         return expanded
     with_home = os.path.expanduser(expanded)
     if with_home == expanded:  # expanduser does not raise for an unknown user or a missing home
-        raise InputError(f"{given}: the home directory of `~` is not known; write the path out")
+        raise InputError(f"{path}: the home directory of `~` is not known; write the path out")
     return with_home
 
 

@@ -1,10 +1,10 @@
-"""Trains a very small Janus in minutes on a CPU: data, training, evaluation and export.
+"""Trains a very small model in minutes on a CPU: data, training, evaluation and export.
 
     python -m corl_jax.quickstart [--out runs/quickstart] [key=value ...]
 
 Converts the nano Janus of this package, makes rows for training and others for evaluation, runs
 unified GRPO with evaluations, and exports the result for PyTorch. Each step is a command that is
-printed before it runs; the same commands train a large Janus. Run it in the root of the repository,
+printed before it runs; the same commands train a large model. Run it in the root of the repository,
 where configs/ is. A second run continues where the first one stopped. The training reads key=value.
 """
 
@@ -38,7 +38,7 @@ CONFIG = Path("configs") / "quickstart.yaml"
 WORLD = "small"
 # Fresh seeds: neither was used when the options of configs/quickstart.yaml were chosen.
 TRAIN_SEED, TEST_SEED = 21, 22
-DRAWING = "a photo of a red circle"
+PROMPT = "a photo of a red circle"
 QUESTION = "What color is the circle?"
 
 
@@ -312,7 +312,7 @@ def suggest_commands(work: Work) -> list[str]:
     rows = config_files.load(work.train.config).eval.rows
     model, out = ["--model", work.train.export], work.out / "drawings"
     commands = [
-        make_command("corl_jax.generate", "image", *model, "--prompt", DRAWING, "--out", out,
+        make_command("corl_jax.generate", "image", *model, "--prompt", PROMPT, "--out", out,
                "--images-per-prompt", 8),
         make_command("corl_jax.generate", "text", *model, "--image", out / "00000_00.png",
                "--question", QUESTION, "--greedy"),

@@ -362,6 +362,18 @@ def test_few_names_are_one_word():
     assert sum("_" not in name for name in names) < 0.3 * len(names)
 
 
+def test_names_say_what_they_hold():
+    vague = "found one each wanted listed own ways asked held kept given"
+    offenders = []
+    for path in sources(PACKAGE, ROOT / "tools"):
+        for node in ast.walk(parse(path)):
+            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            name = node.id if stored else getattr(node, "arg", None)
+            if name and name in vague.split():
+                offenders.append(f"{relative(path)}:{node.lineno} {name}")
+    assert not offenders, "say the noun: missing_keys, row, kept_tokens"
+
+
 def test_reasons_stand_at_the_line():
     lines = [line.strip() for path in sources(PACKAGE) for line in path.read_text().splitlines()]
     assert sum(line.startswith("#") for line in lines) > 0.03 * len(lines)

@@ -59,8 +59,8 @@ def compute_group_advantages(
     valid = ~jnp.isnan(groups)
     count = valid.sum(axis=1, keepdims=True)
     # NaN * 0 is NaN, so the values themselves are replaced before any sum.
-    kept = jnp.where(valid, groups, 0.0)
-    mean = kept.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
+    rewards_or_zero = jnp.where(valid, groups, 0.0)
+    mean = rewards_or_zero.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
     centred = jnp.where(valid, groups - mean, 0.0)
     # ddof 1: torch's std, which the released code uses, is the unbiased one (Q29).
     std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1))
@@ -291,6 +291,6 @@ def _measure_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=1), 0.0)
 
 
-def _average_where(values: jax.Array, kept: jax.Array) -> jax.Array:
+def _average_where(values: jax.Array, chosen: jax.Array) -> jax.Array:
     """Computes the mean of the kept values; NaN without any."""
-    return jnp.where(kept, values, 0.0).sum() / kept.sum()
+    return jnp.where(chosen, values, 0.0).sum() / chosen.sum()

@@ -154,7 +154,7 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
 def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
     """Returns the tree without blocks and lists that have no value."""
     # In YAML a block whose lines are all comments has the value null.
-    kept = {}
+    values = {}
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
         kind = field.annotation if field else named_block(section)
@@ -169,8 +169,8 @@ def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str
                     _drop_empty_blocks(item, inner) if isinstance(item, dict) else item
                     for item in value
                 ]
-        kept[key] = value
-    return kept
+        values[key] = value
+    return values
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:

@@ -71,17 +71,17 @@ class Loader:
         return self._rows.counts
 
     def share_unusable(self, union: Callable[[set[int]], set[int]]) -> None:
-        """Tells the other processes which rows were left out; see UsableRows.share."""
-        self._rows.share(union)
+        """Tells the other processes which rows were left out; see UsableRows.exchange_left_out."""
+        self._rows.exchange_left_out(union)
 
     def batch(self, step: int) -> Prompts:
         """Returns this process's part of global batch `step`."""
         part = self.batch_size // self.options.process_count
         # batch_size 16, 4 processes: step 2, process 1 -> positions 36..39
         first = step * self.batch_size + self.options.process_index * part
-        return self.at(np.arange(first, first + part, dtype=np.int64))
+        return self.read_rows(np.arange(first, first + part, dtype=np.int64))
 
-    def at(self, index: np.ndarray) -> Prompts:
+    def read_rows(self, index: np.ndarray) -> Prompts:
         """Returns the rows at positions `index` of the order, of any process."""
         examples = [self._order[int(position)] for position in index]
         columns = {name: [e.columns[name] for e in examples] for name in self.source.names}
@@ -138,7 +138,7 @@ class Loader:
         usable = 0
         for row in range(rows):
             try:
-                self._rows.example(row)
+                self._rows.read_example(row)
                 usable += 1
             except (BadRow, InputError) as error:
                 problems.add(f"{self.source.where(row)}: {error}")
@@ -176,7 +176,7 @@ class Loader:
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 continue
             try:
-                ids = self._rows.ids(dict(zip(names, texts, strict=True)))
+                ids = self._rows.tokenise_prompts(dict(zip(names, texts, strict=True)))
             except LongRow:
                 continue
             for task in tasks:

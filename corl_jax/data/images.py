@@ -78,7 +78,7 @@ def take_single_image(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     if len(value) > 1:
-        raise BadImage(f"image: found a list of {len(value)} pictures; expected one picture a row")
+        raise BadImage(f"image: found a list of {len(value)} images; expected one image per row")
     return value[0] if value else None
 
 
@@ -93,9 +93,9 @@ def remove_png_metadata(data: bytes) -> bytes:
 
     def is_kept(kind: bytes, content: bytes) -> bool:
         keyword = content[:PNG_KEYWORD_BYTES].partition(b"\0")[0]
-        kept = kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in orientation
+        is_needed = kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or keyword in orientation
         orientation.discard(keyword)
-        return kept
+        return is_needed
 
     return _filter_png_chunks(data, is_kept)
 
@@ -196,7 +196,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 def _decode_bytes(data: bytes, max_pixels: int) -> Image.Image:
     if data.startswith(LFS_PREFIX):
         raise BadImage(
-            "image: found a Git LFS pointer, not the picture; run `git lfs pull` in its clone"
+            "image: found a Git LFS pointer, not the image; run `git lfs pull` in its clone"
         )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -230,7 +230,7 @@ def _decode(image: Image.Image) -> Image.Image:
     except Exception as error:
         width, height = image.size
         raise BadImage(
-            f"image: the {width}x{height} {image.format or image.mode} picture is truncated or "
+            f"image: the {width}x{height} {image.format or image.mode} file is truncated or "
             f"corrupt ({type(error).__name__}: {error})"
         ) from error
 

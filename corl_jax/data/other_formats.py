@@ -11,7 +11,7 @@ from pathlib import Path
 from corl_jax.input_files import BYTE_ORDER_MARK, LFS_PREFIX, describe_lfs_pointer, is_lfs_pointer
 
 MAX_FILES_LISTED = 10_000  # a wrong path may be a whole disk
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PARQUET_NAMES = (".parquet", ".pq", ".parq")
 # The module to import and the call that reads a format; FILE stands for the path. Of several
 # formats in a folder the first in this table is named.
@@ -30,7 +30,7 @@ READERS = {
         'pyarrow.Table.from_pylist(json.load(open(FILE, encoding="utf-8-sig")))',
     ),
 }
-LOADERS = {".tar": "webdataset", **dict.fromkeys(PICTURES, "imagefolder")}
+LOADERS = {".tar": "webdataset", **dict.fromkeys(IMAGE_SUFFIXES, "imagefolder")}
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 # First bytes of a file -> its format. 0xffffffff begins each message of an Arrow stream.
 _MAGIC = {
@@ -96,7 +96,7 @@ def _describe_conversion(paths: list[str], suffix: str) -> str:
     target = f"{os.path.splitext(path.removesuffix(_find_compression(path)))[0]}.parquet"
     if suffix in LOADERS:
         source = f"data_files={_write_literal(path)}"
-        if suffix in PICTURES:
+        if suffix in IMAGE_SUFFIXES:
             source = f"data_dir={_write_literal(os.path.dirname(path) or '.')}"
         code = (
             f'import datasets; datasets.load_dataset("{LOADERS[suffix]}", {source}, '

@@ -103,8 +103,8 @@ class ParquetSource:
 
     # Only paths and settings are pickled: locks cannot be, and the cache would be large.
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("paths", "_columns", "_required", "_cache_bytes")
-        return {name: getattr(self, name) for name in kept}
+        pickled_names = ("paths", "_columns", "_required", "_cache_bytes")
+        return {name: getattr(self, name) for name in pickled_names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

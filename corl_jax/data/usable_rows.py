@@ -91,7 +91,7 @@ class UsableRows:
         for kind, numbers in rows.items():
             self._unusable[kind].update(dict.fromkeys(numbers, "left out before the run resumed"))
 
-    def share(self, union: Callable[[set[int]], set[int]]) -> None:
+    def exchange_left_out(self, union: Callable[[set[int]], set[int]]) -> None:
         """Leaves out the rows that other processes left out too.
 
         `union` returns the union of a set over all processes.
@@ -106,8 +106,8 @@ class UsableRows:
             for row in sorted(union(local) - local):
                 self._leave_out(kind, row, "as another process found")
 
-    def ids(self, columns: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Returns the token ids of a row by task. Raises LongRow."""
+    def tokenise_prompts(self, columns: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Returns the token ids of a row's prompts by task. Raises LongRow."""
         ids = {}
         for task in self._options.tasks:
             assert self._processor is not None  # the loader refuses tasks without one
@@ -127,7 +127,7 @@ class UsableRows:
         if any(row in rows for rows in self._unusable.values()):
             return None
         try:
-            example = self.example(row)
+            example = self.read_example(row)
             if len(self._cache) < self._options.cache_rows:
                 self._cache[row] = example
             return example
@@ -135,7 +135,7 @@ class UsableRows:
             self._leave_out("long" if isinstance(error, LongRow) else "bad", row, str(error))
             return None
 
-    def example(self, row: int) -> Example:
+    def read_example(self, row: int) -> Example:
         """Reads a row. Raises BadRow or InputError if it cannot be used."""
         columns = self._source[row]
         if IMAGE_COLUMN in columns:
@@ -148,7 +148,7 @@ class UsableRows:
             if problem := find_problem(columns.get(name)):
                 raise BadRow(f"{name}: {problem}")
         # Tokenised before the image is decoded: a prompt that is too long saves the slower step.
-        ids = self.ids(columns)
+        ids = self.tokenise_prompts(columns)
         if columns.get(IMAGE_COLUMN) is not None:
             limit = self._options.max_pixels
             columns[IMAGE_COLUMN] = decode_image(columns[IMAGE_COLUMN], max_pixels=limit)

@@ -23,7 +23,7 @@ CONCURRENT = ("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT")
 WITHOUT_TRITON = ("xla_gpu_enable_triton_gemm", False)
 MANY_ROWS = 64
 """From this many rows per device on, cuBLAS alone is faster."""
-BUILDS = ("usual", "for_few_rows", "for_many_rows")
+BUILDS = ("default", "for_few_rows", "for_many_rows")
 
 
 def is_nvidia(device: Any = None) -> bool:
@@ -39,33 +39,33 @@ def has_deterministic_flag() -> bool:
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
     name = "--xla_gpu_deterministic_ops"
-    given = [flag.removeprefix(name).lower() for flag in flags if flag.partition("=")[0] == name]
+    settings = [flag.removeprefix(name).lower() for flag in flags if flag.partition("=")[0] == name]
     # XLA takes the last of several; the flag alone, without a value, means true.
-    return bool(given) and given[-1] in ("", "=true", "=1")
+    return bool(settings) and settings[-1] in ("", "=true", "=1")
 
 
 class SamplerProgram:
-    """A sampler compiled with several sets of XLA options; see `built_for`."""
+    """A sampler compiled with several sets of XLA options; see `choose_build`."""
 
     def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
         self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
 
     @functools.cached_property
-    def usual(self) -> Any:
-        """The build with the usual options of XLA."""
+    def default(self) -> Any:
+        """The build with the default options of XLA."""
         return self._build()
 
     @functools.cached_property
     def for_few_rows(self) -> Any:
-        """For NVIDIA GPUs."""
+        """The build for NVIDIA GPUs."""
         return self._build(compiler_options=list_accepted_options(CONCURRENT))
 
     @functools.cached_property
     def for_many_rows(self) -> Any:
-        """For NVIDIA GPUs and at least MANY_ROWS rows per device."""
+        """The build for NVIDIA GPUs and at least MANY_ROWS rows per device."""
         return self._build(compiler_options=list_accepted_options(CONCURRENT, WITHOUT_TRITON))
 
-    def built_for(self, rows: int, *arguments: Any) -> Callable:
+    def choose_build(self, rows: int, *arguments: Any) -> Callable:
         """Returns the fastest build for `rows` rows of all devices of the mesh together.
 
         `arguments` are arrays of the call.
@@ -74,7 +74,7 @@ class SamplerProgram:
         # options for whole programs only.
         nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
         if nested or not is_nvidia():
-            return self.usual
+            return self.default
         return (
             self.for_many_rows if rows >= MANY_ROWS * context_batch_shards() else self.for_few_rows
         )

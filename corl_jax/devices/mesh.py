@@ -113,8 +113,8 @@ def gather_over_fsdp(params: Params, rules: Rules) -> Params:
         if "/layers/" in path:
             return x
         spec = param_spec(path, x.shape, mesh, rules)
-        kept = (None if axis == "fsdp" else axis for axis in spec)
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+        axes = (None if axis == "fsdp" else axis for axis in spec)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
     return map_with_path(gather, params)
 

@@ -112,13 +112,13 @@ def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
     if options.initialize == "never":
         return None
     address = options.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    given = {"coordinator_address": address}
-    given |= {name: getattr(options, name) for name in ("num_processes", "process_id")}
+    settings = {"coordinator_address": address}
+    settings |= {name: getattr(options, name) for name in ("num_processes", "process_id")}
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     cluster = next((kind for kind in kinds if kind.is_env_present()), None)
     if cluster is None:
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == len(given) and options.initialize == "auto":
+        missing = [name for name, value in settings.items() if value is None]
+        if len(missing) == len(settings) and options.initialize == "auto":
             return None
         if missing:
             raise InputError(
@@ -130,7 +130,7 @@ def _resolve_settings(options: Distributed) -> dict[str, Any] | None:
     try:
         detect: Any = ClusterEnv.auto_detect_unset_distributed_params
         address, count, index, devices = detect(
-            *given.values(), local_devices, None, options.initialization_timeout_s
+            *settings.values(), local_devices, None, options.initialization_timeout_s
         )
     except (ValueError, RuntimeError, LookupError, OSError) as error:
         raise InputError(

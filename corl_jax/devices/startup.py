@@ -66,7 +66,7 @@ def start_devices(distributed: Distributed | None = None) -> None:
         if distributed is not None:
             processes.initialize(distributed)
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
+    except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without its plugin
         platforms = getattr(jax.config, PLATFORMS) or getattr(jax.config, "jax_platform_name", None)
         reason = str(error).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         raise InputError(

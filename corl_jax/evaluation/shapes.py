@@ -107,16 +107,16 @@ def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:
         batches = batches.iterate(0, -(-num_rows // batches.batch_size))
     size, pieces = 0, []
     for prompts in batches:
-        kept = np.flatnonzero(prompts.index < (np.inf if num_rows is None else num_rows))
+        rows = np.flatnonzero(prompts.index < (np.inf if num_rows is None else num_rows))
         # With several processes another one may have rows left, and all must run the programs.
-        if not kept.size and jax.process_count() == 1:
+        if not rows.size and jax.process_count() == 1:
             break
         check_batch(prompts)
         # A smaller last batch is padded to the size of the others, so that no program is compiled.
         size = max(size, len(prompts))
         images, texts = _sample(inputs, prompts, size)
-        columns = {name: [values[row] for row in kept] for name, values in prompts.columns.items()}
-        pieces.append((images[kept], [texts[row] for row in kept], columns))
+        columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
+        pieces.append((images[rows], [texts[row] for row in rows], columns))
     return _make_report(pieces, inputs.gather)
 
 

@@ -69,18 +69,18 @@ class Attention(nnx.Module):
         return apply_rope(query, rope), apply_rope(key, rope), value
 
     def __call__(
-        self, x: jax.Array, rope, kept: jax.Array, attention: AttentionKernel = "xla"
+        self, x: jax.Array, rope, mask: jax.Array, attention: AttentionKernel = "xla"
     ) -> tuple[jax.Array, KVCache]:
         query, key, value = self.project(x, rope)
-        attended = attend_causally(query, key, value, kept, attention)
+        attended = attend_causally(query, key, value, mask, attention)
         return self.o_proj(merge_heads(attended)), (key, value)
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: AttentionKernel
+        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
         """Computes attention of completions x [N, T, D] to their prompts and to themselves.
 
-        `prompt` are the keys and values [B, P, kv_heads, head_dim] of the prompts. `kept`
+        `prompt` are the keys and values [B, P, kv_heads, head_dim] of the prompts. `mask`
         [N, P + T] is True on real tokens.
         """
         query, key, value = self.project(x, rope)
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
             jnp.concatenate([jnp.repeat(shared, len(x) // len(shared), axis=0), added], axis=1)
             for shared, added in zip(prompt, (key, value), strict=True)
         )
-        return self.o_proj(merge_heads(attend_causally(query, keys, values, kept, attention)))
+        return self.o_proj(merge_heads(attend_causally(query, keys, values, mask, attention)))
 
 
 class MLP(nnx.Module):
@@ -121,15 +121,16 @@ class Block(nnx.Module):
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", "embed")
 
     def __call__(
-        self, x: jax.Array, rope, kept: jax.Array, attention: AttentionKernel = "xla"
+        self, x: jax.Array, rope, mask: jax.Array, attention: AttentionKernel = "xla"
     ) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.attn(self.input_layernorm(x), rope, kept, attention)
+        attended, cache = self.attn(self.input_layernorm(x), rope, mask, attention)
         return self._feed_forward(x + attended), cache
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, kept: jax.Array, attention: AttentionKernel
+        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
     ) -> jax.Array:
-        attended = self.attn.after(self.input_layernorm(x), prompt, rope, kept, attention)
+        """Computes the block for completions x [N, T, D] behind their prompts."""
+        attended = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
         return self._feed_forward(x + attended)
 
 
@@ -143,6 +144,7 @@ class Llama(nnx.Module):
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
 
     def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes the cosines and sines that rotate queries and keys at `positions`."""
         return layers.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
 
     def __call__(self, embeds: jax.Array, mask: jax.Array, *, remat: Remat = "none") -> jax.Array:
@@ -184,13 +186,13 @@ class Llama(nnx.Module):
         # A completion's positions follow its prompt's real tokens: 3 tokens -> 3, 4, ..
         rope = self.rope(repeated.sum(axis=-1, keepdims=True) + jnp.arange(length))
         # True behind every completion's end too: later keys change nothing before them.
-        kept = jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
+        joint_mask = jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
 
         # Both go through the layers in one scan, so that a layer's prompt keys and values live only
         # as long as that layer.
         def step(block: Block, x: tuple[jax.Array, jax.Array]):
             prompts, cache = block(x[0], prompt_rope, mask, attention)
-            return (prompts, block.after(x[1], cache, rope, kept, attention)), None
+            return (prompts, block.after(x[1], cache, rope, joint_mask, attention)), None
 
         x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
         prompts, completions = jax.tree.map(self.norm, x)

@@ -27,6 +27,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """The factor on the product x A B."""
         return self.alpha / self.rank
 
 

@@ -32,6 +32,7 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
+        """The number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
 

@@ -33,6 +33,7 @@ class VQConfig:
 
     @property
     def level_channels(self) -> list[int]:
+        """The channels of each resolution; the first is the finest."""
         return [self.base_channels * multiplier for multiplier in self.channel_multiplier]
 
 
@@ -42,6 +43,7 @@ def make_conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Co
 
 
 def make_group_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Makes a group norm with 32 groups."""
     # flax's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
     return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 

@@ -53,6 +53,7 @@ class Cost:
 
     @property
     def sent(self) -> float:
+        """The bytes that a device sends in all collectives."""
         return sum(traffic.nbytes for traffic in self.collectives.values())
 
 
@@ -261,7 +262,7 @@ def _count_fusion_traffic(module: Module, scope: Computation, op: Instruction) -
     inner = module.computations[op.get_attribute("calls") or ""]
     root = module.get_root(op.get_attribute("calls") or "")
     # output_to_operand_aliasing={{1}: (2, {})} -> output 1
-    kept = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+", op.attributes)}
+    aliased_outputs = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+", op.attributes)}
     parameters = {int(x.inside): x.name for x in inner.values() if x.opcode == "parameter"}
     users: dict[str, list[Instruction]] = {}
     for user in inner.values():
@@ -280,7 +281,7 @@ def _count_fusion_traffic(module: Module, scope: Computation, op: Instruction) -
         if made.opcode == "dynamic-update-slice":
             # In place: only the update is written.
             array = inner[made.operands[1]].arrays[0]
-        elif place in kept:
+        elif place in aliased_outputs:
             continue  # the same buffer as an input: written in place, or returned unchanged
         total += 0 if op.arrays[place].on_chip else array.nbytes
     return total

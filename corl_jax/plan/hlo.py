@@ -31,6 +31,7 @@ class Array:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes; 0 for a type that holds no data."""
         if self.dtype in TOKENS:
             return 0
         bits = re.match(r"[a-z]+(\d+)", self.dtype)
@@ -51,6 +52,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
+        """The arrays of the result; a tuple has several."""
         return [
             Array(dtype, tuple(map(int, filter(None, dims.split(",")))), "S(" in layout)
             for dtype, dims, layout in _ARRAY.findall(self.result)
@@ -58,6 +60,7 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> list[str]:
+        """The names of the operands."""
         return _NAME.findall(self.inside)
 
     def get_attribute(self, name: str) -> str | None:
@@ -78,6 +81,7 @@ class Module:
     partitions: int
 
     def get_root(self, name: str) -> Instruction:
+        """Returns the instruction that computes the result of a computation."""
         return next(op for op in self.computations[name].values() if op.root)
 
 

@@ -106,11 +106,11 @@ def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
         return logits
     ordered = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(ordered, axis=-1)
-    # [0.5, 0.3, 0.2], top_p = 0.6: before = [0, 0.5, 0.8], kept = [True, True, False]
+    # [0.5, 0.3, 0.2], top_p = 0.6: before = [0, 0.5, 0.8], is_likely = [True, True, False]
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < top_p).at[..., 0].set(True)
+    is_likely = (before < top_p).at[..., 0].set(True)
     # A threshold on logits needs no gather back to the unsorted order.
-    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    threshold = jnp.min(jnp.where(is_likely, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 

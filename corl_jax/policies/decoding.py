@@ -44,7 +44,7 @@ class Rows:
     group_size: int
     guided: bool = False
 
-    def of_prompts(self, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
+    def interleave_prompts(self, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
         """Interleaves conditional and unconditional [B, ...] to the rows of the prompts."""
         if not self.guided:
             return conditional
@@ -55,7 +55,7 @@ class Rows:
         """Repeats the rows of the prompts for their completions."""
         return jnp.repeat(x, self.group_size, axis=0)
 
-    def of_samples(self, x: jax.Array) -> jax.Array:
+    def repeat_samples(self, x: jax.Array) -> jax.Array:
         """Repeats samples [N, ...] to rows of the network; both rows of a sample are equal."""
         # Guided, G = 2: [a, b, c, d] -> [a, b, a, b, c, d, c, d]
         return jnp.repeat(self._split_groups(x), 1 + self.guided, axis=0).reshape(-1, *x.shape[1:])
@@ -102,7 +102,7 @@ class Fused:
     scale: float  # factor on the product with the adapters
 
     @classmethod
-    def of(cls, projections: Sequence[nnx.Linear], axes: Axes, *shapes: tuple[int, ...]) -> Fused:
+    def join(cls, projections: Sequence[nnx.Linear], axes: Axes, *shapes: tuple[int, ...]) -> Fused:
         """Fuses projections, whose outputs have the given shapes, along the axis -2.
 
         `axes` are the names of the fused kernel's axes for `constrain`.
@@ -157,7 +157,8 @@ class FusedBlock:
     down: Fused
 
     @classmethod
-    def of(cls, block: Block) -> FusedBlock:
+    def from_block(cls, block: Block) -> FusedBlock:
+        """Fuses the matrices of a block."""
         attn, mlp = block.attn, block.mlp
         # Grouped queries, 4 heads and 2 key heads: [q0, q1, k0, v0] and [q2, q3, k1, v1], so each
         # key head lies with its queries.
@@ -167,10 +168,10 @@ class FusedBlock:
         side = ("embed", "heads", None, None)
         return cls(
             block,
-            qkv=Fused.of((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, single, single),
-            out=Fused.of((attn.o_proj,), ("heads", "embed"), wide),
-            gate_up=Fused.of((mlp.gate_proj, mlp.up_proj), ("embed", None, "mlp"), inner, inner),
-            down=Fused.of((mlp.down_proj,), ("mlp", "embed"), wide),
+            qkv=Fused.join((attn.q_proj, attn.k_proj, attn.v_proj), side, queries, single, single),
+            out=Fused.join((attn.o_proj,), ("heads", "embed"), wide),
+            gate_up=Fused.join((mlp.gate_proj, mlp.up_proj), ("embed", None, "mlp"), inner, inner),
+            down=Fused.join((mlp.down_proj,), ("mlp", "embed"), wide),
         )
 
     def __call__(
@@ -290,6 +291,6 @@ def read_prompts(
     blocks = layers.unstack(llama.layers, len(keys))
     names = "batch", "length", "heads", None
     prompts = [(constrain(keys[i], *names), constrain(values[i], *names)) for i in range(len(keys))]
-    fused = [FusedBlock.of(block) for block in blocks]
+    fused = [FusedBlock.from_block(block) for block in blocks]
     copied = copies_prompts(attention, mask.shape[1])
     return Decoder(llama, fused, prompts, lengths, attention, copied), last

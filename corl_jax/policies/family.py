@@ -203,6 +203,7 @@ class Family:
 
     @property
     def name(self) -> str:
+        """The name of the family, as in FAMILIES."""
         return self.kind.name
 
     @property

@@ -95,8 +95,8 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
 
     program = functools.partial(_compute_cosines, network.config, network.params)
     (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
-    given = [bool((prompt or "").strip()) for prompt in prompts]
-    return np.where(given, cosines, np.float32(np.nan))
+    has_prompt = [bool((prompt or "").strip()) for prompt in prompts]
+    return np.where(has_prompt, cosines, np.float32(np.nan))
 
 
 def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
@@ -107,11 +107,12 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
     Raises:
         InputError: the head needs vectors of another size.
     """
-    expected, given = head.config.sizes[0], network.config.projection_dim
-    if expected != given:
+    expected_width, width = head.config.sizes[0], network.config.projection_dim
+    if expected_width != width:
         raise InputError(
-            f"aesthetic: the head in {head.folder} reads vectors of {expected}, but the CLIP in "
-            f"{network.folder} gives {given}; use the one that it was trained on, such as ViT-L/14"
+            f"aesthetic: the head in {head.folder} reads vectors of {expected_width}, but the CLIP "
+            f"in {network.folder} gives {width}; use the one that it was trained on, such as "
+            "ViT-L/14"
         )
     pixels = resize_images(images, network.config.image_size)
 

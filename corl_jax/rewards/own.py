@@ -59,6 +59,7 @@ class UserReward:
 
     @property
     def name(self) -> str:
+        """The name of the function, without its file or module."""
         return self.use.rpartition(":")[2]
 
     @property
@@ -68,10 +69,12 @@ class UserReward:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns of the data that the function reads."""
         return self.parameters.columns
 
     @property
     def optional(self) -> tuple[str, ...]:
+        """The columns that the data may lack."""
         return self.parameters.optional
 
     def __call__(self, samples: Samples, context: Context) -> np.ndarray:

@@ -45,8 +45,8 @@ class Samples:
     def require_images(self) -> np.ndarray:
         """Returns the images as one array. Raises ValueError for texts and for several sizes."""
         if not isinstance(self.images, np.ndarray):
-            given = "texts" if self.images is None else "images of any sizes"
-            raise ValueError(f"samples: found {given} where a reward of equal images was asked for")
+            kind = "texts" if self.images is None else "images of any sizes"
+            raise ValueError(f"samples: found {kind} where a reward of equal images was asked for")
         return self.images
 
     def list_images(self) -> list[np.ndarray]:

@@ -33,7 +33,7 @@ from corl_jax.runs import fingerprints
 from corl_jax.runs.directory import list_config_changes, to_json
 
 GIB = 2**30
-SETTLE_S = 60  # that a running save gets to end after a process has failed
+RUNNING_SAVE_WAIT_S = 60  # that a running save gets to end after a process has failed
 
 
 class DamagedError(InputError):
@@ -119,8 +119,8 @@ class Checkpoints:
         """True while a save runs."""
         return self._manager.is_saving_in_progress()
 
-    def settle(self) -> None:
-        """Waits at most SETTLE_S seconds for a running save to end, with success or not."""
+    def await_running_save(self) -> None:
+        """Waits for a running save to end or fail, at most RUNNING_SAVE_WAIT_S seconds."""
 
         # In a thread, because `saving` may itself wait for other processes.
         def wait_for_end() -> None:
@@ -129,7 +129,7 @@ class Checkpoints:
 
         thread = threading.Thread(target=wait_for_end, name="the save under way", daemon=True)
         thread.start()
-        thread.join(SETTLE_S)
+        thread.join(RUNNING_SAVE_WAIT_S)
 
     def poll(self) -> int | None:
         """Returns the step that has been saved since the last call, if any; does not wait.

@@ -1,4 +1,4 @@
-"""Trains a Janus: GRPO on both tasks, the supervised stage, or the image tokenizer.
+"""Trains a unified model: reinforcement learning, supervised training, or the image tokenizer.
 
 python -m corl_jax.train --config FILE [key=value ...]
 
@@ -117,7 +117,7 @@ def run_training(
         Checkpoints(place, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(planned.mesh),
         # After a failure the blocks above wait for other processes, so the save ends before.
-        processes.fail_together(checkpoints.settle),
+        processes.fail_together(checkpoints.await_running_save),
     ):
         # All processes list the steps: their checkpoint managers may wait for each other.
         steps = checkpoints.steps()

@@ -26,7 +26,7 @@ def choose_sampler_kernel(config: Config, head_dim: int, mesh: Mesh) -> attentio
     return attention.choose_decode_kernel(config.model.dtype, head_dim, mesh.devices.flat[0])
 
 
-def find_problems(config: Config, head_dim: int, mesh: Mesh) -> list[str]:
+def find_kernel_problems(config: Config, head_dim: int, mesh: Mesh) -> list[str]:
     """Returns why the devices cannot run the kernel that `model.attention` names."""
     choice, dtype, device = config.model.attention, config.model.dtype, mesh.devices.flat[0]
     if choice != "auto" and not can_run(choice, dtype, head_dim, device):

@@ -150,11 +150,6 @@ def make_steps(
     return train_step, make_logprob_step(plan.family, plan.sizes, options)
 
 
-def place(params: Params, mesh: Mesh, rules: Rules) -> Params:
-    """Puts host parameters on the mesh, by the sharding rules."""
-    return jax.device_put(params, param_shardings(params, mesh, rules))
-
-
 def state_shardings(
     optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh, rules: Rules
 ) -> TrainState:

@@ -235,9 +235,9 @@ def _count_activations(plan: ResolvedRun, task: str, prompt: int) -> int:
     """Counts the numbers that the backward pass keeps: with remat `full` each layer's input."""
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
-    kept = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
+    inner_numbers = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
     length = prompt + get_completion_length(plan, task)
-    numbers = length * limits.layers * (limits.width + kept)
+    numbers = length * limits.layers * (limits.width + inner_numbers)
     return _count_update_rows(plan, task) * numbers // num_batch_shards(plan.mesh)
 
 
@@ -257,7 +257,7 @@ def _count_scores(plan: ResolvedRun, task: str, prompt: int) -> int:
 
 def _format_memory(plan: ResolvedRun) -> str:
     """Returns the table of memory: what a device always holds, and what each program adds."""
-    estimate, kept = estimate_memory(plan), 0.0
+    estimate, always_held = estimate_memory(plan), 0.0
     lines = [
         f"memory of each of {plan.mesh.size} device(s), GiB",
         "  kept for the whole run, exact",
@@ -265,22 +265,20 @@ def _format_memory(plan: ResolvedRun) -> str:
     for name, size in estimate.items():
         if name in KEPT:
             lines.append(f"    {name:32}{size:>10.2f}")
-            kept += size
-    lines.append(f"    {'sum':32}{kept:>10.2f}")
+            always_held += size
+    lines.append(f"    {'sum':32}{always_held:>10.2f}")
     for program, parts in WORKING.items():
         sizes = {name: estimate[name] for name in parts if name in estimate}
         if sizes:
             lines.append(f"  {program}, at least")
             lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
-            lines.append(f"    {'with what is kept':32}{kept + sum(sizes.values()):>10.2f}")
+            lines.append(f"    {'with what is kept':32}{always_held + sum(sizes.values()):>10.2f}")
     return "\n".join([*lines, *_explain_uncounted(plan)])
 
 
 def _explain_uncounted(plan: ResolvedRun) -> list[str]:
     """Returns what the figures leave out, and the command that compiles and counts everything."""
-    missing = (
-        "  not counted: logits, scores while sampling, decoded pictures, the compiler's copies"
-    )
+    missing = "  not counted: logits, scores while sampling, decoded images, the compiler's copies"
     if not plan.stage.samples:
         return [missing]
     lengths = measure_prompt_lengths(plan)

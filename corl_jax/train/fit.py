@@ -90,7 +90,7 @@ def find_model_problems(
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
-    return problems + attending.find_problems(config, limits.head_dim, mesh)
+    return problems + attending.find_kernel_problems(config, limits.head_dim, mesh)
 
 
 def find_length_problems(config: Config, limits: Limits) -> list[str]:

@@ -14,7 +14,7 @@ from corl_jax.data.images import fit_pixels
 from corl_jax.metrics import to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family
-from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState, apply_gradients
 from corl_jax.types import Params, Prompts, Sizes
 
@@ -23,7 +23,7 @@ def tokenizer_iteration(run: Run, state: TrainState, prompts: Prompts, step: int
     """Returns (next state, Iteration) of one batch of images."""
     with run.phases("data"):
         images = prompts.columns["real_image"]
-        pixels = put(run, np.stack([fit_pixels(image, run.image_side) for image in images]))
+        pixels = put_batch(run, np.stack([fit_pixels(image, run.image_side) for image in images]))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, pixels)
     return state, Iteration(metrics, {}, {}, [metrics])

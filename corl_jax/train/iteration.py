@@ -29,7 +29,7 @@ from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
-from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, Rollout
 
@@ -100,7 +100,7 @@ def score_rollout(
 def average_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
     """Returns the fraction of all processes' samples on which each user's reward failed."""
     return {
-        name: jnp.mean(put(run, np.full(len(scored.samples), share, np.float32)))
+        name: jnp.mean(put_batch(run, np.full(len(scored.samples), share, np.float32)))
         for name, share in scored.failures.items()
     }
 
@@ -115,7 +115,7 @@ def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
         rollout = sample_turn(
             run.samplers[task], params, piece, prompts.index[rows],
             seed=run.seed, stream=TASKS[task].stream, group_size=run.group_size,
-            place=functools.partial(put, run),
+            place=functools.partial(put_batch, run),
         )  # fmt: skip
         pieces.append(rollout)
     return pieces[0] if len(pieces) == 1 else join_pieces(pieces, shards=shards)
@@ -181,7 +181,7 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
         task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
-    placed = {task: value.T for task, value in put(run, stacked).items()}
+    placed = {task: value.T for task, value in put_batch(run, stacked).items()}
     # One program for all rows: baselines and spreads are over the whole batch.
     advantages, stats, spread = _compute_advantages(
         placed, advantages=run.recipe.advantages, options=run.advantage_options

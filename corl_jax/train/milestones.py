@@ -55,7 +55,7 @@ def make_reports(config: Config, run: Run, outputs: Outputs) -> list[Milestone]:
 
         return run_report
 
-    draw = report("picture grid", "images", reports.draw_fixed_prompts)
+    draw = report("image grid", "images", reports.draw_fixed_prompts)
     evaluate = report("evaluation", "evaluation", reports.evaluate)
     return [
         Milestone("images", are_images_due, draw),

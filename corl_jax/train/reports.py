@@ -20,7 +20,7 @@ from corl_jax.runs.log import RunLog, reduce_metrics
 from corl_jax.runs.outputs import Outputs
 from corl_jax.tasks import TASKS, image_tasks, text_tasks
 from corl_jax.train import iteration as rl_iteration
-from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params, Prompts
 
@@ -137,7 +137,7 @@ def choose_fixed_prompts(config: Config, run: Run) -> Prompts:
     shards = batches.num_batch_shards(run.mesh)
     # Rounded up to equal shards: 4 prompts on 3 shards -> 6.
     count = min(-(-FIXED_PROMPTS // shards) * shards, loader.batch_size)
-    return loader.at(np.arange(count))
+    return loader.read_rows(np.arange(count))
 
 
 def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
@@ -185,7 +185,7 @@ def make_evaluation_inputs(
 
     def place(tree: Any) -> Any:
         beat()
-        return put(run, tree)
+        return put_batch(run, tree)
 
     def score(prompts: Prompts) -> dict[str, np.ndarray]:
         beat()

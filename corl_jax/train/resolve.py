@@ -105,7 +105,7 @@ def outline_run(
     if mesh:
         problems.add(fit.find_batch_problems(config, mesh))
         problems.add(fit.find_mesh_problems(family, sizes, mesh))
-        problems.add(attending.find_problems(config, family.limits(sizes).head_dim, mesh))
+        problems.add(attending.find_kernel_problems(config, family.limits(sizes).head_dim, mesh))
     problems.add(fit.find_trainable_problems(config, family, sizes))
     problems.add(fit.find_length_problems(config, family.limits(sizes)))
     problems.raise_any()

@@ -73,6 +73,6 @@ class Iteration:
     failed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def put(run: Run, tree: Any) -> Any:
+def put_batch(run: Run, tree: Any) -> Any:
     """Returns host arrays of this process's rows as global arrays, rows spread over the mesh."""
     return put_rows(run.mesh, tree)

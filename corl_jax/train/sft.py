@@ -20,7 +20,7 @@ from corl_jax.data.images import fit_pixels
 from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
 from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, text_tasks
-from corl_jax.train.run import Iteration, Run, put
+from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import EncodedPrompts, Prompts, Segment
 
@@ -34,7 +34,7 @@ CFG_DROPOUT = 0.1
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of rows."""
     with run.phases("data"):
-        batch = put(run, make_supervised_batch(run, prompts, step))
+        batch = put_batch(run, make_supervised_batch(run, prompts, step))
         for task in image_tasks(tuple(batch.keys() & TASKS.keys())):
             params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values

@@ -106,6 +106,7 @@ class Checkpoint:
         )  # fmt: skip
 
     def close(self) -> None:
+        """Closes all files."""
         for store in (self.store, *self.carried.values()):
             store.close()
 

@@ -39,6 +39,7 @@ def to_safetensors_name(dtype: np.dtype) -> str:
 
 
 def is_float(dtype: np.dtype) -> bool:
+    """Returns whether a dtype is a floating-point one."""
     # By name, because NumPy does not count bfloat16 and the 8-bit types as floating.
     return _NAMES.get(np.dtype(dtype)) in _FLOATS
 

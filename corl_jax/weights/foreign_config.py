@@ -48,6 +48,7 @@ class Fields:
         return Fields(f"{self.where}: {name}", inner, self.problems)
 
     def has(self, name: str) -> bool:
+        """Returns whether a field is present and not null."""
         return self.data.get(name) is not None
 
     def token(self, name: str, default: int) -> int:
@@ -74,6 +75,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float) -> float:
+        """Returns a positive number; the default for null or an absent field."""
         value = self.data.get(name)
         if value is None:
             return default

@@ -115,6 +115,7 @@ class NetworkKind:
 
     @property
     def written_layouts(self) -> tuple[str, ...]:
+        """The layouts that an export can write."""
         return (*(self.tables if self.foreign_export else ()), OWN_LAYOUT)
 
     def shapes(self, config: Any) -> dict[str, Shape]:

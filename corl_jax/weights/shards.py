@@ -138,13 +138,16 @@ def write_bin(file: Path, plans: Sequence[TensorPlan], progress: Progress | None
 
 
 def write_json(file: Path, value: Any) -> None:
+    """Writes a value as indented JSON, whole or not at all."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all."""
     write_bytes(file, text.encode("utf-8"))
 
 
 def write_bytes(file: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
     with replace_file(file) as stream:
         stream.write(data)

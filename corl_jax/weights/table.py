@@ -30,6 +30,7 @@ class Transform:
     drop_leading: bool = False
 
     def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns a torch tensor as its leaf."""
         tensor = tensor[0] if self.drop_leading else tensor
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
@@ -71,6 +72,7 @@ class Row:
 
     @property
     def stacked(self) -> bool:
+        """True if the row stands for a tensor of each layer."""
         return "{layer}" in self.key
 
 
@@ -123,9 +125,11 @@ class Table:
     dropped: tuple[str, ...] = ()  # regexes
 
     def is_carried(self, key: str) -> bool:
+        """Returns whether a key has no leaf, but is kept for an export."""
         return any(re.fullmatch(pattern, key) for pattern in self.carried)
 
     def is_dropped(self, key: str) -> bool:
+        """Returns whether a key has no leaf and is not needed."""
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
     def matches(self, key: str) -> bool:

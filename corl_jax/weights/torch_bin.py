@@ -29,6 +29,7 @@ _DTYPES = {
 
 
 def import_torch(file: Path) -> Any:
+    """Imports PyTorch to read a file. Raises: InputError if it is not installed."""
     try:
         import torch
     except ImportError as error:

@@ -7,8 +7,8 @@ rewards:
     options: {url: "http://127.0.0.1:8000"}
     timeout_s: 30
 
-`images` makes it a reward of drawings, `texts` one of answers. Other parameters are columns of the
-data, a list with one value per sample; those after the `*` are options. The file is imported
+`images` makes it a reward of generated images, `texts` one of answers. Other parameters are columns
+of the data, a list with one value per sample; those after the `*` are options. The file is imported
 once and keeps its state from call to call: one thread, one event loop.
 More: docs/how_to/write_a_reward.md.
 """
@@ -23,7 +23,7 @@ from PIL import Image, ImageStat
 
 
 def brightness(images: list[Image.Image], *, target: float = 1.0) -> list[float]:
-    """1 for a picture whose mean brightness is `target` (0 black, 1 white), less away from it."""
+    """1 for an image whose mean brightness is `target` (0 black, 1 white), less away from it."""
     means = [ImageStat.Stat(image.convert("L")).mean[0] / 255 for image in images]
     return [1 - abs(mean - target) for mean in means]
 

@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import io
+import pkgutil
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -30,6 +35,8 @@ PAPER = [name for name in FILES if name.startswith("janus_pro_")]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 DEVICES = (1, 2, 4, 8)
 MAX_OPTIONS = 102
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors")
 
 # The paper's table of values: G, beta, prompt tokens, answer tokens, prompts a step, peak rate.
 TABLE = {
@@ -405,6 +412,37 @@ def test_links_and_paths_in_a_document_exist(path):
     for module in re.findall(r"python -m ((?:corl_jax|tools|tests)[\w.]*)", text):
         file = ROOT / module.replace(".", "/")
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
+    assert_dotted_names_exist(re.findall(r"`([\w.]+)[`=(]", text))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pages_named_in_a_config_exist(name):
+    for page in re.findall(r"docs/[\w/.]+\.md", (CONFIGS / name).read_text()):
+        assert (ROOT / page).is_file(), page
+
+
+def test_modules_named_in_docstrings_and_comments_exist():
+    for path in sorted((ROOT / "corl_jax").rglob("*.py")):
+        text = path.read_text()
+        nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED))
+        prose = [ast.get_docstring(node) or "" for node in nodes]
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        prose += [token.string for token in tokens if token.type == tokenize.COMMENT]
+        assert_dotted_names_exist(re.findall(r"(?<![\w./-])\w+(?:\.\w+)+", "\n".join(prose)))
+
+
+def assert_dotted_names_exist(names: list[str]) -> None:
+    """Names such as `train.stages.STAGES`: something in the package, an option, or a file."""
+    children = list((ROOT / "corl_jax").iterdir())
+    tops = {
+        path.stem for path in children if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    for name in names:
+        inner = name.removeprefix("corl_jax.")
+        if inner.partition(".")[0] not in tops or name.endswith(FILE_ENDINGS):
+            continue
+        if inner.removeprefix("config.") not in known_options():
+            pkgutil.resolve_name(f"corl_jax.{inner}")  # raises what names the culprit
 
 
 def test_the_index_lists_every_page_once():
@@ -416,16 +454,21 @@ def test_the_index_lists_every_page_once():
 
 @pytest.mark.parametrize("path", documents(), ids=page_id)
 def test_options_named_in_a_document_exist(path):
-    known = {f"{key}.{name}" for key, kind in sections().items() for name in kind.model_fields}
-    known |= {f"data.columns.{name}" for name in COLUMNS}
-    known |= {
-        f"networks.{name}.{option}" for name in networks.NETWORKS for option in ("path", "dtype")
-    }
+    known = known_options()
     blocks = "|".join(sorted({key.split(".")[0] for key in sections()} - {"run", "rewards"}))
     for name in re.findall(rf"`((?:{blocks})\.[a-z_0-9.]+)(?:=[^`]*)?`", path.read_text()):
         module = (ROOT / "corl_jax" / name.replace(".", "/", 1)).with_suffix(".py").exists()
-        file = name.endswith((".py", ".yaml", ".json", ".md", ".safetensors"))
-        assert name in known or module or file, name
+        assert name in known or module or name.endswith(FILE_ENDINGS), name
+
+
+@functools.cache
+def known_options() -> set[str]:
+    known = {f"{key}.{name}" for key, kind in sections().items() for name in kind.model_fields}
+    known |= {f"data.columns.{name}" for name in COLUMNS}
+    known |= set(Config.model_fields)
+    return known | {
+        f"networks.{name}.{option}" for name in networks.NETWORKS for option in ("path", "dtype")
+    }
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_git_lfs_pointers_are_called_so(tmp_path):
     (tmp_path / "a.parquet").write_bytes(pointer)
     with pytest.raises(InputError, match=r"a\.parquet: is a Git LFS pointer.*`git lfs pull`"):
         ParquetSource(tmp_path)
-    with pytest.raises(InputError, match="a Git LFS pointer, not the picture"):
+    with pytest.raises(InputError, match="a Git LFS pointer, not the image"):
         decode_image({"bytes": pointer, "path": "a.png"})
 
 
@@ -296,10 +296,10 @@ def test_a_list_of_two_pictures_is_refused_and_an_empty_one_is_none(tmp_path):
     options = LoaderOptions(tasks=(), batch_size=3, seed=0, max_bad_fraction=0.5)
     loader = Loader(source, None, options)
     rows = loader._rows
-    assert rows.example(0).columns["real_image"].size == (32, 32)
-    with pytest.raises(InputError, match="found a list of 2 pictures; expected one"):
-        rows.example(1)
-    assert rows.example(2).columns["real_image"] is None
+    assert rows.read_example(0).columns["real_image"].size == (32, 32)
+    with pytest.raises(InputError, match="found a list of 2 images; expected one"):
+        rows.read_example(1)
+    assert rows.read_example(2).columns["real_image"] is None
 
 
 # ---- files that differ

@@ -154,7 +154,7 @@ def read_parquet(folder: Path, rng: np.random.Generator) -> None:
     rows = UsableRows(source, None, options)
     for row in range(len(source)):
         try:
-            rows.example(row)
+            rows.read_example(row)
         except (BadRow, InputError):
             continue
 

@@ -187,7 +187,7 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
         options, scalars, width = {**options, "guided": True, "image_logprobs": "guided"}, 2, 2
     else:
         options, scalars, width = {**options, "max_new_tokens": 9, "top_k": 0, "top_p": 1.0}, 1, 1
-    traced = getattr(sampling, program).usual.trace(
+    traced = getattr(sampling, program).default.trace(
         tiny_config, network.abstract(tiny_config), prompts, keys,
         *[shape((), jnp.float32)] * scalars, **options,
     )  # fmt: skip

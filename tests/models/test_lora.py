@@ -20,11 +20,11 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES
-from corl_jax.train import build, step
+from corl_jax.train import step
 from corl_jax.weights import adapters
 from tests.support import draws
 from tests.support.tiny_models import two_layers
-from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
+from tests.support.tiny_runs import SPECIAL, both_tasks, place_params, random_params
 from tests.support.tolerances import LOGPROBS, NETWORK
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -201,7 +201,7 @@ def test_a_decode_step_multiplies_as_training_does(plain, targets):
     config, trained, frozen = adapted(plain, targets)
     params = network.cast(merge(trained, frozen), jnp.bfloat16)
     block = layers.unstack(network.bind(config, params).language_model.layers, 2)[1]
-    fused, attn, mlp = FusedBlock.of(block), block.attn, block.mlp
+    fused, attn, mlp = FusedBlock.from_block(block), block.attn, block.mlp
     x = jax.random.normal(jax.random.key(0), (6, config.llama.hidden_size), jnp.bfloat16)
     heads = [layers.split_heads(p(x[:, None]), n)[:, 0] for p, n in (
         (attn.q_proj, config.llama.num_heads), (attn.k_proj, 2), (attn.v_proj, 2),
@@ -247,7 +247,7 @@ def test_merging_rounds_each_layer_to_its_own_type(plain):
 
 def test_devices_change_nothing(plain, batch, found, mesh):
     config, trained, frozen = adapted(plain)
-    parts = (build.place(part, mesh, RULES) for part in (trained, frozen))
+    parts = (place_params(part, mesh, RULES) for part in (trained, frozen))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         grads, metrics = jax.device_get(program(config)(*parts, spread))
@@ -260,7 +260,7 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
     config, trained, frozen = adapted(plain)
     batch = {"mm2t": batch["mm2t"]}
     alone = rollouts(config, merge(trained, frozen), batch, greedy=True)
-    params = merge(build.place(trained, mesh, RULES), build.place(frozen, mesh, RULES))
+    params = merge(place_params(trained, mesh, RULES), place_params(frozen, mesh, RULES))
     spread = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         found = rollouts(config, params, spread, greedy=True)

@@ -82,7 +82,9 @@ def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, ti
     """Against arrays that are really on the devices, laid out by the functions of `build`."""
     config, mesh = outline.config, outline.mesh
     params = tiny_runs.random_params(outline.sizes)
-    trained, frozen = (build.place(x, mesh, RULES) for x in partition(params, outline.trained))
+    trained, frozen = (
+        tiny_runs.place_params(x, mesh, RULES) for x in partition(params, outline.trained)
+    )
     optimizer = make_optimizer(config.optimizer, 1)
     shardings = build.state_shardings(optimizer, trained, mesh, RULES)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
@@ -193,15 +195,15 @@ def test_cudnn_is_not_taken_where_the_flag_for_the_same_bits_breaks_it(
         == attending.choose_update_kernel(*asked("cudnn"))
         == "cudnn"
     )
-    assert attending.find_problems(*asked("cudnn")) == []
+    assert attending.find_kernel_problems(*asked("cudnn")) == []
 
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     assert attending.choose_update_kernel(*asked("auto")) == "xla"
-    problems = attending.find_problems(*asked("cudnn"))
+    problems = attending.find_kernel_problems(*asked("cudnn"))
     assert [problem.partition(":")[0] for problem in problems] == ["model.attention"] * refused
     assert all("set it to auto or xla" in problem for problem in problems)
     for always in ("auto", "xla"):
-        assert attending.find_problems(*asked(always)) == []
+        assert attending.find_kernel_problems(*asked(always)) == []
 
 
 # ---- the command

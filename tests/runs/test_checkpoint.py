@@ -379,12 +379,12 @@ def test_a_save_under_way_is_given_time_but_not_for_ever(tmp_path, monkeypatch):
     states = [True, True, False]
     with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "saving", property(lambda self: states.pop(0)))
-        checkpoints.settle()
+        checkpoints.await_running_save()
         assert not states
-        patch.setattr(run_checkpoints, "SETTLE_S", 0.3)
+        patch.setattr(run_checkpoints, "RUNNING_SAVE_WAIT_S", 0.3)
         under_way = [True]
         patch.setattr(Checkpoints, "saving", property(lambda self: bool(under_way)))
-        checkpoints.settle()
+        checkpoints.await_running_save()
         assert under_way, "it was given up"
         under_way.clear()  # so that its thread ends
         for thread in threading.enumerate():

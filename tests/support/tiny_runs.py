@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
 
+from corl_jax.devices.mesh import Rules, param_shardings
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
@@ -19,7 +21,7 @@ from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.train.step import Batch, TaskBatch
-from corl_jax.types import EncodedPrompts, Segment
+from corl_jax.types import EncodedPrompts, Params, Segment
 from corl_jax.weights.export import save_checkpoint
 from tests.support import metrics_page
 from tests.support.tiny_models import tiny_parquet, tiny_row, tiny_tokenizer_dir
@@ -75,6 +77,11 @@ def both_tasks(config: JanusConfig, prompts: int, group: int, seed: int = 0) -> 
         "t2i": image_batch(config.vq.num_embeddings, slots, prompts, group, seed),
         "mm2t": text_batch(config.siglip.image_size, slots, prompts, group, seed=seed),
     }
+
+
+def place_params(params: Params, mesh: jax.sharding.Mesh, rules: Rules) -> Params:
+    """Puts host parameters on the mesh, by the sharding rules."""
+    return jax.device_put(params, param_shardings(params, mesh, rules))
 
 
 def random_params(config: JanusConfig, seed: int = 0) -> dict:

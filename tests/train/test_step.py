@@ -39,7 +39,7 @@ from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Rollout
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
-from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
+from tests.support.tiny_runs import SPECIAL, both_tasks, place_params, random_params
 from tests.support.tolerances import LOGPROBS, NETWORK
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -147,7 +147,7 @@ def test_splitting_and_recomputing_change_nothing(
 @pytest.mark.usefixtures("compiled_anew")
 def test_devices_change_nothing(config, params, batch, whole, axes, capfd):
     mesh = make_mesh(*axes)
-    trained, frozen = (build.place(part, mesh, RULES) for part in partition(params, TRAINABLE))
+    trained, frozen = (place_params(part, mesh, RULES) for part in partition(params, TRAINABLE))
     spread = jax.device_put(batch, batch_sharding(mesh))
     # Pieces interleave the prompts, of which each must have as many as there are ways.
     pieces = 2 if axes[0] * axes[1] * 2 <= PROMPTS else 1
@@ -345,7 +345,7 @@ def test_the_reference_scores_with_its_own_parameters(monkeypatch, batch):
 
 def test_a_reference_may_rest_in_host_memory(config, params):
     mesh = make_mesh(2, 2, 2)
-    trained = build.place(partition(params, TRAINABLE)[0], mesh, RULES)
+    trained = place_params(partition(params, TRAINABLE)[0], mesh, RULES)
     kinds = {}
     for place in ("device", "host"):
         block = schema.Algorithm(kl_coef=0.1, reference=place)
@@ -404,7 +404,7 @@ def stepped(request, params):
     optimizer = make_optimizer(
         schema.Optimizer(name=request.param, learning_rate=1e-3, weight_decay=0.01), 10
     )
-    trained, frozen = (build.place(part, mesh, RULES) for part in partition(params, TRAINABLE))
+    trained, frozen = (place_params(part, mesh, RULES) for part in partition(params, TRAINABLE))
     shardings = build.state_shardings(optimizer, trained, mesh, RULES)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
@@ -437,7 +437,7 @@ def test_a_step_moves_what_is_trained_and_keeps_its_layout(stepped):
 
 def test_moments_lie_as_their_parameters(config, params):
     mesh = make_mesh(2, 2, 2)
-    trained = build.place(partition(params, TRAINABLE)[0], mesh, RULES)
+    trained = place_params(partition(params, TRAINABLE)[0], mesh, RULES)
     optimizer = make_optimizer(schema.Optimizer(), 10)
     moments = [
         leaf.spec

@@ -21,7 +21,7 @@ def measure_builds(setting: Setting) -> Iterator[Record]:
     steps = setting.size.janus.num_image_tokens
     for name in compiling.BUILDS:
         # The program otherwise chooses its build by the number of rows.
-        with mock.patch.object(program, "built_for", return_value=getattr(program, name)):
+        with mock.patch.object(program, "choose_build", return_value=getattr(program, name)):
             timing = setting.measure(f"build_{name}", sample)
         figures = {"ms_per_step": 1e3 * timing.median / steps}
         yield Record("builds", f"image tokens, {name}", timing, figures)

@@ -58,7 +58,7 @@ def list_peer_problems(args: argparse.Namespace) -> list[str]:
 
 
 def measure_peers(args: argparse.Namespace) -> Peers:
-    """Runs `python -m tools.bench.peer`; on the CPU if JAX is told to use it.
+    """Runs `python -m tools.bench.peer`; on the CPU if JAX uses it.
 
     Raises: InputError where torch cannot use the device; its message is on stderr.
     """

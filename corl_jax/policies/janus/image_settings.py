@@ -170,5 +170,5 @@ def _parse_floats(value: Any) -> tuple[float, ...]:
     return tuple(map(float, items)) if all(isinstance(i, int | float) for i in items) else ()
 
 
-def _is_same_number(found: Any, expected: float) -> bool:
-    return isinstance(found, int | float) and bool(np.isclose(float(found), expected))
+def _is_same_number(value: Any, expected: float) -> bool:
+    return isinstance(value, int | float) and bool(np.isclose(float(value), expected))

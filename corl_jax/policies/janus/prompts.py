@@ -114,10 +114,12 @@ class Processor:
 
     @property
     def image_size(self) -> int:
+        """The side of an image in a prompt, in pixels."""
         return self.image.size
 
     @property
     def num_image_tokens(self) -> int:
+        """The number of tokens of an image in a prompt."""
         return self.image.num_tokens
 
     # ---- templates
@@ -199,7 +201,7 @@ class Processor:
         if encoding.ids != ids[first : first + len(encoding.ids)]:
             raise InputError(
                 "t2i_ti_sim: the tokenizer drops white space next to its special tokens, so the "
-                "caption's tokens cannot be told apart; set the tokens' lstrip and rstrip to false"
+                "caption's tokens cannot be separated; set the tokens' lstrip and rstrip to false"
             )
         for position, (begin, end) in enumerate(encoding.offsets, start=first):
             # Character 0 is the line break, so the caption is [1, 1 + len). True if the two spans

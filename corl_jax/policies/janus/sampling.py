@@ -41,8 +41,8 @@ def unconditional_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array
     # [pad, BOS, a, cat, BOI] -> [pad, BOS, pad, pad, BOI]. The inner pads are attended to, as in
     # Janus; the left one is masked in both rows. By id, not by position: with left padding the
     # rule of the released code overwrites BOS (Q6).
-    kept = (input_ids == special.bos) | (input_ids == special.boi)
-    return jnp.where(kept, input_ids, special.pad)
+    is_boundary = (input_ids == special.bos) | (input_ids == special.boi)
+    return jnp.where(is_boundary, input_ids, special.pad)
 
 
 @jax.tree_util.register_dataclass
@@ -113,8 +113,8 @@ def _image_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     ids, mask = prompts.input_ids, prompts.attention_mask
     rows, length = Rows(_check_group_size(prompts, keys), guided), config.num_image_tokens
-    embeds = model.embed_text(rows.of_prompts(ids, unconditional_ids(ids, special)))
-    mask = rows.of_prompts(mask, mask)
+    embeds = model.embed_text(rows.interleave_prompts(ids, unconditional_ids(ids, special)))
+    mask = rows.interleave_prompts(mask, mask)
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
     hidden = rows.fan_out(last)
     choice = Choice(temperature, greedy)
@@ -130,7 +130,7 @@ def _image_program(
 
     def step(state: DecodeState) -> DecodeState:
         # The conditional and the unconditional row of a sample read the same token.
-        embeds = rows.of_samples(model.embed_image_tokens(state.token))
+        embeds = rows.repeat_samples(model.embed_image_tokens(state.token))
         hidden, caches = decoder(embeds, state.step - 1, state.caches)
         token, logprob = draw(hidden, state.step)
         return _advance(state, token, logprob, caches)
@@ -186,7 +186,7 @@ def sample_images(
     # Scale and temperature are traced, so that another value compiles nothing; whether there is
     # guidance decides the shapes.
     guided = cfg_scale != 1.0
-    program = _image_program.built_for(len(keys) * (1 + guided), params, prompts, keys)
+    program = _image_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy, dtype=dtype,
@@ -273,7 +273,7 @@ def sample_text(
     Tokens after the end of a row are EOS and masked out. A row is truncated if its mask is full
     and its last token is not EOS.
     """
-    program = _text_program.built_for(len(keys), params, prompts, keys)
+    program = _text_program.choose_build(len(keys), params, prompts, keys)
     tokens, mask, logprobs = program(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,

@@ -209,7 +209,7 @@ def test_scale_one_is_no_guidance(config, params):
     prompts, keys = drawing_prompts(), keys_of(range(4))
     plain = draw_images(config, params, prompts, keys, cfg_scale=1.0)
     one = jnp.float32(1)
-    tokens, logprobs = sampling._image_program.usual(
+    tokens, logprobs = sampling._image_program.default(
         config, params, prompts, keys, one, jnp.float32(TEMPERATURE),
         **STRICT, **IMAGE_OPTIONS,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def test_scale_one_is_no_guidance(config, params):
 
 def test_rows_of_a_guided_prompt_lie_side_by_side():
     rows = sampling.Rows(group_size=2, guided=True)
-    prompts = rows.of_prompts(jnp.array([10, 20]), jnp.array([11, 21]))
+    prompts = rows.interleave_prompts(jnp.array([10, 20]), jnp.array([11, 21]))
     np.testing.assert_array_equal(prompts, [10, 11, 20, 21])
     samples = rows.fan_out(prompts)
     np.testing.assert_array_equal(samples, [10, 10, 11, 11, 20, 20, 21, 21])
@@ -227,7 +227,7 @@ def test_rows_of_a_guided_prompt_lie_side_by_side():
     np.testing.assert_array_equal(conditional, [10, 10, 20, 20])
     np.testing.assert_array_equal(unconditional, [11, 11, 21, 21])
     drawn = jnp.array([1, 2, 3, 4])
-    read = rows.of_samples(drawn)
+    read = rows.repeat_samples(drawn)
     np.testing.assert_array_equal(read, [1, 2, 1, 2, 3, 4, 3, 4])
     for half in rows.split(read):
         np.testing.assert_array_equal(half, drawn)
@@ -308,7 +308,7 @@ def test_data_parallel_decoding_needs_no_communication(config, params, images, c
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
     with jax.set_mesh(mesh):
         arguments = *on_mesh(mesh, params, drawing_prompts()), scale, temperature
-        program = sampling._image_program.usual.lower(
+        program = sampling._image_program.default.lower(
             config, *arguments, **STRICT, **IMAGE_OPTIONS
         ).compile()
         tokens, _ = program(*arguments)
@@ -458,13 +458,13 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
     monkeypatch.setattr(compiling, "MANY_ROWS", 2 * 4 * GROUP)
     image, text = sampling._image_program, sampling._text_program
     keys = keys_of(range(4))
-    assert image.built_for(10**6, keys) is image.usual  # no NVIDIA GPU
+    assert image.choose_build(10**6, keys) is image.default  # no NVIDIA GPU
     monkeypatch.setattr(compiling, "is_nvidia", lambda: True)
-    assert text.built_for(8 * GROUP, keys) is text.for_many_rows
-    assert text.built_for(8 * GROUP - 1, keys) is text.for_few_rows
+    assert text.choose_build(8 * GROUP, keys) is text.for_many_rows
+    assert text.choose_build(8 * GROUP - 1, keys) is text.for_few_rows
     with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):  # rows are a device's
-        assert text.built_for(8 * GROUP, keys) is text.for_few_rows
-        assert text.built_for(16 * GROUP, keys) is text.for_many_rows
+        assert text.choose_build(8 * GROUP, keys) is text.for_few_rows
+        assert text.choose_build(16 * GROUP, keys) is text.for_many_rows
 
     for build, rows in (("for_many_rows", 2 * 4 * GROUP), ("for_few_rows", 10**6)):
         monkeypatch.setattr(compiling, "MANY_ROWS", rows)
@@ -495,7 +495,7 @@ def test_a_sampler_forgets_all_of_its_builds():
 
 def test_one_program_a_bucket(config, params, images, texts):
     """Other prompts, seeds, scales and temperatures of the same padded shape compile nothing."""
-    programs = sampling._image_program.usual, sampling._text_program.usual
+    programs = sampling._image_program.default, sampling._text_program.default
     draw_images(config, params, drawing_prompts(), keys_of(range(4)))
     answer(config, params, question_prompts(config), keys_of(range(4)))
     before = [program._cache_size() for program in programs]
@@ -527,7 +527,7 @@ def lowered(config, program: str, rows: int, length: int, group: int, **options)
     prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
     keys = jax.eval_shape(lambda: keys_of(range(rows), group))
     scalars = [shape((), jnp.float32)] * (2 if program == "_image_program" else 1)
-    return getattr(sampling, program).usual.lower(
+    return getattr(sampling, program).default.lower(
         config, network.abstract(config), prompts, keys, *scalars, **STRICT, **options
     )
 

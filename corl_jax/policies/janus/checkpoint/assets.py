@@ -79,12 +79,12 @@ def write_generation(
     old = read_json(file) if file and file.is_file() else {}
     parse_generation(old, file or folder / GENERATION_FILE)  # refuses wrong values of the source
     new = {**old, **stated}
-    given = old.get("generation_kwargs")
-    has_boi = isinstance(given, dict) and "boi_token_id" in given
+    kwargs = old.get("generation_kwargs")
+    has_boi = isinstance(kwargs, dict) and "boi_token_id" in kwargs
     # transformers cannot generate an image without the BOI id in this place.
     if layout == "transformers" and not has_boi:
         made = transformers_layout.write_generation(special_tokens(require_tokenizer(source)))
-        kwargs = {**(given if isinstance(given, dict) else {}), **made["generation_kwargs"]}
+        kwargs = {**(kwargs if isinstance(kwargs, dict) else {}), **made["generation_kwargs"]}
         new = {**made, **new, "generation_kwargs": kwargs}
     if file and new == old and file.is_file():
         # Unchanged values: the same bytes, so that a round trip changes no file.

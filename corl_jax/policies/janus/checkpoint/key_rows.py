@@ -29,6 +29,7 @@ def make_llama_rows(key: str, path: str) -> list[Row]:
 
 
 def make_res_block_rows(key: str, path: str) -> list[Row]:
+    """Returns the rows of a residual block."""
     # Not every block has a shortcut: it exists only where the width changes.
     return [
         *norm(f"{key}.norm1", f"{path}/norm1"),
@@ -40,6 +41,7 @@ def make_res_block_rows(key: str, path: str) -> list[Row]:
 
 
 def make_attn_block_rows(key: str, path: str) -> list[Row]:
+    """Returns the rows of an attention block."""
     rows = norm(f"{key}.norm", f"{path}/norm")
     for name in ("q", "k", "v", "proj_out"):
         rows += conv(f"{key}.{name}", f"{path}/{name}")
