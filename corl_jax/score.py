@@ -49,9 +49,9 @@ from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import TASKS
+from corl_jax.types import DTYPES
 
 SHORT = ("problem", "solution", "type")
-DTYPES = ("float32", "bfloat16")
 
 
 @exit_on_input_error
@@ -382,7 +382,7 @@ def _load_context(
         for network in checked_networks
     }
     if {"policy", "initial"} & set(reward.scorers):
-        dtype = networks.DTYPES[args.dtype]
+        dtype = DTYPES[args.dtype]
         model = load_policy(args.model, dtype)
         # Nothing was trained here, so the model is its initial state too.
         initial = Policy(model.family, model.sizes, model.params, model.processor, dtype)
