@@ -37,7 +37,7 @@ def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises: InputError if `out` holds files (unless `overwrite`), or cannot be written.
     """
     # Before the block, which may take hours.
-    _check_free(out, overwrite)
+    check_output_folder(out, overwrite=overwrite)
     place, temporary = out.absolute(), None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +60,19 @@ def create_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def check_output_folder(out: Path, option: str = "", *, overwrite: bool = False) -> None:
+    """Checks that `out`, which an option names, is an empty folder or can be made.
+
+    Raises: InputError if not; a folder that holds files is no problem with `overwrite`.
+    """
+    place = f"{option} {out}".lstrip()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out}: is not a folder; choose another place for the output")
+        raise InputError(f"{place}: is no folder; name a new or an empty one")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"{out}: already exists and is not empty; remove it or choose another")
+        raise InputError(f"{place}: holds files; remove it, or name a new or an empty folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{place}: {parent} cannot be written to; name another place")
 
 
 def _move_folder(temporary: Path, out: Path) -> None:

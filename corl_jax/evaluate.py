@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corl_jax.atomic_files import check_output_folder, create_folder
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.policies.sampling_options import (
@@ -172,20 +172,9 @@ def check_options(args: argparse.Namespace) -> None:
     if args.greedy and args.temperature is not None:
         problems.add("--temperature: --greedy would ignore it; leave one of them out")
     if args.out is not None:
-        problems.attempt(check_output_folder, args.out)
+        # Checked now, because the folder is written at the end, after the sampling.
+        problems.attempt(check_output_folder, args.out, "--out")
     problems.raise_any()
-
-
-def check_output_folder(out: Path) -> None:
-    """Checks that `out` is an empty folder or can be made. Raises: InputError if not."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"--out {out}: is no folder; name a new or an empty one")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out {out}: holds files; name a new or an empty folder")
-    # Checked now, because the folder is written at the end, after the sampling.
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: {parent} cannot be written to; name another place")
 
 
 def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
@@ -348,7 +337,6 @@ def write_report(out: Path, report: Any, settings: dict[str, Any]) -> None:
     """Writes report.json, grid.png and answers.jsonl; all of them or none."""
     from PIL import Image
 
-    from corl_jax.atomic_files import create_folder
     from corl_jax.data.questions import to_json_line
 
     with create_folder(out) as folder:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from corl_jax.atomic_files import check_output_folder, create_folder, replace_file
 from corl_jax.console import write_json_lines
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, Problems, exit_on_input_error
@@ -141,10 +142,7 @@ def check_image(args: argparse.Namespace) -> list[str]:
     problems = Problems()
     check_options(args, "images-per-prompt", problems)
     problems.add(check_number("--cfg-scale", args.cfg_scale, 0))
-    if args.out.is_dir() and any(args.out.iterdir()):
-        problems.add(f"--out {args.out}: holds files; name a new or an empty folder")
-    elif args.out.exists() and not args.out.is_dir():
-        problems.add(f"--out {args.out}: is a file; name a new or an empty folder")
+    problems.attempt(check_output_folder, args.out, "--out")
     prompts = read_image_prompts(args, problems)
     problems.add(complete_options(args, ("cfg_scale", "temperature")))
     # Prompts with a lone surrogate are a problem already; replaced, the tokenizer can count the
@@ -160,7 +158,6 @@ def generate_images(args: argparse.Namespace) -> None:
     """Runs the `image` subcommand."""
     from PIL import Image
 
-    from corl_jax.atomic_files import create_folder
     from corl_jax.policies import batched
     from corl_jax.policies.family import SamplingOptions
 
@@ -321,7 +318,6 @@ def generate_texts(args: argparse.Namespace) -> None:
 
 def write_text(out: Path | None, records: Records) -> None:
     """Writes the answers to standard output, or to a file that appears whole."""
-    from corl_jax.atomic_files import replace_file
 
     if out is None:
         write_json_lines(format_records(records))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SIMILAR = 0.5  # of 1; below it the nearest name is mostly one that has nothing to do with it
 
-def suggest_name(name: str, known: Iterable[str], label: str = "known", cutoff: float = 0.0) -> str:
+
+def suggest_name(name: str, known: Iterable[str], label: str = "known") -> str:
     """Returns "did you mean near? (known: near, other)" for a name that is not among the known.
 
-    `label` is the word before the list. Without a name at least as similar as `cutoff`, from 0
-    to 1, the text is "known: near, other".
+    `label` is the word before the list. Without a similar name, or one of which `name` holds the
+    first letters of the words, the text is "known: near, other".
     """
     names = list(known)
     known_names = f"{label}: {', '.join(names)}"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    # lr -> learning_rate
+    near = difflib.get_close_matches(name, names, n=1, cutoff=SIMILAR) or [
+        other for other in names if name == "".join(word[:1] for word in other.split("_"))
+    ]
     return f"did you mean {near[0]}? ({known_names})" if near else known_names
 
 

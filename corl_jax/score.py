@@ -49,9 +49,9 @@ from corl_jax.rewards.registry import BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.repeated import call_once, describe_differences, describe_failures
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import IMAGES, TEXTS
+from corl_jax.types import DTYPES
 
 SHORT = ("problem", "solution", "type")
-DTYPES = ("float32", "bfloat16")
 
 
 @exit_on_input_error
@@ -138,7 +138,7 @@ def describe_rewards() -> str:
         columns += [f"[{column}]" for column in entry.optional]
         options = registry.list_options(name).items()
         lines = [
-            f"{name}",
+            name,
             f"  {(inspect.getdoc(entry.function) or '').splitlines()[0]}",
             f"  scores {entry.scores}; networks: {_name_networks(entry)}; "
             f"columns: {' '.join(columns) or 'none'}",
@@ -183,13 +183,12 @@ def check_arguments(
     if args.repeat < 1:
         problems.add(f"--repeat: found {args.repeat}; expected 1 or more")
     reward = args.reward and problems.attempt(_bind_reward, args.reward, options)
-    used = reward.networks if reward else ()
+    used, checked_networks = reward.networks if reward else (), None
     settings = problems.attempt(_read_network_settings, args.network, args.dtype, used)
-    checked_networks = None
     if reward and settings:
         checked_networks = problems.attempt(networks.check_networks, [reward], settings, args.dtype)
-        for line in networks.find_unused_settings([reward], settings):
-            print(f"warning: {line}", file=sys.stderr)
+        unused = networks.find_unused_settings([reward], settings)
+        sys.stderr.writelines(f"warning: {line}\n" for line in unused)
     needs_policy = bool(reward and {"policy", "initial"} & set(reward.scorers))
     if needs_policy and not args.model:
         problems.add(f"--model: missing; {reward.name} asks the policy")
@@ -383,7 +382,7 @@ def _load_context(
         for network in checked_networks
     }
     if {"policy", "initial"} & set(reward.scorers):
-        dtype = networks.DTYPES[args.dtype]
+        dtype = DTYPES[args.dtype]
         model = load_policy(args.model, dtype)
         # Nothing was trained here, so the model is its initial state too.
         initial = Policy(model.family, model.sizes, model.params, model.processor, dtype)

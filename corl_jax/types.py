@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = Any
@@ -23,6 +24,8 @@ Params = dict[str, Any]
 """A nested dict of arrays; a leaf's path is its keys joined by `/`."""
 Sizes = Any
 """The sizes of one network: a frozen, hashable dataclass of its family or kind."""
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""Compute dtype of a network, by the name that options give it."""
 
 
 @jax.tree_util.register_dataclass

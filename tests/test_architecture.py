@@ -12,6 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.evaluation import SUITES
+from corl_jax.policies import FAMILIES
+from corl_jax.rewards.networks import NETWORKS
+from corl_jax.rewards.registry import REGISTRY
+from corl_jax.tasks import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "corl_jax"
 
@@ -159,27 +166,63 @@ def test_policies_alone_know_a_family():
     assert not found, "ask the Family instead"
 
 
-# Where a task or a stage is told from another by its name. Elsewhere the row of its table says
-# what it does, so that a new one needs a new row only.
-TASK_NAMES = {"t2i", "mm2t"}
-KNOW_TASKS = {
-    "corl_jax/tasks.py",
-}  # fmt: skip
+# Where a row of a table is told from another by its name, beside the defaults in config/.
+# Elsewhere the row says what it does, so that a new one needs a new row only.
+# Table -> (names, what separates the words of a text, modules with such words).
+NAMED_IN = {
+    # "t2i/kl" names a task.
+    "tasks": (TASKS.keys(), r"\W+", {"tasks.py"}),
+    "algorithms": (RECIPES.keys(), r"\W+", {"algorithms/recipes.py"}),
+    "families": (FAMILIES.keys(), r"\W+", {"policies/__init__.py"}),
+    # Both names are words of messages, and `rewards` that of a block of options as well.
+    # evaluate.py has the default of --suite.
+    "suites": (SUITES.keys() - {"rewards"}, "/", {"evaluation/__init__.py", "evaluate.py"}),
+}
 
 
-def names_tasks(path: Path) -> bool:
-    constants = (node for node in ast.walk(parse(path)) if isinstance(node, ast.Constant))
-    return any(node.value in TASK_NAMES for node in constants)
-
-
-def test_tasks_are_named_in_their_tables_alone():
-    found = {
-        relative(path)
-        for path in sources(PACKAGE)
-        if path.parent != PACKAGE / "config" and names_tasks(path)
+def literals(path: Path) -> set[str]:
+    """Every text but docstrings."""
+    nodes = list(ast.walk(parse(path)))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = (node for node in nodes if isinstance(node, ast.Constant))
+    return {
+        node.value
+        for node in constants
+        if isinstance(node.value, str) and id(node) not in docstrings
     }
-    assert not found - KNOW_TASKS, "read what the task does from its row in tasks.TASKS"
-    assert not KNOW_TASKS - found, "no longer names a task: drop it from KNOW_TASKS"
+
+
+@pytest.mark.parametrize("table", NAMED_IN)
+def test_rows_are_named_in_their_tables_alone(table):
+    names, separator, places = NAMED_IN[table]
+    inside = {PACKAGE / "config", *(PACKAGE / "policies" / name for name in FAMILIES)}
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in sources(PACKAGE)
+        if not inside & {*path.parents}
+        and any(names & set(re.split(separator, text)) for text in literals(path))
+    }
+    assert not found - places, "read what the row does from its table"
+    assert not places - found, "names no row any more: drop it from NAMED_IN"
+
+
+@pytest.mark.parametrize("table", [RECIPES, TASKS, SUITES, NETWORKS, REGISTRY])
+def test_every_row_is_documented(table):
+    folders = (ROOT / "docs" / "reference", ROOT / "docs" / "how_to")
+    text = "".join(path.read_text() for folder in folders for path in folder.glob("*.md"))
+    assert not table.keys() - set(re.findall(r"`(\w+)`", text))
+
+
+def test_every_equation_of_the_paper_is_named_where_it_is_computed():
+    named: set[str] = set()
+    for path in sources(PACKAGE / "algorithms", PACKAGE / "rewards"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef):
+                sentences = (ast.get_docstring(node) or "").split(";")
+                for sentence in sentences:
+                    if "arXiv 2505.17534" in sentence:
+                        named.update(re.findall(r"eq\. (\d)", sentence))
+    assert named == set("123456")
 
 
 def test_stages_are_compared_in_their_table_alone():
@@ -284,8 +327,6 @@ def test_every_exception_is_needed():
 def test_the_training_loop_fits_on_one_screen():
     """Loop, not engine: no class, and the longest function of the file is the loop."""
     path = PACKAGE / "train" / "loop.py"
-    if not path.exists():
-        pytest.skip("no training loop yet")
     assert not [n for n in ast.walk(parse(path)) if isinstance(n, ast.ClassDef)]
     name = relative(path)
     assert max(lines for key, lines, _ in lengths() if key.startswith(name + "::")) <= LOOP_LINES
@@ -331,12 +372,8 @@ assert os.environ.get("XLA_FLAGS") == flags, "an import set XLA flags"
 
 
 def test_what_computes_imports_alone_and_starts_nothing():
-    present = [
-        f"corl_jax.{name}"
-        for name in NUMERIC_MODULES
-        if (PACKAGE / (name.replace(".", "/") + ".py")).exists()
-    ]
-    probe = PROBE.format(blocked=set(OPTIONAL), modules=present)
+    modules = [f"corl_jax.{name}" for name in NUMERIC_MODULES]
+    probe = PROBE.format(blocked=set(OPTIONAL), modules=modules)
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False
     )

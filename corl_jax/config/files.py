@@ -2,7 +2,7 @@
 
 A config is a YAML file, optionally on top of another one (`base: other.yaml`, relative to the
 file), with `key.path=value` overrides from the command line. Values are parsed as YAML. Unknown
-keys are refused with the nearest known name. All problems are reported together.
+keys are refused with the known names. All problems are reported together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,22 @@ from corl_jax.nearest import suggest_name
 MAX_BYTES = 4 * MAX_CHARACTERS  # UTF-8 has at most four bytes a character
 RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
 """Key of an earlier version -> its name now."""
+REMOVED = {
+    "algorithm.std_eps": "the value is 1e-4",
+    "algorithm.t2i_loss_weight": "the value is 1; set algorithm.mm2t_loss_weight",
+    "data.prefetch": "the value is 2",
+    "data.system_prompt": "prompts have no system text",
+    "export.base": "the model of model.path supplies the tensors that training drops",
+    "log.fixed_prompts": "the value is 4",
+    "optimizer.eps": "the value is 1e-8",
+    "rollout.pixel_dtype": "the value is float32",
+    "sft.answer_column": "the column is sft_answer; data.columns gives it another name",
+    "sft.caption_weight": "the value is 1; sft.caption_column: null leaves captions out",
+    "sft.cfg_dropout": "the value is 0.1",
+    "sft.mm2t_weight": "the value is 1; set sft.t2i_weight",
+    "vq": "the weights are constants of corl_jax/policies/janus/tokenizer_training.py",
+}
+"""Key of an earlier version that has no successor -> what holds instead."""
 LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
@@ -209,15 +225,21 @@ def _explain(item: Any) -> tuple[str, str]:
     if item["type"] == "extra_forbidden":
         if new := RENAMED.get(key):
             return f"{key}: ", f"has a new name; use {new}"
-        known = _list_known_keys(item["loc"][:-1])
+        if reason := REMOVED.get(key):
+            return f"{key}: ", f"is no option any more; {reason}; remove it"
+        known = _find_options(item["loc"][:-1])
         return f"{key}: ", f"unknown key; {suggest_name(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_type" and key:
+        # The description has the choices of an option whose names belong to a table elsewhere.
+        field = _find_options(item["loc"][:-1]).get(item["loc"][-1])
+        message += f": {field.description}" if field and field.annotation is str else ""
     return (f"{key}: found {item['input']!r}; " if key else "", message)
 
 
-def _list_known_keys(location: tuple) -> list[str]:
+def _find_options(location: tuple) -> dict[str, pydantic.fields.FieldInfo]:
     """Returns the options of the block at a location, such as ("rewards", 0)."""
     section: Any = Config
     for part in location:
@@ -227,4 +249,6 @@ def _list_known_keys(location: tuple) -> list[str]:
         kind = field.annotation if field else named_block(section)
         # list[Reward] -> Reward
         section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-    return list(section.model_fields)
+        if not _is_section(section):
+            return {}  # a mapping, such as data.columns
+    return section.model_fields

@@ -92,7 +92,7 @@ def _describe_missing(path: str, name: str, column: str, known: list[str]) -> st
         if name in (*COLUMNS, ANSWER_COLUMN)
         else "add it to the data, or leave out what asks it"
     )
-    nearest = suggest_name(column, known, "found", cutoff=0.6)
+    nearest = suggest_name(column, known, "found")
     return f"{path}: column {column} (for {name}) is missing; {nearest}; {remedy}"
 
 

@@ -27,10 +27,10 @@ from corl_jax.plan import chips, programs, tables
 from corl_jax.policies import FAMILIES, find_family
 from corl_jax.policies.family import Family, Limits
 from corl_jax.tasks import TASKS
-from corl_jax.train import build, resolve
+from corl_jax.train import resolve
 from corl_jax.train.check import PROMPT_OPTIONS, get_completion_length
 from corl_jax.train.stages import STAGES
-from corl_jax.types import Sizes
+from corl_jax.types import DTYPES, Sizes
 from corl_jax.weights.checkpoint import load_config
 from corl_jax.weights.folders import refuse_adapter
 
@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     parser.add_argument(
         "--stored",
-        choices=build.DTYPES,
+        choices=DTYPES,
         default="bfloat16",
         help="dtype of the model's files, and so of frozen parameters (default: bfloat16)",
     )
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_heading(outline, chip, lengths), flush=True)
     compiled, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: helper computations run on this machine, not on absent devices.
-    resident, planned = programs.make_programs(outline, lengths, build.DTYPES[args.stored])
+    resident, planned = programs.make_programs(outline, lengths, DTYPES[args.stored])
     planned = select_programs(planned, args.only)
     print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)
     if reason := tables.explain_overflow(resident, chip, reserve):

@@ -25,7 +25,7 @@ from corl_jax.train.check import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import EncodedPrompts, Params, Segment
+from corl_jax.types import DTYPES, EncodedPrompts, Params, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def make_resident_arrays(
     )
     reference = None
     if config.algorithm.kl_coef:
-        cast = functools.partial(outline.family.cast, dtype=build.DTYPES[config.model.dtype])
+        cast = functools.partial(outline.family.cast, dtype=DTYPES[config.model.dtype])
         # With adapters the reference is the frozen parameters.
         first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
         reference = attach_shardings(jax.eval_shape(cast, first), where)

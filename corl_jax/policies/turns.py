@@ -76,4 +76,4 @@ def list_tokens(segment: Segment) -> list[np.ndarray]:
     """Returns this process's choices that count, row by row."""
     # values [5, 8, pad], mask [T, T, F] -> [5, 8]
     values, mask = to_host_rows(segment.values), to_host_rows(segment.mask)
-    return [row[kept] for row, kept in zip(values, mask, strict=True)]
+    return [row[counts] for row, counts in zip(values, mask, strict=True)]

@@ -28,12 +28,10 @@ from corl_jax.rewards import captions, clip_scores, similarity
 from corl_jax.rewards.policy import NO_QUESTION, QUESTION, question_ids
 from corl_jax.rewards.registry import REGISTRY, BoundReward
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
-from corl_jax.types import Params
+from corl_jax.types import DTYPES, Params
 from corl_jax.weights.checkpoint import Checkpoint, load_sharded, open_checkpoint
 from corl_jax.weights.hub import resolve_path
 from corl_jax.weights.layouts import KINDS
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)

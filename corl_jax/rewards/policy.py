@@ -248,10 +248,10 @@ def ask_scorer(
     """
     images = samples.require_images()
     # Rows without a question run too, so that every process of a run calls the same programs.
-    asked = [q if (q or "").strip() else NO_QUESTION for q in questions]
+    texts = [q if (q or "").strip() else NO_QUESTION for q in questions]
     with context.scorer(scorer) as policy:
-        ids_of = {text: question_ids(policy.processor, text) for text in dict.fromkeys(asked)}
-        ids = [ids_of[text] for text in asked]
+        ids_of = {text: question_ids(policy.processor, text) for text in dict.fromkeys(texts)}
+        ids = [ids_of[text] for text in texts]
         length = _choose_length(policy, ids)
         # Numbers of the global batch: 2 processes with 4 rows each -> [0..3] and [4..7]. So the
         # answers do not depend on the number of processes.

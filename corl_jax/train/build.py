@@ -27,12 +27,11 @@ from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState, UpdateOptions, make_logprob_step
-from corl_jax.types import Params
+from corl_jax.types import DTYPES, Params
 from corl_jax.weights.checkpoint import load_sharded, read_layer_dtypes, read_stored_dtypes
 
 ADAPTER_STREAM = 1 << 16
 """Random stream of the adapters' first values, apart from those of the samples."""
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:

@@ -169,8 +169,8 @@ class ResolvedRewards:
 
 def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> ResolvedRewards:
     """Binds the rewards and checks their networks; adds what is wrong to the problems."""
-    listed = config.rewards if scores_rewards(config) else []
-    bound = problems.attempt(registry.bind_rewards, listed, config.compat)
+    scored_rewards = config.rewards if scores_rewards(config) else []
+    bound = problems.attempt(registry.bind_rewards, scored_rewards, config.compat)
     if bound is None:  # without the rewards nobody can say which networks they ask
         return ResolvedRewards({}, [], [], [])
     by_task = registry.group_by_task(bound, stage.tasks(config))

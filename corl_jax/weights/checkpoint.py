@@ -284,28 +284,27 @@ def _open_own(
             f"{folder}: its config.json is of a converted {kind.name} network, but no tensor "
             "of its weights is; convert the PyTorch checkpoint again"
         )
-    problems = []
+    problems = Problems()
     for key in sorted(shapes.keys() | stored.keys()):
         if key not in stored:
             expected = list(shapes[key])
-            problems.append(f"{folder}: {key} is missing, expected with shape {expected}")
+            problems.add(f"{folder}: {key} is missing, expected with shape {expected}")
         elif key not in shapes:
-            problems.append(f"{folder}: {key} is unknown with this config; correct the config")
+            problems.add(f"{folder}: {key} is unknown with this config; correct the config")
         elif stored[key] != shapes[key]:
-            problems.append(
+            problems.add(
                 f"{folder}: {key} has shape {list(stored[key])}, expected {list(shapes[key])} by "
                 "the config"
             )
-    problems += _check_dtypes(folder, store, set(shapes))
+    problems.add(_check_dtypes(folder, store, set(shapes)))
     layer_dtypes = data.get("layer_dtypes", {})
-    problems += _check_layer_dtypes(folder, layer_dtypes, shapes)
+    problems.add(_check_layer_dtypes(folder, layer_dtypes, shapes))
     source = data.get("source_layout", OWN_LAYOUT)
     # Tokenizer and processor files of a kind with foreign exports are always of one of its layouts.
     layouts = list(kind.tables) if kind.foreign_export else [*kind.tables, OWN_LAYOUT]
     if source not in layouts:
-        problems.append(f"{folder}/config.json: source_layout is {source!r}; convert it again")
-    if problems:
-        raise InputError(problems)
+        problems.add(f"{folder}/config.json: source_layout is {source!r}; convert it again")
+    problems.raise_any()
     file = folder / SOURCE_FOLDER / CARRIED_FILE
     extra = open_safetensors([file]) if file.is_file() else None
     carried: dict[str, Store] = dict.fromkeys(extra.infos, extra) if extra else {}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from corl_jax.errors import InputError
+from corl_jax.errors import Problems
 from corl_jax.params import flatten, unflatten
 from corl_jax.types import Params
 from corl_jax.weights.nan_check import check_finite
@@ -30,12 +30,12 @@ def place_leaves(
 
     Raises: InputError listing the parameters of `source` that hold NaN.
     """
-    problems: list[str] = []
+    problems = Problems()
 
     def place(path: str, sharding: Sharding) -> jax.Array:
         shape = leaves.shapes[path]
         box, local = read_local_part(leaves, path, stacked(path), sharding, dtype(path))
-        problems.extend(check_finite(source, path, local))
+        problems.add(check_finite(source, path, local))
 
         # Called for each local device with its index into the global array. box [(4, 8)], index
         # [6:8] -> local[2:4].
@@ -46,8 +46,7 @@ def place_leaves(
         return jax.make_array_from_callback(shape, sharding, take_shard)
 
     flat = {path: place(path, sharding) for path, sharding in flatten(shardings).items()}
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return unflatten(flat)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer, read_text
 from corl_jax.weights.dtypes import SAFETENSORS
 from corl_jax.weights.selection import (
@@ -258,21 +258,18 @@ def read_index(file: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file}: no weight_map found; {_AGAIN}")
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
-    problems, suffix = [], Path(file.name.removesuffix(INDEX)).suffix
+    problems, suffix = Problems(), Path(file.name.removesuffix(INDEX)).suffix
     for name in sorted(names):
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name or "\\" in name:
-            problems.append(
-                f"{file}: shard {name!r} lies outside the folder; refuse this checkpoint"
-            )
+            problems.add(f"{file}: shard {name!r} lies outside the folder; refuse this checkpoint")
         elif not os.path.isfile(file.parent / name):  # False for names that no file can have
-            problems.append(f"{file.parent / name}: is missing, named by {file.name}; {_AGAIN}")
+            problems.add(f"{file.parent / name}: is missing, named by {file.name}; {_AGAIN}")
         elif not name.endswith(suffix):
-            problems.append(
+            problems.add(
                 f"{file}: names {name}, expected {suffix} files; it is the index of another save: "
                 "remove it, or give it the name that belongs to its files"
             )
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return {key: file.parent / name for key, name in weight_map.items()}
 
 
@@ -333,17 +330,13 @@ def open_safetensors(files: list[Path]) -> SafetensorsStore:
     Raises: InputError listing the damaged files and the tensors that two files hold.
     """
     infos: dict[str, TensorInfo] = {}
-    problems = []
+    problems = Problems()
     for file in files:
-        try:
+        with problems.collect():
             tensors = read_header(file)
-        except InputError as error:
-            problems += error.problems
-            continue
-        problems += find_shared_keys(infos, tensors, file)
-        infos.update(tensors)
-    if problems:
-        raise InputError(problems)
+            problems.add(find_shared_keys(infos, tensors, file))
+            infos.update(tensors)
+    problems.raise_any()
     return SafetensorsStore(infos)
 
 
@@ -365,13 +358,12 @@ def find_shared_keys(
 
 
 def _check_index(index: Path, weight_map: dict[str, Path], store: Store) -> None:
-    problems = []
+    problems = Problems()
     for key, file in weight_map.items():
         if key not in store.infos:
-            problems.append(f"{file}: {key} is missing, promised by {index.name}; {_AGAIN}")
+            problems.add(f"{file}: {key} is missing, promised by {index.name}; {_AGAIN}")
         elif store.infos[key].file != file:
-            problems.append(f"{index}: {key} is in {store.infos[key].file.name}, not {file.name}")
+            problems.add(f"{index}: {key} is in {store.infos[key].file.name}, not {file.name}")
     for key in store.infos.keys() - weight_map.keys():
-        problems.append(f"{store.infos[key].file}: {key} is not listed in {index.name}; {_AGAIN}")
-    if problems:
-        raise InputError(problems)
+        problems.add(f"{store.infos[key].file}: {key} is not listed in {index.name}; {_AGAIN}")
+    problems.raise_any()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
 from corl_jax.weights.dtypes import BFLOAT16, parse_dtype
 from corl_jax.weights.storage import Box, TensorInfo, find_bad_names, find_shared_keys
@@ -49,22 +49,17 @@ class BinStore:
     def __init__(self, files: list[Path]):
         self.infos: dict[str, TensorInfo] = {}
         self._open: tuple[Path, dict[str, Any]] | None = None
-        problems: list[str] = []
+        problems = Problems()
         for file in files:
-            try:
-                tensors = self._load_tensors(file)
-            except InputError as error:
-                problems += error.problems
-                continue
-            problems += find_shared_keys(self.infos, tensors, file)
+            tensors = problems.attempt(self._load_tensors, file) or {}
+            problems.add(find_shared_keys(self.infos, tensors, file))
             for key, tensor in tensors.items():
                 name = str(tensor.dtype).removeprefix("torch.")
                 if name not in _DTYPES:
-                    problems.append(f"{file}: {key} is {name}, which is not supported")
+                    problems.add(f"{file}: {key} is {name}, which is not supported")
                     continue
                 self.infos[key] = TensorInfo(tuple(tensor.shape), parse_dtype(name), file)
-        if problems:
-            raise InputError(problems)
+        problems.raise_any()
 
     def read(self, key: str, box: Box | None = None) -> np.ndarray:
         tensor = self._load_tensors(self.infos[key].file)[key]

@@ -561,3 +561,47 @@ def test_file_that_is_not_there(tmp_path):
 def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(write, old, new):
     with pytest.raises(InputError, match=f"has a new name; use {new}"):
         config_files.load(write(MINIMAL), [old])
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("rollout.pixel_dtype", "the value is float32; remove it"),
+        ("optimizer.eps", "the value is 1e-8; remove it"),
+        ("vq", "the weights are constants of corl_jax/policies/janus/tokenizer_training.py; "),
+    ],
+)
+def test_a_key_that_is_gone_is_refused_with_what_holds_instead(write, key, reason):
+    (line,) = problems(write(MINIMAL), f"{key}=1")
+    assert f": {key}: is no option any more; {reason}" in line
+
+
+def test_no_key_that_is_gone_is_an_option():
+    text = config_files.describe()
+    assert not [key for key in config_files.REMOVED if f"  {key} = " in text]
+
+
+def test_an_unknown_key_unlike_any_other_lists_the_known_ones(write):
+    (line,) = problems(write(MINIMAL), "networks.blip.foo=1")
+    assert line.endswith("networks.blip.foo: unknown key; known: path, dtype")
+    (line,) = problems(write(MINIMAL), "model.offload=true")
+    assert "unknown key; known: path, dtype, remat, attention" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "choices"),
+    [
+        ("algorithm.name=", "grpo"),
+        ("eval.suite=null", "shapes: the drawn world's exact checker; rewards: "),
+        ("algorithm.tasks=[t2i,mm2t]", "t2i: image generation; mm2t: image understanding; unif"),
+        ("algorithm.tasks=both", "known: unified, t2i, mm2t"),
+    ],
+)
+def test_choices_of_a_table_are_named(write, override, choices):
+    (line,) = problems(write(MINIMAL), override)
+    assert choices in line
+
+
+@pytest.mark.parametrize("columns", ["{prompt: 5}", "{5: x}"])
+def test_names_of_columns_are_text(write, columns):
+    assert "valid string" in problems(write(MINIMAL), f"data.columns={columns}")[0]

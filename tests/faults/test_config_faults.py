@@ -101,6 +101,7 @@ WRONG = [
     "algorithm.scale_by_std=1",
     "rewards=format", "rewards=[{name: format, weight: .nan}]", "rewards=[{weight: 1}]",
     "mesh.data=0", "mesh.fsdp=-2", "mesh.tensor=true", "checkpoint.keep=0", "eval.suite=all",
+    "eval.suite=5",
 ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def test_bad_input_exits_2_and_names_every_problem(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run(["to-torch", str(folder / "jax"), str(folder / "hf"), "--format", "transformers"])
     assert caught.value.code == 2
-    assert "already exists" in capsys.readouterr().err
+    assert "holds files" in capsys.readouterr().err
 
 
 def test_to_torch_reports_what_is_left_out(folder, tmp_path, capsys):

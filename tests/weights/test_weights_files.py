@@ -380,7 +380,7 @@ def test_output_appears_whole_or_not_at_all(dirs, tmp_path, monkeypatch):
 def test_an_existing_folder_is_refused_unless_overwrite(dirs, tmp_path):
     out = tmp_path / "out"
     convert(dirs["original"], out, KIND, layout="jax")
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(InputError, match="holds files"):
         convert(dirs["original"], out, KIND, layout="jax")
     (out / "stale").touch()
     convert(dirs["original"], out, KIND, layout="jax", overwrite=True)

@@ -54,6 +54,7 @@ from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_training_kernel
 from corl_jax.models.lora import Lora
+from corl_jax.nearest import nearest_multiples
 from corl_jax.policies.janus import network
 from tools.bench import (
     bits,
@@ -236,9 +237,10 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
     for option in ("prompts", "micro_batch"):
         value = getattr(args, option)
         if value is not None and value % shards:
+            nearest = nearest_multiples(shards, value)
             problems.append(
                 f"--{option.replace('_', '-')}: found {value}, no multiple of the {shards} parts "
-                f"into which data and fsdp split prompts; nearest: {-(-value // shards) * shards}"
+                f"into which data and fsdp split prompts; nearest: {nearest}"
             )
     alone = [part for part in args.parts if part in ALONE]
     if args.mesh and alone:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
 from corl_jax.policies.family import CaptionPrompt
 from corl_jax.policies.janus.image_settings import (
@@ -90,20 +90,15 @@ class Processor:
             InputError: listing every missing file, setting and special token.
         """
         folder = Path(model_dir)
-        problems, configs = [], {}
-        try:
-            special_tokens(folder)
-        except InputError as error:
-            problems += error.problems
-        try:
+        problems, configs, image = Problems(), {}, None
+        problems.attempt(special_tokens, folder)
+        with problems.collect():
             for name in FILES:
                 file = folder / f"{name}.json"
                 configs[name] = read_json(file) if file.is_file() else {}
             image = read_image_settings(configs, folder)
-        except InputError as error:
-            raise InputError(problems + error.problems) from error
-        if problems:
-            raise InputError(problems)
+        problems.raise_any()
+        assert image is not None  # otherwise there was a problem
         template = configs["processor_config"].get("sft_format")
         return cls(folder, image, template=template, bucket_size=bucket_size)
 
