@@ -196,7 +196,7 @@ def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
         not implemented, or different from the network's `image_size`.
     """
     file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
-    problems: list[str] = []
+    problems = Problems()
     if file.is_file() or not newer.is_file():
         fields = Fields(str(file), read_json(file), problems)
     else:
@@ -213,8 +213,7 @@ def read_image_settings(folder: Path, image_size: int) -> ImageSettings:
         std=_read_triple(fields, "image_std"),
         scale=fields.number("rescale_factor", 1 / 255),
     )
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return settings
 
 
@@ -223,7 +222,7 @@ def _read_side(fields: Fields, expected: int) -> int:
     size = fields.data.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if not sides or any(type(side) is not int or side != expected for side in sides):
-        fields.problems.append(
+        fields.problems.add(
             f"{fields.where}: size is {size!r}, expected {expected}, the image_size of config.json"
         )
     return expected
@@ -233,7 +232,7 @@ def _read_triple(fields: Fields, name: str) -> Triple:
     value = fields.data.get(name)
     numbers = value if isinstance(value, list) else []
     if len(numbers) != 3 or not all(type(x) in (int, float) and 0 < x < 1 for x in numbers):
-        fields.problems.append(
+        fields.problems.add(
             f"{fields.where}: {name} is {value!r}, expected three numbers between 0 and 1"
         )
         return (0.5, 0.5, 0.5)

@@ -240,11 +240,11 @@ def _parse_config(
     if layout == OWN_LAYOUT:
         return parse_own_config(kind, data, file)
     assert kind.parse is not None  # it has a foreign layout
-    problems: list[str] = []
+    problems = Problems()
     config = kind.parse(folder, layout, stored, problems)
-    problems = problems or kind.check(config, f"{file if data else folder}: sizes")
-    if problems:
-        raise InputError(problems)
+    if not problems:
+        problems.add(kind.check(config, f"{file if data else folder}: sizes"))
+    problems.raise_any()
     return config
 
 

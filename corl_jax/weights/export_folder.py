@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from corl_jax.errors import InputError, shorten
+from corl_jax.errors import Problems, shorten
 from corl_jax.weights.checkpoint import CARRIED_FILE, SOURCE_FOLDER
 from corl_jax.weights.dtypes import DType, find_common_dtype, is_float, parse_dtype
 from corl_jax.weights.folders import read_unmarked
@@ -232,10 +232,9 @@ def _parse_source(kind: NetworkKind, source: Assets) -> Any:
     Raises: InputError listing every field that is malformed or not supported.
     """
     assert kind.parse is not None  # it has a foreign layout
-    problems: list[str] = []
+    problems = Problems()
     config = kind.parse(source.config.parent, source.layout, {}, problems)
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return config
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from corl_jax.errors import Problems
+
 MAX_SIZE = 10_000_000  # far above every real size; bounds loops over a size from a hostile file
 
 
@@ -34,9 +36,9 @@ def check_count(where: str, name: str, values: Sequence[Any], count: int) -> lis
 
 
 class Fields:
-    """Reads one object of a config file; all objects of the file add to one list of problems."""
+    """Reads one object of a config file; all objects of the file add to the same problems."""
 
-    def __init__(self, where: str, data: Mapping[str, Any], problems: list[str]):
+    def __init__(self, where: str, data: Mapping[str, Any], problems: Problems):
         self.where, self.data, self.problems = where, data, problems
 
     def section(self, name: str) -> Fields:
@@ -115,4 +117,4 @@ class Fields:
             self._report(name, self.data[name], f"{expected}, as the other sizes of this file say")
 
     def _report(self, name: str, value: Any, expected: str) -> None:
-        self.problems.append(f"{self.where}: {name} is {value!r}, expected {expected}")
+        self.problems.add(f"{self.where}: {name} is {value!r}, expected {expected}")

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from corl_jax.devices.mesh import Rules
+from corl_jax.errors import Problems
 from corl_jax.models import modules
 from corl_jax.params import flatten
 from corl_jax.weights.table import Shape, Table
@@ -90,7 +91,7 @@ class NetworkKind:
     config: type  # a frozen dataclass whose defaults are the published sizes
     tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)  # by foreign layout
     # (folder, layout, torch key -> shape, problems to add to) -> sizes
-    parse: Callable[[Path, str, Mapping[str, Shape], list[str]], Any] | None = None
+    parse: Callable[[Path, str, Mapping[str, Shape], Problems], Any] | None = None
     # (sizes, where they stand) -> what does not fit in them
     check: Callable[[Any, str], list[str]] = lambda config, where: []
     # `model_type` of a foreign config.json -> its layout; None: the tensors' names tell the layout

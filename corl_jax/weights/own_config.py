@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.weights.foreign_config import MAX_SIZE
 from corl_jax.weights.kinds import NETWORK_TYPE, NetworkKind
 
@@ -43,26 +43,26 @@ def parse_own_config(kind: NetworkKind, data: dict[str, Any], file: Path) -> Any
             f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}; convert the "
             "PyTorch checkpoint again with this version"
         )
-    where, problems = f"{file}: {kind.own_format.sizes}", []
+    where, problems = f"{file}: {kind.own_format.sizes}", Problems()
     config = build_config(kind.config, data.get(kind.own_format.sizes), where, problems)
-    problems = problems or kind.check(config, where)
-    if problems:
-        raise InputError(problems)
+    if not problems:
+        problems.add(kind.check(config, where))
+    problems.raise_any()
     return config
 
 
-def build_config(kind: type, data: Any, where: str, problems: list[str]) -> Any:
+def build_config(kind: type, data: Any, where: str, problems: Problems) -> Any:
     """Builds a config dataclass from JSON: all fields present, none unknown, types exact.
 
     Adds problems to `problems`; a field with a problem keeps its default.
     """
     defaults = kind()
     if not isinstance(data, dict):
-        problems.append(f"{where} is {data!r}, expected an object")
+        problems.add(f"{where} is {data!r}, expected an object")
         return defaults
     fields = {field.name for field in dataclasses.fields(kind)}
-    problems += [f"{where}.{name} is missing" for name in sorted(fields - data.keys())]
-    problems += [f"{where}.{name} is unknown" for name in sorted(data.keys() - fields)]
+    problems.add(f"{where}.{name} is missing" for name in sorted(fields - data.keys()))
+    problems.add(f"{where}.{name} is unknown" for name in sorted(data.keys() - fields))
     values = {}
     for name in fields & data.keys():
         default, value = getattr(defaults, name), data[name]
@@ -72,12 +72,12 @@ def build_config(kind: type, data: Any, where: str, problems: list[str]) -> Any:
         elif isinstance(default, tuple) and isinstance(value, list):
             values[name] = tuple(_read_value(name, default[0], item) for item in value)
             if not value or None in values[name]:
-                problems.append(f"{where}.{name} is {value!r}, expected like {list(default)}")
+                problems.add(f"{where}.{name} is {value!r}, expected like {list(default)}")
                 values[name] = default
         else:
             values[name] = _read_value(name, default, value)
             if values[name] is None:
-                problems.append(f"{where}.{name} is {value!r}, expected like {default!r}")
+                problems.add(f"{where}.{name} is {value!r}, expected like {default!r}")
                 values[name] = default
     return dataclasses.replace(defaults, **values)
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from corl_jax.devices.batches import run_in_pieces
+from corl_jax.errors import Problems
 from corl_jax.models import modules
 from corl_jax.models.layers import make_linear
 from corl_jax.rewards.networks import NETWORKS, NetworkSource
@@ -52,7 +53,7 @@ class ColorHead(nnx.Module):
 
 
 def parse(
-    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
+    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems
 ) -> ColorConfig:
     """Returns the sizes, which only the shapes of the tensors tell."""
     shape = shapes.get("fc.weight", ())

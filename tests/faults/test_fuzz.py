@@ -20,7 +20,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.data.column_values import find_spec_problem, find_value_problem
 from corl_jax.data.drawn_world import checker
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokens import ROLES, STRINGS
@@ -199,9 +199,9 @@ def test_model_settings(hammer, tmp_path):
         sizes = json.loads(json.dumps(_as_dict(kind.config())))
 
         def converted(data, kind=kind):
-            problems: list[str] = []
+            problems = Problems()
             config = build_config(kind.config, data, "there: sizes", problems)
-            problems = problems or kind.check(config, "there: sizes")
+            problems.add([] if problems else kind.check(config, "there: sizes"))
             assert all(line.startswith("there: sizes") for line in problems)
             if not problems:
                 assert kind.config().__class__ is config.__class__ and hash(config) is not None
@@ -210,7 +210,7 @@ def test_model_settings(hammer, tmp_path):
 
         def foreign(data, kind=kind):
             file.write_text(json.dumps(data))
-            problems: list[str] = []
+            problems = Problems()
             config = kind.parse(tmp_path, next(iter(kind.tables)), {}, problems)
             assert problems or isinstance(kind.check(config, "there"), list)
 

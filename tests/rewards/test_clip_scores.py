@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizerFast
 
 from corl_jax.devices.mesh import network_shardings
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
@@ -266,9 +266,9 @@ def write(folder: Path, name: str, data: dict) -> None:
 
 
 def problems_of(folder: Path, layout: str) -> list[str]:
-    problems: list[str] = []
+    problems = Problems()
     clip.parse(folder, layout, {}, problems)
-    return problems
+    return list(problems)
 
 
 def test_unsupported_settings_of_transformers_are_all_listed(tmp_path):
@@ -288,7 +288,7 @@ def test_unsupported_settings_of_transformers_are_all_listed(tmp_path):
 def test_sizes_that_do_not_divide_are_refused(tmp_path):
     config = {"text_config": {"num_attention_heads": 7}, "vision_config": {"patch_size": 30}}
     write(tmp_path, "config", config)
-    found = clip.parse(tmp_path, "transformers", {}, [])
+    found = clip.parse(tmp_path, "transformers", {}, Problems())
     assert clip.check(found, "there") == [
         "there.image_size is 224, expected a multiple of patch_size, 30",
         "there.text.hidden_size is 512, expected a multiple of num_heads, 7",
@@ -315,7 +315,7 @@ def test_unsupported_settings_of_open_clip_are_all_listed(tmp_path):
 def test_repeated_sections_win_as_in_transformers(tmp_path):
     config = {"text_config": {"hidden_size": 64}, "text_config_dict": {"hidden_size": 128}}
     write(tmp_path, "config", config)
-    assert clip.parse(tmp_path, "transformers", {}, []).text.hidden_size == 128
+    assert clip.parse(tmp_path, "transformers", {}, Problems()).text.hidden_size == 128
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["own file", "inside the processor's"])
@@ -325,13 +325,13 @@ def test_image_normalisation_is_read(tmp_path, nested):
     name, data = ("processor_config", {"image_processor": norm}) if nested else (
         "preprocessor_config", norm)  # fmt: skip
     write(tmp_path, name, data)
-    config = clip.parse(tmp_path, "transformers", {}, [])
+    config = clip.parse(tmp_path, "transformers", {}, Problems())
     assert (config.image_mean, config.image_std) == ((0.5, 0.4, 0.0), (0.5, 1.0, 0.25))
 
 
 @pytest.mark.parametrize("config", [TINY, ClipConfig(), HEAD], ids=["tiny", "usual", "head"])
 def test_configs_survive_json(config):
-    problems: list[str] = []
+    problems = Problems()
     data = json.loads(json.dumps(dataclasses.asdict(config)))
     assert build_config(type(config), data, "x", problems) == config
     assert not problems
@@ -348,10 +348,11 @@ def test_configs_survive_json(config):
 )
 def test_image_settings_that_are_not_followed_are_refused(tmp_path, changes, named):
     usual = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3}
-    problems: list[str] = []
+    problems = Problems()
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual))
     assert clip._read_processor_norm(tmp_path, problems)[0] == (0.5, 0.5, 0.5)
-    assert problems == []
+    assert not problems
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | changes))
     clip._read_processor_norm(tmp_path, problems)
-    assert len(problems) == 1 and named in problems[0]
+    (problem,) = problems
+    assert named in problem

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.data.images import convert_to_rgb
-from corl_jax.errors import InputError
+from corl_jax.errors import Problems
 from corl_jax.policies.janus.checkpoint.settings import parse_vision
 from corl_jax.weights.foreign_config import Fields
 
@@ -79,14 +79,14 @@ def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) 
     an empty dict for an absent file. Values come from the processor files. config.json supplies
     missing values, and must agree with the processor files.
     """
-    problems: list[str] = []
+    problems = Problems()
     processor = Fields(str(folder / "processor_config.json"), configs["processor_config"], problems)
     pre = {**processor.section("image_processor").data, **configs["preprocessor_config"]}
-    problems += [
+    problems.add(
         f"{folder}: image preprocessing {key} is {pre[key]!r}; only {value!r} is supported"
         for key, value in FIXED_PREPROCESSING.items()
         if pre.get(key) is not None and not _is_same_number(pre[key], value)
-    ]
+    )
     # No defaults for mean and std below: the class defaults are CLIP's, which Janus was not
     # trained with.
     size, tokens = _read_geometry(configs["config"], processor, pre, folder)
@@ -95,12 +95,11 @@ def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) 
     )
     for key in ("image_mean", "image_std"):
         if len(_parse_floats(pre.get(key))) != 3:
-            problems.append(
+            problems.add(
                 f"{folder}: {key} is {pre.get(key)!r} in preprocessor_config.json; expected three "
                 "numbers (Janus: 0.5, 0.5, 0.5)"
             )
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     assert size is not None and tokens is not None  # otherwise there was a problem
     (r, g, b), (r_std, g_std, b_std) = (
         _parse_floats(pre[key]) for key in ("image_mean", "image_std")
@@ -113,16 +112,14 @@ def _read_geometry(
 ) -> tuple[int | None, int | None]:
     """Returns (image size, image tokens); adds a problem if the files do not agree."""
     problems, vision_size, vision_tokens = processor.problems, None, None
-    try:
+    with problems.collect():
         vision_size, vision_tokens = read_vision_geometry(config, folder / "config.json")
-    except InputError as error:
-        problems += error.problems
     size, tokens = vision_size, vision_tokens
     stated = pre.get("image_size") or pre.get("size")
     if stated:
         size = _parse_square(stated)
         if size is None:
-            problems.append(
+            problems.add(
                 f"{folder}: image size is {stated!r} in the processor files; expected the side of "
                 "a square, or equal height and width"
             )
@@ -132,12 +129,12 @@ def _read_geometry(
         ("image size", size, vision_size), ("image tokens", tokens, vision_tokens),
     ):  # fmt: skip
         if value is None:
-            problems.append(
+            problems.add(
                 f"{folder}: no {name}; expected image_size in preprocessor_config.json and "
                 "num_image_tokens in processor_config.json, or a vision config in config.json"
             )
         elif None not in (value, other) and value != other:
-            problems.append(
+            problems.add(
                 f"{folder}: {name} is {value} in the processor files and {other} by config.json"
             )
     return size, tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from corl_jax.errors import Problems
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.weights.foreign_config import check_count
 from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
@@ -37,7 +38,7 @@ def check(config: AestheticConfig, where: str) -> list[str]:
 
 
 def parse(
-    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
+    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems
 ) -> AestheticConfig:
     """Returns the number of inputs of each layer, and 1 for the score."""
     # The file has no settings, so the shapes [out, in] of the kernels are the only source.

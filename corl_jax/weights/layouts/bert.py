@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from corl_jax.errors import Problems
 from corl_jax.models.bert import Bert, BertConfig
 from corl_jax.weights.foreign_config import Fields, check_divisible
 from corl_jax.weights.kinds import COLUMN, OUTER, ROW, WHOLE, NetworkKind, Rules
@@ -81,9 +82,7 @@ def check(config: BertConfig, where: str) -> list[str]:
     return problems
 
 
-def parse(
-    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
-) -> BertConfig:
+def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems) -> BertConfig:
     """Returns the sizes of config.json; adds unsupported settings to `problems`.
 
     Raises: InputError for a config.json that is absent or cannot be read.
@@ -98,7 +97,7 @@ def parse(
         fields.expect(name, (False,), "a decoder is not implemented")
     hidden, heads = fields.size("hidden_size", 768), fields.size("num_attention_heads", 12)
     if hidden % heads:
-        problems.append(
+        problems.add(
             f"{file}: num_attention_heads is {heads}, expected a divisor of hidden_size {hidden}"
         )
     return BertConfig(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from corl_jax.errors import Problems
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.weights.foreign_config import Fields, check_divisible, check_token_ids
 from corl_jax.weights.kinds import COLUMN, INNER, OUTER, ROW, WHOLE, NetworkKind, Rules
@@ -111,15 +112,13 @@ def check(config: BlipConfig, where: str) -> list[str]:
     ]
 
 
-def parse(
-    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
-) -> BlipConfig:
+def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems) -> BlipConfig:
     """Returns the sizes of a captioner in either layout; adds its problems to `problems`."""
     file = folder / "config.json"
     top = Fields(str(file), read_json(file), problems)
     top.expect("model_type", ("blip",), "this is not a BLIP checkpoint")
     if any(key.startswith(("text_encoder.", "text_model.")) for key in shapes):
-        problems.append(
+        problems.add(
             f"{folder}: the weights hold a text encoder: they are BLIP's for questions or "
             "retrieval, expected the captioner's (BlipForConditionalGeneration)"
         )
@@ -127,7 +126,7 @@ def parse(
     # The tensors decide, whatever the config says: the published file holds a kernel for the head.
     tied = HEAD_KERNEL not in shapes
     if tied and not any(part.data.get("tie_word_embeddings", True) for part in (top, text)):
-        problems.append(
+        problems.add(
             f"{file}: tie_word_embeddings is False, expected True: the weights hold no "
             f"{HEAD_KERNEL}"
         )
@@ -147,7 +146,7 @@ def _parse_vision(fields: Fields) -> BlipVisionConfig:
         layer_norm_eps=fields.number("layer_norm_eps", 1e-5),
     )
     if config.image_size % config.patch_size:
-        fields.problems.append(
+        fields.problems.add(
             f"{fields.where}: image_size is {config.image_size}, expected a multiple of "
             f"patch_size, {config.patch_size}"
         )
@@ -173,7 +172,7 @@ def _parse_text(fields: Fields, tied: bool) -> BlipTextConfig:
     )
     for name in ("bos_token_id", "sep_token_id"):
         if getattr(config, name) >= config.vocab_size:
-            fields.problems.append(
+            fields.problems.add(
                 f"{fields.where}: {name} is {getattr(config, name)}, expected less than "
                 f"vocab_size, {config.vocab_size}"
             )
@@ -183,7 +182,7 @@ def _parse_text(fields: Fields, tied: bool) -> BlipTextConfig:
 
 def _check_heads(fields: Fields, width: int, heads: int) -> None:
     if width % heads:
-        fields.problems.append(
+        fields.problems.add(
             f"{fields.where}: hidden_size is {width}, expected a multiple of "
             f"num_attention_heads, {heads}"
         )

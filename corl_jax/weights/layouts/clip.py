@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from corl_jax.errors import Problems
 from corl_jax.models.clip import Activation, Clip, ClipConfig, TowerConfig
 from corl_jax.weights.foreign_config import Fields, check_count, check_divisible, check_token_ids
 from corl_jax.weights.kinds import COLUMN, INNER, OUTER, ROW, WHOLE, NetworkKind, Rules
@@ -151,9 +152,7 @@ def check(config: ClipConfig, where: str) -> list[str]:
     return problems
 
 
-def parse(
-    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
-) -> ClipConfig:
+def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems) -> ClipConfig:
     """Returns the sizes of both towers and the image normalisation.
 
     Raises: InputError for a file that cannot be read.
@@ -167,7 +166,7 @@ def parse(
     return config
 
 
-def _parse_transformers(file: Path, problems: list[str]) -> ClipConfig:
+def _parse_transformers(file: Path, problems: Problems) -> ClipConfig:
     data = read_json(file)
     top = Fields(str(file), data, problems)
     top.expect("model_type", ("clip",), "the only architecture that is scored with here")
@@ -210,7 +209,7 @@ def _parse_transformers_tower(fields: Fields, usual: TowerConfig) -> TowerConfig
     )
 
 
-def _read_processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float, ...], ...]:
+def _read_processor_norm(folder: Path, problems: Problems) -> tuple[tuple[float, ...], ...]:
     """Returns mean and std from the image processor's file; without a file, CLIP's."""
     for name, section in (("preprocessor_config", None), ("processor_config", "image_processor")):
         file = folder / f"{name}.json"
@@ -223,7 +222,7 @@ def _read_processor_norm(folder: Path, problems: list[str]) -> tuple[tuple[float
             fields.expect(step, (True,), "images are always prepared so")
         factor = fields.number("rescale_factor", 1 / 255)
         if abs(factor * 255 - 1) > 1e-4:
-            problems.append(f"{fields.where}: rescale_factor is {factor}, expected 1 / 255")
+            problems.add(f"{fields.where}: rescale_factor is {factor}, expected 1 / 255")
         return _parse_norm(fields, "image_mean", "image_std")
     return ClipConfig().image_mean, ClipConfig().image_std
 
@@ -233,7 +232,7 @@ def _parse_norm(fields: Fields, mean: str, std: str) -> tuple[tuple[float, ...],
     mean_values = _parse_triple(fields, mean, usual.image_mean)
     std_values = _parse_triple(fields, std, usual.image_std)
     if 0 in std_values:
-        fields.problems.append(f"{fields.where}: {std} is {std_values}, expected numbers above 0")
+        fields.problems.add(f"{fields.where}: {std} is {std_values}, expected numbers above 0")
     return mean_values, std_values
 
 
@@ -243,12 +242,12 @@ def _parse_triple(fields: Fields, name: str, usual: tuple[float, ...]) -> tuple[
         return usual
     numbers = [x for x in value if type(x) in (int, float)] if isinstance(value, list) else []
     if len(numbers) != 3 or numbers != value or not 0 <= min(numbers) <= max(numbers) < 10:
-        fields.problems.append(f"{fields.where}: {name} is {value!r}, expected 3 numbers below 10")
+        fields.problems.add(f"{fields.where}: {name} is {value!r}, expected 3 numbers below 10")
         return usual
     return tuple(float(x) for x in numbers)
 
 
-def _parse_open_clip(file: Path, problems: list[str]) -> ClipConfig:
+def _parse_open_clip(file: Path, problems: Problems) -> ClipConfig:
     top = Fields(str(file), read_json(file), problems)
     model, pixels = top.section("model_cfg"), top.section("preprocess_cfg")
     vision, text = model.section("vision_cfg"), model.section("text_cfg")
@@ -289,7 +288,7 @@ def _parse_open_clip_tower(
     )
 
 
-def _find_known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[str]) -> ClipConfig:
+def _find_known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: Problems) -> ClipConfig:
     """Returns the sizes of ViT-H/14, and adds a problem if the tensors have other sizes."""
     # HPS v2 is published without settings. Tensors tell neither the number of heads nor the
     # activation, so no other network can be read without them.
@@ -298,7 +297,7 @@ def _find_known_sizes(folder: Path, shapes: Mapping[str, Shape], problems: list[
         shapes.get(key, (0,))[-1:] for key in ("visual.class_embedding", "text_projection")
     )
     if (*width, *features) != (usual.vision.hidden_size, usual.projection_dim):
-        problems.append(
+        problems.add(
             f"{folder / OPEN_CLIP_FILE}: is missing; without it only ViT-H/14 is known, of width "
             f"{usual.vision.hidden_size} and with {usual.projection_dim} features, found "
             f"{[*width, *features]}; put the model's {OPEN_CLIP_FILE} there"

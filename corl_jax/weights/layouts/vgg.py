@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from corl_jax.errors import Problems
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.weights.foreign_config import check_count
 from corl_jax.weights.kinds import WHOLE, NetworkKind, Rules
@@ -62,7 +63,7 @@ def check(config: VggConfig, where: str) -> list[str]:
     return check_count(where, "channels", config.channels, len(PLACES))
 
 
-def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]) -> VggConfig:
+def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems) -> VggConfig:
     """Returns the widths of the stages; a problem says which of the two files is absent."""
     trunk = [f"{make_trunk_key(layout, stage, 0)}.weight" for stage in range(len(PLACES))]
     heads = [make_head_key(stage) for stage in range(len(PLACES))]
@@ -72,7 +73,7 @@ def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list
     )
     for keys, content, file in parts:
         if not any(key in shapes for key in keys):
-            problems.append(
+            problems.add(
                 f"{folder}: {content} are missing ({keys[0]} and others); put {file} there as well"
             )
     usual = VggConfig().channels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from corl_jax.errors import Problems
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
 from corl_jax.policies.janus.checkpoint.llama_sizes import parse_llama, write_llama
@@ -19,7 +20,7 @@ VQ_PRESETS = {"VQ-16": VQConfig()}
 _SIGLIP_SIZES = ("width", "layers", "heads", "patch_size", "mlp_ratio", "image_size")
 
 
-def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
+def parse(data: dict[str, Any], where: str, problems: Problems) -> JanusConfig:
     """Reads the sizes of an original config.json; adds its problems to `problems`."""
     top = Fields(where, data, problems)
     llama = parse_llama(top.section("language_config"))
@@ -52,7 +53,7 @@ def parse_siglip(section: Fields) -> SiglipConfig:
     explicit = [size for size in _SIGLIP_SIZES if params.has(size)]
     if preset is None and len(explicit) < len(_SIGLIP_SIZES):
         missing = ", ".join(size for size in _SIGLIP_SIZES if size not in explicit)
-        section.problems.append(
+        section.problems.add(
             f"{params.where}: model_name is {name!r}, expected one of {', '.join(SIGLIP_PRESETS)}, "
             f"or all sizes stated; {missing} are not"
         )

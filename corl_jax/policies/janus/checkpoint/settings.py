@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corl_jax.errors import InputError
+from corl_jax.errors import Problems
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.policies.janus.checkpoint import original as original_layout
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
@@ -22,7 +22,7 @@ OWN_FORMAT = OwnFormat("corl_jax", "janus")
 
 
 def parse(
-    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: list[str]
+    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems
 ) -> JanusConfig:
     """Reads the sizes of a folder's config.json; adds its problems to `problems`."""
     file = folder / "config.json"
@@ -53,7 +53,7 @@ def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
 
     Raises: InputError listing every field that is malformed or not supported.
     """
-    problems: list[str] = []
+    problems = Problems()
     top = Fields(str(file), data, problems)
     vision = top.section("vision_config")
     stated = data.get("model_type")
@@ -72,6 +72,5 @@ def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
         siglip = transformers_layout.parse_siglip(vision)
     else:
         siglip = None
-    if problems:
-        raise InputError(problems)
+    problems.raise_any()
     return siglip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
 from corl_jax.policies.janus.checkpoint.llama_sizes import parse_llama, write_llama
@@ -17,7 +17,7 @@ from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.weights.foreign_config import Fields
 
 
-def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
+def parse(data: dict[str, Any], where: str, problems: Problems) -> JanusConfig:
     """Reads the sizes of transformers' config.json; adds its problems to `problems`."""
     top = Fields(where, data, problems)
     llama = parse_llama(top.section("text_config"))
@@ -26,7 +26,7 @@ def parse(data: dict[str, Any], where: str, problems: list[str]) -> JanusConfig:
     vision.equal("num_image_tokens", siglip.num_tokens)
     for fields, name in ((vision, "projection_dim"), (vq, "projection_dim")):
         if fields.size(name, 2048) != llama.hidden_size:
-            problems.append(
+            problems.add(
                 f"{fields.where}: {name} is {fields.size(name, 2048)}, expected "
                 f"{llama.hidden_size}, the text model's hidden_size"
             )
