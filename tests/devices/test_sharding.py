@@ -80,7 +80,7 @@ def tables() -> dict[str, str]:
         params = network.abstract(PRESETS[f"janus-pro-{size}"])
         out[f"janus_pro_{size}.txt"] = table(params, RULES, device_mesh.param_spec)
     lora = Lora(16, 32.0, ADAPTER_TARGETS)
-    adapted = network.adapted(PRESETS["janus-pro-7b"], lora)
+    adapted = network.add_adapters(PRESETS["janus-pro-7b"], lora)
     adapters, _ = partition(network.abstract(adapted), [ADAPTER_PATHS])
     text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text

@@ -177,7 +177,7 @@ def test_an_export_without_room_is_made_up_for(job, straight, monkeypatch, capsy
         raise InputError("export: cannot be written (No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.files, "save_checkpoint", full)
+        patch.setattr(export, "save_checkpoint", full)
         assert job.here() == 1
     assert "the same command exports again" in capsys.readouterr().err
     assert job.here() == 0

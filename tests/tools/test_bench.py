@@ -239,6 +239,12 @@ def test_micro_batches_are_pieces_of_the_prompts(tmp_path):
     assert training.make_update_options(small).micro_batches == 4
 
 
+def test_a_step_with_adapters_is_measured(capsys):
+    command.main([*TINY, "--parts", "train", "--lora", "2"])
+    (step,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train"))
+    assert "optimizer step" in step
+
+
 def test_several_devices_and_a_profile(tmp_path):
     out, trace = tmp_path / "bench.jsonl", tmp_path / "trace"
     mesh = ["--mesh", "fsdp=2,tensor=2", "--trace", str(trace)]
@@ -545,7 +551,7 @@ def test_work_by_hand():
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
     assert count_training_operations(config, (text,), shared=True) == operations
     llama = config.llama
-    adapted = janus_network.adapted(config, Lora(3, 6.0, ("q_proj", "down_proj")))
+    adapted = janus_network.add_adapters(config, Lora(3, 6.0, ("q_proj", "down_proj")))
     wide = llama.num_heads * llama.head_dim
     adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
     operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs

@@ -47,7 +47,6 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from corl_jax.config import schema
 from corl_jax.devices import startup
 from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
@@ -56,6 +55,7 @@ from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_
 from corl_jax.models.lora import Lora
 from corl_jax.nearest import nearest_multiples
 from corl_jax.policies.janus import network
+from corl_jax.policies.janus.layout import ADAPTER_TARGETS
 from tools.bench import (
     bits,
     builds,
@@ -295,8 +295,8 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             ceilings=rates, trace=args.trace,
         )  # fmt: skip
         if args.lora:
-            adapters = Lora(args.lora, 2.0 * args.lora, tuple(schema.Lora().targets))
-            adapted = dataclasses.replace(size, janus=network.adapted(size.janus, adapters))
+            adapters = Lora(args.lora, 2.0 * args.lora, ADAPTER_TARGETS)
+            adapted = dataclasses.replace(size, janus=network.add_adapters(size.janus, adapters))
             setting = dataclasses.replace(setting, size=adapted)
         for part in args.parts:
             try:
