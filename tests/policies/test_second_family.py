@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +13,8 @@ from PIL import Image
 from corl_jax import generate, policies, score
 from corl_jax.errors import InputError
 from corl_jax.policies import load_policy
-from corl_jax.tasks import CODES
+from corl_jax.policies.family import TurnProgram
+from corl_jax.tasks import CODES, TASKS, TEXT, Task, Turn
 from corl_jax.train import __main__ as command
 from docs.examples.bag_family import FAMILY, PALETTE, WORDS, BagSizes
 from tests.support import bag_runs, tiny_runs
@@ -104,6 +106,34 @@ def test_it_answers_questions_about_its_own_images(files, tmp_path):
     name = "eval/t2i/t2i_qa"
     scores = [line[name] for line in lines if name in line]
     assert scores[0] < 1 and scores[-1] == 1
+
+
+def test_a_turn_of_two_segments_learns(files, tmp_path, monkeypatch):
+    """A word, then an image in one turn; the reward of the image teaches both."""
+    text, codes = FAMILY.turns[TEXT,], FAMILY.turns[CODES,]
+
+    def sample(sizes, params, prompts, keys, options):
+        other_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        first = text.sample(sizes, params, prompts, other_keys, options)
+        return *first, *codes.sample(sizes, params, prompts, keys, options)
+
+    def logprobs(sizes, params, prompts, segments, options):
+        first = text.logprobs(sizes, params, prompts, segments[:1], options)
+        return *first, *codes.logprobs(sizes, params, prompts, segments[1:], options)
+
+    thinking = dataclasses.replace(FAMILY, turns={(TEXT, CODES): TurnProgram(sample, logprobs)})
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, thinking)
+    task = Task("thinking", (Turn("generate", (TEXT, CODES)),), ("prompt",), 6, "prompt")
+    monkeypatch.setitem(TASKS, "think", task)
+    rewards = [{"use": f"{files[2]}:red"}]
+    lines = run(files, tmp_path / "run", "algorithm.tasks=think", rewards=rewards)
+    scores = [line["eval/think/red"] for line in lines if "eval/think/red" in line]
+    assert scores[-1] > scores[0] + 0.3
+    # The log-probs of both segments are those of the sampler.
+    difference = "sampling/sampling_logp_difference/max"
+    last = [line for line in lines if any(difference in name for name in line)][-1]
+    found = {name: value for name, value in last.items() if difference in name}
+    assert len(found) == 2 and max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize(
