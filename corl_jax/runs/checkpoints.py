@@ -151,7 +151,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._end_failed_save(error) from error
+            if self._saving is not None:
+                raise self._end_failed_save(error) from error
+            # A thread of a failed save ends late. That failure was reported, so it is not counted
+            # again.
+            self._drain_errors()
         saved, self._saving = self._saving, None
         self._remove_parts()
         return saved

@@ -22,7 +22,7 @@ from transformers import BertTokenizerFast, BlipForConditionalGeneration, BlipPr
 from transformers import BlipConfig as TorchConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig
 from corl_jax.params import flatten
@@ -278,13 +278,13 @@ def test_the_published_size(layout, tmp_path):
     else:
         found["text_decoder.bert.embeddings.position_ids"] = (1, 512)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    problems: list[str] = []
+    problems = Problems()
     ours = parse(tmp_path, layout, found, problems)
     assert ours == BlipConfig(text=BlipTextConfig(tie_word_embeddings=layout == "transformers"))
 
     table, shapes = TABLES[layout], KINDS["blip"].shapes(ours)
     slots = table.make_slots(shapes)
-    assert problems + table.find_problems(slots, found, "file") == []
+    assert [*problems, *table.find_problems(slots, found, "file")] == []
     unused = {key for key in found if key not in {slot.key for slot in slots}}
     assert all(table.is_dropped(key) for key in unused)
     assert len(unused) == (2 if layout == "published" else 0)
@@ -336,16 +336,21 @@ def config_file(folder, **changes):
     ids=str,
 )
 def test_a_config_that_is_not_implemented_is_refused(tmp_path, changes, named):
-    parse(config_file(tmp_path), "transformers", {}, problems := [])
-    assert problems == []
+    parse(config_file(tmp_path), "transformers", {}, problems := Problems())
+    assert not problems
     parse(config_file(tmp_path, **changes), "transformers", {}, problems)
-    assert len(problems) == 1 and named in problems[0] and "config.json" in problems[0]
+    assert (
+        len(problems) == 1
+        and named in next(iter(problems))
+        and "config.json" in next(iter(problems))
+    )
 
 
 def test_an_untied_head_without_its_kernel_is_refused(tmp_path):
     untied = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
-    parse(config_file(tmp_path, **untied), "transformers", {}, problems := [])
-    assert len(problems) == 1 and "decoder.weight" in problems[0]
+    parse(config_file(tmp_path, **untied), "transformers", {}, problems := Problems())
+    (problem,) = problems
+    assert "decoder.weight" in problem
 
 
 def test_another_blip_is_refused(pair, tmp_path):
@@ -359,8 +364,8 @@ def test_another_blip_is_refused(pair, tmp_path):
 def test_absent_sizes_mean_what_transformers_means_by_them(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     theirs = TorchConfig()
-    found = parse(tmp_path, "transformers", {}, problems := [])
-    assert problems == []
+    found = parse(tmp_path, "transformers", {}, problems := Problems())
+    assert not problems
     assert found.text.num_heads == theirs.text_config.num_attention_heads == 8
     assert found.text.sep_token_id == theirs.text_config.sep_token_id
     assert found.text.bos_token_id == theirs.text_config.bos_token_id

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
+from corl_jax.errors import Problems
 from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.params import flatten, map_with_path
@@ -154,11 +155,11 @@ def full_shapes(layout: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("layout", TABLES)
 def test_the_published_files_are_covered(layout):
-    shapes, problems = full_shapes(layout), []
+    shapes, problems = full_shapes(layout), Problems()
     config = parse(Path("x"), layout, shapes, problems)
     leaves = {k: leaf.shape for k, leaf in flatten(modules.make_abstract(Lpips, config)).items()}
     slots = TABLES[layout].make_slots(leaves)
-    assert (config, problems) == (VggConfig(), [])
+    assert config == VggConfig() and not problems
     assert not TABLES[layout].find_problems(slots, shapes, "x")
     assert sum(math.prod(shape) for shape in leaves.values()) == 14_714_688 + 1_472
 
@@ -171,8 +172,8 @@ def test_a_missing_file_is_named(layout, absent, message):
     shapes = full_shapes(layout)
     is_head = {key: key.startswith("lin") for key in shapes}
     kept = {k: shape for k, shape in shapes.items() if is_head[k] == (absent == "trunk")}
-    problems: list[str] = []
+    problems = Problems()
     parse(Path("folder"), layout, kept, problems)
-    assert len(problems) == 1
-    assert "folder" in problems[0]
-    assert message in problems[0]
+    (problem,) = problems
+    assert "folder" in problem
+    assert message in problem

@@ -366,6 +366,26 @@ def broken(*args):
     raise SaveError("no room")
 
 
+def test_a_thread_of_a_reported_failure_that_ends_late_is_no_second_failure(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        errors = [FileNotFoundError("removed meanwhile")]
+        wait = checkpoints._manager.wait_until_finished
+
+        def wait_or_fail() -> None:
+            wait()
+            if errors:
+                raise errors.pop()
+
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", wait_or_fail)
+        assert checkpoints.wait() is None and not errors
+        checkpoints.save(1, {"x": jnp.zeros(2)}, {})
+        assert checkpoints.wait() == 1
+        checkpoints.save(2, {"x": jnp.zeros(2)}, {})
+        errors.append(OSError("disk full"))
+        with pytest.raises(SaveError, match="the checkpoint of step 2 could not be written"):
+            checkpoints.wait()
+
+
 def test_a_save_that_fails_at_the_end_hides_no_other_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoints, "wait", broken)
     with pytest.raises(GuardError), Checkpoints(tmp_path):
