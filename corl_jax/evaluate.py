@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from corl_jax.atomic_files import check_output_folder, create_folder
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.policies.sampling_options import (
+from corl_jax.sampling_options import (
     complete_options,
     describe_default,
     find_temperature_problems,
@@ -44,9 +44,10 @@ MAX_SEED = 2**32 - 1
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
+    args = build_parser().parse_args(argv)
+    # Imported here, so that --help is answered before jax is loaded.
     from corl_jax.evaluation.intervals import format_rates
 
-    args = build_parser().parse_args(argv)
     loader = check_arguments(args)
     tell_sampling(args)
     # From here on devices are in use; all problems of the arguments were reported before.
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.evaluate",
+        prog="corl-jax evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

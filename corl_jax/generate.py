@@ -21,7 +21,7 @@ from corl_jax.console import write_json_lines
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.policies.sampling_options import (
+from corl_jax.sampling_options import (
     HARMLESS,
     complete_options,
     describe_default,
@@ -405,7 +405,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m corl_jax.generate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="corl-jax generate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="image|text")
     image = commands.add_parser("image", help="generate images from prompts", description=(
         "Writes PROMPT_SAMPLE.png (numbers from 0), grid.png (at most the first "

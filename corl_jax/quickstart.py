@@ -46,7 +46,7 @@ QUESTION = "What color is the circle?"
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.quickstart",
+        prog="corl-jax quickstart",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

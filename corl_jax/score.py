@@ -92,7 +92,7 @@ def _print_rewards(name: str, cases: Cases, calls: list[np.ndarray | str]) -> No
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.score",
+        prog="corl-jax score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

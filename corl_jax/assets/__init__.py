@@ -6,3 +6,6 @@ from pathlib import Path
 
 MINI_JANUS = Path(__file__).parent / "mini_janus"
 NANO_JANUS = Path(__file__).parent / "nano_janus"
+
+SHIPPED = {"mini": MINI_JANUS, "nano": NANO_JANUS}
+"""Name of a shipped model, wherever a command takes a directory or a hub id -> its directory."""

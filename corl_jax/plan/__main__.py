@@ -43,7 +43,7 @@ DOES_NOT_FIT_EXIT_CODE = 1
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.plan",
+        prog="corl-jax plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

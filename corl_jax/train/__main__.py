@@ -1,68 +1,35 @@
 """Trains a unified model: reinforcement learning, supervised training, or the image tokenizer.
 
-python -m corl_jax.train --config FILE [key=value ...]
+corl-jax train CONFIG [key=value ...]
 
-Rerunning the same command resumes from the newest sound checkpoint of its output_dir. SIGTERM or
-Ctrl-C saves after the step that runs, and exits with 75.
+CONFIG is a YAML file, or the name of a config that comes with the package (`corl-jax configs`).
+An option may also be given as --key value. Rerunning the same command resumes from the newest sound
+checkpoint of its output_dir. SIGTERM or Ctrl-C saves after the step that runs, and exits with 75.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import jax
+from collections.abc import Iterator, Sequence
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_unused_options
-from corl_jax.config.schema import Config
-from corl_jax.devices import processes, startup
-from corl_jax.errors import exit_on_input_error
-from corl_jax.runs import export_record
-from corl_jax.runs.checkpoints import Checkpoints, Restored
-from corl_jax.runs.directory import RunDir, lock_checkpoints, open_run_directory
-from corl_jax.runs.log import RunLog, StepLog
-from corl_jax.runs.outputs import Outputs
-from corl_jax.runs.pace import Pace, Phases, StepClock
-from corl_jax.runs.saving import Saver
-from corl_jax.runs.signals import Interruption
-from corl_jax.runs.watchdog import Watchdog
-from corl_jax.train import check
-from corl_jax.train.alarms import check_iteration, make_guards
-from corl_jax.train.build import build
-from corl_jax.train.loop import train
-from corl_jax.train.milestones import (
-    count_milestones,
-    make_ending,
-    make_milestones,
-    make_reports,
-    run_due,
-)
-from corl_jax.train.reports import HEADLINE, describe_iteration, show_answers
-from corl_jax.train.resolve import ResolvedRun, resolve_run
-from corl_jax.train.resume import (
-    fingerprint_untrained,
-    hash_reward_files,
-    needs_new_reports,
-    resume,
-)
-from corl_jax.train.run import Iteration, Run
+from corl_jax.config.shipped import find_config
+from corl_jax.errors import InputError, exit_on_input_error
+
+FLAGS = ("--check", "--print-config", "--allow-changed-config", "--help", "-h")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parses the command line; None reads the arguments of the process."""
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of arguments in the form that `normalize_arguments` gives them."""
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.train",
+        prog="corl-jax train",
+        usage="%(prog)s CONFIG [--check] [key=value ...]",
         description=__doc__,
         epilog="Every option with its default, range and source:\n\n" + config_files.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    parser.add_argument("--config", metavar="CONFIG", help="the config, if it is not given first")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -77,156 +44,55 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="resume with options that differ from the run's; they are listed and recorded",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10")
-    return parser.parse_intermixed_args(argv)
+    return parser
+
+
+def normalize_arguments(argv: Sequence[str]) -> Iterator[str]:
+    """Yields the arguments with the config as --config and each option as `key=value`.
+
+    In: `mini/unified --train.max-steps 10 seed=1`
+    Out: `--config mini/unified train.max_steps=10 seed=1`
+
+    Raises:
+        InputError: an option without a value.
+    """
+    arguments, has_config = iter(argv), any(text.startswith("--config") for text in argv)
+    for text in arguments:
+        if text in FLAGS or text.startswith("--config="):
+            yield text
+        elif text.startswith("--"):
+            key, equals, value = text.removeprefix("--").partition("=")
+            if not equals:
+                value = next(arguments, None)
+                if value is None:
+                    raise InputError(f"argument {text!r}: found no value; expected {text} VALUE")
+            key = key.replace("-", "_")
+            yield f"--config={value}" if key == "config" else f"{key}={value}"
+        elif "=" not in text and not has_config:
+            has_config = True
+            yield f"--config={text}"
+        else:
+            yield text
 
 
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
-    args = parse_arguments(argv)
-    config = config_files.load(args.config, args.overrides)
+    given = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_intermixed_args([*normalize_arguments(given)])
+    if args.config is None:
+        raise InputError(
+            "config: missing; expected `corl-jax train CONFIG`, a YAML file or one of the names "
+            "that `corl-jax configs` lists"
+        )
+    config = config_files.load(find_config(args.config), args.overrides)
     if args.print_config:
         print(config_files.dump(config), end="")
         return
-    startup.prepare_devices(config.distributed)
-    with Interruption() as interruption, processes.fail_together():
-        planned = resolve_run(config)
-        warn_of_unused_options(planned)
-        if not args.check:
-            run_training(planned, interruption, args.allow_changed_config)
-        elif jax.process_index() == 0:
-            print(check.describe(planned))
+    # Imported here, so that help and wrong options are answered before jax is loaded.
+    from corl_jax.train.command import run_config
 
-
-def warn_of_unused_options(planned: ResolvedRun) -> None:
-    """Prints a warning for each option without effect; the first process alone."""
-    if jax.process_index() == 0:
-        for line in (*find_unused_options(planned.config), *planned.warnings):
-            print(f"warning: {line}", file=sys.stderr)
-
-
-def run_training(
-    planned: ResolvedRun, interruption: Interruption, allow_changes: bool = False
-) -> None:
-    """Resumes or starts the planned run, to its end or to train.stop_after."""
-    config, primary = planned.config, jax.process_index() == 0
-    # The blocks end in reverse order: the last save ends while both directories are still locked.
-    with (
-        open_run_directory(config, primary, allow_changes) as directory,
-        lock_checkpoints(directory, config.checkpoint.directory, primary) as place,
-        Checkpoints(place, config.checkpoint.keep) as checkpoints,
-        jax.set_mesh(planned.mesh),
-        # After a failure the blocks above wait for other processes, so the save ends before.
-        processes.fail_together(checkpoints.await_running_save),
-    ):
-        # All processes list the steps: their checkpoint managers may wait for each other.
-        steps = checkpoints.steps()
-        if primary:
-            directory.require_saved(steps, config.checkpoint.directory, place)
-        run, state = build(planned, Phases())
-        # Hashed now, because users may edit the files while the run goes on.
-        files = hash_reward_files(config)
-        fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
-        resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
-        if primary:
-            directory.keep_config(config)  # not before: a refused resume changes nothing
-        start, meta = 0, {}
-        if resumed is not None:
-            start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
-            if primary:
-                directory.note_saved(start, config.checkpoint.directory)
-        with open_outputs(config, run, directory, checkpoints, fingerprint, start, meta) as outputs:
-            report_start(planned, resumed, outputs)
-            stop = min(run.steps, start + (config.train.stop_after or run.steps))
-            reports = make_reports(config, run, outputs)
-            left = range(start, stop)
-            milestones = make_milestones(config, run, outputs, reports, interruption, left)
-            with interruption.deferred():
-                # A process that a signal has stopped saves without its reports, so they are made
-                # here.
-                if start == 0 or meta["unreported"] or needs_new_reports(resumed, run):
-                    run_due(reports, state, start)
-                log = make_step_log(config, run, outputs)
-                state = train(run, state, left, milestones, log)
-                outputs.saver.finish()
-            interruption.stop_if_asked(f"after step {stop}; the same command continues from there")
-            if stop == run.steps:
-                ending = make_ending(config, run, outputs, planned.model_dir)
-                run_due([ending], state, max(start, stop))
-        # jax gives the last process that leaves no time for its export.
-        processes.barrier("the end")
-
-
-@contextlib.contextmanager
-def open_outputs(
-    config: Config, run: Run, directory: RunDir, checkpoints: Checkpoints,
-    fingerprint: Callable[[], dict[str, str]], start: int, meta: Mapping[str, Any],
-) -> Iterator[Outputs]:  # fmt: skip
-    """Opens the log of a run and starts its watchdog; continues from `meta`, saved at `start`."""
-    primary = jax.process_index() == 0
-    pace = Pace(functools.partial(count_milestones, config, run))
-    stacks = directory.path(f"stacks_{jax.process_index()}.txt")
-    guards = make_guards(config.guards)
-    guards.restore(meta.get("guards", {}))
-
-    def note_saved(step: int) -> None:
-        # So that a run whose checkpoints are gone does not start again from the beginning.
-        if primary:
-            directory.note_saved(step, config.checkpoint.directory)
-
-    with (
-        RunLog(
-            directory, start or None, run.steps, primary, resumed_lines=meta.get("metric_lines"),
-            headline=HEADLINE, pace=pace,
-        ) as log,
-        Watchdog(config.guards.step_timeout_s, stacks) as watchdog,
-    ):  # fmt: skip
-        saver = Saver(
-            checkpoints, log.say, config.checkpoint.max_failures, note_saved, watchdog.paused
-        )
-        # As if the run had never stopped: the seconds of earlier processes lie before this start.
-        began = time.perf_counter() - meta.get("seconds", 0.0)
-        yield Outputs(directory, log, guards, saver, watchdog, fingerprint, began, primary)
-
-
-def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
-    """Returns the log of the run's iterations, with the checks after each."""
-
-    def check_step(step: int, iteration: Iteration) -> None:
-        # After a whole iteration everything is compiled, and the watchdog may use its shorter
-        # limit.
-        outputs.watchdog.beat(compiled=True)
-        check_iteration(outputs.guards, step, iteration, is_last=step == run.steps)
-        outputs.saver.poll()
-
-    return StepLog(
-        outputs.log, outputs.guards, StepClock(run.phases), config.log.every, run.steps,
-        check=check_step,
-        describe=functools.partial(describe_iteration, config, run),
-        show=functools.partial(show_answers, config, run, outputs.log),
-    )  # fmt: skip
-
-
-def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Outputs) -> None:
-    """Prints warnings and notes for the user before the first step."""
-    log, directory = outputs.log, outputs.directory
-    if chosen := check.describe_attention(planned):
-        log.say(chosen)
-    if resumed is not None:
-        for text in resumed.warnings:
-            log.say(f"warning: {text}")
-        for text in resumed.changes:
-            log.say(f"warning: changed config: {text}")
-        if resumed.changes and outputs.primary:
-            directory.note_changes(resumed.step, resumed.changes)
-        if resumed.step > planned.steps:
-            log.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
-    if outputs.primary and (line := export_record.describe_age(directory.export, planned.steps)):
-        log.say(line)
-    if shortage := check.explain_disk_shortage(planned):
-        log.say(f"warning: {shortage}")
-    for line in check.describe_inapplicable_rewards(planned):
-        log.say(f"warning: {line}")
+    run_config(config, check_only=args.check, allow_changes=args.allow_changed_config)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from corl_jax.assets import SHIPPED
 from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognize_instruction
 from corl_jax.devices import batches, processes
@@ -164,7 +165,8 @@ def fetch_params(params: Params, keep: bool, beat: Callable[[], None] = lambda: 
 
 def _find_base(path: str, model_dir: Path) -> tuple[str, str | None]:
     """Returns `model.path` as PEFT reads it: (directory, None), or (hub id, revision)."""
-    directory = expand_path(path)
+    # The name of a shipped model means nothing to PEFT, and its directory does.
+    directory = str(SHIPPED.get(path, expand_path(path)))
     return (directory, None) if Path(directory) == model_dir else split_hub_id(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from corl_jax.assets import SHIPPED
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
 from corl_jax.weights.folders import refuse_adapter
@@ -31,6 +32,8 @@ def resolve_path(path_or_hub_id: str | Path) -> Path:
     if not str(path_or_hub_id).strip():  # Path("") is the working directory
         raise InputError(f"{str(path_or_hub_id)!r}: is empty, expected a path or a hub id")
     path = Path(expand_path(path_or_hub_id))
+    if not path.exists() and str(path_or_hub_id) in SHIPPED:
+        return SHIPPED[str(path_or_hub_id)]
     if not path.exists():
         path = _download(*split_hub_id(str(path_or_hub_id)))
     refuse_adapter(path)

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from corl_jax.convert.__main__ import run as convert
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.runs import directory as run_directory
@@ -28,7 +29,6 @@ from tests.faults.hostile import SOUND, entry, header
 from tests.support.tiny_models import encode, tiny_image
 from tests.support.tiny_networks import load_network, network_dir
 from tests.support.weight_files import hf_shapes, random_state, write_checkpoint
-from tools.convert_weights.__main__ import run as convert
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from corl_jax import sampling_options
 from corl_jax.assets import MINI_JANUS
 from corl_jax.config.files import validate
 from corl_jax.data import instructions
 from corl_jax.errors import InputError
-from corl_jax.policies import sampling_options
 from corl_jax.policies.generation_config import FILE, Generation, read_generation
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.train import export

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
 from corl_jax.config.schema import Networks, RewardNetwork
+from corl_jax.convert.__main__ import run as convert
 from corl_jax.devices.mesh import make_mesh, network_shardings
 from corl_jax.errors import InputError
 from corl_jax.models.aesthetic import AestheticConfig
@@ -27,7 +28,6 @@ from corl_jax.weights.kinds import NETWORK_TYPE
 from corl_jax.weights.layouts import KINDS
 from corl_jax.weights.recognise import recognise_kind
 from tests.support.tiny_networks import TINY, load_network, network_dir, random_network
-from tools.convert_weights.__main__ import run as convert
 
 KINDS_HERE = sorted(TINY)
 

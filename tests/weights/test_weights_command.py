@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from corl_jax.convert.__main__ import run
+from corl_jax.convert.compare import describe_difference
 from tests.support.weight_files import (
     BFLOAT16,
     carried_state,
@@ -21,8 +23,6 @@ from tests.support.weight_files import (
     to_original,
     write_checkpoint,
 )
-from tools.convert_weights.__main__ import run
-from tools.convert_weights.compare import describe_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +123,7 @@ def test_to_torch_reports_what_is_left_out(folder, tmp_path, capsys):
 def test_safetensors_conversion_never_imports_torch(folder, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from tools.convert_weights.__main__ import run\n"
+        "from corl_jax.convert.__main__ import run\n"
         f"run(['to-torch', {str(folder / 'jax')!r}, {str(tmp_path / 'o')!r}, "
         "'--format', 'transformers'])\n"
         f"run(['verify', {str(folder / 'hf')!r}, {str(tmp_path / 'o')!r}])"
@@ -137,7 +137,7 @@ def _environment() -> dict[str, str]:
 
 MEASURE = """
 import json, resource, sys
-from tools.convert_weights.__main__ import run
+from corl_jax.convert.__main__ import run
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(sys.argv[1:])
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from corl_jax.convert.__main__ import run
 from corl_jax.errors import InputError
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies import inspect_policy
@@ -23,7 +24,6 @@ from corl_jax.weights.layouts import KINDS
 from corl_jax.weights.storage import open_any_store, open_store
 from tests.support.tiny_networks import load_network, network_dir
 from tests.support.weight_files import hf_shapes, random_state, read_state, write_checkpoint
-from tools.convert_weights.__main__ import run
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 7654321\n"
 MARK = b"\xef\xbb\xbf"

@@ -192,7 +192,7 @@ def write_rows(
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m corl_jax.data.drawn_world", description="Writes the drawn world as parquet."
+        prog="corl-jax data", description="Writes the drawn world as parquet."
     )
     parser.add_argument("--out", type=parse_place, required=True, help="new or empty directory")
     parser.add_argument("--rows", type=int, required=True, help="number of rows")

@@ -1,0 +1,1 @@
+"""Converts PyTorch checkpoints into our own layout and back."""

@@ -1,0 +1,141 @@
+"""`corl-jax`: commands, configs and models by name, options in any form, answers without jax."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import corl_jax
+from corl_jax.assets import SHIPPED
+from corl_jax.cli import COMMANDS
+from corl_jax.config.shipped import FOLDER, find_config, list_configs
+from corl_jax.errors import InputError
+from corl_jax.policies import inspect_policy
+from corl_jax.train.__main__ import normalize_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_JAX = (
+    "import sys\n"
+    "from corl_jax.cli import main\n"
+    "try:\n"
+    "    main(sys.argv[1:])\n"
+    "finally:\n"
+    "    assert 'jax' not in sys.modules, 'jax was imported'\n"
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_main(name):
+    assert callable(importlib.import_module(COMMANDS[name].module).main)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        ([], 2, "Usage: corl-jax"),
+        (["--help"], 0, "Train a model; run again to resume."),
+        (["--version"], 0, corl_jax.__version__),
+        (["trian"], 2, "No such command 'trian'"),
+        (["configs"], 0, "mini/unified"),
+        (["train", "--help"], 0, "usage: corl-jax train CONFIG"),
+        (["train"], 2, "config: missing"),
+        (["train", "mini/unifed"], 2, "did you mean mini/unified?"),
+        (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["train", "minimal", "train.max_stps=1"], 2, "did you mean"),
+        (["train", "minimal", "--train.max_steps"], 2, "found no value"),
+        (["train", "minimal", "--print-config"], 0, "path: nano"),
+        (["generate", "--help"], 0, "usage: corl-jax generate"),
+        (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
+        (["data", "--help"], 0, "usage: corl-jax data"),
+    ],
+)
+def test_answers_without_loading_jax(arguments, code, part):
+    command = [sys.executable, "-c", WITHOUT_JAX, *arguments]
+    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    printed = done.stdout + done.stderr
+    assert done.returncode == code and part in printed, printed
+    assert "jax was imported" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["mini/unified", "seed=1"], ["--config=mini/unified", "seed=1"]),
+        (["--config", "x.yaml", "--seed", "1"], ["--config=x.yaml", "seed=1"]),
+        (["--config=x.yaml", "--train.max-steps=10"], ["--config=x.yaml", "train.max_steps=10"]),
+        (["seed=-1", "x.yaml", "--check"], ["seed=-1", "--config=x.yaml", "--check"]),
+        (["x.yaml", "--seed", "-1"], ["--config=x.yaml", "seed=-1"]),
+        (["x.yaml", "other"], ["--config=x.yaml", "other"]),
+    ],
+)
+def test_a_config_and_options_in_any_form(arguments, expected):
+    assert [*normalize_arguments(arguments)] == expected
+
+
+def test_configs_have_names():
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
+    names = [file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in files]
+    assert list_configs() == names and FOLDER.samefile(ROOT / "configs")
+    for name, file in zip(names, files, strict=True):
+        assert find_config(name).samefile(file)
+        assert find_config(str(file)) == file
+    with pytest.raises(InputError, match="no file and no config of the package"):
+        find_config("nothing")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_have_names(name, tmp_path, monkeypatch):
+    assert inspect_policy(name).folder == SHIPPED[name]
+    # A directory of that name is the user's own.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=name):
+        inspect_policy(name)
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_whole_product(tmp_path):
+    """Built, installed outside of the clone, and used there."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if name.startswith(("tools", "tests", "docs"))]
+    for name in ("corl_jax/configs/mini/unified.yaml", "corl_jax/py.typed"):
+        assert name in names
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    # The dependencies of this environment, but not its corl_jax.
+    (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", wheel], check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        command = [tmp_path / "env" / "bin" / "corl-jax", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    code = "import corl_jax; print(corl_jax.__file__)"
+    where = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    assert str(site) in where.stdout.decode()
+    run("generate", "image", "--model", "nano", "--prompt", "a red circle", "--out", "images")
+    run("evaluate", "--model", "nano", "--rows", "4")
+    run("convert", "to-jax", "nano", "converted")
+    run("data", "--out", "rows", "--rows", "40", "--seed", "0", "--world", "small")
+    run(
+        "train", "minimal", "data.path=rows", "train.max_steps=2", "train.prompts_per_step=4",
+        "output_dir=run", "eval.suite=none",
+    )  # fmt: skip
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
