@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -54,6 +55,14 @@ def test_every_command_has_a_main(name):
         (["generate", "--help"], 0, "usage: corl-jax generate"),
         (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
         (["data", "--help"], 0, "usage: corl-jax data"),
+        (["score", "--help"], 0, "usage: corl-jax score"),
+        (["plan", "--help"], 0, "usage: corl-jax plan"),
+        (["plan", "--config", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
+        (["quickstart", "--help"], 0, "usage: corl-jax quickstart"),
+        (["convert", "--help"], 0, "usage: corl-jax convert"),
+        (["convert", "inspect", "nowhere"], 2, "nowhere: no such directory"),
+        (["evaluate", "--model", "nowhere"], 2, "nowhere: no such directory"),
+        (["generate", "image", "--model", "nowhere", "--prompt", "x", "--out", "y"], 2, "nowhere"),
     ],
 )
 def test_answers_without_loading_jax(arguments, code, part):
@@ -104,7 +113,12 @@ def test_shipped_models_have_names(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_wheel_is_the_whole_product(tmp_path):
     """Built, installed outside of the clone, and used there."""
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    clone = tmp_path / "clone"  # because a build leaves files behind
+    for name in ("corl_jax", "configs"):
+        shutil.copytree(ROOT / name, clone / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, clone]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -114,9 +128,9 @@ def test_the_wheel_is_the_whole_product(tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
-    # The dependencies of this environment, but not its corl_jax.
-    (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
     subprocess.run([python, "-m", "pip", "install", "--no-deps", wheel], check=True)
+    # The dependencies of this environment; its own corl_jax comes later on the path.
+    (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(*arguments: str) -> str:
