@@ -22,6 +22,7 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import registry
 from corl_jax.score.__main__ import main
+from corl_jax.score.command import _read_value
 from corl_jax.weights.export import save_checkpoint
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
 from tests.support.tiny_networks import network_dir
@@ -360,9 +361,9 @@ def test_wrong_files_and_names(tmp_path, capsys):
 
 
 def test_boxes_as_lists_or_texts():
-    assert score._read_value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
-    assert "expected [[x1" in score._read_value("od_solution", [[0, 1, 2]], Path())[0]
-    assert "expected [[x1" in score._read_value("od_solution", [[0, 1, 2, True]], Path())[0]
+    assert _read_value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
+    assert "expected [[x1" in _read_value("od_solution", [[0, 1, 2]], Path())[0]
+    assert "expected [[x1" in _read_value("od_solution", [[0, 1, 2, True]], Path())[0]
 
 
 def test_the_list_names_every_reward(capsys):
