@@ -18,9 +18,10 @@ MOST_WORDS = 900
 
 # Not run, because they install this clone, which the tests of the wheel do, or never end.
 NOT_RUN = ("git clone", "pip install", "tensorboard")
-# These need a GPU, or weights from the hub: the first runs smaller, the others stop at their config.
+# Smaller where it would take a GPU; no more than the config where it would take weights of the hub.
+SMALL = "train.max_steps=1 train.prompts_per_step=4 train.micro_batch=4 eval.rows=8 log.every=1"
 MORE = {
-    "corl-jax train mini/unified": "train.max_steps=1 train.prompts_per_step=4 eval.rows=8",
+    "corl-jax train mini/unified": SMALL,
     "corl-jax train janus": "--print-config",
     "corl-jax data --out runs/mini/data": "--rows 64",
 }
