@@ -12,7 +12,7 @@ from corl_jax.config.options import (
     find_type,
     join_key,
 )
-from corl_jax.config.unknown_keys import explain_unknown_key
+from corl_jax.config.unknown_keys import explain_unknown_key, suggest_option
 
 
 def explain_errors(errors: Iterable[Any]) -> Iterator[tuple[Location, str]]:
@@ -60,9 +60,12 @@ def _describe_value(location: Location, error_type: str) -> str:
     if error_type == "finite_number":
         return expected.replace("a number", "a finite number")
     parent, is_in_list = find_section(location[:-1]), any(isinstance(x, int) for x in location)
+    parent_names = parent.model_fields if parent else {}
     if find_section(location) and not is_in_list:
-        return f"{expected}; set one of them as {_find_option(location)}=VALUE"
-    field = parent.model_fields.get(str(location[-1])) if parent else None
+        # networks.ofload=true: a block with names of the user's takes any key.
+        near = None if str(location[-1]) in parent_names else suggest_option(location)
+        return f"{expected}; {near or f'set one of them as {_find_option(location)}=VALUE'}"
+    field = parent_names.get(str(location[-1]))
     if error_type == "string_type" and field and field.annotation is str:
         # The description has the choices of an option whose names belong to a table elsewhere.
         return f"{expected}: {field.description}"

@@ -90,7 +90,7 @@ def list_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str
 
 
 @functools.cache
-def keys_by_name() -> dict[str, list[str]]:
+def group_keys_by_name() -> dict[str, list[str]]:
     """Returns the name of every option -> its whole keys: every -> checkpoint.every, log.every."""
     keys: dict[str, list[str]] = {}
     for key in list_keys():

@@ -11,7 +11,7 @@ from corl_jax.config.options import (
     find_section,
     find_type,
     join_key,
-    keys_by_name,
+    group_keys_by_name,
     list_keys,
 )
 from corl_jax.nearest import find_near_name
@@ -177,7 +177,7 @@ def suggest_option(location: Location) -> str | None:
 
 def _find_keys(parent: tuple[str, ...], name: str, siblings: list[str]) -> Sequence[str]:
     """Returns the whole keys of the options that an unknown name of a block may mean."""
-    key, by_name = join_key((*parent, name)), keys_by_name()
+    key, by_name = join_key((*parent, name)), group_keys_by_name()
     for other_name in (key, name):
         if other_name in OTHER_NAMES:
             return OTHER_NAMES[other_name]

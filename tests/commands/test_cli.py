@@ -50,12 +50,16 @@ def test_every_command_has_a_main(name):
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["train", "minimal", "train.max_stps=1"], 2, "did you mean train.max_steps?"),
         (["train", "minimal", "--train.max_steps"], 2, "found no value"),
+        (["train", "minimal", "--max_steps", "10"], 2,
+         "error: command line: max_steps: unknown key; did you mean train.max_steps?"),
+        (["train", "minimal", "--networks.offload", "--check"], 2, "error: command line: "
+         "networks.offload: found no value, expected true or false, as in networks.offload=true"),
         (["train", "minimal", "--print-config"], 0, "path: nano"),
         (["generate", "--help"], 0, "usage: corl-jax generate"),
         (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
         (["data", "--help"], 0, "usage: corl-jax data"),
     ],
-)
+)  # fmt: skip
 def test_answers_without_loading_jax(arguments, code, part):
     command = [sys.executable, "-c", WITHOUT_JAX, *arguments]
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}

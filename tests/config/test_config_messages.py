@@ -9,7 +9,6 @@ from corl_jax.config import unknown_keys
 from corl_jax.config.options import find_section, find_type, list_keys
 from corl_jax.config.unknown_keys import OTHER_NAMES, REMEDIES, suggest_option
 from corl_jax.errors import InputError
-from corl_jax.nearest import find_near_name
 
 MINIMAL = """
 output_dir: out
@@ -147,11 +146,6 @@ def test_names_that_other_libraries_share_are_found_by_their_name(name):
     assert suggest_option(("trainer", name)) == f"did you mean {key}?"
 
 
-def test_names_of_rewards_are_suggested_only_if_similar():
-    assert find_near_name("short_answer", ["brightness"]) is None
-    assert find_near_name("brightnes", ["brightness"]) == "brightness"
-
-
 # ---- where a value is from
 
 
@@ -212,6 +206,8 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
          "set one of them as model.path=VALUE"),
         ("networks.blip=5", "networks.blip: found 5, expected a block with the keys path, dtype; "
          "set one of them as networks.blip.path=VALUE"),
+        ("networks.ofload=true", "networks.ofload: found True, expected a block with the keys path, "
+         "dtype; did you mean networks.offload?"),
         ("rewards=format", "rewards: found 'format', expected a list of blocks with the keys "
          "name, use, weight, options, timeout_s, max_failures"),
         ("rewards=[5]", "rewards.0: found 5, expected a block with the keys "
