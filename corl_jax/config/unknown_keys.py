@@ -10,8 +10,8 @@ from corl_jax.config.options import (
     Location,
     find_section,
     find_type,
-    join_key,
     group_keys_by_name,
+    join_key,
     list_keys,
 )
 from corl_jax.nearest import find_near_name

@@ -206,8 +206,9 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
          "set one of them as model.path=VALUE"),
         ("networks.blip=5", "networks.blip: found 5, expected a block with the keys path, dtype; "
          "set one of them as networks.blip.path=VALUE"),
-        ("networks.ofload=true", "networks.ofload: found True, expected a block with the keys path, "
-         "dtype; did you mean networks.offload?"),
+        ("networks.ofload=true",
+         "networks.ofload: found True, expected a block with the keys path, dtype; "
+         "did you mean networks.offload?"),
         ("rewards=format", "rewards: found 'format', expected a list of blocks with the keys "
          "name, use, weight, options, timeout_s, max_failures"),
         ("rewards=[5]", "rewards.0: found 5, expected a block with the keys "
