@@ -49,8 +49,12 @@ def test_every_command_has_a_main(name):
         (["train"], 2, "config: missing"),
         (["train", "mini/unifed"], 2, "did you mean mini/unified?"),
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["train", "minimal", "train.max_stps=1"], 2, "did you mean"),
+        (["train", "minimal", "train.max_stps=1"], 2, "did you mean train.max_steps?"),
         (["train", "minimal", "--train.max_steps"], 2, "found no value"),
+        (["train", "minimal", "--max_steps", "10"], 2,
+         "error: command line: max_steps: unknown key; did you mean train.max_steps?"),
+        (["train", "minimal", "--networks.offload", "--check"], 2, "error: command line: "
+         "networks.offload: found no value, expected true or false, as in networks.offload=true"),
         (["train", "minimal", "--print-config"], 0, "path: nano"),
         (["generate", "--help"], 0, "usage: corl-jax generate"),
         (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
@@ -64,7 +68,7 @@ def test_every_command_has_a_main(name):
         (["evaluate", "--model", "nowhere"], 2, "nowhere: no such directory"),
         (["generate", "image", "--model", "nowhere", "--prompt", "x", "--out", "y"], 2, "nowhere"),
     ],
-)
+)  # fmt: skip
 def test_answers_without_loading_jax(arguments, code, part):
     command = [sys.executable, "-c", WITHOUT_JAX, *arguments]
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
@@ -83,8 +87,13 @@ def test_answers_without_loading_jax(arguments, code, part):
         (["seed=-1", "x.yaml", "--check"], ["seed=-1", "--config=x.yaml", "--check"]),
         (["x.yaml", "--seed", "-1"], ["--config=x.yaml", "seed=-1"]),
         (["x.yaml", "other"], ["--config=x.yaml", "other"]),
+        (["x.yaml", "--networks.offload"], ["--config=x.yaml", "networks.offload"]),
+        (["x.yaml", "--networks.offload", "--check"],
+         ["--config=x.yaml", "networks.offload", "--check"]),
+        (["x.yaml", "--print_config"], ["--config=x.yaml", "--print-config"]),
+        (["--config"], ["--config"]),
     ],
-)
+)  # fmt: skip
 def test_a_config_and_options_in_any_form(arguments, expected):
     assert [*normalize_arguments(arguments)] == expected
 
