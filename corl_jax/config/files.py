@@ -7,9 +7,10 @@ keys are refused with the known names. All problems are reported together.
 
 from __future__ import annotations
 
+import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -45,16 +46,39 @@ REMOVED = {
 LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Returns the config of a file with its overrides (`key.path=value`).
+def load(
+    path: str | Path, overrides: list[str] | None = None, options: Mapping[str, Any] | None = None
+) -> Config:
+    """Returns the config of a file with its overrides (`key.path=value`) and `options`.
+
+    A mapping among the options is merged into the block of its name; a name may be a key.path.
 
     Raises:
         InputError: listing every problem with its key.
     """
-    tree, problems = _read(Path(expand_path(path)), []), Problems()
-    for text in overrides or []:
+    tree = _read(Path(expand_path(path)), [])
+    return _complete(tree, str(path), overrides or [], options or {})
+
+
+def make_config(values: Mapping[str, Any], options: Mapping[str, Any]) -> Config:
+    """Returns the config of a mapping of options with other options on top, as `load`.
+
+    Raises:
+        InputError: listing every problem with its key.
+    """
+    return _complete(_drop_empty_blocks(_simplify(values), Config), "config", [], options)
+
+
+def _complete(
+    tree: dict[str, Any], source: str, overrides: list[str], options: Mapping[str, Any]
+) -> Config:
+    problems = Problems()
+    for text in overrides:
         problems.attempt(_apply_override, tree, text)
-    config = problems.attempt(validate, tree, str(path))
+    for key, value in options.items():
+        value = _simplify(value)
+        problems.attempt(_set_option, tree, key, value, f"argument {key!r}", is_merged=True)
+    config = problems.attempt(validate, tree, source)
     problems.raise_any()
     assert config is not None  # otherwise there was a problem
     return config
@@ -206,16 +230,35 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise InputError(f"argument {text!r}: expected key.path=value")
+    try:
+        parsed = parse_yaml(value)
+    except ValueError as error:
+        raise InputError(f"argument {text!r}: value is not valid YAML: {error}") from None
+    _set_option(tree, key, parsed, f"argument {text!r}")
+
+
+def _set_option(
+    tree: dict[str, Any], key: str, value: Any, where: str, *, is_merged: bool = False
+) -> None:
+    """Sets an option of the tree; with `is_merged` two mappings are merged."""
     *parents, leaf = key.split(".")
     for part in parents:
         child = tree.setdefault(part, {})
         if not isinstance(child, dict):
-            raise InputError(f"argument {text!r}: {part} is a value, not a block of options")
+            raise InputError(f"{where}: {part} is a value, not a block of options")
         tree = child
-    try:
-        tree[leaf] = parse_yaml(value)
-    except ValueError as error:
-        raise InputError(f"argument {text!r}: value is not valid YAML: {error}") from None
+    if is_merged and isinstance(value, dict) and isinstance(tree.get(leaf), dict):
+        value = _merge(tree[leaf], value)
+    tree[leaf] = value
+
+
+def _simplify(value: Any) -> Any:
+    """Returns a copy of a value of Python with what YAML would have: texts, lists, dicts."""
+    if isinstance(value, Mapping):
+        return {str(key): _simplify(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_simplify(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _explain(item: Any) -> tuple[str, str]:
