@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import Problems
-from corl_jax.sampling_options import HARMLESS, find_temperature_problems
+from corl_jax.sampling_options import HARMLESS, find_temperature_problems, is_number
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
 
 if TYPE_CHECKING:
@@ -60,15 +59,13 @@ def load_model(place: Any, dtype_name: str | None) -> tuple[Model, Any]:
 
 def check_number(name: str, value: Any, low: float, high=math.inf, *, above=False, whole=False):
     """Returns a problem unless `value` is None or a finite number in the range."""
-    # numbers, because NumPy's integers are none of int. NaN fails every comparison, so it is a
-    # problem too.
-    kind = numbers.Integral if whole else numbers.Real
-    fits = isinstance(value, kind) and low <= value <= high and value < math.inf
+    # NaN fails every comparison, so it is a problem too.
+    fits = is_number(value, whole=whole) and low <= value <= high and value < math.inf
     if value is None or (fits and (value > low or not above)):
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
     bounds += f" and at most {high}" if math.isfinite(high) else ""
-    shown = value if isinstance(value, numbers.Real) else repr(value)
+    shown = value if is_number(value) else repr(value)
     return [f"{name}: found {shown}; expected a {'whole ' if whole else ''}number {bounds}"]
 
 
@@ -83,8 +80,7 @@ def check_options(options: argparse.Namespace, spell: SpellOption, problems: Pro
             f"{spell(name)}: found {value:g}, which {spell('greedy')} would ignore; leave one of "
             f"them out, or set {harmless:g}"
             for name, harmless in HARMLESS.items()
-            if (value := getattr(options, name, None)) not in (None, harmless)
-            and isinstance(value, numbers.Real)
+            if (value := getattr(options, name, None)) not in (None, harmless) and is_number(value)
         )
 
 

@@ -29,12 +29,17 @@ def spell_option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def is_number(value: Any, *, whole: bool = False) -> bool:
+    """Returns whether a value is a number, also of NumPy; with `whole` an integer."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real)
+
+
 def find_temperature_problems(value: Any, spell: Callable[[str], str] = spell_option) -> list[str]:
     """Returns a problem for a temperature that cannot divide logits.
 
     `spell` returns the name of an option in messages.
     """
-    if value is None or (isinstance(value, numbers.Real) and 0 < value < math.inf):
+    if value is None or (is_number(value) and 0 < value < math.inf):
         return []
     # Other programs take 0 for greedy decoding.
     remedy = f"; give {spell('greedy')} in its place to take the likeliest" if value == 0 else ""

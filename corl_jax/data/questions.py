@@ -105,8 +105,7 @@ def replace_surrogates(text: str) -> str:
 def check_images(cases: Sequence[ImageQuestion], problems: Problems) -> None:
     """Decodes every image once, so that a bad image is found before the work begins."""
     for case in cases:
-        file = f"{case.file}: " if isinstance(case.file, Path) else ""
-        with problems.collect(f"{case.where}: {file}"):
+        with problems.collect(f"{case.where}: {case.file}: "):
             decode_image(case.file)
 
 

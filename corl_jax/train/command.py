@@ -76,9 +76,7 @@ def warn_of_unused_options(planned: ResolvedRun) -> None:
             print(f"warning: {line}", file=sys.stderr)
 
 
-def run_training(
-    planned: ResolvedRun, interruption: Interruption, allow_changes: bool = False
-) -> int:
+def run_training(planned: ResolvedRun, interruption: Interruption, allow_changes: bool) -> int:
     """Resumes or starts the planned run, to its end or to train.stop_after; returns its steps."""
     config, primary = planned.config, jax.process_index() == 0
     # The blocks end in reverse order: the last save ends while both directories are still locked.
