@@ -23,7 +23,9 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
-        "corl_jax.quickstart", TRAINING, "Train a small Janus on this CPU, in three minutes."
+        "corl_jax.quickstart.__main__",
+        TRAINING,
+        "Train a small Janus on a CPU in three minutes.",
     ),
     "train": Command("corl_jax.train.__main__", TRAINING, "Train a model; run again to resume."),
     "plan": Command(
@@ -34,7 +36,9 @@ COMMANDS: dict[str, Command] = {
         "corl_jax.generate", USING, "Generate images, or answer questions about images."
     ),
     "evaluate": Command("corl_jax.evaluate", USING, "Measure a model on held-out rows."),
-    "score": Command("corl_jax.score", USING, "Score images or answers in a file with a reward."),
+    "score": Command(
+        "corl_jax.score.__main__", USING, "Score images or answers in a file with a reward."
+    ),
     "convert": Command(
         "corl_jax.convert.__main__", FILES, "Convert, inspect and compare checkpoints."
     ),

@@ -38,6 +38,7 @@ from corl_jax.sampling_options import (
     spell_option,
     tell_sampling,
 )
+from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
@@ -303,6 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
+    check_place(args.model)
     args.function(args)
 
 

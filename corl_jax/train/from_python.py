@@ -63,9 +63,10 @@ def read_config(
         if not options:
             return config
         return config_files.make_config(config.model_dump(mode="json"), options)
-    if isinstance(config, Mapping):
-        return config_files.make_config(config, options)
-    return config_files.load(find_config(os.fspath(config)), options=options)
+    is_mapping = isinstance(config, Mapping)
+    return config_files.make_config(
+        config if is_mapping else find_config(os.fspath(config)), options
+    )
 
 
 def describe_result(output_dir: Path, steps: int) -> TrainingResult:
