@@ -383,7 +383,7 @@ def test_released_code_doc_covers_every_quirk_and_switch():
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    return [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
 def page_id(path: Path) -> str:
