@@ -9,6 +9,7 @@ import dataclasses
 class StageFacts:
     """The options that a stage reads, and the part that it trains."""
 
+    method: str  # in words
     block: str | None  # the block of options that no other stage reads
     has_rollouts: bool = False  # samples completions and learns from their rewards
     has_micro_batches: bool = True
@@ -16,8 +17,11 @@ class StageFacts:
 
 
 STAGE_FACTS = {
-    "rl": StageFacts(block="algorithm", has_rollouts=True),
-    "sft": StageFacts(block="sft"),
-    "vq": StageFacts(block=None, has_micro_batches=False, trains_language_model=False),
-}
+    "rl": StageFacts("reinforcement learning", block="algorithm", has_rollouts=True),
+    "sft": StageFacts("supervised fine-tuning", block="sft"),
+    "vq": StageFacts(
+        "training of the image tokenizer",
+        block=None, has_micro_batches=False, trains_language_model=False,
+    ),
+}  # fmt: skip
 """Value of the option `stage` -> its facts."""

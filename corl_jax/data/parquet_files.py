@@ -80,22 +80,34 @@ def _expand(entry: str) -> list[str]:
         return [entry]
     if os.path.isdir(entry):
         return _list_one_split(entry, ALL_FILES, entry, entry)
-    if entry.startswith(HUB_PREFIX):
-        match = HUB_ID.fullmatch(entry.removeprefix(HUB_PREFIX))
-    else:
+    if not entry.startswith(HUB_PREFIX):
         root = _find_root(entry)
         if _list_files(root, os.path.relpath(entry, root)):
             return _list_one_split(root, os.path.relpath(entry, root), entry, root)
-        # Without hf:// only owner/name is an id; a longer path is a local one with an error in it.
-        match = HUB_ID.fullmatch(entry)
-        if match and (match["pattern"] or entry.startswith(".") or entry.endswith(".parquet")):
-            match = None
+    match = _match_hub_id(entry)
     if match is None:
         raise InputError(_describe_missing(entry))
     pattern = match["pattern"] or ALL_FILES
     shown = HUB_PREFIX + match["repo"] + (f"@{match['revision']}" if match["revision"] else "")
     root = _download(match["repo"], match["revision"], pattern)
     return _list_one_split(root, pattern, entry, shown)
+
+
+def _match_hub_id(entry: str) -> re.Match[str] | None:
+    """Returns the parts of a hub dataset's id; None for a text that is none."""
+    if entry.startswith(HUB_PREFIX):
+        return HUB_ID.fullmatch(entry.removeprefix(HUB_PREFIX))
+    # Without hf:// only owner/name is an id; a longer path is a local one with an error in it.
+    match = HUB_ID.fullmatch(entry)
+    if match and (match["pattern"] or entry.startswith(".") or entry.endswith(".parquet")):
+        return None
+    return match
+
+
+def find_hub_dataset(entry: str) -> str | None:
+    """Returns owner/name of an entry that `find_files` takes from the hub; None for a path."""
+    match = None if os.path.exists(entry) else _match_hub_id(entry)
+    return match["repo"] if match else None
 
 
 def _describe_missing(entry: str) -> str:

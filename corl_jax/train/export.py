@@ -1,12 +1,12 @@
 """Exports the trained model as a directory that PyTorch loads: the whole model, or its adapters.
 
-`corl_jax_export.json` in it has the step of the run and the options of the export. If the step or
-the options have changed, the export is written again.
+`corl_jax_export.json` in it has the step of the run, its evaluations and the options of the export.
+If one of them has changed, the export is written again. README.md is the model card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from corl_jax.policies.generation_config import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
 from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
 from corl_jax.tasks import TASKS, image_tasks, text_tasks
+from corl_jax.train.model_card import make_card_files
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
@@ -33,16 +34,19 @@ from corl_jax.weights.checkpoint import detect_layout
 from corl_jax.weights.dtypes import parse_dtype
 from corl_jax.weights.export import save_checkpoint
 from corl_jax.weights.hub import split_hub_id
+from corl_jax.weights.shards import ExtraFiles
 
 
 def refresh_export(
     folder: Path, config: Config, run: Run, state: TrainState, step: int, untrained: str,
-    model_dir: Path, primary: bool, beat: Callable[[], None] = lambda: None,
+    model_dir: Path, primary: bool, evaluations: Sequence[dict[str, Any]] = (),
+    beat: Callable[[], None] = lambda: None,
 ) -> list[str]:  # fmt: skip
     """Writes the export of `step`, unless it is there already; returns lines for the user.
 
     An older export stays until the new one is whole. With layout `none` it is renamed, so that
     `export/` is always of the run's last step. `untrained`: fingerprint of the frozen weights.
+    `evaluations`: all of the run, in order; read by the primary process.
     """
     record: dict[str, Any] = {
         "step": step,
@@ -55,6 +59,7 @@ def refresh_export(
         record["options"] = config.export.model_dump(mode="json")
         record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
         record["generation"] = generation.as_json()
+        record["evaluations"] = [*evaluations[:1], *evaluations[1:][-1:]]  # the first and the last
     before = read_record(folder)
     is_current = {name: (before or {}).get(name) for name in record} == record
     # One process may not yet see files that another one sees, so the first one decides for all.
@@ -63,7 +68,9 @@ def refresh_export(
         return rename_stale(folder, before) if primary and not is_current else []
     if is_current:
         return [f"{folder} is of step {step} and stays; move it away to export again"]
-    extra = {RECORD_FILE: record}
+    extra: dict[str, dict[str, Any] | bytes] = {RECORD_FILE: record}
+    if primary:
+        extra |= make_card_files(config, run, step, model_dir, record["evaluations"])
     notes = export(folder, config, run, state, model_dir, primary, beat, generation, extra)
     if image_tasks(run.tasks) and config.rollout.cfg_scale < 1:
         notes.append(
@@ -73,7 +80,10 @@ def refresh_export(
     if before is not None:
         change = f"was of {name_step(before)}, now of step {step}"
         if before.get("step") == step:
-            change = f"of step {step}, written again because its options or weights have changed"
+            change = (
+                f"of step {step}, written again because its options, weights or evaluations have "
+                "changed"
+            )
         notes = [*notes, f"{folder}: {change}"]
     return notes
 
@@ -107,13 +117,13 @@ def describe_sampling(config: Config, run: Run) -> Generation:
 def export(
     folder: Path, config: Config, run: Run, state: TrainState, model_dir: Path, primary: bool,
     beat: Callable[[], None] = lambda: None, generation: Generation = NOTHING_STATED,
-    extra: dict[str, Any] | None = None,
+    extra: ExtraFiles | None = None,
 ) -> list[str]:  # fmt: skip
     """Writes the export of a run, whole or not at all; returns lines for the user.
 
     All processes must call it; the primary one keeps the parameters and writes them. `folder` is
     replaced. `model_dir` has the weights that the run started from. `generation` says how to
-    sample. `extra` has further JSON files by name. `beat` is called after each piece of work.
+    sample. `extra` has further files by name. `beat` is called after each piece of work.
     """
     options, kind = config.export, run.family.kind
     lora = run.family.lora_of(run.sizes)
@@ -125,7 +135,8 @@ def export(
         # PEFT loads an adapter onto the layout of transformers alone.
         fits = detect_layout(model_dir, kind) == "transformers"
         base, revision = _find_base(config.model.path, model_dir) if fits else (None, None)
-        extra_files = {GENERATION_FILE: generation.as_json(), **(extra or {})}  # peft reads neither
+        # PEFT does not read them.
+        extra_files: ExtraFiles = {GENERATION_FILE: generation.as_json(), **(extra or {})}
         adapters.save_adapter(
             folder, kind, trained, lora, base=base, revision=revision, dtype=options.dtype,
             progress=lambda _: beat(), overwrite=True, extra=extra_files,

@@ -187,7 +187,8 @@ def finish_run(
     try:
         notes = refresh_export(
             outputs.directory.export, config, run, state, step,
-            outputs.fingerprint()["model.path"], model_dir, outputs.primary, beat,
+            outputs.fingerprint()["model.path"], model_dir, outputs.primary,
+            read_evaluations(outputs.directory) if outputs.primary else (), beat,
         )  # fmt: skip
     except InputError as error:  # the config was checked before, so it is not to blame
         raise SaveError(

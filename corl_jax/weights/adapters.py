@@ -19,7 +19,14 @@ from corl_jax.types import Params
 from corl_jax.weights.dtypes import DType, is_float, parse_dtype
 from corl_jax.weights.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from corl_jax.weights.kinds import NetworkKind, PeftFormat
-from corl_jax.weights.shards import Progress, TensorPlan, write_json, write_safetensors
+from corl_jax.weights.shards import (
+    ExtraFiles,
+    Progress,
+    TensorPlan,
+    write_extra_files,
+    write_json,
+    write_safetensors,
+)
 from corl_jax.weights.table import DENSE, Row, Slot, Table
 
 
@@ -79,13 +86,13 @@ def merge_adapters(
 def save_adapter(
     out: str | Path, kind: NetworkKind, params: Params, lora: Lora, *, base: str | None,
     revision: str | None = None, dtype: DType = "keep", progress: Progress | None = None,
-    overwrite: bool = False, extra: Mapping[str, dict[str, Any]] | None = None,
+    overwrite: bool = False, extra: ExtraFiles | None = None,
 ) -> None:  # fmt: skip
     """Writes a tree of adapters as a PEFT directory, whole or not at all.
 
     `base` names the base model in transformers' layout, and `revision` its branch, tag or commit on
-    the hub. `keep` writes the adapters in the dtype of their training. `extra` has further JSON
-    files by name.
+    the hub. `keep` writes the adapters in the dtype of their training. `extra` has further files
+    by name.
 
     Raises: InputError for a folder that is taken or cannot be written, and for a kind without a
         `PeftFormat`.
@@ -98,10 +105,9 @@ def save_adapter(
     flat = flatten(params)
     slots = form.table.make_slots({path: tuple(leaf.shape) for path, leaf in flat.items()})
     plans = [_plan_adapter(slot, flat[slot.path], dtype) for slot in slots]
-    small = {ADAPTER_CONFIG: _make_peft_config(form, lora, base, revision), **(extra or {})}
     with create_folder(Path(out), overwrite=overwrite) as folder:
-        for name, data in small.items():
-            write_json(folder / name, data)
+        write_json(folder / ADAPTER_CONFIG, _make_peft_config(form, lora, base, revision))
+        write_extra_files(folder, extra or {})
         write_safetensors(folder / ADAPTER_WEIGHTS, plans, progress)
 
 

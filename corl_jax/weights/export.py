@@ -22,7 +22,7 @@ from corl_jax.weights.export_folder import (
 )
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.kinds import OWN_LAYOUT, NetworkKind
-from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, Progress
+from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, ExtraFiles, Progress
 from corl_jax.weights.sources import MemoryLeaves
 
 
@@ -41,14 +41,14 @@ def save_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
     generation: Mapping[str, Any] | None = None,
-    extra: Mapping[str, dict[str, Any]] | None = None,
+    extra: ExtraFiles | None = None,
 ) -> list[str]:
     """Writes parameters as a checkpoint directory, whole or not at all; returns notes.
 
     The export takes tokenizer and processor files from `assets_from`, a model directory of any
     layout, and the tensors outside the model from there or from `base`. `keep` writes a parameter
     in the dtype of its array, or of its layers in `layer_dtypes` (see `read_layer_dtypes`).
-    `generation` has values for generation_config.json, `extra` further JSON files by name.
+    `generation` has values for generation_config.json, `extra` further files by name.
 
     Raises: InputError for parameters that do not fit the config, or a folder that is taken.
     """

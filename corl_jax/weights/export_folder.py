@@ -20,9 +20,11 @@ from corl_jax.weights.nan_check import check_while_writing
 from corl_jax.weights.own_config import make_own_config
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
+    ExtraFiles,
     Progress,
     TensorPlan,
     write_bytes,
+    write_extra_files,
     write_json,
     write_safetensors,
     write_tensors,
@@ -56,7 +58,7 @@ class Export:
     as_bin: bool = False
     # Values of generation_config.json that replace the source's.
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    extra: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # JSON by name
+    extra: ExtraFiles = dataclasses.field(default_factory=dict)
 
     def target_dtype(self, dtype: np.dtype) -> np.dtype:
         """Returns the dtype in which a tensor that is stored as `dtype` is written."""
@@ -268,6 +270,5 @@ def _write_assets(folder: Path, export: Export) -> list[str]:
             written = folder / GENERATION_FILE  # copied above, if the kind has it among its files
             old = read_json(written) if written.is_file() else {}
             write_json(written, {**old, **export.generation})
-    for name, data in export.extra.items():
-        write_json(folder / name, data)
+    write_extra_files(folder, export.extra)
     return notes

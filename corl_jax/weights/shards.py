@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ DEFAULT_SHARD_BYTES = 4 * 1000**3
 _ALIGN = 8
 Progress = Callable[[int], None]
 """Called with the bytes just written."""
+ExtraFiles = Mapping[str, dict[str, Any] | bytes]
+"""Name of a file -> its JSON, or its bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,12 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Writes a text as UTF-8, whole or not at all."""
     write_bytes(file, text.encode("utf-8"))
+
+
+def write_extra_files(folder: Path, files: ExtraFiles) -> None:
+    """Writes further files of an export, each whole or not at all."""
+    for name, data in files.items():
+        (write_bytes if isinstance(data, bytes) else write_json)(folder / name, data)
 
 
 def write_bytes(file: Path, data: bytes) -> None:

@@ -141,8 +141,10 @@ def test_peft_loads_the_adapter(adapter, merged, model):
     torch.set_num_threads(1)
     assert {path.name for path in (adapter / "export").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
-        "corl_jax_export.json",
+        "corl_jax_export.json", "README.md",
     }  # fmt: skip
+    card = (adapter / "export" / "README.md").read_text()
+    assert "library_name: peft" in card and "rank 3" in card
     settings = json.loads((adapter / "export" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(model)
     base = JanusForConditionalGeneration.from_pretrained(settings["base_model_name_or_path"])

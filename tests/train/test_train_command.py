@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 from corl_jax.config import files as config_files
@@ -157,6 +158,8 @@ def test_a_run_leaves_what_it_should(straight):
     checkpoints = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert checkpoints == [".lock", "3", "4"]
     assert json.loads((straight / "saved.json").read_text()) == {"step": 4, "directory": None}
+    card = ModelCard.load(straight / "export" / "README.md")
+    assert card.data.tags[-1] == "corl_jax" and "| step 0 | step 4 |" in card.text
     names = [f"step_{step:06d}.png" for step in (0, 2, 4)]
     assert sorted(path.name for path in (straight / "images").iterdir()) == names
     summary = json.loads((straight / "summary.json").read_text())
