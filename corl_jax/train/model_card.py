@@ -115,8 +115,8 @@ def _describe_model(config: Config, run: Run, step: int, has_base_card: bool) ->
     lines = [
         f"# {Path(path).name} after {step:,} steps of {method}",
         "",
-        f"{kind} {_name_base(path)}, by {step:,} steps of {method} with corl_jax. The model ({run.family.name}) "
-        "generates images and answers questions about images.",
+        f"{kind} {_name_base(path)}, by {step:,} steps of {method} with corl_jax. "
+        f"The model ({run.family.name}) generates images and answers questions about images.",
     ]
     if has_base_card:
         lines += ["", f"`{BASE_FILE}` is the model card that came with the base model."]

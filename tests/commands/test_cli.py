@@ -64,6 +64,8 @@ def test_every_command_has_a_main(name):
         (["plan", "--config", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
         (["quickstart", "--help"], 0, "usage: corl-jax quickstart"),
         (["convert", "--help"], 0, "usage: corl-jax convert"),
+        (["push", "--help"], 0, "usage: corl-jax push"),
+        (["push", "nowhere", "user/model"], 2, "nowhere: no such directory"),
         (["convert", "inspect", "nowhere"], 2, "nowhere: no such directory"),
         (["evaluate", "--model", "nowhere"], 2, "nowhere: no such directory"),
         (["generate", "image", "--model", "nowhere", "--prompt", "x", "--out", "y"], 2, "nowhere"),
