@@ -9,6 +9,8 @@ import sys
 
 import typer
 
+import corl_jax
+
 TRAINING, USING, FILES = "Train", "Use a model", "Prepare"
 
 
@@ -70,9 +72,7 @@ def make_app() -> typer.Typer:
 
 def _print_version(is_given: bool) -> None:
     if is_given:
-        from corl_jax import __version__
-
-        print(__version__)
+        print(corl_jax.__version__)
         raise typer.Exit
 
 
@@ -97,13 +97,13 @@ def run_command(name: str, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `corl-jax`."""
-    given = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:] if argv is None else argv
     completing = any(name.startswith("_") and name.endswith("_COMPLETE") for name in os.environ)
     # Past typer, because each command parses its own options, such as --train.max_steps.
-    if given and given[0] in COMMANDS and not completing:
-        run_command(given[0], given[1:])
+    if arguments and arguments[0] in COMMANDS and not completing:
+        run_command(arguments[0], arguments[1:])
         return
-    make_app()(given, prog_name="corl-jax")
+    make_app()(arguments, prog_name="corl-jax")
 
 
 if __name__ == "__main__":

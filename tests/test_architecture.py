@@ -104,7 +104,9 @@ def _absolute(path: Path, node: ast.ImportFrom) -> str:
 
 
 def has_main(path: Path) -> bool:
-    return any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in parse(path).body)
+    """Whether it defines a function `main`, or imports one to run it."""
+    names = {getattr(node, "name", None) for node in ast.walk(parse(path))}
+    return "main" in names
 
 
 def part_of(module: str) -> str:

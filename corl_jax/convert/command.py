@@ -11,7 +11,7 @@ from pathlib import Path
 from corl_jax.convert.compare import compare
 from corl_jax.convert.describe import describe
 from corl_jax.errors import InputError, shorten
-from corl_jax.policies.janus.checkpoint import KIND as POLICY
+from corl_jax.policies import FAMILIES, find_family
 from corl_jax.weights.checkpoint import open_checkpoint
 from corl_jax.weights.export import convert
 from corl_jax.weights.hub import resolve_model_dir, resolve_path
@@ -19,7 +19,8 @@ from corl_jax.weights.kinds import OWN_LAYOUT, NetworkKind
 from corl_jax.weights.layouts import KINDS
 from corl_jax.weights.recognise import recognise_kind
 
-ALL_KINDS = {POLICY.name: POLICY, **KINDS}
+POLICIES = {name: family.kind for name, family in FAMILIES.items()}
+ALL_KINDS = {**POLICIES, **KINDS}
 MAX_LINES = 50  # of differences; a wrong config would print a thousand
 
 
@@ -41,8 +42,7 @@ def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
 
 def run_convert(args: argparse.Namespace) -> int:
     to_jax = args.command == "to-jax"
-    # to-torch has no --model: only policies have a foreign layout that is written.
-    source, kind = find_source(args.source, args.model if to_jax else POLICY.name)
+    source, kind = find_source(args.source, args.model) if to_jax else find_policy(args.source)
     with show_progress(args.command) as progress:
         notes = convert(
             source,
@@ -56,7 +56,7 @@ def run_convert(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=progress,
         )
-    if kind is not POLICY:
+    if kind not in POLICIES.values():
         notes += describe_reward_network(args.out, kind)
     for note in notes:
         print(f"note: {note}")
@@ -75,7 +75,7 @@ def describe_reward_network(folder: Path, kind: NetworkKind) -> list[str]:
 
 
 def find_source(place: str, kind_name: str | None = None) -> tuple[Path, NetworkKind]:
-    """Returns a checkpoint's path and kind: `kind_name`, that of config.json, else a Janus.
+    """Returns path and kind of a checkpoint: `kind_name`, config.json's, or the first family.
 
     Raises:
         InputError: nothing tells the kind, or there is none of that name.
@@ -87,11 +87,17 @@ def find_source(place: str, kind_name: str | None = None) -> tuple[Path, Network
     if not kind_name and not stated and not (source / "config.json").is_file():
         raise InputError(
             f"{source}: has no config.json that says what it is; give --model "
-            f"{' or '.join(KINDS)}, or for a Janus the folder with its config.json"
+            f"{' or '.join(KINDS)}, or for a unified model the folder with its config.json"
         )
-    kind = ALL_KINDS[kind_name] if kind_name else stated or POLICY
+    kind = ALL_KINDS[kind_name] if kind_name else stated or find_family(source).kind
     # Only a kind without a config.json can be a single file of weights.
     return resolve_model_dir(place) if kind.needs_config else source, kind
+
+
+def find_policy(place: str) -> tuple[Path, NetworkKind]:
+    """Returns path and kind of a unified model; only these have a foreign layout to be written."""
+    folder = resolve_model_dir(place)
+    return folder, find_family(folder).kind
 
 
 def run_inspect(args: argparse.Namespace) -> int:

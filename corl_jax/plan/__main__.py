@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         metavar="SIZES",
-        help="published sizes, such as janus-pro-1b (default: of the model's config.json, or those "
+        help="published sizes by name (default: of the model's config.json, or those "
         "that its name states)",
     )
     for task, option in (("image generation", "image"), ("image understanding", "text")):
@@ -48,6 +48,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             metavar="TOKENS",
             help=f"longest {task} prompt of a batch (default: data.max_prompt_length)",
         )
+    _add_memory_arguments(parser)
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PROGRAM",
+        help="compile only programs whose name starts so, such as update; may be repeated",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. mesh.fsdp=-1")
+    return parser.parse_intermixed_args(argv)
+
+
+def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stored",
         choices=("float32", "bfloat16"),
@@ -64,14 +76,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="GIB",
         help="memory of each device for reward networks, which are not compiled (default 0)",
     )
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="PROGRAM",
-        help="compile only programs whose name starts so, such as update; may be repeated",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. mesh.fsdp=-1")
-    return parser.parse_intermixed_args(argv)
 
 
 @exit_on_input_error
