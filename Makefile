@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
 
-.PHONY: quickstart test test-all test-faults lint format clean
+.PHONY: quickstart test test-all test-faults lint format site clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed-lint: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --editable ".[lint]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 quickstart: $(VENV)/installed  ## the main job on the shipped nano Janus, CPU, three minutes
@@ -42,5 +46,8 @@ lint: $(VENV)/installed-lint  ## style and types; also as hooks: pre-commit inst
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+site: $(VENV)/installed-docs  ## the documentation as pages in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) runs .cache site

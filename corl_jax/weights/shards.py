@@ -152,7 +152,10 @@ def write_text(file: Path, text: str) -> None:
 def write_extra_files(folder: Path, files: ExtraFiles) -> None:
     """Writes further files of an export, each whole or not at all."""
     for name, data in files.items():
-        (write_bytes if isinstance(data, bytes) else write_json)(folder / name, data)
+        if isinstance(data, bytes):
+            write_bytes(folder / name, data)
+        else:
+            write_json(folder / name, data)
 
 
 def write_bytes(file: Path, data: bytes) -> None:
