@@ -32,6 +32,7 @@ from corl_jax.train.milestones import (
     make_ending,
     make_milestones,
     make_reports,
+    read_evaluation_seconds,
     run_due,
 )
 from corl_jax.train.reports import HEADLINE, describe_iteration, show_answers
@@ -129,7 +130,8 @@ def open_outputs(
 ) -> Iterator[Outputs]:  # fmt: skip
     """Opens the log of a run and starts its watchdog; continues from `meta`, saved at `start`."""
     primary = jax.process_index() == 0
-    pace = Pace(functools.partial(count_milestones, config, run))
+    earlier = read_evaluation_seconds(directory) if start else {}
+    pace = Pace(functools.partial(count_milestones, config, run), earlier)
     stacks = directory.path(f"stacks_{jax.process_index()}.txt")
     guards = make_guards(config.guards)
     guards.restore(meta.get("guards", {}))
@@ -165,7 +167,8 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
         outputs.saver.poll()
 
     return StepLog(
-        outputs.log, outputs.guards, StepClock(run.phases), config.log.every, run.steps,
+        outputs.log, outputs.guards, StepClock(run.phases, outputs.log.pace), config.log.every,
+        run.steps,
         check=check_step,
         describe=functools.partial(describe_iteration, config, run),
         show=functools.partial(show_answers, config, run, outputs.log),

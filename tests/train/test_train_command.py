@@ -34,7 +34,7 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
 from corl_jax.runs.log import RunLog, StepLog
-from corl_jax.runs.pace import Phases
+from corl_jax.runs.pace import Pace, Phases
 from corl_jax.runs.watchdog import Watchdog
 from corl_jax.tasks import CODES, TASKS, TEXT, Task, Turn
 from corl_jax.train import __main__ as command
@@ -625,7 +625,7 @@ def step_log(tree: dict, run: SimpleNamespace, log: SimpleNamespace) -> StepLog:
 def test_the_last_iteration_of_a_run_without_rewards_ends_it(options):
     """However short; nothing of it is saved then."""
     run = SimpleNamespace(steps=2, phases=Phases())
-    log = step_log(options(log={"every": 9}), run, SimpleNamespace(say=print))
+    log = step_log(options(log={"every": 9}), run, SimpleNamespace(say=print, pace=Pace()))
     done = Iteration({"not_applicable": Metric(1.0)}, {}, {}, [])
     log.add(1, done)
     with pytest.raises(GuardError, match="no reward has applied to any completion of the 2 step"):
@@ -688,6 +688,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
     )
     sink = SimpleNamespace(
         add_metrics=lambda step, values: taken.append((step, values)),
+        pace=Pace(),
         raise_alarms=lambda guards, lines: None,
     )
     log = step_log(options(log={"every": 2}), run, sink)
