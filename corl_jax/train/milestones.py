@@ -167,6 +167,8 @@ def save_state(
         "weights": outputs.fingerprint(),
         "metric_lines": outputs.log.num_lines,
         "unreported": unreported,
+        "sources": outputs.sources,
+        "saved_at": time.time(),
         "guards": outputs.guards.get_state(),
     }
     outputs.saver.save(step, {"state": state}, meta)

@@ -231,7 +231,8 @@ def test_rerunning_a_finished_run_changes_nothing(resumed, model, rows, capsys):
 
     before = contents()
     train(full_options(functools.partial(tiny_runs.options, model, rows, resumed)))
-    assert "stays; move it away to export again" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "before now; nothing is left to do" in said and "max_steps=8" in said
     assert contents() == before
 
 
