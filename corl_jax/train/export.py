@@ -23,8 +23,15 @@ from corl_jax.params import map_with_path, merge
 from corl_jax.policies.generation_config import FILE as GENERATION_FILE
 from corl_jax.policies.generation_config import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
-from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
+from corl_jax.runs.export_record import (
+    RECORD_FILE,
+    is_up_to_date,
+    name_step,
+    read_record,
+    rename_stale,
+)
 from corl_jax.tasks import TASKS, image_tasks, text_tasks
+from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
@@ -44,25 +51,17 @@ def refresh_export(
     An older export stays until the new one is whole. With layout `none` it is renamed, so that
     `export/` is always of the run's last step. `untrained`: fingerprint of the frozen weights.
     """
-    record: dict[str, Any] = {
-        "step": step,
-        "trained": fingerprints.fingerprint_tree(state.params),
-        "untrained": untrained,
-    }
     has_export = config.export.layout != "none"
     generation = describe_sampling(config, run) if has_export and primary else NOTHING_STATED
-    if has_export:
-        record["options"] = config.export.model_dump(mode="json")
-        record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
-        record["generation"] = generation.as_json()
+    trained = fingerprints.fingerprint_tree(state.params)
+    record = make_record(config, generation, step, trained, untrained)
     before = read_record(folder)
-    is_current = {name: (before or {}).get(name) for name in record} == record
     # One process may not yet see files that another one sees, so the first one decides for all.
-    is_current = bool(processes.broadcast_first(int(is_current)))
+    is_current = bool(processes.broadcast_first(int(is_up_to_date(before, record))))
     if not has_export:
         return rename_stale(folder, before) if primary and not is_current else []
     if is_current:
-        return [f"{folder} is of step {step} and stays; move it away to export again"]
+        return []
     extra = {RECORD_FILE: record}
     notes = export(folder, config, run, state, model_dir, primary, beat, generation, extra)
     if image_tasks(run.tasks) and config.rollout.cfg_scale < 1:
@@ -78,7 +77,22 @@ def refresh_export(
     return notes
 
 
-def describe_sampling(config: Config, run: Run) -> Generation:
+def make_record(
+    config: Config, generation: Generation, step: int, trained: str, untrained: str
+) -> dict[str, Any]:
+    """Returns the record of an export, which says whether the export is up to date.
+
+    `trained`, `untrained`: fingerprints of the parameters.
+    """
+    record: dict[str, Any] = {"step": step, "trained": trained, "untrained": untrained}
+    if config.export.layout != "none":
+        record["options"] = config.export.model_dump(mode="json")
+        record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
+        record["generation"] = generation.as_json()
+    return record
+
+
+def describe_sampling(config: Config, run: Run | ResolvedRun) -> Generation:
     """Returns how the run sampled its model. Other tasks keep the values of the source model.
 
     The stage of the image tokenizer samples nothing. A run of one task samples only that one,
