@@ -272,15 +272,14 @@ def test_wrong_input_of_a_training_is_raised(model, rows, tmp_path, bag):
         "argument: train.max_step: unknown key; did you mean train.max_steps?",
     ]
     assert "no file and no config" in problems_of(corl_jax.train, "minimol")[0]
-    (line,) = problems_of(corl_jax.train, {**named("minimal"), "seed": 3}, {"seed.x": 1})
-    assert line == "argument 'seed.x': seed is a value, not a block of options"
+    (line,) = problems_of(corl_jax.train, "minimal", {"seed.x": 1})
+    assert line == "argument: seed: found {'x': 1}, expected an integer >= 0"
+    minimal = read_config("minimal", {}).model_dump()
+    (line,) = problems_of(corl_jax.train, minimal | {"seed": -1}, train={"max_steps": 1})
+    assert line == "config: seed: found -1, expected an integer >= 0"
     tree = bag_runs.options(bag, tmp_path / "run", data={"path": "no_such_rows"})
     assert any("no_such_rows" in line for line in problems_of(corl_jax.train, tree))
     assert not (tmp_path / "run").exists()
-
-
-def named(name: str) -> dict:
-    return read_config(name, {}).model_dump()
 
 
 def process_state() -> tuple:
