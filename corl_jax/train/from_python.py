@@ -63,10 +63,8 @@ def read_config(
         if not options:
             return config
         return config_files.make_config(config.model_dump(mode="json"), options)
-    is_mapping = isinstance(config, Mapping)
-    return config_files.make_config(
-        config if is_mapping else find_config(os.fspath(config)), options
-    )
+    base = config if isinstance(config, Mapping) else find_config(os.fspath(config))
+    return config_files.make_config(base, options)
 
 
 def describe_result(output_dir: Path, steps: int) -> TrainingResult:
