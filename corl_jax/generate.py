@@ -38,7 +38,6 @@ from corl_jax.sampling_options import (
     spell_option,
     tell_sampling,
 )
-from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
@@ -305,7 +304,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    check_place(args.model)
     args.function(args)
 
 
