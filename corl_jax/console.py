@@ -1,12 +1,17 @@
-"""Prints text to consoles whose encoding is not UTF-8, without errors."""
+"""Prints text to consoles of any encoding, without errors and without advice of other libraries."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
+import os
 import re
 import sys
+from collections.abc import Iterator
+
+TRANSFORMERS_QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 def escape_unprintable_text() -> None:
@@ -24,3 +29,26 @@ def write_json_lines(text: str) -> None:
     if codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8":
         text = re.sub(r"[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
     sys.stdout.write(text)
+
+
+def print_status(text: str) -> None:
+    """Prints to standard error; a console that cannot be written, as on a full disk, is ignored."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def hide_import_advice() -> Iterator[None]:
+    """Imports transformers in the block without its advice to install PyTorch.
+
+    Only tokenizers are used here, and they need no PyTorch. Warnings after the block are printed.
+    """
+    before = os.environ.get(TRANSFORMERS_QUIET)
+    os.environ[TRANSFORMERS_QUIET] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(TRANSFORMERS_QUIET, None)
+        else:
+            os.environ[TRANSFORMERS_QUIET] = before

@@ -34,7 +34,6 @@ from corl_jax.sampling_options import (
     tell_sampling,
 )
 from corl_jax.tasks import TASKS
-from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.policies import PolicyFiles
@@ -136,8 +135,6 @@ def check_arguments(args: argparse.Namespace) -> Any:
     Raises:
         InputError: listing all problems of options, files and model.
     """
-    check_place(args.model)
-    # Imported here, so that --help and a wrong path are answered before jax is loaded.
     from corl_jax.policies import inspect_policy
 
     problems = Problems()

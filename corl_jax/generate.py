@@ -38,7 +38,6 @@ from corl_jax.sampling_options import (
     spell_option,
     tell_sampling,
 )
-from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
@@ -109,7 +108,7 @@ def generate_images(args: argparse.Namespace) -> None:
             }  # fmt: skip
         (folder / "samples.jsonl").write_text(format_records(records), encoding="utf-8")
         save_grid(folder, prompts, args.samples)
-    print_report(args, len(records), "images", started, args.out)
+    print_report(args, len(records), "image", started, args.out)
 
 
 def name_image(prompt: int, number: int) -> str:
@@ -190,7 +189,7 @@ def generate_texts(args: argparse.Namespace) -> None:
             "index": sample.prompt, "sample": sample.number,
         }  # fmt: skip
     write_text(args.out, records)
-    print_report(args, len(records), "texts", started, args.out or "standard output")
+    print_report(args, len(records), "text", started, args.out or "standard output")
 
 
 def write_text(out: Path | None, records: Records) -> None:
@@ -218,10 +217,11 @@ def print_report(
     args: argparse.Namespace, count: int, what: str, started: float, where: Any
 ) -> None:
     if args.greedy and args.samples > 1:
-        print(f"note: --greedy makes the {args.samples} {what} of a prompt equal", file=sys.stderr)
+        print(f"note: --greedy makes the {args.samples} {what}s of a prompt equal", file=sys.stderr)
     # stderr, because standard output may be the answers.
     seconds = time.monotonic() - started
-    note = f"{count} {what} in {seconds:.1f} s, loading and compilation included: {where}"
+    plural = "" if count == 1 else "s"
+    note = f"{count} {what}{plural} in {seconds:.1f} s, loading and compilation included: {where}"
     print(note, file=sys.stderr)
 
 
@@ -304,7 +304,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    check_place(args.model)
     args.function(args)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,11 @@ def run_convert(args: argparse.Namespace) -> int:
         notes += describe_reward_network(args.out, kind)
     for note in notes:
         print(f"note: {note}")
-    print(f"wrote {args.out}")
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"wrote {args.out}, {size / 1e6:,.1f} MB")
+    if kind in POLICIES.values() and args.dtype == "keep":
+        command = ["corl-jax", "convert", "verify", str(args.source), str(args.out)]
+        print(f"to compare: {shlex.join(command)}")
     return 0
 
 
@@ -117,7 +122,11 @@ def run_verify(args: argparse.Namespace) -> int:
     for line in shorten(lines, MAX_LINES, "differences"):
         print(line)
     verdict = f"{len(result.differences)} differences" if result.differences else "equal"
-    print(f"{result.tensors} tensors compared: {verdict}")
+    note = ""
+    if set(result.stored) != {result.tensors}:
+        stored = " and ".join(map(str, result.stored))
+        note = f" (the files have {stored}; the layers of a part are compared as one tensor)"
+    print(f"{result.tensors} tensors compared: {verdict}{note}")
     return 1 if result.differences else 0
 
 

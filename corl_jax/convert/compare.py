@@ -21,7 +21,8 @@ BLOCK_VALUES = 2**22
 class Comparison:
     """The result of a comparison, as lines to print; a note is no difference."""
 
-    tensors: int
+    tensors: int  # compared; the layers of a part are one
+    stored: tuple[int, int]  # tensors in the files of each checkpoint
     differences: list[str]
     notes: list[str]
 
@@ -39,7 +40,8 @@ def compare(
     Raises: InputError for a checkpoint that does not add up.
     """
     with open_checkpoint(a, kind) as first, open_checkpoint(b, kind) as second:
-        result = Comparison(0, _compare_configs(first, second), [])
+        stored = len(first.store.infos), len(second.store.infos)
+        result = Comparison(0, stored, _compare_configs(first, second), [])
         for path in first.leaves.shapes:
             if second.leaves.shapes.get(path) != first.leaves.shapes[path]:
                 other = second.leaves.shapes.get(path)

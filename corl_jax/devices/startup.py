@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+from jax.extend.backend import register_backend_factory
 
 from corl_jax.config.schema import Distributed
 from corl_jax.devices import processes
@@ -20,6 +23,12 @@ CACHE_DIR = "jax_compilation_cache_dir"
 CACHE_ENABLED = "jax_enable_compilation_cache"
 LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 JAX_DEFAULT_SECONDS = 1.0
+TPU_DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+TPU_VARIABLES = (
+    "TPU_NAME", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE",
+    "JAX_FORCE_TPU_INIT",
+)  # fmt: skip
+"""Environment variables that TPU machines and their users set."""
 _GUARDS = (None, "allow", "log", "log_explicit")
 ACCEPTED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "jax_enable_x64": ((False,), "programs compute with 32 bits"),
@@ -62,6 +71,7 @@ def start_devices(distributed: Distributed | None = None) -> None:
     Raises:
         InputError: processes that cannot be joined, or devices that are asked for and not there.
     """
+    skip_missing_tpu()
     try:
         if distributed is not None:
             processes.initialize(distributed)
@@ -75,6 +85,31 @@ def start_devices(distributed: Distributed | None = None) -> None:
             "unset it to take what is there, or install the JAX of these devices, such as "
             "`pip install 'corl-jax[cuda]'`"
         ) from error
+
+
+def skip_missing_tpu() -> None:
+    """Keeps JAX from starting libtpu on a machine without a TPU, where libtpu prints errors.
+
+    GPUs are still found. A TPU that the user names in JAX_PLATFORMS is always tried.
+    """
+    # JAX sets the platforms itself where it finds a TPU on the PCI bus.
+    if getattr(jax.config, PLATFORMS) or has_tpu_signs():
+        return
+    with contextlib.suppress(RuntimeError):  # JAX has started its devices already
+        # Under the same name, because lowering rules for TPUs need a platform of that name. JAX
+        # ignores a platform that fails quietly.
+        register_backend_factory("tpu", _refuse_missing_tpu, priority=300, fail_quietly=True)
+
+
+def has_tpu_signs() -> bool:
+    """Returns whether a device file or an environment variable of a TPU is there."""
+    # Also VFIO files of other devices count: then JAX looks for itself.
+    files = any(glob.glob(pattern) for pattern in TPU_DEVICE_FILES)
+    return files or any(os.environ.get(name) for name in TPU_VARIABLES)
+
+
+def _refuse_missing_tpu() -> NoReturn:
+    raise RuntimeError(f"no TPU: none of {', '.join(TPU_DEVICE_FILES)} is there")
 
 
 def check_jax_settings() -> None:

@@ -27,8 +27,6 @@ CONFIG = "quickstart"
 WORLD = "small"
 # Fresh seeds: neither was used when the options of configs/quickstart.yaml were chosen.
 TRAIN_SEED, TEST_SEED = 21, 22
-PROMPT = "a photo of a red circle"
-QUESTION = "What color is the circle?"
 
 
 def run_quickstart(out: Path, overrides: Sequence[str]) -> None:
@@ -221,8 +219,6 @@ def summarize(work: Work) -> None:
     print("\n".join(describe_results(rise, len(rewards), before, after)))
     print_title("What to look at")
     print("\n".join(list_places(work, picture)))
-    print_title("What to try next")
-    print("\n".join(suggest_commands(work)))
 
 
 def join_grids(work: Work) -> Path:
@@ -265,23 +261,7 @@ def _format_rate(record: dict, name: str) -> str:
 def list_places(work: Work, picture: Path) -> list[str]:
     places = {
         "images, before and after": f"{picture}  (green: as demanded, red: not)",
-        "curves": f"tensorboard --logdir {work.train.tensorboard}  (pip install tensorboard)",
         "numbers": f"{work.train.metrics}, {work.out / 'summary.json'}",
-        "the model, for PyTorch": work.train.export,
+        "curves, and what to try next": "the commands that the training printed last, above",
     }
     return [f"{label:28}{place}" for label, place in places.items()]
-
-
-def suggest_commands(work: Work) -> list[str]:
-    """Returns commands to try with the trained model."""
-    # The second command reads an image of the first; the third one measures the table again.
-    rows = config_files.load(work.train.config).eval.rows
-    model, out = ["--model", work.train.export], work.out / "drawings"
-    commands = [
-        make_command("generate", "image", *model, "--prompt", PROMPT, "--out", out,
-               "--images-per-prompt", 8),
-        make_command("generate", "text", *model, "--image", out / "00000_00.png",
-               "--question", QUESTION, "--greedy"),
-        make_command("evaluate", *model, "--data", work.test_data, "--rows", rows),
-    ]  # fmt: skip
-    return [f"$ {shlex.join(command)}" for command in commands]

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from PIL import Image
 
+from corl_jax.console import hide_import_advice
 from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
@@ -248,7 +249,8 @@ def load_tokenizer(folder: Path, config: BlipTextConfig) -> Any:
 
     Raises: InputError for a folder without a tokenizer, or with one that does not fit the model.
     """
-    from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+    with hide_import_advice():
+        from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     files = ("tokenizer.json", "vocab.txt")
     # Without either file transformers makes a tokenizer without words.

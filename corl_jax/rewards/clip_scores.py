@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import PositiveFloat
+from corl_jax.console import hide_import_advice
 from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules
@@ -229,7 +230,8 @@ def tokenize_prompts(network: Any, prompts: Sequence[str]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
+    with hide_import_advice():
+        from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
     if not any(all((folder / name).is_file() for name in group) for group in names):

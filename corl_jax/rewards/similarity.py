@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.console import hide_import_advice
 from corl_jax.devices.batches import run_in_pieces
 from corl_jax.devices.processes import all_gather
 from corl_jax.errors import InputError, Problems
@@ -220,7 +221,8 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
 
     Raises: InputError for a folder without a tokenizer, or with one that does not fit.
     """
-    from transformers import BertTokenizer
+    with hide_import_advice():
+        from transformers import BertTokenizer
 
     names = ("tokenizer.json", "vocab.txt")
     # Without either file transformers makes a tokenizer without words.

@@ -209,7 +209,7 @@ class Checkpoints:
                 missing, unknown, or of another shape or dtype.
         """
         abstract = to_abstract(abstract)
-        record = self._read_on_all(step, lambda: self._read_record(step))
+        record = self._read_on_all(step, lambda: self._read_present_record(step))
         source = self.directory / str(step)
         if (version := record["schema_version"]) != fingerprints.SCHEMA_VERSION:
             raise InputError(
@@ -226,11 +226,12 @@ class Checkpoints:
         self._read_on_all(step, lambda: self._require_saved_bits(step, tree, record))
         return tree, record["run"], changes
 
-    def _read_record(self, step: int) -> dict[str, Any]:
-        present = self.steps()
-        if step not in present:
-            known = ", ".join(map(str, present)) or "none"
-            raise DamagedError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
+    def read_record(self, step: int) -> dict[str, Any]:
+        """Reads the record of a step, without its arrays and without other processes.
+
+        Raises:
+            DamagedError: it is not the record that was saved. orbax raises other errors.
+        """
         # Not read by the manager: its readers wait for each other, so a process whose reader
         # fails would make the others wait for ever.
         folder = self.directory / str(step) / "meta"
@@ -238,6 +239,13 @@ class Checkpoints:
         if damage := fingerprints.describe_damage(record, step):
             raise DamagedError(f"{self.directory / str(step)}: {damage}")
         return record
+
+    def _read_present_record(self, step: int) -> dict[str, Any]:
+        present = self.steps()
+        if step not in present:
+            known = ", ".join(map(str, present)) or "none"
+            raise DamagedError(f"{self.directory}: no checkpoint of step {step}; present: {known}")
+        return self.read_record(step)
 
     def _read_arrays(self, step: int, abstract: Any) -> Any:
         args = ocp.args.StandardRestore(unflatten(dict(leaf_paths(abstract))))

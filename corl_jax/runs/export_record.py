@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def is_up_to_date(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> bool:
+    """Returns whether the record of an export has all values of `record`."""
+    return {name: (before or {}).get(name) for name in record} == dict(record)
 
 
 def describe_age(folder: Path, steps: int) -> str | None:

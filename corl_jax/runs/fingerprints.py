@@ -73,6 +73,15 @@ def make_record(step: int, tree: Any, run: dict[str, Any]) -> dict[str, Any]:
     return record | {"sha256": _hash_record(record)}
 
 
+def fingerprint_saved_tree(record: dict[str, Any], prefix: str) -> str:
+    """Returns `fingerprint_tree` of the saved leaves below a path, from the record alone."""
+    start = f"{prefix}/"
+    leaves = record["leaves"].items()
+    return _hash_record(
+        {name.removeprefix(start): leaf[2] for name, leaf in leaves if name.startswith(start)}
+    )
+
+
 def describe_damage(record: Any, step: int) -> str | None:
     """Returns how the record of `step` differs from the saved one; None if it does not."""
     if not isinstance(record, dict) or not isinstance(record.get("schema_version"), int):

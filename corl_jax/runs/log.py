@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +24,14 @@ from corl_jax.metrics import Metric
 from corl_jax.runs.append_log import AppendLog
 from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.guards import Guards
-from corl_jax.runs.pace import COMPILE_SECONDS, STEP_SECONDS, Pace, StepClock
+from corl_jax.runs.pace import (
+    COMPILE_SECONDS,
+    COMPILING,
+    EVALUATION,
+    STEP_SECONDS,
+    Pace,
+    StepClock,
+)
 from corl_jax.runs.tensorboard import EventFile
 
 REDUCTIONS = {"mean": np.mean, "sum": np.sum, "max": np.max}
@@ -62,6 +68,7 @@ class StepLog:
     describe: Callable[[int, Any, dict[str, float]], dict[str, float]]
     show: Callable[[int, Any], None]  # (step, result); what is not a number
     _unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    _is_first: bool = True  # of this process
 
     def begin(self) -> None:
         """Announces the first step, which compiles, and starts its time."""
@@ -77,6 +84,8 @@ class StepLog:
         # The check waits for the device, so the time is taken after it: it includes the update.
         self.check(step, result)
         seconds = self.clock.take()
+        if self._is_first:
+            self._report_first(seconds)
         self._unlogged.append(seconds)
         if step % self.every and step != self.last_step:
             return
@@ -88,6 +97,13 @@ class StepLog:
         # Shown before alarms are raised: a fatal one ends the run, and these values explain it.
         self.show(step, result)
         self.log.raise_alarms(self.guards, lines)
+
+    def _report_first(self, seconds: Mapping[str, float]) -> None:
+        """Prints how long the first step has compiled; its log line may come many steps later."""
+        self._is_first = False
+        whole, compiling = seconds[STEP_SECONDS], seconds.get(COMPILE_SECONDS, 0.0)
+        if compiling > COMPILING * whole:
+            self.log.say(f"first step: {whole:.1f} s, of which {compiling:.1f} s compiling")
 
 
 class RunLog:
@@ -179,9 +195,12 @@ class RunLog:
 
     def announce_compilation(self, what: str) -> None:
         """Prints once that the first `what` compiles, so that it takes longer than later ones."""
-        if what not in self._announced:
-            self._announced.add(what)
-            self.say(f"compiling for the first {what} ...")
+        if what in self._announced:
+            return
+        # Whether the programs are in the cache is known only when they are asked for.
+        note = "" if self._announced else "; seconds for programs in the cache, else up to minutes"
+        self._announced.add(what)
+        self.say(f"compiling for the first {what}{note} ...")
 
     @contextlib.contextmanager
     def tolerate_disk_errors(self, what: str) -> Iterator[None]:
@@ -284,6 +303,12 @@ def _tolerate_console_errors() -> contextlib.suppress:
     return contextlib.suppress(OSError)
 
 
+def format_duration(seconds: float) -> str:
+    """Returns seconds as hours:minutes:seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
 def _format_metric(name: str, number: float, nan: str) -> str:
     return f"{name} {nan if math.isnan(number) else format(number, '.4g')}"
 
@@ -301,7 +326,6 @@ class Console:
     ):
         self._stream, self._total, self._pace = stream, total_steps, pace
         self._headline = headline
-        self._last: tuple[int, float] | None = None  # step and time of the newest log of a step
         self._bar: Any = None
         if stream.isatty():
             from tqdm import tqdm
@@ -321,17 +345,14 @@ class Console:
             _format_metric(name, number, self._headline.get(name, absent))
             for name, number in (shown or numbers).items()
         ]
-        if not is_evaluation:
-            compiling = numbers.get(COMPILE_SECONDS, 0.0)
-            self._note_pace(step, numbers.get(STEP_SECONDS), compiling)
-        texts += self._describe_pace(step)
+        texts += self._describe_pace(step, EVALUATION if is_evaluation else "")
         line = "  ".join([self._describe_position(step), *texts])
         if self._bar is None:
             self.say(line)
             return
-        if shown:
+        if shown and not is_evaluation:
             self._bar.set_postfix_str("  ".join(texts), refresh=False)
-        else:  # an evaluation, which should stay on the screen
+        else:  # it stays on the screen
             self.say(line)
         self._bar.update(step - self._bar.n)
 
@@ -350,21 +371,12 @@ class Console:
     def _describe_position(self, step: int) -> str:
         return f"step {step}" if self._total is None else f"step {step}/{self._total}"
 
-    def _note_pace(self, step: int, seconds: float | None, compiling: float) -> None:
-        """Adds the time of a step: `seconds` if it was measured, else the time between logs."""
-        now = time.monotonic()
-        last, self._last = self._last, (step, now)
-        # The mean of the steps since the last log, which may be several.
-        if seconds is None and last is not None and step > last[0]:
-            seconds = (now - last[1]) / (step - last[0])
-        self._pace.add_step(seconds, compiling)
-
-    def _describe_pace(self, step: int) -> list[str]:
-        """Returns seconds per step and to the end of the run; nothing while all steps compile."""
+    def _describe_pace(self, step: int, after: str) -> list[str]:
+        """Returns seconds per step and to the end of the run; nothing after the first step."""
         if self._pace.seconds_per_step is None:
             return []
         texts = [f"{self._pace.seconds_per_step:.3g} s/step"]
         if self._total is not None:
-            left = int(self._pace.estimate_seconds_left(step, self._total) or 0)
-            texts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            left = self._pace.estimate_seconds_left(step, self._total, after=after)
+            texts.append(f"{format_duration(left or 0)} left")
         return texts

@@ -22,5 +22,6 @@ class Outputs:
     saver: Saver
     watchdog: Watchdog
     fingerprint: Callable[[], Mapping[str, str]]  # option -> hash of weights not in checkpoints
+    sources: str  # stamp of the files of weights that the run was built from
     began: float  # time.perf_counter() of the start, moved as if nothing had interrupted the run
     primary: bool = True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,20 @@ def resolve_path(value: str, start: str | None = None) -> str:
         path = expand_path(path)
     resolved = os.path.realpath(os.path.join(start or find_working_directory() or "", path))
     return f"{resolved}{colon}{function}"
+
+
+def stamp_files(folders: Iterable[Path]) -> str:
+    """Returns a hash of names, sizes and times of change of all files; their bits are not read.
+
+    With an equal stamp the files are almost certainly the same. With another one they may be.
+    """
+    lines = []
+    for folder in sorted(set(folders)):
+        for file in sorted([folder, *folder.rglob("*")] if folder.is_dir() else [folder]):
+            if file.is_file():
+                status = file.stat()
+                lines.append(f"{os.path.realpath(file)}\t{status.st_size}\t{status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _read_sizes(resolved: str) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,18 @@ PROMPT_OPTIONS = {
     name: "--text-prompt" if task.makes_text else "--image-prompt" for name, task in TASKS.items()
 }
 """Task -> option of `python -m corl_jax.plan` for its prompts' length."""
+COMPUTE_COPY = "compute copy"
 KEPT = (
     "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
 )  # fmt: skip
 WORKING = {
     "during an update": (
         "gradients",
-        "compute copy",
+        COMPUTE_COPY,
         "activations (kept by remat)",
         "attention scores (xla)",
     ),
-    "while sampling": ("compute copy", "sampling caches (largest task)"),
+    "while sampling": (COMPUTE_COPY, "sampling caches (largest task)"),
 }
 """Program -> the parts of `estimate_memory` that it needs; a device holds KEPT all the time."""
 
@@ -73,7 +75,8 @@ def describe_inapplicable_rewards(plan: ResolvedRun) -> list[str]:
     return applicable.find_inapplicable_rewards(bound_rewards, rows)
 
 
-def _count(params: Params) -> int:
+def count_parameters(params: Params) -> int:
+    """Counts the numbers in a tree of shapes or arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
@@ -82,8 +85,9 @@ def _format_parameters(plan: ResolvedRun) -> str:
     trained, _ = partition(shapes, plan.trained)
     lines = [f"model: {plan.model_dir}", f"  {'part':24}{'parameters':>16}{'trained':>16}"]
     for part, tree in shapes.items():
-        lines.append(f"  {part:24}{_count(tree):>16,}{_count(trained.get(part, {})):>16,}")
-    lines.append(f"  {'total':24}{_count(shapes):>16,}{_count(trained):>16,}")
+        numbers = count_parameters(tree), count_parameters(trained.get(part, {}))
+        lines.append(f"  {part:24}{numbers[0]:>16,}{numbers[1]:>16,}")
+    lines.append(f"  {'total':24}{count_parameters(shapes):>16,}{count_parameters(trained):>16,}")
     if lora.rank:
         lines.append(
             f"  trained: adapters of rank {lora.rank}, alpha {lora.alpha:g}, on "
@@ -94,15 +98,15 @@ def _format_parameters(plan: ResolvedRun) -> str:
     return "\n".join(lines)
 
 
-def describe_attention(plan: ResolvedRun) -> str:
+def describe_attention(plan: RunOutline) -> str:
     """Returns a line about the attention kernels; empty for the image tokenizer's stage."""
     if not plan.stage.uses_language_model:
         return ""
     where = plan.config, plan.limits.head_dim, plan.mesh
-    chosen = f"attention: {attending.choose_update_kernel(*where)} in updates"
-    if plan.stage.samples:
-        chosen += f", {attending.choose_sampler_kernel(*where)} in samplers"
-    return chosen
+    update = attending.choose_update_kernel(*where)
+    sampler = attending.choose_sampler_kernel(*where) if plan.stage.samples else update
+    both = update if update == sampler else f"{update} in updates, {sampler} in samplers"
+    return f"attention: {both}"
 
 
 def _count_frozen(plan: ResolvedRun, frozen: Params) -> tuple[int, int]:
@@ -156,7 +160,7 @@ def estimate_memory(plan: ResolvedRun) -> dict[str, float]:
         "parameters, frozen": frozen_bytes,
         "optimizer": num_trained * master * OPTIMIZER_COPIES[config.optimizer.name],
         "gradients": num_trained * master,
-        "compute copy": (num_trained + copied) * width,
+        COMPUTE_COPY: (num_trained + copied) * width,
     }
     if plan.stage.samples:
         # With adapters the reference is what is frozen.
@@ -172,6 +176,18 @@ def estimate_memory(plan: ResolvedRun) -> dict[str, float]:
         scores = [_count_scores(plan, task, prompt) for task, prompt in prompts.items()]
         estimate["attention scores (xla)"] = max(scores) * 4  # float32
     return {name: size / GIB for name, size in estimate.items()}
+
+
+def add_up_memory(estimate: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Returns the GiB that are kept for the whole run, and program -> all GiB while it runs."""
+    always_held = sum(size for name, size in estimate.items() if name in KEPT)
+    programs = {
+        program: always_held + sum(estimate[name] for name in parts if name in estimate)
+        for program, parts in WORKING.items()
+        # The copy alone is no program: a stage that does not sample has it too.
+        if any(name in estimate for name in parts if name != COMPUTE_COPY)
+    }
+    return always_held, programs
 
 
 def _count_network_bytes(plan: ResolvedRun) -> int:
@@ -257,7 +273,8 @@ def _count_scores(plan: ResolvedRun, task: str, prompt: int) -> int:
 
 def _format_memory(plan: ResolvedRun) -> str:
     """Returns the table of memory: what a device always holds, and what each program adds."""
-    estimate, always_held = estimate_memory(plan), 0.0
+    estimate = estimate_memory(plan)
+    always_held, programs = add_up_memory(estimate)
     lines = [
         f"memory of each of {plan.mesh.size} device(s), GiB",
         "  kept for the whole run, exact",
@@ -265,14 +282,12 @@ def _format_memory(plan: ResolvedRun) -> str:
     for name, size in estimate.items():
         if name in KEPT:
             lines.append(f"    {name:32}{size:>10.2f}")
-            always_held += size
     lines.append(f"    {'sum':32}{always_held:>10.2f}")
-    for program, parts in WORKING.items():
-        sizes = {name: estimate[name] for name in parts if name in estimate}
-        if sizes:
-            lines.append(f"  {program}, at least")
-            lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
-            lines.append(f"    {'with what is kept':32}{always_held + sum(sizes.values()):>10.2f}")
+    for program, total in programs.items():
+        sizes = {name: estimate[name] for name in WORKING[program] if name in estimate}
+        lines.append(f"  {program}, at least")
+        lines += [f"    {name:32}{size:>10.2f}" for name, size in sizes.items()]
+        lines.append(f"    {'with what is kept':32}{total:>10.2f}")
     return "\n".join([*lines, *_explain_uncounted(plan)])
 
 
@@ -298,7 +313,7 @@ def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
     config, shapes = plan.config, plan.family.abstract(plan.sizes)
     trained, _ = partition(shapes, plan.trained)
     master = 2 if config.compat.bfloat16_master else 4
-    state = _count(trained) * master * (1 + OPTIMIZER_COPIES[config.optimizer.name])
+    state = count_parameters(trained) * master * (1 + OPTIMIZER_COPIES[config.optimizer.name])
     estimate = {}
     if config.checkpoint.directory is None:
         name = f"checkpoints, {config.checkpoint.keep} and one being written"
@@ -306,7 +321,7 @@ def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
         estimate[name] = (config.checkpoint.keep + 1) * state / GIB
     if config.export.layout != "none":
         exported = trained if config.export.lora == "adapter" else shapes
-        size = _count(exported) * 4 / GIB  # float32 at most
+        size = count_parameters(exported) * 4 / GIB  # float32 at most
         replaces = (Path(config.output_dir) / "export").exists()
         estimate["export, beside the one it replaces" if replaces else "export"] = size * (
             1 + replaces

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Config
+from corl_jax.console import print_status
 from corl_jax.devices import processes, startup
 from corl_jax.runs import export_record
 from corl_jax.runs.checkpoints import Checkpoints, Restored
@@ -25,13 +25,16 @@ from corl_jax.runs.signals import Interruption
 from corl_jax.runs.watchdog import Watchdog
 from corl_jax.train import check
 from corl_jax.train.alarms import check_iteration, make_guards
+from corl_jax.train.banner import describe_resumption, describe_start
 from corl_jax.train.build import build
+from corl_jax.train.ending import describe_end, describe_stop, is_finished, stamp_sources
 from corl_jax.train.loop import train
 from corl_jax.train.milestones import (
     count_milestones,
     make_ending,
     make_milestones,
     make_reports,
+    read_evaluation_seconds,
     run_due,
 )
 from corl_jax.train.reports import HEADLINE, describe_iteration, show_answers
@@ -92,49 +95,77 @@ def run_training(planned: ResolvedRun, interruption: Interruption, allow_changes
         steps = checkpoints.steps()
         if primary:
             directory.require_saved(steps, config.checkpoint.directory, place)
-        run, state = build(planned, Phases())
-        # Hashed now, because users may edit the files while the run goes on.
-        files = hash_reward_files(config)
-        fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
-        resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
-        if primary:
-            directory.keep_config(config)  # not before: a refused resume changes nothing
-        start, meta = 0, {}
-        if resumed is not None:
-            start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
+        done = planned.steps
+        # A permission to change something asks for the whole comparison.
+        if not allow_changes and is_finished(planned, directory, checkpoints, steps):
             if primary:
-                directory.note_saved(start, config.checkpoint.directory)
-        with open_outputs(config, run, directory, checkpoints, fingerprint, start, meta) as outputs:
-            report_start(planned, resumed, outputs)
-            stop = min(run.steps, start + (config.train.stop_after or run.steps))
-            reports = make_reports(config, run, outputs)
-            left = range(start, stop)
-            milestones = make_milestones(config, run, outputs, reports, interruption, left)
-            with interruption.deferred():
-                # A process that a signal has stopped saves without its reports, so they are made
-                # here.
-                if start == 0 or meta["unreported"] or needs_new_reports(resumed, run):
-                    run_due(reports, state, start)
-                log = make_step_log(config, run, outputs)
-                state = train(run, state, left, milestones, log)
-                outputs.saver.finish()
-            interruption.stop_if_asked(f"after step {stop}; the same command continues from there")
-            if stop == run.steps:
-                ending = make_ending(config, run, outputs, planned.model_dir)
-                run_due([ending], state, max(start, stop))
+                directory.keep_config(config)
+                print_status(describe_end(planned, directory, nothing_to_do=True))
+        else:
+            if primary:
+                print_status(describe_start(planned, directory))
+            done = run_steps(planned, interruption, allow_changes, directory, checkpoints)
+            if primary:
+                print_status(describe_stop(planned, directory, done))
         # jax gives the last process that leaves no time for its export.
         processes.barrier("the end")
-    return max(start, stop)
+    return done
+
+
+def run_steps(
+    planned: ResolvedRun, interruption: Interruption, allow_changes: bool, directory: RunDir,
+    checkpoints: Checkpoints,
+) -> int:  # fmt: skip
+    """Builds the run, restores its newest checkpoint if there is one, and trains.
+
+    Returns the number of steps that are done; fewer than all with train.stop_after.
+    """
+    config, primary = planned.config, jax.process_index() == 0
+    # Now, because users may edit the files while the run goes on.
+    sources, files = stamp_sources(planned), hash_reward_files(config)
+    run, state = build(planned, Phases())
+    fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
+    resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
+    if primary:
+        directory.keep_config(config)  # not before: a refused resume changes nothing
+    start, meta = 0, {}
+    if resumed is not None:
+        start, meta, state = resumed.step, resumed.meta, resumed.tree["state"]
+        if primary:
+            directory.note_saved(start, config.checkpoint.directory)
+    with open_outputs(
+        config, run, directory, checkpoints, fingerprint, sources, resumed
+    ) as outputs:
+        report_start(planned, resumed, outputs)
+        stop = min(run.steps, start + (config.train.stop_after or run.steps))
+        reports = make_reports(config, run, outputs)
+        left = range(start, stop)
+        milestones = make_milestones(config, run, outputs, reports, interruption, left)
+        with interruption.deferred():
+            # A process that a signal has stopped saves without its reports, so they are made
+            # here.
+            if start == 0 or meta["unreported"] or needs_new_reports(resumed, run):
+                run_due(reports, state, start)
+            log = make_step_log(config, run, outputs)
+            state = train(run, state, left, milestones, log)
+            outputs.saver.finish()
+        interruption.stop_if_asked(f"after step {stop}; the same command continues from there")
+        if stop == run.steps:
+            ending = make_ending(config, run, outputs, planned.model_dir)
+            run_due([ending], state, max(start, stop))
+        return max(start, stop)
 
 
 @contextlib.contextmanager
 def open_outputs(
     config: Config, run: Run, directory: RunDir, checkpoints: Checkpoints,
-    fingerprint: Callable[[], dict[str, str]], start: int, meta: Mapping[str, Any],
+    fingerprint: Callable[[], dict[str, str]], sources: str, resumed: Restored | None,
 ) -> Iterator[Outputs]:  # fmt: skip
-    """Opens the log of a run and starts its watchdog; continues from `meta`, saved at `start`."""
+    """Opens the log of a run and starts its watchdog; continues those of a restored step."""
     primary = jax.process_index() == 0
-    pace = Pace(functools.partial(count_milestones, config, run))
+    start, meta = (resumed.step, resumed.meta) if resumed else (0, {})
+    earlier = read_evaluation_seconds(directory) if start else {}
+    pace = Pace(functools.partial(count_milestones, config, run), earlier)
     stacks = directory.path(f"stacks_{jax.process_index()}.txt")
     guards = make_guards(config.guards)
     guards.restore(meta.get("guards", {}))
@@ -156,7 +187,7 @@ def open_outputs(
         )
         # As if the run had never stopped: the seconds of earlier processes lie before this start.
         began = time.perf_counter() - meta.get("seconds", 0.0)
-        yield Outputs(directory, log, guards, saver, watchdog, fingerprint, began, primary)
+        yield Outputs(directory, log, guards, saver, watchdog, fingerprint, sources, began, primary)
 
 
 def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
@@ -170,7 +201,8 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
         outputs.saver.poll()
 
     return StepLog(
-        outputs.log, outputs.guards, StepClock(run.phases), config.log.every, run.steps,
+        outputs.log, outputs.guards, StepClock(run.phases, outputs.log.pace), config.log.every,
+        run.steps,
         check=check_step,
         describe=functools.partial(describe_iteration, config, run),
         show=functools.partial(show_answers, config, run, outputs.log),
@@ -180,11 +212,10 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
 def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Outputs) -> None:
     """Prints warnings and notes for the user before the first step."""
     log, directory = outputs.log, outputs.directory
-    if chosen := check.describe_attention(planned):
-        log.say(chosen)
     if resumed is not None:
         for text in resumed.warnings:
             log.say(f"warning: {text}")
+        log.say(describe_resumption(resumed.step, planned.steps, resumed.meta.get("saved_at")))
         for text in resumed.changes:
             log.say(f"warning: changed config: {text}")
         if resumed.changes and outputs.primary:

@@ -23,9 +23,16 @@ from corl_jax.params import map_with_path, merge
 from corl_jax.policies.generation_config import FILE as GENERATION_FILE
 from corl_jax.policies.generation_config import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
-from corl_jax.runs.export_record import RECORD_FILE, name_step, read_record, rename_stale
+from corl_jax.runs.export_record import (
+    RECORD_FILE,
+    is_up_to_date,
+    name_step,
+    read_record,
+    rename_stale,
+)
 from corl_jax.tasks import TASKS, image_tasks, text_tasks
 from corl_jax.train.model_card import make_card_files
+from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
@@ -48,26 +55,17 @@ def refresh_export(
     `export/` is always of the run's last step. `untrained`: fingerprint of the frozen weights.
     `evaluations`: all of the run, in order; read by the primary process.
     """
-    record: dict[str, Any] = {
-        "step": step,
-        "trained": fingerprints.fingerprint_tree(state.params),
-        "untrained": untrained,
-    }
     has_export = config.export.layout != "none"
     generation = describe_sampling(config, run) if has_export and primary else NOTHING_STATED
-    if has_export:
-        record["options"] = config.export.model_dump(mode="json")
-        record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
-        record["generation"] = generation.as_json()
-        record["evaluations"] = [*evaluations[:1], *evaluations[1:][-1:]]  # the first and the last
+    trained = fingerprints.fingerprint_tree(state.params)
+    record = make_record(config, generation, step, trained, untrained, evaluations)
     before = read_record(folder)
-    is_current = {name: (before or {}).get(name) for name in record} == record
     # One process may not yet see files that another one sees, so the first one decides for all.
-    is_current = bool(processes.broadcast_first(int(is_current)))
+    is_current = bool(processes.broadcast_first(int(is_up_to_date(before, record))))
     if not has_export:
         return rename_stale(folder, before) if primary and not is_current else []
     if is_current:
-        return [f"{folder} is of step {step} and stays; move it away to export again"]
+        return []
     extra: dict[str, dict[str, Any] | bytes] = {RECORD_FILE: record}
     if primary:
         extra |= make_card_files(config, run, step, model_dir, record["evaluations"])
@@ -88,7 +86,24 @@ def refresh_export(
     return notes
 
 
-def describe_sampling(config: Config, run: Run) -> Generation:
+def make_record(
+    config: Config, generation: Generation, step: int, trained: str, untrained: str,
+    evaluations: Sequence[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the record of an export, which says whether the export is up to date.
+
+    `trained`, `untrained`: fingerprints of the parameters. `evaluations`: all of the run, in order.
+    """
+    record: dict[str, Any] = {"step": step, "trained": trained, "untrained": untrained}
+    if config.export.layout != "none":
+        record["options"] = config.export.model_dump(mode="json")
+        record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
+        record["generation"] = generation.as_json()
+        record["evaluations"] = [*evaluations[:1], *evaluations[1:][-1:]]  # the first and the last
+    return record
+
+
+def describe_sampling(config: Config, run: Run | ResolvedRun) -> Generation:
     """Returns how the run sampled its model. Other tasks keep the values of the source model.
 
     The stage of the image tokenizer samples nothing. A run of one task samples only that one,

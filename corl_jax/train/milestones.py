@@ -14,6 +14,7 @@ from corl_jax.runs import same_files
 from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.log import read_lines
 from corl_jax.runs.outputs import Outputs
+from corl_jax.runs.pace import EVALUATION
 from corl_jax.runs.signals import Interruption
 from corl_jax.tasks import image_tasks
 from corl_jax.train import reports
@@ -56,10 +57,10 @@ def make_reports(config: Config, run: Run, outputs: Outputs) -> list[Milestone]:
         return run_report
 
     draw = report("image grid", "images", reports.draw_fixed_prompts)
-    evaluate = report("evaluation", "evaluation", reports.evaluate)
+    evaluate = report("evaluation", EVALUATION, reports.evaluate)
     return [
         Milestone("images", are_images_due, draw),
-        Milestone("evaluation", is_evaluation_due, evaluate),
+        Milestone(EVALUATION, is_evaluation_due, evaluate),
     ]
 
 
@@ -132,7 +133,7 @@ def count_milestones(config: Config, run: Run, step: int) -> dict[str, int]:
     if image_tasks(run.tasks) and config.log.images_every:
         every["images"] = config.log.images_every
     if run.eval_loader is not None:
-        every["evaluation"] = config.eval.every
+        every[EVALUATION] = config.eval.every
     return {name: count_due(number, step, run.steps) for name, number in every.items()}
 
 
@@ -166,6 +167,8 @@ def save_state(
         "weights": outputs.fingerprint(),
         "metric_lines": outputs.log.num_lines,
         "unreported": unreported,
+        "sources": outputs.sources,
+        "saved_at": time.time(),
         "guards": outputs.guards.get_state(),
     }
     outputs.saver.save(step, {"state": state}, meta)
@@ -215,6 +218,13 @@ def write_summary(outputs: Outputs, state: TrainState, step: int) -> None:
     if {name: before.get(name) for name in summary} != summary:
         seconds = time.perf_counter() - outputs.began
         outputs.directory.write_json("summary.json", {**summary, "seconds": seconds})
+
+
+def read_evaluation_seconds(directory: RunDir) -> dict[str, float]:
+    """Returns the seconds of the newest evaluation for the run's pace; {} if none is typical."""
+    # The first one of a run compiles.
+    seconds = [row.get("eval/seconds") for row in read_evaluations(directory)[1:]]
+    return {EVALUATION: seconds[-1]} if seconds and seconds[-1] else {}
 
 
 def read_evaluations(directory: RunDir) -> list[dict[str, Any]]:

@@ -67,8 +67,6 @@ def test_every_command_has_a_main(name):
         (["push", "--help"], 0, "usage: corl-jax push"),
         (["push", "nowhere", "user/model"], 2, "nowhere: no such directory"),
         (["convert", "inspect", "nowhere"], 2, "nowhere: no such directory"),
-        (["evaluate", "--model", "nowhere"], 2, "nowhere: no such directory"),
-        (["generate", "image", "--model", "nowhere", "--prompt", "x", "--out", "y"], 2, "nowhere"),
     ],
 )  # fmt: skip
 def test_answers_without_loading_jax(arguments, code, part):

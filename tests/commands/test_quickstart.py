@@ -86,9 +86,10 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     assert "images as demanded" in printed and "answers right" in printed
     assert "compiling for the first evaluation" in done.stderr
     assert "compiling for the first step" in done.stderr
-    assert "corl_jax generate image" in printed and str(out / "train" / "export") in printed
+    assert f"corl-jax generate image --model {out / 'train' / 'export'}" in done.stderr
 
     again = start(out, *SMALL)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("is there already") == 3
+    assert "nothing is left to do" in again.stderr and "compiling" not in again.stderr
     assert json.loads((out / "summary.json").read_text()) == summary

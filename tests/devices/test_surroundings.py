@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import fnmatch
 import io
 import json
+import os
 import pwd
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -315,3 +319,70 @@ def test_fonts_without_freetype_draw_too():
     drawn = make_drawable("Bäume 红", font)
     assert drawn == r"Bäume \u7ea2"
     assert isinstance(Image.new("RGB", (9, 9)), Image.Image) and font.getlength(drawn) > 0
+
+
+# ---- libraries that speak for themselves
+
+QUIET = """
+import sys
+sys.modules["torch"] = None  # as where PyTorch is not installed
+from corl_jax.devices.startup import prepare_devices
+prepare_devices()
+import jax
+from jax.experimental.pallas import tpu  # whose lowering rules need a platform of this name
+from corl_jax.console import hide_import_advice
+with hide_import_advice():
+    import transformers
+assert not transformers.is_torch_available()
+print(jax.default_backend())
+"""
+
+
+def test_libraries_say_nothing_about_what_is_not_there():
+    """Neither libtpu about the TPU, nor transformers about PyTorch."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "platforms"),
+    [
+        (None, None, None), ("/dev/accel0", None, None), ("/dev/vfio/0", None, None),
+        (None, "TPU_WORKER_HOSTNAMES", None), (None, None, "tpu"),
+    ],
+)  # fmt: skip
+def test_a_tpu_that_may_be_there_is_left_to_jax(monkeypatch, file, variable, platforms):
+    registered = []
+    monkeypatch.setattr(startup, "register_backend_factory", lambda *a, **k: registered.append(a))
+    monkeypatch.setattr(
+        startup.glob, "glob", lambda pattern: [file] * fnmatch.fnmatch(file or "", pattern)
+    )
+    for name in startup.TPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "localhost")
+    monkeypatch.setattr(startup, "jax", SimpleNamespace(config=SimpleNamespace(
+        **{startup.PLATFORMS: platforms}
+    )))  # fmt: skip
+    startup.skip_missing_tpu()
+    assert bool(registered) == (file is None and variable is None and platforms is None)
+
+
+def test_every_import_of_transformers_hides_its_advice():
+    """One import that does not would bring the line back."""
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        hidden = {
+            id(line)
+            for block in ast.walk(tree) if isinstance(block, ast.With)
+            if "hide_import_advice()" in ast.unparse(block.items[0])
+            for line in block.body
+        }  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+                assert id(node) in hidden, path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import resource
 import struct
 import subprocess
@@ -18,7 +17,7 @@ from corl_jax.metrics import Metric
 from corl_jax.runs import append_log, log, pictures
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.log import RunLog, read_lines, reduce_metrics
-from corl_jax.runs.pace import Phases
+from corl_jax.runs.pace import Pace, Phases
 
 pytest.importorskip("tensorboardX")
 
@@ -110,10 +109,14 @@ def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
-    text = write(RunDir(tmp_path), [1, 2], total_steps=4)
+    pace = Pace()
+    text = write(RunDir(tmp_path), [1], total_steps=4, pace=pace)
+    for _ in range(2):
+        pace.add_step(1.5)
+    text += write(RunDir(tmp_path), [2], total_steps=2404, pace=pace)
     first, second = text.splitlines()
     assert first == "step 1/4  loss 0.5  reward 1"
-    assert second.startswith("step 2/4  loss 0.5  reward 2  ") and second.endswith("left")
+    assert second == "step 2/2404  loss 0.5  reward 2  1.5 s/step  1:00:03 left"
     assert "\r" not in text and "\x1b" not in text
 
 
@@ -138,18 +141,20 @@ def test_numbers_of_several_processes_become_one(monkeypatch):
 
 
 def test_a_bar_on_a_terminal_with_evaluations_above_it(tmp_path):
-    stream = Terminal()
-    with RunLog(RunDir(tmp_path), 2, 5, stream=stream, headline=HEADLINE) as metrics:
+    stream, pace = Terminal(), Pace()
+    for _ in range(2):
+        pace.add_step(2.0)
+    with RunLog(RunDir(tmp_path), 2, 5, stream=stream, headline=HEADLINE, pace=pace) as metrics:
         metrics.add_metrics(3, {"reward": 0.25})
         time.sleep(0.12)  # tqdm draws at most ten times a second
         metrics.add_metrics(4, {"reward": 0.75})
         metrics.add_metrics(4, {"eval/accuracy": 0.5, "eval/b": float("nan")}, is_evaluation=True)
+        metrics.add_metrics(4, {"reward": 0.125}, is_evaluation=True)  # a headline
         metrics.say("saved")
     text = stream.getvalue()
     assert "4/5" in text and "reward 0.75" in text and "\r" in text
-    assert re.search(
-        r"step 4/5  eval/accuracy 0.5  eval/b none  \S+ s/step  0:00:\d\d left\n", text
-    )
+    assert "step 4/5  eval/accuracy 0.5  eval/b none  2 s/step  0:00:02 left\n" in text
+    assert "step 4/5  reward 0.125  2 s/step  0:00:02 left\n" in text
     assert "saved\n" in text
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from corl_jax.console import hide_import_advice
 from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
 from corl_jax.policies.family import CaptionPrompt
@@ -58,7 +59,8 @@ class Processor:
         Raises:
             InputError: unreadable tokenizer, missing special tokens, unknown template.
         """
-        from transformers import PreTrainedTokenizerFast
+        with hide_import_advice():
+            from transformers import PreTrainedTokenizerFast
 
         tokenizer_file = Path(model_dir) / "tokenizer.json"
         self.special = special_tokens(model_dir)
