@@ -9,6 +9,8 @@ import sys
 
 import typer
 
+import corl_jax
+
 TRAINING, USING, FILES = "Train", "Use a model", "Prepare"
 
 
@@ -23,7 +25,9 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
-        "corl_jax.quickstart", TRAINING, "Train a small Janus on this CPU, in three minutes."
+        "corl_jax.quickstart.__main__",
+        TRAINING,
+        "Train a small Janus on a CPU in three minutes.",
     ),
     "train": Command("corl_jax.train.__main__", TRAINING, "Train a model; run again to resume."),
     "plan": Command(
@@ -34,7 +38,9 @@ COMMANDS: dict[str, Command] = {
         "corl_jax.generate", USING, "Generate images, or answer questions about images."
     ),
     "evaluate": Command("corl_jax.evaluate", USING, "Measure a model on held-out rows."),
-    "score": Command("corl_jax.score", USING, "Score images or answers in a file with a reward."),
+    "score": Command(
+        "corl_jax.score.__main__", USING, "Score images or answers in a file with a reward."
+    ),
     "convert": Command(
         "corl_jax.convert.__main__", FILES, "Convert, inspect and compare checkpoints."
     ),
@@ -66,9 +72,7 @@ def make_app() -> typer.Typer:
 
 def _print_version(is_given: bool) -> None:
     if is_given:
-        from corl_jax import __version__
-
-        print(__version__)
+        print(corl_jax.__version__)
         raise typer.Exit
 
 
@@ -93,13 +97,13 @@ def run_command(name: str, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs `corl-jax`."""
-    given = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:] if argv is None else argv
     completing = any(name.startswith("_") and name.endswith("_COMPLETE") for name in os.environ)
     # Past typer, because each command parses its own options, such as --train.max_steps.
-    if given and given[0] in COMMANDS and not completing:
-        run_command(given[0], given[1:])
+    if arguments and arguments[0] in COMMANDS and not completing:
+        run_command(arguments[0], arguments[1:])
         return
-    make_app()(given, prog_name="corl-jax")
+    make_app()(arguments, prog_name="corl-jax")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 
 from corl_jax.config.shipped import FOLDER, describe_config, list_configs
+from corl_jax.errors import exit_on_input_error
 
 
+@exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """Prints name and purpose of each config."""
     parser = argparse.ArgumentParser(prog="corl-jax configs", description=__doc__)

@@ -33,6 +33,7 @@ from corl_jax.sampling_options import (
     tell_sampling,
 )
 from corl_jax.tasks import TASKS
+from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.policies import PolicyFiles
@@ -45,10 +46,9 @@ MAX_SEED = 2**32 - 1
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    # Imported here, so that --help is answered before jax is loaded.
+    loader = check_arguments(args)
     from corl_jax.evaluation.intervals import format_rates
 
-    loader = check_arguments(args)
     tell_sampling(args)
     # From here on devices are in use; all problems of the arguments were reported before.
     started = time.monotonic()
@@ -136,6 +136,8 @@ def check_arguments(args: argparse.Namespace) -> Any:
     Raises:
         InputError: listing all problems of options, files and model.
     """
+    check_place(args.model)
+    # Imported here, so that --help and a wrong path are answered before jax is loaded.
     from corl_jax.policies import inspect_policy
 
     problems = Problems()

@@ -29,6 +29,7 @@ from corl_jax.sampling_options import (
     tell_sampling,
 )
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
+from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
@@ -428,6 +429,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
+    check_place(args.model)
     args.function(args)
 
 

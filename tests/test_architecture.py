@@ -26,12 +26,12 @@ PACKAGE = ROOT / "corl_jax"
 # command (it has a `main`) and stands on top.
 LAYERS = {
     "errors": 0, "types": 0, "metrics": 0, "tasks": 0, "params": 0, "nearest": 0, "console": 0,
-    "input_files": 0, "atomic_files": 0, "assets": 0,
+    "input_files": 0, "atomic_files": 0, "assets": 0, 
     "config": 1, "fonts": 1, "models": 1, "weights": 1, "algorithms": 1, "devices": 1,
-    "policies": 2, "data": 2, "runs": 2,
+    "policies": 2, "data": 2, "runs": 2, "sampling_options": 2,
     "rewards": 3, "evaluation": 3,
     "train": 4,
-    "plan": 5,
+    "plan": 5, "convert": 5, "score": 5, "quickstart": 5,
 }  # fmt: skip
 COMMANDS = 5
 # Inside a layer only these are forbidden: (importer, imported).
@@ -105,7 +105,9 @@ def _absolute(path: Path, node: ast.ImportFrom) -> str:
 
 
 def has_main(path: Path) -> bool:
-    return any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in parse(path).body)
+    """Whether it defines a function `main`, or imports one to run it."""
+    names = {getattr(node, "name", None) for node in ast.walk(parse(path))}
+    return "main" in names
 
 
 def part_of(module: str) -> str:

@@ -13,6 +13,7 @@ def test_names_that_are_not_similar_are_only_listed():
     assert suggest_name("spec", ["prompt", "image"], "found") == "found: prompt, image"
     assert suggest_name("eps", ["b1", "warmup_steps"]) == "known: b1, warmup_steps"
     assert suggest_name("vq", ["eval", "model"]) == "known: eval, model"
+    assert suggest_name("a", ["eval", "attention"]) == "known: eval, attention"
 
 
 def test_first_letters_of_words_are_near():

@@ -1,60 +1,63 @@
-"""Reads configs from YAML files, checks them, writes them and describes their options.
+"""Reads configs from YAML files, checks them and writes them.
 
 A config is a YAML file, optionally on top of another one (`base: other.yaml`, relative to the
 file), with `key.path=value` overrides from the command line. Values are parsed as YAML. Unknown
-keys are refused with the known names. All problems are reported together.
+keys are refused with the option that was meant. All problems are reported together, each with the
+file that has the value, or with "command line".
 """
 
 from __future__ import annotations
 
-import types
+import dataclasses
+import functools
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-import annotated_types
 import pydantic
 
+from corl_jax.config.explain import explain_errors
 from corl_jax.config.fields import Section
+from corl_jax.config.options import (
+    Location,
+    describe_expected,
+    find_section,
+    find_type,
+    is_section,
+    named_block,
+)
 from corl_jax.config.schema import Config
+from corl_jax.config.unknown_keys import list_known_keys, suggest_option
 from corl_jax.config.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import expand_path, read_text
-from corl_jax.nearest import suggest_name
 
 MAX_BYTES = 4 * MAX_CHARACTERS  # UTF-8 has at most four bytes a character
-RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
-"""Key of an earlier version -> its name now."""
-REMOVED = {
-    "algorithm.std_eps": "the value is 1e-4",
-    "algorithm.t2i_loss_weight": "the value is 1; set algorithm.mm2t_loss_weight",
-    "data.prefetch": "the value is 2",
-    "data.system_prompt": "prompts have no system text",
-    "export.base": "the model of model.path supplies the tensors that training drops",
-    "log.fixed_prompts": "the value is 4",
-    "optimizer.eps": "the value is 1e-8",
-    "rollout.pixel_dtype": "the value is float32",
-    "sft.answer_column": "the column is sft_answer; data.columns gives it another name",
-    "sft.caption_weight": "the value is 1; sft.caption_column: null leaves captions out",
-    "sft.cfg_dropout": "the value is 0.1",
-    "sft.mm2t_weight": "the value is 1; set sft.t2i_weight",
-    "vq": "the weights are constants of corl_jax/policies/janus/tokenizer_training.py",
-}
-"""Key of an earlier version that has no successor -> what holds instead."""
-LIMITS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}", "min_length": "{} or more"}
+COMMAND_LINE = "command line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The options of one file of a config."""
+
+    source: str
+    tree: dict[str, Any]
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Returns the config of a file with its overrides (`key.path=value`).
 
     Raises:
-        InputError: listing every problem with its key.
+        InputError: listing every problem with its origin, a file or the command line, and its key.
     """
-    tree, problems = _read(Path(expand_path(path)), []), Problems()
+    layers, problems = _read(Path(expand_path(path)), []), Problems()
+    tree = dict(functools.reduce(_merge, (layer.tree for layer in reversed(layers))))
+    locations = []
     for text in overrides or []:
-        problems.attempt(_apply_override, tree, text)
-    config = problems.attempt(validate, tree, str(path))
+        with problems.collect(f"{COMMAND_LINE}: "):
+            locations.append(_apply_override(tree, text))
+    config = problems.attempt(_validate, tree, lambda place: _find_origin(place, layers, locations))
     problems.raise_any()
     assert config is not None  # otherwise there was a problem
     return config
@@ -66,19 +69,15 @@ def validate(tree: dict[str, Any], source: str) -> Config:
     Raises:
         InputError: listing every problem; each begins with `source`.
     """
+    return _validate(tree, lambda _: source)
+
+
+def _validate(tree: dict[str, Any], find_origin: Callable[[Location], str]) -> Config:
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        texts_of: dict[str, list[str]] = {}
-        for prefix, text in map(_explain, error.errors()):
-            texts_of.setdefault(prefix, []).append(text)
-    # pydantic reports a value of several types once per type: these texts are joined by "or".
-    lines = [
-        prefix + line
-        for prefix, texts in texts_of.items()
-        for line in " or ".join(texts).splitlines()
-    ]
-    raise InputError([f"{source}: {line}" for line in lines])
+        problems = [*explain_errors(error.errors())]
+    raise InputError([f"{find_origin(location)}: {line}" for location, line in problems])
 
 
 def dump(config: Config) -> str:
@@ -86,64 +85,8 @@ def dump(config: Config) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def describe(section: type[Section] = Config, prefix: str = "") -> str:
-    """Returns a line for each option: key, default, type and meaning."""
-    lines = []
-    for name, field in section.model_fields.items():
-        key, kind = prefix + name, field.annotation
-        if _is_section(kind):
-            lines.append(f"{key}: {(kind.__doc__ or '').splitlines()[0]}")
-            lines.append(describe(kind, f"{key}."))
-            continue
-        default = "required"
-        if not field.is_required():
-            default = repr(field.get_default(call_default_factory=True))
-        values = " ".join([describe_type(kind), *describe_limits(field.metadata)]).replace("`", "")
-        lines.append(f"  {key} = {default}  # {values}; {field.description}")
-    if (named := named_block(section)) is not None:
-        lines.append(describe(named, f"{prefix}NAME."))
-    return "\n".join(lines)
-
-
-def describe_type(kind: Any) -> str:
-    """Returns a type in the words of a reader of YAML."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return " ".join([describe_type(args[0]), *describe_limits(args[1:])])
-    if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(describe_type, args))
-    if origin is list:
-        return "list of blocks" if _is_section(args[0]) else f"list of {describe_type(args[0])}"
-    if origin is dict:
-        return "mapping"
-    names = {str: "text", int: "integer", float: "number", bool: "true, false"}
-    return names.get(kind, "null" if kind is type(None) else "block")
-
-
-def describe_limits(metadata: Iterable[Any]) -> list[str]:
-    """Returns the bounds in the metadata of a pydantic field, as "≥ 1"."""
-    texts = []
-    for item in metadata:
-        # Field(gt=0, allow_inf_nan=False) groups its bounds; a single bound stands alone.
-        for part in getattr(item, "metadata", None) or [item]:
-            for name, text in LIMITS.items():
-                value = getattr(part, name, None)
-                if isinstance(part, annotated_types.BaseMetadata) and value is not None:
-                    texts.append(text.format(value))
-    return texts
-
-
-def named_block(section: type[Section]) -> type[Section] | None:
-    """Returns the type of the blocks that a user names in a section; None without such blocks."""
-    if section.model_config.get("extra") != "allow":
-        return None
-    # The annotation is dict[str, BLOCK], as text because of `from __future__ import annotations`.
-    return typing.get_args(typing.get_type_hints(section)["__pydantic_extra__"])[1]
-
-
-def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
+def _read(path: Path, seen: list[Path]) -> list[Layer]:
+    """Returns the layers of a config: its file, and below it those of its `base`."""
     # Resolved, so that a link to an earlier file counts as the same file.
     if path.resolve() in seen:
         raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
@@ -159,12 +102,12 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
     tree = _drop_empty_blocks(tree, Config)
     base = tree.pop("base", None)
     if base is None:
-        return tree
+        return [Layer(str(path), tree)]
     try:
         below = path.parent / expand_path(str(base))
     except InputError as error:
         raise InputError(f"{path}: base: {error}") from None
-    return _merge(_read(below, [*seen, path.resolve()]), tree)
+    return [Layer(str(path), tree), *_read(below, [*seen, path.resolve()])]
 
 
 def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
@@ -175,9 +118,9 @@ def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str
         field = section.model_fields.get(str(key))
         kind = field.annotation if field else named_block(section)
         inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-        if value is None and (_is_section(kind) or typing.get_origin(kind) in (list, dict)):
+        if value is None and (is_section(kind) or typing.get_origin(kind) in (list, dict)):
             continue
-        if _is_section(inner):
+        if is_section(inner):
             if isinstance(value, dict):
                 value = _drop_empty_blocks(value, inner)
             elif isinstance(value, list):
@@ -189,10 +132,6 @@ def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str
     return values
 
 
-def _is_section(kind: Any) -> TypeGuard[type[Section]]:
-    return isinstance(kind, type) and issubclass(kind, Section)
-
-
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
@@ -201,54 +140,62 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> None:
-    """Sets the value of an argument `key.path=value` in the tree; InputError if it is wrong."""
+def _apply_override(tree: dict[str, Any], text: str) -> Location:
+    """Sets the value of an argument `key.path=value` in the tree, and returns its location.
+
+    Raises:
+        InputError: the argument has another form, or its key leads through a value.
+    """
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InputError(f"argument {text!r}: expected key.path=value")
-    *parents, leaf = key.split(".")
+    location = tuple(key.split("."))
+    if not equals or not all(location):
+        raise InputError(_explain_argument(text, location))
+    *parents, leaf = location
     for part in parents:
-        child = tree.setdefault(part, {})
+        child = tree.get(part, {})
+        if isinstance(child, list):
+            raise InputError(f"{key}: {part} is a list, which is given whole: {part}=[..]")
         if not isinstance(child, dict):
-            raise InputError(f"argument {text!r}: {part} is a value, not a block of options")
-        tree = child
+            raise InputError(f"{key}: {part} is {child!r}, not a block of options")
+        # A copy, because the file has this block too, and YAML's aliases make several of one.
+        tree[part] = tree = dict(child)
     try:
         tree[leaf] = parse_yaml(value)
     except ValueError as error:
-        raise InputError(f"argument {text!r}: value is not valid YAML: {error}") from None
+        raise InputError(f"{key}: value is not valid YAML: {error}") from None
+    return location
 
 
-def _explain(item: Any) -> tuple[str, str]:
-    """Returns (key and value found, problem) of one of pydantic's errors."""
-    # For a value of several types the location ends in the type: ("data", "path", "str").
-    key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
-    if item["type"] == "extra_forbidden":
-        if new := RENAMED.get(key):
-            return f"{key}: ", f"has a new name; use {new}"
-        if reason := REMOVED.get(key):
-            return f"{key}: ", f"is no option any more; {reason}; remove it"
-        known = _find_options(item["loc"][:-1])
-        return f"{key}: ", f"unknown key; {suggest_name(str(item['loc'][-1]), known)}"
-    if item["type"] == "missing":
-        return f"{key}: ", f"missing; give it in the file or as {key}=VALUE"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "string_type" and key:
-        # The description has the choices of an option whose names belong to a table elsewhere.
-        field = _find_options(item["loc"][:-1]).get(item["loc"][-1])
-        message += f": {field.description}" if field and field.annotation is str else ""
-    return (f"{key}: found {item['input']!r}; " if key else "", message)
+def _explain_argument(text: str, location: Location) -> str:
+    """Returns what is wrong with an argument that is not of the form `key.path=value`."""
+    kind = find_type(location)
+    if kind is not None and not find_section(location):
+        example = "true" if kind is bool else "VALUE"
+        return f"{text}: found no value, expected {describe_expected(kind)}, as in {text}={example}"
+    hint = suggest_option(location) or (list_known_keys(location) if location[1:] else None)
+    return f"found {text!r}, expected key=value" + (f"; {hint}" if hint else "")
 
 
-def _find_options(location: tuple) -> dict[str, pydantic.fields.FieldInfo]:
-    """Returns the options of the block at a location, such as ("rewards", 0)."""
-    section: Any = Config
+def _find_origin(location: Location, layers: Sequence[Layer], overrides: Sequence[Location]) -> str:
+    """Returns where the value at a location comes from: the command line, or a file."""
+    place = tuple(map(str, location))
+    if any(place[: len(override)] == override for override in overrides):
+        return COMMAND_LINE
+    for layer in layers:
+        if _has_value(layer.tree, location):
+            return layer.source
+    # A block that only the command line has.
+    if any(override[: len(place)] == place for override in overrides):
+        return COMMAND_LINE
+    return layers[0].source
+
+
+def _has_value(tree: Any, location: Location) -> bool:
+    """Returns whether a tree has a value at a location, or in place of a block around it."""
     for part in location:
-        if not isinstance(part, str):
-            continue  # the number of an item in a list
-        field = section.model_fields.get(part)
-        kind = field.annotation if field else named_block(section)
-        # list[Reward] -> Reward
-        section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-        if not _is_section(section):
-            return {}  # a mapping, such as data.columns
-    return section.model_fields
+        if not isinstance(tree, dict):
+            return True  # a list is never merged, so all of its items have one origin
+        if part not in tree:
+            return False
+        tree = tree[part]
+    return True

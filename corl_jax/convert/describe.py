@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
-from corl_jax.policies.janus.checkpoint import KIND
-from corl_jax.policies.janus.tokens import special_tokens
+from corl_jax.policies import FAMILIES
+from corl_jax.policies.family import Family
 from corl_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from corl_jax.weights.kinds import NetworkKind
 from corl_jax.weights.storage import Store
@@ -30,8 +30,9 @@ def describe(path: Path, kind: NetworkKind) -> Iterator[str]:
         yield from _describe_sizes(checkpoint.config)
         yield from _describe_parts(checkpoint)
         yield from _describe_files(checkpoint.store)
-    if kind is KIND:
-        yield from _describe_tokens(path)
+    for family in FAMILIES.values():
+        if family.kind is kind:
+            yield from _describe_tokens(path, family)
 
 
 def _describe_sizes(config: Any) -> Iterator[str]:
@@ -67,9 +68,9 @@ def _describe_files(store: Store) -> Iterator[str]:
         yield f"  {file.name:<40} {size / 1e6:>12,.1f} MB"
 
 
-def _describe_tokens(folder: Path) -> Iterator[str]:
+def _describe_tokens(folder: Path, family: Family) -> Iterator[str]:
     try:
-        tokens = dataclasses.asdict(special_tokens(folder))
+        tokens = dataclasses.asdict(family.open_processor(folder).special)
     except InputError as error:
         yield f"tokens      {error.problems[0]}"
         return

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from corl_jax.config import files as config_files
+from corl_jax.config.options import describe
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError, exit_on_input_error
 
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="corl-jax train",
         usage="%(prog)s CONFIG [--check] [key=value ...]",
         description=__doc__,
-        epilog="Every option with its default, range and source:\n\n" + config_files.describe(),
+        epilog="Every option with its default, range and source:\n\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="CONFIG", help="the config, if it is not given first")
@@ -53,21 +54,21 @@ def normalize_arguments(argv: Sequence[str]) -> Iterator[str]:
     In: `mini/unified --train.max-steps 10 seed=1`
     Out: `--config mini/unified train.max_steps=10 seed=1`
 
-    Raises:
-        InputError: an option without a value.
+    An option without a value stays a key alone, which the reader of configs refuses.
     """
-    arguments, has_config = iter(argv), any(text.startswith("--config") for text in argv)
-    for text in arguments:
-        if text in FLAGS or text.startswith("--config="):
-            yield text
+    arguments, has_config = list(argv), any(text.startswith("--config") for text in argv)
+    while arguments:
+        text = arguments.pop(0)
+        flag = text.replace("_", "-")
+        if flag in FLAGS or text.startswith("--config="):
+            yield flag if flag in FLAGS else text
         elif text.startswith("--"):
             key, equals, value = text.removeprefix("--").partition("=")
-            if not equals:
-                value = next(arguments, None)
-                if value is None:
-                    raise InputError(f"argument {text!r}: found no value; expected {text} VALUE")
             key = key.replace("-", "_")
-            yield f"--config={value}" if key == "config" else f"{key}={value}"
+            # "-1" is a value, but "--seed" is the next option.
+            if not equals and arguments and not arguments[0].startswith("--"):
+                equals, value = "=", arguments.pop(0)
+            yield f"{'--' if key == 'config' else ''}{key}{equals}{value}"
         elif "=" not in text and not has_config:
             has_config = True
             yield f"--config={text}"
@@ -78,8 +79,8 @@ def normalize_arguments(argv: Sequence[str]) -> Iterator[str]:
 @exit_on_input_error
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
-    given = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_intermixed_args([*normalize_arguments(given)])
+    arguments = normalize_arguments(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_intermixed_args([*arguments])
     if args.config is None:
         raise InputError(
             "config: missing; expected `corl-jax train CONFIG`, a YAML file or one of the names "

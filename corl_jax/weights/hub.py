@@ -40,6 +40,17 @@ def resolve_path(path_or_hub_id: str | Path) -> Path:
     return path
 
 
+def check_place(path_or_hub_id: str | Path) -> None:
+    """Checks that a path exists, names a shipped model or has the form of a hub id.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    text = str(path_or_hub_id)
+    if text.strip() and text not in SHIPPED and not Path(expand_path(text)).exists():
+        split_hub_id(text)
+
+
 def split_hub_id(text: str) -> tuple[str, str | None]:
     """Returns (owner/name, revision) of `owner/name` or `owner/name@revision`.
 

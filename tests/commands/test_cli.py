@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -48,14 +49,26 @@ def test_every_command_has_a_main(name):
         (["train"], 2, "config: missing"),
         (["train", "mini/unifed"], 2, "did you mean mini/unified?"),
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["train", "minimal", "train.max_stps=1"], 2, "did you mean"),
+        (["train", "minimal", "train.max_stps=1"], 2, "did you mean train.max_steps?"),
         (["train", "minimal", "--train.max_steps"], 2, "found no value"),
+        (["train", "minimal", "--max_steps", "10"], 2,
+         "error: command line: max_steps: unknown key; did you mean train.max_steps?"),
+        (["train", "minimal", "--networks.offload", "--check"], 2, "error: command line: "
+         "networks.offload: found no value, expected true or false, as in networks.offload=true"),
         (["train", "minimal", "--print-config"], 0, "path: nano"),
         (["generate", "--help"], 0, "usage: corl-jax generate"),
         (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
         (["data", "--help"], 0, "usage: corl-jax data"),
+        (["score", "--help"], 0, "usage: corl-jax score"),
+        (["plan", "--help"], 0, "usage: corl-jax plan"),
+        (["plan", "--config", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
+        (["quickstart", "--help"], 0, "usage: corl-jax quickstart"),
+        (["convert", "--help"], 0, "usage: corl-jax convert"),
+        (["convert", "inspect", "nowhere"], 2, "nowhere: no such directory"),
+        (["evaluate", "--model", "nowhere"], 2, "nowhere: no such directory"),
+        (["generate", "image", "--model", "nowhere", "--prompt", "x", "--out", "y"], 2, "nowhere"),
     ],
-)
+)  # fmt: skip
 def test_answers_without_loading_jax(arguments, code, part):
     command = [sys.executable, "-c", WITHOUT_JAX, *arguments]
     environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
@@ -74,8 +87,13 @@ def test_answers_without_loading_jax(arguments, code, part):
         (["seed=-1", "x.yaml", "--check"], ["seed=-1", "--config=x.yaml", "--check"]),
         (["x.yaml", "--seed", "-1"], ["--config=x.yaml", "seed=-1"]),
         (["x.yaml", "other"], ["--config=x.yaml", "other"]),
+        (["x.yaml", "--networks.offload"], ["--config=x.yaml", "networks.offload"]),
+        (["x.yaml", "--networks.offload", "--check"],
+         ["--config=x.yaml", "networks.offload", "--check"]),
+        (["x.yaml", "--print_config"], ["--config=x.yaml", "--print-config"]),
+        (["--config"], ["--config"]),
     ],
-)
+)  # fmt: skip
 def test_a_config_and_options_in_any_form(arguments, expected):
     assert [*normalize_arguments(arguments)] == expected
 
@@ -101,41 +119,68 @@ def test_shipped_models_have_names(name, tmp_path, monkeypatch):
         inspect_policy(name)
 
 
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of what an installation reads, because a build leaves files behind."""
+    folder = tmp_path / "corl_jax"
+    for name in ("corl_jax", "configs"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+class Installed:
+    """A fresh environment with our package, in which commands run outside of the clone."""
+
+    def __init__(self, folder: Path, *what: str | Path):
+        self.folder = folder
+        self.variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        venv.create(folder / "env", with_pip=True)
+        self.run("python", "-m", "pip", "install", "--no-deps", *what)
+        (self.site,) = (folder / "env" / "lib").glob("python*/site-packages")
+        # The dependencies of this environment; its own corl_jax comes later on the path.
+        (self.site / "zz.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+
+    def run(self, program: str, *arguments: str | Path) -> str:
+        command = [self.folder / "env" / "bin" / program, *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
 @pytest.mark.slow
-def test_the_wheel_is_the_whole_product(tmp_path):
-    """Built, installed outside of the clone, and used there."""
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+def test_the_wheel_is_the_whole_product(clone, tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, clone]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("tools", "tests", "docs"))]
     for name in ("corl_jax/configs/mini/unified.yaml", "corl_jax/py.typed"):
         assert name in names
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
-    # The dependencies of this environment, but not its corl_jax.
-    (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", wheel], check=True)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-
-    def run(*arguments: str) -> str:
-        command = [tmp_path / "env" / "bin" / "corl-jax", *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    code = "import corl_jax; print(corl_jax.__file__)"
-    where = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
-    assert str(site) in where.stdout.decode()
-    run("generate", "image", "--model", "nano", "--prompt", "a red circle", "--out", "images")
-    run("evaluate", "--model", "nano", "--rows", "4")
-    run("convert", "to-jax", "nano", "converted")
-    run("data", "--out", "rows", "--rows", "40", "--seed", "0", "--world", "small")
-    run(
-        "train", "minimal", "data.path=rows", "train.max_steps=2", "train.prompts_per_step=4",
-        "output_dir=run", "eval.suite=none",
+    shutil.rmtree(clone)
+    made = Installed(tmp_path, wheel)
+    where = made.run("python", "-c", "import corl_jax; print(corl_jax.__file__)")
+    assert Path(where.strip()).is_relative_to(made.site)
+    made.run(
+        "corl-jax", "generate", "image", "--model", "nano", "--prompt", "a red circle", "--out", "i"
+    )
+    made.run("corl-jax", "evaluate", "--model", "nano", "--rows", "4")
+    made.run("corl-jax", "convert", "to-jax", "nano", "converted")
+    made.run("corl-jax", "data", "--out", "rows", "--rows", "40", "--seed", "0", "--world", "small")
+    made.run(
+        "corl-jax", "train", "minimal", "data.path=rows", "train.max_steps=2",
+        "train.prompts_per_step=4", "output_dir=run", "eval.suite=none",
     )  # fmt: skip
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_clone_called_like_the_package_does_not_hide_it(clone, tmp_path):
+    made = Installed(tmp_path, "--editable", clone)
+    # The working directory, first on the path, holds the clone.
+    where = made.run("python", "-c", "import corl_jax; print(corl_jax.__file__)")
+    assert Path(where.strip()) == clone / "corl_jax" / "__init__.py"
+    assert made.run("python", "-m", "corl_jax", "--version").strip() == corl_jax.__version__

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from corl_jax import quickstart
 from corl_jax.config import files as config_files
+from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
-from corl_jax.quickstart import Rise
+from corl_jax.quickstart import command as quickstart
+from corl_jax.quickstart.command import Rise
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -36,24 +37,16 @@ def test_rise_without_spread_or_with_one_step_a_quarter_has_no_error():
     assert math.isnan(Rise.of([1.0] * 8).in_errors)
 
 
-def test_config_is_found_from_elsewhere_or_missed_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert quickstart.find_config() == ROOT / quickstart.CONFIG
-    monkeypatch.setattr(quickstart, "PACKAGE", tmp_path / "site-packages" / "corl_jax")
-    with pytest.raises(InputError, match="clone the repository"):
-        quickstart.find_config()
-
-
 def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
-    config = config_files.load(ROOT / quickstart.CONFIG)
+    config = config_files.load(find_config(quickstart.CONFIG))
     assert config.train.max_steps * config.train.prompts_per_step == 1920
     assert config.eval.rows >= 400
-    work = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=3",))
+    work = quickstart.Work(tmp_path, ("train.max_steps=3",))
     commands = [" ".join(command) for _, command, _ in work.list_steps()]
     assert "--rows 96 --seed 21 --split train" in commands[1]
     assert "--rows 512 --seed 22 --split test" in commands[2]
     assert "train.max_steps=3" in commands[3]
-    endless = quickstart.Work(tmp_path, ROOT / quickstart.CONFIG, ("train.max_steps=null",))
+    endless = quickstart.Work(tmp_path, ("train.max_steps=null",))
     with pytest.raises(InputError, match="max_steps: found null"):
         endless.list_steps()
 
@@ -77,8 +70,8 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     out = tmp_path / "quick"
     done = start(out, *SMALL)
     assert done.returncode == 0, done.stderr
-    for command in ("tools.convert_weights to-jax", "corl_jax.data.drawn_world", "corl_jax.train"):
-        assert f"-m {command} " in done.stdout
+    for command in ("convert to-jax nano", "data --world small", "train quickstart"):
+        assert f"-m corl_jax {command} " in done.stdout
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (out / "train" / "export" / name).is_file()
     with Image.open(out / "before_after.png") as picture:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import score
 from corl_jax.data.drawn_world import generator
 from corl_jax.params import map_with_path
 from corl_jax.policies.janus import network
@@ -22,6 +21,8 @@ from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.rewards import registry
+from corl_jax.score.__main__ import main
+from corl_jax.score.command import _read_value
 from corl_jax.weights.export import save_checkpoint
 from tests.support.tiny_models import tiny_image, tiny_tokenizer_dir
 from tests.support.tiny_networks import network_dir
@@ -38,14 +39,14 @@ def cases(folder, *rows):
 
 def run(capsys, *arguments):
     """(rewards, stderr) of the command in this process."""
-    score.main([str(argument) for argument in arguments])
+    main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return [json.loads(line)["reward"] for line in out.splitlines()], err
 
 
 def problems(capsys, *arguments):
     with pytest.raises(SystemExit) as caught:
-        score.main([str(argument) for argument in arguments])
+        main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == ""
     return err
@@ -199,7 +200,7 @@ def test_a_failing_reward_of_ones_own_fails_the_command(own, capsys):
         "one_number": ["TypeError: returned float; expected a list or array of 3 numbers"],
     }.items():
         with pytest.raises(SystemExit) as caught:
-            score.main(["--reward", f"{file}:{name}", "--input", path])
+            main(["--reward", f"{file}:{name}", "--input", path])
         out, err = capsys.readouterr()
         assert caught.value.code == 1 and out == ""
         assert err.startswith(f"error: reward {name} ({file}:{name}): its call failed with\n")
@@ -209,7 +210,7 @@ def test_a_failing_reward_of_ones_own_fails_the_command(own, capsys):
 
 def test_what_a_reward_prints_stays_out_of_standard_output(own, capfd):
     file, path = own
-    score.main(["--reward", f"{file}:chatty", "--input", path])
+    main(["--reward", f"{file}:chatty", "--input", path])
     out, err = capfd.readouterr()
     assert [json.loads(line)["reward"] for line in out.splitlines()] == [0.5] * 3
     assert "scoring {'reward': 99}\n" in err
@@ -217,7 +218,7 @@ def test_what_a_reward_prints_stays_out_of_standard_output(own, capfd):
 
 def test_repeated_calls_show_what_differs(own, capsys):
     file, path = own
-    score.main(["--reward", f"{file}:counts", "--input", path, "--repeat", "3"])
+    main(["--reward", f"{file}:counts", "--input", path, "--repeat", "3"])
     out, err = capsys.readouterr()
     assert [json.loads(line) for line in out.splitlines()] == [
         {"index": 0, "line": 1, "reward": 1.0, "rewards": [1.0, 2.0, 3.0]},
@@ -225,7 +226,7 @@ def test_repeated_calls_show_what_differs(own, capsys):
         {"index": 2, "line": 3, "reward": 2.0, "rewards": [2.0, None, 2.0]},
     ]
     assert "3 calls differ in 2 of 3 cases, most in that of line 3, which is null at times" in err
-    score.main(["--reward", "format", "--input", path, "--repeat", "2"])
+    main(["--reward", "format", "--input", path, "--repeat", "2"])
     out, err = capsys.readouterr()
     assert [json.loads(line)["rewards"] for line in out.splitlines()] == [[0.0, 0.0]] * 3
     assert err == "format: mean 0.0000 over 6 of 6 cases; 2 calls gave the same\n"
@@ -237,7 +238,7 @@ def test_repeated_calls_show_what_differs(own, capsys):
 def test_calls_that_fail_after_the_first_are_shown(own, capsys):
     file, path = own
     with pytest.raises(SystemExit) as caught:
-        score.main(["--reward", f"{file}:fails_later", "--input", path, "--repeat", "4"])
+        main(["--reward", f"{file}:fails_later", "--input", path, "--repeat", "4"])
     out, err = capsys.readouterr()
     assert caught.value.code == 1
     assert [json.loads(line)["rewards"] for line in out.splitlines()] == [
@@ -360,13 +361,13 @@ def test_wrong_files_and_names(tmp_path, capsys):
 
 
 def test_boxes_as_lists_or_texts():
-    assert score._read_value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
-    assert "expected [[x1" in score._read_value("od_solution", [[0, 1, 2]], Path())[0]
-    assert "expected [[x1" in score._read_value("od_solution", [[0, 1, 2, True]], Path())[0]
+    assert _read_value("od_solution", [[0, 1, 2, 3.5]], Path())[0] is None
+    assert "expected [[x1" in _read_value("od_solution", [[0, 1, 2]], Path())[0]
+    assert "expected [[x1" in _read_value("od_solution", [[0, 1, 2, True]], Path())[0]
 
 
 def test_the_list_names_every_reward(capsys):
-    score.main(["--list"])
+    main(["--list"])
     out = capsys.readouterr().out
     for name in registry.REGISTRY:
         assert f"\n{name}\n" in f"\n{out}"

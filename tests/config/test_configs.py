@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from corl_jax.config import files as config_files
+from corl_jax.config import options
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, Reward, Section
 from corl_jax.data.columns import COLUMNS
@@ -287,7 +288,7 @@ def test_prompt_and_completion_fit_the_models_positions(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_key_on_top_of_any_config_is_refused(name):
-    with pytest.raises(InputError, match="did you mean learning_rate"):
+    with pytest.raises(InputError, match=r"did you mean optimizer\.learning_rate\?"):
         config_files.load(CONFIGS / name, ["optimizer.learning_rat=1"])
 
 
@@ -308,7 +309,7 @@ def sections() -> dict[str, type[Section]]:
                 visit(kind, f"{prefix}{name}.")
             if name == "rewards":
                 found[name] = Reward
-        if (named := config_files.named_block(section)) is not None:
+        if (named := options.named_block(section)) is not None:
             found[f"{prefix}NAME"] = named
 
     visit(Config, "")
@@ -331,9 +332,7 @@ def options_table(key: str) -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             continue
-        values = " ".join(
-            [config_files.describe_type(kind), *config_files.describe_limits(field.metadata)]
-        )
+        values = " ".join([options.describe_type(kind), *options.describe_limits(field.metadata)])
         meaning = (field.description or "").replace("|", "\\|")
         lines.append(f"| `{prefix}{name}` | {default_text(field)} | {values} | {meaning} |")
     return "\n".join(lines)

@@ -42,14 +42,17 @@ def refused(capsys, tmp_path: Path, tree: dict, *overrides: str) -> list[str]:
 # ---- T17: unknown keys
 
 TYPOS = {
-    "sede=1": "seed", "modle.path=x": "model", "model.pth=x": "path",
-    "train.max_step=5": "max_steps",
-    "rollout.groupsize=4": "group_size", "rollout.temprature=1.0": "temperature",
-    "optimizer.lr=1e-4": "learning_rate", "optimizer.learningrate=1e-4": "learning_rate",
-    "algorithm.kl_coeff=0.1": "kl_coef", "algorithm.num_iteration=2": "num_iterations",
-    "checkpoint.evry=5": "every", "data.columns.promt=x": "prompt", "networks.blib.path=x": "blip",
-    "compat.text_topk_50=true": "text_top_k_50", "rewards=[{nmae: format}]": "name",
-    "eval.suit=none": "suite", "mesh.fdsp=2": "fsdp",
+    "sede=1": "seed", "modle.path=x": "model", "model.pth=x": "model.path",
+    "train.max_step=5": "train.max_steps",
+    "rollout.groupsize=4": "rollout.group_size", "rollout.temprature=1.0": "rollout.temperature",
+    "optimizer.lr=1e-4": "optimizer.learning_rate",
+    "optimizer.learningrate=1e-4": "optimizer.learning_rate",
+    "algorithm.kl_coeff=0.1": "algorithm.kl_coef",
+    "algorithm.num_iteration=2": "algorithm.num_iterations",
+    "checkpoint.evry=5": "checkpoint.every", "data.columns.promt=x": "prompt",
+    "networks.blib.path=x": "blip", "compat.text_topk_50=true": "compat.text_top_k_50",
+    "rewards=[{nmae: format}]": "rewards.0.name", "eval.suit=none": "eval.suite",
+    "mesh.fdsp=2": "mesh.fsdp",
 }  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def test_a_typo_ends_the_command_before_a_device_starts(figure, options, tmp_pat
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 2 and done.stdout == "devices: False\n", done.stderr
-    assert "train.max_step: unknown key; did you mean max_steps?" in done.stderr
+    assert "train.max_step: unknown key; did you mean train.max_steps?" in done.stderr
     figure("T17", fault="the whole command", tries=1, losses=0,
            note=f"{spent:.1f} s of processor, {wall:.1f} s of clock")  # fmt: skip
     assert spent < SECONDS

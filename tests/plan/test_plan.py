@@ -18,6 +18,7 @@ from corl_jax.errors import InputError
 from corl_jax.params import partition
 from corl_jax.plan import __main__ as plan
 from corl_jax.plan import chips, cost, hlo, programs, tables
+from corl_jax.plan.command import find_sizes
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
@@ -305,7 +306,7 @@ def test_missing_libtpu_is_named_with_the_remedy(monkeypatch):
     ],
 )
 def test_sizes_come_from_a_name_where_there_are_no_files(path, preset, expected):
-    assert plan.find_sizes(path, preset) == (FAMILY, network.PRESETS[expected])
+    assert find_sizes(path, preset) == (FAMILY, network.PRESETS[expected])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -590,6 +590,9 @@ def test_functions_that_are_not_there_and_things_that_are_none(write):
     assert problems(f"{name}:brightnes") == [
         "mine.py has no function brightnes; did you mean brightness? (found: brightness, brevity)"
     ]
+    assert problems(f"{name}:short_answer") == [
+        "mine.py has no function short_answer; found: brightness, brevity"
+    ]
     assert problems(f"{name}:level") == [
         "level is of type int; expected a function: def level(images, ..)"
     ]

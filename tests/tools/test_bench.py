@@ -680,7 +680,7 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         start.main(["--size", "tiny", "optimizer.learning_rat=1"])
     assert error.value.code == BAD_INPUT_EXIT_CODE
-    assert "did you mean learning_rate" in capsys.readouterr().err
+    assert "did you mean optimizer.learning_rate?" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"log\.every=2: the measurement sets this option"):
         start.write_config(tmp_path, "tiny", ["log.every=2"])
     config = start.write_config(tmp_path, "tiny", [])

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import score
 from corl_jax.data.drawn_world import generator
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
+from corl_jax.score import command as score
+from corl_jax.score.__main__ import build_parser
 from tools.reward_examples import __main__ as command
 from tools.reward_examples import cases, figure, page, scoring
 
@@ -134,7 +135,7 @@ def test_commands_for_other_weights_want_only_the_weights(example, tmp_path, mon
     words = shlex.split(page.write_command(example, folder=str(tmp_path)))
     assert words[:3] == ["python", "-m", "corl_jax.score"]
     with pytest.raises(InputError) as error:
-        score.check_arguments(score.build_parser().parse_intermixed_args(words[3:]))
+        score.check_arguments(build_parser().parse_intermixed_args(words[3:]))
     known = ("networks.", f"reward: {example.reward}: option text_term: ")
     assert all(problem.startswith(known) for problem in error.value.problems)
 

@@ -566,7 +566,12 @@ def test_wrong_options_are_all_listed(options, capsys):
     lines = refused(capsys, tree, "optimizer.b1=3", "nonsense")
     assert len(lines) == 4
     joined = "\n".join(lines)
-    for part in ("did you mean prompts_per_step?", "seed: found -1", "b1: found 3", "'nonsense'"):
+    for part in (
+        "did you mean train.prompts_per_step?",
+        "seed: found -1",
+        "b1: found 3",
+        "'nonsense'",
+    ):
         assert part in joined
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from corl_jax.convert.__main__ import run
 from corl_jax.errors import InputError
-from corl_jax.plan import __main__ as plan
+from corl_jax.plan.command import find_sizes
 from corl_jax.policies import inspect_policy
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.rewards import networks
@@ -203,7 +203,7 @@ def write_adapter(folder, base: object = "someone/model") -> None:
         lambda place: open_checkpoint(place, KINDS["bert"]),
         lambda place: open_checkpoint(place / "adapter_model.safetensors", KINDS["clip"]),
         lambda place: convert(place, place.parent / "out", KIND, layout="jax"),
-        lambda place: plan.find_sizes(str(place), None),
+        lambda place: find_sizes(str(place), None),
         lambda place: networks._find_weights("bert", str(place)),
     ],
 )

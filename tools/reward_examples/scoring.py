@@ -15,7 +15,7 @@ from corl_jax.policies import load_policy
 from corl_jax.rewards import cycle, networks, registry, text
 from corl_jax.rewards import policy as asking
 from corl_jax.rewards.samples import Context, Samples, read_class_questions
-from corl_jax.score import read_cases
+from corl_jax.score.command import read_cases
 from corl_jax.tasks import IMAGES
 from tools.reward_examples import cases
 

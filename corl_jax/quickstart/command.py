@@ -1,16 +1,7 @@
-"""Trains a very small model in minutes on a CPU: data, training, evaluation and export.
-
-    python -m corl_jax.quickstart [--out runs/quickstart] [key=value ...]
-
-Converts the nano Janus of this package, makes rows for training and others for evaluation, runs
-unified GRPO with evaluations, and exports the result for PyTorch. Each step is a command that is
-printed before it runs; the same commands train a large model. Run it in the root of the repository,
-where configs/ is. A second run continues where the first one stopped. The training reads key=value.
-"""
+"""Runs the commands of the quickstart one after the other, and sums up what came out."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import shlex
@@ -24,34 +15,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from corl_jax.assets import NANO_JANUS
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
-from corl_jax.errors import InputError, exit_on_input_error
-from corl_jax.input_files import parse_path
+from corl_jax.config.shipped import find_config
+from corl_jax.errors import InputError
 from corl_jax.runs import pictures
 from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.log import read_lines
 
-PACKAGE = Path(__file__).resolve().parent
-CONFIG = Path("configs") / "quickstart.yaml"
+CONFIG = "quickstart"
 WORLD = "small"
 # Fresh seeds: neither was used when the options of configs/quickstart.yaml were chosen.
 TRAIN_SEED, TEST_SEED = 21, 22
 
 
-@exit_on_input_error
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="corl-jax quickstart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=parse_path, default=Path("runs/quickstart"), metavar="DIR")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")
-    args = parser.parse_intermixed_args(argv)
-    work = Work(args.out, find_config(), args.overrides)
+def run_quickstart(out: Path, overrides: Sequence[str]) -> None:
+    """Runs what is not done yet in `out`, and prints what came out.
+
+    Raises:
+        InputError: an override is wrong, or the run is too short to compare anything.
+    """
+    work = Work(out, overrides)
     for title, command, result in work.list_steps():
         if result is not None and result.exists():
             print_title(f"{title}: {result} is there already")
@@ -66,7 +50,6 @@ class Work:
     """The folders of a quickstart and the commands that fill them."""
 
     out: Path
-    config: Path
     overrides: Sequence[str] = ()
 
     @property
@@ -95,7 +78,7 @@ class Work:
             "eval.path": self.test_data,
         }
         named = [f"{key}={path}" for key, path in paths.items()]
-        return ["--config", str(self.config), *named, *self.overrides]
+        return [CONFIG, *named, *self.overrides]
 
     def list_steps(self) -> list[tuple[str, list[str], Path | None]]:
         """Returns (title, command, what it makes) of each step.
@@ -103,22 +86,20 @@ class Work:
         Raises: InputError for overrides that make no config.
         """
         # The training has no result in the list: its command resumes by itself.
-        config = config_files.load(self.config, self.training[2:])
+        config = config_files.load(find_config(CONFIG), self.training[1:])
         draw_train = draw_rows(self.train_data, num_train_rows(config), TRAIN_SEED, "train")
         draw_test = draw_rows(self.test_data, config.eval.rows, TEST_SEED, "test")
         return [
             (
                 "1. The nano Janus, from transformers' layout to ours",
-                make_command(
-                    "tools.convert_weights", "to-jax", shorten_path(NANO_JANUS), self.model
-                ),
+                make_command("convert", "to-jax", "nano", self.model),
                 self.model,
             ),
             ("2. Rows to train on, each used once", draw_train, self.train_data),
             ("3. Held-out rows, with demands that no training row has", draw_test, self.test_data),
             (
                 "4. Unified GRPO, with evaluations on the held-out rows, and the export",
-                make_command("corl_jax.train", *self.training),
+                make_command("train", *self.training),
                 None,
             ),
         ]
@@ -140,22 +121,7 @@ def num_train_rows(config: Config) -> int:
 def draw_rows(out: Path, rows: int, seed: int, split: str) -> list[str]:
     """Returns the command that writes rows of the small drawn world."""
     numbers = ["--rows", rows, "--seed", seed, "--split", split]
-    return make_command("corl_jax.data.drawn_world", "--world", WORLD, "--out", out, *numbers)
-
-
-def find_config() -> Path:
-    """Returns configs/quickstart.yaml of the working directory, or of this package's clone.
-
-    Raises:
-        InputError: it is in neither, as after an installation from a wheel.
-    """
-    for root in (Path(), PACKAGE.parent):
-        if (root / CONFIG).is_file():
-            return shorten_path(root / CONFIG)
-    raise InputError(
-        f"{CONFIG}: not found in {Path.cwd()} nor in {PACKAGE.parent}; clone the repository and "
-        "run this command in its root"
-    )
+    return make_command("data", "--world", WORLD, "--out", out, *numbers)
 
 
 def shorten_path(path: Path) -> Path:
@@ -164,10 +130,10 @@ def shorten_path(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def make_command(module: str, *arguments: Any) -> list[str]:
-    """Returns the command that runs a module with this Python."""
+def make_command(name: str, *arguments: Any) -> list[str]:
+    """Returns the command that runs `corl-jax NAME` with this Python."""
     # Links are not followed: the python of a virtual environment is a link to the system's.
-    return [str(shorten_path(Path(sys.executable))), "-m", module, *map(str, arguments)]
+    return [str(shorten_path(Path(sys.executable))), "-m", "corl_jax", name, *map(str, arguments)]
 
 
 def print_title(text: str) -> None:
@@ -299,7 +265,3 @@ def list_places(work: Work, picture: Path) -> list[str]:
         "curves, and what to try next": "the commands that the training printed last, above",
     }
     return [f"{label:28}{place}" for label, place in places.items()]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,174 @@
+"""Runs `corl-jax plan`: compiles the programs of a config and prints what they need."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import jax
+
+from corl_jax.config.schema import Config
+from corl_jax.data.columns import IMAGE_COLUMN
+from corl_jax.devices import startup
+from corl_jax.errors import InputError
+from corl_jax.input_files import expand_path
+from corl_jax.plan import chips, programs, tables
+from corl_jax.policies import FAMILIES, find_family
+from corl_jax.policies.family import Family, Limits
+from corl_jax.tasks import TASKS
+from corl_jax.train import resolve
+from corl_jax.train.check import PROMPT_OPTIONS, get_completion_length
+from corl_jax.train.stages import STAGES
+from corl_jax.types import DTYPES, Sizes
+from corl_jax.weights.checkpoint import load_config
+from corl_jax.weights.folders import refuse_adapter
+
+PRESETS: dict[str, tuple[Family, Sizes]] = {
+    name: (family, sizes) for family in FAMILIES.values() for name, sizes in family.presets.items()
+}
+"""Published sizes by name."""
+DOES_NOT_FIT_EXIT_CODE = 1
+
+
+def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
+    """Returns the sizes of a preset, of a directory's config.json, or of the preset in a name.
+
+    Raises:
+        InputError: none of them says what the model is.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"--model: found {preset!r}; expected one of {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    folder = Path(expand_path(path))
+    refuse_adapter(folder)
+    if (folder / "config.json").is_file():
+        family = find_family(folder)
+        return family, load_config(folder, family.kind)
+    # deepseek-ai/Janus-Pro-1B and a folder my_janus_pro_1b both name janus-pro-1b.
+    plain = path.lower().replace("_", "-")
+    named = next((name for name in PRESETS if name in plain), None)
+    if named is None:
+        raise InputError(
+            f"model.path: found {path!r}, which is no directory with a config.json and names none "
+            f"of {', '.join(PRESETS)}; give one by --model"
+        )
+    return PRESETS[named]
+
+
+def resolve_prompt_lengths(
+    args: argparse.Namespace, config: Config, limits: Limits, bucket: int
+) -> dict[str, int]:
+    """Returns the padded length of each task's longest prompt in tokens.
+
+    Raises:
+        InputError: a length that the config or the model does not allow.
+    """
+    limit, problems = config.data.max_prompt_length, []
+    lengths = {}
+    for task, option in PROMPT_OPTIONS.items():
+        tokens = getattr(args, option.removeprefix("--").replace("-", "_"))
+        tokens = limit if tokens is None else tokens
+        # An image stands between a begin and an end token.
+        shortest = limits.input_image_tokens + 2 if IMAGE_COLUMN in TASKS[task].columns else 1
+        if not shortest <= tokens <= limit:
+            problems.append(
+                f"{option}: found {tokens}; expected {shortest} to data.max_prompt_length, {limit}"
+            )
+        # bucket = 32: 40 tokens -> 64
+        lengths[task] = math.ceil(tokens / bucket) * bucket
+    if problems:
+        raise InputError(problems)
+    return lengths
+
+
+def select_programs(
+    planned: list[programs.Program], names: list[str] | None
+) -> list[programs.Program]:
+    """Returns the programs whose name starts with one of `names`; None selects all.
+
+    Raises:
+        InputError: no program of this config has a name.
+    """
+    if names is None:
+        return planned
+    known = [program.name for program in planned]
+    unknown = [name for name in names if not any(program.startswith(name) for program in known)]
+    if unknown:
+        raise InputError(
+            f"--only: found {', '.join(unknown)}; this config's programs are {', '.join(known)}"
+        )
+    return [program for program in planned if program.name.startswith(tuple(names))]
+
+
+def find_devices(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
+    """Returns the devices of a topology and their chip; `hbm` in GiB replaces its memory."""
+    if topology == "local":
+        startup.start_devices()
+    devices, chip = (
+        chips.find_local_chip() if topology == "local" else chips.describe_slice(topology)
+    )
+    return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
+
+
+def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+    """Returns the lines about model, devices and iteration."""
+    config, shapes = outline.config, outline.family.abstract(outline.sizes)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    train, rollout = config.train, config.rollout
+    tasks = ", ".join(
+        f"{task} {lengths[task]} + {get_completion_length(outline, task)} tokens"
+        for task in outline.tasks
+    )
+    at_once = rollout.batch_prompts or train.prompts_per_step
+    return "\n".join([
+        f"model: {count:,} parameters, {config.model.dtype} compute",
+        f"devices: {outline.mesh.size} x {chip.name}, mesh {dict(outline.mesh.shape)}",
+        f"iteration: {train.prompts_per_step} prompts x {rollout.group_size} completions in "
+        f"{outline.micro_batches} micro-batch(es), {at_once} prompts sampled at once; {tasks}",
+    ])  # fmt: skip
+
+
+def run_plan(args: argparse.Namespace, config: Config) -> None:
+    """Prints memory, cost and time; ends with DOES_NOT_FIT_EXIT_CODE if it does not fit.
+
+    Raises:
+        InputError: the config does not fit the arguments, or one of them is wrong.
+    """
+    startup.check_jax_settings()
+    if args.topology != "local":
+        # Otherwise libtpu would look for chips on this machine.
+        jax.config.update("jax_platforms", "cpu")
+    if not STAGES[config.stage].samples:
+        sampling = ", ".join(name for name, stage in STAGES.items() if stage.samples)
+        raise InputError(
+            f"stage: found {config.stage}; expected one that samples completions: {sampling}"
+        )
+    family, sizes = find_sizes(config.model.path, args.model)
+    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), family.prompt_bucket)
+    devices, chip = find_devices(args.topology, args.hbm)
+    outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
+    print(format_heading(outline, chip, lengths), flush=True)
+    compiled, reserve = [], args.reserve * chips.GIB
+    # Outside of the mesh: helper computations run on this machine, not on absent devices.
+    resident, planned = programs.make_programs(outline, lengths, DTYPES[args.stored])
+    planned = select_programs(planned, args.only)
+    print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)
+    if reason := tables.explain_overflow(resident, chip, reserve):
+        print(f"  {reason}")
+        sys.exit(DOES_NOT_FIT_EXIT_CODE)
+    with jax.set_mesh(outline.mesh):
+        for program in planned:
+            print(f"compiling: {program.name}", file=sys.stderr, flush=True)
+            compiled.append(tables.compile_program(program, resident))
+    for part in (
+        tables.format_memory_table(compiled, chip, reserve),
+        tables.format_cost_table(compiled, chip),
+        tables.format_iteration(compiled, chip),
+    ):
+        print(f"\n{part}")
+    if tables.fits(compiled, chip, reserve) is False:
+        sys.exit(DOES_NOT_FIT_EXIT_CODE)

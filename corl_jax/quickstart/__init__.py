@@ -1,0 +1,1 @@
+"""The first command: trains a very small model and shows what it learned."""

@@ -1,0 +1,1 @@
+"""The command that scores the cases of a file with a reward."""
