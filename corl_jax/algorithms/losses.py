@@ -23,6 +23,9 @@ SumAndCount = tuple[jax.Array, jax.Array]
 # advantage of zero would be NaN; beyond the bound the gradient is zero.
 MAX_LOG_RATIO = 20.0
 
+NUM_RATIO_BINS, RATIO_RANGE = 50, (0.5, 1.5)
+"""Bins of the histogram of importance ratios; the outer bins also hold what is beyond them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
@@ -165,6 +168,43 @@ def logprob_difference(
     difference = jnp.where(mask, sampler_logprobs, 0.0) - jnp.where(mask, trainer_logprobs, 0.0)
     difference = jax.lax.stop_gradient(jnp.abs(difference))
     return *_sum_over_tokens(difference, mask), difference.max(initial=0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImportanceRatio:
+    """Statistics of exp(trainer - sampler) over kept tokens. `mean` and `shares` add up."""
+
+    mean: SumAndCount
+    shares: SumAndCount  # tokens of each bin [NUM_RATIO_BINS], and of all bins
+    smallest: jax.Array  # infinite without tokens
+    largest: jax.Array  # 0 without tokens
+
+
+def measure_importance_ratio(
+    sampler_logprobs: jax.Array, trainer_logprobs: jax.Array, mask: jax.Array
+) -> ImportanceRatio:
+    """Measures the probability of each kept token under the trainer over that under the sampler.
+
+    All arrays are [N, T]. The ratio is 1 where both agree. Source: metric names of TRL.
+    """
+    mask = jnp.asarray(mask, bool)
+    log_ratio = jnp.where(mask, trainer_logprobs, 0.0) - jnp.where(mask, sampler_logprobs, 0.0)
+    log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    ratio = jnp.exp(log_ratio)
+    # Comparisons with the inner edges, because a scatter-add into bins is slow on accelerators.
+    # Edges 1, 2 and ratios 0.5, 1.5, 1.7: below [1, 3], and with 0 and all [0, 1, 3, 3], whose
+    # differences are the bins [1, 2, 0].
+    inner_edges = jnp.linspace(*RATIO_RANGE, NUM_RATIO_BINS + 1)[1:-1]
+    is_below = mask[..., None] & (ratio[..., None] < inner_edges)
+    below = is_below.sum(axis=(0, 1)).astype(jnp.float32)
+    total, tokens = _sum_over_tokens(ratio, mask)
+    bins = jnp.diff(below, prepend=0.0, append=tokens)
+    return ImportanceRatio(
+        mean=(total, tokens), shares=(bins, tokens),
+        smallest=jnp.where(mask, ratio, jnp.inf).min(initial=jnp.inf),
+        largest=jnp.where(mask, ratio, 0.0).max(initial=0.0),
+    )  # fmt: skip
 
 
 def _compute_log_ratio(

@@ -225,6 +225,7 @@ def check_options_together(config: Config) -> None:
     _check_processes(config, problems)
     _check_places(config, problems)
     _check_adapters(config, problems)
+    _check_trackers(config, problems)
     if config.train.max_steps:
         with problems.collect():
             check_warmup(config, config.train.max_steps)
@@ -333,6 +334,16 @@ def _check_places(config: Config, problems: Problems) -> None:
             f"checkpoint.directory: found {directory!r}, but no installed package lists a bucket; "
             "run `pip install 'corl-jax[gcs]'`"
         )
+
+
+def _check_trackers(config: Config, problems: Problems) -> None:
+    for name in config.log.trackers:
+        # tensorboardX is a dependency, and writes the files that TensorBoard reads.
+        if name != "tensorboard" and not importlib.util.find_spec(name):
+            problems.add(
+                f"log.trackers: found {name}, but its package is not installed; run "
+                f"`pip install 'corl-jax[{name}]'`, or leave it out"
+            )
 
 
 def _check_adapters(config: Config, problems: Problems) -> None:

@@ -433,7 +433,16 @@ class Log(Section):
     """What the run logs, and how often."""
 
     every: Positive = option(1, "Steps between lines of metrics.")
-    images_every: NonNegative = option(50, "Steps between image grids. 0: no grids.")
+    images_every: NonNegative = option(
+        50, "Steps between image grids, tables of answers and histograms. 0: none."
+    )
+    samples_every: NonNegative = option(
+        50, "Steps between files of all completions of a step with their rewards. 0: no files."
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=["tensorboard"],
+        description="Where metrics, images and texts go beside metrics.jsonl.",
+    )
 
 
 class Compat(Section):

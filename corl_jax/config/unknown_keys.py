@@ -108,7 +108,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Name of an option in another library -> our options for it. Without one, none is suggested."""
 REMEDIES = {
-    "report_to": "metrics are in metrics.jsonl and TensorBoard files of output_dir",
+    "report_to": "metrics are in metrics.jsonl of output_dir; log.trackers names other places",
     "resume_from_checkpoint": "the same command again resumes its run",
 }
 """Name of an option in another library -> what to do without one."""

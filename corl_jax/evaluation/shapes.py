@@ -33,7 +33,7 @@ TASKS = tasks.UNIFIED
 COLUMNS = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
 ACCURACIES = ("draw/accuracy", "answer/accuracy")
 PROMPT_LINES = 3  # below an image
-PASS, FAIL = ("pass", (20, 120, 50)), ("fail", (190, 30, 30))
+PASS, FAIL = ("pass", pictures.GOOD), ("fail", pictures.BAD)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
 from corl_jax.runs import pictures
 from corl_jax.runs.directory import RunDir, to_json
-from corl_jax.runs.log import read_lines
+from corl_jax.runs.json_lines import read_lines
 
 CONFIG = "quickstart"
 WORLD = "small"

@@ -7,6 +7,7 @@ saved.json             the newest step that was reported as saved, and where
 tensorboard/           event files
 checkpoints/           one directory per finished step; STEP.corrupt-N is a damaged one
 images/                grids of fixed prompts
+samples/               completions of a step with their rewards, as Parquet
 export/                the final model; its corl_jax_export.json has the step
 summary.json           steps, seconds, first and last evaluation
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
@@ -39,7 +40,7 @@ from corl_jax.runs.locking import lock_directory
 
 RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
-    "export", "summary.json",
+    "samples", "export", "summary.json",
 )  # fmt: skip
 
 
@@ -68,6 +69,10 @@ class RunDir:
     @property
     def images(self) -> Path:
         return self.path("images")
+
+    @property
+    def samples(self) -> Path:
+        return self.path("samples")
 
     @property
     def export(self) -> Path:
@@ -193,8 +198,9 @@ def open_run_directory(
         _require_same_run(run, config, allow_changes)
         try:
             # A killed process leaves these parts of files; under the lock nobody else writes them.
-            for leftover in (*run.root.glob(".*.tmp"), *run.images.glob(".*.tmp")):
-                leftover.unlink()
+            for folder in (run.root, run.images, run.samples):
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink()
             for leftover in run.root.glob(".*.partial"):  # of an export
                 shutil.rmtree(leftover)
             # The process was killed between moving the old export away and the new one in.

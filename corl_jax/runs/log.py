@@ -1,4 +1,4 @@
-"""Logs the numbers of a run: to JSON lines, TensorBoard and the console.
+"""Logs the numbers of a run: to JSON lines, the console, TensorBoard and other trackers.
 
 Only the first process writes. A resumed run continues its files as if it had never stopped:
 what was logged after the restored step is dropped from `metrics.jsonl` and hidden in TensorBoard.
@@ -8,31 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
 
-from corl_jax.atomic_files import replace_file
 from corl_jax.devices import processes
 from corl_jax.metrics import Metric
 from corl_jax.runs.append_log import AppendLog
-from corl_jax.runs.directory import RunDir, to_json
+from corl_jax.runs.directory import RunDir
 from corl_jax.runs.guards import Guards
+from corl_jax.runs.json_lines import JsonLines
 from corl_jax.runs.pace import (
     COMPILE_SECONDS,
     COMPILING,
-    EVALUATION,
     STEP_SECONDS,
     Pace,
     StepClock,
 )
-from corl_jax.runs.tensorboard import EventFile
+from corl_jax.runs.tensorboard import EventFile, Layout
+from corl_jax.runs.terminal import Console
+from corl_jax.runs.trackers import (
+    TENSORBOARD,
+    TRACKERS,
+    Description,
+    Tracker,
+    read_run_id,
+)
 
 REDUCTIONS = {"mean": np.mean, "sum": np.sum, "max": np.max}
 """How the numbers of all processes become one."""
@@ -66,7 +70,8 @@ class StepLog:
     check: Callable[[int, Any], None]  # (step, result); called after each step
     # (step, result, seconds by metric) -> all numbers to log, but for those of the guards
     describe: Callable[[int, Any, dict[str, float]], dict[str, float]]
-    show: Callable[[int, Any], None]  # (step, result); what is not a number
+    # (step, result) -> whether it took time; called after each step, for what is not a number
+    show: Callable[[int, Any], bool]
     _unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)
     _is_first: bool = True  # of this process
 
@@ -88,6 +93,7 @@ class StepLog:
             self._report_first(seconds)
         self._unlogged.append(seconds)
         if step % self.every and step != self.last_step:
+            self._show(step, result)
             return
         means = {n: statistics.fmean(row[n] for row in self._unlogged) for n in seconds}
         self._unlogged.clear()
@@ -95,8 +101,12 @@ class StepLog:
         alarms, lines = self.guards.check_logged(step, values, step == self.last_step)
         self.log.add_metrics(step, values | alarms)
         # Shown before alarms are raised: a fatal one ends the run, and these values explain it.
-        self.show(step, result)
+        self._show(step, result)
         self.log.raise_alarms(self.guards, lines)
+
+    def _show(self, step: int, result: Any) -> None:
+        if self.show(step, result):
+            self.clock.restart()  # the next step's time is without it
 
     def _report_first(self, seconds: Mapping[str, float]) -> None:
         """Prints how long the first step has compiled; its log line may come many steps later."""
@@ -107,7 +117,7 @@ class StepLog:
 
 
 class RunLog:
-    """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
+    """Writes each logged step to `metrics.jsonl`, the console, TensorBoard and other trackers.
 
     Without `primary` it does nothing.
     """
@@ -122,13 +132,20 @@ class RunLog:
         resumed_lines: int | None = None,
         *,
         headline: Mapping[str, str] | None = None,
+        quiet: Sequence[str] = (),
+        rename: Callable[[str], str] = str,
+        trackers: Sequence[str] = (TENSORBOARD,),
+        config: Mapping[str, Any] | None = None,
         pace: Pace | None = None,
     ):
         """`resumed_at`: the restored step; None for a run from its beginning.
 
         `resumed_lines`: how many lines had been logged when that step was saved.
         `headline`: the metrics that the console shows -> how it shows NaN. A line without any of
-        them is shown whole.
+        them is shown whole. `quiet`: prefixes of metrics that TensorBoard shows only after the
+        first value of the run that is not 0. `rename`: returns the name of a metric there.
+        `trackers`: names of `TRACKERS` or `tensorboard`,
+        which are told the `config`.
 
         Raises:
             InputError: tensorboardX is not installed.
@@ -136,20 +153,42 @@ class RunLog:
         self.primary, self.pace = primary, pace or Pace()
         self._failing: set[str] = set()
         self._announced: set[str] = set()
+        self._quiet, self._rename = tuple(quiet), rename
+        self.needs_layout = primary  # until `add_layout`
         if not primary:
             return
         self._console = Console(
             resumed_at or 0, total_steps, stream or sys.stderr, self.pace, headline or {}
         )
         self._lines = JsonLines(run.metrics, resumed_at, resumed_lines)
-        self._events = EventFile(run.tensorboard, resumed_at)
-        with self.tolerate_disk_errors("tensorboard"):
-            self._events.start()
+        self._trackers: dict[str, Tracker] = {}
+        self._events = EventFile(run.tensorboard, resumed_at) if TENSORBOARD in trackers else None
+        if self._events is not None:
+            with self.tolerate_disk_errors(TENSORBOARD):
+                self._events.start()
+        self._open_trackers(
+            run, [x for x in trackers if x != TENSORBOARD], resumed_at, config or {}
+        )
+
+    def _open_trackers(
+        self, run: RunDir, names: Sequence[str], resumed_at: int | None, config: Mapping[str, Any]
+    ) -> None:
+        """Starts or continues the run in trackers; one that fails is left out, with a warning."""
+        for name in names:
+            with self._tolerate_tracker_errors(name):
+                run_id = read_run_id(run.root, resumed_at is not None)
+                description = Description(run.root.absolute().name, run.root, config, run_id)
+                self._trackers[name] = TRACKERS[name](description)
 
     @property
     def num_lines(self) -> int:
         """Number of lines of `metrics.jsonl`, those included that wait until a disk has room."""
         return self._lines.count if self.primary else 0
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all metrics that the run has logged, also in earlier processes."""
+        return set(self._lines.peaks) if self.primary else set()
 
     def add_metrics(
         self, step: int, values: Mapping[str, Any], is_evaluation: bool = False
@@ -164,22 +203,53 @@ class RunLog:
         numbers = {name: float(value) for name, value in values.items()}
         with self.tolerate_disk_errors("metrics.jsonl"):
             self._lines.write(step, numbers)
-        with self.tolerate_disk_errors("tensorboard"):
-            self._events.add_scalars(step, numbers)
+        self._tell("add_scalars", step, self._choose_shown(numbers))
         with _tolerate_console_errors():
             self._console.add_metrics(step, numbers, is_evaluation)
 
+    def _choose_shown(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Returns the numbers without the quiet ones that have been 0 in the whole run."""
+        return {
+            self._rename(name): number
+            for name, number in numbers.items()
+            if self._lines.peaks[name] or not name.startswith(self._quiet)
+        }
+
     def add_image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Logs an image [H, W, 3] uint8 to TensorBoard."""
-        if self.primary:
-            with self.tolerate_disk_errors("tensorboard"):
-                self._events.add_image(step, name, pixels)
+        """Logs an image [H, W, 3] uint8 to TensorBoard and other trackers."""
+        self._tell("add_image", step, name, pixels)
 
     def add_text(self, step: int, name: str, markdown: str) -> None:
-        """Logs a text or table in markdown to TensorBoard."""
-        if self.primary:
-            with self.tolerate_disk_errors("tensorboard"):
-                self._events.add_text(step, name, markdown)
+        """Logs a text or table in markdown to TensorBoard and other trackers."""
+        self._tell("add_text", step, name, markdown)
+
+    def add_histogram(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        """Logs a histogram to trackers: `counts` [bins] between `edges` [bins + 1]."""
+        self._tell("add_histogram", step, name, counts, edges)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Calls a method of TensorBoard's event file and of all other trackers."""
+        if not self.primary:
+            return
+        if self._events is not None:
+            with self.tolerate_disk_errors(TENSORBOARD):
+                getattr(self._events, method)(*arguments)
+        for name, tracker in self._trackers.items():
+            with self._tolerate_tracker_errors(name):
+                getattr(tracker, method)(*arguments)
+
+    def add_layout(self, step: int, layout: Layout) -> None:
+        """Logs which metrics TensorBoard shows together."""
+        self.needs_layout = False
+        if self.primary and self._events is not None:
+            with self.tolerate_disk_errors(TENSORBOARD):
+                self._events.add_layout(step, layout)
+
+    def add_hparams(self, step: int, options: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """Logs the options and the metrics by which TensorBoard compares runs."""
+        if self.primary and self._events is not None:
+            with self.tolerate_disk_errors(TENSORBOARD):
+                self._events.add_hparams(step, options, metrics)
 
     def raise_alarms(self, guards: Guards, lines: Sequence[str]) -> None:
         """Prints the alarms that begin; raises GuardError if one of them is fatal."""
@@ -223,13 +293,27 @@ class RunLog:
             self._failing.discard(what)
             self.say(f"{what}: can be written again")
 
+    @contextlib.contextmanager
+    def _tolerate_tracker_errors(self, name: str) -> Iterator[None]:
+        """Prints an error of a tracker's package once, and continues."""
+        try:
+            yield
+        except Exception as error:  # of a network, an account, or the package itself
+            if name not in self._failing:
+                self._failing.add(name)
+                text = str(error).strip() or type(error).__name__
+                self.say(f"warning: {name}: {text}; training continues without what it has missed")
+
     def close(self) -> None:
         """Ends the bar and closes all files; one that fails does not keep the others open."""
         if not self.primary:
             return
         with contextlib.ExitStack() as ends:
             ends.callback(self._close_console)
-            ends.callback(self._close_records, "tensorboard", self._events.records)
+            if self._events is not None:
+                ends.callback(self._close_records, TENSORBOARD, self._events.records)
+            for name in self._trackers:
+                ends.callback(self._close_tracker, name)
             ends.callback(self._close_records, "metrics.jsonl", self._lines.records)
 
     def _close_records(self, what: str, records: AppendLog) -> None:
@@ -237,6 +321,10 @@ class RunLog:
             records.close()
         if lost := records.waiting + records.lost:
             self.say(f"warning: {what}: {lost} record(s) are lost, because there was no room")
+
+    def _close_tracker(self, name: str) -> None:
+        with self._tolerate_tracker_errors(name):
+            self._trackers[name].close()
 
     def _close_console(self) -> None:
         with _tolerate_console_errors():
@@ -249,134 +337,7 @@ class RunLog:
         self.close()
 
 
-class JsonLines:
-    """Writes `metrics.jsonl`: a line for each logged step, an object of `step` and the metrics."""
-
-    def __init__(self, path: Path, resumed_at: int | None, resumed_lines: int | None = None):
-        """Drops the lines that were logged after the checkpoint of step `resumed_at`.
-
-        The half line that a killed process leaves is dropped too.
-        """
-        # Lines of the same step that came after the save, such as an evaluation, are logged again.
-        limit = math.inf if resumed_lines is None else resumed_lines
-        self.count = 0
-        with replace_file(path) as file:
-            for line, record in read_lines(path):
-                if resumed_at is not None and record["step"] <= resumed_at and self.count < limit:
-                    file.write(line)
-                    self.count += 1
-        self.records = AppendLog(path)
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes a line.
-
-        Raises:
-            OSError: it could not be written now, and is written before the next one.
-        """
-        record = to_json({"step": int(step), **numbers})
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        before = self.records.lost
-        try:
-            self.records.add(line)  # unbuffered: a kill loses no finished line
-        finally:
-            # A record that waits counts: it is written later. A lost one does not.
-            self.count += self.records.lost == before
-
-
-def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields (line, record) of every whole line of a metrics file; nothing without a file."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # cut off by a kill
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield line.rstrip(b"\n") + b"\n", record
-
-
 def _tolerate_console_errors() -> contextlib.suppress:
     """Ignores an OSError of the console."""
     # The console may be a file on a full disk, and there is no other place to report to.
     return contextlib.suppress(OSError)
-
-
-def format_duration(seconds: float) -> str:
-    """Returns seconds as hours:minutes:seconds."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def _format_metric(name: str, number: float, nan: str) -> str:
-    return f"{name} {nan if math.isnan(number) else format(number, '.4g')}"
-
-
-class Console:
-    """Shows a progress bar on a terminal, and a line per step elsewhere."""
-
-    def __init__(
-        self,
-        first_step: int,
-        total_steps: int | None,
-        stream: TextIO,
-        pace: Pace,
-        headline: Mapping[str, str],
-    ):
-        self._stream, self._total, self._pace = stream, total_steps, pace
-        self._headline = headline
-        self._bar: Any = None
-        if stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True,
-                # Without tqdm's own time left, whose mean includes compilation and evaluations.
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            )  # fmt: skip
-
-    def add_metrics(self, step: int, numbers: Mapping[str, float], is_evaluation: bool) -> None:
-        """Shows the headline of a step; shows all metrics if the line has none of the headline."""
-        shown = {name: numbers[name] for name in self._headline if name in numbers}
-        # NaN would look like an overflow where a reward applies to nothing.
-        absent = "none" if is_evaluation else "nan"
-        texts = [
-            _format_metric(name, number, self._headline.get(name, absent))
-            for name, number in (shown or numbers).items()
-        ]
-        texts += self._describe_pace(step, EVALUATION if is_evaluation else "")
-        line = "  ".join([self._describe_position(step), *texts])
-        if self._bar is None:
-            self.say(line)
-            return
-        if shown and not is_evaluation:
-            self._bar.set_postfix_str("  ".join(texts), refresh=False)
-        else:  # it stays on the screen
-            self.say(line)
-        self._bar.update(step - self._bar.n)
-
-    def say(self, message: str) -> None:
-        """Prints a line."""
-        if self._bar is None:
-            print(message, file=self._stream, flush=True)
-        else:
-            self._bar.write(message, file=self._stream)
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _describe_position(self, step: int) -> str:
-        return f"step {step}" if self._total is None else f"step {step}/{self._total}"
-
-    def _describe_pace(self, step: int, after: str) -> list[str]:
-        """Returns seconds per step and to the end of the run; nothing after the first step."""
-        if self._pace.seconds_per_step is None:
-            return []
-        texts = [f"{self._pace.seconds_per_step:.3g} s/step"]
-        if self._total is not None:
-            left = self._pace.estimate_seconds_left(step, self._total, after=after)
-            texts.append(f"{format_duration(left or 0)} left")
-        return texts

@@ -12,6 +12,13 @@ from corl_jax.runs.saving import Saver
 from corl_jax.runs.watchdog import Watchdog
 
 
+@dataclasses.dataclass
+class Progress:
+    """Counts of the whole run, which are saved with its checkpoints."""
+
+    num_tokens: int = 0  # of prompts and completions
+
+
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """The places for the results of a run, and its guards."""
@@ -25,3 +32,4 @@ class Outputs:
     sources: str  # stamp of the files of weights that the run was built from
     began: float  # time.perf_counter() of the start, moved as if nothing had interrupted the run
     primary: bool = True
+    progress: Progress = dataclasses.field(default_factory=Progress)

@@ -23,6 +23,9 @@ FRAME = 3  # width of a frame; two fit between images
 HELD_OUT = "held_out"
 """Files `held_out_STEP.png` show images of an evaluation."""
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+GOOD, BAD = (20, 120, 50), (190, 30, 30)
+"""Colors of frames and texts: green and red."""
+TEXT_WIDTH = 260  # pixels of the texts beside an image
 
 Color = tuple[int, int, int]
 Rewards = Mapping[str, float]
@@ -77,11 +80,12 @@ def draw_samples(
     prompts: Sequence[str],
     rewards: Sequence[Sequence[Rewards]] | None = None,
     title: str = "",
+    frames: Sequence[Sequence[Color | None]] | None = None,
 ) -> np.ndarray:
     """Draws one row per prompt: the prompt, its samples, rewards below each. [H', W', 3] uint8.
 
     `images`: [rows, samples, H, W, 3] uint8. `rewards`: for each row and sample, name -> value;
-    NaN is shown as n/a.
+    NaN is shown as n/a. `frames`: for each row and sample the color of its frame and rewards.
     """
     num_rows, samples = images.shape[:2]
     if len(prompts) != num_rows or (
@@ -94,10 +98,40 @@ def draw_samples(
     rows = []
     for row in range(num_rows):
         texts = [format_rewards(rewards[row][s] if rewards else {}, width) for s in range(samples)]
-        lines = [[(line, FAINT) for line in text] for text in texts]
-        rows.append([Cell(images[row, s], lines[s]) for s in range(samples)])
+        colors = frames[row] if frames else [None] * samples
+        rows.append([
+            Cell(images[row, s], [(line, colors[s] or FAINT) for line in texts[s]], colors[s])
+            for s in range(samples)
+        ])  # fmt: skip
     page_width = samples * (width + MARGIN) - MARGIN
     return draw_page(rows, [wrap(prompt, page_width, max_lines=2) for prompt in prompts], title)
+
+
+def draw_notes(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, Color]]]]) -> np.ndarray:
+    """Draws one image [H, W, 3] per row, with lines of text on its right: [H', W', 3] uint8."""
+    sizes = [_compute_displayed_size(pixels) for pixels, _ in rows]
+    left = max(width for width, _ in sizes) + 2 * MARGIN
+    heights = [
+        max(height, len(lines) * LINE) for (_, height), (_, lines) in zip(sizes, rows, strict=True)
+    ]
+    height = MARGIN + sum(height + 2 * MARGIN for height in heights)
+    page = Image.new("RGB", (left + TEXT_WIDTH + MARGIN, height), PAPER)
+    pen, top = ImageDraw.Draw(page), MARGIN
+    for (pixels, lines), size, row_height in zip(rows, sizes, heights, strict=True):
+        image = Image.fromarray(np.asarray(pixels, np.uint8))
+        page.paste(image.resize(size, Image.Resampling.NEAREST), (MARGIN, top))
+        write_lines(pen, (left, top), lines)
+        top += row_height + 2 * MARGIN
+    return np.asarray(page)
+
+
+def shrink(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Returns an image as [H, W, 3] uint8, at most CELL pixels wide and high."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image, np.uint8))
+    image = image.convert("RGB")
+    image.thumbnail((CELL, CELL))
+    return np.asarray(image)
 
 
 def join_side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -122,22 +156,21 @@ def save_png(path: Path, pixels: np.ndarray) -> Path:
 def format_answers_table(
     questions: Sequence[str],
     answers: Sequence[str],
-    rewards: Sequence[Rewards],
+    numbers: Sequence[Mapping[str, float]],
     solutions: Sequence[str] | None = None,
     width: int = 300,
 ) -> str:
-    """Returns a markdown table with a row per answer and a column per reward.
+    """Returns a markdown table with a row per answer; its numbers share a column.
 
     Texts are cut to `width` characters, and escaped so that they cannot break the table.
     """
-    # In the order of first appearance; a row may lack the rewards that do not apply to it.
-    names = list(dict.fromkeys(name for row in rewards for name in row))
     columns = {"question": [escape_cell(text, width) for text in questions]}
-    columns["answer"] = [escape_cell(text, width) for text in answers]
     if solutions is not None:
         columns["solution"] = [escape_cell(text, width) for text in solutions]
-    for name in names:
-        columns[name] = [_format_number(row.get(name, math.nan)) for row in rewards]
+    columns["answer"] = [escape_cell(text, width) for text in answers]
+    # TensorBoard breaks the names of narrow columns within words.
+    texts = ["\n".join(f"{n} {_format_number(x)}" for n, x in row.items()) for row in numbers]
+    columns["numbers"] = [escape_cell(text, width) for text in texts]
     lines = [
         "| " + " | ".join(escape_cell(name, width) for name in columns) + " |",
         "|" + " --- |" * len(columns),

@@ -7,19 +7,33 @@ next event would wait for ever. So events are written here, where the caller han
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from corl_jax.errors import InputError
 from corl_jax.runs.append_log import AppendLog
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart of several metrics."""
+
+    # Multiline: regexes of whole names. Margin: a metric, its lower and its upper bound.
+    kind: Literal["Multiline", "Margin"]
+    names: tuple[str, ...]
+
+
+Layout = Mapping[str, Mapping[str, Chart]]
+"""Title of a group -> title of a chart -> chart."""
 
 
 class EventFile:
@@ -68,6 +82,35 @@ class EventFile:
     def add_text(self, step: int, name: str, markdown: str) -> None:
         """Adds a text."""
         self._add(step, [self._summary.text(name, markdown)])
+
+    def add_histogram(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        """Adds a histogram: `counts` [bins] between `edges` [bins + 1]."""
+        centers = (edges[:-1] + edges[1:]) / 2
+        # TensorBoard reads the lower end of the first bin from `min`.
+        histogram = self._summary.histogram_raw(
+            name, float(edges[0]), float(edges[-1]), float(counts.sum()),
+            float(counts @ centers), float(counts @ centers**2), edges[1:].tolist(),
+            counts.tolist(),
+        )  # fmt: skip
+        self._add(step, [histogram])
+
+    def add_layout(self, step: int, layout: Layout) -> None:
+        """Adds the charts of the tab Custom Scalars."""
+        charts = {}
+        for group, of_group in layout.items():
+            # TensorBoard 2.21 shows Margin charts after the others, the last one first.
+            lines = [title for title, chart in of_group.items() if chart.kind == "Multiline"]
+            margins = [title for title in of_group if title not in lines]
+            charts[group] = {
+                title: [of_group[title].kind, list(of_group[title].names)]
+                for title in [*lines, *reversed(margins)]
+            }
+        self._add(step, [self._summary.custom_scalars(charts)])
+
+    def add_hparams(self, step: int, options: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """Adds the options and metrics by which the tab HParams compares runs."""
+        summaries = self._summary.hparams(dict(options), dict.fromkeys(metrics))
+        self._add(step, list(summaries))
 
     def _add(self, step: int, summaries: list[Any]) -> None:
         self.records.add(

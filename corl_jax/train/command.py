@@ -18,7 +18,7 @@ from corl_jax.runs import export_record
 from corl_jax.runs.checkpoints import Checkpoints, Restored
 from corl_jax.runs.directory import RunDir, lock_checkpoints, open_run_directory
 from corl_jax.runs.log import RunLog, StepLog
-from corl_jax.runs.outputs import Outputs
+from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.runs.pace import Pace, Phases, StepClock
 from corl_jax.runs.saving import Saver
 from corl_jax.runs.signals import Interruption
@@ -27,6 +27,7 @@ from corl_jax.train import check
 from corl_jax.train.alarms import check_iteration, make_guards
 from corl_jax.train.banner import describe_resumption, describe_start
 from corl_jax.train.build import build
+from corl_jax.train.dashboard import rename_for_charts
 from corl_jax.train.ending import describe_end, describe_stop, is_finished, stamp_sources
 from corl_jax.train.loop import train
 from corl_jax.train.milestones import (
@@ -37,7 +38,7 @@ from corl_jax.train.milestones import (
     read_evaluation_seconds,
     run_due,
 )
-from corl_jax.train.reports import HEADLINE, describe_iteration, show_answers
+from corl_jax.train.reports import HEADLINE, QUIET, describe_iteration
 from corl_jax.train.resolve import ResolvedRun, resolve_run
 from corl_jax.train.resume import (
     fingerprint_untrained,
@@ -46,6 +47,7 @@ from corl_jax.train.resume import (
     resume,
 )
 from corl_jax.train.run import Iteration, Run
+from corl_jax.train.showing import show_iteration, show_run
 
 
 def run_config(
@@ -137,6 +139,7 @@ def run_steps(
         config, run, directory, checkpoints, fingerprint, sources, resumed
     ) as outputs:
         report_start(planned, resumed, outputs)
+        show_run(config, outputs.log, start)
         stop = min(run.steps, start + (config.train.stop_after or run.steps))
         reports = make_reports(config, run, outputs)
         left = range(start, stop)
@@ -178,7 +181,8 @@ def open_outputs(
     with (
         RunLog(
             directory, start or None, run.steps, primary, resumed_lines=meta.get("metric_lines"),
-            headline=HEADLINE, pace=pace,
+            headline=HEADLINE, quiet=QUIET, rename=rename_for_charts, trackers=config.log.trackers,
+            config=config.model_dump(mode="json"), pace=pace,
         ) as log,
         Watchdog(config.guards.step_timeout_s, stacks) as watchdog,
     ):  # fmt: skip
@@ -187,7 +191,10 @@ def open_outputs(
         )
         # As if the run had never stopped: the seconds of earlier processes lie before this start.
         began = time.perf_counter() - meta.get("seconds", 0.0)
-        yield Outputs(directory, log, guards, saver, watchdog, fingerprint, sources, began, primary)
+        yield Outputs(
+            directory, log, guards, saver, watchdog, fingerprint, sources, began, primary,
+            Progress(meta.get("num_tokens", 0)),
+        )  # fmt: skip
 
 
 def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
@@ -199,13 +206,15 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
         outputs.watchdog.beat(compiled=True)
         check_iteration(outputs.guards, step, iteration, is_last=step == run.steps)
         outputs.saver.poll()
+        if iteration.num_tokens is not None:
+            outputs.progress.num_tokens += int(iteration.num_tokens)
 
     return StepLog(
         outputs.log, outputs.guards, StepClock(run.phases, outputs.log.pace), config.log.every,
         run.steps,
         check=check_step,
-        describe=functools.partial(describe_iteration, config, run),
-        show=functools.partial(show_answers, config, run, outputs.log),
+        describe=functools.partial(describe_iteration, config, run, outputs.progress),
+        show=functools.partial(show_iteration, config, run, outputs),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.runs.directory import RunDir, list_differences
 from corl_jax.runs.export_record import is_up_to_date, read_record
-from corl_jax.runs.log import format_duration
+from corl_jax.runs.terminal import format_duration
 from corl_jax.tasks import image_tasks, text_tasks
 from corl_jax.train.banner import Row, align_rows, suggest_tensorboard
 from corl_jax.train.export import describe_sampling, make_record

@@ -30,7 +30,7 @@ from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
-from corl_jax.train.step import Batch, TaskBatch, TrainState
+from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, Rollout
 
 
@@ -61,8 +61,10 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     # Only the first update starts from the policy that sampled, so only its sampler-trainer
     # difference means anything.
     first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
-    lengths = describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
-    metrics = updates[-1] | first | to_metrics(stats | lengths)
+    numbers = describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
+    metrics = updates[-1] | first | to_metrics(stats | numbers.metrics)
+    # A histogram is no number of the log.
+    shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
     failed = {}
     for task, result in scored.items():
         metrics |= result.metrics
@@ -70,7 +72,10 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
             metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
             failed[f"{name} of {task}"] = share
     samples = {task: scored[task].samples for task in run.tasks}
-    return state, Iteration(metrics, samples, rewards, updates, failed)
+    return state, Iteration(
+        metrics, samples, rewards, updates, failed, advantages, numbers.lengths, shares,
+        numbers.num_tokens,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

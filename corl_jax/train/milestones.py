@@ -12,7 +12,7 @@ from corl_jax.config.schema import Config
 from corl_jax.errors import InputError, Preempted, SaveError
 from corl_jax.runs import same_files
 from corl_jax.runs.directory import RunDir, to_json
-from corl_jax.runs.log import read_lines
+from corl_jax.runs.json_lines import read_lines
 from corl_jax.runs.outputs import Outputs
 from corl_jax.runs.pace import EVALUATION
 from corl_jax.runs.signals import Interruption
@@ -20,6 +20,7 @@ from corl_jax.tasks import image_tasks
 from corl_jax.train import reports
 from corl_jax.train.export import refresh_export
 from corl_jax.train.run import Run
+from corl_jax.train.showing import SAMPLES
 from corl_jax.train.step import TrainState
 
 
@@ -40,7 +41,9 @@ def make_reports(config: Config, run: Run, outputs: Outputs) -> list[Milestone]:
     every = config.eval.every
 
     def are_images_due(step: int) -> bool:
-        return bool(image_tasks(run.tasks)) and reports.are_samples_due(config, run, step)
+        return bool(image_tasks(run.tasks)) and reports.are_samples_due(
+            config.log.images_every, run, step
+        )
 
     def is_evaluation_due(step: int) -> bool:
         return run.eval_loader is not None and (
@@ -132,6 +135,8 @@ def count_milestones(config: Config, run: Run, step: int) -> dict[str, int]:
     every = {"save": config.checkpoint.every}
     if image_tasks(run.tasks) and config.log.images_every:
         every["images"] = config.log.images_every
+    if run.rewards and config.log.samples_every:
+        every[SAMPLES] = config.log.samples_every
     if run.eval_loader is not None:
         every[EVALUATION] = config.eval.every
     return {name: count_due(number, step, run.steps) for name, number in every.items()}
@@ -166,6 +171,7 @@ def save_state(
         "working_directory": same_files.find_working_directory(),
         "weights": outputs.fingerprint(),
         "metric_lines": outputs.log.num_lines,
+        "num_tokens": outputs.progress.num_tokens,
         "unreported": unreported,
         "sources": outputs.sources,
         "saved_at": time.time(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +18,8 @@ from corl_jax.params import merge
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
 from corl_jax.runs import pictures
-from corl_jax.runs.log import RunLog, reduce_metrics
-from corl_jax.runs.outputs import Outputs
+from corl_jax.runs.log import reduce_metrics
+from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.tasks import TASKS, image_tasks, text_tasks
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.run import Iteration, Run, put_batch
@@ -26,9 +28,8 @@ from corl_jax.types import Params, Prompts
 
 FIXED_PROMPTS = 4
 """Prompts of an image grid."""
-TABLE_ROWS = 16
-"""Answers shown in the text table of an iteration."""
 SHEET_IMAGES, SHEET_COLUMNS = 36, 6  # of the image of an evaluation
+CARD_IMAGES, CARD_COLUMNS = 12, 3  # of the same in TensorBoard, so that it can be read on a card
 HEADLINE = {
     "loss": "nan", "reward": "none",
     **{f"{task}/reward": "none" for task in TASKS}, **{f"{task}/nll": "nan" for task in TASKS},
@@ -36,19 +37,28 @@ HEADLINE = {
     "grad_norm": "nan", "eval/draw/accuracy": "nan", "eval/answer/accuracy": "nan",
 }  # fmt: skip
 """Metric that the console shows of a step -> how it shows NaN. Missing metrics are left out."""
+QUIET = ("alarm/", "data/", "update/skipped")
+"""Prefixes of metrics that TensorBoard shows only once they are not 0."""
+CARD_SAMPLES = 3
+"""Images of a prompt that TensorBoard's grid shows, so that it can be read on a card."""
+GOOD_REWARD = 0.5
+"""An image is marked as good if the weighted mean of its rewards is above this."""
 
 
 # ---- the log of an iteration
 
 
 def describe_iteration(
-    config: Config, run: Run, step: int, iteration: Iteration, seconds: Mapping[str, float]
-) -> dict[str, float]:
+    config: Config, run: Run, progress: Progress, step: int, iteration: Iteration,
+    seconds: Mapping[str, float],
+) -> dict[str, float]:  # fmt: skip
     """Returns all numbers of an iteration, after which `step` are done; `seconds` by metric."""
     values = {**reduce_metrics(iteration.metrics), **seconds}
     # The schedule counts updates from 0, so the newest one has the number of applied updates less
     # 1.
     values["learning_rate"] = float(run.schedule(max(values["update/applied"] - 1, 0)))
+    if iteration.num_tokens is not None:
+        values["num_tokens"] = progress.num_tokens
     values["epoch"] = step / run.train_loader.steps_per_epoch
     # Each process reads only its rows, so the unusable ones are collected before they are counted.
     run.train_loader.share_unusable(processes.all_union)
@@ -64,28 +74,9 @@ def describe_iteration(
     return values
 
 
-def are_samples_due(config: Config, run: Run, step: int) -> bool:
-    """Returns whether the log shows samples after `step` steps."""
-    every = config.log.images_every
+def are_samples_due(every: int, run: Run, step: int) -> bool:
+    """Returns whether samples are shown after `step` steps; `every` 0: never."""
     return bool(every) and (step % every == 0 or step == run.steps)
-
-
-def show_answers(config: Config, run: Run, log: RunLog, step: int, iteration: Iteration) -> None:
-    """Logs a table of the iteration's first answers with their rewards, if samples are due."""
-    if not are_samples_due(config, run, step):
-        return
-    for task in text_tasks(tuple(iteration.samples)):
-        samples = iteration.samples[task]
-        count = min(TABLE_ROWS, len(samples.texts))
-        rewards = [
-            {name: float(values[row]) for name, values in iteration.rewards[task].items()}
-            for row in range(count)
-        ]
-        columns = {name: values[:count] for name, values in samples.columns.items()}
-        table = pictures.format_answers_table(
-            columns[TASKS[task].shown], samples.texts[:count], rewards, columns.get("qa_solution")
-        )
-        log.add_text(step, f"{task}/answers", table)
 
 
 # ---- images
@@ -94,19 +85,61 @@ def show_answers(config: Config, run: Run, log: RunLog, step: int, iteration: It
 def draw_fixed_prompts(
     config: Config, run: Run, outputs: Outputs, state: TrainState, step: int
 ) -> None:
-    """Generates and saves images of the same held-out prompts with the same keys each time."""
+    """Generates and saves images of the same held-out prompts with the same keys each time.
+
+    TensorBoard gets a smaller page than the file, for the width of its cards.
+    """
     prompts = choose_fixed_prompts(config, run)
     for number, task in enumerate(image_tasks(run.tasks)):
-        page = draw_task(run, outputs, task, state, step, prompts)
-        if page is not None:
-            file = f"step_{step:06d}{f'_{task}' if number else ''}.png"
-            save_page(outputs, step, file, f"{task}/fixed_prompts", page)
+        grid = sample_grid(run, outputs, task, state, step, prompts)
+        if grid is None:
+            continue
+        file = f"step_{step:06d}{f'_{task}' if number else ''}.png"
+        with outputs.log.tolerate_disk_errors("images"):
+            pictures.save_png(outputs.directory.images / file, grid.draw())
+        outputs.log.add_image(step, f"{task}/fixed_prompts", grid.draw_card())
 
 
-def draw_task(
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Images of a task for some prompts, with their rewards."""
+
+    images: np.ndarray  # [prompts, samples, H, W, 3] uint8
+    captions: Sequence[str]
+    rewards: list[list[dict[str, float]]]  # of each prompt and sample, NaN where not applicable
+    totals: np.ndarray  # [prompts, samples] weighted means of the rewards
+    title: str
+
+    def draw(self) -> np.ndarray:
+        """Returns a page with all samples and all rewards."""
+        return pictures.draw_samples(
+            self.images, self.captions, self.rewards, self.title, self._choose_frames()
+        )
+
+    def draw_card(self) -> np.ndarray:
+        """Returns a page with the first samples of each prompt and their mean reward."""
+        count = min(CARD_SAMPLES, self.images.shape[1])
+        images = np.stack([[pictures.shrink(x) for x in row[:count]] for row in self.images])
+        rewards = [[{"reward": float(x)} for x in row[:count]] for row in self.totals]
+        frames = [row[:count] for row in self._choose_frames()]
+        title = f"{self.title}, mean reward {np.nanmean(self.totals):.2f}"
+        return pictures.draw_samples(images, self.captions, rewards, title, frames)
+
+    def _choose_frames(self) -> list[list[pictures.Color | None]]:
+        return [[choose_color(total, GOOD_REWARD) for total in row] for row in self.totals]
+
+
+def choose_color(value: float, limit: float) -> pictures.Color | None:
+    """Returns green above the limit, else red; None for NaN."""
+    if math.isnan(value):
+        return None
+    return pictures.GOOD if value > limit else pictures.BAD
+
+
+def sample_grid(
     run: Run, outputs: Outputs, task: str, state: TrainState, step: int, prompts: Prompts
-) -> np.ndarray | None:
-    """Returns a page of the images of a task with their rewards; None but for the first process."""
+) -> Grid | None:
+    """Returns images of a task with their rewards; None but for the first process."""
     own_prompts = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
     params = merge(state.params, run.frozen)
     rollout = rl_iteration.sample(run, task, params, own_prompts)
@@ -126,9 +159,19 @@ def draw_task(
         ]
         for row in range(len(prompts))
     ]
-    images = images.reshape(*shape, *images.shape[1:])
-    captions = prompts.columns[TASKS[task].shown]
-    return pictures.draw_samples(images, captions, rewards, f"step {step}")
+    return Grid(
+        images.reshape(*shape, *images.shape[1:]), prompts.columns[TASKS[task].shown], rewards,
+        average_rewards(run, task, scores).reshape(shape), f"step {step}",
+    )  # fmt: skip
+
+
+def average_rewards(run: Run, task: str, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the weighted means [N] of a task's rewards, over those that apply; NaN without."""
+    weights = {reward.name: reward.weight for reward in run.rewards[task]}
+    stacked = np.stack([*scores.values()])
+    applied = np.array([weights[name] for name in scores])[:, None] * ~np.isnan(stacked)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return (np.nan_to_num(stacked) * applied).sum(axis=0) / np.abs(applied).sum(axis=0)
 
 
 def choose_fixed_prompts(config: Config, run: Run) -> Prompts:
@@ -149,13 +192,6 @@ def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
     )
 
 
-def save_page(outputs: Outputs, step: int, file: str, name: str, page: np.ndarray) -> None:
-    """Saves a page of images as a file of the run, and logs it under a name."""
-    with outputs.log.tolerate_disk_errors("images"):
-        pictures.save_png(outputs.directory.images / file, page)
-    outputs.log.add_image(step, name, page)
-
-
 # ---- evaluation
 
 
@@ -172,7 +208,12 @@ def evaluate(config: Config, run: Run, outputs: Outputs, state: TrainState, step
     values = report.metrics() | {"eval/seconds": time.perf_counter() - began}
     page = report.draw(f"step {step}", SHEET_IMAGES, SHEET_COLUMNS) if outputs.primary else None
     if page is not None:
-        save_page(outputs, step, f"{pictures.HELD_OUT}_{step:06d}.png", "eval/drawings", page)
+        file = f"{pictures.HELD_OUT}_{step:06d}.png"
+        with outputs.log.tolerate_disk_errors("images"):
+            pictures.save_png(outputs.directory.images / file, page)
+        card = report.draw(f"step {step}", CARD_IMAGES, CARD_COLUMNS)
+        assert card is not None
+        outputs.log.add_image(step, "eval/drawings", card)
     alarms, lines = outputs.guards.check_evaluation(step, report.scores())
     outputs.log.add_metrics(step, values | alarms, is_evaluation=True)
     outputs.log.raise_alarms(outputs.guards, lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -26,23 +27,37 @@ def count_duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
     return jnp.tril(same, k=-1).any(axis=-1).mean()
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutStats:
+    """Numbers of the completions of all tasks."""
+
+    metrics: dict[str, jax.Array]  # by metric name
+    lengths: dict[str, jax.Array]  # task -> choices of each completion [N] int32
+    num_tokens: jax.Array  # of prompts and completions, each prompt once per completion
+
+
 def describe_rollouts(
     rollouts: Mapping[str, Rollout], *, eos: int, group_size: int
-) -> dict[str, jax.Array]:
-    """Returns the metrics of the completions of each task, by metric name."""
+) -> RolloutStats:
+    """Returns the numbers of the completions of all tasks."""
     return _describe(dict(rollouts), eos=eos, group_size=group_size)
 
 
 @functools.partial(jax.jit, static_argnames=("eos", "group_size"))
-def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> dict[str, jax.Array]:
+def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> RolloutStats:
     metrics: dict[str, jax.Array] = {}
+    lengths: dict[str, jax.Array] = {}
+    num_tokens = jnp.int32(0)
     for task, rollout in rollouts.items():
+        lengths[task] = sum(segment.mask.sum(axis=-1) for segment in rollout.segments)
+        num_tokens += lengths[task].sum() + group_size * rollout.prompts.attention_mask.sum()
         for segment in rollout.segments:
             if segment.kind == CODES:
                 metrics |= _describe_codes(task, segment.values, group_size)
             if segment.kind == TEXT:
                 metrics |= _describe_text(task, segment, eos)
-    return metrics
+    return RolloutStats(metrics, lengths, num_tokens)
 
 
 def _describe_codes(task: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
@@ -61,6 +76,12 @@ def _describe_text(task: str, text: Segment, eos: int) -> dict[str, jax.Array]:
     lengths = text.mask.sum(axis=-1)
     metrics = {
         f"{task}/completions/{name}_length": getattr(lengths, name)()
+        for name in ("mean", "min", "max")
+    }
+    # NaN, not TRL's 0, if no text has ended: 0 would look like a length.
+    terminated = jnp.where(has_ended(text, eos), lengths, jnp.nan)
+    metrics |= {
+        f"{task}/completions/{name}_terminated_length": getattr(jnp, f"nan{name}")(terminated)
         for name in ("mean", "min", "max")
     }
     metrics[f"{task}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()

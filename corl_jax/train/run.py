@@ -71,6 +71,11 @@ class Iteration:
     updates: list[dict[str, Metric]]  # each update's own metrics, in order; scalars of the device
     # user's reward -> fraction of all processes' samples that it failed on
     failed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # of the rows of all processes, on the devices
+    advantages: dict[str, Any] = dataclasses.field(default_factory=dict)  # task -> [N]
+    lengths: dict[str, Any] = dataclasses.field(default_factory=dict)  # task -> [N] choices
+    ratio_shares: dict[str, Any] = dataclasses.field(default_factory=dict)  # by metric name
+    num_tokens: Any = None  # of prompts and completions; None without samples
 
 
 def put_batch(run: Run, tree: Any) -> Any:

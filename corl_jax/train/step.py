@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from corl_jax.algorithms.losses import Loss, LossConstants, LossInputs, logprob_difference
+from corl_jax.algorithms.losses import (
+    Loss,
+    LossConstants,
+    LossInputs,
+    logprob_difference,
+    measure_importance_ratio,
+)
 from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
@@ -29,9 +35,17 @@ DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
     "sampling/sampling_logp_difference/max",
 )
 """Metrics of the difference between the log-probs of sampler and trainer."""
+RATIOS = RATIO_MIN, RATIO_MEAN, RATIO_MAX, RATIO_SHARES = tuple(
+    f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max", "shares")
+)
+"""Metrics of the ratio of their probabilities; the shares are those of a histogram's bins."""
+CLIP_MIN, CLIP_MAX = "clip_ratio/low", "clip_ratio/high"
+"""Fractions of clipped tokens whose extremes over micro-batches are metrics, as in TRL."""
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, count), so that micro-batches add up exactly."""
+Extremes = tuple[dict[str, jax.Array], dict[str, jax.Array]]
+"""Metrics that are the largest and the smallest of all micro-batches. None is negative."""
 
 
 @jax.tree_util.register_dataclass
@@ -136,10 +150,10 @@ def gradients(
     }
     weights = dict(options.weights)
 
-    def loss(trained: Params, piece: Batch) -> tuple[jax.Array, tuple[Sums, dict]]:
+    def loss(trained: Params, piece: Batch) -> tuple[jax.Array, tuple[Sums, Extremes]]:
         # Cast inside of the differentiated function: gradients then have the type of the masters.
         params = family.cast(merge(trained, frozen), options.dtype)
-        total, sums, largest = jnp.float32(0), {}, {}
+        total, sums, extremes = jnp.float32(0), {}, ({}, {})
         for name, task in piece.items():
             outputs = family.turns[task.kinds].logprobs(
                 sizes, params, task.prompts, task.segments, options.logprobs
@@ -148,65 +162,84 @@ def gradients(
             for prefix, segment, of_segment, count in zip(
                 name_segments(name, task), task.segments, inputs, counts[name], strict=True
             ):
-                value, metrics, difference = segment_loss(of_segment, segment, options)
+                value, metrics, of_both = segment_loss(of_segment, segment, options)
                 total += weights[name] * value / count
                 sums |= {f"{prefix}/{key}": pair for key, pair in metrics.items()}
-                if difference is not None:
-                    largest[f"{prefix}/{DIFFERENCE_MAX}"] = difference
-        return total, (sums, largest)
+                for numbers, of_segment_numbers in zip(extremes, of_both, strict=True):
+                    numbers |= {f"{prefix}/{key}": x for key, x in of_segment_numbers.items()}
+        return total, (sums, extremes)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def accumulate(piece: Batch):
         # A piece comes out of a reshape and a swap; this keeps its rows spread over the mesh.
         piece = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), piece)
-        (value, (sums, largest)), grads = gradient(trained, piece)
-        return value, sums, largest, grads
+        (value, (sums, extremes)), grads = gradient(trained, piece)
+        return value, sums, extremes, grads
 
     if options.micro_batches == 1:
-        value, sums, largest, grads = accumulate(batch)
+        value, sums, (largest, smallest), grads = accumulate(batch)
     else:
-        value, sums, largest, grads = _scan_sum(
+        value, sums, (largest, smallest), grads = _scan_sum(
             accumulate, split_batch(batch, options.micro_batches)
         )
-    metrics = {key: total / jnp.maximum(count, 1.0) for key, (total, count) in sums.items()}
-    return grads, metrics | largest | {"loss": value}
+    metrics = {key: _divide(pair) for key, pair in sums.items()}
+    return grads, metrics | largest | smallest | {"loss": value}
 
 
 def segment_loss(
     inputs: LossInputs, segment: Segment, options: UpdateOptions
-) -> tuple[jax.Array, Sums, jax.Array | None]:
-    """Returns (summed loss, metrics, largest sampler-trainer difference) of one segment's rows."""
+) -> tuple[jax.Array, Sums, Extremes]:
+    """Returns (summed loss, metrics, extremes) of one segment's rows."""
     total, count, sums = options.loss.compute(inputs, options.constants)
+    largest, smallest = {}, {}
     if inputs.advantages is None:
-        return total, sums, None
+        return total, sums, (largest, smallest)
     sums = sums | {"loss": (total, count)}
-    if segment.logprobs is None:
-        return total, sums, None
-    difference, tokens, largest = logprob_difference(
-        segment.logprobs, inputs.logprobs, segment.mask
-    )
-    return total, sums | {DIFFERENCE_MEAN: (difference, tokens)}, largest
+    if f"{CLIP_MIN}_mean" in sums:
+        smallest[f"{CLIP_MIN}_min"] = _divide(sums[f"{CLIP_MIN}_mean"])
+        largest[f"{CLIP_MAX}_max"] = _divide(sums[f"{CLIP_MAX}_mean"])
+    if segment.logprobs is not None:
+        both = segment.logprobs, inputs.logprobs, segment.mask
+        difference, tokens, largest[DIFFERENCE_MAX] = logprob_difference(*both)
+        ratio = measure_importance_ratio(*both)
+        sums |= {
+            DIFFERENCE_MEAN: (difference, tokens),
+            RATIO_MEAN: ratio.mean,
+            RATIO_SHARES: ratio.shares,
+        }
+        largest[RATIO_MAX], smallest[RATIO_MIN] = ratio.largest, ratio.smallest
+    return total, sums, (largest, smallest)
+
+
+def _divide(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return pair[0] / jnp.maximum(pair[1], 1.0)
 
 
 def _scan_sum(accumulate: Callable, pieces: Batch):
-    """Sums values, metrics and gradients over pieces; takes the maximum of the differences."""
+    """Sums values, metrics and gradients over pieces; takes the extremes of the extremes."""
 
     def add(carry, piece):
-        value, sums, largest, grads = accumulate(piece)
+        value, sums, (largest, smallest), grads = accumulate(piece)
         old = carry
         return (
             old[0] + value,
             jax.tree.map(jnp.add, old[1], sums),
-            jax.tree.map(jnp.maximum, old[2], largest),
+            (
+                jax.tree.map(jnp.maximum, old[2][0], largest),
+                jax.tree.map(jnp.minimum, old[2][1], smallest),
+            ),
             jax.tree.map(jnp.add, old[3], grads),
         ), None
 
-    # The scan starts from zeros, whose shapes are those of one piece; the differences are never
-    # negative, so 0 is below each maximum.
+    # The scan starts from zeros, whose shapes are those of one piece. No metric is negative, so 0
+    # is below each maximum; minima start from infinity.
     shapes = jax.eval_shape(accumulate, jax.tree.map(lambda x: x[0], pieces))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.scan(add, zeros, pieces)[0]
+    value, sums, (largest, smallest), grads = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), shapes
+    )
+    smallest = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), smallest)
+    return lax.scan(add, (value, sums, (largest, smallest), grads), pieces)[0]
 
 
 def apply_gradients(
@@ -249,7 +282,7 @@ def make_train_step(
         # Only the first update starts from the policy that sampled, so only its difference
         # between sampler and trainer means anything.
         prefixes = [prefix for name, task in batch.items() for prefix in name_segments(name, task)]
-        names = [f"{prefix}/{name}" for prefix in prefixes for name in DIFFERENCES]
+        names = [f"{prefix}/{name}" for prefix in prefixes for name in (*DIFFERENCES, *RATIOS)]
         first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
         return state, to_metrics(metrics | update) | first
 

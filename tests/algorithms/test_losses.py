@@ -17,6 +17,7 @@ from corl_jax.algorithms.losses import (
     k3_kl,
     logprob_difference,
     mask_truncated,
+    measure_importance_ratio,
 )
 
 
@@ -211,6 +212,20 @@ def test_kl_without_a_reference_is_refused():
     b = batch()
     with pytest.raises(ValueError, match=r"kl_coef 0.1 needs ref_logprobs"):
         policy_loss(b["logprobs"], None, b["advantages"], b["mask"], kl_coef=0.1)
+
+
+def test_importance_ratio():
+    trainer = jnp.log(jnp.array([[0.2, 0.5, 0.6], [0.9, 0.1, 0.5]]))
+    sampler = jnp.log(jnp.array([[0.2, 0.4, 0.2], [0.9, 0.5, 0.5]]))
+    mask = jnp.array([[True, True, True], [False, True, False]])
+    ratio = measure_importance_ratio(sampler, jnp.where(mask, trainer, jnp.nan), mask)
+    total, tokens = ratio.mean
+    assert tokens == 4 and total == pytest.approx(1 + 1.25 + 3 + 0.2, rel=1e-5)
+    assert (ratio.smallest, ratio.largest) == (pytest.approx(0.2), pytest.approx(3.0))
+    # Bins of 0.02 from 0.5 to 1.5; 0.2 and 3 are in the outer ones.
+    bins, _ = ratio.shares
+    assert bins.shape == (50,) and bins.sum() == 4
+    assert [bins[i] for i in (0, 37, 49)] == [1, 1, 1] and bins[24:26].sum() == 1
 
 
 def test_logprob_difference():

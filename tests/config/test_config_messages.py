@@ -247,7 +247,11 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
          "found 'lora.xyz', expected key=value; known in lora: rank, alpha, targets"),
         ("nonsense", "found 'nonsense', expected key=value"),
         ("=5", "found '=5', expected key=value"),
-        ("log.=5", "found 'log.=5', expected key=value; known in log: every, images_every"),
+        (
+            "log.=5",
+            "found 'log.=5', expected key=value; known in log: every, images_every, samples_every, "
+            "trackers",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_answered_with_the_values_that_are_valid(refuse, override, problem):

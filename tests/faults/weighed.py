@@ -10,7 +10,7 @@ import ctypes
 import sys
 from typing import Any
 
-from corl_jax.runs.log import Console
+from corl_jax.runs.terminal import Console
 from corl_jax.train.__main__ import main
 
 

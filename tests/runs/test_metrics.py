@@ -16,8 +16,10 @@ import pytest
 from corl_jax.metrics import Metric
 from corl_jax.runs import append_log, log, pictures
 from corl_jax.runs.directory import RunDir
-from corl_jax.runs.log import RunLog, read_lines, reduce_metrics
+from corl_jax.runs.json_lines import read_lines
+from corl_jax.runs.log import RunLog, reduce_metrics
 from corl_jax.runs.pace import Pace, Phases
+from corl_jax.runs.tensorboard import Chart
 
 pytest.importorskip("tensorboardX")
 
@@ -106,6 +108,43 @@ def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
     (picture,) = events.Images("samples/fixed")
     assert (picture.width, picture.height, picture.step) == (6, 4, 5)
     assert "answers/text_summary" in tags["tensors"]
+
+
+def test_tensorboard_shows_alarms_once_they_sound(tmp_path):
+    """Also in a resumed run, in which the alarm has ended; the file always has them."""
+    run = RunDir(tmp_path)
+
+    def log_steps(steps, resumed_at=None):
+        with RunLog(run, resumed_at, stream=io.StringIO(), quiet=("alarm/",)) as metrics:
+            for step in steps:
+                sounds = float(step == 2)
+                metrics.add_metrics(step, {"alarm/kl": sounds, "alarm/entropy": 0.0, "loss": 0.0})
+
+    log_steps([1, 2, 3])
+    log_steps([4], resumed_at=3)
+    assert [step for step, tag in events(run) if tag == "alarm/kl"] == [2, 3, 4]
+    assert {tag for _, tag in events(run) if tag} == {"alarm/kl", "loss"}
+    assert all({"alarm/kl", "alarm/entropy"} < line.keys() for line in lines(run))
+
+
+def test_tensorboard_reads_histograms_layout_and_options(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = RunDir(tmp_path)
+    with RunLog(run, stream=io.StringIO()) as metrics:
+        assert metrics.needs_layout
+        counts, edges = np.histogram([1.0, 1.0, 3.0], 4)
+        metrics.add_histogram(1, "rewards", counts, edges)
+        metrics.add_layout(1, {"Health": {"loss": Chart("Multiline", ("^loss$",))}})
+        metrics.add_hparams(1, {"seed": 3, "lora": None, "name": "grpo"}, ["reward"])
+        assert not metrics.needs_layout
+    shown = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (histogram,) = shown.Histograms("rewards")
+    value = histogram.histogram_value
+    assert (value.min, value.max, value.num) == (1, 3, 3) and value.bucket == [2, 0, 0, 1]
+    assert value.bucket_limit == [1.5, 2, 2.5, 3]
+    assert {"custom_scalars__config__", "_hparams_/session_start_info"} <= {
+        tag for _, tag in events(run)
+    }
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
@@ -247,12 +286,12 @@ def test_answers_table_survives_any_text():
         width=50,
     )
     head, rule, first, second = table.splitlines()
-    assert head == "| question | answer | solution | format | qa |"
-    assert rule == "| --- | --- | --- | --- | --- |"
+    assert head == "| question | solution | answer | numbers |"
+    assert rule == "| --- | --- | --- | --- |"
     assert first == (
-        r"| how many \| circles?<br>Two lines | &lt;think&gt;a&lt;/think&gt; \*x\* | 2 | 1 | n/a |"
+        r"| how many \| circles?<br>Two lines | 2 | &lt;think&gt;a&lt;/think&gt; \*x\* | format 1 |"
     )
-    assert second == f"| b | {'y' * 49}… | 3 | 0 | 0.25 |"
+    assert second == f"| b | 3 | {'y' * 49}… | format 0<br>qa 0.25 |"
 
 
 # ---- a disk that is full

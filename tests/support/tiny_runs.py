@@ -129,7 +129,7 @@ def options(model: Path, rows: Path, output_dir: Path, /, **changes: Any) -> dic
         "rewards": [{"name": "format"}, {"name": "qa_accuracy"}, {"name": "t2i_pixel_mse"}],
         "train": {"prompts_per_step": 4, "max_steps": 2},
         "optimizer": {"learning_rate": 1e-3},
-        "log": {"images_every": 0},
+        "log": {"images_every": 0, "samples_every": 0},
         "export": {"layout": "jax"},
     }
     for key, value in changes.items():

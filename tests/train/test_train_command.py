@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pandas
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
@@ -36,6 +37,7 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.runs import directory as run_directory
 from corl_jax.runs import export_record
 from corl_jax.runs.log import RunLog, StepLog
+from corl_jax.runs.outputs import Progress
 from corl_jax.runs.pace import Pace, Phases
 from corl_jax.runs.watchdog import Watchdog
 from corl_jax.tasks import CODES, TASKS, TEXT, Task, Turn
@@ -67,6 +69,7 @@ ANSWERS = (
     "mm2t/rewards/format/mean", "mm2t/rewards/qa_accuracy/std", "mm2t/completions/min_length",
     "mm2t/completions/max_length", "mm2t/completions/clipped_ratio", "perf/tokens_per_second",
 )  # fmt: skip
+MIN_MEAN_MAX = ("min", "mean", "max")
 DRAWINGS = ("t2i/rewards/t2i_pixel_mse/mean", "perf/images_per_second")
 
 
@@ -114,7 +117,7 @@ def full_options(options) -> dict:
         algorithm={"kl_coef": 0.1, "num_iterations": 2, "mask_truncated": True},
         train={"max_steps": 4, "micro_batch": 2},
         eval={"suite": "rewards", "rows": 6, "batch_prompts": 4, "every": 2},
-        log={"images_every": 2},
+        log={"images_every": 2, "samples_every": 3},
         checkpoint={"every": 3, "keep": 2},
     )
 
@@ -151,7 +154,7 @@ def dict_keys(tree):
 def test_a_run_leaves_what_it_should(straight):
     assert {path.name for path in straight.iterdir()} == {
         ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
-        "summary.json", "saved.json",
+        "summary.json", "saved.json", "samples",
     }  # fmt: skip
     lines = metric_lines(straight)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
@@ -164,6 +167,8 @@ def test_a_run_leaves_what_it_should(straight):
     assert card.data.tags[-1] == "corl_jax" and "| step 0 | step 4 |" in card.text
     names = [f"step_{step:06d}.png" for step in (0, 2, 4)]
     assert sorted(path.name for path in (straight / "images").iterdir()) == names
+    files = [f"step_{step:06d}.parquet" for step in (3, 4)]
+    assert sorted(path.name for path in (straight / "samples").iterdir()) == files
     summary = json.loads((straight / "summary.json").read_text())
     assert (summary["steps"], summary["optimizer_steps"]) == (4, 8)
     assert summary["first_evaluation"]["step"] == 0 and summary["last_evaluation"]["step"] == 4
@@ -181,6 +186,47 @@ def test_metrics_have_trls_names(straight):
     assert line["t2i/completions/mean_length"] == 16
     assert 0 < line["t2i/sampling/sampling_logp_difference/max"] < LOGPROBS
     assert 0 < line["t2i/kl"] < 1
+
+
+def test_extremes_enclose_means(straight):
+    for line in metric_lines(straight):
+        if "loss" not in line:
+            continue
+        for task in ("t2i", "mm2t"):
+            ratio = [line[f"{task}/sampling/importance_sampling_ratio/{x}"] for x in MIN_MEAN_MAX]
+            assert ratio == sorted(ratio) and 0.99 < ratio[0] < ratio[2] < 1.01
+            assert line[f"{task}/clip_ratio/low_min"] <= line[f"{task}/clip_ratio/low_mean"]
+            assert line[f"{task}/clip_ratio/high_max"] >= line[f"{task}/clip_ratio/high_mean"]
+        lengths = [line[f"mm2t/completions/{x}_terminated_length"] for x in MIN_MEAN_MAX]
+        if line["mm2t/completions/clipped_ratio"] == 1:
+            assert lengths == [None] * 3
+        else:
+            assert lengths == sorted(lengths) and lengths[2] <= 8
+
+
+def test_tokens_are_counted_over_the_whole_run(straight, resumed):
+    counts = [line["num_tokens"] for line in metric_lines(straight) if "loss" in line]
+    # 4 prompts of 2 completions; an image has 16 tokens, and a question those of its image.
+    assert counts[0] > 8 * (16 + 16) and counts == sorted(counts)
+    assert counts == [line["num_tokens"] for line in metric_lines(resumed) if "loss" in line]
+
+
+def test_samples_have_the_numbers_of_the_step(straight):
+    line = next(x for x in metric_lines(straight) if x["step"] == 3 and "loss" in x)
+    table = pandas.read_parquet(straight / "samples" / "step_000003.parquet")
+    assert len(table) == 2 * 8 and set(table.step) == {3}
+    for task in ("t2i", "mm2t"):
+        rows = table[table.task == task]
+        assert list(rows.row) == [0, 0, 1, 1, 2, 2, 3, 3] and list(rows.completion) == [0, 1] * 4
+        assert rows.reward.mean() == pytest.approx(line[f"{task}/reward"])
+        assert rows.length.mean() == pytest.approx(line[f"{task}/completions/mean_length"])
+        assert (rows.advantage.groupby(rows.row).sum().abs() < 1e-4).all()
+    answers = table[table.task == "mm2t"]
+    assert answers.reward_format.mean() == pytest.approx(line["mm2t/rewards/format/mean"])
+    assert answers.text.notna().all() and answers.reward_t2i_pixel_mse.isna().all()
+    # Both answers to a question have the image that it is about.
+    images = [image["bytes"] for image in answers.image]
+    assert images[0] == images[1] and len(set(images)) > 1
 
 
 def test_the_first_steps_metrics_are_of_the_untrained_policy(straight):
@@ -424,8 +470,10 @@ def test_answering_alone(options, monkeypatch):
     assert not {*EVERY_STEP, *JOINT, "perf/tokens_per_second"} - lines[-1].keys()
     assert not {f"mm2t/{name}" for name in OF_BOTH} - lines[-1].keys()
     assert not [name for name in lines[-1] if name.startswith("t2i")]
-    ((_, step, name, table),) = tables
+    (_, *config), (_, step, name, table) = tables
+    assert config[:2] == [0, "config"] and "tasks: mm2t" in config[2]
     assert (step, name) == (2, "mm2t/answers") and "how many squares" in table
+    assert "<br>qa\\_accuracy 1" in table and "<br>advantage " in table
 
 
 def test_supervised_stage(options):
@@ -704,7 +752,7 @@ def step_log(tree: dict, run: SimpleNamespace, log: SimpleNamespace) -> StepLog:
     config = config_files.validate(tree, "test")
     outputs = SimpleNamespace(
         log=log, guards=make_guards(config.guards), watchdog=Watchdog(),
-        saver=SimpleNamespace(poll=lambda: None),
+        saver=SimpleNamespace(poll=lambda: None), progress=Progress(), primary=True,
     )  # fmt: skip
     return training.make_step_log(config, run, outputs)
 
@@ -712,7 +760,9 @@ def step_log(tree: dict, run: SimpleNamespace, log: SimpleNamespace) -> StepLog:
 def test_the_last_iteration_of_a_run_without_rewards_ends_it(options):
     """However short; nothing of it is saved then."""
     run = SimpleNamespace(steps=2, phases=Phases())
-    log = step_log(options(log={"every": 9}), run, SimpleNamespace(say=print, pace=Pace()))
+    log = step_log(
+        options(log={"every": 9}), run, SimpleNamespace(say=print, pace=Pace(), needs_layout=False)
+    )
     done = Iteration({"not_applicable": Metric(1.0)}, {}, {}, [])
     log.add(1, done)
     with pytest.raises(GuardError, match="no reward has applied to any completion of the 2 step"):
@@ -774,6 +824,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
         steps=5, schedule=float, train_loader=loader, group_size=2, tasks=("t2i",), phases=Phases()
     )
     sink = SimpleNamespace(
+        needs_layout=False,
         add_metrics=lambda step, values: taken.append((step, values)),
         pace=Pace(),
         raise_alarms=lambda guards, lines: None,
