@@ -105,7 +105,7 @@ def draw_fixed_prompts(
 
 def draw_task(
     run: Run, outputs: Outputs, task: str, state: TrainState, step: int, prompts: Prompts
-) -> np.ndarray | None:
+) -> pictures.Page | None:
     """Returns a page of the images of a task with their rewards; None but for the first process."""
     own_prompts = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
     params = merge(state.params, run.frozen)
@@ -149,11 +149,11 @@ def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
     )
 
 
-def save_page(outputs: Outputs, step: int, file: str, name: str, page: np.ndarray) -> None:
+def save_page(outputs: Outputs, step: int, file: str, name: str, page: pictures.Page) -> None:
     """Saves a page of images as a file of the run, and logs it under a name."""
     with outputs.log.tolerate_disk_errors("images"):
-        pictures.save_png(outputs.directory.images / file, page)
-    outputs.log.add_image(step, name, page)
+        pictures.save_png(outputs.directory.images / file, page.pixels, page.format_notes())
+    outputs.log.add_image(step, name, page.pixels)
 
 
 # ---- evaluation
