@@ -37,6 +37,7 @@ from corl_jax.train.milestones import (
     read_evaluation_seconds,
     run_due,
 )
+from corl_jax.train.provenance import PROVENANCE, collect_provenance
 from corl_jax.train.reports import HEADLINE, describe_iteration, show_answers
 from corl_jax.train.resolve import ResolvedRun, resolve_run
 from corl_jax.train.resume import (
@@ -216,6 +217,9 @@ def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Output
             directory.note_changes(resumed.step, resumed.changes)
         if resumed.step > planned.steps:
             log.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
+    if outputs.primary:
+        with log.tolerate_disk_errors(PROVENANCE):
+            directory.write_json(PROVENANCE, collect_provenance(planned))
     if outputs.primary and (line := export_record.describe_age(directory.export, planned.steps)):
         log.say(line)
     if shortage := check.explain_disk_shortage(planned):
