@@ -9,6 +9,8 @@ checkpoints/           one directory per finished step; STEP.corrupt-N is a dama
 images/                grids of fixed prompts
 export/                the final model; its corl_jax_export.json has the step
 summary.json           steps, seconds, first and last evaluation
+report.html            a page of the finished run
+provenance.json        model, devices, versions and commit that the run was started with
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
 .lock                  locked while a process writes here
 """

@@ -27,7 +27,7 @@ from corl_jax.train.resume import hash_reward_files
 
 MAX_SHOWN = 80  # characters of a prompt or question in a suggested command
 MAX_METRICS = 8
-SUMMARY = "summary.json"
+SUMMARY, REPORT = "summary.json", "report.html"
 
 
 # ---- is there anything left to do
@@ -111,6 +111,8 @@ def describe_end(planned: ResolvedRun, directory: RunDir, nothing_to_do: bool = 
     rows += describe_change(summary.get("first_evaluation"), summary.get("last_evaluation"))
     if planned.config.export.layout != "none":
         rows.append(("export", describe_export(planned.config, directory)))
+    if (report := directory.path(REPORT)).exists():
+        rows.append(("report", f"{report}, for a browser"))
     rows += [("next", command) for command in suggest_commands(planned, directory)]
     if nothing_to_do:
         rows.append(("extend", suggest_extension(planned)))

@@ -150,7 +150,7 @@ def dict_keys(tree):
 def test_a_run_leaves_what_it_should(straight):
     assert {path.name for path in straight.iterdir()} == {
         ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
-        "summary.json", "saved.json",
+        "summary.json", "saved.json", "provenance.json", "report.html",
     }  # fmt: skip
     lines = metric_lines(straight)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
