@@ -115,7 +115,7 @@ def _choose_axes(lines: Sequence[Line], is_rate: bool, top: float) -> Axes:
     ys += [y for line in lines for _, *ends in line.band for y in ends]
     low, high = (min(ys), max(ys)) if ys else (0.0, 1.0)
     if is_rate:
-        low, high = 0.0, min(1.0, max(1.12 * high, 0.1))
+        low, high = min(0.0, low), max(min(1.0, 1.12 * high), high, 0.1)
     else:
         room = 0.08 * (high - low) or 0.1 * abs(high) or 0.5
         low, high = low - room, high + room

@@ -32,7 +32,7 @@ SIDE_ROWS, SIDE_COLUMNS = 2, 4  # images of each half
 # Drawn at twice the size of a README's column, 880 pixels, for screens with small pixels.
 CELL, GAP, MARK, FRAME = 190, 20, 44, 7
 TITLE_SIZE, TEXT_SIZE, LINE = 30, 24, 30
-CAPTION_LINES = 4
+CAPTION_LINES, MAX_CAPTION = 4, 200  # characters
 PASSED, FAILED = (20, 120, 58), (179, 38, 30)
 CURVES_SHOWN, CURVE_COLUMNS = 4, 2
 
@@ -168,7 +168,8 @@ def draw_tile(figure: Image.Image, page: Page, tile: Tile, corner: tuple[int, in
 
 def wrap_caption(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
     """Returns a prompt in lines that fit below an image; ends with … if it is too long."""
-    words = " ".join(make_drawable(text, font).split()).split(" ")
+    # Cut first, because long prompts would be measured a character at a time.
+    words = " ".join(make_drawable(text[:MAX_CAPTION], font).split()).split(" ")
     lines = [""]
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
