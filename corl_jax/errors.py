@@ -125,6 +125,17 @@ class RewardError(RuntimeError):
         return [str(self).rstrip()]
 
 
+class ConnectionFailure(ConnectionError):
+    """The processes of a run could not be connected."""
+
+    exit_code = FAILED_EXIT_CODE
+
+    @property
+    def problems(self) -> list[str]:
+        """The lines that a command prints."""
+        return str(self).splitlines()
+
+
 class Preempted(BaseException):
     """The end of a run that was asked to stop and has saved its state; says how to resume."""
 
@@ -157,7 +168,7 @@ def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.exit_code)
-        except (InputError, GuardError, RewardError, SaveError) as error:
+        except (InputError, GuardError, RewardError, SaveError, ConnectionFailure) as error:
             for problem in shorten(error.problems):
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from corl_jax.atomic_files import check_output_folder, create_folder
 from corl_jax.errors import InputError, Problems, exit_on_input_error
+from corl_jax.inference import DTYPES, MAX_SEED, choose_dtype
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import (
     complete_options,
@@ -33,13 +34,11 @@ from corl_jax.sampling_options import (
     tell_sampling,
 )
 from corl_jax.tasks import TASKS
-from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.policies import PolicyFiles
 
 DEFAULT_ROWS = 256
-MAX_SEED = 2**32 - 1
 
 
 @exit_on_input_error
@@ -120,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of images and of rows (default %(default)s)")
     add(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)",
     )
     add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
@@ -136,8 +135,6 @@ def check_arguments(args: argparse.Namespace) -> Any:
     Raises:
         InputError: listing all problems of options, files and model.
     """
-    check_place(args.model)
-    # Imported here, so that --help and a wrong path are answered before jax is loaded.
     from corl_jax.policies import inspect_policy
 
     problems = Problems()
@@ -297,7 +294,6 @@ def make_loader(
 def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     """Evaluates the model; returns the name of the compute dtype, and the report."""
     import jax
-    import jax.numpy as jnp
     from tqdm import tqdm
 
     from corl_jax.devices.mesh import batch_sharding, make_mesh
@@ -308,7 +304,7 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
     from corl_jax.rewards.samples import Policy
 
     prepare_devices()
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = choose_dtype(args.dtype)
     # As many devices as divide a batch, each with the whole model: 6 rows, 4 devices -> 2.
     num_devices = math.gcd(loader.batch_size, jax.local_device_count())
     mesh = make_mesh(devices=jax.local_devices()[:num_devices])

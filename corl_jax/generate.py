@@ -7,7 +7,6 @@ size, the other prompts and the number of devices change a sample only by roundi
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -18,101 +17,34 @@ import numpy as np
 
 from corl_jax.atomic_files import check_output_folder, create_folder, replace_file
 from corl_jax.console import write_json_lines
-from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
+from corl_jax.data.instructions import INSTRUCTIONS
 from corl_jax.errors import InputError, Problems, exit_on_input_error
+from corl_jax.inference import (
+    DTYPES,
+    IMAGE_OPTIONS,
+    TEXT_OPTIONS,
+    check_image_options,
+    check_text_options,
+    find_long_prompts,
+    find_long_questions,
+    load_model,
+    sample_answers,
+    sample_images,
+)
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import (
-    HARMLESS,
     complete_options,
     describe_default,
-    find_temperature_problems,
+    spell_option,
     tell_sampling,
 )
-from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
-from corl_jax.weights.hub import check_place
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
 
-MAX_SEED = 2**32 - 1
 GRID_PROMPTS, GRID_SAMPLES = 16, 8
 OUTPUT_KEYS = ("text", "tokens", "truncated", "seed", "index", "sample")  # of an answer
-TEXT_OPTIONS = ("temperature", "top_k", "top_p", "max_new_tokens", "instruction")
 Records = dict[tuple[int, int], dict[str, Any]]
-
-
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Loads the model; returns it and its compute dtype."""
-    import jax
-    import jax.numpy as jnp
-
-    from corl_jax.devices.startup import prepare_devices
-    from corl_jax.policies import load_policy
-
-    prepare_devices()
-    dtype = jnp.dtype(args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    return load_policy(args.model, dtype), dtype
-
-
-# ---- checks
-
-
-def check_number(name: str, value: float | None, low: float, high=math.inf, *, above=False):
-    """Returns a problem unless `value` is None or a finite number in the range."""
-    # NaN fails every comparison, so it is a problem too.
-    if value is None or (low <= value <= high and value < math.inf and (value > low or not above)):
-        return []
-    bounds = f"{'above' if above else 'at least'} {low}"
-    bounds += f" and at most {high}" if math.isfinite(high) else ""
-    return [f"{name}: found {value}; expected a number {bounds}"]
-
-
-def check_options(args: argparse.Namespace, samples: str, problems: Problems) -> None:
-    """Adds problems of the options of both subcommands.
-
-    `samples` is the name of the option for the number of samples.
-    """
-    problems.add(check_number("--batch-size", args.batch_size, 1))
-    problems.add(check_number(f"--{samples}", args.samples, 1))
-    problems.add(check_number("--seed", args.seed, 0, MAX_SEED))
-    problems.add(find_temperature_problems(args.temperature))
-    if args.greedy:
-        problems.add(
-            f"--{name.replace('_', '-')}: found {value:g}, which --greedy would ignore; leave one "
-            f"of them out, or set {harmless:g}"
-            for name, harmless in HARMLESS.items()
-            if (value := getattr(args, name, None)) not in (None, harmless)
-        )
-
-
-def check_model(
-    args: argparse.Namespace,
-    new_tokens: int | None,
-    task: Task,
-    rows: list[tuple[str, dict[str, str]]],
-    problems: Problems,
-    system: str = "",
-) -> None:
-    """Adds problems of the model's small files, and prompts that are too long for the model.
-
-    `rows` has (name in messages, columns) of each prompt. Without `new_tokens` an image follows.
-    """
-    from corl_jax.policies import inspect_policy
-
-    model = None
-    with problems.collect("--model: "):
-        model = inspect_policy(args.model)
-    if model is None:
-        return
-    limits = model.family.limits(model.sizes)
-    # An image takes all its codes, a text at most `new_tokens`.
-    room = limits.positions - (limits.image_tokens if new_tokens is None else new_tokens)
-    problems.add(
-        f"{what}: found {len(ids)} tokens; expected at most {room}, which leaves room for what "
-        f"is generated in the model's {limits.positions} positions"
-        for what, row in rows
-        if len(ids := model.processor.prompt_ids(task.turn.prompt, row, system)) > room
-    )
 
 
 # ---- image
@@ -138,44 +70,36 @@ def check_image(args: argparse.Namespace) -> list[str]:
     Raises:
         InputError: listing all problems of options, files and model.
     """
-    from corl_jax.data import questions
+    from corl_jax.policies import inspect_policy
 
     problems = Problems()
-    check_options(args, "images-per-prompt", problems)
-    problems.add(check_number("--cfg-scale", args.cfg_scale, 0))
+    check_image_options(args, spell_image_option, problems)
     problems.attempt(check_output_folder, args.out, "--out")
     prompts = read_image_prompts(args, problems)
-    problems.add(complete_options(args, ("cfg_scale", "temperature")))
-    # Prompts with a lone surrogate are a problem already; replaced, the tokenizer can count the
-    # others.
-    texts = [questions.replace_surrogates(prompt) for prompt in prompts]
-    rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(texts)]
-    check_model(args, None, IMAGE_GENERATION, rows, problems)
+    problems.add(complete_options(args, IMAGE_OPTIONS))
+    with problems.collect("--model: "):
+        model = inspect_policy(args.model)
+        problems.add(find_long_prompts(model, prompts))
     problems.raise_any()
     return prompts
+
+
+def spell_image_option(name: str) -> str:
+    """Returns an option of images as it is given."""
+    return "--images-per-prompt" if name == "samples" else spell_option(name)
 
 
 def generate_images(args: argparse.Namespace) -> None:
     """Runs the `image` subcommand."""
     from PIL import Image
 
-    from corl_jax.policies import batched
-    from corl_jax.policies.family import SamplingOptions
-
     prompts = check_image(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
-    model, dtype = load_model(args)
+    model, dtype = load_model(args.model, args.dtype)
     # The folder appears whole, after the last image: no reader sees a part of the output.
     with create_folder(args.out) as folder:
-        options = SamplingOptions(
-            special=model.processor.special, cfg_scale=args.cfg_scale, greedy=args.greedy,
-            temperature=args.temperature or 1.0, dtype=dtype,  # None with --greedy
-        )  # fmt: skip
-        for sample in batched.generate_images(
-            model, prompts, options, samples=args.samples, batch_size=args.batch_size,
-            seed=args.seed, show_progress=True,
-        ):  # fmt: skip
+        for sample in sample_images(model, dtype, prompts, args, progress=True):
             name = name_image(sample.prompt, sample.number)
             Image.fromarray(np.asarray(sample.pixels)).save(folder / name)
             records[sample.prompt, sample.number] = {
@@ -227,27 +151,6 @@ def read_text_questions(args: argparse.Namespace, problems: Problems) -> list[Im
     return questions.read_questions(args.input, "--input", OUTPUT_KEYS, problems)
 
 
-def check_room(args: argparse.Namespace) -> list[str]:
-    """Returns a problem if answers leave no room for questions."""
-    from corl_jax.policies import find_family
-    from corl_jax.weights.checkpoint import load_config
-    from corl_jax.weights.hub import resolve_model_dir
-
-    try:
-        folder = resolve_model_dir(args.model)
-        family = find_family(folder)
-        limits = family.limits(load_config(folder, family.kind))
-    except InputError:
-        return []  # check_model reports it, with the problems of other files
-    positions, image = limits.positions, limits.input_image_tokens
-    if args.max_new_tokens < positions - image:
-        return []
-    return [
-        f"--max-new-tokens: found {args.max_new_tokens}; expected less than {positions - image}: "
-        f"of the model's {positions} positions the image takes {image}, the question its own"
-    ]
-
-
 def check_text(args: argparse.Namespace) -> list[ImageQuestion]:
     """Checks the arguments of `text`; returns the questions.
 
@@ -255,59 +158,31 @@ def check_text(args: argparse.Namespace) -> list[ImageQuestion]:
         InputError: listing all problems of options, files and model.
     """
     from corl_jax.data import questions
+    from corl_jax.policies import inspect_policy
 
     problems = Problems()
-    check_options(args, "samples", problems)
-    problems.add(check_number("--max-new-tokens", args.max_new_tokens, 1))
-    problems.add(check_number("--top-k", args.top_k, 0))
-    problems.add(check_number("--top-p", args.top_p, 0, 1, above=True))
+    check_text_options(args, spell_option, problems)
     if args.out is not None and args.out.exists():
         problems.add(f"--out {args.out}: exists; name a new file")
     elif args.out is not None and not args.out.absolute().parent.is_dir():
         problems.add(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
     cases = read_text_questions(args, problems)
-    if args.system_prompt:
-        problems.add(questions.find_text_problems("--system-prompt", args.system_prompt))
     questions.check_images(cases, problems)
     problems.add(complete_options(args, TEXT_OPTIONS))
-    # One problem instead of one for each question, which all would be too long.
-    no_room = check_room(args)
-    problems.add(no_room)
-    system = questions.replace_surrogates(args.system_prompt)
-    texts = [questions.replace_surrogates(format_question(args, case)) for case in cases]
-    rows = [(c.where, {"qa_problem": text}) for c, text in zip(cases, texts, strict=True)]
-    new_tokens = 0 if no_room else args.max_new_tokens
-    check_model(args, new_tokens, IMAGE_UNDERSTANDING, rows, problems, system)
+    with problems.collect("--model: "):
+        model = inspect_policy(args.model)
+        problems.add(find_long_questions(model, args, cases, spell_option))
     problems.raise_any()
     return cases
 
 
-def format_question(args: argparse.Namespace, case: ImageQuestion) -> str:
-    """Returns a question with its instruction, as the model gets it."""
-    return add_instruction(case.row["question"], args.instruction)
-
-
 def generate_texts(args: argparse.Namespace) -> None:
     """Runs the `text` subcommand."""
-    from corl_jax.data.images import decode_image
-    from corl_jax.policies import batched
-    from corl_jax.policies.family import SamplingOptions
-
     cases = check_text(args)
     tell_sampling(args)
     started, records = time.monotonic(), {}
-    model, dtype = load_model(args)
-    options = SamplingOptions(
-        special=model.processor.special, max_new_tokens=args.max_new_tokens, greedy=args.greedy,
-        temperature=args.temperature or 1.0, top_k=args.top_k or 0, top_p=args.top_p or 1.0,
-        dtype=dtype,
-    )  # fmt: skip
-    for sample in batched.answer_questions(
-        model, [format_question(args, case) for case in cases],
-        lambda i: decode_image(cases[i].file), options,
-        system_prompt=args.system_prompt, samples=args.samples, batch_size=args.batch_size,
-        seed=args.seed, show_progress=True,
-    ):  # fmt: skip
+    model, dtype = load_model(args.model, args.dtype)
+    for sample in sample_answers(model, dtype, cases, args, progress=True):
         tokens = sample.tokens.tolist()
         records[sample.prompt, sample.number] = {
             **cases[sample.prompt].row, "text": model.processor.decode(tokens), "tokens": tokens,
@@ -361,7 +236,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         help="always take the most likely token; all samples are equal (default: as the checkpoint "
         "states)")  # fmt: skip
     add("--temperature", type=float, help=f"divides the logits ({describe_default('temperature')})")
-    add("--dtype", choices=("float32", "bfloat16"),
+    add("--dtype", choices=DTYPES,
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
     add("--batch-size", type=int, default=16,
         help="number of samples generated at once (default %(default)s)")  # fmt: skip
@@ -430,7 +305,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
-    check_place(args.model)
     args.function(args)
 
 

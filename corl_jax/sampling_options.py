@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from corl_jax.errors import InputError
@@ -23,13 +24,26 @@ def describe_default(name: str) -> str:
     return f"default: as the checkpoint states, else {_format_value(DEFAULTS[name])}"
 
 
-def find_temperature_problems(value: float | None) -> list[str]:
-    """Returns a problem for a temperature that cannot divide logits."""
-    if value is None or 0 < value < math.inf:
+def spell_option(name: str) -> str:
+    """Returns an option as commands take it: cfg_scale -> --cfg-scale."""
+    return f"--{name.replace('_', '-')}"
+
+
+def is_number(value: Any, *, whole: bool = False) -> bool:
+    """Returns whether a value is a number, also of NumPy; with `whole` an integer."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real)
+
+
+def find_temperature_problems(value: Any, spell: Callable[[str], str] = spell_option) -> list[str]:
+    """Returns a problem for a temperature that cannot divide logits.
+
+    `spell` returns the name of an option in messages.
+    """
+    if value is None or (is_number(value) and 0 < value < math.inf):
         return []
     # Other programs take 0 for greedy decoding.
-    remedy = "; give --greedy in its place to take the likeliest" if value == 0 else ""
-    return [f"--temperature: found {value}; expected a number above 0{remedy}"]
+    remedy = f"; give {spell('greedy')} in its place to take the likeliest" if value == 0 else ""
+    return [f"{spell('temperature')}: found {value}; expected a number above 0{remedy}"]
 
 
 def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str]:

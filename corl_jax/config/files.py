@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ COMMAND_LINE = "command line"
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The options of one file of a config."""
+    """The options of one file of a config, or of a call in Python."""
 
     source: str
     tree: dict[str, Any]
@@ -51,10 +52,44 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: listing every problem with its origin, a file or the command line, and its key.
     """
-    layers, problems = _read(Path(expand_path(path)), []), Problems()
+    return _complete(_read(Path(expand_path(path)), []), overrides or [])
+
+
+def make_config(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]) -> Config:
+    """Returns the config of a file or of a mapping of options, with `options` on top.
+
+    A mapping among `options` is merged into the block of its name. A name may be a `key.path`.
+
+    Raises:
+        InputError: listing every problem with its origin, a file or an argument, and its key.
+    """
+    top: dict[str, Any] = {}
+    for key, value in options.items():
+        value = _simplify(value)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        top = _merge(top, value)
+    if isinstance(base, Mapping):
+        below = [Layer("config", _drop_empty_blocks(_simplify(base), Config))]
+    else:
+        below = _read(Path(expand_path(base)), [])
+    return _complete([Layer("argument", top), *below] if top else below, [])
+
+
+def _simplify(value: Any) -> Any:
+    """Returns a copy of a value of Python with what YAML would have: texts, lists, dicts."""
+    if isinstance(value, Mapping):
+        return {str(key): _simplify(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_simplify(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _complete(layers: Sequence[Layer], overrides: Sequence[str]) -> Config:
+    """Returns the config of layers, the first on top, with overrides of the command line."""
     tree = dict(functools.reduce(_merge, (layer.tree for layer in reversed(layers))))
-    locations = []
-    for text in overrides or []:
+    locations, problems = [], Problems()
+    for text in overrides:
         with problems.collect(f"{COMMAND_LINE}: "):
             locations.append(_apply_override(tree, text))
     config = problems.attempt(_validate, tree, lambda place: _find_origin(place, layers, locations))

@@ -142,7 +142,7 @@ class Networks(Section):
     # Any further key is the name of a network. The table of networks belongs to the rewards, which
     # check the names, so that a new network needs no change here.
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, RewardNetwork] = Field(init=False)
+    __pydantic_extra__: dict[str, RewardNetwork] = Field(init=False)  # type: ignore[reportIncompatibleVariableOverride]
 
     offload: bool = option(
         False,

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from corl_jax.data.images import decode_image
 from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate, read_text
@@ -20,7 +22,7 @@ class ImageQuestion:
     """A question about an image."""
 
     row: dict[str, Any]  # image (as given), question, and what else its line holds
-    file: Path  # of the image
+    file: Path | Image  # of the image, or the image itself
     where: str  # for messages
 
 
@@ -86,8 +88,10 @@ def holds_surrogate(value: Any) -> bool:
     return has_lone_surrogate(json.dumps(value, ensure_ascii=False))
 
 
-def find_text_problems(where: str, text: str) -> list[str]:
-    """Lists the problems of a prompt or question from the command line or a text file."""
+def find_text_problems(where: str, text: Any) -> list[str]:
+    """Lists the problems of a prompt or question, except those of a line of JSON."""
+    if not isinstance(text, str):
+        return [f"{where}: found {type(text).__name__}; expected a text"]
     if not text.strip():
         return [f"{where}: found an empty text; expected some"]
     return [f"{where}: {LONE_SURROGATE}"] if has_lone_surrogate(text) else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -154,7 +154,7 @@ def find_mesh(params: Any) -> Mesh | None:
 # ---- many rows through one program
 
 
-def pad_rows(values: np.ndarray, num_rows: int) -> np.ndarray:
+def pad_rows(values: Sequence[int] | np.ndarray, num_rows: int) -> np.ndarray:
     """Returns `num_rows` rows: those of `values`, then its last row repeated."""
     # num_rows = 4: [a, b, c] -> [a, b, c, c]
     return np.asarray(values)[np.minimum(np.arange(num_rows), len(values) - 1)]

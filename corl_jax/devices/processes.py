@@ -24,12 +24,12 @@ import jax
 import numpy as np
 
 # jax.distributed has no public access to its client and its detection of clusters. orbax uses the
-# same client.
-from jax._src import distributed
+# same client. Nor is there public access to whether a device was used.
+from jax._src import distributed, xla_bridge
 from jax._src.clusters import ClusterEnv
 
 from corl_jax.config.schema import Distributed
-from corl_jax.errors import BAD_INPUT_EXIT_CODE, FAILED_EXIT_CODE, InputError
+from corl_jax.errors import BAD_INPUT_EXIT_CODE, ConnectionFailure, InputError
 
 MARGIN_S = 15  # jax ends a process that cannot connect without a message; ours must come first
 POLL_S = 0.5
@@ -43,17 +43,21 @@ MAX_CHARACTERS = 20_000  # of a failure's text
 def initialize(options: Distributed) -> None:
     """Joins the other processes, if the config or the cluster names any.
 
-    Must run before the first use of a device. Exits with code 1 if not all processes start in time,
-    or if they cannot be connected.
+    Must run before the first use of a device. Exits with code 1 if not all processes start in time.
+    Does nothing in a process that has joined them before.
 
     Raises:
         InputError: the settings contradict each other or the cluster's description, or the
             coordinator's port cannot be opened.
+        ConnectionFailure: the processes cannot be connected.
     """
     settings = _resolve_settings(options)
-    if settings is None:
+    if settings is None or jax.distributed.is_initialized():
         return
     address, count, index = (settings[key] for key in ("address", "count", "index"))
+    # A single process that has used its devices, as for sampling, has nobody to join any more.
+    if count == 1 and xla_bridge.backends_are_initialized():
+        return
     place = f"process {index} of {count} at {address}"
     if index == 0:
         _require_free_port(address, place)
@@ -70,12 +74,10 @@ def initialize(options: Distributed) -> None:
         )  # fmt: skip
     except RuntimeError as error:
         line = str(error).splitlines()[0]
-        print(
-            f"error: distributed: {place}: {line}; look for an earlier error in the others' logs, "
-            "then give the same command again",
-            file=sys.stderr,
-        )
-        sys.exit(FAILED_EXIT_CODE)
+        raise ConnectionFailure(
+            f"distributed: {place}: {line}; look for an earlier error in the others' logs, then "
+            "give the same command again"
+        ) from error
     finally:
         waiting.cancel()
     if count > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -99,7 +99,7 @@ def choose_decode_kernel(dtype: Any, head_dim: int, device: Any = None) -> Decod
 
 def choose_training_kernel(dtype: Any, head_dim: int, device: Any = None) -> AttentionKernel:
     """Returns the fastest kernel for training steps on a device (default: the first one)."""
-    training = (
+    training: Iterator[AttentionKernel] = (
         name
         for name, kernel in KERNELS.items()
         if kernel.differentiable and (kernel.deterministic or not has_deterministic_flag())

@@ -18,6 +18,7 @@ import numpy as np
 from corl_jax import params as params_lib
 from corl_jax.devices.mesh import Rules
 from corl_jax.models import modules
+from corl_jax.models.attention import AttentionKernel, DecodeKernel
 from corl_jax.models.layers import Remat
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 from corl_jax.weights.kinds import NetworkKind
@@ -86,7 +87,7 @@ class SamplingOptions:
     # released code trains on the conditional one (Q27).
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     dtype: Any = jnp.bfloat16  # compute dtype
-    attention: str = "auto"  # kernel of a decode step
+    attention: Literal["auto"] | DecodeKernel = "auto"  # kernel of a decode step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class LogprobOptions:
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     unshifted: bool = False  # Q1, as the released code: logits after an image token score it
     remat: Remat = "full"
-    attention: str = "xla"  # kernel of the update
+    attention: AttentionKernel = "xla"  # kernel of the update
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
 
 

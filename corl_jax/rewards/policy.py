@@ -248,7 +248,7 @@ def ask_scorer(
     """
     images = samples.require_images()
     # Rows without a question run too, so that every process of a run calls the same programs.
-    texts = [q if (q or "").strip() else NO_QUESTION for q in questions]
+    texts = [q if q and q.strip() else NO_QUESTION for q in questions]
     with context.scorer(scorer) as policy:
         ids_of = {text: question_ids(policy.processor, text) for text in dict.fromkeys(texts)}
         ids = [ids_of[text] for text in texts]

@@ -350,9 +350,9 @@ class Console:
         if self._bar is None:
             self.say(line)
             return
-        if shown:
+        if shown and not is_evaluation:
             self._bar.set_postfix_str("  ".join(texts), refresh=False)
-        else:  # an evaluation, which should stay on the screen
+        else:  # it stays on the screen
             self.say(line)
         self._bar.update(step - self._bar.n)
 

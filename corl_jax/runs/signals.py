@@ -24,10 +24,15 @@ INTERRUPTED_TWICE = 128 + signal.SIGINT
 
 
 class Interruption:
-    """Handles the signals of this process while the `with` block lasts."""
+    """Handles the signals of this process while the `with` block lasts.
 
-    def __init__(self) -> None:
+    `ends_process`: a second SIGINT ends the process at once. Otherwise it raises KeyboardInterrupt,
+    for a process that has other work than this run.
+    """
+
+    def __init__(self, *, ends_process: bool = True) -> None:
         self.reason: str | None = None
+        self._ends_process = ends_process
         self._is_deferred = False  # to the end of an iteration
         self._several = jax.process_count() > 1
         self._previous: dict[int, Any] = {}
@@ -84,6 +89,8 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         again, self.reason = self.reason is not None, name
+        if again and number == signal.SIGINT and not self._ends_process:
+            raise KeyboardInterrupt
         if again and number == signal.SIGINT:
             _write(f"{name} again: stopped at once; finished checkpoints are whole\n")
             # Not sys.exit, which would wait for threads and for a save.

@@ -180,14 +180,14 @@ def estimate_memory(plan: ResolvedRun) -> dict[str, float]:
 
 def add_up_memory(estimate: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """Returns the GiB that are kept for the whole run, and program -> all GiB while it runs."""
-    kept = sum(size for name, size in estimate.items() if name in KEPT)
+    always_held = sum(size for name, size in estimate.items() if name in KEPT)
     programs = {
-        program: kept + sum(estimate[name] for name in parts if name in estimate)
+        program: always_held + sum(estimate[name] for name in parts if name in estimate)
         for program, parts in WORKING.items()
         # The copy alone is no program: a stage that does not sample has it too.
         if any(name in estimate for name in parts if name != COMPUTE_COPY)
     }
-    return kept, programs
+    return always_held, programs
 
 
 def _count_network_bytes(plan: ResolvedRun) -> int:

@@ -49,22 +49,28 @@ from corl_jax.train.resume import (
 from corl_jax.train.run import Iteration, Run
 
 
-def run_config(config: Config, *, check_only: bool = False, allow_changes: bool = False) -> None:
+def run_config(
+    config: Config, *, check_only: bool = False, allow_changes: bool = False,
+    ends_process: bool = True,
+) -> int:  # fmt: skip
     """Resumes or starts the run of a config, or only checks it and prints what it would be.
 
-    `allow_changes` resumes with options that differ from those of the run.
+    `allow_changes` resumes with options that differ from those of the run. `ends_process`: see
+    `Interruption`. Returns the number of steps that the run has done; 0 after a check.
 
     Raises:
         InputError: listing everything that is wrong, before a device is used.
+        Preempted: SIGTERM or Ctrl-C came; all finished steps are saved.
     """
     startup.prepare_devices(config.distributed)
-    with Interruption() as interruption, processes.fail_together():
+    with Interruption(ends_process=ends_process) as interruption, processes.fail_together():
         planned = resolve_run(config)
         warn_of_unused_options(planned)
         if not check_only:
-            run_training(planned, interruption, allow_changes)
-        elif jax.process_index() == 0:
+            return run_training(planned, interruption, allow_changes)
+        if jax.process_index() == 0:
             print(check.describe(planned))
+        return 0
 
 
 def warn_of_unused_options(planned: ResolvedRun) -> None:
@@ -74,10 +80,8 @@ def warn_of_unused_options(planned: ResolvedRun) -> None:
             print(f"warning: {line}", file=sys.stderr)
 
 
-def run_training(
-    planned: ResolvedRun, interruption: Interruption, allow_changes: bool = False
-) -> None:
-    """Resumes or starts the planned run, to its end or to train.stop_after."""
+def run_training(planned: ResolvedRun, interruption: Interruption, allow_changes: bool) -> int:
+    """Resumes or starts the planned run, to its end or to train.stop_after; returns its steps."""
     config, primary = planned.config, jax.process_index() == 0
     # The blocks end in reverse order: the last save ends while both directories are still locked.
     with (
@@ -92,6 +96,7 @@ def run_training(
         steps = checkpoints.steps()
         if primary:
             directory.require_saved(steps, config.checkpoint.directory, place)
+        done = planned.steps
         # A permission to change something asks for the whole comparison.
         if not allow_changes and is_finished(planned, directory, checkpoints, steps):
             if primary:
@@ -105,6 +110,7 @@ def run_training(
                 print_status(describe_stop(planned, directory, done))
         # jax gives the last process that leaves no time for its export.
         processes.barrier("the end")
+    return done
 
 
 def run_steps(
@@ -148,7 +154,7 @@ def run_steps(
         if stop == run.steps:
             ending = make_ending(config, run, outputs, planned.model_dir)
             run_due([ending], state, max(start, stop))
-        return stop
+        return max(start, stop)
 
 
 @contextlib.contextmanager

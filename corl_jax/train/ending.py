@@ -13,6 +13,7 @@ import jax
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
+from corl_jax.evaluation import SUITES
 from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.runs.directory import RunDir, list_differences
@@ -106,7 +107,7 @@ def describe_end(planned: ResolvedRun, directory: RunDir, nothing_to_do: bool = 
     """
     summary = directory.read_json(SUMMARY) or {}
     duration = format_duration(summary.get("seconds") or 0)
-    steps = f"all {planned.steps:,} steps in {duration}"
+    steps = f"all {summary.get('steps') or planned.steps:,} steps in {duration}"
     rows = [("finished", f"{steps}, before now; nothing is left to do" if nothing_to_do else steps)]
     rows += describe_change(summary.get("first_evaluation"), summary.get("last_evaluation"))
     if planned.config.export.layout != "none":
@@ -162,10 +163,12 @@ def suggest_commands(planned: ResolvedRun, directory: RunDir) -> list[str]:
     commands = []
     if config.export.layout != "none" and config.export.lora != "adapter":
         commands += suggest_samples(planned, export, directory.path("drawings"))
-        if config.eval.suite == "shapes" and isinstance(config.eval.path, str):
+        suite = SUITES.get(config.eval.suite)
+        # A suite that makes no rows needs a run.
+        if suite and suite.make_rows is not None and isinstance(config.eval.path, str):
             commands.append(_quote(
-                "evaluate", "--model", export, "--data", config.eval.path,
-                "--rows", str(config.eval.rows),
+                "evaluate", "--model", export, "--suite", config.eval.suite,
+                "--data", config.eval.path, "--rows", str(config.eval.rows),
             ))  # fmt: skip
     return [*commands, suggest_tensorboard(directory)]
 

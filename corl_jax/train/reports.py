@@ -45,7 +45,7 @@ def describe_iteration(
     config: Config, run: Run, step: int, iteration: Iteration, seconds: Mapping[str, float]
 ) -> dict[str, float]:
     """Returns all numbers of an iteration, after which `step` are done; `seconds` by metric."""
-    values = reduce_metrics(iteration.metrics) | seconds
+    values = {**reduce_metrics(iteration.metrics), **seconds}
     # The schedule counts updates from 0, so the newest one has the number of applied updates less
     # 1.
     values["learning_rate"] = float(run.schedule(max(values["update/applied"] - 1, 0)))

@@ -216,15 +216,16 @@ def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list
     """Returns the abilities that tasks and stage need and the model's family lacks."""
     problems = []
     for task in stage.tasks(config):
-        turns = TASKS[task].turns
-        if len(turns) > 1:
+        first, *later = TASKS[task].turns
+        if later:
             problems.append(
-                f"algorithm.tasks: {task} has {len(turns)} turns; tasks of one turn can be trained"
+                f"algorithm.tasks: {task} has {1 + len(later)} turns; tasks of one turn can be "
+                "trained"
             )
-        elif turns[0].segments not in family.turns:
+        elif first.segments not in family.turns:
             problems.append(
                 f"stage {config.stage}: the task {task} needs segments of "
-                f"{' and '.join(turns[0].segments)}, which a {family.name} does not make; choose "
+                f"{' and '.join(first.segments)}, which a {family.name} does not make; choose "
                 "another task or model"
             )
     if not stage.uses_language_model and family.tokenizer_loss is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Run:
     train_step: Callable
     logprob_step: Callable
     samplers: dict[str, Sampler]  # by task
-    rewards: dict[str, list]  # task -> rewards with their options bound
+    rewards: Mapping[str, list]  # task -> rewards with their options bound
     networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
     recipe: Recipe
     advantage_options: AdvantageOptions | None  # None where no rewards are compared

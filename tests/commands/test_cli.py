@@ -68,8 +68,6 @@ def test_every_command_has_a_main(name):
         (["quickstart", "--help"], 0, "usage: corl-jax quickstart"),
         (["convert", "--help"], 0, "usage: corl-jax convert"),
         (["convert", "inspect", "nowhere"], 2, "nowhere: no such directory"),
-        (["evaluate", "--model", "nowhere"], 2, "nowhere: no such directory"),
-        (["generate", "image", "--model", "nowhere", "--prompt", "x", "--out", "y"], 2, "nowhere"),
     ],
 )  # fmt: skip
 def test_answers_without_loading_jax(arguments, code, part):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, policies
+from corl_jax import generate, inference, policies
 from corl_jax.data import questions
 from corl_jax.devices import startup
 from corl_jax.errors import InputError, Problems
@@ -277,9 +277,9 @@ def test_image_problems_are_told_together(model_dir, tmp_path, capsys):
         "--temperature", 0, "--cfg-scale", "nan", "--greedy",
     )  # fmt: skip
     for expected in (
-        "--batch-size: found -1; expected a number at least 1",
+        "--batch-size: found -1; expected a whole number at least 1",
         "--images-per-prompt: found 0",
-        "--seed: found -1; expected a number at least 0 and at most 4294967295",
+        "--seed: found -1; expected a whole number at least 0 and at most 4294967295",
         "--temperature: found 0.0; expected a number above 0; give --greedy in its place",
         "--temperature: found 0, which --greedy would ignore",
         "--cfg-scale: found nan",
@@ -394,10 +394,10 @@ def test_a_plain_question_is_asked_as_the_checkpoint_states(cases, model_dir, tm
     assert (args.max_new_tokens, args.temperature, args.instruction) == (5, 0.5, "open")
     args = parse([*base, "--instruction", "none", "--max-new-tokens", "6", "--top-k", "3"])
     found = generate.check_text(args)
-    assert generate.format_question(args, found[0]) == "how many squares?"
+    assert inference.format_question(args, found[0]) == "how many squares?"
     assert (args.max_new_tokens, args.top_k, args.temperature) == (6, 3, 0.5)
     args.instruction = "choice"
-    assert "option letter" in generate.format_question(args, found[0])
+    assert "option letter" in inference.format_question(args, found[0])
     (folder / "generation_config.json").write_text('{"guidance_scale": "x"}')
     said = refused(capsys, *base, "--max-new-tokens", 5)
     assert said.count("error: ") == 1 and "guidance_scale is 'x'" in said

@@ -28,7 +28,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Distributed
 from corl_jax.devices import processes
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.errors import GuardError, InputError
+from corl_jax.errors import ConnectionFailure, GuardError, InputError, exit_on_input_error
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
@@ -474,18 +474,44 @@ def test_something_runs_before_the_others_hear_of_a_failure(monkeypatch):
     assert order == ["first", "told", 3]
 
 
-def test_a_connection_that_fails_is_no_bad_input(no_cluster, monkeypatch, capsys):
+def test_a_connection_that_fails_is_no_bad_input(no_cluster, monkeypatch):
     def late(*args, **options):
         raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
 
     monkeypatch.setattr(jax.distributed, "initialize", late)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ConnectionFailure) as error:
         processes.initialize(
             Distributed(coordinator_address="127.0.0.1:1", num_processes=2, process_id=1)
         )
-    assert error.value.code == 1
-    text = capsys.readouterr().err
+    text = str(error.value)
     assert "process 1 of 2 at 127.0.0.1:1: DEADLINE_EXCEEDED" in text and "same command" in text
+    assert exit_code_of(error.value) == 1
+
+
+def exit_code_of(error: Exception) -> int | str | None:
+    """The code with which a command ends after an error."""
+
+    @exit_on_input_error
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        fail()
+    return exit_.value.code
+
+
+def test_a_second_start_in_a_process_joins_nobody(no_cluster, monkeypatch):
+    """The devices of this process are in use; a single process of a cluster may go on."""
+
+    def refuse(*args, **options):
+        raise RuntimeError("must be called before any JAX calls")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    assert jax.devices()
+    given = {"coordinator_address": "127.0.0.1:1", "process_id": 0}
+    processes.initialize(Distributed(**given, num_processes=1))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    processes.initialize(Distributed(**given, num_processes=2))
 
 
 @pytest.mark.parametrize(("backend", "cached"), [("cpu", False), ("gpu", True)])

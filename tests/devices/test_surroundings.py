@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from corl_jax import console, evaluate, generate
+from corl_jax import console, evaluate, generate, inference
 from corl_jax.devices import startup
 from corl_jax.errors import InputError
 from corl_jax.evaluation import shapes
@@ -238,7 +238,7 @@ COMMANDS = {
     "plan": lambda path: plan.main(
         ["--config", path, "--topology", "local", "--model", "janus-pro-1b"]
     ),
-    "generate": lambda path: generate.load_model(argparse.Namespace(model="none", dtype=None)),
+    "generate": lambda path: inference.load_model("none", None),
     "evaluate": lambda path: evaluate.measure(argparse.Namespace(model="none", dtype=None), None),
 }
 

@@ -160,7 +160,7 @@ def test_another_config_is_refused_and_allowed_by_the_flag(begun, model, rows, t
         f"model.path={copy}": "model.path: found",
         "train.prompts_per_step=8": "train.prompts_per_step: found 8, the run has 4",
         "train.max_steps=9": "train.max_steps: found 9, the run has 6",
-        "stage=vq": "objective: found 'vq', the run has 'sft'",
+        "stage=vq": "stage: found 'vq', the run has 'sft'",
     }
     losses = int(begun.here(f"model.path={model}/", "train.stop_after=1") != 0)  # the same folder
     capsys.readouterr()

@@ -13,7 +13,6 @@ import pytest
 
 from corl_jax.runs import saving
 from corl_jax.runs.log import StepLog
-from corl_jax.train import __main__ as command
 from corl_jax.train import reports
 from tests.faults.harness import PATIENCE, ROOT, SUPERVISED, Job, outcome
 from tests.support import tiny_runs
@@ -66,7 +65,8 @@ def test_a_signal_saves_and_exits_with_75(job, straight, monkeypatch, capfd, fig
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_before_anything_is_loaded(job, monkeypatch, capfd, figure, number):
     before = signal.signal(number, signal.default_int_handler)
-    monkeypatch.setattr(command, "resolve_run", lambda config: os.kill(os.getpid(), number))
+    place = "corl_jax.train.command.resolve_run"
+    monkeypatch.setattr(place, lambda config: os.kill(os.getpid(), number))
     code = job.here()
     signal.signal(number, before)
     figure("T2", fault="signal while nothing is at stake", tries=1, losses=code != 75)

@@ -230,3 +230,16 @@ def test_kills_of_one_of_two(model, rows, tmp_path, kind, figure):
         f"{sum(seconds) / KILLS:.1f} s, max {max(seconds):.1f} s",
     )  # fmt: skip
     assert not wrong and hits >= KILLS / 2, (wrong, hits)
+
+
+@pytest.mark.slow
+def test_the_first_of_two_speaks_alone_and_both_know_the_end(model, rows, tmp_path):
+    """The second process waits for the first one's decision that nothing is left to do."""
+    job = job_of_two(tmp_path, model, rows, 2, **SUPERVISED)
+    first, second = several_processes.finished(several_processes.train(job.config))
+    again, silent = several_processes.finished(several_processes.train(job.config))
+    assert "devices  4 x cpu of 2 processes, mesh fsdp 4, attention: xla" in first
+    assert "finished" in first and "nothing is left to do" in again and "compiling" not in again
+    for text in (second, silent):
+        # Gloo speaks for itself.
+        assert not [line for line in text.splitlines() if not line.startswith("[Gloo]")], text

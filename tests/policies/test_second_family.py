@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax import generate, policies, score
+from corl_jax import generate, policies
 from corl_jax.errors import InputError
 from corl_jax.policies import load_policy
 from corl_jax.policies.family import TurnProgram
+from corl_jax.score import __main__ as score
 from corl_jax.tasks import CODES, TASKS, TEXT, Task, Turn
 from corl_jax.train import __main__ as command
 from docs.examples.bag_family import FAMILY, PALETTE, WORDS, BagSizes

@@ -97,8 +97,12 @@ def test_a_chart_is_well_formed_and_inside_of_its_frame(points):
         Line("a <&\x00\ud83d", points, [(x, y - 1, y + 1) for x, y in points]),
         Line("b", points),
     ]
-    for svg in (draw_lines("t & <b>", lines), draw_lines("t", lines, is_rate=True),
-                draw_path("t", [("a", [(step, y, 0.5) for step, y in points])], "x", "y")):  # fmt: skip
+    path = [(step, y, 0.5) for step, y in points]
+    for svg in (
+        draw_lines("t & <b>", lines),
+        draw_lines("t", lines, is_rate=True),
+        draw_path("t", [("a", path)], "x", "y"),
+    ):
         root = xml.fromstring(svg)
         assert "nan" not in svg
         width, height = map(float, root.get("viewBox").split()[2:])

@@ -149,10 +149,12 @@ def test_a_bar_on_a_terminal_with_evaluations_above_it(tmp_path):
         time.sleep(0.12)  # tqdm draws at most ten times a second
         metrics.add_metrics(4, {"reward": 0.75})
         metrics.add_metrics(4, {"eval/accuracy": 0.5, "eval/b": float("nan")}, is_evaluation=True)
+        metrics.add_metrics(4, {"reward": 0.125}, is_evaluation=True)  # a headline
         metrics.say("saved")
     text = stream.getvalue()
     assert "4/5" in text and "reward 0.75" in text and "\r" in text
     assert "step 4/5  eval/accuracy 0.5  eval/b none  2 s/step  0:00:02 left\n" in text
+    assert "step 4/5  reward 0.125  2 s/step  0:00:02 left\n" in text
     assert "saved\n" in text
 
 

@@ -87,7 +87,9 @@ def write_config(folder: Path, **changes: Any) -> None:
         "optimizer": {"learning_rate": 0.0002}, "rollout": {"group_size": 2},
         "train": {"prompts_per_step": 4, "max_steps": STEPS},
     }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, sort_keys=False), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(config | changes, sort_keys=False), encoding="utf-8"
+    )
 
 
 def encode_png(pixels: np.ndarray) -> dict[str, Any]:

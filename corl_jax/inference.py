@@ -1,0 +1,211 @@
+"""Samples images and answers: what `generate` and the Python API share.
+
+`options` in this module has the sampling options as attributes, named as the command's options. A
+sample depends only on the seed, the position of its prompt in the input and its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
+from corl_jax.errors import Problems
+from corl_jax.sampling_options import HARMLESS, find_temperature_problems, is_number
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from corl_jax.data.questions import ImageQuestion
+    from corl_jax.policies import Model, PolicyFiles
+    from corl_jax.policies.batched import Sample
+
+MAX_SEED = 2**32 - 1
+DTYPES = ("float32", "bfloat16")
+IMAGE_OPTIONS = ("cfg_scale", "temperature")
+TEXT_OPTIONS = ("temperature", "top_k", "top_p", "max_new_tokens", "instruction")
+
+SpellOption = Callable[[str], str]
+"""Option, as an attribute -> its name in messages: cfg_scale -> --cfg-scale."""
+
+
+def choose_dtype(name: str | None) -> Any:
+    """Returns the compute dtype of a name. None: float32 on a CPU, bfloat16 elsewhere."""
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.dtype(name or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def load_model(place: Any, dtype_name: str | None) -> tuple[Model, Any]:
+    """Loads the model of a path or hub id; returns it and its compute dtype.
+
+    Raises:
+        InputError: listing every problem of the model's files and of JAX's settings.
+    """
+    from corl_jax.devices.startup import prepare_devices
+    from corl_jax.policies import load_policy
+
+    prepare_devices()
+    dtype = choose_dtype(dtype_name)
+    return load_policy(place, dtype), dtype
+
+
+# ---- checks
+
+
+def check_number(name: str, value: Any, low: float, high=math.inf, *, above=False, whole=False):
+    """Returns a problem unless `value` is None or a finite number in the range."""
+    # NaN fails every comparison, so it is a problem too.
+    fits = is_number(value, whole=whole) and low <= value <= high and value < math.inf
+    if value is None or (fits and (value > low or not above)):
+        return []
+    bounds = f"{'above' if above else 'at least'} {low}"
+    bounds += f" and at most {high}" if math.isfinite(high) else ""
+    shown = value if is_number(value) else repr(value)
+    return [f"{name}: found {shown}; expected a {'whole ' if whole else ''}number {bounds}"]
+
+
+def check_options(options: argparse.Namespace, spell: SpellOption, problems: Problems) -> None:
+    """Adds problems of the options that images and answers have."""
+    for name in ("batch_size", "samples"):
+        problems.add(check_number(spell(name), getattr(options, name), 1, whole=True))
+    problems.add(check_number(spell("seed"), options.seed, 0, MAX_SEED, whole=True))
+    problems.add(find_temperature_problems(options.temperature, spell))
+    if options.greedy:
+        problems.add(
+            f"{spell(name)}: found {value:g}, which {spell('greedy')} would ignore; leave one of "
+            f"them out, or set {harmless:g}"
+            for name, harmless in HARMLESS.items()
+            if (value := getattr(options, name, None)) not in (None, harmless) and is_number(value)
+        )
+
+
+def check_image_options(
+    options: argparse.Namespace, spell: SpellOption, problems: Problems
+) -> None:
+    """Adds problems of the options of images."""
+    check_options(options, spell, problems)
+    problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
+
+
+def check_text_options(options: argparse.Namespace, spell: SpellOption, problems: Problems) -> None:
+    """Adds problems of the options of answers."""
+    from corl_jax.data.questions import find_text_problems
+
+    check_options(options, spell, problems)
+    problems.add(check_number(spell("max_new_tokens"), options.max_new_tokens, 1, whole=True))
+    problems.add(check_number(spell("top_k"), options.top_k, 0, whole=True))
+    problems.add(check_number(spell("top_p"), options.top_p, 0, 1, above=True))
+    if options.instruction not in (None, *INSTRUCTIONS):
+        problems.add(
+            f"{spell('instruction')}: found {options.instruction!r}; expected one of "
+            f"{', '.join(INSTRUCTIONS)}"
+        )
+    if options.system_prompt:
+        problems.add(find_text_problems(spell("system_prompt"), options.system_prompt))
+
+
+def find_long_prompts(model: PolicyFiles, prompts: Sequence[str]) -> list[str]:
+    """Returns a problem for each prompt that leaves no room for an image in the model."""
+    limits = model.family.limits(model.sizes)
+    rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(prompts)]
+    return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
+
+
+def find_long_questions(
+    model: PolicyFiles,
+    options: argparse.Namespace,
+    questions: Sequence[ImageQuestion],
+    spell: SpellOption,
+) -> list[str]:
+    """Returns a problem for each question that leaves no room for its answer in the model.
+
+    Returns a single one if no question would; the options must be complete.
+    """
+    limits = model.family.limits(model.sizes)
+    positions, image = limits.positions, limits.input_image_tokens
+    if options.max_new_tokens >= positions - image:
+        return [
+            f"{spell('max_new_tokens')}: found {options.max_new_tokens}; expected less than "
+            f"{positions - image}: of the model's {positions} positions the image takes {image}, "
+            "the question its own"
+        ]
+    rows = [(q.where, {"qa_problem": format_question(options, q)}) for q in questions]
+    return _find_long_rows(
+        model, IMAGE_UNDERSTANDING, rows, options.max_new_tokens, options.system_prompt
+    )
+
+
+def _find_long_rows(
+    model: PolicyFiles, task: Task, rows: Sequence[tuple[str, dict[str, str]]], completion: int,
+    system_prompt: str = "",
+) -> list[str]:  # fmt: skip
+    """Returns a problem for each row, of (name in messages, columns), that is too long."""
+    from corl_jax.data.questions import replace_surrogates
+
+    positions = model.family.limits(model.sizes).positions
+    room, problems = positions - completion, []
+    for name, columns in rows:
+        # A lone surrogate is a problem already; replaced, the tokenizer can count the others.
+        texts = {column: replace_surrogates(text) for column, text in columns.items()}
+        system = replace_surrogates(system_prompt)
+        length = len(model.processor.prompt_ids(task.turn.prompt, texts, system))
+        if length > room:
+            problems.append(
+                f"{name}: found {length} tokens; expected at most {room}, which leaves room for "
+                f"what is generated in the model's {positions} positions"
+            )
+    return problems
+
+
+# ---- sampling
+
+
+def sample_images(
+    model: Model, dtype: Any, prompts: Sequence[str], options: argparse.Namespace, progress: bool
+) -> Iterator[Sample]:
+    """Yields the images of prompts; the options must be complete."""
+    from corl_jax.policies import batched
+    from corl_jax.policies.family import SamplingOptions
+
+    sampling = SamplingOptions(
+        special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
+        temperature=options.temperature or 1.0, dtype=dtype,  # None if greedy
+    )  # fmt: skip
+    yield from batched.generate_images(
+        model, prompts, sampling, samples=options.samples, batch_size=options.batch_size,
+        seed=options.seed, show_progress=progress,
+    )  # fmt: skip
+
+
+def sample_answers(
+    model: Model, dtype: Any, questions: Sequence[ImageQuestion], options: argparse.Namespace,
+    progress: bool,
+) -> Iterator[Sample]:  # fmt: skip
+    """Yields the answers to questions; the options must be complete."""
+    from corl_jax.data.images import decode_image
+    from corl_jax.policies import batched
+    from corl_jax.policies.family import SamplingOptions
+
+    def open_image(number: int) -> Image:
+        return decode_image(questions[number].file)
+
+    sampling = SamplingOptions(
+        special=model.processor.special, max_new_tokens=options.max_new_tokens,
+        greedy=options.greedy, temperature=options.temperature or 1.0,  # None if greedy
+        top_k=options.top_k or 0, top_p=options.top_p or 1.0, dtype=dtype,
+    )  # fmt: skip
+    yield from batched.answer_questions(
+        model, [format_question(options, question) for question in questions], open_image,
+        sampling, system_prompt=options.system_prompt, samples=options.samples,
+        batch_size=options.batch_size, seed=options.seed, show_progress=progress,
+    )  # fmt: skip
+
+
+def format_question(options: argparse.Namespace, question: ImageQuestion) -> str:
+    """Returns a question with its instruction, as the model gets it."""
+    return add_instruction(question.row["question"], options.instruction)
