@@ -19,12 +19,16 @@ class Estimate:
     high: float
     is_rate: bool  # a fraction of tries, shown in percent
 
+    def format_mean(self) -> str:
+        """Returns the mean with few digits; a rate in percent."""
+        return f"{_format_digits(self.mean, self.is_rate)}{'%' if self.is_rate else ''}"
+
     def format(self) -> str:
         """Returns the mean with its interval, as 64.3% (60.0 to 68.3)."""
         if self.low == self.high == self.mean:
-            return format_number(self.mean, self.is_rate)
+            return self.format_mean()
         low, high = (_format_digits(value, self.is_rate) for value in (self.low, self.high))
-        return f"{format_number(self.mean, self.is_rate)} ({low} to {high})"
+        return f"{self.format_mean()} ({low} to {high})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +82,6 @@ def read_estimate(line: Mapping[str, Any], name: str) -> Estimate | None:
         return Estimate(mean, low, high, True)
     half = Z_95 * (error or 0.0)
     return Estimate(mean, mean - half, mean + half, False)
-
-
-def format_number(value: float, is_rate: bool = False) -> str:
-    """Returns a number with few digits; a rate in percent."""
-    return f"{_format_digits(value, is_rate)}{'%' if is_rate else ''}"
 
 
 def _format_digits(value: float, is_rate: bool, sign: str = "") -> str:

@@ -125,7 +125,7 @@ def summarize(records: Sequence[RunRecord]) -> list[Row]:
     }
     rows = [Row(label, [function(r) for r in records]) for label, function in describe.items()]
     for row in list_changes(records):
-        if row.is_headline:
+        if row.is_headline and len(records) > 1:  # a single run has tiles for them
             rows.append(Row(row.label, [describe_cell(cell) for cell in row.cells]))
     return rows
 

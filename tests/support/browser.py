@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -82,6 +83,9 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            # A page that shows a dialog answers no more.
+            ready, _, _ = select.select([self._from], [], [], SECONDS)
+            assert ready, f"the browser has not answered for {SECONDS} s"
             content = os.read(self._from, 1 << 16)
             assert content, "the browser has ended"
             self._rest += content
