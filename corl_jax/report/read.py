@@ -98,11 +98,16 @@ def read_runs(runs: Sequence[Path]) -> list[RunRecord]:
 def choose_names(runs: Sequence[Path]) -> list[str]:
     """Returns the last two parts of the paths, or more where these are equal."""
     paths = [Path(os.path.abspath(run)) for run in runs]
+
+    def take_ends(length: int) -> list[str]:
+        return ["/".join(path.parts[-length:]) for path in paths]
+
     # Two, because many runs are called `train`: x/train, y/train.
-    for length in range(2, max(3, *(len(path.parts) + 1 for path in paths))):
-        names = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            break
+    most = max(2, *(len(path.parts) for path in paths))
+    lengths = (
+        length for length in range(2, most) if len(set(take_ends(length))) == len(set(paths))
+    )
+    names = take_ends(next(lengths, most))
     # The same run twice: numbers tell the columns apart.
     return [
         f"{name} ({names[:at].count(name) + 1})" if names.count(name) > 1 else name

@@ -166,6 +166,12 @@ def test_a_run_leaves_what_it_should(straight):
     assert summary["first_evaluation"]["step"] == 0 and summary["last_evaluation"]["step"] == 4
     assert summary["seconds"] > 0
     assert list((straight / "tensorboard").iterdir())
+    provenance = json.loads((straight / "provenance.json").read_text())
+    assert provenance["steps"] == 4 and provenance["devices"].startswith("1 x cpu")
+    assert provenance["versions"]["jax"] == jax.__version__
+    assert 0 < provenance["model"]["trained"] < provenance["model"]["parameters"]
+    page = (straight / "report.html").read_text()
+    assert "finished, 4 steps" in page and page.count('class="shot') > 8
 
 
 def test_metrics_have_trls_names(straight):
