@@ -100,12 +100,11 @@ def draw_lines(
     title: str, lines: Sequence[Line], is_rate: bool = False, x_label: str = "step"
 ) -> str:
     """Draws lines with their bands over steps. Rates have an axis in percent from 0 on."""
-    lines = [line for line in lines if line.points]
-    legend, top = _draw_legend([line.label for line in lines] if len(lines) > 1 else [])
+    legend, top = _draw_legend(lines)
     axes = _choose_axes(lines, is_rate, top)
     parts = [_draw_frame(title, axes, is_rate, x_label), legend]
     for at, line in enumerate(lines):
-        parts.append(_draw_line(line, at, axes, is_rate))
+        parts.append(_draw_line(line, at, axes, is_rate) if line.points else "")
     return _wrap_svg(title, parts)
 
 
@@ -169,11 +168,18 @@ def _draw_frame(title: str, axes: Axes, is_rate: bool, x_label: str, y_label: st
     return "".join(parts)
 
 
-def _draw_legend(labels: Sequence[str]) -> tuple[str, float]:
-    """Draws the names of lines below the title; returns also where the chart begins."""
+def _draw_legend(lines: Sequence[Line]) -> tuple[str, float]:
+    """Draws the names of several lines below the title; returns also where the chart begins.
+
+    A line without points is left out, and the others keep their colors.
+    """
+    if len(lines) < 2:
+        return "", 34
     parts, x, y = [], float(LEFT), 40.0
-    for at, label in enumerate(labels):
-        text = _shorten(label, LEGEND_CHARACTERS)
+    for at, line in enumerate(lines):
+        if not line.points:
+            continue
+        text = _shorten(line.label, LEGEND_CHARACTERS)
         width = 30 + CHARACTER * len(text) + 14
         if x > LEFT and x + width > WIDTH - RIGHT:
             x, y = float(LEFT), y + 17
@@ -184,7 +190,7 @@ def _draw_legend(labels: Sequence[str]) -> tuple[str, float]:
         )
         parts.append(_write(x + 30, y, text, color=INK))
         x += width
-    return "".join(parts), (y + 14 if labels else 34)
+    return "".join(parts), y + 14
 
 
 # ---- other charts
@@ -196,7 +202,7 @@ def draw_path(
 ) -> str:  # fmt: skip
     """Draws one value against another as a path over steps; `paths`: label, (step, x, y)."""
     lines = [Line(label, [(x, y) for _, x, y in path], has_dots=True) for label, path in paths]
-    legend, top = _draw_legend([line.label for line in lines] if len(lines) > 1 else [])
+    legend, top = _draw_legend(lines)
     axes = _choose_axes(lines, True, max(top, 52) if len(lines) < 2 else top + 16)
     room = 0.08 * (axes.x_high - axes.x_low)
     axes = dataclasses.replace(axes, x_low=axes.x_low - room, x_high=axes.x_high + room)

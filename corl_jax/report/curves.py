@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from corl_jax.report.changes import Estimate
+from corl_jax.report.changes import Z_95, Estimate
 from corl_jax.report.charts import Line, draw_lines, draw_parts, draw_path, smooth
 from corl_jax.report.labels import describe_metric
 from corl_jax.report.read import EVALUATION, Points, RunRecord
@@ -90,14 +91,38 @@ def draw_health(records: Sequence[RunRecord]) -> list[str]:
 
 
 def draw_metric(records: Sequence[RunRecord], name: str) -> str:
-    """Draws a metric of each run; long lines are smoothed, with the values behind them."""
+    """Draws a metric of each run, rewards with their intervals.
+
+    Long lines are smoothed; the values stand behind them instead of the intervals.
+    """
     lines = []
     for record in records:
         points = record.read_points(name)
-        is_long = len(points) > SMOOTHED_POINTS
-        shown = smooth(points, len(points) // WINDOWS) if is_long else points
-        lines.append(Line(record.name, shown, faint=points if is_long else ()))
+        if len(points) > SMOOTHED_POINTS:
+            window = len(points) // WINDOWS
+            lines.append(Line(record.name, smooth(points, window), faint=points))
+        else:
+            lines.append(Line(record.name, points, estimate_band(record, name)))
     return draw_lines(describe_metric(name), lines)
+
+
+def estimate_band(record: RunRecord, name: str) -> list[tuple[int, float, float]]:
+    """Returns (step, low, high) of the 95% intervals of a reward's means; [] for other metrics.
+
+    The completions of a prompt count as one observation, as if they were equal. They are not, so
+    the intervals are rather too wide.
+    """
+    prompts = record.get_option("train", "prompts_per_step")
+    # reward -> reward_std, TASK/reward -> TASK/reward_std, TASK/rewards/NAME/mean -> .../std
+    spread = f"{name.removesuffix('mean')}std" if name.endswith("/mean") else f"{name}_std"
+    spreads = dict(record.read_points(spread)) if is_training(name) else {}
+    if not isinstance(prompts, int) or prompts < 1:
+        return []
+    return [
+        (step, mean - half, mean + half)
+        for step, mean in record.read_points(name)
+        if (half := Z_95 * spreads.get(step, math.nan) / math.sqrt(prompts)) >= 0
+    ]
 
 
 def draw_evaluations(records: Sequence[RunRecord], headline: bool) -> list[str]:
@@ -149,8 +174,8 @@ def list_gaps(records: Sequence[RunRecord]) -> list[Gap]:
     gaps = []
     for task, name in ACCURACY.items():
         runs = [(record.name, pair_steps(record, f"{task}/reward", name)) for record in records]
-        runs = [(run, steps) for run, steps in runs if len(steps) > 1]
-        if not runs:
+        runs = [(run, steps if len(steps) > 1 else []) for run, steps in runs]
+        if not any(steps for _, steps in runs):
             continue
         paths = [
             (run, [(step.step, step.reward, step.accuracy.mean) for step in steps])

@@ -13,6 +13,7 @@ from corl_jax.errors import InputError
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.report.changes import Estimate, compare, read_estimate
 from corl_jax.report.charts import (
+    COLORS,
     Line,
     choose_ticks,
     draw_lines,
@@ -22,7 +23,7 @@ from corl_jax.report.charts import (
     smooth,
     thin_out,
 )
-from corl_jax.report.curves import pair_steps
+from corl_jax.report.curves import estimate_band, pair_steps
 from corl_jax.report.figures import choose_tiles, draw_before_after, wrap_caption, write_figures
 from corl_jax.report.groups import read_groups
 from corl_jax.report.options import list_defaults, list_options
@@ -112,6 +113,12 @@ def test_a_chart_is_well_formed_and_inside_of_its_frame(points):
                 assert 0 <= x <= width and 0 <= y <= height
 
 
+def test_a_run_keeps_its_color_in_charts_where_others_are_missing():
+    svg = draw_lines("t", [Line("first", []), Line("second", [(0, 1.0), (1, 2.0)])])
+    assert COLORS[1] in svg and COLORS[0] not in svg
+    assert "second" in svg and "first" not in svg
+
+
 def test_parts_add_up_to_the_bar():
     root = xml.fromstring(draw_parts([("a", 1.0), ("b", 3.0)], "{:g} s".format))
     first, second = (
@@ -133,6 +140,15 @@ def test_rewards_are_paired_with_evaluations(tmp_path):
         (0, 0.2, 0.1), (3, 0.2, 0.2), (4, 0.4, 0.3)
     ]  # fmt: skip
     assert pair_steps(record, "nothing", "eval/draw/accuracy") == []
+
+
+def test_rewards_have_the_interval_of_their_mean(tmp_path):
+    report_runs.write_config(tmp_path)
+    report_runs.write_lines(tmp_path, [report_runs.training_line(2), {"step": 3, "t2i/reward": 1}])
+    record = read_run(tmp_path, "x")
+    # 4 prompts: 1.96 * 0.2 / 2; step 3 has no standard deviation.
+    assert estimate_band(record, "t2i/reward") == [(2, pytest.approx(0.004), pytest.approx(0.396))]
+    assert estimate_band(record, "mm2t/reward") == estimate_band(record, "loss") == []
 
 
 def test_few_groups_are_not_shown_twice(tmp_path):

@@ -64,6 +64,7 @@ def training_line(step: int) -> dict[str, Any]:
     """A line of a step of GRPO."""
     return {
         "step": step, "loss": 0.1, "reward": 0.1 * step, "t2i/reward": 0.1 * step,
+        "t2i/reward_std": 0.2,
         "t2i/rewards/checker/mean": 0.1 * step, "mm2t/reward": 1.0, "t2i/entropy": 2.0,
         "step_time": 2.0, "phase/rollout_seconds": 0.5, "phase/reward_seconds": 0.25,
         "phase/update_seconds": 1.0, "phase/compile_seconds": 8.0 if step == 1 else 0.0,
