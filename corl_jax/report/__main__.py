@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here, so that help and wrong paths are answered before jax is loaded.
     from corl_jax.report.command import run_report
 
-    run_report(args.runs, args.out, args.figures)
+    out = args.out if args.out or args.figures else DEFAULT_OUT
+    run_report(args.runs, out, args.figures)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ from corl_jax.errors import InputError
 from corl_jax.report.figures import write_figures
 from corl_jax.report.page import render_page
 from corl_jax.report.read import read_runs
-
-DEFAULT_OUT = Path("report.html")
-REPORT = "report.html"
-"""The page of a finished run in its run directory."""
+from corl_jax.runs.directory import REPORT
 
 
 def run_report(runs: Sequence[Path], out: Path | None, figures: Path | None) -> None:
-    """Writes the page, the figures, or both, and prints their names.
+    """Writes the page, the figures, or both (None: not that), and prints their names.
 
     Raises:
         InputError: a file cannot be written, or the run has nothing to draw.
@@ -27,9 +24,8 @@ def run_report(runs: Sequence[Path], out: Path | None, figures: Path | None) -> 
         if figures is not None:
             for path in write_figures(records, figures):
                 print(path)
-        if out is not None or figures is None:
+        if out is not None:
             page = render_page(records)
-            out = out or DEFAULT_OUT
             with replace_file(out) as file:
                 file.write(page)
             print(f"{out}  ({len(page) / 2**20:.1f} MiB)")

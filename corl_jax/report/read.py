@@ -12,11 +12,10 @@ from typing import Any
 
 from corl_jax.config.yaml_text import parse_yaml
 from corl_jax.report.changes import Estimate, read_estimate
-from corl_jax.runs.directory import RunDir
+from corl_jax.runs.directory import PROVENANCE, RunDir
 from corl_jax.runs.log import read_lines
 
 EVALUATION = "eval/"
-PROVENANCE = "provenance.json"
 
 Points = list[tuple[int, float]]
 """(step, value) of a metric, in order of steps."""

@@ -39,6 +39,7 @@ from corl_jax.errors import InputError
 from corl_jax.runs import same_files
 from corl_jax.runs.locking import lock_directory
 
+REPORT, PROVENANCE = "report.html", "provenance.json"
 RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
     "export", "summary.json",

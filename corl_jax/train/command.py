@@ -16,7 +16,7 @@ from corl_jax.console import print_status
 from corl_jax.devices import processes, startup
 from corl_jax.runs import export_record
 from corl_jax.runs.checkpoints import Checkpoints, Restored
-from corl_jax.runs.directory import RunDir, lock_checkpoints, open_run_directory
+from corl_jax.runs.directory import PROVENANCE, RunDir, lock_checkpoints, open_run_directory
 from corl_jax.runs.log import RunLog, StepLog
 from corl_jax.runs.outputs import Outputs
 from corl_jax.runs.pace import Pace, Phases, StepClock
@@ -37,7 +37,7 @@ from corl_jax.train.milestones import (
     read_evaluation_seconds,
     run_due,
 )
-from corl_jax.train.provenance import PROVENANCE, collect_provenance
+from corl_jax.train.provenance import collect_provenance
 from corl_jax.train.reports import HEADLINE, describe_iteration, show_answers
 from corl_jax.train.resolve import ResolvedRun, resolve_run
 from corl_jax.train.resume import (

@@ -16,7 +16,7 @@ from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints
-from corl_jax.runs.directory import RunDir, list_differences
+from corl_jax.runs.directory import REPORT, RunDir, list_differences
 from corl_jax.runs.export_record import is_up_to_date, read_record
 from corl_jax.runs.log import format_duration
 from corl_jax.tasks import image_tasks, text_tasks
@@ -28,7 +28,7 @@ from corl_jax.train.resume import hash_reward_files
 
 MAX_SHOWN = 80  # characters of a prompt or question in a suggested command
 MAX_METRICS = 8
-SUMMARY, REPORT = "summary.json", "report.html"
+SUMMARY = "summary.json"
 
 
 # ---- is there anything left to do

@@ -14,7 +14,6 @@ from corl_jax.train import check
 from corl_jax.train.banner import describe_devices
 from corl_jax.train.resolve import ResolvedRun
 
-PROVENANCE = "provenance.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 GIT_SECONDS = 5
 

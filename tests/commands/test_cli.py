@@ -159,8 +159,8 @@ def test_the_wheel_is_the_whole_product(clone, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("tools", "tests", "docs"))]
-    for name in ("corl_jax/configs/mini/unified.yaml", "corl_jax/py.typed"):
-        assert name in names
+    for name in ("configs/mini/unified.yaml", "py.typed", "report/template.html"):
+        assert f"corl_jax/{name}" in names
     shutil.rmtree(clone)
     made = Installed(tmp_path, wheel)
     where = made.run("python", "-c", "import corl_jax; print(corl_jax.__file__)")
@@ -176,6 +176,8 @@ def test_the_wheel_is_the_whole_product(clone, tmp_path):
         "train.prompts_per_step=4", "output_dir=run", "eval.suite=none",
     )  # fmt: skip
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    made.run("corl-jax", "report", "run")
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "run/report.html").read_bytes()
 
 
 @pytest.mark.slow
