@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
 
-.PHONY: quickstart test test-all test-faults lint format site clean
+.PHONY: quickstart test test-all test-browser test-faults lint format site clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,10 +31,13 @@ quickstart: $(VENV)/installed  ## the main job on the shipped nano Janus, CPU, t
 
 test: $(VENV)/installed-dev  ## style and the tests that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not browser" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/installed-dev  ## every test
-	$(BIN)/python -m pytest
+test-all: $(VENV)/installed-dev  ## every test but those in a browser
+	$(BIN)/python -m pytest -m "not browser"
+
+test-browser: $(VENV)/installed-dev  ## the page of a report in the browser CHROMIUM=PATH
+	CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest tests/report/test_browser.py
 
 test-faults: $(VENV)/installed-dev  ## kills, full disks, corrupt files: the table of what was survived
 	$(BIN)/python -m pytest tests/faults tests/devices/test_several_processes.py

@@ -41,6 +41,9 @@ COMMANDS: dict[str, Command] = {
     "score": Command(
         "corl_jax.score.__main__", USING, "Score images or answers in a file with a reward."
     ),
+    "report": Command(
+        "corl_jax.report.__main__", USING, "Write a page of a run: images, curves, tables."
+    ),
     "convert": Command(
         "corl_jax.convert.__main__", FILES, "Convert, inspect and compare checkpoints."
     ),

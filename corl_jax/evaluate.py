@@ -342,7 +342,7 @@ def write_report(out: Path, report: Any, settings: dict[str, Any]) -> None:
         content = {"settings": settings, **report.as_json()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        Image.fromarray(report.draw()).save(folder / "grid.png")
+        Image.fromarray(report.draw().pixels).save(folder / "grid.png")
         lines = [to_json_line({"row": row, **answer}) for row, answer in enumerate(report.answers)]
         (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
 

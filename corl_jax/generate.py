@@ -126,7 +126,8 @@ def save_grid(folder: Path, prompts: Sequence[str], samples: int) -> None:
     shown, columns = prompts[:GRID_PROMPTS], range(min(samples, GRID_SAMPLES))
     files = [[folder / name_image(row, column) for column in columns] for row in range(len(shown))]
     images = [[np.asarray(Image.open(file)) for file in row] for row in files]
-    Image.fromarray(pictures.draw_samples(np.asarray(images), shown)).save(folder / "grid.png")
+    page = pictures.draw_samples(np.asarray(images), shown)
+    Image.fromarray(page.pixels).save(folder / "grid.png")
 
 
 # ---- text

@@ -29,7 +29,7 @@ LAYERS = {
     "input_files": 0, "atomic_files": 0, "assets": 0,
     "config": 1, "fonts": 1, "models": 1, "weights": 1, "algorithms": 1, "devices": 1,
     "policies": 2, "data": 2, "runs": 2,
-    "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3,
+    "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3, "report": 3,
     "train": 4, "api": 4,
     "plan": 5, "convert": 5, "score": 5, "quickstart": 5,
 }  # fmt: skip
@@ -52,7 +52,7 @@ NUMERIC_MODULES = (
     "policies.janus.network", "algorithms.advantages", "algorithms.losses",
     "policies.janus.sampling", "train.step",
 )  # fmt: skip
-OPTIONAL = ("pydantic", "grain", "tensorboardX", "torch", "transformers", "datasets")
+OPTIONAL = ("pydantic", "grain", "tensorboardX", "torch", "transformers", "datasets", "jinja2")
 
 
 def sources(*folders: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.evaluation.suite import EvaluationInputs
+from corl_jax.runs.pictures import Page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RewardsReport:
         """Returns metric -> (mean, standard error) of every reward."""
         return self.values
 
-    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> np.ndarray | None:
+    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> Page | None:
         """Returns None: the suite shows no images."""
         return None
 

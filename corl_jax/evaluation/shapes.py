@@ -75,20 +75,23 @@ class ShapesReport:
         ]
         return {"rows": len(self.prompts), "rates": rates, "drawings": drawings}
 
-    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> np.ndarray:
-        """Returns a page [H, W, 3] uint8 of the first images, with verdict and prompt below each.
+    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> pictures.Page:
+        """Returns a page of the first images, with verdict and prompt below each.
 
         A frame is green for an image that passed, else red. The rate is added to the title.
         """
         if title:
             rate = self.rates["draw/accuracy"]
-            title = f"{title}: {rate.mean:.1%} of {rate.n} images as the prompt demands"
+            title = f"{title}: {rate.mean:.1%} of {rate.n} images match their prompt"
         cells = []
         for pixels, prompt, passed in zip(self.images, self.prompts, self.passed, strict=True):
             verdict, color = PASS if passed else FAIL
             width = pictures.image_width(pixels)
             lines = [(line, pictures.INK) for line in pictures.wrap(prompt, width, PROMPT_LINES)]
-            cells.append(pictures.Cell(pixels, [(verdict, color), *lines], frame=color))
+            lines = [(verdict, color), *lines]
+            cells.append(
+                pictures.Cell(pixels, lines, frame=color, caption=prompt, passed=bool(passed))
+            )
         cells = cells[:max_images]
         rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
         return pictures.draw_page(rows, title=title)

@@ -11,6 +11,7 @@ import numpy as np
 from corl_jax.data.dataset import Loader
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
+from corl_jax.runs.pictures import Page
 from corl_jax.types import Prompts
 
 
@@ -43,8 +44,8 @@ class Report(Protocol):
         """Returns metric -> (mean, standard error) of the scores that should not fall."""
         ...
 
-    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> np.ndarray | None:
-        """Returns a page of the first images [H, W, 3] uint8; None if the suite shows none."""
+    def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> Page | None:
+        """Returns a page of the first images; None if the suite shows none."""
         ...
 
 

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
+from corl_jax.report.figures import draw_before_after
 from corl_jax.runs import pictures
 from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.json_lines import read_lines
@@ -195,7 +193,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def summarize(work: Work) -> None:
-    """Writes the image grids side by side and summary.json; prints a summary."""
+    """Writes images before and after and summary.json; prints a summary."""
     records = [record for _, record in read_lines(work.train.metrics)]
     rewards = [r["reward"] for r in records if r.get("reward") is not None]
     evaluations = [r for r in records if "eval/draw/accuracy" in r]
@@ -207,7 +205,8 @@ def summarize(work: Work) -> None:
         )
     rise = Rise.of(rewards)
     before, after = evaluations[0], evaluations[-1]
-    picture = join_grids(work)
+    picture = work.out / "before_after.png"
+    pictures.save_png(picture, draw_before_after(work.train.root))
     numbers = {
         "steps": len(rewards),
         "reward": dataclasses.asdict(rise) | {"difference_in_standard_errors": rise.in_errors},
@@ -221,21 +220,11 @@ def summarize(work: Work) -> None:
     print("\n".join(list_places(work, picture)))
 
 
-def join_grids(work: Work) -> Path:
-    """Joins the image grids of the first and the last evaluation; returns the file."""
-    sheets = sorted(work.train.images.glob(f"{pictures.HELD_OUT}_*.png"))
-    pages = []
-    for path in (sheets[0], sheets[-1]):
-        with Image.open(path) as picture:
-            pages.append(np.asarray(picture.convert("RGB")))
-    return pictures.save_png(work.out / "before_after.png", pictures.join_side_by_side(*pages))
-
-
 def describe_results(rise: Rise, steps: int, before: dict, after: dict) -> list[str]:
     quarter = max(1, steps // 4)
     lines = [f"{'on held-out rows (95% interval)':34}{'before':>22}{'after':>26}"]
     names = {
-        "images as demanded": "draw/accuracy",
+        "images that match their prompt": "draw/accuracy",
         "answers right": "answer/accuracy",
         "  choice questions": "answer/mc",
         "  open questions": "answer/oe",
@@ -260,8 +249,9 @@ def _format_rate(record: dict, name: str) -> str:
 
 def list_places(work: Work, picture: Path) -> list[str]:
     places = {
-        "images, before and after": f"{picture}  (green: as demanded, red: not)",
+        "images, before and after": f"{picture}  (green: the image matches its prompt)",
+        "all of it on one page": str(work.train.path("report.html")),
         "numbers": f"{work.train.metrics}, {work.out / 'summary.json'}",
         "curves, and what to try next": "the commands that the training printed last, above",
     }
-    return [f"{label:28}{place}" for label, place in places.items()]
+    return [f"{label:30}{place}" for label, place in places.items()]

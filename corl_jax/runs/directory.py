@@ -10,6 +10,8 @@ images/                grids of fixed prompts
 samples/               completions of a step with their rewards, as Parquet
 export/                the final model; its corl_jax_export.json has the step
 summary.json           steps, seconds, first and last evaluation
+report.html            a page of the finished run
+provenance.json        model, devices, versions and commit that the run was started with
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
 .lock                  locked while a process writes here
 """
@@ -38,6 +40,7 @@ from corl_jax.errors import InputError
 from corl_jax.runs import same_files
 from corl_jax.runs.locking import lock_directory
 
+REPORT, PROVENANCE = "report.html", "provenance.json"
 RUN_FILES = (
     "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
     "samples", "export", "summary.json",

@@ -1,16 +1,23 @@
-"""Draws pages of images with text, and formats tables of answers, for files and TensorBoard."""
+"""Draws pages of images with text, and formats tables of answers, for files and TensorBoard.
+
+The PNG file of a page says where each image is on it, with its prompt, verdict and rewards, so that
+`corl-jax report` can show the images one by one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from corl_jax.atomic_files import replace_file
 from corl_jax.fonts import make_drawable
@@ -22,6 +29,9 @@ MARGIN = 8
 FRAME = 3  # width of a frame; two fit between images
 HELD_OUT = "held_out"
 """Files `held_out_STEP.png` show images of an evaluation."""
+NOTES_KEY = "corl_jax"
+"""Name of the text chunk of a PNG file that has the notes of a page."""
+MAX_CAPTION = 2000  # characters of a prompt in the notes
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 GOOD, BAD = (20, 120, 50), (190, 30, 30)
 """Colors of frames and texts: green and red."""
@@ -38,17 +48,52 @@ class Cell:
     pixels: np.ndarray  # [H, W, 3] uint8
     lines: Sequence[tuple[str, Color]] = ()
     frame: Color | None = None
+    caption: str = ""  # the whole prompt, for the notes of the page
+    passed: bool | None = None  # the verdict, if there is one
+    rewards: Rewards = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The place of an image on a page, and what is known of it."""
+
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels of the page
+    scale: int  # factor by which the image is enlarged there
+    row: int
+    caption: str
+    passed: bool | None
+    rewards: Rewards  # NaN: does not apply
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the tile as JSON values; NaN becomes null."""
+        rewards = {k: None if math.isnan(v) else float(v) for k, v in self.rewards.items()}
+        return {**dataclasses.asdict(self), "rewards": rewards}
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A drawn page."""
+
+    pixels: np.ndarray  # [H, W, 3] uint8
+    title: str
+    tiles: Sequence[Tile]
+
+    def format_notes(self) -> str:
+        """Returns title and tiles as JSON, for the PNG file."""
+        tiles = [tile.to_json() for tile in self.tiles]
+        return json.dumps({"title": self.title, "tiles": tiles}, allow_nan=False)
 
 
 def draw_page(
     rows: Sequence[Sequence[Cell]], heads: Sequence[Sequence[str]] | None = None, title: str = ""
-) -> np.ndarray:
-    """Draws a grid of images of equal size: [H', W', 3] uint8.
+) -> Page:
+    """Draws a grid of images of equal size.
 
     `heads`: lines of text above each row. The title stands above all rows.
     """
     heads = heads or [()] * len(rows)
     width, height = _compute_displayed_size(rows[0][0].pixels)
+    scale = width // rows[0][0].pixels.shape[1]
     page_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
     num_lines = max((len(cell.lines) for row in rows for cell in row), default=0)
     row_heights = [len(head) * LINE + height + num_lines * LINE + 2 * MARGIN for head in heads]
@@ -56,10 +101,11 @@ def draw_page(
 
     page = Image.new("RGB", (page_width, top + sum(row_heights)), PAPER)
     pen = ImageDraw.Draw(page)
+    tiles = []
     if title:
         text = shorten(make_drawable(title, load_font()), page_width - 2 * MARGIN)
         write_lines(pen, (MARGIN, MARGIN), [(text, INK)])
-    for row, head, row_height in zip(rows, heads, row_heights, strict=True):
+    for number, (row, head, row_height) in enumerate(zip(rows, heads, row_heights, strict=True)):
         write_lines(pen, (MARGIN, top), [(line, INK) for line in head])
         y = top + len(head) * LINE
         for column, cell in enumerate(row):
@@ -71,8 +117,11 @@ def draw_page(
                 box = (x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1)
                 pen.rectangle(box, outline=cell.frame, width=FRAME)
             write_lines(pen, (x, y + height + FRAME), cell.lines)
+            box = (x, y, x + width, y + height)
+            caption = cell.caption[:MAX_CAPTION]
+            tiles.append(Tile(box, scale, number, caption, cell.passed, cell.rewards))
         top += row_height
-    return np.asarray(page)
+    return Page(np.asarray(page), title, tiles)
 
 
 def draw_samples(
@@ -81,8 +130,8 @@ def draw_samples(
     rewards: Sequence[Sequence[Rewards]] | None = None,
     title: str = "",
     frames: Sequence[Sequence[Color | None]] | None = None,
-) -> np.ndarray:
-    """Draws one row per prompt: the prompt, its samples, rewards below each. [H', W', 3] uint8.
+) -> Page:
+    """Draws one row per prompt: the prompt, its samples, rewards below each.
 
     `images`: [rows, samples, H, W, 3] uint8. `rewards`: for each row and sample, name -> value;
     NaN is shown as n/a. `frames`: for each row and sample the color of its frame and rewards.
@@ -97,12 +146,16 @@ def draw_samples(
     width = image_width(images[0, 0])
     rows = []
     for row in range(num_rows):
-        texts = [format_rewards(rewards[row][s] if rewards else {}, width) for s in range(samples)]
         colors = frames[row] if frames else [None] * samples
-        rows.append([
-            Cell(images[row, s], [(line, colors[s] or FAINT) for line in texts[s]], colors[s])
-            for s in range(samples)
-        ])  # fmt: skip
+        cells = []
+        for sample in range(samples):
+            values = rewards[row][sample] if rewards else {}
+            color = colors[sample]
+            lines = [(line, color or FAINT) for line in format_rewards(values, width)]
+            cells.append(
+                Cell(images[row, sample], lines, color, caption=prompts[row], rewards=values)
+            )
+        rows.append(cells)
     page_width = samples * (width + MARGIN) - MARGIN
     return draw_page(rows, [wrap(prompt, page_width, max_lines=2) for prompt in prompts], title)
 
@@ -134,23 +187,45 @@ def shrink(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(image)
 
 
-def join_side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Joins two pages [H, W, 3] from left to right, aligned at the top, on white."""
-    height = max(left.shape[0], right.shape[0])
-    padded = [
-        np.pad(page, ((0, height - page.shape[0]), (0, 0), (0, 0)), constant_values=255)
-        for page in (left, right)
-    ]
-    rule = np.full((height, 2, 3), FAINT[0], np.uint8)
-    return np.concatenate([padded[0], rule, padded[1]], axis=1)
-
-
-def save_png(path: Path, pixels: np.ndarray) -> Path:
-    """Writes [H, W, 3] uint8 as a PNG, whole or not at all. Makes the folder."""
+def save_png(path: Path, pixels: np.ndarray, notes: str = "") -> Path:
+    """Writes [H, W, 3] uint8 as a PNG with notes, whole or not at all. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    chunks = PngInfo()
+    if notes:
+        chunks.add_text(NOTES_KEY, notes, zip=True)
     with replace_file(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG")
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
     return path
+
+
+def read_page(path: Path) -> Page:
+    """Reads the PNG file of a page; without tiles if it has no notes, or damaged ones.
+
+    Raises:
+        OSError: the file cannot be read, or is no image.
+    """
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+        notes = getattr(image, "text", {}).get(NOTES_KEY, "{}")
+    try:
+        values = json.loads(notes)
+        tiles = [_read_tile(tile, pixels.shape) for tile in values.get("tiles", [])]
+        return Page(pixels, str(values.get("title", "")), tiles)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return Page(pixels, "", [])
+
+
+def _read_tile(values: Mapping[str, Any], shape: tuple[int, ...]) -> Tile:
+    """Reads a tile of a page of that shape [H, W, 3]. Raises: ValueError outside of the page."""
+    left, top, right, bottom = map(int, values["box"])
+    scale, passed = int(values["scale"]), values["passed"]
+    if not (0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0] and scale > 0):
+        raise ValueError(f"found the box {values['box']}, expected one inside of {shape}")
+    rewards = {str(k): math.nan if v is None else float(v) for k, v in values["rewards"].items()}
+    return Tile(
+        (left, top, right, bottom), scale, int(values["row"]), str(values["caption"]),
+        None if passed is None else bool(passed), rewards,
+    )  # fmt: skip
 
 
 def format_answers_table(

@@ -51,9 +51,8 @@ def write_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     table = _make_table(records)
     with replace_file(path) as file:
         # Images are compressed already.
-        pq.write_table(
-            table, file, compression="zstd", use_dictionary=["task", "prompt", "image.bytes"]
-        )
+        repeated: Any = ["task", "prompt", "image.bytes"]
+        pq.write_table(table, file, compression="zstd", use_dictionary=repeated)
 
 
 def _make_table(records: Sequence[Mapping[str, Any]]) -> Any:

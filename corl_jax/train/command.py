@@ -16,7 +16,7 @@ from corl_jax.console import print_status
 from corl_jax.devices import processes, startup
 from corl_jax.runs import export_record
 from corl_jax.runs.checkpoints import Checkpoints, Restored
-from corl_jax.runs.directory import RunDir, lock_checkpoints, open_run_directory
+from corl_jax.runs.directory import PROVENANCE, RunDir, lock_checkpoints, open_run_directory
 from corl_jax.runs.log import RunLog, StepLog
 from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.runs.pace import Pace, Phases, StepClock
@@ -38,6 +38,7 @@ from corl_jax.train.milestones import (
     read_evaluation_seconds,
     run_due,
 )
+from corl_jax.train.provenance import collect_provenance
 from corl_jax.train.reports import HEADLINE, QUIET, describe_iteration
 from corl_jax.train.resolve import ResolvedRun, resolve_run
 from corl_jax.train.resume import (
@@ -231,6 +232,9 @@ def report_start(planned: ResolvedRun, resumed: Restored | None, outputs: Output
             directory.note_changes(resumed.step, resumed.changes)
         if resumed.step > planned.steps:
             log.say(f"step {resumed.step} is done already, past the {planned.steps} of the run")
+    if outputs.primary:
+        with log.tolerate_disk_errors(PROVENANCE):
+            directory.write_json(PROVENANCE, collect_provenance(planned))
     if outputs.primary and (line := export_record.describe_age(directory.export, planned.steps)):
         log.say(line)
     if shortage := check.explain_disk_shortage(planned):

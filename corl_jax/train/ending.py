@@ -16,7 +16,7 @@ from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints
-from corl_jax.runs.directory import RunDir, list_differences
+from corl_jax.runs.directory import REPORT, RunDir, list_differences
 from corl_jax.runs.export_record import is_up_to_date, read_record
 from corl_jax.runs.terminal import format_duration
 from corl_jax.tasks import image_tasks, text_tasks
@@ -116,6 +116,8 @@ def describe_end(planned: ResolvedRun, directory: RunDir, nothing_to_do: bool = 
     rows += describe_change(summary.get("first_evaluation"), summary.get("last_evaluation"))
     if planned.config.export.layout != "none":
         rows.append(("export", describe_export(planned.config, directory)))
+    if (report := directory.path(REPORT)).exists():
+        rows.append(("report", f"{report}, for a browser"))
     rows += [("next", command) for command in suggest_commands(planned, directory)]
     if nothing_to_do:
         rows.append(("extend", suggest_extension(planned)))

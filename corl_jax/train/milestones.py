@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def make_milestones(
 
 
 def make_ending(config: Config, run: Run, outputs: Outputs, model_dir: Path) -> Milestone:
-    """Returns the milestone of a finished run: its export and `summary.json`.
+    """Returns the milestone of a finished run: its export, `summary.json` and `report.html`.
 
     `model_dir` has the tokenizer and processor files for the export.
     """
@@ -184,7 +185,7 @@ def save_state(
 def finish_run(
     config: Config, run: Run, outputs: Outputs, model_dir: Path, state: TrainState, step: int
 ) -> None:
-    """Writes the export and `summary.json` of a finished run.
+    """Writes the export, `summary.json` and `report.html` of a finished run.
 
     Files that are up to date stay as they are, byte for byte.
 
@@ -207,6 +208,7 @@ def finish_run(
         outputs.log.say(note)
     if outputs.primary:
         write_summary(outputs, state, step)
+        write_report(outputs)
 
 
 def write_summary(outputs: Outputs, state: TrainState, step: int) -> None:
@@ -224,6 +226,22 @@ def write_summary(outputs: Outputs, state: TrainState, step: int) -> None:
     if {name: before.get(name) for name in summary} != summary:
         seconds = time.perf_counter() - outputs.began
         outputs.directory.write_json("summary.json", {**summary, "seconds": seconds})
+
+
+def write_report(outputs: Outputs) -> None:
+    """Writes `report.html`; a failure is printed and does not fail the run."""
+    root = outputs.directory.root
+    try:
+        # Imported here, because a run can do without all that draws a page.
+        from corl_jax.report.command import write_run_report
+
+        write_run_report(root)
+    # Whatever is wrong with the page, the run is complete without it.
+    except Exception as error:
+        outputs.log.say(
+            f"warning: report.html: cannot be written ({type(error).__name__}: {error}); the "
+            f"results are complete, and `corl-jax report {shlex.quote(str(root))}` tries again"
+        )
 
 
 def read_evaluation_seconds(directory: RunDir) -> dict[str, float]:

@@ -95,9 +95,8 @@ def draw_fixed_prompts(
         if grid is None:
             continue
         file = f"step_{step:06d}{f'_{task}' if number else ''}.png"
-        with outputs.log.tolerate_disk_errors("images"):
-            pictures.save_png(outputs.directory.images / file, grid.draw())
-        outputs.log.add_image(step, f"{task}/fixed_prompts", grid.draw_card())
+        save_page(outputs, file, grid.draw())
+        outputs.log.add_image(step, f"{task}/fixed_prompts", grid.draw_card().pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +109,13 @@ class Grid:
     totals: np.ndarray  # [prompts, samples] weighted means of the rewards
     title: str
 
-    def draw(self) -> np.ndarray:
+    def draw(self) -> pictures.Page:
         """Returns a page with all samples and all rewards."""
         return pictures.draw_samples(
             self.images, self.captions, self.rewards, self.title, self._choose_frames()
         )
 
-    def draw_card(self) -> np.ndarray:
+    def draw_card(self) -> pictures.Page:
         """Returns a page with the first samples of each prompt and their mean reward."""
         count = min(CARD_SAMPLES, self.images.shape[1])
         images = np.stack([[pictures.shrink(x) for x in row[:count]] for row in self.images])
@@ -192,6 +191,12 @@ def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
     )
 
 
+def save_page(outputs: Outputs, file: str, page: pictures.Page) -> None:
+    """Saves a page of images as a file of the run."""
+    with outputs.log.tolerate_disk_errors("images"):
+        pictures.save_png(outputs.directory.images / file, page.pixels, page.format_notes())
+
+
 # ---- evaluation
 
 
@@ -209,11 +214,10 @@ def evaluate(config: Config, run: Run, outputs: Outputs, state: TrainState, step
     page = report.draw(f"step {step}", SHEET_IMAGES, SHEET_COLUMNS) if outputs.primary else None
     if page is not None:
         file = f"{pictures.HELD_OUT}_{step:06d}.png"
-        with outputs.log.tolerate_disk_errors("images"):
-            pictures.save_png(outputs.directory.images / file, page)
+        save_page(outputs, file, page)
         card = report.draw(f"step {step}", CARD_IMAGES, CARD_COLUMNS)
         assert card is not None
-        outputs.log.add_image(step, "eval/drawings", card)
+        outputs.log.add_image(step, "eval/drawings", card.pixels)
     alarms, lines = outputs.guards.check_evaluation(step, report.scores())
     outputs.log.add_metrics(step, values | alarms, is_evaluation=True)
     outputs.log.raise_alarms(outputs.guards, lines)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from corl_jax.algorithms.advantages import total_rewards
@@ -66,13 +67,12 @@ class Completions:
         groups = self.totals.reshape(-1, self.group_size)
         chosen = [number for number, group in enumerate(groups) if not np.isnan(group).all()]
         chosen.sort(key=lambda number: np.nanmin(groups[number]) - np.nanmax(groups[number]))
-        return [
-            tuple(
-                number * self.group_size + int(choose(groups[number]))
-                for choose in (np.nanargmax, np.nanargmin)
-            )
-            for number in chosen[:count]
-        ]
+        pairs = []
+        for number in chosen[:count]:
+            best, worst = np.nanargmax(groups[number]), np.nanargmin(groups[number])
+            first = number * self.group_size
+            pairs.append((first + int(best), first + int(worst)))
+        return pairs
 
     def describe(self, row: int) -> dict[str, float]:
         """Returns the numbers of a completion: rewards, their sum, advantage and length."""
@@ -88,7 +88,7 @@ def collect_completions(run: Run, iteration: Iteration, task: str) -> Completion
     """Copies the completions of a task to the host."""
     rewards = iteration.rewards[task]
     assert run.advantage_options is not None
-    totals = total_rewards({task: np.stack([*rewards.values()])}, run.advantage_options)[task]
+    totals = total_rewards({task: jnp.stack([*rewards.values()])}, run.advantage_options)[task]
     return Completions(
         task, iteration.samples[task], rewards, np.asarray(totals),
         to_host_rows(iteration.advantages[task]), to_host_rows(iteration.lengths[task]),
@@ -193,7 +193,8 @@ def draw_pairs(completions: Completions, groups: Sequence[tuple[int, int]]) -> n
         values = [completions.describe(row) for row in pair]
         numbers.append([{name: v[name] for name in ("reward", "advantage")} for v in values])
         frames.append([choose_color(completions.advantages[row] or math.nan, 0) for row in pair])
-    return pictures.draw_samples(np.array(images), captions, numbers, "best and worst", frames)
+    page = pictures.draw_samples(np.array(images), captions, numbers, "best and worst", frames)
+    return page.pixels
 
 
 def draw_answers(completions: Completions, groups: Sequence[tuple[int, int]]) -> np.ndarray:

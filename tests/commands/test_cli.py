@@ -60,6 +60,9 @@ def test_every_command_has_a_main(name):
         (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
         (["data", "--help"], 0, "usage: corl-jax data"),
         (["score", "--help"], 0, "usage: corl-jax score"),
+        (["report", "--help"], 0, "usage: corl-jax report"),
+        (["report", "nowhere"], 2, "nowhere: no such directory"),
+        (["report", "docs", "nowhere"], 2, "docs: found neither config.yaml nor metrics.jsonl"),
         (["plan", "--help"], 0, "usage: corl-jax plan"),
         (["plan", "--config", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
         (["quickstart", "--help"], 0, "usage: corl-jax quickstart"),
@@ -158,8 +161,8 @@ def test_the_wheel_is_the_whole_product(clone, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("tools", "tests", "docs"))]
-    for name in ("corl_jax/configs/mini/unified.yaml", "corl_jax/py.typed"):
-        assert name in names
+    for name in ("configs/mini/unified.yaml", "py.typed", "report/template.html"):
+        assert f"corl_jax/{name}" in names
     shutil.rmtree(clone)
     made = Installed(tmp_path, wheel)
     where = made.run("python", "-c", "import corl_jax; print(corl_jax.__file__)")
@@ -175,6 +178,8 @@ def test_the_wheel_is_the_whole_product(clone, tmp_path):
         "train.prompts_per_step=4", "output_dir=run", "eval.suite=none",
     )  # fmt: skip
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    made.run("corl-jax", "report", "run")
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "run/report.html").read_bytes()
 
 
 @pytest.mark.slow

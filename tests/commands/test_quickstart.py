@@ -75,15 +75,16 @@ def test_two_steps_from_weights_to_pictures_and_again(tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (out / "train" / "export" / name).is_file()
     with Image.open(out / "before_after.png") as picture:
-        width = picture.width
-    with Image.open(out / "train" / "images" / "held_out_000002.png") as picture:
-        assert width > 2 * picture.width
+        assert picture.width == 2 * 880, "twice the width of a README"
+    page = (out / "train" / "report.html").read_text()
+    assert page.count('class="mark"') == 4 * 3, "step 0, and both steps of the slider"
+    assert str(out / "train" / "report.html") in done.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["reward"]["first"] > 0 and summary["reward"]["first_error"] is None
     assert 0 <= summary["after"]["eval/answer/accuracy"] <= 1
     printed = done.stdout.partition("What came out")[2]
-    assert "images as demanded" in printed and "answers right" in printed
+    assert "images that match their prompt" in printed and "answers right" in printed
     assert "compiling for the first evaluation" in done.stderr
     assert "compiling for the first step" in done.stderr
     assert f"corl-jax generate image --model {out / 'train' / 'export'}" in done.stderr

@@ -299,7 +299,7 @@ def test_no_picture_of_prompts_has_boxes():
     """The picture of a text is that of its escapes, so that nothing of it is a box."""
     images = np.zeros((1, 2, 64, 64, 3), np.uint8)
     pages = [
-        pictures.draw_samples(images, [prompt], [[{name: 0.5}] * 2], title)
+        pictures.draw_samples(images, [prompt], [[{name: 0.5}] * 2], title).pixels
         for prompt, name, title in (
             ("红 круг", "награда", "étape 1"),
             (r"\u7ea2 \u043a\u0440\u0443\u0433", r"\u043d\u0430\u0433\u0440\u0430\u0434\u0430",
@@ -308,7 +308,7 @@ def test_no_picture_of_prompts_has_boxes():
     ]  # fmt: skip
     np.testing.assert_array_equal(*pages)
     sheets = [
-        shapes.ShapesReport({}, images[0], [prompt] * 2, [True, False], [{}, {}]).draw()
+        shapes.ShapesReport({}, images[0], [prompt] * 2, [True, False], [{}, {}]).draw().pixels
         for prompt in ("红", r"\u7ea2")
     ]
     np.testing.assert_array_equal(*sheets)

@@ -303,13 +303,13 @@ def test_rows_in_memory_are_of_the_world_that_fits_the_model(tiny_config):
 
 def test_the_page_frames_right_and_wrong_images(report):
     title = pictures.LINE + pictures.MARGIN
-    page = report.draw("step 0", 2, 2)
-    plain = report.draw("", 2, 2)
+    page = report.draw("step 0", 2, 2).pixels
+    plain = report.draw("", 2, 2).pixels
     assert page.shape == (plain.shape[0] + title, *plain.shape[1:])
     assert np.array_equal(page[title + pictures.MARGIN :], plain[pictures.MARGIN :])
     for passed, ink in ((True, (20, 120, 50)), (False, (190, 30, 30))):
         marked = dataclasses.replace(report, passed=[passed] * ROWS)
-        frame = marked.draw("", 1)[pictures.MARGIN - 1, pictures.MARGIN : 100]
+        frame = marked.draw("", 1).pixels[pictures.MARGIN - 1, pictures.MARGIN : 100]
         assert (frame == ink).all()
 
 

@@ -239,18 +239,18 @@ def test_grid_has_every_image_where_it_belongs():
     images[0, 1] = (0, 0, 255)
     rewards = [[{"ti_sim": 0.5, "cycle": float("nan")}] * 3] * 2
     prompts = ["a red square", "two\nblue circles " * 20]
-    page = pictures.draw_samples(images, prompts, rewards, "step 5")
+    page = pictures.draw_samples(images, prompts, rewards, "step 5").pixels
     assert page.dtype == np.uint8 and page.shape[1] == 3 * 128 + 4 * pictures.MARGIN
     red = np.argwhere((page == (255, 0, 0)).all(-1))
     blue = np.argwhere((page == (0, 0, 255)).all(-1))
     assert len(red) == len(blue) == 128 * 128
     assert red.min(0)[1] > blue.max(0)[1] and red.min(0)[0] > blue.max(0)[0]
-    assert pictures.draw_samples(images, ["a", "b"]).shape[0] < page.shape[0]  # no captions
-    assert pictures.draw_samples(images, ["描いて", "b"]).shape[2] == 3
+    assert pictures.draw_samples(images, ["a", "b"]).pixels.shape[0] < page.shape[0]  # no captions
+    assert pictures.draw_samples(images, ["描いて", "b"]).pixels.shape[2] == 3
 
 
 def test_grid_keeps_large_images_at_their_size():
-    page = pictures.draw_samples(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"])
+    page = pictures.draw_samples(np.zeros((1, 2, 384, 384, 3), np.uint8), ["a"]).pixels
     assert page.shape[1] == 2 * 384 + 3 * pictures.MARGIN
 
 
@@ -267,14 +267,38 @@ def test_reward_text_fits_below_its_image():
     assert pictures.format_rewards({"a": float("nan")}, 100) == ["a n/a"]
 
 
-def test_side_by_side_and_png(tmp_path):
-    left, right = np.zeros((4, 5, 3), np.uint8), np.zeros((6, 7, 3), np.uint8)
-    both = pictures.join_side_by_side(left, right)
-    assert both.shape == (6, 14, 3) and (both[4:, :5] == 255).all()
-    path = pictures.save_png(tmp_path / "images" / "x.png", both)
-    with pictures.Image.open(path) as image:
-        np.testing.assert_array_equal(np.asarray(image), both)
+def test_a_page_says_where_its_images_are(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 48, 48, 3), np.uint8)
+    rewards = [[{"a": 0.5, "b": float("nan")}] * 2] * 2
+    page = pictures.draw_samples(images, ["<b>&\n\ud83d", "x" * 5000], rewards, "step 5")
+    path = pictures.save_png(tmp_path / "images" / "x.png", page.pixels, page.format_notes())
     assert [item.name for item in path.parent.iterdir()] == ["x.png"]
+    read = pictures.read_page(path)
+    np.testing.assert_array_equal(read.pixels, page.pixels)
+    assert read.title == "step 5" and [tile.row for tile in read.tiles] == [0, 0, 1, 1]
+    assert read.tiles[0].caption == "<b>&\n\ud83d" and len(read.tiles[2].caption) == 2000
+    for tile, image in zip(read.tiles, images.reshape(4, 48, 48, 3), strict=True):
+        left, top, right, bottom = tile.box
+        cut = read.pixels[top : bottom : tile.scale, left : right : tile.scale]
+        np.testing.assert_array_equal(cut, image)
+        assert tile.rewards["a"] == 0.5 and np.isnan(tile.rewards["b"]) and tile.passed is None
+
+
+TILE = {"box": [0, 0, 4, 4], "scale": 1, "row": 0, "caption": "", "passed": True, "rewards": {}}
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        "", "{", "[1]", '{"tiles": 3}', '{"tiles": [{}]}',
+        json.dumps({"tiles": [{**TILE, "box": [0, 0, 9, 4]}]}),
+        json.dumps({"tiles": [{**TILE, "scale": 0}]}),
+        json.dumps({"tiles": [{**TILE, "rewards": 1}]}),
+    ],
+)  # fmt: skip
+def test_a_page_with_damaged_notes_has_no_tiles(notes, tmp_path):
+    path = pictures.save_png(tmp_path / "x.png", np.zeros((4, 5, 3), np.uint8), notes)
+    assert pictures.read_page(path).tiles == []
 
 
 def test_answers_table_survives_any_text():

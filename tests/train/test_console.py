@@ -131,6 +131,10 @@ def test_the_end_names_what_to_type(options, tmp_path):
     block = read_block(ending.describe_stop(planned, folder, 2))
     export = f"'{folder.export}'"
     assert block["finished"] == ["all 2 steps in 1:02:05"]
+    assert "report" not in block, "there is none"
+    folder.path("report.html").write_text("")
+    named = read_block(ending.describe_stop(planned, folder, 2))["report"]
+    assert named == [f"{folder.path('report.html')}, for a browser"]
     assert block["export"] == [f"{folder.export}, in the layout jax"]
     image, text, curves = block["next"]
     prompt = planned.train_loader.source[0]["prompt"]

@@ -94,7 +94,7 @@ def test_an_image_is_marked_by_the_mean_of_its_rewards():
     np.testing.assert_allclose(totals, [0.25, 0.75, 1.0, NAN])
     images = np.full((1, 4, 200, 200, 3), 255, np.uint8)
     grid = reports.Grid(images, ["a fox"], [[{"a": 1.0}] * 4], totals[None], "step 5")
-    page, card = grid.draw(), grid.draw_card()
+    page, card = grid.draw().pixels, grid.draw_card().pixels
     assert card.shape[1] == 3 * 128 + 4 * pictures.MARGIN < 420 < page.shape[1]
     for picture in (page, card):
         good, bad = [(picture == c).all(-1).any() for c in (pictures.GOOD, pictures.BAD)]

@@ -154,7 +154,7 @@ def dict_keys(tree):
 def test_a_run_leaves_what_it_should(straight):
     assert {path.name for path in straight.iterdir()} == {
         ".lock", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "images", "export",
-        "summary.json", "saved.json", "samples",
+        "summary.json", "saved.json", "samples", "provenance.json", "report.html",
     }  # fmt: skip
     lines = metric_lines(straight)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
@@ -174,6 +174,12 @@ def test_a_run_leaves_what_it_should(straight):
     assert summary["first_evaluation"]["step"] == 0 and summary["last_evaluation"]["step"] == 4
     assert summary["seconds"] > 0
     assert list((straight / "tensorboard").iterdir())
+    provenance = json.loads((straight / "provenance.json").read_text())
+    assert provenance["steps"] == 4 and provenance["devices"].startswith("1 x cpu")
+    assert provenance["versions"]["jax"] == jax.__version__
+    assert 0 < provenance["model"]["trained"] < provenance["model"]["parameters"]
+    page = (straight / "report.html").read_text()
+    assert "finished, 4 steps" in page and page.count('class="shot') > 8
 
 
 def test_metrics_have_trls_names(straight):

@@ -44,7 +44,7 @@ def draw(scores: Scores) -> Image.Image:
     """Draws a column per image, a row per reward."""
     rows = cases.load_cases(cases.DRAWINGS)
     captions = next(iter(scores.answers.values()))
-    images = Image.fromarray(pictures.draw_page([_make_cells(rows, captions)]))
+    images = Image.fromarray(pictures.draw_page([_make_cells(rows, captions)]).pixels)
     size = (LABEL + images.width, images.height + ROW * len(T2I) + MARGIN)
     page = Image.new("RGB", size, pictures.PAPER)
     page.paste(images, (LABEL, 0))
