@@ -101,7 +101,7 @@ class HubHeaders:
         return content
 
     def fill_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> None:
-        """Writes [start, stop) ranges into a sparse copy, each once; nothing for other files."""
+        """Writes [start, stop) ranges into a sparse copy, each once; other files stay as they are."""
         if path in self._urls:
             done = self._read.setdefault(path, set())
             for start, stop in sorted({*ranges} - done):
@@ -216,11 +216,10 @@ class HubHeaders:
         """Returns bytes [start, stop) of a URL. Raises: OSError."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        range_headers = {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+        headers = {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+        headers |= build_hf_headers()
         try:
-            with get_session().stream(
-                "GET", url, headers=build_hf_headers() | range_headers
-            ) as response:
+            with get_session().stream("GET", url, headers=headers) as response:
                 hf_raise_for_status(response)
                 # Before the content is read: a server without ranges would send gigabytes.
                 length = int(response.headers.get("content-length", -1))
