@@ -101,7 +101,7 @@ class HubHeaders:
         return content
 
     def fill_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> None:
-        """Writes [start, stop) ranges into a sparse copy, each once; other files stay as they are."""
+        """Writes [start, stop) ranges into a sparse copy, each once; leaves other files alone."""
         if path in self._urls:
             done = self._read.setdefault(path, set())
             for start, stop in sorted({*ranges} - done):
