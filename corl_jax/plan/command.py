@@ -108,20 +108,20 @@ def resolve_prompt_lengths(
         InputError: a length that the config or the model does not allow.
     """
     limit, bucket, problems = config.data.max_prompt_length, family.prompt_bucket, []
-    asked_tokens = {
+    option_tokens = {
         task: getattr(args, option.removeprefix("--").replace("-", "_"))
         for task, option in PROMPT_OPTIONS.items()
     }
-    measured, source = {}, "as the options say"
-    if None in asked_tokens.values():
-        measured, source = measure_first_batch(config, family)
-        named = [
-            PROMPT_OPTIONS[task] for task, tokens in asked_tokens.items() if tokens is not None
-        ]
+    lengths, source = {}, "as the options say"
+    if None in option_tokens.values():
+        lengths, source = measure_first_batch(config, family)
+        named = [PROMPT_OPTIONS[task] for task, tokens in option_tokens.items() if tokens]
         source = " and ".join([source, *named])
-    lengths = {}
     for task, option in PROMPT_OPTIONS.items():
-        tokens = measured.get(task, limit) if asked_tokens[task] is None else asked_tokens[task]
+        tokens = option_tokens[task]
+        if tokens is None and task in lengths:
+            continue  # as measured, and padded
+        tokens = limit if tokens is None else tokens
         # An image stands between a begin and an end token.
         shortest = limits.input_image_tokens + 2 if IMAGE_COLUMN in TASKS[task].columns else 1
         if not shortest <= tokens <= limit:
