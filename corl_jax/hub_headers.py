@@ -214,12 +214,19 @@ class HubHeaders:
 
     def _request(self, url: str, start: int, stop: int) -> bytes:
         """Returns bytes [start, stop) of a URL. Raises: OSError."""
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+        from huggingface_hub.utils import (
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
 
         headers = {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
         headers |= build_hf_headers()
         try:
-            with get_session().stream("GET", url, headers=headers) as response:
+            with http_stream_backoff(
+                "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT
+            ) as response:
                 hf_raise_for_status(response)
                 # Before the content is read: a server without ranges would send gigabytes.
                 length = int(response.headers.get("content-length", -1))
