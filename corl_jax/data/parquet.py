@@ -17,6 +17,7 @@ from corl_jax.data import other_formats
 from corl_jax.data.columns import BYTE_ORDER_MARK, COLUMNS, resolve_columns
 from corl_jax.data.parquet_files import find_files, take_first_line
 from corl_jax.errors import InputError, Problems
+from corl_jax.hub_headers import fetch_ranges
 from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
 CACHE_BYTES = 2**30
@@ -89,6 +90,7 @@ class ParquetSource:
             if column in self._schemas[path].names:
                 try:
                     with pq.ParquetFile(path) as file:
+                        _fetch_columns(path, file.metadata.row_group(group), [column])
                         part = _convert_array(file.read_row_group(group, columns=[column])[column])
                 except (OSError, pa.ArrowException):
                     pass  # reported when one of its rows is asked for
@@ -174,6 +176,7 @@ class ParquetSource:
         columns = sorted(present.intersection(self.names.values()))
         try:
             with pq.ParquetFile(path) as file:
+                _fetch_columns(path, file.metadata.row_group(number), columns)
                 table = file.read_row_group(number, columns=columns)
         except (OSError, pa.ArrowException) as error:
             message = f"{path}: row group {number} is unreadable ({take_first_line(error)})"
@@ -247,6 +250,18 @@ def _read_footers(
     if row_groups:  # files without rows, which some writers leave, may have no columns either
         schemas = {path: schemas[path] for path, *_ in row_groups}
     return schemas, row_groups
+
+
+def _fetch_columns(path: str, group: Any, names: Sequence[str]) -> None:
+    """Fetches columns of a row group, if the file is a copy with its header alone."""
+    parts = []
+    for number in range(group.num_columns):
+        part = group.column(number)
+        # A struct such as an image has parts like image.bytes and image.path.
+        if any(f"{part.path_in_schema}.".startswith(f"{name}.") for name in names):
+            start = part.dictionary_page_offset or part.data_page_offset
+            parts.append((start, start + part.total_compressed_size))
+    fetch_ranges(path, parts)
 
 
 def _describe_unreadable(path: str, error: Exception) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from corl_jax.data import other_formats, splits
 from corl_jax.errors import InputError, Problems
+from corl_jax.hub_headers import fetch_snapshot
 from corl_jax.input_files import expand_path
 
 HUB_PREFIX = "hf://datasets/"
@@ -172,12 +173,10 @@ def _list_one_split(root: str, pattern: str, entry: str, shown: str) -> list[str
 
 def _download(repo: str, revision: str | None, pattern: str) -> str:
     """Downloads the files of a hub dataset that match; returns their folder in the hub's cache."""
-    import huggingface_hub
-
     if not pattern.endswith(".parquet"):  # a folder
         pattern = f"{pattern.rstrip('/')}/*.parquet"
     try:
-        return huggingface_hub.snapshot_download(
+        return fetch_snapshot(
             repo,
             repo_type="dataset",
             # refs%2Fconvert%2Fparquet, as in the hub's URLs

@@ -46,7 +46,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--{option}-prompt",
             type=int,
             metavar="TOKENS",
-            help=f"longest {task} prompt of a batch (default: data.max_prompt_length)",
+            help=f"longest {task} prompt of a batch (default: as in the first batch, if tokenizer "
+            "and data are here, else data.max_prompt_length)",
         )
     _add_memory_arguments(parser)
     parser.add_argument(

@@ -7,20 +7,31 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from corl_jax.assets import SHIPPED
 from corl_jax.config.schema import Config
 from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices import startup
 from corl_jax.errors import InputError
+from corl_jax.hub_headers import read_headers_only
 from corl_jax.input_files import expand_path
 from corl_jax.plan import chips, programs, tables
 from corl_jax.policies import FAMILIES, find_family
 from corl_jax.policies.family import Family, Limits
 from corl_jax.tasks import TASKS
 from corl_jax.train import resolve
-from corl_jax.train.check import PROMPT_OPTIONS, get_completion_length
+from corl_jax.train.loaders import make_loaders, open_sources
+from corl_jax.train.memory import (
+    PROMPT_OPTIONS,
+    add_up_memory,
+    describe_counted,
+    describe_prompts,
+    estimate_outline,
+    get_completion_length,
+)
 from corl_jax.train.stages import STAGES
 from corl_jax.types import DTYPES, Sizes
 from corl_jax.weights.checkpoint import load_config
@@ -43,7 +54,7 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
         if preset not in PRESETS:
             raise InputError(f"--model: found {preset!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[preset]
-    folder = Path(expand_path(path))
+    folder = find_model_folder(path)
     refuse_adapter(folder)
     if (folder / "config.json").is_file():
         family = find_family(folder)
@@ -59,18 +70,57 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     return PRESETS[named]
 
 
+def find_model_folder(path: str) -> Path:
+    """Returns the folder of a shipped model or of a path, which may be absent; asks no hub."""
+    folder = Path(expand_path(path))
+    return SHIPPED.get(path, folder) if not folder.exists() else folder
+
+
+def measure_first_batch(config: Config, family: Family) -> tuple[dict[str, int], str]:
+    """Returns (the padded prompt length of each task in the first batch, where it comes from).
+
+    The lengths are empty if tokenizer or data cannot be read here.
+    """
+    stage, folder = STAGES[config.stage], find_model_folder(config.model.path)
+    limit = f"as long as data.max_prompt_length allows, {config.data.max_prompt_length:,}"
+    if not folder.is_dir():
+        return {}, f"{limit} (the tokenizer of {config.model.path} is not on this machine)"
+    try:
+        with read_headers_only():
+            processor = family.open_processor(folder)
+            sources = open_sources(config, stage, {})
+            loader, _ = make_loaders(config, stage, processor, (0, 1), [], sources)
+            encoded = loader.batch(0).encoded
+    except InputError as error:
+        return {}, f"{limit} ({error.problems[0]})"
+    lengths = {task: prompts.input_ids.shape[1] for task, prompts in encoded.items()}
+    return lengths, f"as in the first batch of {config.data.path}"
+
+
 def resolve_prompt_lengths(
-    args: argparse.Namespace, config: Config, limits: Limits, bucket: int
-) -> dict[str, int]:
-    """Returns the padded length of each task's longest prompt in tokens.
+    args: argparse.Namespace, config: Config, limits: Limits, family: Family
+) -> tuple[dict[str, int], str]:
+    """Returns (the padded length of each task's longest prompt in tokens, where it comes from).
+
+    Without an option it is the length in the first batch, as `--check` counts it.
 
     Raises:
         InputError: a length that the config or the model does not allow.
     """
-    limit, problems = config.data.max_prompt_length, []
-    lengths = {}
+    limit, bucket, problems = config.data.max_prompt_length, family.prompt_bucket, []
+    option_tokens = {
+        task: getattr(args, option.removeprefix("--").replace("-", "_"))
+        for task, option in PROMPT_OPTIONS.items()
+    }
+    lengths, source = {}, "as the options say"
+    if None in option_tokens.values():
+        lengths, source = measure_first_batch(config, family)
+        named = [PROMPT_OPTIONS[task] for task, tokens in option_tokens.items() if tokens]
+        source = " and ".join([source, *named])
     for task, option in PROMPT_OPTIONS.items():
-        tokens = getattr(args, option.removeprefix("--").replace("-", "_"))
+        tokens = option_tokens[task]
+        if tokens is None and task in lengths:
+            continue  # as measured, and padded
         tokens = limit if tokens is None else tokens
         # An image stands between a begin and an end token.
         shortest = limits.input_image_tokens + 2 if IMAGE_COLUMN in TASKS[task].columns else 1
@@ -82,7 +132,7 @@ def resolve_prompt_lengths(
         lengths[task] = math.ceil(tokens / bucket) * bucket
     if problems:
         raise InputError(problems)
-    return lengths
+    return lengths, source
 
 
 def select_programs(
@@ -114,7 +164,9 @@ def find_devices(topology: str, hbm: float | None) -> tuple[list, chips.Chip]:
     return devices, chip if hbm is None else dataclasses.replace(chip, hbm=hbm * chips.GIB)
 
 
-def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int]) -> str:
+def format_heading(
+    outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[str, int], source: str
+) -> str:
     """Returns the lines about model, devices and iteration."""
     config, shapes = outline.config, outline.family.abstract(outline.sizes)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -129,6 +181,23 @@ def format_heading(outline: resolve.RunOutline, chip: chips.Chip, lengths: dict[
         f"devices: {outline.mesh.size} x {chip.name}, mesh {dict(outline.mesh.shape)}",
         f"iteration: {train.prompts_per_step} prompts x {rollout.group_size} completions in "
         f"{outline.micro_batches} micro-batch(es), {at_once} prompts sampled at once; {tasks}",
+        describe_prompts(outline, lengths, source),
+    ])  # fmt: skip
+
+
+def format_estimate(
+    outline: resolve.RunOutline, lengths: dict[str, int], stored: Any, reserve: float,
+    chip: chips.Chip,
+) -> str:  # fmt: skip
+    """Returns the estimate of `--check` for the same prompts, and why it differs."""
+    estimate = estimate_outline(outline, lengths, lambda path: stored, reserve)
+    _, totals = add_up_memory(estimate)
+    sizes = ", ".join(f"{size:.2f} GiB {program}" for program, size in totals.items())
+    return "\n".join([
+        f"estimate of `train --check` for the same prompts: at least {sizes}",
+        f"  {describe_counted(outline, estimate)}",
+        f"  The table has every buffer of a program as the compiler of {chip.name} lays it out: "
+        "also logits, scores while sampling, decoded images and the compiler's copies.",
     ])  # fmt: skip
 
 
@@ -148,10 +217,10 @@ def run_plan(args: argparse.Namespace, config: Config) -> None:
             f"stage: found {config.stage}; expected one that samples completions: {sampling}"
         )
     family, sizes = find_sizes(config.model.path, args.model)
-    lengths = resolve_prompt_lengths(args, config, family.limits(sizes), family.prompt_bucket)
+    lengths, source = resolve_prompt_lengths(args, config, family.limits(sizes), family)
     devices, chip = find_devices(args.topology, args.hbm)
     outline = resolve.outline_run(config, family, sizes, family.stand_in_tokens, devices)
-    print(format_heading(outline, chip, lengths), flush=True)
+    print(format_heading(outline, chip, lengths, source), flush=True)
     compiled, reserve = [], args.reserve * chips.GIB
     # Outside of the mesh: helper computations run on this machine, not on absent devices.
     resident, planned = programs.make_programs(outline, lengths, DTYPES[args.stored])
@@ -166,6 +235,7 @@ def run_plan(args: argparse.Namespace, config: Config) -> None:
             compiled.append(tables.compile_program(program, resident))
     for part in (
         tables.format_memory_table(compiled, chip, reserve),
+        format_estimate(outline, lengths, DTYPES[args.stored], reserve, chip),
         tables.format_cost_table(compiled, chip),
         tables.format_iteration(compiled, chip),
     ):

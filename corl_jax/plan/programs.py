@@ -21,7 +21,7 @@ from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
 from corl_jax.tasks import TASKS, image_tasks
 from corl_jax.train import build
-from corl_jax.train.check import get_completion_length, get_segment_length
+from corl_jax.train.memory import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState

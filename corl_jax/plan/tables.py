@@ -197,7 +197,10 @@ def format_iteration(programs: list[CompiledProgram], chip: Chip) -> str:
     times = [result.estimate_seconds(chip) for result in programs]
     times = [seconds for seconds in times if seconds is not None]
     if len(times) < len(programs) or not (chip.peak and chip.bandwidth and chip.links):
-        return f"time: no estimate, {'a program does not fit' if chip.peak else 'no figures'}"
+        reason = (
+            "a program does not fit" if chip.peak else f"no peak figures of {chip.name} are known"
+        )
+        return f"time: no estimate, {reason}"
     calls = [result.program.calls for result in programs]
     # Overlapped, the slowest of products, memory and links decides; otherwise they add up.
     least = sum(max(seconds) * n for seconds, n in zip(times, calls, strict=True))

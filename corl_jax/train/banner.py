@@ -14,7 +14,7 @@ from corl_jax.params import partition
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.runs.directory import RunDir
 from corl_jax.tasks import TASKS
-from corl_jax.train import check
+from corl_jax.train import check, memory
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 
 Row = tuple[str, str]
@@ -43,7 +43,7 @@ def describe_start(plan: ResolvedRun, directory: RunDir) -> str:
         ("data", f"{len(plan.train_loader.source):,} rows to train on{held_out}"),
         ("steps", describe_steps(plan)),
         *(("rewards", text) for text in describe_rewards(plan)),
-        ("memory", describe_memory(plan)),
+        *(("memory", text) for text in describe_memory(plan)),
         ("curves", suggest_tensorboard(directory)),
     ]
     return align_rows(rows)
@@ -53,7 +53,7 @@ def describe_model(plan: ResolvedRun) -> str:
     """Returns the model's place, and how many of its parameters are trained."""
     shapes = plan.family.abstract(plan.sizes)
     trained, _ = partition(shapes, plan.trained)
-    total, count = check.count_parameters(shapes), check.count_parameters(trained)
+    total, count = memory.count_parameters(shapes), memory.count_parameters(trained)
     lora = plan.config.lora
     adapters = f", in adapters of rank {lora.rank}" if lora.rank else ""
     return (
@@ -105,19 +105,21 @@ def _format_reward(reward: BoundReward) -> str:
     return reward.name if reward.weight == 1 else f"{reward.weight:g} x {reward.name}"
 
 
-def describe_memory(plan: ResolvedRun) -> str:
-    """Returns the estimate of `--check` for each program, and how much memory a device has."""
-    _, programs = check.add_up_memory(check.estimate_memory(plan))
+def describe_memory(plan: ResolvedRun) -> list[str]:
+    """Returns the estimate of `--check` beside a device's memory, and what it counts."""
+    estimate = memory.estimate_memory(plan)
+    _, programs = memory.add_up_memory(estimate)
     device = f" of {_format_gib(limit)}" if (limit := _read_memory_limit()) else ""
     sizes = [f"{_format_gib(size)} {program}" for program, size in programs.items()]
-    return f"of each device{device} at least {', '.join(sizes)}"
+    basis = [memory.describe_counted(plan, estimate), memory.describe_first_batch(plan)]
+    return [f"of each device{device} at least {', '.join(sizes)}", *filter(None, basis)]
 
 
 def _read_memory_limit() -> float | None:
     """Returns the GiB of a local device that JAX may use; None where it does not say."""
     statistics: Any = jax.local_devices()[0].memory_stats() or {}
     limit = statistics.get("bytes_limit")
-    return limit / check.GIB if limit else None
+    return limit / memory.GIB if limit else None
 
 
 def _format_gib(size: float) -> str:

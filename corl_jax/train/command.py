@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from corl_jax import hub_headers
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.console import print_status
@@ -66,13 +67,26 @@ def run_config(
     """
     startup.prepare_devices(config.distributed)
     with Interruption(ends_process=ends_process) as interruption, processes.fail_together():
+        if check_only:
+            check_config(config)
+            return 0
         planned = resolve_run(config)
         warn_of_unused_options(planned)
-        if not check_only:
-            return run_training(planned, interruption, allow_changes)
+        return run_training(planned, interruption, allow_changes)
+
+
+def check_config(config: Config) -> None:
+    """Checks a config and prints its run; of files on the hub it reads the headers alone.
+
+    Raises:
+        InputError: as `run_config`.
+    """
+    with hub_headers.read_headers_only() as headers:
+        planned = resolve_run(config)
+        warn_of_unused_options(planned)
         if jax.process_index() == 0:
-            print(check.describe(planned))
-        return 0
+            text = headers.name_places(check.describe(planned))
+            print("\n\n".join(filter(None, [text, headers.describe()])))
 
 
 def warn_of_unused_options(planned: ResolvedRun) -> None:

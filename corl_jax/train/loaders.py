@@ -19,6 +19,7 @@ from corl_jax.data.dataset import (
 )
 from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
+from corl_jax.hub_headers import has_partial_data
 from corl_jax.rewards import registry
 from corl_jax.train.stages import Stage, list_columns_to_read
 
@@ -74,9 +75,10 @@ def make_loaders(
         "process_index": shard[0],
         "process_count": shard[1],
     }
+    # In file order if only headers are here: a shuffled batch would need most of the data set.
     options = LoaderOptions(
         tasks=tasks, batch_size=config.train.prompts_per_step,
-        required=stage.target_columns(config), **common,
+        required=stage.target_columns(config), shuffle=not has_partial_data(), **common,
     )  # fmt: skip
     train = Loader(trained, processor, options)
     train.check()

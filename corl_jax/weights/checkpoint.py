@@ -36,7 +36,13 @@ from corl_jax.weights.sources import (
     list_layers,
     read_leaf,
 )
-from corl_jax.weights.storage import Store, open_any_store, open_safetensors, open_store
+from corl_jax.weights.storage import (
+    JoinedStore,
+    Store,
+    open_any_store,
+    open_safetensors,
+    open_store,
+)
 from corl_jax.weights.table import Shape
 from corl_jax.weights.wrong_names import shorten_wrong_names
 
@@ -146,6 +152,8 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
         stored = {key: info.shape for key, info in store.infos.items()}
         if layout is None:
             layout = find_layout_of_tensors(stored, path, kind, data)
+            store = _add_packaged_tensors(store, kind)
+            stored = {key: info.shape for key, info in store.infos.items()}
             config = config or _parse_config(data, folder, kind, layout, stored)
         open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
         return open_layout(path, kind, layout, config, store, data)
@@ -246,6 +254,16 @@ def _parse_config(
         problems.add(kind.check(config, f"{file if data else folder}: sizes"))
     problems.raise_any()
     return config
+
+
+def _add_packaged_tensors(store: Store, kind: NetworkKind) -> Store:
+    """Returns the store with the tensors that ship with this package, unless it has one of them."""
+    if kind.packaged is None:
+        return store
+    packaged = open_safetensors([kind.packaged])
+    if store.infos.keys() & packaged.infos.keys():
+        return store
+    return JoinedStore(store, packaged)
 
 
 def _open_foreign(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from corl_jax.assets import SHIPPED
 from corl_jax.errors import InputError
+from corl_jax.hub_headers import fetch_snapshot
 from corl_jax.input_files import expand_path
 from corl_jax.weights.folders import refuse_adapter
 
@@ -73,7 +74,6 @@ def split_hub_id(text: str) -> tuple[str, str | None]:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name = hub_id if revision is None else f"{hub_id}@{revision}"
@@ -81,7 +81,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     # Only safetensors, or else only .bin: many repositories have both, and each is gigabytes.
     def fetch(pattern: str) -> Path:
         patterns = [*_SMALL, pattern]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(fetch_snapshot(hub_id, revision=revision, allow_patterns=patterns))
 
     try:
         folder = fetch("*.safetensors")

@@ -102,6 +102,8 @@ class NetworkKind:
     foreign_export: ForeignExport | None = None
     # (problems, layout, config.json) -> the problems with what to do about some of them
     explain: Callable[[list[str], str, Mapping[str, Any]], list[str]] | None = None
+    # safetensors of tensors that foreign files may lack, all of them together
+    packaged: Path | None = None
     peft: PeftFormat | None = None  # None: adapters are only exported merged
 
     @property

@@ -126,6 +126,22 @@ class SafetensorsStore:
         self._descriptors.clear()
 
 
+class JoinedStore:
+    """The tensors of two stores without a common name."""
+
+    def __init__(self, first: Store, second: Store):
+        self.infos = first.infos | second.infos
+        self.concurrent = first.concurrent and second.concurrent
+        self._first, self._second = first, second
+
+    def read(self, key: str, box: Box | None = None) -> np.ndarray:
+        return (self._first if key in self._first.infos else self._second).read(key, box)
+
+    def close(self) -> None:
+        self._first.close()
+        self._second.close()
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Reads and checks the names, shapes and places of the tensors of a safetensors file.
 

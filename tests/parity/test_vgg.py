@@ -12,13 +12,16 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchmetrics.functional.image import lpips as reference
 
+from corl_jax.errors import InputError
 from corl_jax.models import modules, vgg
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.params import flatten
-from corl_jax.weights.layouts.vgg import TABLES, parse
+from corl_jax.weights.checkpoint import open_checkpoint
+from corl_jax.weights.layouts.vgg import KIND, TABLES, parse
 from corl_jax.weights.storage import open_any_store
 from tests.parity.from_table import arrays, from_table
 from tests.support.tolerances import NETWORK
@@ -100,6 +103,45 @@ def test_the_epsilon_stands_under_the_root(theirs, monkeypatch):
     assert np.abs(distances(faint, *images) - expected).max() <= TOLERANCE
     monkeypatch.setattr(vgg, "EPSILON", 1e-20)
     assert np.abs(distances(faint, *images) - expected).max() > 1e-3
+
+
+def test_the_trunk_of_timm_with_the_heads_of_this_package(theirs, tmp_path):
+    trunk = {
+        f"features.{key.split('.', 2)[2]}": x.contiguous()
+        for key, x in theirs.state_dict().items()
+        if "net" in key
+    }
+    # timm's classifier consists of convolutions; here it is smaller than the published one.
+    trunk |= {f"pre_logits.fc1.{name}": torch.zeros(2, 3, 1, 1) for name in ("weight", "bias")}
+    trunk |= {"head.fc.weight": torch.zeros(2, 3), "head.fc.bias": torch.zeros(2)}
+    save_file(trunk, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "vgg16", "num_classes": 1000}')
+    images = pictures(2)
+    with open_checkpoint(tmp_path, KIND) as opened:
+        assert opened.config == VggConfig() and opened.parameters == 14_716_160
+        params = opened.load()
+    with jax.default_matmul_precision("highest"):
+        found = modules.bind(Lpips, VggConfig(), params)(*images)
+    assert np.abs(found - reference_distances(theirs, *images)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("heads", ["whole", "one is missing"])
+def test_heads_of_the_folder_come_first(theirs, tmp_path, heads):
+    """A part of them is not completed by those of another training."""
+    state = {
+        key: x.contiguous() for key, x in theirs.state_dict().items() if not key.startswith("lins")
+    }
+    state |= {key: 2 * x for key, x in state.items() if key.startswith("lin")}
+    if heads == "one is missing":
+        del state["lin3.model.1.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    if heads == "one is missing":
+        with pytest.raises(InputError, match=r"lin3\.model\.1\.weight is missing"):
+            open_checkpoint(tmp_path, KIND)
+        return
+    with open_checkpoint(tmp_path, KIND) as opened:
+        first = opened.load()["heads"]["0"]["kernel"]
+    assert np.array_equal(first.ravel(), state["lin0.model.1.weight"].numpy().ravel())
 
 
 def test_files_as_published_load(theirs, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from corl_jax.assets import MINI_JANUS
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
 from corl_jax.params import partition
@@ -23,7 +24,7 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES
-from corl_jax.train import attending, build, resolve
+from corl_jax.train import attending, build, check, memory, resolve
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.checkpoint import load_config
 from tests.support import tiny_runs
@@ -246,6 +247,41 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
         )
     assert stopped.value.code == 1
     assert re.search(r"with all kept.*\n(.*\n)*.* NO", capsys.readouterr().out)
+
+
+def test_it_counts_the_prompts_of_the_check_and_prints_its_estimate(model, rows, tmp_path, capsys):
+    tree = options(model, rows, tmp_path / "run", lora={"rank": 2})
+    path = write_config(tmp_path / "config.yaml", tree)
+    command = ["--config", str(path), "--topology", "local", "--stored", "float32"]
+    command += ["--only", "codes", "mesh.data=8", "train.prompts_per_step=8",
+                "data.max_prompt_length=60"]  # fmt: skip
+    # Padded to multiples of 32, prompts are longer than the limit.
+    checked = resolve.resolve_run(config_files.load(path, command[-3:]))
+    lengths = memory.measure_prompt_lengths(checked)
+    estimate = memory.estimate_memory(checked)
+    _, totals = memory.add_up_memory(estimate)
+    plan.main(command)
+    out = capsys.readouterr().out
+    padded = f"prompts padded to t2i {lengths['t2i']}, mm2t {lengths['mm2t']} tokens"
+    assert f"{padded}, as in the first batch of {rows}; at most 60" in out
+    sizes = ", ".join(f"{size:.2f} GiB {program}" for program, size in totals.items())
+    assert f"estimate of `train --check` for the same prompts: at least {sizes}\n" in out
+    assert f"  {memory.describe_counted(checked, estimate)}\n" in out and "compiler of cpu" in out
+    assert padded in check.describe(checked)
+    # Longer prompts are asked for by the options, and both figures are for them.
+    plan.main([*command, "--text-prompt", "60", "--image-prompt", "60"])
+    out = capsys.readouterr().out
+    assert "prompts padded to t2i 64, mm2t 64 tokens, as the options say" in out
+
+
+def test_without_data_prompts_are_as_long_as_allowed(config_path, capsys):
+    plan.main(["--config", str(config_path), "--topology", "local", "--only", "codes"])
+    out = capsys.readouterr().out
+    assert "mm2t 128 tokens, as long as data.max_prompt_length allows, 128 (" in out
+
+
+def test_shipped_models_have_sizes_by_name():
+    assert find_sizes("mini", None) == (FAMILY, load_config(MINI_JANUS, KIND))
 
 
 def test_what_is_kept_is_too_much_before_anything_is_compiled(config_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies import FAMILIES
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import __main__ as command
-from corl_jax.train import check, resolve
+from corl_jax.train import check, memory, resolve
 from tests.support.tiny_networks import network_dir
 from tests.support.tiny_runs import metric_lines
 from tests.support.tolerances import NETWORK
@@ -202,10 +202,10 @@ def test_a_scorer_by_path_counts_as_the_policys_start_does(tree, tmp_path, monke
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(changed), encoding="utf-8")
         plans[scorer] = resolve.resolve_run(config_files.load(path))
-        estimates[scorer] = check.estimate_memory(plans[scorer])["reward networks"]
+        estimates[scorer] = memory.estimate_memory(plans[scorer])["reward networks"]
     mine, theirs = estimates.values()
     (found,) = plans[tree["model"]["path"]].networks
-    assert mine == theirs and 0 < theirs < found.nbytes / check.GIB
+    assert mine == theirs and 0 < theirs < found.nbytes / memory.GIB
     assert "scorers sharded as the policy" in check.describe(plans[tree["model"]["path"]])
 
 

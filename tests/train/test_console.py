@@ -9,7 +9,7 @@ import pytest
 
 from corl_jax.config import files as config_files
 from corl_jax.runs.directory import RunDir
-from corl_jax.train import banner, check, ending
+from corl_jax.train import banner, check, ending, memory
 from corl_jax.train.resolve import ResolvedRun, resolve_run
 from tests.support import tiny_runs
 
@@ -52,7 +52,7 @@ def test_the_start_of_reinforcement_learning(options, model):
     )  # fmt: skip
     block = start(tree)
     planned = plan(tree)
-    total = check.count_parameters(planned.family.abstract(planned.sizes))
+    total = memory.count_parameters(planned.family.abstract(planned.sizes))
     assert block["run"] == [tree["output_dir"]]
     assert block["model"][0].startswith(f"{model}: janus, {total:,} parameters, ")
     assert block["devices"] == ["1 x cpu, attention: xla"]
@@ -62,16 +62,22 @@ def test_the_start_of_reinforcement_learning(options, model):
     ]
     assert block["rewards"] == ["t2i: t2i_pixel_mse", "mm2t: 0.5 x format, qa_accuracy"]
     assert block["curves"][0].startswith(f"tensorboard --logdir {tree['output_dir']}/tensorboard")
-    _, programs = check.add_up_memory(check.estimate_memory(planned))
+    _, programs = memory.add_up_memory(memory.estimate_memory(planned))
     assert list(programs) == ["during an update", "while sampling"]
     for program, size in programs.items():
         assert f"{1024 * size:.0f} MiB {program}" in block["memory"][0]
+    counted, prompts = block["memory"][1:]
+    assert counted.startswith("counted from shapes: parameters, optimizer, gradients")
+    assert "activations (remat none), attention scores" in counted
+    lengths = memory.measure_prompt_lengths(planned)
+    assert prompts.startswith(f"prompts padded to t2i {lengths['t2i']}, mm2t {lengths['mm2t']} ")
+    assert prompts.endswith("as in the first batch; at most 128 (data.max_prompt_length)")
 
 
 def test_the_memory_is_that_of_the_check(options):
     """The sums of the table of --check, in GiB with two decimals."""
     planned = plan(options())
-    kept, programs = check.add_up_memory(check.estimate_memory(planned))
+    kept, programs = memory.add_up_memory(memory.estimate_memory(planned))
     lines = check.describe(planned).splitlines()
     sums = [float(line.split()[-1]) for line in lines if line.split()[:1] in (["sum"], ["with"])]
     expected = [round(size, 2) for size in (kept, *programs.values())]

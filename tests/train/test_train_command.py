@@ -44,7 +44,7 @@ from corl_jax.tasks import CODES, TASKS, TEXT, Task, Turn
 from corl_jax.train import __main__ as command
 from corl_jax.train import check as run_check
 from corl_jax.train import command as training
-from corl_jax.train import fit, loop, milestones, reports, resolve
+from corl_jax.train import fit, loop, memory, milestones, reports, resolve
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.alarms import make_guards
 from corl_jax.train.resume import fingerprint_untrained
@@ -561,16 +561,15 @@ def plan_and_programs(options) -> tuple:
     planned = resolve.resolve_run(
         config_files.validate(options(algorithm={"kl_coef": 0.1}), "test")
     )
-    lengths = run_check.measure_prompt_lengths(planned)
+    lengths = memory.measure_prompt_lengths(planned)
     return planned, *programs.make_programs(planned, lengths, jax.numpy.float32)
 
 
 def test_check_counts_what_is_kept_as_plan_does(options):
     planned, kept, _ = plan_and_programs(options)
-    counted = run_check.estimate_memory(planned)
+    counted = memory.estimate_memory(planned)
     sizes = {
-        name: programs.count_shard_bytes(part) / run_check.GIB
-        for name, part in kept.by_name().items()
+        name: programs.count_shard_bytes(part) / memory.GIB for name, part in kept.by_name().items()
     }
     for ours, theirs in (
         ("parameters, trained", "trained parameters"), ("parameters, frozen", "frozen parameters"),
@@ -585,11 +584,11 @@ def test_check_counts_what_is_kept_as_plan_does(options):
 @pytest.mark.slow
 def test_check_is_near_what_the_compiler_needs_for_an_update(options):
     planned, kept, listed = plan_and_programs(options)
-    counted = run_check.estimate_memory(planned)
+    counted = memory.estimate_memory(planned)
     (update,) = (program for program in listed if program.name == "update")
     with jax.set_mesh(planned.mesh):
-        needed = plan_tables.compile_program(update, kept).temporaries / run_check.GIB
-    at_least = sum(counted.get(name, 0) for name in run_check.WORKING["during an update"])
+        needed = plan_tables.compile_program(update, kept).temporaries / memory.GIB
+    at_least = sum(counted.get(name, 0) for name in memory.WORKING["during an update"])
     assert 0.3 * needed < at_least < 1.2 * needed  # the compiler frees and shares some of it
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,7 +270,10 @@ def test_only_what_the_options_ask_is_looked_for(folders):
 
 
 def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     paper = resolved(caption="policy", text_term="sentence", image_term="lpips")
     settings = Networks(sentence=RewardNetwork(path=str(tmp_path / "nowhere")))
     with pytest.raises(InputError) as error:
@@ -277,7 +281,7 @@ def test_missing_networks_say_what_is_expected_where(tmp_path, monkeypatch):
     sentence, lpips = error.value.problems
     assert "networks.sentence" in sentence and "nowhere: no such directory" in sentence
     assert "14,716,160 parameters as published" in lpips
-    assert "weights/lpips: no such directory" in lpips and "vgg16-397923af.pth" in lpips
+    assert "hf download timm/vgg16.tv_in1k" in lpips and "timm or torchvision" in lpips
     assert "to-jax FOLDER DST --model vgg" in lpips and "t2i_bid_cycle_reward" in lpips
 
 

@@ -1,8 +1,10 @@
-"""The layouts of LPIPS on VGG16: torchvision's trunk and the heads in two files, or both in one.
+"""The layouts of LPIPS on VGG16: the trunk of torchvision or timm, or trunk and heads in one file.
 
-The five heads have the same names in lpips's and torchmetrics' files.
+The five heads have the same names in lpips's and torchmetrics' files. They ship with this package,
+and are used if the files have none.
 
-Sources: torchvision `models/vgg.py`; lpips 0.1.4; torchmetrics 1.9 `functional/image/lpips.py`.
+Sources: torchvision and timm, `models/vgg.py`; lpips 0.1.4; torchmetrics 1.9
+`functional/image/lpips.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from corl_jax.assets import LPIPS_HEADS
 from corl_jax.errors import Problems
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.weights.foreign_config import check_count
@@ -64,18 +67,13 @@ def check(config: VggConfig, where: str) -> list[str]:
 
 
 def parse(folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems) -> VggConfig:
-    """Returns the widths of the stages; a problem says which of the two files is absent."""
+    """Returns the widths of the stages; without the trunk a problem says which file is absent."""
     trunk = [f"{make_trunk_key(layout, stage, 0)}.weight" for stage in range(len(PLACES))]
-    heads = [make_head_key(stage) for stage in range(len(PLACES))]
-    parts = (
-        (trunk, "VGG16's convolutions", "torchvision's vgg16-397923af.pth"),
-        (heads, "the heads of LPIPS", "vgg.pth of lpips (weights/v0.1) or of torchmetrics"),
-    )
-    for keys, content, file in parts:
-        if not any(key in shapes for key in keys):
-            problems.add(
-                f"{folder}: {content} are missing ({keys[0]} and others); put {file} there as well"
-            )
+    if not any(key in shapes for key in trunk):
+        problems.add(
+            f"{folder}: VGG16's convolutions are missing ({trunk[0]} and others); put "
+            "torchvision's vgg16-397923af.pth or the model.safetensors of timm/vgg16.tv_in1k there"
+        )
     usual = VggConfig().channels
     widths = [shapes[key][0] if shapes.get(key) else usual[i] for i, key in enumerate(trunk)]
     return VggConfig(channels=tuple(widths))
@@ -94,4 +92,5 @@ KIND = NetworkKind(
     parse=parse,
     check=check,
     rules=RULES,
+    packaged=LPIPS_HEADS,
 )
