@@ -96,7 +96,9 @@ def draw_page(
     scale = width // rows[0][0].pixels.shape[1]
     page_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
     num_lines = max((len(cell.lines) for row in rows for cell in row), default=0)
-    row_heights = [len(head) * LINE + height + num_lines * LINE + 2 * MARGIN for head in heads]
+    # A frame reaches above its image, so there is room for it below a head.
+    head_heights = [len(head) * LINE + FRAME * bool(head) for head in heads]
+    row_heights = [head + height + num_lines * LINE + 2 * MARGIN for head in head_heights]
     top = MARGIN + (LINE + MARGIN if title else 0)
 
     page = Image.new("RGB", (page_width, top + sum(row_heights)), PAPER)
@@ -105,9 +107,11 @@ def draw_page(
     if title:
         text = shorten(make_drawable(title, load_font()), page_width - 2 * MARGIN)
         write_lines(pen, (MARGIN, MARGIN), [(text, INK)])
-    for number, (row, head, row_height) in enumerate(zip(rows, heads, row_heights, strict=True)):
+    for number, (row, head, head_height, row_height) in enumerate(
+        zip(rows, heads, head_heights, row_heights, strict=True)
+    ):
         write_lines(pen, (MARGIN, top), [(line, INK) for line in head])
-        y = top + len(head) * LINE
+        y = top + head_height
         for column, cell in enumerate(row):
             x = MARGIN + column * (width + MARGIN)
             image = Image.fromarray(np.asarray(cell.pixels, np.uint8))

@@ -15,6 +15,7 @@ advantage              compared with the group
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import json
 import math
@@ -50,9 +51,7 @@ def write_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = _make_table(records)
     with replace_file(path) as file:
-        # Images are compressed already.
-        repeated: Any = ["task", "prompt", "image.bytes"]
-        pq.write_table(table, file, compression="zstd", use_dictionary=repeated)
+        pq.write_table(table, file, compression="zstd", use_dictionary=True)
 
 
 def _make_table(records: Sequence[Mapping[str, Any]]) -> Any:
@@ -79,10 +78,11 @@ def _make_table(records: Sequence[Mapping[str, Any]]) -> Any:
 
 def _encode_images(images: Sequence[Any]) -> list[dict[str, Any] | None]:
     """Returns the images as PNG; one that several records share is encoded once."""
-    encoded: dict[int, bytes] = {}
-    for image in images:
-        if image is not None and id(image) not in encoded:
-            encoded[id(image)] = _encode_png(image)
+    different = {id(image): image for image in images if image is not None}
+    # zlib frees the interpreter's lock, so threads share the work.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pngs = pool.map(_encode_png, different.values())
+        encoded = dict(zip(different, pngs, strict=True))
     return [
         None if image is None else {"bytes": encoded[id(image)], "path": None} for image in images
     ]

@@ -50,7 +50,8 @@ def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> Rol
     lengths: dict[str, jax.Array] = {}
     num_tokens = jnp.int32(0)
     for task, rollout in rollouts.items():
-        lengths[task] = jnp.stack([s.mask.sum(axis=-1) for s in rollout.segments]).sum(axis=0)
+        per_segment = [segment.mask.sum(axis=-1) for segment in rollout.segments]
+        lengths[task] = functools.reduce(jnp.add, per_segment)
         num_tokens += lengths[task].sum() + group_size * rollout.prompts.attention_mask.sum()
         for segment in rollout.segments:
             if segment.kind == CODES:

@@ -67,12 +67,11 @@ class Completions:
         groups = self.totals.reshape(-1, self.group_size)
         chosen = [number for number, group in enumerate(groups) if not np.isnan(group).all()]
         chosen.sort(key=lambda number: np.nanmin(groups[number]) - np.nanmax(groups[number]))
-        pairs = []
-        for number in chosen[:count]:
-            best, worst = np.nanargmax(groups[number]), np.nanargmin(groups[number])
-            first = number * self.group_size
-            pairs.append((first + int(best), first + int(worst)))
-        return pairs
+        pairs = [(np.nanargmax(groups[n]), np.nanargmin(groups[n])) for n in chosen[:count]]
+        return [
+            (number * self.group_size + int(best), number * self.group_size + int(worst))
+            for number, (best, worst) in zip(chosen, pairs)
+        ]
 
     def describe(self, row: int) -> dict[str, float]:
         """Returns the numbers of a completion: rewards, their sum, advantage and length."""
@@ -88,7 +87,8 @@ def collect_completions(run: Run, iteration: Iteration, task: str) -> Completion
     """Copies the completions of a task to the host."""
     rewards = iteration.rewards[task]
     assert run.advantage_options is not None
-    totals = total_rewards({task: jnp.stack([*rewards.values()])}, run.advantage_options)[task]
+    stacked = jnp.stack([*rewards.values()])
+    totals = total_rewards({task: stacked}, run.advantage_options)[task]
     return Completions(
         task, iteration.samples[task], rewards, np.asarray(totals),
         to_host_rows(iteration.advantages[task]), to_host_rows(iteration.lengths[task]),
@@ -209,7 +209,7 @@ def draw_answers(completions: Completions, groups: Sequence[tuple[int, int]]) ->
             lines += [
                 (line, pictures.FAINT) for line in pictures.wrap(f"solution: {solution}", width, 1)
             ]
-        for row in pair:
+        for row in dict.fromkeys(pair):  # the best is the worst where all are equal
             color = choose_color(completions.advantages[row] or math.nan, 0) or pictures.FAINT
             number = completions.describe(row)
             head = "reward {reward:.3g}, advantage {advantage:+.2f}, {tokens:.0f} tokens"
@@ -222,11 +222,13 @@ def draw_answers(completions: Completions, groups: Sequence[tuple[int, int]]) ->
 
 def tabulate_answers(completions: Completions) -> str:
     """Returns a markdown table with the best and the worst answer of groups."""
-    rows = [row for pair in completions.choose_groups(TABLE_GROUPS) for row in pair]
+    groups = completions.choose_groups(TABLE_GROUPS)
+    # The best is the worst where all are equal. The question stands beside the first of both.
+    rows = [row for pair in groups for row in dict.fromkeys(pair)]
+    firsts = {best for best, _ in groups}
     solutions = completions.samples.columns.get(SOLUTION_COLUMN)
     return pictures.format_answers_table(
-        # The question of both answers stands beside the first of them.
-        ["" if place % 2 else completions.captions[row] for place, row in enumerate(rows)],
+        [completions.captions[row] if row in firsts else "" for row in rows],
         [completions.samples.require_texts()[row] for row in rows],
         [completions.describe(row) for row in rows],
         [str(solutions[row]) for row in rows] if solutions else None,
