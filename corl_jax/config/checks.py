@@ -153,7 +153,8 @@ READERS = (
         lambda config, _: config.train.max_steps is None,
     ),
     Reader(
-        r"eval\.(every|path|rows|batch_prompts)|guards\.held_out", "an eval.suite other than none",
+        r"eval\.(every|path|split|rows|batch_prompts)|guards\.held_out",
+        "an eval.suite other than none",
         lambda config, _: _evaluates(config),
     ),
     Reader(
@@ -219,6 +220,7 @@ def check_options_together(config: Config) -> None:
     """
     problems = Problems()
     _check_batches(config, problems)
+    _check_data(config, problems)
     _check_sampling(config, problems)
     _check_rewards(config, problems)
     _check_guards(config, problems)
@@ -265,6 +267,17 @@ def _check_batches(config: Config, problems: Problems) -> None:
                 f"{name}: {part} does not divide train.prompts_per_step {batch}; "
                 f"nearest: {nearest_divisors(batch, part)}"
             )
+
+
+def _check_data(config: Config, problems: Problems) -> None:
+    data, held_out = config.data, config.eval
+    if held_out.split is None or held_out.path not in (None, data.path):
+        return
+    if data.split in (None, held_out.split):
+        problems.add(
+            f"eval.split: found {held_out.split} of the data that data.split {data.split} trains "
+            "on; expected two splits; set data.split to another, such as train"
+        )
 
 
 def _check_sampling(config: Config, problems: Problems) -> None:

@@ -182,6 +182,7 @@ def test_empty_list_of_rewards_is_no_reward(write):
 # ---- paths
 
 NO_PATHS = {
+    "data.name", "data.split", "data.revision", "eval.split",
     "rewards.name", "sft.caption_column", "train.trainable", "lora.targets", "algorithm.name",
     "algorithm.tasks", "eval.suite",
     "distributed.coordinator_address",
@@ -362,6 +363,11 @@ def test_missing_keys_say_how_to_give_them(write):
         (
             ["compat.image_logprobs_unshifted=true", "algorithm.image_logprobs=guided"],
             "needs algorithm.image_logprobs conditional",
+        ),
+        (["eval.suite=rewards", "eval.split=test"], "eval.split: found test of the data that"),
+        (
+            ["eval.suite=rewards", "eval.split=test", "data.split=test"],
+            "expected two splits",
         ),
     ],
 )
