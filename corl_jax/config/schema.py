@@ -236,8 +236,12 @@ class Lora(Section):
 
 
 class Sft(Section):
-    """Supervised fine-tuning of both tasks on one language model."""
+    """Supervised fine-tuning of the language model on one task or both."""
 
+    tasks: TaskChoice = option(
+        "unified",
+        "Tasks to train. mm2t: answers to questions about images; t2i: images; unified: both.",
+    )
     caption_column: str | None = option(
         "caption",
         "Column with the answers to the captioning instruction. null: captions are not trained.",
