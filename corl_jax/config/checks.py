@@ -85,7 +85,10 @@ READERS = (
         for stage, facts in STAGE_FACTS.items()
         if facts.block
     ),
-    Reader(r"sft\.caption_column", "a task that makes texts", _fine_tunes(TEXTS)),
+    Reader(
+        r"sft\.caption_column", "a task that makes texts",
+        lambda config, key: config.sft.caption_column is None or _fine_tunes(TEXTS)(config, key),
+    ),
     Reader(r"sft\.t2i_weight", "a task that makes images", _fine_tunes(IMAGES)),
     Reader(
         r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",

@@ -27,6 +27,8 @@ INSTALL = 'pip install "corl-jax[datasets]"'
 FIRST_SAFE_VERSION = 4  # the first one that runs no script of a data set
 SAFE_FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet", "text", "webdataset")
 """Formats of the library that are read. Others, such as pickled pandas, can run code."""
+CACHED = "cache"  # the format of rows that the library finds in its cache, without a network
+REMOTE = ("hf://", "https://", "http://")  # where files of a hub dataset may lie
 ROWS_AT_ONCE = 1000  # of a column
 
 
@@ -205,7 +207,12 @@ def load_hub_part(repo: str, revision: str | None, name: str | None, split: str 
     with _explain_failure(where, "it cannot be read from the hub", remedy):
         cache = _prepare_cache(datasets)
         builder = datasets.load_dataset_builder(repo, name, revision=revision, cache_dir=cache)
-        _require_safe_format(builder, where)
+        _require_safe_files(builder, where)
+        if revision and _find_kind(builder) == CACHED:
+            raise InputError(
+                f"data: {where}: the hub cannot be reached, and the copy in the cache may be of "
+                f"another revision; leave the revision out to use that copy{remedy}"
+            )
         rows, chosen = _build_split(builder, split, where)
     return Part(f"{where} ({chosen})", rows, trusted=False)
 
@@ -261,14 +268,27 @@ def _read_csv_options(path: str) -> dict[str, Any]:
     return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def _require_safe_format(builder: Any, where: str) -> None:
+def _find_kind(builder: Any) -> str:
     # datasets.packaged_modules.json.json -> json
-    kind = type(builder).__module__.rpartition(".")[2]
+    return type(builder).__module__.rpartition(".")[2]
+
+
+def _require_safe_files(builder: Any, where: str) -> None:
+    kind = _find_kind(builder)
     if not type(builder).__module__.startswith("datasets.packaged_modules."):
         kind = "a script"
-    if kind not in SAFE_FORMATS:
+    if kind not in (*SAFE_FORMATS, CACHED):
         raise InputError(
             f"data: {where} holds {kind}; expected one of {', '.join(SAFE_FORMATS)}; convert it"
+        )
+    # A repository's README may name any files, also those of this machine.
+    inside = (os.path.join(builder.base_path or REMOTE[0], ""), *REMOTE)
+    data_files = itertools.chain(*(builder.config.data_files or {}).values())
+    strange = [str(file) for file in data_files if not str(file).startswith(inside)]
+    if strange:
+        raise InputError(
+            f"data: {where} names the file {strange[0]}, which is not in it; expected its own "
+            "files; use another data set"
         )
 
 
@@ -283,7 +303,7 @@ def _build_split(builder: Any, split: str | None, where: str) -> tuple[Any, str]
 
 
 def _choose_split(known: Sequence[str], split: str | None, where: str) -> str:
-    if split in known:
+    if split is not None and split in known:
         return split
     if split is None and len(known) == 1:
         return known[0]
@@ -358,12 +378,14 @@ def _iterate_column(part: Part, column: str) -> Iterator[Any]:
 def _digest(array: Any) -> bytes:
     """Returns a hash of values; of encoded images their sizes alone, so that no image is read."""
     import pyarrow as pa
-    import pyarrow.compute as pc
+    import pyarrow.compute
 
+    # By name, since type checkers do not know these functions, which pyarrow makes when imported.
+    call = pyarrow.compute.call_function
     if pa.types.is_struct(array.type) and "bytes" in [field.name for field in array.type]:
-        array = pc.struct_field(array, "bytes")
+        array = call("struct_field", [array], pyarrow.compute.StructFieldOptions(["bytes"]))
     if pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
-        array = pc.binary_length(array)
+        array = call("binary_length", [array])
     return hashlib.sha256(repr(convert_array(array)).encode("utf-8", "replace")).digest()
 
 
@@ -388,10 +410,9 @@ def _find_image(value: Any, part: Part) -> Any:
 
 
 def _is_in_cache(path: str) -> bool:
-    import datasets
     from huggingface_hub import constants
 
-    config = datasets.config
+    config = import_library().config
     caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
     real = os.path.realpath(path)
     return os.path.isabs(path) and any(

@@ -41,6 +41,9 @@ FORMATS = {
     "imagefolder": IMAGE_SUFFIXES,
 }
 """Name of a format, as the library `datasets` has it -> the suffixes of its files."""
+SAVED_FILES = ("dataset_dict.json", "state.json")  # in a folder that save_to_disk has written
+SIDE_FILES = (*SAVED_FILES, "dataset_info.json", "dataset_infos.json")
+"""Files that describe rows and hold none."""
 # First bytes of a file -> its format. 0xffffffff begins each message of an Arrow stream.
 _MAGIC = {
     b"ARROW1": ".feather", b"\xff\xff\xff\xff": ".arrow", b"{": ".jsonl", b"[": ".json",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from corl_jax.data import other_formats, splits
 from corl_jax.data.arrow_values import take_first_line
-from corl_jax.data.other_formats import FORMATS, find_suffix
+from corl_jax.data.other_formats import FORMATS, SIDE_FILES, find_suffix
 from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import expand_path
 
@@ -169,7 +169,8 @@ def _list_files(root: str, pattern: str | None, choice: FileChoice) -> list[str]
     for part in [pattern] if pattern else choice.patterns:
         for path in glob.glob(os.path.join(prefix, part), recursive=True):
             if os.path.isfile(path):
-                files.add(path)
+                if pattern or os.path.basename(path) not in SIDE_FILES:
+                    files.add(path)
             # The pattern **/*.parquet also matches a folder `rows.parquet`, and the files in it.
             elif pattern and not pattern.endswith(ALL_FILES):
                 files.update(_list_files(path, None, choice))

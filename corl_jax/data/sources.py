@@ -14,16 +14,13 @@ from typing import Any
 
 from corl_jax.data import datasets_library, other_formats
 from corl_jax.data.datasets_library import DatasetsSource, Part
-from corl_jax.data.other_formats import FORMATS
+from corl_jax.data.other_formats import FORMATS, SAVED_FILES, SIDE_FILES
 from corl_jax.data.parquet import ParquetSource, Source
 from corl_jax.data.row_files import HUB_PREFIX, find_files, list_matches, parse_hub_id
 from corl_jax.errors import InputError
 from corl_jax.input_files import describe_lfs_pointer, expand_path, is_lfs_pointer
 
 SAVED = "saved"  # the format of a folder that `save_to_disk` of `datasets` has written
-SAVED_FILES = ("dataset_dict.json", "state.json")
-SIDE_FILES = (*SAVED_FILES, "dataset_info.json", "dataset_infos.json")
-"""Files that describe rows and hold none."""
 IMAGE_FOLDER = "imagefolder"
 METADATA = ("metadata.jsonl", "metadata.csv")  # of a folder of images
 

@@ -43,7 +43,7 @@ def open_sources(
         return source
 
     data, held_out = config.data, config.eval
-    chosen = {"name": data.name, "revision": data.revision}
+    chosen: dict[str, Any] = {"name": data.name, "revision": data.revision}
     if held_out.suite == "none":
         return open_rows(data.path, split=data.split, **chosen), None
     measured = SUITES[held_out.suite].columns

@@ -327,6 +327,14 @@ def test_splits_are_chosen_in_every_format(tmp_path):
     assert open_source(str(one), split="train").column("prompt") == ["c"]
 
 
+def test_files_that_describe_a_data_set_are_no_rows(tmp_path):
+    """Such as those of a repository that the hub's client has fetched."""
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").touch()
+    assert open_source(str(tmp_path)).column("prompt") == ["a"]
+
+
 def test_odd_names_and_compressed_files(tmp_path):
     import gzip
 
@@ -415,6 +423,13 @@ def test_a_stranger_runs_no_code_and_reads_no_file_of_this_machine(hub, tmp_path
     loader = loader_of(open_source("owner/name", name="small", required=REQUIRED))
     with pytest.raises(InputError, match="expected the image itself"):
         loader.check()
+    outside = write_lines(tmp_path / "secret.jsonl", [{"prompt": "mine"}])
+    readme = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(
+        readme.replace("data/small.jsonl}\n- conf", f"{outside}}}\n- conf")
+    )
+    with pytest.raises(InputError, match=r"names the file .*secret\.jsonl, which is not in it"):
+        open_source("owner/name", name="small")
     marker = tmp_path / "marker"
     (folder / "hub.py").write_text(f"open({str(marker)!r}, 'w')\n")
     with pytest.raises(InputError, match="scripts are no longer supported"):
@@ -440,6 +455,25 @@ def test_offline_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
     with pytest.raises(InputError, match=r"ConnectionError.*hf download .*owner/name"):
         open_source("owner/name", split="train")
+
+
+def test_offline_the_copy_in_the_cache_is_read_but_not_for_a_revision(hub, tmp_path, monkeypatch):
+    open_source("owner/name", name="small")
+    # As if the copy had been fetched from the hub.
+    (folder,) = (tmp_path / "cache/hub").iterdir()
+    (file,) = folder.rglob("*.arrow")
+    file.rename(file.with_name("name-train.arrow"))
+    folder.rename(folder.with_name("small"))
+    (tmp_path / "cache/hub").rename(tmp_path / "cache/owner___name")
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert open_source("owner/name", name="small", split="train").column("prompt") == ["s"]
+    with pytest.raises(InputError, match="may be of another revision"):
+        open_source("owner/name", name="small", split="train", revision="v1")
+    with pytest.raises(InputError, match=r"hf download .*owner/other"):
+        open_source("owner/other", split="train")
 
 
 def test_options_that_only_the_hub_has(tmp_path):
