@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--world", choices=("full", "small"),
         help="world of rows made in memory (default: small for images under 48 px)")  # fmt: skip
     add("--data", type=parse_place, metavar="PATH",
-        help="parquet file or folder (default: rows made in memory)")  # fmt: skip
+        help="file or folder of rows (default: made in memory)")  # fmt: skip
     add("--rows", type=int, metavar="N",
         help=f"number of rows (default {DEFAULT_ROWS}, or all of --data if fewer)")  # fmt: skip
     add("--batch-size", type=int, default=32, help="number of rows at once (default %(default)s)")
@@ -182,8 +182,9 @@ def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
 
     The image size of `model` chooses the drawn world. `model` is None if it cannot be read.
     """
-    from corl_jax.data.dataset import ParquetSource, Rows
+    from corl_jax.data.dataset import Rows
     from corl_jax.data.drawn_world.scene import choose_world
+    from corl_jax.data.sources import open_source
     from corl_jax.evaluation import SUITES
 
     suite = SUITES[args.suite]
@@ -194,7 +195,7 @@ def open_rows(args: argparse.Namespace, model: PolicyFiles | None) -> Any:
         return suite.make_rows(args.rows or DEFAULT_ROWS, args.seed, world)
     if args.world is not None:
         raise InputError("--world: --data has its own rows; leave one of the two out")
-    source: Any = ParquetSource(args.data, required=suite.columns)
+    source: Any = open_source(args.data, required=suite.columns)
     if args.rows is not None and args.rows > len(source):
         raise InputError(
             f"--rows: found {args.rows}, but {args.data} has {len(source)} rows; ask for at most "

@@ -75,7 +75,7 @@ QUESTION_STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
 
 
 def choose_tasks(choice: str) -> tuple[str, ...]:
-    """Returns the tasks that a value of the option `algorithm.tasks` trains together.
+    """Returns the tasks that a value of the options `algorithm.tasks` and `sft.tasks` trains.
 
     Raises:
         ValueError: it is neither `unified` nor a task.

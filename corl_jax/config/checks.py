@@ -69,8 +69,14 @@ def _evaluates(config: Config) -> bool:
 def _makes(config: Config, result: str) -> bool:
     """Returns whether a task of reinforcement learning makes IMAGES or TEXTS."""
     if not STAGE_FACTS[config.stage].has_rollouts:
-        return True  # supervised stages train both tasks, and their export states the sampling
+        return True  # the export of a supervised stage states the sampling
     return any(TASKS[task].result == result for task in choose_tasks(config.algorithm.tasks))
+
+
+def _fine_tunes(result: str) -> Callable[[Config, str], bool]:
+    return lambda config, _: any(
+        TASKS[task].result == result for task in choose_tasks(config.sft.tasks)
+    )
 
 
 READERS = (
@@ -79,6 +85,11 @@ READERS = (
         for stage, facts in STAGE_FACTS.items()
         if facts.block
     ),
+    Reader(
+        r"sft\.caption_column", "a task that makes texts",
+        lambda config, key: config.sft.caption_column is None or _fine_tunes(TEXTS)(config, key),
+    ),
+    Reader(r"sft\.t2i_weight", "a task that makes images", _fine_tunes(IMAGES)),
     Reader(
         r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",
         lambda config, key: config.rewards[int(key.split(".")[1])].use is not None,
@@ -153,7 +164,8 @@ READERS = (
         lambda config, _: config.train.max_steps is None,
     ),
     Reader(
-        r"eval\.(every|path|rows|batch_prompts)|guards\.held_out", "an eval.suite other than none",
+        r"eval\.(every|path|split|rows|batch_prompts)|guards\.held_out",
+        "an eval.suite other than none",
         lambda config, _: _evaluates(config),
     ),
     Reader(
@@ -219,7 +231,9 @@ def check_options_together(config: Config) -> None:
     """
     problems = Problems()
     _check_batches(config, problems)
+    _check_data(config, problems)
     _check_sampling(config, problems)
+    _check_fine_tuning(config, problems)
     _check_rewards(config, problems)
     _check_guards(config, problems)
     _check_processes(config, problems)
@@ -268,12 +282,32 @@ def _check_batches(config: Config, problems: Problems) -> None:
             )
 
 
+def _check_data(config: Config, problems: Problems) -> None:
+    data, held_out = config.data, config.eval
+    if held_out.split is None or held_out.path not in (None, data.path):
+        return
+    if data.split in (None, held_out.split):
+        problems.add(
+            f"eval.split: found {held_out.split} of the data that data.split {data.split} trains "
+            "on; expected two splits; set data.split to another, such as train"
+        )
+
+
 def _check_sampling(config: Config, problems: Problems) -> None:
     if config.compat.image_logprobs_unshifted and config.algorithm.image_logprobs == "guided":
         problems.add("compat.image_logprobs_unshifted: needs algorithm.image_logprobs conditional")
     if config.compat.text_top_k_50 and config.rollout.top_k not in (0, 50):
         problems.add(
             f"rollout.top_k: {config.rollout.top_k} contradicts compat.text_top_k_50; drop one"
+        )
+
+
+def _check_fine_tuning(config: Config, problems: Problems) -> None:
+    images_alone = all(TASKS[task].result == IMAGES for task in choose_tasks(config.sft.tasks))
+    if STAGE_FACTS[config.stage].block == "sft" and images_alone and not config.sft.t2i_weight:
+        problems.add(
+            f"sft.t2i_weight: found 0, but sft.tasks {config.sft.tasks} trains images alone; "
+            "expected a weight above 0; raise it or choose other tasks"
         )
 
 

@@ -55,7 +55,17 @@ class Data(Section):
     """The rows, and how prompts are made of them."""
 
     path: ConfigPaths = Field(
-        description="Parquet file, directory, glob, a list of these, or hub dataset id."
+        description="File, directory, glob, a list of these, or hub dataset id. Parquet; other "
+        "formats need the library `datasets`."
+    )
+    name: str | None = option(
+        None, "Configuration of the hub dataset. With it or a split, the library `datasets` reads."
+    )
+    split: str | None = option(
+        None, "Split of the data to train on, such as train. null: the only one there is."
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of the hub dataset, as in owner/name@revision."
     )
     columns: dict[str, str] = option(
         {}, "Standard column name -> its name in your files, where the two differ."
@@ -226,8 +236,12 @@ class Lora(Section):
 
 
 class Sft(Section):
-    """Supervised fine-tuning of both tasks on one language model."""
+    """Supervised fine-tuning of the language model on one task or both."""
 
+    tasks: TaskChoice = option(
+        "unified",
+        "Tasks to train. mm2t: answers to questions about images; t2i: images; unified: both.",
+    )
     caption_column: str | None = option(
         "caption",
         "Column with the answers to the captioning instruction. null: captions are not trained.",
@@ -357,6 +371,9 @@ class Eval(Section):
     )
     path: ConfigPaths | None = option(
         None, "Held-out rows, named as data.path. null: the last rows of data.path."
+    )
+    split: str | None = option(
+        None, "Split of the held-out rows, of eval.path or else of data.path. null: no split."
     )
     rows: Positive = option(64, "Number of held-out rows.")
     batch_prompts: Positive = option(16, "Number of prompts evaluated at once on all devices.")

@@ -49,7 +49,10 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "scale_rewards": ("algorithm.scale_by_std",),
     # TRL's ModelConfig and ScriptArguments, PEFT's LoraConfig
     "attn_implementation": ("model.attention",),
+    "dataset_config": ("data.name",),
     "dataset_name": ("data.path",),
+    "dataset_test_split": ("eval.split",),
+    "dataset_train_split": ("data.split",),
     "lora_alpha": ("lora.alpha",),
     "lora_r": ("lora.rank",),
     "lora_target_modules": ("lora.targets",),

@@ -118,7 +118,7 @@ class Loader:
         """
         problems = Problems()
         for name, value in self._describe_identity().items():
-            if state.get(name) != value:
+            if state.get(name, value) != value:  # older checkpoints have no fingerprint
                 problems.add(
                     f"data state: {name} was {state.get(name)} and is now {value}; the order would "
                     "differ"
@@ -145,12 +145,14 @@ class Loader:
         if not usable:
             problems.raise_any()
 
-    def _describe_identity(self) -> dict[str, int]:
+    def _describe_identity(self) -> dict[str, int | str]:
+        fingerprint = self.source.fingerprint()
         return {
             "seed": self.options.seed,
             "batch_size": self.batch_size,
             "rows": len(self.source),
             "shuffle": int(self.options.shuffle),
+            **({"fingerprint": fingerprint} if fingerprint else {}),
         }
 
     def _encode(

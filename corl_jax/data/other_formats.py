@@ -1,4 +1,4 @@
-"""Names the format of data that is not parquet, and a command that converts it."""
+"""Finds the format of files of rows, and describes how to convert it to parquet."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ READERS = {
 }
 LOADERS = {".tar": "webdataset", **dict.fromkeys(IMAGE_SUFFIXES, "imagefolder")}
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+FORMATS = {
+    "parquet": (".parquet",),
+    "json": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv", ".tsv"),
+    "arrow": (".arrow", ".feather"),
+    "webdataset": (".tar",),
+    "imagefolder": IMAGE_SUFFIXES,
+}
+"""Name of a format, as the library `datasets` has it -> the suffixes of its files."""
+SAVED_FILES = ("dataset_dict.json", "state.json")  # in a folder that save_to_disk has written
+SIDE_FILES = (*SAVED_FILES, "dataset_info.json", "dataset_infos.json")
+"""Files that describe rows and hold none."""
 # First bytes of a file -> its format. 0xffffffff begins each message of an Arrow stream.
 _MAGIC = {
     b"ARROW1": ".feather", b"\xff\xff\xff\xff": ".arrow", b"{": ".jsonl", b"[": ".json",
@@ -48,8 +60,8 @@ _UNREADABLE = {
 def describe_folder(folder: str) -> str:
     """Describes the files of a folder without `.parquet` files, and how to convert them."""
     files: dict[str, list[str]] = collections.defaultdict(list)
-    for path in _list_files(folder):
-        files[_find_suffix(path)].append(path)
+    for path in list_files(folder):
+        files[find_suffix(path)].append(path)
     if not files:
         return "it holds no file at all"
     counts = sorted(((len(paths), suffix) for suffix, paths in files.items()), reverse=True)
@@ -68,13 +80,13 @@ def describe_folder(folder: str) -> str:
     paths = sorted(files[suffix])
     if is_lfs_pointer(Path(paths[0])):
         return f"{text}; {describe_lfs_pointer(Path(paths[0]))}"
-    kind = _detect_format(paths[0])
+    kind = detect_format(paths[0])
     return f"{text}; {_describe_conversion(paths, kind if kind in order else suffix)}"
 
 
 def describe_file(path: str) -> str:
     """Describes the format of a file that is not parquet and its conversion; '' if unknown."""
-    kind = _detect_format(path)
+    kind = detect_format(path)
     if kind in READERS or kind in LOADERS:
         return f"it looks like {kind} data; {_describe_conversion([path], kind)}"
     return f"it looks like {_UNREADABLE[kind]}" if kind in _UNREADABLE else ""
@@ -116,14 +128,14 @@ def _describe_conversion(paths: list[str], suffix: str) -> str:
     )
 
 
-def _detect_format(path: str) -> str:
+def detect_format(path: str) -> str:
     """Returns the suffix of a file's format by its first bytes, else by its name, else ''."""
     try:
         with open(path, "rb") as file:
             start = file.read(512).removeprefix(BYTE_ORDER_MARK)
     except OSError:
         start = b""  # reading it as parquet says why
-    suffix = _find_suffix(path)
+    suffix = find_suffix(path)
     if start.startswith((LFS_PREFIX, b"PAR1")):
         return ""
     # A table may begin with any character, also with those of another format.
@@ -151,12 +163,13 @@ def _find_compression(path: str) -> str:
     return next((end for end in COMPRESSED if path.lower().endswith(end)), "")
 
 
-def _find_suffix(path: str) -> str:
+def find_suffix(path: str) -> str:
     """Returns the suffix of a file in lower case, without that of a compression."""
     return os.path.splitext(path.lower().removesuffix(_find_compression(path)))[1]
 
 
-def _list_files(folder: str) -> list[str]:
+def list_files(folder: str) -> list[str]:
+    """Returns files in a folder and the folders in it, at most about MAX_FILES_LISTED."""
     paths: list[str] = []
     for parent, folders, names in os.walk(folder):
         # In place: os.walk then enters only these, in this order.

@@ -14,16 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from corl_jax.data import other_formats
-from corl_jax.data.columns import BYTE_ORDER_MARK, COLUMNS, resolve_columns
-from corl_jax.data.parquet_files import find_files, take_first_line
+from corl_jax.data.arrow_values import ValueReader, convert_array, take_first_line
+from corl_jax.data.columns import resolve_columns
+from corl_jax.data.row_files import find_files
 from corl_jax.errors import InputError, Problems
 from corl_jax.hub_headers import fetch_ranges
 from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
 CACHE_BYTES = 2**30
 LARGE_GROUP_BYTES = 2**28  # some 1,000 images; `datasets` writes groups of 100
-# Errors of a single value: a text that is no UTF-8, a date out of Python's range.
-UNREADABLE = (ValueError, OverflowError)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ class Source(Protocol):
     def __getitem__(self, row: int) -> dict[str, Any]: ...
     def column(self, name: str) -> list: ...
     def where(self, row: int) -> str: ...
+    def fingerprint(self) -> str | None: ...
 
 
 class ParquetSource:
@@ -45,7 +45,8 @@ class ParquetSource:
     `columns` maps a standard name (`COLUMNS`) to the name of its column in the files. Without a
     mapping both names are equal. All other columns keep their names, unless a mapped column takes
     the name. A column that is not `required` may be absent from some files; its values there are
-    None. Row groups are read whole and cached up to `cache_bytes`.
+    None. Of files of several splits those of `split` are read. Row groups are read whole and cached
+    up to `cache_bytes`.
 
     Raises:
         InputError: on construction, with every problem of every file.
@@ -57,12 +58,13 @@ class ParquetSource:
         *,
         columns: Mapping[str, str] | None = None,
         required: Sequence[str] = (),
+        split: str | None = None,
         cache_bytes: int = CACHE_BYTES,
     ):
         self._columns = dict(columns or {})
         self._required = tuple(required)
         self._cache_bytes = cache_bytes
-        self.paths = find_files(data)
+        self.paths = find_files(data, split=split)
         self._open()
         if warning := _describe_large_groups(self._group_sizes):
             logger.warning("%s", warning)
@@ -75,7 +77,7 @@ class ParquetSource:
         group, offset = self._locate(row)
         arrays = self._read_cached(group)
         return {
-            name: self._convert_value(name, arrays[column], offset) if column in arrays else None
+            name: self._values.read(name, arrays[column], offset) if column in arrays else None
             for name, column in self.names.items()
         }
 
@@ -91,7 +93,7 @@ class ParquetSource:
                 try:
                     with pq.ParquetFile(path) as file:
                         _fetch_columns(path, file.metadata.row_group(group), [column])
-                        part = _convert_array(file.read_row_group(group, columns=[column])[column])
+                        part = convert_array(file.read_row_group(group, columns=[column])[column])
                 except (OSError, pa.ArrowException):
                     pass  # reported when one of its rows is asked for
             values.extend(part)
@@ -102,6 +104,10 @@ class ParquetSource:
         path, _ = self._groups[self._locate(row)[0]]
         first = next(i for i, (other, _) in enumerate(self._groups) if other == path)
         return f"{path} row {row - int(self._starts[first])}"
+
+    def fingerprint(self) -> str | None:
+        """Returns None: reading all files at each start would take minutes."""
+        return None
 
     # Only paths and settings are pickled: locks cannot be, and the cache would be large.
     def __getstate__(self) -> dict[str, Any]:
@@ -126,23 +132,7 @@ class ParquetSource:
         self._cache: collections.OrderedDict[int, dict[str, Any]] = collections.OrderedDict()
         self._cached_bytes = 0
         self._unreadable: dict[int, str] = {}
-        self._unread: set[str] = set()  # columns for which a warning was given
-
-    def _convert_value(self, name: str, array: Any, offset: int) -> Any:
-        try:
-            return _convert_scalar(array[offset])
-        except UNREADABLE as error:
-            # Wrong values of a column that nothing needs must not cost the row.
-            column = self.names[name]
-            if name in COLUMNS or name in self._required:
-                raise InputError(f"column {column} cannot be read ({error})") from error
-            if column not in self._unread:
-                self._unread.add(column)
-                logger.warning(
-                    "data: values of column %s, which no option names, cannot be read (%s); they "
-                    "are null", column, take_first_line(error),
-                )  # fmt: skip
-            return None
+        self._values = ValueReader(self.names, self._required)
 
     def _locate(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
@@ -213,6 +203,10 @@ class Rows:
 
     def where(self, row: int) -> str:
         return self.source.where(self.start + row)
+
+    def fingerprint(self) -> str | None:
+        whole = self.source.fingerprint()
+        return whole and f"{whole}[{self.start}:{self.stop}]"
 
 
 def split_held_out_rows(source: Source, n: int) -> tuple[Rows, Rows]:
@@ -289,23 +283,6 @@ def _describe_large_groups(sizes: Sequence[tuple[str, int]]) -> str | None:
         f"takes two to four times its size in memory. Write the file again in smaller ones and put "
         f"the new one in its place: {other_formats.rewrite_command(path, 100)}"
     )
-
-
-def _convert_scalar(scalar: Any) -> Any:
-    """Returns a scalar's value; a text loses a byte order mark at its start."""
-    value = scalar.as_py()
-    return value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else value
-
-
-def _convert_array(array: Any) -> list:
-    """Returns the values of an array; values that cannot be converted become None."""
-    values = []
-    for scalar in array:
-        try:
-            values.append(_convert_scalar(scalar))
-        except UNREADABLE:
-            values.append(None)  # reported when its row is asked for
-    return values
 
 
 def _count_bytes(arrays: Mapping[str, Any]) -> int:

@@ -168,11 +168,12 @@ def suggest_commands(planned: ResolvedRun, directory: RunDir) -> list[str]:
     if config.export.layout != "none" and config.export.lora != "adapter":
         commands += suggest_samples(planned, export, directory.path("drawings"))
         suite = SUITES.get(config.eval.suite)
-        # A suite that makes no rows needs a run.
-        if suite and suite.make_rows is not None and isinstance(config.eval.path, str):
+        # A suite that makes no rows needs a run, and the command knows no split.
+        whole = isinstance(config.eval.path, str) and config.eval.split is None
+        if suite and suite.make_rows is not None and whole:
             commands.append(_quote(
                 "evaluate", "--model", export, "--suite", config.eval.suite,
-                "--data", config.eval.path, "--rows", str(config.eval.rows),
+                "--data", str(config.eval.path), "--rows", str(config.eval.rows),
             ))  # fmt: skip
     return [*commands, suggest_tensorboard(directory)]
 

@@ -13,10 +13,10 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.data.dataset import (
     Loader,
     LoaderOptions,
-    ParquetSource,
     Source,
     split_held_out_rows,
 )
+from corl_jax.data.sources import open_source
 from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.hub_headers import has_partial_data
@@ -35,21 +35,28 @@ def open_sources(
     bound_rewards = [reward for of_task in rewards.values() for reward in of_task]
     names = list_columns_to_read(stage, config, bound_rewards)
 
-    def open_rows(path: Any, more: Sequence[str] = ()) -> Source:
+    def open_rows(path: Any, more: Sequence[str] = (), **options: Any) -> Source:
         required = sorted({*names, *more})
-        source = ParquetSource(path, columns=config.data.columns, required=required)
+        source = open_source(path, columns=config.data.columns, required=required, **options)
         problems = registry.find_missing_columns(bound_rewards, source.names)
         if problems:
             raise InputError(problems)
         return source
 
-    if config.eval.suite == "none":
-        return open_rows(config.data.path), None
-    measured = SUITES[config.eval.suite].columns
+    data, held_out = config.data, config.eval
+    chosen: dict[str, Any] = {"name": data.name, "revision": data.revision}
+    if held_out.suite == "none":
+        return open_rows(data.path, split=data.split, **chosen), None
+    measured = SUITES[held_out.suite].columns
     # An evaluation may read more columns than training: of its own file, or of the shared one.
-    if config.eval.path is not None:
-        return open_rows(config.data.path), open_rows(config.eval.path, measured)
-    return split_held_out_rows(open_rows(config.data.path, measured), config.eval.rows)
+    if held_out.path is not None or held_out.split is not None:
+        shared = held_out.path in (None, data.path)
+        return open_rows(data.path, split=data.split, **chosen), open_rows(
+            data.path if shared else held_out.path, measured, split=held_out.split,
+            **(chosen if shared else {}),
+        )  # fmt: skip
+    source = open_rows(data.path, measured, split=data.split, **chosen)
+    return split_held_out_rows(source, held_out.rows)
 
 
 def make_loaders(

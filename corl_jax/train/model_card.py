@@ -20,7 +20,7 @@ from corl_jax.config.resuming import is_path
 from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.config.yaml_text import dump_yaml, parse_yaml
-from corl_jax.data.parquet_files import find_hub_dataset
+from corl_jax.data.row_files import find_hub_dataset
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
 from corl_jax.train.run import Run

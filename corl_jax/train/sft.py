@@ -1,4 +1,4 @@
-"""The stage `sft`: both tasks on one language model, by next-token loss.
+"""The stage `sft`: one task or both on one language model, by next-token loss.
 
 Up to three kinds of completions come from each data row: the row's image for its prompt, the
 answer to its question, and, if the data has captions, the caption for the captioning instruction.

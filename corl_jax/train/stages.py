@@ -17,7 +17,7 @@ from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.evaluation import SUITES
-from corl_jax.tasks import TASKS, UNIFIED, choose_tasks, required_columns
+from corl_jax.tasks import TASKS, choose_tasks, required_columns, text_tasks
 from corl_jax.train import image_tokenizer, iteration, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
@@ -68,7 +68,13 @@ def _weigh_sft_batches(config: Config) -> dict[str, float]:
     return weights | {sft.CAPTION: 1.0}
 
 
+def _choose_sft_tasks(config: Config) -> tuple[str, ...]:
+    return choose_tasks(config.sft.tasks)
+
+
 def _list_sft_columns(config: Config) -> list[str]:
+    if not text_tasks(_choose_sft_tasks(config)):
+        return [IMAGE_COLUMN]
     captions = config.sft.caption_column
     return [IMAGE_COLUMN, ANSWER_COLUMN, *([captions] if captions else [])]
 
@@ -96,7 +102,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(
         iterate=sft.sft_iteration,
         make_step=_make_token_step,
-        tasks=lambda config: UNIFIED,
+        tasks=_choose_sft_tasks,
         target_columns=_list_sft_columns,
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
         loss_weights=_weigh_sft_batches,

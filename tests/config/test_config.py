@@ -182,6 +182,7 @@ def test_empty_list_of_rewards_is_no_reward(write):
 # ---- paths
 
 NO_PATHS = {
+    "sft.tasks", "data.name", "data.split", "data.revision", "eval.split",
     "rewards.name", "sft.caption_column", "train.trainable", "lora.targets", "algorithm.name",
     "algorithm.tasks", "eval.suite",
     "distributed.coordinator_address",
@@ -363,6 +364,15 @@ def test_missing_keys_say_how_to_give_them(write):
             ["compat.image_logprobs_unshifted=true", "algorithm.image_logprobs=guided"],
             "needs algorithm.image_logprobs conditional",
         ),
+        (["eval.suite=rewards", "eval.split=test"], "eval.split: found test of the data that"),
+        (
+            ["stage=sft", "rewards=[]", "sft.tasks=t2i", "sft.t2i_weight=0"],
+            "sft.t2i_weight: found 0",
+        ),
+        (
+            ["eval.suite=rewards", "eval.split=test", "data.split=test"],
+            "expected two splits",
+        ),
     ],
 )
 def test_options_that_contradict_each_other(write, overrides, part):
@@ -374,6 +384,14 @@ def test_options_that_contradict_each_other(write, overrides, part):
     ("overrides", "found", "reader"),
     [
         (["sft.t2i_weight=0.2"], "sft.t2i_weight: 0.2", "stage sft"),
+        (
+            ["stage=sft", "rewards=[]", "sft.tasks=mm2t", "sft.t2i_weight=0.2"],
+            "sft.t2i_weight: 0.2", "a task that makes images",
+        ),
+        (
+            ["stage=sft", "rewards=[]", "sft.tasks=t2i", "sft.caption_column=text"],
+            "sft.caption_column: 'text'", "a task that makes texts",
+        ),
         (["stage=vq", "rewards=[]", "algorithm.kl_coef=0.1"], "algorithm.kl_coef: 0.1", "stage rl"),
         (["algorithm.reference=host"], "algorithm.reference: 'host'", "algorithm.kl_coef above 0"),
         (

@@ -18,8 +18,8 @@ from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.drawn_world import generator
 from corl_jax.data.images import decode_image
 from corl_jax.data.parquet import ParquetSource
-from corl_jax.data.parquet_files import find_files
 from corl_jax.data.questions import read_questions
+from corl_jax.data.row_files import find_files
 from corl_jax.errors import InputError, Problems
 from tests.support.tiny_models import encode, tiny_image, tiny_parquet, tiny_row
 

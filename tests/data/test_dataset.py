@@ -13,7 +13,7 @@ import pytest
 from corl_jax.data.columns import COLUMNS
 from corl_jax.data.dataset import Loader, LoaderOptions, required_columns, split_held_out_rows
 from corl_jax.data.parquet import ParquetSource
-from corl_jax.data.parquet_files import find_files
+from corl_jax.data.row_files import find_files
 from corl_jax.errors import InputError
 from corl_jax.policies.janus.prompts import Processor
 from tests.support.tiny_models import (

@@ -21,7 +21,6 @@ from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.logprobs import image_logprobs, text_logprobs
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokenizer_training import assignment_entropy, vq_loss
-from corl_jax.tasks import TASKS
 from corl_jax.train import sft, step
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Prompts
@@ -52,7 +51,8 @@ def params(tiny_config):
 def run_of(processor, **options):
     block, stage = schema.Sft(**options), STAGES["sft"]
     return SimpleNamespace(
-        family=FAMILY, processor=processor, sft=block, tasks=tuple(TASKS), seed=0, image_side=16,
+        family=FAMILY, processor=processor, sft=block, seed=0, image_side=16,
+        tasks=stage.tasks(SimpleNamespace(sft=block)),
         loss_weights=tuple(stage.loss_weights(SimpleNamespace(sft=block)).items()),
         train_loader=SimpleNamespace(batch_size=BATCH),
     )  # fmt: skip
@@ -103,6 +103,23 @@ def test_the_batch_has_the_kinds_that_are_trained(processor):
     assert "caption" not in sft.make_supervised_batch(
         run_of(processor, caption_column=None), prompts, 0
     )
+
+
+@pytest.mark.parametrize(
+    ("tasks", "kinds", "columns"),
+    [
+        ("unified", {"t2i", "mm2t", "caption"}, ["real_image", "sft_answer", "caption"]),
+        ("mm2t", {"mm2t", "caption"}, ["real_image", "sft_answer", "caption"]),
+        ("t2i", {"t2i"}, ["real_image"]),
+    ],
+)
+def test_only_the_chosen_tasks_need_columns(processor, tasks, kinds, columns):
+    run = run_of(processor, tasks=tasks)
+    prompts = prompts_of(processor, 4)
+    if tasks == "t2i":
+        del prompts.columns["sft_answer"], prompts.columns["caption"], prompts.encoded["mm2t"]
+    assert set(sft.make_supervised_batch(run, prompts, 0)) == kinds
+    assert STAGES["sft"].target_columns(SimpleNamespace(sft=run.sft)) == columns
 
 
 def test_dropped_prompts_are_guidances_unconditional_rows(processor, monkeypatch):

@@ -35,3 +35,6 @@ class HeldOutShapes:
 
     def where(self, row: int) -> str:
         return f"drawn row {row}"
+
+    def fingerprint(self) -> None:
+        """Returns None: no run resumes in the middle of these rows."""
