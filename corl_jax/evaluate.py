@@ -1,6 +1,6 @@
 """Measures a policy on held-out rows: generated images and answers.
 
-    python -m corl_jax.evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
+    corl-jax evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
         [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]
         [--seed 0] [--dtype float32|bfloat16] [--out DIR]
 
@@ -8,7 +8,7 @@ For every row, one image is generated with guidance and checked exactly. One que
 greedily and compared with its solution. Guidance, temperature and length that are not given are
 those of the checkpoint. Without --data, the rows are of the split `test` of the drawn world, made
 in memory from the seed. With --data, they are the first rows of a parquet file or folder that
-`python -m corl_jax.data.drawn_world` wrote. Prints each rate with its 95% interval (Wilson).
+`corl-jax data` wrote. Prints each rate with its 95% interval (Wilson).
 --out writes report.json, grid.png and answers.jsonl.
 """
 

@@ -11,13 +11,11 @@ import datasets
 import pytest
 import yaml
 
-from corl_jax import generate
-from corl_jax.train import __main__ as train
+from corl_jax.cli import run_command
 from tests.support.tiny_runs import metric_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/how_to/fine_tune.md").read_text()
-COMMANDS = {"corl_jax.train": train.main, "corl_jax.generate": generate.main}
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -39,8 +37,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(command: str) -> None:
-    module, *arguments = shlex.split(command.removeprefix("python -m "))
-    COMMANDS[module](arguments)
+    program, name, *arguments = shlex.split(command)
+    assert program == "corl-jax"
+    run_command(name, arguments)
 
 
 def list_commands() -> list[str]:

@@ -107,7 +107,7 @@ class Reward(Section):
     """One reward: a registered one by `name`, or a function of your own by `use`."""
 
     name: str | None = option(
-        None, "Name of a registered reward; `python -m corl_jax.score --list` lists them."
+        None, "Name of a registered reward; `corl-jax score --list` lists them."
     )
     use: CodePath | None = option(
         None, "A reward function of your own: FILE.py:FUNCTION or MODULE:FUNCTION."

@@ -135,7 +135,7 @@ def check_batch(prompts: Prompts) -> None:
         if name not in prompts.columns:
             problems.add(
                 f"evaluation: column {name} is missing; found {', '.join(prompts.columns)}; the "
-                "suite `shapes` needs rows as `python -m corl_jax.data.drawn_world` writes them"
+                "suite `shapes` needs rows as `corl-jax data` writes them"
             )
     problems.raise_any()
     problems.add(find_row_problems(prompts.columns, [f"row {i}" for i in prompts.index]))

@@ -1,6 +1,6 @@
 """Compiles a run for devices that need not exist, to see whether it fits and what it costs.
 
-python -m corl_jax.plan --config FILE --topology v5e:4x4 [key=value ...]
+corl-jax plan --config FILE --topology v5e:4x4 [key=value ...]
 
 Compiles the training step and the samplers of a config as the run would, from shapes alone:
 no weights, no data, no TPU. Prints memory, operations and collectives of each device, and an

@@ -299,7 +299,7 @@ def _find_weights(name: str, path: str | None) -> Path:
     except InputError as error:
         raise InputError(
             f"{problem}; expected a folder with {source.files}, or one that "
-            f"`python -m tools.convert_weights to-jax FOLDER DST --model {source.kind}` made of "
+            f"`corl-jax convert to-jax FOLDER DST --model {source.kind}` made of "
             f"it; set networks.{name}.path"
             for problem in error.problems
         ) from error

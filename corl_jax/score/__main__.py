@@ -1,8 +1,8 @@
 """Computes a reward for the cases of a file.
 
-    python -m corl_jax.score --reward NAME --input cases.jsonl [--model DIR]
+    corl-jax score --reward NAME --input cases.jsonl [--model DIR]
                              [--network NAME=PATH ...] [--repeat N] [key=value ...]
-    python -m corl_jax.score --list
+    corl-jax score --list
 
 NAME is a registered reward, or one of your own: FILE.py:FUNCTION.
 

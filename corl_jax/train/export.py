@@ -199,7 +199,7 @@ def _find_base(path: str, model_dir: Path) -> tuple[str, str | None]:
 def _explain_no_base(source: str) -> str:
     return (
         f"the adapter names no base model, because {source} is not in transformers' layout: give "
-        "peft a transformers export of it (python -m tools.convert_weights)"
+        "peft a transformers export of it (corl-jax convert)"
     )
 
 

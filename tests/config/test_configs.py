@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from corl_jax.cli import COMMANDS
 from corl_jax.config import files as config_files
 from corl_jax.config import options
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, Reward, Section
+from corl_jax.config.shipped import list_configs
 from corl_jax.data.columns import COLUMNS
 from corl_jax.errors import InputError
 from corl_jax.params import partition
@@ -37,7 +39,7 @@ STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 DEVICES = (1, 2, 4, 8)
 MAX_OPTIONS = 109
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors")
+FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
 # The paper's table of values: G, beta, prompt tokens, answer tokens, prompts a step, peak rate.
 TABLE = {
@@ -143,7 +145,7 @@ def test_run_directories_are_distinct():
 def test_head_comment_keeps_its_promise(name):
     head = re.match(r"(#.*\n)+", (CONFIGS / name).read_text())
     assert head, "no head comment"
-    assert f"python -m corl_jax.train --config configs/{name}\n" in head[0]
+    assert f"corl-jax train {name.removesuffix('.yaml')}\n" in head[0]
     for word in ("Hardware:", "Expect:", "Differs from the "):
         assert f"# {word}" in head[0], word
     for before in re.findall(r"configs/[\w/]+\.yaml", head[0]):
@@ -411,6 +413,10 @@ def test_links_and_paths_in_a_document_exist(path):
     for module in re.findall(r"python -m ((?:corl_jax|tools|tests)[\w.]*)", text):
         file = ROOT / module.replace(".", "/")
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
+    for command in re.findall(r"^(?:    |\$ )?corl-jax (\w[\w-]*)", text, re.MULTILINE):
+        assert command in COMMANDS, command
+    for config in re.findall(r"corl-jax (?:train|plan --config) (\w+/[\w/]+)(?=\s|`)", text):
+        assert config in list_configs(), config
     assert_dotted_names_exist(re.findall(r"`([\w.]+)[`=(]", text))
 
 

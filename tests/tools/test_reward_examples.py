@@ -133,9 +133,9 @@ def test_commands_for_other_weights_want_only_the_weights(example, tmp_path, mon
     """With an empty folder as weights nothing else is wrong; `spice` may miss its parser too."""
     monkeypatch.chdir(cases.ROOT)
     words = shlex.split(page.write_command(example, folder=str(tmp_path)))
-    assert words[:3] == ["python", "-m", "corl_jax.score"]
+    assert words[:2] == ["corl-jax", "score"]
     with pytest.raises(InputError) as error:
-        score.check_arguments(build_parser().parse_intermixed_args(words[3:]))
+        score.check_arguments(build_parser().parse_intermixed_args(words[2:]))
     known = ("networks.", f"reward: {example.reward}: option text_term: ")
     assert all(problem.startswith(known) for problem in error.value.problems)
 

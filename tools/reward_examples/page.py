@@ -25,7 +25,7 @@ A file of [generated images](../examples/rewards/drawings.jsonl) and one of
 [mini Janus](../measured/mini.md), `sentence` is MiniLM. `python -m tools.reward_examples`
 writes this section and the figure; with `--check` it compares them. One of the scores by hand:
 
-    python -m corl_jax.score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
+    corl-jax score --reward t2i_ti_sim --input docs/examples/rewards/drawings.jsonl \\
       --model corl_jax/assets/mini_janus
 
 ### Images
@@ -116,7 +116,7 @@ def write_section(scores: Scores) -> str:
 def write_command(example: Example, folder: str = "DIR") -> str:
     """Returns the command that scores the images, with the weights of networks in `folder`."""
     path = cases.DRAWINGS.relative_to(cases.ROOT)
-    parts = ["python -m corl_jax.score", "--reward", example.reward, "--input", str(path)]
+    parts = ["corl-jax score", "--reward", example.reward, "--input", str(path)]
     row = registry.REGISTRY[example.reward]
     defaults = {
         key: option.default for key, option in registry.list_options(example.reward).items()

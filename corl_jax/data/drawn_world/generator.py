@@ -1,6 +1,6 @@
 """Makes the rows of the drawn world, in the published layout, and writes them as parquet.
 
-    python -m corl_jax.data.drawn_world --out DIR --rows N --seed S
+    corl-jax data --out DIR --rows N --seed S
         [--world full|small] [--image-size 64] [--start K] [--split train|test|all]
 
 Row i depends only on (seed, i, world, image size, split), so any range of rows can be written.
