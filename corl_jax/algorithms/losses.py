@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 SumAndCount = tuple[jax.Array, jax.Array]
+Extremes = tuple[dict[str, jax.Array], dict[str, jax.Array]]
+"""(largest, smallest) by metric name; none of them is negative."""
 
 # exp() of a larger log-ratio says nothing but "far away", and an infinite ratio times an
 # advantage of zero would be NaN; beyond the bound the gradient is zero.
@@ -59,6 +61,8 @@ class Loss:
         [LossInputs, LossConstants], tuple[jax.Array, jax.Array, dict[str, SumAndCount]]
     ]  # -> (sum, count, metrics)
     count: Callable[[Any], jax.Array]  # mask [N, T] -> count
+    # -> metrics whose largest and smallest value over rows counts; None: there are none
+    extremes: Callable[[LossInputs, LossConstants], Extremes] | None = None
 
 
 def clipped_policy_loss(
@@ -108,6 +112,24 @@ def clipped_policy_loss(
     return per_row.sum(), (row_tokens > 0).sum().astype(jnp.float32), metrics
 
 
+def find_clip_extremes(inputs: LossInputs, constants: LossConstants) -> Extremes:
+    """Returns the largest and the smallest share of clipped tokens in one completion.
+
+    The smallest is infinite if no row has a token.
+    """
+    assert inputs.advantages is not None
+    mask = jnp.asarray(inputs.mask, bool)
+    logprobs = jnp.where(mask, inputs.logprobs, 0.0)
+    ratio = jnp.exp(_compute_log_ratio(logprobs, inputs.old_logprobs, mask))
+    hits = _find_clipped(ratio, inputs.advantages[:, None], constants.clip_low, constants.clip_high)
+    tokens = mask.sum(axis=1)
+    low, high = [
+        (hits[side] & mask).sum(axis=1) / jnp.maximum(tokens, 1) for side in ("low", "high")
+    ]
+    smallest = jnp.where(tokens > 0, low, jnp.inf).min()
+    return {"clip_ratio/high_max": high.max()}, {"clip_ratio/low_min": smallest}
+
+
 def negative_log_likelihood(
     inputs: LossInputs, constants: LossConstants
 ) -> tuple[jax.Array, jax.Array, dict[str, SumAndCount]]:
@@ -131,7 +153,7 @@ def count_tokens(mask: jax.Array) -> jax.Array:
     return mask.sum().astype(jnp.float32)
 
 
-CLIPPED_POLICY_LOSS = Loss(clipped_policy_loss, count_rows)
+CLIPPED_POLICY_LOSS = Loss(clipped_policy_loss, count_rows, find_clip_extremes)
 NEGATIVE_LOG_LIKELIHOOD = Loss(negative_log_likelihood, count_tokens)
 
 
@@ -220,11 +242,19 @@ def _measure_clipping(
     ratio: jax.Array, advantages: jax.Array, mask: jax.Array, clip_low: float, clip_high: float
 ) -> dict[str, SumAndCount]:
     """Returns the shares of tokens whose gradient the clip removed; `region` is either side."""
+    sides = _find_clipped(ratio, advantages, clip_low, clip_high)
+    sides["region"] = sides["low"] | sides["high"]
+    return {f"clip_ratio/{side}_mean": _sum_over_tokens(hit, mask) for side, hit in sides.items()}
+
+
+def _find_clipped(
+    ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
+) -> dict[str, jax.Array]:
+    """Returns whether the clip removed the gradient of each token [N, T], by side."""
     # min() takes the clipped term only if the step would go further away from the old policy.
     low = (ratio < 1.0 - clip_low) & (advantages < 0)
     high = (ratio > 1.0 + clip_high) & (advantages > 0)
-    sides = {"low": low, "high": high, "region": low | high}
-    return {f"clip_ratio/{side}_mean": _sum_over_tokens(hit, mask) for side, hit in sides.items()}
+    return {"low": low, "high": high}
 
 
 def _sum_over_tokens(values: jax.Array, mask: jax.Array) -> SumAndCount:

@@ -1,19 +1,20 @@
 """Shows the completions of an iteration: files of samples, groups, answers and histograms.
 
-All of it is of the rows that the first process holds, so that no process waits for another.
+All of it is of the rows that the first process holds, so that none has to send its images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from corl_jax.algorithms.advantages import total_rewards
+from corl_jax.algorithms.advantages import AdvantageOptions, total_rewards
 from corl_jax.algorithms.losses import NUM_RATIO_BINS, RATIO_RANGE
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
@@ -26,7 +27,7 @@ from corl_jax.runs.outputs import Outputs
 from corl_jax.tasks import TASKS
 from corl_jax.train import dashboard
 from corl_jax.train.reports import are_samples_due, choose_color
-from corl_jax.train.run import Iteration, Run
+from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES
 
 SAMPLES = "samples"
@@ -84,16 +85,22 @@ class Completions:
 
 
 def collect_completions(run: Run, iteration: Iteration, task: str) -> Completions:
-    """Copies the completions of a task to the host."""
+    """Copies this process's completions of a task to the host. All processes must call it."""
     rewards = iteration.rewards[task]
-    assert run.advantage_options is not None
-    stacked = jnp.stack([*rewards.values()])
-    totals = total_rewards({task: stacked}, run.advantage_options)[task]
+    # [rewards, N] -> [N, rewards], because rows are spread over the leading axis.
+    stacked = put_batch(run, np.stack([*rewards.values()]).T)
+    totals = _add_rewards(stacked, task=task, options=run.advantage_options)
     return Completions(
-        task, iteration.samples[task], rewards, np.asarray(totals),
+        task, iteration.samples[task], rewards, to_host_rows(totals),
         to_host_rows(iteration.advantages[task]), to_host_rows(iteration.lengths[task]),
         run.group_size,
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("task", "options"))
+def _add_rewards(stacked: jax.Array, *, task: str, options: AdvantageOptions) -> jax.Array:
+    """Returns the weighted sums [N] of rewards [N, F]."""
+    return total_rewards({task: stacked.T}, options)[task]
 
 
 # ---- when
@@ -117,10 +124,12 @@ def show_iteration(
     every = config.log.samples_every
     is_shown = are_samples_due(config.log.images_every, run, step)
     is_saved = are_samples_due(every, run, step)
-    if not iteration.samples or not outputs.primary or not (is_shown or is_saved):
+    if not iteration.samples or not (is_shown or is_saved):
         return False
     with log.pace.time_milestone(SAMPLES):
         tasks = [collect_completions(run, iteration, task) for task in iteration.samples]
+        if not outputs.primary:
+            return True
         if is_saved:
             path = outputs.directory.samples / f"step_{step:06d}.parquet"
             with log.tolerate_disk_errors(SAMPLES):

@@ -18,6 +18,7 @@ import optax
 from jax import lax
 
 from corl_jax.algorithms.losses import (
+    Extremes,
     Loss,
     LossConstants,
     LossInputs,
@@ -39,13 +40,9 @@ RATIOS = RATIO_MIN, RATIO_MEAN, RATIO_MAX, RATIO_SHARES = tuple(
     f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max", "shares")
 )
 """Metrics of the ratio of their probabilities; the shares are those of a histogram's bins."""
-CLIP_MIN, CLIP_MAX = "clip_ratio/low", "clip_ratio/high"
-"""Fractions of clipped tokens whose extremes over micro-batches are metrics, as in TRL."""
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, count), so that micro-batches add up exactly."""
-Extremes = tuple[dict[str, jax.Array], dict[str, jax.Array]]
-"""Metrics that are the largest and the smallest of all micro-batches. None is negative."""
 
 
 @jax.tree_util.register_dataclass
@@ -192,13 +189,11 @@ def segment_loss(
 ) -> tuple[jax.Array, Sums, Extremes]:
     """Returns (summed loss, metrics, extremes) of one segment's rows."""
     total, count, sums = options.loss.compute(inputs, options.constants)
-    largest, smallest = {}, {}
+    find_extremes = options.loss.extremes
+    largest, smallest = find_extremes(inputs, options.constants) if find_extremes else ({}, {})
     if inputs.advantages is None:
         return total, sums, (largest, smallest)
     sums = sums | {"loss": (total, count)}
-    if f"{CLIP_MIN}_mean" in sums:
-        smallest[f"{CLIP_MIN}_min"] = _divide(sums[f"{CLIP_MIN}_mean"])
-        largest[f"{CLIP_MAX}_max"] = _divide(sums[f"{CLIP_MAX}_mean"])
     if segment.logprobs is not None:
         both = segment.logprobs, inputs.logprobs, segment.mask
         difference, tokens, largest[DIFFERENCE_MAX] = logprob_difference(*both)

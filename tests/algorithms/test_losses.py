@@ -14,6 +14,7 @@ from corl_jax.algorithms.losses import (
     LossConstants,
     LossInputs,
     clipped_policy_loss,
+    find_clip_extremes,
     k3_kl,
     logprob_difference,
     mask_truncated,
@@ -212,6 +213,22 @@ def test_kl_without_a_reference_is_refused():
     b = batch()
     with pytest.raises(ValueError, match=r"kl_coef 0.1 needs ref_logprobs"):
         policy_loss(b["logprobs"], None, b["advantages"], b["mask"], kl_coef=0.1)
+
+
+def test_clip_extremes_are_of_single_completions():
+    ratios = jnp.array([[0.5, 0.5, 1.0], [1.5, 0.5, 9.0], [1.0, 1.5, 1.0], [9.0, 9.0, 9.0]])
+    logprobs, old = jnp.log(ratios), jnp.zeros((4, 3))
+    mask = jnp.array([[1, 1, 1], [1, 1, 0], [1, 1, 0], [0, 0, 0]], bool)
+    advantages = jnp.array([-1.0, -1.0, 1.0, 1.0])
+    # Clipped below: 2 of 3, 1 of 2, none, no token; above: none, none, 1 of 2, no token.
+    largest, smallest = find_clip_extremes(
+        LossInputs(logprobs, mask, advantages, old), LossConstants()
+    )
+    assert largest == {"clip_ratio/high_max": 0.5} and smallest == {"clip_ratio/low_min": 0.0}
+    _, smallest = find_clip_extremes(
+        LossInputs(logprobs[:2], mask[:2], advantages[:2], old[:2]), LossConstants()
+    )
+    assert smallest == {"clip_ratio/low_min": 0.5}
 
 
 def test_importance_ratio():

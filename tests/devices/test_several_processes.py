@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas
 import pytest
 import yaml
 
@@ -78,7 +79,7 @@ def run_options(model: Path, rows: Path, folder: Path, **changes) -> dict:
         "rewards": own,
         "train": {"max_steps": 3, "prompts_per_step": 8, "micro_batch": 4},
         "eval": {"suite": "rewards", "rows": 6, "batch_prompts": 4},
-        "log": {"images_every": 3},
+        "log": {"images_every": 3, "samples_every": 1},
         "checkpoint": {"every": 1, "keep": 1},
     }
     return tiny_runs.options(model, rows, folder / "run", **common | changes)
@@ -175,6 +176,18 @@ def test_two_processes_sample_what_one_does(chain, alone, kind):
     wanted = seen(alone, kind)
     assert len(wanted) > 30
     assert seen(chain.run, kind) == wanted
+
+
+def test_the_first_of_two_processes_writes_its_own_samples(chain, alone):
+    ours, theirs = [
+        pandas.read_parquet(run / "samples" / "step_000001.parquet") for run in (chain.run, alone)
+    ]
+    assert len(theirs) == 2 * len(ours) == 32
+    theirs = theirs[theirs.row < 4].reset_index(drop=True)
+    for name in ("task", "row", "completion", "prompt", "image", "text", "length"):
+        assert list(ours[name]) == list(theirs[name]), name
+    for name in ("reward", "advantage"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_log_the_same_numbers(chain, alone):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import datasets
 import numpy as np
 import pandas
@@ -59,6 +61,17 @@ def test_datasets_decodes_the_images(path, tmp_path):
     assert image.shape == (5, 5, 3) and tuple(image[1, 2]) == (201, 1, 1)
     assert rows[2]["image"].size == (6, 4) and rows[2]["solution"] == "2"
     assert rows[0]["reward_checker"] is None
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError):
+            write_samples(tmp_path / "samples" / "step_000001.parquet", [record("t2i", 0)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [*(tmp_path / "samples").iterdir()]
 
 
 def test_a_group_without_any_reward_has_all_columns(tmp_path):

@@ -7,7 +7,6 @@ import io
 import os
 import subprocess
 import sys
-import sysconfig
 import types
 from pathlib import Path
 
@@ -167,7 +166,8 @@ def make_environment(folder: Path, package: str) -> Path:
     """Returns the Python of an environment with a package, above the packages of this one."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    above = [sysconfig.get_path("purelib"), str(Path(__file__).resolve().parents[2])]
+    above = [place for place in sys.path if place.endswith("site-packages")]
+    above.append(str(Path(__file__).resolve().parents[2]))
     (site / "above.pth").write_text("\n".join(above))
     python = folder / "bin" / "python"
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)
