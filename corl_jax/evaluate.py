@@ -7,8 +7,8 @@
 For every row, one image is generated with guidance and checked exactly. One question is answered
 greedily and compared with its solution. Guidance, temperature and length that are not given are
 those of the checkpoint. Without --data, the rows are of the split `test` of the drawn world, made
-in memory from the seed. With --data, they are the first rows of a parquet file or folder that
-`corl-jax data` wrote. Prints each rate with its 95% interval (Wilson).
+in memory from the seed. With --data, they are the first rows of files with the columns that
+`corl-jax data` writes. Prints each rate with its 95% interval (Wilson).
 --out writes report.json, grid.png and answers.jsonl.
 """
 

@@ -62,7 +62,9 @@ class HubHeaders:
     ) -> str:
         """Returns a folder with the repository's files, as `huggingface_hub.snapshot_download`.
 
-        Raises: OSError if the hub cannot be reached and nothing is cached.
+        Raises:
+            OSError: the hub cannot be reached and nothing is cached.
+            InputError: the hub names a file outside of the repository.
         """
         import huggingface_hub
         from huggingface_hub.utils import filter_repo_objects
@@ -79,6 +81,8 @@ class HubHeaders:
         where = {"repo_type": repo_type, "revision": info.sha}
         for file in filter_repo_objects(sizes, allow_patterns=list(allow_patterns)):
             copy = folder / file
+            if ".." in Path(file).parts or not copy.is_relative_to(folder):
+                raise InputError(f"{name}: found a file {file!r}, which lies outside of it")
             if copy.exists():
                 continue
             copy.parent.mkdir(parents=True, exist_ok=True)

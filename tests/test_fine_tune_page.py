@@ -29,7 +29,6 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the page's data and config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (code,), (config,) = find_blocks("python"), find_blocks("yaml")
     exec(code, {})
     (tmp_path / "fine_tune.yaml").write_text(config)

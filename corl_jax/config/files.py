@@ -29,6 +29,7 @@ from corl_jax.config.options import (
     named_block,
 )
 from corl_jax.config.schema import Config
+from corl_jax.config.shipped import find_config, list_configs
 from corl_jax.config.unknown_keys import list_known_keys, suggest_option
 from corl_jax.config.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from corl_jax.errors import InputError, Problems
@@ -142,6 +143,8 @@ def _read(path: Path, seen: list[Path]) -> list[Layer]:
         below = path.parent / expand_path(str(base))
     except InputError as error:
         raise InputError(f"{path}: base: {error}") from None
+    if not below.exists() and str(base) in list_configs():
+        below = find_config(str(base))
     return [Layer(str(path), tree), *_read(below, [*seen, path.resolve()])]
 
 

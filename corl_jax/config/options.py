@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -29,12 +30,17 @@ def describe(section: type[Section] = Config, prefix: str = "") -> str:
             continue
         default = "required"
         if not field.is_required():
-            default = repr(field.get_default(call_default_factory=True))
+            default = format_default(field.get_default(call_default_factory=True))
         values = " ".join([describe_type(kind), *describe_limits(field.metadata)]).replace("`", "")
         lines.append(f"  {key} = {default}  # {values}; {field.description}")
     if (named := named_block(section)) is not None:
         lines.append(describe(named, f"{prefix}NAME."))
     return "\n".join(lines)
+
+
+def format_default(value: Any) -> str:
+    """Returns a default as YAML has it: null, true, 1.0e-06, [a, b] or text."""
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def describe_type(kind: Any) -> str:

@@ -1,6 +1,6 @@
 """Compiles a run for devices that need not exist, to see whether it fits and what it costs.
 
-corl-jax plan --config FILE --topology v5e:4x4 [key=value ...]
+corl-jax plan CONFIG --topology v5e:4x4 [key=value ...]
 
 Compiles the training step and the samplers of a config as the run would, from shapes alone:
 no weights, no data, no TPU. Prints memory, operations and collectives of each device, and an
@@ -13,7 +13,7 @@ import argparse
 
 from corl_jax.config import files as config_files
 from corl_jax.config.shipped import find_config
-from corl_jax.errors import exit_on_input_error
+from corl_jax.errors import InputError, exit_on_input_error
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -22,12 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="CONFIG",
-        help="YAML file or name; stage rl",
-    )
+    parser.add_argument("--config", metavar="CONFIG", help="the config, if it is not given first")
     parser.add_argument(
         "--topology",
         required=True,
@@ -83,6 +78,13 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(argv)
+    # A word without = is the config, as in `corl-jax train CONFIG`.
+    if args.config is None:
+        words = [text for text in args.overrides if "=" not in text]
+        if not words:
+            raise InputError("config: missing; expected `corl-jax plan CONFIG --topology ...`")
+        args.config = words[0]
+        args.overrides.remove(words[0])
     config = config_files.load(find_config(args.config), args.overrides)
     # Imported here, so that help and wrong options are answered before jax is loaded.
     from corl_jax.plan.command import run_plan

@@ -1,6 +1,6 @@
 """Writes a report of one or several runs: one HTML file without links to other files.
 
-    python -m corl_jax.report RUN [RUN ...] [--out report.html] [--figures DIR]
+    corl-jax report RUN [RUN ...] [--out report.html] [--figures DIR]
 
 RUN is a run directory (`output_dir` of a training), finished or not. The page shows what was
 trained, the evaluations before and after with their 95% intervals, images before and after, curves,

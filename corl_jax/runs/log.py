@@ -174,11 +174,14 @@ class RunLog:
         self, run: RunDir, names: Sequence[str], resumed_at: int | None, config: Mapping[str, Any]
     ) -> None:
         """Starts or continues the run in trackers; one that fails is left out, with a warning."""
-        for name in names:
-            with self._tolerate_tracker_errors(name):
-                run_id = read_run_id(run.root, resumed_at is not None)
-                description = Description(run.root.absolute().name, run.root, config, run_id)
-                self._trackers[name] = TRACKERS[name](description)
+        if not names:
+            return
+        with self.tolerate_disk_errors("trackers"):
+            run_id = read_run_id(run.root, resumed_at is not None)
+            description = Description(run.root.absolute().name, run.root, config, run_id)
+            for name in names:
+                with self._tolerate_tracker_errors(name):
+                    self._trackers[name] = TRACKERS[name](description)
 
     @property
     def num_lines(self) -> int:

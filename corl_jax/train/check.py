@@ -114,7 +114,7 @@ def _explain_estimate(plan: ResolvedRun, estimate: Mapping[str, float]) -> list[
         options = " ".join(f"{PROMPT_OPTIONS[task]} {size}" for task, size in lengths.items())
         lines += [
             "  to compile the programs for the same prompts, and see this estimate beside it:",
-            f"  corl-jax plan --config FILE --topology local {options}",
+            f"  corl-jax plan CONFIG --topology local {options}",
         ]
     return lines
 

@@ -28,7 +28,7 @@ OPTIMIZER_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
 PROMPT_OPTIONS = {
     name: "--text-prompt" if task.makes_text else "--image-prompt" for name, task in TASKS.items()
 }
-"""Task -> option of `python -m corl_jax.plan` for its prompts' length."""
+"""Task -> option of `corl-jax plan` for its prompts' length."""
 COMPUTE_COPY = "compute copy"
 KEPT = (
     "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",

@@ -65,6 +65,8 @@ def test_every_command_has_a_main(name):
         (["report", "docs", "nowhere"], 2, "docs: found neither config.yaml nor metrics.jsonl"),
         (["plan", "--help"], 0, "usage: corl-jax plan"),
         (["plan", "--config", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
+        (["plan", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
+        (["plan", "--topology", "local"], 2, "config: missing"),
         (["quickstart", "--help"], 0, "usage: corl-jax quickstart"),
         (["convert", "--help"], 0, "usage: corl-jax convert"),
         (["push", "--help"], 0, "usage: corl-jax push"),

@@ -21,7 +21,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config import options
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, Reward, Section
-from corl_jax.config.shipped import list_configs
+from corl_jax.config.shipped import describe_config, list_configs
 from corl_jax.data.columns import COLUMNS
 from corl_jax.errors import InputError
 from corl_jax.params import partition
@@ -415,9 +415,15 @@ def test_links_and_paths_in_a_document_exist(path):
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
     for command in re.findall(r"^(?:    |\$ )?corl-jax (\w[\w-]*)", text, re.MULTILINE):
         assert command in COMMANDS, command
-    for config in re.findall(r"corl-jax (?:train|plan --config) (\w+/[\w/]+)(?=\s|`)", text):
+    for config in re.findall(r"corl-jax (?:train|plan) (\w+/[\w/]+)(?=\s|`)", text):
         assert config in list_configs(), config
     assert_dotted_names_exist(re.findall(r"`([\w.]+)[`=(]", text))
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_a_config_begins_with_a_whole_sentence(name):
+    """The command `configs` shows the first line alone."""
+    assert describe_config(name).endswith("."), describe_config(name)
 
 
 @pytest.mark.parametrize("name", FILES)

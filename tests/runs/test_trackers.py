@@ -15,6 +15,7 @@ import pytest
 
 from corl_jax.config import files as config_files
 from corl_jax.errors import InputError
+from corl_jax.runs import trackers
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.log import RunLog
 
@@ -89,6 +90,21 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path, monkeypatch
         log_a_step(RunDir(tmp_path), resumed_at)
     first, again, new = [call[1]["id"] for call in package.calls if call[0] == "init"]
     assert first == again != new
+
+
+def test_several_trackers_of_a_run_have_one_id(tmp_path, monkeypatch):
+    ids = []
+
+    def take_id(description):
+        ids.append(description.run_id)
+        raise ConnectionError("no network")  # a tracker that fails has its id already
+
+    for name in trackers.TRACKERS:
+        monkeypatch.setitem(trackers.TRACKERS, name, take_id)
+    for resumed_at in (None, 3):
+        with RunLog(RunDir(tmp_path), resumed_at, trackers=["wandb", "trackio"]):
+            pass
+    assert len(ids) == 4 and len({*ids}) == 1
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])

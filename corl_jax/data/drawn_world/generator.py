@@ -207,7 +207,12 @@ def main(argv: list[str] | None = None) -> None:
         "--image-size", type=int, help="image side in pixels (default 64; small world: 32)"
     )
     parser.add_argument("--start", type=int, default=0, help="index of the first row")
-    parser.add_argument("--split", choices=SPLITS, default="all", help="see the module docstring")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="all",
+        help="train and test share no demand",
+    )
     args = parser.parse_args(argv)
     path = write_rows(
         args.out,
