@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.data import datasets_library, other_formats
-from corl_jax.data.datasets_library import DatasetsSource, Part
+from corl_jax.data.datasets_library import Part
+from corl_jax.data.datasets_source import DatasetsSource
 from corl_jax.data.other_formats import FORMATS, SAVED_FILES, SIDE_FILES
 from corl_jax.data.parquet import ParquetSource, Source
 from corl_jax.data.row_files import HUB_PREFIX, find_files, list_matches, parse_hub_id

@@ -174,7 +174,7 @@ def test_batches_are_those_of_parquet_in_every_process(opened, parquet, kind):
 
 def test_images_are_not_read_with_the_texts(opened, monkeypatch):
     """A column is read alone, and the fingerprint reads the sizes of images."""
-    monkeypatch.setattr("corl_jax.data.datasets_library._read_table", None)
+    monkeypatch.setattr("corl_jax.data.datasets_source._read_table", None)
     assert len(opened["saved"].column("prompt")) == ROWS
     assert len(opened["saved"].fingerprint()) == 64
 
