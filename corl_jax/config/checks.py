@@ -73,10 +73,8 @@ def _makes(config: Config, result: str) -> bool:
     return any(TASKS[task].result == result for task in choose_tasks(config.algorithm.tasks))
 
 
-def _fine_tunes(result: str) -> Callable[[Config, str], bool]:
-    return lambda config, _: any(
-        TASKS[task].result == result for task in choose_tasks(config.sft.tasks)
-    )
+def _fine_tunes(config: Config, result: str) -> bool:
+    return any(TASKS[task].result == result for task in choose_tasks(config.sft.tasks))
 
 
 READERS = (
@@ -87,9 +85,9 @@ READERS = (
     ),
     Reader(
         r"sft\.caption_column", "a task that makes texts",
-        lambda config, key: config.sft.caption_column is None or _fine_tunes(TEXTS)(config, key),
+        lambda config, _: config.sft.caption_column is None or _fine_tunes(config, TEXTS),
     ),
-    Reader(r"sft\.t2i_weight", "a task that makes images", _fine_tunes(IMAGES)),
+    Reader(r"sft\.t2i_weight", "a task that makes images", lambda c, _: _fine_tunes(c, IMAGES)),
     Reader(
         r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",
         lambda config, key: config.rewards[int(key.split(".")[1])].use is not None,
@@ -327,8 +325,8 @@ def _check_guards(config: Config, problems: Problems) -> None:
     if limit is not None and longest >= limit:
         problems.add(
             f"guards.step_timeout_s: {limit:g} is not above the {longest:g} s that the rewards "
-            f"{' and '.join(reward.label for reward in slow)} may take by their "
-            "timeout_s; raise the first or lower these"
+            f"{' and '.join(x.label for x in slow)} may take by their timeout_s; raise the first "
+            "or lower these"
         )
 
 
