@@ -52,6 +52,10 @@ class HubHeaders:
         """True if a copied file of a data set has no rows but those that were asked for."""
         return any(path.endswith(".parquet") for path in self._urls)
 
+    def is_partial(self, path: str) -> bool:
+        """Returns whether a file is a copy of which only parts have content."""
+        return path in self._urls
+
     def copy_snapshot(
         self,
         repo: str,
@@ -278,6 +282,12 @@ def fetch_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> None:
     """Makes [start, stop) ranges of a file readable, if the file is the sparse copy of a check."""
     if headers := _ACTIVE.get():
         headers.fill_ranges(path, ranges)
+
+
+def is_partial(path: str) -> bool:
+    """Returns whether a file is the sparse copy of a check."""
+    headers = _ACTIVE.get()
+    return headers is not None and headers.is_partial(path)
 
 
 def has_partial_data() -> bool:

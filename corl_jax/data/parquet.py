@@ -18,7 +18,7 @@ from corl_jax.data.arrow_values import ValueReader, convert_array, take_first_li
 from corl_jax.data.columns import resolve_columns
 from corl_jax.data.row_files import find_files
 from corl_jax.errors import InputError, Problems
-from corl_jax.hub_headers import fetch_ranges
+from corl_jax.hub_headers import fetch_ranges, is_partial
 from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 
 CACHE_BYTES = 2**30
@@ -92,7 +92,7 @@ class ParquetSource:
             if column in self._schemas[path].names:
                 try:
                     with pq.ParquetFile(path) as file:
-                        _fetch_columns(path, file.metadata.row_group(group), [column])
+                        _fetch_columns(path, file, group, [column])
                         part = convert_array(file.read_row_group(group, columns=[column])[column])
                 except (OSError, pa.ArrowException):
                     pass  # reported when one of its rows is asked for
@@ -166,7 +166,7 @@ class ParquetSource:
         columns = sorted(present.intersection(self.names.values()))
         try:
             with pq.ParquetFile(path) as file:
-                _fetch_columns(path, file.metadata.row_group(number), columns)
+                _fetch_columns(path, file, number, columns)
                 table = file.read_row_group(number, columns=columns)
         except (OSError, pa.ArrowException) as error:
             message = f"{path}: row group {number} is unreadable ({take_first_line(error)})"
@@ -246,11 +246,14 @@ def _read_footers(
     return schemas, row_groups
 
 
-def _fetch_columns(path: str, group: Any, names: Sequence[str]) -> None:
+def _fetch_columns(path: str, file: Any, number: int, names: Sequence[str]) -> None:
     """Fetches columns of a row group, if the file is a copy with its header alone."""
-    parts = []
-    for number in range(group.num_columns):
-        part = group.column(number)
+    # Of other files pyarrow reads what it needs itself; these fields may be damaged.
+    if not is_partial(path):
+        return
+    parts, group = [], file.metadata.row_group(number)
+    for column in range(group.num_columns):
+        part = group.column(column)
         # A struct such as an image has parts like image.bytes and image.path.
         if any(f"{part.path_in_schema}.".startswith(f"{name}.") for name in names):
             start = part.dictionary_page_offset or part.data_page_offset

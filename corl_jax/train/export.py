@@ -99,7 +99,11 @@ def make_record(
         record["options"] = config.export.model_dump(mode="json")
         record["lora"] = config.lora.model_dump(mode="json") if config.lora.rank else None
         record["generation"] = generation.as_json()
-        record["evaluations"] = [*evaluations[:1], *evaluations[1:][-1:]]  # the first and the last
+        # The first and the last, without what a clock decides: equal runs have equal exports.
+        record["evaluations"] = [
+            {name: value for name, value in evaluation.items() if name != "eval/seconds"}
+            for evaluation in (*evaluations[:1], *evaluations[1:][-1:])
+        ]
     return record
 
 

@@ -160,12 +160,18 @@ def sample_grid(
     ]
     return Grid(
         images.reshape(*shape, *images.shape[1:]), prompts.columns[TASKS[task].shown], rewards,
-        average_rewards(run, task, scores).reshape(shape), f"step {step}",
+        np.broadcast_to(average_rewards(run, task, scores), images.shape[:1]).reshape(shape),
+        f"step {step}",
     )  # fmt: skip
 
 
 def average_rewards(run: Run, task: str, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the weighted means [N] of a task's rewards, over those that apply; NaN without."""
+    """Returns the weighted means [N] of a task's rewards, over those that apply; NaN without.
+
+    Returns [1] for a task without rewards, as in a supervised stage.
+    """
+    if not scores:
+        return np.array([math.nan])
     weights = {reward.name: reward.weight for reward in run.rewards[task]}
     stacked = np.stack([*scores.values()])
     applied = np.array([weights[name] for name in scores])[:, None] * ~np.isnan(stacked)

@@ -178,6 +178,8 @@ def outcome(job: Job) -> dict[str, str]:
     found["metrics"] = _sha256([("", json.dumps(lines).encode())])
     for folder in ("images", "export"):
         files = sorted(path for path in (job.output / folder).rglob("*") if path.is_file())
+        # The model card names the run's directory, which differs here.
+        files = [path for path in files if path.name != "README.md"]
         found[folder] = _sha256((path.name, path.read_bytes()) for path in files)
     return found
 
