@@ -19,9 +19,9 @@ import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from corl_jax.data.arrow_values import ValueReader, convert_array, take_first_line
+from corl_jax.data.arrow_values import ValueReader, convert_array
 from corl_jax.data.columns import COLUMNS, IMAGE_COLUMN, resolve_columns
-from corl_jax.errors import InputError, Problems
+from corl_jax.errors import InputError, Problems, take_first_line
 
 INSTALL = 'pip install "corl-jax[datasets]"'
 FIRST_SAFE_VERSION = 4  # the first one that runs no script of a data set
