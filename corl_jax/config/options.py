@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeGuard
 
 import annotated_types
@@ -35,6 +35,15 @@ def describe(section: type[Section] = Config, prefix: str = "") -> str:
     if (named := named_block(section)) is not None:
         lines.append(describe(named, f"{prefix}NAME."))
     return "\n".join(lines)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (whole key, value) of each option; lists and empty blocks are values."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def describe_type(kind: Any) -> str:

@@ -11,7 +11,7 @@ samples/               completions of a step with their rewards, as Parquet
 export/                the final model; its corl_jax_export.json has the step
 summary.json           steps, seconds, first and last evaluation
 report.html            a page of the finished run
-provenance.json        model, devices, versions and commit that the run was started with
+provenance.json        config, model, devices and versions that the run was last started with
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
 .lock                  locked while a process writes here
 """

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +142,18 @@ def test_shows_options_that_differ_from_the_defaults(page):
     assert "optimizer.learning_rate 0.0002 4e-06" in part
     assert 'shapes_checker, my.py:judge weight=0.5 options={"a": 1}' in part
     assert "algorithm.kl_coef" not in part and "algorithm.name" not in part
+
+
+def test_shows_what_was_given_at_the_start(page, run, tmp_path):
+    assert "Config mini/unified , on top of mini/<sft> ." in page.text
+    assert "train.max_steps 6 90 seed 7 not set, default 0 x.y [1] not set" in page.text
+    shutil.copytree(run, tmp_path / "run")
+    for given in (None, HOSTILE, {"config": HOSTILE, "files": 1, "overrides": [], "replaced": 2}):
+        (tmp_path / "run" / "provenance.json").write_text(json.dumps({"given": given}))
+        text = Page(render_page(read_runs([tmp_path / "run"]))).text
+        part = text.partition("Given at the last start")[2].partition("differ from")[0]
+        found = "with no other option." if isinstance(given, dict) else "Not recorded."
+        assert found in part
 
 
 def test_needs_nothing_outside(page):
