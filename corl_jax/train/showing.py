@@ -131,7 +131,7 @@ def show_iteration(
             return True
         if is_saved:
             path = outputs.directory.samples / f"step_{step:06d}.parquet"
-            with log.tolerate_disk_errors(SAMPLES):
+            with log.tolerate_disk_errors(SAMPLES, ValueError):
                 sample_files.write_samples(path, list_records(step, tasks))
         if is_shown:
             for completions in tasks:
