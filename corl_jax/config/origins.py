@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +42,7 @@ def record_call(
 
 
 def _record(
-    config: str | os.PathLike[str] | Mapping[str, Any] | Config, given: Mapping[str, Any]
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: Mapping[str, Any]
 ) -> Origin:
     name, files = IN_PYTHON, []
     if isinstance(config, Config):
@@ -56,10 +54,13 @@ def _record(
         layers = read_layers(find_config(name))
         files = [name_config(layer.source) for layer in layers]
     tree, replaced = merge_layers(layers), {}
-    for key in given:
+    for key in overrides:
+        value: Any = tree
         with contextlib.suppress(KeyError, TypeError):  # the files have no such key or block
-            replaced[key] = functools.reduce(operator.getitem, key.split("."), tree)
-    return Origin(name, files, _make_plain(given), _make_plain(replaced))
+            for part in key.split("."):
+                value = value[part]
+            replaced[key] = value
+    return Origin(name, files, _make_plain(overrides), _make_plain(replaced))
 
 
 def _make_plain(values: Mapping[str, Any]) -> dict[str, Any]:

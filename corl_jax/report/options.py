@@ -26,7 +26,7 @@ class GivenRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Start:
     """What a run was last started with."""
 
     config: str
@@ -67,12 +67,12 @@ def list_options(configs: Sequence[Mapping[str, Any]]) -> list[OptionRow]:
     ]
 
 
-def read_given(provenance: Mapping[str, Any]) -> Given | None:
+def read_start(provenance: Mapping[str, Any]) -> Start | None:
     """Returns config and options that `provenance.json` names; None if it names no config."""
-    given = provenance.get("given")
-    if not isinstance(given, Mapping) or "config" not in given:
+    start = provenance.get("given")
+    if not isinstance(start, Mapping) or "config" not in start:
         return None
-    files, overrides, replaced = (given.get(name) for name in ("files", "overrides", "replaced"))
+    files, overrides, replaced = (start.get(name) for name in ("files", "overrides", "replaced"))
     bases = [str(file) for file in files[1:]] if isinstance(files, list) else []
     overrides = overrides if isinstance(overrides, Mapping) else {}
     replaced = replaced if isinstance(replaced, Mapping) else {}
@@ -84,7 +84,7 @@ def read_given(provenance: Mapping[str, Any]) -> Given | None:
         return f"{MISSING}, default {format_value(defaults[key])}" if key in defaults else MISSING
 
     rows = [GivenRow(key, format_value(overrides[key]), describe_before(key)) for key in overrides]
-    return Given(str(given["config"]), bases, rows)
+    return Start(str(start["config"]), bases, rows)
 
 
 def list_defaults(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

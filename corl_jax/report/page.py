@@ -16,7 +16,7 @@ from corl_jax.report.changes import Change, compare
 from corl_jax.report.gallery import MAX_CARDS, Gallery, read_galleries
 from corl_jax.report.groups import TaskGroups, read_groups
 from corl_jax.report.labels import describe_metric
-from corl_jax.report.options import Given, list_options, read_given
+from corl_jax.report.options import Start, list_options, read_start
 from corl_jax.report.read import RunRecord
 from corl_jax.runs.terminal import format_duration
 
@@ -58,7 +58,7 @@ class Section:
     galleries: dict[str, Gallery]
     groups: list[TaskGroups]
     phases: curves.Phases | None
-    given: Given | None
+    start: Start | None
     notes: list[str]
 
 
@@ -108,8 +108,8 @@ def make_sections(records: Sequence[RunRecord]) -> list[Section]:
         galleries = read_galleries(record.root / "images", notes, MAX_CARDS // min(len(records), 3))
         groups = read_groups(record.root, notes)
         phases = curves.measure_phases(record)
-        given = read_given(record.provenance)
-        sections.append(Section(record.name, galleries, groups, phases, given, notes))
+        start = read_start(record.provenance)
+        sections.append(Section(record.name, galleries, groups, phases, start, notes))
     return sections
 
 

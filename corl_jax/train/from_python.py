@@ -51,10 +51,10 @@ def train(
     """
     from corl_jax.train.command import run_config
 
-    given = {**(overrides or {}), **options}
-    chosen = read_config(config, given)
+    changes = {**(overrides or {}), **options}
+    chosen = read_config(config, changes)
     steps = run_config(
-        chosen, record_call(config, given), allow_changes=allow_changed_config, ends_process=False
+        chosen, record_call(config, changes), allow_changes=allow_changed_config, ends_process=False
     )
     return describe_result(Path(chosen.output_dir), steps)
 
