@@ -156,6 +156,11 @@ def shorten(
     return [*problems[:limit], f"... and {len(problems) - limit:,} more {what}"]
 
 
+def take_first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_on_input_error(main: Callable[P, R]) -> Callable[P, R]:
     """Wraps a command's `main`: prints errors of this module and exits with their code."""
 

@@ -15,7 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corl_jax.errors import InputError, Problems, SaveError, exit_on_input_error
+from corl_jax.errors import (
+    InputError,
+    Problems,
+    SaveError,
+    exit_on_input_error,
+    take_first_line,
+)
 from corl_jax.input_files import parse_path
 
 CARD = "README.md"
@@ -75,7 +81,7 @@ def _find_name_problems(repository: str) -> list[str]:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        return [f"{repository}: not the name of a repository: {_take_first_line(error)}"]
+        return [f"{repository}: not the name of a repository: {take_first_line(error)}"]
     if "/" not in repository:
         return [f"{repository}: found no owner, expected NAME/MODEL"]
     return []
@@ -140,7 +146,7 @@ def explain_hub_errors(prefix: str) -> Iterator[None]:
     except Exception as error:  # the client raises its own, httpx's, OS errors and ValueErrors
         status = getattr(getattr(error, "response", None), "status_code", None)
         said = getattr(error, "server_message", None)
-        words = "; ".join(filter(None, [_take_first_line(error), said]))
+        words = "; ".join(filter(None, [take_first_line(error), said]))
         reason = f"{prefix}the hub did not take the upload ({words})"
         if status in REFUSED or (status is None and isinstance(error, ValueError)):
             raise InputError(
@@ -148,10 +154,6 @@ def explain_hub_errors(prefix: str) -> Iterator[None]:
                 "there: `hf auth whoami`"
             ) from error
         raise SaveError(f"{reason}; the same command uploads what is missing") from error
-
-
-def _take_first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @exit_on_input_error

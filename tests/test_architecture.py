@@ -26,7 +26,7 @@ PACKAGE = ROOT / "corl_jax"
 # command (it has a `main`) and stands on top.
 LAYERS = {
     "errors": 0, "types": 0, "metrics": 0, "tasks": 0, "params": 0, "nearest": 0, "console": 0,
-    "input_files": 0, "atomic_files": 0, "assets": 0, "hub_headers": 0,
+    "input_files": 0, "atomic_files": 0, "assets": 0, "hub_headers": 0, "estimates": 0,
     "config": 1, "fonts": 1, "models": 1, "weights": 1, "algorithms": 1, "devices": 1,
     "policies": 2, "data": 2, "runs": 2,
     "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3, "report": 3,

@@ -53,7 +53,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: listing every problem with its origin, a file or the command line, and its key.
     """
-    return _complete(_read(Path(expand_path(path)), []), overrides or [])
+    return _complete(read_layers(Path(expand_path(path))), overrides or [])
 
 
 def make_config(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]) -> Config:
@@ -66,29 +66,29 @@ def make_config(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]
     """
     top: dict[str, Any] = {}
     for key, value in options.items():
-        value = _simplify(value)
+        value = simplify(value)
         for part in reversed(key.split(".")):
             value = {part: value}
         top = _merge(top, value)
     if isinstance(base, Mapping):
-        below = [Layer("config", _drop_empty_blocks(_simplify(base), Config))]
+        below = [Layer("config", _drop_empty_blocks(simplify(base), Config))]
     else:
-        below = _read(Path(expand_path(base)), [])
+        below = read_layers(Path(expand_path(base)))
     return _complete([Layer("argument", top), *below] if top else below, [])
 
 
-def _simplify(value: Any) -> Any:
+def simplify(value: Any) -> Any:
     """Returns a copy of a value of Python with what YAML would have: texts, lists, dicts."""
     if isinstance(value, Mapping):
-        return {str(key): _simplify(item) for key, item in value.items()}
+        return {str(key): simplify(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_simplify(item) for item in value]
+        return [simplify(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _complete(layers: Sequence[Layer], overrides: Sequence[str]) -> Config:
     """Returns the config of layers, the first on top, with overrides of the command line."""
-    tree = dict(functools.reduce(_merge, (layer.tree for layer in reversed(layers))))
+    tree = merge_layers(layers)
     locations, problems = [], Problems()
     for text in overrides:
         with problems.collect(f"{COMMAND_LINE}: "):
@@ -121,8 +121,14 @@ def dump(config: Config) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def _read(path: Path, seen: list[Path]) -> list[Layer]:
-    """Returns the layers of a config: its file, and below it those of its `base`."""
+def read_layers(path: Path, seen: Sequence[Path] = ()) -> list[Layer]:
+    """Returns the layers of a config: its file, and below it those of its `base`.
+
+    `seen`: the files that led to this one.
+
+    Raises:
+        InputError: a file cannot be read, is no mapping, or its `base` leads back to it.
+    """
     # Resolved, so that a link to an earlier file counts as the same file.
     if path.resolve() in seen:
         raise InputError(f"{path}: its `base` leads back to itself; remove one of the links")
@@ -145,7 +151,7 @@ def _read(path: Path, seen: list[Path]) -> list[Layer]:
         raise InputError(f"{path}: base: {error}") from None
     if not below.exists() and str(base) in list_configs():
         below = find_config(str(base))
-    return [Layer(str(path), tree), *_read(below, [*seen, path.resolve()])]
+    return [Layer(str(path), tree), *read_layers(below, [*seen, path.resolve()])]
 
 
 def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
@@ -168,6 +174,11 @@ def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str
                 ]
         values[key] = value
     return values
+
+
+def merge_layers(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Returns the options of layers, the first on top, as a tree that may be changed."""
+    return dict(functools.reduce(_merge, (layer.tree for layer in reversed(layers))))
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeGuard
 
 import annotated_types
@@ -41,6 +41,15 @@ def describe(section: type[Section] = Config, prefix: str = "") -> str:
 def format_default(value: Any) -> str:
     """Returns a default as YAML has it: null, true, 1.0e-06, [a, b] or text."""
     return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (whole key, value) of each option; lists and empty blocks are values."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def describe_type(kind: Any) -> str:

@@ -35,6 +35,14 @@ def find_config(text: str) -> Path:
     )
 
 
+def name_config(path: str | Path) -> str:
+    """Returns the name of a shipped config's file; the path of any other file."""
+    file, folder = Path(path).resolve(), FOLDER.resolve()
+    if file.is_relative_to(folder):
+        return file.relative_to(folder).with_suffix("").as_posix()
+    return str(path)
+
+
 def describe_config(name: str) -> str:
     """Returns the first line of a config's head comment."""
     with (FOLDER / f"{name}.yaml").open(encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from corl_jax.data.columns import BYTE_ORDER_MARK, COLUMNS
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, take_first_line
 
 # Errors of a single value: a text that is no UTF-8, a date out of Python's range.
 UNREADABLE = (ValueError, OverflowError)
@@ -53,11 +53,6 @@ def convert_array(array: Any) -> list:
         except UNREADABLE:
             values.append(None)  # reported when its row is asked for
     return values
-
-
-def take_first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _convert_scalar(scalar: Any) -> Any:

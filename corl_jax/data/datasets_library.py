@@ -17,8 +17,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from corl_jax.data.arrow_values import take_first_line
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, take_first_line
 
 INSTALL = 'pip install "corl-jax[datasets]"'
 FIRST_SAFE_VERSION = 4  # the first one that runs no script of a data set

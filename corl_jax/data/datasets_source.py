@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from corl_jax.data.arrow_values import ValueReader, convert_array, take_first_line
+from corl_jax.data.arrow_values import ValueReader, convert_array
 from corl_jax.data.columns import COLUMNS, IMAGE_COLUMN, resolve_columns
 from corl_jax.data.datasets_library import Part, import_library
-from corl_jax.errors import InputError, Problems
+from corl_jax.errors import InputError, Problems, take_first_line
 
 ROWS_AT_ONCE = 1000  # of a column
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from corl_jax.data import other_formats
-from corl_jax.data.arrow_values import ValueReader, convert_array, take_first_line
+from corl_jax.data.arrow_values import ValueReader, convert_array
 from corl_jax.data.columns import resolve_columns
 from corl_jax.data.row_files import find_files
-from corl_jax.errors import InputError, Problems
+from corl_jax.errors import InputError, Problems, take_first_line
 from corl_jax.hub_headers import fetch_ranges, is_partial
 from corl_jax.input_files import describe_lfs_pointer, has_lone_surrogate, is_lfs_pointer
 

@@ -11,9 +11,8 @@ import urllib.parse
 from collections.abc import Sequence
 
 from corl_jax.data import other_formats, splits
-from corl_jax.data.arrow_values import take_first_line
 from corl_jax.data.other_formats import FORMATS, SIDE_FILES, find_suffix
-from corl_jax.errors import InputError, Problems
+from corl_jax.errors import InputError, Problems, take_first_line
 from corl_jax.hub_headers import fetch_snapshot
 from corl_jax.input_files import expand_path
 

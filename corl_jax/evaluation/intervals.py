@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
+from corl_jax.estimates import Z_95
 
 
 @dataclasses.dataclass(frozen=True)

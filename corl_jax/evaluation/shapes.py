@@ -21,6 +21,7 @@ from corl_jax.data.dataset import Loader
 from corl_jax.data.drawn_world.checker import check
 from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.errors import InputError, Problems
+from corl_jax.estimates import Z_95
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.suite import EvaluationInputs
 from corl_jax.policies.turns import bind_sampler, decode_segment, sample_turn
@@ -57,9 +58,9 @@ class ShapesReport:
 
     def scores(self) -> dict[str, tuple[float, float]]:
         """Returns metric -> (mean, standard error) of the two accuracies."""
-        # Half the width of a 95% interval is 1.96 standard errors.
+        # Half the width of a 95% interval is Z_95 standard errors.
         return {
-            f"eval/{name}": (rate.mean, (rate.high - rate.low) / (2 * 1.96))
+            f"eval/{name}": (rate.mean, (rate.high - rate.low) / (2 * Z_95))
             for name, rate in self.rates.items()
             if name in ACCURACIES and rate.n
         }

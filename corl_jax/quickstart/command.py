@@ -16,6 +16,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
+from corl_jax.estimates import read_estimate
 from corl_jax.report.figures import draw_before_after
 from corl_jax.runs import pictures
 from corl_jax.runs.directory import RunDir, to_json
@@ -243,8 +244,8 @@ def describe_results(rise: Rise, steps: int, before: dict, after: dict) -> list[
 
 
 def _format_rate(record: dict, name: str) -> str:
-    mean, low, high = (100 * record[f"eval/{name}{end}"] for end in ("", "_low", "_high"))
-    return f"{mean:.1f} % ({low:.0f} .. {high:.0f})"
+    estimate = read_estimate(record, f"eval/{name}")
+    return estimate.format() if estimate else "none"
 
 
 def list_places(work: Work, picture: Path) -> list[str]:

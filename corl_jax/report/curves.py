@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from corl_jax.report.changes import Z_95, Estimate
+from corl_jax.estimates import Z_95, Estimate
 from corl_jax.report.charts import Line, draw_lines, draw_parts, draw_path, smooth
 from corl_jax.report.labels import describe_metric
 from corl_jax.report.read import EVALUATION, Points, RunRecord

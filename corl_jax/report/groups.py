@@ -16,9 +16,9 @@ import pyarrow.parquet
 from PIL import Image
 
 from corl_jax.report.gallery import encode_image
+from corl_jax.runs.directory import SAMPLES, RunDir
 from corl_jax.tasks import TASKS
 
-FOLDER = "samples"
 SHOWN_GROUPS, SHOWN_COMPLETIONS = 3, 8
 SIDE = 128  # pixels of an image
 COLUMNS = ("task", "row", "completion", "prompt", "text", "solution", "reward", "advantage")
@@ -62,7 +62,7 @@ def read_groups(run: Path, notes: list[str]) -> list[TaskGroups]:
 
     Adds a sentence on files that cannot be read to `notes`.
     """
-    for path in sorted((run / FOLDER).glob("step_*.parquet"), reverse=True):
+    for path in sorted(RunDir(run).samples.glob("step_*.parquet"), reverse=True):
         try:
             table = pyarrow.parquet.read_table(path)
             missing = [name for name in COLUMNS if name not in table.column_names]
@@ -70,7 +70,7 @@ def read_groups(run: Path, notes: list[str]) -> list[TaskGroups]:
                 raise ValueError(f"no column {', '.join(missing)}")
             return choose_groups(table, int(path.stem.rpartition("_")[2]))
         except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
-            notes.append(f"{FOLDER}/{path.name} could not be read ({error}).")
+            notes.append(f"{SAMPLES}/{path.name} could not be read ({error}).")
     return []
 
 

@@ -1,4 +1,4 @@
-"""Lists the options of runs that differ from the defaults, or from each other."""
+"""Lists the options of runs: those given at the start, and those that differ."""
 
 from __future__ import annotations
 
@@ -10,10 +10,28 @@ from typing import Any
 import pydantic
 
 from corl_jax.config.fields import Section
-from corl_jax.config.options import is_section
+from corl_jax.config.options import flatten, is_section
 from corl_jax.config.schema import Config
 
 MISSING = "not set"
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenRow:
+    """An option that was given on top of a config, with the value that it would have else."""
+
+    key: str
+    value: str
+    before: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run was last started with."""
+
+    config: str
+    bases: list[str]
+    rows: list[GivenRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +67,24 @@ def list_options(configs: Sequence[Mapping[str, Any]]) -> list[OptionRow]:
     ]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (whole key, value) of each option; lists and empty blocks are values."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def read_start(provenance: Mapping[str, Any]) -> Start | None:
+    """Returns config and options that `provenance.json` names; None if it names no config."""
+    start = provenance.get("given")
+    if not isinstance(start, Mapping) or "config" not in start:
+        return None
+    files, overrides, replaced = (start.get(name) for name in ("files", "overrides", "replaced"))
+    bases = [str(file) for file in files[1:]] if isinstance(files, list) else []
+    overrides = overrides if isinstance(overrides, Mapping) else {}
+    replaced = replaced if isinstance(replaced, Mapping) else {}
+    defaults = dict(list_defaults())
+
+    def describe_before(key: str) -> str:
+        if key in replaced:
+            return format_value(replaced[key])
+        return f"{MISSING}, default {format_value(defaults[key])}" if key in defaults else MISSING
+
+    rows = [GivenRow(key, format_value(overrides[key]), describe_before(key)) for key in overrides]
+    return Start(str(start["config"]), bases, rows)
 
 
 def list_defaults(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,13 +10,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from corl_jax.estimates import Estimate
 from corl_jax.report import curves
-from corl_jax.report.changes import Change, Estimate, compare
+from corl_jax.report.changes import Change, compare
 from corl_jax.report.gallery import MAX_CARDS, Gallery, read_galleries
 from corl_jax.report.groups import TaskGroups, read_groups
 from corl_jax.report.labels import describe_metric
-from corl_jax.report.options import list_options
+from corl_jax.report.options import Start, list_options, read_start
 from corl_jax.report.read import RunRecord
+from corl_jax.runs.terminal import format_duration
 
 TEMPLATE = "template.html"
 UNKNOWN = "not recorded"
@@ -56,6 +58,7 @@ class Section:
     galleries: dict[str, Gallery]
     groups: list[TaskGroups]
     phases: curves.Phases | None
+    start: Start | None
     notes: list[str]
 
 
@@ -105,7 +108,8 @@ def make_sections(records: Sequence[RunRecord]) -> list[Section]:
         galleries = read_galleries(record.root / "images", notes, MAX_CARDS // min(len(records), 3))
         groups = read_groups(record.root, notes)
         phases = curves.measure_phases(record)
-        sections.append(Section(record.name, galleries, groups, phases, notes))
+        start = read_start(record.provenance)
+        sections.append(Section(record.name, galleries, groups, phases, start, notes))
     return sections
 
 
@@ -191,21 +195,11 @@ def describe_time(record: RunRecord) -> str:
     texts = []
     seconds = record.summary.get("seconds")
     if record.is_finished and isinstance(seconds, int | float):
-        texts.append(format_time(seconds))
+        texts.append(format_duration(seconds))
     phases = curves.measure_phases(record)
     if phases is not None:
         texts.append(f"{phases.step_seconds:.3g} s a step")
     return ", ".join(texts) or UNKNOWN
-
-
-def format_time(seconds: float) -> str:
-    """Returns a duration in its two largest units, as 1 h 2 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.3g} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def describe_cell(cell: ChangeCell) -> str:

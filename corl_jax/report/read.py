@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.config.yaml_text import parse_yaml
-from corl_jax.report.changes import Estimate, read_estimate
-from corl_jax.runs.directory import PROVENANCE, RunDir
+from corl_jax.estimates import Estimate, read_estimate
+from corl_jax.runs.directory import CONFIG_CHANGES, PROVENANCE, SUMMARY, RunDir
 from corl_jax.runs.json_lines import read_lines
 
 EVALUATION = "eval/"
@@ -126,7 +126,7 @@ def read_run(root: Path, name: str) -> RunRecord:
     config = _read_config(directory.config, notes)
     return RunRecord(
         root, name, config, list(_read_changes(directory)), lines,
-        _read_object(directory, "summary.json", notes),
+        _read_object(directory, SUMMARY, notes),
         _read_object(directory, PROVENANCE, notes), notes,
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def _read_object(directory: RunDir, name: str, notes: list[str]) -> dict[str, An
 
 
 def _read_changes(directory: RunDir) -> Iterator[dict[str, Any]]:
-    path = directory.path("config_changes.jsonl")
+    path = directory.path(CONFIG_CHANGES)
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)

@@ -11,7 +11,7 @@ samples/               completions of a step with their rewards, as Parquet
 export/                the final model; its corl_jax_export.json has the step
 summary.json           steps, seconds, first and last evaluation
 report.html            a page of the finished run
-provenance.json        model, devices, versions and commit that the run was started with
+provenance.json        config, model, devices and versions that the run was last started with
 stacks_N.txt           where each thread of process N waited when the watchdog ended it
 .lock                  locked while a process writes here
 """
@@ -40,10 +40,11 @@ from corl_jax.errors import InputError
 from corl_jax.runs import same_files
 from corl_jax.runs.locking import lock_directory
 
-REPORT, PROVENANCE = "report.html", "provenance.json"
+REPORT, PROVENANCE, SUMMARY = "report.html", "provenance.json", "summary.json"
+SAMPLES, CONFIG_CHANGES = "samples", "config_changes.jsonl"
 RUN_FILES = (
-    "config_changes.jsonl", "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images",
-    "samples", "export", "summary.json",
+    CONFIG_CHANGES, "metrics.jsonl", "saved.json", "tensorboard", "checkpoints", "images", SAMPLES,
+    "export", SUMMARY,
 )  # fmt: skip
 
 
@@ -75,15 +76,11 @@ class RunDir:
 
     @property
     def samples(self) -> Path:
-        return self.path("samples")
+        return self.path(SAMPLES)
 
     @property
     def export(self) -> Path:
         return self.path("export")
-
-    @property
-    def summary(self) -> Path:
-        return self.path("summary.json")
 
     def keep_config(self, config: Config) -> None:
         """Writes `config.yaml`: from now on the run has this config.
@@ -145,7 +142,7 @@ class RunDir:
 
     def note_changes(self, step: int, changes: list[str]) -> None:
         """Adds to `config_changes.jsonl` that the run continues from `step` with these changes."""
-        path = self.path("config_changes.jsonl")
+        path = self.path(CONFIG_CHANGES)
         lines = path.read_bytes().splitlines() if path.exists() else []
         line = json.dumps({"step": step, "changes": changes}).encode()
         if lines[-1:] == [line]:

@@ -276,20 +276,23 @@ class RunLog:
         self.say(f"compiling for the first {what}{note} ...")
 
     @contextlib.contextmanager
-    def tolerate_disk_errors(self, what: str) -> Iterator[None]:
+    def tolerate_disk_errors(self, what: str, *others: type[Exception]) -> Iterator[None]:
         """Logs an OSError of the block once, for example a full disk, and continues.
+
+        `others`: errors that are treated like it.
 
         Prints a line when writing `what` begins to fail, and when it works again.
         """
         # A run should not end because its log cannot be written.
         try:
             yield
-        except OSError as error:
+        except (OSError, *others) as error:
             if what not in self._failing:
                 self._failing.add(what)
+                reason = getattr(error, "strerror", None) or error
                 self.say(
-                    f"warning: {what}: cannot be written ({error.strerror or error}); training "
-                    "continues and tries again"
+                    f"warning: {what}: cannot be written ({reason}); training continues and "
+                    "tries again"
                 )
             return
         if what in self._failing:

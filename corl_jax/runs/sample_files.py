@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.atomic_files import replace_file
+from corl_jax.errors import take_first_line
 
 TYPES = {
     "step": "int64", "task": "string", "row": "int64", "completion": "int64", "prompt": "string",
@@ -45,6 +46,7 @@ def write_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: a column has values of another type.
     """
     import pyarrow.parquet as pq
 
@@ -57,13 +59,19 @@ def write_samples(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def _make_table(records: Sequence[Mapping[str, Any]]) -> Any:
     import pyarrow as pa
 
+    def convert(name: str, kind: str) -> Any:
+        values = [_drop_nan(record.get(name)) for record in records]
+        try:
+            return pa.array(_encode_images(values) if kind == "image" else values, arrow[kind])
+        # NumPy, PIL and pyarrow each have errors of their own for what they do not know.
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"column {name}: {take_first_line(error)}") from error
+
     names = dict.fromkeys(name for record in records for name in record)
     rewards = [name for name in names if name.startswith(REWARD_PREFIX)]
     types = TYPES | dict.fromkeys([*rewards, "advantage"], "float64")
     arrow = {"int64": pa.int64(), "string": pa.string(), "float64": pa.float64()}
     arrow["image"] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    columns = {name: [_drop_nan(record.get(name)) for record in records] for name in types}
-    columns["image"] = _encode_images(columns["image"])
     # The names of datasets' own types, so that it decodes the images.
     features = {
         name: {"_type": "Image"} if kind == "image" else {"dtype": kind, "_type": "Value"}
@@ -73,7 +81,8 @@ def _make_table(records: Sequence[Mapping[str, Any]]) -> Any:
         [(name, arrow[kind]) for name, kind in types.items()],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    return pa.table(columns, schema=schema)
+    columns = [convert(name, kind) for name, kind in types.items()]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _encode_images(images: Sequence[Any]) -> list[dict[str, Any] | None]:

@@ -10,9 +10,13 @@ from corl_jax.runs.pace import EVALUATION, Pace
 
 
 def format_duration(seconds: float) -> str:
-    """Returns seconds as hours:minutes:seconds."""
+    """Returns a duration in its two largest units, as 1 h 2 min."""
     whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    if whole < 60:
+        return f"{seconds:.3g} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _format_metric(name: str, number: float, nan: str) -> str:

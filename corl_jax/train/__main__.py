@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from corl_jax.config import files as config_files
 from corl_jax.config.options import describe
+from corl_jax.config.origins import record_command
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError, exit_on_input_error
 
@@ -93,7 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here, so that help and wrong options are answered before jax is loaded.
     from corl_jax.train.command import run_config
 
-    run_config(config, check_only=args.check, allow_changes=args.allow_changed_config)
+    run_config(
+        config, record_command(args.config, args.overrides),
+        check_only=args.check, allow_changes=args.allow_changed_config,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
@@ -12,6 +13,7 @@ import jax
 
 from corl_jax import hub_headers
 from corl_jax.config.checks import find_unused_options
+from corl_jax.config.origins import Origin
 from corl_jax.config.schema import Config
 from corl_jax.console import print_status
 from corl_jax.devices import processes, startup
@@ -53,13 +55,14 @@ from corl_jax.train.showing import show_iteration, show_run
 
 
 def run_config(
-    config: Config, *, check_only: bool = False, allow_changes: bool = False,
-    ends_process: bool = True,
+    config: Config, origin: Origin | None = None, *, check_only: bool = False,
+    allow_changes: bool = False, ends_process: bool = True,
 ) -> int:  # fmt: skip
     """Resumes or starts the run of a config, or only checks it and prints what it would be.
 
-    `allow_changes` resumes with options that differ from those of the run. `ends_process`: see
-    `Interruption`. Returns the number of steps that the run has done; 0 after a check.
+    `origin`: what the config was made from, for `provenance.json`. `allow_changes` resumes with
+    options that differ from those of the run. `ends_process`: see `Interruption`. Returns the
+    number of steps that the run has done; 0 after a check.
 
     Raises:
         InputError: listing everything that is wrong, before a device is used.
@@ -70,7 +73,7 @@ def run_config(
         if check_only:
             check_config(config)
             return 0
-        planned = resolve_run(config)
+        planned = dataclasses.replace(resolve_run(config), origin=origin)
         warn_of_unused_options(planned)
         return run_training(planned, interruption, allow_changes)
 

@@ -13,10 +13,11 @@ import jax
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
+from corl_jax.estimates import read_estimate
 from corl_jax.evaluation import SUITES
 from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints
-from corl_jax.runs.directory import REPORT, RunDir, list_differences
+from corl_jax.runs.directory import REPORT, SUMMARY, RunDir, list_differences
 from corl_jax.runs.export_record import is_up_to_date, read_record
 from corl_jax.runs.terminal import format_duration
 from corl_jax.tasks import image_tasks, text_tasks
@@ -29,7 +30,6 @@ from corl_jax.train.resume import hash_reward_files
 
 MAX_SHOWN = 80  # characters of a prompt or question in a suggested command
 MAX_METRICS = 8
-SUMMARY = "summary.json"
 
 
 # ---- is there anything left to do
@@ -150,15 +150,9 @@ def describe_change(first: Mapping | None, last: Mapping | None) -> list[Row]:
 
 
 def _format_value(evaluation: Mapping[str, Any], name: str) -> str:
-    """Returns a rate in percent with its 95% interval, or a mean with its standard error."""
-    numbers = [evaluation.get(name + end) for end in ("", "_low", "_high")]
-    if all(number is not None for number in numbers):
-        mean, low, high = (100 * float(number or 0) for number in numbers)
-        return f"{mean:.1f}% ({low:.1f} - {high:.1f})"
-    mean, error = evaluation.get(name), evaluation.get(f"{name}_stderr")
-    if mean is None:
-        return "none"
-    return f"{mean:.4g}" if error is None else f"{mean:.4g} (se {error:.2g})"
+    """Returns a rate or a mean with its 95% interval, as far as the evaluation has them."""
+    estimate = read_estimate(evaluation, name)
+    return estimate.format() if estimate else "none"
 
 
 def suggest_commands(planned: ResolvedRun, directory: RunDir) -> list[str]:

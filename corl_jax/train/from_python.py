@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.config import files as config_files
+from corl_jax.config.origins import record_call
 from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
 
@@ -50,8 +51,11 @@ def train(
     """
     from corl_jax.train.command import run_config
 
-    chosen = read_config(config, {**(overrides or {}), **options})
-    steps = run_config(chosen, allow_changes=allow_changed_config, ends_process=False)
+    changes = {**(overrides or {}), **options}
+    chosen = read_config(config, changes)
+    steps = run_config(
+        chosen, record_call(config, changes), allow_changes=allow_changed_config, ends_process=False
+    )
     return describe_result(Path(chosen.output_dir), steps)
 
 

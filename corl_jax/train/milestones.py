@@ -12,7 +12,7 @@ from typing import Any
 from corl_jax.config.schema import Config
 from corl_jax.errors import InputError, Preempted, SaveError
 from corl_jax.runs import same_files
-from corl_jax.runs.directory import RunDir, to_json
+from corl_jax.runs.directory import SUMMARY, RunDir, to_json
 from corl_jax.runs.json_lines import read_lines
 from corl_jax.runs.outputs import Outputs
 from corl_jax.runs.pace import EVALUATION
@@ -221,11 +221,11 @@ def write_summary(outputs: Outputs, state: TrainState, step: int) -> None:
         "first_evaluation": evaluations[0] if evaluations else None,
         "last_evaluation": evaluations[-1] if evaluations else None,
     })  # fmt: skip
-    before = outputs.directory.read_json("summary.json") or {}
+    before = outputs.directory.read_json(SUMMARY) or {}
     # Without `seconds`, which would change each time a finished run is started again.
     if {name: before.get(name) for name in summary} != summary:
         seconds = time.perf_counter() - outputs.began
-        outputs.directory.write_json("summary.json", {**summary, "seconds": seconds})
+        outputs.directory.write_json(SUMMARY, {**summary, "seconds": seconds})
 
 
 def write_report(outputs: Outputs) -> None:

@@ -22,6 +22,7 @@ from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.config.yaml_text import dump_yaml, parse_yaml
 from corl_jax.data.row_files import find_hub_dataset
 from corl_jax.errors import InputError
+from corl_jax.estimates import read_estimate
 from corl_jax.input_files import expand_path
 from corl_jax.train.run import Run
 from corl_jax.weights.hub import split_hub_id
@@ -31,7 +32,6 @@ BASE_FILE = "README_of_base_model.md"
 INHERITED = ("license", "license_name", "license_link", "base_model")
 """Metadata that a card takes from the card of the base model."""
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
-_NORMAL_95 = 1.96  # a normal value is within this many standard deviations with probability 95%
 
 
 def make_card_files(
@@ -182,14 +182,8 @@ def _describe_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_score(values: Mapping[str, Any], name: str) -> str:
     """Returns a score with its interval, as far as the evaluation has them."""
-    mean, error = values.get(name), values.get(f"{name}_stderr")
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    if mean is None:
-        return "-"
-    if error is not None:
-        low, high = mean - _NORMAL_95 * error, mean + _NORMAL_95 * error
-    interval = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-    return f"{mean:.3f}{interval}"
+    estimate = read_estimate(values, name)
+    return estimate.format() if estimate else "-"
 
 
 def _describe_reproduction(config: Config) -> str:

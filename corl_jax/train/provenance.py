@@ -1,7 +1,8 @@
-"""Collects what a run is made with: model, devices, versions and commit; for `provenance.json`."""
+"""Collects what a run is started with, for `provenance.json`: config, model, devices, versions."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import subprocess
@@ -23,6 +24,7 @@ def collect_provenance(plan: ResolvedRun) -> dict[str, Any]:
     shapes = plan.family.abstract(plan.sizes)
     trained, _ = partition(shapes, plan.trained)
     return {
+        "given": plan.origin and dataclasses.asdict(plan.origin),
         "steps": plan.steps,
         "model": {
             "path": str(plan.model_dir),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.checks import list_changes
+from corl_jax.config.origins import Origin
 from corl_jax.config.schema import Config
 from corl_jax.data.dataset import Loader
 from corl_jax.devices import batches
@@ -83,6 +84,7 @@ class ResolvedRun(RunOutline):
     train_loader: Loader
     eval_loader: Loader | None
     warnings: list[str]  # settings without effect that only the tables beside the config tell
+    origin: Origin | None = None  # what the config was made from
 
 
 def outline_run(

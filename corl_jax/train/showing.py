@@ -22,6 +22,7 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.batches import to_host_rows
 from corl_jax.rewards.samples import Samples
 from corl_jax.runs import pictures, sample_files
+from corl_jax.runs.directory import SAMPLES
 from corl_jax.runs.log import RunLog
 from corl_jax.runs.outputs import Outputs
 from corl_jax.tasks import TASKS
@@ -30,8 +31,6 @@ from corl_jax.train.reports import are_samples_due, choose_color
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES
 
-SAMPLES = "samples"
-"""Name of the files of samples where milestones are counted."""
 SHOWN_GROUPS, TABLE_GROUPS = 4, 8
 """Groups of a step on a page of images, and in the table of answers."""
 ANSWER_LINES = 4
@@ -132,7 +131,7 @@ def show_iteration(
             return True
         if is_saved:
             path = outputs.directory.samples / f"step_{step:06d}.parquet"
-            with log.tolerate_disk_errors(SAMPLES):
+            with log.tolerate_disk_errors(SAMPLES, ValueError):
                 sample_files.write_samples(path, list_records(step, tasks))
         if is_shown:
             for completions in tasks:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from corl_jax.errors import InputError
+from corl_jax.estimates import Estimate, read_estimate
 from corl_jax.evaluation.intervals import Rate
-from corl_jax.report.changes import Estimate, compare, read_estimate
+from corl_jax.report.changes import compare
 from corl_jax.report.charts import (
     COLORS,
     Line,
@@ -47,12 +48,14 @@ def test_estimates_are_read_with_their_intervals():
     line = {"a": 0.5, "a_low": 0.4, "a_high": 0.7, "b": 2.0, "b_stderr": 0.5, "c": 1, "d": None,
             "e": math.nan, "f": "x"}  # fmt: skip
     assert read_estimate(line, "a") == Estimate(0.5, 0.4, 0.7, True)
-    assert read_estimate(line, "b") == Estimate(2.0, 2.0 - 0.98, 2.98, False)
+    mean = read_estimate(line, "b")
+    assert [mean.low, mean.high] == pytest.approx([1.02, 2.98], abs=1e-4) and not mean.is_rate
     assert read_estimate(line, "c") == Estimate(1.0, 1.0, 1.0, False)
     assert [read_estimate(line, name) for name in "defg"] == [None] * 4
-    assert read_estimate(line, "a").format() == "50.0% (40.0 to 70.0)"
-    assert read_estimate(line, "b").format() == "2 (1.02 to 2.98)"
+    assert read_estimate(line, "a").format() == "50.0% (40.0 - 70.0)"
+    assert mean.format() == "2 (1.02 - 2.98)"
     assert read_estimate(line, "c").format() == "1"
+    assert Estimate(-0.5, -0.7, -0.3, False).format() == "-0.5 (-0.7 to -0.3)"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,9 @@ def test_rewards_have_the_interval_of_their_mean(tmp_path):
     report_runs.write_lines(tmp_path, [report_runs.training_line(2), {"step": 3, "t2i/reward": 1}])
     record = read_run(tmp_path, "x")
     # 4 prompts: 1.96 * 0.2 / 2; step 3 has no standard deviation.
-    assert estimate_band(record, "t2i/reward") == [(2, pytest.approx(0.004), pytest.approx(0.396))]
+    assert estimate_band(record, "t2i/reward") == [
+        (2, pytest.approx(0.004, abs=1e-5), pytest.approx(0.396, abs=1e-5))
+    ]
     assert estimate_band(record, "mm2t/reward") == estimate_band(record, "loss") == []
 
 

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from PIL import Image
 
 from corl_jax.report import __main__ as command
 from corl_jax.report.command import run_report, write_run_report
-from corl_jax.report.page import format_time, render_page
+from corl_jax.report.page import render_page
 from corl_jax.report.read import choose_names, read_run, read_runs
+from corl_jax.runs.terminal import format_duration
 from corl_jax.train import milestones
 from tests.support import report_runs
 from tests.support.report_runs import PROMPTS, STEPS
@@ -122,7 +124,7 @@ def test_shows_the_best_and_the_worst_groups(page):
 def test_shows_reward_against_accuracy(page):
     part = page.text.partition("Reward against accuracy")[2]
     assert "Reward and accuracy: image generation" in part
-    rows = re.findall(r"(\d) (\S+) ([+-]\S+) \S+% \(\S+ to \S+\) ([+-]\S+) points", part)
+    rows = re.findall(r"(\d) (\S+) ([+-]\S+) \S+% \(\S+ - \S+\) ([+-]\S+) points", part)
     # At step 0 the reward of step 1; the accuracy of images rises, that of answers hardly.
     assert rows[:3] == [("0", "0.1", "+0", "+0.0"), ("3", "0.3", "+0.2", "+30.0"),
                         ("6", "0.6", "+0.5", "+60.0")]  # fmt: skip
@@ -140,6 +142,18 @@ def test_shows_options_that_differ_from_the_defaults(page):
     assert "optimizer.learning_rate 0.0002 4e-06" in part
     assert 'shapes_checker, my.py:judge weight=0.5 options={"a": 1}' in part
     assert "algorithm.kl_coef" not in part and "algorithm.name" not in part
+
+
+def test_shows_what_was_given_at_the_start(page, run, tmp_path):
+    assert "Config mini/unified , on top of mini/<sft> ." in page.text
+    assert "train.max_steps 6 90 seed 7 not set, default 0 x.y [1] not set" in page.text
+    shutil.copytree(run, tmp_path / "run")
+    for given in (None, HOSTILE, {"config": HOSTILE, "files": 1, "overrides": [], "replaced": 2}):
+        (tmp_path / "run" / "provenance.json").write_text(json.dumps({"given": given}))
+        text = Page(render_page(read_runs([tmp_path / "run"]))).text
+        part = text.partition("Given at the last start")[2].partition("differ from")[0]
+        found = "with no other option." if isinstance(given, dict) else "Not recorded."
+        assert found in part
 
 
 def test_needs_nothing_outside(page):
@@ -184,7 +198,7 @@ def test_a_run_in_progress(tmp_path):
                                   report_runs.training_line(1)])  # fmt: skip
     page = Page(render_page(read_runs([run])))
     assert f"not finished: step 1 of {STEPS} is the newest" in page.text
-    assert "20.0% (10.0 to 30.0)" in page.text and "▲" not in page.text.partition("▲ better")[0]
+    assert "20.0% (10.0 - 30.0)" in page.text and "▲" not in page.text.partition("▲ better")[0]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "{", '{"step": 0}\n', '{"step": 1, "reward": null}\n'])
@@ -288,7 +302,7 @@ def test_a_later_line_of_a_step_counts(tmp_path):
     [(0.25, "0.25 s"), (59.6, "1 min 0 s"), (601, "10 min 1 s"), (3725, "1 h 2 min")],
 )
 def test_durations(seconds, text):
-    assert format_time(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # ---- the command, and the end of a training

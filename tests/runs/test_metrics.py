@@ -155,7 +155,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     text += write(RunDir(tmp_path), [2], total_steps=2404, pace=pace)
     first, second = text.splitlines()
     assert first == "step 1/4  loss 0.5  reward 1"
-    assert second == "step 2/2404  loss 0.5  reward 2  1.5 s/step  1:00:03 left"
+    assert second == "step 2/2404  loss 0.5  reward 2  1.5 s/step  1 h 0 min left"
     assert "\r" not in text and "\x1b" not in text
 
 
@@ -192,8 +192,8 @@ def test_a_bar_on_a_terminal_with_evaluations_above_it(tmp_path):
         metrics.say("saved")
     text = stream.getvalue()
     assert "4/5" in text and "reward 0.75" in text and "\r" in text
-    assert "step 4/5  eval/accuracy 0.5  eval/b none  2 s/step  0:00:02 left\n" in text
-    assert "step 4/5  reward 0.125  2 s/step  0:00:02 left\n" in text
+    assert "step 4/5  eval/accuracy 0.5  eval/b none  2 s/step  2 s left\n" in text
+    assert "step 4/5  reward 0.125  2 s/step  2 s left\n" in text
     assert "saved\n" in text
 
 

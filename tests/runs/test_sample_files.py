@@ -74,6 +74,17 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path):
     assert not [*(tmp_path / "samples").iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("prompt", 3), ("solution", {"a": 1}), ("length", 2**70), ("image", np.zeros((2, 2, 7)))],
+)
+def test_a_value_of_another_type_is_named_by_its_column(column, value, tmp_path):
+    path = tmp_path / "step_000001.parquet"
+    with pytest.raises(ValueError, match=f"column {column}: "):
+        write_samples(path, [record("t2i", 0), record("t2i", 1, **{column: value})])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_group_without_any_reward_has_all_columns(tmp_path):
     path = tmp_path / "step_000001.parquet"
     write_samples(path, [record("t2i", 0, reward_checker=float("nan"))])

@@ -138,7 +138,13 @@ def write_run(folder: Path, **changes: Any) -> Path:
     write_samples(folder, 6)
     summary = {"steps": STEPS, "seconds": 3725.0}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    given = {
+        "config": "mini/unified", "files": ["mini/unified", "mini/<sft>"],
+        "overrides": {"train.max_steps": STEPS, "seed": 7, "x.y": [1]},
+        "replaced": {"train.max_steps": 90},
+    }  # fmt: skip
     provenance = {
+        "given": given,
         "steps": STEPS, "devices": "1 x cpu", "commit": "0123456789ab",
         "model": {"path": "nano", "family": "janus", "parameters": 958731, "trained": 500000},
         "versions": {"corl_jax": "0.1.0", "python": "3.11.7", "jax": "0.10.2"},

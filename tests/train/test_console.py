@@ -124,7 +124,7 @@ def test_rates_and_means_change():
     means = {"step": 0, "eval/t2i/r": None, "eval/t2i/r_stderr": None, "eval/mm2t/f": 1.0,
              "eval/mm2t/f_stderr": 0.25}  # fmt: skip
     assert ending.describe_change(means, means | {"step": 1, "eval/t2i/r": 0.5}) == [
-        ("t2i/r", "none -> 0.5"), ("mm2t/f", "1 (se 0.25) -> 1 (se 0.25)")
+        ("t2i/r", "none -> 0.5"), ("mm2t/f", "1 (0.51 - 1.49) -> 1 (0.51 - 1.49)")
     ]  # fmt: skip
     assert ending.describe_change(None, last) == []
 
@@ -136,7 +136,7 @@ def test_the_end_names_what_to_type(options, tmp_path):
     planned = plan(options())
     block = read_block(ending.describe_stop(planned, folder, 2))
     export = f"'{folder.export}'"
-    assert block["finished"] == ["all 2 steps in 1:02:05"]
+    assert block["finished"] == ["all 2 steps in 1 h 2 min"]
     assert "report" not in block, "there is none"
     folder.path("report.html").write_text("")
     named = read_block(ending.describe_stop(planned, folder, 2))["report"]

@@ -152,8 +152,8 @@ def test_a_card_says_how_the_model_was_made(refresh, tmp_path):
         "tags": ["reinforcement-learning", "grpo", "janus", "corl_jax"],
     }  # fmt: skip
     assert "|  | step 0 | step 12 |" in text
-    assert "| `draw/accuracy` | 0.250 (0.200 to 0.300) | 0.750 (0.700 to 0.800) |" in text
-    assert "| `t2i/format` | 0.500 (0.304 to 0.696) | - |" in text  # 1.96 standard errors
+    assert "| `draw/accuracy` | 25.0% (20.0 - 30.0) | 75.0% (70.0 - 80.0) |" in text
+    assert "| `t2i/format` | 0.5 (0.304 - 0.696) | - |" in text  # 1.96 standard errors
     assert "seconds" not in text and "accuracy_low" not in text
     assert "`owner/rows`, `d`, 1,234 rows" in text and "12 of 16 prompts" in text
     assert "| `format` | 1 |" in text and "not evaluated for safety" in text

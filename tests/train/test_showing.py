@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 
 from corl_jax.rewards.samples import Samples
 from corl_jax.runs import pictures
+from corl_jax.runs.directory import RunDir
+from corl_jax.runs.log import RunLog
 from corl_jax.train import dashboard, reports, showing
 from corl_jax.train.showing import Completions
 
@@ -83,6 +86,27 @@ def test_answers_are_shown_with_the_image_of_their_question(answers):
         "| different? | 1 | right | reward 1<br>format 1<br>advantage 0.7<br>tokens 4 |"
     )
     assert table[3].startswith("|  | 1 | wrong | reward 0<br>")
+
+
+def test_samples_that_cannot_be_written_warn_once(answers, tmp_path, monkeypatch):
+    part = answers
+    monkeypatch.setattr(showing, "collect_completions", lambda *_: part)
+    run = SimpleNamespace(steps=9)
+    config = SimpleNamespace(log=SimpleNamespace(samples_every=1, images_every=0))
+    stream, directory = io.StringIO(), RunDir(tmp_path)
+    iteration = SimpleNamespace(samples={"mm2t": part.samples})
+    with RunLog(directory, stream=stream) as log:
+        outputs = SimpleNamespace(log=log, primary=True, directory=directory)
+        part.samples.columns["qa_solution"][0] = {"not": "a text"}
+        for step in (1, 2):
+            assert showing.show_iteration(config, run, outputs, step, iteration)
+        assert not [*directory.samples.iterdir()]
+        part.samples.columns["qa_solution"][0] = "1"
+        showing.show_iteration(config, run, outputs, 3, iteration)
+    warning, again = stream.getvalue().splitlines()
+    assert warning.startswith("warning: samples: cannot be written (column solution: ")
+    assert again == "samples: can be written again"
+    assert [path.name for path in directory.samples.iterdir()] == ["step_000003.parquet"]
 
 
 def test_an_image_is_marked_by_the_mean_of_its_rewards():

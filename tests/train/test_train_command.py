@@ -175,6 +175,10 @@ def test_a_run_leaves_what_it_should(straight):
     assert summary["seconds"] > 0
     assert list((straight / "tensorboard").iterdir())
     provenance = json.loads((straight / "provenance.json").read_text())
+    config = str(straight.with_suffix(".yaml"))
+    assert provenance["given"] == {
+        "config": config, "files": [config], "overrides": {}, "replaced": {},
+    }  # fmt: skip
     assert provenance["steps"] == 4 and provenance["devices"].startswith("1 x cpu")
     assert provenance["versions"]["jax"] == jax.__version__
     assert 0 < provenance["model"]["trained"] < provenance["model"]["parameters"]
