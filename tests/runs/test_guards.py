@@ -236,7 +236,7 @@ def test_scores_of_the_drawn_world_are_its_two_accuracies():
     report = shapes.ShapesReport(rates, np.zeros((0, 8, 8, 3), np.uint8), [], [], [])
     scores = report.scores()
     assert scores.keys() == {"eval/draw/accuracy", "eval/answer/accuracy"}
-    assert scores["eval/draw/accuracy"] == (0.5, pytest.approx(0.2 / 3.92))
+    assert scores["eval/draw/accuracy"] == (0.5, pytest.approx(0.2 / (2 * 1.959963984540054)))
     rates["answer/accuracy"] = shapes.Rate.of(0, 0)
     assert report.scores().keys() == {"eval/draw/accuracy"}
 
