@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator as accumulator
 
 from corl_jax.metrics import Metric
 from corl_jax.runs import append_log, log, pictures
@@ -20,8 +21,6 @@ from corl_jax.runs.json_lines import read_lines
 from corl_jax.runs.log import RunLog, reduce_metrics
 from corl_jax.runs.pace import Pace, Phases
 from corl_jax.runs.tensorboard import Chart
-
-pytest.importorskip("tensorboardX")
 
 
 class Terminal(io.StringIO):
@@ -90,7 +89,6 @@ def test_only_the_first_process_writes(tmp_path):
 
 
 def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = RunDir(tmp_path)
     write(run, range(6))
     stream = io.StringIO()
@@ -128,7 +126,6 @@ def test_tensorboard_shows_alarms_once_they_sound(tmp_path):
 
 
 def test_tensorboard_reads_histograms_layout_and_options(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = RunDir(tmp_path)
     with RunLog(run, stream=io.StringIO()) as metrics:
         assert metrics.needs_layout
@@ -217,7 +214,6 @@ def test_tensorboardx_is_imported_by_the_writer_only():
 
 def test_tensorboardx_does_not_bring_torch(tmp_path):
     """Which is installed here, and can be imported behind it."""
-    pytest.importorskip("torch")
     code = """
 import pathlib, sys
 from corl_jax.runs.tensorboard import EventFile
