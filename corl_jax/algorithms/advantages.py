@@ -1,22 +1,26 @@
-"""Turns the rewards of completions into advantages: each completion against its group.
+"""Turns the rewards of completions into advantages: each completion against a baseline.
 
 Axes as in `types.py`: N completions, prompt-major, so that a group is `group_size` neighbouring
 rows; F reward functions. Every function is pure and can be called inside jit.
 
 The equations of CoRL (arXiv 2505.17534): eq. 1 in `compute_group_advantages`, eq. 5 in
-`unify_rewards`.
+`unify_rewards`. The functions `compare_...` are those of the rows of `recipes.RECIPES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 ADVANTAGE_MODES = ("unified_reward", "unified_advantage", "separate")
+
+Scale = Literal["group", "batch", "none"]
+"""The rewards whose standard deviation divides advantages: of the group, of the batch, or none."""
 
 # Rewards of one group that differ by less than rounding are the same reward: dividing the
 # difference by the std would turn rounding into a learning signal.
@@ -44,16 +48,17 @@ def combine_rewards(per_function: jax.Array, weights: jax.Array, group_size: int
 
 
 def compute_group_advantages(
-    rewards: jax.Array, group_size: int, eps: float = 1e-4, scale: bool = True
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the advantage of each completion in its group: (r - mean) / (std + eps).
+    rewards: jax.Array, group_size: int, eps: float = 1e-4, scale: Scale = "group"
+) -> jax.Array:
+    """Computes the advantage of each completion in its group [N]: (r - mean) / (std + eps).
 
     `rewards` [N] is NaN where no reward applies. Such a row does not enter the mean and the std
     of its group, and its advantage is 0. Groups with fewer than two valid rewards, or whose
-    rewards are equal, get exactly 0. `scale=False` leaves the std out.
-    Returns the advantages [N] and the metrics of `summarize_rewards`.
+    rewards are equal, get exactly 0. The std is that of the group, or with `scale` "batch" that of
+    all valid rewards; "none" leaves it out (Dr.GRPO).
     Raises: ValueError if N is not a multiple of the group size.
-    Source: arXiv 2505.17534 eq. 1; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form.
+    Source: arXiv 2505.17534 eq. 1; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form; Dr.GRPO
+    (arXiv 2503.20783); the std of the batch is an option of TRL (`scale_rewards`).
     """
     groups = _split_into_groups(rewards, group_size)
     valid = ~jnp.isnan(groups)
@@ -66,9 +71,46 @@ def compute_group_advantages(
     std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1))
     informative = (count > 1) & _has_spread(groups, valid)
     std = jnp.where(informative, std, 0.0)
+    if scale == "batch":
+        std = _measure_spread(rewards[None], ~jnp.isnan(rewards)[None])
     # Eq. 1. The paper has no eps; the released code adds 1e-4.
-    advantages = jnp.where(informative, centred / (std + eps) if scale else centred, 0.0)
-    return advantages.reshape(-1), summarize_rewards(rewards, group_size)
+    advantages = jnp.where(informative, centred if scale == "none" else centred / (std + eps), 0.0)
+    return advantages.reshape(-1)
+
+
+def compute_rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+    """Computes how far each reward is above the mean of the others of its group [N].
+
+    `rewards` [N] is NaN where no reward applies; such a row is left out of the others' means and
+    gets 0, as does a row without others. Without NaN this is G / (G - 1) of the centred reward.
+    Source: RLOO (arXiv 2402.14740).
+    """
+    groups = _split_into_groups(rewards, group_size)
+    count = (~jnp.isnan(groups)).sum(axis=1, keepdims=True)
+    centred = compute_group_advantages(rewards, group_size, scale="none").reshape(groups.shape)
+    # r_i - (S - r_i) / (n - 1) = n / (n - 1) (r_i - S / n). The centred form keeps equal rewards at
+    # exactly 0.
+    return (centred * (count / jnp.maximum(count - 1, 1))).reshape(-1)
+
+
+def compute_greedy_advantages(rewards: jax.Array, greedy: jax.Array) -> jax.Array:
+    """Computes how far each reward [N] is above that of its prompt's greedy completion [B].
+
+    A row gets 0 if either reward is NaN.
+    Source: ReMax (arXiv 2310.10505).
+    """
+    difference = rewards.reshape(len(greedy), -1) - greedy[:, None]
+    return jnp.where(jnp.isnan(difference), 0.0, difference).reshape(-1)
+
+
+def whiten_batch(values: jax.Array, eps: float = 1e-4, scale: bool = True) -> jax.Array:
+    """Computes (x - mean) / (std + eps) over the batch [N]; 0 where x is NaN or all are equal.
+
+    The std has ddof 1; `scale` False leaves it out.
+    Source: REINFORCE++ (arXiv 2501.03262); GDPO (arXiv 2601.05242) for sums of rewards.
+    """
+    # The whole batch is one group.
+    return compute_group_advantages(values, len(values), eps, "group" if scale else "none")
 
 
 def summarize_rewards(rewards: jax.Array, group_size: int) -> dict[str, jax.Array]:
@@ -101,7 +143,7 @@ def normalize_each(
     weights: jax.Array,
     group_size: int,
     eps: float = 1e-4,
-    scale: bool = True,
+    scale: Scale = "group",
 ) -> jax.Array:
     """Normalises each reward within its groups, then adds the results with weights.
 
@@ -110,22 +152,11 @@ def normalize_each(
     Source: GDPO (arXiv 2601.05242); TRL's `normalize_then_sum`.
     """
     # After this a reward with a large range does not outweigh one with a small range.
-    compared = jax.vmap(lambda r: compute_group_advantages(r, group_size, eps, scale)[0])(
-        per_function
-    )
+    compared = jax.vmap(lambda r: compute_group_advantages(r, group_size, eps, scale))(per_function)
     # An advantage is 0 where a reward does not apply; NaN again, so that the row is left out.
     return combine_rewards(
         jnp.where(jnp.isnan(per_function), jnp.nan, compared), weights, group_size
     )
-
-
-def normalize_batch(totals: jax.Array, eps: float = 1e-4) -> jax.Array:
-    """Computes (x - mean) / (std + eps) over the batch [N]; 0 where x is NaN or all are equal.
-
-    Source: GDPO (arXiv 2601.05242).
-    """
-    # A sum of F normalised rewards grows with F; this makes its size independent of F.
-    return compute_group_advantages(totals, totals.shape[0], eps)[0]
 
 
 def compute_joint_advantages(
@@ -134,20 +165,17 @@ def compute_joint_advantages(
     mode: str = "unified_reward",
     *,
     group_size: int,
-    eps: float = 1e-4,
-    scale: bool = True,
-    compared: bool = False,
+    estimate: Callable[[jax.Array], jax.Array],
 ) -> dict[str, jax.Array]:
     """Returns the advantages [N] of each task, from the rewards [N] of each task.
 
     Row i of all tasks belongs to completion i of the same prompt. `weights` has the weight of each
-    task; in CoRL it is 1 for images and lambda for texts. The modes:
+    task; in CoRL it is 1 for images and lambda for texts. `estimate` computes the advantages [N] of
+    rewards [N]. The modes:
     `unified_reward`: all tasks get the advantage of the weighted sum of rewards (eq. 5).
     `unified_advantage`: all tasks get the weighted sum of the tasks' advantages.
     `separate`: each task gets the advantage of its rewards, without weights.
     A single task has no weight in any mode. See `unify_rewards` for rows without a reward.
-    `compared` is True for rewards from `normalize_each`. They are then normalised over the batch,
-    not within groups.
 
     Raises:
         ValueError: the mode is unknown, or there is no task.
@@ -158,16 +186,10 @@ def compute_joint_advantages(
         raise ValueError(f"advantage mode {mode!r}: expected one of {', '.join(ADVANTAGE_MODES)}")
     if not rewards:
         raise ValueError("compute_joint_advantages needs the rewards of at least one task")
-
-    def advantages(values: jax.Array) -> jax.Array:
-        if compared:
-            return normalize_batch(values, eps)
-        return compute_group_advantages(values, group_size, eps, scale)[0]
-
     if len(rewards) > 1 and mode == "unified_reward":
         # Image i and text i share one advantage, so each task also sees the other's noise (Q28).
-        return dict.fromkeys(rewards, advantages(unify_rewards(rewards, weights, group_size)))
-    by_task = {task: advantages(values) for task, values in rewards.items()}
+        return dict.fromkeys(rewards, estimate(unify_rewards(rewards, weights, group_size)))
+    by_task = {task: estimate(values) for task, values in rewards.items()}
     if len(rewards) > 1 and mode == "unified_advantage":
         return dict.fromkeys(rewards, _add_weighted(by_task, weights))
     return by_task
@@ -200,48 +222,158 @@ def _add_weighted(values: Mapping[str, jax.Array], weights: Mapping[str, float])
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageOptions:
-    """Options of `compare_within_groups`; hashable, because jit takes them as a static argument."""
+    """Options of the comparisons; hashable, because jit takes them as a static argument."""
 
     reward_weights: tuple[tuple[str, tuple[float, ...]], ...]  # task -> weight of each reward
     task_weights: tuple[tuple[str, float], ...]  # task -> weight in the joint reward
     mode: str
     group_size: int
-    scale: bool
-    normalize_each: bool  # normalise every reward by itself within its group (GDPO)
+    scale: Scale
     eps: float = 1e-4  # added to the standard deviation, as in the released script
 
 
-def compare_within_groups(
-    rewards: Mapping[str, jax.Array], options: AdvantageOptions
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Computes GRPO's advantages [N] by task; returns them and statistics by metric name.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RewardInputs:
+    """The rewards that a comparison reads, by task; NaN where a function does not apply."""
 
-    `rewards` has [F, N] for each task, NaN where a function does not apply.
+    sampled: dict[str, Any]  # [F, N]
+    greedy: dict[str, Any] | None = None  # [F, B], of one greedy completion per prompt
+    penalties: dict[str, Any] | None = None  # [N], subtracted from the task's total reward
+
+
+def compare_within_groups(
+    inputs: RewardInputs, options: AdvantageOptions
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes GRPO's advantages [N] by task; returns them and statistics by metric name."""
+    return _compare(
+        inputs, options,
+        lambda r: compute_group_advantages(r, options.group_size, options.eps, options.scale),
+    )  # fmt: skip
+
+
+def compare_leave_one_out(
+    inputs: RewardInputs, options: AdvantageOptions
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes RLOO's advantages [N] by task; `scale` "batch" whitens them over the batch.
+
+    Returns them and statistics by metric name.
     """
-    group_size = options.group_size
-    totals = total_rewards(rewards, options)
-    compared = totals
-    if options.normalize_each:
-        weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
-        compared = {
-            task: normalize_each(values, weights[task], group_size, options.eps, options.scale)
-            for task, values in rewards.items()
-        }
+
+    def estimate(rewards: jax.Array) -> jax.Array:
+        advantages = compute_rloo_advantages(rewards, options.group_size)
+        return _whiten_valid(advantages, rewards, options)
+
+    return _compare(inputs, options, estimate)
+
+
+def compare_with_batch(
+    inputs: RewardInputs, options: AdvantageOptions
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes REINFORCE++'s advantages [N] by task: each reward against the whole batch.
+
+    Returns them and statistics by metric name.
+    """
+    return _compare(
+        inputs, options, lambda r: whiten_batch(r, options.eps, scale=options.scale != "none")
+    )
+
+
+def compare_with_greedy(
+    inputs: RewardInputs, options: AdvantageOptions
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes ReMax's advantages [N] by task: each reward less that of the greedy completion.
+
+    `scale` "batch" whitens them over the batch. Returns them and statistics by metric name.
+
+    Raises:
+        ValueError: there are no greedy rewards.
+    """
+    if inputs.greedy is None:
+        raise ValueError("ReMax needs the rewards of greedy completions, and none were given")
+    # The greedy completion is member G of its group until the rewards of functions and tasks are
+    # added, so that a row that lacks one of the other's rewards is left out as in any group.
+    size = options.group_size
+    wide = RewardInputs(
+        {task: _append_member(x, inputs.greedy[task], size) for task, x in inputs.sampled.items()},
+        penalties=inputs.penalties and {
+            task: _append_member(x[None], jnp.zeros((1, len(x) // size)), size)[0]
+            for task, x in inputs.penalties.items()
+        },
+    )  # fmt: skip
+
+    def estimate(rewards: jax.Array) -> jax.Array:
+        groups = rewards.reshape(-1, size + 1)
+        sampled = groups[:, :size].reshape(-1)
+        advantages = compute_greedy_advantages(sampled, groups[:, size])
+        return _whiten_valid(advantages, sampled, options)
+
+    advantages, _ = _compare(wide, dataclasses.replace(options, group_size=size + 1), estimate)
+    return advantages, describe_rewards(total_rewards(inputs, options), options)
+
+
+def compare_each_reward(
+    inputs: RewardInputs, options: AdvantageOptions
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes GDPO's advantages [N] by task: each reward is normalised within its group.
+
+    The weighted sums are then normalised over the batch. Returns them and statistics by metric
+    name.
+    """
+    weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
+    normalized = {
+        task: normalize_each(values, weights[task], options.group_size, options.eps, options.scale)
+        for task, values in inputs.sampled.items()
+    }
+    # A sum of F normalised rewards grows with F; whitening makes its size independent of F.
     advantages = compute_joint_advantages(
-        compared, dict(options.task_weights), options.mode, group_size=group_size,
-        eps=options.eps, scale=options.scale, compared=options.normalize_each,
+        _subtract_penalties(normalized, inputs.penalties), dict(options.task_weights), options.mode,
+        group_size=options.group_size, estimate=lambda r: whiten_batch(r, options.eps),
+    )  # fmt: skip
+    return advantages, describe_rewards(total_rewards(inputs, options), options)
+
+
+def _compare(
+    inputs: RewardInputs, options: AdvantageOptions, estimate: Callable[[jax.Array], jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    totals = total_rewards(inputs, options)
+    advantages = compute_joint_advantages(
+        _subtract_penalties(totals, inputs.penalties), dict(options.task_weights), options.mode,
+        group_size=options.group_size, estimate=estimate,
     )  # fmt: skip
     return advantages, describe_rewards(totals, options)
 
 
-def total_rewards(
-    rewards: Mapping[str, jax.Array], options: AdvantageOptions
+def _whiten_valid(
+    advantages: jax.Array, rewards: jax.Array, options: AdvantageOptions
+) -> jax.Array:
+    if options.scale == "none":
+        return advantages
+    return whiten_batch(jnp.where(jnp.isnan(rewards), jnp.nan, advantages), options.eps)
+
+
+def _append_member(rewards: jax.Array, member: jax.Array, group_size: int) -> jax.Array:
+    """Appends one reward [F, B] to each group of [F, N]; returns [F, B * (G + 1)]."""
+    # F = 1, G = 2: [[a, b, c, d]] and [[x, y]] -> [[a, b, x, c, d, y]]
+    groups = rewards.reshape(len(rewards), -1, group_size)
+    return jnp.concatenate([groups, member[..., None]], axis=-1).reshape(len(rewards), -1)
+
+
+def _subtract_penalties(
+    totals: Mapping[str, jax.Array], penalties: Mapping[str, jax.Array] | None
 ) -> dict[str, jax.Array]:
-    """Returns the weighted sum [N] of each task's rewards [F, N]; see `combine_rewards`."""
+    return {task: total - penalties[task] if penalties else total for task, total in totals.items()}
+
+
+def total_rewards(inputs: RewardInputs, options: AdvantageOptions) -> dict[str, jax.Array]:
+    """Returns the weighted sum [N] of each task's rewards [F, N]; see `combine_rewards`.
+
+    Penalties are not subtracted.
+    """
     weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
     return {
         task: combine_rewards(values, weights[task], options.group_size)
-        for task, values in rewards.items()
+        for task, values in inputs.sampled.items()
     }
 
 

@@ -105,6 +105,10 @@ READERS = (
         "a task that makes images", lambda config, _: _makes(config, IMAGES),
     ),
     Reader(
+        r"algorithm\.image_token_(share|weights)", "a task that makes images",
+        lambda config, _: _makes(config, IMAGES),
+    ),
+    Reader(
         r"compat\.text_top_k_50|algorithm\.(mask_truncated|mm2t_loss_weight)",
         "a task that makes texts", lambda config, _: _makes(config, TEXTS),
     ),
@@ -121,20 +125,28 @@ READERS = (
         lambda config, _: STAGE_FACTS[config.stage].has_rollouts or _evaluates(config),
     ),
     Reader(
-        r"algorithm\.clip_(low|high)", "algorithm.num_iterations above 1",
+        r"algorithm\.(clip_low|clip_high|dual_clip)", "algorithm.num_iterations above 1",
         lambda config, _: config.algorithm.num_iterations > 1,
     ),
     Reader(
-        r"algorithm\.(advantages|mm2t_weight)", "algorithm.tasks unified",
+        r"algorithm\.(advantages|mm2t_weight|alternate_every)", "algorithm.tasks unified",
         lambda config, _: len(choose_tasks(config.algorithm.tasks)) > 1,
+    ),
+    Reader(
+        r"algorithm\.(advantages|mm2t_weight)", "algorithm.alternate_every 0",
+        lambda config, _: not config.algorithm.alternate_every,
     ),
     Reader(
         r"algorithm\.mm2t_weight", "algorithm.advantages unified_reward or unified_advantage",
         lambda config, _: config.algorithm.advantages != "separate",
     ),
     Reader(
-        r"algorithm\.reference|guards\.kl", "algorithm.kl_coef above 0",
+        r"algorithm\.(reference.*|kl_in|kl_estimator)|guards\.kl", "algorithm.kl_coef above 0",
         lambda config, _: config.algorithm.kl_coef > 0,
+    ),
+    Reader(
+        r"algorithm\.reference_decay", "algorithm.reference_every above 0",
+        lambda config, _: config.algorithm.reference_every > 0,
     ),
     Reader(
         # With adapters the reference model is the frozen part, which has no copy of its own.

@@ -84,7 +84,7 @@ class Data(Section):
 class Rollout(Section):
     """Sampling of the completions that are rewarded."""
 
-    group_size: Annotated[int, Field(ge=2)] = option(8, "Completions per prompt, G. [P]")
+    group_size: Positive = option(8, "Completions per prompt, G. [P]")
     temperature: PositiveFloat = option(
         1.0, "Sampling temperature of both tasks. Log-probs are computed at it too."
     )
@@ -174,7 +174,11 @@ class Algorithm(Section):
 
     # The names belong to the tables of algorithms and of evaluation suites, which read them after
     # the config, so that a new row needs no change here.
-    name: str = option("grpo", "Name of the algorithm: grpo.")
+    name: str = option(
+        "grpo",
+        "Name of the algorithm: grpo, dr_grpo, dapo, gspo, cispo, rloo, remax, reinforce_pp or "
+        "gdpo. It sets the options below that are null; docs/reference/algorithms.md.",
+    )
     tasks: TaskChoice = option(
         "unified",
         "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both.",
@@ -191,26 +195,72 @@ class Algorithm(Section):
     mm2t_loss_weight: NonNegativeFloat = option(
         1.0, "Weight of the text loss; that of the image loss is 1."
     )
-    scale_by_std: bool = option(
-        True, "Divide advantages by the standard deviation of their group. false: only centre them."
+    alternate_every: NonNegative = option(
+        0,
+        "Steps after which training changes from one task to the other. 0: all tasks in each step.",
     )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
-        "sum_then_normalize",
-        "Order of adding rewards and normalizing. normalize_then_sum: each reward is normalized on "
-        "its own within its group (GDPO).",
+    scale: Literal["group", "batch", "none"] | None = option(
+        None,
+        "Rewards whose standard deviation divides the advantages. null: as the algorithm says.",
+    )
+    reduction: Literal["sequence_mean", "token_mean", "constant"] | None = option(
+        None,
+        "How the losses of tokens are averaged: over the completions by the mean of each, over all "
+        "tokens, or over the longest possible completions. null: as the algorithm says.",
     )
     kl_coef: NonNegativeFloat = option(
-        0.0, "Coefficient of the k3 KL penalty, beta. 0: no penalty and no reference model."
+        0.0, "Coefficient of the KL penalty, beta. 0: no penalty and no reference model."
+    )
+    kl_in: Literal["loss", "reward"] | None = option(
+        None,
+        "Where the penalty is added: to each token's loss, or summed over the completion to its "
+        "reward. null: as the algorithm says.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = option(
+        None, "Estimate of the KL divergence of a token. null: as the algorithm says."
     )
     reference: Literal["device", "host"] = option(
         "device",
         "Where the reference model is kept while it is not in use. host frees device memory.",
     )
-    clip_low: NonNegativeFloat = option(
-        0.2, "The probability ratio is clipped below 1 - clip_low. No effect with 1 iteration."
+    reference_every: NonNegative = option(
+        0, "Steps between updates of the reference model. 0: it stays as at the start."
     )
-    clip_high: NonNegativeFloat = option(
-        0.2, "The probability ratio is clipped above 1 + clip_high. No effect with 1 iteration."
+    reference_decay: Fraction = option(
+        0.0,
+        "Share of the old reference model in an update; the rest is the policy. 0: the policy "
+        "replaces it.",
+    )
+    clip_low: NonNegativeFloat | None = option(
+        None,
+        "The probability ratio is clipped below 1 - clip_low. null: as the algorithm says. No "
+        "effect with 1 iteration.",
+    )
+    clip_high: NonNegativeFloat | None = option(
+        None,
+        "The probability ratio is clipped above 1 + clip_high. null: as the algorithm says. No "
+        "effect with 1 iteration.",
+    )
+    dual_clip: PositiveFloat | None = option(
+        None,
+        "Largest ratio of a token with a negative advantage, above 1 + clip_high. null: no bound. "
+        "No effect with 1 iteration.",
+    )
+    importance_cap: PositiveFloat | None = option(
+        None,
+        "Multiply each token's loss by the probability ratio of trainer and sampler, but at most "
+        "by this. null: no such factor.",
+    )
+    redraws: NonNegative | None = option(
+        None,
+        "Most times that groups with equal rewards are replaced by groups of other prompts in a "
+        "step. null: as the algorithm says.",
+    )
+    image_token_share: Annotated[float, Field(gt=0, le=1)] = option(
+        1.0, "Share of an image's tokens, those of the highest entropy, that are in the loss."
+    )
+    image_token_weights: Literal["uniform", "entropy"] = option(
+        "uniform", "Weights of an image's tokens in the loss. entropy: in proportion to it."
     )
     num_iterations: Positive = option(1, "Optimizer updates on each rollout, mu.")
     image_logprobs: Literal["conditional", "guided"] = option(

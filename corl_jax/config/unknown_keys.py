@@ -19,6 +19,8 @@ from corl_jax.nearest import find_near_name
 RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
 """Key of an earlier version -> its name now."""
 REMOVED = {
+    "algorithm.multi_objective_aggregation": "algorithm.name gdpo normalizes each reward",
+    "algorithm.scale_by_std": "set algorithm.scale to group, batch or none",
     "algorithm.std_eps": "the value is 1e-4",
     "algorithm.t2i_loss_weight": "the value is 1; set algorithm.mm2t_loss_weight",
     "data.prefetch": "the value is 2",
@@ -46,7 +48,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "reward_weights": ("rewards",),
     "sapo_temperature_neg": (),
     "sapo_temperature_pos": (),
-    "scale_rewards": ("algorithm.scale_by_std",),
+    "scale_rewards": ("algorithm.scale",),
     # TRL's ModelConfig and ScriptArguments, PEFT's LoraConfig
     "attn_implementation": ("model.attention",),
     "dataset_config": ("data.name",),

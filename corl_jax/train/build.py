@@ -21,12 +21,12 @@ from corl_jax.policies.family import LogprobOptions, SamplingOptions
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
-from corl_jax.train.step import TrainState, UpdateOptions, make_logprob_step
+from corl_jax.train.step import TokenSelection, TrainState, UpdateOptions, make_logprob_step
 from corl_jax.types import DTYPES, Params
 from corl_jax.weights.checkpoint import load_sharded, read_layer_dtypes, read_stored_dtypes
 
@@ -171,7 +171,7 @@ def state_shardings(
 def make_update_options(plan: RunOutline) -> UpdateOptions:
     """Returns the loss and its constants from the config."""
     config, samples = plan.config, plan.stage.samples
-    algorithm = config.algorithm
+    algorithm = plan.algorithm
     logprobs = LogprobOptions(
         special=plan.special,
         # Supervised targets were not sampled, so they are scored by the plain softmax.
@@ -185,12 +185,37 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
     )
     return UpdateOptions(
         loss=plan.stage.loss(config),
-        constants=LossConstants(algorithm.kl_coef, algorithm.clip_low, algorithm.clip_high),
+        constants=make_loss_constants(algorithm),
         logprobs=logprobs,
         weights=tuple(plan.stage.loss_weights(config).items()),
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
+        selections=choose_selections(algorithm) if samples else (),
     )
+
+
+def make_loss_constants(algorithm: Any) -> LossConstants:
+    """Returns the constants of the loss from a block `algorithm` that its recipe completed."""
+    return LossConstants(
+        # A penalty in the reward has no term in the loss.
+        kl_coef=algorithm.kl_coef if algorithm.kl_in == "loss" else 0.0,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        reduction=algorithm.reduction,
+        kl_estimator=algorithm.kl_estimator,
+        dual_clip=algorithm.dual_clip,
+        importance_cap=algorithm.importance_cap,
+    )
+
+
+def choose_selections(algorithm: Any) -> tuple[TokenSelection, ...]:
+    """Returns how the tokens of images are weighted in the loss; empty if all count the same."""
+    selections = ()
+    if algorithm.image_token_share < 1:
+        selections += (TokenSelection(CODES, algorithm.image_token_share),)
+    if algorithm.image_token_weights == "entropy":
+        selections += (TokenSelection(CODES),)
+    return selections
 
 
 def make_sampling_options(plan: RunOutline) -> SamplingOptions:
@@ -220,15 +245,14 @@ def make_samplers(plan: RunOutline) -> dict[str, Sampler]:
 
 def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
     """Returns how the config turns rewards into advantages."""
-    algorithm = plan.config.algorithm
+    algorithm = plan.algorithm
     weights = {task: tuple(r.weight for r in of_task) for task, of_task in plan.rewards.items()}
     return AdvantageOptions(
         reward_weights=tuple(weights.items()),
         task_weights=task_weights(algorithm),
         mode=algorithm.advantages,
         group_size=plan.config.rollout.group_size,
-        scale=algorithm.scale_by_std,
-        normalize_each=algorithm.multi_objective_aggregation == "normalize_then_sum",
+        scale=algorithm.scale,
     )
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.algorithms.advantages import RewardInputs
 from corl_jax.algorithms.losses import mask_truncated
 from corl_jax.devices.batches import (
     all_gather_rows,
@@ -160,7 +161,7 @@ def score_samples(
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))
 def _compute_advantages(rewards, *, advantages, options):
-    result, stats = advantages(rewards, options)
+    result, stats = advantages(RewardInputs(rewards), options)
     return (
         result,
         stats,

@@ -14,9 +14,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from corl_jax.algorithms.recipes import RECIPES
-from corl_jax.config.checks import list_changes
 from corl_jax.config.origins import Origin
-from corl_jax.config.schema import Config
+from corl_jax.config.schema import Algorithm, Config
 from corl_jax.data.dataset import Loader
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import make_mesh
@@ -30,6 +29,11 @@ from corl_jax.rewards import networks, registry
 from corl_jax.tasks import TASKS
 from corl_jax.train import attending, fit
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
+from corl_jax.train.recipe_options import (
+    complete_algorithm,
+    find_algorithm_problems,
+    find_ignored_options,
+)
 from corl_jax.train.stages import STAGES, Stage, scores_rewards
 from corl_jax.types import Sizes
 
@@ -49,6 +53,11 @@ class RunOutline:
     @property
     def stage(self) -> Stage:
         return STAGES[self.config.stage]
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The block `algorithm`, completed by its recipe."""
+        return complete_algorithm(self.config.algorithm)
 
     @property
     def limits(self) -> Limits:
@@ -99,7 +108,7 @@ def outline_run(
         InputError: mesh, batch, lengths or trained parameters do not fit one another.
     """
     problems = Problems()
-    problems.add(find_unknown_names(config))
+    problems.add(find_table_problems(config))
     mesh = problems.attempt(
         make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
     )
@@ -123,7 +132,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         InputError: all problems found in the model directory, the data, rewards and mesh.
     """
     problems, stage = Problems(), STAGES[config.stage]
-    problems.add(find_unknown_names(config))
+    problems.add(find_table_problems(config))
     problems.add(_find_suite_problems(config, stage))
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = _resolve_rewards(config, stage, problems)
@@ -184,17 +193,20 @@ def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> Resolv
     return ResolvedRewards(by_task, used, checked_networks, warnings)
 
 
-def find_unknown_names(config: Config) -> list[str]:
-    """Returns the names of the config that are not rows of their tables."""
+def find_table_problems(config: Config) -> list[str]:
+    """Returns names that are not rows of their tables, and options that do not fit a row."""
     chosen = (
         ("algorithm.name", config.algorithm.name, RECIPES),
         ("eval.suite", config.eval.suite, ("none", *SUITES)),
     )
-    return [
+    problems = [
         f"{key}: found {name!r}; {suggest_name(name, names)}"
         for key, name, names in chosen
         if name not in names
     ]
+    if config.algorithm.name in RECIPES and STAGES[config.stage].samples:
+        problems += find_algorithm_problems(config)
+    return problems
 
 
 def _inspect_model(path: str) -> PolicyFiles:
@@ -282,17 +294,6 @@ def find_unused_rewards(
         if reward.name not in names
     ]
     return warnings + networks.find_unused_settings(used, config.networks)
-
-
-def find_ignored_options(config: Config) -> list[str]:
-    """Returns a warning for each option that the algorithm does not read."""
-    ignored = RECIPES[config.algorithm.name].ignored
-    return [
-        f"algorithm.{key}: {value!r} has no effect; algorithm.name {config.algorithm.name} does "
-        "not read it"
-        for key, value in list_changes(config.algorithm)
-        if key in ignored
-    ]
 
 
 def _find_scorer_problems(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from corl_jax.algorithms.advantages import AdvantageOptions, total_rewards
+from corl_jax.algorithms.advantages import AdvantageOptions, RewardInputs, total_rewards
 from corl_jax.algorithms.losses import NUM_RATIO_BINS, RATIO_RANGE
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
@@ -99,7 +99,7 @@ def collect_completions(run: Run, iteration: Iteration, task: str) -> Completion
 @functools.partial(jax.jit, static_argnames=("task", "options"))
 def _add_rewards(stacked: jax.Array, *, task: str, options: AdvantageOptions) -> jax.Array:
     """Returns the weighted sums [N] of rewards [N, F]."""
-    return total_rewards({task: stacked.T}, options)[task]
+    return total_rewards(RewardInputs({task: stacked.T}), options)[task]
 
 
 # ---- when

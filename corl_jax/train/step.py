@@ -24,6 +24,7 @@ from corl_jax.algorithms.losses import (
     LossInputs,
     logprob_difference,
     measure_importance_ratio,
+    weigh_by_entropy,
 )
 from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
@@ -78,6 +79,14 @@ Batch = dict[str, TaskBatch]
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenSelection:
+    """Weights of the tokens of one kind of segment; see `weigh_by_entropy`."""
+
+    kind: str
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class UpdateOptions:
     """What is minimised, and how; hashable, so that a step is compiled once for it."""
 
@@ -87,6 +96,7 @@ class UpdateOptions:
     weights: tuple[tuple[str, float], ...]  # task name -> weight of its loss
     dtype: Any = jnp.bfloat16  # compute dtype
     micro_batches: int = 1
+    selections: tuple[TokenSelection, ...] = ()  # their weights are multiplied
 
 
 def name_segments(name: str, task: TaskBatch) -> list[str]:
@@ -97,7 +107,9 @@ def name_segments(name: str, task: TaskBatch) -> list[str]:
 
 
 def make_loss_inputs(
-    task: TaskBatch, outputs: tuple[tuple[jax.Array, jax.Array], ...]
+    task: TaskBatch,
+    outputs: tuple[tuple[jax.Array, jax.Array], ...],
+    selections: tuple[TokenSelection, ...] = (),
 ) -> list[LossInputs]:
     """Returns the loss inputs of each segment; `outputs` are its (log-probs, entropy)."""
     return [
@@ -108,9 +120,23 @@ def make_loss_inputs(
             old_logprobs=task.old_logprobs[i] if task.old_logprobs is not None else None,
             ref_logprobs=task.ref_logprobs[i] if task.ref_logprobs is not None else None,
             entropy=entropy,
+            sampler_logprobs=segment.logprobs,
+            weights=weigh_tokens(segment, entropy, selections),
         )
         for i, (segment, (logprobs, entropy)) in enumerate(zip(task.segments, outputs, strict=True))
     ]
+
+
+def weigh_tokens(
+    segment: Segment, entropy: jax.Array, selections: tuple[TokenSelection, ...]
+) -> jax.Array | None:
+    """Returns the weights [N, T] of a segment's tokens; None if all count the same."""
+    weights = [
+        weigh_by_entropy(entropy, segment.mask, selection.share)
+        for selection in selections
+        if selection.kind == segment.kind
+    ]
+    return functools.reduce(jnp.multiply, weights) if weights else None
 
 
 def split_batch(batch: Batch, pieces: int) -> Batch:
@@ -142,7 +168,10 @@ def gradients(
     """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
     # Over the whole batch, before it is split: so a micro-batch changes nothing but memory.
     counts = {
-        name: [jnp.maximum(options.loss.count(segment.mask), 1.0) for segment in task.segments]
+        name: [
+            jnp.maximum(options.loss.count(segment.mask, options.constants), 1.0)
+            for segment in task.segments
+        ]
         for name, task in batch.items()
     }
     weights = dict(options.weights)
@@ -155,7 +184,7 @@ def gradients(
             outputs = family.turns[task.kinds].logprobs(
                 sizes, params, task.prompts, task.segments, options.logprobs
             )
-            inputs = make_loss_inputs(task, outputs)
+            inputs = make_loss_inputs(task, outputs, options.selections)
             for prefix, segment, of_segment, count in zip(
                 name_segments(name, task), task.segments, inputs, counts[name], strict=True
             ):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from corl_jax.algorithms.losses import (
+    CLIPPED_POLICY_LOSS,
     LossConstants,
     LossInputs,
-    clipped_policy_loss,
     find_clip_extremes,
     k3_kl,
     logprob_difference,
@@ -26,7 +26,7 @@ def policy_loss(
     logprobs, old_logprobs, advantages, mask, ref_logprobs=None, entropy=None, **constants
 ):
     inputs = LossInputs(logprobs, mask, advantages, old_logprobs, ref_logprobs, entropy)
-    return clipped_policy_loss(inputs, LossConstants(**constants))
+    return CLIPPED_POLICY_LOSS.compute(inputs, LossConstants(**constants))
 
 
 def test_k3_by_hand():

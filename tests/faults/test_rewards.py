@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.algorithms.advantages import compute_group_advantages
-from corl_jax.algorithms.losses import LossConstants, LossInputs, clipped_policy_loss
+from corl_jax.algorithms.advantages import compute_group_advantages, summarize_rewards
+from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants, LossInputs
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.params import leaf_paths
 from corl_jax.policies.janus.checkpoint import KIND
@@ -230,10 +230,11 @@ def test_equal_rewards_teach_exactly_nothing(value, scale, eps, figure):
     rewards = jnp.full(12, value, jnp.float32).at[7].set(jnp.nan)
 
     def loss(logprobs, rewards):
-        advantages, stats = compute_group_advantages(rewards, 4, eps, scale)
+        advantages = compute_group_advantages(rewards, 4, eps, scale)
+        stats = summarize_rewards(rewards, 4)
         mask = jnp.ones(logprobs.shape, bool)
         inputs = LossInputs(logprobs=logprobs, mask=mask, advantages=advantages)
-        total, count, _ = clipped_policy_loss(inputs, LossConstants())
+        total, count, _ = CLIPPED_POLICY_LOSS.compute(inputs, LossConstants())
         return total / count, (advantages, stats)
 
     logprobs = jnp.log(jnp.linspace(0.1, 0.9, 60).reshape(12, 5))

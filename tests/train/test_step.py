@@ -16,7 +16,6 @@ from corl_jax.algorithms.losses import (
     CLIPPED_POLICY_LOSS,
     LossConstants,
     LossInputs,
-    clipped_policy_loss,
     k3_kl,
 )
 from corl_jax.algorithms.recipes import RECIPES
@@ -310,7 +309,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
         "advantage_options": AdvantageOptions(
             reward_weights=(("t2i", (1.0,)), ("mm2t", (1.0,))),
             task_weights=(("t2i", 1.0), ("mm2t", 0.8)),
-            mode="unified_reward", group_size=GROUP, eps=1e-4, scale=True, normalize_each=False,
+            mode="unified_reward", group_size=GROUP, eps=1e-4, scale="group",
         ),
     } | changes)  # fmt: skip
     state = step.TrainState(0, {"w": 5}, None)
@@ -497,9 +496,9 @@ def test_a_batch_without_any_kept_token_is_harmless(config, params, batch):
     (old,), (ref,) = part.old_logprobs, part.ref_logprobs
     nothing = np.zeros_like(part.segments[0].mask)
     inputs = LossInputs(jnp.asarray(old), nothing, part.advantages, old, ref)
-    total, rows, sums = clipped_policy_loss(inputs, LossConstants(kl_coef=0.2))
+    total, rows, sums = CLIPPED_POLICY_LOSS.compute(inputs, LossConstants(kl_coef=0.2))
     assert float(total) == 0 and float(rows) == 0
-    assert float(OPTIONS.loss.count(nothing)) == 0
+    assert float(OPTIONS.loss.count(nothing, LossConstants())) == 0
     assert all(float(value) == 0 for value, _ in sums.values())
 
 

@@ -171,8 +171,7 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
     comparison = AdvantageOptions(
         reward_weights=tuple((task, (1.0,)) for task in TASKS),
         task_weights=task_weights(Algorithm()),
-        mode="unified_reward", group_size=setting.group, eps=1e-4, scale=True,
-        normalize_each=False,
+        mode="unified_reward", group_size=setting.group, eps=1e-4, scale="group",
     )  # fmt: skip
     return Run(
         family=FAMILY, sizes=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
