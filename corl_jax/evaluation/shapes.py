@@ -18,7 +18,7 @@ import numpy as np
 from corl_jax import tasks
 from corl_jax.data.column_values import find_spec_problem, read_question_type
 from corl_jax.data.dataset import Loader
-from corl_jax.data.drawn_world.checker import check
+from corl_jax.data.drawn_world.checker import check_all
 from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.errors import InputError, Problems
 from corl_jax.estimates import Z_95
@@ -167,7 +167,7 @@ def find_row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> 
 
 def score_images(images: np.ndarray, columns: Mapping[str, Sequence]) -> list[bool]:
     """Returns whether each image uint8 [N, H, W, 3] shows exactly what its `spec` demands."""
-    return [check(image, spec) for image, spec in zip(images, columns["spec"], strict=True)]
+    return check_all(images, columns["spec"])
 
 
 def score_answers(texts: Sequence[str], columns: Mapping[str, Sequence]) -> list[dict[str, Any]]:

@@ -90,16 +90,16 @@ def score_shapes(
             problems.add(f"row {row}: spec: {problem}")
     problems.raise_any()
 
-    def score_image(pixels: np.ndarray, spec: Spec | str | None) -> float:
-        if spec is None:
+    demands = [json.loads(spec) if isinstance(spec, str) else spec for spec in specs]
+
+    def score_detections(detections: list[checker.Detection], demand: Spec | None) -> float:
+        if demand is None:
             return float("nan")
-        demand: Spec = json.loads(spec) if isinstance(spec, str) else spec
-        detections = checker.detect(pixels)
         if checker.satisfies(detections, demand, strict=strict):
             return 1.0
         return partial_credit * _measure_fraction_correct(detections, demand)
 
-    return score_rows(score_image, list(samples.require_images()), specs)
+    return score_rows(score_detections, checker.detect_all(samples.require_images()), demands)
 
 
 def _measure_fraction_correct(detections: list[checker.Detection], demand: Spec) -> float:

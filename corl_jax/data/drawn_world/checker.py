@@ -14,9 +14,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from scipy import ndimage
+from scipy.spatial.distance import cdist
 
 from corl_jax.data.drawn_world.scene import (
     COLORS,
@@ -39,6 +42,7 @@ REACH = 1.1  # half the compared window, in units of the square root of the area
 STEPS = np.linspace(-REACH, REACH, GRID)
 BLURS = (0.0, 0.8, 1.5)  # pixels, standard deviation; each shape has a template for each
 UNKNOWN = "unknown"
+PIXELS_AT_ONCE = 64**3  # 64 images of 64 x 64: the arrays of a chunk fit a processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,133 +57,336 @@ class Detection:
     overlap: float
 
 
-def _separate_colors(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the coverage and the palette index of each pixel, both [H, W]."""
-    pixels = image.astype(np.float32)
-    edge = max(1, round(BORDER * image.shape[0]))
-    # The border of an image shows only background.
-    frame = [pixels[:edge], pixels[-edge:], pixels[:, :edge], pixels[:, -edge:]]
-    background = np.median(np.concatenate([part.reshape(-1, 3) for part in frame]), axis=0)
-    toward = np.array(list(PALETTE.values()), np.float32) - background  # [colors, 3]
-    away = (pixels - background).reshape(-1, 3)
-    length = np.maximum((toward**2).sum(1), 1.0)
-    # Pixel = background + coverage * toward: least-squares coverage for each colour, [H * W, 6]
-    dot = away @ toward.T
-    coverage = np.clip(dot / length, 0.0, 1.1)
-    # |away - coverage * toward|^2 without |away|^2, which is the same for all colours
-    residual = coverage * (coverage * length - 2 * dot)
-    best = residual.argmin(1)
-    chosen = np.take_along_axis(coverage, best[:, None], 1)[:, 0]
-    return np.minimum(chosen, 1.0).reshape(image.shape[:2]), best.reshape(image.shape[:2])
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Large connected parts of masks [N, H, W], C in all."""
+
+    labels: np.ndarray  # [N, H, W], the number of the part that a pixel belongs to, 0 outside
+    numbers: np.ndarray  # [C], those of the large parts
+    masks: np.ndarray  # [C], which mask each part is of
+    votes: np.ndarray  # [C, colors], pixels of each colour
+    boxes: np.ndarray  # [C, 4], first row, last row, first column, last column
 
 
-def _sample_window(coverage: np.ndarray, y: float, x: float, area: float) -> np.ndarray:
-    """Samples coverage on a GRID x GRID window around the centroid, scaled by the area."""
-    steps = STEPS * np.sqrt(area)
-    places = np.empty((2, GRID, GRID))
-    places[0], places[1] = (y + steps)[:, None], x + steps
-    return ndimage.map_coordinates(coverage, places, order=1, mode="constant")
+@dataclasses.dataclass(frozen=True)
+class _Objects:
+    """Cut-out objects, C in all. Their windows, [C, S, T], are as large as the largest needs.
 
+    Beyond the limits an object's window is not sampled. They are the box of the connected part
+    that the object is of, and one pixel more.
+    """
 
-def _find_centroid(coverage: np.ndarray) -> tuple[float, float, float]:
-    """Returns row, column and area of an object, in pixels."""
-    area = float(coverage.sum())
-    y = float(coverage.sum(1) @ np.arange(coverage.shape[0])) / area
-    x = float(coverage.sum(0) @ np.arange(coverage.shape[1])) / area
-    return y, x, area
-
-
-@functools.cache
-def _make_templates() -> np.ndarray:
-    """Makes windows of the renderer's shapes, [shapes, blurs, GRID * GRID]."""
-    # Blurred as well: a codec blurs thin arms and small holes, which costs overlap.
-    windows = []
-    for shape in SHAPES:
-        drawn = render(Scene((Object(shape, "black", 0.5, 0.5, 0.3),), (255, 255, 255)))
-        for blur in BLURS:
-            coverage, _ = _separate_colors(ndimage.gaussian_filter(drawn, (blur, blur, 0)))
-            soft, _, _ = _cut_out(coverage, coverage > COVERED, (slice(0, 64), slice(0, 64)))
-            windows.append(_sample_window(soft, *_find_centroid(soft)).reshape(-1))
-    return np.stack(windows).reshape(len(SHAPES), len(BLURS), -1)
-
-
-def _cut_out(coverage: np.ndarray, inside: np.ndarray, box) -> tuple[np.ndarray, int, int]:
-    """Returns the coverage of a component with a rim one pixel wide, and its top left corner."""
-    (top, left), (height, width) = (box[0].start, box[1].start), inside.shape
-    # The mask grown by one pixel: soft edges lie outside of it. Written out, because this takes a
-    # fifth of the time of scipy's binary_dilation.
-    grown = np.zeros((height + 2, width + 2), bool)
-    for down in range(3):
-        for right in range(3):
-            grown[down : down + height, right : right + width] |= inside
-    # One pixel more on each side than the box, with zeros outside of the image.
-    soft = np.zeros(grown.shape, coverage.dtype)
-    part = coverage[max(top - 1, 0) : top + height + 1, max(left - 1, 0) : left + width + 1]
-    down, right = int(top == 0), int(left == 0)
-    soft[down : down + part.shape[0], right : right + part.shape[1]] = part
-    return np.where(grown, soft, 0.0), top - 1, left - 1
-
-
-def _classify_shape(soft: np.ndarray) -> tuple[str, float, tuple[float, float, float]]:
-    """Returns the most similar shape, its overlap, and (row, column, area) of an object."""
-    y, x, area = _find_centroid(soft)
-    window = _sample_window(soft, y, x, area).reshape(-1)
-    templates = _make_templates()
-    # Soft IoU: sum of minima over sum of maxima, [shapes, blurs]
-    overlap = np.minimum(templates, window).sum(-1) / np.maximum(templates, window).sum(-1)
-    best = int(overlap.max(1).argmax())
-    top = float(overlap[best].max())
-    return (SHAPES[best] if top >= MIN_OVERLAP else UNKNOWN), top, (y, x, area)
-
-
-def _label_components(mask: np.ndarray) -> np.ndarray:
-    """Numbers the 4-connected components from 1; 0 is outside."""
-    labels = np.zeros(mask.shape, np.int32)
-    ndimage.label(mask, output=labels)
-    return labels
-
-
-def _find_components(colors: np.ndarray, mask: np.ndarray, least: float):
-    """Yields (box, mask in the box, palette index); separates objects of two colours that touch."""
-    labels = _label_components(mask)
-    for number, box in enumerate(ndimage.find_objects(labels), start=1):
-        inside = labels[box] == number
-        if inside.sum() < least:
-            continue
-        # Pixels at soft edges can get a wrong colour, so a clear majority is enough.
-        votes = np.bincount(colors[box][inside], minlength=len(COLORS))
-        if votes.max() >= ONE_COLOR * votes.sum():
-            yield box, inside, int(votes.argmax())
-            continue
-        for color in np.flatnonzero(votes >= least):
-            part = _label_components(inside & (colors[box] == color))
-            sizes = np.bincount(part.reshape(-1))
-            for piece in np.flatnonzero(sizes[1:] >= least) + 1:
-                yield box, part == piece, int(color)
+    images: np.ndarray  # [C], numbers of the images
+    colors: np.ndarray  # [C], palette indices
+    soft: np.ndarray  # [C, S, T] float32, the coverage in and beside the object, elsewhere 0
+    origins: np.ndarray  # [C, 2], row and column of a window's first pixel
+    boxes: np.ndarray  # [C, 4] first row, last row, first column, last column; in the window
+    limits: np.ndarray  # [C, 4], in the same order
 
 
 def detect(image: np.ndarray) -> list[Detection]:
     """Returns the objects in an image, uint8 [H, W, 3], from left to right."""
-    height, width = image.shape[:2]
-    coverage, colors = _separate_colors(image)
-    detections = []
-    for box, inside, color in _find_components(
-        colors, coverage > COVERED, MIN_AREA * height * width
+    return detect_all(image[None])[0]
+
+
+def detect_all(images: np.ndarray) -> list[list[Detection]]:
+    """Returns the objects in each image, uint8 [N, H, W, 3], from left to right."""
+    detections: list[list[Detection]] = []
+    at_once = max(1, PIXELS_AT_ONCE // max(1, images.shape[1] * images.shape[2]))
+    for start in range(0, len(images), at_once):
+        detections += _detect_in_chunk(images[start : start + at_once])
+    return detections
+
+
+def _detect_in_chunk(images: np.ndarray) -> list[list[Detection]]:
+    count, height, width = images.shape[:3]
+    coverage, colors = _separate_colors(images)
+    least = MIN_AREA * height * width
+    parts = _find_parts(coverage > COVERED, colors, least)
+    detections: list[list[Detection]] = [[] for _ in range(count)]
+    # An image of noise has many parts. A few at once, of about one size, need little memory.
+    order = (parts.boxes[:, 1::2] - parts.boxes[:, ::2]).max(1).argsort()
+    for start in range(0, len(order), 4 * count):
+        objects = _cut_out(coverage, colors, parts, order[start : start + 4 * count], least)
+        for image, detection in _describe(objects, height, width):
+            detections[image].append(detection)
+    for listed in detections:
+        listed.sort(key=lambda detection: detection.center)
+    return detections
+
+
+def _describe(objects: _Objects, height: int, width: int) -> Iterator[tuple[int, Detection]]:
+    """Yields each object with the number of its image."""
+    y, x, area = _find_centroids(objects.soft)
+    windows = _sample_windows(objects.soft, y, x, area, objects.limits)
+    shapes, overlaps = _classify_shapes(windows)
+    # The planes begin one pixel outside of the image.
+    top, left = objects.origins.T - 1
+    columns = (
+        objects.images,
+        shapes,
+        objects.colors,
+        (left + x + 0.5) / width,
+        (top + y + 0.5) / height,
+        (left + objects.boxes[:, 2]) / width,
+        (top + objects.boxes[:, 0]) / height,
+        # The edge behind the last pixel.
+        (left + objects.boxes[:, 3] + 1) / width,
+        (top + objects.boxes[:, 1] + 1) / height,
+        area / (height * width),
+        overlaps,
+    )
+    for row in zip(*(column.tolist() for column in columns), strict=True):
+        image, shape, color, *center, first, second, third, fourth, share, overlap = row
+        name = SHAPES[shape] if overlap >= MIN_OVERLAP else UNKNOWN
+        box = first, second, third, fourth
+        yield image, Detection(name, COLORS[color], tuple(center), box, share, overlap)
+
+
+def _find_backgrounds(planes: np.ndarray) -> np.ndarray:
+    """Returns the median colour of the frame of each image, [3, N] float32, of uint8 [3, N, H, W].
+
+    The border of an image shows only background.
+    """
+    edge = max(1, round(BORDER * planes.shape[2]))
+    frame = (planes[:, :, :edge], planes[:, :, -edge:], planes[..., :edge], planes[..., -edge:])
+    levels = np.concatenate([part.reshape(*planes.shape[:2], -1) for part in frame], axis=2)
+    # numpy sorts float32 with vector instructions, and uint8 without.
+    ordered = np.sort(levels.astype(np.float32), axis=2)
+    # Opposite sides make the number of pixels even: the median lies between two.
+    middle = ordered.shape[2] // 2
+    return (ordered[..., middle - 1] + ordered[..., middle]) / 2
+
+
+def _separate_colors(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns coverage (float32) and palette index (uint8) of each pixel, [N, H + 2, W + 2].
+
+    The planes have an empty rim. Far from covered pixels both are 0, whatever the image shows.
+    """
+    count, height, width = images.shape[:3]
+    planes = np.ascontiguousarray(images.transpose(3, 0, 1, 2))
+    background = _find_backgrounds(planes)  # [3, N]
+    palette = np.array(list(PALETTE.values()), np.float32)
+    toward = palette - background.T[:, None]  # [N, colors, 3]
+    length = np.maximum((toward**2).sum(-1), 1.0)  # [N, colors]
+    near = _find_candidates(planes, background, length.min(1))
+    numbers = np.count_nonzero(near.reshape(count, -1), axis=1)
+    padded = np.flatnonzero(near)
+    # The same pixels without the rims: (image, row, column) as one number.
+    image = np.repeat(np.arange(count), numbers)
+    row = padded // (width + 2)  # of all planes, one below the other
+    places = padded - 2 * row - (width + 1) - 2 * width * image
+    away = planes.reshape(3, -1).take(places, axis=1).astype(np.float32)  # [3, K]
+    offset = np.repeat(background, numbers, axis=1)
+    away -= offset
+    offset *= away
+    shift = offset.sum(0)
+    smallest, chosen = np.full(len(places), np.inf, np.float32), np.zeros(len(places), np.float32)
+    best = np.zeros(len(places), np.uint8)
+    for color, (red, green, blue) in enumerate(palette):
+        # Pixel = background + coverage * toward: the least-squares coverage is dot / lengths.
+        # In float32 dot is exact: all terms are multiples of 1/4 below 2**20.
+        dot = red * away[0]
+        dot += green * away[1]
+        dot += blue * away[2]
+        dot -= shift
+        lengths = np.repeat(length[:, color], numbers)
+        share = dot / lengths
+        np.clip(share, 0.0, 1.1, out=share)
+        # |away - coverage * toward|^2 without |away|^2, which is the same for all colours
+        lengths *= share
+        dot *= 2
+        lengths -= dot
+        lengths *= share
+        closer = lengths < smallest
+        np.minimum(smallest, lengths, out=smallest)
+        np.copyto(chosen, share, where=closer)
+        # The index ascends. This takes a third of the time of an assignment with a mask.
+        np.maximum(best, closer.view(np.uint8) * np.uint8(color), out=best)
+    coverage, colors = np.zeros(near.shape, np.float32), np.zeros(near.shape, np.uint8)
+    coverage.reshape(-1)[padded] = np.minimum(chosen, 1.0)
+    colors.reshape(-1)[padded] = best
+    return coverage, colors
+
+
+def _find_candidates(planes: np.ndarray, background: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Finds all pixels that can be covered, and those beside them, [N, H + 2, W + 2].
+
+    `planes` are the images, uint8 [3, N, H, W]. `length` is the smallest squared distance of a
+    palette colour from the background [3, N].
+    """
+    _, count, height, width = planes.shape
+    # coverage > COVERED needs |pixel - background|^2 > COVERED^2 * length, so in one channel at
+    # least a third of it. The background may lie half a step above its floor.
+    bound = np.maximum(np.floor(COVERED * np.sqrt(length / 3) - 0.5), 0).astype(np.uint8)
+    near = np.zeros((count, height + 2, width + 2), bool)
+    different = np.zeros(planes.shape[1:], bool)
+    for plane, level in zip(planes, np.floor(background).astype(np.uint8), strict=True):
+        level = level[:, None, None]
+        difference = np.maximum(plane, level)
+        difference -= np.minimum(plane, level)
+        different |= difference >= bound[:, None, None]
+    near[:, 1:-1, 1:-1] = different
+    near = _grow(near)
+    near[:, :: height + 1] = False
+    near[:, :, :: width + 1] = False
+    return near
+
+
+def _grow(masks: np.ndarray) -> np.ndarray:
+    """Adds to masks, [N, H, W] bool with empty rims, all pixels beside them, diagonal ones too."""
+    # Written out, because this takes a small part of the time of scipy's binary_dilation. A shift
+    # along the flat masks is one within each mask: what comes from another row is an empty rim.
+    width, flat = masks.shape[2], masks.reshape(-1)
+    tall = flat.copy()
+    tall[width:] |= flat[:-width]
+    tall[:-width] |= flat[width:]
+    grown = tall.copy()
+    grown[1:] |= tall[:-1]
+    grown[:-1] |= tall[1:]
+    return grown.reshape(masks.shape)
+
+
+def _find_parts(masks: np.ndarray, colors: np.ndarray, least: float) -> _Parts:
+    """Finds the 4-connected parts of at least `least` pixels in masks [N, H, W].
+
+    The masks must have an empty rim. `colors` are palette indices, uint8 [N, H, W].
+    """
+    _, height, width = masks.shape
+    labels = np.zeros(masks.shape, np.int32)
+    # The masks one below the other are one mask. The rims keep their parts apart.
+    ndimage.label(masks.reshape(-1, width), output=labels.reshape(-1, width))
+    places, flat = np.flatnonzero(masks), labels.reshape(-1)
+    shape = (labels.max(initial=0) + 1, len(COLORS))
+    kinds = flat[places] * np.int64(shape[1]) + colors.reshape(-1)[places]
+    votes = np.bincount(kinds, minlength=shape[0] * shape[1]).reshape(shape)
+    numbers = np.flatnonzero(votes.sum(1) >= least)
+    # Boxes need only the ends of runs in rows. The rims keep runs of two rows apart.
+    covered = masks.reshape(-1)
+    starts = np.flatnonzero(covered[1:] > covered[:-1]) + 1
+    ends = np.flatnonzero(covered[1:] < covered[:-1])
+    part, rows = flat[starts], starts // width
+    boxes = np.full((4, shape[0]), masks.size)
+    boxes[1::2] = 0
+    for edge, choose, values in (
+        (0, np.minimum, rows),
+        (1, np.maximum, rows),
+        (2, np.minimum, starts - rows * width),
+        (3, np.maximum, ends - rows * width),
     ):
-        soft, top, left = _cut_out(coverage, inside, box)
-        name, overlap, (y, x, area) = _classify_shape(soft)
-        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-        # `soft` begins one pixel outside of the box: + 1 leads back, + 2 behind the last pixel.
-        edges = (
-            (left + 1 + columns[0]) / width,
-            (top + 1 + rows[0]) / height,
-            (left + 2 + columns[-1]) / width,
-            (top + 2 + rows[-1]) / height,
-        )
-        center = ((left + x + 0.5) / width, (top + y + 0.5) / height)
-        share = area / (height * width)
-        detections.append(Detection(name, COLORS[color], center, edges, share, overlap))
-    return sorted(detections, key=lambda detection: detection.center)
+        choose.at(boxes[edge], part, values)
+    boxes = boxes[:, numbers]
+    owner = boxes[0] // height
+    boxes[:2] -= owner * height
+    return _Parts(labels, numbers, owner, votes[numbers], boxes.T)
+
+
+def _take_windows(planes: np.ndarray, numbers, origins: np.ndarray, size) -> np.ndarray:
+    """Returns the window at each origin, [C, S, T], of the plane of its number in [N, H, W]."""
+    _, height, width = planes.shape
+    flat = planes.reshape(-1)
+    # Row i of the view is the pixels i, i + 1, .., so that whole rows of windows are copied.
+    view = as_strided(flat, (flat.size - size[1] + 1, size[1]), flat.strides * 2)
+    rows = numbers * height + origins[:, 0]
+    return view[(rows * width + origins[:, 1])[:, None] + np.arange(size[0]) * width]
+
+
+def _cut_out(
+    coverage: np.ndarray, colors: np.ndarray, parts: _Parts, chosen: np.ndarray, least: float
+) -> _Objects:
+    """Cuts out the objects of the chosen parts; separates objects of two colours that touch."""
+    boxes, images, votes = parts.boxes[chosen], parts.masks[chosen], parts.votes[chosen]
+    # One pixel more on each side; all windows as large as the largest, and inside of the planes.
+    size = (boxes[:, 1::2] - boxes[:, ::2]).max(0) + 3
+    origins = np.minimum(boxes[:, ::2] - 1, np.array(coverage.shape[1:]) - size)
+    boxes = boxes - origins.repeat(2, axis=1)
+    limits = boxes + np.array([-1, 1, -1, 1])
+    labels = _take_windows(parts.labels, images, origins, size)
+    inside = labels == parts.numbers[chosen][:, None, None]
+    color = votes.argmax(1)
+    # Pixels at soft edges can get a wrong colour, so a clear majority is enough.
+    mixed = votes.max(1) < ONE_COLOR * votes.sum(1)
+    owner = np.arange(len(chosen))
+    if mixed.any():
+        # One mask for each colour that is frequent in such a part.
+        split, frequent = np.nonzero((votes >= least) & mixed[:, None])
+        shown = _take_windows(colors, images[split], origins[split], size)
+        pieces = _find_parts(inside[split] & (shown == frequent[:, None, None]), shown, least)
+        inside_pieces = pieces.labels[pieces.masks] == pieces.numbers[:, None, None]
+        owner = np.concatenate([owner[~mixed], split[pieces.masks]])
+        color = np.concatenate([color[~mixed], frequent[pieces.masks]])
+        inside = np.concatenate([inside[~mixed], inside_pieces])
+        boxes = np.concatenate([boxes[~mixed], pieces.boxes])
+    origins, images = origins[owner], images[owner]
+    # The mask grown by one pixel: soft edges lie outside of it.
+    soft = _take_windows(coverage, images, origins, size) * _grow(inside)
+    return _Objects(images, color, soft, origins, boxes, limits[owner])
+
+
+def _find_centroids(soft: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns row, column and area of each object in windows [C, S, T], in pixels."""
+    rows, columns = soft.sum(2).astype(float), soft.sum(1).astype(float)
+    area = rows.sum(1)
+    y = rows @ np.arange(rows.shape[1]) / area
+    x = columns @ np.arange(columns.shape[1]) / area
+    return y, x, area
+
+
+def _sample_windows(soft: np.ndarray, y, x, area, limits: np.ndarray) -> np.ndarray:
+    """Samples windows [C, S, T] around the centroids, scaled by the area, [C, GRID * GRID]."""
+    # Written out, because on a grid along the axes this takes a part of map_coordinates' time.
+    count, height, width = soft.shape
+    steps = STEPS * np.sqrt(area)[:, None]  # [C, GRID]
+    row, above, below = _weigh_neighbors(y[:, None] + steps, limits[:, :2], height)
+    column, before, behind = _weigh_neighbors(x[:, None] + steps, limits[:, 2:], width)
+    row += np.arange(count)[:, None] * height
+    flat = soft.reshape(-1, width)
+    lines = flat.take(row, axis=0) * above[:, :, None]  # [C, GRID, T]
+    lines += flat.take(row + 1, axis=0) * below[:, :, None]
+    places = np.arange(count * GRID).reshape(count, GRID, 1) * width + column[:, None]
+    samples = lines.reshape(-1).take(places)
+    samples *= before[:, None]
+    places += 1
+    after = lines.reshape(-1).take(places)
+    after *= behind[:, None]
+    samples += after
+    return samples.reshape(count, GRID * GRID)
+
+
+def _weigh_neighbors(places: np.ndarray, limits: np.ndarray, length: int):
+    """Returns the pixel before each place [C, GRID], its weight, and the weight of the next one.
+
+    Places beyond the limits [C, 2] weigh nothing.
+    """
+    shown = (places >= limits[:, :1]) & (places <= limits[:, 1:])
+    first = np.clip(places.astype(int), 0, length - 2)
+    share = places - first
+    return first, np.where(shown, 1 - share, 0.0), np.where(shown, share, 0.0)
+
+
+@functools.cache
+def _make_templates() -> np.ndarray:
+    """Makes windows of the renderer's shapes, [shapes * blurs, GRID * GRID]."""
+    # Blurred as well: a codec blurs thin arms and small holes, which costs overlap.
+    images = []
+    for shape in SHAPES:
+        drawn = render(Scene((Object(shape, "black", 0.5, 0.5, 0.3),), (255, 255, 255)))
+        images += [ndimage.gaussian_filter(drawn, (blur, blur, 0)) for blur in BLURS]
+    coverage, _ = _separate_colors(np.stack(images))
+    soft = coverage * _grow(coverage > COVERED)
+    limits = np.tile([0, soft.shape[1] - 1, 0, soft.shape[2] - 1], (len(soft), 1))
+    return _sample_windows(soft, *_find_centroids(soft), limits)
+
+
+def _classify_shapes(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the index of the most similar shape and its overlap, both [C]."""
+    templates = _make_templates()
+    # Soft IoU: sum of minima over sum of maxima. Together they are the sum of both windows, and
+    # they differ by the city-block distance.
+    distance = cdist(windows, templates, "cityblock")
+    both = windows.sum(1)[:, None] + templates.sum(1)
+    overlap = ((both - distance) / (both + distance)).reshape(-1, len(SHAPES), len(BLURS)).max(2)
+    return overlap.argmax(1), overlap.max(1)
 
 
 def _select_matches(detections: list[Detection], entry: Spec) -> list[Detection]:
@@ -207,10 +414,20 @@ def satisfies(detections: list[Detection], spec: Spec, *, strict: bool = True) -
 
 
 def check(image: np.ndarray, spec: Spec | str, *, strict: bool = True) -> bool:
-    """Returns whether an image, uint8 [H, W, 3], shows what the spec (dict or JSON) demands.
+    """Returns whether an image, uint8 [H, W, 3], shows what the spec demands; see `check_all`."""
+    return check_all(image[None], [spec], strict=strict)[0]
+
+
+def check_all(
+    images: np.ndarray, specs: Sequence[Spec | str], *, strict: bool = True
+) -> list[bool]:
+    """Returns whether each image, uint8 [N, H, W, 3], shows what its spec (dict or JSON) demands.
 
     strict: the image may show no other object. Otherwise GenEval's rule holds: only `counting`
     limits a number of objects, that of the counted shape.
     """
-    demand = json.loads(spec) if isinstance(spec, str) else spec
-    return satisfies(detect(image), demand, strict=strict)
+    demands = [json.loads(spec) if isinstance(spec, str) else spec for spec in specs]
+    return [
+        satisfies(detections, demand, strict=strict)
+        for detections, demand in zip(detect_all(images), demands, strict=True)
+    ]
