@@ -13,6 +13,7 @@ from corl_jax.atomic_files import replace_file
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.report import curves
+from corl_jax.report.charts import tile_charts
 from corl_jax.report.gallery import cut_tile, list_pages
 from corl_jax.report.read import RunRecord
 from corl_jax.runs.pictures import (
