@@ -13,7 +13,7 @@ from pathlib import Path
 from corl_jax.config.yaml_text import parse_yaml
 from corl_jax.console import print_status
 from corl_jax.errors import FAILED_EXIT_CODE, PREEMPTED_EXIT_CODE, InputError, Problems
-from corl_jax.report.read import read_run
+from corl_jax.report.read import EVALUATION, read_run
 from corl_jax.runs import same_files
 from corl_jax.runs.directory import list_config_changes
 from corl_jax.runs.locking import lock_directory
@@ -50,7 +50,13 @@ def run_study(
         def start(job: Job, slot: int) -> subprocess.Popen:
             return start_process(job, make_environment(slot, num_jobs, devices))
 
-        outcomes = run_jobs(left, start, num_jobs, stop, print_status)
+        def check_metrics(job: Job) -> None:
+            # Every run evaluates, so the first one shows a wrong name. It costs no run: the same
+            # command with the right name makes the table of the finished ones.
+            for line in find_unknown_metrics(read_results(study), EVALUATION):
+                print_status(f"warning: {line}")
+
+        outcomes = run_jobs(left, start, num_jobs, stop, print_status, check_metrics)
     results = read_results(study)
     paths = write_results(results)
     print(make_markdown(results))

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from corl_jax.nearest import suggest_name
+from corl_jax.nearest import find_near_name
 from corl_jax.report.read import RunRecord, read_run
 from corl_jax.study.schema import Study
 from corl_jax.study.seed_statistics import SeedMean, mean_over_seeds, paired_difference
@@ -110,13 +110,13 @@ def read_costs(record: RunRecord) -> dict[str, float]:
     return costs
 
 
-def find_unknown_metrics(results: Results) -> list[str]:
-    """Returns a line for each metric that no finished run has logged."""
+def find_unknown_metrics(results: Results, prefix: str = "") -> list[str]:
+    """Returns a line for each metric with a prefix that no finished run has logged."""
     known = {name for record in results.records.values() for name in record.list_metrics()}
-    if not known:
-        return []
-    return [
-        f"metrics.{name}: no finished run has logged it; {suggest_name(name, sorted(known))}"
-        for name in results.study.metrics
-        if name not in known
-    ]
+    lines = []
+    for name in results.study.metrics:
+        if known and name.startswith(prefix) and name not in known:
+            near = find_near_name(name, known)
+            hint = f"did you mean {near}?" if near else "docs/reference/metrics.md lists all"
+            lines.append(f"metrics.{name}: no finished run has logged it; {hint}")
+    return lines

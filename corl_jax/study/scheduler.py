@@ -83,9 +83,11 @@ class _Queue:
 
 def run_jobs(
     jobs: Sequence[Job], start: Callable[[Job, int], Process], limit: int, stop: StopSignal,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, note_done: Callable[[Job], None] = lambda job: None,
 ) -> Outcomes:  # fmt: skip
     """Runs jobs, at most `limit` at once; `start(job, slot)` starts a process in a slot from 0 on.
+
+    `note_done` is called with each job that has succeeded.
 
     A job whose predecessor failed is not started. A crashed process (exit code 1, or ended by
     a signal) is started again once. After a signal all processes are asked to stop, and after
@@ -96,7 +98,8 @@ def run_jobs(
         if stop.count > signals:
             signals = stop.count
             _stop_running(queue, signals, say)
-        _collect_ended(queue, bool(signals), say)
+        for job in _collect_ended(queue, bool(signals), say):
+            note_done(job)
         _start_ready(queue, start, say)
         if queue.running:
             time.sleep(POLL_SECONDS)
@@ -112,9 +115,9 @@ def _stop_running(queue: _Queue, signals: int, say: Callable[[str], None]) -> No
         process.kill() if signals > 1 else process.terminate()
 
 
-def _collect_ended(queue: _Queue, is_stopped: bool, say: Callable[[str], None]) -> None:
-    """Takes ended processes out of the running ones, and starts no other."""
-    outcomes = queue.outcomes
+def _collect_ended(queue: _Queue, is_stopped: bool, say: Callable[[str], None]) -> list[Job]:
+    """Takes ended processes out of the running ones; returns the jobs that have succeeded."""
+    outcomes, done = queue.outcomes, []
     for name, (job, _, process) in list(queue.running.items()):
         code = process.poll()
         if code is None:
@@ -122,6 +125,7 @@ def _collect_ended(queue: _Queue, is_stopped: bool, say: Callable[[str], None]) 
         del queue.running[name]
         if code == 0:
             outcomes.done.append(name)
+            done.append(job)
             say(f"done     {name}")
         elif is_stopped:
             outcomes.stopped.append(name)
@@ -131,6 +135,7 @@ def _collect_ended(queue: _Queue, is_stopped: bool, say: Callable[[str], None]) 
         else:
             outcomes.failed[name] = code
             say(f"FAILED   {name}: exit code {code}, see {job.log}")
+    return done
 
 
 def is_crash(code: int) -> bool:
