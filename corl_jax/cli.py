@@ -30,6 +30,11 @@ COMMANDS: dict[str, Command] = {
         "Train a small Janus on a CPU in three minutes.",
     ),
     "train": Command("corl_jax.train.__main__", TRAINING, "Train a model; run again to resume."),
+    "study": Command(
+        "corl_jax.study.__main__",
+        TRAINING,
+        "Train variants of a config with several seeds, and compare them.",
+    ),
     "plan": Command(
         "corl_jax.plan.__main__", TRAINING, "Estimate memory and time of a run, also for TPUs."
     ),
@@ -82,9 +87,9 @@ def _print_version(is_given: bool) -> None:
 
 def _add_command(app: typer.Typer, name: str, row: Command) -> None:
     def complete(incomplete: str) -> list[str]:
-        from corl_jax.config.shipped import list_configs
+        from corl_jax.config.shipped import list_configs, list_studies
 
-        names = list_configs() if name == "train" else []
+        names = {"train": list_configs, "study": list_studies}.get(name, list)()
         return [word for word in names if word.startswith(incomplete)]
 
     words = typer.Argument(None, autocompletion=complete)

@@ -331,9 +331,10 @@ class Train(Section):
         "Prompts whose completions share one backward pass. null: all prompts of a step.",
     )
     epochs: PositiveFloat = option(1.0, "Passes over the data.")
-    max_steps: Positive | None = option(
+    max_steps: NonNegative | None = option(
         None,
-        "Length of the run in steps, instead of epochs. A step is a batch with all its updates.",
+        "Length of the run in steps, instead of epochs. A step is a batch with all its updates. "
+        "0: the model is only evaluated, as before the first step of a longer run.",
     )
     trainable: list[str] | None = option(
         None,

@@ -1,4 +1,4 @@
-"""The configs that come with the package, by their names without `.yaml`."""
+"""The configs and studies that come with the package, by their names without `.yaml`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,21 @@ from corl_jax.nearest import suggest_name
 FOLDER = Path(__file__).parents[1] / "configs"
 
 
+STUDIES = "studies"
+"""The folder of studies in FOLDER; all other files are configs."""
+
+
 def list_configs() -> list[str]:
     """Returns the names, such as `mini/unified`, in alphabetical order."""
+    return [name for name in _list_names() if not name.startswith(f"{STUDIES}/")]
+
+
+def list_studies() -> list[str]:
+    """Returns the names, such as `studies/figure1`, in alphabetical order."""
+    return [name for name in _list_names() if name.startswith(f"{STUDIES}/")]
+
+
+def _list_names() -> list[str]:
     files = FOLDER.rglob("*.yaml")
     return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in files)
 
@@ -24,14 +37,22 @@ def find_config(text: str) -> Path:
     Raises:
         InputError: there is neither.
     """
+    return _find_file(text, "config", list_configs())
+
+
+def find_study(text: str) -> Path:
+    """Returns the file of a study, as `find_config` does that of a config."""
+    return _find_file(text, "study", list_studies())
+
+
+def _find_file(text: str, what: str, names: list[str]) -> Path:
     path = Path(expand_path(text))
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path  # whose reader says what is wrong with it
-    if text in list_configs():
+    if text in names:
         return FOLDER / f"{text}.yaml"
     raise InputError(
-        f"config: found {text!r}, no file and no config of the package; "
-        f"{suggest_name(text, list_configs())}"
+        f"{what}: found {text!r}, no file and no {what} of the package; {suggest_name(text, names)}"
     )
 
 

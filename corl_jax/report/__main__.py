@@ -6,7 +6,7 @@ RUN is a run directory (`output_dir` of a training), finished or not. The page s
 trained, the evaluations before and after with their 95% intervals, images before and after, curves,
 the best and the worst groups of completions, phases and options. Several runs are compared: a
 column each in the tables, a line each in the charts. A training writes the same page of itself at
-its end, as `report.html` in its run directory.
+its end, as `report.html` in its run directory. For the folder of a study it is the study's page.
 
 --figures writes files for a README or a paper: before_after.png (images of the first run) and
 curves.svg (evaluations and rewards of all runs). The page is then written only if --out is given.
@@ -15,13 +15,14 @@ curves.svg (evaluations and rewards of all runs). The page is then written only 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path
 
 DEFAULT_OUT = Path("report.html")
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, STUDY = "config.yaml", "metrics.jsonl", "study.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,8 +48,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError: listing all problems.
     """
     problems = Problems()
-    for run in args.runs:
-        problems.attempt(check_run, run)
+    if is_study(args.runs):
+        if args.figures is not None:
+            problems.add(f"--figures: {args.runs[0]} is a study, whose figure.svg is there already")
+    else:
+        for run in args.runs:
+            problems.attempt(check_run, run)
     if args.out is not None:
         if args.out.is_dir():
             problems.add(f"--out: {args.out} is a directory; expected the name of an HTML file")
@@ -57,6 +62,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
         problems.add(f"--figures: {args.figures} is a file; expected the name of a directory")
     problems.raise_any()
+
+
+def is_study(runs: Sequence[Path]) -> bool:
+    """Returns whether the only path is the folder of a study."""
+    return len(runs) == 1 and (runs[0] / STUDY).is_file()
 
 
 def check_run(run: Path) -> None:
@@ -83,6 +93,12 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
     check_arguments(args)
+    if is_study(args.runs):
+        from corl_jax.study.page import write_study_page
+
+        write_study_page(args.runs[0], args.out or DEFAULT_OUT)
+        print(args.out or DEFAULT_OUT)
+        return
     # Imported here, so that help and wrong paths are answered before jax is loaded.
     from corl_jax.report.command import run_report
 

@@ -147,7 +147,9 @@ def _draw_line(line: Line, at: int, axes: Axes, is_rate: bool) -> str:
     return "".join(parts)
 
 
-def _draw_frame(title: str, axes: Axes, is_rate: bool, x_label: str, y_label: str = "") -> str:
+def _draw_frame(
+    title: str, axes: Axes, is_rate: bool, x_label: str, y_label: str = "", x_is_rate: bool = False
+) -> str:
     """Draws title, grid and the numbers of both axes."""
     parts = [_write(LEFT - 44, 19, _shorten(title, TITLE_CHARACTERS), size=14.5, weight=600)]
     for y in choose_ticks(axes.y_low, axes.y_high):
@@ -160,7 +162,7 @@ def _draw_frame(title: str, axes: Axes, is_rate: bool, x_label: str, y_label: st
     low = HEIGHT - BOTTOM
     for x in choose_ticks(axes.x_low, axes.x_high, 6):
         place = axes.place_x(x)
-        parts.append(_write(place, low + 18, format_tick(x), "middle", color=FAINT))
+        parts.append(_write(place, low + 18, format_tick(x, x_is_rate), "middle", color=FAINT))
     parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{low}" y2="{low}" stroke="{FAINT}"/>')
     parts.append(_write((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 7, x_label, "middle", color=FAINT))
     if y_label:
@@ -215,6 +217,53 @@ def draw_path(
             place = (axes.place_x(x), axes.place_y(y) - 9)
             parts.append(_write(*place, f"step {step}", "middle", color=INK))
     return _wrap_svg(title, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cross:
+    """A point with the ends of its intervals, which are equal to it where none is known."""
+
+    label: str
+    x: tuple[float, float, float]  # low, value, high
+    y: tuple[float, float, float]
+
+
+def draw_crosses(
+    title: str, crosses: Sequence[Cross], x_label: str, y_label: str, is_rate: bool = False
+) -> str:
+    """Draws one value against another, a cross of its two intervals and a name for each point."""
+    ends = [Line("", [(x, y) for x in cross.x for y in cross.y]) for cross in crosses]
+    # Rates too without the 0 of other charts, because only the places of points are compared.
+    axes = _choose_axes(ends, False, 52)
+    # Room for the names, which stand to the right of their points.
+    room = 0.06 * (axes.x_high - axes.x_low)
+    axes = dataclasses.replace(axes, x_low=axes.x_low - room, x_high=axes.x_high + 4 * room)
+    parts = [_draw_frame(title, axes, is_rate, x_label, y_label, x_is_rate=is_rate)]
+    for at, cross in enumerate(crosses):
+        color = COLORS[at % len(COLORS)]
+        (left, x, right), (low, y, high) = map(axes.place_x, cross.x), map(axes.place_y, cross.y)
+        parts.append(
+            f'<path d="M{left:.1f} {y:.1f}H{right:.1f}M{x:.1f} {low:.1f}V{high:.1f}" '
+            f'stroke="{color}" stroke-width="1.6" opacity="0.7"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
+        )
+        parts.append(_write(x + 7, y - 6, cross.label, color=color, weight=600))
+    return _wrap_svg(title, parts)
+
+
+def tile_charts(charts: Sequence[str], most_columns: int) -> str:
+    """Returns charts side by side as one SVG file on white."""
+    columns, parts = min(most_columns, len(charts)), []
+    for at, chart in enumerate(charts):
+        row, column = divmod(at, columns)
+        place = f'<svg x="{column * WIDTH}" y="{row * HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        parts.append(chart.replace("<svg ", place, 1))
+    width, height = columns * WIDTH, -(-len(charts) // columns) * HEIGHT
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"><rect width="100%" height="100%" fill="#fff"/>'
+        f"{''.join(parts)}</svg>\n"
+    )
 
 
 def draw_parts(parts: Sequence[tuple[str, float]], format_part: Callable[[float], str]) -> str:

@@ -13,7 +13,7 @@ from corl_jax.atomic_files import replace_file
 from corl_jax.errors import InputError
 from corl_jax.fonts import make_drawable
 from corl_jax.report import curves
-from corl_jax.report.charts import HEIGHT, WIDTH
+from corl_jax.report.charts import tile_charts
 from corl_jax.report.gallery import cut_tile, list_pages
 from corl_jax.report.read import RunRecord
 from corl_jax.runs.pictures import (
@@ -207,15 +207,4 @@ def draw_curves(records: Sequence[RunRecord]) -> str:
             f"{records[0].root / 'metrics.jsonl'}: found no evaluation and no step; expected the "
             "log of a training"
         )
-    columns = min(CURVE_COLUMNS, len(charts))
-    parts = []
-    for at, chart in enumerate(charts):
-        row, column = divmod(at, columns)
-        place = f'<svg x="{column * WIDTH}" y="{row * HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        parts.append(chart.replace("<svg ", place, 1))
-    width, height = columns * WIDTH, -(-len(charts) // columns) * HEIGHT
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}"><rect width="100%" height="100%" fill="#fff"/>'
-        f"{''.join(parts)}</svg>\n"
-    )
+    return tile_charts(charts, CURVE_COLUMNS)

@@ -111,7 +111,7 @@ def describe_end(planned: ResolvedRun, directory: RunDir, nothing_to_do: bool = 
     """
     summary = directory.read_json(SUMMARY) or {}
     duration = format_duration(summary.get("seconds") or 0)
-    steps = f"all {summary.get('steps') or planned.steps:,} steps in {duration}"
+    steps = f"all {summary.get('steps', planned.steps):,} steps in {duration}"
     rows = [("finished", f"{steps}, before now; nothing is left to do" if nothing_to_do else steps)]
     rows += describe_change(summary.get("first_evaluation"), summary.get("last_evaluation"))
     if planned.config.export.layout != "none":

@@ -90,7 +90,8 @@ def make_loaders(
     train = Loader(trained, processor, options)
     train.check()
     # Only here: without train.max_steps the length is known when the rows are counted.
-    check_warmup(config, count_steps(config, train))
+    if steps := count_steps(config, train):
+        check_warmup(config, steps)
     if held_out is None:
         return train, None
     measured = SUITES[config.eval.suite].tasks or tasks
@@ -100,10 +101,12 @@ def make_loaders(
 
 
 def count_steps(config: Config, loader: Loader) -> int:
-    """Returns the number of iterations of the run."""
+    """Returns the number of iterations of the run; 0 only if train.max_steps says so."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
     epochs = config.train.epochs * len(loader.source) / config.train.prompts_per_step
     # At least one: rows that fill less than half of a batch would round to 0 steps.
-    return config.train.max_steps or max(1, round(epochs))
+    return max(1, round(epochs))
 
 
 def make_column_checks(

@@ -16,7 +16,13 @@ import pytest
 import corl_jax
 from corl_jax.assets import SHIPPED
 from corl_jax.cli import COMMANDS
-from corl_jax.config.shipped import FOLDER, find_config, list_configs
+from corl_jax.config.shipped import (
+    FOLDER,
+    find_config,
+    find_study,
+    list_configs,
+    list_studies,
+)
 from corl_jax.errors import InputError
 from corl_jax.policies import inspect_policy
 from corl_jax.train.__main__ import normalize_arguments
@@ -63,6 +69,10 @@ def test_every_command_has_a_main(name):
         (["report", "--help"], 0, "usage: corl-jax report"),
         (["report", "nowhere"], 2, "nowhere: no such directory"),
         (["report", "docs", "nowhere"], 2, "docs: found neither config.yaml nor metrics.jsonl"),
+        (["study", "--help"], 0, "usage: corl-jax study"),
+        (["study", "studies/figure2"], 2, "no study of the package; did you mean studies/figure1?"),
+        (["study", "studies/figure1", "algorithm.task=t2i"], 2, "did you mean algorithm.tasks?"),
+        (["study", "studies/figure1", "--jobs", "0"], 2, "--jobs: found 0; expected at least 1"),
         (["plan", "--help"], 0, "usage: corl-jax plan"),
         (["plan", "--config", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
         (["plan", "nowhere.yaml", "--topology", "local"], 2, "nowhere.yaml"),
@@ -106,10 +116,11 @@ def test_a_config_and_options_in_any_form(arguments, expected):
 def test_configs_have_names():
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     names = [file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in files]
-    assert list_configs() == names and FOLDER.samefile(ROOT / "configs")
+    assert sorted(list_configs() + list_studies()) == names and FOLDER.samefile(ROOT / "configs")
     for name, file in zip(names, files, strict=True):
-        assert find_config(name).samefile(file)
-        assert find_config(str(file)) == file
+        find_file = find_study if name in list_studies() else find_config
+        assert find_file(name).samefile(file)
+        assert find_file(str(file)) == file
     with pytest.raises(InputError, match="no file and no config of the package"):
         find_config("nothing")
 

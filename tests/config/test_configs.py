@@ -21,7 +21,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config import options
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, Reward, Section
-from corl_jax.config.shipped import describe_config, list_configs
+from corl_jax.config.shipped import describe_config, list_configs, list_studies
 from corl_jax.data.columns import COLUMNS
 from corl_jax.errors import InputError
 from corl_jax.params import partition
@@ -33,7 +33,7 @@ from corl_jax.train import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
-FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+FILES = [f"{name}.yaml" for name in list_configs()]
 PAPER = [name for name in FILES if name.startswith("janus_pro_")]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 DEVICES = (1, 2, 4, 8)
@@ -418,10 +418,12 @@ def test_links_and_paths_in_a_document_exist(path):
         assert command in COMMANDS, command
     for config in re.findall(r"corl-jax (?:train|plan) (\w+/[\w/]+)(?=\s|`)", text):
         assert config in list_configs(), config
+    for study in re.findall(r"corl-jax study (\w+/[\w/]+)(?=\s|`)", text):
+        assert study in list_studies(), study
     assert_dotted_names_exist(re.findall(r"`([\w.]+)[`=(]", text))
 
 
-@pytest.mark.parametrize("name", list_configs())
+@pytest.mark.parametrize("name", [*list_configs(), *list_studies()])
 def test_a_config_begins_with_a_whole_sentence(name):
     """The command `configs` shows the first line alone."""
     assert describe_config(name).endswith("."), describe_config(name)
