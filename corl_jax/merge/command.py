@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def _find_movable(inputs: MergeInputs, params: str | None) -> set[str]:
 
 
 def _find_foreign_moves(
-    inputs: MergeInputs, moves: Sequence[TensorMoves], movable: set[str], params: str | None
+    inputs: MergeInputs, moves: Iterable[TensorMoves], movable: set[str], params: str | None
 ) -> Iterator[str]:
     """Yields a problem for each tensor that should equal the base and does not."""
     for tensor in moves:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def _find_limits(inputs: MergeInputs, tensor: TensorMoves, rule: Rule, factor: f
 
 def _read_blocks(
     base: Leaves, models: Sequence[MergeModel], path: str, layer: int | None
-) -> Iterator[tuple[object, np.ndarray, list[np.ndarray]]]:
+) -> Iterator[tuple[Any, np.ndarray, list[np.ndarray]]]:
     """Yields (index, base, models) for each block of a tensor, as float32 in the leaf's order."""
     # Blocks and order are the same for every layout, so that sums over them are equal to the bit.
     for index, _, box in split_pieces(make_whole_box(_slice_shape(base, path, layer)), True):

@@ -58,7 +58,9 @@ def read_adapter_settings(folder: Path) -> AdapterSettings:
                 f"{file}: {name} is {value!r}, expected {plain!r}; merge the adapter with peft "
                 "(merge_and_unload), and give the merged model"
             )
-    rank, alpha, base = (data.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
+    rank: Any = data.get("r")
+    alpha: Any = data.get("lora_alpha")
+    base = data.get("base_model_name_or_path")
     if type(rank) is not int or rank < 1:
         problems.add(f"{file}: r is {rank!r}, expected a whole number of at least 1")
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
