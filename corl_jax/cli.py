@@ -52,6 +52,9 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "corl_jax.convert.__main__", FILES, "Convert, inspect and compare checkpoints."
     ),
+    "merge": Command(
+        "corl_jax.merge.__main__", FILES, "Merge models that were trained from one base."
+    ),
     "push": Command("corl_jax.push", FILES, "Upload a model to the Hugging Face hub."),
     "data": Command(
         "corl_jax.data.drawn_world.__main__", FILES, "Write rows of the drawn world to parquet."

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 TRANSFORMERS_QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
@@ -52,3 +52,19 @@ def hide_import_advice() -> Iterator[None]:
             os.environ.pop(TRANSFORMERS_QUIET, None)
         else:
             os.environ[TRANSFORMERS_QUIET] = before
+
+
+@contextlib.contextmanager
+def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
+    """Shows a byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance

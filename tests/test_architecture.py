@@ -31,7 +31,7 @@ LAYERS = {
     "policies": 2, "data": 2, "runs": 2,
     "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3, "report": 3,
     "train": 4, "api": 4,
-    "plan": 5, "study": 5, "convert": 5, "score": 5, "quickstart": 5,
+    "plan": 5, "study": 5, "convert": 5, "merge": 5, "score": 5, "quickstart": 5,
 }  # fmt: skip
 COMMANDS = 5
 # Inside a layer only these are forbidden: (importer, imported).

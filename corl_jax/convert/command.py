@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from corl_jax.console import show_progress
 from corl_jax.convert.compare import compare
 from corl_jax.convert.describe import describe
 from corl_jax.errors import InputError, shorten
@@ -23,22 +21,6 @@ from corl_jax.weights.recognise import recognise_kind
 POLICIES = {name: family.kind for name, family in FAMILIES.items()}
 ALL_KINDS = {**POLICIES, **KINDS}
 MAX_LINES = 50  # of differences; a wrong config would print a thousand
-
-
-@contextlib.contextmanager
-def show_progress(what: str) -> Iterator[Callable[[int], None] | None]:
-    """Shows a byte counter on a terminal; nothing elsewhere, so that logs stay readable."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
 
 
 def run_convert(args: argparse.Namespace) -> int:

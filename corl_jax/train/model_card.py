@@ -74,7 +74,7 @@ def read_metadata(card: bytes) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _find_hub_id(path: str) -> str | None:
+def find_hub_id(path: str) -> str | None:
     """Returns owner/name of a `model.path` on the hub; None for a directory or a shipped model."""
     if path in SHIPPED or Path(expand_path(path)).exists():
         return None
@@ -87,7 +87,7 @@ def _find_hub_id(path: str) -> str | None:
 def make_metadata(config: Config, run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the metadata of the card. `base`: those of the base model's card."""
     inherited = {name: base[name] for name in INHERITED if name in base}
-    hub_id = _find_hub_id(config.model.path)
+    hub_id = find_hub_id(config.model.path)
     is_adapter = config.export.lora == "adapter"
     named = {"base_model": hub_id} if hub_id else {}
     values = inherited | named
@@ -127,7 +127,7 @@ def _name_base(path: str) -> str:
     """Returns the base model in words, without the place of a directory on this machine."""
     if path in SHIPPED:
         return f"`{path}`, a model of the corl_jax package"
-    return f"`{path}`" if _find_hub_id(path) else f"the directory `{Path(path).name}`"
+    return f"`{path}`" if find_hub_id(path) else f"the directory `{Path(path).name}`"
 
 
 def _list_paths(config: Config) -> list[str]:
@@ -137,7 +137,7 @@ def _list_paths(config: Config) -> list[str]:
 
 def _describe_training(config: Config, run: Run, step: int) -> str:
     """Returns the section with the data, and for reinforcement learning rewards and algorithm."""
-    data = ", ".join(f"`{_hide_folders(path)}`" for path in _list_paths(config))
+    data = ", ".join(f"`{hide_folders(path)}`" for path in _list_paths(config))
     train, optimizer = config.train, config.optimizer
     rows = [
         ("data", f"{data}, {len(run.train_loader.source):,} rows"),
@@ -155,10 +155,10 @@ def _describe_training(config: Config, run: Run, step: int) -> str:
             ("KL penalty", f"{algorithm.kl_coef:g}"),
             ("guidance of images", f"{rollout.cfg_scale:g}"),
         ]
-    parts.append(_make_table(("", ""), rows))
+    parts.append(make_table(("", ""), rows))
     if STAGE_FACTS[config.stage].has_rollouts:
         rewards = [(f"`{reward.label}`", f"{reward.weight:g}") for reward in config.rewards]
-        parts.append(_make_table(("reward", "weight"), rewards))
+        parts.append(make_table(("reward", "weight"), rewards))
     return "\n\n".join(parts)
 
 
@@ -176,7 +176,7 @@ def _describe_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
         if not parts.fullmatch(name)
     ]
     heads = [f"step {values.get('step')}" for values in columns]
-    table = _make_table(("", *heads), rows)
+    table = make_table(("", *heads), rows)
     return f"## Evaluation\n\nOn held-out rows, with 95% intervals.\n\n{table}"
 
 
@@ -210,14 +210,14 @@ def _hide_places(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(value, list):
             return [walk(inner, f"{key}.{number}") for number, inner in enumerate(value)]
         is_place = is_path(key) or key in ("output_dir", "checkpoint.directory")
-        return _hide_folders(value) if is_place and isinstance(value, str) else value
+        return hide_folders(value) if is_place and isinstance(value, str) else value
 
     for name, value in tree.items():
         if name != "distributed":  # host names
             yield name, walk(value, name)
 
 
-def _hide_folders(path: str) -> str:
+def hide_folders(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -235,7 +235,7 @@ def _describe_limits(config: Config, evaluations: Sequence[Mapping[str, Any]]) -
     )
 
 
-def _make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table of Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     # A bar would begin a new cell.

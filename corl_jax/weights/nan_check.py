@@ -36,11 +36,15 @@ def count_non_finite(array: np.ndarray) -> int:
 
 def check_finite(where: object, path: str, array: np.ndarray) -> list[str]:
     """Returns a problem if a parameter holds NaN or infinity."""
-    count = count_non_finite(array)
+    return describe_non_finite(where, path, count_non_finite(array), array.size)
+
+
+def describe_non_finite(where: object, path: str, count: int, size: int) -> list[str]:
+    """Returns a problem if `count` of a parameter's `size` values are NaN or infinite."""
     if not count:
         return []
     return [
-        f"{where}: {path}: {count} of {array.size} values are NaN or infinite; the file is "
+        f"{where}: {path}: {count} of {size} values are NaN or infinite; the file is "
         "damaged, or of a run that diverged: use another checkpoint"
     ]
 

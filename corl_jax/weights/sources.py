@@ -143,7 +143,7 @@ def read_leaf(
         copy_array(out[where], leaves.read(path, layer, part))
 
     # Threads help although Python has a lock: `pread` and NumPy's copies release it.
-    pieces = list(_split_layers(box) if stacked else _split_pieces(box, leaves.transposed))
+    pieces = list(_split_layers(box) if stacked else split_pieces(box, leaves.transposed))
     if leaves.concurrent and len(pieces) > 1:
         with ThreadPoolExecutor(READERS) as readers:
             for _ in readers.map(fill, pieces):
@@ -164,7 +164,7 @@ def _split_layers(box: Box) -> Iterator[Piece]:
     return (((place, ...), layer, box[1:]) for place, layer in enumerate(range(*box[0])))
 
 
-def _split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
+def split_pieces(box: Box, transposed: bool) -> Iterator[Piece]:
     """Splits a box into pieces of about PIECE values, which are almost contiguous in the file."""
     sizes = [stop - start for start, stop in box]
     if math.prod(sizes) <= PIECE:

@@ -136,6 +136,10 @@ class Table:
         """Returns whether a row has this torch key."""
         return any(_compile_pattern(row.key).fullmatch(key) for row in self.rows)
 
+    def has_leaf(self, path: str) -> bool:
+        """Returns whether a row has this parameter path."""
+        return any(_compile_pattern(row.path).fullmatch(path) for row in self.rows)
+
     def find_row(self, path: str) -> tuple[Row, dict[str, str]]:
         """Returns the one row of a leaf, and the values of its placeholders."""
         hits = [(row, m) for row in self.rows if (m := _compile_pattern(row.path).fullmatch(path))]

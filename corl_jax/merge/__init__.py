@@ -1,0 +1,1 @@
+"""Merges models that were trained from one base into one model."""
