@@ -87,6 +87,16 @@ def choose_tasks(choice: str) -> tuple[str, ...]:
     return (choice,)
 
 
+def choose_tasks_of_step(tasks: Sequence[str], every: int, step: int) -> tuple[str, ...]:
+    """Returns the tasks that a step trains, counted from 0: all, or one that changes.
+
+    `every` is the number of steps after which the task changes; 0: all tasks in each step.
+    """
+    # Of the step alone, so that a resumed run continues the schedule without a state of its own.
+    # Two tasks, every 2: steps 0, 1, 2, 3, 4 -> tasks 0, 0, 1, 1, 0.
+    return (tasks[step // every % len(tasks)],) if every else tuple(tasks)
+
+
 def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
     """Returns the standard columns that make the tasks' prompts, each once."""
     # A dict, not a set: the order of columns must be the same in every process.

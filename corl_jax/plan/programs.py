@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ class Program:
     function: Any  # jitted
     resident: tuple  # inputs that stay on the device between programs
     inputs: tuple  # the others
-    calls: int = 1  # in an iteration
+    calls: float = 1  # in an iteration; the mean of both where tasks take turns
     rounds: int = 1  # most rounds of a loop whose end depends on sampled tokens
 
     def lower(self) -> Any:
@@ -127,7 +128,9 @@ def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> Enc
     )
 
 
-def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, ...]) -> Batch:
+def make_batch(
+    outline: RunOutline, tasks: Sequence[str], lengths: dict[str, int], extra: tuple[str, ...]
+) -> Batch:
     """Returns shapes of an update's batch; `extra` names further log-probs that it needs."""
     config = outline.config
     count = config.train.prompts_per_step
@@ -150,7 +153,7 @@ def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, .
             **dict.fromkeys(extra, logprobs),
         )
 
-    return {task: make_task(task) for task in outline.tasks}
+    return {task: make_task(task) for task in tasks}
 
 
 def make_programs(
@@ -166,6 +169,10 @@ def make_programs(
     params = merge(resident.state.params, resident.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)
+    period = build.choose_period(outline)
+    # The tasks of an update, and the share of the iterations in which it is made.
+    updates = [(task,) for task in outline.tasks] if period else [outline.tasks]
+    share = 1 / len(updates) if period else 1
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * group))
     programs = [
         Program(
@@ -173,7 +180,7 @@ def make_programs(
             jax.jit(sampler),
             (params,),
             (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
-            calls=config.train.prompts_per_step // count,
+            calls=share * (config.train.prompts_per_step // count),
             # The prefill gives the first token, so the loop makes one fewer.
             rounds=split_steps(get_completion_length(outline, task) - 1)[0],
         )
@@ -184,19 +191,19 @@ def make_programs(
         shape = (config.train.prompts_per_step * group, get_completion_length(outline, task))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
-        programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))
+        programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,), share))
     train_step, score_step = build.make_steps(outline, optimizer, shardings)
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
     extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
-    if extra:
-        # Old and reference log-probs are counted as calls of one program. The reference is in the
-        # compute dtype, so only its casts differ.
-        scored = (resident.state.params, resident.frozen)
-        programs.append(
-            Program(
-                "log-probs", score_step, scored, (make_batch(outline, lengths, ()),), len(extra)
-            )
-        )
-    update, arrays = (make_batch(outline, lengths, extra),), (resident.state, resident.frozen)
-    programs.append(Program("update", train_step, arrays, update, outline.updates_per_step))
+    scored, arrays = (resident.state.params, resident.frozen), (resident.state, resident.frozen)
+    for tasks in updates:
+        name = f" {tasks[0]}" if period else ""
+        if extra:
+            # Old and reference log-probs are counted as calls of one program. The reference is in
+            # the compute dtype, so only its casts differ.
+            batch = make_batch(outline, tasks, lengths, ())
+            calls = share * len(extra)
+            programs.append(Program(f"log-probs{name}", score_step, scored, (batch,), calls))
+        batch, calls = make_batch(outline, tasks, lengths, extra), share * outline.updates_per_step
+        programs.append(Program(f"update{name}", train_step, arrays, (batch,), calls))
     return resident, programs

@@ -78,8 +78,8 @@ class State:
     """metric -> its first WINDOW values"""
     quiet: dict[str, int] = dataclasses.field(default_factory=dict)
     """alarm that is on -> logged steps within the limit since"""
-    progress: list = dataclasses.field(default_factory=lambda: [0.0, 0])
-    """sum and number of training rewards since the last evaluation"""
+    progress: dict[str, list] = dataclasses.field(default_factory=dict)
+    """training reward -> its sum and number since the last evaluation"""
     best: dict[str, list] = dataclasses.field(default_factory=dict)
     """held-out score -> [mean, standard error, training reward] at its best evaluation"""
 
@@ -88,10 +88,10 @@ class Guards:
     """Ends a run that goes wrong, and raises alarms; all processes see the same numbers."""
 
     def __init__(
-        self, limits: Limits, alarms: Sequence[Alarm] = (), progress: str | None = None
+        self, limits: Limits, alarms: Sequence[Alarm] = (), progress: Sequence[str] = ()
     ) -> None:
-        """`progress`: the logged metric that should rise, with which held-out scores compare."""
-        self._limits, self._alarms, self._progress = limits, tuple(alarms), progress
+        """`progress`: logged metrics whose mean should rise, with which held-out scores compare."""
+        self._limits, self._alarms, self._progress = limits, tuple(alarms), tuple(progress)
         self._state = State()
 
     @property
@@ -105,8 +105,12 @@ class Guards:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restores a saved state."""
-        # A state of an older version may lack fields: they keep their defaults.
-        self._state = dataclasses.replace(State(), **state)
+        # A state of an older version may lack fields: they keep their defaults. Its progress is
+        # that of the only metric.
+        progress = state.get("progress", {})
+        if not isinstance(progress, Mapping):
+            progress = dict.fromkeys(self._progress[:1], progress)
+        self._state = dataclasses.replace(State(), **{**state, "progress": dict(progress)})
         # An alarm that is on begins anew if it has become fatal, because only its beginning ends
         # a run.
         quiet = self._state.quiet.items()
@@ -204,13 +208,27 @@ class Guards:
         return metrics, lines
 
     def _add_progress(self, values: Mapping[str, float]) -> None:
-        if self._progress is None:
-            return
-        value = values.get(self._progress, math.nan)
-        if math.isfinite(value):
-            total, count = self._state.progress
-            self._state.progress = [total + value, count + 1]
-            _add_first(self._state.first, self._progress, value)
+        for name in self._progress:
+            value = values.get(name, math.nan)
+            if math.isfinite(value):
+                total, count = self._state.progress.get(name, [0.0, 0])
+                self._state.progress[name] = [total + value, count + 1]
+                _add_first(self._state.first, name, value)
+
+    def _take_progress(self) -> float | None:
+        """Returns the mean training reward since the last call; None if a metric has no value."""
+        progress, self._state.progress = self._state.progress, {}
+        if not self._progress or any(name not in progress for name in self._progress):
+            return None
+        # The mean of means: tasks that take turns need not have as many steps each.
+        return statistics.fmean(total / count for total, count in map(progress.get, self._progress))
+
+    def _average_first(self) -> float | None:
+        """Returns the mean training reward of the run's first WINDOW steps."""
+        first = [self._state.first.get(name, []) for name in self._progress]
+        if not all(first) or not first:
+            return None
+        return statistics.fmean(statistics.fmean(map(_to_number, values)) for values in first)
 
     def _find_always_one(
         self, alarm: Alarm, values: Mapping[str, float], is_last: bool
@@ -273,20 +291,17 @@ class Guards:
         state, limit = self._state, self._limits.held_out
         # The training reward of an evaluation is the mean of the logged steps since the one
         # before. For the first evaluation it is that of the run's first WINDOW logged steps.
-        total, count = state.progress
-        state.progress = [0.0, 0]
+        reward = self._take_progress()
         finite = {name: pair for name, pair in scores.items() if all(map(math.isfinite, pair))}
         if limit is None or not finite:
             return {}, []
-        reward = total / count if count else None
-        begin = [_to_number(x) for x in state.first.get(self._progress or "", [])]
         fallen = []
         for name, (mean, error) in finite.items():
             best = state.best.get(name)
             if best is None or mean > best[0]:
                 state.best[name] = [mean, error, reward]
                 continue
-            then = best[2] if best[2] is not None else (statistics.fmean(begin) if begin else None)
+            then = best[2] if best[2] is not None else self._average_first()
             drop = best[0] - mean
             risen = then is not None and reward is not None and reward > then
             # Both scores are measured: the error of a difference is the root of the summed squares.

@@ -14,6 +14,8 @@ from corl_jax.train.run import Iteration
 
 REWARD = "reward"
 """The metric that should rise during training."""
+ZERO_SPREAD = "frac_reward_zero_std"
+"""Fraction of the groups with equal rewards."""
 NOT_APPLICABLE = "not_applicable"
 """Fraction of the completions that no reward applies to."""
 
@@ -38,7 +40,7 @@ ALARMS = (
         "images of a group have the same tokens", span=WINDOW,
     ),
     Alarm(
-        "zero_spread", ("frac_reward_zero_std",),
+        "zero_spread", (ZERO_SPREAD,),
         "groups get equal rewards, so there is no signal", span=WINDOW, nan_is_absent=True,
     ),
     Alarm(
@@ -61,18 +63,28 @@ ALARMS = (
 """Alarms over logged metrics. The limit of each is the option of `guards` with its name."""
 
 
-def list_alarms(options: schema.Guards) -> list[Alarm]:
-    """Returns the alarms that have a limit in the options."""
+def list_alarms(options: schema.Guards, alternates: bool = False) -> list[Alarm]:
+    """Returns the alarms that have a limit in the options.
+
+    `alternates`: a step trains one of several tasks.
+    """
     limits = {alarm.name: getattr(options, alarm.name) for alarm in ALARMS}
     return [
-        dataclasses.replace(alarm, limit=limits[alarm.name])
+        dataclasses.replace(
+            alarm,
+            limit=limits[alarm.name],
+            # The joint metric is then that of another task from step to step.
+            keys=name_for_tasks(ZERO_SPREAD)
+            if alternates and alarm.keys == (ZERO_SPREAD,)
+            else alarm.keys,
+        )
         for alarm in ALARMS
         if limits[alarm.name] is not None
     ]
 
 
-def make_guards(options: schema.Guards) -> Guards:
-    """Returns the guards of a run."""
+def make_guards(options: schema.Guards, alternating: Sequence[str] = ()) -> Guards:
+    """Returns the guards of a run; `alternating` has the tasks that its steps train in turn."""
     limits = Limits(
         max_skipped_updates=options.max_skipped_updates,
         max_failed_fraction=options.max_failed_reward_fraction,
@@ -80,7 +92,8 @@ def make_guards(options: schema.Guards) -> Guards:
         held_out=options.held_out,
         fatal=tuple(options.fatal),
     )
-    return Guards(limits, list_alarms(options), progress=REWARD)
+    progress = [f"{task}/{REWARD}" for task in alternating] or [REWARD]
+    return Guards(limits, list_alarms(options, bool(alternating)), progress)
 
 
 def describe_updates(updates: Sequence[Mapping[str, Metric]]) -> list[Update]:

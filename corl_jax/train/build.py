@@ -71,6 +71,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         advantage_options=make_advantage_options(plan),
         loss_weights=tuple(plan.stage.loss_weights(config).items()),
         tasks=plan.tasks,
+        alternate_every=choose_period(plan),
         group_size=config.rollout.group_size,
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
@@ -241,6 +242,12 @@ def make_samplers(plan: RunOutline) -> dict[str, Sampler]:
         name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
         for name in plan.tasks
     }
+
+
+def choose_period(plan: RunOutline) -> int:
+    """Returns after how many steps the trained task changes; 0 if each step trains all tasks."""
+    alternates = plan.stage.samples and len(plan.tasks) > 1
+    return plan.config.algorithm.alternate_every if alternates else 0
 
 
 def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:

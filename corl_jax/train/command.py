@@ -188,7 +188,7 @@ def open_outputs(
     earlier = read_evaluation_seconds(directory) if start else {}
     pace = Pace(functools.partial(count_milestones, config, run), earlier)
     stacks = directory.path(f"stacks_{jax.process_index()}.txt")
-    guards = make_guards(config.guards)
+    guards = make_guards(config.guards, run.tasks if run.alternate_every else ())
     guards.restore(meta.get("guards", {}))
 
     def note_saved(step: int) -> None:
@@ -218,10 +218,13 @@ def open_outputs(
 def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
     """Returns the log of the run's iterations, with the checks after each."""
 
+    uncompiled = {*run.tasks} if run.alternate_every else set()
+
     def check_step(step: int, iteration: Iteration) -> None:
-        # After a whole iteration everything is compiled, and the watchdog may use its shorter
-        # limit.
-        outputs.watchdog.beat(compiled=True)
+        # After a whole iteration of each task everything is compiled, and the watchdog may use its
+        # shorter limit.
+        uncompiled.difference_update(iteration.samples)
+        outputs.watchdog.beat(compiled=not uncompiled)
         check_iteration(outputs.guards, step, iteration, is_last=step == run.steps)
         outputs.saver.poll()
         if iteration.num_tokens is not None:

@@ -28,7 +28,7 @@ from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
-from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
+from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
@@ -38,8 +38,9 @@ from corl_jax.types import Params, Prompts, Rollout
 def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of prompts."""
     params = merge(state.params, run.frozen)
+    tasks = choose_tasks_of_step(run.tasks, run.alternate_every, step)
     # Texts first: the host decodes and scores them while the device still generates images.
-    order = (*text_tasks(run.tasks), *image_tasks(run.tasks))
+    order = (*text_tasks(tasks), *image_tasks(tasks))
     scored: dict[str, Scored] = {}
     with run.phases("rollout"):
         # Dispatched, not awaited: the device works through them in this order.
@@ -50,10 +51,10 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     with run.phases("reward"):
         last = order[-1]
         scored[last] = score_rollout(run, last, params, prompts, rollouts[last], step)
-        rewards = {task: scored[task].rewards for task in run.tasks}
+        rewards = {task: scored[task].rewards for task in tasks}
         advantages, stats = compare(run, rewards)
     with run.phases("update"):
-        batch = make_batch(run, state, {task: rollouts[task] for task in run.tasks}, advantages)
+        batch = make_batch(run, state, {task: rollouts[task] for task in tasks}, advantages)
         updates = []
         for _ in range(run.num_iterations):
             state, metrics = run.train_step(state, run.frozen, batch)
@@ -72,7 +73,7 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         for name, share in average_failures(run, result).items():
             metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
             failed[f"{name} of {task}"] = share
-    samples = {task: scored[task].samples for task in run.tasks}
+    samples = {task: scored[task].samples for task in tasks}
     return state, Iteration(
         metrics, samples, rewards, updates, failed, advantages, numbers.lengths, shares,
         numbers.num_tokens,

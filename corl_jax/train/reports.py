@@ -20,7 +20,7 @@ from corl_jax.rewards.samples import Policy
 from corl_jax.runs import pictures
 from corl_jax.runs.log import reduce_metrics
 from corl_jax.runs.outputs import Outputs, Progress
-from corl_jax.tasks import TASKS, image_tasks, text_tasks
+from corl_jax.tasks import TASKS, choose_tasks_of_step, image_tasks, text_tasks
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState
@@ -65,11 +65,12 @@ def describe_iteration(
     for kind, count in run.train_loader.counts.items():
         values[f"data/{kind}_rows"] = count
     rollout = values.get("phase/rollout_seconds")
-    if rollout and image_tasks(run.tasks):
+    tasks = choose_tasks_of_step(run.tasks, run.alternate_every, step - 1)
+    if rollout and image_tasks(tasks):
         images = config.train.prompts_per_step * run.group_size
         values["perf/images_per_second"] = images / rollout
-    if rollout and text_tasks(run.tasks):
-        tokens = sum(values[f"{task}/tokens"] for task in text_tasks(run.tasks))
+    if rollout and text_tasks(tasks):
+        tokens = sum(values[f"{task}/tokens"] for task in text_tasks(tasks))
         values["perf/tokens_per_second"] = tokens / rollout
     return values
 

@@ -26,7 +26,7 @@ from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Family, Limits, Processor
 from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import TASKS, choose_tasks_of_step
 from corl_jax.train import attending, fit
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.recipe_options import (
@@ -164,7 +164,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, eval_loader=eval_loader,
-        warnings=rewards.warnings + find_ignored_options(config),
+        warnings=[*rewards.warnings, *find_ignored_options(config), *find_unlogged_tasks(config)],
     )  # fmt: skip
 
 
@@ -294,6 +294,22 @@ def find_unused_rewards(
         if reward.name not in names
     ]
     return warnings + networks.find_unused_settings(used, config.networks)
+
+
+def find_unlogged_tasks(config: Config) -> list[str]:
+    """Returns a warning for each task that is trained but in no step of the log."""
+    tasks, every = STAGES[config.stage].tasks(config), config.algorithm.alternate_every
+    if not every or len(tasks) < 2 or not STAGES[config.stage].samples:
+        return []
+    # Both schedules repeat after so many steps.
+    steps = range(config.log.every, 1 + config.log.every * every * len(tasks), config.log.every)
+    logged = {task for step in steps for task in choose_tasks_of_step(tasks, every, step - 1)}
+    return [
+        f"log.every: with {config.log.every} and algorithm.alternate_every {every} no step of "
+        f"{task} is logged, but for the last of the run; choose an odd number of steps"
+        for task in tasks
+        if task not in logged
+    ]
 
 
 def _find_scorer_problems(

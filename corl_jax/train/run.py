@@ -52,6 +52,7 @@ class Run:
     advantage_options: AdvantageOptions | None  # None where no rewards are compared
     loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
     tasks: tuple[str, ...]
+    alternate_every: int  # steps after which the trained task changes; 0: all in each step
     group_size: int
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int

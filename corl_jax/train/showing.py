@@ -118,7 +118,7 @@ def show_iteration(
 ) -> bool:
     """Shows what is due after `step` steps; returns whether that took time."""
     log = outputs.log
-    if log.needs_layout and "loss" in log.names:  # a step has been logged
+    if log.needs_layout and has_logged_steps(run, log):
         log.add_layout(step, dashboard.make_layout(log.names))
     every = config.log.samples_every
     is_shown = are_samples_due(config.log.images_every, run, step)
@@ -138,6 +138,12 @@ def show_iteration(
                 show_completions(log, step, completions)
             show_ratios(log, step, iteration)
     return True
+
+
+def has_logged_steps(run: Run, log: RunLog) -> bool:
+    """Returns whether a step of each task that takes turns has been logged, else any step."""
+    shown = [f"{task}/loss" for task in run.tasks] if run.alternate_every else ["loss"]
+    return log.names.issuperset(shown)
 
 
 # ---- what

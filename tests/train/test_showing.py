@@ -91,7 +91,7 @@ def test_answers_are_shown_with_the_image_of_their_question(answers):
 def test_samples_that_cannot_be_written_warn_once(answers, tmp_path, monkeypatch):
     part = answers
     monkeypatch.setattr(showing, "collect_completions", lambda *_: part)
-    run = SimpleNamespace(steps=9)
+    run = SimpleNamespace(steps=9, tasks=("t2i", "mm2t"), alternate_every=0)
     config = SimpleNamespace(log=SimpleNamespace(samples_every=1, images_every=0))
     stream, directory = io.StringIO(), RunDir(tmp_path)
     iteration = SimpleNamespace(samples={"mm2t": part.samples})

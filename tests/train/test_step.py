@@ -301,7 +301,8 @@ def recorded_iteration(monkeypatch, batch, **changes):
     monkeypatch.setattr(rl_iteration, "score_samples", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
-        "tasks": ("t2i", "mm2t"), "phases": Phases(), "mesh": make_mesh(8), "frozen": {},
+        "tasks": ("t2i", "mm2t"), "alternate_every": 0, "phases": Phases(),
+        "mesh": make_mesh(8), "frozen": {},
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "logprob_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),

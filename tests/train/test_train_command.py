@@ -830,8 +830,9 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
         steps_per_epoch=4, counts={"bad": 0}, share_unusable=lambda union: None
     )
     run = SimpleNamespace(
-        steps=5, schedule=float, train_loader=loader, group_size=2, tasks=("t2i",), phases=Phases()
-    )
+        steps=5, schedule=float, train_loader=loader, group_size=2, tasks=("t2i",),
+        alternate_every=0, phases=Phases(),
+    )  # fmt: skip
     sink = SimpleNamespace(
         needs_layout=False,
         add_metrics=lambda step, values: taken.append((step, values)),

@@ -181,7 +181,7 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
         samplers=make_segment_samplers(setting), rewards=rewards, networks={},
         recipe=RECIPES["grpo"], advantage_options=comparison,
-        loss_weights=tuple((task, 1.0) for task in TASKS), tasks=tuple(TASKS),
+        loss_weights=tuple((task, 1.0) for task in TASKS), tasks=tuple(TASKS), alternate_every=0,
         group_size=setting.group, rollout_batch=setting.prompts,
         num_iterations=1, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
