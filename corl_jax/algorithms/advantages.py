@@ -248,13 +248,17 @@ def compare_each_reward(
         task: normalize_each(values, weights[task], options.group_size, options.eps, options.scale)
         for task, values in inputs.sampled.items()
     }
-    # A sum of F normalised rewards grows with F; the std of the batch makes its size independent of
-    # F. Sums of normalised rewards are centred already, but for penalties and rows left out. To
-    # subtract the mean of the batch instead would move groups with equal rewards away from 0.
+
+    def estimate(sums: jax.Array) -> jax.Array:
+        # Sums of normalised rewards are centred already, but for penalties and rows left out. To
+        # subtract the mean of the batch instead would move groups with equal rewards away from 0.
+        centred = compute_group_advantages(sums, options.group_size, scale="none")
+        # A sum of F normalised rewards grows with F; the std of the batch takes that out.
+        return divide_by_spread(centred, ~jnp.isnan(sums), options.eps)
+
     advantages = compute_joint_advantages(
         _subtract_penalties(normalized, inputs.penalties), dict(options.task_weights), options.mode,
-        group_size=options.group_size,
-        estimate=lambda r: compute_group_advantages(r, options.group_size, options.eps, "batch"),
+        group_size=options.group_size, estimate=estimate,
     )  # fmt: skip
     return advantages, describe_rewards(total_rewards(inputs, options), options)
 
