@@ -1,10 +1,11 @@
-"""Turns the rewards of completions into advantages: each completion against a baseline.
+"""Turns the rewards of several functions and tasks into advantages.
 
 Axes as in `types.py`: N completions, prompt-major, so that a group is `group_size` neighbouring
 rows; F reward functions. Every function is pure and can be called inside jit.
 
-The equations of CoRL (arXiv 2505.17534): eq. 1 in `compute_group_advantages`, eq. 5 in
-`unify_rewards`. The functions `compare_...` are those of the rows of `recipes.RECIPES`.
+The equations of CoRL (arXiv 2505.17534): eq. 5 in `unify_rewards`, eq. 1 in `estimators`, which
+compares completions with one reward each. The functions `compare_...` are those of the rows of
+`recipes.RECIPES`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from corl_jax.algorithms.estimators import (
+    Scale,
+    compute_greedy_advantages,
+    compute_group_advantages,
+    compute_rloo_advantages,
+    divide_by_spread,
+    split_into_groups,
+    summarize_rewards,
+    whiten_batch,
+)
+
 ADVANTAGE_MODES = ("unified_reward", "unified_advantage", "separate")
-
-Scale = Literal["group", "batch", "none"]
-"""The rewards whose standard deviation divides advantages: of the group, of the batch, or none."""
-
-# Rewards of one group that differ by less than rounding are the same reward: dividing the
-# difference by the std would turn rounding into a learning signal.
-ROUNDING_UNITS = 4
 
 
 def combine_rewards(per_function: jax.Array, weights: jax.Array, group_size: int = 1) -> jax.Array:
@@ -45,97 +50,6 @@ def combine_rewards(per_function: jax.Array, weights: jax.Array, group_size: int
     expected = jnp.broadcast_to(grouped.any(axis=-1, keepdims=True), grouped.shape)
     complete = (applies == expected.reshape(applies.shape)).all(axis=0) & applies.any(axis=0)
     return jnp.where(complete, weighted.sum(axis=0), jnp.nan)
-
-
-def compute_group_advantages(
-    rewards: jax.Array, group_size: int, eps: float = 1e-4, scale: Scale = "group"
-) -> jax.Array:
-    """Computes the advantage of each completion in its group [N]: (r - mean) / (std + eps).
-
-    `rewards` [N] is NaN where no reward applies. Such a row does not enter the mean and the std
-    of its group, and its advantage is 0. Groups with fewer than two valid rewards, or whose
-    rewards are equal, get exactly 0. The std is that of the group, or with `scale` "batch" that of
-    all valid rewards; "none" leaves it out (Dr.GRPO).
-    Raises: ValueError if N is not a multiple of the group size.
-    Source: arXiv 2505.17534 eq. 1; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form; Dr.GRPO
-    (arXiv 2503.20783); the std of the batch is an option of TRL (`scale_rewards`).
-    """
-    groups = _split_into_groups(rewards, group_size)
-    valid = ~jnp.isnan(groups)
-    count = valid.sum(axis=1, keepdims=True)
-    # NaN * 0 is NaN, so the values themselves are replaced before any sum.
-    rewards_or_zero = jnp.where(valid, groups, 0.0)
-    mean = rewards_or_zero.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
-    centred = jnp.where(valid, groups - mean, 0.0)
-    # ddof 1: torch's std, which the released code uses, is the unbiased one (Q29).
-    std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1))
-    informative = (count > 1) & _has_spread(groups, valid)
-    std = jnp.where(informative, std, 0.0)
-    if scale == "batch":
-        std = _measure_spread(rewards[None], ~jnp.isnan(rewards)[None])
-    # Eq. 1. The paper has no eps; the released code adds 1e-4.
-    advantages = jnp.where(informative, centred if scale == "none" else centred / (std + eps), 0.0)
-    return advantages.reshape(-1)
-
-
-def compute_rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
-    """Computes how far each reward is above the mean of the others of its group [N].
-
-    `rewards` [N] is NaN where no reward applies; such a row is left out of the others' means and
-    gets 0, as does a row without others. Without NaN this is G / (G - 1) of the centred reward.
-    Source: RLOO (arXiv 2402.14740).
-    """
-    groups = _split_into_groups(rewards, group_size)
-    count = (~jnp.isnan(groups)).sum(axis=1, keepdims=True)
-    centred = compute_group_advantages(rewards, group_size, scale="none").reshape(groups.shape)
-    # r_i - (S - r_i) / (n - 1) = n / (n - 1) (r_i - S / n). The centred form keeps equal rewards at
-    # exactly 0.
-    return (centred * (count / jnp.maximum(count - 1, 1))).reshape(-1)
-
-
-def compute_greedy_advantages(rewards: jax.Array, greedy: jax.Array) -> jax.Array:
-    """Computes how far each reward [N] is above that of its prompt's greedy completion [B].
-
-    A row gets 0 if either reward is NaN.
-    Source: ReMax (arXiv 2310.10505).
-    """
-    difference = rewards.reshape(len(greedy), -1) - greedy[:, None]
-    return jnp.where(jnp.isnan(difference), 0.0, difference).reshape(-1)
-
-
-def whiten_batch(values: jax.Array, eps: float = 1e-4, scale: bool = True) -> jax.Array:
-    """Computes (x - mean) / (std + eps) over the batch [N]; 0 where x is NaN or all are equal.
-
-    The std has ddof 1; `scale` False leaves it out.
-    Source: REINFORCE++ (arXiv 2501.03262); GDPO (arXiv 2601.05242) for sums of rewards.
-    """
-    # The whole batch is one group.
-    return compute_group_advantages(values, len(values), eps, "group" if scale else "none")
-
-
-def summarize_rewards(rewards: jax.Array, group_size: int) -> dict[str, jax.Array]:
-    """Returns statistics of rewards [N] by metric name; NaN marks a completion without a reward.
-
-    `reward` and `reward_std` are the mean and the unbiased std over all valid rewards, as in TRL.
-    `reward_group_std` is the mean of the groups' std. `frac_reward_zero_std` is the share of
-    groups with equal rewards, among the groups with any valid reward. `not_applicable` is the
-    share of completions without a reward.
-    A statistic without values is NaN, not 0.
-    """
-    rewards = jnp.asarray(rewards, jnp.float32)
-    groups = _split_into_groups(rewards, group_size)
-    valid = ~jnp.isnan(groups)
-    count = valid.sum(axis=1)
-    std = _measure_spread(groups, valid)
-    # The whole batch is one group of N here, so equal rewards give exactly 0 as well.
-    batch_std = _measure_spread(rewards[None], valid.reshape(1, -1))[0]
-    return {
-        "reward": jnp.nanmean(rewards),
-        "reward_std": jnp.where(valid.any(), batch_std, jnp.nan),
-        "reward_group_std": _average_where(std, count > 1),
-        "frac_reward_zero_std": _average_where((std == 0.0).astype(jnp.float32), count > 0),
-        "not_applicable": jnp.isnan(rewards).mean(),
-    }
 
 
 def normalize_each(
@@ -204,7 +118,7 @@ def unify_rewards(
     has no reward at all. It is also NaN if it lacks a reward that other rows of its group have.
     Source: arXiv 2505.17534 eq. 5, with lambda = 0.8.
     """
-    groups = {task: _split_into_groups(values, group_size) for task, values in rewards.items()}
+    groups = {task: split_into_groups(values, group_size) for task, values in rewards.items()}
     absent = {task: jnp.isnan(x).all(axis=1, keepdims=True) for task, x in groups.items()}
     # One task, G = 2: [NaN, NaN | 1, NaN] -> [0, 0 | 1, NaN]. The NaN that stays makes the sum NaN:
     # a sum without one part would look like a bad completion.
@@ -255,14 +169,18 @@ def compare_within_groups(
 def compare_leave_one_out(
     inputs: RewardInputs, options: AdvantageOptions
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Computes RLOO's advantages [N] by task; `scale` "batch" whitens them over the batch.
+    """Computes RLOO's advantages [N] by task; `scale` "batch" divides by their std in the batch.
 
     Returns them and statistics by metric name.
     """
 
     def estimate(rewards: jax.Array) -> jax.Array:
         advantages = compute_rloo_advantages(rewards, options.group_size)
-        return _whiten_valid(advantages, rewards, options)
+        if options.scale == "none":
+            return advantages
+        valid = ~jnp.isnan(rewards.reshape(-1, options.group_size))
+        compared = valid & (valid.sum(axis=1, keepdims=True) > 1)
+        return divide_by_spread(advantages, compared.reshape(-1), options.eps)
 
     return _compare(inputs, options, estimate)
 
@@ -272,7 +190,8 @@ def compare_with_batch(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Computes REINFORCE++'s advantages [N] by task: each reward against the whole batch.
 
-    Returns them and statistics by metric name.
+    The rewards are compared between prompts, so they should apply to every row. Returns the
+    advantages and statistics by metric name.
     """
     return _compare(
         inputs, options, lambda r: whiten_batch(r, options.eps, scale=options.scale != "none")
@@ -284,7 +203,8 @@ def compare_with_greedy(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Computes ReMax's advantages [N] by task: each reward less that of the greedy completion.
 
-    `scale` "batch" whitens them over the batch. Returns them and statistics by metric name.
+    `scale` "batch" divides them by their size in the batch. A difference of 0 stays 0. Returns
+    them and statistics by metric name.
 
     Raises:
         ValueError: there are no greedy rewards.
@@ -304,9 +224,11 @@ def compare_with_greedy(
 
     def estimate(rewards: jax.Array) -> jax.Array:
         groups = rewards.reshape(-1, size + 1)
-        sampled = groups[:, :size].reshape(-1)
-        advantages = compute_greedy_advantages(sampled, groups[:, size])
-        return _whiten_valid(advantages, sampled, options)
+        advantages = compute_greedy_advantages(groups[:, :size].reshape(-1), groups[:, size])
+        if options.scale == "none":
+            return advantages
+        valid = ~jnp.isnan(groups[:, :size] - groups[:, size:])
+        return divide_by_spread(advantages, valid.reshape(-1), options.eps)
 
     advantages, _ = _compare(wide, dataclasses.replace(options, group_size=size + 1), estimate)
     return advantages, describe_rewards(total_rewards(inputs, options), options)
@@ -317,18 +239,26 @@ def compare_each_reward(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Computes GDPO's advantages [N] by task: each reward is normalised within its group.
 
-    The weighted sums are then normalised over the batch. Returns them and statistics by metric
-    name.
+    The weighted sums, less penalties, are centred in their group and divided by the std of the
+    batch, whatever the `scale` of the single rewards. Returns the advantages and statistics by
+    metric name.
     """
     weights = {task: jnp.asarray(values) for task, values in options.reward_weights}
     normalized = {
         task: normalize_each(values, weights[task], options.group_size, options.eps, options.scale)
         for task, values in inputs.sampled.items()
     }
-    # A sum of F normalised rewards grows with F; whitening makes its size independent of F.
+
+    def estimate(sums: jax.Array) -> jax.Array:
+        # Sums of normalised rewards are centred already, but for penalties and rows left out. To
+        # subtract the mean of the batch instead would move groups with equal rewards away from 0.
+        centred = compute_group_advantages(sums, options.group_size, scale="none")
+        # A sum of F normalised rewards grows with F; the std of the batch takes that out.
+        return divide_by_spread(centred, ~jnp.isnan(sums), options.eps)
+
     advantages = compute_joint_advantages(
         _subtract_penalties(normalized, inputs.penalties), dict(options.task_weights), options.mode,
-        group_size=options.group_size, estimate=lambda r: whiten_batch(r, options.eps),
+        group_size=options.group_size, estimate=estimate,
     )  # fmt: skip
     return advantages, describe_rewards(total_rewards(inputs, options), options)
 
@@ -342,14 +272,6 @@ def _compare(
         group_size=options.group_size, estimate=estimate,
     )  # fmt: skip
     return advantages, describe_rewards(totals, options)
-
-
-def _whiten_valid(
-    advantages: jax.Array, rewards: jax.Array, options: AdvantageOptions
-) -> jax.Array:
-    if options.scale == "none":
-        return advantages
-    return whiten_batch(jnp.where(jnp.isnan(rewards), jnp.nan, advantages), options.eps)
 
 
 def _append_member(rewards: jax.Array, member: jax.Array, group_size: int) -> jax.Array:
@@ -396,33 +318,3 @@ def describe_rewards(
         for name, value in summarize_rewards(total, options.group_size).items()
     }
     return stats | summarize_rewards(join_rewards(totals, options), options.group_size)
-
-
-def _split_into_groups(rewards: jax.Array, group_size: int) -> jax.Array:
-    rewards = jnp.asarray(rewards, jnp.float32)
-    if rewards.ndim != 1 or rewards.shape[0] % group_size:
-        raise ValueError(
-            f"rewards of shape {rewards.shape}: expected [N], N a multiple of group_size "
-            f"{group_size}"
-        )
-    return rewards.reshape(-1, group_size)
-
-
-def _has_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
-    """Returns whether the valid rewards of each group differ by more than rounding, [groups, 1]."""
-    highest = jnp.where(valid, groups, -jnp.inf).max(axis=1, keepdims=True)
-    lowest = jnp.where(valid, groups, jnp.inf).min(axis=1, keepdims=True)
-    # Rounding is relative: float32's unit at the largest magnitude of the group.
-    size = jnp.where(valid, jnp.abs(groups), 0.0).max(axis=1, keepdims=True)
-    return highest - lowest > ROUNDING_UNITS * jnp.finfo(jnp.float32).eps * size
-
-
-def _measure_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
-    """Computes the unbiased std of each group's valid rewards [groups]; 0 if they are equal."""
-    # The std of equal float32 values can be a rounding error, not 0.
-    return jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=1), 0.0)
-
-
-def _average_where(values: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Computes the mean of the kept values; NaN without any."""
-    return jnp.where(chosen, values, 0.0).sum() / chosen.sum()

@@ -21,17 +21,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-SumAndCount = tuple[jax.Array, jax.Array]
+from corl_jax.algorithms.ratios import (
+    MAX_LOG_RATIO,
+    SumAndCount,
+    find_clipped,
+    measure_clipping,
+    sum_over_tokens,
+)
+
 Extremes = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 """(largest, smallest) by metric name; none of them is negative."""
-
-# exp() of a larger log-ratio says nothing but "far away", and an infinite ratio times an
-# advantage of zero would be NaN; beyond the bound the gradient is zero.
-MAX_LOG_RATIO = 20.0
-
-NUM_RATIO_BINS, RATIO_RANGE = 50, (0.5, 1.5)
-"""Bins of the histogram of importance ratios; the outer bins also hold what is beyond them."""
-
 
 Reduction = Literal["sequence_mean", "token_mean", "constant"]
 """How the losses of tokens become one number; see `count_terms`."""
@@ -117,10 +116,10 @@ def clip_mean_ratios(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Computes the clipped loss of s = exp(mean of the row's log-ratios) for each token, and s.
 
-    Source: GSPO (arXiv 2507.18071).
+    Source: GSPO (arXiv 2507.18071), with the gradient of each token apart as in its GSPO-token.
     """
     counts = jnp.maximum(tokens.mask.sum(axis=1, keepdims=True), 1)
-    return _clip_sequence_ratio(tokens, constants, counts)
+    return _clip_row_ratio(tokens, constants, tokens.log_ratio.sum(axis=1, keepdims=True) / counts)
 
 
 def clip_sequence_ratios(
@@ -128,11 +127,15 @@ def clip_sequence_ratios(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Computes the clipped loss of the ratio of the whole completion for each token, and it.
 
-    The ratio is exp(sum of the row's log-ratios). With the reduction `sequence_mean` each token of
-    a row has the gradient A / N, whatever the row's length.
+    The ratio is exp(sum of the row's log-ratios). The loss is meant for the reduction
+    `sequence_mean`, with which each token of a row has the gradient A / N, whatever the row's
+    length.
     Source: RLOO (arXiv 2402.14740), which sees a completion as one action.
     """
-    return _clip_sequence_ratio(tokens, constants, 1)
+    counts = jnp.maximum(tokens.mask.sum(axis=1, keepdims=True), 1)
+    total = tokens.log_ratio.sum(axis=1, keepdims=True)
+    # The mean over n tokens divides by n, which the ratio of a whole completion must not see.
+    return _clip_row_ratio(tokens, constants, total, token_weight=counts)
 
 
 def weigh_logprobs_by_ratio(
@@ -166,13 +169,20 @@ def _clip(ratio: jax.Array, advantages: jax.Array, constants: LossConstants) -> 
     return -jnp.minimum(ratio * advantages, clipped * advantages)
 
 
-def _clip_sequence_ratio(
-    tokens: Tokens, constants: LossConstants, counts: Any
+def _clip_row_ratio(
+    tokens: Tokens, constants: LossConstants, log_ratio: jax.Array, token_weight: Any = 1
 ) -> tuple[jax.Array, jax.Array | None]:
-    total = tokens.log_ratio.sum(axis=1, keepdims=True) / counts
+    """Returns the clipped loss of exp(log_ratio) of each row [N, 1] at each token, and the ratio.
+
+    The gradient at a token is `token_weight` times the ratio times that of the token's log-prob.
+    """
+    # One ratio for all tokens, but each with the gradient of its own log-prob: the sum over a row
+    # is the same, and factors of single tokens (`LossInputs.weights`) act on those tokens.
+    total = jax.lax.stop_gradient(log_ratio)
     # A sum of many bounded log-ratios can be large again.
-    ratio = jnp.exp(jnp.clip(total, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    ratio = jnp.broadcast_to(ratio, tokens.mask.shape)
+    bounded = jnp.clip(total, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    own = token_weight * (tokens.log_ratio - jax.lax.stop_gradient(tokens.log_ratio))
+    ratio = jnp.exp(bounded + jnp.where(total == bounded, own, 0.0))
     return _clip(ratio, tokens.advantages, constants), ratio
 
 
@@ -208,7 +218,7 @@ def reduce_policy_loss(
         per_token = per_token * jax.lax.stop_gradient(inputs.weights)
     metrics = {}
     if ratio is not None:
-        metrics |= _measure_clipping(
+        metrics |= measure_clipping(
             ratio, advantages, mask, constants.clip_low, constants.clip_high
         )
     if inputs.ref_logprobs is not None:  # the KL term of eq. 2, which eq. 6 does not have
@@ -217,9 +227,9 @@ def reduce_policy_loss(
         if constants.kl_coef:
             per_token = per_token + constants.kl_coef * kl
         # k1 can be negative, which no limit of a KL divergence expects.
-        metrics["kl"] = _sum_over_tokens(k3_kl(logprobs, ref_logprobs), mask)
+        metrics["kl"] = sum_over_tokens(k3_kl(logprobs, ref_logprobs), mask)
     if inputs.entropy is not None:
-        metrics["entropy"] = _sum_over_tokens(inputs.entropy, mask)
+        metrics["entropy"] = sum_over_tokens(inputs.entropy, mask)
     return (
         _sum_terms(per_token, mask, constants.reduction),
         count_terms(mask, constants),
@@ -275,7 +285,8 @@ def weigh_by_entropy(entropy: jax.Array, mask: jax.Array, share: float = 1.0) ->
     mask = jnp.asarray(mask, bool)
     tokens = mask.sum(axis=1, keepdims=True)
     if share < 1.0:
-        kept = jnp.maximum(jnp.ceil(share * tokens), 1).astype(jnp.int32)
+        # In float32, 0.72 of 700 tokens is a little more than 504.
+        kept = jnp.maximum(jnp.ceil(share * tokens * (1 - 1e-6)), 1).astype(jnp.int32)
         ordered = -jnp.sort(-jnp.where(mask, entropy, -jnp.inf), axis=1)
         # The least entropy that is kept; ties with it stay.
         threshold = jnp.take_along_axis(ordered, kept - 1, axis=1)
@@ -294,7 +305,7 @@ def find_clip_extremes(inputs: LossInputs, constants: LossConstants) -> Extremes
     mask = jnp.asarray(inputs.mask, bool)
     logprobs = jnp.where(mask, inputs.logprobs, 0.0)
     ratio = jnp.exp(_compute_log_ratio(logprobs, inputs.old_logprobs, mask))
-    hits = _find_clipped(ratio, inputs.advantages[:, None], constants.clip_low, constants.clip_high)
+    hits = find_clipped(ratio, inputs.advantages[:, None], constants.clip_low, constants.clip_high)
     tokens = mask.sum(axis=1)
     low, high = [
         (hits[side] & mask).sum(axis=1) / jnp.maximum(tokens, 1) for side in ("low", "high")
@@ -376,58 +387,6 @@ def mask_truncated(mask: jax.Array, ended: jax.Array) -> jax.Array:
     return jnp.asarray(mask, bool) & jnp.asarray(ended, bool)[:, None]
 
 
-def logprob_difference(
-    sampler_logprobs: jax.Array, trainer_logprobs: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Measures |sampler - trainer| of the log-probs of kept tokens. All arrays are [N, T].
-
-    Returns (sum, number of tokens, maximum). Over micro-batches the first two are added, and the
-    third one is reduced by the maximum. A large value means that the rollouts come from another
-    policy than the trained one.
-    """
-    mask = jnp.asarray(mask, bool)
-    difference = jnp.where(mask, sampler_logprobs, 0.0) - jnp.where(mask, trainer_logprobs, 0.0)
-    difference = jax.lax.stop_gradient(jnp.abs(difference))
-    return *_sum_over_tokens(difference, mask), difference.max(initial=0.0)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ImportanceRatio:
-    """Statistics of exp(trainer - sampler) over kept tokens. `mean` and `shares` add up."""
-
-    mean: SumAndCount
-    shares: SumAndCount  # tokens of each bin [NUM_RATIO_BINS], and of all bins
-    smallest: jax.Array  # infinite without tokens
-    largest: jax.Array  # 0 without tokens
-
-
-def measure_importance_ratio(
-    sampler_logprobs: jax.Array, trainer_logprobs: jax.Array, mask: jax.Array
-) -> ImportanceRatio:
-    """Measures the probability of each kept token under the trainer over that under the sampler.
-
-    All arrays are [N, T]. The ratio is 1 where both agree. Source: metric names of TRL.
-    """
-    mask = jnp.asarray(mask, bool)
-    log_ratio = jnp.where(mask, trainer_logprobs, 0.0) - jnp.where(mask, sampler_logprobs, 0.0)
-    log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    ratio = jnp.exp(log_ratio)
-    # Comparisons with the inner edges, because a scatter-add into bins is slow on accelerators.
-    # Edges 1, 2 and ratios 0.5, 1.5, 1.7: below [1, 3], and with 0 and all [0, 1, 3, 3], whose
-    # differences are the bins [1, 2, 0].
-    inner_edges = jnp.linspace(*RATIO_RANGE, NUM_RATIO_BINS + 1)[1:-1]
-    is_below = mask[..., None] & (ratio[..., None] < inner_edges)
-    below = is_below.sum(axis=(0, 1)).astype(jnp.float32)
-    total, tokens = _sum_over_tokens(ratio, mask)
-    bins = jnp.diff(below, prepend=0.0, append=tokens)
-    return ImportanceRatio(
-        mean=(total, tokens), shares=(bins, tokens),
-        smallest=jnp.where(mask, ratio, jnp.inf).min(initial=jnp.inf),
-        largest=jnp.where(mask, ratio, 0.0).max(initial=0.0),
-    )  # fmt: skip
-
-
 def _compute_log_ratio(
     logprobs: jax.Array, old_logprobs: jax.Array | None, mask: jax.Array
 ) -> jax.Array:
@@ -435,28 +394,3 @@ def _compute_log_ratio(
     # its gradient is REINFORCE's.
     old = logprobs if old_logprobs is None else jnp.where(mask, old_logprobs, 0.0)
     return jnp.clip(logprobs - jax.lax.stop_gradient(old), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def _measure_clipping(
-    ratio: jax.Array, advantages: jax.Array, mask: jax.Array, clip_low: float, clip_high: float
-) -> dict[str, SumAndCount]:
-    """Returns the shares of tokens whose gradient the clip removed; `region` is either side."""
-    sides = _find_clipped(ratio, advantages, clip_low, clip_high)
-    sides["region"] = sides["low"] | sides["high"]
-    return {f"clip_ratio/{side}_mean": _sum_over_tokens(hit, mask) for side, hit in sides.items()}
-
-
-def _find_clipped(
-    ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
-) -> dict[str, jax.Array]:
-    """Returns whether the clip removed the gradient of each token [N, T], by side."""
-    # min() takes the clipped term only if the step would go further away from the old policy.
-    low = (ratio < 1.0 - clip_low) & (advantages < 0)
-    high = (ratio > 1.0 + clip_high) & (advantages > 0)
-    return {"low": low, "high": high}
-
-
-def _sum_over_tokens(values: jax.Array, mask: jax.Array) -> SumAndCount:
-    # Metrics must not add to the gradient of the loss that they are returned with.
-    total = jnp.where(mask, jax.lax.stop_gradient(values), 0.0).sum()
-    return total.astype(jnp.float32), mask.sum().astype(jnp.float32)

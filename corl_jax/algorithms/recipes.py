@@ -9,7 +9,8 @@ import jax
 
 from corl_jax.algorithms import advantages as compare
 from corl_jax.algorithms import losses
-from corl_jax.algorithms.advantages import AdvantageOptions, RewardInputs, Scale
+from corl_jax.algorithms.advantages import AdvantageOptions, RewardInputs
+from corl_jax.algorithms.estimators import Scale
 from corl_jax.algorithms.losses import KlEstimator, Loss, Reduction, make_policy_loss
 
 Compare = Callable[
@@ -18,19 +19,26 @@ Compare = Callable[
 """(rewards by task, options) -> (advantages [N] by task, statistics by metric name)."""
 
 
+TOKEN_MEAN: tuple[Reduction, ...] = ("token_mean", "sequence_mean", "constant")
+"""Reductions of a recipe whose default is the mean over all tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One row of `RECIPES`. The values are those of options that a config leaves at null."""
+    """One row of `RECIPES`. The values are those of options that a config leaves at null.
+
+    Of `scales` and `reductions` the first is the default, and the others can be chosen.
+    """
 
     advantages: Compare
     loss: Loss
     ignored: frozenset[str] = frozenset()  # options of the block `algorithm` that it does not read
-    min_group_size: int = 2  # fewest completions per prompt; 1: each has a baseline of its own
+    min_group_size: int = 2  # fewest completions per prompt; 1: another prompt's, or a greedy one
+    min_batch_size: int = 1  # fewest completions per step
     uses_greedy: bool = False  # also samples one greedy completion of each prompt
     max_iterations: int | None = None  # most updates per rollout; a loss without ratio allows 1
-    # the first is the default, the others can be chosen
     scales: tuple[Scale, ...] = ("group", "batch", "none")
-    reduction: Reduction = "sequence_mean"
+    reductions: tuple[Reduction, ...] = ("sequence_mean", "token_mean", "constant")
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_in: str = "loss"  # or "reward"
@@ -44,11 +52,12 @@ RECIPES: dict[str, Recipe] = {
     # arXiv 2503.20783
     "dr_grpo": Recipe(
         compare.compare_within_groups, losses.CLIPPED_POLICY_LOSS,
-        scales=("none", "group", "batch"), reduction="constant",
+        scales=("none", "group", "batch"),
+        reductions=("constant", "sequence_mean", "token_mean"),
     ),
     # arXiv 2503.14476; its soft length penalty is the reward `soft_overlong`
     "dapo": Recipe(
-        compare.compare_within_groups, losses.CLIPPED_POLICY_LOSS, reduction="token_mean",
+        compare.compare_within_groups, losses.CLIPPED_POLICY_LOSS, reductions=TOKEN_MEAN,
         clip_high=0.28, redraws=3,
     ),
     # arXiv 2507.18071; TRL's clip range
@@ -59,26 +68,27 @@ RECIPES: dict[str, Recipe] = {
     # arXiv 2506.13585; the ratio is bounded by 5
     "cispo": Recipe(
         compare.compare_within_groups, make_policy_loss(losses.weigh_logprobs_by_ratio),
-        ignored=frozenset({"clip_low", "dual_clip"}), reduction="token_mean",
+        ignored=frozenset({"clip_low", "dual_clip"}), reductions=TOKEN_MEAN,
         clip_low=1.0, clip_high=4.0,
     ),
     # arXiv 2402.14740
     "rloo": Recipe(
         compare.compare_leave_one_out, make_policy_loss(losses.clip_sequence_ratios),
-        scales=("none", "batch"), kl_in="reward", kl_estimator="k1",
+        # A completion is one action: its loss is not a sum over tokens with other averages.
+        scales=("none", "batch"), reductions=("sequence_mean",), kl_in="reward", kl_estimator="k1",
     ),
     # arXiv 2310.10505
     "remax": Recipe(
         compare.compare_with_greedy, make_policy_loss(losses.weigh_logprobs),
         ignored=frozenset({"clip_low", "clip_high", "dual_clip"}), min_group_size=1,
-        uses_greedy=True, max_iterations=1, scales=("none", "batch"), reduction="token_mean",
+        uses_greedy=True, max_iterations=1, scales=("none", "batch"), reductions=TOKEN_MEAN,
         # In the loss k2 has the gradient of a k1 penalty of each token in its reward.
         kl_estimator="k2",
     ),
     # arXiv 2501.03262
     "reinforce_pp": Recipe(
-        compare.compare_with_batch, losses.CLIPPED_POLICY_LOSS, min_group_size=1,
-        scales=("batch", "none"), reduction="token_mean", kl_in="reward", kl_estimator="k1",
+        compare.compare_with_batch, losses.CLIPPED_POLICY_LOSS, min_group_size=1, min_batch_size=2,
+        scales=("batch", "none"), reductions=TOKEN_MEAN, kl_in="reward", kl_estimator="k1",
     ),
     # arXiv 2601.05242
     "gdpo": Recipe(

@@ -16,46 +16,74 @@ def complete_algorithm(algorithm: Algorithm) -> Algorithm:
         field.name: getattr(recipe, field.name)
         for field in dataclasses.fields(Recipe)
         if field.name in Algorithm.model_fields
-    } | {"scale": recipe.scales[0]}
+    } | {"scale": recipe.scales[0], "reduction": recipe.reductions[0]}
     missing = {name: x for name, x in defaults.items() if getattr(algorithm, name) is None}
     return algorithm.model_copy(update=missing)
 
 
 def find_algorithm_problems(config: Config) -> list[str]:
     """Returns the options that the algorithm cannot work with, each with the reason."""
-    chosen, recipe = config.algorithm, RECIPES[config.algorithm.name]
-    algorithm, size = complete_algorithm(chosen), config.rollout.group_size
+    recipe = RECIPES[config.algorithm.name]
+    return [
+        *_find_batch_problems(config, recipe),
+        *_find_choice_problems(config.algorithm, recipe),
+        *_find_dual_clip_problems(config.algorithm, recipe),
+    ]
+
+
+def _find_batch_problems(config: Config, recipe: Recipe) -> list[str]:
+    algorithm, size = config.algorithm, config.rollout.group_size
     problems = []
     if size < recipe.min_group_size:
         singles = ", ".join(name for name, row in RECIPES.items() if row.min_group_size <= size)
         problems.append(
-            f"rollout.group_size: found {size}, but algorithm.name {chosen.name} compares the "
+            f"rollout.group_size: found {size}, but algorithm.name {algorithm.name} compares the "
             f"completions of one prompt; expected at least {recipe.min_group_size}; raise it, or "
             f"choose {singles}"
+        )
+    elif size * config.train.prompts_per_step < recipe.min_batch_size:
+        problems.append(
+            f"train.prompts_per_step: found {config.train.prompts_per_step}, but algorithm.name "
+            f"{algorithm.name} compares the completions of a step; expected at least "
+            f"{recipe.min_batch_size}; raise it, or raise rollout.group_size"
         )
     if algorithm.redraws and size < 2:
         problems.append(
             f"algorithm.redraws: found {algorithm.redraws}, but with rollout.group_size {size} the "
             "rewards of a group never differ; set it to 0"
         )
-    if algorithm.scale not in recipe.scales:
-        problems.append(
-            f"algorithm.scale: found {algorithm.scale}, which algorithm.name {chosen.name} does "
-            f"not have; expected one of {', '.join(recipe.scales)}"
-        )
     if recipe.max_iterations is not None and algorithm.num_iterations > recipe.max_iterations:
         problems.append(
             f"algorithm.num_iterations: found {algorithm.num_iterations}, but the loss of "
-            f"algorithm.name {chosen.name} has no ratio that corrects for a policy that has moved; "
-            f"expected {recipe.max_iterations}"
-        )
-    assert algorithm.clip_high is not None
-    if algorithm.dual_clip is not None and algorithm.dual_clip <= 1 + algorithm.clip_high:
-        problems.append(
-            f"algorithm.dual_clip: found {algorithm.dual_clip:g}; expected more than 1 + "
-            f"algorithm.clip_high, which is {1 + algorithm.clip_high:g}"
+            f"algorithm.name {algorithm.name} has no ratio that corrects for a policy that has "
+            f"moved; expected {recipe.max_iterations}"
         )
     return problems
+
+
+def _find_choice_problems(algorithm: Algorithm, recipe: Recipe) -> list[str]:
+    choices = (
+        ("scale", algorithm.scale, recipe.scales),
+        ("reduction", algorithm.reduction, recipe.reductions),
+    )
+    return [
+        f"algorithm.{key}: found {value}, which algorithm.name {algorithm.name} does not have; "
+        f"expected {'one of ' if len(offered) > 1 else ''}{', '.join(offered)}"
+        for key, value, offered in choices
+        if value is not None and value not in offered
+    ]
+
+
+def _find_dual_clip_problems(algorithm: Algorithm, recipe: Recipe) -> list[str]:
+    if algorithm.dual_clip is None or "dual_clip" in recipe.ignored:
+        return []
+    highest = 1 + (recipe.clip_high if algorithm.clip_high is None else algorithm.clip_high)
+    if algorithm.dual_clip > highest:
+        return []
+    return [
+        f"algorithm.dual_clip: found {algorithm.dual_clip:g}; expected more than 1 + "
+        f"algorithm.clip_high, which is {highest:g}; raise it, or lower algorithm.clip_high"
+    ]
 
 
 def find_ignored_options(config: Config) -> list[str]:

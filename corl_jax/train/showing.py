@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from corl_jax.algorithms.advantages import AdvantageOptions, RewardInputs, total_rewards
-from corl_jax.algorithms.losses import NUM_RATIO_BINS, RATIO_RANGE
+from corl_jax.algorithms.ratios import NUM_RATIO_BINS, RATIO_RANGE
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.data.columns import IMAGE_COLUMN

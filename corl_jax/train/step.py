@@ -22,10 +22,9 @@ from corl_jax.algorithms.losses import (
     Loss,
     LossConstants,
     LossInputs,
-    logprob_difference,
-    measure_importance_ratio,
     weigh_by_entropy,
 )
+from corl_jax.algorithms.ratios import logprob_difference, measure_importance_ratio
 from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge

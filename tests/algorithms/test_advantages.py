@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from corl_jax.algorithms.advantages import (
     ADVANTAGE_MODES,
     combine_rewards,
-    compute_group_advantages,
     compute_joint_advantages,
     normalize_each,
-    summarize_rewards,
     unify_rewards,
+)
+from corl_jax.algorithms.estimators import (
+    compute_group_advantages,
+    summarize_rewards,
     whiten_batch,
 )
 

@@ -16,10 +16,9 @@ from corl_jax.algorithms.losses import (
     LossInputs,
     find_clip_extremes,
     k3_kl,
-    logprob_difference,
     mask_truncated,
-    measure_importance_ratio,
 )
+from corl_jax.algorithms.ratios import logprob_difference, measure_importance_ratio
 
 
 def policy_loss(

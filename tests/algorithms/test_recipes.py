@@ -36,7 +36,7 @@ def test_a_recipe_compares_rewards_and_makes_a_loss(name):
     assert set(advantages) == set(rewards) and stats
     assert all(values.shape == (4,) for values in advantages.values())
     mask = np.arange(3) < np.array([3, 0, 1, 2])[:, None]
-    constants = LossConstants(0.0, recipe.clip_low, recipe.clip_high, recipe.reduction)
+    constants = LossConstants(0.0, recipe.clip_low, recipe.clip_high, recipe.reductions[0])
     inputs = LossInputs(jnp.full((4, 3), -1.0), mask, advantages["t2i"])
     total, count, _ = recipe.loss.compute(inputs, constants)
     assert jnp.isfinite(total)

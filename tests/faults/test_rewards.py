@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.algorithms.advantages import compute_group_advantages, summarize_rewards
+from corl_jax.algorithms.estimators import compute_group_advantages, summarize_rewards
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants, LossInputs
 from corl_jax.errors import FAILED_EXIT_CODE
 from corl_jax.params import leaf_paths
