@@ -39,7 +39,7 @@ REACH = 1.1  # half the compared window, in units of the square root of the area
 STEPS = np.linspace(-REACH, REACH, GRID)
 BLURS = (0.0, 0.8, 1.5)  # pixels, standard deviation; each shape has a template for each
 UNKNOWN = "unknown"
-PIXELS_AT_ONCE = 32 * 64**2  # the arrays of a chunk of images fit a processor's cache
+PIXELS_AT_ONCE = 64 * 64**2  # the arrays of a chunk of images fit a processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
