@@ -43,11 +43,11 @@ def specs(rows):
 
 @pytest.fixture(scope="module")
 def detections(rows):
-    return [checker.detect(row["real_image"]) for row in rows]
+    return checker.detect_all(np.stack([row["real_image"] for row in rows]))
 
 
 def accuracy(images, specs):
-    return np.mean([checker.check(i, s) for i, s in zip(images, specs, strict=True)])
+    return np.mean(checker.check_all(np.stack(images), specs))
 
 
 def blurred(image, sigma):

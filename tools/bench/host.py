@@ -4,8 +4,8 @@
     python -m tools.bench.host --repeats 20
 
 `text` scores 512 completions, half of them of multiple-choice questions: format and accuracy.
-`shapes` finds objects in 500 images of the drawn world. Each time is the shortest of --repeats
-rounds, in processor seconds, so that other work on the machine counts little.
+`shapes` finds objects in a batch of 512 images of the drawn world. Each time is the shortest of
+--repeats rounds, in processor seconds, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import argparse
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from corl_jax.data.drawn_world import checker, generator
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.rewards import text
 
 COMPLETIONS = 512
-IMAGES = 500
+IMAGES = 512
 PROBLEM = "What is shown?\nOptions:\nA. a lake\nB. burning\nC. a person\nD. two cars"
 THOUGHT = "The picture shows a person near a stove, so we look at the flames. " * 8
 ANSWERS = ("B. burning", "The answer is B", "burning", "a person", "red cars on a road")
@@ -58,11 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     repeats = parser.parse_args(argv).repeats
     if repeats < 1:
         raise InputError([f"--repeats: found {repeats}, expected an integer of at least 1"])
-    images = [generator.make_row(11, i, encode=False)["real_image"] for i in range(IMAGES)]
+    rows = (generator.make_row(11, i, encode=False) for i in range(IMAGES))
+    images = np.stack([row["real_image"] for row in rows])
     seconds = measure_shortest(score_texts, repeats)
     print(f"text    {COMPLETIONS} completions  {1e3 * seconds:8.1f} ms")
     seconds = measure_shortest(lambda: checker.detect_all(images), repeats)
-    print(f"shapes  one image        {1e3 * seconds / IMAGES:8.2f} ms")
+    print(f"shapes  {IMAGES} images       {1e3 * seconds:8.1f} ms")
 
 
 if __name__ == "__main__":
