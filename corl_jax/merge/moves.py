@@ -82,6 +82,7 @@ def _measure_tensor(
     pairs = itertools.combinations(range(len(models)), 2)
     sums, moved = [MoveSums() for _ in models], [False] * len(models)
     dots, size, bad = dict.fromkeys(pairs, 0.0), 0, [0] * (len(models) + 1)
+    base_dtype = inputs.base.leaves.dtype(path, layer)
     for _, base, values in _read_blocks(inputs.base.leaves, models, path, layer):
         size += base.size
         bad = [n + count_non_finite(block) for n, block in zip(bad, (base, *values), strict=True)]
@@ -90,7 +91,8 @@ def _measure_tensor(
         moves = [value - base for value in values]
         for number, (model, value) in enumerate(zip(models, values, strict=True)):
             sums[number].add_block(moves[number])
-            stored = _round_like(base, model.leaves.dtype(path, layer))
+            dtype = model.leaves.dtype(path, layer)
+            stored = base if dtype == base_dtype else _round_like(base, dtype)
             moved[number] |= not np.array_equal(stored, value)
         wide = [move.reshape(-1).astype(np.float64) for move in moves]
         for i, j in dots:

@@ -21,7 +21,7 @@ class MoveSums:
     """Mean, standard deviation and norm of one model's moves in a tensor, from its blocks."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.count, self.mean = 0, 0.0
         self._deviations = 0.0  # sum of (d - mean)^2
 
     def add_block(self, move: np.ndarray) -> None:
@@ -34,8 +34,12 @@ class MoveSums:
         self._deviations += float(np.square(wide - mean).sum())
         self._deviations += gap * gap * self.count * wide.size / count
         self.mean += gap * wide.size / count
-        self.squares += float(np.square(wide).sum())
         self.count = count
+
+    @property
+    def squares(self) -> float:
+        """The sum of the squares of the moves."""
+        return self._deviations + self.count * self.mean * self.mean
 
     @property
     def std(self) -> float:
@@ -141,12 +145,12 @@ def combine_ties(
         for move, smallest in zip(moves, limits.smallest, strict=True)
     ]
     sign = np.sign(_add_up(trimmed))
-    # A move of 0 is in no mean, also where the elected sign is 0.
-    used = [(np.sign(move) == sign) & (move != 0) for move in trimmed]
+    # A move of 0 is in no mean, and no move is where the elected sign is 0.
+    used = [move * sign > 0 for move in trimmed]
     total = _add_up(
         [np.where(mask, move, np.float32(0)) for mask, move in zip(used, trimmed, strict=True)]
     )
-    number = np.sum(used, axis=0, dtype=np.float32)
+    number = _add_up(used)
     merged = base + np.float32(factor) * (total / np.maximum(number, np.float32(1)))
     return merged, [int(np.count_nonzero(mask)) for mask in used]
 
@@ -154,7 +158,7 @@ def combine_ties(
 def _add_up(arrays: Sequence[np.ndarray]) -> np.ndarray:
     total = arrays[0].astype(np.float32)
     for array in arrays[1:]:
-        total = total + array
+        total += array
     return total
 
 

@@ -164,6 +164,20 @@ def test_ties_keeps_one_move_of_a_small_tensor():
     np.testing.assert_array_equal(merge_tensor("ties", [1.0], [3.0], [2.0]), [2.5])
 
 
+def test_ties_follows_its_algorithm():
+    """Value by value, from the three steps of the paper."""
+    moves = np.random.default_rng(3).standard_normal((3, 200)).astype(np.float32)
+    kept = [{*np.argsort(-np.abs(move))[:40]} for move in moves]
+    expected = np.zeros(200, np.float32)
+    for place in range(200):
+        values = [move[place] for move, places in zip(moves, kept) if place in places]
+        elected = np.sign(np.sum(values, dtype=np.float32))
+        agreeing = [value for value in values if np.sign(value) == elected]
+        expected[place] = 0.7 * np.mean(agreeing) if agreeing else 0
+    merged = merge_tensor("ties", np.zeros(200), *moves, factor=0.7)
+    np.testing.assert_allclose(merged, expected, rtol=1e-6)
+
+
 def test_sums_of_blocks_are_those_of_the_whole():
     values = np.random.default_rng(2).standard_normal(1000).astype(np.float32) * 1e-4 + 3
     sums = rules.MoveSums()
@@ -305,7 +319,7 @@ def assert_stays_equal(base: Path, out: Path, name: str) -> None:
 
 def test_blocks_give_the_same_tensor(folders, tmp_path, merged, monkeypatch):
     """Statistics are those of the whole tensor, whatever is read at a time."""
-    monkeypatch.setattr(sources, "PIECE", 500)
+    monkeypatch.setattr(sources, "PIECE", 1500)
     models = [folders / "a_jax", folders / "b_original"]
     merge(folders / "base_hf", models, tmp_path / "out")
     for key, value in read_state(tmp_path / "out").items():
@@ -334,13 +348,19 @@ def test_bfloat16_is_merged_in_float32_and_rounded_once(states, tmp_path, capsys
         np.testing.assert_array_equal(out[key].astype(np.float32), rounded, err_msg=key)
 
 
-def test_another_type_is_no_move(states, folders, tmp_path, capsys):
+def test_another_type_is_no_move(states, tmp_path, capsys):
     """Frozen tensors of a model in bfloat16 are those of its float32 base, rounded."""
-    write_checkpoint(tmp_path / "a", cast_state(states[1], BFLOAT16), "transformers")
-    merge(folders / "base_hf", [tmp_path / "a", folders / "b_hf"], tmp_path / "out")
+    # Times 1.001, because bfloat16 holds every value of `states` exactly.
+    base = {key: value * np.float32(1.001) for key, value in states[0].items()}
+    assert not np.array_equal(base[VISION], base[VISION].astype(BFLOAT16).astype(np.float32))
+    model = move_state(base, 1)
+    for name, state in (("base", base), ("a", cast_state(model, BFLOAT16)), ("b", model)):
+        write_checkpoint(tmp_path / name, state, "transformers")
+    merge(tmp_path / "base", [tmp_path / "a", tmp_path / "b"], tmp_path / "out",
+          "--params", "(language_model|lm_head)/.*")  # fmt: skip
     assert "are stored in a coarser type than the base's" in capsys.readouterr().out
     out = read_state(tmp_path / "out")
-    for key, value in states[0].items():
+    for key, value in base.items():
         assert key.startswith(TEXT) or out[key].tobytes() == value.tobytes()
     # The other way: a float32 model of a bfloat16 base.
     base = cast_state(states[0], BFLOAT16)
@@ -395,7 +415,9 @@ def test_more_than_two_models(states, folders, tmp_path, capsys):
     np.testing.assert_array_equal(read_state(tmp_path / "mean")[Q_PROJ], expected)
 
 
-def test_lambda_is_used(states, folders, tmp_path):
+def test_lambda_is_used_and_equal_models_are_noted(states, folders, tmp_path, capsys):
+    merge(folders / "base_hf", [folders / "a_hf", folders / "a_hf"], tmp_path / "same")
+    assert "--models names one folder several times" in capsys.readouterr().out
     models = [folders / "a_hf", folders / "b_hf"]
     merge(folders / "base_hf", models, tmp_path / "out", "--lambda", "1")
     expected = merge_in_torch(*(state[Q_PROJ] for state in states), 1.0).numpy()
