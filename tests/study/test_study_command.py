@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from corl_jax.study import command
+from corl_jax.report import __main__ as report
+from corl_jax.study import command, page
 from corl_jax.study.command import make_environment
 from corl_jax.study.results import find_unknown_metrics, read_results
 from corl_jax.study.schema import Study, load_study
@@ -89,6 +90,32 @@ def test_the_numbers_as_csv(four_runs):
     difference = found["difference", "a", "", "eval/a"]
     assert (difference["value"], difference["seeds"]) == ("-0.25", "2")
     assert ("mean", "a", "", "t2i/reward") not in found
+
+
+def test_costs_include_those_of_the_start(tmp_path):
+    study = make_study(tmp_path, variants={"a": {"after": "b"}, "b": {}}, seeds=[0, 1])
+    for variant, seconds in (("a", 5.0), ("b", 7.0)):
+        write_run(tmp_path / variant / "seed0", {10: 0.5}, seconds=seconds)
+    write_run(tmp_path / "a" / "seed1", {10: 0.5})
+    results = read_results(study)
+    # Of seed 1 the start is missing, so that its cost is not known.
+    assert results.list_values("a", "seconds") == {0: 12.0}
+    assert results.list_values("a", "steps") == {0: 20.0}
+    assert results.list_values("b", "seconds") == {0: 7.0}
+
+
+def test_the_page_of_a_study_is_written_again(four_runs, tmp_path, capsys):
+    page.keep_study(four_runs)
+    paths = page.write_results(read_results(four_runs))
+    assert [path.name for path in paths] == ["table.md", "table.csv", "figure.svg", "study.html"]
+    report.main([str(tmp_path), "--out", str(tmp_path / "again.html")])
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "study.html").read_bytes()
+    text = (tmp_path / "study.html").read_text()
+    # One chart of both metrics, and one of each over steps.
+    assert 'href="b/seed1/report.html"' in text and text.count("<svg") == 3
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--figures", str(tmp_path / "figures")])
+    assert "--figures" in capsys.readouterr().err
 
 
 def test_one_seed_has_no_interval_and_a_missing_run_is_named(four_runs, tmp_path):
