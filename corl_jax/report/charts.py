@@ -239,6 +239,8 @@ def draw_crosses(
     room = 0.06 * (axes.x_high - axes.x_low)
     axes = dataclasses.replace(axes, x_low=axes.x_low - room, x_high=axes.x_high + 4 * room)
     parts = [_draw_frame(title, axes, is_rate, x_label, y_label, x_is_rate=is_rate)]
+    points = [(axes.place_x(cross.x[1]), axes.place_y(cross.y[1])) for cross in crosses]
+    names = place_names(points, [CHARACTER * 1.15 * len(cross.label) for cross in crosses])
     for at, cross in enumerate(crosses):
         color = COLORS[at % len(COLORS)]
         (left, x, right), (low, y, high) = map(axes.place_x, cross.x), map(axes.place_y, cross.y)
@@ -247,8 +249,32 @@ def draw_crosses(
             f'stroke="{color}" stroke-width="1.6" opacity="0.7"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
         )
-        parts.append(_write(x + 7, y - 6, cross.label, color=color, weight=600))
+        parts.append(_write(*names[at], cross.label, color=color, weight=600))
     return _wrap_svg(title, parts)
+
+
+def place_names(points: Sequence[Point], widths: Sequence[float]) -> list[Point]:
+    """Returns where the names of points begin, in pixels, so that few lie on each other.
+
+    A name stands above or below its point, to the right or to the left of it.
+    """
+    height, places, boxes = 13.0, [], [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for (x, y), width in zip(points, widths, strict=True):
+        corners = [(x + 7, y - 6), (x + 7, y + 16), (x - 7 - width, y - 6), (x - 7 - width, y + 16)]
+        corners += [(x + 7, y - 20), (x - 7 - width, y + 30)]
+        options = [(left, low - height, left + width, low) for left, low in corners]
+        overlaps = [sum(is_overlapping(box, other) for other in boxes) for box in options]
+        best = overlaps.index(min(overlaps))
+        boxes.append(options[best])
+        places.append(corners[best])
+    return places
+
+
+def is_overlapping(
+    box: tuple[float, float, float, float], other: tuple[float, float, float, float]
+) -> bool:
+    """Returns whether two boxes (left, top, right, bottom) share an area."""
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
 def tile_charts(charts: Sequence[str], most_columns: int) -> str:

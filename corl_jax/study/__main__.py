@@ -55,10 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     devices = check_arguments(args)
     from corl_jax.study.schema import load_study
-    from corl_jax.study.study_runs import resolve_runs
+    from corl_jax.study.study_runs import list_warnings, resolve_runs
 
     study = load_study(find_study(args.study), args.words)
     runs = resolve_runs(study)
+    for line in list_warnings(study, runs):
+        print(f"warning: {line}", file=sys.stderr)
     # Imported here, so that a wrong study is answered before jax is loaded.
     from corl_jax.study.command import describe_plan, run_study
 

@@ -19,7 +19,14 @@ from corl_jax.runs.directory import list_config_changes
 from corl_jax.runs.locking import lock_directory
 from corl_jax.runs.terminal import format_duration
 from corl_jax.study.page import keep_study, write_results
-from corl_jax.study.results import COMPLETIONS, SECONDS, Results, find_unknown_metrics, read_results
+from corl_jax.study.results import (
+    COMPLETIONS,
+    SECONDS,
+    Results,
+    find_unknown_metrics,
+    read_costs,
+    read_results,
+)
 from corl_jax.study.scheduler import Outcomes, StopSignal, run_jobs
 from corl_jax.study.schema import Study
 from corl_jax.study.study_runs import Job, StudyRun, list_costs, list_jobs
@@ -188,20 +195,17 @@ def describe_plan(study: Study, runs: Mapping[str, StudyRun]) -> str:
 def estimate_seconds(results: Results, variant: str, completions: int | None) -> float | None:
     """Returns the expected seconds of a run from finished runs of the study; None without one.
 
-    They are those of the same variant, or else of the same number of completions of all others.
+    They are those of the same variant, or else those of as many completions in all others.
     """
-    if same := results.list_values(variant, SECONDS):
-        return statistics.fmean(same.values())
-    pairs = [
-        (values[COMPLETIONS], values[SECONDS])
-        for name, seed in results.records
-        if (values := {
-            cost: results.read_value(name, seed, cost) or 0.0 for cost in (COMPLETIONS, SECONDS)
-        })[COMPLETIONS]
-    ]  # fmt: skip
-    if not pairs or completions is None:
+    costs = [(name, read_costs(record)) for (name, _), record in results.records.items()]
+    same = [cost[SECONDS] for name, cost in costs if name == variant and SECONDS in cost]
+    if same:
+        return statistics.fmean(same)
+    # Runs without completions are not comparable: supervised ones, and mere evaluations.
+    known = [cost for _, cost in costs if SECONDS in cost and cost.get(COMPLETIONS)]
+    if not known or not completions:
         return None
-    return completions * sum(s for _, s in pairs) / sum(c for c, _ in pairs)
+    return completions * sum(c[SECONDS] for c in known) / sum(c[COMPLETIONS] for c in known)
 
 
 def describe_seconds(seconds: Sequence[float | None]) -> str:

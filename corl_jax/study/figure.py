@@ -47,6 +47,8 @@ def draw_curves(results: Results) -> Iterator[str]:
         lines = []
         for variant in results.study.variants:
             curve = results.average_curve(variant, metric)
+            # A single evaluation is no curve, and that of a merged model is at step 0.
+            curve = curve if len(curve) > 1 else []
             points = [(step, mean.mean) for step, mean in curve]
             has_band = any(mean.half_width is not None for _, mean in curve)
             band = [(step, mean.low, mean.high) for step, mean in curve] if has_band else []

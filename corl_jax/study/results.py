@@ -48,12 +48,21 @@ class Results:
         """Returns a metric or a cost of a finished run; None if its log has none."""
         record = self.records[variant, seed]
         if metric in COSTS:
-            return read_costs(record).get(metric)
+            return self.read_cost(variant, seed, metric)
         points, steps = record.read_points(metric), self.study.choose_metric(metric).steps
         if steps is not None:
             points = [(step, value) for step, value in points if step > record.last_step - steps]
             return statistics.fmean(value for _, value in points) if points else None
         return points[-1][1] if points else None
+
+    def read_cost(self, variant: str, seed: int, cost: str) -> float | None:
+        """Returns a cost of a run and of all runs whose models it starts from; None if unknown."""
+        record = self.records.get((variant, seed))
+        costs = [read_costs(record).get(cost) if record else None]
+        for source in self.study.variants[variant].sources:
+            costs.append(self.read_cost(source, seed, cost))
+        known = [value for value in costs if value is not None]
+        return sum(known) if len(known) == len(costs) else None
 
     def summarize(self, variant: str, metric: str) -> SeedMean | None:
         """Returns the mean of a metric over the seeds of a variant; None without a value."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Protocol
 
-from corl_jax.errors import FAILED_EXIT_CODE
+from corl_jax.errors import FAILED_EXIT_CODE, PREEMPTED_EXIT_CODE
 from corl_jax.study.study_runs import Job
 
 REPEATS = 1
@@ -87,22 +87,26 @@ def run_jobs(
 ) -> Outcomes:  # fmt: skip
     """Runs jobs, at most `limit` at once; `start(job, slot)` starts a process in a slot from 0 on.
 
-    `note_done` is called with each job that has succeeded.
-
     A job whose predecessor failed is not started. A crashed process (exit code 1, or ended by
     a signal) is started again once. After a signal all processes are asked to stop, and after
-    a second one they are ended.
+    a second one they are ended. `note_done` is called with each job that has succeeded.
     """
     queue, signals = _Queue(list(jobs), limit), 0
-    while queue.waiting or queue.running:
-        if stop.count > signals:
-            signals = stop.count
-            _stop_running(queue, signals, say)
-        for job in _collect_ended(queue, bool(signals), say):
-            note_done(job)
-        _start_ready(queue, start, say)
-        if queue.running:
-            time.sleep(POLL_SECONDS)
+    try:
+        while queue.waiting or queue.running:
+            if stop.count > signals:
+                signals = stop.count
+                _stop_running(queue, signals, say)
+            for job in _collect_ended(queue, bool(signals), say):
+                note_done(job)
+            _start_ready(queue, start, say)
+            if queue.running:
+                time.sleep(POLL_SECONDS)
+    except BaseException:
+        # Processes of sessions of their own would go on without the study.
+        for _, _, process in queue.running.values():
+            process.terminate()
+        raise
     return queue.outcomes
 
 
@@ -140,7 +144,7 @@ def _collect_ended(queue: _Queue, is_stopped: bool, say: Callable[[str], None]) 
 
 def is_crash(code: int) -> bool:
     """Returns whether the same command may succeed now; a wrong input or a guard stays."""
-    return code < 0 or code == FAILED_EXIT_CODE or code > 128
+    return code < 0 or code in (FAILED_EXIT_CODE, PREEMPTED_EXIT_CODE) or code > 128
 
 
 def _start_ready(

@@ -140,6 +140,19 @@ def format_argument(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def list_warnings(study: Study, runs: Mapping[str, StudyRun]) -> Iterator[str]:
+    """Yields a warning for each variant from whose rounded model another one starts."""
+    sources = {source for variant in study.variants.values() for source in variant.sources}
+    for variant in sorted(sources):
+        run = runs[name_run(variant, study.seeds[0])]
+        if run.is_trained and run.config.export.dtype != "float32":
+            yield (
+                f"variants.{variant}: export.dtype is {run.config.export.dtype}, so that rounding "
+                "may take a part of the training from the models that start from its export; "
+                "float32 keeps all of it"
+            )
+
+
 # ---- jobs
 
 
@@ -175,7 +188,9 @@ def make_merge_job(
     rule = ["--rule", merge.rule] if merge.rule else []
     start = sources[0].config.model.path
     models = [find_model(source) for source in sources]
-    words = ["merge", "--base", start, "--models", *models, "--out", str(out), *rule]
+    # Not rounded again: small updates would be lost.
+    dtype = ["--dtype", sources[0].config.export.dtype]
+    words = ["merge", "--base", start, "--models", *models, "--out", str(out), *dtype, *rule]
     log = find_log(study, f"{run.variant}_seed{run.seed}_merge")
     return Job(f"{run.name}/merge", make_command(*words), log, after, result=out)
 

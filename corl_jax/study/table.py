@@ -81,6 +81,10 @@ def explain_table(results: Results) -> list[str]:
         choice = study.choose_metric(metric)
         part = f"mean of the last {choice.steps} steps" if choice.steps else "last value"
         lines.append(f"{choice.label}: `{metric}`, {part}.")
+    if any(variant.sources for variant in study.variants.values()):
+        lines.append(
+            "Steps, completions and time include those of the models that a run starts from."
+        )
     devices = {str(r.provenance.get("devices", "not recorded")) for r in results.records.values()}
     if devices:
         lines.append(f"Devices: {'; '.join(sorted(devices))}.")
@@ -94,7 +98,7 @@ def make_markdown(results: Results) -> str:
     rows = [list_heads(results), *list_rows(results)]
     rows.insert(1, ["---"] * len(rows[0]))
     table = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
-    return table + "\n" + "\n".join(explain_table(results)) + "\n"
+    return table + "\n" + "".join(f"- {line}\n" for line in explain_table(results))
 
 
 def make_csv(results: Results) -> str:

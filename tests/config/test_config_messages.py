@@ -160,7 +160,7 @@ def test_each_problem_names_the_file_or_the_command_line(refuse, tmp_path):
         "base.yaml: optimizer.eps2: unknown key; known in optimizer: name, learning_rate, b1, b2, "
         "weight_decay, schedule, warmup_steps, max_grad_norm",
         "command line: optimizer.weight_decay: found -2, expected a number >= 0",
-        "command line: train.max_steps: found 'many', expected an integer >= 1 or null",
+        "command line: train.max_steps: found 'many', expected an integer >= 0 or null",
         "run.yaml: eval.rows: found 0, expected an integer >= 1",
         "run.yaml: optimizer.b2: found 4, expected a number >= 0 and <= 1",
         "run.yaml: trane: unknown key; did you mean train?",
@@ -239,7 +239,7 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
         # arguments of another form
         ("networks.offload", "networks.offload: found no value, expected true or false, as in "
          "networks.offload=true"),
-        ("train.max_steps", "train.max_steps: found no value, expected an integer >= 1 or null, "
+        ("train.max_steps", "train.max_steps: found no value, expected an integer >= 0 or null, "
          "as in train.max_steps=VALUE"),
         ("max_steps", "found 'max_steps', expected key=value; did you mean train.max_steps?"),
         ("lora.enabled", "found 'lora.enabled', expected key=value; did you mean lora.rank?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as xml
 
 import numpy as np
@@ -15,12 +16,16 @@ from corl_jax.evaluation.intervals import Rate
 from corl_jax.report.changes import compare
 from corl_jax.report.charts import (
     COLORS,
+    Cross,
     Line,
     choose_ticks,
+    draw_crosses,
     draw_lines,
     draw_parts,
     draw_path,
     format_tick,
+    is_overlapping,
+    place_names,
     smooth,
     thin_out,
 )
@@ -130,6 +135,30 @@ def test_parts_add_up_to_the_bar():
     assert float(second.get("width")) + 1 == pytest.approx(3 * (float(first.get("width")) + 1))
     assert "3 s, 75%" in "".join(root.itertext())
     xml.fromstring(draw_parts([("a", 0.0)], str))
+
+
+def test_names_of_points_do_not_lie_on_each_other():
+    """Three points close together: their names stand on different sides."""
+    points, widths = [(100.0, 100.0), (104.0, 103.0), (97.0, 96.0)], [60.0, 60.0, 60.0]
+    places = place_names(points, widths)
+    boxes = [(x, y - 13, x + 60, y) for x, y in places]
+    pairs = [(a, b) for at, a in enumerate(boxes) for b in boxes[at + 1 :]]
+    assert len(pairs) == 3 and not any(is_overlapping(a, b) for a, b in pairs)
+    # A point alone has its name above, to the right.
+    assert place_names([(10.0, 50.0)], [20.0]) == [(17.0, 44.0)]
+
+
+def test_a_cross_reaches_from_end_to_end():
+    """Ends in pixels increase with x and decrease with y, around the point."""
+    cross = Cross("a<b", (0.1, 0.2, 0.4), (0.5, 0.6, 0.7))
+    svg = draw_crosses("t", [cross, Cross("c", (0, 0, 0), (1, 1, 1))], "x", "y", True)
+    root = xml.fromstring(svg)
+    path = next(e for e in root.iter() if e.tag.endswith("path")).get("d")
+    left, y, right, x, low, high = map(float, re.findall(r"[\d.]+", path))
+    assert left < x < right and high < y < low
+    assert (x - left) / (right - x) == pytest.approx(0.5, rel=0.02)
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert "a<b" in texts and "60%" in texts
 
 
 def test_rewards_are_paired_with_evaluations(tmp_path):

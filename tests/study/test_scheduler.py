@@ -96,7 +96,7 @@ def test_a_crashed_job_is_repeated_alone_and_the_others_go_on():
     assert any("repeat" in line and "exit code 1" in line and "b.log" in line for line in lines)
 
 
-@pytest.mark.parametrize(("code", "starts"), [(1, 2), (-9, 2), (137, 2), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("code", "starts"), [(1, 2), (-9, 2), (137, 2), (75, 2), (2, 1), (3, 1)])
 def test_what_fails_again_is_named_and_what_waits_for_it_left_out(code, starts):
     machine = Machine({"b": [(1, code), (1, code)]})
     jobs = [make_job("b"), make_job("c", "b"), make_job("d", "c"), make_job("a")]
@@ -139,6 +139,19 @@ def test_a_second_signal_ends_them_at_once():
 
     outcomes = run_jobs([make_job("a")], start, 1, stop, lambda line: None)
     assert process.calls == ["terminate", "kill"] and outcomes.stopped == ["a"]
+
+
+def test_an_error_of_the_study_itself_stops_its_processes():
+    machine = Machine({"a": [(99, 0)], "b": [(0, 0)]})
+
+    def fail(job: Job) -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        run_jobs(
+            [make_job("a"), make_job("b")], machine.start, 2, StopSignal(), print, note_done=fail
+        )
+    assert machine.processes["a"].calls == ["terminate"]
 
 
 def test_signals_are_counted_and_the_handlers_given_back():

@@ -13,7 +13,7 @@ import yaml
 from corl_jax.config.shipped import find_study, list_studies
 from corl_jax.errors import InputError
 from corl_jax.study.schema import dump_study, load_study
-from corl_jax.study.study_runs import list_jobs, order_variants, resolve_runs
+from corl_jax.study.study_runs import list_jobs, list_warnings, order_variants, resolve_runs
 
 TREE: dict[str, Any] = {
     "output_dir": "runs/x",
@@ -60,6 +60,14 @@ def test_each_variant_becomes_a_run_per_seed(tmp_path):
     assert runs["t2i/seed0"].config.algorithm.tasks == "t2i"
 
 
+def test_a_rounded_start_is_warned_of(tmp_path):
+    study = load_study(write_study(tmp_path), ["export.dtype=bfloat16"])
+    (first, second) = list_warnings(study, resolve_runs(study))
+    assert "variants.t2i: export.dtype is bfloat16" in first and "variants.unified" in second
+    study = load_study(write_study(tmp_path))  # whose base exports float32
+    assert not [*list_warnings(study, resolve_runs(study))]
+
+
 def test_jobs_wait_for_their_models(tmp_path):
     study = load_study(write_study(tmp_path, prepare={"runs/rows": "data --rows 4"}))
     jobs = {job.name: job for job in list_jobs(study, resolve_runs(study))}
@@ -70,7 +78,7 @@ def test_jobs_wait_for_their_models(tmp_path):
     assert merging.after == ("runs/rows", "t2i/seed1", "unified/seed1")
     assert " ".join(merging.command).endswith(
         "merge --base nano --models runs/x/t2i/seed1/export runs/x/unified/seed1/export "
-        "--out runs/x/merge/merged_seed1 --rule mean"
+        "--out runs/x/merge/merged_seed1 --dtype float32 --rule mean"
     )
     assert jobs["merge/seed1"].after == ("runs/rows", "merge/seed1/merge")
     names = list(jobs)
@@ -153,5 +161,6 @@ def test_shipped_studies_resolve(name):
     assert study.output_dir == f"runs/{name}"
     assert {run.config.data.path for run in runs.values()} <= study.prepare.keys()
     assert {run.config.eval.path for run in runs.values()} <= study.prepare.keys()
+    assert not [*list_warnings(study, runs)]
     head = path.read_text()
     assert re.search(rf"^# Command:  corl-jax study {name}( |\n)", head, re.MULTILINE)

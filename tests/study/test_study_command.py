@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from corl_jax.study import command
+from corl_jax.report import __main__ as report
+from corl_jax.study import command, page
 from corl_jax.study.command import make_environment
 from corl_jax.study.results import find_unknown_metrics, read_results
 from corl_jax.study.schema import Study, load_study
@@ -91,6 +92,32 @@ def test_the_numbers_as_csv(four_runs):
     assert ("mean", "a", "", "t2i/reward") not in found
 
 
+def test_costs_include_those_of_the_start(tmp_path):
+    study = make_study(tmp_path, variants={"a": {"after": "b"}, "b": {}}, seeds=[0, 1])
+    for variant, seconds in (("a", 5.0), ("b", 7.0)):
+        write_run(tmp_path / variant / "seed0", {10: 0.5}, seconds=seconds)
+    write_run(tmp_path / "a" / "seed1", {10: 0.5})
+    results = read_results(study)
+    # Of seed 1 the start is missing, so that its cost is not known.
+    assert results.list_values("a", "seconds") == {0: 12.0}
+    assert results.list_values("a", "steps") == {0: 20.0}
+    assert results.list_values("b", "seconds") == {0: 7.0}
+
+
+def test_the_page_of_a_study_is_written_again(four_runs, tmp_path, capsys):
+    page.keep_study(four_runs)
+    paths = page.write_results(read_results(four_runs))
+    assert [path.name for path in paths] == ["table.md", "table.csv", "figure.svg", "study.html"]
+    report.main([str(tmp_path), "--out", str(tmp_path / "again.html")])
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "study.html").read_bytes()
+    text = (tmp_path / "study.html").read_text()
+    # One chart of both metrics, and one of each over steps.
+    assert 'href="b/seed1/report.html"' in text and text.count("<svg") == 3
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--figures", str(tmp_path / "figures")])
+    assert "--figures" in capsys.readouterr().err
+
+
 def test_one_seed_has_no_interval_and_a_missing_run_is_named(four_runs, tmp_path):
     study = make_study(tmp_path, seeds=[0, 5])
     results = read_results(study)
@@ -122,6 +149,14 @@ def test_time_is_estimated_from_finished_runs(four_runs, tmp_path):
     results = read_results(four_runs)
     assert command.estimate_seconds(results, "b", 100) == 6.0
     assert command.estimate_seconds(results, "new", 100) is None  # no run has completions
+    for seed in (0, 1):
+        tree = {"stage": "rl", "algorithm": {"tasks": "t2i"}, "rollout": {"group_size": 2},
+                "train": {"prompts_per_step": 4}}  # fmt: skip
+        (tmp_path / "b" / f"seed{seed}" / "config.yaml").write_text(yaml.safe_dump(tree))
+    # Two runs of 80 completions took 5 and 7 s: 12 s for 160.
+    results = read_results(four_runs)
+    assert command.estimate_seconds(results, "new", 40) == 3.0
+    assert command.estimate_seconds(results, "new", 0) is None
     assert command.describe_seconds([6.0, None]).startswith("about 6 s one after the other")
     assert command.describe_seconds([None]).startswith("time unknown")
 
@@ -165,6 +200,7 @@ def test_a_study_is_stopped_continued_and_complete(model, rows, tmp_path):
     tree = tiny_runs.options(
         model, rows, tmp_path / "unused",
         eval={"suite": "rewards", "rows": 6, "batch_prompts": 4}, log={"images_every": 0},
+        export={"layout": "jax", "dtype": "float32"},
     )  # fmt: skip
     tiny_runs.write_config(tmp_path / "base.yaml", tree)
     study = {
@@ -212,4 +248,4 @@ def test_a_study_is_stopped_continued_and_complete(model, rows, tmp_path):
     (folder / "base" / "seed1" / "summary.json").unlink()
     assert re.search(r"base/seed1 +to do", run_study(path, "--dry-run").stdout)
     assert "start    base/seed1" in (done := run_study(path)).stderr
-    assert done.returncode == 0 and done.stderr.count("start ") == 1
+    assert done.returncode == 0 and done.stderr.count("start    ") == 1
