@@ -24,9 +24,10 @@ from corl_jax.tasks import TASKS, image_tasks
 from corl_jax.train import build
 from corl_jax.train.memory import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import DTYPES, EncodedPrompts, Params, Segment
+from corl_jax.types import EncodedPrompts, Params, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,10 @@ def make_resident_arrays(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )
     reference = None
-    if config.algorithm.kl_coef:
-        cast = functools.partial(outline.family.cast, dtype=DTYPES[config.model.dtype])
-        # With adapters the reference is the frozen parameters.
-        first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
-        reference = attach_shardings(jax.eval_shape(cast, first), where)
+    if has_reference(outline):
+        cast = functools.partial(cast_reference, config, outline.family)
+        where = shardings.params if has_own_copy(config) else {}
+        reference = attach_shardings(jax.eval_shape(cast, trained), where)
     frozen = attach_shardings(frozen, param_shardings(frozen, mesh, outline.family.rules))
     return (
         ResidentArrays(attach_shardings(fresh, shardings), frozen, reference),

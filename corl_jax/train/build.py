@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from corl_jax.algorithms.advantages import AdvantageOptions
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.mesh import Rules, param_shardings
-from corl_jax.devices.offload import Offloadable
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.family import LogprobOptions, SamplingOptions
@@ -23,7 +23,14 @@ from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
+from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
+from corl_jax.train.reference import (
+    copy_reference,
+    has_reference,
+    make_fixed_reference,
+    make_moving_reference,
+)
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.step import TokenSelection, TrainState, UpdateOptions, make_logprob_step
@@ -38,12 +45,15 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     """Loads weights onto the mesh, jits functions, and makes the state of a fresh start."""
     config, mesh = plan.config, plan.mesh
     trained, frozen = load_parts(plan)
-    reference = make_reference(plan, trained)
+    reference = make_fixed_reference(plan, trained)
+    moving = make_moving_reference(plan, trained)
+    first_reference = moving and moving.rest(copy_reference(config, plan.family, trained))
     optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
     shardings = state_shardings(optimizer, trained, mesh, plan.family.rules)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     # The layout that the step returns: a different one would compile a second program.
     state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
+    state = dataclasses.replace(state, reference=first_reference)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
     base = plan.family.base(plan.sizes)
     run = Run(
@@ -54,6 +64,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
         reference=reference,
+        moving=moving,
         source_dtypes=read_stored_dtypes(plan.model_dir, plan.family.kind, base),
         layer_dtypes=read_layer_dtypes(plan.model_dir, plan.family.kind, base),
         train_loader=plan.train_loader,
@@ -71,6 +82,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         advantage_options=make_advantage_options(plan),
         loss_weights=tuple(plan.stage.loss_weights(config).items()),
         tasks=plan.tasks,
+        kl_penalty=make_kl_penalty(plan),
         alternate_every=choose_period(plan),
         group_size=config.rollout.group_size,
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
@@ -109,18 +121,6 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     # Not the seed itself, which the samples' keys are made of.
     key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
     return jax.jit(draw_adapters, out_shardings=shardings)(key), frozen
-
-
-def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
-    """Returns the start values of the trained parameters for the KL penalty; None without it."""
-    if not plan.stage.samples or not plan.config.algorithm.kl_coef:
-        return None
-    # With adapters the reference is the frozen network, so no copy is needed.
-    first = {} if plan.config.lora.rank else trained
-    # A copy: the buffers of the state are donated to the first step.
-    copied = jax.tree.map(jnp.copy, plan.family.cast(first, DTYPES[plan.config.model.dtype]))
-    shardings = param_shardings(first, plan.mesh, plan.family.rules)
-    return Offloadable(copied, shardings, offload=plan.config.algorithm.reference == "host")
 
 
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
@@ -242,6 +242,14 @@ def make_samplers(plan: RunOutline) -> dict[str, Sampler]:
         name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
         for name in plan.tasks
     }
+
+
+def make_kl_penalty(plan: RunOutline) -> KlPenalty | None:
+    """Returns the KL penalty of rewards; None without one, or if it is in the loss."""
+    algorithm = plan.algorithm
+    if not has_reference(plan) or algorithm.kl_in == "loss":
+        return None
+    return KlPenalty(algorithm.kl_coef, algorithm.kl_estimator)
 
 
 def choose_period(plan: RunOutline) -> int:

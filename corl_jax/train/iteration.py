@@ -6,9 +6,10 @@ config.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, text_tasks
+from corl_jax.train.kl_penalty import measure_penalties
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
@@ -39,6 +41,43 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of prompts."""
     params = merge(state.params, run.frozen)
     tasks = choose_tasks_of_step(run.tasks, run.alternate_every, step)
+    drawn = draw(run, tasks, params, prompts, step)
+    rollouts = drawn.rollouts
+    rewards = {task: drawn.scored[task].rewards for task in tasks}
+    with run.phases("update"):
+        batch = make_batch(run, state, {task: rollouts[task] for task in tasks})
+    with run.phases("reward"):
+        penalties, penalty_stats = None, {}
+        if run.kl_penalty is not None:
+            penalties, penalty_stats = measure_penalties(batch, run.kl_penalty)
+        advantages, stats = compare(run, rewards, penalties)
+    with run.phases("update"):
+        state, updates = update(run, state, make_update_batch(run, batch, advantages), step)
+    # Only the first update starts from the policy that sampled, so only its sampler-trainer
+    # difference means anything.
+    first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
+    numbers = describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
+    metrics = updates[-1] | first | to_metrics(stats | penalty_stats | numbers.metrics)
+    # A histogram is no number of the log.
+    shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
+    metrics, failed = metrics | list_costs(run, drawn.scored), list_failures(run, drawn.scored)
+    samples = {task: drawn.scored[task].samples for task in tasks}
+    return state, Iteration(
+        metrics, samples, rewards, updates, failed, advantages, numbers.lengths, shares,
+        numbers.num_tokens,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The completions of a batch of prompts with their rewards, by task."""
+
+    rollouts: dict[str, Rollout]
+    scored: dict[str, Scored]
+
+
+def draw(run: Run, tasks: Sequence[str], params: Params, prompts: Prompts, step: int) -> Drawn:
+    """Samples and scores the completions of each task."""
     # Texts first: the host decodes and scores them while the device still generates images.
     order = (*text_tasks(tasks), *image_tasks(tasks))
     scored: dict[str, Scored] = {}
@@ -51,33 +90,24 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     with run.phases("reward"):
         last = order[-1]
         scored[last] = score_rollout(run, last, params, prompts, rollouts[last], step)
-        rewards = {task: scored[task].rewards for task in tasks}
-        advantages, stats = compare(run, rewards)
-    with run.phases("update"):
-        batch = make_batch(run, state, {task: rollouts[task] for task in tasks}, advantages)
-        updates = []
-        for _ in range(run.num_iterations):
-            state, metrics = run.train_step(state, run.frozen, batch)
-            updates.append(metrics)
-        jax.block_until_ready(updates[-1])
-    # Only the first update starts from the policy that sampled, so only its sampler-trainer
-    # difference means anything.
-    first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
-    numbers = describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
-    metrics = updates[-1] | first | to_metrics(stats | numbers.metrics)
-    # A histogram is no number of the log.
-    shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
-    failed = {}
-    for task, result in scored.items():
-        metrics |= result.metrics
-        for name, share in average_failures(run, result).items():
-            metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
-            failed[f"{name} of {task}"] = share
-    samples = {task: scored[task].samples for task in tasks}
-    return state, Iteration(
-        metrics, samples, rewards, updates, failed, advantages, numbers.lengths, shares,
-        numbers.num_tokens,
-    )  # fmt: skip
+    return Drawn(rollouts, scored)
+
+
+def update(
+    run: Run, state: TrainState, batch: Batch, step: int
+) -> tuple[TrainState, list[dict[str, Metric]]]:
+    """Returns the state after the updates on a batch, and the metrics of each."""
+    # The reference is no input of the update.
+    reference, state = state.reference, dataclasses.replace(state, reference=None)
+    updates = []
+    for _ in range(run.num_iterations):
+        state, metrics = run.train_step(state, run.frozen, batch)
+        updates.append(metrics)
+    state = dataclasses.replace(state, reference=reference)
+    if run.moving is not None:
+        state = run.moving.move(state, step)
+    jax.block_until_ready(updates[-1])
+    return state, updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +132,25 @@ def score_rollout(
         metrics[f"{task}/rewards/{name}/failures"] = Metric(cost["failures"], "sum")
     failures = {name: cost["failed"] for name, cost in costs.items() if "failed" in cost}
     return Scored(samples, rewards, metrics, failures)
+
+
+def list_costs(run: Run, scored: Mapping[str, Scored]) -> dict[str, Metric]:
+    """Returns what each reward cost, with the fraction of samples on which it failed."""
+    metrics: dict[str, Metric] = {}
+    for task, result in scored.items():
+        metrics |= result.metrics
+        for name, share in average_failures(run, result).items():
+            metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
+    return metrics
+
+
+def list_failures(run: Run, scored: Mapping[str, Scored]) -> dict[str, jax.Array]:
+    """Returns `NAME of TASK` of each user's reward -> fraction of all samples it failed on."""
+    return {
+        f"{name} of {task}": share
+        for task, result in scored.items()
+        for name, share in average_failures(run, result).items()
+    }
 
 
 def average_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
@@ -161,12 +210,12 @@ def score_samples(
 
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))
-def _compute_advantages(rewards, *, advantages, options):
-    result, stats = advantages(RewardInputs(rewards), options)
+def _compute_advantages(inputs, *, advantages, options):
+    result, stats = advantages(inputs, options)
     return (
         result,
         stats,
-        {task: jax.vmap(_measure_spread)(values) for task, values in rewards.items()},
+        {task: jax.vmap(_measure_spread)(values) for task, values in inputs.sampled.items()},
     )
 
 
@@ -179,8 +228,10 @@ def _measure_spread(values: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
-    """Returns (advantages by task, statistics), over the rows of all processes."""
+def place_rewards(
+    run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, jax.Array]:
+    """Returns each task's rewards [F, N] of the rows of all processes, spread over the mesh."""
     # Processes that hold the same rows may score them differently, if a reward is not
     # deterministic. The gather gives all of them the scores of one process.
     # [rewards, N] -> [N, rewards] and back: gathers and shardings are over the leading axis.
@@ -188,10 +239,19 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
         task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
         for task, values in rewards.items()
     }
-    placed = {task: value.T for task, value in put_batch(run, stacked).items()}
+    return {task: value.T for task, value in put_batch(run, stacked).items()}
+
+
+def compare(
+    run: Run,
+    rewards: Mapping[str, Mapping[str, np.ndarray]],
+    penalties: dict[str, jax.Array] | None = None,
+):
+    """Returns (advantages by task, statistics), over the rows of all processes."""
+    inputs = RewardInputs(place_rewards(run, rewards), penalties=penalties)
     # One program for all rows: baselines and spreads are over the whole batch.
     advantages, stats, spread = _compute_advantages(
-        placed, advantages=run.recipe.advantages, options=run.advantage_options
+        inputs, advantages=run.recipe.advantages, options=run.advantage_options
     )
     for task, values in rewards.items():
         for number, name in enumerate(values):
@@ -200,27 +260,47 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
     return advantages, stats
 
 
-def make_batch(
-    run: Run, state: TrainState, rollouts: Mapping[str, Rollout], advantages: dict[str, Any]
-) -> Batch:
-    """Returns rollouts and advantages as the update reads them, with old and reference logprobs."""
+def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> Batch:
+    """Returns rollouts with their loss masks, and the old and reference log-probs if needed."""
     batch: Batch = {
         task: TaskBatch(
             prompts=rollout.prompts,
             segments=tuple(set_loss_mask(run, segment) for segment in rollout.segments),
-            advantages=advantages[task],
         )
         for task, rollout in rollouts.items()
     }
-    if run.num_iterations > 1:
+    if run.num_iterations > 1 or run.kl_penalty is not None:
         # With one update the old policy is the current one, and the loss needs no old log-probs.
         old = run.logprob_step(state.params, run.frozen, batch)
         batch = {t: dataclasses.replace(b, old_logprobs=old[t]) for t, b in batch.items()}
-    if run.reference is not None:
-        with run.reference.use() as reference:
-            ref = run.logprob_step(reference, run.frozen, batch)
+    if run.reference is not None or run.moving is not None:
+        # Without the log-probs, so that both calls are of one program.
+        scored = {t: dataclasses.replace(b, old_logprobs=None) for t, b in batch.items()}
+        with use_reference(run, state) as reference:
+            ref = run.logprob_step(reference, run.frozen, scored)
         batch = {t: dataclasses.replace(b, ref_logprobs=ref[t]) for t, b in batch.items()}
     return batch
+
+
+def make_update_batch(run: Run, batch: Batch, advantages: Mapping[str, Any]) -> Batch:
+    """Returns the batch with its advantages, without the log-probs that the loss does not read."""
+    unused: dict[str, None] = {}
+    if run.num_iterations == 1:
+        unused["old_logprobs"] = None
+    if run.kl_penalty is not None:
+        unused["ref_logprobs"] = None
+    return {
+        task: dataclasses.replace(part, advantages=advantages[task], **unused)
+        for task, part in batch.items()
+    }
+
+
+def use_reference(run: Run, state: TrainState) -> contextlib.AbstractContextManager[Params]:
+    """Returns a context with the reference's trained parameters on the device."""
+    if run.moving is not None:
+        return run.moving.use(state.reference)
+    assert run.reference is not None
+    return run.reference.use()
 
 
 def set_loss_mask(run: Run, segment: Any) -> Any:

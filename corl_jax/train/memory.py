@@ -15,6 +15,7 @@ from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family
 from corl_jax.tasks import CODES, TASKS, TEXT
 from corl_jax.train import attending
+from corl_jax.train.reference import has_own_copy, has_reference, is_averaged
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import open_checkpoint
@@ -129,9 +130,9 @@ def estimate_outline(
         COMPUTE_COPY: (num_trained + copied) * width,
     }
     if outline.stage.samples:
-        # With adapters the reference is what is frozen.
-        second = config.algorithm.kl_coef and not config.lora.rank
-        estimate["reference"] = num_trained * width if second else 0
+        second = has_reference(outline) and has_own_copy(config)
+        size = 4 if is_averaged(config) else width
+        estimate["reference"] = num_trained * size if second else 0
         estimate["reward networks"] = network_bytes
         # The tasks are sampled one after the other, so only the largest cache counts.
         caches = [_count_cache(outline, task, prompts[task]) for task in outline.tasks]

@@ -16,6 +16,8 @@ from corl_jax.devices.offload import Offloadable
 from corl_jax.metrics import Metric
 from corl_jax.policies.family import Family
 from corl_jax.policies.turns import Sampler
+from corl_jax.train.kl_penalty import KlPenalty
+from corl_jax.train.reference import MovingReference
 from corl_jax.types import Params, Sizes
 
 
@@ -31,6 +33,7 @@ class Run:
     dtype: Any  # compute dtype
     frozen: Params
     reference: Offloadable | None  # trained parameters at the start of the run, for the KL
+    moving: MovingReference | None  # a reference that follows the policy instead
     source_dtypes: dict[str, Any]  # by path, as the checkpoint stores them
     layer_dtypes: dict[str, list[str]]  # by path, where its layers are stored in several types
 
@@ -52,6 +55,7 @@ class Run:
     advantage_options: AdvantageOptions | None  # None where no rewards are compared
     loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
     tasks: tuple[str, ...]
+    kl_penalty: KlPenalty | None  # of rewards; None without, or if the penalty is in the loss
     alternate_every: int  # steps after which the trained task changes; 0: all in each step
     group_size: int
     rollout_batch: int  # prompts of all processes sampled at once
