@@ -173,7 +173,9 @@ def make_programs(
     # The tasks of an update, and the share of the iterations in which it is made.
     updates = [(task,) for task in outline.tasks] if period else [outline.tasks]
     share = 1 / len(updates) if period else 1
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * group))
+    with_greedy = build.uses_greedy(outline)
+    drawn = count * (group + with_greedy)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), drawn))
     programs = [
         Program(
             f"sample {task}",
@@ -184,11 +186,12 @@ def make_programs(
             # The prefill gives the first token, so the loop makes one fewer.
             rounds=split_steps(get_completion_length(outline, task) - 1)[0],
         )
-        for task, sampler in build.make_samplers(outline).items()
+        for task, sampler in build.make_samplers(outline, with_greedy).items()
         if task in outline.tasks
     ]
     for task in image_tasks(outline.tasks):
-        shape = (config.train.prompts_per_step * group, get_completion_length(outline, task))
+        scored = config.train.prompts_per_step * (group + with_greedy)
+        shape = (scored, get_completion_length(outline, task))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
         programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,), share))

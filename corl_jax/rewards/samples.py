@@ -38,6 +38,33 @@ class Samples:
     def __len__(self) -> int:
         return len(self.texts if self.images is None else self.images)  # type: ignore[arg-type]
 
+    def take(self, rows: np.ndarray) -> Samples:
+        """Returns the samples of these row numbers."""
+
+        def take_rows(values: Any) -> Any:
+            if values is None or isinstance(values, np.ndarray):
+                return values if values is None else values[rows]
+            return [values[row] for row in rows]
+
+        columns = {name: take_rows(values) for name, values in self.columns.items()}
+        return Samples(columns, take_rows(self.images), take_rows(self.texts))
+
+    def replace(self, other: Samples, is_replaced: np.ndarray) -> Samples:
+        """Returns the samples with the rows of `other` where `is_replaced` [N] is True."""
+
+        def choose(old: Any, new: Any) -> Any:
+            if isinstance(old, np.ndarray):
+                return np.where(is_replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            rows = zip(old, new, is_replaced, strict=True)
+            return [after if is_new else before for before, after, is_new in rows]
+
+        columns = {
+            name: choose(values, other.columns[name]) for name, values in self.columns.items()
+        }
+        if self.images is None:
+            return Samples(columns, texts=choose(self.texts, other.texts))
+        return Samples(columns, images=choose(self.images, other.images))
+
     def column(self, name: str) -> list:
         """Returns the values of a column; None for each row if there is no such column."""
         return self.columns.get(name) or [None] * len(self)

@@ -76,6 +76,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         train_step=train_step,
         logprob_step=logprob_step,
         samplers=make_samplers(plan),
+        greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
         rewards=plan.rewards,
         networks=load_networks(plan),
         recipe=RECIPES[config.algorithm.name],
@@ -85,6 +86,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         kl_penalty=make_kl_penalty(plan),
         alternate_every=choose_period(plan),
         group_size=config.rollout.group_size,
+        redraws=plan.algorithm.redraws if plan.stage.samples else 0,
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
         mask_truncated=config.algorithm.mask_truncated,
@@ -235,9 +237,17 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
     )
 
 
-def make_samplers(plan: RunOutline) -> dict[str, Sampler]:
-    """Returns (params, prompts, keys) -> segments for each task of the run."""
-    options = make_sampling_options(plan)
+def uses_greedy(plan: RunOutline) -> bool:
+    """Returns whether the algorithm compares completions with a greedy one of the same prompt."""
+    return plan.stage.samples and RECIPES[plan.config.algorithm.name].uses_greedy
+
+
+def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Sampler]:
+    """Returns (params, prompts, keys) -> segments for each task of the run.
+
+    `greedy_last`: the last completion of each prompt is greedy.
+    """
+    options = dataclasses.replace(make_sampling_options(plan), greedy_last=greedy_last)
     return {
         name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
         for name in plan.tasks

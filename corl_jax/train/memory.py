@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.batches import num_batch_shards
 from corl_jax.devices.mesh import param_spec
 from corl_jax.params import leaf_paths, partition, unflatten
@@ -204,7 +205,8 @@ def _count_cache(plan: RunOutline, task: str, prompt: int) -> int:
     if not TASKS[task].makes_text and config.rollout.cfg_scale != 1:
         prompts *= 2  # guidance decodes a second row without the prompt
     # The completions of a prompt share its keys and values.
-    tokens = prompt + config.rollout.group_size * get_completion_length(plan, task)
+    group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
+    tokens = prompt + group * get_completion_length(plan, task)
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]
     return prompts * tokens * per_token // share

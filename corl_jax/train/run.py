@@ -49,6 +49,8 @@ class Run:
     train_step: Callable
     logprob_step: Callable
     samplers: dict[str, Sampler]  # by task
+    # The same, but the last completion of each prompt is greedy; None if no baseline needs it.
+    greedy_samplers: dict[str, Sampler] | None
     rewards: Mapping[str, list]  # task -> rewards with their options bound
     networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
     recipe: Recipe
@@ -58,12 +60,18 @@ class Run:
     kl_penalty: KlPenalty | None  # of rewards; None without, or if the penalty is in the loss
     alternate_every: int  # steps after which the trained task changes; 0: all in each step
     group_size: int
+    redraws: int  # most further batches of a step, for groups with equal rewards
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
     mask_truncated: bool
     sft: Any  # schema.Sft
     schedule: Callable  # optimizer step -> learning rate
     phases: Any  # runs.pace.Phases, a context manager by phase name
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """The completions of each prompt in an iteration: the group, and the greedy one if used."""
+        return self.group_size + (self.greedy_samplers is not None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -296,13 +296,14 @@ def recorded_iteration(monkeypatch, batch, **changes):
         for task, part in batch.items()
     }
     monkeypatch.setattr(rl_iteration, "sample", lambda run, task, *_: rollouts[task])
-    monkeypatch.setattr(rl_iteration, "decode", lambda *_: None)
     rewards = np.arange(PROMPTS * GROUP, dtype=np.float32)
+    monkeypatch.setattr(rl_iteration, "decode", lambda *_: rewards)
     monkeypatch.setattr(rl_iteration, "score_samples", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "alternate_every": 0, "phases": Phases(),
         "mesh": make_mesh(8), "frozen": {}, "moving": None, "kl_penalty": None,
+        "redraws": 0, "greedy_samplers": None,
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "logprob_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),
