@@ -89,6 +89,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         redraws=plan.algorithm.redraws if plan.stage.samples else 0,
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
+        max_new_tokens=config.rollout.max_new_tokens,
         mask_truncated=config.algorithm.mask_truncated,
         sft=config.sft,
         schedule=learning_rate(config.optimizer, plan.optimizer_steps),

@@ -35,8 +35,10 @@ def _split_scored(scored: Scored, group_size: int) -> tuple[Scored, dict[str, np
     rows, _ = split_last(np.arange(len(scored.samples)), group_size)
     pairs = {name: split_last(values, group_size) for name, values in scored.rewards.items()}
     sampled = {name: values for name, (values, _) in pairs.items()}
-    kept = dataclasses.replace(scored, samples=scored.samples.take(rows), rewards=sampled)
-    return kept, {name: values for name, (_, values) in pairs.items()}
+    samples = scored.samples.take(rows)
+    return dataclasses.replace(scored, samples=samples, rewards=sampled), {
+        name: values for name, (_, values) in pairs.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnames="group_size")
@@ -45,8 +47,8 @@ def drop_last_completions(rollouts: dict[str, Rollout], group_size: int) -> dict
 
     def drop(x: jax.Array) -> jax.Array:
         # Groups of 3: [a0, a1, a*, b0, b1, b*] -> [a0, a1, b0, b1]. Groups stay on their devices.
-        kept = x.reshape(-1, group_size, *x.shape[1:])[:, :-1].reshape(-1, *x.shape[1:])
-        return constrain(kept, "batch", *[None] * (x.ndim - 1))
+        sampled = x.reshape(-1, group_size, *x.shape[1:])[:, :-1].reshape(-1, *x.shape[1:])
+        return constrain(sampled, "batch", *[None] * (x.ndim - 1))
 
     return {
         task: Rollout(rollout.prompts, jax.tree.map(drop, rollout.segments))

@@ -22,6 +22,7 @@ from corl_jax.devices.batches import (
     join_pieces,
     num_batch_shards,
     split_positions,
+    to_host_rows,
 )
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
@@ -165,7 +166,7 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
     segment = rollout.segments[-1]
     result = decode_segment(run.family, run.sizes, params, run.processor, segment)
     if segment.kind == TEXT:
-        return Samples(columns, texts=result)
+        return Samples(columns, texts=result, num_tokens=to_host_rows(segment.mask).sum(axis=-1))
     return Samples(columns, images=result)
 
 
@@ -182,6 +183,7 @@ def score_samples(
         seed=run.seed,
         step=step,
         networks=run.networks,
+        max_new_tokens=run.max_new_tokens,
     )
     return score_and_measure(run.rewards[task], samples, context)
 

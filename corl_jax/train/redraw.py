@@ -91,12 +91,12 @@ def _find_flat(rewards: dict[str, jax.Array], *, options: AdvantageOptions) -> j
 
 def replace_groups(run: Run, drawn: Drawn, other: Drawn, is_replaced: np.ndarray) -> Drawn:
     """Returns `drawn` with the groups of `other` where `is_replaced` [B] of all processes says."""
-    own = take_own_rows(run.mesh, is_replaced)
+    own_groups = take_own_rows(run.mesh, is_replaced)
     rollouts = {
-        task: replace_rollout(rollout, other.rollouts[task], put_batch(run, own))
+        task: replace_rollout(rollout, other.rollouts[task], put_batch(run, own_groups))
         for task, rollout in drawn.rollouts.items()
     }
-    rows = np.repeat(own, run.completions_per_prompt)
+    rows = np.repeat(own_groups, run.completions_per_prompt)
     scored = {
         task: replace_scored(part, other.scored[task], rows) for task, part in drawn.scored.items()
     }

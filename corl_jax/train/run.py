@@ -63,6 +63,7 @@ class Run:
     redraws: int  # most further batches of a step, for groups with equal rewards
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
+    max_new_tokens: int  # of a text
     mask_truncated: bool
     sft: Any  # schema.Sft
     schedule: Callable  # optimizer step -> learning rate

@@ -35,6 +35,7 @@ from corl_jax.runs.pace import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.reference import make_fixed_reference
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Rollout
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
@@ -356,7 +357,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
             ),
             stage=STAGES["rl"], family=FAMILY, mesh=mesh,
         )  # fmt: skip
-        lent = build.make_reference(plan, trained)
+        lent = make_fixed_reference(plan, trained)
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
         with lent.use() as reference:
             for (path, found), one in zip(
@@ -368,7 +369,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
     assert kinds["host"].endswith("host") and kinds["device"] != kinds["host"]
     options = SimpleNamespace(algorithm=schema.Algorithm())
     plan = SimpleNamespace(config=options, stage=STAGES["rl"], family=FAMILY, mesh=mesh)
-    assert build.make_reference(plan, trained) is None
+    assert make_fixed_reference(plan, trained) is None
 
 
 def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):
