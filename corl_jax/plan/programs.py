@@ -169,10 +169,7 @@ def make_programs(
     params = merge(resident.state.params, resident.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)
-    period = build.choose_period(outline)
-    # The tasks of an update, and the share of the iterations in which it is made.
-    updates = [(task,) for task in outline.tasks] if period else [outline.tasks]
-    share = 1 / len(updates) if period else 1
+    share = 1 / len(outline.tasks) if build.choose_period(outline) else 1
     with_greedy = build.uses_greedy(outline)
     drawn = count * (group + with_greedy)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), drawn))
@@ -195,18 +192,35 @@ def make_programs(
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
         programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,), share))
-    train_step, score_step = build.make_steps(outline, optimizer, shardings)
+    steps = build.make_steps(outline, optimizer, shardings)
+    return resident, programs + make_update_programs(outline, lengths, resident, steps)
+
+
+def make_update_programs(
+    outline: RunOutline, lengths: dict[str, int], resident: ResidentArrays, steps: tuple[Any, Any]
+) -> list[Program]:
+    """Returns the programs that compute log-probs and update; one of each for all tasks, or each.
+
+    `steps` are the jitted update and scoring.
+    """
+    period = build.choose_period(outline)
+    # The tasks of an update, and the share of the iterations in which it is made.
+    updates = [(task,) for task in outline.tasks] if period else [outline.tasks]
+    share = 1 / len(updates) if period else 1
+    has_reference, penalty = resident.reference is not None, build.make_kl_penalty(outline)
+    scored_policy = outline.updates_per_step > 1 or penalty is not None
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
-    extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
-    scored, arrays = (resident.state.params, resident.frozen), (resident.state, resident.frozen)
+    ref = ("ref_logprobs",) if has_reference and penalty is None else ()
+    programs = []
     for tasks in updates:
         name = f" {tasks[0]}" if period else ""
-        if extra:
+        if calls := share * (scored_policy + has_reference):
             # Old and reference log-probs are counted as calls of one program. The reference is in
             # the compute dtype, so only its casts differ.
-            batch = make_batch(outline, tasks, lengths, ())
-            calls = share * len(extra)
-            programs.append(Program(f"log-probs{name}", score_step, scored, (batch,), calls))
-        batch, calls = make_batch(outline, tasks, lengths, extra), share * outline.updates_per_step
-        programs.append(Program(f"update{name}", train_step, arrays, (batch,), calls))
-    return resident, programs
+            batch, parameters = make_batch(outline, tasks, lengths, ()), resident.state.params
+            held = (parameters, resident.frozen)
+            programs.append(Program(f"log-probs{name}", steps[1], held, (batch,), calls))
+        batch, calls = make_batch(outline, tasks, lengths, (*old, *ref)), outline.updates_per_step
+        held = (resident.state, resident.frozen)
+        programs.append(Program(f"update{name}", steps[0], held, (batch,), share * calls))
+    return programs

@@ -260,11 +260,7 @@ def _read_case(
     )
     row = dict(raw) if entry.every_column else {}
     if entry.reads_lengths and LENGTH in raw:
-        row[LENGTH], length = 0, raw[LENGTH]
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            problems.add(f"{LENGTH}: found {length!r}, expected a number of tokens, 0 or more")
-        else:
-            row[LENGTH] = length
+        row[LENGTH] = problems.attempt(_read_length, raw[LENGTH])
     for name in (completion, *known):
         problem, row[name] = _read_value(name, raw.get(name), folder)
         if entry.any_size and name not in (completion, "real_image"):
@@ -275,6 +271,12 @@ def _read_case(
         if problem:
             problems.add(f"{name}: {problem}")
     return row
+
+
+def _read_length(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"{LENGTH}: found {value!r}, expected a number of tokens, 0 or more")
+    return value
 
 
 def _read_value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:

@@ -26,6 +26,7 @@ from corl_jax.train import attending
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
 from corl_jax.train.reference import (
+    MovingReference,
     copy_reference,
     has_reference,
     make_fixed_reference,
@@ -45,15 +46,10 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     """Loads weights onto the mesh, jits functions, and makes the state of a fresh start."""
     config, mesh = plan.config, plan.mesh
     trained, frozen = load_parts(plan)
-    reference = make_fixed_reference(plan, trained)
     moving = make_moving_reference(plan, trained)
-    first_reference = moving and moving.rest(copy_reference(config, plan.family, trained))
     optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
     shardings = state_shardings(optimizer, trained, mesh, plan.family.rules)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
-    # The layout that the step returns: a different one would compile a second program.
-    state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
-    state = dataclasses.replace(state, reference=first_reference)
+    state = make_state(plan, optimizer, trained, shardings, moving)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
     base = plan.family.base(plan.sizes)
     run = Run(
@@ -63,7 +59,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         mesh=mesh,
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
-        reference=reference,
+        reference=make_fixed_reference(plan, trained),
         moving=moving,
         source_dtypes=read_stored_dtypes(plan.model_dir, plan.family.kind, base),
         layer_dtypes=read_layer_dtypes(plan.model_dir, plan.family.kind, base),
@@ -86,7 +82,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         kl_penalty=make_kl_penalty(plan),
         alternate_every=choose_period(plan),
         group_size=config.rollout.group_size,
-        redraws=plan.algorithm.redraws if plan.stage.samples else 0,
+        redraws=count_redraws(plan),
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -96,6 +92,19 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         phases=phases,
     )
     return run, state
+
+
+def make_state(
+    plan: ResolvedRun, optimizer: optax.GradientTransformation, trained: Params,
+    shardings: TrainState, moving: MovingReference | None,
+) -> TrainState:  # fmt: skip
+    """Returns the state of a fresh start, with the reference if it moves."""
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
+    # Before the state, which takes over the arrays.
+    reference = moving and moving.rest(copy_reference(plan.config, plan.family, trained))
+    # The layout that the step returns: a different one would compile a second program.
+    state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
+    return dataclasses.replace(state, reference=reference)
 
 
 def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
@@ -238,6 +247,11 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
     )
 
 
+def count_redraws(plan: RunOutline) -> int:
+    """Returns the most further batches that a step samples for groups with equal rewards."""
+    return (plan.algorithm.redraws or 0) if plan.stage.samples else 0
+
+
 def uses_greedy(plan: RunOutline) -> bool:
     """Returns whether the algorithm compares completions with a greedy one of the same prompt."""
     return plan.stage.samples and RECIPES[plan.config.algorithm.name].uses_greedy
@@ -257,7 +271,7 @@ def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Samp
 
 def make_kl_penalty(plan: RunOutline) -> KlPenalty | None:
     """Returns the KL penalty of rewards; None without one, or if it is in the loss."""
-    algorithm = plan.algorithm
+    algorithm: Any = plan.algorithm
     if not has_reference(plan) or algorithm.kl_in == "loss":
         return None
     return KlPenalty(algorithm.kl_coef, algorithm.kl_estimator)
@@ -271,7 +285,7 @@ def choose_period(plan: RunOutline) -> int:
 
 def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
     """Returns how the config turns rewards into advantages."""
-    algorithm = plan.algorithm
+    algorithm: Any = plan.algorithm
     weights = {task: tuple(r.weight for r in of_task) for task, of_task in plan.rewards.items()}
     return AdvantageOptions(
         reward_weights=tuple(weights.items()),

@@ -83,12 +83,12 @@ class MovingReference:
     sharding: Any  # while it is used
     resting_sharding: Any
 
-    def rest(self, reference: Params) -> Params:
+    def rest(self, reference: Any) -> Params:
         """Returns the reference where it lies between its uses."""
         return jax.device_put(reference, self.resting_sharding)
 
     @contextlib.contextmanager
-    def use(self, reference: Params) -> Iterator[Params]:
+    def use(self, reference: Any) -> Iterator[Params]:
         """Yields the reference, on the device."""
         on_device = jax.device_put(reference, self.sharding)
         try:

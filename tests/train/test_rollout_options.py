@@ -423,3 +423,22 @@ def test_greedy_rows_and_redrawn_groups_do_not_depend_on_the_devices(redrawn_run
     names = ("loss", "mm2t/greedy_reward", "num_tokens", "redraw/replaced")
     for name in names:
         assert [line[name] for line in one] == [line[name] for line in again[-1]]
+
+
+def test_the_plan_counts_what_the_options_add(options):
+    """Tasks in turn have programs of their own; a penalty in the reward scores the policy too."""
+
+    def list_programs(**algorithm) -> list[tuple[str, float]]:
+        config = config_files.validate(options(algorithm=algorithm), "test")
+        outline = resolve.resolve_run(config)
+        lengths = memory.measure_prompt_lengths(outline)
+        made = programs.make_programs(outline, lengths)[1]
+        return [(x.name, x.calls) for x in made if x.name.startswith(("log", "up", "sample t2i"))]
+
+    assert list_programs(alternate_every=3, kl_coef=0.1) == [
+        ("sample t2i", 0.5), ("log-probs t2i", 0.5), ("update t2i", 0.5),
+        ("log-probs mm2t", 0.5), ("update mm2t", 0.5),
+    ]  # fmt: skip
+    assert list_programs() == [("sample t2i", 1), ("update", 1)]
+    penalised = list_programs(kl_coef=0.1, kl_in="reward")
+    assert penalised == [("sample t2i", 1), ("log-probs", 2), ("update", 1)]

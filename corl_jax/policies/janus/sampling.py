@@ -226,8 +226,7 @@ def _text_program(
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
     rows = Rows(_check_group_size(prompts, keys))
-    mask = prompts.attention_mask
-    decoder, last = read_prompts(model.language_model, embeds, mask, attention)
+    decoder, last = read_prompts(model.language_model, embeds, prompts.attention_mask, attention)
     hidden = rows.fan_out(last)
     choice = Choice(temperature, greedy, top_k, top_p, rows.group_size if greedy_last else 0)
 
