@@ -149,8 +149,9 @@ READERS = (
         lambda config, _: config.algorithm.reference_every > 0,
     ),
     Reader(
-        # With adapters the reference model is the frozen part, which has no copy of its own.
-        r"algorithm\.reference", "a run with lora.rank 0", lambda config, _: not config.lora.rank
+        # With adapters a fixed reference model is the frozen part, which has no copy of its own.
+        r"algorithm\.reference", "a run with lora.rank 0",
+        lambda config, _: not config.lora.rank or config.algorithm.reference_every > 0,
     ),
     Reader(
         r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",

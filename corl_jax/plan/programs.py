@@ -24,9 +24,10 @@ from corl_jax.tasks import TASKS, image_tasks
 from corl_jax.train import build
 from corl_jax.train.memory import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import DTYPES, EncodedPrompts, Params, Segment
+from corl_jax.types import EncodedPrompts, Params, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,10 @@ def make_resident_arrays(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )
     reference = None
-    if config.algorithm.kl_coef:
-        cast = functools.partial(outline.family.cast, dtype=DTYPES[config.model.dtype])
-        # With adapters the reference is the frozen parameters.
-        first, where = ({}, {}) if config.lora.rank else (trained, shardings.params)
-        reference = attach_shardings(jax.eval_shape(cast, first), where)
+    if has_reference(outline):
+        cast = functools.partial(cast_reference, config, outline.family)
+        where = shardings.params if has_own_copy(config) else {}
+        reference = attach_shardings(jax.eval_shape(cast, trained), where)
     frozen = attach_shardings(frozen, param_shardings(frozen, mesh, outline.family.rules))
     return (
         ResidentArrays(attach_shardings(fresh, shardings), frozen, reference),
@@ -169,11 +169,10 @@ def make_programs(
     params = merge(resident.state.params, resident.frozen)
     count = config.rollout.batch_prompts or config.train.prompts_per_step
     rows = batch_sharding(outline.mesh)
-    period = build.choose_period(outline)
-    # The tasks of an update, and the share of the iterations in which it is made.
-    updates = [(task,) for task in outline.tasks] if period else [outline.tasks]
-    share = 1 / len(updates) if period else 1
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * group))
+    share = 1 / len(outline.tasks) if build.choose_period(outline) else 1
+    with_greedy = build.uses_greedy(outline)
+    drawn = count * (group + with_greedy)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), drawn))
     programs = [
         Program(
             f"sample {task}",
@@ -184,26 +183,44 @@ def make_programs(
             # The prefill gives the first token, so the loop makes one fewer.
             rounds=split_steps(get_completion_length(outline, task) - 1)[0],
         )
-        for task, sampler in build.make_samplers(outline).items()
+        for task, sampler in build.make_samplers(outline, with_greedy).items()
         if task in outline.tasks
     ]
     for task in image_tasks(outline.tasks):
-        shape = (config.train.prompts_per_step * group, get_completion_length(outline, task))
+        scored = config.train.prompts_per_step * (group + with_greedy)
+        shape = (scored, get_completion_length(outline, task))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
         programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,), share))
-    train_step, score_step = build.make_steps(outline, optimizer, shardings)
+    steps = build.make_steps(outline, optimizer, shardings)
+    return resident, programs + make_update_programs(outline, lengths, resident, steps)
+
+
+def make_update_programs(
+    outline: RunOutline, lengths: dict[str, int], resident: ResidentArrays, steps: tuple[Any, Any]
+) -> list[Program]:
+    """Returns the programs that compute log-probs and update; one of each for all tasks, or each.
+
+    `steps` are the jitted update and scoring.
+    """
+    period = build.choose_period(outline)
+    # The tasks of an update, and the share of the iterations in which it is made.
+    updates = [(task,) for task in outline.tasks] if period else [outline.tasks]
+    share = 1 / len(updates) if period else 1
+    has_reference, penalty = resident.reference is not None, build.make_kl_penalty(outline)
+    scored_policy = outline.updates_per_step > 1 or penalty is not None
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
-    extra = (*old, *(("ref_logprobs",) if resident.reference is not None else ()))
-    scored, arrays = (resident.state.params, resident.frozen), (resident.state, resident.frozen)
+    ref = ("ref_logprobs",) if has_reference and penalty is None else ()
+    programs = []
     for tasks in updates:
         name = f" {tasks[0]}" if period else ""
-        if extra:
+        if calls := share * (scored_policy + has_reference):
             # Old and reference log-probs are counted as calls of one program. The reference is in
             # the compute dtype, so only its casts differ.
-            batch = make_batch(outline, tasks, lengths, ())
-            calls = share * len(extra)
-            programs.append(Program(f"log-probs{name}", score_step, scored, (batch,), calls))
-        batch, calls = make_batch(outline, tasks, lengths, extra), share * outline.updates_per_step
-        programs.append(Program(f"update{name}", train_step, arrays, (batch,), calls))
-    return resident, programs
+            batch, parameters = make_batch(outline, tasks, lengths, ()), resident.state.params
+            held = (parameters, resident.frozen)
+            programs.append(Program(f"log-probs{name}", steps[1], held, (batch,), calls))
+        batch, calls = make_batch(outline, tasks, lengths, (*old, *ref)), outline.updates_per_step
+        held = (resident.state, resident.frozen)
+        programs.append(Program(f"update{name}", steps[0], held, (batch,), share * calls))
+    return programs

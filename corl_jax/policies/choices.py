@@ -57,15 +57,32 @@ class Choice:
     greedy: bool
     top_k: int = 0
     top_p: float = 1.0
+    # Of each so many neighbouring rows the last one takes the most likely token; 0: no row.
+    greedy_last: int = 0
 
     def draw(self, keys: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
         """Draws token ids [N] from float32 logits [N, V], already divided by the temperature."""
+        whole = logits
         if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return _find_most_likely(whole)
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
         # The key of step t depends on t alone, not on the random numbers of the steps before.
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jax.vmap(_draw_token)(keys, split_in_blocks(logits))
+        drawn = jax.vmap(_draw_token)(keys, split_in_blocks(logits))
+        if not self.greedy_last:
+            return drawn
+        is_greedy = mark_last_rows(len(drawn), self.greedy_last)
+        return jnp.where(is_greedy, _find_most_likely(whole), drawn)
+
+
+def _find_most_likely(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def mark_last_rows(num_rows: int, group_size: int) -> jax.Array:
+    """Returns [num_rows] bool, True for the last row of each group."""
+    # 4 rows, groups of 2: [F, T, F, T]
+    return jnp.arange(num_rows) % group_size == group_size - 1
 
 
 def _draw_token(key: jax.Array, blocks: jax.Array) -> jax.Array:

@@ -79,6 +79,7 @@ class SamplingOptions:
     special: Any  # ids of the processor's special tokens
     temperature: float = 1.0
     greedy: bool = False  # take the most likely choice
+    greedy_last: bool = False  # the same for the last completion of each prompt alone
     top_k: int = 0  # text; 0 keeps the whole vocabulary
     top_p: float = 1.0  # text
     max_new_tokens: int = 512  # text

@@ -25,10 +25,12 @@ from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
 from corl_jax.rewards.signature import Option, find_option_problem
 from corl_jax.rewards.text_rewards import (
+    find_buffer_problems,
     score_format,
     score_format_tags,
     score_oc_accuracy,
     score_qa_accuracy,
+    score_soft_overlong,
 )
 from corl_jax.tasks import IMAGES, TASKS, TEXTS
 
@@ -71,6 +73,7 @@ class RewardRow:
     every_column: bool = False  # a user's reward that takes all columns of the data
     any_size: bool = False  # takes images of different sizes
     reads_hidden_states: bool = False  # of the scorer; other rewards ask it questions
+    reads_lengths: bool = False  # the number of tokens of each completion
     # column -> option that replaces it: the data needs the column, or the config the option
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed_question: str | None = None  # what it asks the scorer; None: questions of the data
@@ -94,6 +97,12 @@ REGISTRY: dict[str, RewardRow] = {
         score_oc_accuracy,
         TEXTS,
         either=("cls_solution", "qa_solution"),
+    ),
+    "soft_overlong": RewardRow(
+        score_soft_overlong,
+        TEXTS,
+        reads_lengths=True,
+        find_option_problems=find_buffer_problems,
     ),
     "t2i_ti_sim": RewardRow(
         policy.score_ti_sim, IMAGES, ("policy",), columns=("prompt",), reads_hidden_states=True

@@ -27,6 +27,8 @@ class Samples:
     # different sizes, because it takes images one by one.
     images: np.ndarray | list[np.ndarray] | None = None
     texts: list[str] | None = None  # image understanding: answers
+    # [N] tokens of each answer with its end token; None where the answers were not sampled.
+    num_tokens: np.ndarray | None = None
 
     def __post_init__(self):
         if (self.images is None) == (self.texts is None):
@@ -37,6 +39,36 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.texts if self.images is None else self.images)  # type: ignore[arg-type]
+
+    def take(self, rows: np.ndarray) -> Samples:
+        """Returns the samples of these row numbers."""
+
+        def take_rows(values: Any) -> Any:
+            if values is None or isinstance(values, np.ndarray):
+                return values if values is None else values[rows]
+            return [values[row] for row in rows]
+
+        columns = {name: take_rows(values) for name, values in self.columns.items()}
+        return Samples(columns, *map(take_rows, (self.images, self.texts, self.num_tokens)))
+
+    def replace(self, other: Samples, is_replaced: np.ndarray) -> Samples:
+        """Returns the samples with the rows of `other` where `is_replaced` [N] is True."""
+
+        def choose(old: Any, new: Any) -> Any:
+            if old is None:
+                return None
+            if isinstance(old, np.ndarray):
+                return np.where(is_replaced.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            rows = zip(old, new, is_replaced, strict=True)
+            return [after if is_new else before for before, after, is_new in rows]
+
+        columns = {
+            name: choose(values, other.columns[name]) for name, values in self.columns.items()
+        }
+        return Samples(
+            columns, choose(self.images, other.images), choose(self.texts, other.texts),
+            choose(self.num_tokens, other.num_tokens),
+        )  # fmt: skip
 
     def column(self, name: str) -> list:
         """Returns the values of a column; None for each row if there is no such column."""
@@ -112,6 +144,7 @@ class Context:
     seed: int
     step: int
     networks: Mapping[str, FrozenNetwork] = dataclasses.field(default_factory=dict)
+    max_new_tokens: int | None = None  # of an answer; None outside of a run
 
     @property
     def policy(self) -> Policy:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import numpy as np
+from pydantic import PositiveInt
 
 from corl_jax.data.column_values import QuestionType
+from corl_jax.errors import InputError
 from corl_jax.rewards import text
 from corl_jax.rewards.samples import (
     Context,
@@ -83,3 +86,40 @@ def score_oc_accuracy(
     )
     _, solutions = read_class_questions(samples)
     return score_rows(score, samples.require_texts(), solutions)
+
+
+def score_soft_overlong(
+    samples: Samples,
+    context: Context,
+    *,
+    max_tokens: PositiveInt | None = None,
+    buffer: PositiveInt | None = None,
+) -> np.ndarray:
+    """Returns 0 for answers of up to max_tokens - buffer tokens, falling to -1 at max_tokens.
+
+    Longer answers get -1. `max_tokens` is by default the longest answer of the run,
+    rollout.max_new_tokens; `buffer` a fifth of it. The end token counts.
+
+    Raises:
+        InputError: the numbers of tokens are not known, or max_tokens is null outside of a run.
+
+    Source: DAPO (arXiv 2503.14476) eq. 13; the fifth is its 4096 of 20480 tokens.
+    """
+    limit = max_tokens or context.max_new_tokens
+    if samples.num_tokens is None or limit is None:
+        raise InputError(
+            "soft_overlong: the numbers of tokens of the answers and max_tokens are known in a run "
+            "only; elsewhere give both"
+        )
+    size = buffer or max(limit // 5, 1)
+    # max_tokens 10, buffer 4: 6 -> 0, 7 -> -0.25, 10 -> -1, 12 -> -1
+    beyond = np.asarray(samples.num_tokens) - (limit - size)
+    return np.clip(-beyond / size, -1, 0).astype(np.float32)
+
+
+def find_buffer_problems(options: Mapping, defaults: Mapping) -> list[str]:
+    """Returns a problem if the buffer of `score_soft_overlong` is longer than the answers."""
+    limit, buffer = options.get("max_tokens"), options.get("buffer")
+    if limit is None or buffer is None or buffer <= limit:
+        return []
+    return [f"option buffer: found {buffer}; expected at most max_tokens, which is {limit}"]

@@ -221,7 +221,8 @@ class Guards:
         if not self._progress or any(name not in progress for name in self._progress):
             return None
         # The mean of means: tasks that take turns need not have as many steps each.
-        return statistics.fmean(total / count for total, count in map(progress.get, self._progress))
+        sums = [progress[name] for name in self._progress]
+        return statistics.fmean(total / count for total, count in sums)
 
     def _average_first(self) -> float | None:
         """Returns the mean training reward of the run's first WINDOW steps."""

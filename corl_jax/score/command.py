@@ -30,6 +30,8 @@ from corl_jax.tasks import IMAGES, TEXTS
 from corl_jax.types import DTYPES
 
 SHORT = ("problem", "solution", "type")
+LENGTH = "num_tokens"
+"""Key of a case: the number of tokens of its completion, which the text alone does not tell."""
 
 
 def run_score(args: argparse.Namespace) -> None:
@@ -130,6 +132,11 @@ def check_arguments(
         checked_networks = problems.attempt(networks.check_networks, [reward], settings, args.dtype)
         unused = networks.find_unused_settings([reward], settings)
         sys.stderr.writelines(f"warning: {line}\n" for line in unused)
+    if reward and reward.row.reads_lengths and reward.options["max_tokens"] is None:
+        problems.add(
+            f"option max_tokens: found null, which is rollout.max_new_tokens of a run; "
+            f"{reward.name} needs a number here, max_tokens=N"
+        )
     needs_policy = bool(reward and {"policy", "initial"} & set(reward.scorers))
     if needs_policy and not args.model:
         problems.add(f"--model: missing; {reward.name} asks the policy")
@@ -240,7 +247,7 @@ def _read_case(
             raw[column] = raw[short]
     # A null counts as given: only an absent key is missing.
     completion = "completion" if entry.scores == TEXTS else "image"
-    needed = [completion, *entry.columns]
+    needed = [completion, *entry.columns, *([LENGTH] if entry.reads_lengths else [])]
     missing = [name for name in needed if name not in raw]
     if entry.either and not set(entry.either) & raw.keys():
         missing.append(" or ".join(entry.either))
@@ -252,6 +259,8 @@ def _read_case(
         if holds_surrogate({name: raw.get(name)})
     )
     row = dict(raw) if entry.every_column else {}
+    if entry.reads_lengths and LENGTH in raw:
+        row[LENGTH] = problems.attempt(_read_length, raw[LENGTH])
     for name in (completion, *known):
         problem, row[name] = _read_value(name, raw.get(name), folder)
         if entry.any_size and name not in (completion, "real_image"):
@@ -262,6 +271,12 @@ def _read_case(
         if problem:
             problems.add(f"{name}: {problem}")
     return row
+
+
+def _read_length(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"{LENGTH}: found {value!r}, expected a number of tokens, 0 or more")
+    return value
 
 
 def _read_value(name: str, value: Any, folder: Path) -> tuple[str | None, Any]:
@@ -303,7 +318,8 @@ def _make_samples(entry: RewardRow, rows: list[dict[str, Any]]) -> Samples:
         if name not in ("completion", "image")
     }
     if entry.scores == TEXTS:
-        return Samples(columns, texts=[row["completion"] for row in rows])
+        lengths = np.array([row[LENGTH] for row in rows]) if entry.reads_lengths else None
+        return Samples(columns, texts=[row["completion"] for row in rows], num_tokens=lengths)
     # A reward of the program gets one array [N, S, S, 3], as in training.
     images = [np.asarray(row["image"]) for row in rows]
     return Samples(columns, images=images if entry.any_size else np.stack(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from corl_jax.algorithms.advantages import AdvantageOptions
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.mesh import Rules, param_shardings
-from corl_jax.devices.offload import Offloadable
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.family import LogprobOptions, SamplingOptions
@@ -23,7 +23,15 @@ from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
+from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
+from corl_jax.train.reference import (
+    MovingReference,
+    copy_reference,
+    has_reference,
+    make_fixed_reference,
+    make_moving_reference,
+)
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.step import TokenSelection, TrainState, UpdateOptions, make_logprob_step
@@ -38,12 +46,10 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     """Loads weights onto the mesh, jits functions, and makes the state of a fresh start."""
     config, mesh = plan.config, plan.mesh
     trained, frozen = load_parts(plan)
-    reference = make_reference(plan, trained)
+    moving = make_moving_reference(plan, trained)
     optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
     shardings = state_shardings(optimizer, trained, mesh, plan.family.rules)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
-    # The layout that the step returns: a different one would compile a second program.
-    state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
+    state = make_state(plan, optimizer, trained, shardings, moving)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
     base = plan.family.base(plan.sizes)
     run = Run(
@@ -53,7 +59,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         mesh=mesh,
         dtype=DTYPES[config.model.dtype],
         frozen=frozen,
-        reference=reference,
+        reference=make_fixed_reference(plan, trained),
+        moving=moving,
         source_dtypes=read_stored_dtypes(plan.model_dir, plan.family.kind, base),
         layer_dtypes=read_layer_dtypes(plan.model_dir, plan.family.kind, base),
         train_loader=plan.train_loader,
@@ -65,22 +72,39 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         train_step=train_step,
         logprob_step=logprob_step,
         samplers=make_samplers(plan),
+        greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
         rewards=plan.rewards,
         networks=load_networks(plan),
         recipe=RECIPES[config.algorithm.name],
         advantage_options=make_advantage_options(plan),
         loss_weights=tuple(plan.stage.loss_weights(config).items()),
         tasks=plan.tasks,
+        kl_penalty=make_kl_penalty(plan),
         alternate_every=choose_period(plan),
         group_size=config.rollout.group_size,
+        redraws=count_redraws(plan),
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
+        max_new_tokens=config.rollout.max_new_tokens,
         mask_truncated=config.algorithm.mask_truncated,
         sft=config.sft,
         schedule=learning_rate(config.optimizer, plan.optimizer_steps),
         phases=phases,
     )
     return run, state
+
+
+def make_state(
+    plan: ResolvedRun, optimizer: optax.GradientTransformation, trained: Params,
+    shardings: TrainState, moving: MovingReference | None,
+) -> TrainState:  # fmt: skip
+    """Returns the state of a fresh start, with the reference if it moves."""
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
+    # Before the state, which takes over the arrays.
+    reference = moving and moving.rest(copy_reference(plan.config, plan.family, trained))
+    # The layout that the step returns: a different one would compile a second program.
+    state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
+    return dataclasses.replace(state, reference=reference)
 
 
 def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
@@ -109,18 +133,6 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     # Not the seed itself, which the samples' keys are made of.
     key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
     return jax.jit(draw_adapters, out_shardings=shardings)(key), frozen
-
-
-def make_reference(plan: ResolvedRun, trained: Params) -> Offloadable | None:
-    """Returns the start values of the trained parameters for the KL penalty; None without it."""
-    if not plan.stage.samples or not plan.config.algorithm.kl_coef:
-        return None
-    # With adapters the reference is the frozen network, so no copy is needed.
-    first = {} if plan.config.lora.rank else trained
-    # A copy: the buffers of the state are donated to the first step.
-    copied = jax.tree.map(jnp.copy, plan.family.cast(first, DTYPES[plan.config.model.dtype]))
-    shardings = param_shardings(first, plan.mesh, plan.family.rules)
-    return Offloadable(copied, shardings, offload=plan.config.algorithm.reference == "host")
 
 
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
@@ -235,13 +247,34 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
     )
 
 
-def make_samplers(plan: RunOutline) -> dict[str, Sampler]:
-    """Returns (params, prompts, keys) -> segments for each task of the run."""
-    options = make_sampling_options(plan)
+def count_redraws(plan: RunOutline) -> int:
+    """Returns the most further batches that a step samples for groups with equal rewards."""
+    return (plan.algorithm.redraws or 0) if plan.stage.samples else 0
+
+
+def uses_greedy(plan: RunOutline) -> bool:
+    """Returns whether the algorithm compares completions with a greedy one of the same prompt."""
+    return plan.stage.samples and RECIPES[plan.config.algorithm.name].uses_greedy
+
+
+def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Sampler]:
+    """Returns (params, prompts, keys) -> segments for each task of the run.
+
+    `greedy_last`: the last completion of each prompt is greedy.
+    """
+    options = dataclasses.replace(make_sampling_options(plan), greedy_last=greedy_last)
     return {
         name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
         for name in plan.tasks
     }
+
+
+def make_kl_penalty(plan: RunOutline) -> KlPenalty | None:
+    """Returns the KL penalty of rewards; None without one, or if it is in the loss."""
+    algorithm: Any = plan.algorithm
+    if not has_reference(plan) or algorithm.kl_in == "loss":
+        return None
+    return KlPenalty(algorithm.kl_coef, algorithm.kl_estimator)
 
 
 def choose_period(plan: RunOutline) -> int:
@@ -252,7 +285,7 @@ def choose_period(plan: RunOutline) -> int:
 
 def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
     """Returns how the config turns rewards into advantages."""
-    algorithm = plan.algorithm
+    algorithm: Any = plan.algorithm
     weights = {task: tuple(r.weight for r in of_task) for task, of_task in plan.rewards.items()}
     return AdvantageOptions(
         reward_weights=tuple(weights.items()),

@@ -145,7 +145,7 @@ def run_steps(
     sources, files = stamp_sources(planned), hash_reward_files(config)
     run, state = build(planned, Phases())
     fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
-    resumed = resume(planned, checkpoints, state, fingerprint, allow_changes)
+    resumed = resume(planned, checkpoints, run, state, fingerprint, allow_changes)
     if primary:
         directory.keep_config(config)  # not before: a refused resume changes nothing
     start, meta = 0, {}

@@ -6,30 +6,34 @@ config.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.algorithms.advantages import RewardInputs
+from corl_jax.algorithms.advantages import RewardInputs, total_rewards
 from corl_jax.algorithms.losses import mask_truncated
 from corl_jax.devices.batches import (
-    all_gather_rows,
     join_pieces,
     num_batch_shards,
     split_positions,
-    take_own_rows,
+    to_host_rows,
 )
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, text_tasks
-from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
+from corl_jax.train.drawn import Drawn, Scored, list_costs, place_rewards
+from corl_jax.train.greedy import separate_greedy
+from corl_jax.train.kl_penalty import measure_penalties
+from corl_jax.train.redraw import replace_flat_groups
+from corl_jax.train.rollout_metrics import count_tokens, describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
 from corl_jax.types import Params, Prompts, Rollout
@@ -39,55 +43,79 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of prompts."""
     params = merge(state.params, run.frozen)
     tasks = choose_tasks_of_step(run.tasks, run.alternate_every, step)
+    drawn, extra_stats = draw(run, tasks, params, prompts, step), {}
+    if run.redraws:
+        redraw = functools.partial(draw, run, tasks, params, step=step)
+        drawn, extra_stats = replace_flat_groups(run, drawn, redraw, step)
+    greedy = penalties = None
+    if run.greedy_samplers is not None:
+        drawn, greedy = separate_greedy(drawn, run.completions_per_prompt)
+    rewards = {task: drawn.scored[task].rewards for task in tasks}
+    with run.phases("update"):
+        batch = make_batch(run, state, {task: drawn.rollouts[task] for task in tasks})
+    with run.phases("reward"):
+        if run.kl_penalty is not None:
+            penalties, of_penalties = measure_penalties(batch, run.kl_penalty)
+            extra_stats = extra_stats | of_penalties
+        advantages, stats = compare(run, rewards, greedy, penalties)
+    with run.phases("update"):
+        state, updates = update(run, state, make_update_batch(run, batch, advantages), step)
+    return state, describe(run, drawn, rewards, updates, advantages, stats | extra_stats)
+
+
+def describe(
+    run: Run, drawn: Drawn, rewards: Mapping[str, Any], updates: list[dict[str, Metric]],
+    advantages: dict[str, Any], stats: Mapping[str, Any],
+) -> Iteration:  # fmt: skip
+    """Returns the results of an iteration for the log."""
+    # Only the first update starts from the policy that sampled, so only its sampler-trainer
+    # difference means anything.
+    first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
+    eos = run.processor.special.eos
+    numbers = describe_rollouts(drawn.rollouts, eos=eos, group_size=run.group_size)
+    tokens = {f"{task}/tokens": drawn.tokens.by_task[task] for task in text_tasks([*rewards])}
+    metrics = updates[-1] | first | to_metrics({**stats, **numbers.metrics, **tokens})
+    # A histogram is no number of the log.
+    shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
+    costs, failed = list_costs(run, drawn)
+    return Iteration(
+        metrics | costs, {task: drawn.scored[task].samples for task in rewards}, dict(rewards),
+        updates, failed, advantages, numbers.lengths, shares, drawn.tokens.num_tokens,
+    )  # fmt: skip
+
+
+def draw(run: Run, tasks: Sequence[str], params: Params, prompts: Prompts, step: int) -> Drawn:
+    """Samples and scores the completions of each task."""
     # Texts first: the host decodes and scores them while the device still generates images.
     order = (*text_tasks(tasks), *image_tasks(tasks))
     scored: dict[str, Scored] = {}
     with run.phases("rollout"):
         # Dispatched, not awaited: the device works through them in this order.
-        rollouts = {task: sample(run, task, params, prompts) for task in order}
+        rollouts = {task: sample(run, task, params, prompts, True) for task in order}
         for task in order[:-1]:
             scored[task] = score_rollout(run, task, params, prompts, rollouts[task], step)
         jax.block_until_ready(rollouts)
     with run.phases("reward"):
         last = order[-1]
         scored[last] = score_rollout(run, last, params, prompts, rollouts[last], step)
-        rewards = {task: scored[task].rewards for task in tasks}
-        advantages, stats = compare(run, rewards)
-    with run.phases("update"):
-        batch = make_batch(run, state, {task: rollouts[task] for task in tasks}, advantages)
-        updates = []
-        for _ in range(run.num_iterations):
-            state, metrics = run.train_step(state, run.frozen, batch)
-            updates.append(metrics)
-        jax.block_until_ready(updates[-1])
-    # Only the first update starts from the policy that sampled, so only its sampler-trainer
-    # difference means anything.
-    first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
-    numbers = describe_rollouts(rollouts, eos=run.processor.special.eos, group_size=run.group_size)
-    metrics = updates[-1] | first | to_metrics(stats | numbers.metrics)
-    # A histogram is no number of the log.
-    shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
-    failed = {}
-    for task, result in scored.items():
-        metrics |= result.metrics
-        for name, share in average_failures(run, result).items():
-            metrics[f"{task}/rewards/{name}/failed"] = Metric(share)
-            failed[f"{name} of {task}"] = share
-    samples = {task: scored[task].samples for task in tasks}
-    return state, Iteration(
-        metrics, samples, rewards, updates, failed, advantages, numbers.lengths, shares,
-        numbers.num_tokens,
-    )  # fmt: skip
+    return Drawn(rollouts, scored, count_tokens(rollouts))
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """One task's completions of this process, with their rewards by name."""
-
-    samples: Samples
-    rewards: dict[str, np.ndarray]  # [N] float32, NaN where not applicable
-    metrics: dict[str, Metric]  # what each reward cost
-    failures: dict[str, float]  # user's reward -> fraction of this process's samples it failed on
+def update(
+    run: Run, state: TrainState, batch: Batch, step: int
+) -> tuple[TrainState, list[dict[str, Metric]]]:
+    """Returns the state after the updates on a batch, and the metrics of each."""
+    # The reference is no input of the update.
+    reference, state = state.reference, dataclasses.replace(state, reference=None)
+    updates = []
+    for _ in range(run.num_iterations):
+        state, metrics = run.train_step(state, run.frozen, batch)
+        updates.append(metrics)
+    state = dataclasses.replace(state, reference=reference)
+    if run.moving is not None:
+        state = run.moving.move(state, step)
+    jax.block_until_ready(updates[-1])
+    return state, updates
 
 
 def score_rollout(
@@ -96,32 +124,31 @@ def score_rollout(
     """Decodes a rollout and scores it."""
     samples = decode(run, task, params, prompts, rollout)
     rewards, costs = score_samples(run, task, params, samples, step)
-    metrics = {}
-    for name, cost in costs.items():
-        metrics[f"{task}/rewards/{name}/seconds"] = Metric(cost["seconds"], "max")
-        metrics[f"{task}/rewards/{name}/failures"] = Metric(cost["failures"], "sum")
-    failures = {name: cost["failed"] for name, cost in costs.items() if "failed" in cost}
-    return Scored(samples, rewards, metrics, failures)
+    for cost in costs.values():
+        if "failed" in cost:
+            cost["failed"] *= len(samples)
+    return Scored(samples, rewards, costs, len(samples))
 
 
-def average_failures(run: Run, scored: Scored) -> dict[str, jax.Array]:
-    """Returns the fraction of all processes' samples on which each user's reward failed."""
-    return {
-        name: jnp.mean(put_batch(run, np.full(len(scored.samples), share, np.float32)))
-        for name, share in scored.failures.items()
-    }
+def sample(
+    run: Run, task: str, params: Params, prompts: Prompts, for_training: bool = False
+) -> Rollout:
+    """Samples `group_size` completions of every prompt, `rollout_batch` prompts at a time.
 
-
-def sample(run: Run, task: str, params: Params, prompts: Prompts) -> Rollout:
-    """Samples `group_size` completions of every prompt, `rollout_batch` prompts at a time."""
+    `for_training`: with a greedy one more as the last of each group, if the algorithm compares
+    with it.
+    """
+    samplers, group_size = run.samplers, run.group_size
+    if for_training and run.greedy_samplers is not None:
+        samplers, group_size = run.greedy_samplers, run.completions_per_prompt
     encoded = prompts.encoded[task]
     shards = num_batch_shards(run.mesh)
     pieces = []
     for rows in split_positions(run.mesh, len(prompts), run.rollout_batch):
         piece = jax.tree.map(lambda x: x[rows], encoded)  # noqa: B023
         rollout = sample_turn(
-            run.samplers[task], params, piece, prompts.index[rows],
-            seed=run.seed, stream=TASKS[task].stream, group_size=run.group_size,
+            samplers[task], params, piece, prompts.index[rows],
+            seed=run.seed, stream=TASKS[task].stream, group_size=group_size,
             place=functools.partial(put_batch, run),
         )  # fmt: skip
         pieces.append(rollout)
@@ -132,14 +159,14 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
     """Returns the images or texts that rewards read, with the data row of each completion."""
     # G = 2: [p0, p1] -> [p0, p0, p1, p1], the order in which samplers return completions.
     columns = {
-        name: [value for value in values for _ in range(run.group_size)]
+        name: [value for value in values for _ in range(rollout.group_size)]
         for name, values in prompts.columns.items()
     }
     # The last segment of a turn is its result.
     segment = rollout.segments[-1]
     result = decode_segment(run.family, run.sizes, params, run.processor, segment)
     if segment.kind == TEXT:
-        return Samples(columns, texts=result)
+        return Samples(columns, texts=result, num_tokens=to_host_rows(segment.mask).sum(axis=-1))
     return Samples(columns, images=result)
 
 
@@ -156,17 +183,22 @@ def score_samples(
         seed=run.seed,
         step=step,
         networks=run.networks,
+        max_new_tokens=run.max_new_tokens,
     )
     return score_and_measure(run.rewards[task], samples, context)
 
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))
-def _compute_advantages(rewards, *, advantages, options):
-    result, stats = advantages(RewardInputs(rewards), options)
+def _compute_advantages(inputs, *, advantages, options):
+    result, stats = advantages(inputs, options)
+    if inputs.greedy is not None:
+        alone = dataclasses.replace(options, group_size=1)
+        totals = total_rewards(RewardInputs(inputs.greedy), alone)
+        stats |= {f"{task}/greedy_reward": jnp.nanmean(total) for task, total in totals.items()}
     return (
         result,
         stats,
-        {task: jax.vmap(_measure_spread)(values) for task, values in rewards.items()},
+        {task: jax.vmap(_measure_spread)(values) for task, values in inputs.sampled.items()},
     )
 
 
@@ -179,19 +211,18 @@ def _measure_spread(values: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
+def compare(
+    run: Run,
+    rewards: Mapping[str, Mapping[str, np.ndarray]],
+    greedy: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    penalties: dict[str, jax.Array] | None = None,
+):
     """Returns (advantages by task, statistics), over the rows of all processes."""
-    # Processes that hold the same rows may score them differently, if a reward is not
-    # deterministic. The gather gives all of them the scores of one process.
-    # [rewards, N] -> [N, rewards] and back: gathers and shardings are over the leading axis.
-    stacked = {
-        task: take_own_rows(run.mesh, all_gather_rows(run.mesh, np.stack(list(values.values())).T))
-        for task, values in rewards.items()
-    }
-    placed = {task: value.T for task, value in put_batch(run, stacked).items()}
+    baselines = None if greedy is None else place_rewards(run, greedy)
+    inputs = RewardInputs(place_rewards(run, rewards), baselines, penalties)
     # One program for all rows: baselines and spreads are over the whole batch.
     advantages, stats, spread = _compute_advantages(
-        placed, advantages=run.recipe.advantages, options=run.advantage_options
+        inputs, advantages=run.recipe.advantages, options=run.advantage_options
     )
     for task, values in rewards.items():
         for number, name in enumerate(values):
@@ -200,27 +231,47 @@ def compare(run: Run, rewards: Mapping[str, Mapping[str, np.ndarray]]):
     return advantages, stats
 
 
-def make_batch(
-    run: Run, state: TrainState, rollouts: Mapping[str, Rollout], advantages: dict[str, Any]
-) -> Batch:
-    """Returns rollouts and advantages as the update reads them, with old and reference logprobs."""
+def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> Batch:
+    """Returns rollouts with their loss masks, and the old and reference log-probs if needed."""
     batch: Batch = {
         task: TaskBatch(
             prompts=rollout.prompts,
             segments=tuple(set_loss_mask(run, segment) for segment in rollout.segments),
-            advantages=advantages[task],
         )
         for task, rollout in rollouts.items()
     }
-    if run.num_iterations > 1:
+    if run.num_iterations > 1 or run.kl_penalty is not None:
         # With one update the old policy is the current one, and the loss needs no old log-probs.
         old = run.logprob_step(state.params, run.frozen, batch)
         batch = {t: dataclasses.replace(b, old_logprobs=old[t]) for t, b in batch.items()}
-    if run.reference is not None:
-        with run.reference.use() as reference:
-            ref = run.logprob_step(reference, run.frozen, batch)
+    if run.reference is not None or run.moving is not None:
+        # Without the log-probs, so that both calls are of one program.
+        scored = {t: dataclasses.replace(b, old_logprobs=None) for t, b in batch.items()}
+        with use_reference(run, state) as reference:
+            ref = run.logprob_step(reference, run.frozen, scored)
         batch = {t: dataclasses.replace(b, ref_logprobs=ref[t]) for t, b in batch.items()}
     return batch
+
+
+def make_update_batch(run: Run, batch: Batch, advantages: Mapping[str, Any]) -> Batch:
+    """Returns the batch with its advantages, without the log-probs that the loss does not read."""
+    unused: dict[str, None] = {}
+    if run.num_iterations == 1:
+        unused["old_logprobs"] = None
+    if run.kl_penalty is not None:
+        unused["ref_logprobs"] = None
+    return {
+        task: dataclasses.replace(part, advantages=advantages[task], **unused)
+        for task, part in batch.items()
+    }
+
+
+def use_reference(run: Run, state: TrainState) -> contextlib.AbstractContextManager[Params]:
+    """Returns a context with the reference's trained parameters on the device."""
+    if run.moving is not None:
+        return run.moving.use(state.reference)
+    assert run.reference is not None
+    return run.reference.use()
 
 
 def set_loss_mask(run: Run, segment: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.batches import num_batch_shards
 from corl_jax.devices.mesh import param_spec
 from corl_jax.params import leaf_paths, partition, unflatten
@@ -15,6 +16,7 @@ from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family
 from corl_jax.tasks import CODES, TASKS, TEXT
 from corl_jax.train import attending
+from corl_jax.train.reference import has_own_copy, has_reference, is_averaged
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import open_checkpoint
@@ -129,9 +131,9 @@ def estimate_outline(
         COMPUTE_COPY: (num_trained + copied) * width,
     }
     if outline.stage.samples:
-        # With adapters the reference is what is frozen.
-        second = config.algorithm.kl_coef and not config.lora.rank
-        estimate["reference"] = num_trained * width if second else 0
+        second = has_reference(outline) and has_own_copy(config)
+        size = 4 if is_averaged(config) else width
+        estimate["reference"] = num_trained * size if second else 0
         estimate["reward networks"] = network_bytes
         # The tasks are sampled one after the other, so only the largest cache counts.
         caches = [_count_cache(outline, task, prompts[task]) for task in outline.tasks]
@@ -203,7 +205,8 @@ def _count_cache(plan: RunOutline, task: str, prompt: int) -> int:
     if not TASKS[task].makes_text and config.rollout.cfg_scale != 1:
         prompts *= 2  # guidance decodes a second row without the prompt
     # The completions of a prompt share its keys and values.
-    tokens = prompt + config.rollout.group_size * get_completion_length(plan, task)
+    group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
+    tokens = prompt + group * get_completion_length(plan, task)
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]
     return prompts * tokens * per_token // share

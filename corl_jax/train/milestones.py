@@ -20,6 +20,7 @@ from corl_jax.runs.signals import Interruption
 from corl_jax.tasks import image_tasks
 from corl_jax.train import reports
 from corl_jax.train.export import refresh_export
+from corl_jax.train.reference import use_whole_state
 from corl_jax.train.run import Run
 from corl_jax.train.showing import SAMPLES
 from corl_jax.train.step import TrainState
@@ -178,7 +179,8 @@ def save_state(
         "saved_at": time.time(),
         "guards": outputs.guards.get_state(),
     }
-    outputs.saver.save(step, {"state": state}, meta)
+    with use_whole_state(run.moving, state) as whole:
+        outputs.saver.save(step, {"state": whole}, meta)
     outputs.watchdog.beat()
 
 

@@ -67,7 +67,8 @@ def describe_iteration(
     rollout = values.get("phase/rollout_seconds")
     tasks = choose_tasks_of_step(run.tasks, run.alternate_every, step - 1)
     if rollout and image_tasks(tasks):
-        images = config.train.prompts_per_step * run.group_size
+        batches = 1 + values.get("redraw/batches", 0)
+        images = batches * config.train.prompts_per_step * run.completions_per_prompt
         values["perf/images_per_second"] = images / rollout
     if rollout and text_tasks(tasks):
         tokens = sum(values[f"{task}/tokens"] for task in text_tasks(tasks))

@@ -189,6 +189,7 @@ def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> Resolv
     used = [reward for reward in bound if reward.name in scored]
     checked_networks = problems.attempt(_inspect_networks, config, used) or []
     problems.add(_find_reward_problems(config, stage, by_task))
+    problems.add(_find_buffer_problems(config, used))
     warnings = find_unused_rewards(config, bound, used)
     return ResolvedRewards(by_task, used, checked_networks, warnings)
 
@@ -272,6 +273,19 @@ def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, li
         "trains; add one, or choose other tasks"
         for task, of_task in rewards.items()
         if stage.samples and not of_task
+    ]
+
+
+def _find_buffer_problems(config: Config, used: Sequence[registry.BoundReward]) -> list[str]:
+    """Returns the rewards of lengths whose buffer is longer than the longest answer of the run."""
+    longest = config.rollout.max_new_tokens
+    return [
+        f"rewards: {reward.name}: option buffer: found {buffer}; expected at most "
+        f"rollout.max_new_tokens, which is {longest}"
+        for reward in used
+        if reward.row.reads_lengths and reward.options["max_tokens"] is None
+        # null: a fifth of the longest answer
+        if (buffer := reward.options["buffer"] or 0) > longest
     ]
 
 

@@ -14,6 +14,7 @@ from corl_jax.devices import processes
 from corl_jax.errors import Problems
 from corl_jax.runs import fingerprints, same_files
 from corl_jax.runs.checkpoints import Checkpoints, Restored, to_abstract
+from corl_jax.train.reference import rest_state, use_whole_state
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
 from corl_jax.train.stages import scores_rewards
@@ -24,7 +25,7 @@ REPORT_OPTIONS = ("eval.", "rollout.", "rewards.", "data.", "model.", "networks.
 
 
 def resume(
-    planned: ResolvedRun, checkpoints: Checkpoints, state: TrainState,
+    planned: ResolvedRun, checkpoints: Checkpoints, run: Run, state: TrainState,
     fingerprint: Callable[[], dict[str, str]], allow_changes: bool,
 ) -> Restored | None:  # fmt: skip
     """Restores the newest sound checkpoint and the position in the data; None without checkpoint.
@@ -39,12 +40,14 @@ def resume(
     """
     if not processes.broadcast_first(len(checkpoints.steps())):
         return None
-    abstract = to_abstract({"state": state})
+    with use_whole_state(run.moving, state) as whole:
+        abstract = to_abstract({"state": whole})
     # The devices have room for one state: the fresh one goes before the saved one comes.
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     config = planned.config.model_dump(mode="json")
     resumed = checkpoints.restore_newest(abstract, config, allow_changes)
+    resumed.tree["state"] = rest_state(run.moving, resumed.tree["state"])
     now, start = fingerprint(), resumed.meta.get("working_directory")
     # A resumed run may name the same reward file from another working directory.
     before = {_resolve_reward_file(n, start): mark for n, mark in resumed.meta["weights"].items()}

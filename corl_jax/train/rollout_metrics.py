@@ -29,12 +29,37 @@ def count_duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TokenCounts:
+    """Numbers of tokens of sampled completions."""
+
+    by_task: dict[str, jax.Array]  # of the completions
+    num_tokens: jax.Array  # of prompts and completions, each prompt once per completion
+
+    def add(self, other: TokenCounts) -> TokenCounts:
+        """Returns the sums of both."""
+        return jax.tree.map(jnp.add, self, other)
+
+
+@jax.jit
+def count_tokens(rollouts: dict[str, Rollout]) -> TokenCounts:
+    """Returns the numbers of tokens of the rollouts of all tasks."""
+    by_task: dict[str, jax.Array] = {}
+    num_tokens = jnp.int32(0)
+    for task, rollout in rollouts.items():
+        tokens = [segment.mask.sum() for segment in rollout.segments]
+        by_task[task] = functools.reduce(jnp.add, tokens)
+        prompts = rollout.group_size * rollout.prompts.attention_mask.sum()
+        num_tokens += by_task[task] + prompts
+    return TokenCounts(by_task, num_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RolloutStats:
     """Numbers of the completions of all tasks."""
 
     metrics: dict[str, jax.Array]  # by metric name
     lengths: dict[str, jax.Array]  # task -> choices of each completion [N] int32
-    num_tokens: jax.Array  # of prompts and completions, each prompt once per completion
 
 
 def describe_rollouts(
@@ -48,17 +73,15 @@ def describe_rollouts(
 def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> RolloutStats:
     metrics: dict[str, jax.Array] = {}
     lengths: dict[str, jax.Array] = {}
-    num_tokens = jnp.int32(0)
     for task, rollout in rollouts.items():
         per_segment = [segment.mask.sum(axis=-1) for segment in rollout.segments]
         lengths[task] = functools.reduce(jnp.add, per_segment)
-        num_tokens += lengths[task].sum() + group_size * rollout.prompts.attention_mask.sum()
         for segment in rollout.segments:
             if segment.kind == CODES:
                 metrics |= _describe_codes(task, segment.values, group_size)
             if segment.kind == TEXT:
                 metrics |= _describe_text(task, segment, eos)
-    return RolloutStats(metrics, lengths, num_tokens)
+    return RolloutStats(metrics, lengths)
 
 
 def _describe_codes(task: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
@@ -86,5 +109,4 @@ def _describe_text(task: str, text: Segment, eos: int) -> dict[str, jax.Array]:
         for name in ("mean", "min", "max")
     }
     metrics[f"{task}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
-    metrics[f"{task}/tokens"] = lengths.sum()
     return metrics

@@ -16,6 +16,8 @@ from corl_jax.devices.offload import Offloadable
 from corl_jax.metrics import Metric
 from corl_jax.policies.family import Family
 from corl_jax.policies.turns import Sampler
+from corl_jax.train.kl_penalty import KlPenalty
+from corl_jax.train.reference import MovingReference
 from corl_jax.types import Params, Sizes
 
 
@@ -31,6 +33,7 @@ class Run:
     dtype: Any  # compute dtype
     frozen: Params
     reference: Offloadable | None  # trained parameters at the start of the run, for the KL
+    moving: MovingReference | None  # a reference that follows the policy instead
     source_dtypes: dict[str, Any]  # by path, as the checkpoint stores them
     layer_dtypes: dict[str, list[str]]  # by path, where its layers are stored in several types
 
@@ -46,20 +49,30 @@ class Run:
     train_step: Callable
     logprob_step: Callable
     samplers: dict[str, Sampler]  # by task
+    # The same, but the last completion of each prompt is greedy; None if no baseline needs it.
+    greedy_samplers: dict[str, Sampler] | None
     rewards: Mapping[str, list]  # task -> rewards with their options bound
     networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
     recipe: Recipe
     advantage_options: AdvantageOptions | None  # None where no rewards are compared
     loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
     tasks: tuple[str, ...]
+    kl_penalty: KlPenalty | None  # of rewards; None without, or if the penalty is in the loss
     alternate_every: int  # steps after which the trained task changes; 0: all in each step
     group_size: int
+    redraws: int  # most further batches of a step, for groups with equal rewards
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
+    max_new_tokens: int  # of a text
     mask_truncated: bool
     sft: Any  # schema.Sft
     schedule: Callable  # optimizer step -> learning rate
     phases: Any  # runs.pace.Phases, a context manager by phase name
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """The completions of each prompt in an iteration: the group, and the greedy one if used."""
+        return self.group_size + (self.greedy_samplers is not None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,8 @@ class TrainState:
     step: Array  # scalar int32, updates applied; a skipped one does not count
     params: Params  # the trained ones
     opt_state: Any
+    # The reference model of the KL penalty if it moves, which no step reads or changes.
+    reference: Params | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from PIL import Image
 
+from corl_jax.policies.choices import mark_last_rows
 from corl_jax.policies.family import Family, Limits, LogprobOptions, SamplingOptions, TurnProgram
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
@@ -157,7 +158,10 @@ def make_turn(kind: str, logits_of: Any) -> TurnProgram:
         logits = logits_of(sizes, params, prompts, len(keys), options.temperature)
         values = jnp.argmax(logits, axis=-1)
         if not options.greedy:
-            values = jax.vmap(jax.random.categorical)(keys, logits)
+            drawn = jax.vmap(jax.random.categorical)(keys, logits)
+            group_size = len(keys) // len(prompts.input_ids)
+            is_greedy = options.greedy_last & mark_last_rows(len(keys), group_size)
+            values = jnp.where(is_greedy[:, None], values, drawn)
         logprobs, _ = log_softmax_of(logits, values)
         return (Segment(kind, values, jnp.ones(values.shape, bool), logprobs),)
 

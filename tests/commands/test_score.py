@@ -71,6 +71,21 @@ def test_the_command_end_to_end(tmp_path):
     assert done.stderr == "format: mean 0.5000 over 2 of 2 cases\n"
 
 
+def test_a_reward_of_lengths_needs_them(tmp_path, capsys):
+    path = cases(
+        tmp_path, {"completion": "a", "num_tokens": 7}, {"completion": "b", "num_tokens": 12}
+    )
+    options = ("--reward", "soft_overlong", "--input", path)
+    assert run(capsys, *options, "max_tokens=10", "buffer=4")[0] == [-0.25, -1]
+    assert "option max_tokens: found null, which is rollout.max_new_tokens" in problems(
+        capsys, *options
+    )
+    bare = cases(tmp_path, {"completion": "a"}, {"completion": "b", "num_tokens": "12"})
+    printed = problems(capsys, "--reward", "soft_overlong", "--input", bare, "max_tokens=10")
+    assert "line 1: num_tokens is missing" in printed
+    assert "line 2: num_tokens: found '12', expected a number of tokens" in printed
+
+
 def test_answers_with_short_names_options_and_nulls(tmp_path, capsys):
     path = cases(
         tmp_path,

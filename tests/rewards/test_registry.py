@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -18,13 +19,15 @@ from corl_jax.rewards import applicable, image, registry
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY, BoundReward, Context, RewardRow, Samples
 from corl_jax.rewards.signature import find_option_problem
+from corl_jax.rewards.text_rewards import score_soft_overlong
 from corl_jax.tasks import IMAGES, TEXTS, UNIFIED
 from tests.support.tiny_models import tiny_image
 
 NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 ISSUE = (
     "format format_tag qa_accuracy oc_accuracy t2i_ti_sim t2i_bid_cycle_reward t2i_pixel_mse "
-    "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 aesthetic"
+    "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 "
+    "aesthetic soft_overlong"
 )
 
 
@@ -307,3 +310,26 @@ def test_options_that_the_networks_cannot_serve_are_named():
         sizes = {"aesthetic": head, "clip_l14": SimpleNamespace(projection_dim=width)}
         found = REGISTRY["aesthetic"].find_network_problems({}, sizes)
         assert len(found) == problems and all("vectors of 768, but" in line for line in found)
+
+
+# ---- the length of answers
+
+
+def test_soft_overlong_is_dapos_penalty():
+    """DAPO's numbers: 20480 tokens at most, the last 4096 are the buffer."""
+    lengths = np.array([0, 16384, 17408, 18432, 20480, 30000])
+    samples = Samples({}, texts=[""] * 6, num_tokens=lengths)
+    context = dataclasses.replace(NOWHERE, max_new_tokens=20480)
+    expected = [0, 0, -0.25, -0.5, -1, -1]
+    assert score_soft_overlong(samples, context).tolist() == expected
+    given = score_soft_overlong(samples, NOWHERE, max_tokens=20480, buffer=4096)
+    assert given.tolist() == expected and given.dtype == np.float32
+    few = Samples({}, texts=["a", "b"], num_tokens=np.array([7, 8]))
+    assert score_soft_overlong(few, NOWHERE, max_tokens=8, buffer=2).tolist() == [-0.5, -1]
+
+
+def test_lengths_are_known_in_a_run_only():
+    with pytest.raises(InputError, match="soft_overlong: the numbers of tokens"):
+        score_soft_overlong(Samples({}, texts=["a"]), NOWHERE, max_tokens=5)
+    with pytest.raises(InputError, match="option buffer: found 9; expected at most max_tokens"):
+        registry.bind_reward("soft_overlong", {"buffer": 9, "max_tokens": 8})

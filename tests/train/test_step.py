@@ -35,6 +35,7 @@ from corl_jax.runs.pace import Phases
 from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.reference import make_fixed_reference
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Rollout
 from tests.support.tiny_models import LAYOUTS, divisible, layout_name, two_layers
@@ -296,13 +297,14 @@ def recorded_iteration(monkeypatch, batch, **changes):
         for task, part in batch.items()
     }
     monkeypatch.setattr(rl_iteration, "sample", lambda run, task, *_: rollouts[task])
-    monkeypatch.setattr(rl_iteration, "decode", lambda *_: None)
     rewards = np.arange(PROMPTS * GROUP, dtype=np.float32)
+    monkeypatch.setattr(rl_iteration, "decode", lambda *_: rewards)
     monkeypatch.setattr(rl_iteration, "score_samples", lambda *_: ({"r": rewards}, {}))
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "alternate_every": 0, "phases": Phases(),
-        "mesh": make_mesh(8), "frozen": {},
+        "mesh": make_mesh(8), "frozen": {}, "moving": None, "kl_penalty": None,
+        "redraws": 0, "greedy_samplers": None,
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "logprob_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),
@@ -355,7 +357,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
             ),
             stage=STAGES["rl"], family=FAMILY, mesh=mesh,
         )  # fmt: skip
-        lent = build.make_reference(plan, trained)
+        lent = make_fixed_reference(plan, trained)
         (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
         with lent.use() as reference:
             for (path, found), one in zip(
@@ -367,7 +369,7 @@ def test_a_reference_may_rest_in_host_memory(config, params):
     assert kinds["host"].endswith("host") and kinds["device"] != kinds["host"]
     options = SimpleNamespace(algorithm=schema.Algorithm())
     plan = SimpleNamespace(config=options, stage=STAGES["rl"], family=FAMILY, mesh=mesh)
-    assert build.make_reference(plan, trained) is None
+    assert make_fixed_reference(plan, trained) is None
 
 
 def test_truncated_answers_are_left_out_but_never_images(monkeypatch, batch):

@@ -830,7 +830,7 @@ def test_seconds_are_those_of_the_step_that_is_logged(options):
         steps_per_epoch=4, counts={"bad": 0}, share_unusable=lambda union: None
     )
     run = SimpleNamespace(
-        steps=5, schedule=float, train_loader=loader, group_size=2, tasks=("t2i",),
+        steps=5, schedule=float, train_loader=loader, completions_per_prompt=2, tasks=("t2i",),
         alternate_every=0, phases=Phases(),
     )  # fmt: skip
     sink = SimpleNamespace(

@@ -175,14 +175,16 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
     )  # fmt: skip
     return Run(
         family=FAMILY, sizes=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
-        dtype=COMPUTE, frozen=frozen, reference=None, source_dtypes={}, layer_dtypes={},
+        dtype=COMPUTE, frozen=frozen, reference=None, moving=None,
+        kl_penalty=None, source_dtypes={}, layer_dtypes={},
         train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
         iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
-        samplers=make_segment_samplers(setting), rewards=rewards, networks={},
+        samplers=make_segment_samplers(setting), greedy_samplers=None, redraws=0,
+        rewards=rewards, networks={},
         recipe=RECIPES["grpo"], advantage_options=comparison,
         loss_weights=tuple((task, 1.0) for task in TASKS), tasks=tuple(TASKS), alternate_every=0,
         group_size=setting.group, rollout_batch=setting.prompts,
-        num_iterations=1, mask_truncated=False, sft=None,
+        num_iterations=1, max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip

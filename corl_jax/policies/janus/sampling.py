@@ -91,6 +91,7 @@ def _start_state(
         "guided",
         "image_logprobs",
         "greedy",
+        "greedy_last",
         "dtype",
         "attention",
     ),
@@ -107,6 +108,7 @@ def _image_program(
     guided: bool,
     image_logprobs: str,
     greedy: bool,
+    greedy_last: bool,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
@@ -117,7 +119,7 @@ def _image_program(
     mask = rows.interleave_prompts(mask, mask)
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
     hidden = rows.fan_out(last)
-    choice = Choice(temperature, greedy)
+    choice = Choice(temperature, greedy, greedy_last=rows.group_size if greedy_last else 0)
 
     def draw(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         # float32 before the guidance: a scale of 5 enlarges the rounding of bfloat16 (Q39).
@@ -175,6 +177,7 @@ def sample_images(
     temperature: float = 1.0,
     image_logprobs: Literal["conditional", "guided"] = "conditional",
     greedy: bool = False,
+    greedy_last: bool = False,
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
 ) -> Segment:
@@ -189,7 +192,8 @@ def sample_images(
     program = _image_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
-        special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy, dtype=dtype,
+        special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy,
+        greedy_last=greedy_last, dtype=dtype,
         attention=_choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
@@ -198,7 +202,8 @@ def sample_images(
 @functools.partial(
     SamplerProgram,
     static_argnames=(
-        "config", "special", "max_new_tokens", "top_k", "top_p", "greedy", "dtype", "attention",
+        "config", "special", "max_new_tokens", "top_k", "top_p", "greedy", "greedy_last", "dtype",
+        "attention",
     ),
 )  # fmt: skip
 def _text_program(
@@ -213,6 +218,7 @@ def _text_program(
     top_k: int,
     top_p: float,
     greedy: bool,
+    greedy_last: bool,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -220,10 +226,9 @@ def _text_program(
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
     rows = Rows(_check_group_size(prompts, keys))
-    mask = prompts.attention_mask
-    decoder, last = read_prompts(model.language_model, embeds, mask, attention)
+    decoder, last = read_prompts(model.language_model, embeds, prompts.attention_mask, attention)
     hidden = rows.fan_out(last)
-    choice = Choice(temperature, greedy, top_k, top_p)
+    choice = Choice(temperature, greedy, top_k, top_p, rows.group_size if greedy_last else 0)
 
     def draw(hidden: jax.Array, step: jax.Array, done: jax.Array):
         logits = model.text_logits(hidden).astype(jnp.float32) / temperature
@@ -265,6 +270,7 @@ def sample_text(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
+    greedy_last: bool = False,
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
 ) -> Segment:
@@ -277,7 +283,8 @@ def sample_text(
     tokens, mask, logprobs = program(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
-        greedy=greedy, dtype=dtype, attention=_choose_kernel(config, attention, dtype),
+        greedy=greedy, greedy_last=greedy_last, dtype=dtype,
+        attention=_choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(TEXT, tokens, mask, logprobs)
 
@@ -291,7 +298,8 @@ def sample_codes(
         sample_images(
             sizes, params, prompts, keys, special=options.special, cfg_scale=options.cfg_scale,
             temperature=options.temperature, image_logprobs=options.image_logprobs,
-            greedy=options.greedy, dtype=options.dtype, attention=options.attention,
+            greedy=options.greedy, greedy_last=options.greedy_last, dtype=options.dtype,
+            attention=options.attention,
         ),
     )  # fmt: skip
 
@@ -306,6 +314,6 @@ def sample_answers(
             sizes, params, prompts, keys, special=options.special,
             max_new_tokens=options.max_new_tokens, temperature=options.temperature,
             top_k=options.top_k, top_p=options.top_p, greedy=options.greedy,
-            dtype=options.dtype, attention=options.attention,
+            greedy_last=options.greedy_last, dtype=options.dtype, attention=options.attention,
         ),
     )  # fmt: skip

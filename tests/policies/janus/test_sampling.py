@@ -158,6 +158,21 @@ def test_no_draw_is_near_a_tie(config, params, images, texts):
         assert margins.min() > draws.SAFE, "choose another seed"
 
 
+def test_the_last_completion_may_be_greedy(config, params, images, texts):
+    """The others are those that are sampled without it."""
+    keys = keys_of(range(4), GROUP + 1)
+    for draw, prompts, sampled in (
+        (draw_images, drawing_prompts(), images), (answer, question_prompts(config), texts),
+    ):  # fmt: skip
+        mixed = draw(config, params, prompts, keys, greedy_last=True)
+        best = draw(config, params, prompts, keys_of(range(4), 1), greedy=True)
+        groups = np.asarray(mixed.values).reshape(4, GROUP + 1, -1)
+        np.testing.assert_array_equal(
+            groups[:, :GROUP].reshape(sampled.values.shape), sampled.values
+        )
+        np.testing.assert_array_equal(groups[:, GROUP], best.values)
+
+
 # ---- the recorded log-probs
 
 
