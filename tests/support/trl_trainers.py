@@ -20,7 +20,8 @@ Arrays = dict[str, Any]
 
 ARGUMENTS = {
     "delta": None, "use_bias_correction_kl": False, "steps_per_generation": 1,
-    "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "gradient_checkpointing_kwargs": None,
+    "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
+    "gradient_checkpointing_kwargs": None,
 }  # fmt: skip
 ATTRIBUTES = {
     "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "grpo",
