@@ -44,7 +44,8 @@ MODULE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 50, 30
 CLASS_LINES, LOOP_IMPORTS = 100, 20
 # path (lines of the module) or path::function -> (limit, reason)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
-    "corl_jax/config/schema.py": (540, "every option with its type, default and meaning"),
+    "corl_jax/config/schema.py": (600, "every option with its type, default and meaning"),
+    "corl_jax/config/checks.py": (420, "the table of who reads each option"),
 }
 
 # What computes must import without what reads configs, reads data and draws curves.

@@ -17,14 +17,14 @@ from safetensors.numpy import save_file
 from corl_jax.params import flatten
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
 from corl_jax.weights.checkpoint import load_config, load_params
-from docs.examples import color_network, rloo
+from docs.examples import color_network, quantile
 from docs.examples.color_network import KIND, ColorConfig
 from tests.support import bag_runs, tiny_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {
     "add_a_policy": "bag_family", "add_a_reward_network": "color_network",
-    "add_a_task": "reading_task", "add_an_algorithm": "rloo",
+    "add_a_task": "reading_task", "add_an_algorithm": "quantile",
     "add_an_evaluation_suite": "best_of_group",
 }  # fmt: skip
 """Page of docs/how_to -> module of docs/examples."""
@@ -78,17 +78,19 @@ def test_code_of_a_page_is_code_of_its_example(page):
         assert "".join(block.split()) in "".join(code.split())
 
 
-def test_rloo_by_hand():
-    rewards = jnp.array([1.0, 2.0, 6.0, 4.0, jnp.nan, 5.0, jnp.nan, jnp.nan, 3.0])
-    expected = [1 - 4, 2 - 3.5, 6 - 1.5, 4 - 5, 0, 5 - 4, 0, 0, 0]
-    np.testing.assert_allclose(rloo.leave_one_out_advantages(rewards, 3), expected)
+def test_quantile_advantages_by_hand():
+    rewards = jnp.array([1.0, 2, 6, 4, jnp.nan, 5, jnp.nan, jnp.nan, 3, 0.1, 0.1, 0.1])
+    expected = [-1 / 7**0.5, 0, 4 / 7**0.5, -(0.5**0.5), 0, 0.5**0.5, *[0] * 6]
+    found = quantile.quantile_advantages(rewards, 3, eps=0.0)[:9]
+    np.testing.assert_allclose(found, expected[:9], rtol=1e-6)
+    np.testing.assert_array_equal(quantile.quantile_advantages(rewards, 3)[9:], expected[9:])
 
 
-def test_rloo_learns(files, tmp_path):
+def test_an_algorithm_of_its_own_learns(files, tmp_path):
     lines = run(
-        "rloo", files, tmp_path / "run", "algorithm.name=rloo", "algorithm.scale_by_std=false"
+        "quantile", files, tmp_path / "run", "algorithm.name=quantile", "algorithm.scale=none"
     )
-    assert "algorithm.scale_by_std: False has no effect; algorithm.name rloo" in lines.printed
+    assert "algorithm.scale: 'none' has no effect; algorithm.name quantile" in lines.printed
     scores = [line["eval/mm2t/qa_accuracy"] for line in lines if "eval/mm2t/qa_accuracy" in line]
     assert scores[-1] > scores[0] + 0.3
 

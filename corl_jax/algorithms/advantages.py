@@ -160,7 +160,7 @@ def compare_within_groups(
     inputs: RewardInputs, options: AdvantageOptions
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Computes GRPO's advantages [N] by task; returns them and statistics by metric name."""
-    return _compare(
+    return compare_rewards(
         inputs, options,
         lambda r: compute_group_advantages(r, options.group_size, options.eps, options.scale),
     )  # fmt: skip
@@ -182,7 +182,7 @@ def compare_leave_one_out(
         compared = valid & (valid.sum(axis=1, keepdims=True) > 1)
         return divide_by_spread(advantages, compared.reshape(-1), options.eps)
 
-    return _compare(inputs, options, estimate)
+    return compare_rewards(inputs, options, estimate)
 
 
 def compare_with_batch(
@@ -193,7 +193,7 @@ def compare_with_batch(
     The rewards are compared between prompts, so they should apply to every row. Returns the
     advantages and statistics by metric name.
     """
-    return _compare(
+    return compare_rewards(
         inputs, options, lambda r: whiten_batch(r, options.eps, scale=options.scale != "none")
     )
 
@@ -230,7 +230,9 @@ def compare_with_greedy(
         valid = ~jnp.isnan(groups[:, :size] - groups[:, size:])
         return divide_by_spread(advantages, valid.reshape(-1), options.eps)
 
-    advantages, _ = _compare(wide, dataclasses.replace(options, group_size=size + 1), estimate)
+    advantages, _ = compare_rewards(
+        wide, dataclasses.replace(options, group_size=size + 1), estimate
+    )
     return advantages, describe_rewards(total_rewards(inputs, options), options)
 
 
@@ -263,9 +265,14 @@ def compare_each_reward(
     return advantages, describe_rewards(total_rewards(inputs, options), options)
 
 
-def _compare(
+def compare_rewards(
     inputs: RewardInputs, options: AdvantageOptions, estimate: Callable[[jax.Array], jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Computes advantages [N] by task: adds the rewards, subtracts penalties, joins the tasks.
+
+    `estimate` turns the rewards [N] of one task, or of both together, into advantages [N]. Returns
+    the advantages and statistics of the rewards by metric name.
+    """
     totals = total_rewards(inputs, options)
     advantages = compute_joint_advantages(
         _subtract_penalties(totals, inputs.penalties), dict(options.task_weights), options.mode,

@@ -181,8 +181,8 @@ def _clip_row_ratio(
     total = jax.lax.stop_gradient(log_ratio)
     # A sum of many bounded log-ratios can be large again.
     bounded = jnp.clip(total, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    own = token_weight * (tokens.log_ratio - jax.lax.stop_gradient(tokens.log_ratio))
-    ratio = jnp.exp(bounded + jnp.where(total == bounded, own, 0.0))
+    token_part = token_weight * (tokens.log_ratio - jax.lax.stop_gradient(tokens.log_ratio))
+    ratio = jnp.exp(bounded + jnp.where(total == bounded, token_part, 0.0))
     return _clip(ratio, tokens.advantages, constants), ratio
 
 
@@ -286,10 +286,10 @@ def weigh_by_entropy(entropy: jax.Array, mask: jax.Array, share: float = 1.0) ->
     tokens = mask.sum(axis=1, keepdims=True)
     if share < 1.0:
         # In float32, 0.72 of 700 tokens is a little more than 504.
-        kept = jnp.maximum(jnp.ceil(share * tokens * (1 - 1e-6)), 1).astype(jnp.int32)
+        num_kept = jnp.maximum(jnp.ceil(share * tokens * (1 - 1e-6)), 1).astype(jnp.int32)
         ordered = -jnp.sort(-jnp.where(mask, entropy, -jnp.inf), axis=1)
         # The least entropy that is kept; ties with it stay.
-        threshold = jnp.take_along_axis(ordered, kept - 1, axis=1)
+        threshold = jnp.take_along_axis(ordered, num_kept - 1, axis=1)
         return (mask & (entropy >= threshold)).astype(jnp.float32)
     mean = jnp.where(mask, entropy, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(tokens, 1)
     # A row that is certain of every token has no entropies to compare.

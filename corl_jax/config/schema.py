@@ -201,7 +201,8 @@ class Algorithm(Section):
     )
     scale: Literal["group", "batch", "none"] | None = option(
         None,
-        "Rewards whose standard deviation divides the advantages. null: as the algorithm says.",
+        "Rewards whose standard deviation divides the advantages; with gdpo, those of each reward "
+        "by itself. null: as the algorithm says.",
     )
     reduction: Literal["sequence_mean", "token_mean", "constant"] | None = option(
         None,

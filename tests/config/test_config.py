@@ -319,7 +319,7 @@ def test_every_problem_is_reported_at_once(write):
         "optimizer.learning_rate=.inf",
         "optimizer.learning_rate=-1e-4",
         "optimizer.learning_rate='1e-4'",
-        "rollout.group_size=1",
+        "rollout.group_size=0",
         "rollout.top_p=0",
         "algorithm.mask_truncated=1",
         "algorithm.tasks=both",
@@ -588,6 +588,11 @@ def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(write, old, ne
     [
         ("rollout.pixel_dtype", "the value is float32; remove it"),
         ("optimizer.eps", "the value is 1e-8; remove it"),
+        ("algorithm.scale_by_std", "set algorithm.scale to group, batch or none; remove it"),
+        (
+            "algorithm.multi_objective_aggregation",
+            "algorithm.name gdpo normalizes each reward; remove it",
+        ),
         ("vq", "the weights are constants of corl_jax/policies/janus/tokenizer_training.py; "),
     ],
 )

@@ -129,8 +129,8 @@ def test_names_that_are_answered_with_a_remedy_are_no_options():
 
 @pytest.mark.parametrize(
     "name",
-    ["delta", "deepspeed", "use_vllm", "loss_type", "run_name", "min_p", "push_to_hub",
-     "log_completions", "importance_sampling_level", "ddp_timeout", "remove_unused_columns"],
+    ["deepspeed", "use_vllm", "run_name", "min_p", "push_to_hub", "log_completions",
+     "ddp_timeout", "remove_unused_columns", "entropy_coef", "off_policy_mask_threshold"],
 )  # fmt: skip
 def test_names_without_a_counterpart_suggest_nothing(name):
     assert suggest_option((name,)) is None
@@ -224,7 +224,7 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
          "data.path: found ['a', 5], expected a text or a list of texts"),
         ("data.columns=5", "data.columns: found 5, expected a mapping"),
         ("data.columns={prompt: 5}", "data.columns.prompt: found 5, expected a text"),
-        ("rollout.group_size=1", "rollout.group_size: found 1, expected an integer >= 2"),
+        ("rollout.group_size=0", "rollout.group_size: found 0, expected an integer >= 1"),
         ("rollout.top_p=2", "rollout.top_p: found 2, expected a number > 0 and <= 1"),
         ("mesh.data=0", "mesh.data: found 0; expected -1, or 1 or more"),
         ("model.dtype=float16",

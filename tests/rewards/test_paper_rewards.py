@@ -181,7 +181,7 @@ def test_frozen_scorers_and_gdpo(tree, tmp_path, one_device):
         "rewards": [{"name": "t2i_ti_sim", "options": {"scorer": "initial"}}, other,
                     {"name": "qa_accuracy"}, {"name": "format"}],
         "networks": {"offload": True},
-        "algorithm": {"multi_objective_aggregation": "normalize_then_sum"},
+        "algorithm": {"name": "gdpo"},
         "optimizer": {"learning_rate": 0.05},
     }  # fmt: skip
     steps = [line for line in metric_lines(run(changed)) if "loss" in line]

@@ -1,0 +1,287 @@
+"""The block `algorithm`: what a recipe completes, refuses and ignores, and runs of several rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from corl_jax import policies
+from corl_jax.algorithms.losses import LossConstants
+from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.config import files as config_files
+from corl_jax.config.checks import find_unused_options
+from corl_jax.config.schema import Config
+from corl_jax.train import __main__ as command
+from corl_jax.train import build, resolve
+from corl_jax.train.recipe_options import (
+    complete_algorithm,
+    find_algorithm_problems,
+    find_ignored_options,
+)
+from docs.examples.bag_family import FAMILY
+from tests.support import bag_runs, tiny_runs
+
+SINGLE = [name for name, recipe in RECIPES.items() if recipe.min_group_size == 1]
+GROUPED = [name for name in RECIPES if name not in SINGLE]
+
+
+def make_config(name="grpo", group_size=8, prompts_per_step=4, **algorithm) -> Config:
+    return Config.model_validate(
+        {
+            "output_dir": "x", "model": {"path": "x"}, "data": {"path": "x"},
+            "rewards": [{"name": "format"}],
+            "rollout": {"group_size": group_size}, "train": {"prompts_per_step": prompts_per_step},
+            "algorithm": {"name": name} | algorithm,
+        }
+    )  # fmt: skip
+
+
+# ---- completed
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_completes_the_options_that_are_null(name):
+    recipe, completed = RECIPES[name], complete_algorithm(make_config(name).algorithm)
+    assert (completed.scale, completed.reduction) == (recipe.scales[0], recipe.reductions[0])
+    assert completed.kl_in == recipe.kl_in and completed.kl_estimator == recipe.kl_estimator
+    assert build.make_loss_constants(completed) == LossConstants(
+        kl_coef=0.0, clip_low=recipe.clip_low, clip_high=recipe.clip_high,
+        reduction=recipe.reductions[0], kl_estimator=recipe.kl_estimator,
+    )  # fmt: skip
+    assert not find_algorithm_problems(make_config(name))
+    assert not find_ignored_options(make_config(name))
+    assert not find_unused_options(make_config(name))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_options_of_the_config_come_first(name):
+    recipe = RECIPES[name]
+    chosen = {
+        "scale": recipe.scales[-1], "reduction": recipe.reductions[-1], "clip_low": 0.0,
+        "clip_high": 0.7, "kl_in": "loss", "kl_estimator": "k2", "redraws": 0, "kl_coef": 0.1,
+    }  # fmt: skip
+    completed = complete_algorithm(make_config(name, **chosen).algorithm)
+    assert {key: getattr(completed, key) for key in chosen} == chosen
+    assert build.make_loss_constants(completed).kl_coef == 0.1
+    in_reward = completed.model_copy(update={"kl_in": "reward"})
+    assert build.make_loss_constants(in_reward).kl_coef == 0.0
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_one_completion_per_prompt_is_refused_where_completions_are_compared(name):
+    (line,) = find_algorithm_problems(make_config(name, group_size=1))
+    assert line.startswith(f"rollout.group_size: found 1, but algorithm.name {name} compares")
+    assert "expected at least 2" in line and "choose remax, reinforce_pp" in line
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_completion_per_prompt_is_enough_for_others(name):
+    assert not find_algorithm_problems(make_config(name, group_size=1))
+
+
+def test_one_completion_per_step_has_nothing_to_compare_with():
+    (line,) = find_algorithm_problems(make_config("reinforce_pp", 1, prompts_per_step=1))
+    assert line.startswith("train.prompts_per_step: found 1") and "expected at least 2" in line
+    assert not find_algorithm_problems(make_config("reinforce_pp", 2, prompts_per_step=1))
+    assert not find_algorithm_problems(make_config("remax", 1, prompts_per_step=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        (
+            "grpo", {"dual_clip": 1.2},
+            "algorithm.dual_clip: found 1.2; expected more than 1 + algorithm.clip_high, which is "
+            "1.2; raise it, or lower algorithm.clip_high",
+        ),
+        (
+            "dapo", {"dual_clip": 1.25, "clip_high": None},
+            "algorithm.dual_clip: found 1.25; expected more than 1 + algorithm.clip_high, which is "
+            "1.28; raise it, or lower algorithm.clip_high",
+        ),
+        (
+            "rloo", {"scale": "group"},
+            "algorithm.scale: found group, which algorithm.name rloo does not have; expected one "
+            "of none, batch",
+        ),
+        (
+            "reinforce_pp", {"scale": "group"},
+            "algorithm.scale: found group, which algorithm.name reinforce_pp does not have; "
+            "expected one of batch, none",
+        ),
+        (
+            "rloo", {"reduction": "token_mean"},
+            "algorithm.reduction: found token_mean, which algorithm.name rloo does not have; "
+            "expected sequence_mean",
+        ),
+        (
+            "remax", {"num_iterations": 2},
+            "algorithm.num_iterations: found 2, but the loss of algorithm.name remax has no ratio "
+            "that corrects for a policy that has moved; expected 1",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_a_recipe_cannot_work_with(name, options, line):
+    assert find_algorithm_problems(make_config(name, **options)) == [line]
+
+
+def test_redraws_of_single_completions_are_refused():
+    (line,) = find_algorithm_problems(make_config("remax", 1, redraws=2))
+    assert line.startswith("algorithm.redraws: found 2") and "set it to 0" in line
+    # The default of a recipe is no value of the config, so it is not named.
+    (line,) = find_algorithm_problems(make_config("dapo", 1))
+    assert line.startswith("rollout.group_size")
+
+
+def test_a_dual_clip_that_fits_is_accepted():
+    for name in RECIPES:
+        assert not find_algorithm_problems(make_config(name, dual_clip=6.0))
+    assert not find_algorithm_problems(make_config("grpo", dual_clip=1.2, clip_high=0.1))
+    # Without effect it is no contradiction, but a warning.
+    assert not find_algorithm_problems(make_config("remax", dual_clip=1.0))
+
+
+# ---- without effect
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cispo", {"clip_low": 0.1}), ("cispo", {"dual_clip": 1.5}), ("remax", {"clip_low": 0.3}),
+        ("remax", {"clip_high": 0.3}), ("remax", {"dual_clip": 3.0}),
+    ],
+)  # fmt: skip
+def test_options_that_a_recipe_does_not_read_are_warned_of(name, options):
+    (line,) = find_ignored_options(make_config(name, num_iterations=1, **options))
+    ((key, value),) = options.items()
+    assert line == (
+        f"algorithm.{key}: {value!r} has no effect; algorithm.name {name} does not read it"
+    )
+
+
+def test_k1_in_the_loss_is_warned_of_where_there_is_a_penalty():
+    options = {"kl_estimator": "k1", "kl_in": "loss"}
+    (line,) = find_ignored_options(make_config(kl_coef=0.1, **options))
+    assert line.startswith("algorithm.kl_estimator: k1 in the loss has a gradient whose mean is 0")
+    # The default estimator of the recipe, in another place than its default.
+    assert find_ignored_options(make_config("rloo", kl_coef=0.1, kl_in="loss")) == [line]
+    assert not find_ignored_options(make_config("rloo", kl_coef=0.1))
+    assert not find_ignored_options(make_config(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "reader"),
+    [
+        ({"dual_clip": 3.0}, "algorithm.num_iterations above 1"),
+        ({"clip_high": 0.3}, "algorithm.num_iterations above 1"),
+        ({"kl_in": "reward"}, "algorithm.kl_coef above 0"),
+        ({"kl_estimator": "k2"}, "algorithm.kl_coef above 0"),
+        ({"reference_every": 5}, "algorithm.kl_coef above 0"),
+        ({"kl_coef": 0.1, "reference_decay": 0.5}, "algorithm.reference_every above 0"),
+        ({"tasks": "mm2t", "image_token_share": 0.5}, "a task that makes images"),
+        ({"tasks": "mm2t", "image_token_weights": "entropy"}, "a task that makes images"),
+        ({"tasks": "t2i", "alternate_every": 5}, "algorithm.tasks unified"),
+        ({"alternate_every": 5, "mm2t_weight": 0.5}, "algorithm.alternate_every 0"),
+    ],
+)
+def test_options_without_a_reader_are_warned_of(options, reader):
+    key, value = list(options.items())[-1]
+    assert find_unused_options(make_config(**options)) == [
+        f"algorithm.{key}: {value!r} has no effect; only {reader} reads it"
+    ]
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return bag_runs.write_files(tmp_path_factory.mktemp("bag"))
+
+
+@pytest.fixture
+def run_bag(files, tmp_path, monkeypatch, one_device):
+    """Trains a very small family with overrides; returns its run directory."""
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, FAMILY)
+
+    def run(*overrides, **changes):
+        output = tmp_path / "run"
+        tree = bag_runs.options(files, output, **changes)
+        path = tiny_runs.write_config(tmp_path / "config.yaml", tree)
+        command.main(["--config", str(path), *overrides])
+        return output
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("tasks", ["unified", "t2i", "mm2t"])
+def test_every_recipe_resolves_for_every_task(files, tmp_path, monkeypatch, name, tasks):
+    monkeypatch.setitem(policies.FAMILIES, FAMILY.name, FAMILY)
+    rewards = {"t2i": [{"use": f"{files[2]}:red"}], "mm2t": [{"name": "qa_accuracy"}]}
+    rewards["unified"] = rewards["t2i"] + rewards["mm2t"]
+    tree = bag_runs.options(
+        files, tmp_path / "run", algorithm={"name": name, "tasks": tasks}, rewards=rewards[tasks]
+    )
+    path = tiny_runs.write_config(tmp_path / "config.yaml", tree)
+    plan = resolve.resolve_run(config_files.load(path))
+    assert plan.algorithm.reduction == RECIPES[name].reductions[0]
+    assert build.make_advantage_options(plan).scale == RECIPES[name].scales[0]
+    options = build.make_update_options(plan)
+    assert options.loss is RECIPES[name].loss and not options.selections
+
+
+def test_the_command_refuses_all_wrong_choices_together(run_bag, capsys):
+    with pytest.raises(SystemExit) as error:
+        run_bag(
+            "algorithm.name=remax", "algorithm.num_iterations=2", "algorithm.scale=group",
+            "algorithm.redraws=1", "rollout.group_size=1",
+        )  # fmt: skip
+    assert error.value.code == 2
+    lines = capsys.readouterr().err
+    for key in ("algorithm.num_iterations", "algorithm.scale", "algorithm.redraws"):
+        assert f"error: {key}: found" in lines
+
+
+def test_the_command_checks_and_warns(run_bag, capsys):
+    run_bag("algorithm.name=cispo", "algorithm.clip_low=0.1", "--check")
+    lines = capsys.readouterr()
+    assert "algorithm.clip_low: 0.1 has no effect; algorithm.name cispo" in lines.out + lines.err
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("algorithm.name=dr_grpo",),
+        ("algorithm.name=rloo", "algorithm.scale=batch"),
+        ("algorithm.name=cispo", "algorithm.num_iterations=2", "algorithm.importance_cap=2.0"),
+        (
+            "algorithm.name=gspo", "algorithm.num_iterations=2", "algorithm.image_token_share=0.5",
+            "algorithm.image_token_weights=entropy", "algorithm.dual_clip=3.0",
+        ),
+    ],
+    ids=lambda overrides: overrides[0].partition("=")[2],
+)  # fmt: skip
+def test_a_run_learns(run_bag, overrides):
+    output = run_bag(*overrides, log={"images_every": 0, "samples_every": 0})
+    lines = tiny_runs.metric_lines(output)
+    for name in ("eval/mm2t/qa_accuracy", "eval/t2i/red"):
+        scores = [line[name] for line in lines if name in line]
+        assert scores[-1] > scores[0] + 0.1, (name, scores)
+    steps = [line for line in lines if "loss" in line]
+    assert steps[0]["grad_norm"] > 0 and not any(line["update/skipped"] for line in steps)
+    # Where all groups have equal rewards nothing moves.
+    solved = [line for line in steps if line["reward_std"] == 0]
+    assert not any(line["grad_norm"] for line in solved)
+
+
+def test_a_run_with_one_completion_per_prompt_learns(run_bag):
+    output = run_bag(
+        "algorithm.name=reinforce_pp", "rollout.group_size=1",
+        "log.images_every=0", "log.samples_every=0",
+    )  # fmt: skip
+    lines = tiny_runs.metric_lines(output)
+    scores = [line["eval/t2i/red"] for line in lines if "eval/t2i/red" in line]
+    assert scores[-1] > scores[0]
