@@ -20,7 +20,7 @@ ACCURACY = {**dict.fromkeys(image_tasks(tuple(TASKS)), "eval/draw/accuracy"),
 """Task -> the metric of an evaluation that tells whether its completions are truly right."""
 HEALTH = (
     "entropy", "kl", "completions/mean_length", "frac_reward_zero_std", "duplicate_fraction",
-    "reward_std", "grad_norm", "learning_rate", "step_time",
+    "group_difference", "reward_std", "grad_norm", "learning_rate", "step_time",
 )  # fmt: skip
 """Ends of the names of metrics that show whether a training is healthy."""
 HEADLINE = "/accuracy"

@@ -53,6 +53,18 @@ def count_tokens(rollouts: dict[str, Rollout]) -> TokenCounts:
     return TokenCounts(by_task, num_tokens)
 
 
+def measure_group_difference(tokens: jax.Array, group_size: int) -> jax.Array:
+    """Returns the mean share of places [T] at which two rows of a group differ; NaN with G = 1.
+
+    `tokens` [N, T]. It is a measure of diversity: 0 if all rows of each group are equal.
+    """
+    groups = tokens.reshape(-1, group_size, tokens.shape[-1])
+    different = (groups[:, :, None] != groups[:, None, :]).mean(axis=-1)  # [groups, G, G]
+    # A row does not differ from itself, so the G zeros of each diagonal only count.
+    pairs = different.shape[0] * group_size * (group_size - 1)
+    return different.sum() / pairs if pairs else jnp.float32(jnp.nan)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutStats:
@@ -93,6 +105,7 @@ def _describe_codes(task: str, codes: jax.Array, group_size: int) -> dict[str, j
         f"{task}/completions/mean_length": jnp.float32(codes.shape[1]),
         f"{task}/distinct_token_fraction": distinct.mean() / codes.shape[1],
         f"{task}/duplicate_fraction": count_duplicates(codes, group_size),
+        f"{task}/group_difference": measure_group_difference(codes, group_size),
     }
 
 

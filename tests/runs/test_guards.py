@@ -17,7 +17,7 @@ from corl_jax.evaluation import shapes
 from corl_jax.runs.directory import to_json
 from corl_jax.runs.guards import FAILED_WINDOW, UNREWARDED_STEPS, WINDOW, Guards, Update
 from corl_jax.train.alarms import ALARMS, list_alarms, make_guards
-from corl_jax.train.rollout_metrics import count_duplicates
+from corl_jax.train.rollout_metrics import count_duplicates, measure_group_difference
 
 GOOD = Update(False, loss=1.0, grad_norm=2.0, parts={"t2i/loss": 1.0, "mm2t/loss": 0.1})
 BAD = Update(True, math.nan, math.inf, {"t2i/loss": math.nan, "mm2t/loss": 0.1})
@@ -290,6 +290,14 @@ def test_duplicates_are_counted_within_groups():
     tokens[3, 0] = tokens[2, 0]  # a token alone is no duplicate
     assert count_duplicates(tokens, 4) == pytest.approx(3 / 8)
     assert count_duplicates(tokens, 2) == pytest.approx(2 / 8)
+
+
+def test_the_difference_within_groups_is_a_mean_over_pairs():
+    tokens = np.array([[1, 2], [1, 2], [1, 3], [4, 5], [6, 7], [4, 8]])
+    # Group 1: pairs differ at 0, 1 and 1 of 2 places. Group 2: at 2, 1 and 2.
+    assert measure_group_difference(tokens, 3) == pytest.approx((0 + 1 + 1 + 2 + 1 + 2) / (6 * 2))
+    assert measure_group_difference(tokens[:3] * 0, 3) == 0
+    assert np.isnan(measure_group_difference(tokens, 1))
 
 
 BASE = {
