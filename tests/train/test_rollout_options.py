@@ -74,6 +74,7 @@ def test_tasks_take_turns_in_a_run_that_resumes(options, tmp_path):
         train={"max_steps": 4}, log={"samples_every": 1, "images_every": 2},
         export={"layout": "none"}, checkpoint={"every": 4},
     )  # fmt: skip
+    tree["rewards"].append({"name": "soft_overlong", "options": {"buffer": 2}})
     once = train(tree)
     twice = tree | {"output_dir": str(tmp_path / "twice")}
     train(twice, "train.stop_after=3")
@@ -85,6 +86,10 @@ def test_tasks_take_turns_in_a_run_that_resumes(options, tmp_path):
     ]
     assert all(("perf/images_per_second" in line) == ("t2i/kl" in line) for line in lines)
     assert all(line["alarm/kl"] == 0 for line in lines)
+    # An answer that was cut has -1, and no other one of 6 tokens or fewer has a penalty.
+    for line in lines[1::2]:
+        cut = line["mm2t/completions/clipped_ratio"]
+        assert -1 <= line["mm2t/rewards/soft_overlong/mean"] <= -cut
     clocks = ("second", "step_time")
     assert [
         {name: x for name, x in line.items() if not any(clock in name for clock in clocks)}
