@@ -25,6 +25,7 @@ from corl_jax.rewards.samples import Samples
 from corl_jax.tasks import CODES, TEXT, choose_tasks_of_step
 from corl_jax.train import __main__ as command
 from corl_jax.train import alarms, memory, redraw, reference, resolve
+from corl_jax.train import check as run_check
 from corl_jax.train.drawn import Drawn, Scored
 from corl_jax.train.greedy import separate_greedy
 from corl_jax.train.kl_penalty import KlPenalty, measure_penalties
@@ -208,6 +209,11 @@ def test_memory_of_a_reference(options, changes, size):
     outline = resolve.resolve_run(config_files.validate(tree, "test"))
     estimate = memory.estimate_memory(outline)
     assert estimate["reference"] == pytest.approx(estimate["optimizer"] * size / 4)
+    # A checkpoint of SGD with momentum has 8 bytes a parameter; only a reference that moves is
+    # saved beside them.
+    checkpoints, *_ = run_check.estimate_disk(outline).values()
+    added = size if "reference_every" in changes else 0
+    assert checkpoints == pytest.approx(3 * estimate["optimizer"] * (8 + added) / 4)
     resident = programs.make_resident_arrays(outline)[0]
     shapes = jax.tree.leaves(resident.reference)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) / 2**30 == pytest.approx(
