@@ -218,9 +218,11 @@ def make_update_programs(
             # Old and reference log-probs are counted as calls of one program. The reference is in
             # the compute dtype, so only its casts differ.
             batch, parameters = make_batch(outline, tasks, lengths, ()), resident.state.params
-            held = (parameters, resident.frozen)
-            programs.append(Program(f"log-probs{name}", steps[1], held, (batch,), calls))
+            resident_inputs = (parameters, resident.frozen)
+            programs.append(Program(f"log-probs{name}", steps[1], resident_inputs, (batch,), calls))
         batch, calls = make_batch(outline, tasks, lengths, (*old, *ref)), outline.updates_per_step
-        held = (resident.state, resident.frozen)
-        programs.append(Program(f"update{name}", steps[0], held, (batch,), share * calls))
+        resident_inputs = (resident.state, resident.frozen)
+        programs.append(
+            Program(f"update{name}", steps[0], resident_inputs, (batch,), share * calls)
+        )
     return programs

@@ -16,7 +16,7 @@ from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family
 from corl_jax.tasks import CODES, TASKS, TEXT
 from corl_jax.train import attending
-from corl_jax.train.reference import has_own_copy, has_reference, is_averaged
+from corl_jax.train.reference import get_number_bytes, has_own_copy, has_reference
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.types import Params
 from corl_jax.weights.checkpoint import open_checkpoint
@@ -132,8 +132,7 @@ def estimate_outline(
     }
     if outline.stage.samples:
         second = has_reference(outline) and has_own_copy(config)
-        size = 4 if is_averaged(config) else width
-        estimate["reference"] = num_trained * size if second else 0
+        estimate["reference"] = num_trained * get_number_bytes(config) if second else 0
         estimate["reward networks"] = network_bytes
         # The tasks are sampled one after the other, so only the largest cache counts.
         caches = [_count_cache(outline, task, prompts[task]) for task in outline.tasks]

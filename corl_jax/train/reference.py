@@ -49,6 +49,11 @@ def has_own_copy(config: Config) -> bool:
     return not config.lora.rank or moves(config)
 
 
+def get_number_bytes(config: Config) -> int:
+    """Returns the bytes of a number in which the reference is kept, but for `float32_parts`."""
+    return 4 if is_averaged(config) else jnp.dtype(DTYPES[config.model.dtype]).itemsize
+
+
 def cast_reference(config: Config, family: Family, trained: Params) -> Params:
     """Returns the trained parameters in the dtype in which the reference keeps them."""
     if not has_own_copy(config):

@@ -25,6 +25,7 @@ from corl_jax.rewards.samples import Samples
 from corl_jax.tasks import CODES, TEXT, choose_tasks_of_step
 from corl_jax.train import __main__ as command
 from corl_jax.train import alarms, memory, redraw, reference, resolve
+from corl_jax.train import check as run_check
 from corl_jax.train.drawn import Drawn, Scored
 from corl_jax.train.greedy import separate_greedy
 from corl_jax.train.kl_penalty import KlPenalty, measure_penalties
@@ -74,6 +75,7 @@ def test_tasks_take_turns_in_a_run_that_resumes(options, tmp_path):
         train={"max_steps": 4}, log={"samples_every": 1, "images_every": 2},
         export={"layout": "none"}, checkpoint={"every": 4},
     )  # fmt: skip
+    tree["rewards"].append({"name": "soft_overlong", "options": {"buffer": 2}})
     once = train(tree)
     twice = tree | {"output_dir": str(tmp_path / "twice")}
     train(twice, "train.stop_after=3")
@@ -85,6 +87,10 @@ def test_tasks_take_turns_in_a_run_that_resumes(options, tmp_path):
     ]
     assert all(("perf/images_per_second" in line) == ("t2i/kl" in line) for line in lines)
     assert all(line["alarm/kl"] == 0 for line in lines)
+    # An answer that was cut has -1, and no other one of 6 tokens or fewer has a penalty.
+    for line in lines[1::2]:
+        cut = line["mm2t/completions/clipped_ratio"]
+        assert -1 <= line["mm2t/rewards/soft_overlong/mean"] <= -cut
     clocks = ("second", "step_time")
     assert [
         {name: x for name, x in line.items() if not any(clock in name for clock in clocks)}
@@ -203,6 +209,11 @@ def test_memory_of_a_reference(options, changes, size):
     outline = resolve.resolve_run(config_files.validate(tree, "test"))
     estimate = memory.estimate_memory(outline)
     assert estimate["reference"] == pytest.approx(estimate["optimizer"] * size / 4)
+    # A checkpoint of SGD with momentum has 8 bytes a parameter; only a reference that moves is
+    # saved beside them.
+    checkpoints, *_ = run_check.estimate_disk(outline).values()
+    added = size if "reference_every" in changes else 0
+    assert checkpoints == pytest.approx(3 * estimate["optimizer"] * (8 + added) / 4)
     resident = programs.make_resident_arrays(outline)[0]
     shapes = jax.tree.leaves(resident.reference)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in shapes) / 2**30 == pytest.approx(

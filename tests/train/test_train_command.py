@@ -768,7 +768,7 @@ def step_log(tree: dict, run: SimpleNamespace, log: SimpleNamespace) -> StepLog:
 
 def test_the_last_iteration_of_a_run_without_rewards_ends_it(options):
     """However short; nothing of it is saved then."""
-    run = SimpleNamespace(steps=2, phases=Phases())
+    run = SimpleNamespace(steps=2, phases=Phases(), tasks=("t2i",), alternate_every=0)
     log = step_log(
         options(log={"every": 9}), run, SimpleNamespace(say=print, pace=Pace(), needs_layout=False)
     )
