@@ -158,12 +158,12 @@ def test_an_export_whose_replacement_was_killed_comes_back(tmp_path):
 def test_an_option_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     run = open_once(make_config(tmp_path))
     tree = yaml.safe_load(run.config.read_text())
-    del tree["algorithm"]["clip_high"], tree["sft"]
+    del tree["algorithm"]["mm2t_weight"], tree["sft"]
     run.config.write_text(yaml.safe_dump(tree))
     open_once(make_config(tmp_path))
     run.config.write_text(yaml.safe_dump(tree))
-    (line,) = refused(make_config(tmp_path, algorithm={"clip_high": 0.3}))
-    assert "algorithm.clip_high: found 0.3, the run has 0.2" in line
+    (line,) = refused(make_config(tmp_path, algorithm={"mm2t_weight": 0.3}))
+    assert "algorithm.mm2t_weight: found 0.3, the run has 0.8" in line
 
 
 def test_directories_that_are_no_runs(tmp_path):
