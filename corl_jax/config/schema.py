@@ -177,7 +177,8 @@ class Algorithm(Section):
     name: str = option("grpo", "Name of the algorithm: grpo.")
     tasks: TaskChoice = option(
         "unified",
-        "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both.",
+        "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both; think: "
+        "image generation after a plan, a text that the policy writes first.",
     )
     advantages: Literal["unified_reward", "unified_advantage", "separate"] = option(
         "unified_reward",
@@ -190,6 +191,9 @@ class Algorithm(Section):
     )
     mm2t_loss_weight: NonNegativeFloat = option(
         1.0, "Weight of the text loss; that of the image loss is 1."
+    )
+    plan_loss_weight: NonNegativeFloat = option(
+        1.0, "Weight of the loss of plans in the task think; that of their images is 1."
     )
     scale_by_std: bool = option(
         True, "Divide advantages by the standard deviation of their group. false: only centre them."
