@@ -75,6 +75,7 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
+PLANNED_GENERATION = TASKS["think"]
 UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
 

@@ -19,7 +19,7 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
-from corl_jax.tasks import TASKS, image_tasks
+from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks
 from corl_jax.train import build
 from corl_jax.train.memory import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
@@ -153,6 +153,14 @@ def make_batch(outline: RunOutline, lengths: dict[str, int], extra: tuple[str, .
     return {task: make_task(task) for task in outline.tasks}
 
 
+def _count_rounds(outline: RunOutline, task: str) -> int:
+    """Returns the most rounds of the loop in which a task samples a text."""
+    if TASKS[task].has_plan:  # the last token is read as well, because an image follows it
+        return split_steps(get_segment_length(outline, TEXT))[0]
+    # The prefill gives the first token, so the loop makes one fewer.
+    return split_steps(get_completion_length(outline, task) - 1)[0]
+
+
 def make_programs(
     outline: RunOutline, lengths: dict[str, int], stored: Any = jnp.bfloat16
 ) -> tuple[ResidentArrays, list[Program]]:
@@ -174,14 +182,13 @@ def make_programs(
             (params,),
             (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
             calls=config.train.prompts_per_step // count,
-            # The prefill gives the first token, so the loop makes one fewer.
-            rounds=split_steps(get_completion_length(outline, task) - 1)[0],
+            rounds=_count_rounds(outline, task),
         )
         for task, sampler in build.make_samplers(outline).items()
         if task in outline.tasks
     ]
-    for task in image_tasks(outline.tasks):
-        shape = (config.train.prompts_per_step * group, get_completion_length(outline, task))
+    for _ in image_tasks(outline.tasks):
+        shape = (config.train.prompts_per_step * group, get_segment_length(outline, CODES))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
         programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,)))

@@ -52,7 +52,7 @@ class Rows:
         return pairs.reshape(-1, *conditional.shape[1:])
 
     def interleave_samples(self, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
-        """Interleaves conditional and unconditional [N, ...] to rows of the network; see `split`."""
+        """Interleaves conditional and unconditional [N, ...] to the rows of the network."""
         groups = self._split_groups(conditional), self._split_groups(unconditional)
         return self.interleave_prompts(*groups).reshape(-1, *conditional.shape[1:])
 

@@ -27,7 +27,7 @@ from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
-from corl_jax.tasks import TASKS, TEXT, image_tasks, text_tasks
+from corl_jax.tasks import PLAN_COLUMN, TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.rollout_metrics import describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
@@ -133,8 +133,10 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         name: [value for value in values for _ in range(run.group_size)]
         for name, values in prompts.columns.items()
     }
-    # The last segment of a turn is its result.
-    segment = rollout.segments[-1]
+    # The last segment of a turn is its result; a text before it is the plan of the result.
+    *plans, segment = rollout.segments
+    for plan in plans:
+        columns[PLAN_COLUMN] = decode_segment(run.family, run.sizes, params, run.processor, plan)
     result = decode_segment(run.family, run.sizes, params, run.processor, segment)
     if segment.kind == TEXT:
         return Samples(columns, texts=result)
@@ -222,7 +224,7 @@ def make_batch(
 
 
 def set_loss_mask(run: Run, segment: Any) -> Any:
-    """Returns the segment with its loss mask, which may leave out truncated texts."""
+    """Returns the segment with its loss mask, which may leave out truncated texts and plans."""
     if segment.kind != TEXT or not run.mask_truncated:
         return segment
     mask = mask_truncated(segment.mask, has_ended(segment, run.processor.special.eos))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from corl_jax.tasks import CODES, TEXT
+from corl_jax.tasks import CODES, TEXT, name_segments
 from corl_jax.types import Rollout, Segment
 
 
@@ -53,38 +53,39 @@ def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> Rol
         per_segment = [segment.mask.sum(axis=-1) for segment in rollout.segments]
         lengths[task] = functools.reduce(jnp.add, per_segment)
         num_tokens += lengths[task].sum() + group_size * rollout.prompts.attention_mask.sum()
-        for segment in rollout.segments:
+        kinds = tuple(segment.kind for segment in rollout.segments)
+        for name, segment in zip(name_segments(task, kinds), rollout.segments, strict=True):
             if segment.kind == CODES:
-                metrics |= _describe_codes(task, segment.values, group_size)
+                metrics |= _describe_codes(name, segment.values, group_size)
             if segment.kind == TEXT:
-                metrics |= _describe_text(task, segment, eos)
+                metrics |= _describe_text(name, segment, eos)
     return RolloutStats(metrics, lengths, num_tokens)
 
 
-def _describe_codes(task: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
+def _describe_codes(name: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
     """Returns the metrics of image codes [N, T]; all images have the same length."""
     # Sorted, equal codes are neighbours: [7, 3, 7] -> [3, 7, 7], which has 2 distinct codes.
     ordered = jnp.sort(codes, axis=-1)
     distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=-1)
     return {
-        f"{task}/completions/mean_length": jnp.float32(codes.shape[1]),
-        f"{task}/distinct_token_fraction": distinct.mean() / codes.shape[1],
-        f"{task}/duplicate_fraction": count_duplicates(codes, group_size),
+        f"{name}/completions/mean_length": jnp.float32(codes.shape[1]),
+        f"{name}/distinct_token_fraction": distinct.mean() / codes.shape[1],
+        f"{name}/duplicate_fraction": count_duplicates(codes, group_size),
     }
 
 
-def _describe_text(task: str, text: Segment, eos: int) -> dict[str, jax.Array]:
+def _describe_text(name: str, text: Segment, eos: int) -> dict[str, jax.Array]:
     lengths = text.mask.sum(axis=-1)
     metrics = {
-        f"{task}/completions/{name}_length": getattr(lengths, name)()
-        for name in ("mean", "min", "max")
+        f"{name}/completions/{kind}_length": getattr(lengths, kind)()
+        for kind in ("mean", "min", "max")
     }
     # NaN, not TRL's 0, if no text has ended: 0 would look like a length.
     terminated = jnp.where(has_ended(text, eos), lengths, jnp.nan)
     metrics |= {
-        f"{task}/completions/{name}_terminated_length": getattr(jnp, f"nan{name}")(terminated)
-        for name in ("mean", "min", "max")
+        f"{name}/completions/{kind}_terminated_length": getattr(jnp, f"nan{kind}")(terminated)
+        for kind in ("mean", "min", "max")
     }
-    metrics[f"{task}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
-    metrics[f"{task}/tokens"] = lengths.sum()
+    metrics[f"{name}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
+    metrics[f"{name}/tokens"] = lengths.sum()
     return metrics

@@ -50,7 +50,7 @@ class Run:
     networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
     recipe: Recipe
     advantage_options: AdvantageOptions | None  # None where no rewards are compared
-    loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
+    loss_weights: tuple[tuple[str, float], ...]  # metric prefix of a segment -> weight
     tasks: tuple[str, ...]
     group_size: int
     rollout_batch: int  # prompts of all processes sampled at once

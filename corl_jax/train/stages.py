@@ -17,7 +17,15 @@ from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.evaluation import SUITES
-from corl_jax.tasks import PLAN_COLUMN, TASKS, choose_tasks, name_segments, plan_tasks, required_columns, text_tasks
+from corl_jax.tasks import (
+    PLAN_COLUMN,
+    TASKS,
+    choose_tasks,
+    name_segments,
+    plan_tasks,
+    required_columns,
+    text_tasks,
+)
 from corl_jax.train import image_tokenizer, iteration, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
@@ -135,8 +143,7 @@ def list_columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -
 
 
 def list_made_columns(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Returns the columns that rewards may read and that the tasks make, so that no data has them.
-    """
+    """Returns the columns that the tasks make themselves, for rewards to read."""
     return (PLAN_COLUMN,) if plan_tasks(tasks) else ()
 
 

@@ -270,7 +270,9 @@ def make_train_step(
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
         # Only the first update starts from the policy that sampled, so only its difference
         # between sampler and trainer means anything.
-        prefixes = [prefix for name, task in batch.items() for prefix in name_segments(name, task.kinds)]
+        prefixes = [
+            prefix for name, task in batch.items() for prefix in name_segments(name, task.kinds)
+        ]
         names = [f"{prefix}/{name}" for prefix in prefixes for name in (*DIFFERENCES, *RATIOS)]
         first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
         return state, to_metrics(metrics | update) | first

@@ -212,9 +212,7 @@ def _image_program(
     mask = rows.interleave_prompts(mask, mask)
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
     hidden = rows.fan_out(last)
-    draw = make_code_draw(
-        model, rows, Choice(temperature, greedy), keys, cfg_scale, image_logprobs
-    )
+    draw = make_code_draw(model, rows, Choice(temperature, greedy), keys, cfg_scale, image_logprobs)
 
     # The prefill's last state gives token 0; step t reads token t - 1 and samples token t.
     read = make_code_reader(model, rows, decoder, 0)
@@ -234,9 +232,7 @@ def _advance(state: DecodeState, token, logprob, caches, done=None) -> DecodeSta
     )
 
 
-def choose_kernel(
-    config: JanusConfig, attention: Attention, dtype: Any
-) -> attentions.DecodeKernel:
+def choose_kernel(config: JanusConfig, attention: Attention, dtype: Any) -> attentions.DecodeKernel:
     return (
         attentions.choose_decode_kernel(dtype, config.llama.head_dim)
         if attention == "auto"

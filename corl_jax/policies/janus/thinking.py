@@ -6,7 +6,8 @@ follow the plan's last token directly, in the cache and in positions. So an imag
 prompt, its plan and its key, and on no other length.
 
 The unconditional row of guidance reads the same context by Janus's rule for prompts: every id but
-BOS and BOI becomes padding. So it knows how long prompt and plan are, and not a word of them.
+BOS and BOI becomes padding, and so does every token of the plan. So it knows how long prompt and
+plan are, and not a word of them.
 """
 
 from __future__ import annotations
@@ -88,9 +89,7 @@ def _think_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     rows = Rows(check_group_size(prompts, keys), guided)
     embeds = model.embed_text(prompts.input_ids)
-    decoder, last = read_prompts(
-        model.language_model, embeds, prompts.attention_mask, attention
-    )
+    decoder, last = read_prompts(model.language_model, embeds, prompts.attention_mask, attention)
     choice = Choice(temperature, greedy, top_k, top_p)
     draw_text = make_text_draw(model, choice, keys, special.eos)
     # A step more than an answer has: the last token of a plan that was cut is read as well.
