@@ -276,10 +276,10 @@ class Decoder:
 
     def make_room(self, caches: list[KVCache], length: int, more: int) -> list[KVCache]:
         """Returns caches with the first `length` completion tokens, and room for `more`."""
-        kept = length + (self.prompts[0][0].shape[1] if self.copied else 0)
+        places = length + (self.prompts[0][0].shape[1] if self.copied else 0)
 
         def resize(cache: jax.Array) -> jax.Array:
-            resized = jnp.pad(cache[:, :kept], ((0, 0), (0, more), (0, 0), (0, 0)))
+            resized = jnp.pad(cache[:, :places], ((0, 0), (0, more), (0, 0), (0, 0)))
             return constrain(resized, "batch", "length", "heads", None)
 
         return jax.tree.map(resize, caches)
@@ -294,17 +294,17 @@ class Decoder:
         """
         size = self.prompts[0][0].shape[1]
         # A buffer begins behind its prompt's end, a copied prompt at its own beginning.
-        first = jnp.zeros_like(self.lengths) if self.copied else self.lengths
-        places = first[:, None] + jnp.arange(caches[0][0].shape[1])
+        start = jnp.zeros_like(self.lengths) if self.copied else self.lengths
+        places = start[:, None] + jnp.arange(caches[0][0].shape[1])
         names = "batch", "length", "heads", None
 
-        def join_prompts(own: jax.Array, other: jax.Array) -> jax.Array:
-            return constrain(rows.interleave_prompts(own, other[:, :size]), *names)
+        def join_prompts(first: jax.Array, other: jax.Array) -> jax.Array:
+            return constrain(rows.interleave_prompts(first, other[:, :size]), *names)
 
-        def join_buffers(own: jax.Array, other: jax.Array) -> jax.Array:
+        def join_buffers(first: jax.Array, other: jax.Array) -> jax.Array:
             # Room for later tokens has places beyond the padding: anything may stand there.
             other = jnp.take_along_axis(other, places[..., None, None], axis=1, mode="clip")
-            return constrain(rows.interleave_samples(own, rows.fan_out(other)), *names)
+            return constrain(rows.interleave_samples(first, rows.fan_out(other)), *names)
 
         prompts = jax.tree.map(join_prompts, self.prompts, padded)
         caches = jax.tree.map(join_buffers, caches, padded)

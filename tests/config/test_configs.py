@@ -37,7 +37,7 @@ FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 PAPER = [name for name in FILES if name.startswith("janus_pro_")]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 DEVICES = (1, 2, 4, 8)
-MAX_OPTIONS = 109
+MAX_OPTIONS = 110
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
