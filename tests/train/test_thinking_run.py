@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 
 import corl_jax
 from corl_jax import generate
-from corl_jax.plan import __main__ as plan
 from corl_jax.report.groups import read_groups
 from corl_jax.train import __main__ as command
 from tests.support import tiny_runs
@@ -26,7 +24,8 @@ PLAN_WEIGHT = 0.25
 REWARD = """
 def brief(images, plan, prompt, *, longest: int = 30):
     assert len(plan) == len(images) == len(prompt) and all(isinstance(x, str) for x in plan)
-    return [image.getpixel((0, 0))[0] / 255 + len(text) / longest for image, text in zip(images, plan)]
+    reds = [image.getpixel((0, 0))[0] / 255 for image in images]
+    return [red + len(text) / longest for red, text in zip(reds, plan)]
 """
 
 
@@ -135,11 +134,3 @@ def test_what_leaves_no_room_or_has_no_targets_is_refused(model, rows, tmp_path,
     assert "--max-new-tokens: found 9, but only plans are texts; add --think" in message
     long = [*image, "--think", "--max-new-tokens", "500"]
     assert "expected less than 495" in refused(capsys, lambda: generate.main(long))
-
-
-def test_its_programs_are_planned(model, rows, tmp_path, capsys):
-    path = write_config(tmp_path / "plan.yaml", options(model, rows, tmp_path))
-    plan.main([str(path), "--topology", "local", "--only", "sample", "update"])
-    text = capsys.readouterr().out
-    assert "think 96 + 24 tokens" in text or "+ 24 tokens" in text
-    assert "sample think" in text and "update" in text
