@@ -22,6 +22,7 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import expand_path
 from corl_jax.nearest import suggest_name
 from corl_jax.sampling_options import complete_options
+from corl_jax.tasks import PLAN_COLUMN
 
 if TYPE_CHECKING:
     from corl_jax.policies import Model
@@ -43,9 +44,13 @@ class SamplingKeywords(TypedDict, total=False):
 
 
 class ImageKeywords(SamplingKeywords, total=False):
-    """Options of images."""
+    """Options of images. The last three are of plans."""
 
     cfg_scale: float | None  # scale of guidance; 1: no guidance
+    think: bool  # write a plan before each image, which is then its `info["plan"]`; False
+    top_k: int | None
+    top_p: float | None
+    max_new_tokens: int | None  # most tokens of a plan
 
 
 class AnswerKeywords(SamplingKeywords, total=False):
@@ -58,7 +63,13 @@ class AnswerKeywords(SamplingKeywords, total=False):
     system_prompt: str  # none
 
 
-DEFAULTS = {"seed": 0, "batch_size": 16, "show_progress": False, "system_prompt": ""}
+DEFAULTS = {
+    "seed": 0,
+    "batch_size": 16,
+    "show_progress": False,
+    "system_prompt": "",
+    "think": False,
+}
 """Values of the keywords that generation_config.json does not have."""
 
 
@@ -106,7 +117,9 @@ class LoadedModel:
     ) -> list[Image.Image] | list[list[Image.Image]]:
         """Returns `n` images of a prompt, or for a list of prompts a list of `n` images of each.
 
-        Options: seed, cfg_scale, temperature, greedy, batch_size, show_progress.
+        With `think` the model writes a plan before each image, which is `image.info["plan"]`.
+        Options: seed, cfg_scale, temperature, greedy, batch_size, show_progress, think, and of
+        plans top_k, top_p, max_new_tokens.
 
         Raises:
             InputError: listing every problem of options and prompts.
@@ -116,9 +129,9 @@ class LoadedModel:
         inference.check_image_options(request, _spell_keyword, problems)
         for number, text in enumerate(texts):
             problems.add(find_text_problems(f"prompt {number}", text))
-        problems.add(complete_options(request, inference.IMAGE_OPTIONS))
+        problems.add(complete_options(request, inference.list_image_options(request)))
         problems.raise_any()
-        problems.add(inference.find_long_prompts(self.policy, texts))
+        problems.add(inference.find_long_prompts(self.policy, request, texts, _spell_keyword))
         problems.raise_any()
         images: list[list[Any]] = [[None] * n for _ in texts]
         # Samples arrive sorted by the length of their prompts.
@@ -126,6 +139,8 @@ class LoadedModel:
             self.policy, self.dtype, texts, request, request.show_progress
         ):
             image = Image.fromarray(np.asarray(sample.pixels))
+            if sample.plan is not None:
+                image.info[PLAN_COLUMN] = self.policy.processor.decode(sample.plan)
             images[sample.prompt][sample.number] = image
         return images if _is_several(prompts) else images[0]
 

@@ -21,12 +21,12 @@ from corl_jax.data.instructions import INSTRUCTIONS
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.inference import (
     DTYPES,
-    IMAGE_OPTIONS,
     TEXT_OPTIONS,
     check_image_options,
     check_text_options,
     find_long_prompts,
     find_long_questions,
+    list_image_options,
     load_model,
     sample_answers,
     sample_images,
@@ -38,6 +38,7 @@ from corl_jax.sampling_options import (
     spell_option,
     tell_sampling,
 )
+from corl_jax.tasks import PLAN_COLUMN
 
 if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
@@ -76,10 +77,10 @@ def check_image(args: argparse.Namespace) -> list[str]:
     check_image_options(args, spell_image_option, problems)
     problems.attempt(check_output_folder, args.out, "--out")
     prompts = read_image_prompts(args, problems)
-    problems.add(complete_options(args, IMAGE_OPTIONS))
+    problems.add(complete_options(args, list_image_options(args)))
     with problems.collect("--model: "):
         model = inspect_policy(args.model)
-        problems.add(find_long_prompts(model, prompts))
+        problems.add(find_long_prompts(model, args, prompts, spell_image_option))
     problems.raise_any()
     return prompts
 
@@ -106,6 +107,11 @@ def generate_images(args: argparse.Namespace) -> None:
                 "prompt": prompts[sample.prompt], "file": name, "seed": args.seed,
                 "index": sample.prompt, "sample": sample.number, "tokens": sample.tokens.tolist(),
             }  # fmt: skip
+            if sample.plan is not None:
+                records[sample.prompt, sample.number] |= {
+                    PLAN_COLUMN: model.processor.decode(sample.plan),
+                    "plan_tokens": sample.plan.tolist(),
+                }
         (folder / "samples.jsonl").write_text(format_records(records), encoding="utf-8")
         save_grid(folder, prompts, args.samples)
     print_report(args, len(records), "image", started, args.out)
@@ -254,6 +260,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
         help="number of images per prompt (default %(default)s)")  # fmt: skip
     add("--cfg-scale", type=float,
         help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')})")  # fmt: skip
+    add("--think", action="store_true", help="write a plan before each image, as algorithm.tasks "
+        "think trains it; the plan is in samples.jsonl")  # fmt: skip
+    add_token_options(parser, "a plan")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
@@ -266,14 +275,20 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     add("--out", type=parse_path, metavar="FILE", help="a new file (default standard output)")
     add("--system-prompt", default="", metavar="TEXT",
         help="system prompt (default none, as in CoRL)")  # fmt: skip
-    add("--max-new-tokens", type=int, metavar="N",
-        help=f"most tokens of an answer ({describe_default('max_new_tokens')})")  # fmt: skip
     add("--instruction", choices=INSTRUCTIONS,
         help="put into each question that asks for no answer tags: choice, for an option's letter; "
         "open, for a few words; auto, choice where lines A., B. list options, else open; none "
         f"({describe_default('instruction')})")  # fmt: skip
     add("--samples", type=int, default=1, metavar="N",
         help="number of answers per question (default %(default)s)")  # fmt: skip
+    add_token_options(parser, "an answer")
+
+
+def add_token_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the options of sampled text; `what` names the text."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, metavar="N",
+        help=f"most tokens of {what} ({describe_default('max_new_tokens')})")  # fmt: skip
     add("--top-k", type=int, metavar="K",
         help="sample from the K most likely tokens; 0: from all "
         f"({describe_default('top_k')})")  # fmt: skip
@@ -288,7 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
     image = commands.add_parser("image", help="generate images from prompts", description=(
         "Writes PROMPT_SAMPLE.png (numbers from 0), grid.png (at most the first "
         f"{GRID_PROMPTS} prompts, {GRID_SAMPLES} samples each) and samples.jsonl, a line an "
-        "image: prompt, file, seed, index, sample, tokens."))  # fmt: skip
+        "image: prompt, file, seed, index, sample, tokens; with --think plan and "
+        "plan_tokens."))  # fmt: skip
     add_image(image)
     text = commands.add_parser("text", help="answer questions about images", description=(
         "Writes a JSON line a sample: image, question, text, tokens (the end token included), "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import Problems
 from corl_jax.sampling_options import HARMLESS, find_temperature_problems, is_number
-from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**32 - 1
 DTYPES = ("float32", "bfloat16")
 IMAGE_OPTIONS = ("cfg_scale", "temperature")
+PLAN_OPTIONS = ("top_k", "top_p", "max_new_tokens")
 TEXT_OPTIONS = ("temperature", "top_k", "top_p", "max_new_tokens", "instruction")
 
 SpellOption = Callable[[str], str]
@@ -90,6 +91,28 @@ def check_image_options(
     """Adds problems of the options of images."""
     check_options(options, spell, problems)
     problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
+    check_token_options(options, spell, problems)
+    if not options.think:
+        problems.add(
+            f"{spell(name)}: found {value}, but only plans are texts; add {spell('think')}, or "
+            "leave it out"
+            for name in PLAN_OPTIONS
+            if (value := getattr(options, name)) is not None
+        )
+
+
+def list_image_options(options: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the names of the options that a checkpoint may state for images."""
+    return (*IMAGE_OPTIONS, *PLAN_OPTIONS) if options.think else IMAGE_OPTIONS
+
+
+def check_token_options(
+    options: argparse.Namespace, spell: SpellOption, problems: Problems
+) -> None:
+    """Adds problems of the options of sampled text."""
+    problems.add(check_number(spell("max_new_tokens"), options.max_new_tokens, 1, whole=True))
+    problems.add(check_number(spell("top_k"), options.top_k, 0, whole=True))
+    problems.add(check_number(spell("top_p"), options.top_p, 0, 1, above=True))
 
 
 def check_text_options(options: argparse.Namespace, spell: SpellOption, problems: Problems) -> None:
@@ -97,9 +120,7 @@ def check_text_options(options: argparse.Namespace, spell: SpellOption, problems
     from corl_jax.data.questions import find_text_problems
 
     check_options(options, spell, problems)
-    problems.add(check_number(spell("max_new_tokens"), options.max_new_tokens, 1, whole=True))
-    problems.add(check_number(spell("top_k"), options.top_k, 0, whole=True))
-    problems.add(check_number(spell("top_p"), options.top_p, 0, 1, above=True))
+    check_token_options(options, spell, problems)
     if options.instruction not in (None, *INSTRUCTIONS):
         problems.add(
             f"{spell('instruction')}: found {options.instruction!r}; expected one of "
@@ -109,11 +130,26 @@ def check_text_options(options: argparse.Namespace, spell: SpellOption, problems
         problems.add(find_text_problems(spell("system_prompt"), options.system_prompt))
 
 
-def find_long_prompts(model: PolicyFiles, prompts: Sequence[str]) -> list[str]:
-    """Returns a problem for each prompt that leaves no room for an image in the model."""
+def find_long_prompts(
+    model: PolicyFiles, options: argparse.Namespace, prompts: Sequence[str], spell: SpellOption
+) -> list[str]:
+    """Returns a problem for each prompt that leaves no room for an image and its plan in the model.
+
+    Returns a single one if no prompt would; the options must be complete.
+    """
     limits = model.family.limits(model.sizes)
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(prompts)]
-    return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
+    if not options.think:
+        return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
+    # A token that begins the image stands between plan and image.
+    image = 1 + limits.image_tokens
+    if options.max_new_tokens >= limits.positions - image:
+        return [
+            f"{spell('max_new_tokens')}: found {options.max_new_tokens}; expected less than "
+            f"{limits.positions - image}: of the model's {limits.positions} positions the image "
+            f"takes {image}, the prompt its own"
+        ]
+    return _find_long_rows(model, PLANNED_GENERATION, rows, options.max_new_tokens + image)
 
 
 def find_long_questions(
@@ -175,10 +211,13 @@ def sample_images(
     sampling = SamplingOptions(
         special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
         temperature=options.temperature or 1.0, dtype=dtype,  # None if greedy
+        # of plans; None without plans, and the first two if greedy
+        top_k=options.top_k or 0, top_p=options.top_p or 1.0,
+        max_new_tokens=options.max_new_tokens or 1,
     )  # fmt: skip
     yield from batched.generate_images(
         model, prompts, sampling, samples=options.samples, batch_size=options.batch_size,
-        seed=options.seed, show_progress=progress,
+        seed=options.seed, show_progress=progress, think=options.think,
     )  # fmt: skip
 
 

@@ -54,6 +54,11 @@ class Task:
         """True if rewards see texts, False if they see images."""
         return self.result == TEXTS
 
+    @property
+    def has_plan(self) -> bool:
+        """True if the policy writes a text, the plan, before the result and in its context."""
+        return TEXT in self.turns[-1].segments[:-1]
+
 
 TASKS: dict[str, Task] = {
     "t2i": Task(
@@ -63,13 +68,21 @@ TASKS: dict[str, Task] = {
         "image understanding", (Turn("question", (TEXT,)),), ("real_image", "qa_problem"),
         stream=1, shown="qa_problem",
     ),
+    "think": Task(
+        "image generation after a plan", (Turn("think", (TEXT, CODES)),), ("prompt",),
+        stream=6, shown="prompt",
+    ),
 }  # fmt: skip
 
 IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
+PLANNED_GENERATION = TASKS["think"]
 UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
 
-# They follow the streams of TASKS: an equal number would repeat the random numbers of a task.
+PLAN_COLUMN = "plan"
+"""Column that the program adds to the samples of a task with plans: the plan of each image."""
+
+# No number of TASKS: an equal one would repeat the random numbers of a task.
 QUESTION_STREAMS = {"caption": 2, "qa": 3, "oc": 4, "od": 5}
 """Random streams of the questions that rewards ask a model about its images."""
 
@@ -97,6 +110,23 @@ def choose_tasks_of_step(tasks: Sequence[str], every: int, step: int) -> tuple[s
     return (tasks[step // every % len(tasks)],) if every else tuple(tasks)
 
 
+def name_segments(task: str, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Returns the metric prefix of each segment: the task, with the kind if there are several."""
+    # "t2i" has one segment: ("t2i",); "think" has two: ("think/text", "think/codes")
+    return (task,) if len(kinds) == 1 else tuple(f"{task}/{kind}" for kind in kinds)
+
+
+def list_segments(kind: str | None = None) -> tuple[str, ...]:
+    """Returns the metric prefixes of the segments of all tasks, of one kind or of every kind."""
+    return tuple(
+        name
+        for task, row in TASKS.items()
+        for turn in row.turns
+        for name, of in zip(name_segments(task, turn.segments), turn.segments, strict=True)
+        if kind in (None, of)
+    )
+
+
 def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
     """Returns the standard columns that make the tasks' prompts, each once."""
     # A dict, not a set: the order of columns must be the same in every process.
@@ -111,3 +141,8 @@ def image_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 def text_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Returns the tasks that make a text."""
     return tuple(task for task in tasks if TASKS[task].makes_text)
+
+
+def plan_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Returns the tasks that make a plan before their result."""
+    return tuple(task for task in tasks if TASKS[task].has_plan)

@@ -45,7 +45,7 @@ CLASS_LINES, LOOP_IMPORTS = 100, 20
 # path (lines of the module) or path::function -> (limit, reason)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
     "corl_jax/config/schema.py": (600, "every option with its type, default and meaning"),
-    "corl_jax/config/checks.py": (420, "the table of who reads each option"),
+    "corl_jax/config/checks.py": (440, "the table of readers, a row for each kind of option"),
 }
 
 # What computes must import without what reads configs, reads data and draws curves.
@@ -172,8 +172,8 @@ def test_policies_alone_know_a_family():
 # Elsewhere the row says what it does, so that a new one needs a new row only.
 # Table -> (names, what separates the words of a text, modules with such words).
 NAMED_IN = {
-    # "t2i/kl" names a task.
-    "tasks": (TASKS.keys(), r"\W+", {"tasks.py"}),
+    # "t2i/kl" names a task. <think> is a tag of answers, and --think an option.
+    "tasks": (TASKS.keys() - {"think"}, r"\W+", {"tasks.py"}),
     "algorithms": (RECIPES.keys(), r"\W+", {"algorithms/recipes.py"}),
     "families": (FAMILIES.keys(), r"\W+", {"policies/__init__.py"}),
     # Both names are words of messages, and `rewards` that of a block of options as well.

@@ -9,24 +9,41 @@ from corl_jax import tasks
 from corl_jax.config.schema import Algorithm
 from corl_jax.data.columns import COLUMNS
 from corl_jax.policies import FAMILIES
-from corl_jax.tasks import TASKS, image_tasks, required_columns, text_tasks
+from corl_jax.tasks import (
+    TASKS,
+    image_tasks,
+    list_segments,
+    plan_tasks,
+    required_columns,
+    text_tasks,
+)
 
 
 def test_a_task_is_turns_that_end_in_what_rewards_see():
     rows = {name: (task.turn.prompt, task.turn.segments) for name, task in TASKS.items()}
-    assert rows == {"t2i": ("generate", ("codes",)), "mm2t": ("question", ("text",))}
+    assert rows == {
+        "t2i": ("generate", ("codes",)), "mm2t": ("question", ("text",)),
+        "think": ("think", ("text", "codes")),
+    }  # fmt: skip
     assert {name: task.description for name, task in TASKS.items()} == {
         "t2i": "image generation", "mm2t": "image understanding",
+        "think": "image generation after a plan",
     }  # fmt: skip
-    assert {name: task.makes_text for name, task in TASKS.items()} == {"t2i": False, "mm2t": True}
-    assert image_tasks(("mm2t", "t2i")) == ("t2i",) and text_tasks(("mm2t", "t2i")) == ("mm2t",)
+    assert image_tasks(tuple(TASKS)) == ("t2i", "think") and text_tasks(tuple(TASKS)) == ("mm2t",)
+    assert plan_tasks(tuple(TASKS)) == ("think",)
     assert tasks.IMAGE_GENERATION is TASKS["t2i"] and tasks.IMAGE_UNDERSTANDING is TASKS["mm2t"]
 
 
 def test_streams_are_distinct():
     """Else samples of two tasks on one row would have the same random numbers."""
     streams = [task.stream for task in TASKS.values()] + list(tasks.QUESTION_STREAMS.values())
-    assert streams == [0, 1, 2, 3, 4, 5], "another number changes the samples of every run"
+    assert streams == [0, 1, 6, 2, 3, 4, 5], "another number changes the samples of every run"
+
+
+def test_each_segment_has_a_name_of_its_own():
+    assert tasks.name_segments("t2i", ("codes",)) == ("t2i",)
+    assert list_segments() == ("t2i", "mm2t", "think/text", "think/codes")
+    assert list_segments("text") == ("mm2t", "think/text")
 
 
 def test_required_columns():

@@ -15,7 +15,7 @@ from corl_jax.config.fields import Section
 from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.errors import Problems
 from corl_jax.nearest import nearest_divisors
-from corl_jax.tasks import IMAGES, TASKS, TEXTS, choose_tasks
+from corl_jax.tasks import IMAGES, TASKS, TEXTS, choose_tasks, plan_tasks
 
 if TYPE_CHECKING:
     from corl_jax.config.schema import Config
@@ -73,6 +73,13 @@ def _makes(config: Config, result: str) -> bool:
     return any(TASKS[task].result == result for task in choose_tasks(config.algorithm.tasks))
 
 
+def _plans(config: Config) -> bool:
+    """Returns whether a task of reinforcement learning makes plans."""
+    return bool(
+        STAGE_FACTS[config.stage].has_rollouts and plan_tasks(choose_tasks(config.algorithm.tasks))
+    )
+
+
 def _fine_tunes(config: Config, result: str) -> bool:
     return any(TASKS[task].result == result for task in choose_tasks(config.sft.tasks))
 
@@ -109,12 +116,21 @@ READERS = (
         lambda config, _: _makes(config, IMAGES),
     ),
     Reader(
-        r"compat\.text_top_k_50|algorithm\.(mask_truncated|mm2t_loss_weight)",
-        "a task that makes texts", lambda config, _: _makes(config, TEXTS),
+        r"compat\.text_top_k_50|algorithm\.mask_truncated", "a task that makes texts or plans",
+        lambda config, _: _makes(config, TEXTS) or _plans(config),
     ),
     Reader(
-        r"rollout\.(top_k|top_p|max_new_tokens)", "a task that makes texts, or an eval.suite",
-        lambda config, _: _makes(config, TEXTS) or _evaluates(config),
+        r"algorithm\.mm2t_loss_weight", "a task that makes texts",
+        lambda config, _: _makes(config, TEXTS),
+    ),
+    Reader(
+        r"algorithm\.plan_loss_weight", f"algorithm.tasks {' or '.join(plan_tasks((*TASKS,)))}",
+        lambda config, _: _plans(config),
+    ),
+    Reader(
+        r"rollout\.(top_k|top_p|max_new_tokens)",
+        "a task that makes texts or plans, or an eval.suite",
+        lambda config, _: _makes(config, TEXTS) or _plans(config) or _evaluates(config),
     ),
     Reader(
         r"rollout\.cfg_scale", "a task that makes images, or an eval.suite",
@@ -314,6 +330,12 @@ def _check_sampling(config: Config, problems: Problems) -> None:
 
 
 def _check_fine_tuning(config: Config, problems: Problems) -> None:
+    if planned := plan_tasks(choose_tasks(config.sft.tasks)):
+        problems.add(
+            f"sft.tasks: found {planned[0]}, whose plans no column of the data has, so that there "
+            f"is nothing to learn from; choose unified or one of "
+            f"{', '.join(task for task in TASKS if task not in plan_tasks((task,)))}"
+        )
     images_alone = all(TASKS[task].result == IMAGES for task in choose_tasks(config.sft.tasks))
     if STAGE_FACTS[config.stage].block == "sft" and images_alone and not config.sft.t2i_weight:
         problems.add(

@@ -181,7 +181,8 @@ class Algorithm(Section):
     )
     tasks: TaskChoice = option(
         "unified",
-        "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both.",
+        "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both; think: "
+        "image generation after a plan, a text that the policy writes first.",
     )
     advantages: Literal["unified_reward", "unified_advantage", "separate"] = option(
         "unified_reward",
@@ -194,6 +195,9 @@ class Algorithm(Section):
     )
     mm2t_loss_weight: NonNegativeFloat = option(
         1.0, "Weight of the text loss; that of the image loss is 1."
+    )
+    plan_loss_weight: NonNegativeFloat = option(
+        1.0, "Weight of the loss of plans in the task think; that of their images is 1."
     )
     alternate_every: NonNegative = option(
         0,

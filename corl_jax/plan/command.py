@@ -116,7 +116,7 @@ def resolve_prompt_lengths(
     if None in option_tokens.values():
         lengths, source = measure_first_batch(config, family)
         named = [PROMPT_OPTIONS[task] for task, tokens in option_tokens.items() if tokens]
-        source = " and ".join([source, *named])
+        source = " and ".join([source, *dict.fromkeys(named)])
     for task, option in PROMPT_OPTIONS.items():
         tokens = option_tokens[task]
         if tokens is None and task in lengths:
@@ -130,8 +130,8 @@ def resolve_prompt_lengths(
             )
         # bucket = 32: 40 tokens -> 64
         lengths[task] = math.ceil(tokens / bucket) * bucket
-    if problems:
-        raise InputError(problems)
+    if problems:  # two tasks may share an option
+        raise InputError([*dict.fromkeys(problems)])
     return lengths, source
 
 

@@ -20,7 +20,7 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
-from corl_jax.tasks import TASKS, image_tasks
+from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks
 from corl_jax.train import build
 from corl_jax.train.memory import get_completion_length, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
@@ -156,6 +156,14 @@ def make_batch(
     return {task: make_task(task) for task in tasks}
 
 
+def _count_rounds(outline: RunOutline, task: str) -> int:
+    """Returns the most rounds of the loop in which a task samples a text."""
+    if TASKS[task].has_plan:  # the last token is read as well, because an image follows it
+        return split_steps(get_segment_length(outline, TEXT))[0]
+    # The prefill gives the first token, so the loop makes one fewer.
+    return split_steps(get_completion_length(outline, task) - 1)[0]
+
+
 def make_programs(
     outline: RunOutline, lengths: dict[str, int], stored: Any = jnp.bfloat16
 ) -> tuple[ResidentArrays, list[Program]]:
@@ -180,15 +188,14 @@ def make_programs(
             (params,),
             (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
             calls=share * (config.train.prompts_per_step // count),
-            # The prefill gives the first token, so the loop makes one fewer.
-            rounds=split_steps(get_completion_length(outline, task) - 1)[0],
+            rounds=_count_rounds(outline, task),
         )
         for task, sampler in build.make_samplers(outline, with_greedy).items()
         if task in outline.tasks
     ]
-    for task in image_tasks(outline.tasks):
+    for _ in image_tasks(outline.tasks):
         scored = config.train.prompts_per_step * (group + with_greedy)
-        shape = (scored, get_completion_length(outline, task))
+        shape = (scored, get_segment_length(outline, CODES))
         codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
         programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,), share))

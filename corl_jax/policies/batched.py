@@ -21,7 +21,7 @@ from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies import Model
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.turns import bind_sampler, decode_segment, list_tokens, sample_turn
-from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, TEXT, Task
+from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, TEXT, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Sample:
     number: int  # among the samples of its prompt
     tokens: np.ndarray  # [T] int32; an answer ends with its EOS
     pixels: np.ndarray | None = None  # of an image, uint8 [S, S, 3]
+    plan: np.ndarray | None = None  # [T] int32, of a planned image; a plan ends with its EOS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,12 @@ def generate_images(
     batch_size: int = 16,
     seed: int = 0,
     show_progress: bool = False,
+    think: bool = False,
 ) -> Iterator[Sample]:
-    """Yields `samples` images of each prompt."""
+    """Yields `samples` images of each prompt; with `think` each is drawn after a plan."""
     rows = [{"prompt": prompt} for prompt in prompts]
     yield from _sample_turn(
-        model, IMAGE_GENERATION, rows, options, None,
+        model, PLANNED_GENERATION if think else IMAGE_GENERATION, rows, options, None,
         Batching(samples, batch_size, seed, "image", show_progress),
     )  # fmt: skip
 
@@ -134,12 +136,13 @@ def _sample_turn(
             seed=batching.seed, stream=task.stream, group_size=piece.group, first=piece.first,
             fill_to=piece.rows,
         )  # fmt: skip
-        # The last segment of a turn is its result.
-        segment = rollout.segments[-1]
+        # The last segment of a turn is its result; a text before it is its plan.
+        *plans, segment = rollout.segments
         tokens = list_tokens(segment)
         if segment.kind == TEXT:
             return (tokens,)
-        return tokens, decode_segment(model.family, model.sizes, model.params, processor, segment)
+        pixels = decode_segment(model.family, model.sizes, model.params, processor, segment)
+        return tokens, pixels, *map(list_tokens, plans)
 
     lengths = [processor.bucket(len(row)) for row in ids]
     planned = list(split_in_pieces(lengths, batching.samples, batching.batch_size))

@@ -51,6 +51,11 @@ class Rows:
         pairs = jnp.stack([conditional, unconditional], axis=1)
         return pairs.reshape(-1, *conditional.shape[1:])
 
+    def interleave_samples(self, conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
+        """Interleaves conditional and unconditional [N, ...] to the rows of the network."""
+        groups = self._split_groups(conditional), self._split_groups(unconditional)
+        return self.interleave_prompts(*groups).reshape(-1, *conditional.shape[1:])
+
     def fan_out(self, x: jax.Array) -> jax.Array:
         """Repeats the rows of the prompts for their completions."""
         return jnp.repeat(x, self.group_size, axis=0)
@@ -79,7 +84,9 @@ class Rows:
 class Step:
     """The values of a decode step that all its layers share."""
 
-    index: jax.Array  # scalar int32, number of the completion token that is read
+    # int32, number of the completion token that is read: a scalar, or [rows] where rows have read
+    # different numbers of tokens
+    index: jax.Array
     positions: jax.Array  # [rows] int32, position of that token, counted from the prompt's start
     rope: tuple[jax.Array, jax.Array]  # cosines and sines of the positions, [rows, 1, head_dim]
     lengths: jax.Array  # [prompt rows] int32, real tokens of the prompts
@@ -203,13 +210,16 @@ class FusedBlock:
                 query[:, None], *cache, step.positions + 1, step.attention
             )
             return attended.reshape(rows, -1), cache
-        # Without the prompt all rows write to the same slot: one slice, not a scatter per row.
-        cache = jax.tree.map(
-            lambda old, entry: lax.dynamic_update_slice_in_dim(
-                old, entry[:, None], step.index, axis=1
-            ),
-            cache, new,
-        )  # fmt: skip
+        if step.index.ndim:
+            cache = write(cache, new, step.index)
+        else:
+            # Without the prompt all rows write to the same slot: one slice, not a scatter per row.
+            cache = jax.tree.map(
+                lambda old, entry: lax.dynamic_update_slice_in_dim(
+                    old, entry[:, None], step.index, axis=1
+                ),
+                cache, new,
+            )  # fmt: skip
         count = jnp.full(rows, step.index + 1, jnp.int32)
         by_completion = attend_to_prefix(query[:, None], *cache, count, step.attention)
         # The completions of a prompt become its queries: its keys are read once for the group.
@@ -237,6 +247,7 @@ class Decoder:
         """Returns hidden states [rows, D] after completion token `index`, and the new caches.
 
         `embeds` [rows, D] are the tokens' embeddings. Rows of the same prompt row are neighbours.
+        `index` is a scalar, or [rows] where rows have read different numbers of tokens.
         """
         positions = jnp.repeat(self.lengths, len(embeds) // len(self.lengths)) + index
         rope = self.llama.rope(positions)
@@ -263,6 +274,43 @@ class Decoder:
 
         return [(make_buffer(keys), make_buffer(values)) for keys, values in self.prompts]
 
+    def make_room(self, caches: list[KVCache], length: int, more: int) -> list[KVCache]:
+        """Returns caches with the first `length` completion tokens, and room for `more`."""
+        places = length + (self.prompts[0][0].shape[1] if self.copied else 0)
+
+        def resize(cache: jax.Array) -> jax.Array:
+            resized = jnp.pad(cache[:, :places], ((0, 0), (0, more), (0, 0), (0, 0)))
+            return constrain(resized, "batch", "length", "heads", None)
+
+        return jax.tree.map(resize, caches)
+
+    def add_unconditional(
+        self, rows: Rows, caches: list[KVCache], padded: list[KVCache]
+    ) -> tuple[Decoder, list[KVCache]]:
+        """Adds the rows of guidance behind completions of any lengths, of which they read padding.
+
+        `padded` are keys and values of the unconditional prompts with padding behind them, as
+        `prefill` returns them: for each completion token the padding that the other row reads.
+        """
+        size = self.prompts[0][0].shape[1]
+        # A buffer begins behind its prompt's end, a copied prompt at its own beginning.
+        start = jnp.zeros_like(self.lengths) if self.copied else self.lengths
+        places = start[:, None] + jnp.arange(caches[0][0].shape[1])
+        names = "batch", "length", "heads", None
+
+        def join_prompts(first: jax.Array, other: jax.Array) -> jax.Array:
+            return constrain(rows.interleave_prompts(first, other[:, :size]), *names)
+
+        def join_buffers(first: jax.Array, other: jax.Array) -> jax.Array:
+            # Room for later tokens has places beyond the padding: anything may stand there.
+            other = jnp.take_along_axis(other, places[..., None, None], axis=1, mode="clip")
+            return constrain(rows.interleave_samples(first, rows.fan_out(other)), *names)
+
+        prompts = jax.tree.map(join_prompts, self.prompts, padded)
+        caches = jax.tree.map(join_buffers, caches, padded)
+        lengths = rows.interleave_prompts(self.lengths, self.lengths)
+        return dataclasses.replace(self, prompts=prompts, lengths=lengths), caches
+
 
 def write(cache: KVCache, new: KVCache, slots: jax.Array) -> KVCache:
     """Writes keys and values of one token, [rows, ...], to the slot of each row of a cache."""
@@ -275,10 +323,13 @@ def copies_prompts(attention: DecodeKernel, length: int) -> bool:
     return attention == "cudnn" and length <= SHORT_PROMPT
 
 
-def read_prompts(
-    llama: Llama, embeds: jax.Array, mask: jax.Array, attention: DecodeKernel
-) -> tuple[Decoder, jax.Array]:
-    """Reads left-padded prompts [B, P, D]; returns a decoder and their last states [B, D]."""
+def prefill(
+    llama: Llama, embeds: jax.Array, mask: jax.Array
+) -> tuple[list[KVCache], jax.Array, jax.Array]:
+    """Reads left-padded prompts [B, P, D]; returns their caches, lengths and last states [B, D].
+
+    The caches [B, P, kv_heads, head_dim] of the layers are padded on the right.
+    """
     lengths = mask.sum(axis=-1, dtype=jnp.int32)
     # Padding moves to the right, so that a length says which keys are real:
     # P = 4, length 3: [x, a, b, c], source = (0..3 + 1) % 4 = [1, 2, 3, 0] -> [a, b, c, x]
@@ -287,10 +338,18 @@ def read_prompts(
     embeds = jnp.take_along_axis(embeds, source[..., None], axis=1)
     hidden, (keys, values) = llama.prefill(embeds, places < lengths[:, None])
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    # XLA does not move the slices of a stacked layer out of a loop: each step would copy them.
-    blocks = layers.unstack(llama.layers, len(keys))
     names = "batch", "length", "heads", None
     prompts = [(constrain(keys[i], *names), constrain(values[i], *names)) for i in range(len(keys))]
+    return prompts, lengths, last
+
+
+def read_prompts(
+    llama: Llama, embeds: jax.Array, mask: jax.Array, attention: DecodeKernel
+) -> tuple[Decoder, jax.Array]:
+    """Reads left-padded prompts [B, P, D]; returns a decoder and their last states [B, D]."""
+    prompts, lengths, last = prefill(llama, embeds, mask)
+    # XLA does not move the slices of a stacked layer out of a loop: each step would copy them.
+    blocks = layers.unstack(llama.layers, len(prompts))
     fused = [FusedBlock.from_block(block) for block in blocks]
     copied = copies_prompts(attention, mask.shape[1])
     return Decoder(llama, fused, prompts, lengths, attention, copied), last

@@ -17,12 +17,11 @@ from PIL import Image
 
 from corl_jax.report.gallery import encode_image
 from corl_jax.runs.directory import SAMPLES, RunDir
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import PLAN_COLUMN, TASKS
 
 SHOWN_GROUPS, SHOWN_COMPLETIONS = 3, 8
 SIDE = 128  # pixels of an image
 COLUMNS = ("task", "row", "completion", "prompt", "text", "solution", "reward", "advantage")
-OPTIONAL_COLUMNS = ("image",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Completion:
 
     uri: str | None  # of the generated image
     text: str | None
+    plan: str | None  # that was written before the image
     reward: float | None
     advantage: float | None
 
@@ -117,7 +117,8 @@ def _read_group(table: pyarrow.Table, of_row: Sequence[int]) -> Group:
     completions = [
         Completion(
             None if asks else _encode_bytes(record.get("image")),
-            record["text"], _number(record["reward"]), _number(record["advantage"]),
+            record["text"], record.get(PLAN_COLUMN),
+            _number(record["reward"]), _number(record["advantage"]),
         )
         for record in shown
     ]  # fmt: skip

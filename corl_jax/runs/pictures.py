@@ -238,15 +238,16 @@ def format_answers_table(
     numbers: Sequence[Mapping[str, float]],
     solutions: Sequence[str] | None = None,
     width: int = 300,
+    heads: tuple[str, str] = ("question", "answer"),
 ) -> str:
     """Returns a markdown table with a row per answer; its numbers share a column.
 
     Texts are cut to `width` characters, and escaped so that they cannot break the table.
     """
-    columns = {"question": [escape_cell(text, width) for text in questions]}
+    columns = {heads[0]: [escape_cell(text, width) for text in questions]}
     if solutions is not None:
         columns["solution"] = [escape_cell(text, width) for text in solutions]
-    columns["answer"] = [escape_cell(text, width) for text in answers]
+    columns[heads[1]] = [escape_cell(text, width) for text in answers]
     # TensorBoard breaks the names of narrow columns within words.
     texts = ["\n".join(f"{n} {_format_number(x)}" for n, x in row.items()) for row in numbers]
     columns["numbers"] = [escape_cell(text, width) for text in texts]

@@ -7,6 +7,7 @@ row, completion        number of the prompt in the step, and of the completion i
 prompt                 the prompt or question
 image                  the generated image; for an answer the image of its question
 text, solution         the answer and its solution; null for images
+plan                   the text that the policy wrote before the image; null without one
 length                 tokens of the completion
 reward                 weighted sum of the task's rewards; null where none applies
 reward_NAME            each reward of the tasks; null where it does not apply
@@ -31,7 +32,7 @@ from corl_jax.errors import take_first_line
 
 TYPES = {
     "step": "int64", "task": "string", "row": "int64", "completion": "int64", "prompt": "string",
-    "image": "image", "text": "string", "solution": "string", "length": "int64",
+    "image": "image", "text": "string", "plan": "string", "solution": "string", "length": "int64",
     "reward": "float64",
 }  # fmt: skip
 """Column -> type, in the order of the file; then the rewards and the advantage, all float64."""

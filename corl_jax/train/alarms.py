@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from corl_jax.config import schema
 from corl_jax.metrics import Metric
 from corl_jax.runs.guards import WINDOW, Alarm, Guards, Limits, Update
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import TASKS, list_segments
 from corl_jax.train.run import Iteration
 
 REWARD = "reward"
@@ -21,22 +21,27 @@ NOT_APPLICABLE = "not_applicable"
 
 
 def name_for_tasks(name: str) -> tuple[str, ...]:
-    """Returns the name of a metric for each task, such as `t2i/kl` for `kl`."""
+    """Returns the name of a metric for each task, such as `t2i/reward` for `reward`."""
     return tuple(f"{task}/{name}" for task in TASKS)
+
+
+def name_for_segments(name: str) -> tuple[str, ...]:
+    """Returns the name of a metric for each segment of each task, such as `t2i/kl` for `kl`."""
+    return tuple(f"{segment}/{name}" for segment in list_segments())
 
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 ALARMS = (
     Alarm(
-        "kl", name_for_tasks("kl"),
+        "kl", name_for_segments("kl"),
         "the policy leaves its reference; try a lower learning rate or a larger kl_coef",
     ),
     Alarm(
-        "entropy", name_for_tasks("entropy"), "samples become alike and groups teach nothing",
+        "entropy", name_for_segments("entropy"), "samples become alike and groups teach nothing",
         above=False, span=WINDOW, relative=True,
     ),
     Alarm(
-        "duplicates", name_for_tasks("duplicate_fraction"),
+        "duplicates", name_for_segments("duplicate_fraction"),
         "images of a group have the same tokens", span=WINDOW,
     ),
     Alarm(
@@ -52,11 +57,11 @@ ALARMS = (
         always_one=re.compile(rf"({'|'.join(TASKS)})/rewards/[^/]+/{NOT_APPLICABLE}"),
     ),
     Alarm(
-        "drift_mean", name_for_tasks(f"{DIFFERENCE}/mean"),
+        "drift_mean", name_for_segments(f"{DIFFERENCE}/mean"),
         "the sampler and the trainer disagree; check dtype, temperature, top_k, top_p, cfg_scale",
     ),
     Alarm(
-        "drift_max", name_for_tasks(f"{DIFFERENCE}/max"),
+        "drift_max", name_for_segments(f"{DIFFERENCE}/max"),
         "a token is far less likely to either the sampler or the trainer",
     ),
 )  # fmt: skip

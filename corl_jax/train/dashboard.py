@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from corl_jax.runs.tensorboard import Chart, Layout
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import TASKS, list_segments
 
 HPARAMS = (
     "seed", "stage", "model.path", "algorithm.name", "algorithm.tasks", "algorithm.advantages",
@@ -19,14 +19,14 @@ HPARAMS = (
 HPARAM_METRICS = ("reward", "loss", "eval/draw/accuracy", "eval/answer/accuracy")
 """Metrics in TensorBoard's table of runs."""
 
-_TASK = f"({'|'.join(TASKS)})"
+_SEGMENT = f"({'|'.join(list_segments())})"
 HEALTH = {
-    "KL divergence from the reference": f"{_TASK}/kl",
-    "entropy": f"{_TASK}/entropy",
-    "clipped tokens": f"{_TASK}/clip_ratio/region_mean",
+    "KL divergence from the reference": f"{_SEGMENT}/kl",
+    "entropy": f"{_SEGMENT}/entropy",
+    "clipped tokens": f"{_SEGMENT}/clip_ratio/region_mean",
     "gradient norm": "grad_norm",
     "groups with equal rewards": "(.*/)?frac_reward_zero_std",
-    "cut answers": f"{_TASK}/completions/clipped_ratio",
+    "cut texts": f"{_SEGMENT}/completions/clipped_ratio",
     "images and tokens per second": "perf/.*_per_second",
     "seconds of a step": "step_time|phase/.*_seconds",
 }
@@ -35,7 +35,7 @@ RANGES = {
     "length of {}, shortest to longest": "{}/completions/{}_length",
     "importance ratio of {}, least to largest": "{}/sampling/importance_sampling_ratio/{}",
 }
-"""Title of a chart of a task -> its metric with the mean, between those with `min` and `max`."""
+"""Title of a chart of a segment -> its metric with the mean, between those with `min` and `max`."""
 
 
 def make_layout(names: Collection[str]) -> Layout:
@@ -73,10 +73,10 @@ def _chart_ranges(names: Collection[str]) -> dict[str, Chart]:
     """Returns a chart of each mean of `RANGES` between its smallest and largest value."""
     charts = {}
     for title, metric in RANGES.items():
-        for task in TASKS:
-            shown = tuple(metric.format(task, kind) for kind in ("mean", "min", "max"))
+        for segment in list_segments():
+            shown = tuple(metric.format(segment, kind) for kind in ("mean", "min", "max"))
             if set(shown) <= set(names):
-                charts[title.format(task)] = Chart("Margin", shown)
+                charts[title.format(segment)] = Chart("Margin", shown)
     return charts
 
 

@@ -20,7 +20,7 @@ from corl_jax.runs.checkpoints import Checkpoints
 from corl_jax.runs.directory import REPORT, SUMMARY, RunDir, list_differences
 from corl_jax.runs.export_record import is_up_to_date, read_record
 from corl_jax.runs.terminal import format_duration
-from corl_jax.tasks import image_tasks, text_tasks
+from corl_jax.tasks import image_tasks, plan_tasks, text_tasks
 from corl_jax.train.banner import Row, align_rows, suggest_tensorboard
 from corl_jax.train.export import describe_sampling, make_record
 from corl_jax.train.milestones import read_evaluations
@@ -178,7 +178,8 @@ def suggest_samples(planned: ResolvedRun, export: str, out: Path) -> list[str]:
     commands, image = [], "IMAGE"
     if image_tasks(planned.tasks):
         commands.append(_quote(
-            "generate", "image", "--model", export, "--prompt", prompt, "--out", str(out)
+            "generate", "image", "--model", export, "--prompt", prompt, "--out", str(out),
+            *(["--think"] if plan_tasks(planned.tasks) else []),
         ))  # fmt: skip
         image = str(out / "00000_00.png")
     if text_tasks(planned.tasks):

@@ -30,7 +30,7 @@ from corl_jax.runs.export_record import (
     read_record,
     rename_stale,
 )
-from corl_jax.tasks import TASKS, image_tasks, text_tasks
+from corl_jax.tasks import TASKS, image_tasks, plan_tasks, text_tasks
 from corl_jax.train.model_card import make_card_files
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
@@ -120,7 +120,7 @@ def describe_sampling(config: Config, run: Run | ResolvedRun) -> Generation:
         stated |= {"do_sample": True, "temperature": rollout.temperature}
     if image_tasks(sampled):
         stated |= {"guidance_scale": rollout.cfg_scale}
-    if text_tasks(sampled):
+    if text_tasks(sampled) or plan_tasks(sampled):
         stated |= {
             "top_k": 50 if config.compat.text_top_k_50 else rollout.top_k,
             "top_p": rollout.top_p,

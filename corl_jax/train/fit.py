@@ -18,6 +18,7 @@ from corl_jax.params import partition
 from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
+from corl_jax.tasks import plan_tasks
 from corl_jax.train import attending
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Params, Sizes
@@ -99,7 +100,11 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     if not stage.uses_language_model:
         return []
     answer = config.rollout.max_new_tokens if stage.samples else 0
-    longest = config.data.max_prompt_length + max(answer, limits.image_tokens)
+    completion = max(answer, limits.image_tokens)
+    if plan_tasks(stage.tasks(config)):
+        # The token that begins an image is in the completion, between the plan and the codes.
+        completion = answer + 1 + limits.image_tokens
+    longest = config.data.max_prompt_length + completion
     if longest <= limits.positions:
         return []
     return [

@@ -28,7 +28,7 @@ from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
-from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, text_tasks
+from corl_jax.tasks import PLAN_COLUMN, TASKS, TEXT, choose_tasks_of_step, image_tasks, text_tasks
 from corl_jax.train.drawn import Drawn, Scored, list_costs, place_rewards
 from corl_jax.train.greedy import separate_greedy
 from corl_jax.train.kl_penalty import measure_penalties
@@ -73,7 +73,7 @@ def describe(
     first = {name: metric for name, metric in updates[0].items() if metric.over == "first"}
     eos = run.processor.special.eos
     numbers = describe_rollouts(drawn.rollouts, eos=eos, group_size=run.group_size)
-    tokens = {f"{task}/tokens": drawn.tokens.by_task[task] for task in text_tasks([*rewards])}
+    tokens = {f"{name}/tokens": count for name, count in drawn.tokens.texts.items()}
     metrics = updates[-1] | first | to_metrics({**stats, **numbers.metrics, **tokens})
     # A histogram is no number of the log.
     shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
@@ -162,8 +162,10 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         name: [value for value in values for _ in range(rollout.group_size)]
         for name, values in prompts.columns.items()
     }
-    # The last segment of a turn is its result.
-    segment = rollout.segments[-1]
+    # The last segment of a turn is its result; a text before it is the plan of the result.
+    *plans, segment = rollout.segments
+    for plan in plans:
+        columns[PLAN_COLUMN] = decode_segment(run.family, run.sizes, params, run.processor, plan)
     result = decode_segment(run.family, run.sizes, params, run.processor, segment)
     if segment.kind == TEXT:
         return Samples(columns, texts=result, num_tokens=to_host_rows(segment.mask).sum(axis=-1))
@@ -275,7 +277,7 @@ def use_reference(run: Run, state: TrainState) -> contextlib.AbstractContextMana
 
 
 def set_loss_mask(run: Run, segment: Any) -> Any:
-    """Returns the segment with its loss mask, which may leave out truncated texts."""
+    """Returns the segment with its loss mask, which may leave out truncated texts and plans."""
     if segment.kind != TEXT or not run.mask_truncated:
         return segment
     mask = mask_truncated(segment.mask, has_ended(segment, run.processor.special.eos))

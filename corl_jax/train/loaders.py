@@ -21,7 +21,7 @@ from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
 from corl_jax.hub_headers import has_partial_data
 from corl_jax.rewards import registry
-from corl_jax.train.stages import Stage, list_columns_to_read
+from corl_jax.train.stages import Stage, list_columns_to_read, list_made_columns
 
 
 def open_sources(
@@ -38,7 +38,8 @@ def open_sources(
     def open_rows(path: Any, more: Sequence[str] = (), **options: Any) -> Source:
         required = sorted({*names, *more})
         source = open_source(path, columns=config.data.columns, required=required, **options)
-        problems = registry.find_missing_columns(bound_rewards, source.names)
+        available = (*source.names, *list_made_columns(stage.tasks(config)))
+        problems = registry.find_missing_columns(bound_rewards, available)
         if problems:
             raise InputError(problems)
         return source

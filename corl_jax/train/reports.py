@@ -20,7 +20,7 @@ from corl_jax.rewards.samples import Policy
 from corl_jax.runs import pictures
 from corl_jax.runs.log import reduce_metrics
 from corl_jax.runs.outputs import Outputs, Progress
-from corl_jax.tasks import TASKS, choose_tasks_of_step, image_tasks, text_tasks
+from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, list_segments
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState
@@ -33,7 +33,7 @@ CARD_IMAGES, CARD_COLUMNS = 12, 3  # of the same in TensorBoard, so that it can 
 HEADLINE = {
     "loss": "nan", "reward": "none",
     **{f"{task}/reward": "none" for task in TASKS}, **{f"{task}/nll": "nan" for task in TASKS},
-    "kl": "nan", **{f"{task}/kl": "nan" for task in TASKS},
+    "kl": "nan", **{f"{segment}/kl": "nan" for segment in list_segments()},
     "grad_norm": "nan", "eval/draw/accuracy": "nan", "eval/answer/accuracy": "nan",
 }  # fmt: skip
 """Metric that the console shows of a step -> how it shows NaN. Missing metrics are left out."""
@@ -70,9 +70,10 @@ def describe_iteration(
         batches = 1 + values.get("redraw/batches", 0)
         images = batches * config.train.prompts_per_step * run.completions_per_prompt
         values["perf/images_per_second"] = images / rollout
-    if rollout and text_tasks(tasks):
-        tokens = sum(values[f"{task}/tokens"] for task in text_tasks(tasks))
-        values["perf/tokens_per_second"] = tokens / rollout
+    names = [f"{segment}/tokens" for segment in list_segments(TEXT)]
+    texts = [values[name] for name in names if name in values]
+    if rollout and texts:
+        values["perf/tokens_per_second"] = sum(texts) / rollout
     return values
 
 

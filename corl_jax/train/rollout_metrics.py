@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from corl_jax.tasks import CODES, TEXT
+from corl_jax.tasks import CODES, TEXT, name_segments
 from corl_jax.types import Rollout, Segment
 
 
@@ -32,7 +32,7 @@ def count_duplicates(tokens: jax.Array, group_size: int) -> jax.Array:
 class TokenCounts:
     """Numbers of tokens of sampled completions."""
 
-    by_task: dict[str, jax.Array]  # of the completions
+    texts: dict[str, jax.Array]  # of each text segment, by its metric prefix
     num_tokens: jax.Array  # of prompts and completions, each prompt once per completion
 
     def add(self, other: TokenCounts) -> TokenCounts:
@@ -43,14 +43,16 @@ class TokenCounts:
 @jax.jit
 def count_tokens(rollouts: dict[str, Rollout]) -> TokenCounts:
     """Returns the numbers of tokens of the rollouts of all tasks."""
-    by_task: dict[str, jax.Array] = {}
+    texts: dict[str, jax.Array] = {}
     num_tokens = jnp.int32(0)
     for task, rollout in rollouts.items():
-        tokens = [segment.mask.sum() for segment in rollout.segments]
-        by_task[task] = functools.reduce(jnp.add, tokens)
-        prompts = rollout.group_size * rollout.prompts.attention_mask.sum()
-        num_tokens += by_task[task] + prompts
-    return TokenCounts(by_task, num_tokens)
+        num_tokens += rollout.group_size * rollout.prompts.attention_mask.sum()
+        for name, segment in _name_rollout(task, rollout):
+            tokens = segment.mask.sum()
+            num_tokens += tokens
+            if segment.kind == TEXT:
+                texts[name] = tokens
+    return TokenCounts(texts, num_tokens)
 
 
 def measure_group_difference(tokens: jax.Array, group_size: int) -> jax.Array:
@@ -88,38 +90,44 @@ def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> Rol
     for task, rollout in rollouts.items():
         per_segment = [segment.mask.sum(axis=-1) for segment in rollout.segments]
         lengths[task] = functools.reduce(jnp.add, per_segment)
-        for segment in rollout.segments:
+        for name, segment in _name_rollout(task, rollout):
             if segment.kind == CODES:
-                metrics |= _describe_codes(task, segment.values, group_size)
+                metrics |= _describe_codes(name, segment.values, group_size)
             if segment.kind == TEXT:
-                metrics |= _describe_text(task, segment, eos)
+                metrics |= _describe_text(name, segment, eos)
     return RolloutStats(metrics, lengths)
 
 
-def _describe_codes(task: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
+def _name_rollout(task: str, rollout: Rollout) -> list[tuple[str, Segment]]:
+    """Returns (metric prefix, segment) of each segment."""
+    names = name_segments(task, [segment.kind for segment in rollout.segments])
+    return list(zip(names, rollout.segments, strict=True))
+
+
+def _describe_codes(name: str, codes: jax.Array, group_size: int) -> dict[str, jax.Array]:
     """Returns the metrics of image codes [N, T]; all images have the same length."""
     # Sorted, equal codes are neighbours: [7, 3, 7] -> [3, 7, 7], which has 2 distinct codes.
     ordered = jnp.sort(codes, axis=-1)
     distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=-1)
     return {
-        f"{task}/completions/mean_length": jnp.float32(codes.shape[1]),
-        f"{task}/distinct_token_fraction": distinct.mean() / codes.shape[1],
-        f"{task}/duplicate_fraction": count_duplicates(codes, group_size),
-        f"{task}/group_difference": measure_group_difference(codes, group_size),
+        f"{name}/completions/mean_length": jnp.float32(codes.shape[1]),
+        f"{name}/distinct_token_fraction": distinct.mean() / codes.shape[1],
+        f"{name}/duplicate_fraction": count_duplicates(codes, group_size),
+        f"{name}/group_difference": measure_group_difference(codes, group_size),
     }
 
 
-def _describe_text(task: str, text: Segment, eos: int) -> dict[str, jax.Array]:
+def _describe_text(name: str, text: Segment, eos: int) -> dict[str, jax.Array]:
     lengths = text.mask.sum(axis=-1)
     metrics = {
-        f"{task}/completions/{name}_length": getattr(lengths, name)()
-        for name in ("mean", "min", "max")
+        f"{name}/completions/{kind}_length": getattr(lengths, kind)()
+        for kind in ("mean", "min", "max")
     }
     # NaN, not TRL's 0, if no text has ended: 0 would look like a length.
     terminated = jnp.where(has_ended(text, eos), lengths, jnp.nan)
     metrics |= {
-        f"{task}/completions/{name}_terminated_length": getattr(jnp, f"nan{name}")(terminated)
-        for name in ("mean", "min", "max")
+        f"{name}/completions/{kind}_terminated_length": getattr(jnp, f"nan{kind}")(terminated)
+        for kind in ("mean", "min", "max")
     }
-    metrics[f"{task}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
+    metrics[f"{name}/completions/clipped_ratio"] = 1 - has_ended(text, eos).mean()
     return metrics

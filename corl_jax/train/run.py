@@ -55,7 +55,7 @@ class Run:
     networks: dict[str, Any]  # name -> rewards.samples.FrozenNetwork
     recipe: Recipe
     advantage_options: AdvantageOptions | None  # None where no rewards are compared
-    loss_weights: tuple[tuple[str, float], ...]  # task -> weight of its loss
+    loss_weights: tuple[tuple[str, float], ...]  # metric prefix of a segment -> weight
     tasks: tuple[str, ...]
     kl_penalty: KlPenalty | None  # of rewards; None without, or if the penalty is in the loss
     alternate_every: int  # steps after which the trained task changes; 0: all in each step

@@ -25,7 +25,7 @@ from corl_jax.runs import pictures, sample_files
 from corl_jax.runs.directory import SAMPLES
 from corl_jax.runs.log import RunLog
 from corl_jax.runs.outputs import Outputs
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import PLAN_COLUMN, TASKS
 from corl_jax.train import dashboard
 from corl_jax.train.reports import are_samples_due, choose_color
 from corl_jax.train.run import Iteration, Run, put_batch
@@ -55,6 +55,11 @@ class Completions:
     def captions(self) -> Sequence[str]:
         """The prompt or question of each completion."""
         return self.samples.columns[TASKS[self.task].shown]
+
+    @property
+    def plans(self) -> Sequence[str]:
+        """The plan of each image; none for tasks without plans."""
+        return self.samples.columns[PLAN_COLUMN] if TASKS[self.task].has_plan else ()
 
     def get_image(self, row: int) -> Any:
         """Returns the generated image, or the image that the question is about."""
@@ -160,6 +165,7 @@ def list_records(step: int, tasks: Iterable[Completions]) -> list[dict[str, Any]
             "prompt": part.captions[index],
             "image": part.get_image(index),
             "text": part.samples.texts[index] if part.samples.texts else None,
+            PLAN_COLUMN: part.plans[index] if part.plans else None,
             "solution": part.samples.column(SOLUTION_COLUMN)[index] if part.samples.texts else None,
             "length": int(part.lengths[index]),
             "reward": float(part.totals[index]),
@@ -182,6 +188,8 @@ def show_completions(log: RunLog, step: int, completions: Completions) -> None:
         log.add_image(step, f"{task}/best_and_worst", draw(completions, groups))
     if TASKS[task].makes_text:
         log.add_text(step, f"{task}/answers", tabulate_answers(completions))
+    if TASKS[task].has_plan:
+        log.add_text(step, f"{task}/plans", tabulate_plans(completions))
     for name, values in (("reward", completions.totals), ("advantage", completions.advantages)):
         values = values[np.isfinite(values)]
         if len(values):
@@ -236,15 +244,29 @@ def draw_answers(completions: Completions, groups: Sequence[tuple[int, int]]) ->
 
 def tabulate_answers(completions: Completions) -> str:
     """Returns a markdown table with the best and the worst answer of groups."""
+    solutions = completions.samples.columns.get(SOLUTION_COLUMN)
+    texts = completions.samples.require_texts()
+    return _tabulate_texts(completions, texts, solutions, ("question", "answer"))
+
+
+def tabulate_plans(completions: Completions) -> str:
+    """Returns a markdown table with the plans of the best and the worst image of groups."""
+    return _tabulate_texts(completions, completions.plans, None, ("prompt", PLAN_COLUMN))
+
+
+def _tabulate_texts(
+    completions: Completions, texts: Sequence[str], solutions: Sequence[Any] | None,
+    heads: tuple[str, str],
+) -> str:  # fmt: skip
     groups = completions.choose_groups(TABLE_GROUPS)
     # The best is the worst where all are equal. The question stands beside the first of both.
     rows = [row for pair in groups for row in dict.fromkeys(pair)]
     firsts = {best for best, _ in groups}
-    solutions = completions.samples.columns.get(SOLUTION_COLUMN)
     return pictures.format_answers_table(
         [completions.captions[row] if row in firsts else "" for row in rows],
-        [completions.samples.require_texts()[row] for row in rows],
+        [texts[row] for row in rows],
         [completions.describe(row) for row in rows],
         [str(solutions[row]) for row in rows] if solutions else None,
         TABLE_TEXT,
+        heads,
     )

@@ -17,7 +17,15 @@ from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.evaluation import SUITES
-from corl_jax.tasks import TASKS, choose_tasks, required_columns, text_tasks
+from corl_jax.tasks import (
+    PLAN_COLUMN,
+    TASKS,
+    choose_tasks,
+    name_segments,
+    plan_tasks,
+    required_columns,
+    text_tasks,
+)
 from corl_jax.train import image_tokenizer, iteration, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
@@ -34,7 +42,7 @@ class Stage:
     tasks: Callable[[Config], tuple[str, ...]]  # whose prompts are encoded
     target_columns: Callable[[Config], list[str]]  # learned from; a row must have them
     loss: Callable[[Config], Loss]
-    loss_weights: Callable[[Config], dict[str, float]]
+    loss_weights: Callable[[Config], dict[str, float]]  # by metric prefix of a segment
     facts: StageFacts
 
     @property
@@ -57,8 +65,14 @@ def _choose_rl_tasks(config: Config) -> tuple[str, ...]:
 
 
 def _weigh_rl_tasks(config: Config) -> dict[str, float]:
-    weight = config.algorithm.mm2t_loss_weight
-    return {name: weight if task.makes_text else 1.0 for name, task in TASKS.items()}
+    algorithm = config.algorithm
+    weights = {}
+    for name, task in TASKS.items():
+        # The last segment is the result; the others are its plan.
+        *plans, result = name_segments(name, task.turns[-1].segments)
+        weights |= dict.fromkeys(plans, algorithm.plan_loss_weight)
+        weights[result] = algorithm.mm2t_loss_weight if task.makes_text else 1.0
+    return weights
 
 
 def _weigh_sft_batches(config: Config) -> dict[str, float]:
@@ -122,8 +136,15 @@ STAGES: dict[str, Stage] = {
 
 def list_columns_to_read(stage: Stage, config: Config, rewards: Sequence[Any]) -> set[str]:
     """Returns the columns that the stage's prompts, its targets and the rewards read."""
-    columns = {*required_columns(stage.tasks(config)), *stage.target_columns(config)}
-    return columns.union(*(reward.row.columns for reward in rewards))
+    tasks = stage.tasks(config)
+    columns = {*required_columns(tasks), *stage.target_columns(config)}
+    columns = columns.union(*(reward.row.columns for reward in rewards))
+    return columns - set(list_made_columns(tasks))
+
+
+def list_made_columns(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Returns the columns that the tasks make themselves, for rewards to read."""
+    return (PLAN_COLUMN,) if plan_tasks(tasks) else ()
 
 
 def scores_rewards(config: Config) -> bool:

@@ -29,6 +29,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions
+from corl_jax.tasks import name_segments
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
 DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
@@ -94,17 +95,10 @@ class UpdateOptions:
     loss: Loss
     constants: LossConstants
     logprobs: LogprobOptions
-    weights: tuple[tuple[str, float], ...]  # task name -> weight of its loss
+    weights: tuple[tuple[str, float], ...]  # metric prefix of a segment -> weight of its loss
     dtype: Any = jnp.bfloat16  # compute dtype
     micro_batches: int = 1
     selections: tuple[TokenSelection, ...] = ()  # their weights are multiplied
-
-
-def name_segments(name: str, task: TaskBatch) -> list[str]:
-    """Returns the metric prefix of each segment: the task, with the kind if there are several."""
-    if len(task.segments) == 1:
-        return [name]
-    return [f"{name}/{segment.kind}" for segment in task.segments]
 
 
 def make_loss_inputs(
@@ -187,10 +181,10 @@ def gradients(
             )
             inputs = make_loss_inputs(task, outputs, options.selections)
             for prefix, segment, of_segment, count in zip(
-                name_segments(name, task), task.segments, inputs, counts[name], strict=True
+                name_segments(name, task.kinds), task.segments, inputs, counts[name], strict=True
             ):
                 value, metrics, of_both = segment_loss(of_segment, segment, options)
-                total += weights[name] * value / count
+                total += weights[prefix] * value / count
                 sums |= {f"{prefix}/{key}": pair for key, pair in metrics.items()}
                 for numbers, of_segment_numbers in zip(extremes, of_both, strict=True):
                     numbers |= {f"{prefix}/{key}": x for key, x in of_segment_numbers.items()}
@@ -306,7 +300,9 @@ def make_train_step(
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
         # Only the first update starts from the policy that sampled, so only its difference
         # between sampler and trainer means anything.
-        prefixes = [prefix for name, task in batch.items() for prefix in name_segments(name, task)]
+        prefixes = [
+            prefix for name, task in batch.items() for prefix in name_segments(name, task.kinds)
+        ]
         names = [f"{prefix}/{name}" for prefix in prefixes for name in (*DIFFERENCES, *RATIOS)]
         first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
         return state, to_metrics(metrics | update) | first

@@ -12,7 +12,7 @@ READING = Task(
     "reading",
     turns=(Turn("question", (TEXT,)),),
     columns=("qa_problem",),
-    stream=6,
+    stream=7,
     shown="qa_problem",
 )
 

@@ -420,7 +420,7 @@ def test_options_that_contradict_each_other(write, overrides, part):
         ),
         (
             ["compat.text_top_k_50=true", "algorithm.tasks=t2i"],
-            "compat.text_top_k_50: True", "a task that makes texts",
+            "compat.text_top_k_50: True", "a task that makes texts or plans",
         ),
         (
             ["compat.image_logprobs_unshifted=true", "algorithm.tasks=mm2t"],
@@ -477,11 +477,15 @@ def test_options_that_contradict_each_other(write, overrides, part):
         ),
         (
             ["algorithm.mask_truncated=true", "algorithm.tasks=t2i"],
-            "algorithm.mask_truncated: True", "a task that makes texts",
+            "algorithm.mask_truncated: True", "a task that makes texts or plans",
         ),
         (
             ["rollout.max_new_tokens=9", "algorithm.tasks=t2i"],
-            "rollout.max_new_tokens: 9", "a task that makes texts, or an eval.suite",
+            "rollout.max_new_tokens: 9", "a task that makes texts or plans, or an eval.suite",
+        ),
+        (
+            ["algorithm.plan_loss_weight=0.5"],
+            "algorithm.plan_loss_weight: 0.5", "algorithm.tasks think",
         ),
         (
             ["rollout.cfg_scale=2.0", "algorithm.tasks=mm2t"],

@@ -39,7 +39,7 @@ STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one.
-MAX_OPTIONS = 119
+MAX_OPTIONS = 120
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 

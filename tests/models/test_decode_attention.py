@@ -16,7 +16,7 @@ from corl_jax.models.layers import attend
 from corl_jax.policies import decoding
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.decoding import read_prompts
-from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus import network, sampling, thinking
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
 from tests.support.tolerances import NETWORK
@@ -197,6 +197,35 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     own = f"{width * rows * GROUP}x{steps + length * copied}x2x8xbf16"
     assert sum(line.count(f"tensor<{own}>") == 2 for line in calls) == tiny_config.llama.num_layers
     assert len(calls) == tiny_config.llama.num_layers * (1 if copied else 2)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_plans_and_their_images_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, copied):
+    """In the loop of the plans, for the token that begins the images, and in the images' loop."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(decoding, "copies_prompts", lambda *_: copied)
+    jax.clear_caches()  # the choice is no argument of the traced function
+    shape, rows, length, longest = jax.ShapeDtypeStruct, 4, 8, 9
+    traced = thinking._think_program.default.trace(
+        tiny_config, network.abstract(tiny_config),
+        EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool)),
+        jax.eval_shape(lambda: sample_keys(0, np.arange(rows), GROUP)),
+        shape((), jnp.float32), shape((), jnp.float32),
+        special=SpecialTokens(1, 2, 0, 91, 92, 90), max_new_tokens=longest, top_k=0, top_p=1.0,
+        guided=True, image_logprobs="guided", greedy=False, dtype=jnp.bfloat16, attention="cudnn",
+    )  # fmt: skip
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
+    layers, before = tiny_config.llama.num_layers, length * copied
+    assert len(calls) == 3 * layers * (1 if copied else 2)
+    # A first token and at least as many steps as a plan has tokens; then BOI and all codes.
+    for size, count in (
+        (f"{rows * GROUP}x{before + 1 + longest}x", 1),
+        (f"{2 * rows * GROUP}x{before + longest + tiny_config.num_image_tokens}x", 2),
+    ):
+        assert sum(f"tensor<{size}2x8xbf16>" in line for line in calls) == count * layers
 
 
 @pytest.mark.parametrize(

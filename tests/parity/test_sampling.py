@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from corl_jax.policies import decoding
 from corl_jax.policies.choices import keep_top_k, keep_top_p, sample_keys
-from corl_jax.policies.janus import sampling
+from corl_jax.policies.family import SamplingOptions
+from corl_jax.policies.janus import sampling, thinking
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
 from tests.parity import torch_janus
@@ -187,6 +189,83 @@ def test_greedy_texts(pair):
     together, alone = lengths
     assert together[-1:] == alone
     assert min(together) <= 7 < max(together), together
+
+
+# ---- plans and their images
+
+
+def plan_prompts() -> EncodedPrompts:
+    """As for images, but without BOI."""
+    prompts = drawing_prompts()
+    ids = prompts.input_ids.copy()
+    ids[:, -1] = [7, 30, 55]
+    return EncodedPrompts(ids, prompts.attention_mask)
+
+
+@torch.no_grad()
+def planned_by_torch(pair, ids: list[int], eos: int | None) -> tuple[list[int], list[float]]:
+    """The greedy plan after an unpadded prompt, and its log-probs; every step reads all again."""
+    plan, logprobs = [], []
+    while len(plan) < NEW_TOKENS and (not plan or plan[-1] != eos):
+        read = torch.tensor([ids + plan])
+        hidden = pair.torch.model.language_model(input_ids=read, use_cache=False)
+        logits = pair.torch.lm_head(hidden.last_hidden_state[:, -1])
+        assert_no_ties(logits)
+        plan.append(int(logits.argmax(-1)))
+        logprobs.append(float(logits.log_softmax(-1).max()))
+    return plan, logprobs
+
+
+@torch.no_grad()
+def drawn_after(pair, ids: list[int], plan: list[int]) -> tuple[list[int], list[float]]:
+    """The greedy guided codes after prompt, plan and BOI, and their conditional log-probs."""
+    model = pair.torch
+    context = torch.tensor([ids + plan + [BOI_TOKEN]])
+    blank = torch.full_like(context, PAD_TOKEN)
+    blank[:, 0], blank[:, -1] = BOS_TOKEN, BOI_TOKEN
+    embeds = model.get_input_embeddings()(torch.cat([context, blank]))
+    codes, logprobs = [], []
+    for _ in range(pair.config.num_image_tokens):
+        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False)
+        conditional, other = model.model.generation_head(hidden.last_hidden_state[:, -1]).chunk(2)
+        mixed = other + CFG_SCALE * (conditional - other)
+        assert_no_ties(mixed)
+        token = mixed.argmax(-1)
+        codes.append(int(token))
+        logprobs.append(float(conditional.log_softmax(-1)[0, token]))
+        read = model.prepare_embeddings_for_image_generation(token[:, None].repeat(2, 1))
+        embeds = torch.cat([embeds, read], dim=1)
+    return codes, logprobs
+
+
+@pytest.mark.parametrize("attention", ["shared prompts", "copied prompts"])
+def test_greedy_plans_and_their_images(pair, attention, monkeypatch):
+    """Prompt, plan and BOI without any padding, row by row, against the padded batch."""
+    monkeypatch.setattr(decoding, "copies_prompts", lambda *_: attention == "copied prompts")
+    jax.clear_caches()  # which way prompts are kept is no argument of a program
+    prompts = plan_prompts()
+    rows = [prompts.input_ids[row, pad:].tolist() for row, pad in enumerate(PADDING)]
+    eos = planned_by_torch(pair, rows[1], None)[0][6]  # that one row reaches early
+    options = SamplingOptions(
+        special(eos), greedy=True, max_new_tokens=NEW_TOKENS, cfg_scale=CFG_SCALE,
+        dtype=jnp.float32,
+    )  # fmt: skip
+    keys = sample_keys(0, np.arange(len(rows)), 1)
+    with jax.default_matmul_precision("highest"):
+        text, codes = thinking.sample_thinking(pair.config, pair.params, prompts, keys, options)
+    lengths = []
+    for row, ids in enumerate(rows):
+        plan, plan_logprobs = planned_by_torch(pair, ids, eos)
+        kept = np.asarray(text.mask)[row]
+        np.testing.assert_array_equal(np.asarray(text.values)[row][kept], plan)
+        np.testing.assert_allclose(np.asarray(text.logprobs)[row][kept], plan_logprobs, atol=1e-3)
+        ended = plan[-1] == eos
+        drawn, logprobs = drawn_after(pair, ids, plan[:-1] if ended else plan)
+        np.testing.assert_array_equal(np.asarray(codes.values)[row], drawn)
+        np.testing.assert_allclose(np.asarray(codes.logprobs)[row], logprobs, atol=1e-3)
+        lengths.append(len(plan))
+    assert min(lengths) <= 7 < max(lengths), lengths
+    assert len(np.unique(codes.values)) > 10, "an image of one token would prove little"
 
 
 # ---- filters

@@ -249,6 +249,18 @@ def test_command_prints_tables_and_says_whether_it_fits(config_path, capsys, mon
     assert re.search(r"with all kept.*\n(.*\n)*.* NO", capsys.readouterr().out)
 
 
+def test_a_plan_in_words_and_its_image_are_one_program(model, rows, tmp_path, capsys):
+    tree = options(model, rows, tmp_path / "run", algorithm={"tasks": "think"})
+    path = write_config(tmp_path / "config.yaml", tree | {"rewards": [{"name": "t2i_pixel_mse"}]})
+    command = ["--config", str(path), "--topology", "local", "--stored", "float32"]
+    command += ["--only", "sample", "mesh.data=8", "train.prompts_per_step=8"]
+    plan.main([*command, "data.max_prompt_length=256", "rollout.max_new_tokens=20"])
+    out = capsys.readouterr().out
+    assert "+ 36 tokens" in out and "sample think" in out
+    # 20 tokens after the first one, 16 at most between two looks at who has ended.
+    assert "at most 2 rounds" in out
+
+
 def test_it_counts_the_prompts_of_the_check_and_prints_its_estimate(model, rows, tmp_path, capsys):
     tree = options(model, rows, tmp_path / "run", lora={"rank": 2})
     path = write_config(tmp_path / "config.yaml", tree)

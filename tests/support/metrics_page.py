@@ -8,7 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md"
-STANDS_FOR = {"TASK": "(t2i|mm2t|caption)", "NAME": "[^/]+", "ALARM": "[a-z_]+", "KIND": "[a-z_]+"}
+STANDS_FOR = {
+    "TASK": "(t2i|mm2t|think|caption)", "SEGMENT": "(t2i|mm2t|think/text|think/codes)",
+    "TEXT": "(mm2t|think/text)", "IMAGE": "(t2i|think/codes)", "NAME": "[^/]+",
+    "ALARM": "[a-z_]+", "KIND": "[a-z_]+",
+}  # fmt: skip
 
 
 @functools.cache

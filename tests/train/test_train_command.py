@@ -911,7 +911,7 @@ def test_rewards_of_another_task_are_a_warning(options, tmp_path, capsys):
 
 
 LATER_TASKS = {
-    "think": Task("thinking", (Turn("generate", (TEXT, CODES)),), ("prompt",), 6, "prompt"),
+    "reflect": Task("reflecting", (Turn("generate", (CODES, TEXT)),), ("prompt",), 10, "prompt"),
     "selfplay": Task(
         "self-questioning", (Turn("generate", (CODES,)), Turn("own_image", (TEXT,))),
         ("prompt", "qa_problem"), 7, "prompt",
@@ -919,7 +919,7 @@ LATER_TASKS = {
     "edit": Task("editing", (Turn("edit", (CODES,)),), ("real_image", "instruction"), 8, "prompt"),
     "denoise": Task("editing", (Turn("edit", ("latents",)),), ("real_image",), 9, "prompt"),
 }  # fmt: skip
-"""The rows of docs/how_to/add_a_task.md that are not built yet."""
+"""Rows that no family can do yet, as in docs/how_to/add_a_task.md."""
 
 
 def test_a_row_that_no_run_uses_changes_nothing(options, tmp_path, monkeypatch):
@@ -932,7 +932,7 @@ def test_a_row_that_no_run_uses_changes_nothing(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("think", "needs segments of text and codes, which a janus does not make"),
+        ("reflect", "needs segments of codes and text, which a janus does not make"),
         ("selfplay", "algorithm.tasks: selfplay has 2 turns"),
         ("denoise", "needs segments of latents, which a janus does not make"),
     ],

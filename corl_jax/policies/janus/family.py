@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from corl_jax.models.lora import Lora
 from corl_jax.policies.family import Adapters, Family, HiddenStates, Limits, TurnProgram
-from corl_jax.policies.janus import images, layout, logprobs, network, sampling
+from corl_jax.policies.janus import images, layout, logprobs, network, sampling, thinking
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import BUCKET, Processor
@@ -83,6 +83,7 @@ FAMILY = Family(
     turns={
         (CODES,): TurnProgram(sampling.sample_codes, logprobs.score_codes),
         (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        (TEXT, CODES): TurnProgram(thinking.sample_thinking, thinking.score_thinking),
     },
     blank_prompts=sampling.unconditional_ids,
     decode_images=images.decode_images,

@@ -19,7 +19,7 @@ from corl_jax.policies.janus.sampling import unconditional_ids
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 
-def _compute_states(
+def compute_scoring_states(
     model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, options: LogprobOptions
 ) -> jax.Array:
     """Computes the hidden states [N, T, D] whose logits score the completion tokens.
@@ -53,23 +53,34 @@ def image_logprobs(
 
     def compute_states(input_ids: jax.Array) -> jax.Array:
         embeds = model.embed_text(input_ids)
-        return _compute_states(model, embeds, prompts.attention_mask, completion, options)
+        return compute_scoring_states(model, embeds, prompts.attention_mask, completion, options)
+
+    conditional = compute_states(prompts.input_ids)
+    unconditional = None
+    if options.image_logprobs == "guided":
+        unconditional = compute_states(unconditional_ids(prompts.input_ids, options.special))
+    return score_code_states(model, conditional, unconditional, tokens, options)
+
+
+def score_code_states(
+    model: Janus, conditional: jax.Array, unconditional: jax.Array | None, tokens: jax.Array,
+    options: LogprobOptions,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Computes (log-probs, entropies) [N, T] of codes from the states [N, T, D] that score them.
+
+    With unconditional states they are those of guidance. Without, they are those of the prompt, as
+    in the released code, though it samples guided.
+    """
 
     def guide_logits(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         # float32 before the guidance: a scale of 5 enlarges the rounding of bfloat16 (Q39).
         with_prompt, without = (model.image_logits(x).astype(jnp.float32) for x in pair)
         return guide(with_prompt, without, options.cfg_scale)
 
-    conditional = compute_states(prompts.input_ids)
-    if options.image_logprobs == "conditional":  # as the released code, though it samples guided
+    if unconditional is None:
         logits_of, hidden = model.image_logits, conditional
     else:
-        hidden = (
-            conditional,
-            compute_states(unconditional_ids(prompts.input_ids, options.special)),
-        )
-        logits_of = guide_logits
-
+        logits_of, hidden = guide_logits, (conditional, unconditional)
     return chunked_logprobs(logits_of, hidden, tokens, options.temperature, options.chunk)
 
 
@@ -84,7 +95,7 @@ def text_logprobs(
     # The released code shifts texts correctly: Q1 is about images only.
     options = dataclasses.replace(options, unshifted=False)
     answers = model.embed_text(tokens)
-    hidden = _compute_states(model, embeds, prompts.attention_mask, answers, options)
+    hidden = compute_scoring_states(model, embeds, prompts.attention_mask, answers, options)
     return chunked_logprobs(model.text_logits, hidden, tokens, options.temperature, options.chunk)
 
 

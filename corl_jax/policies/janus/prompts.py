@@ -30,8 +30,14 @@ from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 
 FILES = ("config", "processor_config", "preprocessor_config")
-GENERATE, QUESTION = "generate", "question"
-"""Kinds of prompts: a text for image generation; a question about an image."""
+GENERATE, QUESTION, THINK = "generate", "question", "think"
+"""Kinds of prompts: a text for image generation; a question about an image; a text for a plan and
+an image."""
+PLAN_INSTRUCTION = (
+    "Before you draw this, plan the picture in one or two short sentences: what it shows, how many "
+    "of each, which colors, and what is where."
+)
+"""Follows the text of an image that is planned first."""
 # Q7: the released code takes the image tokens from position 5 on, skips five tokens and takes the
 # rest as the caption. Only two tokens, EOI and a line break, are before the caption.
 FIXED_START, FIXED_GAP = 5, 5
@@ -133,12 +139,21 @@ class Processor:
         # The original strips the whole message, which starts with the placeholder.
         return [system, user, ": ", image, f"\n{question.rstrip()}\n\n", assistant, ":"]
 
+    def _make_think_parts(self, prompt: str) -> list[str]:
+        # As for an image, but the assistant begins with a text. BOI follows that text.
+        user, assistant = self.roles
+        return [user, f": {prompt.strip()}\n{PLAN_INSTRUCTION}\n\n", assistant, ":"]
+
     # ---- ids
 
     def t2i_ids(self, prompt: str) -> list[int]:
         """Returns BOS, the prompt of image generation and BOI, unpadded."""
         # Parts 0, 2 and 4 are the roles and BOI; part 1 is the user's text.
         return self._tokenize_parts(self._make_t2i_parts(prompt), structure=(0, 2, 4))
+
+    def think_ids(self, prompt: str) -> list[int]:
+        """Returns BOS and the prompt of a plan, behind which the plan and its image come."""
+        return self._tokenize_parts(self._make_think_parts(prompt), structure=(0, 2))
 
     def mm2t_ids(self, question: str, system_prompt: str = "") -> list[int]:
         """Returns BOS and the understanding prompt with BOI, image tokens and EOI, unpadded."""
@@ -214,6 +229,8 @@ class Processor:
         """Returns the unpadded ids of a row's prompt of the kind `prompt`."""
         if prompt == GENERATE:
             return self.t2i_ids(columns["prompt"])
+        if prompt == THINK:
+            return self.think_ids(columns["prompt"])
         assert prompt == QUESTION, prompt
         return self.mm2t_ids(columns["qa_problem"], system_prompt)
 

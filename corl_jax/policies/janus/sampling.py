@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -20,11 +21,11 @@ from corl_jax.devices.mesh import gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
 from corl_jax.policies.choices import Choice, completion_mask, guide, split_steps, token_logprobs
-from corl_jax.policies.decoding import Rows, read_prompts
+from corl_jax.policies.decoding import Decoder, Rows, read_prompts
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.layout import RULES
-from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
@@ -58,7 +59,7 @@ class DecodeState:
     caches: list[KVCache]  # per layer
 
 
-def _check_group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
+def check_group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
     """Returns the number of keys per prompt.
 
     Raises: ValueError, while tracing, if that is no whole number.
@@ -69,7 +70,7 @@ def _check_group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
     return keys.shape[0] // count
 
 
-def _start_state(
+def start_state(
     token: jax.Array, logprob: jax.Array, done: jax.Array, length: int, fill: int, caches
 ) -> DecodeState:
     rows = token.shape[0]
@@ -81,6 +82,100 @@ def _start_state(
         logprobs=jnp.zeros((rows, length), jnp.float32).at[:, 0].set(logprob),
         caches=caches,
     )
+
+
+CodeDraw = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""(hidden states of all rows, step) -> (codes, log-probs), each [N]."""
+CodeReader = Callable[[jax.Array, jax.Array, list[KVCache]], tuple[jax.Array, list[KVCache]]]
+"""(codes [N], their number in the image, caches) -> (states of all rows after them, caches)."""
+TextDraw = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+"""(hidden states [N, D], step, rows that have ended) -> (tokens, log-probs, ended), each [N]."""
+
+
+def make_code_draw(
+    model: Janus, rows: Rows, choice: Choice, keys: jax.Array, cfg_scale: jax.Array,
+    image_logprobs: str,
+) -> CodeDraw:  # fmt: skip
+    """Returns the function that draws an image code for each sample."""
+
+    def draw(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # float32 before the guidance: a scale of 5 enlarges the rounding of bfloat16 (Q39).
+        conditional, other = rows.split(model.image_logits(hidden).astype(jnp.float32))
+        mixed = guide(conditional, other, cfg_scale) if rows.guided else conditional
+        token = choice.draw(keys, step, mixed / choice.temperature)
+        # Sampled from the guided distribution, recorded under the one that the loss scores (Q27).
+        scored = mixed if image_logprobs == "guided" else conditional
+        return token, token_logprobs(scored / choice.temperature, token)
+
+    return draw
+
+
+def make_text_draw(model: Janus, choice: Choice, keys: jax.Array, eos: int) -> TextDraw:
+    """Returns the function that draws a text token for each sample."""
+
+    def draw(hidden: jax.Array, step: jax.Array, done: jax.Array):
+        logits = model.text_logits(hidden).astype(jnp.float32) / choice.temperature
+        token = choice.draw(keys, step, logits)
+        # Without top-k and top-p, as the update scores it. Rows that have ended go on as EOS.
+        logprob = jnp.where(done, 0.0, token_logprobs(logits, token))
+        token = jnp.where(done, eos, token)
+        return token, logprob, done | (token == eos)
+
+    return draw
+
+
+def sample_until_ended(
+    model: Janus, decoder: Decoder, draw: TextDraw, hidden: jax.Array, steps: int, eos: int
+) -> DecodeState:
+    """Samples texts from the prompts' last states [N, D]: a token, and at least `steps` more.
+
+    Stops soon after all rows have ended.
+    """
+    token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(len(hidden), bool))
+    # The length may exceed what was asked for by a few steps, which the caller cuts off.
+    rounds, stride = split_steps(steps)
+    length = 1 + rounds * stride
+    caches = decoder.new_caches(len(hidden), length)
+
+    def step(state: DecodeState) -> DecodeState:
+        hidden, caches = decoder(model.embed_text(state.token), state.step - 1, state.caches)
+        token, logprob, done = draw(hidden, state.step, state.done)
+        return _advance(state, token, logprob, caches, done)
+
+    return lax.while_loop(
+        lambda state: (state.step < length) & ~state.done.all(),
+        lambda state: lax.fori_loop(0, stride, lambda _, state: step(state), state),
+        start_state(token, logprob, done, length, eos, caches),
+    )
+
+
+def make_code_reader(model: Janus, rows: Rows, decoder: Decoder, before: Any) -> CodeReader:
+    """Returns the function that reads a code of each sample.
+
+    `before` counts the completion tokens before the first code: a number, or one of each row.
+    """
+
+    def read(code: jax.Array, number: jax.Array, caches: list[KVCache]):
+        # The conditional and the unconditional row of a sample read the same token.
+        embeds = rows.repeat_samples(model.embed_image_tokens(code))
+        return decoder(embeds, before + number, caches)
+
+    return read
+
+
+def sample_all_codes(
+    draw: CodeDraw, read: CodeReader, hidden: jax.Array, length: int, caches: list[KVCache]
+) -> DecodeState:
+    """Samples `length` codes; `hidden` are the states of all rows that give the first one."""
+    token, logprob = draw(hidden, jnp.int32(0))
+
+    def step(state: DecodeState) -> DecodeState:
+        hidden, caches = read(state.token, state.step - 1, state.caches)
+        token, logprob = draw(hidden, state.step)
+        return _advance(state, token, logprob, caches)
+
+    state = start_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
+    return lax.fori_loop(1, length, lambda _, state: step(state), state)
 
 
 @functools.partial(
@@ -114,34 +209,18 @@ def _image_program(
 ) -> tuple[jax.Array, jax.Array]:
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     ids, mask = prompts.input_ids, prompts.attention_mask
-    rows, length = Rows(_check_group_size(prompts, keys), guided), config.num_image_tokens
+    rows, length = Rows(check_group_size(prompts, keys), guided), config.num_image_tokens
     embeds = model.embed_text(rows.interleave_prompts(ids, unconditional_ids(ids, special)))
     mask = rows.interleave_prompts(mask, mask)
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
     hidden = rows.fan_out(last)
     choice = Choice(temperature, greedy, greedy_last=rows.group_size if greedy_last else 0)
-
-    def draw(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # float32 before the guidance: a scale of 5 enlarges the rounding of bfloat16 (Q39).
-        conditional, other = rows.split(model.image_logits(hidden).astype(jnp.float32))
-        mixed = guide(conditional, other, cfg_scale) if guided else conditional
-        token = choice.draw(keys, step, mixed / temperature)
-        # Sampled from the guided distribution, recorded under the one that the loss scores (Q27).
-        scored = mixed if image_logprobs == "guided" else conditional
-        return token, token_logprobs(scored / temperature, token)
-
-    def step(state: DecodeState) -> DecodeState:
-        # The conditional and the unconditional row of a sample read the same token.
-        embeds = rows.repeat_samples(model.embed_image_tokens(state.token))
-        hidden, caches = decoder(embeds, state.step - 1, state.caches)
-        token, logprob = draw(hidden, state.step)
-        return _advance(state, token, logprob, caches)
+    draw = make_code_draw(model, rows, choice, keys, cfg_scale, image_logprobs)
 
     # The prefill's last state gives token 0; step t reads token t - 1 and samples token t.
-    token, logprob = draw(hidden, jnp.int32(0))
+    read = make_code_reader(model, rows, decoder, 0)
     caches = decoder.new_caches(len(hidden), length)
-    state = _start_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
-    state = lax.fori_loop(1, length, lambda _, state: step(state), state)
+    state = sample_all_codes(draw, read, hidden, length, caches)
     return state.tokens, state.logprobs
 
 
@@ -156,9 +235,7 @@ def _advance(state: DecodeState, token, logprob, caches, done=None) -> DecodeSta
     )
 
 
-def _choose_kernel(
-    config: JanusConfig, attention: Attention, dtype: Any
-) -> attentions.DecodeKernel:
+def choose_kernel(config: JanusConfig, attention: Attention, dtype: Any) -> attentions.DecodeKernel:
     return (
         attentions.choose_decode_kernel(dtype, config.llama.head_dim)
         if attention == "auto"
@@ -194,7 +271,7 @@ def sample_images(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy,
         greedy_last=greedy_last, dtype=dtype,
-        attention=_choose_kernel(config, attention, dtype),
+        attention=choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
@@ -225,35 +302,14 @@ def _text_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
     features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
-    rows = Rows(_check_group_size(prompts, keys))
+    rows = Rows(check_group_size(prompts, keys))
     decoder, last = read_prompts(model.language_model, embeds, prompts.attention_mask, attention)
     hidden = rows.fan_out(last)
     choice = Choice(temperature, greedy, top_k, top_p, rows.group_size if greedy_last else 0)
 
-    def draw(hidden: jax.Array, step: jax.Array, done: jax.Array):
-        logits = model.text_logits(hidden).astype(jnp.float32) / temperature
-        token = choice.draw(keys, step, logits)
-        # Without top-k and top-p, as the update scores it. Rows that have ended go on as EOS.
-        logprob = jnp.where(done, 0.0, token_logprobs(logits, token))
-        token = jnp.where(done, special.eos, token)
-        return token, logprob, done | (token == special.eos)
-
-    def step(state: DecodeState) -> DecodeState:
-        hidden, caches = decoder(model.embed_text(state.token), state.step - 1, state.caches)
-        token, logprob, done = draw(hidden, state.step, state.done)
-        return _advance(state, token, logprob, caches, done)
-
-    token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(keys.shape[0], bool))
-    # One token comes from the prefill. The length may exceed max_new_tokens by a few steps, which
-    # are cut off below.
-    rounds, stride = split_steps(max_new_tokens - 1)
-    length = 1 + rounds * stride
-    caches = decoder.new_caches(len(hidden), length)
-    state = lax.while_loop(
-        lambda state: (state.step < length) & ~state.done.all(),
-        lambda state: lax.fori_loop(0, stride, lambda _, state: step(state), state),
-        _start_state(token, logprob, done, length, special.eos, caches),
-    )
+    draw = make_text_draw(model, choice, keys, special.eos)
+    # One token comes from the prefill.
+    state = sample_until_ended(model, decoder, draw, hidden, max_new_tokens - 1, special.eos)
     tokens, logprobs = (x[:, :max_new_tokens] for x in (state.tokens, state.logprobs))
     return tokens, completion_mask(tokens, state.step, special.eos), logprobs
 
@@ -284,7 +340,7 @@ def sample_text(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
         greedy=greedy, greedy_last=greedy_last, dtype=dtype,
-        attention=_choose_kernel(config, attention, dtype),
+        attention=choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(TEXT, tokens, mask, logprobs)
 
