@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.algorithms.losses import KlEstimator, estimate_kl, k3_kl
-from corl_jax.train.step import Batch, name_segments
+from corl_jax.tasks import name_segments
+from corl_jax.train.step import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ def measure_penalties(
         assert task.old_logprobs is not None and task.ref_logprobs is not None
         total = jnp.float32(0)
         for prefix, segment, policy, reference in zip(
-            name_segments(name, task), task.segments, task.old_logprobs, task.ref_logprobs,
+            name_segments(name, task.kinds), task.segments, task.old_logprobs, task.ref_logprobs,
             strict=True,
         ):  # fmt: skip
             # Padding may hold anything, -inf included, and inf - inf is NaN.
