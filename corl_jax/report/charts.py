@@ -263,7 +263,12 @@ def place_names(points: Sequence[Point], widths: Sequence[float]) -> list[Point]
         corners = [(x + 7, y - 6), (x + 7, y + 16), (x - 7 - width, y - 6), (x - 7 - width, y + 16)]
         corners += [(x + 7, y - 20), (x - 7 - width, y + 30)]
         options = [(left, low - height, left + width, low) for left, low in corners]
-        overlaps = [sum(is_overlapping(box, other) for other in boxes) for box in options]
+        # A name that leaves the chart is cut off, which is worse than any overlap.
+        overlaps = [
+            sum(is_overlapping(box, other) for other in boxes)
+            + len(boxes) * (box[0] < 0 or box[2] > WIDTH)
+            for box in options
+        ]
         best = overlaps.index(min(overlaps))
         boxes.append(options[best])
         places.append(corners[best])

@@ -16,6 +16,7 @@ from corl_jax.evaluation.intervals import Rate
 from corl_jax.report.changes import compare
 from corl_jax.report.charts import (
     COLORS,
+    WIDTH,
     Cross,
     Line,
     choose_ticks,
@@ -146,6 +147,11 @@ def test_names_of_points_do_not_lie_on_each_other():
     assert len(pairs) == 3 and not any(is_overlapping(a, b) for a, b in pairs)
     # A point alone has its name above, to the right.
     assert place_names([(10.0, 50.0)], [20.0]) == [(17.0, 44.0)]
+
+
+def test_the_name_of_a_point_at_the_edge_stays_in_the_chart():
+    ((x, _),) = place_names([(WIDTH - 30.0, 50.0)], [60.0])
+    assert x + 60 <= WIDTH - 30
 
 
 def test_a_cross_reaches_from_end_to_end():
