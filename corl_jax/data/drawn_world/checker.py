@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -40,6 +41,7 @@ STEPS = np.linspace(-REACH, REACH, GRID)
 BLURS = (0.0, 0.8, 1.5)  # pixels, standard deviation; each shape has a template for each
 UNKNOWN = "unknown"
 PIXELS_AT_ONCE = 64 * 64**2  # the arrays of a chunk of images fit a processor's cache
+MOST_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +90,12 @@ def detect(image: np.ndarray) -> list[Detection]:
 
 def detect_all(images: np.ndarray) -> list[list[Detection]]:
     """Returns the objects in each image, uint8 [N, H, W, 3], from left to right."""
-    detections: list[list[Detection]] = []
     at_once = max(1, PIXELS_AT_ONCE // max(1, images.shape[1] * images.shape[2]))
-    for start in range(0, len(images), at_once):
-        detections += _detect_in_chunk(images[start : start + at_once])
-    return detections
+    chunks = [images[start : start + at_once] for start in range(0, len(images), at_once)]
+    _make_templates()  # here, because threads that start together would each make them
+    # NumPy computes arrays of this size without Python's lock, so that threads help.
+    with ThreadPoolExecutor(min(MOST_THREADS, len(chunks)) or 1) as pool:
+        return [found for part in pool.map(_detect_in_chunk, chunks) for found in part]
 
 
 def _detect_in_chunk(images: np.ndarray) -> list[list[Detection]]:
