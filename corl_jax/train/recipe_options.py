@@ -47,7 +47,8 @@ def _find_batch_problems(config: Config, recipe: Recipe) -> list[str]:
             f"{algorithm.name} compares the completions of a step; expected at least "
             f"{recipe.min_batch_size}; raise it, or raise rollout.group_size"
         )
-    if algorithm.redraws and size < 2:
+    # A greedy completion is in the group too, and may differ from the only other one.
+    if algorithm.redraws and size + recipe.uses_greedy < 2:
         problems.append(
             f"algorithm.redraws: found {algorithm.redraws}, but with rollout.group_size {size} the "
             "rewards of a group never differ; set it to 0"
