@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from corl_jax.errors import Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.merge.rules import RULES
+from corl_jax.merge.rules import DEFAULT_RULE, RULES
 from corl_jax.weights.hub import check_place
 
 
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=parse_path, required=True, metavar="DIR", help="folder to be made"
     )
     parser.add_argument(
-        "--rule", choices=tuple(RULES), default="gaussian", help="default: %(default)s"
+        "--rule", choices=tuple(RULES), default=DEFAULT_RULE, help="default: %(default)s"
     )
     parser.add_argument(
         "--lambda", dest="factor", type=parse_factor, metavar="X",

@@ -50,6 +50,8 @@ def run_merge(args: argparse.Namespace) -> None:
         if problems:
             raise InputError(problems)
         notes = _write_merged(args, inputs, moves, settings, layout)
+    if args.params is None:
+        inputs.notes.extend(_describe_unusual_moves(inputs, moves.values()))
     for note in shorten([*inputs.notes, *_describe_moves(inputs, moves), *notes]):
         print(f"note: {note}")
     print(f"wrote {args.out}")
@@ -149,6 +151,21 @@ def _describe_moves(inputs: MergeInputs, moves: dict[TensorId, TensorMoves]) -> 
             f"rounding the merged tensors to their type removed {share:.1%} of the merged move; "
             "--dtype float32 keeps all of it"
         )
+
+
+def _describe_unusual_moves(inputs: MergeInputs, moves: Iterable[TensorMoves]) -> Iterator[str]:
+    """Yields a note on each model with moves in parameters that are frozen by default."""
+    family = inputs.family
+    trained = set(flatten(partition(inputs.base.shapes, family.trainable)[0]))
+    unusual = [tensor for tensor in moves if tensor.path not in trained]
+    for number, model in enumerate(inputs.models):
+        names = [tensor.name for tensor in unusual if tensor.moved[number]]
+        if names:
+            yield (
+                f"{model.place}: {len(names)} tensors ({names[0]}) that a training of a "
+                f"{family.name} leaves frozen by default differ from the base, and are merged; if "
+                "nothing trained them, this is a model of another base, which --params refuses"
+            )
 
 
 def _is_coarser(inputs: MergeInputs, number: int, tensor: TensorMoves) -> bool:

@@ -169,3 +169,5 @@ RULES: dict[str, Rule] = {
     "ties": Rule(combine_ties, factor=1.0, share="used", trims=True),
 }
 """Every rule of a merge, by name."""
+DEFAULT_RULE = "gaussian"
+"""The rule of the released code."""

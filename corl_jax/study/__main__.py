@@ -15,7 +15,8 @@ import argparse
 import sys
 
 from corl_jax.config.shipped import find_study
-from corl_jax.errors import InputError, exit_on_input_error
+from corl_jax.errors import InputError, Problems, exit_on_input_error
+from corl_jax.merge.rules import DEFAULT_RULE, RULES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,10 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_intermixed_args(argv)
     devices = check_arguments(args)
-    from corl_jax.study.schema import load_study
+    from corl_jax.study.schema import find_merge_problems, load_study
     from corl_jax.study.study_runs import list_warnings, resolve_runs
 
     study = load_study(find_study(args.study), args.words)
+    problems = Problems()
+    rules = {name: rule.models for name, rule in RULES.items()}
+    problems.add(find_merge_problems(study, rules, DEFAULT_RULE))
+    problems.raise_any()
     runs = resolve_runs(study)
     for line in list_warnings(study, runs):
         print(f"warning: {line}", file=sys.stderr)

@@ -13,6 +13,7 @@ from corl_jax.study.seed_statistics import SeedMean, mean_over_seeds, paired_dif
 from corl_jax.study.study_runs import count_completions, name_run
 
 SECONDS, STEPS, COMPLETIONS = "seconds", "steps", "completions"
+REDRAWN_BATCHES = "redraw/batches"
 COSTS = (SECONDS, STEPS, COMPLETIONS)
 """Names of the costs of a run, in the place of a metric."""
 
@@ -115,7 +116,10 @@ def read_costs(record: RunRecord) -> dict[str, float]:
     if isinstance(seconds, int | float):
         costs[SECONDS] = float(seconds)
     if record.config:
-        costs[COMPLETIONS] = float(count_completions(record.config, steps))
+        # Each further batch of a step costs what the step itself samples.
+        batches = [value for _, value in record.read_points(REDRAWN_BATCHES)]
+        sampled = float(count_completions(record.config, steps))
+        costs[COMPLETIONS] = sampled * (1 + (statistics.fmean(batches) if batches else 0))
     return costs
 
 

@@ -220,6 +220,24 @@ def _find_variant_problems(study: Study, name: str, variant: Variant) -> Iterato
             yield f"{place}.{option_key}: each run has its own; use output_dir and seeds"
 
 
+def find_merge_problems(
+    study: Study, rules: Mapping[str, int | None], default: str
+) -> Iterator[str]:
+    """Yields what is wrong with the rules of merges.
+
+    `rules` has the number of models of each rule of `corl-jax merge`, None for any number.
+    """
+    for variant, merge in ((name, x.merge) for name, x in study.variants.items() if x.merge):
+        place, rule = f"variants.{variant}.merge", merge.rule or default
+        if rule not in rules:
+            yield f"{place}.rule: found {rule!r}; {suggest_name(rule, rules)}"
+        elif rules[rule] not in (None, len(merge.models)):
+            yield (
+                f"{place}.models: found {len(merge.models)}, but the rule {rule} merges "
+                f"{rules[rule]}; choose another rule or other models"
+            )
+
+
 def find_cycle(study: Study) -> list[str] | None:
     """Returns variants of which each waits for the next, the first one again at the end."""
 

@@ -113,14 +113,41 @@ def _resolve_run(study: Study, name: str, seed: int, runs: Mapping[str, StudyRun
     except InputError as error:
         lines = [line.removeprefix(f"{config_files.COMMAND_LINE}: ") for line in error.problems]
         raise InputError(lines) from None
-    if config.export.layout == "none" and config.train.max_steps != 0:
-        users = [user for user, other in study.variants.items() if name in other.sources]
-        if users:
-            raise InputError(
-                f"export.layout: found none, but {', '.join(users)} starts from its export; "
-                "choose a layout"
-            )
+    _check_start(study, name, seed, runs)
+    if config.train.max_steps != 0:
+        _check_export(study, name, config)
     return StudyRun(name, seed, config, [study.base, *arguments])
+
+
+def _check_start(study: Study, name: str, seed: int, runs: Mapping[str, StudyRun]) -> None:
+    """Refuses to merge models of different starts. Raises: InputError."""
+    merge = study.variants[name].merge
+    names = [name_run(source, seed) for source in merge.models] if merge else []
+    # A variant with problems of its own has no run, and these are reported.
+    sources = [runs[run] for run in names if run in runs]
+    starts = {source.variant: source.config.model.path for source in sources}
+    if len(set(starts.values())) > 1:
+        text = ", ".join(f"{variant} from {path}" for variant, path in starts.items())
+        raise InputError(
+            f"merge.models: found models that start from different ones: {text}; expected one base"
+        )
+
+
+def _check_export(study: Study, name: str, config: Config) -> None:
+    """Requires an export from which other variants can start. Raises: InputError."""
+    users = {user: other for user, other in study.variants.items() if name in other.sources}
+    if users and config.export.layout == "none":
+        raise InputError(
+            f"export.layout: found none, but {', '.join(users)} starts from its export; "
+            "choose a layout"
+        )
+    # A merge reads adapters, a training does not.
+    later = [user for user, other in users.items() if other.after]
+    if later and config.lora.rank and config.export.lora == "adapter":
+        raise InputError(
+            f"export.lora: found adapter, but {', '.join(later)} starts from its export, which "
+            "must be a whole model; set it to merged"
+        )
 
 
 def find_model(run: StudyRun) -> str:
@@ -209,13 +236,21 @@ def make_command(name: str, *arguments: str) -> list[str]:
 
 
 def count_completions(tree: Mapping[str, Any], steps: int) -> int:
-    """Counts the images and answers that a run of a resolved config samples in its steps."""
+    """Counts the images and answers that a run of a resolved config samples in its steps.
+
+    Greedy ones count; groups that are drawn again (`algorithm.redraws`) do not.
+    """
     if not STAGE_FACTS[tree["stage"]].has_rollouts:
         return 0
+    # Imported here, so that a wrong study is answered before jax is loaded.
+    from corl_jax.algorithms.recipes import RECIPES
+
+    recipe = RECIPES.get(tree["algorithm"].get("name", ""))
+    group_size = tree["rollout"]["group_size"] + (recipe is not None and recipe.uses_greedy)
     # A run that alternates samples one task in each step.
     alternates = tree["algorithm"].get("alternate_every")
     tasks = 1 if alternates else len(choose_tasks(tree["algorithm"]["tasks"]))
-    return steps * tree["train"]["prompts_per_step"] * tree["rollout"]["group_size"] * tasks
+    return steps * tree["train"]["prompts_per_step"] * group_size * tasks
 
 
 def list_costs(runs: Mapping[str, StudyRun]) -> Iterator[tuple[StudyRun, int | None, int | None]]:

@@ -8,6 +8,9 @@ from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.checks import list_changes
 from corl_jax.config.schema import Algorithm, Config
 
+KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
+"""Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
+
 
 def complete_algorithm(algorithm: Algorithm) -> Algorithm:
     """Returns the block with the recipe's value for each option that is null."""
@@ -17,6 +20,9 @@ def complete_algorithm(algorithm: Algorithm) -> Algorithm:
         for field in dataclasses.fields(Recipe)
         if field.name in Algorithm.model_fields
     } | {"scale": recipe.scales[0], "reduction": recipe.reductions[0]}
+    if algorithm.kl_in not in (None, recipe.kl_in):
+        # k1 has no gradient in the loss, and k2 and k3 have another one than the KL in the reward.
+        defaults["kl_estimator"] = KL_ESTIMATORS[algorithm.kl_in]
     missing = {name: x for name, x in defaults.items() if getattr(algorithm, name) is None}
     return algorithm.model_copy(update=missing)
 
@@ -47,7 +53,8 @@ def _find_batch_problems(config: Config, recipe: Recipe) -> list[str]:
             f"{algorithm.name} compares the completions of a step; expected at least "
             f"{recipe.min_batch_size}; raise it, or raise rollout.group_size"
         )
-    if algorithm.redraws and size < 2:
+    # A greedy completion is in the group too, and may differ from the only other one.
+    if algorithm.redraws and size + recipe.uses_greedy < 2:
         problems.append(
             f"algorithm.redraws: found {algorithm.redraws}, but with rollout.group_size {size} the "
             "rewards of a group never differ; set it to 0"

@@ -82,6 +82,23 @@ def are_samples_due(every: int, run: Run, step: int) -> bool:
     return bool(every) and (step % every == 0 or step == run.steps)
 
 
+def are_completions_due(every: int, run: Run, step: int) -> bool:
+    """Returns whether the completions of step `step`, counted from 1, are shown; `every` 0: never.
+
+    If tasks take turns, the first step of each task from a multiple of `every` on is shown.
+    """
+    if are_samples_due(every, run, step):
+        return True
+    first = step - step % every if every else 0
+    if not (run.alternate_every and first):
+        return False
+    # Every 50 with tasks that change each step: 50 trains mm2t, as do all multiples, and 51 t2i.
+    trained = [
+        choose_tasks_of_step(run.tasks, run.alternate_every, i - 1) for i in range(first, step + 1)
+    ]
+    return trained[-1] not in trained[:-1]
+
+
 # ---- images
 
 

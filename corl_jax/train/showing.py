@@ -27,7 +27,7 @@ from corl_jax.runs.log import RunLog
 from corl_jax.runs.outputs import Outputs
 from corl_jax.tasks import PLAN_COLUMN, TASKS
 from corl_jax.train import dashboard
-from corl_jax.train.reports import are_samples_due, choose_color
+from corl_jax.train.reports import are_completions_due, choose_color
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES
 
@@ -126,8 +126,8 @@ def show_iteration(
     if log.needs_layout and has_logged_steps(run, log):
         log.add_layout(step, dashboard.make_layout(log.names))
     every = config.log.samples_every
-    is_shown = are_samples_due(config.log.images_every, run, step)
-    is_saved = are_samples_due(every, run, step)
+    is_shown = are_completions_due(config.log.images_every, run, step)
+    is_saved = are_completions_due(every, run, step)
     if not iteration.samples or not (is_shown or is_saved):
         return False
     with log.pace.time_milestone(SAMPLES):

@@ -36,6 +36,8 @@ CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
 FILES = [f"{name}.yaml" for name in list_configs()]
 PAPER = [name for name in FILES if name.startswith("janus_pro_")]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
+# Beside unified training: each task alone, both in turn, and supervised training.
+PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one.
@@ -93,7 +95,9 @@ def test_the_minimal_config_is_a_run_in_twelve_lines():
 def test_the_promised_configs_are_there():
     promised = {f"janus_pro_{size}/{stage}.yaml" for size in ("1b", "7b") for stage in STAGES}
     promised |= {f"janus_pro_{size}/released.yaml" for size in ("1b", "7b")}
+    promised |= {f"{model}/{name}.yaml" for model in ("janus_pro_1b", "mini") for name in PARADIGMS}
     promised |= {"quickstart.yaml", "mini/unified.yaml"}
+    promised |= {"mini/refined_t2i.yaml", "mini/refined_mm2t.yaml"}
     assert promised <= set(FILES)
 
 
@@ -170,7 +174,7 @@ def test_a_file_holds_no_key_that_its_base_already_says(name):
         for key, value in mine.items():
             if isinstance(value, dict):
                 yield from repeated(value, theirs[key], f"{prefix}{key}.")
-            elif theirs[key] == value:
+            elif theirs.get(key) == value:
                 yield prefix + key
 
     # The batch of a rollout depends on the group size beside it, so both may stand together.
@@ -226,6 +230,36 @@ def test_values_are_those_of_the_papers_table(size, stage):
     assert config.compat == Compat()
     assert config.train.trainable is None  # what the model's recipe trains
     assert FAMILY.trainable == ("language_model/.*", "lm_head/.*")
+
+
+@pytest.mark.parametrize("folder", ["janus_pro_1b", "mini"])
+def test_paradigms_differ_in_the_tasks_alone(folder):
+    unified = load(f"{folder}/unified.yaml")
+    for task in ("t2i", "mm2t"):
+        alone = load(f"{folder}/{task}.yaml")
+        expected = {"output_dir", "rewards", "algorithm.tasks"}
+        # Options that the other task alone reads are left at their defaults.
+        expected |= {"algorithm.mm2t_loss_weight"} if (folder, task) == ("mini", "t2i") else set()
+        expected |= {"algorithm.image_logprobs"} if (folder, task) == ("mini", "mm2t") else set()
+        assert differing(unified, alone) == expected
+        assert alone.algorithm.tasks == task
+        assert all(reward in unified.rewards for reward in alone.rewards)
+    turns = load(f"{folder}/alternating.yaml")
+    length = "train.epochs" if folder == "janus_pro_1b" else "train.max_steps"
+    assert differing(unified, turns) == {"output_dir", "algorithm.alternate_every", length}
+    # Each task has as many samples as in unified training.
+    assert flat(turns)[length] == 2 * flat(unified)[length]
+
+
+@pytest.mark.parametrize("task", ["t2i", "mm2t"])
+def test_stage_two_of_the_mini_is_that_of_the_study(task):
+    refined = load(f"mini/refined_{task}.yaml")
+    study = yaml.safe_load((CONFIGS / "studies/table3.yaml").read_text())
+    options = study["variants"][f"refined_{task}_after_unified"]
+    assert {key: flat(refined)[key] for key in options if key != "after"} == {
+        key: value for key, value in options.items() if key != "after"
+    }
+    assert refined.model.path == f"{load('mini/unified.yaml').output_dir}/export"
 
 
 @pytest.mark.parametrize("size", ["1b", "7b"])

@@ -136,6 +136,41 @@ def chain(request, model, rows, tmp_path_factory):
     return Chain(run, codes, failing, [failing, last], starts=3)
 
 
+LENGTHS = """
+def length(texts, prompt):
+    # Equal within the groups of about half of the prompts.
+    odd = [sum(map(ord, name)) % 2 for name in prompt]
+    return [float(len(text)) if is_odd else 0.5 for text, is_odd in zip(texts, odd)]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compare_redraw_and_alternate_as_one_does(model, rows, tmp_path):
+    logs = []
+    for name, train in (
+        ("one", train_alone),
+        ("two", lambda tree: several_processes.finished(several_processes.train(written(tree)))),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "lengths.py").write_text(LENGTHS)
+        tree = tiny_runs.options(
+            model, rows, folder / "run",
+            algorithm={
+                "name": "remax", "redraws": 2, "alternate_every": 1, "kl_coef": 0.1,
+                "kl_in": "reward", "reference_every": 1, "reference_decay": 0.5,
+            },
+            rewards=[{"use": f"{folder / 'lengths.py'}:length"}, {"name": "t2i_pixel_mse"}],
+            rollout={"batch_prompts": 4}, train={"max_steps": 2, "prompts_per_step": 4},
+            log={"images_every": 0}, export={"layout": "none"}, mesh={"data": 4},
+        )  # fmt: skip
+        train(tree)
+        logs.append([steady(line) for line in metric_lines(folder / "run")])
+    assert len(logs[0]) == 2 and logs[0][1]["redraw/batches"] > 0
+    for one, two in zip(*logs, strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
 def steady(line: dict) -> dict:
     """A metrics line without what a clock decides."""
     return {k: v for k, v in line.items() if "second" not in k and k != "step_time"}

@@ -12,6 +12,7 @@ import yaml
 
 from corl_jax.config.shipped import find_study, list_studies
 from corl_jax.errors import InputError
+from corl_jax.study import __main__ as command
 from corl_jax.study.schema import dump_study, load_study
 from corl_jax.study.study_runs import list_jobs, list_warnings, order_variants, resolve_runs
 
@@ -113,11 +114,35 @@ def test_jobs_wait_for_their_models(tmp_path):
          "variants.unified: export.layout: found none, but b starts from its export"),
         ({"variants": {"unified": {}, "b": {"after": "unified", "model.path": "x"}}},
          "variants.b.model.path: contradicts"),
+        ({"variants": {"unified": {}, "b": {"model.path": "mini"},
+                       "c": {"merge": {"models": ["unified", "b"]}}}},
+         "merge.models: found models that start from different ones: unified from nano, b from "),
+        ({"variants": {"unified": {"lora.rank": 4, "export.lora": "adapter",
+                                   "export.layout": "transformers"}, "b": {"after": "unified"}}},
+         "variants.unified: export.lora: found adapter, but b starts from its export"),
     ],
 )  # fmt: skip
 def test_a_wrong_study_is_refused(changes, part, tmp_path):
     problems = find_problems(tmp_path, **changes)
     assert any(part in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("merge", "line"),
+    [
+        ({"rule": "gausian"}, "variants.both.merge.rule: found 'gausian'; did you mean gaussian? "
+         "(known: gaussian, mean, sum, ties)"),
+        ({"models": ["t2i", "unified", "base"]},
+         "variants.both.merge.models: found 3, but the rule gaussian merges 2; choose another rule "
+         "or other models"),
+    ],
+)  # fmt: skip
+def test_merges_that_would_fail_after_the_trainings_are_refused(merge, line, tmp_path, capsys):
+    tree = {"merge": {"models": ["t2i", "unified"]} | merge}
+    path = write_study(tmp_path, variants=TREE["variants"] | {"both": tree})
+    with pytest.raises(SystemExit) as error:
+        command.main([str(path), "--dry-run"])
+    assert error.value.code == 2 and f"error: {line}\n" in capsys.readouterr().err
 
 
 def test_all_problems_come_together(tmp_path):

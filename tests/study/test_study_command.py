@@ -143,6 +143,23 @@ def test_completions_are_counted():
     alternating = {"tasks": "unified", "alternate_every": 1}
     assert count_completions(tree | {"algorithm": alternating}, 60) == 60 * 32 * 8
     assert count_completions(tree | {"stage": "sft"}, 60) == 0
+    # ReMax samples a greedy completion of each prompt too.
+    remax = {"tasks": "t2i", "name": "remax"}
+    assert count_completions(tree | {"algorithm": remax}, 60) == 60 * 32 * 9
+
+
+def test_groups_that_were_drawn_again_are_counted(tmp_path):
+    study = make_study(tmp_path, seeds=[0], variants={"b": {}})
+    root = tmp_path / "b" / "seed0"
+    write_run(root, {4: 0.5}, steps=4)
+    tree = {"stage": "rl", "algorithm": {"tasks": "t2i"}, "rollout": {"group_size": 8},
+            "train": {"prompts_per_step": 2}}  # fmt: skip
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert read_results(study).list_values("b", "completions") == {0: 4 * 16}
+    with (root / "metrics.jsonl").open("a") as file:
+        for step, batches in enumerate((0, 3, 1, 2), start=1):
+            file.write(json.dumps({"step": step, "redraw/batches": batches}) + "\n")
+    assert read_results(study).list_values("b", "completions") == {0: (4 + 6) * 16}
 
 
 def test_time_is_estimated_from_finished_runs(four_runs, tmp_path):

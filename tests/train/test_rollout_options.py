@@ -24,7 +24,7 @@ from corl_jax.policies.choices import Choice
 from corl_jax.rewards.samples import Samples
 from corl_jax.tasks import CODES, TEXT, choose_tasks_of_step
 from corl_jax.train import __main__ as command
-from corl_jax.train import alarms, memory, redraw, reference, resolve
+from corl_jax.train import alarms, memory, redraw, reference, reports, resolve
 from corl_jax.train import check as run_check
 from corl_jax.train.drawn import Drawn, Scored
 from corl_jax.train.greedy import separate_greedy
@@ -113,6 +113,19 @@ def test_a_log_that_shows_one_task_alone_is_a_warning(options):
     assert line.startswith("log.every: with 2 and algorithm.alternate_every 1 no step of t2i ")
     assert not warn(every=3, period=3) and not warn(every=2, period=2) and not warn(1, 1)
     assert not warn(every=2, period=0)
+
+
+@pytest.mark.parametrize(
+    ("every", "period", "shown"),
+    [
+        (4, 0, [4, 8, 10]), (4, 1, [4, 5, 8, 9, 10]), (4, 3, [4, 7, 8, 10]),
+        (1, 1, range(1, 11)), (0, 1, []),
+    ],
+)  # fmt: skip
+def test_completions_of_each_task_are_shown(every, period, shown):
+    run = SimpleNamespace(steps=10, tasks=("t2i", "mm2t"), alternate_every=period)
+    due = [step for step in range(1, 11) if reports.are_completions_due(every, run, step)]  # type: ignore[arg-type]
+    assert due == [*shown]
 
 
 def test_alarms_compare_each_task_that_takes_turns_with_itself():
