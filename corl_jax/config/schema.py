@@ -231,7 +231,7 @@ class Algorithm(Section):
     reference_every: NonNegative = option(
         0, "Steps between updates of the reference model. 0: it stays as at the start."
     )
-    reference_decay: Fraction = option(
+    reference_decay: Annotated[float, Field(ge=0, lt=1)] = option(
         0.0,
         "Share of the old reference model in an update; the rest is the policy. 0: the policy "
         "replaces it.",

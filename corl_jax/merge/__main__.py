@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--params", metavar="REGEX",
         help="paths of the parameters to merge, such as 'language_model/.*'; all others must equal "
-        "the base (default: all but the image tokenizer)",
+        "the base (default: those that a training trains by default)",
     )  # fmt: skip
     _add_output_arguments(parser)
     return parser

@@ -50,8 +50,6 @@ def run_merge(args: argparse.Namespace) -> None:
         if problems:
             raise InputError(problems)
         notes = _write_merged(args, inputs, moves, settings, layout)
-    if args.params is None:
-        inputs.notes.extend(_describe_unusual_moves(inputs, moves.values()))
     for note in shorten([*inputs.notes, *_describe_moves(inputs, moves), *notes]):
         print(f"note: {note}")
     print(f"wrote {args.out}")
@@ -66,10 +64,8 @@ def _check_place(args: argparse.Namespace, inputs: MergeInputs) -> None:
 
 def _find_movable(inputs: MergeInputs, params: str | None) -> set[str]:
     """Returns the paths of the parameters that models may have trained."""
-    if params is None:
-        parts = inputs.family.tokenizer_parts
-        return {path for path in inputs.base.leaves.shapes if path.split("/")[0] not in parts}
-    chosen, _ = partition(inputs.base.shapes, [params], option="--params")
+    patterns = inputs.family.trainable if params is None else [params]
+    chosen, _ = partition(inputs.base.shapes, patterns, option="--params")
     return set(flatten(chosen))
 
 
@@ -81,12 +77,10 @@ def _find_foreign_moves(
         for model, moved, sums in zip(inputs.models, tensor.moved, tensor.sums, strict=True):
             if not moved or tensor.path in movable:
                 continue
+            place = f"is outside of --params {params!r}"
             if params is None:
-                place = "belongs to the image tokenizer, which only the stage vq trains"
-                remedy = "name it by --params if it was trained from this base"
-            else:
-                place = f"is outside of --params {params!r}"
-                remedy = "let --params match it if it was trained from this base"
+                place = f"is frozen by default in a training of a {inputs.family.name}"
+            remedy = "let --params match it if it was trained from this base"
             yield (
                 f"{model.place}: {tensor.name} {place}, and differs from the base by a norm of "
                 f"{sums.norm:.3g}; expected equal values: give models of this base, or {remedy}"
@@ -151,21 +145,6 @@ def _describe_moves(inputs: MergeInputs, moves: dict[TensorId, TensorMoves]) -> 
             f"rounding the merged tensors to their type removed {share:.1%} of the merged move; "
             "--dtype float32 keeps all of it"
         )
-
-
-def _describe_unusual_moves(inputs: MergeInputs, moves: Iterable[TensorMoves]) -> Iterator[str]:
-    """Yields a note on each model with moves in parameters that are frozen by default."""
-    family = inputs.family
-    trained = set(flatten(partition(inputs.base.shapes, family.trainable)[0]))
-    unusual = [tensor for tensor in moves if tensor.path not in trained]
-    for number, model in enumerate(inputs.models):
-        names = [tensor.name for tensor in unusual if tensor.moved[number]]
-        if names:
-            yield (
-                f"{model.place}: {len(names)} tensors ({names[0]}) that a training of a "
-                f"{family.name} leaves frozen by default differ from the base, and are merged; if "
-                "nothing trained them, this is a model of another base, which --params refuses"
-            )
 
 
 def _is_coarser(inputs: MergeInputs, number: int, tensor: TensorMoves) -> bool:

@@ -34,6 +34,8 @@ class Merge(Section):
         description="Variants whose models with the same seed are merged.", min_length=2
     )
     rule: str | None = option(None, "Rule of `corl-jax merge`; null: its default.")
+    factor: float | None = option(None, "Its --lambda; null: its default.")
+    params: str | None = option(None, "Its --params; null: its default.")
 
 
 class Variant(Section):

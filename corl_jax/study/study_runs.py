@@ -212,12 +212,13 @@ def make_merge_job(
     merge = study.variants[run.variant].merge
     assert merge is not None
     out = find_merged_model(study, run.variant, run.seed)
-    rule = ["--rule", merge.rule] if merge.rule else []
+    chosen = {"--rule": merge.rule, "--lambda": merge.factor, "--params": merge.params}
+    options = [f"{name}={value}" for name, value in chosen.items() if value is not None]
     start = sources[0].config.model.path
     models = [find_model(source) for source in sources]
     # Not rounded again: small updates would be lost.
     dtype = ["--dtype", sources[0].config.export.dtype]
-    words = ["merge", "--base", start, "--models", *models, "--out", str(out), *dtype, *rule]
+    words = ["merge", "--base", start, "--models", *models, "--out", str(out), *dtype, *options]
     log = find_log(study, f"{run.variant}_seed{run.seed}_merge")
     return Job(f"{run.name}/merge", make_command(*words), log, after, result=out)
 

@@ -536,11 +536,10 @@ def test_moves_outside_of_params_are_refused(states, folders, tmp_path, capsys):
     assert error.count("error:") == 1
     options = ["--params", "lm_head/.*"]
     refuse(capsys, folders / "base_hf", models[::-1], tmp_path / "out", Q_NAME.rstrip("1"), options)
-    # Without --params the vision tower is merged like all others, and a note says so.
-    capsys.readouterr()
-    merge(folders / "base_hf", models, tmp_path / "out")
-    (note,) = [line for line in capsys.readouterr().out.splitlines() if "frozen by default" in line]
-    assert note.startswith(f"note: {tmp_path / 'a'}: ") and "vision_model/post_layernorm" in note
+    # Without --params only what is trained by default may differ.
+    refuse(capsys, folders / "base_hf", models, tmp_path / "out",
+           "vision_model/post_layernorm/scale is frozen by default in a training of a")  # fmt: skip
+    merge(folders / "base_hf", models, tmp_path / "out", "--params", ".*")
     expected = change(states[0], VISION)[VISION]
     np.testing.assert_array_equal(read_state(tmp_path / "out")[VISION], expected)
 

@@ -27,7 +27,7 @@ TREE: dict[str, Any] = {
         "refined": {"after": "unified", "optimizer": {"learning_rate": 1e-5}},
         "base": {"train.max_steps": 0},
         "t2i": {"algorithm.tasks": "t2i"},
-        "merge": {"merge": {"models": ["t2i", "unified"], "rule": "mean"}},
+        "merge": {"merge": {"models": ["t2i", "unified"], "rule": "mean", "params": "lm_head/.*"}},
         "unified": None,
     },
 }
@@ -79,7 +79,7 @@ def test_jobs_wait_for_their_models(tmp_path):
     assert merging.after == ("runs/rows", "t2i/seed1", "unified/seed1")
     assert " ".join(merging.command).endswith(
         "merge --base nano --models runs/x/t2i/seed1/export runs/x/unified/seed1/export "
-        "--out runs/x/merge/merged_seed1 --dtype float32 --rule mean"
+        "--out runs/x/merge/merged_seed1 --dtype float32 --rule=mean --params=lm_head/.*"
     )
     assert jobs["merge/seed1"].after == ("runs/rows", "merge/seed1/merge")
     names = list(jobs)
