@@ -95,7 +95,7 @@ def detect_all(images: np.ndarray) -> list[list[Detection]]:
     _make_templates()  # here, because threads that start together would each make them
     # NumPy computes arrays of this size without Python's lock, so that threads help.
     with ThreadPoolExecutor(min(MOST_THREADS, len(chunks)) or 1) as pool:
-        return [found for part in pool.map(_detect_in_chunk, chunks) for found in part]
+        return [objects for part in pool.map(_detect_in_chunk, chunks) for objects in part]
 
 
 def _detect_in_chunk(images: np.ndarray) -> list[list[Detection]]:
