@@ -314,7 +314,7 @@ def test_greedy_completions_are_separated():
     assert part.rewards["r"].tolist() == kept and baselines["mm2t"]["r"].tolist() == [2, 5]
     assert part.samples.texts == part.samples.columns["row"] == ["1", "3", "7", "9"]
     # The greedy ones have been sampled too: 12 tokens, and prompts of 4 for each of 6 completions.
-    assert drawn.tokens.by_task["mm2t"] == 12 and drawn.tokens.num_tokens == 12 + 24
+    assert drawn.tokens.texts["mm2t"] == 12 and drawn.tokens.num_tokens == 12 + 24
 
 
 # ---- groups that are drawn again

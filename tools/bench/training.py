@@ -20,7 +20,7 @@ from corl_jax.policies.janus.layout import RULES
 from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.pace import Phases
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import UNIFIED
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.build import state_shardings, task_weights
 from corl_jax.train.optimizer import learning_rate, make_optimizer
@@ -59,7 +59,7 @@ def make_update_options(setting: Setting) -> UpdateOptions:
         setting.processor.special, remat=setting.remat, attention=setting.attention
     )
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
-    weights = tuple((task, 1.0) for task in TASKS)
+    weights = tuple((task, 1.0) for task in UNIFIED)
     return UpdateOptions(
         CLIPPED_POLICY_LOSS, LossConstants(), scoring, weights, micro_batches=pieces
     )
@@ -135,7 +135,7 @@ def measure_iteration(setting: Setting) -> Iterator[Record]:
     metrics = iterate_once()
     phases = {name.removeprefix("phase/"): spent for name, spent in run.phases.take().items()}
     difference = "sampling/sampling_logp_difference/mean"
-    drift = {f"{task}_logp_difference": float(metrics[f"{task}/{difference}"]) for task in TASKS}
+    drift = {f"{task}_logp_difference": float(metrics[f"{task}/{difference}"]) for task in UNIFIED}
     figures = phases | drift | {"programs": step._cache_size()}
     yield Record("iteration", "rollouts and update", timing, figures)
 
@@ -148,11 +148,11 @@ def make_segment_samplers(setting: Setting) -> dict[str, Any]:
         sample = make_samplers(setting)[task]
         return lambda *inputs: (sample(*inputs),)
 
-    return {task: make(task) for task in TASKS}
+    return {task: make(task) for task in UNIFIED}
 
 
 def _make_prompts(setting: Setting) -> Prompts:
-    encoded = {task: make_prompts(setting, task) for task in TASKS}
+    encoded = {task: make_prompts(setting, task) for task in UNIFIED}
     columns = {"prompt": [""] * setting.prompts}
     return Prompts(np.arange(setting.prompts), columns, encoded)
 
@@ -166,10 +166,10 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
     """Returns a Run with the values of an iteration; nothing is loaded, saved or evaluated."""
     rewards = {
         task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
-        for task in TASKS
+        for task in UNIFIED
     }
     comparison = AdvantageOptions(
-        reward_weights=tuple((task, (1.0,)) for task in TASKS),
+        reward_weights=tuple((task, (1.0,)) for task in UNIFIED),
         task_weights=task_weights(Algorithm()),
         mode="unified_reward", group_size=setting.group, eps=1e-4, scale="group",
     )  # fmt: skip
@@ -183,7 +183,7 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         samplers=make_segment_samplers(setting), greedy_samplers=None, redraws=0,
         rewards=rewards, networks={},
         recipe=RECIPES["grpo"], advantage_options=comparison,
-        loss_weights=tuple((task, 1.0) for task in TASKS), tasks=tuple(TASKS), alternate_every=0,
+        loss_weights=tuple((task, 1.0) for task in UNIFIED), tasks=UNIFIED, alternate_every=0,
         group_size=setting.group, rollout_batch=setting.prompts,
         num_iterations=1, max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),

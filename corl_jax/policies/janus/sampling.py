@@ -203,7 +203,7 @@ def _image_program(
     guided: bool,
     image_logprobs: str,
     greedy: bool,
-    greedy_last: bool,
+    greedy_last: bool = False,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
@@ -295,7 +295,7 @@ def _text_program(
     top_k: int,
     top_p: float,
     greedy: bool,
-    greedy_last: bool,
+    greedy_last: bool = False,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

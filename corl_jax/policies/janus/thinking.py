@@ -83,7 +83,7 @@ def _think_program(
     guided: bool,
     image_logprobs: str,
     greedy: bool,
-    with_greedy: bool,
+    with_greedy: bool = False,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, ...]:
