@@ -22,7 +22,7 @@ from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.policies.choices import Choice
 from corl_jax.rewards.samples import Samples
-from corl_jax.tasks import CODES, TEXT, choose_tasks_of_step
+from corl_jax.tasks import TEXT, choose_tasks_of_step
 from corl_jax.train import __main__ as command
 from corl_jax.train import alarms, memory, redraw, reference, reports, resolve
 from corl_jax.train import check as run_check
@@ -289,7 +289,7 @@ def make_rollout(values: np.ndarray, prompts: int, width: int = 4) -> Rollout:
     """A rollout whose prompts are numbers from 10 on."""
     ids = np.arange(10, 10 + prompts * width, dtype=np.int32).reshape(prompts, width)
     values = jnp.asarray(values)
-    segment = Segment(CODES, values, values > 0, values.astype(jnp.float32))
+    segment = Segment(TEXT, values, values > 0, values.astype(jnp.float32))
     return Rollout(EncodedPrompts(jnp.asarray(ids), jnp.ones(ids.shape, bool)), (segment,))
 
 
