@@ -25,7 +25,7 @@ from corl_jax.train.memory import (
     estimate_memory,
     measure_prompt_lengths,
 )
-from corl_jax.train.reference import get_number_bytes, has_reference, moves
+from corl_jax.train.reference import get_number_bytes, has_reference, is_moving
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 
 
@@ -126,7 +126,7 @@ def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
     trained, _ = partition(shapes, plan.trained)
     master = 2 if config.compat.bfloat16_master else 4
     state = count_parameters(trained) * master * (1 + OPTIMIZER_COPIES[config.optimizer.name])
-    if has_reference(plan) and moves(config):
+    if has_reference(plan) and is_moving(config):
         state += count_parameters(trained) * get_number_bytes(config)
     estimate = {}
     if config.checkpoint.directory is None:

@@ -31,7 +31,7 @@ def has_reference(outline: RunOutline) -> bool:
     return outline.stage.samples and outline.config.algorithm.kl_coef > 0
 
 
-def moves(config: Config) -> bool:
+def is_moving(config: Config) -> bool:
     """Returns whether a reference would follow the policy."""
     return config.algorithm.reference_every > 0
 
@@ -40,13 +40,13 @@ def is_averaged(config: Config) -> bool:
     """Returns whether the reference is a mean of policies, which is kept in float32."""
     # With a decay of 0.99 a step changes it by 1% of a difference that is small itself. In
     # bfloat16 that would be rounded away.
-    return moves(config) and config.algorithm.reference_decay > 0
+    return is_moving(config) and config.algorithm.reference_decay > 0
 
 
 def has_own_copy(config: Config) -> bool:
     """Returns whether the reference has parameters of its own."""
     # Adapters start as no change of the frozen network, which is then a reference without a copy.
-    return not config.lora.rank or moves(config)
+    return not config.lora.rank or is_moving(config)
 
 
 def get_number_bytes(config: Config) -> int:
@@ -72,7 +72,7 @@ def copy_reference(config: Config, family: Family, trained: Params) -> Params:
 def make_fixed_reference(plan: RunOutline, trained: Params) -> Offloadable | None:
     """Returns the start values of the trained parameters; None without, or if they move."""
     config = plan.config
-    if not has_reference(plan) or moves(config):
+    if not has_reference(plan) or is_moving(config):
         return None
     copied = copy_reference(config, plan.family, trained)
     shardings = param_shardings(copied, plan.mesh, plan.family.rules)
@@ -112,12 +112,12 @@ class MovingReference:
             moved = copy_reference(self.config, self.family, state.params)
         else:
             with self.use(state.reference) as reference:
-                moved = average(reference, state.params, algorithm.reference_decay)
+                moved = average_params(reference, state.params, algorithm.reference_decay)
         return dataclasses.replace(state, reference=self.rest(moved))
 
 
 @functools.partial(jax.jit, static_argnames="decay")
-def average(reference: Params, policy: Params, decay: float) -> Params:
+def average_params(reference: Params, policy: Params, decay: float) -> Params:
     """Returns decay * reference + (1 - decay) * policy, in float32."""
     return jax.tree.map(
         lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32), reference, policy
@@ -127,7 +127,7 @@ def average(reference: Params, policy: Params, decay: float) -> Params:
 def make_moving_reference(plan: RunOutline, trained: Params) -> MovingReference | None:
     """Returns how the reference moves; None without one, or if it is fixed."""
     config = plan.config
-    if not has_reference(plan) or not moves(config):
+    if not has_reference(plan) or not is_moving(config):
         return None
     sharding = param_shardings(trained, plan.mesh, plan.family.rules)
     resting = host_shardings(sharding) if config.algorithm.reference == "host" else sharding

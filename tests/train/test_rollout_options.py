@@ -152,7 +152,7 @@ def test_alarms_compare_each_task_that_takes_turns_with_itself():
 
 def test_the_reference_is_averaged_or_replaced():
     """0.75 * 4 + 0.25 * 8 = 5."""
-    mean = reference.average({"w": jnp.float32(4)}, {"w": jnp.bfloat16(8)}, 0.75)["w"]
+    mean = reference.average_params({"w": jnp.float32(4)}, {"w": jnp.bfloat16(8)}, 0.75)["w"]
     assert mean == 5 and mean.dtype == jnp.float32
 
 

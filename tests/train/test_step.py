@@ -357,9 +357,9 @@ def test_a_reference_may_rest_in_host_memory(config, params):
             ),
             stage=STAGES["rl"], family=FAMILY, mesh=mesh,
         )  # fmt: skip
-        lent = make_fixed_reference(plan, trained)
-        (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(lent._params)}
-        with lent.use() as reference:
+        offloadable = make_fixed_reference(plan, trained)
+        (kinds[place],) = {x.sharding.memory_kind for x in jax.tree.leaves(offloadable._params)}
+        with offloadable.use() as reference:
             for (path, found), one in zip(
                 leaf_paths(reference), jax.tree.leaves(trained), strict=True
             ):
