@@ -42,7 +42,11 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         "corl_jax.generate", USING, "Generate images, or answer questions about images."
     ),
-    "evaluate": Command("corl_jax.evaluate", USING, "Measure a model on held-out rows."),
+    "evaluate": Command(
+        "corl_jax.evaluate.__main__",
+        USING,
+        "Measure a model, or score files of answers and images.",
+    ),
     "score": Command(
         "corl_jax.score.__main__", USING, "Score images or answers in a file with a reward."
     ),

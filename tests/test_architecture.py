@@ -32,6 +32,7 @@ LAYERS = {
     "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3, "report": 3,
     "train": 4, "api": 4,
     "plan": 5, "study": 5, "convert": 5, "merge": 5, "score": 5, "quickstart": 5,
+    "evaluate": 5,
 }  # fmt: skip
 COMMANDS = 5
 # Inside a layer only these are forbidden: (importer, imported).
@@ -177,8 +178,8 @@ NAMED_IN = {
     "algorithms": (RECIPES.keys(), r"\W+", {"algorithms/recipes.py"}),
     "families": (FAMILIES.keys(), r"\W+", {"policies/__init__.py"}),
     # Both names are words of messages, and `rewards` that of a block of options as well.
-    # evaluate.py has the default of --suite.
-    "suites": (SUITES.keys() - {"rewards"}, "/", {"evaluation/__init__.py", "evaluate.py"}),
+    # evaluate/suites.py is the command's table, and has the default of --suite.
+    "suites": (SUITES.keys() - {"rewards"}, "/", {"evaluation/__init__.py", "evaluate/suites.py"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Measures a policy on held-out rows: generated images and answers.
+"""Measures a policy on held-out rows of the drawn world: generated images and answers.
 
     corl-jax evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
         [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.atomic_files import check_output_folder, create_folder
-from corl_jax.errors import InputError, Problems, exit_on_input_error
+from corl_jax.errors import InputError, Problems
 from corl_jax.inference import DTYPES, MAX_SEED, choose_dtype
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import (
@@ -41,10 +41,8 @@ if TYPE_CHECKING:
 DEFAULT_ROWS = 256
 
 
-@exit_on_input_error
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command."""
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Checks the arguments, and runs the suite."""
     loader = check_arguments(args)
     from corl_jax.evaluation.intervals import format_rates
 
@@ -74,12 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="corl-jax evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the suite."""
     add = parser.add_argument
     add(
         "--model",
@@ -87,7 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="model directory of any of the three kinds, or a hub id",
     )
-    add("--suite", default="shapes", help="what is measured (default %(default)s)")
     add("--world", choices=("full", "small"),
         help="world of rows made in memory (default: small for images under 48 px)")  # fmt: skip
     add("--data", type=parse_place, metavar="PATH",
@@ -123,7 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)",
     )
     add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
-    return parser
 
 
 # ---- checks
@@ -141,10 +133,10 @@ def check_arguments(args: argparse.Namespace) -> Any:
     problems.attempt(check_options, args)
     problems.add(complete_options(args, ("cfg_scale", "temperature", "max_new_tokens")))
     model = problems.attempt(inspect_policy, args.model)
-    # With a wrong number of rows, or an unknown suite, there are no rows to check.
+    # With a wrong number of rows there are no rows to check.
     source = (
         None
-        if any(p.startswith(("--rows", "--seed", "--suite")) for p in problems)
+        if any(p.startswith(("--rows", "--seed")) for p in problems)
         else problems.attempt(open_rows, args, model)
     )
     lengths = problems.attempt(check_rows, source, model, args) if source is not None else None
@@ -154,16 +146,11 @@ def check_arguments(args: argparse.Namespace) -> Any:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Checks the numbers, the suite and the output folder. Raises: InputError listing problems."""
-    from corl_jax.evaluation import SUITES
-
+    """Checks the numbers and the output folder. Raises: InputError listing problems."""
     problems = Problems()
     for name in ("rows", "batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             problems.add(f"--{name.replace('_', '-')}: found {value}; expected at least 1")
-    suites = [name for name, suite in SUITES.items() if suite.make_rows is not None]
-    if args.suite not in suites:
-        problems.add(f"--suite: found {args.suite}; expected {' or '.join(suites)}")
     if not 0 <= args.seed <= MAX_SEED:
         problems.add(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
     if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
@@ -346,7 +333,3 @@ def write_report(out: Path, report: Any, settings: dict[str, Any]) -> None:
         Image.fromarray(report.draw().pixels).save(folder / "grid.png")
         lines = [to_json_line({"row": row, **answer}) for row, answer in enumerate(report.answers)]
         (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,26 @@
+"""The table of the suites of `corl-jax evaluate`; each is a module of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+
+DEFAULT_SUITE = "shapes"
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandSuite:
+    """A row of COMMAND_SUITES.
+
+    The module has `add_arguments(parser)`, which adds its options, and `run(args)`, which checks
+    them before any device is used, and runs the suite. Its docstring is its help.
+    """
+
+    module: str  # imported only if the suite is asked for
+    help: str
+
+
+COMMAND_SUITES: dict[str, CommandSuite] = {
+    "shapes": CommandSuite(
+        "corl_jax.evaluate.shapes", "images and answers in the drawn world, checked exactly"
+    ),
+}

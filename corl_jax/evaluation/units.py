@@ -1,0 +1,75 @@
+"""`scores.jsonl`: the scores of an evaluation, a line for each unit that is drawn again.
+
+A unit is what a bootstrap resamples: a prompt with all its images, or a question with all its
+rotations. Two evaluations of the same units can be compared in pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from corl_jax.errors import InputError, Problems
+
+SCORES_FILE = "scores.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The scores of one unit."""
+
+    name: str  # unique in its evaluation, and the same for every model
+    category: str
+    values: Mapping[str, float]  # by metric; a metric that does not apply is left out
+
+
+def format_units(units: Iterable[Unit]) -> str:
+    """Returns the content of `scores.jsonl`."""
+    return "".join(
+        json.dumps(
+            {"unit": unit.name, "category": unit.category, "values": dict(unit.values)},
+            ensure_ascii=False,
+        )
+        + "\n"
+        for unit in units
+    )
+
+
+def read_units(folder: Path) -> list[Unit]:
+    """Reads the units of an evaluation folder. Raises: InputError naming the file and the line."""
+    path = folder / SCORES_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); expected the --out folder of corl-jax evaluate"
+        ) from error
+    problems, units = Problems(), []
+    for number, line in enumerate(lines, 1):
+        with problems.collect(f"{path}:{number}: "):
+            units.append(_parse_unit(line))
+    names: set[str] = set()
+    for unit in units:
+        if unit.name in names:
+            problems.add(f"{path}: unit {unit.name} stands twice; expected each unit once")
+        names.add(unit.name)
+    if not lines:
+        problems.add(f"{path}: is empty; expected a line for each unit")
+    problems.raise_any()
+    return units
+
+
+def _parse_unit(line: str) -> Unit:
+    expected = 'expected {"unit": TEXT, "category": TEXT, "values": {METRIC: NUMBER}}'
+    try:
+        row = json.loads(line)
+        unit = Unit(
+            str(row["unit"]),
+            str(row["category"]),
+            {str(name): float(value) for name, value in row["values"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"found {line[:80]!r}; {expected}") from error
+    return unit
