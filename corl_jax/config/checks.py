@@ -63,7 +63,7 @@ def _has_block(block: str) -> Callable[[Config, str], bool]:
 
 
 def _evaluates(config: Config) -> bool:
-    return config.eval.suite != "none"
+    return config.eval.suite != "none" or bool(config.eval.suites)
 
 
 def _makes(config: Config, result: str) -> bool:
@@ -191,9 +191,13 @@ READERS = (
         lambda config, _: config.train.max_steps is None,
     ),
     Reader(
-        r"eval\.(every|path|split|rows|batch_prompts)|guards\.held_out",
-        "an eval.suite other than none",
+        r"eval\.(every|batch_prompts)|guards\.held_out",
+        "an eval.suite other than none, or eval.suites",
         lambda config, _: _evaluates(config),
+    ),
+    Reader(
+        r"eval\.(path|split|rows)", "an eval.suite other than none",
+        lambda config, _: config.eval.suite != "none",
     ),
     Reader(
         r"guards\.max_failed_reward_fraction", "a reward by `use`",

@@ -415,6 +415,17 @@ class Export(Section):
     )
 
 
+class EvalSuite(Section):
+    """One more evaluation, on rows of a file of its own."""
+
+    suite: str = Field(description="What is measured: a name as in eval.suite.")
+    path: ConfigPath = Field(description="File or directory of the rows.")
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = option(
+        None, "Name in metrics, eval/NAME/..; null: the file's name without its ending."
+    )
+    rows: Positive | None = option(None, "Number of rows, from the first one on. null: all.")
+
+
 class Eval(Section):
     """Evaluation on held-out rows."""
 
@@ -432,6 +443,7 @@ class Eval(Section):
         None, "Split of the held-out rows, of eval.path or else of data.path. null: no split."
     )
     rows: Positive = option(64, "Number of held-out rows.")
+    suites: list[EvalSuite] = Field(default_factory=list, description="Further evaluations.")
     batch_prompts: Positive = option(16, "Number of prompts evaluated at once on all devices.")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from corl_jax.data.dataset import Loader
+from corl_jax.data.dataset import Loader, Source
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
 from corl_jax.runs.pictures import Page
@@ -59,5 +59,7 @@ class Suite:
     uses_rewards: bool = False  # scores the rewards of the config
     # (columns, names of the rows) -> what is wrong with values that scores are computed from
     find_row_problems: Callable[[Mapping[str, Sequence], Sequence[str]], list[str]] | None = None
+    # (path, columns that the rows must have) -> data source; None: rows as training reads them
+    open_rows: Callable[[str, Sequence[str]], Source] | None = None
     # (number of rows, seed, world) -> data source; None: needs a run, not for the command
     make_rows: Callable[[int, int, str], Any] | None = None

@@ -33,9 +33,8 @@ def align_rows(rows: Sequence[Row]) -> str:
 
 def describe_start(plan: ResolvedRun, directory: RunDir) -> str:
     """Returns what the run trains, on which devices, with how much memory and with which data."""
-    held_out = ""
-    if plan.eval_loader is not None:
-        held_out = f", {min(plan.config.eval.rows, len(plan.eval_loader.source)):,} held out"
+    num_held_out = sum(evaluation.rows for evaluation in plan.evaluations)
+    held_out = f", {num_held_out:,} held out" if num_held_out else ""
     rows = [
         ("run", str(directory.root)),
         ("model", describe_model(plan)),

@@ -64,7 +64,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         source_dtypes=read_stored_dtypes(plan.model_dir, plan.family.kind, base),
         layer_dtypes=read_layer_dtypes(plan.model_dir, plan.family.kind, base),
         train_loader=plan.train_loader,
-        eval_loader=plan.eval_loader,
+        evaluations=plan.evaluations,
         steps=plan.steps,
         seed=config.seed,
         image_side=plan.limits.image_side,

@@ -175,7 +175,7 @@ def _format_disk(plan: ResolvedRun) -> str:
 
 def _format_steps(plan: ResolvedRun) -> str:
     train = plan.config.train
-    num_held_out = len(plan.eval_loader.source) if plan.eval_loader else 0
+    num_held_out = sum(evaluation.rows for evaluation in plan.evaluations)
     return "\n".join([
         f"data: {len(plan.train_loader.source):,} rows to train on, {num_held_out:,} held out",
         f"steps: {plan.steps:,} of {train.prompts_per_step} prompts in {plan.micro_batches} "

@@ -17,7 +17,6 @@ from corl_jax.assets import SHIPPED
 from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognize_instruction
 from corl_jax.devices import batches, processes
-from corl_jax.evaluation import SUITES
 from corl_jax.input_files import expand_path
 from corl_jax.params import map_with_path, merge
 from corl_jax.policies.generation_config import FILE as GENERATION_FILE
@@ -34,6 +33,7 @@ from corl_jax.tasks import TASKS, image_tasks, plan_tasks, text_tasks
 from corl_jax.train.model_card import make_card_files
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
+from corl_jax.train.stages import list_suites
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params
 from corl_jax.weights import adapters
@@ -111,10 +111,10 @@ def describe_sampling(config: Config, run: Run | ResolvedRun) -> Generation:
     """Returns how the run sampled its model. Other tasks keep the values of the source model.
 
     The stage of the image tokenizer samples nothing. A run of one task samples only that one,
-    unless its evaluation samples both.
+    unless an evaluation samples both.
     """
-    suite = SUITES.get(config.eval.suite)
-    sampled = (*run.tasks, *(suite.tasks if suite and run.tasks else ()))
+    measured = [task for suite in list_suites(config) for task in suite.tasks]
+    sampled = (*run.tasks, *(measured if run.tasks else ()))
     rollout, stated = config.rollout, {}
     if run.tasks:
         stated |= {"do_sample": True, "temperature": rollout.temperature}

@@ -48,7 +48,7 @@ def make_reports(config: Config, run: Run, outputs: Outputs) -> list[Milestone]:
         )
 
     def is_evaluation_due(step: int) -> bool:
-        return run.eval_loader is not None and (
+        return bool(run.evaluations) and (
             step in (0, run.steps) or (every > 0 and step % every == 0)
         )
 
@@ -139,7 +139,7 @@ def count_milestones(config: Config, run: Run, step: int) -> dict[str, int]:
         every["images"] = config.log.images_every
     if run.rewards and config.log.samples_every:
         every[SAMPLES] = config.log.samples_every
-    if run.eval_loader is not None:
+    if run.evaluations:
         every[EVALUATION] = config.eval.every
     return {name: count_due(number, step, run.steps) for name, number in every.items()}
 

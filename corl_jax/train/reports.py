@@ -13,7 +13,7 @@ import numpy as np
 
 from corl_jax.config.schema import Config
 from corl_jax.devices import batches, processes
-from corl_jax.evaluation import SUITES, EvaluationInputs
+from corl_jax.evaluation import EvaluationInputs, Report
 from corl_jax.params import merge
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
@@ -22,6 +22,7 @@ from corl_jax.runs.log import reduce_metrics
 from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, list_segments
 from corl_jax.train import iteration as rl_iteration
+from corl_jax.train.evaluations import Evaluation
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params, Prompts
@@ -201,7 +202,9 @@ def average_rewards(run: Run, task: str, scores: Mapping[str, np.ndarray]) -> np
 
 def choose_fixed_prompts(config: Config, run: Run) -> Prompts:
     """Returns the first held-out prompts, or those of training without any; of all processes."""
-    loader = run.eval_loader or run.train_loader
+    # Only rows of eval.suite have the columns of the data.
+    held_out = [evaluation.loader for evaluation in run.evaluations if not evaluation.name]
+    loader = held_out[0] if held_out else run.train_loader
     shards = batches.num_batch_shards(run.mesh)
     # Rounded up to equal shards: 4 prompts on 3 shards -> 6.
     count = min(-(-FIXED_PROMPTS // shards) * shards, loader.batch_size)
@@ -227,31 +230,41 @@ def save_page(outputs: Outputs, file: str, page: pictures.Page) -> None:
 
 
 def evaluate(config: Config, run: Run, outputs: Outputs, state: TrainState, step: int) -> None:
-    """Evaluates the policy by the suite of the config, and logs it.
+    """Evaluates the policy by each suite of the config, and logs it.
 
     Raises:
         GuardError: a fatal alarm begins.
     """
     params = merge(state.params, run.frozen)
     began = time.perf_counter()
-    inputs = make_evaluation_inputs(config, run, params, outputs.watchdog.beat)
-    report = SUITES[config.eval.suite].evaluate(inputs)
-    values = report.metrics() | {"eval/seconds": time.perf_counter() - began}
-    page = report.draw(f"step {step}", SHEET_IMAGES, SHEET_COLUMNS) if outputs.primary else None
-    if page is not None:
-        file = f"{pictures.HELD_OUT}_{step:06d}.png"
-        save_page(outputs, file, page)
-        card = report.draw(f"step {step}", CARD_IMAGES, CARD_COLUMNS)
-        assert card is not None
-        outputs.log.add_image(step, "eval/drawings", card.pixels)
-    alarms, lines = outputs.guards.check_evaluation(step, report.scores())
+    values, scores = {}, {}
+    for evaluation in run.evaluations:
+        inputs = make_evaluation_inputs(config, run, evaluation, params, outputs.watchdog.beat)
+        report = evaluation.suite.evaluate(inputs)
+        values |= evaluation.rename(report.metrics())
+        scores |= evaluation.rename(report.scores())
+        if outputs.primary:
+            show_drawings(outputs, evaluation, report, step)
+    values["eval/seconds"] = time.perf_counter() - began
+    alarms, lines = outputs.guards.check_evaluation(step, scores)
     outputs.log.add_metrics(step, values | alarms, is_evaluation=True)
     outputs.log.raise_alarms(outputs.guards, lines)
 
 
+def show_drawings(outputs: Outputs, evaluation: Evaluation, report: Report, step: int) -> None:
+    """Saves a page of the images of an evaluation, if it has any, and logs a smaller one."""
+    page = report.draw(f"step {step}", SHEET_IMAGES, SHEET_COLUMNS)
+    card = report.draw(f"step {step}", CARD_IMAGES, CARD_COLUMNS)
+    if page is None or card is None:
+        return
+    save_page(outputs, f"{evaluation.name or pictures.HELD_OUT}_{step:06d}.png", page)
+    outputs.log.add_image(step, *evaluation.rename({"eval/drawings": card.pixels}).popitem())
+
+
 def make_evaluation_inputs(
-    config: Config, run: Run, params: Params, beat: Callable[[], None] = lambda: None
-) -> EvaluationInputs:
+    config: Config, run: Run, evaluation: Evaluation, params: Params,
+    beat: Callable[[], None] = lambda: None,
+) -> EvaluationInputs:  # fmt: skip
     """Returns the inputs of an evaluation suite; `beat` tells the watchdog of each batch."""
 
     def place(tree: Any) -> Any:
@@ -274,10 +287,10 @@ def make_evaluation_inputs(
     )  # fmt: skip
     return EvaluationInputs(
         policy=Policy(run.family, run.sizes, params, run.processor, run.dtype),
-        batches=run.eval_loader,
+        batches=evaluation.loader,
         sampling=options,
         seed=run.seed,
-        rows=config.eval.rows,
+        rows=evaluation.rows,
         place=place,
         gather=lambda rows: batches.all_gather_rows(run.mesh, rows),
         score=score,

@@ -28,6 +28,7 @@ from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.tasks import TASKS, choose_tasks_of_step
 from corl_jax.train import attending, fit
+from corl_jax.train.evaluations import Evaluation, find_entry_problems, open_evaluations
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.recipe_options import (
     complete_algorithm,
@@ -91,7 +92,7 @@ class ResolvedRun(RunOutline):
     rewards: Mapping[str, list]
     networks: list[networks.CheckedNetwork]  # that the rewards ask
     train_loader: Loader
-    eval_loader: Loader | None
+    evaluations: tuple[Evaluation, ...]
     warnings: list[str]  # settings without effect that only the tables beside the config tell
     origin: Origin | None = None  # what the config was made from
 
@@ -144,7 +145,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     if mesh:
         problems.add(fit.find_batch_problems(config, mesh))
         problems.add(_find_scorer_problems(rewards.networks, mesh))
-    sizes = loaders = None
+    sizes = loaders = evaluations = None
     if model:
         missing = find_missing_abilities(config, stage, model.family)
         problems.add(missing)
@@ -156,14 +157,21 @@ def resolve_run(config: Config) -> ResolvedRun:
             loaders = problems.attempt(
                 make_loaders, config, stage, model.processor, shard or (0, 1), rewards.used, sources
             )
+            evaluations = problems.attempt(
+                open_evaluations, config, stage, model, shard or (0, 1), rewards.used
+            )
     problems.raise_any()
-    assert model and mesh and loaders
-    train_loader, eval_loader = loaders
+    assert model and mesh and loaders and evaluations is not None
+    train_loader, held_out = loaders
+    if held_out is not None:
+        suite = SUITES[config.eval.suite]
+        rows = min(config.eval.rows, len(held_out.source))
+        evaluations = [Evaluation(suite, held_out, rows), *evaluations]
     return ResolvedRun(
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
         mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
-        networks=rewards.networks, train_loader=train_loader, eval_loader=eval_loader,
+        networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config), *find_unlogged_tasks(config)],
     )  # fmt: skip
 
@@ -205,6 +213,7 @@ def find_table_problems(config: Config) -> list[str]:
         for key, name, names in chosen
         if name not in names
     ]
+    problems += find_entry_problems(config)
     if config.algorithm.name in RECIPES and STAGES[config.stage].samples:
         problems += find_algorithm_problems(config)
     return problems
@@ -253,15 +262,17 @@ def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list
 
 def _find_suite_problems(config: Config, stage: Stage) -> list[str]:
     """Returns a problem if the suite scores rewards and there are none to score."""
-    suite = SUITES.get(config.eval.suite)
-    if suite is None or not suite.uses_rewards or (stage.uses_language_model and config.rewards):
+    if stage.uses_language_model and config.rewards:
         return []
     reason = "the config lists none"
     if not stage.uses_language_model:
         reason = f"stage {config.stage} samples nothing"
+    chosen = {f"eval.suites.{i}.suite": entry.suite for i, entry in enumerate(config.eval.suites)}
     return [
-        f"eval.suite: found {config.eval.suite}, which scores rewards, but {reason}; list rewards "
-        "or choose another suite"
+        f"{key}: found {name}, which scores rewards, but {reason}; list rewards or choose another "
+        "suite"
+        for key, name in {"eval.suite": config.eval.suite, **chosen}.items()
+        if name in SUITES and SUITES[name].uses_rewards
     ]
 
 

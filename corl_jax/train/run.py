@@ -39,7 +39,7 @@ class Run:
 
     # the data
     train_loader: Any  # data.dataset.Loader
-    eval_loader: Any  # None without held-out rows
+    evaluations: tuple[Any, ...]  # train.evaluations.Evaluation; that of eval.suite is the first
     steps: int  # iterations of the whole run; each makes num_iterations optimizer steps
     seed: int
     image_side: int  # pixels of a generated image

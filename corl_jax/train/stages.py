@@ -16,7 +16,7 @@ from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
-from corl_jax.evaluation import SUITES
+from corl_jax.evaluation import SUITES, Suite
 from corl_jax.tasks import (
     PLAN_COLUMN,
     TASKS,
@@ -147,7 +147,13 @@ def list_made_columns(tasks: Sequence[str]) -> tuple[str, ...]:
     return (PLAN_COLUMN,) if plan_tasks(tasks) else ()
 
 
+def list_suites(config: Config) -> list[Suite]:
+    """Returns the suites of a config that are known; a suite may stand several times."""
+    names = [config.eval.suite, *(entry.suite for entry in config.eval.suites)]
+    return [SUITES[name] for name in names if name in SUITES]
+
+
 def scores_rewards(config: Config) -> bool:
-    """Returns whether the training or the evaluation computes the rewards of the config."""
-    suite = SUITES.get(config.eval.suite)
-    return STAGES[config.stage].samples or (suite is not None and suite.uses_rewards)
+    """Returns whether the training or an evaluation computes the rewards of the config."""
+    suites = list_suites(config)
+    return STAGES[config.stage].samples or any(suite.uses_rewards for suite in suites)

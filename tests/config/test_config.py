@@ -184,7 +184,7 @@ def test_empty_list_of_rewards_is_no_reward(write):
 NO_PATHS = {
     "sft.tasks", "data.name", "data.split", "data.revision", "eval.split",
     "rewards.name", "sft.caption_column", "train.trainable", "lora.targets", "algorithm.name",
-    "algorithm.tasks", "eval.suite",
+    "algorithm.tasks", "eval.suite", "eval.suites.suite", "eval.suites.name",
     "distributed.coordinator_address",
 }  # fmt: skip
 
@@ -210,11 +210,12 @@ def load_with(write, key, value):
     overrides = {
         "rewards.use": f"rewards=[{{use: '{value}/r.py:f'}}]",
         "eval.path": f"eval.path={value}",
+        "eval.suites.path": f"eval.suites=[{{suite: tsv, path: '{value}'}}]",
     }
     loaded = config_files.load(write(MINIMAL), [overrides.get(key, f"{key}={value}")])
     for part in key.split("."):
         loaded = getattr(loaded, part)
-        loaded = loaded[0] if part == "rewards" else loaded
+        loaded = loaded[0] if part in ("rewards", "suites") else loaded
     return loaded
 
 
@@ -440,7 +441,10 @@ def test_options_that_contradict_each_other(write, overrides, part):
         ),
         (["guards.kl=2.0"], "guards.kl: 2.0", "algorithm.kl_coef above 0"),
         (["guards.fatal=[kl]"], "guards.fatal: 'kl'", "algorithm.kl_coef above 0"),
-        (["guards.held_out=2.0"], "guards.held_out: 2.0", "an eval.suite other than none"),
+        (
+            ["guards.held_out=2.0"],
+            "guards.held_out: 2.0", "an eval.suite other than none, or eval.suites",
+        ),
         (
             ["guards.duplicates=0.4", "algorithm.tasks=mm2t"],
             "guards.duplicates: 0.4", "a task that makes images",
@@ -453,7 +457,7 @@ def test_options_that_contradict_each_other(write, overrides, part):
             ["stage=sft", "rewards=[]", "guards.entropy=0.2"],
             "guards.entropy: 0.2", "a stage with rollouts",
         ),
-        (["eval.every=5"], "eval.every: 5", "an eval.suite other than none"),
+        (["eval.every=5"], "eval.every: 5", "an eval.suite other than none, or eval.suites"),
         (
             ["stage=vq", "rewards=[]", "train.micro_batch=8"],
             "train.micro_batch: 8", "a stage that trains the language model",

@@ -352,7 +352,10 @@ def test_guards_that_contradict_other_options_are_refused(tree, part):
     [
         ({"guards": {"kl": 0.5}}, "guards.kl: 0.5", "algorithm.kl_coef above 0"),
         ({"guards": {"fatal": ["kl"]}}, "guards.fatal: 'kl'", "algorithm.kl_coef above 0"),
-        ({"guards": {"held_out": 2.0}}, "guards.held_out: 2.0", "an eval.suite other than none"),
+        (
+            {"guards": {"held_out": 2.0}},
+            "guards.held_out: 2.0", "an eval.suite other than none, or eval.suites",
+        ),
         (
             {"guards": {"duplicates": 0.1}, "algorithm": {"tasks": "mm2t"}},
             "guards.duplicates: 0.1", "a task that makes images",

@@ -798,7 +798,7 @@ def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     )  # fmt: skip
     planned = resolve.resolve_run(config_files.validate(tree, "test"))
     assert planned.train_loader.options.tasks == ("t2i",)
-    batch = planned.eval_loader.batch(0)
+    batch = planned.evaluations[0].loader.batch(0)
     assert set(batch.encoded) == {"t2i", "mm2t"}
 
 
@@ -811,11 +811,12 @@ def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
     monkeypatch.setattr(rl_iteration, "score_samples", scored)
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(
-        eval_loader=None, tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=None,
+        tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=None,
         processor=SimpleNamespace(special=None), dtype=None, seed=0,
     )  # fmt: skip
     config, beats = SimpleNamespace(rollout=Rollout(), eval=Eval()), []
-    inputs = reports.make_evaluation_inputs(config, run, {}, lambda: beats.append(1))
+    evaluation = SimpleNamespace(loader=None, rows=2)
+    inputs = reports.make_evaluation_inputs(config, run, evaluation, {}, lambda: beats.append(1))
     scores = inputs.score(Prompts(np.arange(2), {}))
     assert {name: values.tolist() for name, values in scores.items()} == {
         "t2i/r": [0, 0, 1, 1], "mm2t/r": [10, 10, 11, 11]

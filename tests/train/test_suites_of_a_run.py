@@ -1,0 +1,135 @@
+"""Evaluations on files of their own during a training, `eval.suites`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from corl_jax.config import files as config_files
+from corl_jax.data.drawn_world.held_out import HeldOutShapes
+from corl_jax.errors import InputError
+from corl_jax.train import __main__ as command
+from corl_jax.train import resolve
+from tests.support import tiny_runs
+from tests.support.tiny_runs import metric_lines, write_config
+
+pytestmark = pytest.mark.usefixtures("module_on_one_device")
+
+ROWS, COUNTED = 5, 3  # of the drawn world; the first ones count
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """Rows of the drawn world in a file."""
+    source = HeldOutShapes(ROWS, 7, "small")
+    rows = [source[row] for row in range(ROWS)]
+    for row in rows:
+        buffer = io.BytesIO()
+        image = row["real_image"]
+        image = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image["bytes"]))
+        image.save(buffer, "PNG")
+        row["real_image"] = {"bytes": buffer.getvalue(), "path": None}
+    path = tmp_path_factory.mktemp("drawn") / "drawn.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_options(model, rows, drawn):
+    def options(output: Path, **changes) -> dict:
+        return tiny_runs.options(
+            model, rows, output,
+            **{
+                "data": {"max_prompt_length": 256},
+                "rewards": [{"name": "t2i_pixel_mse"}, {"name": "format"}],
+                "train": {"prompts_per_step": 4, "max_steps": 1, "micro_batch": 2},
+                "eval": {
+                    "batch_prompts": 2,
+                    "suites": [
+                        {"suite": "shapes", "path": str(drawn), "rows": COUNTED},
+                        {"suite": "rewards", "path": str(rows), "name": "own", "rows": 4},
+                    ],
+                },
+            } | changes,
+        )  # fmt: skip
+
+    return options
+
+
+def test_each_suite_measures_its_own_file_under_its_name(make_options, tmp_path):
+    tree = make_options(tmp_path / "run")
+    command.main(["--config", str(write_config(tmp_path / "run.yaml", tree))])
+    lines = [line for line in metric_lines(tmp_path / "run") if "eval/seconds" in line]
+    assert [line["step"] for line in lines] == [0, 1]
+    for line in lines:
+        # COUNTED tries: rates are thirds.
+        assert 3 * line["eval/drawn/answer/accuracy"] % 1 == pytest.approx(0, abs=1e-6)
+        assert np.isfinite(line["eval/own/t2i/t2i_pixel_mse"])
+        assert "eval/draw/accuracy" not in line
+    assert sorted(file.name for file in (tmp_path / "run" / "images").glob("drawn_*.png")) == [
+        "drawn_000000.png", "drawn_000001.png"
+    ]  # fmt: skip
+
+
+def test_the_samples_are_those_of_the_same_rows_alone(make_options, drawn, tmp_path):
+    """The suite of the config's own rows, on the same file, measures the same."""
+    tree = make_options(
+        tmp_path / "run",
+        eval={"suite": "shapes", "path": str(drawn), "rows": COUNTED, "batch_prompts": 2,
+              "suites": [{"suite": "shapes", "path": str(drawn), "rows": COUNTED, "name": "twin"}]},
+        train={"prompts_per_step": 4, "max_steps": 0, "micro_batch": 2},
+        export={"layout": "none"},
+    )  # fmt: skip
+    command.main(["--config", str(write_config(tmp_path / "run.yaml", tree))])
+    (line,) = [line for line in metric_lines(tmp_path / "run") if "eval/seconds" in line]
+    twin = {name: value for name, value in line.items() if name.startswith("eval/twin/")}
+    assert len(twin) > 10
+    assert twin == {name: line[name.replace("/twin/", "/")] for name in twin}
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"suite": "shape"}, "eval.suites.0.suite: found 'shape'; did you mean shapes?"),
+        ({"path": "missing.parquet"}, "eval.suites.0: "),
+        ({"suite": "rewards"}, "eval.suites.0.suite: found rewards, which scores rewards, but"),
+    ],
+)
+def test_wrong_entries_are_refused_before_devices_are_used(
+    make_options, drawn, tmp_path, entry, problem
+):
+    entry = {"suite": "shapes", "path": str(drawn)} | entry
+    changes: dict = {"eval": {"suites": [entry], "batch_prompts": 2}}
+    if entry["suite"] == "rewards":
+        changes |= {"rewards": [], "stage": "sft"}
+    tree = make_options(tmp_path / "run", **changes)
+    with pytest.raises(InputError) as error:
+        resolve.resolve_run(config_files.validate(tree, "test"))
+    assert any(line.startswith(problem) for line in error.value.problems), error.value.problems
+
+
+def test_two_suites_of_one_name_are_refused(make_options, drawn, tmp_path):
+    entry = {"suite": "shapes", "path": str(drawn)}
+    tree = make_options(tmp_path / "run", eval={"suites": [entry, entry], "batch_prompts": 2})
+    with pytest.raises(InputError, match=r"eval\.suites\.1: its metrics would be eval/drawn/"):
+        resolve.resolve_run(config_files.validate(tree, "test"))
+
+
+def test_every_row_that_cannot_be_scored_is_named(make_options, drawn, tmp_path):
+    table = pq.read_table(drawn).to_pylist()
+    table[1]["qa_solution"] = " "
+    table[2]["real_image"] = {"bytes": b"no image", "path": None}
+    broken = tmp_path / "broken.parquet"
+    pq.write_table(pa.Table.from_pylist(table), broken)
+    suites = [{"suite": "shapes", "path": str(broken)}]
+    tree = make_options(tmp_path / "run", eval={"suites": suites, "batch_prompts": 2})
+    with pytest.raises(InputError) as error:
+        resolve.resolve_run(config_files.validate(tree, "test"))
+    text = str(error.value)
+    assert "row 1" in text and "row 2" in text and "qa_solution" in text
