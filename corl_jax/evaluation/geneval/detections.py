@@ -134,7 +134,7 @@ def _find_entry_problems(entry: Any, place: int, *, may_relate: bool) -> Iterato
 
 def _parse_image(row: dict[str, Any]) -> ImageDetections:
     problems = Problems()
-    metadata = row.get("metadata")
+    metadata: Any = row.get("metadata")
     if isinstance(metadata, str):  # as the official results hold it
         try:
             metadata = json.loads(metadata)
