@@ -46,8 +46,10 @@ def read_prompts(path: Path) -> list[Prompt]:
             skills = tuple(map(str, row["skills"]))
             prompts.append(Prompt(str(row["prompt"]), int(row["atom_count"]), skills))
             if len(skills) != len(row["vqa_list"]):
-                problems.add(f"{path}:{number}: found {len(skills)} skills for "
-                             f"{len(row['vqa_list'])} questions; expected one for each")  # fmt: skip
+                problems.add(
+                    f"{path}:{number}: found {len(skills)} skills for {len(row['vqa_list'])} "
+                    "questions; expected one for each"
+                )
         except (ValueError, KeyError, TypeError) as error:
             problems.add(
                 f"{path}:{number}: {type(error).__name__} {error}; expected prompt, atom_count, "

@@ -157,6 +157,7 @@ def _parse_image(row: dict[str, Any]) -> ImageDetections:
         with problems.collect(f"detections[{place}]: "):
             detections.setdefault(*_start_class(item)).append(_parse_detection(item))
     problems.raise_any()
+    assert isinstance(metadata, dict)  # otherwise there was a problem
     return ImageDetections(row["filename"], metadata, detections)
 
 
