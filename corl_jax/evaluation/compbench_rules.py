@@ -67,8 +67,8 @@ def multiply_chunks(answers: Sequence[np.ndarray], is_asked: Sequence[np.ndarray
     scorer writes them.
     """
     product = np.ones(len(answers[0]), np.float32)
-    for values, asked in zip(answers, is_asked, strict=True):
-        product *= np.where(asked, values, 1.0).astype(np.float32)
+    for values, has_chunk in zip(answers, is_asked, strict=True):
+        product *= np.where(has_chunk, values, 1.0).astype(np.float32)
     return np.array([float(f"{value:.4f}") for value in product.tolist()])
 
 
