@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizerFast
 
+from corl_jax.compare import __main__ as compare
 from corl_jax.errors import InputError
 from corl_jax.evaluate.__main__ import main
 from corl_jax.evaluation.geneval import colors, summary
@@ -129,10 +130,34 @@ def test_detections_are_judged_and_the_results_summarised_again(tmp_path, capsys
     assert scores[0] == scores[1]
 
 
+def test_the_report_has_the_settings_of_the_drawn_images(tmp_path, capsys):
+    path = write_lines(tmp_path / "d.jsonl", *LINES)
+    for seed in (20, 21):
+        drawn = tmp_path / f"drawn{seed}"
+        drawn.mkdir()
+        manifest = {"settings": {"suite": "geneval", "model": "m", "seed": seed}}
+        (drawn / "manifest.json").write_text(json.dumps(manifest))
+        score("--results", path, "--drawn", drawn, "--out", tmp_path / f"out{seed}")
+        settings = json.loads((tmp_path / f"out{seed}" / "report.json").read_text())["settings"]
+        assert settings["suite"] == "geneval-score" and settings["seed"] == seed
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "out20"), str(tmp_path / "out21")])
+    assert "setting seed: A has 20, B has 21" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score("--results", path, "--drawn", tmp_path)
+    assert "manifest.json: cannot be read" in capsys.readouterr().err
+
+
 def test_options_without_effect_are_said(tmp_path, capsys):
     path = write_lines(tmp_path / "r.jsonl", dataclasses.asdict(RESULTS[0]))
     score("--results", path, "--max-overlap", 0.5)
     assert "warning: --max-overlap: has no effect" in capsys.readouterr().err
+    path = write_lines(tmp_path / "d.jsonl", *LINES)
+    score("--results", path, "--dtype", "float32", "--max-overlap", 0.5)
+    printed = capsys.readouterr().err
+    assert "warning: --dtype: has no effect; only --clip reads it" in printed
+    assert "--max-overlap" not in printed
 
 
 @pytest.mark.parametrize(
