@@ -242,12 +242,12 @@ def finish_folder(
         )
     summary["seconds"] = round(_take_seconds(manifest)["seconds"] + seconds * bool(drawn), 3)
     summary["images_per_second_now"] = round(drawn / seconds, 3) if drawn else None
-    kept = {file.path: records[file.path] for file in plan.files}
+    own_records = {file.path: records[file.path] for file in plan.files}
     content = content | {"counts": summary, "seconds": summary["seconds"], "complete": True}
     # NEXT.txt before the manifest says that all is there.
     write_whole(out, NEXT, plan.writer.describe_next(describe_outcome(plan)).encode())
     write_report(out, content["settings"], summary)
-    save_manifest(out, content, kept)
+    save_manifest(out, content, own_records)
     remove_temporary(out)
     return summary
 

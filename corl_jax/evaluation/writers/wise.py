@@ -56,7 +56,9 @@ def read_editions(paths: Sequence[Path], problems: Problems) -> PromptList:
             "files of one edition, each once"
         )
     prompts = tuple(sorted(rows, key=lambda prompt: int(prompt.name)))
-    return PromptList(prompts, tuple(files), (*notes, *note_count(len(prompts), NUM_PROMPTS, "WISE")))
+    return PromptList(
+        prompts, tuple(files), (*notes, *note_count(len(prompts), NUM_PROMPTS, "WISE"))
+    )
 
 
 def _choose_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -119,8 +121,8 @@ def describe_next(outcome: Outcome) -> str:
     names = [file.stem for file in outcome.prompts.files]
     if all(name.endswith(VERIFIED) for name in names):
         return (
-            "# in the clone of WISE, with the judge Qwen3.5-35B-A3B served by vLLM; IMAGE_DIR must\n"
-            "# be absolute\n"
+            "# in the clone of WISE, with the judge Qwen3.5-35B-A3B served by vLLM; IMAGE_DIR\n"
+            "# must be absolute\n"
             f"IMAGE_DIR={shlex.quote(str(outcome.images))} "
             "VLLM_API_BASE=http://127.0.0.1:8000/v1 bash eval_qwen.sh\n"
         )
