@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # The setting of the public script that measures Janus-Pro-1B at 0.725 on GenEval.
 SEED, CFG_SCALE, TEMPERATURE = 20, 5.0, 1.0
-IMAGES_AT_ONCE = 32  # on each shard of the batch
+IMAGES_AT_ONCE = 64  # on each shard of the batch; docs/measured/performance.md has their speed
 BYTES_PER_PIXEL = 2.0  # of a PNG: 0.25 MB at 384 x 384 is 1.7, without compression it is 3
 MESH_AXES = ("data", "fsdp", "tensor")
 MEGABYTE = 1e6
@@ -191,11 +191,12 @@ def check_rows(args: argparse.Namespace, prompts: PromptList | None, problems: P
 
 def check_model(
     args: argparse.Namespace, problems: Problems
-) -> tuple[PolicyFiles | None, dict[str, str | None]]:
+) -> tuple[PolicyFiles | None, dict[str, Any]]:
     """Returns the model with the processor of the chosen roles, and roles and template."""
     from corl_jax.policies import inspect_policy
 
-    model, described = None, {"roles": None, "template": None}
+    model = None
+    described: dict[str, Any] = {"roles": None, "template": None}
     with problems.collect("--model: "):
         model = inspect_policy(args.model)
     if model is None:
@@ -248,7 +249,7 @@ def find_disk_problems(out: Path, files: list[ImageFile], side: int) -> list[str
 
 
 def describe_settings(
-    args: argparse.Namespace, samples: int, prompts: PromptList, template: dict[str, str | None]
+    args: argparse.Namespace, samples: int, prompts: PromptList, template: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the settings that decide the images, without hash of the weights and dtype."""
     from corl_jax.evaluation.writers.writer import hash_prompts

@@ -84,8 +84,8 @@ def check_scores(args: argparse.Namespace) -> dict[str, Scorer]:
     if len(set(names)) < len(names):
         problems.add(f"--scores: found {args.scores}; expected each name once")
     settings = problems.attempt(read_network_settings, args.network)
-    for name in names if settings is not None else ():
-        if name not in SCORES:
+    for name in names:
+        if settings is None or name not in SCORES:
             continue
         reward = registry.bind_reward(SCORES[name], {})
         try:

@@ -354,10 +354,12 @@ def test_chat_roles_are_those_asked_for(model, tmp_path):
 
 
 def test_sigterm_keeps_what_is_drawn_and_says_so(model, clone, tmp_path, monkeypatch, capsys):
-    write = image_store.ImageStore.write_image
+    write, signals = image_store.ImageStore.write_image, []
 
     def write_and_signal(self, file, pixels):
-        signal.raise_signal(signal.SIGTERM)
+        if not signals:
+            signals.append(file)
+            signal.raise_signal(signal.SIGTERM)
         return write(self, file, pixels)
 
     monkeypatch.setattr(image_store.ImageStore, "write_image", write_and_signal)
@@ -371,6 +373,20 @@ def test_sigterm_keeps_what_is_drawn_and_says_so(model, clone, tmp_path, monkeyp
     )
     files = [name for name in read_files(out) if name.endswith(".png")]
     assert 0 < len(files) == num_records < 20
+
+
+def test_too_little_memory_has_a_remedy(model, clone, tmp_path, capsys, monkeypatch):
+    def exhaust(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr("corl_jax.evaluate.draw_run.save_drawings", exhaust)
+    err = refuse(capsys, *command(model, "geneval", clone, tmp_path / "out"))
+    assert "4 images at once do not fit into the memory" in err
+
+
+def test_a_mesh_that_does_not_fit_is_refused(model, clone, tmp_path, capsys):
+    arguments = command(model, "geneval", clone, tmp_path / "out", "--mesh", "tensor=3")
+    assert "tensor 3 does not use exactly the 1 device(s)" in refuse(capsys, *arguments)
 
 
 def test_two_processes_draw_what_one_does(whole, model, clone, tmp_path):
