@@ -76,7 +76,11 @@ def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
     with processes.fail_together(), contextlib.ExitStack() as stack:
         mesh, batch_size = plan_devices(plan)
         dtype = choose_dtype(plan.args.dtype)
-        settings = plan.settings | {"dtype": dtype.name}
+        settings = plan.settings | {
+            "dtype": dtype.name,
+            "version": corl_jax.__version__,
+            "commit": find_commit(Path(corl_jax.__file__).parent),
+        }
         manifest = read_manifest(plan.args.out)
         conflicts = find_conflicts(plan.args.out, manifest, settings, ["dtype"])
         if conflicts:
@@ -139,11 +143,7 @@ def describe_manifest(
         },
         "model": {"folder": str(plan.model.folder.absolute()), "family": family.name},
         "image_side": family.limits(plan.model.sizes).image_side,
-        "versions": {
-            "corl_jax": corl_jax.__version__,
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "commit": find_commit(Path(corl_jax.__file__).parent),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": {
             "kind": jax.local_devices()[0].device_kind,
             "processes": jax.process_count(),
@@ -341,6 +341,7 @@ def tell_drawing(drawing: Drawing) -> None:
         "settings": f"cfg_scale {settings['cfg_scale']:g}, temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}, {settings['dtype']}",
         "roles": f"{settings['roles']}: {settings['template']!r}",
+        "version": f"corl_jax {settings['version']}, commit {settings['commit'] or 'unknown'}",
         "images": f"{summary['drawn_now']:,} drawn, {summary['kept']:,} kept; {speed}",
         "next": f"{plan.args.out / NEXT}",
     }

@@ -401,6 +401,8 @@ def test_two_processes_draw_what_one_does(whole, model, clone, tmp_path):
         for index in range(2)
     ]  # fmt: skip
     first, second = several_processes.finished(started)
+    for process in started:
+        process.out.close()
     assert "10 drawn, 0 kept" in first and "10 drawn" not in second
     files, expected = read_files(out), read_files(whole)
     assert files.keys() == expected.keys()
