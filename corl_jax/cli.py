@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "score": Command(
         "corl_jax.score.__main__", USING, "Score images or answers in a file with a reward."
     ),
+    "serve": Command("corl_jax.serve.__main__", USING, "Serve a model by HTTP, as OpenAI's API."),
     "report": Command(
         "corl_jax.report.__main__", USING, "Write a page of a run: images, curves, tables."
     ),

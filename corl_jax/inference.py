@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
     from corl_jax.policies import Model, PolicyFiles
     from corl_jax.policies.batched import Sample
+    from corl_jax.policies.family import SamplingOptions
 
 MAX_SEED = 2**32 - 1
 DTYPES = ("float32", "bfloat16")
@@ -201,23 +202,43 @@ def _find_long_rows(
 # ---- sampling
 
 
-def sample_images(
-    model: Model, dtype: Any, prompts: Sequence[str], options: argparse.Namespace, progress: bool
-) -> Iterator[Sample]:
-    """Yields the images of prompts; the options must be complete."""
-    from corl_jax.policies import batched
+def choose_image_sampling(
+    model: PolicyFiles, dtype: Any, options: argparse.Namespace
+) -> SamplingOptions:
+    """Returns the sampler's options of images; the options must be complete."""
     from corl_jax.policies.family import SamplingOptions
 
-    sampling = SamplingOptions(
+    return SamplingOptions(
         special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
         temperature=options.temperature or 1.0, dtype=dtype,  # None if greedy
         # of plans; None without plans, and the first two if greedy
         top_k=options.top_k or 0, top_p=options.top_p or 1.0,
         max_new_tokens=options.max_new_tokens or 1,
     )  # fmt: skip
+
+
+def choose_text_sampling(
+    model: PolicyFiles, dtype: Any, options: argparse.Namespace
+) -> SamplingOptions:
+    """Returns the sampler's options of answers; the options must be complete."""
+    from corl_jax.policies.family import SamplingOptions
+
+    return SamplingOptions(
+        special=model.processor.special, max_new_tokens=options.max_new_tokens,
+        greedy=options.greedy, temperature=options.temperature or 1.0,  # None if greedy
+        top_k=options.top_k or 0, top_p=options.top_p or 1.0, dtype=dtype,
+    )  # fmt: skip
+
+
+def sample_images(
+    model: Model, dtype: Any, prompts: Sequence[str], options: argparse.Namespace, progress: bool
+) -> Iterator[Sample]:
+    """Yields the images of prompts; the options must be complete."""
+    from corl_jax.policies import batched
+
     yield from batched.generate_images(
-        model, prompts, sampling, samples=options.samples, batch_size=options.batch_size,
-        seed=options.seed, show_progress=progress, think=options.think,
+        model, prompts, choose_image_sampling(model, dtype, options), samples=options.samples,
+        batch_size=options.batch_size, seed=options.seed, show_progress=progress, think=options.think,
     )  # fmt: skip
 
 
@@ -228,16 +249,11 @@ def sample_answers(
     """Yields the answers to questions; the options must be complete."""
     from corl_jax.data.images import decode_image
     from corl_jax.policies import batched
-    from corl_jax.policies.family import SamplingOptions
 
     def open_image(number: int) -> Image:
         return decode_image(questions[number].file)
 
-    sampling = SamplingOptions(
-        special=model.processor.special, max_new_tokens=options.max_new_tokens,
-        greedy=options.greedy, temperature=options.temperature or 1.0,  # None if greedy
-        top_k=options.top_k or 0, top_p=options.top_p or 1.0, dtype=dtype,
-    )  # fmt: skip
+    sampling = choose_text_sampling(model, dtype, options)
     yield from batched.answer_questions(
         model, [format_question(options, question) for question in questions], open_image,
         sampling, system_prompt=options.system_prompt, samples=options.samples,

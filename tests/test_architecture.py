@@ -32,7 +32,7 @@ LAYERS = {
     "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3, "report": 3,
     "train": 4, "api": 4,
     "plan": 5, "study": 5, "convert": 5, "merge": 5, "score": 5, "quickstart": 5,
-    "evaluate": 5, "compare": 5,
+    "evaluate": 5, "compare": 5, "serve": 5,
 }  # fmt: skip
 COMMANDS = 5
 # Inside a layer only these are forbidden: (importer, imported).
@@ -46,6 +46,7 @@ CLASS_LINES, LOOP_IMPORTS = 100, 20
 # path (lines of the module) or path::function -> (limit, reason)
 EXCEPTIONS: dict[str, tuple[int, str]] = {
     "corl_jax/config/schema.py": (600, "every option with its type, default and meaning"),
+    "corl_jax/rewards/registry.py": (420, "the table of rewards, and how a batch is scored"),
     "corl_jax/config/checks.py": (440, "the table of readers, a row for each kind of option"),
 }
 

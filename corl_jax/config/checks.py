@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 REWARD_GRACE_S = 1.0
 """Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
+HTTP_REWARDS = ("http", "http_texts")
+"""Rewards of the registry that may fail, because servers compute them."""
 
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),
@@ -200,8 +202,8 @@ READERS = (
         lambda config, _: config.eval.suite != "none",
     ),
     Reader(
-        r"guards\.max_failed_reward_fraction", "a reward by `use`",
-        lambda config, _: any(reward.use for reward in config.rewards),
+        r"guards\.max_failed_reward_fraction", "a reward by `use` or by http",
+        lambda config, _: any(x.use or x.name in HTTP_REWARDS for x in config.rewards),
     ),
     Reader(
         r"distributed\.(?!initialize$).*", "distributed.initialize auto or always",

@@ -455,8 +455,8 @@ class Guards(Section):
     )
     max_failed_reward_fraction: Fraction = option(
         0.5,
-        "The run ends if a reward by `use` fails on more than this fraction of the samples of 20 "
-        "steps.",
+        "The run ends if a reward by `use` or by http fails on more than this fraction of the "
+        "samples of 20 steps.",
     )
     step_timeout_s: PositiveFloat | None = option(
         1800.0,

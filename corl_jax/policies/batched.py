@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies import Model
+from corl_jax.policies.choices import row_keys
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.turns import bind_sampler, decode_segment, list_tokens, sample_turn
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, TEXT, Task
+from corl_jax.types import EncodedPrompts, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +138,51 @@ def _sample_turn(
             seed=batching.seed, stream=task.stream, group_size=piece.group, first=piece.first,
             fill_to=piece.rows,
         )  # fmt: skip
-        # The last segment of a turn is its result; a text before it is its plan.
-        *plans, segment = rollout.segments
-        tokens = list_tokens(segment)
-        if segment.kind == TEXT:
-            return (tokens,)
-        pixels = decode_segment(model.family, model.sizes, model.params, processor, segment)
-        return tokens, pixels, *map(list_tokens, plans)
+        return _read_results(model, rollout.segments)
 
     lengths = [processor.bucket(len(row)) for row in ids]
     planned = list(split_in_pieces(lengths, batching.samples, batching.batch_size))
     yield from _run_pieces(planned, batching.samples, call, batching.unit, batching.show_progress)
+
+
+def _read_results(model: Model, segments: Sequence[Segment]) -> tuple[Sequence[Any], ...]:
+    """Returns tokens, and for images pixels and plans, each with an entry per row."""
+    # The last segment of a turn is its result; a text before it is its plan.
+    *plans, segment = segments
+    tokens = list_tokens(segment)
+    if segment.kind == TEXT:
+        return (tokens,)
+    pixels = decode_segment(model.family, model.sizes, model.params, model.processor, segment)
+    return tokens, pixels, *map(list_tokens, plans)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sample to draw, with the numbers that make its random key."""
+
+    encoded: EncodedPrompts  # of its prompt alone, B = 1
+    seed: int
+    prompt: int  # position of its prompt in the input
+    number: int  # among the samples of its prompt
+
+
+def sample_rows(
+    model: Model, task: Task, rows: Sequence[Row], options: SamplingOptions, fill_to: int
+) -> list[Sample]:
+    """Returns the sample of each row; prompts of one padded length.
+
+    A sample is the one that `generate_images` or `answer_questions` makes of the same numbers.
+    The last row is repeated up to `fill_to` rows, for the shape of an earlier call.
+    """
+    filled = [*rows, *[rows[-1]] * (fill_to - len(rows))]
+    prompts = jax.tree.map(lambda *x: np.concatenate(x), *(row.encoded for row in filled))
+    numbers = ([getattr(row, name) for row in filled] for name in ("seed", "prompt", "number"))
+    keys = row_keys(*(np.array(values, np.uint32) for values in numbers), stream=task.stream)
+    sampler = bind_sampler(model.family.turns[task.turn.segments].sample, model.sizes, options)
+    with jax.set_mesh(_choose_mesh(len(filled))):
+        results = zip(*_read_results(model, sampler(model.params, prompts, keys)), strict=True)
+        # Not strict: the results of repeated rows come last.
+        return [Sample(r.prompt, r.number, *x) for r, x in zip(rows, results, strict=False)]
 
 
 def _run_pieces(

@@ -7,6 +7,7 @@ not change it. A key comes from (seed, stream, prompt index, sample index); step
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -49,6 +50,18 @@ def sample_keys(
     )
     keys = grid(index, jnp.broadcast_to(jnp.asarray(first, jnp.int32), index.shape)).reshape(-1)
     return keys if step is None else jax.vmap(fold, (0, None))(keys, step)
+
+
+@functools.partial(jax.jit, static_argnames="stream")
+def row_keys(seeds: Any, prompts: Any, samples: Any, stream: int) -> jax.Array:
+    """Returns the key of each row [N]: sample `samples[i]` of prompt `prompts[i]` under its seed.
+
+    Each is the key that `sample_keys` makes of these numbers. All are uint32 [N].
+    """
+    fold = jax.random.fold_in
+    return jax.vmap(
+        lambda seed, prompt, sample: fold(fold(fold(jax.random.key(seed), stream), prompt), sample)
+    )(*(jnp.asarray(x, jnp.uint32) for x in (seeds, prompts, samples)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from corl_jax.data.instructions import CAPTION
 from corl_jax.errors import InputError, Problems
 from corl_jax.nearest import suggest_name
-from corl_jax.rewards import clip_scores, cycle, own, policy
+from corl_jax.rewards import clip_scores, cycle, http, own, policy
 from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
 from corl_jax.rewards.signature import Option, find_option_problem
@@ -70,7 +70,7 @@ class RewardRow:
     columns: tuple[str, ...] = ()  # the data must have them all
     either: tuple[str, ...] = ()  # the data must have one of them
     optional: tuple[str, ...] = ()  # used if the data has them
-    every_column: bool = False  # a user's reward that takes all columns of the data
+    every_column: bool = False  # takes all columns of the data
     any_size: bool = False  # takes images of different sizes
     reads_hidden_states: bool = False  # of the scorer; other rewards ask it questions
     reads_lengths: bool = False  # the number of tokens of each completion
@@ -81,6 +81,8 @@ class RewardRow:
     find_option_problems: Callable[[Mapping, Mapping], list[str]] = lambda options, defaults: []
     # (all options, network -> its sizes) -> options that the networks cannot serve
     find_network_problems: Callable[[Mapping, Mapping], list[str]] = lambda options, sizes: []
+    # all options -> the function, for a reward that has a state; raises InputError
+    bind: Callable[[Mapping[str, Any]], RewardFunction] | None = None
 
 
 REGISTRY: dict[str, RewardRow] = {
@@ -161,6 +163,24 @@ REGISTRY: dict[str, RewardRow] = {
         policy.score_od, IMAGES, ("policy",), columns=("od_problem", "od_solution")
     ),
     "shapes_checker": RewardRow(score_shapes, IMAGES, columns=("spec",)),
+    "http": RewardRow(
+        http.score_http,
+        IMAGES,
+        optional=("prompt",),
+        every_column=True,
+        any_size=True,
+        find_option_problems=http.find_url_problems,
+        bind=http.bind_images,
+    ),
+    "http_texts": RewardRow(
+        http.score_http_texts,
+        TEXTS,
+        optional=("qa_problem",),
+        every_column=True,
+        any_size=True,
+        find_option_problems=http.find_url_problems,
+        bind=http.bind_texts,
+    ),
 }
 
 COMPAT: dict[str, tuple[tuple[str, str, Any], ...]] = {
@@ -292,7 +312,11 @@ def bind_reward(
     used = (*row.networks, *(network for network in chosen if network))
     scorers = (str(options.get("scorer", "policy")),) if "policy" in used else ()
     networks = tuple(network for network in used if network != "policy")
-    function = functools.partial(row.function, **options)
+    function: RewardFunction = functools.partial(row.function, **options)
+    if row.bind is not None:
+        with problems.collect(f"{where}: {name}: "):
+            function = row.bind(every)
+        problems.raise_any()
     return BoundReward(name, weight, function, row, networks, scorers, every)
 
 
@@ -365,7 +389,7 @@ def score_and_measure(
     """Returns the rewards as `score` does, and name -> {seconds, failures, failed}.
 
     `failures`: failed calls since the process started. `failed`: fraction of these samples without
-    a reward because the call failed; only user's rewards have it.
+    a reward because the call failed; only rewards that may fail have it: a user's, and `http`.
     """
     problems = find_missing_columns(resolved, samples.columns)
     if problems:
@@ -378,8 +402,8 @@ def score_and_measure(
             "seconds": time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
-        # An error in a built-in reward ends the run, so it has no such fraction.
-        if isinstance(reward.function, own.UserReward):
+        # An error in another built-in reward ends the run, so it has no such fraction.
+        if isinstance(reward.function, own.UserReward | http.HttpReward):
             failed = reward.function.failed_samples / max(len(samples), 1)
             costs[reward.name]["failed"] = failed
         if values.shape != (len(samples),):

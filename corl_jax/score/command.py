@@ -153,11 +153,13 @@ def check_arguments(
 
 
 def _bind_reward(name: str, options: dict[str, Any]) -> BoundReward:
+    # In a run a few failures count as "does not apply". This command must show the first one.
     if ":" in name:
-        # In a run a few failures count as "does not apply". This command must show the first one.
         return registry.bind_user_reward(
             Reward(use=name, options=options, max_failures=1), "reward"
         )
+    if name in registry.REGISTRY and "max_failures" in registry.list_options(name):
+        options = {**options, "max_failures": 1}
     return registry.bind_reward(name, options)
 
 

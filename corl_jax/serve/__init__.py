@@ -1,0 +1,1 @@
+"""`corl-jax serve`: an OpenAI-compatible server of one model."""
