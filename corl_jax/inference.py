@@ -238,7 +238,8 @@ def sample_images(
 
     yield from batched.generate_images(
         model, prompts, choose_image_sampling(model, dtype, options), samples=options.samples,
-        batch_size=options.batch_size, seed=options.seed, show_progress=progress, think=options.think,
+        batch_size=options.batch_size, seed=options.seed, show_progress=progress,
+        think=options.think,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from corl_jax.serve.engine import Engine, Job
 from corl_jax.serve.requests import ApiError, check_model, read_chat, read_image_request
 
 MAX_BODY_BYTES = 2**25  # an image of 25 MB in base64
+BODY_S = 120.0  # longest wait for a body
 READERS = 4  # threads that decode and encode images
 CLOSED_REQUEST = 499  # the client has gone; nobody reads the answer
 
@@ -98,8 +99,8 @@ class Server:
         body = await self._read_json(request)
         check_model(body, self.name)
         side = self.engine.limits.image_side
-        asked = await self._run(read_image_request, body, side)
-        job = await self._run(self.engine.prepare_images, asked)
+        drawing = await self._run(read_image_request, body, side)
+        job = await self._run(self.engine.prepare_images, drawing)
         samples = await self._wait(request, job)
         return JSONResponse(await self._run(responses.describe_images, job, samples, side))
 
@@ -109,9 +110,9 @@ class Server:
         """Returns a handler that asks for the key first, and bounds the requests at once."""
 
         async def run(request: Request) -> Response:
-            given = request.headers.get("authorization", "").encode()
+            sent_key = request.headers.get("authorization", "").encode()
             # compare_digest takes the same time for every wrong key.
-            if self._key is not None and not hmac.compare_digest(given, self._key):
+            if self._key is not None and not hmac.compare_digest(sent_key, self._key):
                 message = "expected the server's key: Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key")
             if self._active >= self._max_requests:
@@ -129,19 +130,13 @@ class Server:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"Content-Type: found {kind!r}; expected application/json")
-        length = request.headers.get("content-length", "0")
-        parts, size = [], int(length) if length.isdecimal() else 0
-        if size <= MAX_BODY_BYTES:
-            size = 0
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BODY_BYTES:
-                    break
-        if size > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
         try:
-            return await self._run(json.loads, b"".join(parts))
+            async with asyncio.timeout(BODY_S):
+                data = await _read_body(request)
+        except TimeoutError:
+            raise ApiError(408, f"the whole body did not arrive within {BODY_S:g} s") from None
+        try:
+            return await self._run(json.loads, data)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON ({error})") from error
 
@@ -170,6 +165,22 @@ class Server:
         finally:
             gone.cancel()
             _cancel_all(samples, futures)
+
+
+async def _read_body(request: Request) -> bytes:
+    """Returns the body. Raises: ApiError if it is too large."""
+    length = request.headers.get("content-length", "0")
+    parts, size = [], int(length) if length.isdecimal() else 0
+    if size <= MAX_BODY_BYTES:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                break
+    if size > MAX_BODY_BYTES:
+        raise ApiError(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
+    return b"".join(parts)
 
 
 def _cancel_all(samples: asyncio.Future, futures: Sequence[Future]) -> None:

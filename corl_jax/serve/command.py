@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import signal
@@ -30,16 +31,16 @@ def run_server(args: argparse.Namespace) -> None:
     Raises:
         InputError: listing every problem of the model and the address, before any device work.
     """
-    problems, listener = Problems(), None
+    problems = Problems()
     problems.attempt(_check_packages)
     with problems.collect("--model: "):
         folder = inspect_policy(args.model).folder
         _check_generation(folder, problems)
     # Now, because a port that is taken should not be found after minutes of compilation.
     listener = problems.attempt(open_listener, args.host, args.port)
-    problems.raise_any()
-    assert listener is not None
-    with listener:
+    with listener or contextlib.nullcontext():
+        problems.raise_any()
+        assert listener is not None
         _warn_if_open(args)
         model, dtype = load_model(args.model, args.dtype)
         engine = Engine(model, dtype, args.batch_size)
@@ -97,13 +98,13 @@ def _warn_if_open(args: argparse.Namespace) -> None:
 def warm_up(engine: Engine, batcher: Batcher) -> None:
     """Compiles the programs of a short prompt and a short question, for every batch size."""
     started, blank = time.monotonic(), Image.new("RGB", (8, 8))
-    asked = read_image_request({"prompt": PROMPT, "seed": 0}, engine.limits.image_side)
+    drawing = read_image_request({"prompt": PROMPT, "seed": 0}, engine.limits.image_side)
     options = argparse.Namespace(
         temperature=None, greedy=None, seed=0, samples=1, batch_size=1, max_new_tokens=None,
         top_p=None, top_k=None, instruction=None, system_prompt="",
     )  # fmt: skip
     question = ChatRequest(QUESTION, blank, options)
-    jobs: list[Job] = [engine.prepare_images(asked), engine.prepare_answers(question)]
+    jobs: list[Job] = [engine.prepare_images(drawing), engine.prepare_answers(question)]
     for size in engine.sizes:
         for job in jobs:
             for future in batcher.submit(job.program, job.rows * size):

@@ -79,7 +79,7 @@ class Engine:
 
     def prepare_answers(self, request: ChatRequest) -> Job:
         """Returns the job of a question. Raises: ApiError for one that leaves no room."""
-        given = request.options.max_new_tokens
+        requested = request.options.max_new_tokens
         options = self._complete(request.options, TEXT_OPTIONS)
         question = add_instruction(request.question, options.instruction)
         with self._one_at_a_time:
@@ -87,9 +87,9 @@ class Engine:
                 IMAGE_UNDERSTANDING, {"qa_problem": question}, options.system_prompt
             )
             room = self.limits.positions - len(ids)
-            if room < (given or 1):
+            if room < (requested or 1):
                 raise ApiError(
-                    400, f"max_tokens: found {given or 1} after a prompt of {len(ids)} tokens; "
+                    400, f"max_tokens: found {requested or 1} after a prompt of {len(ids)} tokens; "
                     f"expected at most {max(room, 0)}: the model has {self.limits.positions} "
                     f"positions, of which the image takes {self.limits.input_image_tokens}",
                     code="context_length_exceeded", param="messages",
@@ -99,9 +99,11 @@ class Engine:
             sampling = choose_text_sampling(self.model, self.dtype, options)
             return self._make_job(IMAGE_UNDERSTANDING, ids, request.image, sampling, options)
 
-    def _complete(self, given: argparse.Namespace, names: Sequence[str]) -> argparse.Namespace:
+    def _complete(
+        self, options_given: argparse.Namespace, names: Sequence[str]
+    ) -> argparse.Namespace:
         """Returns options with the checkpoint's values, or else the defaults, as `generate`."""
-        options = argparse.Namespace(**vars(given), model=self.model.folder)
+        options = argparse.Namespace(**vars(options_given), model=self.model.folder)
         if problems := complete_options(options, names):
             raise RuntimeError("; ".join(problems))  # the start has read the same file
         return options
@@ -116,15 +118,17 @@ class Engine:
         processor, length = self.model.processor, self.model.processor.bucket(len(ids))
         images = None if image is None else [image]
         encoded = processor.encode(task.turn.prompt, [ids], images, length)
-        wanted = sampling.max_new_tokens
+        most_tokens = sampling.max_new_tokens
         if task.makes_text:
             # Fewer programs: token t is the same, however many may follow it.
-            most = max(wanted, self.limits.positions - length)
-            sampling = dataclasses.replace(sampling, max_new_tokens=min(round_up(wanted), most))
+            room = max(most_tokens, self.limits.positions - length)
+            sampling = dataclasses.replace(
+                sampling, max_new_tokens=min(round_up(most_tokens), room)
+            )
         # The prompt is number 0 of the request, as it is of a command line with one prompt.
         rows = [Row(encoded, options.seed, 0, number) for number in range(options.samples)]
         program = Program(task, length, sampling)
-        return Job(program, rows, options.seed, len(ids), wanted if task.makes_text else 0)
+        return Job(program, rows, options.seed, len(ids), most_tokens if task.makes_text else 0)
 
     # ---- samples
 

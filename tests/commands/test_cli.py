@@ -68,6 +68,8 @@ def test_every_command_has_a_main(name):
         (["compare", "nowhere", "docs", "--draws", "0"], 2, "nowhere: no such folder"),
         (["data", "--help"], 0, "usage: corl-jax data"),
         (["score", "--help"], 0, "usage: corl-jax score"),
+        (["serve", "--help"], 0, "usage: corl-jax serve"),
+        (["serve", "--model", "nano", "--port", "-1"], 2, "--port: found -1"),
         (["report", "--help"], 0, "usage: corl-jax report"),
         (["report", "nowhere"], 2, "nowhere: no such directory"),
         (["report", "docs", "nowhere"], 2, "docs: found neither config.yaml nor metrics.jsonl"),

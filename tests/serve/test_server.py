@@ -305,6 +305,10 @@ def with_url(url):
     return {"messages": ask_about(url)}
 
 
+def with_parts(*parts):
+    return {"messages": [{"role": "user", "content": [*parts]}]}
+
+
 def bomb():
     return data_url(Image.new("1", (5000, 5000)))
 
@@ -315,7 +319,7 @@ def bomb():
         ({"messages": "hi"}, "expected a list of objects"),
         ({"messages": []}, "expected one message of the user"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "found 0 images; expected one"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "of type input_au"),
+        (with_parts({"type": "input_audio"}), "content of type input_audio"),
         ({"messages": [{"role": "user", "content": None}]}, "found content of type None"),
         (with_url("https://example.com/a.png"), "this server fetches nothing"),
         (with_url("file:///etc/passwd"), "this server fetches nothing"),
@@ -366,8 +370,11 @@ def test_bodies_that_are_no_json_are_refused(server, monkeypatch):
     status, answer = server.send(path, b" " * 2000)
     assert status == 413 and "more than 1,000 bytes" in answer["error"]["message"]
     # Without a length, in chunks: counted while it arrives.
-    chunks = (b" " * 600 for _ in range(3))
-    assert server.send(path, chunks, **{"Transfer-Encoding": "chunked"})[0] == 413
+    assert server.send(path, (b" " * 600 for _ in range(3)))[0] == 413
+    # A body that never comes must not keep its place.
+    monkeypatch.setattr(app_module, "BODY_S", 0.2)
+    status, answer = server.send(path, b"", **{"Content-Length": "10"})
+    assert status == 408 and "within 0.2 s" in answer["error"]["message"]
 
 
 def test_unknown_pages_are_not_found(server):
