@@ -23,4 +23,12 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "shapes": CommandSuite(
         "corl_jax.evaluate.shapes", "images and answers in the drawn world, checked exactly"
     ),
+    "geneval": CommandSuite("corl_jax.evaluate.harness", "images for GenEval"),
+    "geneval2": CommandSuite("corl_jax.evaluate.harness", "images for GenEval 2"),
+    "dpg": CommandSuite("corl_jax.evaluate.harness", "images for DPG-Bench"),
+    "wise": CommandSuite("corl_jax.evaluate.harness", "images for WISE, verified or legacy"),
+    "t2i_compbench": CommandSuite("corl_jax.evaluate.harness", "images for T2I-CompBench"),
+    "preference": CommandSuite(
+        "corl_jax.evaluate.preference", "images of any prompts, scored by preference networks"
+    ),
 }

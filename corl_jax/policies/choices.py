@@ -28,10 +28,12 @@ def sample_keys(
     group_size: int,
     stream: int = 0,
     *,
-    first: int = 0,
+    first: Any = 0,
     step: int | None = None,
 ) -> jax.Array:
     """Returns the keys [N] of samples `first` to `first + group_size - 1` of prompts [B].
+
+    `first` is a number for all prompts, or one for each [B].
 
     `stream` is the number of the task. `step` makes other keys at each step of a run.
     """
@@ -41,11 +43,11 @@ def sample_keys(
     fold = jax.random.fold_in
     # [B] x [G] -> keys [B, G] -> [N], prompt-major
     grid = jax.vmap(
-        lambda prompt: jax.vmap(lambda sample: fold(fold(base, prompt), sample))(
-            jnp.arange(first, first + group_size)
+        lambda prompt, first: jax.vmap(lambda sample: fold(fold(base, prompt), sample))(
+            first + jnp.arange(group_size)
         )
     )
-    keys = grid(index).reshape(-1)
+    keys = grid(index, jnp.broadcast_to(jnp.asarray(first, jnp.int32), index.shape)).reshape(-1)
     return keys if step is None else jax.vmap(fold, (0, None))(keys, step)
 
 

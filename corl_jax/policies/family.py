@@ -168,6 +168,15 @@ class CaptionPrompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatRoles:
+    """A processor with a pair of chat roles."""
+
+    name: str  # of the pair
+    template: str  # the prompt of an image, with PROMPT in the place of the user's text
+    processor: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class HiddenStates:
     """The functions that give a model's states of an image and its caption, for R_TIM."""
 
@@ -203,6 +212,8 @@ class Family:
     hidden_states: HiddenStates | None = None
     # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+    # (processor, name of a pair or None for the usual one) -> the processor with these chat roles
+    choose_roles: Callable[[Any, str | None], ChatRoles] | None = None
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None

@@ -43,7 +43,7 @@ def sample_turn(
     seed: int,
     stream: int,
     group_size: int = 1,
-    first: int = 0,
+    first: int | Sequence[int] = 0,
     step: int | None = None,
     fill_to: int | None = None,
     place: Callable[[Any], Any] = lambda tree: tree,
@@ -52,11 +52,13 @@ def sample_turn(
 
     `rows` are the numbers of the prompts in the data; with the other numbers they make the random
     keys, see `sample_keys`. `fill_to` repeats the last prompt up to so many, for the shape of an
-    earlier call; its completions come last. `place` puts host arrays on the devices of a mesh.
+    earlier call; its completions come last. `first` may be a number for each prompt. `place` puts
+    host arrays on the devices of a mesh.
     """
     if fill_to is not None:
         prompts = jax.tree.map(lambda x: pad_rows(x, fill_to), prompts)
         rows = pad_rows(rows, fill_to)
+        first = first if isinstance(first, int) else pad_rows(first, fill_to)
     keys = sample_keys(seed, rows, group_size, stream, first=first, step=step)
     # Keys [N] have a type that numpy lacks. Their bits [N, 2] uint32 are placed instead.
     prompts, bits = place((prompts, np.asarray(jax.random.key_data(keys))))

@@ -90,5 +90,6 @@ FAMILY = Family(
     encode_images=images.encode_images,
     hidden_states=HiddenStates(Processor.caption_prompt, compute_hidden_states),
     tokenizer_loss=tokenizer_loss,
+    choose_roles=Processor.choose_roles,
     normalise_pixels=images.normalise_pixels,
 )

@@ -7,6 +7,7 @@ agree on the resized sides, the same pixels.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,14 @@ from PIL import Image
 from corl_jax.console import hide_import_advice
 from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
-from corl_jax.policies.family import CaptionPrompt
+from corl_jax.nearest import suggest_name
+from corl_jax.policies.family import CaptionPrompt, ChatRoles
 from corl_jax.policies.janus.image_settings import (
     ImageSettings,
     preprocess_image,
     read_image_settings,
 )
-from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
+from corl_jax.policies.janus.tokens import ROLE_NAMES, ROLES, STRINGS, special_tokens
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 
@@ -143,6 +145,28 @@ class Processor:
         # As for an image, but the assistant begins with a text. BOI follows that text.
         user, assistant = self.roles
         return [user, f": {prompt.strip()}\n{PLAN_INSTRUCTION}\n\n", assistant, ":"]
+
+    def choose_roles(self, name: str | None) -> ChatRoles:
+        """Returns this processor with a pair of chat roles, whatever its settings state.
+
+        None: `pro`, or `old` if the tokenizer has no token for a role of `pro`.
+
+        Raises:
+            InputError: unknown name, or `pro` with a tokenizer that has no such token.
+        """
+        missing = [role for role in ROLES[ROLE_NAMES["pro"]] if role not in self._added]
+        if name is None:
+            name = "old" if missing else "pro"
+        if name not in ROLE_NAMES:
+            raise InputError(f"found {name}; {suggest_name(name, ROLE_NAMES, 'expected one of')}")
+        if name == "pro" and missing:
+            raise InputError(
+                f"found pro, but the tokenizer has no token {', '.join(missing)}; give old, the "
+                "roles of models before Janus-Pro"
+            )
+        chosen = copy.copy(self)
+        chosen.roles = ROLES[ROLE_NAMES[name]]
+        return ChatRoles(name, "".join(chosen._make_t2i_parts("PROMPT")), chosen)
 
     # ---- ids
 

@@ -37,6 +37,9 @@ STRINGS = {
 ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
 """Chat template -> names of user and assistant; those of `deepseek` are single tokens."""
 
+ROLE_NAMES = {"pro": "deepseek", "old": "deepseek_old"}
+"""Choice of chat roles -> its template."""
+
 
 def special_tokens(folder: str | Path) -> SpecialTokens:
     """Reads the ids of the structural tokens from `tokenizer.json`, by string.
