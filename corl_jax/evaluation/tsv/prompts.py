@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from corl_jax.data.instructions import MCQ, add_instruction
+from corl_jax.data.instructions import add_instruction
 from corl_jax.evaluation.tsv.kinds import CHOICE, KINDS, YES_NO
 from corl_jax.evaluation.tsv.table import Values, list_options
 
 VLMEVALKIT, CORL = "vlmevalkit", "corl"
 PROMPT_STYLES = (VLMEVALKIT, CORL)
-ROLES = {VLMEVALKIT: "old", CORL: "pro"}
-"""The chat roles of each style, if none are given."""
+ROLES = {VLMEVALKIT: "old", CORL: None}
+"""The chat roles of each style, if none are given; None: those of the tokenizer."""
 REQUEST = " Please answer yes or no."
 SYSTEM_PROMPT = (
     "You are a helpful assistant. Please answer truthfully and write out your thinking step by "
@@ -39,11 +39,16 @@ class Question:
     system_prompt: str = ""
 
 
-def write_question(row: Values, kind: str, name: str, style: str) -> Question:
-    """Returns the prompt of a row of the data set `name`, in one of PROMPT_STYLES."""
+def write_question(
+    row: Values, kind: str, name: str, style: str, instruct: bool = True
+) -> Question:
+    """Returns the prompt of a row of the data set `name`, in one of PROMPT_STYLES.
+
+    Without `instruct` CoRL's style is the bare question with its options.
+    """
     spec, question = KINDS[kind], str(row["question"])
     if style == CORL:
-        return Question(_write_corl(row, question, spec.question))
+        return Question(_write_corl(row, question, spec.question, instruct))
     if spec.question == CHOICE:
         return Question(_write_choice(row, question))
     if spec.question == YES_NO:
@@ -63,12 +68,12 @@ def _write_choice(row: Values, question: str) -> str:
     return f"\n{hint}{question}\n" + (f"{options}{LETTER}" if options else DIRECT_ANSWER)
 
 
-def _write_corl(row: Values, question: str, kind: str) -> str:
+def _write_corl(row: Values, question: str, kind: str, instruct: bool) -> str:
     if row.get("hint") is not None:
         question = f"Hint: {row['hint']}\n{question}"
-    options = list_options(row) if kind == CHOICE else {}
-    if not options:
-        return "\n" + add_instruction(question, "open")
     # The letters of the columns, which may have gaps.
-    lines = [f"{letter}. {value}" for letter, value in options.items()]
-    return "\n" + MCQ.format(question="\n".join([question, "Options:", *lines]))
+    options = [f"{letter}. {value}" for letter, value in list_options(row).items()]
+    instruction = "open"
+    if kind == CHOICE and options:
+        question, instruction = "\n".join([question, "Options:", *options]), "choice"
+    return "\n" + add_instruction(question, instruction if instruct else "none")
