@@ -179,12 +179,12 @@ def choose_length(
         for question, sources in zip(questions, images, strict=True)
     ]
     positions = model.family.limits(model.sizes).positions
-    wanted = args.max_new_tokens or 1
+    room = args.max_new_tokens or 1
     problems = [
         f"{table.where(row)}: found {length} tokens (images counted); expected at most "
-        f"{positions - wanted}, which leaves room for {wanted} in the model's {positions} positions"
+        f"{positions - room}, which leaves room for {room} in the model's {positions} positions"
         for row, length in enumerate(lengths)
-        if length > positions - wanted
+        if length > positions - room
     ]
     if problems:
         raise InputError(problems)

@@ -25,7 +25,7 @@ def encode_image(seed: int = 0, side: int = 24, mode: str = "RGB") -> str:
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]], image: str | None = None) -> Path:
     """Writes rows; a value that a row lacks is empty. `image` is that of rows without one."""
     image = encode_image() if image is None else image
-    rows = [{"image": image, "question": "What is it?", **row} for row in rows]
+    rows = [{"index": "", "image": image, "question": "What is it?", **row} for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["\t".join(columns)]
     lines += ["\t".join(quote(row.get(name, "")) for name in columns) for row in rows]

@@ -62,12 +62,12 @@ def is_right_choice(truth: str | Sequence[str], letter: str | None) -> bool:
 def is_right_open(truth: str | Iterable[str], values: Iterable[Value]) -> bool:
     """Returns whether a true answer is in one of the texts, or equals one of the numbers."""
     truths = [truth] if isinstance(truth, str) else list(truth)
-    wanted = [value for text in truths for value in normalize(text)]
+    forms = [value for text in truths for value in normalize(text)]
     for value in values:
         if isinstance(value, str):
-            if any(isinstance(other, str) and other in value for other in wanted):
+            if any(isinstance(other, str) and other in value for other in forms):
                 return True
-        elif value in wanted:
+        elif value in forms:
             return True
     return False
 

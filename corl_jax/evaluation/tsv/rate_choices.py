@@ -84,9 +84,9 @@ def rate_mmmu(rows: Sequence[Values], options: RatingOptions) -> Rating:
 
     A row without options becomes a choice between its answer and "Other Answers".
     """
-    asked = [_make_choice_of_open(row) for row in rows]
-    verdicts = [_judge(row, options.matcher) for row in asked]
-    rating = _report(asked, verdicts, verdicts, describe_missing_answers(rows))
+    choices = [_make_choice_of_open(row) for row in rows]
+    verdicts = [_judge(row, options.matcher) for row in choices]
+    rating = _report(choices, verdicts, verdicts, describe_missing_answers(rows))
     num_open = sum(not _has_options(row) for row in rows)
     rating.notes.append(f"{num_open} open questions became choices, as in VLMEvalKit")
     chance = None if options.guess_seed is None else random.Random(options.guess_seed)

@@ -68,15 +68,15 @@ def read_table(path: Path) -> Table:
     source = next((name for name in (IMAGE, IMAGE_PATH) if name in columns), None)
     if source is None:
         raise InputError(f"{path}: found no column image or image_path; expected one of them")
-    kept = [row for row in rows if row[source] is not None]
-    if not kept:
+    usable = [row for row in rows if row[source] is not None]
+    if not usable:
         raise InputError(f"{path}: no row has a value in column {source}; expected some")
-    convert_indices(path, kept)
-    table = Table(path, path.stem, tuple(columns), kept, len(rows) - len(kept))
+    convert_indices(path, usable)
+    table = Table(path, path.stem, tuple(columns), usable, len(rows) - len(usable))
     problems = Problems()
     problems.add(
         f"{table.where(number)}: question is empty; expected a text"
-        for number, row in enumerate(kept)
+        for number, row in enumerate(usable)
         if row["question"] is None
     )
     problems.raise_any()
@@ -108,8 +108,8 @@ def read_predictions(path: Path, table: Table) -> tuple[list[Values], int]:
         if index not in known
     )
     problems.raise_any()
-    found = [row for row in table.rows if str(row["index"]) in answers]
-    merged = [{**row, PREDICTION: to_text(answers[str(row["index"])])} for row in found]
+    predicted = [row for row in table.rows if str(row["index"]) in answers]
+    merged = [{**row, PREDICTION: to_text(answers[str(row["index"])])} for row in predicted]
     return merged, len(table.rows) - len(merged)
 
 
