@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.errors import InputError, Problems
-from corl_jax.inference import DTYPES, MAX_SEED, check_number, find_long_prompts
+from corl_jax.inference import DTYPES, MAX_SEED, check_number
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import find_temperature_problems, spell_option
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # The setting of the public script that measures Janus-Pro-1B at 0.725 on GenEval.
 SEED, CFG_SCALE, TEMPERATURE = 20, 5.0, 1.0
-IMAGES_AT_ONCE = 32  # on each shard of the batch
-BYTES_PER_PIXEL = 2.0  # of a PNG: measured 1.7 for photographs, 3 without any compression
+IMAGES_AT_ONCE = 64  # on each shard of the batch; docs/measured/performance.md has their speed
+BYTES_PER_PIXEL = 2.0  # of a PNG: 0.25 MB at 384 x 384 is 1.7, without compression it is 3
 MESH_AXES = ("data", "fsdp", "tensor")
 MEGABYTE = 1e6
 
@@ -39,15 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, metavar="N", help="draw only the first N prompts (default: all)")
     add("--seed", type=int, default=SEED, help="seed of all images (default %(default)s)")
     add("--cfg-scale", type=float, default=CFG_SCALE,
-        help="scale of guidance; 1: none (default %(default)g, whatever the checkpoint states)")  # fmt: skip
+        help="scale of guidance; 1: none (default %(default)g for every checkpoint)")  # fmt: skip
     add("--temperature", type=float, default=TEMPERATURE,
-        help="divides the logits (default %(default)g, whatever the checkpoint states)")  # fmt: skip
+        help="divides the logits (default %(default)g for every checkpoint)")  # fmt: skip
     add("--roles", metavar="pro|old",
         help="chat roles of the prompt: pro for <|User|>, old for User (default pro, or old if the "
         "tokenizer has no such token)")  # fmt: skip
     add("--batch-size", type=int, metavar="N",
-        help=f"images drawn at once by a process (default {IMAGES_AT_ONCE} for each part into which "
-        "its devices split a batch)")  # fmt: skip
+        help=f"images drawn at once by a process (default {IMAGES_AT_ONCE} for each part into "
+        "which its devices split a batch)")  # fmt: skip
     add("--dtype", choices=DTYPES,
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
     add("--mesh", metavar="AXIS=N,..",
@@ -122,9 +122,7 @@ def check_arguments(args: argparse.Namespace) -> DrawPlan:
         problems.add(find_setting_problems(args.out, manifest or {}, settings, model))
     problems.raise_any()
     assert prompts and model and mesh is not None
-    return DrawPlan(
-        args, writer, prompts, rows, samples, files, model, settings, longest, mesh
-    )
+    return DrawPlan(args, writer, prompts, rows, samples, files, model, settings, longest, mesh)
 
 
 def find_option_problems(args: argparse.Namespace, writer: Writer, samples: int) -> list[str]:
@@ -193,11 +191,12 @@ def check_rows(args: argparse.Namespace, prompts: PromptList | None, problems: P
 
 def check_model(
     args: argparse.Namespace, problems: Problems
-) -> tuple[PolicyFiles | None, dict[str, str | None]]:
+) -> tuple[PolicyFiles | None, dict[str, Any]]:
     """Returns the model with the processor of the chosen roles, and roles and template."""
     from corl_jax.policies import inspect_policy
 
-    model, described = None, {"roles": None, "template": None}
+    model = None
+    described: dict[str, Any] = {"roles": None, "template": None}
     with problems.collect("--model: "):
         model = inspect_policy(args.model)
     if model is None:
@@ -219,13 +218,19 @@ def check_lengths(model: PolicyFiles, prompts: PromptList, problems: Problems) -
     from corl_jax.data.questions import replace_surrogates
     from corl_jax.tasks import IMAGE_GENERATION
 
-    texts = [prompt.text for prompt in prompts.prompts]
-    options = argparse.Namespace(think=False)
-    lines = find_long_prompts(model, options, texts, spell_option)
-    problems.add(f"--prompts: {line}; prompts are never cut" for line in lines)
-    prompt = IMAGE_GENERATION.turn.prompt
-    ids = (model.processor.prompt_ids(prompt, {"prompt": replace_surrogates(t)}) for t in texts)
-    return max(map(len, ids), default=0)
+    limits, kind = model.family.limits(model.sizes), IMAGE_GENERATION.turn.prompt
+    room, longest = limits.positions - limits.image_tokens, 0
+    for prompt in prompts.prompts:
+        text = replace_surrogates(prompt.text)
+        length = len(model.processor.prompt_ids(kind, {"prompt": text}))
+        longest = max(longest, length)
+        if length > room:
+            problems.add(
+                f"--prompts: prompt {prompt.name}: found {length} tokens; expected at most {room}, "
+                f"which leaves room for an image in the model's {limits.positions} positions; "
+                "prompts are never cut: remove it from the list, or take a model with more"
+            )
+    return longest
 
 
 def find_disk_problems(out: Path, files: list[ImageFile], side: int) -> list[str]:
@@ -244,7 +249,7 @@ def find_disk_problems(out: Path, files: list[ImageFile], side: int) -> list[str
 
 
 def describe_settings(
-    args: argparse.Namespace, samples: int, prompts: PromptList, template: dict[str, str | None]
+    args: argparse.Namespace, samples: int, prompts: PromptList, template: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the settings that decide the images, without hash of the weights and dtype."""
     from corl_jax.evaluation.writers.writer import hash_prompts

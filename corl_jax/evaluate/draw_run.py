@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +49,6 @@ from corl_jax.policies import load_policy
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
 from corl_jax.runs.locking import lock_directory
-from corl_jax.runs.signals import Interruption
 from corl_jax.train.provenance import find_commit
 
 PACKAGES = ("jax", "jaxlib", "numpy", "transformers")
@@ -75,7 +76,11 @@ def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
     with processes.fail_together(), contextlib.ExitStack() as stack:
         mesh, batch_size = plan_devices(plan)
         dtype = choose_dtype(plan.args.dtype)
-        settings = plan.settings | {"dtype": dtype.name}
+        settings = plan.settings | {
+            "dtype": dtype.name,
+            "version": corl_jax.__version__,
+            "commit": find_commit(Path(corl_jax.__file__).parent),
+        }
         manifest = read_manifest(plan.args.out)
         conflicts = find_conflicts(plan.args.out, manifest, settings, ["dtype"])
         if conflicts:
@@ -85,7 +90,6 @@ def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
         content = describe_manifest(plan, settings, mesh, batch_size)
         missing = prepare_folder(plan, content)
         started = time.monotonic()
-        # Imported settings are printed before the model is read, which takes longest.
         if missing:
             draw_missing(plan, missing, dtype, mesh, batch_size)
         processes.barrier("images drawn")
@@ -139,11 +143,7 @@ def describe_manifest(
         },
         "model": {"folder": str(plan.model.folder.absolute()), "family": family.name},
         "image_side": family.limits(plan.model.sizes).image_side,
-        "versions": {
-            "corl_jax": corl_jax.__version__,
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "commit": find_commit(Path(corl_jax.__file__).parent),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": {
             "kind": jax.local_devices()[0].device_kind,
             "processes": jax.process_count(),
@@ -166,6 +166,8 @@ def prepare_folder(plan: DrawPlan, content: dict[str, Any]) -> list[ImageFile]:
         # Their records are in the manifest from here on.
         save_manifest(out, content | _take_seconds(manifest), records)
         remove_temporary(out)
+        if len(records) < len(plan.files):
+            (out / NEXT).unlink(missing_ok=True)  # that says that all is there
         for path, text in plan.writer.list_side_files(describe_outcome(plan)).items():
             write_whole(out, path, text.encode())
         is_finished[:] = [file.path in records for file in plan.files]
@@ -196,18 +198,56 @@ def draw_missing(
         policy, texts, pairs, sampling, seed=args.seed, batch_size=batch_size, mesh=mesh
     )
     bar = tqdm(total=len(pairs), unit=" images", disable=None if index == 0 else True)
-    with bar, Interruption() as interruption, interruption.deferred():
+    with bar, watch_signals() as signals, explain_memory(batch_size):
 
         def advance() -> bool:
             bar.update()
-            return interruption.reason is None
+            return not signals
 
         save_drawings(ImageStore(args.out, index), plan.writer, part, images, advance)
-        if interruption.reason is not None:
-            raise Preempted(
-                f"stopped by {interruption.reason}; the same command draws the images that are "
-                f"missing in {args.out}"
-            )
+    # A scheduler signals all processes; after a signal to one the others finish their parts.
+    if processes.all_gather(np.array([len(signals)], np.int32)).any():
+        raise Preempted(
+            f"stopped by {signals[0] if signals else 'a signal to another process'}; the same "
+            f"command draws the images that are missing in {args.out}"
+        )
+
+
+@contextlib.contextmanager
+def watch_signals() -> Iterator[list[str]]:
+    """Yields a list that gets the name of a SIGTERM or SIGINT; a second one stops at once."""
+    # `runs.signals.Interruption` lets several processes agree on a step, and here each process
+    # has its own number of images.
+    received: list[str] = []
+
+    def note_signal(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    previous = {number: signal.signal(number, note_signal) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            # None: a handler that C code has set, which Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def explain_memory(batch_size: int) -> Iterator[None]:
+    """Raises an InputError with a remedy if the block uses up the memory of a device."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"--batch-size: {batch_size} images at once do not fit into the memory of the devices; "
+            "give fewer, or split the model by --mesh fsdp=N; finished images are kept"
+        ) from error
 
 
 def load_drawing_policy(plan: DrawPlan, dtype: Any, mesh: Any) -> Policy:
@@ -242,12 +282,11 @@ def finish_folder(
         )
     summary["seconds"] = round(_take_seconds(manifest)["seconds"] + seconds * bool(drawn), 3)
     summary["images_per_second_now"] = round(drawn / seconds, 3) if drawn else None
-    kept = {file.path: records[file.path] for file in plan.files}
+    own_records = {file.path: records[file.path] for file in plan.files}
     content = content | {"counts": summary, "seconds": summary["seconds"], "complete": True}
-    # NEXT.txt before the manifest says that all is there.
     write_whole(out, NEXT, plan.writer.describe_next(describe_outcome(plan)).encode())
     write_report(out, content["settings"], summary)
-    save_manifest(out, content, kept)
+    save_manifest(out, content, own_records)
     remove_temporary(out)
     return summary
 
@@ -302,6 +341,7 @@ def tell_drawing(drawing: Drawing) -> None:
         "settings": f"cfg_scale {settings['cfg_scale']:g}, temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}, {settings['dtype']}",
         "roles": f"{settings['roles']}: {settings['template']!r}",
+        "version": f"corl_jax {settings['version']}, commit {settings['commit'] or 'unknown'}",
         "images": f"{summary['drawn_now']:,} drawn, {summary['kept']:,} kept; {speed}",
         "next": f"{plan.args.out / NEXT}",
     }

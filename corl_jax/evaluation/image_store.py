@@ -81,7 +81,10 @@ def write_whole(out: Path, path: str, content: bytes, process: str = "0") -> Non
 
 
 def save_drawings(
-    store: ImageStore, writer: Writer, files: Sequence[ImageFile], images: Iterable[DrawnImage],
+    store: ImageStore,
+    writer: Writer,
+    files: Sequence[ImageFile],
+    images: Iterable[DrawnImage],
     advance: Callable[[], bool],
 ) -> None:
     """Writes each file as soon as its samples are drawn.

@@ -43,7 +43,7 @@ def sample_turn(
     seed: int,
     stream: int,
     group_size: int = 1,
-    first: int | Sequence[int] = 0,
+    first: int | Sequence[int] | np.ndarray = 0,
     step: int | None = None,
     fill_to: int | None = None,
     place: Callable[[Any], Any] = lambda tree: tree,

@@ -34,9 +34,9 @@ def read_prompt_list(suite: str, paths: Sequence[Path]) -> PromptList:
     if problems:
         other = guess_suite(paths, without=suite)
         if other is None:
-            problems.raise_any()
+            raise InputError(problems)
         raise InputError(
-            f"{', '.join(map(str, paths))}: looks like the prompts of {WRITERS[other or ''].title}; "
+            f"{', '.join(map(str, paths))}: looks like the prompts of {WRITERS[other].title}; "
             f"give --suite {other}, or {WRITERS[suite].expected}"
         )
     assert prompts is not None

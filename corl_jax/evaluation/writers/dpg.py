@@ -60,7 +60,9 @@ def read_folder(paths: Sequence[Path], problems: Problems) -> PromptList:
 def list_files(prompts: Sequence[HarnessPrompt], samples: int) -> list[ImageFile]:
     """Lists NAME.png, with all samples of the prompt in one picture."""
     numbers = tuple(range(samples))
-    return [ImageFile(f"{IMAGES}/{p.name}.png", number, numbers) for number, p in enumerate(prompts)]
+    return [
+        ImageFile(f"{IMAGES}/{p.name}.png", number, numbers) for number, p in enumerate(prompts)
+    ]
 
 
 def describe_next(outcome: Outcome) -> str:

@@ -56,7 +56,9 @@ def read_editions(paths: Sequence[Path], problems: Problems) -> PromptList:
             "files of one edition, each once"
         )
     prompts = tuple(sorted(rows, key=lambda prompt: int(prompt.name)))
-    return PromptList(prompts, tuple(files), (*notes, *note_count(len(prompts), NUM_PROMPTS, "WISE")))
+    return PromptList(
+        prompts, tuple(files), (*notes, *note_count(len(prompts), NUM_PROMPTS, "WISE"))
+    )
 
 
 def _choose_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -119,12 +121,13 @@ def describe_next(outcome: Outcome) -> str:
     names = [file.stem for file in outcome.prompts.files]
     if all(name.endswith(VERIFIED) for name in names):
         return (
-            "# in the clone of WISE, with the judge Qwen3.5-35B-A3B served by vLLM; IMAGE_DIR must\n"
-            "# be absolute\n"
+            "# in the clone of WISE, with the judge Qwen3.5-35B-A3B served by vLLM; IMAGE_DIR\n"
+            "# must be absolute\n"
             f"IMAGE_DIR={shlex.quote(str(outcome.images))} "
             "VLLM_API_BASE=http://127.0.0.1:8000/v1 bash eval_qwen.sh\n"
         )
-    images = outcome.images
+    # Beside the images: only the harness's own script insists on their folder.
+    results = outcome.out / "Results"
     lines = [
         "# in WISE_legacy of the clone of WISE; KEY is a key of the judge's API. The numbers are",
         "# of the legacy edition, and are not comparable with the verified one.",
@@ -132,11 +135,11 @@ def describe_next(outcome: Outcome) -> str:
     scores = []
     for file in outcome.prompts.files:
         name = file.stem
-        scores.append(str(images / "Results" / f"{name}_scores_results.jsonl"))
+        scores.append(str(results / f"{name}_scores_results.jsonl"))
         words = {
-            "json_path": str(file.absolute()), "output_dir": str(images / "Results" / name),
-            "image_dir": str(images), "api_key": "KEY", "model": "gpt-4o-2024-05-13",
-            "result_full": str(images / "Results" / f"{name}_full_results.json"),
+            "json_path": str(file.absolute()), "output_dir": str(results / name),
+            "image_dir": str(outcome.images), "api_key": "KEY", "model": "gpt-4o-2024-05-13",
+            "result_full": str(results / f"{name}_full_results.json"),
             "result_scores": scores[-1], "max_workers": "96",
         }  # fmt: skip
         options = " ".join(f"--{key} {shlex.quote(value)}" for key, value in words.items())
