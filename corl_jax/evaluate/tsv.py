@@ -22,9 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from corl_jax.atomic_files import check_output_folder, create_folder
 from corl_jax.errors import InputError, Problems
-from corl_jax.evaluation.matching.answer_tags import ANSWER_TAG_MODES, OPEN, split_answer
-from corl_jax.evaluation.matching.matchers import DEFAULT_MATCHER, MATCHERS
-from corl_jax.evaluation.matching.mmmu import GUESS_SEED
 from corl_jax.inference import DTYPES, check_number
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import spell_option
@@ -37,7 +34,9 @@ MODEL_OPTIONS = (
     "prompt_style", "roles", "rows", "batch_size", "max_new_tokens", "dtype", "format",
 )  # fmt: skip
 """Options that have no effect on an existing prediction file."""
-FORMATS = ("tsv", "xlsx")
+# Written out, because the package `evaluation` imports jax, which --help should not wait for.
+MATCHER_NAMES, TAG_MODES = ("2026-08", "2026-05", "2025-05"), ("auto", "off")
+PROMPT_STYLES, FORMATS = ("vlmevalkit", "corl"), ("tsv", "xlsx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--predictions", type=parse_path, metavar="FILE",
         help="rate this .tsv, .xlsx or .json file, with columns index and prediction")  # fmt: skip
     add("--out", type=parse_path, metavar="DIR", help="folder of the report; needed with --model")
-    add("--prompt-style", choices=("vlmevalkit", "corl"),
+    add("--prompt-style", choices=PROMPT_STYLES,
         help="prompts as VLMEvalKit's, or CoRL's instruction (default vlmevalkit)")  # fmt: skip
     add("--roles", metavar="pro|old",
         help="chat roles: pro for <|User|>, old for User (default old as in VLMEvalKit, for corl "
@@ -61,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES,
         help="compute dtype (default float32 on a CPU, bfloat16 elsewhere)")  # fmt: skip
     add("--format", choices=FORMATS, help="of the prediction file (default tsv)")
-    add("--matcher", choices=tuple(MATCHERS), default=DEFAULT_MATCHER,
+    add("--matcher", choices=MATCHER_NAMES, default=MATCHER_NAMES[0],
         help="version of VLMEvalKit whose rules read a choice (default %(default)s)")  # fmt: skip
-    add("--answer-tag", choices=ANSWER_TAG_MODES,
+    add("--answer-tag", choices=TAG_MODES,
         help="auto: what the last <answer> holds is the prediction, the rest is thinking; off: the "
         "whole text (default auto; off with --predictions)")  # fmt: skip
     add("--mmmu-guess", action="store_true",
-        help=f"MMMU's parser guesses at random, with seed {GUESS_SEED}, where it finds no letter "
+        help="MMMU's parser guesses at random, with MMMU's seed, where it finds no letter "
         "(default: wrong)")  # fmt: skip
     add("--kind", metavar="KIND", help="kind of the data set, if its name does not say it")
 
@@ -110,6 +109,7 @@ def find_option_problems(args: argparse.Namespace) -> list[str]:
 
 def make_rating_options(args: argparse.Namespace) -> RatingOptions:
     """Returns the choices of the rating."""
+    from corl_jax.evaluation.matching.mmmu import GUESS_SEED
     from corl_jax.evaluation.tsv.rating import RatingOptions
 
     return RatingOptions(args.matcher, GUESS_SEED if args.mmmu_guess else None)
@@ -119,7 +119,7 @@ def tell_unused_options(args: argparse.Namespace, kind: str) -> None:
     """Prints a warning for each option of the rating that this kind does not read."""
     from corl_jax.evaluation.tsv.kinds import KINDS, YES_NO
 
-    if args.matcher != DEFAULT_MATCHER and (KINDS[kind].question == YES_NO or kind == "wemath"):
+    if args.matcher != MATCHER_NAMES[0] and (KINDS[kind].question == YES_NO or kind == "wemath"):
         print(f"warning: --matcher: has no effect on {kind}", file=sys.stderr)
     if args.mmmu_guess and kind != "mmmu":
         print(f"warning: --mmmu-guess: has no effect on {kind}", file=sys.stderr)
@@ -138,14 +138,15 @@ def rate_file(args: argparse.Namespace) -> None:
     check_rows(kind, rows)
     tell_unused_options(args, kind)
     rows, mode = apply_answer_tags(rows, args), args.answer_tag or "off"
+    options = make_rating_options(args)
     settings = {
         "suite": "tsv", "data": str(args.data), "data_sha256": hash_file(args.data),
         "predictions": str(args.predictions), "predictions_sha256": hash_file(args.predictions),
         "kind": kind, "matcher": args.matcher, "judge": KINDS[kind].judge, "answer_tag": mode,
-        "mmmu_guess_seed": GUESS_SEED if args.mmmu_guess else None,
+        "mmmu_guess_seed": options.guess_seed,
     }  # fmt: skip
     counts = count_rows(table, rows) | {"rows_without_prediction": num_missing}
-    report = tsv_report.rate_rows(table, kind, rows, make_rating_options(args), settings, counts)
+    report = tsv_report.rate_rows(table, kind, rows, options, settings, counts)
     tsv_report.print_report(report)
     if args.out is not None:
         with create_folder(args.out) as folder:
@@ -165,6 +166,8 @@ def check_rows(kind: str, rows: list[Values]) -> None:
 
 def apply_answer_tags(rows: list[Values], args: argparse.Namespace) -> list[Values]:
     """Returns the rows with the content of the last tag as prediction, if that is asked for."""
+    from corl_jax.evaluation.matching.answer_tags import OPEN, split_answer
+
     if args.answer_tag == "auto":
         return [{**row, "prediction": split_answer(row["prediction"]).prediction} for row in rows]
     tagged = sum(OPEN in row["prediction"] for row in rows)

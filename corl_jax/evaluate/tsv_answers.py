@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from tqdm import tqdm
 
 import corl_jax
 from corl_jax.devices.startup import prepare_devices
-from corl_jax.errors import InputError, Problems
+from corl_jax.errors import InputError, Preempted, Problems
 from corl_jax.evaluate import tsv, tsv_folder, tsv_report
-from corl_jax.evaluation.matching.mmmu import GUESS_SEED
+from corl_jax.evaluate.draw_run import watch_signals
+from corl_jax.evaluation.matching.answer_tags import OPEN
 from corl_jax.evaluation.tsv.images import Source, check_images, find_images, open_image
 from corl_jax.evaluation.tsv.kinds import KINDS, recognise_kind
 from corl_jax.evaluation.tsv.prompts import CORL, ROLES, VLMEVALKIT, Question, write_question
@@ -33,6 +36,7 @@ from corl_jax.train.provenance import find_commit
 from corl_jax.weights.hashing import hash_file, hash_weights
 
 MAX_NEW_TOKENS, BATCH_SIZE = 2048, 32
+IMAGE_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +74,7 @@ def answer_and_rate(args: argparse.Namespace) -> None:
         started, known = time.monotonic(), len(answers)
         answers |= answer_missing(plan, answers, dtype)
         seconds = time.monotonic() - started
-        name = Path(str(args.model)).name
-        path = args.out / f"{name}_{plan.table.name}.{args.format or 'tsv'}"
+        path = args.out / f"{name_model(plan)}_{plan.table.name}.{args.format or 'tsv'}"
         mode = args.answer_tag or "auto"
         tsv_folder.write_predictions(path, plan.table, plan.rows, answers, mode)
         # Rated from the file, so that the types that pandas finds in it count here too.
@@ -96,7 +99,13 @@ def answer_and_rate(args: argparse.Namespace) -> None:
 
 def row_has_tag(answers: dict[str, str], row: Values) -> bool:
     """Returns whether the answer to a row has an answer tag."""
-    return tsv.OPEN in answers[str(row["index"])]
+    return OPEN in answers[str(row["index"])]
+
+
+def name_model(plan: Plan) -> str:
+    """Returns the model's name in the name of the prediction file."""
+    # "." and ".." name no model.
+    return Path(str(plan.args.model)).name.strip(".") or plan.model.folder.resolve().name
 
 
 # ---- checks
@@ -212,7 +221,7 @@ def describe_settings(
         "answer_tag": args.answer_tag or "auto",
         "matcher": args.matcher,
         "judge": KINDS[kind].judge,
-        "mmmu_guess_seed": GUESS_SEED if args.mmmu_guess else None,
+        "mmmu_guess_seed": tsv.make_rating_options(args).guess_seed,
         "version": corl_jax.__version__,
         "commit": find_commit(Path(corl_jax.__file__).parent),
     }
@@ -267,36 +276,101 @@ def answer_missing(plan: Plan, answers: dict[str, str], dtype: Any) -> dict[str,
         dtype=dtype,
     )  # fmt: skip
     record, new = AppendLog(plan.args.out / tsv_folder.ANSWERS), {}
-    # Prompts with as many images have arrays of one shape.
-    groups: dict[int, list[int]] = {}
-    for number in missing:
-        groups.setdefault(len(plan.images[number]), []).append(number)
-    with tqdm(total=len(missing), unit="answer", disable=None) as bar:
-        for _, members in sorted(groups.items()):
-            for number, text in sample_group(plan, model, members, options):
-                index = plan.rows[number]["index"]
-                append(record, tsv_folder.format_answer(index, text))
-                new[str(index)] = text
-                bar.update()
-    record.close()
+    bar = tqdm(total=len(missing), unit="answer", disable=None)
+    memory = explain_memory(plan.args.batch_size or BATCH_SIZE)
+    with contextlib.closing(record), bar, watch_signals() as signals, memory:
+        for number, text in sample_rows(plan, model, missing, options, signals):
+            index = plan.rows[number]["index"]
+            append(record, tsv_folder.format_answer(index, text))
+            new[str(index)] = text
+            bar.update()
     return new
 
 
-def sample_group(plan: Plan, model: Any, members: Sequence[int], options: SamplingOptions) -> Any:
-    """Yields (number of the row, answer) of rows with equally many images."""
+def sample_rows(
+    plan: Plan, model: Any, numbers: Sequence[int], options: SamplingOptions,
+    signals: Sequence[str],
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    """Yields (number of a row, answer).
+
+    Raises: Preempted before a batch if there are `signals`.
+    """
+    # Prompts with as many images have arrays of one shape.
+    groups: dict[int, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(len(plan.images[number]), []).append(number)
+    with ThreadPoolExecutor(IMAGE_THREADS) as pool:
+        for _, members in sorted(groups.items()):
+            yield from sample_group(plan, model, members, options, signals, pool)
+
+
+def sample_group(
+    plan: Plan, model: Any, members: Sequence[int], options: SamplingOptions,
+    signals: Sequence[str], pool: ThreadPoolExecutor,
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    """Yields (number of a row, answer) of rows with equally many images."""
+    questions = [(plan.questions[n], plan.images[n]) for n in members]
+    batch_size = plan.args.batch_size or BATCH_SIZE
+    lengths = [
+        model.processor.bucket(len(encode_question(model, *question))) for question in questions
+    ]
+    # The order in which the batches take the rows.
+    order = sorted(range(len(members)), key=lambda place: lengths[place])
 
     def open_images(place: int) -> Any:
-        images = [open_image(source) for source in plan.images[members[place]]]
+        images = [open_image(source) for source in questions[place][1]]
         return images[0] if len(images) == 1 else images
 
-    rows = [make_columns(plan.questions[n], plan.images[n]) for n in members]
+    take = read_ahead(open_images, order, 2 * batch_size, pool)
+
+    def take_unless_stopped(place: int) -> Any:
+        # Images are taken before a batch: no answer of the last one is lost.
+        if signals:
+            raise Preempted(
+                f"stopped by {signals[0]}; the same command answers what is missing in "
+                f"{plan.args.out}"
+            )
+        return take(place)
+
     samples = batched.answer_rows(
-        model, rows, open_images, options,
-        system_prompt=plan.questions[members[0]].system_prompt,
-        batch_size=plan.args.batch_size or BATCH_SIZE,
+        model, [make_columns(*question) for question in questions], take_unless_stopped, options,
+        system_prompt=questions[0][0].system_prompt, batch_size=batch_size,
     )  # fmt: skip
     for sample in samples:
         yield members[sample.prompt], model.processor.decode(sample.tokens)
+
+
+def read_ahead(
+    open_images: Callable[[int], Any], order: Sequence[int], count: int, pool: ThreadPoolExecutor
+) -> Callable[[int], Any]:
+    """Returns `open_images` with the next `count` of `order` opened in threads meanwhile."""
+    waiting: dict[int, Future] = {}
+    rest = iter(order)
+
+    def take(place: int) -> Any:
+        image = waiting.pop(place).result() if place in waiting else open_images(place)
+        for following in rest:
+            if following != place:
+                waiting[following] = pool.submit(open_images, following)
+            if len(waiting) >= count:
+                break
+        return image
+
+    return take
+
+
+@contextlib.contextmanager
+def explain_memory(batch_size: int) -> Iterator[None]:
+    """Raises an InputError with a remedy if the block uses up the memory of a device."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"--batch-size: {batch_size} answers at once do not fit into the memory of the device; "
+            "give fewer, or a smaller --max-new-tokens; finished answers are kept"
+        ) from error
 
 
 def append(record: AppendLog, line: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +12,12 @@ import pytest
 
 import corl_jax
 from corl_jax.evaluate import __main__ as evaluate
+from corl_jax.evaluate import tsv as tsv_command
 from corl_jax.evaluate import tsv_answers
+from corl_jax.evaluation.matching.answer_tags import ANSWER_TAG_MODES
+from corl_jax.evaluation.matching.matchers import DEFAULT_MATCHER, MATCHERS
 from corl_jax.evaluation.tsv.images import find_images, open_image
+from corl_jax.evaluation.tsv.prompts import PROMPT_STYLES
 from corl_jax.evaluation.tsv.table import read_table
 from corl_jax.evaluation.units import read_units
 from corl_jax.policies import batched, load_policy
@@ -173,6 +178,30 @@ def test_the_default_length_is_what_the_model_has_room_for(data, tmp_path, capsy
     assert "new tokens instead of 2048: the model has no more positions" in capsys.readouterr().err
     message = refuse(capsys, *words, "--max-new-tokens", 250)
     assert "expected at most 6, which leaves room for 250 in the model's 256" in message
+
+
+def test_a_signal_stops_between_batches(data, tmp_path, monkeypatch):
+    append, signals = tsv_answers.append, []
+
+    def append_and_signal(*words):
+        append(*words)
+        if not signals:
+            signals.append(signal.raise_signal(signal.SIGTERM))
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(tsv_answers, "append", append_and_signal)
+    with pytest.raises(SystemExit) as ended:
+        ask_nano(data["choice"], out, "--prompt-style", "corl", "--batch-size", 2)
+    assert ended.value.code == 75
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 2
+    assert not (out / "report.json").exists()
+
+
+def test_names_of_options_are_those_of_the_rules():
+    assert tuple(MATCHERS) == tsv_command.MATCHER_NAMES
+    assert tsv_command.MATCHER_NAMES[0] == DEFAULT_MATCHER
+    assert tsv_command.TAG_MODES == ANSWER_TAG_MODES
+    assert tsv_command.PROMPT_STYLES == PROMPT_STYLES
 
 
 # ---- bad input, before any device

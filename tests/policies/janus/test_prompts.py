@@ -85,6 +85,12 @@ def test_several_images_come_before_the_text(processor):
     ids = processor.prompt_ids("question", columns, "Be brief.")
     expected = "Be brief.\n\n<|User|>: <image_placeholder><image_placeholder>what?\n\n"
     assert text_of(processor, ids) == expected + "<|Assistant|>:"
+    old = processor.choose_roles("old").processor
+    text = "\nwhat?\nA. x\n\nAnswer the question directly. "
+    ids = old.prompt_ids("question", columns | {"qa_problem": text, "num_images": 1})
+    expected = f"User: <image_placeholder>{text.rstrip()}\n\nAssistant:"
+    assert text_of(processor, ids) == expected
+    ids = processor.prompt_ids("question", columns)
     one = {"qa_problem": "what?"}
     assert processor.prompt_ids("question", one) == processor.mm2t_ids("what?")
     images = [[tiny_image(0), tiny_image(1)], [tiny_image(1), tiny_image(0)]]
