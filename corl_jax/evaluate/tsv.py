@@ -132,7 +132,7 @@ def rate_file(args: argparse.Namespace) -> None:
     from corl_jax.evaluation.tsv.table import read_predictions, read_table
     from corl_jax.weights.hashing import hash_file
 
-    table = read_table(args.data)
+    table = read_table(args.data, needs_images=False)
     kind = recognise_kind(table, args.kind)
     rows, num_missing = read_predictions(args.predictions, table)
     check_rows(kind, rows)

@@ -16,6 +16,8 @@ from corl_jax.nearest import suggest_name
 CHOICE, YES_NO, OPEN = "choice", "yes_no", "open"
 """Kinds of questions; also the kinds of data sets of other names."""
 EXACT_MATCHING = "exact_matching"
+KNOWN_OPEN = "vqa|gqa|vizwiz|ocrbench|llavabench|mmlongbench|olympiadbench|dynamath|openended"
+"""Names of open data sets; those of other names are asked for a direct answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ KINDS: dict[str, Kind] = {
         CHOICE, rate_choices.rate_choices, ("A", "B", "answer"),
     ),
     YES_NO: Kind("", YES_NO, rate_yes_no.rate_yes_no, ("answer",)),
-    OPEN: Kind("vqa", OPEN, rate_judged.rate_nothing, (), ""),
+    OPEN: Kind(KNOWN_OPEN, OPEN, rate_judged.rate_nothing, (), ""),
 }  # fmt: skip
 """By the name that `--kind` gives; the first whose pattern is in the data set's name counts."""
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 
 from corl_jax.data.instructions import add_instruction
-from corl_jax.evaluation.tsv.kinds import CHOICE, KINDS, YES_NO
+from corl_jax.evaluation.tsv.kinds import CHOICE, KINDS, KNOWN_OPEN, OPEN, YES_NO
 from corl_jax.evaluation.tsv.table import Values, list_options
 
 VLMEVALKIT, CORL = "vlmevalkit", "corl"
@@ -58,6 +58,9 @@ def write_question(
         return Question(f"\n{question}", SYSTEM_PROMPT)
     if kind == "mathverse" and "cot" in name and row.get(THOUGHT_COLUMN) is not None:
         return Question(str(row[THOUGHT_COLUMN]))
+    if kind == OPEN and not re.search(KNOWN_OPEN, name, re.IGNORECASE):
+        # VLMEvalKit takes a data set of an unknown name for one of choices, here without any.
+        return Question(_write_choice({}, question))
     # Without a line break behind the images.
     return Question(question + (SHORT_ANSWER if SHORT_ANSWER_SETS.search(name) else ""))
 

@@ -24,7 +24,7 @@ from corl_jax.evaluation.tsv.rating import (
     rate_hits,
     score_strata,
 )
-from corl_jax.evaluation.tsv.table import OPTION_LETTERS, PREDICTION, Values
+from corl_jax.evaluation.tsv.table import HIT, OPTION_LETTERS, PREDICTION, Values
 from corl_jax.evaluation.units import Unit
 
 BOXED = re.compile(r"\\boxed\{([^}]*)\}")
@@ -106,7 +106,7 @@ def check_mathvision(row: Values, result: Any) -> bool:
 
 
 def rate_wemath(rows: Sequence[Values], options: RatingOptions) -> Rating:
-    """Rates WeMath's composite problems by the letter behind the last word "Answer".
+    """Rates WeMath's composite problems by the letter behind the last word "Answer", or by `hit`.
 
     A composite is right or wrong as a whole, and so is each of its steps. Both steps wrong, or for
     `Loose` all of them, and the whole right is rote memorization.
@@ -115,7 +115,7 @@ def rate_wemath(rows: Sequence[Values], options: RatingOptions) -> Rating:
     letters = [read_wemath_letter(row[PREDICTION]) for row in rows]
     rating = Rating(
         verdicts=[
-            Verdict(row["index"], letter, letter is not None and letter == row.get("answer"))
+            Verdict(row["index"], letter, _is_right_wemath(row, letter))
             for row, letter in zip(rows, letters, strict=True)
         ],
         notes=["read by letters alone; the harness's default judge gpt-4o-mini reads more answers"],
@@ -146,6 +146,12 @@ def read_wemath_letter(prediction: str) -> str | None:
     """Returns the first letter behind the last "Answer", if it is one of A to H."""
     text = prediction.split("Answer")[-1].strip().translate(WEMATH_MARKS).strip()
     return text[0] if text and text[0] in WEMATH_LETTERS else None
+
+
+def _is_right_wemath(row: Values, letter: str | None) -> bool:
+    if row.get(HIT) is not None:
+        return bool(row[HIT])
+    return letter is not None and letter == row.get("answer")
 
 
 def _find_composites(

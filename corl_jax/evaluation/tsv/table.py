@@ -20,6 +20,8 @@ from corl_jax.input_files import describe_lfs_pointer, is_lfs_pointer
 OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 IMAGE, IMAGE_PATH = "image", "image_path"
 PREDICTION = "prediction"
+HIT = "hit"
+"""A verdict in a prediction file, which WeMath's rating reads."""
 INSTALL = "install it with `pip install 'corl-jax[evaluate]'`"
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d*)")
 
@@ -52,8 +54,10 @@ def import_pandas() -> Any:
     return pandas
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, *, needs_images: bool = True) -> Table:
     """Reads a data set; drops the rows without an image.
+
+    Without `needs_images` it may lack both columns of images.
 
     Raises:
         InputError: listing problems of the file, its columns, its indices and its questions.
@@ -66,9 +70,9 @@ def read_table(path: Path) -> Table:
             "tab-separated with a header, as VLMEvalKit's TSV files"
         )
     source = next((name for name in (IMAGE, IMAGE_PATH) if name in columns), None)
-    if source is None:
+    if source is None and needs_images:
         raise InputError(f"{path}: found no column image or image_path; expected one of them")
-    usable = [row for row in rows if row[source] is not None]
+    usable = [row for row in rows if source is None or row[source] is not None]
     if not usable:
         raise InputError(f"{path}: no row has a value in column {source}; expected some")
     convert_indices(path, usable)
@@ -99,7 +103,11 @@ def read_predictions(path: Path, table: Table) -> tuple[list[Values], int]:
         )
     convert_indices(path, rows)
     # As text: the two files may have indices of different types, as "1" and 1.
-    answers = {str(row["index"]): row[PREDICTION] for row in rows}
+    answers = {
+        str(row["index"]): {PREDICTION: to_text(row[PREDICTION])}
+        | ({HIT: row[HIT]} if HIT in row else {})
+        for row in rows
+    }
     known = {str(row["index"]) for row in table.rows}
     problems = Problems()
     problems.add(
@@ -109,7 +117,7 @@ def read_predictions(path: Path, table: Table) -> tuple[list[Values], int]:
     )
     problems.raise_any()
     predicted = [row for row in table.rows if str(row["index"]) in answers]
-    merged = [{**row, PREDICTION: to_text(answers[str(row["index"])])} for row in predicted]
+    merged = [row | answers[str(row["index"])] for row in predicted]
     return merged, len(table.rows) - len(merged)
 
 

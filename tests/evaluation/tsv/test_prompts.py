@@ -50,7 +50,8 @@ def test_open_data_sets_have_their_own_prompts():
     assert write("mathverse", row, "MathVerse_MINI").text == "Why?"
     short = "Why?\nAnswer the question using a single word or phrase."
     assert write("open", row, "TextVQA_VAL").text == short
-    assert write("open", row, "mine").text == "Why?"
+    assert write("open", row, "LLaVABench").text == "Why?"
+    assert write("open", row, "mine").text == "\nWhy?\nAnswer the question directly. "
 
 
 def test_corls_instruction():

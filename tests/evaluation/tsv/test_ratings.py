@@ -265,6 +265,8 @@ def test_wemaths_four_shares():
     assert line["RoteMemorization (Loose)"] == pytest.approx(100 / 3)
     assert [unit.values["score_strict"] for unit in rating.units] == [1, 0, 0, 0.5, 0, 1]
     assert "found 6 composite problems" in rating.notes[1]
+    judged = [row | {"hit": 1, "prediction": "?"} for row in rows]
+    assert rate("wemath", judged).table[0]["Score (Strict)"] == 100.0
     score = rating.scores["Score (Loose)"]
     assert score.low < score.value < score.high
 

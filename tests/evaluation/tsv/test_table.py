@@ -176,6 +176,14 @@ def test_predictions_are_texts_as_pandas_makes_them(tmp_path, data_set):
     assert [row["prediction"] for row in rows] == ["nan", "5.0"] and missing == 1
 
 
+def test_predictions_need_no_images(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("index\tquestion\n1\tq\n2\tq\n")
+    assert len(read_table(path, needs_images=False).rows) == 2
+    path.write_text("index\timage\tquestion\n1\t\tq\n2\tx\tq\n")
+    assert read_table(path, needs_images=False).num_dropped == 1
+
+
 def test_predictions_may_be_json(tmp_path, data_set):
     path = tmp_path / "p.json"
     path.write_text('[{"index": "1", "prediction": "B"}, {"index": "2", "prediction": 5}]')
