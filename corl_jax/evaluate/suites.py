@@ -23,6 +23,9 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "shapes": CommandSuite(
         "corl_jax.evaluate.shapes", "images and answers in the drawn world, checked exactly"
     ),
+    "tsv": CommandSuite(
+        "corl_jax.evaluate.tsv", "answers to a data set in VLMEvalKit's format, rated by its rules"
+    ),
     "geneval": CommandSuite("corl_jax.evaluate.harness", "images for GenEval"),
     "geneval2": CommandSuite("corl_jax.evaluate.harness", "images for GenEval 2"),
     "dpg": CommandSuite("corl_jax.evaluate.harness", "images for DPG-Bench"),

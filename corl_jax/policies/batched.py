@@ -107,6 +107,23 @@ def answer_questions(
     )  # fmt: skip
 
 
+def answer_rows(
+    model: Model,
+    rows: Sequence[Mapping[str, Any]],
+    images_of: Callable[[int], Sequence[Image.Image]],
+    options: SamplingOptions,
+    *,
+    system_prompt: str = "",
+    batch_size: int = 16,
+    show_progress: bool = False,
+) -> Iterator[Sample]:
+    """Yields an answer to each row; `images_of(i)` opens its images, equally many for all rows."""
+    yield from _sample_turn(
+        model, IMAGE_UNDERSTANDING, rows, options, images_of,
+        Batching(1, batch_size, 0, "text", show_progress), system_prompt,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Batching:
     """The number of samples, their batches, and the progress bar."""
@@ -120,7 +137,7 @@ class Batching:
 
 def _sample_turn(
     model: Model, task: Task, rows: Sequence[Mapping[str, Any]],
-    options: SamplingOptions, image_of: Callable[[int], Image.Image] | None, batching: Batching,
+    options: SamplingOptions, image_of: Callable[[int], Any] | None, batching: Batching,
     system_prompt: str = "",
 ) -> Iterator[Sample]:  # fmt: skip
     processor, turn = model.processor, task.turn

@@ -36,7 +36,11 @@ class Processor(Protocol):
     def prompt_ids(
         self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
     ) -> list[int]:
-        """Returns the unpadded token ids of the prompt of a row."""
+        """Returns the unpadded token ids of the prompt of a row.
+
+        Beside the columns of a task, a question may have `num_images` (1), all before its text, and
+        `lead` (a line break), the text between images and question.
+        """
         ...
 
     def encode(
@@ -48,7 +52,7 @@ class Processor(Protocol):
     ) -> EncodedPrompts:
         """Pads prompts on the left to `length`, or to the bucket of the longest; adds images.
 
-        A question takes one PIL image for each prompt, of any size.
+        A question takes one PIL image for each prompt, of any size, or a list of as many for all.
         """
         ...
 

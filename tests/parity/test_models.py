@@ -180,6 +180,29 @@ def test_understanding_forward(pair, padding):
     assert_close("understanding logits", found[mask], theirs(output.logits)[mask])
 
 
+def test_understanding_forward_of_two_images(pair):
+    """Two images a prompt, [B, I, S, S, 3], with text between them."""
+    tokens, images = pair.config.num_image_tokens, pixels(pair, 4)
+    rng, text = np.random.default_rng(4), (2, 3, 4)
+    pieces = [rng.integers(3, 80, (2, count)) for count in text]
+    picture = np.full((2, tokens), IMAGE_TOKEN)
+    ids = np.concatenate([pieces[0], picture, pieces[1], picture, pieces[2]], axis=1)
+    mask = np.ones(ids.shape, bool)
+    with torch.no_grad():
+        output = pair.torch(
+            input_ids=torch.from_numpy(ids), pixel_values=nchw(images),
+            attention_mask=torch.from_numpy(mask).long(), use_cache=False,
+        )  # fmt: skip
+
+    def forward(model, ids, mask, images):
+        embeds = model.prompt_embeds(ids, IMAGE_TOKEN, model.image_features(images))
+        return model.text_logits(model.language_model(embeds, mask))
+
+    # images 0 and 1 belong to prompt 0
+    found = ours(pair, forward, ids, mask, images.reshape(2, 2, *images.shape[1:]))
+    assert_close("logits behind two images", found, theirs(output.logits))
+
+
 def test_drawing_forward(pair):
     """A text prompt followed by drawn tokens, to the logits of the next drawn token."""
     ids, _ = prompts(pair, 2, 5, [0, 0], images=False)

@@ -108,8 +108,16 @@ class Janus(nnx.Module):
         return self.generation_aligner(self.generation_embeddings(tokens))
 
     def image_features(self, pixel_values: jax.Array, *, remat: Remat = "none") -> jax.Array:
-        """Computes features [B, image tokens, D] of normalised pixels [B, S, S, 3]."""
-        return self.aligner(self.vision_model(pixel_values, remat=remat))
+        """Computes features [B, image tokens, D] of normalised pixels [B, S, S, 3].
+
+        Of I images a prompt, [B, I, S, S, 3], the features [B, I * image tokens, D] are in order.
+        """
+        batch, pixels = len(pixel_values), pixel_values
+        if pixels.ndim == 5:
+            pixels = pixels.reshape(-1, *pixels.shape[2:])
+        features = self.aligner(self.vision_model(pixels, remat=remat))
+        # [B * I, T, D] -> [B, I * T, D]
+        return features.reshape(batch, -1, features.shape[-1])
 
     def prompt_embeds(
         self, input_ids: jax.Array, image_token: int, image_features: jax.Array | None = None

@@ -134,12 +134,12 @@ class Processor:
         user, assistant = self.roles
         return [user, f": {prompt.strip()}\n\n", assistant, ":", STRINGS["boi"]]
 
-    def _make_mm2t_parts(self, question: str, system_prompt: str) -> list[str]:
+    def _make_mm2t_parts(self, text: str, system_prompt: str, num_images: int) -> list[str]:
         user, assistant = self.roles
         system = f"{system_prompt.strip()}\n\n" if system_prompt.strip() else ""
-        image = STRINGS["image"]
+        images = [STRINGS["image"]] * num_images
         # The original strips the whole message, which starts with the placeholder.
-        return [system, user, ": ", image, f"\n{question.rstrip()}\n\n", assistant, ":"]
+        return [system, user, ": ", *images, f"{text.rstrip()}\n\n", assistant, ":"]
 
     def _make_think_parts(self, prompt: str) -> list[str]:
         # As for an image, but the assistant begins with a text. BOI follows that text.
@@ -179,16 +179,19 @@ class Processor:
         """Returns BOS and the prompt of a plan, behind which the plan and its image come."""
         return self._tokenize_parts(self._make_think_parts(prompt), structure=(0, 2))
 
-    def mm2t_ids(self, question: str, system_prompt: str = "") -> list[int]:
-        """Returns BOS and the understanding prompt with BOI, image tokens and EOI, unpadded."""
-        ids = self._tokenize_parts(
-            self._make_mm2t_parts(question, system_prompt), structure=(1, 3, 5)
-        )
+    def mm2t_ids(
+        self, question: str, system_prompt: str = "", *, num_images: int = 1, lead: str = "\n"
+    ) -> list[int]:
+        """Returns BOS and the understanding prompt with BOI, image tokens and EOI, unpadded.
+
+        All images come first, then `lead` and the question.
+        """
+        parts = self._make_mm2t_parts(lead + question, system_prompt, num_images)
+        ids = self._tokenize_parts(parts, structure=(1, *range(3, 3 + num_images), 4 + num_images))
         # [.., IMAGE, ..] -> [.., BOI, IMAGE x 576, EOI, ..]; the user's text cannot contain IMAGE
-        slot = ids.index(self.special.image)
         special = self.special
         image = [special.boi, *[special.image] * self.num_image_tokens, special.eoi]
-        return ids[:slot] + image + ids[slot + 1 :]
+        return [i for token in ids for i in (image if token == special.image else [token])]
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
         """Left-pads rows of ids to `length`, or to the bucket of the longest row."""
@@ -256,21 +259,27 @@ class Processor:
         if prompt == THINK:
             return self.think_ids(columns["prompt"])
         assert prompt == QUESTION, prompt
-        return self.mm2t_ids(columns["qa_problem"], system_prompt)
+        return self.mm2t_ids(
+            columns["qa_problem"], system_prompt, num_images=columns.get("num_images", 1),
+            lead=columns.get("lead", "\n"),
+        )  # fmt: skip
 
     def encode(
         self,
         prompt: str,
         ids: Sequence[Sequence[int]],
-        images: Sequence[Image.Image] | None = None,
+        images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
         length: int | None = None,
     ) -> EncodedPrompts:
-        """Pads prompts of the kind `prompt`, as `pad`; a question gets its image's pixels."""
+        """Pads prompts of the kind `prompt`, as `pad`; a question gets its images' pixels.
+
+        The pixels are [B, S, S, 3], or [B, I, S, S, 3] if all prompts have lists of I images.
+        """
         encoded = self.pad(ids, length)
         if prompt != QUESTION:
             return encoded
         assert images is not None, "a question is about an image"
-        pixels = np.stack([self.preprocess_image(image) for image in images])
+        pixels = np.stack([self._preprocess_images(image) for image in images])
         return dataclasses.replace(encoded, pixel_values=pixels)
 
     def bucket(self, length: int) -> int:
@@ -314,6 +323,11 @@ class Processor:
     def preprocess_image(self, image: Image.Image) -> np.ndarray:
         """Returns an image as normalised float32 [S, S, 3]; see `image_settings`."""
         return preprocess_image(image, self.image)
+
+    def _preprocess_images(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+        if isinstance(images, Image.Image):
+            return self.preprocess_image(images)
+        return np.stack([self.preprocess_image(image) for image in images])
 
 
 def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:

@@ -80,6 +80,25 @@ def test_templates_to_the_letter(processor):
     assert text_of(processor, brief) == "Be brief.\n\n" + expected
 
 
+def test_several_images_come_before_the_text(processor):
+    columns = {"qa_problem": "what? ", "num_images": 2, "lead": ""}
+    ids = processor.prompt_ids("question", columns, "Be brief.")
+    expected = "Be brief.\n\n<|User|>: <image_placeholder><image_placeholder>what?\n\n"
+    assert text_of(processor, ids) == expected + "<|Assistant|>:"
+    old = processor.choose_roles("old").processor
+    text = "\nwhat?\nA. x\n\nAnswer the question directly. "
+    ids = old.prompt_ids("question", columns | {"qa_problem": text, "num_images": 1})
+    expected = f"User: <image_placeholder>{text.rstrip()}\n\nAssistant:"
+    assert text_of(processor, ids) == expected
+    ids = processor.prompt_ids("question", columns)
+    one = {"qa_problem": "what?"}
+    assert processor.prompt_ids("question", one) == processor.mm2t_ids("what?")
+    images = [[tiny_image(0), tiny_image(1)], [tiny_image(1), tiny_image(0)]]
+    pixels = processor.encode("question", [ids, ids], images).pixel_values
+    assert pixels.shape[:2] == (2, 2) and np.array_equal(pixels[0, 0], pixels[1, 1])
+    assert not np.array_equal(pixels[0, 0], pixels[0, 1])
+
+
 def test_padded_ids_equal_transformers(processor, model_dir):
     reference = janus_processor(model_dir)
     prompts = ["a cat", "two blue squares left of a yellow shape — ünïcode 🙂"]

@@ -1,0 +1,1 @@
+"""Reads choices, yes or no, and values out of answers, by the rules of benchmark harnesses."""

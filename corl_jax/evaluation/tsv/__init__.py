@@ -1,0 +1,1 @@
+"""Reads data sets in VLMEvalKit's TSV format, asks as Janus is asked there, and rates answers."""
