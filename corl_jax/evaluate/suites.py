@@ -23,4 +23,7 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "shapes": CommandSuite(
         "corl_jax.evaluate.shapes", "images and answers in the drawn world, checked exactly"
     ),
+    "geneval-score": CommandSuite(
+        "corl_jax.evaluate.geneval_score", "GenEval's rules on detections, or its results"
+    ),
 }

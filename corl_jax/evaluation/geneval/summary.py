@@ -1,0 +1,213 @@
+"""Summarises verdicts on GenEval's images: the official numbers, with intervals over prompts.
+
+Source: GenEval, evaluation/summary_scores.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from corl_jax.errors import Problems
+from corl_jax.evaluation.bootstrap import bootstrap_interval
+from corl_jax.evaluation.units import Unit
+
+PROMPTS = {
+    "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,
+    "color_attr": 100,
+}  # fmt: skip
+"""Tag -> number of prompts in evaluation_metadata.jsonl."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageResult:
+    """The verdict on an image."""
+
+    filename: str
+    tag: str
+    prompt: str
+    correct: bool
+    metadata: str  # the demand as JSON, which tells prompts apart
+
+
+@dataclasses.dataclass(frozen=True)
+class TagScore:
+    """The score of a tag: the share of its images that are correct, with a 95% interval."""
+
+    hits: int
+    images: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The official numbers. Intervals are bootstraps of prompts within tags."""
+
+    images: int
+    prompts: int
+    correct_images: float
+    correct_prompts: float  # with any correct image
+    tags: dict[str, TagScore]
+    overall: float  # the unweighted mean over tags
+    low: float
+    high: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return dataclasses.asdict(self)
+
+
+def parse_results(rows: Sequence[tuple[int, Mapping[str, Any]]], path: Any) -> list[ImageResult]:
+    """Returns the verdicts of the official results.jsonl. Raises: InputError listing problems."""
+    problems, results = Problems(), []
+    for number, row in rows:
+        texts = {key: row.get(key) for key in ("filename", "tag", "prompt", "metadata")}
+        if isinstance(texts["metadata"], dict):
+            texts["metadata"] = json.dumps(texts["metadata"])
+        where = f"{path}:{number}"
+        problems.add(
+            f"{where}: {key} is {value!r}; expected a text"
+            for key, value in texts.items()
+            if not isinstance(value, str)
+        )
+        if not isinstance(row.get("correct"), bool):
+            problems.add(f"{where}: correct is {row.get('correct')!r}; expected true or false")
+        values = {key: str(value) for key, value in texts.items()}
+        results.append(ImageResult(**values, correct=bool(row.get("correct"))))
+    problems.raise_any()
+    return results
+
+
+def summarize_results(results: Sequence[ImageResult]) -> Summary:
+    """Computes the official numbers with their intervals."""
+    strata = count_hits(results)
+    tags = {}
+    for tag, counts in strata.items():
+        hits, images = counts.sum(axis=0)
+        interval = bootstrap_interval([counts], average_images)
+        tags[tag] = TagScore(int(hits), int(images), float(hits / images), *interval)
+    # The official summary tells prompts apart by their demands.
+    correct = {result.metadata: False for result in results}
+    for result in results:
+        correct[result.metadata] |= result.correct
+    return Summary(
+        len(results),
+        len(correct),
+        float(np.mean([result.correct for result in results])),
+        float(np.mean([*correct.values()])),
+        tags,
+        float(np.mean([score.mean for score in tags.values()])),
+        *bootstrap_interval([*strata.values()], average_images),
+    )
+
+
+def average_images(strata: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the mean over tags of correct images over images, of counts [draws, prompts, 2]."""
+    totals = [counts.sum(axis=1) for counts in strata]
+    return np.mean([total[:, 0] / total[:, 1] for total in totals], axis=0)
+
+
+def count_hits(results: Iterable[ImageResult]) -> dict[str, np.ndarray]:
+    """Returns tag -> correct images and images of each prompt, [prompts, 2]."""
+    counts: dict[str, dict[str, list[int]]] = {}
+    for result in results:
+        pair = counts.setdefault(result.tag, {}).setdefault(name_unit(result), [0, 0])
+        pair[0] += result.correct
+        pair[1] += 1
+    return {tag: np.array([*prompts.values()]) for tag, prompts in counts.items()}
+
+
+def name_unit(result: ImageResult) -> str:
+    """Returns the number of the prompt's folder, or its text if the path has no such folder."""
+    # FOLDER/00012/samples/0000.png -> 00012
+    parts = PurePath(result.filename).parts
+    if len(parts) >= 3 and parts[-2] == "samples" and parts[-3].isdigit():
+        return parts[-3]
+    return result.prompt
+
+
+def make_units(results: Sequence[ImageResult]) -> list[Unit]:
+    """Returns a unit for each prompt: the share of its images that are correct.
+
+    Raises: InputError if images of one prompt have different demands.
+    """
+    groups: dict[str, list[ImageResult]] = {}
+    for result in results:
+        groups.setdefault(name_unit(result), []).append(result)
+    problems = Problems()
+    for name, group in groups.items():
+        others = [result for result in group if result.metadata != group[0].metadata]
+        if others:
+            problems.add(
+                f"prompt {name}: {group[0].filename} and {others[0].filename} have different "
+                "metadata; expected one demand for each folder (or prompt)"
+            )
+    problems.raise_any()
+    return [
+        Unit(name, group[0].tag, {"correct": float(np.mean([result.correct for result in group]))})
+        for name, group in groups.items()
+    ]
+
+
+def find_incomplete(results: Sequence[ImageResult]) -> list[str]:
+    """Returns warnings for what makes the overall score another one than GenEval's."""
+    warnings, numbers = [], {tag: len(counts) for tag, counts in count_hits(results).items()}
+    missing_tags = [tag for tag in PROMPTS if tag not in numbers]
+    if missing_tags:
+        warnings.append(
+            f"no images of {', '.join(missing_tags)}: the overall score is a mean over the other "
+            "tags, and no GenEval score"
+        )
+    unknown_tags = [tag for tag in numbers if tag not in PROMPTS]
+    if unknown_tags:
+        warnings.append(f"{', '.join(unknown_tags)}: no tag of GenEval, but part of the overall")
+    total = sum(numbers.values())
+    if total != sum(PROMPTS.values()):
+        warnings.append(f"{total} prompts; GenEval has {sum(PROMPTS.values())}")
+    images = {int(n) for counts in count_hits(results).values() for n in counts[:, 1]}
+    if len(images) > 1:
+        warnings.append(
+            f"between {min(images)} and {max(images)} images of a prompt; expected equal numbers, "
+            "as prompts with more images weigh more"
+        )
+    return warnings
+
+
+def format_official(summary: Summary) -> str:
+    """Returns the text that the official script prints."""
+    lines = [
+        "Summary",
+        "=======",
+        f"Total images: {summary.images}",
+        f"Total prompts: {summary.prompts}",
+        f"% correct images: {summary.correct_images:.2%}",
+        f"% correct prompts: {summary.correct_prompts:.2%}",
+        "",
+        "Task breakdown",
+        "==============",
+        *(
+            f"{tag:<16} = {score.mean:.2%} ({score.hits} / {score.images})"
+            for tag, score in summary.tags.items()
+        ),
+        "",
+        f"Overall score (avg. over tasks): {summary.overall:.5f}",
+    ]
+    return "\n".join(lines)
+
+
+def format_intervals(summary: Summary) -> str:
+    """Returns the scores with their 95% intervals, in per cent."""
+    rows = [(tag, score.mean, score.low, score.high) for tag, score in summary.tags.items()]
+    rows.append(("overall", summary.overall, summary.low, summary.high))
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'tag':{width}}     mean   95% interval"]
+    for name, mean, low, high in rows:
+        lines.append(f"{name:{width}} {mean:8.2%} {100 * low:6.2f} .. {100 * high:.2f}")
+    return "\n".join(lines)
