@@ -31,7 +31,7 @@ POSITION_PERIOD = 10_000  # the longest wavelength of position encodings, over 2
 
 @dataclasses.dataclass(frozen=True)
 class Mask2FormerConfig:
-    """Sizes of the network."""
+    """Sizes of the network, and of the images that it was trained for."""
 
     backbone: SwinConfig = dataclasses.field(default_factory=SwinConfig)
     hidden_size: int = 256  # of the pixel decoder and of the queries
@@ -44,6 +44,9 @@ class Mask2FormerConfig:
     num_queries: int = 100
     num_classes: int = 80
     layer_norm_eps: float = 1e-5
+    # Images are resized so that they just fit into these sides.
+    shorter_side: int = 800
+    longer_side: int = 1333
 
 
 @dataclasses.dataclass(frozen=True)
