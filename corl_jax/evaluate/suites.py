@@ -26,4 +26,12 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "geneval-score": CommandSuite(
         "corl_jax.evaluate.geneval_score", "GenEval's rules on detections, or its results"
     ),
+    "geneval2-score": CommandSuite(
+        "corl_jax.evaluate.geneval2_score", "Soft-TIFA, TIFA or VQAScore of GenEval 2"
+    ),
+    "dpg-score": CommandSuite("corl_jax.evaluate.dpg_score", "DPG-Bench from a judge's answers"),
+    "wise-score": CommandSuite("corl_jax.evaluate.wise_score", "WISE from a judge's texts"),
+    "compbench-score": CommandSuite(
+        "corl_jax.evaluate.compbench_score", "T2I-CompBench from its scorers' files"
+    ),
 }

@@ -43,6 +43,11 @@ def average_units(strata: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(strata), axis=1).mean(axis=1)
 
 
+def compute_statistic(strata: Sequence[np.ndarray], statistic: Statistic = average_strata) -> float:
+    """Returns the statistic of the strata as they are."""
+    return float(statistic([np.asarray(values, np.float64)[None] for values in strata])[0])
+
+
 def bootstrap_interval(
     strata: Sequence[np.ndarray],
     statistic: Statistic = average_strata,
@@ -91,10 +96,9 @@ def paired_bootstrap(
     low, high = np.quantile(differences, LEVELS)
     # One more on both sides of the fraction: a p-value of 0 would claim more than draws can show.
     tails = [(1 + np.sum(side)) / (1 + draws) for side in (differences <= 0, differences >= 0)]
-    means = [float(statistic([values[None] for values in side])[0]) for side in (first, second)]
-    return PairedDifference(
-        *means, means[1] - means[0], float(low), float(high), float(min(1.0, 2 * min(tails)))
-    )
+    before, after = (compute_statistic(side, statistic) for side in (first, second))
+    p_value = float(min(1.0, 2 * min(tails)))
+    return PairedDifference(before, after, after - before, float(low), float(high), p_value)
 
 
 def _check_strata(strata: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -99,7 +99,7 @@ def read_masks(row: Mapping[str, Any], name: str, folder: Path) -> list[np.ndarr
 
 def _parse_image(row: dict[str, Any]) -> ImageDetections:
     problems = Problems()
-    metadata = row.get("metadata")
+    metadata: Any = row.get("metadata")
     if isinstance(metadata, str):  # as the official results hold it
         try:
             metadata = json.loads(metadata)
@@ -122,6 +122,7 @@ def _parse_image(row: dict[str, Any]) -> ImageDetections:
         with problems.collect(f"detections[{place}]: "):
             detections.setdefault(*_start_class(item)).append(_parse_detection(item))
     problems.raise_any()
+    assert isinstance(metadata, dict)  # otherwise there was a problem
     return ImageDetections(row["filename"], metadata, detections)
 
 

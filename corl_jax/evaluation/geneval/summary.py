@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.errors import Problems
-from corl_jax.evaluation.bootstrap import bootstrap_interval
+from corl_jax.evaluation.scores import Score, format_scores
 from corl_jax.evaluation.units import Unit
 
 PROMPTS = {
@@ -37,13 +37,11 @@ class ImageResult:
 
 @dataclasses.dataclass(frozen=True)
 class TagScore:
-    """The score of a tag: the share of its images that are correct, with a 95% interval."""
+    """The share of a tag's images that are correct."""
 
     hits: int
     images: int
-    mean: float
-    low: float
-    high: float
+    score: Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +53,7 @@ class Summary:
     correct_images: float
     correct_prompts: float  # with any correct image
     tags: dict[str, TagScore]
-    overall: float  # the unweighted mean over tags
-    low: float
-    high: float
+    overall: Score  # the unweighted mean over tags
 
     def as_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -91,8 +87,7 @@ def summarize_results(results: Sequence[ImageResult]) -> Summary:
     tags = {}
     for tag, counts in strata.items():
         hits, images = counts.sum(axis=0)
-        interval = bootstrap_interval([counts], average_images)
-        tags[tag] = TagScore(int(hits), int(images), float(hits / images), *interval)
+        tags[tag] = TagScore(int(hits), int(images), Score.of([counts], average_images))
     # The official summary tells prompts apart by their demands.
     correct = {result.metadata: False for result in results}
     for result in results:
@@ -103,8 +98,7 @@ def summarize_results(results: Sequence[ImageResult]) -> Summary:
         float(np.mean([result.correct for result in results])),
         float(np.mean([*correct.values()])),
         tags,
-        float(np.mean([score.mean for score in tags.values()])),
-        *bootstrap_interval([*strata.values()], average_images),
+        Score.of([*strata.values()], average_images),
     )
 
 
@@ -193,21 +187,18 @@ def format_official(summary: Summary) -> str:
         "Task breakdown",
         "==============",
         *(
-            f"{tag:<16} = {score.mean:.2%} ({score.hits} / {score.images})"
-            for tag, score in summary.tags.items()
+            f"{tag:<16} = {row.score.mean:.2%} ({row.hits} / {row.images})"
+            for tag, row in summary.tags.items()
         ),
         "",
-        f"Overall score (avg. over tasks): {summary.overall:.5f}",
+        f"Overall score (avg. over tasks): {summary.overall.mean:.5f}",
     ]
     return "\n".join(lines)
 
 
 def format_intervals(summary: Summary) -> str:
     """Returns the scores with their 95% intervals, in per cent."""
-    rows = [(tag, score.mean, score.low, score.high) for tag, score in summary.tags.items()]
-    rows.append(("overall", summary.overall, summary.low, summary.high))
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{'tag':{width}}     mean   95% interval"]
-    for name, mean, low, high in rows:
-        lines.append(f"{name:{width}} {mean:8.2%} {100 * low:6.2f} .. {100 * high:.2f}")
-    return "\n".join(lines)
+    scores = {tag: tag_score.score for tag, tag_score in summary.tags.items()}
+    return format_scores(
+        {name: score.times(100) for name, score in (scores | {"overall": summary.overall}).items()}
+    )
