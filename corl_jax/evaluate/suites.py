@@ -23,6 +23,9 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "shapes": CommandSuite(
         "corl_jax.evaluate.shapes", "images and answers in the drawn world, checked exactly"
     ),
+    "geneval-detect": CommandSuite(
+        "corl_jax.evaluate.geneval_detect", "GenEval in process: detector, colours and rules"
+    ),
     "geneval-score": CommandSuite(
         "corl_jax.evaluate.geneval_score", "GenEval's rules on detections, or its results"
     ),

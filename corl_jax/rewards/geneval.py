@@ -37,10 +37,10 @@ def score_geneval(samples: Samples, context: Context, *, score: Score = "dense")
     judged = [demand or {"tag": "", "include": []} for demand in demands]
     with context.network("mask2former") as network, context.network("clip_l14") as clip:
         detector, classify_crops = make_detector(network), make_crop_classifier(clip)
-        objects = detect_objects(samples.require_images(), judged, detector, classify_crops)
+        detections = detect_objects(samples.require_images(), judged, detector, classify_crops)
     scores = [
-        float("nan") if demand is None else getattr(score_image(demand, found), score)
-        for demand, found in zip(demands, objects, strict=True)
+        float("nan") if demand is None else getattr(score_image(demand, objects), score)
+        for demand, objects in zip(demands, detections, strict=True)
     ]
     return np.array(scores, np.float32)
 

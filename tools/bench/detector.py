@@ -18,10 +18,7 @@ from tools.bench.weights import draw_params
 
 
 def measure_detector(setting: Setting) -> Iterator[Record]:
-    """Measures images of the model's size for each dtype and number of images at once.
-
-    `temp_gb` is the memory of intermediate results that the compiler plans.
-    """
+    """Measures images of the model's size for each dtype and number of images at once."""
     config = setting.size.networks["mask2former"]
     side = setting.size.janus.siglip.image_size
     random = draw_params(modules.make_abstract(Mask2Former, config), 1)
@@ -33,11 +30,5 @@ def measure_detector(setting: Setting) -> Iterator[Record]:
             timing = measure(
                 functools.partial(find_instances, config, params, images), setting.repeats
             )
-            compiled = find_instances.lower(config, params, images).compile()
-            memory = compiled.memory_analysis()
-            figures = {
-                "images": batch,
-                "images_per_s": batch / timing.median,
-                "temp_gb": memory.temp_size_in_bytes / 1e9 if memory else 0.0,
-            }
+            figures = {"images": batch, "images_per_s": batch / timing.median}
             yield Record("detector", f"{batch} images, {name}", timing, figures)

@@ -71,12 +71,12 @@ class JaxDetector:
             def take(index: np.ndarray, rows=rows, pixels=pixels) -> tuple[np.ndarray]:
                 return (pixels[rows[index]],)
 
-            found = Instances(
+            instances = Instances(
                 *run_in_pieces(program, take, len(rows), self.images_at_once, network.params)
             )
             for index, number in enumerate(numbers):
-                one = jax.tree.map(lambda x, index=index: x[index], found)
-                detections[number] = name_instances(one, pixels.shape[2], self.min_score)
+                image = jax.tree.map(lambda x, index=index: x[index], instances)
+                detections[number] = name_instances(image, pixels.shape[2], self.min_score)
         return detections
 
 
@@ -99,24 +99,24 @@ def read_pixels(image: Picture) -> np.ndarray:
     return image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
 
 
-def name_instances(found: Any, width: int, min_score: float) -> dict[str, list[Detection]]:
+def name_instances(image: Any, width: int, min_score: float) -> dict[str, list[Detection]]:
     """Returns the objects of one image by class name, by falling score.
 
-    `found` are `Instances` of one image, without the first axis. Classes beyond GenEval's, of a
+    `image` are its `Instances`, without the first axis. Classes beyond GenEval's, of a
     network that also knows COCO's stuff, are left out.
     """
     detections: dict[str, list[Detection]] = {}
-    order = np.argsort(-found.scores, kind="stable")
-    for index in order[found.scores[order] > np.float32(min_score)]:
-        if found.labels[index] >= len(CLASSES):
+    order = np.argsort(-image.scores, kind="stable")
+    for index in order[image.scores[order] > np.float32(min_score)]:
+        if image.labels[index] >= len(CLASSES):
             continue
-        query = found.queries[index]
+        query = image.queries[index]
         detection = Detection(
-            box=tuple(float(edge) for edge in found.boxes[query]),
-            score=float(found.scores[index]),
-            mask=unpack_mask(found.masks[query], width),
+            box=tuple(float(edge) for edge in image.boxes[query]),
+            score=float(image.scores[index]),
+            mask=unpack_mask(image.masks[query], width),
         )
-        detections.setdefault(CLASSES[found.labels[index]], []).append(detection)
+        detections.setdefault(CLASSES[image.labels[index]], []).append(detection)
     return detections
 
 
@@ -147,9 +147,9 @@ class TorchDetector:
                 for x in (out.class_queries_logits, out.masks_queries_logits)
             )
             padded = (inputs.shape[1], inputs.shape[2])
-            found = _select(classes, masks, padded, resized, sides)
-            one = jax.tree.map(lambda x: np.asarray(x)[0], found)
-            detections.append(name_instances(one, sides[1], self.min_score))
+            instances = _select(classes, masks, padded, resized, sides)
+            first = jax.tree.map(lambda x: np.asarray(x)[0], instances)
+            detections.append(name_instances(first, sides[1], self.min_score))
         return detections
 
 

@@ -37,8 +37,8 @@ def score_geneval_images(
     """
     detections = detect_objects(images, metadata, detector, color_classifier, rules)
     return [
-        judge_image(demand, found, rules=rules)
-        for demand, found in zip(metadata, detections, strict=True)
+        judge_image(demand, objects, rules=rules)
+        for demand, objects in zip(metadata, detections, strict=True)
     ]
 
 
