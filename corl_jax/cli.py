@@ -47,6 +47,9 @@ COMMANDS: dict[str, Command] = {
         USING,
         "Measure a model, or score files of answers and images.",
     ),
+    "compare": Command(
+        "corl_jax.compare.__main__", USING, "Compare two evaluations of the same prompts."
+    ),
     "score": Command(
         "corl_jax.score.__main__", USING, "Score images or answers in a file with a reward."
     ),

@@ -32,7 +32,7 @@ LAYERS = {
     "rewards": 3, "evaluation": 3, "sampling_options": 3, "inference": 3, "report": 3,
     "train": 4, "api": 4,
     "plan": 5, "study": 5, "convert": 5, "merge": 5, "score": 5, "quickstart": 5,
-    "evaluate": 5,
+    "evaluate": 5, "compare": 5,
 }  # fmt: skip
 COMMANDS = 5
 # Inside a layer only these are forbidden: (importer, imported); GenEval's rules are no suite.

@@ -70,7 +70,9 @@ def score_answers(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     if args.out is not None:
         problems.attempt(check_output_folder, args.out, "--out")
     questions = problems.attempt(dpg_rules.read_questions, args.csv)
-    answers = questions and problems.attempt(dpg_rules.read_answers, args.results, questions)
+    answers = None
+    if questions:
+        answers = problems.attempt(dpg_rules.read_answers, args.results, questions)
     problems.raise_any()
     assert questions and answers  # otherwise there was a problem
     shortened = dpg_rules.read_questions(args.csv, drop_first=True)

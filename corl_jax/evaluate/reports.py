@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.atomic_files import create_folder
-from corl_jax.evaluation.units import SCORES_FILE, Unit, format_units
-
-REPORT_FILE = "report.json"
+from corl_jax.evaluation.units import REPORT_FILE, SCORES_FILE, Unit, format_units
 
 
 def write_scores(

@@ -9,7 +9,7 @@ greedily and compared with its solution. Guidance, temperature and length that a
 those of the checkpoint. Without --data, the rows are of the split `test` of the drawn world, made
 in memory from the seed. With --data, they are the first rows of files with the columns that
 `corl-jax data` writes. Prints each rate with its 95% interval (Wilson).
---out writes report.json, grid.png and answers.jsonl.
+--out writes report.json, scores.jsonl, grid.png and answers.jsonl.
 """
 
 from __future__ import annotations
@@ -321,15 +321,17 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
 
 
 def write_report(out: Path, report: Any, settings: dict[str, Any]) -> None:
-    """Writes report.json, grid.png and answers.jsonl; all of them or none."""
+    """Writes report.json, scores.jsonl, grid.png and answers.jsonl; all of them or none."""
     from PIL import Image
 
     from corl_jax.data.questions import to_json_line
+    from corl_jax.evaluation.units import REPORT_FILE, SCORES_FILE, format_units
 
     with create_folder(out) as folder:
         content = {"settings": settings, **report.as_json()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / SCORES_FILE).write_text(format_units(report.units()), encoding="utf-8")
         Image.fromarray(report.draw().pixels).save(folder / "grid.png")
         lines = [to_json_line({"row": row, **answer}) for row, answer in enumerate(report.answers)]
         (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -44,11 +44,10 @@ def read_result(path: Path) -> np.ndarray:
     expected = (
         f'expected a list of {{"question_id": NUMBER, "answer": NUMBER}}, as in {RESULT_FILE}'
     )
+    text = read_text(path, RESULT_FILE)
     try:
-        rows = json.loads(read_text(path, RESULT_FILE))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: not JSON ({error}); {expected}") from None
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: found no list of answers; {expected}")
@@ -68,8 +67,8 @@ def multiply_chunks(answers: Sequence[np.ndarray], is_asked: Sequence[np.ndarray
     scorer writes them.
     """
     product = np.ones(len(answers[0]), np.float32)
-    for values, asked in zip(answers, is_asked, strict=True):
-        product *= np.where(asked, values, 1.0).astype(np.float32)
+    for values, has_chunk in zip(answers, is_asked, strict=True):
+        product *= np.where(has_chunk, values, 1.0).astype(np.float32)
     return np.array([float(f"{value:.4f}") for value in product.tolist()])
 
 
@@ -194,11 +193,10 @@ def _parse_answer(row: Any) -> float:
 
 
 def _read_asked(path: Path) -> np.ndarray:
+    text = read_text(path, "JSON")
     try:
-        return np.array([row["question"] != "" for row in json.loads(read_text(path, "JSON"))])
+        return np.array([row["question"] != "" for row in json.loads(text)])
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{path}: {type(error).__name__} {error}; expected a list of objects with `question`, "
             "as BLIP_vqa.py writes it"

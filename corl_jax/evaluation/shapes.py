@@ -24,6 +24,7 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.estimates import Z_95
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.suite import EvaluationInputs
+from corl_jax.evaluation.units import Unit
 from corl_jax.policies.turns import bind_sampler, decode_segment, sample_turn
 from corl_jax.rewards.answers import read_solution
 from corl_jax.rewards.text import format_reward, qa_accuracy
@@ -46,6 +47,7 @@ class ShapesReport:
     prompts: list[str]
     passed: list[bool]  # whether the image shows what its prompt demands
     answers: list[dict[str, Any]]  # question, answer, solution, qa_type, correct, format
+    categories: list[str] = dataclasses.field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Returns `eval/NAME`, `eval/NAME_low` and `eval/NAME_high` of each rate with tries."""
@@ -75,6 +77,18 @@ class ShapesReport:
             for prompt, passed in zip(self.prompts, self.passed, strict=True)
         ]
         return {"rows": len(self.prompts), "rates": rates, "drawings": drawings}
+
+    def units(self) -> list[Unit]:
+        """Returns a unit for each row: whether its image and its answer are right."""
+        rows = zip(self.prompts, self.categories, self.passed, self.answers, strict=True)
+        return [
+            Unit(
+                f"{number:05}: {prompt}",
+                category,
+                {"draw": float(passed), "answer": float(answer["correct"])},
+            )
+            for number, (prompt, category, passed, answer) in enumerate(rows)
+        ]
 
     def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> pictures.Page:
         """Returns a page of the first images, with verdict and prompt below each.
@@ -246,7 +260,7 @@ def _make_report(
     columns = {name: [value for *_, c in pieces for value in c[name]] for name in COLUMNS}
     passed, answers = score_images(images, columns), score_answers(texts, columns)
     rates = compute_rates(passed, columns["category"], answers, gather)
-    return ShapesReport(rates, images, columns["prompt"], passed, answers)
+    return ShapesReport(rates, images, columns["prompt"], passed, answers, columns["category"])
 
 
 def _parse_spec(value: str | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -67,8 +67,9 @@ def read_score_lists(path: Path, prompts: Sequence[Prompt]) -> list[list[float]]
     Raises: InputError if it is of another form, or does not fit the prompts.
     """
     expected = "expected the --output_file of GenEval 2's evaluation.py, a list of lists of numbers"
+    text = read_text(path, "JSON")
     try:
-        lists = json.loads(read_text(path, "JSON"))
+        lists = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); {expected}") from None
     if not isinstance(lists, list) or not all(isinstance(scores, list) for scores in lists):

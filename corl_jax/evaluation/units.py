@@ -14,6 +14,7 @@ from pathlib import Path
 from corl_jax.errors import InputError, Problems
 
 SCORES_FILE = "scores.jsonl"
+REPORT_FILE = "report.json"  # beside it: {"settings": {..}, ..}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ def read_units(folder: Path) -> list[Unit]:
     """Reads the units of an evaluation folder. Raises: InputError naming the file and the line."""
     path = folder / SCORES_FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also splits at characters such as U+2028, which prompts may have.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); expected the --out folder of corl-jax evaluate"
@@ -55,7 +57,7 @@ def read_units(folder: Path) -> list[Unit]:
         if unit.name in names:
             problems.add(f"{path}: unit {unit.name} stands twice; expected each unit once")
         names.add(unit.name)
-    if not lines:
+    if lines == [""]:
         problems.add(f"{path}: is empty; expected a line for each unit")
     problems.raise_any()
     return units

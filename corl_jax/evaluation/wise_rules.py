@@ -162,14 +162,14 @@ def _read_rows(path: Path) -> list[Any]:
 def _read_row_scores(row: Mapping[str, Any], version: str) -> Mapping[str, float] | None:
     names = VERSIONS[version].names
     if any(name in row for name in names):
-        values = [row.get(name) for name in names]
-        for name, value in zip(names, values, strict=True):
+        scores: dict[str, Any] = {name: row.get(name) for name in names}
+        for name, value in scores.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not math.isfinite(value):
                 raise InputError(f"{name} is {value!r}; expected a number")
-        if version == "verified" and values[0] not in (0, 1):
-            raise InputError(f"score is {values[0]!r}; expected 0 or 1")
-        return dict(zip(names, values, strict=True))
+        if scores.get("score", 0) not in (0, 1):
+            raise InputError(f"score is {scores['score']!r}; expected 0 or 1")
+        return scores
     if not isinstance(row.get("evaluation"), str):
         raise InputError(
             f"found {', '.join(row)}; expected {', '.join(names)} (version {version}), or the "

@@ -64,6 +64,8 @@ def test_every_command_has_a_main(name):
         (["train", "minimal", "--print-config"], 0, "path: nano"),
         (["generate", "--help"], 0, "usage: corl-jax generate"),
         (["evaluate", "--help"], 0, "usage: corl-jax evaluate"),
+        (["compare", "--help"], 0, "usage: corl-jax compare"),
+        (["compare", "nowhere", "docs", "--draws", "0"], 2, "nowhere: no such folder"),
         (["data", "--help"], 0, "usage: corl-jax data"),
         (["score", "--help"], 0, "usage: corl-jax score"),
         (["report", "--help"], 0, "usage: corl-jax report"),

@@ -1,0 +1,1 @@
+"""Compares two evaluations of the same prompts or questions."""
