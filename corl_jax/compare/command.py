@@ -15,11 +15,11 @@ from corl_jax.evaluation.comparison import ComparedScore, compare_units, format_
 from corl_jax.evaluation.units import REPORT_FILE, read_units
 from corl_jax.input_files import read_text
 
-SUITE = "suite"
+SUITE, WEIGHTS = "suite", "category_weights"
 # With other values of these the pairs would not be pairs: other noise, rows or rules of the score.
 SHARED_SETTINGS = (
-    SUITE, "seed", "world", "images_per_prompt", "prompt_style", "matcher", "max_overlap", "method",
-    "version", "score",
+    SUITE, "seed", "prompts_sha256", "world", "images_per_prompt", "prompt_style", "matcher",
+    "max_overlap", "method", "version", "score",
 )  # fmt: skip
 
 
@@ -27,13 +27,14 @@ def run_compare(args: argparse.Namespace) -> None:
     """Prints the comparison. Raises: InputError listing why the folders cannot be compared."""
     problems = Problems()
     folders = (args.first, args.second)
-    settings = [problems.attempt(read_settings, folder) for folder in folders]
+    reports = [problems.attempt(read_report, folder) for folder in folders]
     units = [problems.attempt(read_units, folder) for folder in folders]
     problems.raise_any()
-    first, second = (value or {} for value in settings)
+    first, second = (report["settings"] for report in reports if report is not None)
     problems.add(find_setting_problems(first, second))
     problems.raise_any()
-    rows = compare_units(units[0] or [], units[1] or [], args.draws, args.seed)
+    weights = reports[0][WEIGHTS] if reports[0] and WEIGHTS in reports[0] else None
+    rows = compare_units(units[0] or [], units[1] or [], args.draws, args.seed, weights)
     differing = find_other_differences(first, second)
     if args.json:
         print(json.dumps(make_json(args, first, differing, rows), indent=1, ensure_ascii=False))
@@ -44,18 +45,18 @@ def run_compare(args: argparse.Namespace) -> None:
         print(f"note: {name}: A {before}, B {after}", file=sys.stderr)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Returns the settings of an evaluation. Raises: InputError if there are none."""
+def read_report(folder: Path) -> dict[str, Any]:
+    """Returns the report of an evaluation with its settings. Raises: InputError if it has none."""
     path = folder / REPORT_FILE
-    expected = "the report of corl-jax evaluate --out"
+    expected = "the report of corl-jax evaluate --out, an object with `settings`"
     text = read_text(path, expected)
     try:
-        settings = json.loads(text)["settings"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: {type(error).__name__} {error}; expected {expected}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: settings is {settings!r}; expected {expected}")
-    return settings
+        report = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); expected {expected}") from None
+    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
+        raise InputError(f"{path}: found no settings; expected {expected}")
+    return report
 
 
 def find_setting_problems(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

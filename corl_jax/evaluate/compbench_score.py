@@ -1,7 +1,7 @@
 """Summarises T2I-CompBench from the files that its scorers wrote.
 
     corl-jax evaluate --suite compbench-score --results DIR [--prompts examples/dataset]
-        [--images-per-prompt 10] [--out DIR]
+        [--images-per-prompt 10] [--drawn DIR] [--out DIR]
 
 DIR has a folder for each category (color, shape, texture, spatial, 3d_spatial, non_spatial,
 numeracy, complex, or these names with `_val`) with the `annotation_*` folders of the scorers. The
@@ -16,12 +16,12 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from corl_jax.atomic_files import check_output_folder
 from corl_jax.errors import InputError, Problems
+from corl_jax.evaluate.reports import add_report_options, check_report_options, write_scores
 from corl_jax.input_files import parse_path
 
 if TYPE_CHECKING:
@@ -39,15 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="examples/dataset of T2I-CompBench, for the 3-in-1 score")  # fmt: skip
     add("--images-per-prompt", type=int, default=10, metavar="N",
         help="images of each prompt (default %(default)s)")  # fmt: skip
-    add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, and prints the scores."""
-    from corl_jax.evaluate.reports import write_scores
     from corl_jax.evaluation.scores import Score, format_scores
 
-    units = read_categories(args)
+    drawing, units = read_categories(args)
     scores = {
         category: Score.of([np.array([unit.values["score"] for unit in group])])
         for category, group in units.items()
@@ -59,29 +58,30 @@ def run(args: argparse.Namespace) -> None:
         if len(group) != PROMPTS_PER_CATEGORY
     ]
     sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
-    if args.out is not None:
-        settings = {
-            "suite": args.suite,
-            "results": str(args.results),
-            "images_per_prompt": args.images_per_prompt,
-        }
-        report = {
-            "settings": settings,
-            "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
-            "warnings": warnings,
-        }
-        write_scores(args.out, report, [unit for group in units.values() for unit in group])
+    settings = {
+        "suite": args.suite,
+        "results": str(args.results),
+        "images_per_prompt": args.images_per_prompt,
+    }
+    content = {
+        "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
+        "warnings": warnings,
+    }
+    all_units = [unit for group in units.values() for unit in group]
+    write_scores(args.out, drawing | settings, content, all_units)
 
 
-def read_categories(args: argparse.Namespace) -> dict[str, list[Unit]]:
-    """Returns category -> its units. Raises: InputError listing all problems."""
+def read_categories(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[Unit]]]:
+    """Returns the settings of the drawn images, and category -> its units.
+
+    Raises: InputError listing all problems.
+    """
     from corl_jax.evaluation import compbench_rules
 
     problems, units = Problems(), {}
     if args.images_per_prompt < 1:
         problems.add(f"--images-per-prompt: found {args.images_per_prompt}; expected at least 1")
-    if args.out is not None:
-        problems.attempt(check_output_folder, args.out, "--out")
+    drawing = problems.attempt(check_report_options, args)
     problems.raise_any()
     for category in compbench_rules.FOLDERS:
         folders = [args.results / name for name in (category, f"{category}_val")]
@@ -98,7 +98,7 @@ def read_categories(args: argparse.Namespace) -> dict[str, list[Unit]]:
             f"{', '.join(compbench_rules.FOLDERS)}"
         )
     problems.raise_any()
-    return units
+    return drawing or {}, units
 
 
 def read_category(folder: Path, category: str, args: argparse.Namespace) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Scores DPG-Bench from a judge's answers.
 
     corl-jax evaluate --suite dpg-score --results FILE --csv dpg_bench.csv
-        [--first-row-bug | --no-first-row-bug] [--images-per-prompt 4] [--out DIR]
+        [--first-row-bug | --no-first-row-bug] [--images-per-prompt 4] [--drawn DIR] [--out DIR]
 
 FILE is the *_detail.txt that the official script writes beside its results, or JSON lines with
 `{"item_id": .., "answers": {NUMBER: ANSWER, ..}}` for each picture. Prints the score as the
@@ -18,8 +18,8 @@ import dataclasses
 import sys
 from typing import Any
 
-from corl_jax.atomic_files import check_output_folder
 from corl_jax.errors import Problems
+from corl_jax.evaluate.reports import add_report_options, check_report_options, write_scores
 from corl_jax.input_files import parse_path
 
 RELEASED, CORRECTED = "as released", "corrected"
@@ -34,31 +34,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out the first question, as the official script does")  # fmt: skip
     add("--images-per-prompt", type=int, default=4, metavar="N",
         help="pictures that each prompt should have (default %(default)s)")  # fmt: skip
-    add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, and prints and writes the scores."""
-    answers, tables = score_answers(args)
+    from corl_jax.evaluation.dpg_rules import make_units
+
+    drawing, answers, tables = score_answers(args)
     chosen = RELEASED if args.first_row_bug else CORRECTED
     report = summarize_tables(tables, chosen)
     report["warnings"] = list_warnings(answers, tables, args.images_per_prompt)
     sys.stderr.writelines(f"warning: {line}\n" for line in report["warnings"])
-    if args.out is not None:
-        from corl_jax.evaluate.reports import write_scores
-        from corl_jax.evaluation.dpg_rules import make_units
-
-        settings = {
-            "suite": args.suite,
-            "results": str(args.results),
-            "csv": str(args.csv),
-            "score": chosen,
-        }
-        write_scores(args.out, {"settings": settings, **report}, make_units(tables[chosen][0]))
+    settings = {
+        "suite": args.suite,
+        "results": str(args.results),
+        "csv": str(args.csv),
+        "score": chosen,
+    }
+    units = make_units(tables[chosen][0])
+    write_scores(args.out, drawing | settings, report, units)
 
 
-def score_answers(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the answers, and the scored and failed prompts of both ways to compute scores.
+def score_answers(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns the settings of the drawn images, the answers, and the tables of scores.
+
+    The tables have the scored and the failed prompts of both ways to compute scores.
 
     Raises: InputError listing all problems of the options and the files.
     """
@@ -67,8 +70,7 @@ def score_answers(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     problems = Problems()
     if args.images_per_prompt < 1:
         problems.add(f"--images-per-prompt: found {args.images_per_prompt}; expected at least 1")
-    if args.out is not None:
-        problems.attempt(check_output_folder, args.out, "--out")
+    drawing = problems.attempt(check_report_options, args)
     questions = problems.attempt(dpg_rules.read_questions, args.csv)
     answers = None
     if questions:
@@ -80,11 +82,12 @@ def score_answers(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
         RELEASED: dpg_rules.score_prompts(answers, shortened),
         CORRECTED: dpg_rules.score_prompts(answers, questions),
     }
-    if not tables[CORRECTED][0] and not tables[RELEASED][0]:
-        item, reason = next(iter(tables[CORRECTED][1].items()))
+    scored, failed = tables[RELEASED if args.first_row_bug else CORRECTED]
+    if not scored:
+        item, reason = next(iter(failed.items()))
         problems.add(f"{args.results}: no prompt can be scored; {item} {reason}")
     problems.raise_any()
-    return answers, tables
+    return drawing or {}, answers, tables
 
 
 def summarize_tables(tables: dict[str, Any], chosen: str) -> dict[str, Any]:

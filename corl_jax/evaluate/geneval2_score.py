@@ -1,7 +1,7 @@
 """Summarises GenEval 2 from the scores that its evaluation.py wrote.
 
     corl-jax evaluate --suite geneval2-score --results score_lists.json
-        --data geneval2_data.jsonl [--method auto|soft_tifa|tifa|vqascore] [--out DIR]
+        --data geneval2_data.jsonl [--method auto|soft_tifa|tifa|vqascore] [--drawn DIR] [--out DIR]
 
 Prints Soft-TIFA GM and AM (or TIFA, or VQAScore), the means by skill and by number of atoms, in
 per cent, with 95% intervals (bootstrap of prompts). --out writes report.json and scores.jsonl.
@@ -13,8 +13,8 @@ import argparse
 import dataclasses
 import sys
 
-from corl_jax.atomic_files import check_output_folder
 from corl_jax.errors import Problems
+from corl_jax.evaluate.reports import add_report_options, check_report_options, write_scores
 from corl_jax.input_files import parse_path
 
 GUESSED = "auto"
@@ -30,18 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=parse_path, required=True, metavar="FILE", help="geneval2_data.jsonl")
     add("--method", choices=(GUESSED, *METHODS), default=GUESSED,
         help="method of the scores (default: read from their form)")  # fmt: skip
-    add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, and prints the summary."""
-    from corl_jax.evaluate.reports import write_scores
     from corl_jax.evaluation import soft_tifa
     from corl_jax.evaluation.scores import format_scores
 
     problems = Problems()
-    if args.out is not None:
-        problems.attempt(check_output_folder, args.out, "--out")
+    drawing = problems.attempt(check_report_options, args) or {}
     prompts = problems.attempt(soft_tifa.read_prompts, args.data) or []
     lists = problems.attempt(soft_tifa.read_score_lists, args.results, prompts) if prompts else []
     problems.raise_any()
@@ -53,16 +51,15 @@ def run(args: argparse.Namespace) -> None:
     if len(prompts) != soft_tifa.PROMPTS:
         warnings.append(f"{len(prompts)} prompts; GenEval 2 has {soft_tifa.PROMPTS}")
     sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
-    if args.out is not None:
-        settings = {
-            "suite": args.suite,
-            "results": str(args.results),
-            "data": str(args.data),
-            "method": method,
-        }
-        report = {
-            "settings": settings,
-            "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
-            "warnings": warnings,
-        }
-        write_scores(args.out, report, soft_tifa.make_units(lists, prompts, method))
+    settings = {
+        "suite": args.suite,
+        "results": str(args.results),
+        "data": str(args.data),
+        "method": method,
+    }
+    content = {
+        "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
+        "warnings": warnings,
+    }
+    units = soft_tifa.make_units(lists, prompts, method)
+    write_scores(args.out, drawing | settings, content, units)

@@ -1,6 +1,7 @@
 """Scores GenEval's images by its rules, from a file of detections or of official results.
 
-    corl-jax evaluate --suite geneval-score --results FILE [--clip PATH --images DIR] [--out DIR]
+    corl-jax evaluate --suite geneval-score --results FILE [--clip PATH --images DIR]
+        [--drawn DIR] [--out DIR]
 
 FILE is JSON lines. Either each line has the detections of an image with `class`, `score`, `box`
 and perhaps `color` or `mask`, and GenEval's rules are applied; or it is the results.jsonl of the
@@ -21,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corl_jax.atomic_files import check_output_folder
 from corl_jax.errors import InputError, Problems
+from corl_jax.evaluate.reports import add_report_options, check_report_options, write_scores
 from corl_jax.input_files import parse_path, parse_place
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from corl_jax.evaluation.geneval.summary import ImageResult
 
 Rows = list[tuple[int, dict[str, Any]]]
+NO_OVERLAP_LIMIT = 1.0
 Colors = dict[str, list[str]]  # class -> colours of its first boxes
 
 
@@ -43,24 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CLIP ViT-L/14 that names colours: a folder, a file or a hub id")  # fmt: skip
     add("--images", type=parse_path, metavar="DIR",
         help="folder of the images and masks (default: that of --results)")  # fmt: skip
-    add("--max-overlap", type=float, default=1.0, metavar="IOU",
+    add("--max-overlap", type=float, default=NO_OVERLAP_LIMIT, metavar="IOU",
         help="drop boxes that overlap a better one as much; 1, as in GenEval: none")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="dtype of CLIP (default %(default)s)")  # fmt: skip
-    add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of CLIP (default float32)")
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, scores the images and prints the summary."""
-    from corl_jax.evaluate.reports import write_scores
     from corl_jax.evaluation.geneval import summary
     from corl_jax.evaluation.geneval.detections import parse_detections, read_rows
     from corl_jax.evaluation.geneval.rules import Rules
 
-    check_options(args)
+    drawing = check_options(args)
     rows = read_rows(args.results)
     lines = ""
-    if "detections" in rows[0][1]:
+    has_detections = "detections" in rows[0][1]
+    warn_without_effect(args, has_detections=has_detections)
+    if has_detections:
         images = parse_detections(args.results, rows)
         rules = Rules(max_overlap=args.max_overlap)
         colors = find_colors(args, rows, images, rules)
@@ -68,44 +70,49 @@ def run(args: argparse.Namespace) -> None:
         results = [make_result(image, verdict) for image, verdict in zip(images, verdicts)]
         lines = format_results(results, verdicts)
     else:
-        warn_without_effect(args)
         results = summary.parse_results(rows, args.results)
     units = summary.make_units(results)
     scores = summary.summarize_results(results)
     print(f"{summary.format_official(scores)}\n\n{summary.format_intervals(scores)}")
     warnings = summary.find_incomplete(results)
     sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
-    if args.out is not None:
-        settings = {
-            "suite": args.suite,
-            "results": str(args.results),
-            "judged": "rules" if lines else "official results",
-            "colors": args.clip or "file",
-            "max_overlap": args.max_overlap,
-        }
-        report = {"settings": settings, "scores": scores.as_json(), "warnings": warnings}
-        write_scores(args.out, report, units, {"results.jsonl": lines} if lines else {})
+    settings = {
+        "suite": args.suite,
+        "results": str(args.results),
+        "judged": "rules" if has_detections else "official results",
+        "colors": args.clip or "file",
+        "max_overlap": args.max_overlap,
+    }
+    content = {"scores": scores.as_json(), "warnings": warnings}
+    files = {"results.jsonl": lines} if has_detections else {}
+    write_scores(args.out, drawing | settings, content, units, files)
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Checks numbers and folders. Raises: InputError listing problems."""
+def check_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of the drawn images. Raises: InputError listing wrong options."""
     problems = Problems()
     if not 0 < args.max_overlap <= 1:
         problems.add(f"--max-overlap: found {args.max_overlap:g}; expected a number in (0, 1]")
     if args.images is not None and not args.images.is_dir():
         problems.add(f"--images {args.images}: no such folder; expected that of the images")
-    if args.images is None:
-        args.images = args.results.parent
-    if args.out is not None:
-        problems.attempt(check_output_folder, args.out, "--out")
+    drawing = problems.attempt(check_report_options, args)
     problems.raise_any()
+    return drawing or {}
 
 
-def warn_without_effect(args: argparse.Namespace) -> None:
-    """Prints a warning for each option that official results do not use."""
-    used = {"--clip": args.clip is not None, "--max-overlap": args.max_overlap != 1}
-    for option in (name for name, is_given in used.items() if is_given):
-        print(f"warning: {option}: has no effect; official results are summarised", file=sys.stderr)
+def warn_without_effect(args: argparse.Namespace, *, has_detections: bool) -> None:
+    """Prints a warning for each option that is given and not used."""
+    needs_clip, needs_detections = "only --clip reads it", "official results are summarised"
+    reasons = {}
+    if args.clip is None:
+        reasons |= {"--dtype": needs_clip, "--images": needs_clip}
+    if not has_detections:
+        names = ("--clip", "--dtype", "--images", "--max-overlap")
+        reasons |= dict.fromkeys(names, needs_detections)
+    for option, reason in reasons.items():
+        value = getattr(args, option[2:].replace("-", "_"))
+        if value not in (None, NO_OVERLAP_LIMIT):
+            print(f"warning: {option}: has no effect; {reason}", file=sys.stderr)
 
 
 # ---- verdicts
@@ -174,10 +181,11 @@ def find_colors(
         return {}
     from corl_jax.evaluation.geneval.colors import CROPS_AT_ONCE, make_crop_classifier
 
-    checked = check_clip(args.clip, args.dtype)
+    checked = check_clip(args.clip, args.dtype or "float32")
+    folder = args.images or args.results.parent
     # Twice: all images and masks are checked first, and only a batch of crops is in memory.
     problems = Problems()
-    for _ in iterate_crops(args.images, rows, images, rules, problems):
+    for _ in iterate_crops(folder, rows, images, rules, problems):
         pass
     problems.raise_any()
     with load_clip(checked) as clip:
@@ -191,7 +199,7 @@ def find_colors(
                 colors.setdefault(name, {}).setdefault(kind, []).append(color)
             batch.clear()
 
-        for crop in iterate_crops(args.images, rows, images, rules, problems):
+        for crop in iterate_crops(folder, rows, images, rules, problems):
             batch.append(crop)
             if len(batch) == CROPS_AT_ONCE:
                 classify_batch()

@@ -1,7 +1,7 @@
 """Scores WISE from a judge's scores or texts.
 
     corl-jax evaluate --suite wise-score --results FILE [FILE ...]
-        [--version verified|legacy] [--out DIR]
+        [--version verified|legacy] [--drawn DIR] [--out DIR]
 
 Each FILE is a scores file (*.jsonl) or the full results (*.json, with the judge's texts) of the
 official scripts; give those of all three groups. Prints the score of each category with its 95%
@@ -15,8 +15,8 @@ import argparse
 import dataclasses
 import sys
 
-from corl_jax.atomic_files import check_output_folder
 from corl_jax.errors import Problems, shorten
+from corl_jax.evaluate.reports import add_report_options, check_report_options, write_scores
 from corl_jax.input_files import parse_path
 
 
@@ -29,18 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scores or full results of the official scripts")  # fmt: skip
     add("--version", choices=[*VERSIONS], default="verified",
         help="verified: since April 2026; legacy: before (default %(default)s)")  # fmt: skip
-    add("--out", type=parse_path, metavar="DIR", help="a new or empty folder for the report")
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, and prints the scores."""
-    from corl_jax.evaluate.reports import write_scores
     from corl_jax.evaluation import wise_rules
     from corl_jax.evaluation.scores import format_scores
 
     problems = Problems()
-    if args.out is not None:
-        problems.attempt(check_output_folder, args.out, "--out")
+    drawing = problems.attempt(check_report_options, args) or {}
     read_result = problems.attempt(wise_rules.read_scores, args.results, args.version)
     problems.raise_any()
     assert read_result is not None  # otherwise there was a problem
@@ -58,16 +56,16 @@ def run(args: argparse.Namespace) -> None:
             f"such as {some}; give the files of all three groups, and judge these again"
         )
     sys.stderr.writelines(f"warning: {line}\n" for line in shorten(warnings, what="warnings"))
-    if args.out is not None:
-        settings = {
-            "suite": args.suite,
-            "version": args.version,
-            "results": [str(path) for path in args.results],
-        }
-        report = {
-            "settings": settings,
-            "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
-            "missing_ids": missing_ids,
-            "warnings": warnings,
-        }
-        write_scores(args.out, report, wise_rules.make_units(samples, args.version))
+    settings = {
+        "suite": args.suite,
+        "version": args.version,
+        "results": [str(path) for path in args.results],
+    }
+    content = {
+        "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
+        "category_weights": dict(wise_rules.VERSIONS[args.version].weights),
+        "missing_ids": missing_ids,
+        "warnings": warnings,
+    }
+    units = wise_rules.make_units(samples, args.version)
+    write_scores(args.out, drawing | settings, content, units)

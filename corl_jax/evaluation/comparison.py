@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from corl_jax.evaluation.bootstrap import (
 )
 from corl_jax.evaluation.units import Unit
 
-MEAN_OF_CATEGORIES, ALL_UNITS = "mean of categories", "all units"
+MEAN_OF_CATEGORIES, ALL_UNITS, WEIGHTED = "mean of categories", "all units", "weighted mean"
 SHOWN_NAMES = 3
 
 
@@ -27,16 +27,21 @@ class ComparedScore:
     """A row of a comparison."""
 
     metric: str
-    category: str  # or MEAN_OF_CATEGORIES, or ALL_UNITS
+    category: str  # or MEAN_OF_CATEGORIES, ALL_UNITS or WEIGHTED
     units: int
     result: PairedDifference
 
 
 def compare_units(
-    first: Sequence[Unit], second: Sequence[Unit], draws: int = DRAWS, seed: int = 0
+    first: Sequence[Unit],
+    second: Sequence[Unit],
+    draws: int = DRAWS,
+    seed: int = 0,
+    weights: Mapping[str, float] | None = None,
 ) -> list[ComparedScore]:
     """Compares every metric in every category and overall.
 
+    `weights` are those of the categories in the suite's own overall score, if it has such.
     Raises: InputError if the evaluations have different units, categories or metrics.
     """
     check_same_units(first, second)
@@ -49,7 +54,7 @@ def compare_units(
                 pair = unit.values[metric], others[unit.name].values[metric]
                 pairs.setdefault(unit.category, []).append(pair)
         strata = {category: np.array(values) for category, values in pairs.items()}
-        rows += _compare_metric(metric, strata, draws, seed)
+        rows += _compare_metric(metric, strata, draws, seed, weights)
     return rows
 
 
@@ -81,7 +86,11 @@ def check_same_units(first: Sequence[Unit], second: Sequence[Unit]) -> None:
 
 
 def _compare_metric(
-    metric: str, strata: dict[str, np.ndarray], draws: int, seed: int
+    metric: str,
+    strata: Mapping[str, np.ndarray],
+    draws: int,
+    seed: int,
+    weights: Mapping[str, float] | None,
 ) -> list[ComparedScore]:
     """Compares a metric, of which `strata` has the values [units, 2] of each category."""
 
@@ -99,6 +108,14 @@ def _compare_metric(
         if len({len(values) for values in groups}) > 1:
             rows.append(compare(MEAN_OF_CATEGORIES, groups))
         rows.append(compare(ALL_UNITS, groups, average_units))
+    if weights is not None and weights.keys() == strata.keys():
+        factors = [weights[category] for category in strata]
+
+        def add_weighted(values: Sequence[np.ndarray]) -> np.ndarray:
+            means = [group.mean(axis=1) for group in values]
+            return np.sum([f * mean for f, mean in zip(factors, means, strict=True)], axis=0)
+
+        rows.append(compare(WEIGHTED, groups, add_weighted))
     return rows
 
 

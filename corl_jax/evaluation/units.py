@@ -14,7 +14,8 @@ from pathlib import Path
 from corl_jax.errors import InputError, Problems
 
 SCORES_FILE = "scores.jsonl"
-REPORT_FILE = "report.json"  # beside it: {"settings": {..}, ..}
+REPORT_FILE = "report.json"
+"""Beside it, with `settings`, and `category_weights` if the suite's overall score has weights."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,7 +208,7 @@ def summarize_samples(samples: Mapping[int, float], version: str) -> dict[str, S
 
         def add_weighted(strata: Sequence[np.ndarray]) -> np.ndarray:
             means = [values.mean(axis=1) for values in strata]
-            return sum(w * mean for w, mean in zip(weights, means, strict=True))  # type: ignore[return-value]
+            return np.sum([w * mean for w, mean in zip(weights, means, strict=True)], axis=0)
 
         scores["overall"] = Score.of([*groups.values()], add_weighted)
     return scores

@@ -66,6 +66,16 @@ def test_equal_numbers_of_units_have_one_mean():
     assert [row.category for row in compare_units(units[:2], units[:2])] == ["colors"]
 
 
+def test_weights_of_the_suite():
+    first = make_units([0, 0]) + make_units([0], "position", start=2)
+    second = make_units([1, 0]) + make_units([1], "position", start=2)
+    row = compare_units(first, second, weights={"colors": 0.4, "position": 0.1})[-1]
+    assert row.category == "weighted mean" and row.result.difference == pytest.approx(0.3)
+    # A category is missing, so there is no overall score.
+    rows = compare_units(first[:2], second[:2], weights={"colors": 0.4, "position": 0.1})
+    assert [row.category for row in rows] == ["colors"]
+
+
 def test_a_metric_may_apply_to_some_units_alone():
     units = [Unit("a", "c", {"x": 1.0, "y": 0.0}), Unit("b", "c", {"x": 0.0})]
     rows = compare_units(units, units)

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from corl_jax import policies
+from corl_jax.compare import __main__ as compare
 from corl_jax.config import schema
 from corl_jax.data.dataset import Loader, LoaderOptions
 from corl_jax.data.drawn_world import generator
@@ -30,6 +31,7 @@ from corl_jax.evaluate import shapes as shapes_command
 from corl_jax.evaluation import SUITES, EvaluationInputs, shapes
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.shapes import evaluate_shapes
+from corl_jax.evaluation.units import read_units
 from corl_jax.params import map_with_path
 from corl_jax.policies import PolicyFiles, load_policy
 from corl_jax.policies.family import SamplingOptions
@@ -367,7 +369,7 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
     assert printed[0].split() == ["metric", "mean", "95%", "interval", "n"]
     assert [line.split()[0] for line in printed[1:]] == list(NAMES)
     assert sorted(file.name for file in out.iterdir()) == [
-        "answers.jsonl", "grid.png", "report.json"
+        "answers.jsonl", "grid.png", "report.json", "scores.jsonl"
     ]  # fmt: skip
     found = json.loads((out / "report.json").read_text())
     assert found["rows"] == ROWS and found["settings"]["dtype"] == "float32"
@@ -376,7 +378,15 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(ROWS))
     assert [line["answer"] for line in lines] == [a["answer"] for a in report.answers]
-    assert Image.open(out / "grid.png").width == ROWS * (128 + pictures.MARGIN) + pictures.MARGIN
+    units = read_units(out)
+    assert [unit.name for unit in units] == [f"{n:05}: {p}" for n, p in enumerate(report.prompts)]
+    for metric in ("draw", "answer"):
+        mean = np.mean([unit.values[metric] for unit in units])
+        assert found["rates"][f"{metric}/accuracy"]["mean"] == pytest.approx(mean)
+    compare.main([str(out), str(out)])
+    assert "draw: all units" in capsys.readouterr().out
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width == ROWS * (128 + pictures.MARGIN) + pictures.MARGIN
 
 
 def test_command_reads_files(model_dir, tmp_path, capsys):
