@@ -7,6 +7,7 @@ import re
 from typing import Any, Literal
 
 from corl_jax.data.drawn_world.scene import CATEGORIES, RELATIONS
+from corl_jax.data.geneval_demands import parse_demand
 from corl_jax.errors import InputError
 
 MAX_OBJECTS = 2**16  # of one class in a spec
@@ -56,6 +57,8 @@ def find_value_problem(name: str, value: Any) -> str | None:
         return None
     if name == "spec":
         return find_spec_problem(value)
+    if name == "geneval":
+        return _find_demand_problem(value)
     if name == "od_solution" and isinstance(value, list):
         boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
         sides = [side for box in value for side in box] if boxes else []
@@ -94,6 +97,14 @@ def find_spec_problem(value: Any) -> str | None:
         why = f"{type(error).__name__}: {error}"[:MAX_SHOWN_CHARACTERS]
         return f"found {_shorten(value)} ({why}); {expected}"
     return None if valid else f"found {_shorten(value)}; {expected}"
+
+
+def _find_demand_problem(value: Any) -> str | None:
+    try:
+        parse_demand(value)
+    except InputError as error:
+        return "; ".join(error.problems)
+    return None
 
 
 def _is_whole_number(value: Any, lowest: int, highest: int) -> bool:

@@ -34,6 +34,9 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "preference": CommandSuite(
         "corl_jax.evaluate.preference", "images of any prompts, scored by preference networks"
     ),
+    "geneval-detect": CommandSuite(
+        "corl_jax.evaluate.geneval_detect", "GenEval in process: detector, colours and rules"
+    ),
     "geneval-score": CommandSuite(
         "corl_jax.evaluate.geneval_score", "GenEval's rules on detections, or its results"
     ),

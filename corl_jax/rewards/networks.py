@@ -97,12 +97,19 @@ NETWORKS: dict[str, NetworkSource] = {
         "HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, and CLIP's tokenizer",
         check_assets=clip_scores.check_assets,
     ),
-    # Reads images only, so its tokenizer is not checked.
+    # For `aesthetic` it reads images only, so its tokenizer is checked for other rewards alone.
     "clip_l14": NetworkSource(
         "clip", 427_616_513, "openai/clip-vit-large-patch14", "CLIP ViT-L/14, with its tokenizer"
     ),
     "aesthetic": NetworkSource(
         "aesthetic", 927_969, "./weights/aesthetic", "sac+logos+ava1-l14-linearMSE.pth"
+    ),
+    "mask2former": NetworkSource(
+        "mask2former",
+        68_739_547,
+        "./weights/mask2former",
+        "mmdetection's mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth, which GenEval uses, or a "
+        "Mask2Former in transformers' layout",
     ),
 }
 
@@ -143,6 +150,8 @@ def check_networks(
                 # Collected apart, so that the sizes below are known although a tokenizer is bad.
                 with problems.collect(f"networks.{name}: "):
                     NETWORKS[name].check_assets(opened)
+                    if any(name in reward.row.tokenizers for reward in resolved):
+                        clip_scores.check_assets(opened)
                 sizes[name] = opened.config
                 checked.append(CheckedNetwork(name, path, opened.parameters, options.dtype, users))
     for reward in resolved:

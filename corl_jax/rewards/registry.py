@@ -20,7 +20,7 @@ import numpy as np
 from corl_jax.data.instructions import CAPTION
 from corl_jax.errors import InputError, Problems
 from corl_jax.nearest import suggest_name
-from corl_jax.rewards import clip_scores, cycle, http, own, policy
+from corl_jax.rewards import clip_scores, cycle, geneval, http, own, policy
 from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
 from corl_jax.rewards.signature import Option, find_option_problem
@@ -67,6 +67,7 @@ class RewardRow:
     networks: tuple[str, ...] = ()  # that it always uses; `policy` stands for the scorer
     # option -> value -> network that it uses then
     chosen: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    tokenizers: tuple[str, ...] = ()  # networks whose tokenizer it reads, though not all users do
     columns: tuple[str, ...] = ()  # the data must have them all
     either: tuple[str, ...] = ()  # the data must have one of them
     optional: tuple[str, ...] = ()  # used if the data has them
@@ -163,6 +164,14 @@ REGISTRY: dict[str, RewardRow] = {
         policy.score_od, IMAGES, ("policy",), columns=("od_problem", "od_solution")
     ),
     "shapes_checker": RewardRow(score_shapes, IMAGES, columns=("spec",)),
+    "geneval": RewardRow(
+        geneval.score_geneval,
+        IMAGES,
+        ("mask2former", "clip_l14"),
+        columns=("geneval",),
+        tokenizers=("clip_l14",),
+        find_network_problems=geneval.find_detector_problems,
+    ),
     "http": RewardRow(
         http.score_http,
         IMAGES,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,26 +25,41 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """The change from a torch tensor to a leaf: without a leading axis of 1, then permuted."""
+    """The change from a torch tensor to a leaf: no leading axis of 1, last axis split, permuted.
+
+    `split` has the sizes of the axes that the last axis of the torch tensor stands for, one of
+    them -1.
+    """
 
     axes: tuple[int, ...] | None = None
     drop_leading: bool = False
+    split: tuple[int, ...] | None = None
 
     def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
         """Returns a torch tensor as its leaf."""
         tensor = tensor[0] if self.drop_leading else tensor
+        # split (2, -1): [O, 6] -> [O, 2, 3]
+        tensor = tensor if self.split is None else tensor.reshape(*tensor.shape[:-1], *self.split)
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_torch(self, leaf: np.ndarray) -> np.ndarray:
-        """Inverts `to_leaf`. Both return views, which a writer must make contiguous."""
+        """Inverts `to_leaf`. Both may return views, which a writer must make contiguous."""
         # argsort inverts a permutation: axes (2, 3, 1, 0) -> (3, 2, 0, 1).
         tensor = leaf if self.axes is None else leaf.transpose(np.argsort(self.axes))
+        if self.split is not None:
+            tensor = tensor.reshape(*tensor.shape[: -len(self.split)], -1)
         return tensor[None] if self.drop_leading else tensor
 
     def torch_box(self, box: Box) -> Box:
-        """Returns the box of the torch tensor that holds a part of a leaf."""
+        """Returns the box of the torch tensor that holds a part of a leaf.
+
+        The part must hold the whole of the axes in `split`: a part of them is no box in the tensor.
+        """
         if self.axes is not None:
             box = tuple(box[i] for i in np.argsort(self.axes))
+        if self.split is not None:
+            merged = math.prod(stop - start for start, stop in box[-len(self.split) :])
+            box = (*box[: -len(self.split)], (0, merged))
         return ((0, 1), *box) if self.drop_leading else box
 
     def torch_shape(self, shape: Shape) -> Shape:
@@ -52,6 +68,8 @@ class Transform:
             if len(self.axes) != len(shape):
                 raise ValueError(f"rank {len(shape)}, but the table expects {len(self.axes)}")
             shape = tuple(shape[i] for i in np.argsort(self.axes))
+        if self.split is not None:
+            shape = (*shape[: -len(self.split)], math.prod(shape[-len(self.split) :]))
         return (1, *shape) if self.drop_leading else tuple(shape)
 
 
@@ -90,6 +108,8 @@ class Slot:
     def box(self, box: Box) -> Box:
         """Returns the box of the whole torch tensor that holds a part of the leaf's slice."""
         box = self.transform.torch_box(box)
+        if self.transform.split is not None and box[-1][1] != self.shape[-1]:
+            raise ValueError(f"{self.path}: its first axes cannot be split over devices")
         index, count = self.part
         if count == 1:
             return box

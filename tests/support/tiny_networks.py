@@ -17,6 +17,8 @@ from corl_jax.models import modules
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.mask2former import Mask2FormerConfig
+from corl_jax.models.swin import SwinConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.params import flatten, map_with_path
 from corl_jax.types import Params
@@ -50,12 +52,18 @@ CLIP = ClipConfig(
     vision=TowerConfig(24, 32, 2, 3), text=TowerConfig(16, 28, 2, 2), image_size=16, patch_size=8,
     vocab_size=40, context_length=9, eos_token_id=39, projection_dim=12,
 )  # fmt: skip
+MASK2FORMER = Mask2FormerConfig(
+    SwinConfig(width=8, depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 2), window_size=4),
+    hidden_size=32, mask_size=16, encoder_intermediate_size=24, decoder_intermediate_size=24,
+    encoder_num_layers=1, decoder_num_layers=3, num_heads=4, num_queries=6, shorter_side=40,
+    longer_side=64,
+)  # fmt: skip
 PREPROCESSOR = {
     "do_normalize": True, "do_resize": True, "resample": 3, "size": {"height": 16, "width": 16},
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }  # fmt: skip
-TINY = {"bert": BERT, "blip": BLIP, "vgg": VGG, "clip": CLIP}
+TINY = {"bert": BERT, "blip": BLIP, "vgg": VGG, "clip": CLIP, "mask2former": MASK2FORMER}
 
 
 def random_network(kind: str, seed: int = 0) -> Params:

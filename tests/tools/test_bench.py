@@ -199,7 +199,10 @@ def test_the_peer_does_the_same_work(lines, found):
 
 def test_all_built_in_rewards_but_few_are_measured(found):
     names = {name.split(",")[0].split(" (")[0] for part, name in found if part == "rewards"}
-    left_out = {"t2i_cycle_reward", "t2i_qa", "t2i_oc", "t2i_od", "shapes_checker", "soft_overlong"}
+    left_out = {
+        "t2i_cycle_reward", "t2i_qa", "t2i_oc", "t2i_od", "shapes_checker", "soft_overlong",
+        "geneval",
+    }  # fmt: skip
     left_out |= {name for name, row in REGISTRY.items() if row.bind}  # servers compute them
     assert REGISTRY.keys() - left_out <= names
     scored = [line for line in found.values() if "finite" in line]
@@ -231,6 +234,16 @@ def test_a_part_alone(tmp_path, capsys):
     parts = [json.loads(line).get("part") for line in out.read_text().splitlines()]
     assert set(parts) == {None, "ceiling", "vq"}
     assert "codes to pixels" in capsys.readouterr().out
+
+
+def test_the_detector_is_measured_in_both_dtypes(tmp_path):
+    out = tmp_path / "bench.jsonl"
+    command.main([*TINY, "--parts", "detector", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {line["name"]: line for line in lines if line.get("part") == "detector"}
+    assert found.keys() == {"2 images, bfloat16", "2 images, float32"}
+    for line in found.values():
+        assert line["images_per_s"] == pytest.approx(2 / line["median_s"])
 
 
 def test_micro_batches_are_pieces_of_the_prompts(tmp_path):

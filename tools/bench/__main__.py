@@ -8,8 +8,8 @@
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
 iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are the
 gradients of the update's attention right). Only if named: bits (does each call give the same bits),
-builds (the image sampler with each set of compiler options) and, on a mesh with fsdp, layouts
-(decoding with matrices gathered, and split as in training).
+detector (GenEval's, in images/s), builds (the image sampler with each set of compiler options) and,
+on a mesh with fsdp, layouts (decoding with matrices gathered, and split as in training).
 
 Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
 that compiles, on the host, until the results are there; `compile` is how much longer the first
@@ -60,6 +60,7 @@ from tools.bench import (
     bits,
     builds,
     correctness,
+    detector,
     generation,
     gradients,
     layouts,
@@ -85,8 +86,9 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "bits": bits.measure_bits,
     "builds": builds.measure_builds,
     "layouts": layouts.measure_layouts,
+    "detector": detector.measure_detector,
 }
-ALONE = ("rewards", "correctness", "gradients")  # parts for one device
+ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")

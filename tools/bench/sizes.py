@@ -10,6 +10,8 @@ from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.mask2former import Mask2FormerConfig
+from corl_jax.models.swin import SwinConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
 from tools.mini_janus.config import make_mini_config
@@ -32,6 +34,7 @@ class Size:
     policy_caption: int = 64  # tokens that the policy writes
     checked: tuple[str, ...] = ("bfloat16", "float32")  # dtypes whose correctness is measured
     answers: int = 512  # texts that the text rewards read
+    detected: tuple[int, ...] = (8, 16, 32)  # numbers of images in which objects are detected
     copied: int = 4 << 30  # bytes of the array that is copied
     product: int = 8192  # side of the matrices whose product is timed
 
@@ -56,6 +59,7 @@ _PUBLISHED = {
     "hpsv2": _H14,
     "clip_l14": _L14,
     "aesthetic": AestheticConfig(),
+    "mask2former": Mask2FormerConfig(),
 }
 
 _WORDS = 1200
@@ -84,6 +88,12 @@ _TINY_NETWORKS = {
     "hpsv2": _TINY_CLIP,
     "clip_l14": _TINY_CLIP,
     "aesthetic": AestheticConfig(sizes=(12, 7, 1)),
+    "mask2former": Mask2FormerConfig(
+        SwinConfig(width=8, depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 2), window_size=4),
+        hidden_size=32, mask_size=16, encoder_intermediate_size=24, decoder_intermediate_size=24,
+        encoder_num_layers=1, decoder_num_layers=3, num_heads=4, num_queries=6, shorter_side=40,
+        longer_side=64,
+    ),
 }  # fmt: skip
 
 
@@ -105,7 +115,8 @@ SIZES = {
     ),
     "tiny": Size(
         _make_tiny_janus(), _TINY_NETWORKS, image_prompt=12, question=10, new_tokens=8, answer=8,
-        checked=("float32",), caption=5, policy_caption=4, answers=16, copied=1 << 20, product=128,
+        checked=("float32",), caption=5, policy_caption=4, answers=16, detected=(2,),
+        copied=1 << 20, product=128,
     ),
 }  # fmt: skip
 """Name on the command line -> size."""

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from PIL import Image
 
+from corl_jax.data.geneval_demands import COLORS
 from corl_jax.devices.batches import pad_rows, run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.evaluation.geneval.detections import Detection
-from corl_jax.evaluation.geneval.rules import COLORS
 from corl_jax.models import modules
 from corl_jax.models.clip import Clip, ClipConfig
 from corl_jax.rewards.clip_scores import normalise_pixels, tokenize_prompts

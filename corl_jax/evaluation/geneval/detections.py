@@ -15,15 +15,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from corl_jax.data.geneval_demands import find_metadata_problems
 from corl_jax.errors import InputError, Problems
 from corl_jax.evaluation.geneval.masks import decode_mask
-from corl_jax.evaluation.geneval.relations import RELATIONS
 from corl_jax.input_files import read_text
 
 METADATA_KEYS = ("tag", "prompt", "include", "exclude")
@@ -95,41 +95,6 @@ def read_masks(row: Mapping[str, Any], name: str, folder: Path) -> list[np.ndarr
     """
     values = [item.get("mask") for item in row["detections"] if item["class"] == name]
     return [None if value is None else decode_mask(value, folder) for value in values]
-
-
-def find_metadata_problems(metadata: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with a demand."""
-    for key in ("tag", "prompt"):
-        if not isinstance(metadata.get(key), str):
-            yield f"metadata: {key} is {metadata.get(key)!r}; expected a text"
-    for key in ("include", "exclude"):
-        entries = metadata.get(key, [])
-        if not isinstance(entries, list):
-            yield f"metadata: {key} is {entries!r}; expected a list of objects"
-            continue
-        for place, entry in enumerate(entries):
-            for problem in _find_entry_problems(entry, place, may_relate=key == "include"):
-                yield f"metadata: {key}[{place}]: {problem}"
-
-
-def _find_entry_problems(entry: Any, place: int, *, may_relate: bool) -> Iterator[str]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
-        yield f'found {entry!r}; expected {{"class": TEXT, "count": NUMBER}}'
-        return
-    count = entry.get("count")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        yield f"count is {count!r}; expected a number of at least 1"
-    if "color" in entry and not isinstance(entry["color"], str):
-        yield f"color is {entry['color']!r}; expected a text"
-    if "position" not in entry or not may_relate:
-        return
-    position = entry["position"]
-    is_pair = isinstance(position, list | tuple) and len(position) == 2
-    if not is_pair or position[0] not in RELATIONS or position[1] not in range(place):
-        yield (
-            f"position is {position!r}; expected [RELATION, NUMBER] with one of "
-            f"{', '.join(RELATIONS)} and the number of an earlier entry"
-        )
 
 
 def _parse_image(row: dict[str, Any]) -> ImageDetections:

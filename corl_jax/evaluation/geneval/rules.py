@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from corl_jax.data.geneval_demands import COLORS
 from corl_jax.errors import InputError
 from corl_jax.evaluation.geneval.detections import Detection
 from corl_jax.evaluation.geneval.relations import (
@@ -27,9 +28,6 @@ ClassifyColors = Callable[
     [str, Sequence[Detection]], Sequence[str]
 ]  # (class, its boxes) -> colours
 
-COLORS = (
-    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"
-)  # fmt: skip
 COUNTING = "counting"  # the tag with a threshold of its own
 
 
