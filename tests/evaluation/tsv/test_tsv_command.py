@@ -332,12 +332,14 @@ def test_the_tag_of_a_prediction_file_is_read_if_asked(tmp_path, capsys):
     run(*words)
     shown = capsys.readouterr()
     assert "1 of 4 predictions contain <answer>" in shown.err
-    assert "no rule reads 1 of 4 answers (25.0%)" in shown.err
+    assert "no rule reads 1 of 4 answers (25.0%)" in shown.out
+    assert "25.0% are more than 2%" in shown.err
     assert "index 3: '<think>A</think><answer>B</answer>'" in shown.err
     assert "none/Overall   50.0 %" in shown.out
     run(*words, "--answer-tag", "auto", "--mmmu-guess")
     shown = capsys.readouterr()
-    assert "none/Overall   75.0 %" in shown.out and "no rule" not in shown.err
+    assert "none/Overall   75.0 %" in shown.out and "more than 2%" not in shown.err
+    assert "no rule reads 0 of 4 answers (0.0%)" in shown.out
     assert "--mmmu-guess: has no effect on choice" in shown.err
 
 
