@@ -144,6 +144,13 @@ def test_a_folder_of_other_answers_is_refused(data, answered, capsys, monkeypatc
     assert "drawn_choice.tsv (sha256" in message and "drawn_yes_no.tsv (sha256" in message
 
 
+def test_another_dtype_is_refused_before_the_model_is_loaded(data, answered, capsys, monkeypatch):
+    monkeypatch.setattr(tsv_answers, "load_policy", None)
+    words = ("--model", NANO, "--data", data["choice"], "--out", answered, "--prompt-style", "corl")
+    message = refuse(capsys, *words, "--max-new-tokens", TOKENS, "--dtype", "bfloat16")
+    assert "holds answers with --dtype float32; this command has bfloat16" in message
+
+
 def test_yes_no_questions_in_vlmevalkits_style(data, tmp_path):
     out = tmp_path / "out"
     ask_nano(data["yes_no"], out)
