@@ -326,8 +326,16 @@ def tell_plan(plan: DrawPlan) -> None:
         f"sampling: cfg_scale {settings['cfg_scale']:g}, temperature {settings['temperature']:g}, "
         f"seed {settings['seed']}, no system prompt; generation_config.json is not read"
     )
-    lines.append(f"prompt: {settings['template']!r}; the longest has {plan.longest} tokens")
+    template = describe_template(settings)
+    lines.append(f"prompt: {template}; the longest has {plan.longest} tokens")
     sys.stderr.writelines(f"{line}\n" for line in lines)
+
+
+def describe_template(settings: dict[str, Any]) -> str:
+    """Returns the chat roles and the prompt made with them."""
+    if settings["roles"] is None:
+        return "as the model's family makes it"
+    return f"roles {settings['roles']}, {settings['template']!r}"
 
 
 def tell_drawing(drawing: Drawing) -> None:
@@ -340,7 +348,7 @@ def tell_drawing(drawing: Drawing) -> None:
         "model": f"{settings['model']} (weights {settings['model_sha256'][:16]})",
         "settings": f"cfg_scale {settings['cfg_scale']:g}, temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}, {settings['dtype']}",
-        "roles": f"{settings['roles']}: {settings['template']!r}",
+        "prompt": describe_template(settings),
         "version": f"corl_jax {settings['version']}, commit {settings['commit'] or 'unknown'}",
         "images": f"{summary['drawn_now']:,} drawn, {summary['kept']:,} kept; {speed}",
         "next": f"{plan.args.out / NEXT}",

@@ -24,8 +24,7 @@ from __future__ import annotations
 
 import argparse
 
-import corl_jax.evaluate.draw_options as draw_options
-from corl_jax.evaluate.draw_options import check_arguments
+from corl_jax.evaluate import draw_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, and draws."""
-    plan = check_arguments(args)
+    plan = draw_options.check_arguments(args)
     # Imported here, so that wrong arguments are answered before the samplers are loaded.
     import jax
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-import corl_jax.evaluate.draw_options as draw_options
 from corl_jax.errors import InputError, Problems
+from corl_jax.evaluate import draw_options
 from corl_jax.input_files import expand_path
 
 if TYPE_CHECKING:

@@ -118,7 +118,7 @@ def make_units(
 ) -> list[Unit]:
     """Returns a unit for each prompt, with the means of its questions by skill, in per cent."""
     units = []
-    for scores, prompt in zip(lists, prompts, strict=True):
+    for number, (scores, prompt) in enumerate(zip(lists, prompts, strict=True)):
         mean = 100 * average_scores(scores)
         if method == SOFT_TIFA:
             values = {"soft_tifa_gm": 100 * geometric_mean(scores), "soft_tifa_am": mean}
@@ -128,7 +128,9 @@ def make_units(
             for skill in dict.fromkeys(prompt.skills):
                 chosen = [s for s, name in zip(scores, prompt.skills, strict=True) if name == skill]
                 values[f"skill/{skill}"] = 100 * average_scores(chosen)
-        units.append(Unit(prompt.text, f"{prompt.atom_count} atoms", values))
+        # With the number, because nothing forbids two equal prompts.
+        name = f"{number:03}: {prompt.text}"
+        units.append(Unit(name, f"{prompt.atom_count} atoms", values))
     return units
 
 

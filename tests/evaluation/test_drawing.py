@@ -396,7 +396,7 @@ def test_two_processes_draw_what_one_does(whole, model, clone, tmp_path):
         several_processes.start(
             ["-m", "corl_jax.evaluate", *arguments, "--coordinator-address", f"127.0.0.1:{port}",
              "--num-processes", "2", "--process-id", str(index)],
-            devices=2,
+            devices=1,
         )
         for index in range(2)
     ]  # fmt: skip

@@ -385,7 +385,8 @@ def test_command_writes_its_report(model_dir, report, tmp_path, capsys):
         assert found["rates"][f"{metric}/accuracy"]["mean"] == pytest.approx(mean)
     compare.main([str(out), str(out)])
     assert "draw: all units" in capsys.readouterr().out
-    assert Image.open(out / "grid.png").width == ROWS * (128 + pictures.MARGIN) + pictures.MARGIN
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width == ROWS * (128 + pictures.MARGIN) + pictures.MARGIN
 
 
 def test_command_reads_files(model_dir, tmp_path, capsys):

@@ -59,7 +59,7 @@ def test_soft_tifa(tmp_path, capsys):
     })  # fmt: skip
     assert (scores["soft_tifa_gm"]["low"], scores["soft_tifa_gm"]["high"]) == (0, 50)
     units = read_units(tmp_path / "out")
-    assert units[1].name == "prompt 1" and units[1].category == "4 atoms"
+    assert units[1].name == "001: prompt 1" and units[1].category == "4 atoms"
     assert units[1].values["skill/object"] == 50
     printed = capsys.readouterr()
     assert "method: soft_tifa" in printed.out and "2 prompts; GenEval 2 has 800" in printed.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,10 +89,11 @@ def list_files(prompts: Sequence[HarnessPrompt], samples: int) -> list[ImageFile
 
 def describe_next(outcome: Outcome) -> str:
     """Returns the command that compares two evaluations."""
-    return f"# compare with another model's evaluation\ncorl-jax compare OTHER {outcome.out}\n"
+    out = shlex.quote(str(outcome.out))
+    return f"# compare with another model's evaluation\ncorl-jax compare OTHER {out}\n"
 
 
 WRITER = Writer(
     title="the list", expected=EXPECTED, read=read_file, images_per_prompt=1,
-    list_files=list_files, describe_next=describe_next, is_specific=False, scores=True,
+    list_files=list_files, describe_next=describe_next, is_specific=False,
 )  # fmt: skip

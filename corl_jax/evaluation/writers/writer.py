@@ -86,7 +86,6 @@ class Writer:
     list_side_files: Callable[[Outcome], Mapping[str, str]] = lambda outcome: {}
     compose: Callable[[Sequence[np.ndarray]], np.ndarray] = keep_single
     is_specific: bool = True  # False: almost any text file can be read
-    scores: bool = False  # True: the program computes scores itself
 
 
 # ---- reading

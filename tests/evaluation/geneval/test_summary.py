@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from transformers import CLIPTokenizerFast
 
 from corl_jax.compare import __main__ as compare
+from corl_jax.data.drawn_world import checker, generator
 from corl_jax.errors import InputError
 from corl_jax.evaluate.__main__ import main
 from corl_jax.evaluation.geneval import colors, summary
@@ -23,6 +24,7 @@ from corl_jax.params import flatten
 from corl_jax.rewards.samples import Network
 from corl_jax.weights.kinds import NETWORK_TYPE
 from corl_jax.weights.own_config import FORMAT_VERSION
+from tests.evaluation.geneval.test_rules import as_demand, as_detections
 from tests.rewards.test_clip_scores import MERGES, TINY, VOCAB, drawn, features
 
 
@@ -128,6 +130,32 @@ def test_detections_are_judged_and_the_results_summarised_again(tmp_path, capsys
     assert capsys.readouterr().out == printed.out
     scores = [(tmp_path / name / "scores.jsonl").read_text() for name in ("out", "again")]
     assert scores[0] == scores[1]
+
+
+def test_the_drawn_world_through_the_command(tmp_path, capsys):
+    """Right and wrong images of each category: the command's verdicts are the exact checker's."""
+    rows = [generator.make_row(11, number, encode=False) for number in range(200)]
+    lines, expected = [], []
+    for number, row in enumerate(rows):
+        spec = json.loads(row["spec"])
+        # Every second image is that of another row with the same category, if there is one.
+        same = [other for other in rows if other["category"] == row["category"]]
+        image = (same[0] if number % 2 else row)["real_image"]
+        lines.append({
+            "filename": f"{number:05}/samples/0000.png",
+            "metadata": as_demand(spec) | {"prompt": row["prompt"]},
+            "detections": [
+                {"class": name, "score": box.score, "box": list(box.box), "color": box.color}
+                for name, boxes in as_detections(image).items()
+                for box in boxes
+            ],
+        })  # fmt: skip
+        expected.append(checker.check(image, spec, strict=False))
+    score("--results", write_lines(tmp_path / "d.jsonl", *lines), "--out", tmp_path / "out")
+    results = [row for _, row in read_rows(tmp_path / "out" / "results.jsonl")]
+    assert [row["correct"] for row in results] == expected
+    assert 100 <= sum(expected) < 180
+    assert "no images of" not in capsys.readouterr().err
 
 
 def test_the_report_has_the_settings_of_the_drawn_images(tmp_path, capsys):
