@@ -222,7 +222,7 @@ def describe_settings(
         "matcher": args.matcher,
         "judge": KINDS[kind].judge,
         "mmmu_guess_seed": tsv.make_rating_options(args).guess_seed,
-        "version": corl_jax.__version__,
+        "corl_jax_version": corl_jax.__version__,
         "commit": find_commit(Path(corl_jax.__file__).parent),
     }
 

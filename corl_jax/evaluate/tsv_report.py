@@ -104,6 +104,11 @@ def print_report(report: Report) -> None:
         for name, score in rating.scores.items():
             interval = f"{score.low:6.1f} .. {score.high:6.1f}"
             print(f"{name:{width}} {score.value:8.2f} {interval} {score.n:4}")
+    if rating.verdicts:
+        print(
+            f"no rule reads {len(rating.unread)} of {len(rating.verdicts)} answers "
+            f"({report.unread_share:.1%})"
+        )
     for note in rating.notes:
         print(f"note: {note}", file=sys.stderr)
     for name, count in report.counts.items():
@@ -112,8 +117,8 @@ def print_report(report: Report) -> None:
     # Of judged sets a small share is what rules read; their rate says it.
     if rating.is_final and report.unread_share > MAX_UNREAD_SHARE:
         print(
-            f"warning: no rule reads {len(rating.unread)} of {len(rating.verdicts)} answers "
-            f"({report.unread_share:.1%}), which count as wrong; such as:",
+            f"warning: answers that no rule reads count as wrong; {report.unread_share:.1%} are "
+            f"more than {MAX_UNREAD_SHARE:.0%}, such as:",
             file=sys.stderr,
         )
         for example in report.examples:

@@ -84,9 +84,16 @@ def rate_pope(rows: Sequence[Values], options: RatingOptions) -> Rating:
             {"split": name, OVERALL: PER_CENT * f1, "acc": PER_CENT * accuracy,
              "precision": PER_CENT * precision, "recall": PER_CENT * recall}
         )  # fmt: skip
-        rating.scores[f"{name}/F1"] = score_strata(PER_CENT * f1, [units[numbers]], _resample_f1)
-        rating.rates[f"{name}/accuracy"] = rate_hits([hits[n] for n in numbers])
-    rating.units = make_units(rows, [{"accuracy": float(hit)} for hit in hits])
+        rating.scores[f"{name}/F1"] = score_strata(
+            PER_CENT * f1, [units[numbers, :3]], _resample_f1
+        )
+        # A row of several categories counts more than once in all, so no rate of its own rows.
+        if name != OVERALL:
+            rating.rates[f"{name}/acc"] = rate_hits([hits[n] for n in numbers])
+            continue
+        rating.scores[f"{name}/acc"] = score_strata(
+            PER_CENT * accuracy, [units[numbers, 3:]], _resample_accuracy
+        )
     return rating
 
 
@@ -209,8 +216,14 @@ def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _resample_f1(strata: Sequence[np.ndarray]) -> np.ndarray:
-    (units,) = strata  # [draws, units, 5]
-    return PER_CENT * compute_f1(units[..., :3].sum(axis=1))[2]
+    (units,) = strata  # [draws, units, 3]: true positives, false positives, false negatives
+    return PER_CENT * compute_f1(units.sum(axis=1))[2]
+
+
+def _resample_accuracy(strata: Sequence[np.ndarray]) -> np.ndarray:
+    (units,) = strata  # [draws, units, 2]: right answers, answers
+    right, answers = units.sum(axis=1).T
+    return PER_CENT * right / answers
 
 
 def _sum_mme(strata: Sequence[np.ndarray]) -> np.ndarray:

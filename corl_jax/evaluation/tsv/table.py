@@ -148,7 +148,9 @@ def read_frame(path: Path, suffixes: Sequence[str]) -> tuple[list[str], list[Val
             f"{path}: cannot be read ({error.strerror or error}); expected a table"
         ) from error
     except ImportError as error:  # openpyxl
-        raise InputError(f"{path}: {error}; {INSTALL}, or give a .tsv file") from error
+        raise InputError(
+            f"{path}: openpyxl is not installed; {INSTALL}, or give a .tsv file"
+        ) from error
     except (ValueError, TypeError, AttributeError) as error:  # pandas' errors are ValueErrors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

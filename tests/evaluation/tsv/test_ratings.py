@@ -155,7 +155,8 @@ def test_popes_overall_is_f1_over_rows_of_each_category():
     rating = rate("pope", rows)
     score = rating.scores["Overall/F1"]
     assert score.low <= score.value == 75.0 <= score.high and score.n == 5
-    assert rating.rates["Overall/accuracy"].n == 5 and len(rating.units) == 5
+    assert rating.scores["Overall/acc"].value == pytest.approx(400 / 7)
+    assert rating.rates["random/acc"].n == 3 and len(rating.units) == 5
 
 
 def test_f1_of_nothing_is_zero():

@@ -144,6 +144,13 @@ def test_a_folder_of_other_answers_is_refused(data, answered, capsys, monkeypatc
     assert "drawn_choice.tsv (sha256" in message and "drawn_yes_no.tsv (sha256" in message
 
 
+def test_another_dtype_is_refused_before_the_model_is_loaded(data, answered, capsys, monkeypatch):
+    monkeypatch.setattr(tsv_answers, "load_policy", None)
+    words = ("--model", NANO, "--data", data["choice"], "--out", answered, "--prompt-style", "corl")
+    message = refuse(capsys, *words, "--max-new-tokens", TOKENS, "--dtype", "bfloat16")
+    assert "holds answers with --dtype float32; this command has bfloat16" in message
+
+
 def test_yes_no_questions_in_vlmevalkits_style(data, tmp_path):
     out = tmp_path / "out"
     ask_nano(data["yes_no"], out)
@@ -332,12 +339,14 @@ def test_the_tag_of_a_prediction_file_is_read_if_asked(tmp_path, capsys):
     run(*words)
     shown = capsys.readouterr()
     assert "1 of 4 predictions contain <answer>" in shown.err
-    assert "no rule reads 1 of 4 answers (25.0%)" in shown.err
+    assert "no rule reads 1 of 4 answers (25.0%)" in shown.out
+    assert "25.0% are more than 2%" in shown.err
     assert "index 3: '<think>A</think><answer>B</answer>'" in shown.err
     assert "none/Overall   50.0 %" in shown.out
     run(*words, "--answer-tag", "auto", "--mmmu-guess")
     shown = capsys.readouterr()
-    assert "none/Overall   75.0 %" in shown.out and "no rule" not in shown.err
+    assert "none/Overall   75.0 %" in shown.out and "more than 2%" not in shown.err
+    assert "no rule reads 0 of 4 answers (0.0%)" in shown.out
     assert "--mmmu-guess: has no effect on choice" in shown.err
 
 
