@@ -1,33 +1,40 @@
 """Scores GenEval's images in process: a detector in JAX, colours by CLIP, GenEval's rules.
 
-    corl-jax evaluate --suite geneval-detect --images DIR --detector PATH [--clip PATH] --out OUT
+    corl-jax evaluate --suite geneval-detect --images DIR --detector PATH [--clip PATH] [--out OUT]
 
 DIR is the --out folder of --suite geneval, or any folder that GenEval's own script reads
 (NUMBER/metadata.jsonl and NUMBER/samples/*.png). PATH is the detector that GenEval uses,
 mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth of mmdetection, or a Mask2Former in transformers'
 layout. --clip is CLIP ViT-L/14 with its tokenizer, for demands with colours.
 Prints the official summary with 95% intervals, and with --against the agreement with another
-results file: Cohen's kappa of the verdicts for each tag. Writes results.jsonl in the official form,
-report.json and scores.jsonl.
+results file: Cohen's kappa of the verdicts for each tag. --out writes results.jsonl in the
+official form, report.json and scores.jsonl; the report has the settings with which DIR was drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corl_jax.atomic_files import check_output_folder
 from corl_jax.errors import InputError, Problems, take_first_line
+from corl_jax.evaluate.reports import (
+    MANIFEST_FILE,
+    add_report_options,
+    check_report_options,
+    write_scores,
+)
 from corl_jax.input_files import parse_path, parse_place
 
 if TYPE_CHECKING:
     from corl_jax.evaluation.geneval.rules import Verdict
     from corl_jax.evaluation.geneval.summary import ImageResult
+    from corl_jax.rewards.networks import CheckedNetwork
 
 BACKENDS = ("jax", "transformers")
 # As GenEval's script matches names: not anchored at the end, so it would read 0000.png.tmp too.
@@ -35,6 +42,17 @@ SAMPLE_NAME = re.compile(r"\d+\.png")
 
 ImageFile = tuple[Path, dict[str, Any]]
 """An image and its demand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedInputs:
+    """The inputs of the suite after their checks."""
+
+    images: Sequence[ImageFile]
+    detector: CheckedNetwork
+    clip: CheckedNetwork | None
+    drawing: Mapping[str, Any]  # settings of the drawn images
+    others: Sequence[ImageResult]  # results to compare with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,18 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of a device at once (default %(default)s)")  # fmt: skip
     add("--against", type=parse_path, metavar="FILE",
         help="results.jsonl of the same images, to measure the agreement with")  # fmt: skip
-    add("--out", type=parse_path, metavar="DIR", required=True,
-        help="a new or empty folder for the report")  # fmt: skip
+    add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the arguments, detects and judges, and prints the summary."""
     from corl_jax.evaluate.geneval_score import format_results
-    from corl_jax.evaluate.reports import write_scores
     from corl_jax.evaluation.geneval import agreement, summary
 
-    images, networks, others = check_arguments(args)
-    name, verdicts = judge_images(args, images, networks)
+    checked = check_arguments(args)
+    images, others = checked.images, checked.others
+    name, verdicts = judge_images(args, checked)
     results = [make_result(image, verdict) for image, verdict in zip(images, verdicts, strict=True)]
     scores, units = summary.summarize_results(results), summary.make_units(results)
     print(f"{name}\n\n{summary.format_official(scores)}\n\n{summary.format_intervals(scores)}")
@@ -84,9 +101,13 @@ def run(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
         "against": None if args.against is None else str(args.against),
     }
-    report: dict[str, Any] = {"settings": settings, "scores": scores.as_json()}
-    report |= {"warnings": warnings, "agreement": {tag: k.as_json() for tag, k in kappas.items()}}
-    write_scores(args.out, report, units, {"results.jsonl": format_results(results, verdicts)})
+    content = {
+        "scores": scores.as_json(),
+        "warnings": warnings,
+        "agreement": {tag: kappa.as_json() for tag, kappa in kappas.items()},
+    }
+    files = {"results.jsonl": format_results(results, verdicts)}
+    write_scores(args.out, checked.drawing | settings, content, units, files)
 
 
 def make_result(image: ImageFile, verdict: Verdict) -> ImageResult:
@@ -102,8 +123,8 @@ def make_result(image: ImageFile, verdict: Verdict) -> ImageResult:
 # ---- checks
 
 
-def check_arguments(args: argparse.Namespace) -> tuple[list[ImageFile], dict[str, Any], Any]:
-    """Checks all that needs no device; returns the images, the networks and the other results.
+def check_arguments(args: argparse.Namespace) -> CheckedInputs:
+    """Checks all that needs no device.
 
     Raises: InputError listing all problems of folders, files and networks.
     """
@@ -111,15 +132,17 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[ImageFile], dict[str
     from corl_jax.evaluation.geneval.detections import read_rows
     from corl_jax.evaluation.geneval.summary import parse_results
 
-    problems = Problems()
+    problems, clip, others = Problems(), None, None
     if args.batch_size < 1:
         problems.add(f"--batch-size: found {args.batch_size}; expected at least 1")
-    problems.attempt(check_output_folder, args.out, "--out")
+    if args.drawn is None and (args.images / MANIFEST_FILE).is_file():
+        args.drawn = args.images
+    drawing = problems.attempt(check_report_options, args)
     images = problems.attempt(list_images, args.images) or []
-    networks = {"detector": problems.attempt(check_detector, args)}
+    detector = problems.attempt(check_detector, args)
     colored = [p for p, demand in images if any("color" in e for e in demand.get("include", ()))]
     if args.clip is not None:
-        networks["clip"] = problems.attempt(check_clip, args.clip, args.dtype)
+        clip = problems.attempt(check_clip, args.clip, args.dtype)
         if images and not colored:
             print("warning: --clip: has no effect; no demand has a colour", file=sys.stderr)
     elif colored:
@@ -127,14 +150,14 @@ def check_arguments(args: argparse.Namespace) -> tuple[list[ImageFile], dict[str
             f"--clip: is missing; {len(colored)} images have demands with colours, as "
             f"{colored[0]}; give CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
         )
-    others = None
     if args.against is not None:
         others = problems.attempt(lambda: parse_results(read_rows(args.against), args.against))
     problems.raise_any()
-    return images, networks, others
+    assert detector is not None  # otherwise there was a problem
+    return CheckedInputs(images, detector, clip, drawing or {}, others or ())
 
 
-def check_detector(args: argparse.Namespace) -> Any:
+def check_detector(args: argparse.Namespace) -> CheckedNetwork:
     """Checks the detector's files; returns them for `load_frozen_network`. Raises: InputError."""
     from corl_jax.evaluation.geneval.detector import check_class_count
     from corl_jax.rewards.networks import CheckedNetwork
@@ -218,9 +241,7 @@ def check_picture(path: Path) -> None:
 # ---- detection
 
 
-def judge_images(
-    args: argparse.Namespace, images: Sequence[ImageFile], networks: dict[str, Any]
-) -> tuple[str, list[Verdict]]:
+def judge_images(args: argparse.Namespace, checked: CheckedInputs) -> tuple[str, list[Verdict]]:
     """Returns the detector's name and the verdict on each image."""
     import contextlib
 
@@ -242,15 +263,16 @@ def judge_images(
     verdicts: list[Verdict] = []
     with contextlib.ExitStack() as stack:
 
-        def load(checked: Any) -> Any:
-            return stack.enter_context(load_frozen_network(checked, mesh, offload=False).use())
+        def load(network: CheckedNetwork) -> Any:
+            return stack.enter_context(load_frozen_network(network, mesh, offload=False).use())
 
-        clip = networks.get("clip")
+        clip = checked.clip
         classify_crops = None if clip is None else make_crop_classifier(load(clip))
         if args.backend == "transformers":
-            detector = load_torch_detector(networks["detector"].path)
+            detector = load_torch_detector(checked.detector.path)
         else:
-            detector = make_detector(load(networks["detector"]), at_once)
+            detector = make_detector(load(checked.detector), at_once)
+        images = checked.images
         with tqdm(total=len(images), unit="image", disable=None) as progress:
             for first in range(0, len(images), at_once):
                 paths, demands = zip(*images[first : first + at_once], strict=True)

@@ -29,7 +29,7 @@ from jax import lax
 
 from corl_jax.models import modules
 from corl_jax.models.mask2former import Mask2Former, Mask2FormerConfig
-from corl_jax.types import Params
+from corl_jax.types import Array, Params
 
 PAD_MULTIPLE = 32
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of bytes, red first
@@ -46,11 +46,11 @@ Sides = tuple[int, int]
 class Instances:
     """The instances of B images, without order."""
 
-    scores: jax.Array  # [B, K] float32
-    labels: jax.Array  # [B, K] int32
-    queries: jax.Array  # [B, K] int32, the query whose mask it is
-    boxes: jax.Array  # [B, Q, 4] float32: left, top, right, bottom; 0 for an empty mask
-    masks: jax.Array  # [B, Q, H, ceil(W / 8)] uint8, eight pixels a byte, the leftmost one highest
+    scores: Array  # [B, K] float32
+    labels: Array  # [B, K] int32
+    queries: Array  # [B, K] int32, the query whose mask it is
+    boxes: Array  # [B, Q, 4] float32: left, top, right, bottom; 0 for an empty mask
+    masks: Array  # [B, Q, H, ceil(W / 8)] uint8, eight pixels a byte, the leftmost one highest
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -35,9 +36,10 @@ def score_geneval(samples: Samples, context: Context, *, score: Score = "dense")
     problems.raise_any()
     # An image without a demand is detected too, so that the number of images stays the same.
     judged = [demand or {"tag": "", "include": []} for demand in demands]
+    images = [*samples.require_images()]
     with context.network("mask2former") as network, context.network("clip_l14") as clip:
         detector, classify_crops = make_detector(network), make_crop_classifier(clip)
-        detections = detect_objects(samples.require_images(), judged, detector, classify_crops)
+        detections = detect_objects(images, judged, detector, classify_crops)
     scores = [
         float("nan") if demand is None else getattr(score_image(demand, objects), score)
         for demand, objects in zip(demands, detections, strict=True)
@@ -45,7 +47,7 @@ def score_geneval(samples: Samples, context: Context, *, score: Score = "dense")
     return np.array(scores, np.float32)
 
 
-def find_detector_problems(options: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
+def find_detector_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
     """Returns a problem if the detector does not know GenEval's classes (see `RewardRow`)."""
     known = sizes["mask2former"].num_classes if "mask2former" in sizes else len(CLASSES)
     if known >= len(CLASSES):

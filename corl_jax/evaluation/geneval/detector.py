@@ -111,8 +111,9 @@ def name_instances(image: Any, width: int, min_score: float) -> dict[str, list[D
         if image.labels[index] >= len(CLASSES):
             continue
         query = image.queries[index]
+        left, top, right, bottom = (float(edge) for edge in image.boxes[query])
         detection = Detection(
-            box=tuple(float(edge) for edge in image.boxes[query]),
+            box=(left, top, right, bottom),
             score=float(image.scores[index]),
             mask=unpack_mask(image.masks[query], width),
         )
@@ -175,8 +176,8 @@ def load_torch_detector(folder: Path) -> TorchDetector:
             f"{folder}: transformers cannot load a Mask2Former ({take_first_line(error)}); "
             "expected config.json with model_type mask2former, and its weights"
         ) from error
-    model = model.eval().requires_grad_(False)
-    return TorchDetector(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchDetector(model.eval().requires_grad_(False).to(device))
 
 
 def check_class_count(network_classes: int, where: str) -> None:

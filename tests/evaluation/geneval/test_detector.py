@@ -241,6 +241,7 @@ def detect(drawn, folders, out, *options) -> None:
 
 
 def test_the_suite_writes_official_results_and_agrees_with_itself(drawn, folders, tmp_path, capsys):
+    (drawn / "manifest.json").write_text('{"settings": {"seed": 20}}')
     detect(drawn, folders, tmp_path / "first")
     printed = capsys.readouterr().out
     assert printed.startswith("GenEval (JAX detector, float32)\n\nSummary")
@@ -254,6 +255,7 @@ def test_the_suite_writes_official_results_and_agrees_with_itself(drawn, folders
     assert all(len(box) == 5 and box[4] > 0.3 for boxes in details.values() for box in boxes)
     report = json.loads((tmp_path / "first" / "report.json").read_text())
     assert report["settings"]["judged"] == "GenEval (JAX detector, float32)"
+    assert report["settings"]["seed"] == 20
     assert report["scores"]["tags"]["single_object"]["hits"] >= 1 and report["agreement"] == {}
     assert [unit.name for unit in read_units(tmp_path / "first")] == ["00000", "00001", "00002"]
     results_file = tmp_path / "first" / "results.jsonl"
