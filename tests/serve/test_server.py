@@ -28,6 +28,7 @@ import corl_jax
 from corl_jax import generate
 from corl_jax.assets import SHIPPED
 from corl_jax.errors import InputError
+from corl_jax.policies import batched
 from corl_jax.serve import __main__ as command
 from corl_jax.serve import app as app_module
 from corl_jax.serve import command as serve_command
@@ -453,6 +454,24 @@ def test_a_client_that_leaves_frees_its_place(server, client, monkeypatch):
 
 
 # ---- shapes
+
+
+def test_images_are_decoded_request_by_request(server, monkeypatch):
+    """In other shapes a pixel in some of the images differs by 1, though the codes are equal."""
+    shapes, decode = [], batched.decode_segment
+
+    def record(*arguments):
+        shapes.append(arguments[-1].values.shape[0])
+        return decode(*arguments)
+
+    monkeypatch.setattr(batched, "decode_segment", record)
+    jobs = [
+        server.engine.prepare_images(api.read_image_request({"prompt": PROMPT, "n": n}, 32))
+        for n in (2, 1)
+    ]
+    rows = [row for job in jobs for row in job.rows]
+    samples = server.engine.draw(jobs[0].program, rows)
+    assert shapes == [2, 1] and [sample.number for sample in samples] == [0, 1, 0]
 
 
 def test_programs_are_few(server, monkeypatch):
