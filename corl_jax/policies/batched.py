@@ -8,6 +8,7 @@ rounding.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,12 +18,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from corl_jax.devices.batches import to_host_rows
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.policies import Model
 from corl_jax.policies.choices import row_keys
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.turns import bind_sampler, decode_segment, list_tokens, sample_turn
-from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, TEXT, Task
+from corl_jax.tasks import (
+    CODES,
+    IMAGE_GENERATION,
+    IMAGE_UNDERSTANDING,
+    PLANNED_GENERATION,
+    TEXT,
+    Task,
+)
 from corl_jax.types import EncodedPrompts, Segment
 
 
@@ -189,7 +198,8 @@ def sample_rows(
     """Returns the sample of each row; prompts of one padded length.
 
     A sample is the one that `generate_images` or `answer_questions` makes of the same numbers.
-    The last row is repeated up to `fill_to` rows, for the shape of an earlier call.
+    The last row is repeated up to `fill_to` rows, for the shape of an earlier call. Rows of one
+    request, which share their encoded prompt, follow each other.
     """
     filled = [*rows, *[rows[-1]] * (fill_to - len(rows))]
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *(row.encoded for row in filled))
@@ -197,9 +207,27 @@ def sample_rows(
     keys = row_keys(*(np.array(values, np.uint32) for values in numbers), stream=task.stream)
     sampler = bind_sampler(model.family.turns[task.turn.segments].sample, model.sizes, options)
     with jax.set_mesh(_choose_mesh(len(filled))):
-        results = zip(*_read_results(model, sampler(model.params, prompts, keys)), strict=True)
-        # Not strict: the results of repeated rows come last.
-        return [Sample(r.prompt, r.number, *x) for r, x in zip(rows, results, strict=False)]
+        segments = sampler(model.params, prompts, keys)
+        tokens = list_tokens(segments[-1])[: len(rows)]
+    if segments[-1].kind == TEXT:
+        return [Sample(r.prompt, r.number, x) for r, x in zip(rows, tokens, strict=True)]
+    pixels = _decode_requests(model, rows, to_host_rows(segments[-1].values))
+    plans = [list_tokens(plan)[: len(rows)] for plan in segments[:-1]]
+    results = zip(rows, tokens, pixels, *plans, strict=True)
+    return [Sample(row.prompt, row.number, *x) for row, *x in results]
+
+
+def _decode_requests(model: Model, rows: Sequence[Row], values: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the image of each row; rows that follow each other with one prompt are a request."""
+    # In the shapes in which the request alone is decoded: rounding in another shape changes about
+    # one value of a pixel in 40,000 by 1, so that images would depend on who else asked.
+    for _, members in itertools.groupby(range(len(rows)), key=lambda i: id(rows[i].encoded)):
+        places = list(members)
+        segment = Segment(CODES, values[places], np.ones(values[places].shape, bool))
+        with jax.set_mesh(_choose_mesh(len(places))):
+            yield from decode_segment(
+                model.family, model.sizes, model.params, model.processor, segment
+            )
 
 
 def _run_pieces(

@@ -6,7 +6,9 @@ which samples the next call draws: those of its program, up to a full batch.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -31,10 +33,10 @@ class Closed(Exception):
 
 
 class Waiting(Generic[Program, Row]):
-    """A sample that waits for its call."""
+    """A sample that waits for its call. Samples of one `part` are drawn in one call."""
 
-    def __init__(self, program: Program, row: Row):
-        self.program, self.row = program, row
+    def __init__(self, program: Program, row: Row, part: object):
+        self.program, self.row, self.part = program, row, part
         self.since = time.monotonic()
         self.future: Future = Future()
 
@@ -73,7 +75,10 @@ class Batcher(Generic[Program, Row]):
             QueueFull: there is no room for all of them; none is queued.
             Closed: after `close`.
         """
-        waiting = [Waiting(program, row) for row in rows]
+        # 20 samples, 16 a call: 2 parts of 10, as `generate` does, so that the results are equal.
+        size = math.ceil(len(rows) / math.ceil(len(rows) / self._batch_size))
+        parts = [object() for _ in range(0, len(rows), size)]
+        waiting = [Waiting(program, row, parts[i // size]) for i, row in enumerate(rows)]
         with self._changed:
             if not self.is_open:
                 raise Closed
@@ -110,11 +115,23 @@ class Batcher(Generic[Program, Row]):
                 batch = [item for item in self._queue if item.program == oldest.program]
                 rest = oldest.since + self._max_wait_s - time.monotonic()
                 if len(batch) >= self._batch_size or rest <= 0 or self._is_closed:
-                    batch = batch[: self._batch_size]
+                    batch = self._keep_whole_parts(batch)
                     taken = {id(item) for item in batch}
                     self._queue = [item for item in self._queue if id(item) not in taken]
                     return batch
                 self._changed.wait(rest)
+
+    def _keep_whole_parts(
+        self, batch: Sequence[Waiting[Program, Row]]
+    ) -> list[Waiting[Program, Row]]:
+        """Returns the first parts that fit into one call together."""
+        whole_parts: list[Waiting[Program, Row]] = []
+        for _, members in itertools.groupby(batch, key=lambda item: id(item.part)):
+            part = list(members)
+            if len(whole_parts) + len(part) > self._batch_size:
+                break
+            whole_parts += part
+        return whole_parts
 
     def _draw_batch(self, batch: Sequence[Waiting[Program, Row]]) -> None:
         try:

@@ -451,7 +451,7 @@ def test_options_that_contradict_each_other(write, overrides, part):
         ),
         (
             ["guards.max_failed_reward_fraction=0.4"],
-            "guards.max_failed_reward_fraction: 0.4", "a reward by `use`",
+            "guards.max_failed_reward_fraction: 0.4", "a reward by `use` or by http",
         ),
         (
             ["stage=sft", "rewards=[]", "guards.entropy=0.2"],

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from corl_jax.config import files as config_files
+from corl_jax.config.checks import find_unused_options
 from corl_jax.errors import InputError, RewardError
 from corl_jax.rewards import http as http_rewards
 from corl_jax.rewards import http_client, registry
@@ -361,6 +363,13 @@ def test_a_run_refuses_a_dead_server_before_device_work(model, rows, tmp_path, c
         train_command.main(["--config", str(path), "--check"])
     assert error.value.code == 2 and not (tmp_path / "run").exists()
     assert "error: rewards: http: http://127.0.0.1:9/health: " in capsys.readouterr().err
+
+
+def test_the_guard_of_failed_samples_watches_servers(model, rows, tmp_path):
+    tree = run_options(model, rows, tmp_path / "run", DEAD)
+    tree["guards"] = {"max_failed_reward_fraction": 0.1}
+    config = config_files.validate(tree, "test")
+    assert not [x for x in find_unused_options(config) if "max_failed_reward_fraction" in x]
 
 
 def test_a_run_trains_with_servers_and_bears_one_failure(model, rows, tmp_path, one_device):

@@ -362,7 +362,7 @@ def test_guards_that_contradict_other_options_are_refused(tree, part):
         ),
         (
             {"guards": {"max_failed_reward_fraction": 0.1}},
-            "guards.max_failed_reward_fraction: 0.1", "a reward by `use`",
+            "guards.max_failed_reward_fraction: 0.1", "a reward by `use` or by http",
         ),
         (
             {"guards": {"drift_max": 1.0}, "stage": "sft", "rewards": []},

@@ -85,8 +85,19 @@ def test_the_oldest_sample_decides_which_program_runs(make, recorder):
 
 
 def test_a_large_request_is_split(make, recorder):
-    assert results(make().submit("a", range(10))) == [f"a:{i}" for i in range(10)]
-    assert [len(rows) for _, rows in recorder.calls] == [4, 4, 2]
+    batcher = make()
+    assert results(batcher.submit("a", range(10))) == [f"a:{i}" for i in range(10)]
+    assert results(batcher.submit("a", range(5))) == [f"a:{i}" for i in range(5)]
+    assert [len(rows) for _, rows in recorder.calls] == [4, 4, 2, 3, 2]
+
+
+def test_a_request_is_drawn_in_one_call_where_it_fits(make, recorder):
+    batcher = make()
+    hold(batcher, recorder)
+    futures = [f for rows in ([1, 2, 3], [4, 5], [6]) for f in batcher.submit("a", rows)]
+    recorder.free.set()
+    assert results(futures) == [f"a:{i}" for i in range(1, 7)]
+    assert [rows for _, rows in recorder.calls[1:]] == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_a_failing_sample_fails_alone(make, caplog):

@@ -274,6 +274,15 @@ def test_order_of_the_batch_does_not_matter(config, params, images, texts):
     np.testing.assert_array_equal(moved.values, np.asarray(texts.values)[samples])
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_keys_of_single_rows_are_those_of_their_prompts(seed):
+    expected = sample_keys(seed, [3, 2**32 - 1], 2, stream=1, first=5)
+    prompts, numbers = [3, 3, 2**32 - 1, 2**32 - 1], [5, 6, 5, 6]
+    columns = ([seed] * 4, prompts, numbers)
+    keys = choices.row_keys(*(np.array(x, np.uint32) for x in columns), stream=1)
+    np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected))
+
+
 def test_keys_come_from_seed_prompt_and_sample():
     data = jax.random.key_data(sample_keys(0, np.array([4, 9]), 3))
     assert len(np.unique(data, axis=0)) == 6
