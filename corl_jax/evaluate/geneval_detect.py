@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         "agreement": {tag: kappa.as_json() for tag, kappa in kappas.items()},
     }
     files = {"results.jsonl": format_results(results, verdicts)}
-    write_scores(args.out, checked.drawing | settings, content, units, files)
+    write_scores(args.out, {**checked.drawing, **settings}, content, units, files)
 
 
 def make_result(image: ImageFile, verdict: Verdict) -> ImageResult:

@@ -12,7 +12,7 @@ from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.network import PRESETS
 from corl_jax.weights.storage import make_whole_box
-from corl_jax.weights.table import CONV, DENSE, DROP_LEADING, Row, Table
+from corl_jax.weights.table import CONV, DENSE, DROP_LEADING, Row, Table, Transform
 from tests.support.weight_files import full_keys
 
 COUNTS = {  # specification 3.3: (transformers' layout, original layout with the attention pool)
@@ -88,6 +88,22 @@ def test_a_transform_and_its_inverse_cancel(transform):
     leaf = transform.to_leaf(tensor)
     np.testing.assert_array_equal(transform.to_torch(leaf), tensor)
     assert transform.torch_shape(leaf.shape) == shape
+
+
+def test_a_split_axis_is_read_whole():
+    """[out, 4 D] in the order column, row, feature -> [row, column, D, out]."""
+    merging = Transform((2, 1, 3, 0), split=(2, 2, -1))
+    tensor = np.arange(24.0).reshape(2, 12)  # D = 3
+    leaf = merging.to_leaf(tensor)
+    assert leaf.shape == (2, 2, 3, 2) and merging.torch_shape(leaf.shape) == (2, 12)
+    assert leaf[1, 0, 2, 1] == tensor[1, 0 * 6 + 1 * 3 + 2]
+    assert np.array_equal(merging.to_torch(leaf), tensor)
+    table = Table("t", (Row("kernel", "kernel", merging),))
+    (slot,) = table.make_slots({"kernel": leaf.shape})
+    # Half of the outputs is a box of the tensor; one of the four positions is none.
+    assert slot.box(((0, 2), (0, 2), (0, 3), (1, 2))) == ((1, 2), (0, 12))
+    with pytest.raises(ValueError, match="cannot be split over devices"):
+        slot.box(((0, 1), (0, 2), (0, 3), (0, 2)))
 
 
 def test_conv_kernels_become_height_width_in_out():
