@@ -78,7 +78,7 @@ def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
         dtype = choose_dtype(plan.args.dtype)
         settings = plan.settings | {
             "dtype": dtype.name,
-            "version": corl_jax.__version__,
+            "corl_jax_version": corl_jax.__version__,
             "commit": find_commit(Path(corl_jax.__file__).parent),
         }
         manifest = read_manifest(plan.args.out)
@@ -349,7 +349,7 @@ def tell_drawing(drawing: Drawing) -> None:
         "settings": f"cfg_scale {settings['cfg_scale']:g}, temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}, {settings['dtype']}",
         "prompt": describe_template(settings),
-        "version": f"corl_jax {settings['version']}, commit {settings['commit'] or 'unknown'}",
+        "version": f"corl_jax {settings['corl_jax_version']}, commit {settings['commit'] or 'unknown'}",
         "images": f"{summary['drawn_now']:,} drawn, {summary['kept']:,} kept; {speed}",
         "next": f"{plan.args.out / NEXT}",
     }

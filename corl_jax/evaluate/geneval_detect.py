@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{agreement.format_agreement(kappas, str(args.against))}")
     warnings = summary.find_incomplete(results)
     sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
-    settings = {
+    settings: dict[str, Any] = {
         "suite": args.suite,
         "images": str(args.images),
         "judged": name,

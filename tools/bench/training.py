@@ -177,7 +177,7 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         family=FAMILY, sizes=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
         dtype=COMPUTE, frozen=frozen, reference=None, moving=None,
         kl_penalty=None, source_dtypes={}, layer_dtypes={},
-        train_loader=None, eval_loader=None, steps=UPDATES, seed=0,
+        train_loader=None, evaluations=(), steps=UPDATES, seed=0,
         image_side=setting.size.janus.siglip.image_size,
         iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
         samplers=make_segment_samplers(setting), greedy_samplers=None, redraws=0,
