@@ -349,7 +349,8 @@ def tell_drawing(drawing: Drawing) -> None:
         "settings": f"cfg_scale {settings['cfg_scale']:g}, temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}, {settings['dtype']}",
         "prompt": describe_template(settings),
-        "version": f"corl_jax {settings['corl_jax_version']}, commit {settings['commit'] or 'unknown'}",
+        "version": f"corl_jax {settings['corl_jax_version']}, "
+        f"commit {settings['commit'] or 'unknown'}",
         "images": f"{summary['drawn_now']:,} drawn, {summary['kept']:,} kept; {speed}",
         "next": f"{plan.args.out / NEXT}",
     }
