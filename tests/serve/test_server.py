@@ -29,7 +29,6 @@ from corl_jax import generate
 from corl_jax.assets import SHIPPED
 from corl_jax.errors import InputError
 from corl_jax.policies import batched
-from corl_jax.sampling_options import DEFAULTS
 from corl_jax.serve import __main__ as command
 from corl_jax.serve import app as app_module
 from corl_jax.serve import command as serve_command
@@ -186,7 +185,7 @@ def test_many_clients_get_what_generate_makes(server, picture):
                 made = own.images.generate(model="nano", prompt=PROMPT, extra_body={"seed": number})
                 return read_image(made.data[0]).tolist()
             made = own.chat.completions.create(
-                model="nano", messages=ask_about(url), seed=number, max_tokens=16
+                model="nano", messages=ask_about(url), seed=number, max_tokens=32
             )
             return made.choices[0].message.content
 
@@ -200,7 +199,7 @@ def test_many_clients_get_what_generate_makes(server, picture):
             (expected,) = server.model.generate_images(PROMPT, 1, seed=number)
             assert sample == np.asarray(expected).tolist(), number
         else:
-            said = server.model.answer(picture, QUESTION, seed=number, max_new_tokens=16)
+            said = server.model.answer(picture, QUESTION, seed=number, max_new_tokens=32)
             assert sample == said, number
 
 
@@ -210,7 +209,7 @@ def test_many_clients_get_what_generate_makes(server, picture):
 def test_a_stream_has_the_same_answer(client, picture):
     asked = {
         "model": "nano", "messages": ask_about(data_url(picture)), "seed": 3, "n": 2,
-        "max_tokens": 16,
+        "max_tokens": 32,
     }  # fmt: skip
     whole = client.chat.completions.create(**asked)
     events = list(
@@ -227,7 +226,7 @@ def test_a_stream_has_the_same_answer(client, picture):
 
 
 def test_an_answer_ends_before_a_stop(client, picture):
-    asked = {"model": "nano", "messages": ask_about(data_url(picture)), "seed": 3, "max_tokens": 16}
+    asked = {"model": "nano", "messages": ask_about(data_url(picture)), "seed": 3, "max_tokens": 32}
     whole = client.chat.completions.create(**asked)
     text = whole.choices[0].message.content
     stop = text[4:6]
@@ -611,8 +610,7 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-def test_the_warm_up_compiles_what_requests_use(server, client, monkeypatch, capsys):
-    monkeypatch.setitem(DEFAULTS, "max_new_tokens", 16)  # other tests have compiled these
+def test_the_warm_up_compiles_what_requests_use(server, client, capsys):
     serve_command.warm_up(server.engine)
     known = {*server.engine._programs}
     client.images.generate(model="nano", prompt=PROMPT)
