@@ -243,6 +243,7 @@ def test_what_evaluation_harnesses_send_is_taken(server, picture):
         body = {
             "model": "nano", "n": 1, "temperature": 0, "max_tokens": 8, "top_p": None, "stop": None,
             "frequency_penalty": 0, "presence_penalty": 0, "stream": False, "user": "me",
+            "response_format": {"type": "text"},
             "messages": [{"role": "system", "content": ""}, {"role": "user", "content": content}],
         }  # fmt: skip
         status, answer = server.send("/v1/chat/completions", json.dumps(body))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from corl_jax.config.schema import Distributed
 from corl_jax.devices import processes
@@ -31,12 +32,13 @@ def main(address: str, index: int, *folders: str) -> None:
     processes.initialize(
         Distributed(coordinator_address=address, num_processes=2, process_id=index)
     )
-    mesh, networks = make_mesh(data=2, fsdp=2, tensor=1), {}
+    # Each process has its own rows, and a part of the parameters.
+    mesh, networks = make_mesh(data=1, fsdp=4, tensor=1), {}
     for (name, kind), folder in zip(KIND_NAMES.items(), folders, strict=True):
         with open_checkpoint(Path(folder), KINDS[kind]) as opened:
             checked = CheckedNetwork(name, Path(folder), opened.parameters, "float32", ())
         networks[name] = load_frozen_network(checked, mesh, offload=True)
-    images = draw_images(4)[2 * index : 2 * index + 2]
+    images = [*draw_images(4)[2 * index : 2 * index + 2]]
     with networks["mask2former"].use() as network:
         seen = [next(iter(boxes)) for boxes in make_detector(network).detect(images)]
     demands = []
@@ -44,7 +46,7 @@ def main(address: str, index: int, *folders: str) -> None:
         entry = {"class": name, "count": 1} | ({"color": "red"} if index else {})
         demands.append(json.dumps({"tag": "colors", "prompt": "p", "include": [entry]}))
     context = Context(None, None, None, None, None, 0, 0, networks)
-    scores = score_geneval(Samples({"geneval": demands}, images=images), context)
+    scores = score_geneval(Samples({"geneval": demands}, images=np.stack(images)), context)
     print(json.dumps(scores.tolist()), flush=True)
     processes.barrier("scored")
 
