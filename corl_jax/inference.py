@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import Problems
-from corl_jax.sampling_options import HARMLESS, find_temperature_problems, is_number
+from corl_jax.sampling_options import HARMLESS, LARGEST, find_temperature_problems, is_number
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, Task
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def load_model(place: Any, dtype_name: str | None) -> tuple[Model, Any]:
 def check_number(name: str, value: Any, low: float, high=math.inf, *, above=False, whole=False):
     """Returns a problem unless `value` is None or a finite number in the range."""
     # NaN fails every comparison, so it is a problem too.
-    fits = is_number(value, whole=whole) and low <= value <= high and value < math.inf
+    # An integer may be larger than any float.
+    fits = is_number(value, whole=whole) and low <= value <= min(high, LARGEST)
     if value is None or (fits and (value > low or not above)):
         return []
     bounds = f"{'above' if above else 'at least'} {low}"

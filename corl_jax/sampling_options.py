@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "instruction": "none",
 }  # fmt: skip
 """Values for options that neither the command line nor generation_config.json states."""
+LARGEST = sys.float_info.max
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
 
 
@@ -39,7 +39,7 @@ def find_temperature_problems(value: Any, spell: Callable[[str], str] = spell_op
 
     `spell` returns the name of an option in messages.
     """
-    if value is None or (is_number(value) and 0 < value < math.inf):
+    if value is None or (is_number(value) and 0 < value <= LARGEST):
         return []
     # Other programs take 0 for greedy decoding.
     remedy = f"; give {spell('greedy')} in its place to take the likeliest" if value == 0 else ""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import corl_jax
 from corl_jax.devices import processes
 from corl_jax.devices.batches import num_batch_shards
+from corl_jax.devices.exhausted_memory import explain_memory
 from corl_jax.devices.mesh import find_layout_problems, make_mesh
 from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, Preempted, Problems
@@ -198,7 +199,11 @@ def draw_missing(
         policy, texts, pairs, sampling, seed=args.seed, batch_size=batch_size, mesh=mesh
     )
     bar = tqdm(total=len(pairs), unit=" images", disable=None if index == 0 else True)
-    with bar, watch_signals() as signals, explain_memory(batch_size):
+    memory = explain_memory(
+        f"--batch-size: {batch_size} images at once do not fit into the memory of the devices; "
+        "give fewer, or split the model by --mesh fsdp=N; finished images are kept"
+    )
+    with bar, watch_signals() as signals, memory:
 
         def advance() -> bool:
             bar.update()
@@ -234,20 +239,6 @@ def watch_signals() -> Iterator[list[str]]:
         for number, handler in previous.items():
             # None: a handler that C code has set, which Python cannot set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@contextlib.contextmanager
-def explain_memory(batch_size: int) -> Iterator[None]:
-    """Raises an InputError with a remedy if the block uses up the memory of a device."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            f"--batch-size: {batch_size} images at once do not fit into the memory of the devices; "
-            "give fewer, or split the model by --mesh fsdp=N; finished images are kept"
-        ) from error
 
 
 def load_drawing_policy(plan: DrawPlan, dtype: Any, mesh: Any) -> Policy:

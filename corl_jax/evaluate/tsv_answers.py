@@ -16,6 +16,7 @@ import jax
 from tqdm import tqdm
 
 import corl_jax
+from corl_jax.devices.exhausted_memory import explain_memory
 from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, Preempted, Problems
 from corl_jax.evaluate import tsv, tsv_folder, tsv_report
@@ -277,7 +278,10 @@ def answer_missing(plan: Plan, answers: dict[str, str], dtype: Any) -> dict[str,
     )  # fmt: skip
     record, new = AppendLog(plan.args.out / tsv_folder.ANSWERS), {}
     bar = tqdm(total=len(missing), unit="answer", disable=None)
-    memory = explain_memory(plan.args.batch_size or BATCH_SIZE)
+    memory = explain_memory(
+        f"--batch-size: {plan.args.batch_size or BATCH_SIZE} answers at once do not fit into the "
+        "memory of the device; give fewer, or a smaller --max-new-tokens; finished answers are kept"
+    )
     with contextlib.closing(record), bar, watch_signals() as signals, memory:
         for number, text in sample_rows(plan, model, missing, options, signals):
             index = plan.rows[number]["index"]
@@ -357,20 +361,6 @@ def read_ahead(
         return image
 
     return take
-
-
-@contextlib.contextmanager
-def explain_memory(batch_size: int) -> Iterator[None]:
-    """Raises an InputError with a remedy if the block uses up the memory of a device."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            f"--batch-size: {batch_size} answers at once do not fit into the memory of the device; "
-            "give fewer, or a smaller --max-new-tokens; finished answers are kept"
-        ) from error
 
 
 def append(record: AppendLog, line: bytes) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
+
+from corl_jax.errors import take_first_line
 
 MAX_ANSWER_BYTES = 2**24
 SHOWN_CHARACTERS = 200  # of an answer, in a message
@@ -30,18 +33,28 @@ class RequestFailure(Exception):
 
 def find_url_problem(url: str) -> str | None:
     """Returns what is wrong with the address of a server, None if nothing is."""
+    shown = repr(hide_secrets(url))
     try:
         parts = urllib.parse.urlsplit(url)
         has_host = bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # as connecting does: labels of 1 to 63 letters
     except ValueError as error:
-        return f"found {url!r}, which is no URL ({error})"
+        # Its text may quote a part of a password.
+        reason = "" if "@" in url else f" ({error})"
+        return f"found {shown}, which is no URL{reason}"
     if parts.scheme not in ("http", "https") or not has_host:
-        return f"found {url!r}; expected http://HOST:PORT/PATH or https://HOST/PATH"
+        return f"found {shown}; expected http://HOST:PORT/PATH or https://HOST/PATH"
     if parts.username is not None or parts.password is not None:
         return f"found a user or password before {parts.hostname}; a config is no place for secrets"
-    if parts.fragment or not url.isascii() or any(map(str.isspace, url)):
-        return f"found {url!r}; expected ASCII letters, without # and spaces"
+    if parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
+        return f"found {shown}; expected ASCII letters, without # and spaces"
     return None
+
+
+def hide_secrets(url: str) -> str:
+    """Returns an address, even a broken one, with ... for a user and password."""
+    # ftp://me:word@host/path -> ftp://...@host/path; a password may hold / and @
+    return re.sub(r"^(\w+:/+)?.*@", r"\1...@", url)
 
 
 def request_json(url: str, content: Any, timeout_s: float, *, method: str = "POST") -> Any:
@@ -80,17 +93,20 @@ def _exchange(url: str, method: str, body: bytes | None, timeout_s: float) -> tu
             connection.request(method, target, body, headers)
             with contextlib.closing(connection.getresponse()) as answer:
                 data = answer.read(MAX_ANSWER_BYTES + 1)
+                missing = answer.length  # None: the answer did not say how long it is
     except (OSError, http.client.HTTPException) as error:
         # The timer closes the connection, which raises one of several errors.
         if time.monotonic() - began >= timeout_s:
             reason = f"no answer within {timeout_s:g} s"
         else:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {take_first_line(error)}"
         raise RequestFailure(url, reason, may_retry=True) from error
     if time.monotonic() - began >= timeout_s:  # closed in the middle of an answer without a length
         raise RequestFailure(url, f"no answer within {timeout_s:g} s", may_retry=True)
     if len(data) > MAX_ANSWER_BYTES:
         raise RequestFailure(url, f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+    if missing:
+        raise RequestFailure(url, "the connection ended within the answer", may_retry=True)
     return answer.status, data
 
 

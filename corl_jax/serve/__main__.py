@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 
 from corl_jax.errors import Problems, exit_on_input_error
@@ -61,8 +62,11 @@ def check_options(args: argparse.Namespace) -> None:
     problems.add(check_number("--batch-size", args.batch_size, 1, 1024, whole=True))
     problems.add(check_number("--max-wait-ms", args.max_wait_ms, 0, 60_000))
     problems.add(check_number("--max-queue", args.max_queue, 1, whole=True))
-    if args.api_key is not None and not (args.api_key.isascii() and args.api_key.strip()):
-        problems.add("--api-key: found an empty key or one with letters beyond ASCII")
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
+        problems.add(
+            f"--api-key (or {KEY_VARIABLE}): found an empty key, or one with spaces, line ends or "
+            "letters beyond ASCII, which no header can hold"
+        )
     if args.name is not None and not args.name.strip():
         problems.add("--name: found an empty text; expected a name, or leave it out")
     problems.raise_any()

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from corl_jax.data.questions import replace_surrogates
 from corl_jax.serve import responses
 from corl_jax.serve.batcher import Batcher, Closed, QueueFull
 from corl_jax.serve.engine import Engine, Job
@@ -25,6 +26,7 @@ from corl_jax.serve.requests import ApiError, check_model, read_chat, read_image
 MAX_BODY_BYTES = 2**25  # an image of 25 MB in base64
 BODY_S = 120.0  # longest wait for a body
 READERS = 4  # threads that decode and encode images
+MAX_MESSAGE = 2000  # characters of an error
 CLOSED_REQUEST = 499  # the client has gone; nobody reads the answer
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,10 @@ class Server:
             Route("/v1/chat/completions", self._protect(self.answer), methods=["POST"]),
             Route("/v1/images/generations", self._protect(self.draw), methods=["POST"]),
         ]
-        handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error,
-                         Exception: _answer_unexpected_error}  # fmt: skip
+        handlers: Any = {
+            ApiError: _answer_error, HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_nobody, Exception: _answer_unexpected_error,
+        }  # fmt: skip
         return Starlette(routes=routes, exception_handlers=handlers)
 
     # ---- routes
@@ -87,7 +91,7 @@ class Server:
         chat = await self._run(read_chat, body)
         job = await self._run(self.engine.prepare_answers, chat)
         samples = await self._wait(request, job)
-        texts = [self.engine.read_text(sample, job) for sample in samples]
+        texts = await self._run(self.engine.read_texts, samples, job)
         content = responses.describe_answers(self.name, job, texts, chat.stop)
         if not chat.stream:
             return JSONResponse(content)
@@ -145,7 +149,12 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *args)
 
     async def _wait(self, request: Request, job: Job) -> Sequence[Any]:
-        """Returns the samples of a job. Raises: ApiError if they cannot be drawn."""
+        """Returns the samples of a job.
+
+        Raises:
+            ApiError: there is no room for them, or the server is stopping.
+            ClientDisconnect: nobody waits for the answer any more.
+        """
         try:
             futures = self.batcher.submit(job.program, job.rows)
         except QueueFull:
@@ -160,8 +169,6 @@ class Server:
             if not samples.done():
                 raise ClientDisconnect
             return samples.result()
-        except ClientDisconnect:
-            raise ApiError(CLOSED_REQUEST, "the client has gone") from None
         finally:
             gone.cancel()
             _cancel_all(samples, futures)
@@ -202,6 +209,8 @@ def _make_error(status: int, message: str, code: str | None, param: str | None) 
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     headers = {"Retry-After": "1"} if status in (429, 503) else None
+    # It may quote the request, which can be long and hold what no UTF-8 can.
+    message = replace_surrogates(message[:MAX_MESSAGE])
     error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status, headers)
 
@@ -213,6 +222,10 @@ async def _answer_error(request: Request, error: ApiError) -> Response:
 async def _answer_http_error(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
     return _make_error(error.status_code, message, None, None)
+
+
+async def _answer_nobody(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=CLOSED_REQUEST)
 
 
 async def _answer_unexpected_error(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ import time
 
 from PIL import Image
 
+from corl_jax.devices.exhausted_memory import explain_memory
 from corl_jax.errors import InputError, Problems
 from corl_jax.inference import TEXT_OPTIONS, load_model
 from corl_jax.policies import inspect_policy
@@ -44,12 +45,12 @@ def run_server(args: argparse.Namespace) -> None:
         _warn_if_open(args)
         model, dtype = load_model(args.model, args.dtype)
         engine = Engine(model, dtype, args.batch_size)
+        if args.warm_up:
+            warm_up(engine)
         batcher: Batcher = Batcher(
             engine.draw, batch_size=args.batch_size, max_wait_s=args.max_wait_ms / 1000,
             max_queue=max(args.max_queue, args.batch_size),
         )  # fmt: skip
-        if args.warm_up:
-            warm_up(engine, batcher)
         try:
             _serve(args, engine, batcher, listener)
         finally:
@@ -77,10 +78,11 @@ def open_listener(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no resolver takes
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); choose "
-            "another port, 0 for a free one, or end the program that has it"
+            f"--host {host} --port {port}: cannot listen there ({reason}); choose another port, 0 "
+            "for a free one, or end the program that has it"
         ) from error
 
 
@@ -95,8 +97,12 @@ def _warn_if_open(args: argparse.Namespace) -> None:
               "give --api-key", file=sys.stderr)  # fmt: skip
 
 
-def warm_up(engine: Engine, batcher: Batcher) -> None:
-    """Compiles the programs of a short prompt and a short question, for every batch size."""
+def warm_up(engine: Engine) -> None:
+    """Compiles the programs of a short prompt and a short question, for every batch size.
+
+    Raises:
+        InputError: a batch does not fit into the memory of the device.
+    """
     started, blank = time.monotonic(), Image.new("RGB", (8, 8))
     drawing = read_image_request({"prompt": PROMPT, "seed": 0}, engine.limits.image_side)
     options = argparse.Namespace(
@@ -106,9 +112,13 @@ def warm_up(engine: Engine, batcher: Batcher) -> None:
     question = ChatRequest(QUESTION, blank, options)
     jobs: list[Job] = [engine.prepare_images(drawing), engine.prepare_answers(question)]
     for size in engine.sizes:
-        for job in jobs:
-            for future in batcher.submit(job.program, job.rows * size):
-                future.result()
+        problem = (
+            f"--batch-size: {size} samples at once do not fit into the memory of the device; give "
+            "fewer, or --dtype bfloat16"
+        )
+        with explain_memory(problem):
+            for job in jobs:
+                engine.draw(job.program, job.rows * size)
     print(f"compiled {len(jobs) * len(engine.sizes)} programs in {time.monotonic() - started:.1f} "
           "s", file=sys.stderr)  # fmt: skip
 

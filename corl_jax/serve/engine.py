@@ -150,11 +150,15 @@ class Engine:
             jax.clear_caches()
             self._programs.clear()
 
-    def read_text(self, sample: Sample, job: Job) -> tuple[str, int, bool]:
-        """Returns the text of an answer, the number of its tokens, and whether it has ended."""
-        tokens = sample.tokens[: job.max_new_tokens].tolist()
-        has_ended = tokens[-1] == self.model.processor.special.eos
-        return self.model.processor.decode(tokens), len(tokens), has_ended
+    def read_texts(self, samples: Sequence[Sample], job: Job) -> list[tuple[str, int, bool]]:
+        """Returns of each answer its text, the number of its tokens, and whether it has ended."""
+        processor, texts = self.model.processor, []
+        for sample in samples:
+            tokens = sample.tokens[: job.max_new_tokens].tolist()
+            with self._one_at_a_time:
+                text = processor.decode(tokens)
+            texts.append((text, len(tokens), tokens[-1] == processor.special.eos))
+        return texts
 
 
 def list_batch_sizes(batch_size: int) -> list[int]:

@@ -16,6 +16,7 @@ from corl_jax.evaluation.geneval.detector import make_detector
 from corl_jax.rewards import networks, registry
 from corl_jax.rewards.registry import Context, Samples
 from corl_jax.rewards.samples import FrozenNetwork, Network
+from tests.support import several_processes
 from tests.support.tiny_detector import clip_dir, detector_dir, draw_images
 from tests.support.tiny_networks import load_network
 
@@ -81,6 +82,21 @@ def test_dense_and_strict_scores(loaded, context):
         for color in COLORS
     ]  # fmt: skip
     assert sorted(colors) == [0] * 9 + [1]
+
+
+@pytest.mark.slow
+def test_processes_with_different_demands_score_together(folders):
+    """Only one of two has crops to show to CLIP, which lies on the devices of both."""
+    address = f"127.0.0.1:{several_processes.free_port()}"
+    script = "tests/support/score_geneval_apart.py"
+    places = [str(folders[name]) for name in ("mask2former", "clip_l14")]
+    texts = several_processes.finished(
+        [several_processes.start([script, address, str(n), *places]) for n in (0, 1)]
+    )
+    plain, colored = (json.loads(text.splitlines()[-1]) for text in texts)
+    assert plain == [1, 1]
+    # An object of any colour has half the score, one of the right colour all of it.
+    assert set(colored) <= {0.5, 1.0}
 
 
 def test_bad_demands_and_a_missing_column_are_refused(context):

@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -40,7 +41,7 @@ class ScriptedServer:
     A reply is a JSON value, bytes, or (status, value, headers). It keeps what it was asked.
     """
 
-    def __init__(self, reply, has_health=True):
+    def __init__(self, reply, has_health=True, host="127.0.0.1"):
         self.asked: list[list[dict]] = []
         self.paths: list[str] = []
         lock, server = threading.Lock(), self
@@ -72,8 +73,9 @@ class ScriptedServer:
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+        self.server = http.server.ThreadingHTTPServer((host, 0), Handler)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self.server.server_port}/score"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
@@ -198,6 +200,23 @@ def test_an_error_of_the_server_is_tried_again(serve):
     assert reward.function.failures == 0
 
 
+def test_half_an_answer_is_tried_again(serve):
+    """A server that ends within its answer, which then is a text that is not JSON."""
+    half = (200, b'{"rewards": [1', {"Content-Length": "18"})
+    server = serve(lambda n, samples: half if n == 0 else reply_ones(n, samples))
+    assert ask(bind(server.url), images()) == [1, 1] and len(server.asked) == 2
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the machine has no IPv6")
+def test_an_address_of_version_6_is_reached(monkeypatch):
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "address_family", socket.AF_INET6)
+    server = ScriptedServer(reply_ones, host="::1")
+    try:
+        assert server.url.startswith("http://[::1]:") and ask(bind(server.url), images()) == [1, 1]
+    finally:
+        server.close()
+
+
 def test_another_server_stands_in_for_one_that_is_gone(serve):
     broken, whole = serve(lambda *_: (503, {}, {})), serve(reply_ones)
     reward = bind([broken.url, whole.url], batch_size=1, retries=1)
@@ -320,6 +339,11 @@ def test_many_failures_in_a_row_end_the_run(serve):
         ({"urls": "localhost:8000"}, "expected http://HOST:PORT/PATH"),
         ({"urls": "http://host:port/"}, "which is no URL"),
         ({"urls": "http://me:pass1234@host/"}, "found a user or password before host"),
+        ({"urls": "http://me:pass1234@host:port/"}, "found 'http://...@host:port/', which is no"),
+        ({"urls": "ftp://me:pass1234@host/"}, "found 'ftp://...@host/'; expected http"),
+        ({"urls": "me:pass1234@host/"}, "found '...@host/'; expected http"),
+        ({"urls": f"http://{'a' * 64}/"}, "label too long"),
+        ({"urls": "http://me:pass1234/@x@host/"}, "found 'http://...@host/', which is no URL"),
         ({"urls": "http://a/ b"}, "without # and spaces"),
         ({"urls": ["http://a/", "http://a/"]}, "found an address twice"),
         ({"urls": "http://a/", "timeout_seconds": 0.0}, "option timeout_seconds: found 0.0"),

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from corl_jax.data.geneval_demands import COLORS
+from corl_jax.data.geneval_demands import CLASSES, COLORS
+from corl_jax.devices import processes
 from corl_jax.devices.batches import pad_rows, run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.evaluation.geneval.detections import Detection
@@ -49,25 +50,43 @@ def make_color_classifier(
 
 
 def make_crop_classifier(clip: Network) -> ClassifyCrops:
-    """Returns (crops, the class name of each) -> their colours. Crops may be of several images."""
+    """Returns (crops, the class name of each) -> their colours. Crops may be of several images.
+
+    All processes must call it together, also one without crops.
+    """
 
     @functools.cache
     def embed_class(name: str) -> np.ndarray:
         """Returns the vectors of a class in each colour, [colours, D]."""
         ids = tokenize_prompts(clip, make_prompts(name))
-        vectors = np.asarray(_embed_texts(clip.config, clip.params, ids))
+        program = functools.partial(_embed_texts, clip.config, clip.params)
+        (vectors,) = run_in_pieces(program, lambda i: (ids[i],), len(ids), len(ids), clip.params)
         means = vectors.reshape(len(COLORS), -1, vectors.shape[-1]).mean(axis=1)
         return means / np.linalg.norm(means, axis=-1, keepdims=True)
 
     def classify_crops(crops: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
+        # A network may lie on the devices of several processes. Each runs the same programs then,
+        # whatever its own images show.
+        most_crops = processes.all_max(len(crops))
+        if not most_crops:
+            return []
+        by_class = {name: embed_class(name) for name in list_classes(names)}
+        vectors = _embed_crops(clip, crops, most_crops)  # [N, D]
         if not crops:
             return []
-        vectors = _embed_crops(clip, crops)  # [N, D]
-        classes = np.stack([embed_class(name) for name in names])  # [N, colours, D]
+        classes = np.stack([by_class[name] for name in names])  # [N, colours, D]
         logits = LOGIT_SCALE * np.einsum("nd,ncd->nc", vectors, classes)
         return [COLORS[index] for index in logits.argmax(axis=1)]
 
     return classify_crops
+
+
+def list_classes(names: Sequence[str]) -> list[str]:
+    """Returns each class once, those of other processes included, in the same order for all."""
+    if jax.process_count() == 1:
+        return list(dict.fromkeys(names))
+    numbers = processes.all_union({CLASSES.index(name) for name in names})
+    return [CLASSES[number] for number in sorted(numbers)]
 
 
 def make_prompts(name: str) -> list[str]:
@@ -110,12 +129,13 @@ def resize_crop(crop: Image.Image, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def _embed_crops(clip: Network, crops: Sequence[Image.Image]) -> np.ndarray:
-    """Computes unit vectors [N, D] of crops."""
-    pixels = np.stack([resize_crop(crop, clip.config.image_size) for crop in crops])
+def _embed_crops(clip: Network, crops: Sequence[Image.Image], most_crops: int) -> np.ndarray:
+    """Computes unit vectors [N, D] of crops, in a program that has room for `most_crops`."""
+    blank = Image.new("RGB", (1, 1))  # something to compute with, where there are no crops
+    pixels = np.stack([resize_crop(crop, clip.config.image_size) for crop in crops or [blank]])
     # A power of two, so that few programs are compiled: 5 crops -> 8 rows, 100 -> 128.
-    num_rows = 1 << (len(crops) - 1).bit_length()
-    rows = pad_rows(np.arange(len(crops)), num_rows)
+    num_rows = 1 << (most_crops - 1).bit_length()
+    rows = pad_rows(np.arange(len(pixels)), num_rows)
 
     def take(index: np.ndarray) -> tuple[np.ndarray]:
         return (pixels[rows[index]],)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from corl_jax.models.instances import (
 from corl_jax.rewards.samples import Network
 
 IMAGES_AT_ONCE = 16
+USUAL_PIXELS = 2**20
 JAX_NAME = "GenEval (JAX detector)"
 TORCH_NAME = "GenEval (transformers detector)"
 
@@ -83,14 +85,18 @@ class JaxDetector:
 def group_images(
     images: Sequence[Picture], images_at_once: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yields the numbers of a few images of one size, and their pixels [N, H, W, 3] uint8."""
+    """Yields the numbers of a few images of one size, and their pixels [N, H, W, 3] uint8.
+
+    Of images above USUAL_PIXELS there are fewer at once: their masks take as much memory.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, image in enumerate(images):
         sides = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
         groups.setdefault(tuple(sides), []).append(number)
-    for numbers in groups.values():
-        for first in range(0, len(numbers), images_at_once):
-            chosen = numbers[first : first + images_at_once]
+    for sides, numbers in groups.items():
+        at_once = images_at_once * USUAL_PIXELS // max(USUAL_PIXELS, math.prod(sides)) or 1
+        for first in range(0, len(numbers), at_once):
+            chosen = numbers[first : first + at_once]
             yield chosen, np.stack([read_pixels(images[number]) for number in chosen])
 
 

@@ -74,6 +74,15 @@ def test_images_of_any_size_are_detected_as_alone(ours):
     assert ours.name == "GenEval (JAX detector, float32)"
 
 
+def test_large_images_come_in_smaller_groups():
+    images = [np.zeros((*sides, 3), np.uint8) for sides in [(8, 8)] * 5 + [(2048, 1024)] * 3]
+    groups = [(numbers, x.shape[1:3]) for numbers, x in detector.group_images(images, 4)]
+    small, large = (8, 8), (2048, 1024)
+    assert groups == [([0, 1, 2, 3], small), ([4], small), ([5, 6], large), ([7], large)]
+    huge = [np.zeros((2048, 2048, 3), np.uint8)] * 2
+    assert [numbers for numbers, _ in detector.group_images(huge, 2)] == [[0], [1]]
+
+
 def by_part(piece) -> tuple[int, int]:
     return piece[0]
 
