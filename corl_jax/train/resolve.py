@@ -138,7 +138,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = _resolve_rewards(config, stage, problems)
     sources = None
-    if config.eval.suite in ("none", *SUITES):  # the suite says which columns are read
+    if _knows_columns(config):
         sources = problems.attempt(open_sources, config, stage, rewards.by_task)
     mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shard = problems.attempt(batches.process_shard, mesh) if mesh else None
@@ -213,6 +213,11 @@ def find_table_problems(config: Config) -> list[str]:
         for key, name, names in chosen
         if name not in names
     ]
+    if config.eval.suite in SUITES and not _knows_columns(config):
+        problems.append(
+            f"eval.suite: found {config.eval.suite}, which reads files of its own format; list it "
+            "in eval.suites, with the path of its file"
+        )
     problems += find_entry_problems(config)
     if config.algorithm.name in RECIPES and STAGES[config.stage].samples:
         problems += find_algorithm_problems(config)
@@ -274,6 +279,13 @@ def _find_suite_problems(config: Config, stage: Stage) -> list[str]:
         for key, name in {"eval.suite": config.eval.suite, **chosen}.items()
         if name in SUITES and SUITES[name].uses_rewards
     ]
+
+
+def _knows_columns(config: Config) -> bool:
+    """Returns whether `eval.suite` says which columns of the data it reads."""
+    return config.eval.suite == "none" or (
+        config.eval.suite in SUITES and SUITES[config.eval.suite].open_rows is None
+    )
 
 
 def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:

@@ -18,6 +18,7 @@ from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
 from tests.support import tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
+from tests.support.tsv_files import encode_image, write_drawn_world, write_tsv
 
 pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
@@ -41,7 +42,13 @@ def drawn(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_options(model, rows, drawn):
+def questions(tmp_path_factory) -> Path:
+    """Choice questions in VLMEvalKit's format."""
+    return write_drawn_world(tmp_path_factory.mktemp("tsv") / "MMStar.tsv", ROWS, "choice")
+
+
+@pytest.fixture(scope="module")
+def make_options(model, rows, drawn, questions):
     def options(output: Path, **changes) -> dict:
         return tiny_runs.options(
             model, rows, output,
@@ -54,6 +61,7 @@ def make_options(model, rows, drawn):
                     "suites": [
                         {"suite": "shapes", "path": str(drawn), "rows": COUNTED},
                         {"suite": "rewards", "path": str(rows), "name": "own", "rows": 4},
+                        {"suite": "tsv", "path": str(questions), "rows": COUNTED},
                     ],
                 },
             } | changes,
@@ -71,6 +79,9 @@ def test_each_suite_measures_its_own_file_under_its_name(make_options, tmp_path)
         # COUNTED tries: rates are thirds.
         assert 3 * line["eval/drawn/answer/accuracy"] % 1 == pytest.approx(0, abs=1e-6)
         assert np.isfinite(line["eval/own/t2i/t2i_pixel_mse"])
+        assert 3 * line["eval/MMStar/answer/accuracy"] % 1 == pytest.approx(0, abs=1e-6)
+        assert 0 < line["eval/MMStar/answer/accuracy_high"] <= 1
+        assert 0 <= line["eval/MMStar/answer/unread"] <= 1
         assert "eval/draw/accuracy" not in line
     assert sorted(file.name for file in (tmp_path / "run" / "images").glob("drawn_*.png")) == [
         "drawn_000000.png", "drawn_000001.png"
@@ -99,6 +110,8 @@ def test_the_samples_are_those_of_the_same_rows_alone(make_options, drawn, tmp_p
         ({"suite": "shape"}, "eval.suites.0.suite: found 'shape'; did you mean shapes?"),
         ({"path": "missing.parquet"}, "eval.suites.0: "),
         ({"suite": "rewards"}, "eval.suites.0.suite: found rewards, which scores rewards, but"),
+        ({"suite": "tsv"}, "eval.suites.0: "),  # of a parquet file
+        ({"suite": "tsv", "path": "missing.tsv"}, "eval.suites.0: missing.tsv: cannot be read"),
     ],
 )
 def test_wrong_entries_are_refused_before_devices_are_used(
@@ -119,6 +132,39 @@ def test_two_suites_of_one_name_are_refused(make_options, drawn, tmp_path):
     tree = make_options(tmp_path / "run", eval={"suites": [entry, entry], "batch_prompts": 2})
     with pytest.raises(InputError, match=r"eval\.suites\.1: its metrics would be eval/drawn/"):
         resolve.resolve_run(config_files.validate(tree, "test"))
+
+
+def test_a_suite_with_files_of_its_own_format_is_no_suite_of_the_data(make_options, tmp_path):
+    tree = make_options(tmp_path / "run", eval={"suite": "tsv"})
+    with pytest.raises(InputError) as error:
+        resolve.resolve_run(config_files.validate(tree, "test"))
+    (problem,) = error.value.problems
+    assert problem.startswith("eval.suite: found tsv, which reads files of its own format; list it")
+
+
+def test_every_row_of_a_tsv_that_cannot_be_asked_is_named(make_options, tmp_path):
+    image = encode_image()
+    options = {"A": "a cat", "B": "a dog", "answer": "A"}
+    rows = [
+        {"index": 1, **options}, {"index": 2, "image": image[:200], **options},
+        {"index": 3, "image": str([image, image]), **options},
+        {"index": 4, "question": "word " * 600, **options}, {"index": 5, "image": "?", **options},
+    ]  # fmt: skip
+    path = write_tsv(tmp_path / "broken.tsv", rows[:4])
+
+    def find_problems():
+        suites = [{"suite": "tsv", "path": str(path)}]
+        tree = make_options(tmp_path / "run", eval={"suites": suites, "batch_prompts": 2})
+        with pytest.raises(InputError) as error:
+            resolve.resolve_run(config_files.validate(tree, "test"))
+        return error.value.problems
+
+    broken, long, several = find_problems()
+    assert "index 2: image" in broken and "index 4: its mm2t prompt has" in long
+    assert "1 of 4 rows have several images, such as " in several and "index 3;" in several
+    write_tsv(path, [*rows[:1], *rows[4:]])
+    (problem,) = find_problems()
+    assert "index 5: image is '?', a reference to a row that does not exist" in problem
 
 
 def test_every_row_that_cannot_be_scored_is_named(make_options, drawn, tmp_path):
