@@ -78,8 +78,8 @@ IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
 PLANNED_GENERATION = TASKS["think"]
 UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
-UNDERSTANDING = ("mm2t",)
-"""The task that answers questions about images, alone."""
+GENERATION, UNDERSTANDING = ("t2i",), ("mm2t",)
+"""Each of these tasks alone."""
 
 PLAN_COLUMN = "plan"
 """Column that the program adds to the samples of a task with plans: the plan of each image."""

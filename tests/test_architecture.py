@@ -184,8 +184,12 @@ NAMED_IN = {
     "families": (FAMILIES.keys(), r"\W+", {"policies/__init__.py"}),
     # Both names are words of messages, and `rewards` that of a block of options as well.
     # evaluate/suites.py is the command's table, and has the default of --suite. A file format is
-    # called tsv, too.
-    "suites": (SUITES.keys() - {"rewards", "tsv"}, "/", {"evaluation/__init__.py", "evaluate/suites.py"}),
+    # called tsv, too, and a reward geneval.
+    "suites": (
+        SUITES.keys() - {"rewards", "tsv", "geneval"},
+        "/",
+        {"evaluation/__init__.py", "evaluate/suites.py"},
+    ),
 }
 
 

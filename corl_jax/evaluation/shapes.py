@@ -26,6 +26,7 @@ from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.sampling import sample_rows
 from corl_jax.evaluation.suite import EvaluationInputs
 from corl_jax.evaluation.units import Unit
+from corl_jax.evaluation.verdict_page import draw_verdicts
 from corl_jax.policies.turns import decode_segment
 from corl_jax.rewards.answers import read_solution
 from corl_jax.rewards.text import format_reward, qa_accuracy
@@ -35,8 +36,6 @@ from corl_jax.types import Prompts
 TASKS = tasks.UNIFIED
 COLUMNS = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
 ACCURACIES = ("draw/accuracy", "answer/accuracy")
-PROMPT_LINES = 3  # below an image
-PASS, FAIL = ("pass", pictures.GOOD), ("fail", pictures.BAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +98,7 @@ class ShapesReport:
         if title:
             rate = self.rates["draw/accuracy"]
             title = f"{title}: {rate.mean:.1%} of {rate.n} images match their prompt"
-        cells = []
-        for pixels, prompt, passed in zip(self.images, self.prompts, self.passed, strict=True):
-            verdict, color = PASS if passed else FAIL
-            width = pictures.image_width(pixels)
-            lines = [(line, pictures.INK) for line in pictures.wrap(prompt, width, PROMPT_LINES)]
-            lines = [(verdict, color), *lines]
-            cells.append(
-                pictures.Cell(pixels, lines, frame=color, caption=prompt, passed=bool(passed))
-            )
-        cells = cells[:max_images]
-        rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
-        return pictures.draw_page(rows, title=title)
+        return draw_verdicts(self.images, self.prompts, self.passed, title, max_images, columns)
 
 
 def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:

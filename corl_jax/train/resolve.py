@@ -28,14 +28,19 @@ from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.tasks import TASKS, choose_tasks_of_step
 from corl_jax.train import attending, fit
-from corl_jax.train.evaluations import Evaluation, find_entry_problems, open_evaluations
+from corl_jax.train.evaluations import (
+    Evaluation,
+    bind_suite_rewards,
+    find_entry_problems,
+    open_evaluations,
+)
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
     find_ignored_options,
 )
-from corl_jax.train.stages import STAGES, Stage, scores_rewards
+from corl_jax.train.stages import STAGES, Stage, list_suites, scores_rewards
 from corl_jax.types import Sizes
 
 
@@ -195,10 +200,14 @@ def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> Resolv
     by_task = registry.group_by_task(bound, stage.tasks(config))
     scored = {reward.name for rewards in by_task.values() for reward in rewards}
     used = [reward for reward in bound if reward.name in scored]
-    checked_networks = problems.attempt(_inspect_networks, config, used) or []
+    # A suite's reward may be one of the config with other options: it asks the same networks.
+    of_suites = bind_suite_rewards(list_suites(config))
+    asked = [*used, *(reward for reward in of_suites if reward.name not in scored)]
+    checked_networks = problems.attempt(_inspect_networks, config, asked) or []
     problems.add(_find_reward_problems(config, stage, by_task))
     problems.add(_find_buffer_problems(config, used))
     warnings = find_unused_rewards(config, bound, used)
+    warnings += networks.find_unused_settings(asked, config.networks)
     return ResolvedRewards(by_task, used, checked_networks, warnings)
 
 
@@ -317,7 +326,7 @@ def find_unused_rewards(
     bound: Sequence[registry.BoundReward],
     used: Sequence[registry.BoundReward],
 ) -> list[str]:
-    """Returns a warning for each reward and network that nothing in this run reads."""
+    """Returns a warning for each reward that nothing in this run reads."""
     warnings, names = [], {reward.name for reward in used}
     if config.rewards and not scores_rewards(config):
         labels = ", ".join(reward.label for reward in config.rewards)
@@ -330,7 +339,7 @@ def find_unused_rewards(
         for reward in bound
         if reward.name not in names
     ]
-    return warnings + networks.find_unused_settings(used, config.networks)
+    return warnings
 
 
 def find_unlogged_tasks(config: Config) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
 from tests.support import tiny_runs
+from tests.support.tiny_detector import clip_dir, detector_dir
 from tests.support.tiny_runs import metric_lines, write_config
 from tests.support.tsv_files import encode_image, write_drawn_world, write_tsv
 
@@ -140,6 +142,48 @@ def test_a_suite_with_files_of_its_own_format_is_no_suite_of_the_data(make_optio
         resolve.resolve_run(config_files.validate(tree, "test"))
     (problem,) = error.value.problems
     assert problem.startswith("eval.suite: found tsv, which reads files of its own format; list it")
+
+
+def test_the_suite_geneval_asks_its_networks_in_any_stage(make_options, tmp_path):
+    """Also without a reward that asks them; each that is missing is named."""
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text('{"tag": "colors", "prompt": "a red dog", "include": [{"class": "dog", ')
+    path.write_text(path.read_text() + '"count": 1, "color": "red"}]}\n')
+    suites = [{"suite": "geneval", "path": str(path)}]
+    tree = make_options(
+        tmp_path / "run", stage="sft", rewards=[], eval={"suites": suites, "batch_prompts": 2}
+    )
+    with pytest.raises(InputError) as error:
+        resolve.resolve_run(config_files.validate(tree, "test"))
+    missing = [p for p in error.value.problems if "(asked by geneval; " in p]
+    assert [p.partition(" ")[0] for p in missing] == ["networks.mask2former", "networks.clip_l14"]
+
+
+@pytest.mark.slow  # the detector is compiled
+def test_the_suite_geneval_judges_in_a_run(make_options, tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    demands = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "color": "red"}]
+    rows = [
+        {"tag": tag, "prompt": f"a {demand['class']}", "include": [demand]}
+        for tag, demand in zip(("single_object", "colors"), demands, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    networks = {
+        "mask2former": {"path": str(detector_dir(tmp_path / "detector"))},
+        "clip_l14": {"path": str(clip_dir(tmp_path / "clip"))},
+    }
+    tree = make_options(
+        tmp_path / "run", networks=networks, export={"layout": "none"},
+        train={"prompts_per_step": 4, "max_steps": 0, "micro_batch": 2},
+        eval={"suites": [{"suite": "geneval", "path": str(path), "name": "GenEval"}],
+              "batch_prompts": 2},
+    )  # fmt: skip
+    command.main(["--config", str(write_config(tmp_path / "run.yaml", tree))])
+    (line,) = [line for line in metric_lines(tmp_path / "run") if "eval/seconds" in line]
+    rates = [line[f"eval/GenEval/draw/{name}"] for name in ("single_object", "colors")]
+    assert set(rates) <= {0.0, 1.0}
+    assert line["eval/GenEval/draw/overall"] == line["eval/GenEval/draw/accuracy"] == sum(rates) / 2
+    assert (tmp_path / "run" / "images" / "GenEval_000000.png").is_file()
 
 
 def test_every_row_of_a_tsv_that_cannot_be_asked_is_named(make_options, tmp_path):
