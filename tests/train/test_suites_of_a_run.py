@@ -17,7 +17,7 @@ from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.errors import InputError
 from corl_jax.train import __main__ as command
 from corl_jax.train import resolve
-from tests.support import tiny_runs
+from tests.support import several_processes, tiny_runs
 from tests.support.tiny_detector import clip_dir, detector_dir
 from tests.support.tiny_runs import metric_lines, write_config
 from tests.support.tsv_files import encode_image, write_drawn_world, write_tsv
@@ -223,3 +223,35 @@ def test_every_row_that_cannot_be_scored_is_named(make_options, drawn, tmp_path)
         resolve.resolve_run(config_files.validate(tree, "test"))
     text = str(error.value)
     assert "row 1" in text and "row 2" in text and "qa_solution" in text
+
+
+@pytest.mark.slow  # starts three processes
+def test_two_processes_measure_what_one_does(make_options, questions, tmp_path):
+    """Rows of a file are shared out, and each rating needs all of them."""
+    path = tmp_path / "evaluation_metadata.jsonl"
+    demand = {"include": [{"class": "dog", "count": 1}]}
+    rows = [
+        {"tag": tag, "prompt": f"a {tag}", **demand} for tag in ("counting", "colors", "colors")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    networks = {
+        "mask2former": {"path": str(detector_dir(tmp_path / "detector"))},
+        "clip_l14": {"path": str(clip_dir(tmp_path / "clip"))},
+    }
+    tree = make_options(
+        tmp_path / "run", networks=networks, export={"layout": "none"},
+        train={"prompts_per_step": 4, "max_steps": 0},
+        eval={"suites": [{"suite": "geneval", "path": str(path), "name": "GenEval"},
+                         {"suite": "tsv", "path": str(questions)}],
+              "batch_prompts": 4},
+    )  # fmt: skip
+    config = write_config(tmp_path / "run.yaml", tree)
+    alone = several_processes.start(
+        ["-m", "corl_jax.train", "--config", str(config), f"output_dir={tmp_path / 'alone'}"], 4
+    )
+    several_processes.finished([*several_processes.train(config), alone])
+    lines = []
+    for folder in ("run", "alone"):
+        (line,) = [line for line in metric_lines(tmp_path / folder) if "eval/seconds" in line]
+        lines.append({k: v for k, v in line.items() if "/GenEval/" in k or "/MMStar/" in k})
+    assert lines[0] == lines[1] and len(lines[0]) == 4 + 10
