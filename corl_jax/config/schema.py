@@ -432,8 +432,7 @@ class Eval(Section):
     suite: str = option(
         "none",
         "What is measured. shapes: the drawn world's exact checker; rewards: the listed rewards; "
-        "in eval.suites also tsv: a data set in VLMEvalKit's format, and geneval: GenEval's "
-        "prompts, judged by the reward networks mask2former and clip_l14.",
+        "in eval.suites also tsv: data in VLMEvalKit's format, and geneval: GenEval's prompts.",
     )
     every: NonNegative = option(
         0, "Steps between evaluations. 0: only before and after the training."

@@ -202,12 +202,12 @@ def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> Resolv
     used = [reward for reward in bound if reward.name in scored]
     # A suite's reward may be one of the config with other options: it asks the same networks.
     of_suites = bind_suite_rewards(list_suites(config))
-    asked = [*used, *(reward for reward in of_suites if reward.name not in scored)]
-    checked_networks = problems.attempt(_inspect_networks, config, asked) or []
+    asking_rewards = [*used, *(reward for reward in of_suites if reward.name not in scored)]
+    checked_networks = problems.attempt(_inspect_networks, config, asking_rewards) or []
     problems.add(_find_reward_problems(config, stage, by_task))
     problems.add(_find_buffer_problems(config, used))
     warnings = find_unused_rewards(config, bound, used)
-    warnings += networks.find_unused_settings(asked, config.networks)
+    warnings += networks.find_unused_settings(asking_rewards, config.networks)
     return ResolvedRewards(by_task, used, checked_networks, warnings)
 
 
