@@ -78,6 +78,8 @@ IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
 PLANNED_GENERATION = TASKS["think"]
 UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
+GENERATION, UNDERSTANDING = ("t2i",), ("mm2t",)
+"""Each of these tasks alone."""
 
 PLAN_COLUMN = "plan"
 """Column that the program adds to the samples of a task with plans: the plan of each image."""

@@ -183,8 +183,13 @@ NAMED_IN = {
     "algorithms": (RECIPES.keys(), r"\W+", {"algorithms/recipes.py"}),
     "families": (FAMILIES.keys(), r"\W+", {"policies/__init__.py"}),
     # Both names are words of messages, and `rewards` that of a block of options as well.
-    # evaluate/suites.py is the command's table, and has the default of --suite.
-    "suites": (SUITES.keys() - {"rewards"}, "/", {"evaluation/__init__.py", "evaluate/suites.py"}),
+    # evaluate/suites.py is the command's table, and has the default of --suite. A file format is
+    # called tsv, too, and a reward geneval.
+    "suites": (
+        SUITES.keys() - {"rewards", "tsv", "geneval"},
+        "/",
+        {"evaluation/__init__.py", "evaluate/suites.py"},
+    ),
 }
 
 

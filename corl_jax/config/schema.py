@@ -431,7 +431,8 @@ class Eval(Section):
 
     suite: str = option(
         "none",
-        "What is measured. shapes: the drawn world's exact checker; rewards: the listed rewards.",
+        "What is measured. shapes: the drawn world's exact checker; rewards: the listed rewards; "
+        "in eval.suites also tsv: data in VLMEvalKit's format, and geneval: GenEval's prompts.",
     )
     every: NonNegative = option(
         0, "Steps between evaluations. 0: only before and after the training."

@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +19,11 @@ from tqdm import tqdm
 import corl_jax
 from corl_jax.devices import processes
 from corl_jax.devices.batches import num_batch_shards
-from corl_jax.devices.exhausted_memory import explain_memory
 from corl_jax.devices.mesh import find_layout_problems, make_mesh
 from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, Preempted, Problems
 from corl_jax.evaluate.draw_options import IMAGES_AT_ONCE, DrawPlan, make_distributed
+from corl_jax.evaluate.running import explain_batch, open_folder, watch_signals
 from corl_jax.evaluation.drawing import draw_prompts, round_batch
 from corl_jax.evaluation.image_store import (
     ImageStore,
@@ -49,7 +47,6 @@ from corl_jax.inference import choose_dtype
 from corl_jax.policies import load_policy
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
-from corl_jax.runs.locking import lock_directory
 from corl_jax.train.provenance import find_commit
 
 PACKAGES = ("jax", "jaxlib", "numpy", "transformers")
@@ -87,7 +84,7 @@ def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
         if conflicts:
             raise InputError(conflicts)
         if jax.process_index() == 0:
-            stack.enter_context(_lock_out(plan.args.out))
+            stack.enter_context(open_folder(plan.args.out))
         content = describe_manifest(plan, settings, mesh, batch_size)
         missing = prepare_folder(plan, content)
         started = time.monotonic()
@@ -99,14 +96,6 @@ def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
         processes.barrier("folder finished")
         yield Drawing(plan, mesh, settings, summary)
         processes.barrier("evaluation finished")
-
-
-def _lock_out(out: Path) -> contextlib.AbstractContextManager[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be made ({error.strerror}); name another") from error
-    return lock_directory(out, "--out")
 
 
 def plan_devices(plan: DrawPlan) -> tuple[Any, int]:
@@ -199,10 +188,7 @@ def draw_missing(
         policy, texts, pairs, sampling, seed=args.seed, batch_size=batch_size, mesh=mesh
     )
     bar = tqdm(total=len(pairs), unit=" images", disable=None if index == 0 else True)
-    memory = explain_memory(
-        f"--batch-size: {batch_size} images at once do not fit into the memory of the devices; "
-        "give fewer, or split the model by --mesh fsdp=N; finished images are kept"
-    )
+    memory = explain_batch(batch_size, "images", "split the model by --mesh fsdp=N")
     with bar, watch_signals() as signals, memory:
 
         def advance() -> bool:
@@ -216,29 +202,6 @@ def draw_missing(
             f"stopped by {signals[0] if signals else 'a signal to another process'}; the same "
             f"command draws the images that are missing in {args.out}"
         )
-
-
-@contextlib.contextmanager
-def watch_signals() -> Iterator[list[str]]:
-    """Yields a list that gets the name of a SIGTERM or SIGINT; a second one stops at once."""
-    # `runs.signals.Interruption` lets several processes agree on a step, and here each process
-    # has its own number of images.
-    received: list[str] = []
-
-    def note_signal(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    previous = {number: signal.signal(number, note_signal) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            # None: a handler that C code has set, which Python cannot set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def load_drawing_policy(plan: DrawPlan, dtype: Any, mesh: Any) -> Policy:

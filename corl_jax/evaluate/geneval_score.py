@@ -219,12 +219,10 @@ def iterate_crops(
     What cannot be read is added to `problems`.
     """
     from corl_jax.evaluation.geneval.colors import crop_object
+    from corl_jax.evaluation.geneval.scoring import count_colored
 
     for (number, row), image in zip(rows, images, strict=True):
-        demands = [entry for entry in image.metadata.get("include", ()) if "color" in entry]
-        counts: dict[str, int] = {}
-        for entry in demands:
-            counts[entry["class"]] = max(entry["count"], counts.get(entry["class"], 0))
+        counts = count_colored(image.metadata)
         with problems.collect(f"line {number}: {image.filename}: "):
             for name, boxes in select_boxes(folder, row, image, counts, rules).items():
                 picture = open_picture(folder / image.filename)

@@ -16,11 +16,11 @@ import jax
 from tqdm import tqdm
 
 import corl_jax
-from corl_jax.devices.exhausted_memory import explain_memory
 from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, Preempted, Problems
 from corl_jax.evaluate import tsv, tsv_folder, tsv_report
-from corl_jax.evaluate.draw_run import watch_signals
+from corl_jax.evaluate.running import explain_batch, open_folder, watch_signals
+from corl_jax.evaluation.manifest import find_conflicts, read_manifest
 from corl_jax.evaluation.matching.answer_tags import OPEN
 from corl_jax.evaluation.tsv.images import Source, check_images, find_images, open_image
 from corl_jax.evaluation.tsv.kinds import KINDS, recognise_kind
@@ -31,7 +31,6 @@ from corl_jax.policies import PolicyFiles, batched, inspect_policy, load_policy
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.generation_config import read_generation
 from corl_jax.runs.append_log import AppendLog
-from corl_jax.runs.locking import lock_directory
 from corl_jax.tasks import IMAGE_UNDERSTANDING
 from corl_jax.train.provenance import find_commit
 from corl_jax.weights.hashing import hash_file, hash_weights
@@ -68,8 +67,7 @@ def answer_and_rate(args: argparse.Namespace) -> None:
     dtype = choose_dtype(args.dtype)
     settings = plan.settings | {"dtype": dtype.name}
     raise_conflicts(args.out, settings, ("dtype",))
-    make_folder(args.out)
-    with lock_directory(args.out, "--out"):
+    with open_folder(args.out):
         tsv_folder.write_settings(args.out, settings)
         answers = tsv_folder.read_answers(args.out)
         started, known = time.monotonic(), len(answers)
@@ -123,7 +121,7 @@ def check_arguments(args: argparse.Namespace) -> Plan:
     problems.raise_any()
     problems.attempt(tsv_folder.check_format, args.format or "tsv")
     opened = problems.attempt(open_model, args)
-    problems.attempt(tsv_folder.read_settings, args.out)
+    problems.attempt(read_manifest, args.out, tsv_folder.FORMAT)
     table = problems.attempt(read_table, args.data)
     kind = problems.attempt(recognise_kind, table, args.kind) if table else None
     count = problems.attempt(tsv.require_rows, table, args.rows) if table else None
@@ -231,17 +229,10 @@ def describe_settings(
 def raise_conflicts(out: Path, settings: dict[str, Any], names: Sequence[str]) -> None:
     """Raises: InputError if the folder's answers have other settings."""
     problems = Problems()
-    old = tsv_folder.read_settings(out)
-    problems.add(tsv_folder.find_conflicts(out, old, settings, names))
+    manifest = read_manifest(out, tsv_folder.FORMAT)
+    options = tsv_folder.OPTIONS
+    problems.add(find_conflicts(out, manifest, settings, names, options, "answers with"))
     problems.raise_any()
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder. Raises: InputError if it cannot be made."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be made ({error.strerror}); name another") from error
 
 
 def tell_plan(plan: Plan) -> None:
@@ -278,10 +269,8 @@ def answer_missing(plan: Plan, answers: dict[str, str], dtype: Any) -> dict[str,
     )  # fmt: skip
     record, new = AppendLog(plan.args.out / tsv_folder.ANSWERS), {}
     bar = tqdm(total=len(missing), unit="answer", disable=None)
-    memory = explain_memory(
-        f"--batch-size: {plan.args.batch_size or BATCH_SIZE} answers at once do not fit into the "
-        "memory of the device; give fewer, or a smaller --max-new-tokens; finished answers are kept"
-    )
+    batch_size = plan.args.batch_size or BATCH_SIZE
+    memory = explain_batch(batch_size, "answers", "a smaller --max-new-tokens")
     with contextlib.closing(record), bar, watch_signals() as signals, memory:
         for number, text in sample_rows(plan, model, missing, options, signals):
             index = plan.rows[number]["index"]

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corl_jax.atomic_files import check_output_folder, replace_file
+from corl_jax.atomic_files import replace_file
 from corl_jax.data.questions import to_json_line
 from corl_jax.errors import InputError
+from corl_jax.evaluation.manifest import MANIFEST
 from corl_jax.evaluation.matching.answer_tags import split_answer
 from corl_jax.evaluation.tsv.table import IMAGE, INSTALL, PREDICTION, Table, Values, import_pandas
 
-MANIFEST, ANSWERS, LOCK = "manifest.json", "answers.jsonl", ".lock"
+ANSWERS = "answers.jsonl"
 FORMAT = "corl-jax evaluate --suite tsv, 1"
 THINKING, RAW = "thinking", "raw"
 OPTIONS = {
@@ -25,47 +26,6 @@ OPTIONS = {
 """Setting that decides the answers -> the option that sets it."""
 # Excel's files cannot hold control characters, and pandas reads a text only up to a NUL.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
-
-
-def read_settings(out: Path) -> dict[str, Any]:
-    """Returns the settings of a folder's answers; nothing for a folder that is new or empty.
-
-    Raises: InputError for a folder of something else.
-    """
-    path = out / MANIFEST
-    if not path.is_file():
-        # A run that was killed at its very start leaves its lock alone.
-        if not (out.is_dir() and {entry.name for entry in out.iterdir()} == {LOCK}):
-            check_output_folder(out, "--out")
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] == FORMAT:
-            return dict(manifest["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--out {path}: cannot be read ({error}); name another folder, or remove this one"
-        ) from error
-    raise InputError(f"--out {path}: is not of the suite tsv; name another folder")
-
-
-def find_conflicts(
-    out: Path, old: Mapping[str, Any], settings: Mapping[str, Any], names: Sequence[str]
-) -> list[str]:
-    """Returns a problem for each of the settings `names` that differs from the folder's."""
-
-    def describe(name: str, values: Mapping[str, Any]) -> str:
-        value = values.get(name)
-        if not name.endswith("_sha256"):
-            return str(value)
-        return f"{values.get(name.removesuffix('_sha256'))} (sha256 {str(value)[:16]})"
-
-    return [
-        f"--out {out}: holds answers with {OPTIONS[name]} {describe(name, old)}; this command has "
-        f"{describe(name, settings)}; give the same, or name another folder"
-        for name in names
-        if old and old.get(name) != settings.get(name)
-    ]
 
 
 def write_settings(out: Path, settings: Mapping[str, Any]) -> None:

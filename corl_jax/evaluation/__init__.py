@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.evaluation import rewards, shapes
+from corl_jax.evaluation.geneval import in_training as geneval
 from corl_jax.evaluation.suite import EvaluationInputs, Report, Suite
+from corl_jax.evaluation.tsv import in_training as tsv
 
 __all__ = ["SUITES", "EvaluationInputs", "Report", "Suite"]
 
@@ -17,5 +19,19 @@ SUITES: dict[str, Suite] = {
         make_rows=HeldOutShapes,
     ),
     "rewards": Suite(rewards.evaluate_rewards, uses_rewards=True),
+    "tsv": Suite(
+        tsv.evaluate_tsv,
+        columns=tsv.COLUMNS,
+        tasks=tsv.TASKS,
+        find_row_problems=tsv.find_row_problems,
+        open_rows=tsv.open_rows,
+    ),
+    "geneval": Suite(
+        geneval.evaluate_geneval,
+        columns=(geneval.DEMAND,),
+        tasks=geneval.TASKS,
+        rewards=geneval.REWARDS,
+        open_rows=geneval.open_rows,
+    ),
 }
 """Value of the option `eval.suite` -> the suite; `none` stands for no evaluation."""

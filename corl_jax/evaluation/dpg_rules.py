@@ -101,10 +101,10 @@ def read_answers(path: Path, questions: Questions) -> dict[str, list[Answers]]:
     """
     text = read_text(path, "answers")
     pictures: dict[str, dict[Any, dict[int, str]]] = {}
-    by_text = {
-        item: {question.text: number for number, question in rows.items()}
-        for item, rows in questions.items()
-    }
+    by_text: dict[str, dict[str, list[int]]] = {}
+    for name, rows in questions.items():
+        for number, question in rows.items():
+            by_text.setdefault(name, {}).setdefault(question.text, []).append(number)
     problems = Problems()
     for place, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -139,9 +139,12 @@ def _parse_json_line(line: str) -> tuple[str, dict[int, str]]:
 
 
 def _parse_detail(
-    line: str, by_text: Mapping[str, Mapping[str, int]]
+    line: str, by_text: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> tuple[str, tuple[str, str], dict[int, str]]:
-    """Returns the prompt, what tells its pictures apart, and the answer of a line."""
+    """Returns the prompt, what tells its pictures apart, and the answer of a line.
+
+    Questions of the same text have the same answer: the judge does not sample.
+    """
     match = DETAIL.fullmatch(line.rstrip("\r"))
     if match is None:
         raise InputError(f"found {line[:80]!r}; expected PATH, (x0, y0, x1, y1), QUESTION, ANSWER")
@@ -155,7 +158,7 @@ def _parse_detail(
         if known is None:
             raise InputError(f"{item}: the CSV file has no question {text[:80]!r} for it")
         text, answer = known, rest[len(known) + 2 :]
-    return item, (place, crop), {numbers[text]: answer}
+    return item, (place, crop), dict.fromkeys(numbers[text], answer)
 
 
 # ---- scores

@@ -24,10 +24,12 @@ OPTIONS = {
 """Setting that decides the images -> the option that sets it."""
 
 
-def read_manifest(out: Path) -> dict[str, Any]:
+def read_manifest(out: Path, form: int | str = FORMAT) -> dict[str, Any]:
     """Returns the manifest of a folder; an empty one for a folder that is new or empty.
 
-    Raises: InputError for a place that is no folder of an evaluation.
+    `form` is the format that the suite writes.
+
+    Raises: InputError for a place that is no folder of such an evaluation.
     """
     path = out / MANIFEST
     if not path.is_file():
@@ -43,21 +45,25 @@ def read_manifest(out: Path) -> dict[str, Any]:
             f"--out {path}: cannot be read ({error}); name another folder, or remove this one"
         ) from error
     is_known = isinstance(manifest, dict) and isinstance(manifest.get("settings"), dict)
-    if not is_known or manifest.get("format") != FORMAT:
+    if not is_known or manifest.get("format") != form:
         raise InputError(
-            f"--out {path}: is not a manifest of this version of corl-jax evaluate; name another "
-            "folder"
+            f"--out {path}: is of another suite, or of another version of corl-jax evaluate; name "
+            "another folder"
         )
     return manifest
 
 
 def find_conflicts(
-    out: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any], names: Sequence[str]
-) -> list[str]:
-    """Returns a problem for each of the settings `names` that differs from the folder's."""
+    out: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any], names: Sequence[str],
+    options: Mapping[str, str] = OPTIONS, what: str = "images of",
+) -> list[str]:  # fmt: skip
+    """Returns a problem for each of the settings `names` that differs from the folder's.
+
+    `options` has the option of each setting; `what` is what the folder holds, with its preposition.
+    """
     old = manifest.get("settings", {})
     return [
-        f"--out {out}: holds images of {OPTIONS[name]} {_describe(name, old)}; this command has "
+        f"--out {out}: holds {what} {options[name]} {_describe(name, old)}; this command has "
         f"{_describe(name, settings)}; give the same, or name another folder"
         for name in names
         if manifest and old.get(name) != settings.get(name)

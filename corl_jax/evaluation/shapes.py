@@ -23,9 +23,11 @@ from corl_jax.data.drawn_world.scene import CATEGORIES
 from corl_jax.errors import InputError, Problems
 from corl_jax.estimates import Z_95
 from corl_jax.evaluation.intervals import Rate
+from corl_jax.evaluation.sampling import sample_rows
 from corl_jax.evaluation.suite import EvaluationInputs
 from corl_jax.evaluation.units import Unit
-from corl_jax.policies.turns import bind_sampler, decode_segment, sample_turn
+from corl_jax.evaluation.verdict_page import draw_verdicts
+from corl_jax.policies.turns import decode_segment
 from corl_jax.rewards.answers import read_solution
 from corl_jax.rewards.text import format_reward, qa_accuracy
 from corl_jax.runs import pictures
@@ -34,8 +36,6 @@ from corl_jax.types import Prompts
 TASKS = tasks.UNIFIED
 COLUMNS = ("prompt", "spec", "category", "qa_problem", "qa_solution", "qa_type")
 ACCURACIES = ("draw/accuracy", "answer/accuracy")
-PROMPT_LINES = 3  # below an image
-PASS, FAIL = ("pass", pictures.GOOD), ("fail", pictures.BAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +98,7 @@ class ShapesReport:
         if title:
             rate = self.rates["draw/accuracy"]
             title = f"{title}: {rate.mean:.1%} of {rate.n} images match their prompt"
-        cells = []
-        for pixels, prompt, passed in zip(self.images, self.prompts, self.passed, strict=True):
-            verdict, color = PASS if passed else FAIL
-            width = pictures.image_width(pixels)
-            lines = [(line, pictures.INK) for line in pictures.wrap(prompt, width, PROMPT_LINES)]
-            lines = [(verdict, color), *lines]
-            cells.append(
-                pictures.Cell(pixels, lines, frame=color, caption=prompt, passed=bool(passed))
-            )
-        cells = cells[:max_images]
-        rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
-        return pictures.draw_page(rows, title=title)
+        return draw_verdicts(self.images, self.prompts, self.passed, title, max_images, columns)
 
 
 def evaluate_shapes(inputs: EvaluationInputs) -> ShapesReport:
@@ -234,15 +223,7 @@ def _sample(
     """Samples images [num_rows, S, S, 3] and answers of a batch filled up to `num_rows` rows."""
     policy, results = inputs.policy, []
     for name in TASKS:
-        task = tasks.TASKS[name]
-        greedy = inputs.greedy_texts if task.makes_text else inputs.greedy_images
-        options = dataclasses.replace(inputs.sampling, greedy=greedy)
-        program = policy.family.turns[task.turn.segments]
-        rollout = sample_turn(
-            bind_sampler(program.sample, policy.config, options), policy.params,
-            prompts.encoded[name], prompts.index, seed=inputs.seed, stream=task.stream,
-            fill_to=num_rows, place=inputs.place,
-        )  # fmt: skip
+        rollout = sample_rows(inputs, name, prompts, num_rows)
         model = (policy.family, policy.config, policy.params, policy.processor)
         results.append(decode_segment(*model, rollout.segments[-1]))
     images, texts = results

@@ -50,6 +50,8 @@ def read_prompts(path: Path) -> list[Prompt]:
                     f"{path}:{number}: found {len(skills)} skills for {len(row['vqa_list'])} "
                     "questions; expected one for each"
                 )
+            elif not skills:
+                problems.add(f"{path}:{number}: has no questions; expected at least one")
         except (ValueError, KeyError, TypeError) as error:
             problems.add(
                 f"{path}:{number}: {type(error).__name__} {error}; expected prompt, atom_count, "

@@ -10,7 +10,7 @@ import numpy as np
 
 from corl_jax.data.dataset import Loader, Source
 from corl_jax.policies.family import SamplingOptions
-from corl_jax.rewards.samples import Policy
+from corl_jax.rewards.samples import Policy, Samples
 from corl_jax.runs.pictures import Page
 from corl_jax.types import Prompts
 
@@ -31,6 +31,8 @@ class EvaluationInputs:
     gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows  # all-gathers over processes
     # Samples prompts as in training and returns `TASK/NAME` -> rewards [prompts * group size].
     score: Callable[[Prompts], Mapping[str, np.ndarray]] | None = None
+    # Scores samples by the rewards of `Suite.rewards`; returns reward -> values [samples].
+    judge: Callable[[Samples], Mapping[str, np.ndarray]] | None = None
 
 
 class Report(Protocol):
@@ -57,6 +59,8 @@ class Suite:
     columns: tuple[str, ...] = ()  # that the data must have
     tasks: tuple[str, ...] = ()  # that are sampled; empty: the tasks of the run
     uses_rewards: bool = False  # scores the rewards of the config
+    # Registered rewards that the suite asks, with their options, whatever the config trains on.
+    rewards: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     # (columns, names of the rows) -> what is wrong with values that scores are computed from
     find_row_problems: Callable[[Mapping[str, Sequence], Sequence[str]], list[str]] | None = None
     # (path, columns that the rows must have) -> data source; None: rows as training reads them

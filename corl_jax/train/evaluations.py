@@ -17,7 +17,7 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.evaluation import SUITES, Suite
 from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles
-from corl_jax.rewards.registry import BoundReward
+from corl_jax.rewards.registry import BoundReward, bind_reward
 from corl_jax.tasks import TASKS, required_columns
 from corl_jax.train.stages import Stage, list_columns_to_read
 
@@ -32,6 +32,7 @@ class Evaluation:
     loader: Loader
     rows: int  # rows that count; the loader's passes never end
     name: str = ""  # in metrics, eval/NAME/...; empty: eval/...
+    rewards: Sequence[BoundReward] = ()  # of `Suite.rewards`
 
     def rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values of a report with the evaluation's name in theirs."""
@@ -112,7 +113,14 @@ def _open_evaluation(
     )  # fmt: skip
     _check_rows(source, suite, policy, options)
     loader = Loader(source, policy.processor, options)
-    return Evaluation(suite, loader, len(source), name_evaluation(entry))
+    name = name_evaluation(entry)
+    return Evaluation(suite, loader, len(source), name, bind_suite_rewards([suite]))
+
+
+def bind_suite_rewards(suites: Sequence[Suite]) -> list[BoundReward]:
+    """Returns the rewards that suites ask, whatever the config trains on; each once."""
+    chosen = {name: options for suite in suites for name, options in suite.rewards.items()}
+    return [bind_reward(name, options) for name, options in chosen.items()]
 
 
 def _count_room(config: Config, policy: PolicyFiles, tasks: Sequence[str]) -> int:

@@ -176,7 +176,12 @@ def score_samples(
     run: Run, task: str, params: Params, samples: Samples, step: int
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
     """Returns each reward by name, [N] float32 with NaN where not applicable, and its cost."""
-    context = Context(
+    return score_and_measure(run.rewards[task], samples, make_context(run, params, step))
+
+
+def make_context(run: Run, params: Params, step: int) -> Context:
+    """Returns what the rewards of a step share."""
+    return Context(
         family=run.family,
         config=run.sizes,
         params=params,
@@ -187,7 +192,6 @@ def score_samples(
         networks=run.networks,
         max_new_tokens=run.max_new_tokens,
     )
-    return score_and_measure(run.rewards[task], samples, context)
 
 
 @functools.partial(jax.jit, static_argnames=("advantages", "options"))

@@ -16,7 +16,8 @@ from corl_jax.devices import batches, processes
 from corl_jax.evaluation import EvaluationInputs, Report
 from corl_jax.params import merge
 from corl_jax.policies.family import SamplingOptions
-from corl_jax.rewards.samples import Policy
+from corl_jax.rewards.registry import score_and_measure
+from corl_jax.rewards.samples import Policy, Samples
 from corl_jax.runs import pictures
 from corl_jax.runs.log import reduce_metrics
 from corl_jax.runs.outputs import Outputs, Progress
@@ -281,6 +282,11 @@ def make_evaluation_inputs(
             scores |= {f"{task}/{name}": values for name, values in rewards.items()}
         return scores
 
+    def judge(samples: Samples) -> dict[str, np.ndarray]:
+        beat()
+        context = rl_iteration.make_context(run, params, 0)
+        return score_and_measure(evaluation.rewards, samples, context)[0]
+
     options = SamplingOptions(
         special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
@@ -294,4 +300,5 @@ def make_evaluation_inputs(
         place=place,
         gather=lambda rows: batches.all_gather_rows(run.mesh, rows),
         score=score,
+        judge=judge,
     )

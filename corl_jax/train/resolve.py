@@ -28,14 +28,19 @@ from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.tasks import TASKS, choose_tasks_of_step
 from corl_jax.train import attending, fit
-from corl_jax.train.evaluations import Evaluation, find_entry_problems, open_evaluations
+from corl_jax.train.evaluations import (
+    Evaluation,
+    bind_suite_rewards,
+    find_entry_problems,
+    open_evaluations,
+)
 from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
     find_ignored_options,
 )
-from corl_jax.train.stages import STAGES, Stage, scores_rewards
+from corl_jax.train.stages import STAGES, Stage, list_suites, scores_rewards
 from corl_jax.types import Sizes
 
 
@@ -138,7 +143,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = _resolve_rewards(config, stage, problems)
     sources = None
-    if config.eval.suite in ("none", *SUITES):  # the suite says which columns are read
+    if _knows_columns(config):
         sources = problems.attempt(open_sources, config, stage, rewards.by_task)
     mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shard = problems.attempt(batches.process_shard, mesh) if mesh else None
@@ -195,10 +200,14 @@ def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> Resolv
     by_task = registry.group_by_task(bound, stage.tasks(config))
     scored = {reward.name for rewards in by_task.values() for reward in rewards}
     used = [reward for reward in bound if reward.name in scored]
-    checked_networks = problems.attempt(_inspect_networks, config, used) or []
+    # A suite's reward may be one of the config with other options: it asks the same networks.
+    of_suites = bind_suite_rewards(list_suites(config))
+    asking_rewards = [*used, *(reward for reward in of_suites if reward.name not in scored)]
+    checked_networks = problems.attempt(_inspect_networks, config, asking_rewards) or []
     problems.add(_find_reward_problems(config, stage, by_task))
     problems.add(_find_buffer_problems(config, used))
     warnings = find_unused_rewards(config, bound, used)
+    warnings += networks.find_unused_settings(asking_rewards, config.networks)
     return ResolvedRewards(by_task, used, checked_networks, warnings)
 
 
@@ -213,6 +222,11 @@ def find_table_problems(config: Config) -> list[str]:
         for key, name, names in chosen
         if name not in names
     ]
+    if config.eval.suite in SUITES and not _knows_columns(config):
+        problems.append(
+            f"eval.suite: found {config.eval.suite}, which reads files of its own format; list it "
+            "in eval.suites, with the path of its file"
+        )
     problems += find_entry_problems(config)
     if config.algorithm.name in RECIPES and STAGES[config.stage].samples:
         problems += find_algorithm_problems(config)
@@ -276,6 +290,13 @@ def _find_suite_problems(config: Config, stage: Stage) -> list[str]:
     ]
 
 
+def _knows_columns(config: Config) -> bool:
+    """Returns whether `eval.suite` says which columns of the data it reads."""
+    return config.eval.suite == "none" or (
+        config.eval.suite in SUITES and SUITES[config.eval.suite].open_rows is None
+    )
+
+
 def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
     """Returns the tasks without a reward."""
     chosen = config.algorithm.tasks
@@ -305,7 +326,7 @@ def find_unused_rewards(
     bound: Sequence[registry.BoundReward],
     used: Sequence[registry.BoundReward],
 ) -> list[str]:
-    """Returns a warning for each reward and network that nothing in this run reads."""
+    """Returns a warning for each reward that nothing in this run reads."""
     warnings, names = [], {reward.name for reward in used}
     if config.rewards and not scores_rewards(config):
         labels = ", ".join(reward.label for reward in config.rewards)
@@ -318,7 +339,7 @@ def find_unused_rewards(
         for reward in bound
         if reward.name not in names
     ]
-    return warnings + networks.find_unused_settings(used, config.networks)
+    return warnings
 
 
 def find_unlogged_tasks(config: Config) -> list[str]:

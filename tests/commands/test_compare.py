@@ -112,7 +112,9 @@ def test_folders_that_are_no_pairs(tmp_path, capsys):
     other = write_folder(tmp_path / "other", make_units([0, 1, 1]), suite="shapes", seed=21)
     printed = refuse(capsys, a, other)
     assert "setting suite: A has geneval-score, B has shapes" in printed
-    assert "setting seed: A has 20, B has 21" in printed
+    assert "setting seed" not in printed  # other suites have other settings
+    other = write_folder(tmp_path / "reseeded", make_units([0, 1, 1]), seed=21)
+    assert "setting seed: A has 20, B has 21" in refuse(capsys, a, other)
     moved = write_folder(tmp_path / "moved", make_units([0, 1, 1], "position", "score"))
     printed = refuse(capsys, a, moved)
     assert "3 units have another category in B than in A, such as 00000 with colors" in printed

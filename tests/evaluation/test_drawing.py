@@ -290,7 +290,7 @@ def test_bad_folders_are_refused(model, clone, tmp_path, capsys, whole):
         capsys, *arguments
     )
     (copy / "manifest.json").write_text("{}")
-    assert "is not a manifest of this version" in refuse(capsys, *arguments)
+    assert "is of another suite, or of another version" in refuse(capsys, *arguments)
 
 
 @pytest.mark.usefixtures("no_device")

@@ -184,6 +184,24 @@ def test_answers_as_json_lines_give_the_same(questions_file, tmp_path):
     assert answers[0] == answers[1] and len(answers[0]["7"]) == 2
 
 
+def test_a_question_that_stands_twice_has_one_answer(questions_file, tmp_path):
+    questions_file.write_text(CSV + 'part9,t,k,2,"1",g,g,global - (film),Is it a photo?\n')
+    results = tmp_path / "detail.txt"
+    results.write_text(detail_lines("part9", 64, ["yes"], ["no"]))
+    questions = dpg_rules.read_questions(questions_file)
+    answers = dpg_rules.read_answers(results, questions)
+    assert answers == {"part9": [{1: "yes", 2: "yes"}, {1: "no", 2: "no"}]}
+    assert dpg_rules.score_prompts(answers, questions)[0]["part9"].mean == 0.5
+
+
+def test_a_prompt_without_questions_is_refused(tmp_path, capsys):
+    data = make_prompts(tmp_path, ("object",), ())
+    results = tmp_path / "lists.json"
+    results.write_text("[[1.0], []]")
+    printed = refuse(capsys, "geneval2-score", "--results", results, "--data", data)
+    assert f"{data}:2: has no questions; expected at least one" in printed
+
+
 @pytest.mark.parametrize(
     ("line", "part"),
     [("a/7.png, (0, 0, 4, 4), Is it so?, yes", "no question 'Is it so?'"),

@@ -110,9 +110,10 @@ def average_images(strata: Sequence[np.ndarray]) -> np.ndarray:
 
 def count_hits(results: Iterable[ImageResult]) -> dict[str, np.ndarray]:
     """Returns tag -> correct images and images of each prompt, [prompts, 2]."""
-    counts: dict[str, dict[str, list[int]]] = {}
+    counts: dict[str, dict[tuple[str, str], list[int]]] = {}
     for result in results:
-        pair = counts.setdefault(result.tag, {}).setdefault(name_unit(result), [0, 0])
+        prompt = (name_unit(result), result.metadata)
+        pair = counts.setdefault(result.tag, {}).setdefault(prompt, [0, 0])
         pair[0] += result.correct
         pair[1] += 1
     return {tag: np.array([*prompts.values()]) for tag, prompts in counts.items()}
@@ -130,23 +131,21 @@ def name_unit(result: ImageResult) -> str:
 def make_units(results: Sequence[ImageResult]) -> list[Unit]:
     """Returns a unit for each prompt: the share of its images that are correct.
 
-    Raises: InputError if images of one prompt have different demands.
+    As in the official summary, the demand tells prompts apart: further demands in one folder (or on
+    one text) are units of their own.
     """
-    groups: dict[str, list[ImageResult]] = {}
+    groups: dict[str, dict[str, list[ImageResult]]] = {}
     for result in results:
-        groups.setdefault(name_unit(result), []).append(result)
-    problems = Problems()
-    for name, group in groups.items():
-        others = [result for result in group if result.metadata != group[0].metadata]
-        if others:
-            problems.add(
-                f"prompt {name}: {group[0].filename} and {others[0].filename} have different "
-                "metadata; expected one demand for each folder (or prompt)"
-            )
-    problems.raise_any()
+        demands = groups.setdefault(name_unit(result), {})
+        demands.setdefault(result.metadata, []).append(result)
     return [
-        Unit(name, group[0].tag, {"correct": float(np.mean([result.correct for result in group]))})
-        for name, group in groups.items()
+        Unit(
+            f"{name} ({place})" if place else name,
+            group[0].tag,
+            {"correct": float(np.mean([result.correct for result in group]))},
+        )
+        for name, demands in groups.items()
+        for place, group in enumerate(demands.values())
     ]
 
 

@@ -36,6 +36,8 @@ REASONING = (
     "code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation",
 )  # fmt: skip
 MME_SUMS = {"perception": PERCEPTION, "reasoning": REASONING}
+OVERALL_F1 = f"{OVERALL}/F1"
+"""The name of POPE's official number among the scores, in per cent."""
 HALLUSION_PARTS = {"set": 3, "figure": 4, "question": 5}
 """Places in an index such as VD_chart_easy_0_1_2, split at underscores."""
 

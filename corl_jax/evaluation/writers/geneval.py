@@ -71,7 +71,8 @@ def describe_next(outcome: Outcome) -> str:
         "# in the clone of geneval; DETECTOR is the folder of evaluation/download_models.sh\n"
         f"python evaluation/evaluate_images.py {images} --outfile {results_text} "
         "--model-path DETECTOR\n"
-        f"python evaluation/summary_scores.py {results_text}\n"
+        # It reads object_names.txt of the folder in which it runs.
+        f"(cd evaluation && python summary_scores.py {results_text})\n"
     )
 
 

@@ -76,9 +76,16 @@ def test_what_makes_it_another_score_is_said():
     assert not summary.find_incomplete(complete)
 
 
-def test_a_folder_with_two_demands_is_refused():
-    with pytest.raises(InputError, match=r"prompt 00000: .* have different metadata"):
-        summary.make_units([result("00000", "colors", True), result("00000", "colors", True, "x")])
+def test_the_demand_tells_prompts_apart():
+    """As in the official summary, which groups images by their metadata."""
+    images = [
+        result("00000", "colors", True), result("00000", "colors", False, "x"),
+        result("00000", "colors", False),
+    ]  # fmt: skip
+    units = {unit.name: unit.values["correct"] for unit in summary.make_units(images)}
+    assert units == {"00000": 0.5, "00000 (1)": 0.0}
+    assert sorted(map(tuple, summary.count_hits(images)["colors"])) == [(0, 1), (1, 2)]
+    assert summary.summarize_results(images).prompts == 2
 
 
 # ---- the command

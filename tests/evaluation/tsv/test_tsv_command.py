@@ -248,10 +248,10 @@ def test_a_folder_of_something_else_is_refused(data, tmp_path, capsys, no_device
     (tmp_path / "notes.txt").write_text("mine")
     words = ("--model", NANO, "--data", data["choice"], "--out")
     assert "--out" in refuse(capsys, *words, tmp_path)
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text("{")
     assert "manifest.json: cannot be read" in refuse(capsys, *words, tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 7, "settings": {}}')
-    assert "is not of the suite tsv" in refuse(capsys, *words, tmp_path)
+    assert "is of another suite, or of another version" in refuse(capsys, *words, tmp_path)
 
 
 def test_broken_images_are_found_before_the_model_is_loaded(tmp_path, capsys, no_devices):
