@@ -236,7 +236,9 @@ class Processor:
         # here, with the offsets of characters. A role that is no added token belongs to the text.
         role = self.roles[1]
         tail = "" if role in self.tokenizer.get_added_vocab() else f"{role}:"
-        encoding = self._plain.encode(f"\n{caption}\n\n{tail}", add_special_tokens=False)
+        # Without a caption the line break before it is stripped, too, as in `_make_mm2t_parts`.
+        text = f"\n{caption}".rstrip()
+        encoding = self._plain.encode(f"{text}\n\n{tail}", add_special_tokens=False)
         if encoding.ids != ids[first : first + len(encoding.ids)]:
             raise InputError(
                 "t2i_ti_sim: the tokenizer drops white space next to its special tokens, so the "
