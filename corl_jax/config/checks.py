@@ -20,6 +20,8 @@ from corl_jax.tasks import IMAGES, TASKS, TEXTS, choose_tasks, plan_tasks
 if TYPE_CHECKING:
     from corl_jax.config.schema import Config
 
+LONG_TASKS = tuple(name for name, task in TASKS.items() if task.has_several_segments)
+
 REWARD_GRACE_S = 1.0
 """Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 
@@ -70,7 +72,7 @@ def _makes(config: Config, result: str) -> bool:
     """Returns whether a task of reinforcement learning makes IMAGES or TEXTS."""
     if not STAGE_FACTS[config.stage].has_rollouts:
         return True  # the export of a supervised stage states the sampling
-    return any(TASKS[task].result == result for task in choose_tasks(config.algorithm.tasks))
+    return any(result in TASKS[task].results for task in choose_tasks(config.algorithm.tasks))
 
 
 def _plans(config: Config) -> bool:
@@ -81,7 +83,7 @@ def _plans(config: Config) -> bool:
 
 
 def _fine_tunes(config: Config, result: str) -> bool:
-    return any(TASKS[task].result == result for task in choose_tasks(config.sft.tasks))
+    return any(result in TASKS[task].results for task in choose_tasks(config.sft.tasks))
 
 
 READERS = (
@@ -124,8 +126,8 @@ READERS = (
         lambda config, _: _makes(config, TEXTS),
     ),
     Reader(
-        r"algorithm\.plan_loss_weight", f"algorithm.tasks {' or '.join(plan_tasks((*TASKS,)))}",
-        lambda config, _: _plans(config),
+        r"algorithm\.earlier_loss_weight", f"algorithm.tasks {' or '.join(LONG_TASKS)}",
+        lambda config, _: not {*LONG_TASKS}.isdisjoint(choose_tasks(config.algorithm.tasks)),
     ),
     Reader(
         r"rollout\.(top_k|top_p|max_new_tokens)",
@@ -334,13 +336,14 @@ def _check_sampling(config: Config, problems: Problems) -> None:
 
 
 def _check_fine_tuning(config: Config, problems: Problems) -> None:
-    if planned := plan_tasks(choose_tasks(config.sft.tasks)):
+    chosen = choose_tasks(config.sft.tasks)
+    if not {*LONG_TASKS}.isdisjoint(chosen):
         problems.add(
-            f"sft.tasks: found {planned[0]}, whose plans no column of the data has, so that there "
-            f"is nothing to learn from; choose unified or one of "
-            f"{', '.join(task for task in TASKS if task not in plan_tasks((task,)))}"
+            f"sft.tasks: found {config.sft.tasks}, of which no column of the "
+            "data has all parts, so that there is nothing to learn from; choose unified or one "
+            f"of {', '.join(task for task in TASKS if task not in LONG_TASKS)}"
         )
-    images_alone = all(TASKS[task].result == IMAGES for task in choose_tasks(config.sft.tasks))
+    images_alone = not any(TASKS[task].makes_text for task in chosen)
     if STAGE_FACTS[config.stage].block == "sft" and images_alone and not config.sft.t2i_weight:
         problems.add(
             f"sft.t2i_weight: found 0, but sft.tasks {config.sft.tasks} trains images alone; "

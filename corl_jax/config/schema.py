@@ -113,7 +113,7 @@ class Reward(Section):
         None, "A reward function of your own: FILE.py:FUNCTION or MODULE:FUNCTION."
     )
     weight: Annotated[float, Field(allow_inf_nan=False)] = option(
-        1.0, "Factor of this reward in the sum of its task's rewards."
+        1.0, "Factor of this reward in the sum of its task's rewards. 0: it is only logged."
     )
     options: RewardOptions = Field(
         default_factory=dict, description="Keyword arguments of the reward."
@@ -182,7 +182,8 @@ class Algorithm(Section):
     tasks: TaskChoice = option(
         "unified",
         "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both; think: "
-        "image generation after a plan, a text that the policy writes first.",
+        "image generation after a plan, a text that the policy writes first; self_qa: answers "
+        "to questions about the images that the policy generates itself, and these images.",
     )
     advantages: Literal["unified_reward", "unified_advantage", "separate"] = option(
         "unified_reward",
@@ -196,8 +197,8 @@ class Algorithm(Section):
     mm2t_loss_weight: NonNegativeFloat = option(
         1.0, "Weight of the text loss; that of the image loss is 1."
     )
-    plan_loss_weight: NonNegativeFloat = option(
-        1.0, "Weight of the loss of plans in the task think; that of their images is 1."
+    earlier_loss_weight: NonNegativeFloat = option(
+        1.0, "Weight of the loss of what a task makes first: plans in think, images in self_qa."
     )
     alternate_every: NonNegative = option(
         0,

@@ -31,6 +31,7 @@ class Processor(Protocol):
     """
 
     special: Any  # ids of special tokens: a hashable dataclass with at least `eos`
+    image: Any  # how images of prompts are normalised: a hashable value
     num_tokens: int  # tokens that the tokenizer knows
 
     def prompt_ids(
@@ -89,6 +90,7 @@ class SamplingOptions:
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     dtype: Any = jnp.bfloat16  # compute dtype
     attention: Literal["auto"] | DecodeKernel = "auto"  # kernel of a decode step
+    image: Any = None  # the processor's, for turns that read the policy's own images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +105,11 @@ class LogprobOptions:
     remat: Remat = "full"
     attention: AttentionKernel = "xla"  # kernel of the update
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
+    image: Any = None  # the processor's, for turns that read the policy's own images
 
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
-"""(sizes, params, B prompts, N keys, options) -> the segments of a turn, each of N rows."""
+"""(sizes, params, B prompts, N keys, options) -> the segments of all turns, each of N rows."""
 Logprobs = Callable[
     [Sizes, Params, EncodedPrompts, tuple[Segment, ...], LogprobOptions],
     tuple[tuple[jax.Array, jax.Array], ...],
@@ -116,7 +119,7 @@ Logprobs = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class TurnProgram:
-    """The functions that sample and score the segments of one kind of turn."""
+    """The functions that sample and score the segments of the turns of a task."""
 
     sample: Sample
     logprobs: Logprobs
@@ -189,7 +192,7 @@ class Family:
     tokenizer_parts: tuple[str, ...]  # first names of paths that only the stage vq trains
     limits: Callable[[Sizes], Limits]
     # sampling and scoring
-    turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of a turn's segments
+    turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of the segments of all turns
     blank_prompts: Callable[[Array, Any], Array]  # (ids, special) -> ids of guidance's other rows
     # images: values are those of a segment of codes
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
@@ -202,6 +205,8 @@ class Family:
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
+    # sizes -> how images are normalised, for compiling without a processor
+    stand_in_image: Callable[[Sizes], Any] = lambda sizes: None
 
     @property
     def name(self) -> str:

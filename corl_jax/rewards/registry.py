@@ -229,7 +229,7 @@ def group_by_task(
 ) -> dict[str, list[BoundReward]]:
     """Returns task -> the rewards that score its results."""
     return {
-        task: [reward for reward in bound if reward.row.scores == TASKS[task].result]
+        task: [reward for reward in bound if reward.row.scores in TASKS[task].results]
         for task in tasks
     }
 

@@ -195,6 +195,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         remat=config.model.remat,
         attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
+        image=plan.image,
     )
     return UpdateOptions(
         loss=plan.stage.loss(config),
@@ -244,6 +245,7 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
         image_logprobs=plan.config.algorithm.image_logprobs,
         dtype=DTYPES[plan.config.model.dtype],
         attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),
+        image=plan.image,
     )
 
 
@@ -264,7 +266,7 @@ def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Samp
     """
     options = dataclasses.replace(make_sampling_options(plan), greedy_last=greedy_last)
     return {
-        name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
+        name: bind_sampler(plan.family.turns[TASKS[name].segments].sample, plan.sizes, options)
         for name in plan.tasks
     }
 

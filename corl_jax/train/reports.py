@@ -284,6 +284,7 @@ def make_evaluation_inputs(
     options = SamplingOptions(
         special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
+        image=run.processor.image,
     )  # fmt: skip
     return EvaluationInputs(
         policy=Policy(run.family, run.sizes, params, run.processor, run.dtype),

@@ -47,6 +47,7 @@ class RunOutline:
     family: Family
     sizes: Sizes  # with the adapters that the config asks for
     special: Any  # ids of the processor's special tokens
+    image: Any  # how the processor normalises images
     mesh: Mesh  # of devices present, or of a described topology
     tasks: tuple[str, ...]
     steps: int
@@ -123,7 +124,10 @@ def outline_run(
     problems.raise_any()
     assert mesh
     tasks = STAGES[config.stage].tasks(config)
-    return RunOutline(config, family, sizes, special, mesh, tasks, config.train.max_steps or 1)
+    return RunOutline(
+        config, family, sizes, special, family.stand_in_image(sizes), mesh, tasks,
+        config.train.max_steps or 1,
+    )  # fmt: skip
 
 
 def resolve_run(config: Config) -> ResolvedRun:
@@ -169,7 +173,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         evaluations = [Evaluation(suite, held_out, rows), *evaluations]
     return ResolvedRun(
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
-        mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
+        image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
+        steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config), *find_unlogged_tasks(config)],
@@ -240,17 +245,11 @@ def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list
     """Returns the abilities that tasks and stage need and the model's family lacks."""
     problems = []
     for task in stage.tasks(config):
-        first, *later = TASKS[task].turns
-        if later:
-            problems.append(
-                f"algorithm.tasks: {task} has {1 + len(later)} turns; tasks of one turn can be "
-                "trained"
-            )
-        elif first.segments not in family.turns:
+        if TASKS[task].segments not in family.turns:
             problems.append(
                 f"stage {config.stage}: the task {task} needs segments of "
-                f"{' and '.join(first.segments)}, which a {family.name} does not make; choose "
-                "another task or model"
+                f"{' and '.join(TASKS[task].segments)}, which a {family.name} does not make; "
+                "choose another task or model"
             )
     if not stage.uses_language_model and family.tokenizer_loss is None:
         problems.append(
@@ -277,14 +276,20 @@ def _find_suite_problems(config: Config, stage: Stage) -> list[str]:
 
 
 def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
-    """Returns the tasks without a reward."""
+    """Returns the tasks without a reward that trains them."""
     chosen = config.algorithm.tasks
     return [
-        f"rewards: none scores the {TASKS[task].result} of {task}, which algorithm.tasks {chosen} "
-        "trains; add one, or choose other tasks"
+        f"rewards: none scores the {' or '.join(TASKS[task].results)} of {task}, which "
+        f"algorithm.tasks {chosen} trains{_explain_weights(of_task)}; add one, or choose other "
+        "tasks"
         for task, of_task in rewards.items()
-        if stage.samples and not of_task
+        if stage.samples and not any(reward.weight for reward in of_task)
     ]
+
+
+def _explain_weights(rewards: Sequence[registry.BoundReward]) -> str:
+    names = ", ".join(reward.name for reward in rewards)
+    return f", with a weight other than 0: {names} is only logged" if names else ""
 
 
 def _find_buffer_problems(config: Config, used: Sequence[registry.BoundReward]) -> list[str]:

@@ -20,6 +20,7 @@ from corl_jax.evaluation import SUITES, Suite
 from corl_jax.tasks import (
     PLAN_COLUMN,
     TASKS,
+    TEXT,
     choose_tasks,
     name_segments,
     plan_tasks,
@@ -68,10 +69,9 @@ def _weigh_rl_tasks(config: Config) -> dict[str, float]:
     algorithm = config.algorithm
     weights = {}
     for name, task in TASKS.items():
-        # The last segment is the result; the others are its plan.
-        *plans, result = name_segments(name, task.turns[-1].segments)
-        weights |= dict.fromkeys(plans, algorithm.plan_loss_weight)
-        weights[result] = algorithm.mm2t_loss_weight if task.makes_text else 1.0
+        *earlier, last = name_segments(name, task.segments)
+        weights |= dict.fromkeys(earlier, algorithm.earlier_loss_weight)
+        weights[last] = algorithm.mm2t_loss_weight if task.segments[-1] == TEXT else 1.0
     return weights
 
 

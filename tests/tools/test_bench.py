@@ -297,7 +297,7 @@ def test_both_layouts_draw_the_same(monkeypatch):
 def test_every_build_is_measured(monkeypatch, capsys):
     """And not the one that a call would take."""
     used = []
-    program = sampling._image_program
+    program = sampling.image_program
     for name in compiling.BUILDS:
         build = getattr(program, name)
         monkeypatch.setattr(

@@ -15,9 +15,8 @@ from jax import lax
 
 from corl_jax.devices.mesh import constrain, context_batch_shards
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.image_settings import make_level_table
+from corl_jax.policies.janus.image_settings import ImageSettings, make_level_table
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params
 
 # Activations in float32 take 75 MB an image and layer: 384 x 384 pixels of 128 channels.
@@ -60,11 +59,11 @@ def encode_images(config: JanusConfig, params: Params, pixels: jax.Array) -> jax
     return network.bind(config, network.cast(params, jnp.float32)).vqmodel.encode(pixels)
 
 
-def normalise_pixels(processor: Processor, images: jax.Array) -> jax.Array:
+def normalise_pixels(settings: ImageSettings, images: jax.Array) -> jax.Array:
     """Normalises images uint8 [N, S, S, 3] of the tower's size to float32, as the processor."""
     # A table made on the host, because a device's division by the standard deviation rounds
     # differently from the image processor's.
-    return _look_up_levels(make_level_table(processor.image), images)
+    return _look_up_levels(make_level_table(settings), images)
 
 
 @jax.jit
