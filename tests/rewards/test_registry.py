@@ -223,8 +223,8 @@ def test_what_a_function_returns_is_checked():
         registry.score(of(lambda s, c: [1, 2]), samples, NOWHERE)
 
 
-def test_samples_are_of_one_task_and_of_one_length():
-    with pytest.raises(ValueError, match="both or neither"):
+def test_samples_have_results_of_one_length():
+    with pytest.raises(ValueError, match="neither images nor texts"):
         Samples({})
     with pytest.raises(ValueError, match="lengths"):
         Samples({"a": [1]}, texts=["x", "y"])
