@@ -23,6 +23,7 @@ from corl_jax.nearest import suggest_name
 from corl_jax.rewards import clip_scores, cycle, own, policy
 from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
+from corl_jax.rewards.self_answers import score_self_answer
 from corl_jax.rewards.signature import Option, find_option_problem
 from corl_jax.rewards.text_rewards import (
     find_buffer_problems,
@@ -98,6 +99,7 @@ REGISTRY: dict[str, RewardRow] = {
         TEXTS,
         either=("cls_solution", "qa_solution"),
     ),
+    "self_answer": RewardRow(score_self_answer, TEXTS, columns=("tag", "include")),
     "soft_overlong": RewardRow(
         score_soft_overlong,
         TEXTS,

@@ -27,7 +27,7 @@ NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 ISSUE = (
     "format format_tag qa_accuracy oc_accuracy t2i_ti_sim t2i_bid_cycle_reward t2i_pixel_mse "
     "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 "
-    "aesthetic soft_overlong"
+    "aesthetic soft_overlong self_answer"
 )
 
 

@@ -182,8 +182,12 @@ def _find_entry_problem(entry: Any) -> str | None:
     if entry.get("color") not in (None, *COLORS):
         return f"color: found {_shorten(entry['color'])}; expected one of {', '.join(COLORS)}"
     position = entry.get("position")
-    valid = isinstance(position, list) and len(position) == 2 and position[1] == 0
-    if position is not None and not (valid and position[0] in RELATIONS):
+    if position is not None and not (
+        isinstance(position, list)
+        and len(position) == 2
+        and position[0] in RELATIONS
+        and position[1] == 0
+    ):
         return (
             f"position: found {_shorten(position)}; expected [RELATION, 0] with RELATION one of "
             f"{', '.join(RELATIONS)}"
