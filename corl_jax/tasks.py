@@ -96,9 +96,9 @@ TASKS: dict[str, Task] = {
 
 IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
 PLANNED_GENERATION = TASKS["think"]
-OWN_QUESTIONS = TASKS["self_qa"]
 UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
+SELF_QUESTIONING = ("self_qa",)
 
 PLAN_COLUMN = "plan"
 """Column that the program adds to the samples of a task with plans: the plan of each image."""

@@ -37,9 +37,6 @@ def test_a_task_is_turns_that_end_in_what_rewards_see():
     )
     several = [name for name, task in TASKS.items() if task.has_several_segments]
     assert several == ["think", "self_qa"]
-        "think",
-        "self_qa",
-    ]
     assert {name: task.description for name, task in TASKS.items()} == {
         "t2i": "image generation", "mm2t": "image understanding",
         "think": "image generation after a plan", "self_qa": "answers about own images",

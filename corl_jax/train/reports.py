@@ -36,6 +36,7 @@ HEADLINE = {
     **{f"{task}/reward": "none" for task in TASKS}, **{f"{task}/nll": "nan" for task in TASKS},
     "kl": "nan", **{f"{segment}/kl": "nan" for segment in list_segments()},
     "grad_norm": "nan", "eval/draw/accuracy": "nan", "eval/answer/accuracy": "nan",
+    "eval/own/accuracy": "nan", "eval/blank/accuracy": "nan",
 }  # fmt: skip
 """Metric that the console shows of a step -> how it shows NaN. Missing metrics are left out."""
 QUIET = ("alarm/", "data/", "update/skipped")

@@ -6,9 +6,13 @@ import io
 from pathlib import Path
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from corl_jax.data.drawn_world.held_out import HeldOutShapes
+from corl_jax.data.images import decode_image
 from corl_jax.report.groups import read_groups
 from corl_jax.train import __main__ as command
 from tests.support import tiny_runs
@@ -16,6 +20,7 @@ from tests.support.tiny_runs import metric_lines, write_config
 
 pytestmark = pytest.mark.usefixtures("module_on_one_device")
 
+COLUMNS = {"qa_problem": "question", "qa_solution": "answer"}
 WEIGHTS = {"earlier_loss_weight": 0.5, "mm2t_loss_weight": 2.0}
 
 
@@ -136,3 +141,32 @@ def test_what_cannot_teach_anything_is_refused(tree, tmp_path, capsys):
     assert "sft.tasks: found self_qa, of which no column of the data has all parts" in message
     message = refused(capsys, lambda: train(tree, "--check", "data.max_prompt_length=20"))
     assert "self_qa" in message
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    """Rows of the drawn world, with their records of self-questioning."""
+    source = HeldOutShapes(8, 7, "small")
+    rows = [source[row] for row in range(8)]
+    for row in rows:
+        buffer = io.BytesIO()
+        decode_image(row["real_image"]).save(buffer, "PNG")
+        row["real_image"] = {"bytes": buffer.getvalue(), "path": None}
+    path = tmp_path_factory.mktemp("records") / "drawn.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_the_suite_asks_about_own_blank_and_real_images(model, records, tmp_path):
+    tree = options(
+        model, records, tmp_path / "run",
+        data={"max_prompt_length": 256, "columns": COLUMNS},
+        rewards=[{"name": "self_answer"}, {"name": "shapes_checker", "weight": 0.0}],
+        eval={"suite": "self_qa", "rows": 3, "batch_prompts": 2},
+    )  # fmt: skip
+    line, *_ = metric_lines(train(tree, "train.max_steps=0"))
+    for name in ("draw", "own", "blank", "foreign"):
+        assert 0 <= line[f"eval/{name}/accuracy"] <= 1
+    assert line["eval/hacking_gap"] == line["eval/own/accuracy"] - line["eval/draw/accuracy"]
+    assert 1 <= line["eval/own/tokens"] <= 8
+    assert len(list((tmp_path / "run" / "images").glob("held_out_*.png"))) == 1
