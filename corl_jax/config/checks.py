@@ -92,6 +92,8 @@ READERS = (
         for stage, facts in STAGE_FACTS.items()
         if facts.block
     ),
+    Reader(r"sft\.(tasks|caption_column)", "a stage without rollouts",
+           lambda config, _: not STAGE_FACTS[config.stage].has_rollouts),
     Reader(
         r"sft\.caption_column", "a task that makes texts",
         lambda config, _: config.sft.caption_column is None or _fine_tunes(config, TEXTS),
@@ -110,12 +112,9 @@ READERS = (
         "a stage with rollouts", lambda config, _: STAGE_FACTS[config.stage].has_rollouts,
     ),
     Reader(
-        r"compat\.image_logprobs_unshifted|guards\.duplicates|algorithm\.image_logprobs",
+        r"compat\.image_logprobs_unshifted|guards\.duplicates|"
+        r"algorithm\.image_(logprobs|token_share|token_weights)",
         "a task that makes images", lambda config, _: _makes(config, IMAGES),
-    ),
-    Reader(
-        r"algorithm\.image_token_(share|weights)", "a task that makes images",
-        lambda config, _: _makes(config, IMAGES),
     ),
     Reader(
         r"compat\.text_top_k_50|algorithm\.mask_truncated", "a task that makes texts or plans",
@@ -286,8 +285,7 @@ def check_warmup(config: Config, steps: int) -> None:
         InputError: the warm-up is not shorter than `steps` steps.
     """
     warmup = config.optimizer.warmup_steps
-    has_rollouts = STAGE_FACTS[config.stage].has_rollouts
-    iterations = config.algorithm.num_iterations if has_rollouts else 1
+    iterations = config.algorithm.num_iterations if STAGE_FACTS[config.stage].compares else 1
     updates = steps * iterations
     problems = Problems()
     # Updates count from 0, so update number `warmup` is the first at the full learning rate.
@@ -304,10 +302,11 @@ def check_warmup(config: Config, steps: int) -> None:
 
 def _check_batches(config: Config, problems: Problems) -> None:
     batch = config.train.prompts_per_step
-    for name, part in (
-        ("train.micro_batch", config.train.micro_batch),
-        ("rollout.batch_prompts", config.rollout.batch_prompts),
-    ):
+    rows = {
+        "train.micro_batch": config.train.micro_batch,
+        "rollout.batch_prompts": config.rollout.batch_prompts,
+    }
+    for name, part in rows.items():
         if part is not None and batch % part:
             problems.add(
                 f"{name}: {part} does not divide train.prompts_per_step {batch}; "

@@ -569,10 +569,10 @@ class Config(Section):
     output_dir: ConfigPath = Field(
         description="Run directory. The same command again resumes the run in it."
     )
-    stage: Literal["rl", "sft", "vq"] = option(
+    stage: Literal["rl", "sft", "self_sft", "vq"] = option(
         "rl",
-        "Kind of training. rl: reinforcement learning; sft: supervised fine-tuning; vq: the image "
-        "tokenizer.",
+        "Kind of training. rl: reinforcement learning; sft: supervised fine-tuning; self_sft: "
+        "that on the model's own images; vq: the image tokenizer.",
     )
     seed: NonNegative = option(0, "Seed of the data order and of all samples.")
     model: Model

@@ -11,14 +11,18 @@ class StageFacts:
 
     method: str  # in words
     block: str | None  # the block of options that no other stage reads
-    has_rollouts: bool = False  # samples completions and learns from their rewards
+    has_rollouts: bool = False  # samples completions and scores their rewards
+    compares: bool = False  # learns from the advantages of the completions
     has_micro_batches: bool = True
     trains_language_model: bool = True  # False: the image tokenizer
 
 
 STAGE_FACTS = {
-    "rl": StageFacts("reinforcement learning", block="algorithm", has_rollouts=True),
+    "rl": StageFacts("reinforcement learning", block="algorithm", has_rollouts=True, compares=True),
     "sft": StageFacts("supervised fine-tuning", block="sft"),
+    "self_sft": StageFacts(
+        "supervised fine-tuning on the model's own images", block="sft", has_rollouts=True
+    ),
     "vq": StageFacts(
         "training of the image tokenizer",
         block=None, has_micro_batches=False, trains_language_model=False,

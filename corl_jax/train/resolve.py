@@ -219,7 +219,7 @@ def find_table_problems(config: Config) -> list[str]:
         if name not in names
     ]
     problems += find_entry_problems(config)
-    if config.algorithm.name in RECIPES and STAGES[config.stage].samples:
+    if config.algorithm.name in RECIPES and STAGES[config.stage].compares:
         problems += find_algorithm_problems(config)
     return problems
 
@@ -329,7 +329,7 @@ def find_unused_rewards(
 def find_unlogged_tasks(config: Config) -> list[str]:
     """Returns a warning for each task that is trained but in no step of the log."""
     tasks, every = STAGES[config.stage].tasks(config), config.algorithm.alternate_every
-    if not every or len(tasks) < 2 or not STAGES[config.stage].samples:
+    if not every or len(tasks) < 2 or not STAGES[config.stage].compares:
         return []
     # Both schedules repeat after so many steps.
     steps = range(config.log.every, 1 + config.log.every * every * len(tasks), config.log.every)

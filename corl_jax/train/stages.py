@@ -11,6 +11,7 @@ from typing import Any
 
 import optax
 
+from corl_jax.algorithms.likelihoods import ROW_LIKELIHOOD
 from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
@@ -19,6 +20,7 @@ from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.evaluation import SUITES, Suite
 from corl_jax.tasks import (
     PLAN_COLUMN,
+    SELF_QUESTIONING,
     TASKS,
     TEXT,
     choose_tasks,
@@ -27,7 +29,7 @@ from corl_jax.tasks import (
     required_columns,
     text_tasks,
 )
-from corl_jax.train import image_tokenizer, iteration, sft
+from corl_jax.train import image_tokenizer, iteration, self_sft, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
 MakeStep = Callable[..., Callable]
@@ -48,8 +50,13 @@ class Stage:
 
     @property
     def samples(self) -> bool:
-        """True if completions are sampled, rewarded and compared."""
+        """True if completions are sampled and rewarded."""
         return self.facts.has_rollouts
+
+    @property
+    def compares(self) -> bool:
+        """True if completions are compared, and learned from by their advantages."""
+        return self.facts.compares
 
     @property
     def uses_language_model(self) -> bool:
@@ -58,7 +65,7 @@ class Stage:
 
     def updates_per_step(self, config: Config) -> int:
         """Returns the optimizer steps of an iteration."""
-        return config.algorithm.num_iterations if self.samples else 1
+        return config.algorithm.num_iterations if self.compares else 1
 
 
 def _choose_rl_tasks(config: Config) -> tuple[str, ...]:
@@ -121,6 +128,15 @@ STAGES: dict[str, Stage] = {
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
         loss_weights=_weigh_sft_batches,
         facts=STAGE_FACTS["sft"],
+    ),
+    "self_sft": Stage(
+        iterate=self_sft.self_sft_iteration,
+        make_step=_make_token_step,
+        tasks=lambda config: SELF_QUESTIONING,
+        target_columns=lambda config: [self_sft.TARGET_COLUMN],
+        loss=lambda config: ROW_LIKELIHOOD,
+        loss_weights=self_sft.weigh_segments,
+        facts=STAGE_FACTS["self_sft"],
     ),
     "vq": Stage(
         iterate=image_tokenizer.tokenizer_iteration,

@@ -170,3 +170,31 @@ def test_the_suite_asks_about_own_blank_and_real_images(model, records, tmp_path
     assert line["eval/hacking_gap"] == line["eval/own/accuracy"] - line["eval/draw/accuracy"]
     assert 1 <= line["eval/own/tokens"] <= 8
     assert len(list((tmp_path / "run" / "images").glob("held_out_*.png"))) == 1
+
+
+EVEN = """
+def even(texts):
+    return [float(row % 2 == 0) for row in range(len(texts))]
+"""
+
+
+def test_supervised_training_learns_true_answers_about_own_images(model, records, tmp_path):
+    """And the images whose answers are right: every second one here."""
+    (tmp_path / "even.py").write_text(EVEN)
+    tree = options(
+        model, records, tmp_path / "run", stage="self_sft", algorithm={}, sft={"t2i_weight": 0.5},
+        data={"max_prompt_length": 256, "columns": COLUMNS}, eval={"suite": "none"},
+        rewards=[{"use": f"{tmp_path / 'even.py'}:even"}, {"name": "self_answer", "weight": 0.0}],
+        optimizer={"learning_rate": 1e-2},
+    )  # fmt: skip
+    del tree["algorithm"]
+    lines = [line for line in metric_lines(train(tree, "train.max_steps=4")) if "loss" in line]
+    for line in lines:
+        assert line["self_qa/right_fraction"] == 0.5
+        assert 0 <= line["self_qa/rewards/self_answer/mean"] <= 1
+        # The mean over answers of different lengths is near that over tokens, and not equal.
+        expected = 0.5 * line["self_qa/codes/nll"] + line["self_qa/text/nll"]
+        assert line["loss"] == pytest.approx(expected, rel=0.2)
+    assert lines[-1]["self_qa/text/nll"] < lines[0]["self_qa/text/nll"] - 0.5
+    table = pandas.read_parquet(tmp_path / "run" / "samples" / "step_000004.parquet")
+    assert list(table["advantage"]) == [1, 0] * 4
