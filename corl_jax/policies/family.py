@@ -93,6 +93,18 @@ class SamplingOptions:
     image: Any = None  # the processor's, for turns that read the policy's own images
 
 
+NOISE_KEYS = "noise_keys"
+"""Key of `Segment.replay`: the bits of a random key for each image, for `StraightThrough`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightThrough:
+    """How the gradient of an answer flows into the image that it is about."""
+
+    redraw: bool = False  # a fresh image from the same logits, instead of the sampled one
+    temperature: float = 1.0  # tau, of the relaxed choice of a code
+
+
 @dataclasses.dataclass(frozen=True)
 class LogprobOptions:
     """Options of scoring given completions; hashable, closed over by the jitted steps."""
@@ -105,6 +117,8 @@ class LogprobOptions:
     remat: Remat = "full"
     attention: AttentionKernel = "xla"  # kernel of the update
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
+    # None: no gradient flows from an answer into the policy's own image
+    straight_through: StraightThrough | None = None
     image: Any = None  # the processor's, for turns that read the policy's own images
 
 
@@ -123,6 +137,7 @@ class TurnProgram:
 
     sample: Sample
     logprobs: Logprobs
+    passes_gradients: bool = False  # scoring can work with `LogprobOptions.straight_through`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,9 @@ FAMILY = Family(
         (CODES,): TurnProgram(sampling.sample_codes, logprobs.score_codes),
         (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
         (TEXT, CODES): TurnProgram(thinking.sample_thinking, thinking.score_thinking),
-        (CODES, TEXT): TurnProgram(own_images.sample_own_answers, own_images.score_own_answers),
+        (CODES, TEXT): TurnProgram(
+            own_images.sample_own_answers, own_images.score_own_answers, passes_gradients=True
+        ),
     },
     blank_prompts=sampling.unconditional_ids,
     decode_images=images.decode_images,

@@ -31,7 +31,7 @@ def decode_images(
     """Decodes codes [N, T] to images uint8 [N, S, S, 3]; the network computes in `dtype`."""
     tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
     model = network.bind(config, params | {"vqmodel": tokenizer})
-    chunks, size = _choose_chunks(tokens.shape[0])
+    chunks, size = choose_chunks(tokens.shape[0], VQ_BATCH)
     padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
 
     def decode(codes: jax.Array) -> jax.Array:
@@ -45,11 +45,11 @@ def decode_images(
     return constrain(images, "batch", None, None, None)
 
 
-def _choose_chunks(images: int) -> tuple[int, int]:
-    """Returns (chunks, images per chunk), with at most VQ_BATCH images a device in a chunk."""
+def choose_chunks(images: int, most: int) -> tuple[int, int]:
+    """Returns (chunks, images per chunk), with at most `most` images a device in a chunk."""
     # 20 images on 2 devices: 2 chunks of 10 images, not one of 16 and one of 4 filled up to 16.
     num_batch_shards = context_batch_shards()
-    chunks = math.ceil(images / (VQ_BATCH * num_batch_shards))
+    chunks = math.ceil(images / (most * num_batch_shards))
     return chunks, math.ceil(images / (chunks * num_batch_shards)) * num_batch_shards
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from corl_jax.devices.mesh import batch_sharding, make_mesh
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import LogprobOptions, SamplingOptions
-from corl_jax.policies.janus import images, own_images, sampling
+from corl_jax.policies.janus import images, own_images, pillow_resize, sampling
 from corl_jax.policies.janus.image_settings import ImageSettings, preprocess_image
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.types import EncodedPrompts
@@ -177,4 +177,4 @@ def test_images_are_resized_to_the_bit_as_pillow_does(size, side):
         np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC))
         for x in levels
     ]
-    np.testing.assert_array_equal(own_images.resize_levels(jnp.asarray(levels), side), expected)
+    np.testing.assert_array_equal(pillow_resize.resize_levels(jnp.asarray(levels), side), expected)
