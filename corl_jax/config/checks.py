@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from corl_jax.config.schema import Config
 
 LONG_TASKS = tuple(name for name, task in TASKS.items() if task.has_several_segments)
-
 REWARD_GRACE_S = 1.0
 """Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 
@@ -92,6 +91,7 @@ READERS = (
         for stage, facts in STAGE_FACTS.items()
         if facts.block
     ),
+    Reader(r"sft\.redraw", "self_sft_through", lambda c, _: STAGE_FACTS[c.stage].reaches_images),
     Reader(r"sft\.(tasks|caption_column)", "a stage without rollouts",
            lambda config, _: not STAGE_FACTS[config.stage].has_rollouts),
     Reader(

@@ -194,9 +194,7 @@ class Algorithm(Section):
     mm2t_weight: NonNegativeFloat = option(
         0.8, "Weight of the text reward in the joint reward, lambda. [P eq. 5]"
     )
-    mm2t_loss_weight: NonNegativeFloat = option(
-        1.0, "Weight of the text loss; that of the image loss is 1."
-    )
+    mm2t_loss_weight: NonNegativeFloat = option(1.0, "Weight of the text loss; images have 1.")
     earlier_loss_weight: NonNegativeFloat = option(
         1.0, "Weight of the loss of what a task makes first: plans in think, images in self_qa."
     )
@@ -305,6 +303,7 @@ class Sft(Section):
     t2i_weight: NonNegativeFloat = option(
         1.0, "Weight of the image loss; those of the text losses are 1. 0: images are not trained."
     )
+    redraw: bool = option(False, "self_sft_through: a fresh image takes the gradient.")
 
 
 class Optimizer(Section):
@@ -569,10 +568,10 @@ class Config(Section):
     output_dir: ConfigPath = Field(
         description="Run directory. The same command again resumes the run in it."
     )
-    stage: Literal["rl", "sft", "self_sft", "vq"] = option(
+    stage: Literal["rl", "sft", "self_sft", "self_sft_through", "vq"] = option(
         "rl",
         "Kind of training. rl: reinforcement learning; sft: supervised fine-tuning; self_sft: "
-        "that on the model's own images; vq: the image tokenizer.",
+        "that on own images; self_sft_through: with the gradient into them; vq: image tokenizer.",
     )
     seed: NonNegative = option(0, "Seed of the data order and of all samples.")
     model: Model

@@ -195,6 +195,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         remat=config.model.remat,
         attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
+        straight_through=plan.stage.straight_through(config),
         image=plan.image,
     )
     return UpdateOptions(

@@ -3,9 +3,9 @@
 The model draws an image of each prompt, answers the question about it, and is scored as in
 reinforcement learning. Then it learns the true answer of the row about its own image. It also
 learns the codes of the images whose answer was right, because such an image shows what was asked.
-No gradient flows from an answer into its image.
+In `self_sft` no gradient flows from an answer into its image, in `self_sft_through` it does.
 
-Source: showlab/UniRL (arXiv 2505.23380), detached; the loss of the images is ours.
+Source: showlab/UniRL (arXiv 2505.23380), detached and end to end; the loss of the images is ours.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 
 from corl_jax.config.schema import Config
 from corl_jax.params import merge
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import SELF_QUESTIONING, TASKS, name_segments
 from corl_jax.train.drawn import Scored
 from corl_jax.train.iteration import compare, describe, draw
@@ -26,6 +28,8 @@ from corl_jax.train.step import TaskBatch, TrainState
 from corl_jax.types import Prompts, Rollout
 
 TARGET_COLUMN = "qa_solution"
+NOISE_STREAM = (1 << 16) + 1
+"""Random stream of the noise of `policies.family.StraightThrough`, apart from those of samples."""
 
 
 def weigh_segments(config: Config) -> dict[str, float]:
@@ -68,5 +72,10 @@ def make_batch(run: Run, rollout: Rollout, prompts: Prompts, is_right: np.ndarra
     # G = 2: [a0, a1] -> [a0, a0, a1, a1]
     answers = [text for text in prompts.columns[TARGET_COLUMN] for _ in range(rollout.group_size)]
     kept, targets = put_batch(run, (is_right, make_targets(run, answers)))
-    codes = dataclasses.replace(codes, mask=codes.mask & kept[:, None], logprobs=None)
+    # Noise of its own, apart from that of sampling, which the chosen codes depend on.
+    keys = sample_keys(run.seed, prompts.index, rollout.group_size, NOISE_STREAM)
+    bits = put_batch(run, np.asarray(jax.random.key_data(keys)))
+    codes = dataclasses.replace(
+        codes, mask=codes.mask & kept[:, None], logprobs=None, replay={NOISE_KEYS: bits}
+    )
     return TaskBatch(rollout.prompts, (codes, targets))

@@ -18,6 +18,7 @@ from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.evaluation import SUITES, Suite
+from corl_jax.policies.family import StraightThrough
 from corl_jax.tasks import (
     PLAN_COLUMN,
     SELF_QUESTIONING,
@@ -47,6 +48,8 @@ class Stage:
     loss: Callable[[Config], Loss]
     loss_weights: Callable[[Config], dict[str, float]]  # by metric prefix of a segment
     facts: StageFacts
+    # how the gradient of an answer flows into the policy's own image; None: it does not
+    straight_through: Callable[[Config], StraightThrough | None] = lambda config: None
 
     @property
     def samples(self) -> bool:
@@ -137,6 +140,16 @@ STAGES: dict[str, Stage] = {
         loss=lambda config: ROW_LIKELIHOOD,
         loss_weights=self_sft.weigh_segments,
         facts=STAGE_FACTS["self_sft"],
+    ),
+    "self_sft_through": Stage(
+        iterate=self_sft.self_sft_iteration,
+        make_step=_make_token_step,
+        tasks=lambda config: SELF_QUESTIONING,
+        target_columns=lambda config: [self_sft.TARGET_COLUMN],
+        loss=lambda config: ROW_LIKELIHOOD,
+        loss_weights=self_sft.weigh_segments,
+        facts=STAGE_FACTS["self_sft_through"],
+        straight_through=lambda config: StraightThrough(config.sft.redraw),
     ),
     "vq": Stage(
         iterate=image_tokenizer.tokenizer_iteration,

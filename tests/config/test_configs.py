@@ -41,7 +41,7 @@ PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one.
-MAX_OPTIONS = 121
+MAX_OPTIONS = 122
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 

@@ -198,3 +198,24 @@ def test_supervised_training_learns_true_answers_about_own_images(model, records
     assert lines[-1]["self_qa/text/nll"] < lines[0]["self_qa/text/nll"] - 0.5
     table = pandas.read_parquet(tmp_path / "run" / "samples" / "step_000004.parquet")
     assert list(table["advantage"]) == [1, 0] * 4
+
+
+def test_the_gradient_of_an_answer_can_reach_its_image(model, records, tmp_path, capsys):
+    """The head that draws is trained alone: answers change it only through the images."""
+    (tmp_path / "even.py").write_text(EVEN)
+    tree = options(
+        model, records, tmp_path / "run", stage="self_sft_through", sft={"t2i_weight": 0.0},
+        data={"max_prompt_length": 256, "columns": COLUMNS}, eval={"suite": "none"},
+        rewards=[{"use": f"{tmp_path / 'even.py'}:even"}], log={"images_every": 0},
+    )  # fmt: skip
+    del tree["algorithm"]
+    tree["train"] |= {"trainable": ["generation_head/.*"], "max_steps": 2}
+    lines = [line for line in metric_lines(train(tree)) if "loss" in line]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    redrawn = tree | {"output_dir": str(tmp_path / "redrawn")}
+    others = [line for line in metric_lines(train(redrawn, "sft.redraw=true")) if "loss" in line]
+    assert others[0]["loss"] != lines[0]["loss"]
+    detached = tree | {"output_dir": str(tmp_path / "detached"), "stage": "self_sft"}
+    without = [line for line in metric_lines(train(detached)) if "loss" in line]
+    assert all(line["grad_norm"] == 0 for line in without)
+    assert without[0]["loss"] == pytest.approx(lines[0]["loss"], abs=1e-5)
