@@ -253,9 +253,13 @@ def _list_bindings(units: list[Unit]) -> Iterator[dict[str, set[str]]]:
     """Yields class -> colours bound to it, for one or two ways to read an answer."""
     named = [unit for unit in units if unit.kind in (CLASS, COLOR)]
     yield _bind_colors(units, before_first=True)
-    # "car red dog blue" begins with a class, so its colours may follow their classes.
     if named and named[0].kind == CLASS:
+        # "car red dog blue" begins with a class, so its colours may follow their classes.
         yield _bind_colors(units, before_first=False)
+    elif named:
+        # "Red: car, blue: dog" begins with a colour, so each may come before its class.
+        joined = [dataclasses.replace(unit, is_joined=True) for unit in units]
+        yield _bind_colors(joined, before_first=True)
 
 
 def _bind_colors(units: list[Unit], *, before_first: bool) -> dict[str, set[str]]:
