@@ -77,8 +77,10 @@ def main(argv: list[str] | None = None) -> None:
             name = option.replace("_", "-")
             problems.add(f"--{name}: has an effect with --kind {kind} only; leave it out")
     if args.records:
-        given = [name for name in ("rows", "seed", "exclude") if getattr(args, name) is not None]
-        problems.add(f"--{name}: contradicts --records; leave out one of the two" for name in given)
+        present = [name for name in ("rows", "seed", "exclude") if getattr(args, name) is not None]
+        problems.add(
+            f"--{name}: contradicts --records; leave out one of the two" for name in present
+        )
     else:
         for name in ("rows", "seed"):
             if getattr(args, name) is None:

@@ -75,17 +75,20 @@ def measure_imbalance(trials: Iterable[Trial]) -> dict[str, Imbalance]:
 
 
 def _measure_category(trials: Sequence[Trial]) -> Imbalance:
-    own = [t.answered for t in trials if t.drawn and t.answered is not None]
+    own_verdicts = [t.answered for t in trials if t.drawn and t.answered is not None]
     foreign = [t for t in trials if t.foreign_answered is not None]
     understood = [t for t in foreign if t.foreign_answered]
     drawing = Rate.of(sum(t.drawn for t in trials), len(trials))
-    wrong_answers = Rate.of(own.count(False), len(own))
+    wrong_answers = Rate.of(own_verdicts.count(False), len(own_verdicts))
     wrong_drawings = Rate.of(sum(not t.drawn for t in understood), len(understood))
-    answering = Rate.of(len(understood), len(foreign)) if foreign else Rate.of(sum(own), len(own))
-    given = [wrong_answers, wrong_drawings] if foreign else [wrong_answers]
+    answering = Rate.of(own_verdicts.count(True), len(own_verdicts))
+    wrong_shares = [wrong_answers]
+    if foreign:
+        answering = Rate.of(len(understood), len(foreign))
+        wrong_shares.append(wrong_drawings)
     return Imbalance(
         drawing, answering, wrong_answers, wrong_drawings,
-        subtract_rates(drawing, answering), average_rates(given),
+        subtract_rates(drawing, answering), average_rates(wrong_shares),
     )  # fmt: skip
 
 

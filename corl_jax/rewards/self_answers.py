@@ -134,8 +134,8 @@ def judge_answer(
 
 def split_units(text: str, demand: Demand) -> list[Unit]:
     """Returns the units of an answer in their order."""
-    own = tuple((e["class"], e["plural"]) for e in demand.entries if e.get("plural"))
-    phrases, words = _list_phrases(own), _split_words(text)
+    more = tuple((e["class"], e["plural"]) for e in demand.entries if e.get("plural"))
+    phrases, words = _list_phrases(more), _split_words(text)
     units, position = [], 0
     while position < len(words):
         near = [word for word, _ in words[position : position + LONGEST_UNIT]]
@@ -146,11 +146,14 @@ def split_units(text: str, demand: Demand) -> list[Unit]:
 
 
 @functools.lru_cache(maxsize=256)
-def _list_phrases(own: tuple[tuple[str, str], ...]) -> dict[str, list[tuple[list[str], str, str]]]:
-    """Returns first word -> (words, kind, name) of each phrase, the longest first."""
+def _list_phrases(more: tuple[tuple[str, str], ...]) -> dict[str, list[tuple[list[str], str, str]]]:
+    """Returns first word -> (words, kind, name) of each phrase, the longest first.
+
+    `more` are classes with their plurals beside the known objects.
+    """
     named = [(color, COLOR, color) for color in COLORS]
     named += [(phrase, RELATION, name) for phrase, name in RELATION_PHRASES.items()]
-    for noun, plural in {**KNOWN_OBJECTS, **dict(own)}.items():
+    for noun, plural in {**KNOWN_OBJECTS, **dict(more)}.items():
         # GenEval's own plurals are in its published answers: "three persons".
         forms = dict.fromkeys((noun, plural, form_geneval_plural(noun)))
         # The word alone is read as the colour here; `_list_readings` tries the fruit.
@@ -250,9 +253,13 @@ def _list_bindings(units: list[Unit]) -> Iterator[dict[str, set[str]]]:
     """Yields class -> colours bound to it, for one or two ways to read an answer."""
     named = [unit for unit in units if unit.kind in (CLASS, COLOR)]
     yield _bind_colors(units, before_first=True)
-    # "car red dog blue" begins with a class, so its colours may follow their classes.
     if named and named[0].kind == CLASS:
+        # "car red dog blue" begins with a class, so its colours may follow their classes.
         yield _bind_colors(units, before_first=False)
+    elif named:
+        # "Red: car, blue: dog" begins with a colour, so each may come before its class.
+        joined = [dataclasses.replace(unit, is_joined=True) for unit in units]
+        yield _bind_colors(joined, before_first=True)
 
 
 def _bind_colors(units: list[Unit], *, before_first: bool) -> dict[str, set[str]]:

@@ -72,7 +72,7 @@ score these. A longer open answer that contains the right word gets a part.
 
 The question of each prompt is that of its [record](../how_to/data.md).
 
-{own}
+{own_answers}
 
 "two hundred" is not two, and a "hot dog" is no dog. A colour is bound to one class. The inverse
 relation counts when the classes are swapped.
@@ -103,9 +103,9 @@ def write_section(scores: Scores) -> str:
         for case, row in zip(answers, scores.mm2t, strict=True)
     ]
     demands = [(make_record(t, include), x) for t, include, xs in cases.OWN_ANSWERS for x in xs]
-    own = [
+    own_answers = [
         [record.prompt, _format_text(text), *map(_format_number, row)]
-        for (record, text), row in zip(demands, scores.own, strict=True)
+        for (record, text), row in zip(demands, scores.own_answers, strict=True)
     ]
     return TEXT.format(
         prompt=images[0]["prompt"],
@@ -121,7 +121,7 @@ def write_section(scores: Scores) -> str:
         question=answers[0]["problem"].splitlines()[0],
         options=", ".join(cases.CHOICES),
         answers=_format_table(["answer", "type", *map(_format_code, MM2T)], rows),
-        own=_format_table(["prompt", "answer", *map(_format_code, OWN)], own),
+        own_answers=_format_table(["prompt", "answer", *map(_format_code, OWN)], own_answers),
         commands="\n".join(f"    {write_command(example)}" for example, _ in UNSCORED),
         unscored=_format_table(
             ["reward", "range"], [[_format_code(example), known] for example, known in UNSCORED]

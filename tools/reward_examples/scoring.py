@@ -90,7 +90,7 @@ class Scores:
     t2i: np.ndarray  # [T2I, images]
     mm2t: np.ndarray  # [answers, MM2T]
     answers: dict[str, list[str]]  # question -> the mini Janus's answers for each image
-    own: np.ndarray  # [answers of OWN_ANSWERS, OWN]
+    own_answers: np.ndarray  # [answers of OWN_ANSWERS, OWN]
     boxes: dict[str, float]  # an answer with boxes -> its score by t2i_od's rule
 
 
@@ -116,7 +116,7 @@ def score_all() -> Scores:
         t2i=np.stack([_score(reward, context) for reward in image_rewards]),
         mm2t=np.stack([_score(reward, context) for reward in text_rewards], axis=-1),
         answers=_collect_answers(context),
-        own=np.stack([_score_own(example, context) for example in OWN], axis=-1),
+        own_answers=np.stack([_score_own(example, context) for example in OWN], axis=-1),
         boxes=_score_boxes(),
     )
 

@@ -166,10 +166,10 @@ def _find_entry_problem(entry: Any) -> str | None:
     if unknown := sorted(map(str, entry.keys() - set(_KEYS))):
         return f"{unknown[0]}: unknown key; expected {', '.join(_KEYS)}"
     noun, count, plural = entry.get("class"), entry.get("count"), entry.get("plural")
-    for key, value in (("class", noun), ("plural", plural)):
-        is_absent = key == "plural" and value is None
-        if not is_absent and not (isinstance(value, str) and value.strip()):
-            return f"{key}: found {_shorten(value)}; expected the name of an object"
+    if not isinstance(noun, str) or not noun.strip():
+        return f"class: found {_shorten(noun)}; expected the name of an object"
+    if plural is not None and not (isinstance(plural, str) and plural.strip()):
+        return f"plural: found {_shorten(plural)}; expected the plural of {noun}"
     if noun not in KNOWN_OBJECTS and plural is None:
         near = find_near_name(noun[:60], KNOWN_OBJECTS)
         return (
@@ -181,7 +181,7 @@ def _find_entry_problem(entry: Any) -> str | None:
         return f"count: found {_shorten(count)}; expected a whole number from 1 to {MAX_COUNT}"
     if entry.get("color") not in (None, *COLORS):
         return f"color: found {_shorten(entry['color'])}; expected one of {', '.join(COLORS)}"
-    position = entry.get("position")
+    position: Any = entry.get("position")
     if position is not None and not (
         isinstance(position, list)
         and len(position) == 2
