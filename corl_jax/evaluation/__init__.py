@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
-from corl_jax.evaluation import rewards, self_qa, shapes
+from corl_jax.evaluation import own_answers, rewards, shapes
 from corl_jax.evaluation.suite import EvaluationInputs, Report, Suite
 
 __all__ = ["SUITES", "EvaluationInputs", "Report", "Suite"]
@@ -16,11 +16,11 @@ SUITES: dict[str, Suite] = {
         find_row_problems=shapes.find_row_problems,
         make_rows=HeldOutShapes,
     ),
-    "self_qa": Suite(
-        self_qa.evaluate_self_qa,
-        columns=self_qa.COLUMNS,
-        tasks=self_qa.TASKS,
-        find_row_problems=self_qa.find_row_problems,
+    "own_answers": Suite(
+        own_answers.evaluate_own_answers,
+        columns=own_answers.COLUMNS,
+        tasks=own_answers.TASKS,
+        find_row_problems=own_answers.find_row_problems,
     ),
     "rewards": Suite(rewards.evaluate_rewards, uses_rewards=True),
 }

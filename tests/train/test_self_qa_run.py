@@ -162,7 +162,7 @@ def test_the_suite_asks_about_own_blank_and_real_images(model, records, tmp_path
         model, records, tmp_path / "run",
         data={"max_prompt_length": 256, "columns": COLUMNS},
         rewards=[{"name": "self_answer"}, {"name": "shapes_checker", "weight": 0.0}],
-        eval={"suite": "self_qa", "rows": 3, "batch_prompts": 2},
+        eval={"suite": "own_answers", "rows": 3, "batch_prompts": 2},
     )  # fmt: skip
     line, *_ = metric_lines(train(tree, "train.max_steps=0"))
     for name in ("draw", "own", "blank", "foreign"):

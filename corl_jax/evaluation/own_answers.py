@@ -1,4 +1,4 @@
-"""Suite `self_qa`: what a model answers about its own images, and how far that is from the truth.
+"""Suite `own_answers`: what a model answers about its own images, and how far that is from the truth.
 
 For each row one image is generated, and the row's question is asked about it, greedily. The same
 question is asked about a blank image, where a right answer comes from habit, and about the row's
@@ -44,7 +44,7 @@ PROMPT_LINES, ANSWER_LINES = 3, 2  # below an image
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfQaReport:
+class OwnAnswersReport:
     """The results: rates and measures over all processes, the rest over this process's rows."""
 
     rates: dict[str, Rate]  # by name without `eval/`
@@ -152,7 +152,7 @@ class Batch:
     verdicts: np.ndarray
 
 
-def evaluate_self_qa(inputs: EvaluationInputs) -> SelfQaReport:
+def evaluate_own_answers(inputs: EvaluationInputs) -> OwnAnswersReport:
     """Generates an image for each row, asks about it, and judges images and answers.
 
     Raises:
@@ -199,7 +199,7 @@ def _judge_batch(
     if missing := [name for name in COLUMNS if name not in columns]:
         raise InputError(
             f"evaluation: column {missing[0]} is missing; found {', '.join(columns)}; the suite "
-            "`self_qa` needs rows as `corl-jax data --kind self_questions` writes them"
+            "`own_answers` needs rows as `corl-jax data --kind self_questions` writes them"
         )
     images = _draw_images(inputs, prompts, size)
     side = inputs.policy.family.limits(inputs.policy.config).input_image_side
@@ -221,11 +221,11 @@ def _judge_batch(
                 for text, demand in zip(answers[name].texts, demands, strict=True)
             ]
     rows = np.flatnonzero(counts)
-    kept = [name for name in (*COLUMNS, SPEC) if name in columns]
+    kept_columns = [name for name in (*COLUMNS, SPEC) if name in columns]
     return Batch(
         images[rows],
         answers[OWN].take(rows),
-        {name: [columns[name][row] for row in rows] for name in kept},
+        {name: [columns[name][row] for row in rows] for name in kept_columns},
         inputs.gather(np.where(counts[:, None], verdicts, -1)),
     )
 
@@ -257,9 +257,9 @@ def _ask(
         for question in prompts.columns["qa_problem"]
     ]
     (task,) = TASKS
-    asked = prompts.encoded[task].next
-    assert asked is not None  # the task has two turns
-    encoded = processor.encode(turn.prompt, ids, images, asked.input_ids.shape[1])
+    questions = prompts.encoded[task].next
+    assert questions is not None  # the task has two turns
+    encoded = processor.encode(turn.prompt, ids, images, questions.input_ids.shape[1])
     options = dataclasses.replace(inputs.sampling, greedy=inputs.greedy_texts)
     program = policy.family.turns[turn.segments]
     (segment,) = sample_turn(
@@ -276,7 +276,7 @@ def _ask(
     )
 
 
-def _make_report(batches: Sequence[Batch]) -> SelfQaReport:
+def _make_report(batches: Sequence[Batch]) -> OwnAnswersReport:
     verdicts = np.concatenate([batch.verdicts for batch in batches])
     verdicts = verdicts[verdicts[:, 0] >= 0]
     texts, lengths, is_cut = (
@@ -295,7 +295,7 @@ def _make_report(batches: Sequence[Batch]) -> SelfQaReport:
     (summary,) = summarize_answers(
         texts, [MEAN] * len(texts), correct, lengths, is_cut
     ).values()  # fmt: skip
-    return SelfQaReport(
+    return OwnAnswersReport(
         compute_rates(verdicts), _measure_imbalance(verdicts), summary, images, columns["prompt"],
         texts, correct, check_all(images, columns[SPEC]) if SPEC in columns else None,
     )  # fmt: skip
@@ -322,7 +322,9 @@ def _measure_imbalance(verdicts: np.ndarray) -> dict[str, Imbalance]:
         return None if value < 0 else bool(value)
 
     return measure_imbalance(
-        Trial(str(row), TAGS[tag], bool(drawn), read_verdict(own), read_verdict(foreign))
-        for row, (tag, drawn, own, _, foreign) in enumerate(verdicts.tolist())
+        Trial(
+            str(row), TAGS[tag], bool(drawn), read_verdict(own_right), read_verdict(foreign_right)
+        )
+        for row, (tag, drawn, own_right, _, foreign_right) in enumerate(verdicts.tolist())
         if drawn >= 0
     )
