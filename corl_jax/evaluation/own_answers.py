@@ -1,4 +1,4 @@
-"""Suite `own_answers`: what a model answers about its own images, and how far that is from the truth.
+"""Suite `own_answers`: what a model answers about its own images, and what they really show.
 
 For each row one image is generated, and the row's question is asked about it, greedily. The same
 question is asked about a blank image, where a right answer comes from habit, and about the row's

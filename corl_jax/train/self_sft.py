@@ -71,11 +71,11 @@ def make_batch(run: Run, rollout: Rollout, prompts: Prompts, is_right: np.ndarra
     codes, _ = rollout.segments
     # G = 2: [a0, a1] -> [a0, a0, a1, a1]
     answers = [text for text in prompts.columns[TARGET_COLUMN] for _ in range(rollout.group_size)]
-    kept, targets = put_batch(run, (is_right, make_targets(run, answers)))
+    right_rows, targets = put_batch(run, (is_right, make_targets(run, answers)))
     # Noise of its own, apart from that of sampling, which the chosen codes depend on.
     keys = sample_keys(run.seed, prompts.index, rollout.group_size, NOISE_STREAM)
     bits = put_batch(run, np.asarray(jax.random.key_data(keys)))
     codes = dataclasses.replace(
-        codes, mask=codes.mask & kept[:, None], logprobs=None, replay={NOISE_KEYS: bits}
+        codes, mask=codes.mask & right_rows[:, None], logprobs=None, replay={NOISE_KEYS: bits}
     )
     return TaskBatch(rollout.prompts, (codes, targets))

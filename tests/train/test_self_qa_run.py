@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from corl_jax.config import files as config_files
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.data.images import decode_image
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.report.groups import read_groups
 from corl_jax.train import __main__ as command
+from corl_jax.train.resolve import find_missing_abilities
+from corl_jax.train.stages import STAGES
 from tests.support import tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 
@@ -118,6 +123,17 @@ def test_a_resumed_run_is_the_same(tree, run, tmp_path):
         for folder in (run, tmp_path / "halves")
     )
     assert whole == resumed
+
+
+def test_a_family_without_gradients_through_images_is_refused(model, records, tmp_path):
+    tree = options(model, records, tmp_path / "run", stage="self_sft_through")
+    config = config_files.load(write_config(tmp_path / "run.yaml", tree))
+    stage, kinds = STAGES[config.stage], ("codes", "text")
+    program = dataclasses.replace(FAMILY.turns[kinds], passes_gradients=False)
+    other = dataclasses.replace(FAMILY, turns={kinds: program})
+    (problem,) = find_missing_abilities(config, stage, other)
+    assert problem.endswith("choose stage self_sft, which needs none")
+    assert not find_missing_abilities(config, stage, FAMILY)
 
 
 def refused(capsys, call) -> str:
