@@ -146,6 +146,12 @@ REGISTRY: dict[str, RewardRow] = {
         find_network_problems=clip_scores.find_aesthetic_problems,
     ),
     "t2i_pixel_mse": RewardRow(score_pixel_mse, IMAGES, columns=("real_image",)),
+    "answer_logprob": RewardRow(
+        policy.score_answer_logprob,
+        IMAGES,
+        ("policy",),
+        columns=("qa_problem", "qa_solution"),
+    ),
     "t2i_qa": RewardRow(
         policy.score_qa,
         IMAGES,

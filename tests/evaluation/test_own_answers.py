@@ -36,7 +36,8 @@ def test_the_hacking_gap_and_the_imbalance_are_reported():
     images = np.zeros((3, 16, 16, 3), np.uint8)
     report = own_answers.OwnAnswersReport(
         own_answers.compute_rates(verdicts), own_answers._measure_imbalance(verdicts),
-        summary["mean"], images, ["two circles"] * 3, ["two"] * 3, [True, True, False], [False, False, True],
+        summary["mean"], images, ["two circles"] * 3, ["two"] * 3, [True, True, False],
+        [False, False, True],
     )  # fmt: skip
     metrics = report.metrics()
     assert metrics["eval/hacking_gap"] == pytest.approx(1 / 3)
