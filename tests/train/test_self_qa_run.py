@@ -235,3 +235,18 @@ def test_the_gradient_of_an_answer_can_reach_its_image(model, records, tmp_path,
     without = [line for line in metric_lines(train(detached)) if "loss" in line]
     assert all(line["grad_norm"] == 0 for line in without)
     assert without[0]["loss"] == pytest.approx(lines[0]["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "algorithm", [{"name": "remax"}, {"name": "dapo", "redraws": 2, "num_iterations": 2}]
+)
+def test_other_algorithms_train_pairs(tree, tmp_path, algorithm):
+    """A greedy pair is a greedy image with a greedy answer; redrawn groups keep both turns."""
+    tree = tree | {"output_dir": str(tmp_path / "run"), "eval": {"suite": "none"}}
+    tree["algorithm"] = {"tasks": "self_qa", **algorithm}
+    tree["rollout"] = tree["rollout"] | {"batch_prompts": 2}
+    lines = [line for line in metric_lines(train(tree)) if "loss" in line]
+    assert len(lines) == 2 and all(np.isfinite(line["loss"]) for line in lines)
+    for segment in ("codes", "text"):
+        assert lines[0][f"self_qa/{segment}/sampling/sampling_logp_difference/max"] < 1e-3
