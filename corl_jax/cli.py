@@ -65,7 +65,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "push": Command("corl_jax.push", FILES, "Upload a model to the Hugging Face hub."),
     "data": Command(
-        "corl_jax.data.drawn_world.__main__", FILES, "Write rows of the drawn world to parquet."
+        "corl_jax.data.__main__",
+        FILES,
+        "Write rows to parquet: of the drawn world, or prompts with questions.",
     ),
 }
 

@@ -126,7 +126,7 @@ class RewardError(RuntimeError):
 
 
 class ConnectionFailure(ConnectionError):
-    """The processes of a run could not be connected."""
+    """A connection could not be made: of the processes of a run, or to a server."""
 
     exit_code = FAILED_EXIT_CODE
 

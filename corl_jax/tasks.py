@@ -15,7 +15,7 @@ TEXT, CODES = "text", "codes"
 """Kinds of segments: text tokens, and codes of an image tokenizer."""
 
 IMAGES, TEXTS = "images", "texts"
-"""What rewards see of a task: its last segment, decoded."""
+"""What rewards see of a task: the last segment of each turn, decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +35,44 @@ class Task:
     columns: tuple[str, ...]  # columns of the data that make the prompts
     stream: int  # random stream: the samples of two tasks on one row are independent
     shown: str  # column that reports show beside the results
+    question: str | None = None  # column of a question that a later turn asks, which they show too
 
     @property
     def turn(self) -> Turn:
         """The only turn of the task."""
-        # Fails for several turns, which no part of the program can run yet.
+        # Fails for several turns, which have no prompt and no sampler in common.
         (turn,) = self.turns
         return turn
 
     @property
-    def result(self) -> str:
-        """What rewards see: IMAGES or TEXTS."""
-        # The last segment of the last turn is the result.
-        return TEXTS if self.turns[-1].segments[-1] == TEXT else IMAGES
+    def segments(self) -> tuple[str, ...]:
+        """The kinds of the segments of all turns, by which a family finds the task's program."""
+        return tuple(kind for turn in self.turns for kind in turn.segments)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What rewards see: IMAGES, TEXTS or both, one for each turn."""
+        return tuple(TEXTS if turn.segments[-1] == TEXT else IMAGES for turn in self.turns)
 
     @property
     def makes_text(self) -> bool:
-        """True if rewards see texts, False if they see images."""
-        return self.result == TEXTS
+        """True if rewards see texts."""
+        return TEXTS in self.results
+
+    @property
+    def makes_image(self) -> bool:
+        """True if rewards see images."""
+        return IMAGES in self.results
 
     @property
     def has_plan(self) -> bool:
-        """True if the policy writes a text, the plan, before the result and in its context."""
-        return TEXT in self.turns[-1].segments[:-1]
+        """True if the policy writes a text, the plan, before a result and in its context."""
+        return any(TEXT in turn.segments[:-1] for turn in self.turns)
+
+    @property
+    def has_several_segments(self) -> bool:
+        """True if the policy makes something before its last segment: a plan or an image."""
+        return len(self.segments) > 1
 
 
 TASKS: dict[str, Task] = {
@@ -72,6 +87,11 @@ TASKS: dict[str, Task] = {
         "image generation after a plan", (Turn("think", (TEXT, CODES)),), ("prompt",),
         stream=6, shown="prompt",
     ),
+    # The stream of t2i: with the same weights it draws the same images.
+    "self_qa": Task(
+        "answers about own images", (Turn("generate", (CODES,)), Turn("question", (TEXT,))),
+        ("prompt", "qa_problem"), stream=0, shown="prompt", question="qa_problem",
+    ),
 }  # fmt: skip
 
 IMAGE_GENERATION, IMAGE_UNDERSTANDING = TASKS["t2i"], TASKS["mm2t"]
@@ -80,6 +100,7 @@ UNIFIED = ("t2i", "mm2t")
 """CoRL's tasks on the same rows, paired by the number of the sample."""
 GENERATION, UNDERSTANDING = ("t2i",), ("mm2t",)
 """Each of these tasks alone."""
+SELF_QUESTIONING = ("self_qa",)
 
 PLAN_COLUMN = "plan"
 """Column that the program adds to the samples of a task with plans: the plan of each image."""
@@ -123,10 +144,16 @@ def list_segments(kind: str | None = None) -> tuple[str, ...]:
     return tuple(
         name
         for task, row in TASKS.items()
-        for turn in row.turns
-        for name, of in zip(name_segments(task, turn.segments), turn.segments, strict=True)
+        for name, of in zip(name_segments(task, row.segments), row.segments, strict=True)
         if kind in (None, of)
     )
+
+
+def name_turns(task: str) -> dict[str, Turn]:
+    """Returns the turns of a task by the names of their prompts: the task, then TASK/PROMPT."""
+    # "self_qa" has two turns: "self_qa" and "self_qa/question".
+    first, *later = TASKS[task].turns
+    return {task: first} | {f"{task}/{turn.prompt}": turn for turn in later}
 
 
 def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
@@ -137,7 +164,7 @@ def required_columns(tasks: Sequence[str]) -> tuple[str, ...]:
 
 def image_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Returns the tasks that make an image."""
-    return tuple(task for task in tasks if not TASKS[task].makes_text)
+    return tuple(task for task in tasks if TASKS[task].makes_image)
 
 
 def text_tasks(tasks: Sequence[str]) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ class EncodedPrompts:
     input_ids: Array  # [B, P] int32
     attention_mask: Array  # [B, P] bool, True on real tokens
     pixel_values: Array | None = None  # [B, S, S, 3] float32, normalised
+    # The prompts of the next turn; an image in them is one that the policy makes in this turn.
+    next: EncodedPrompts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Segment:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """The completions of a batch of prompts: the segments of one turn, in order."""
+    """The completions of a batch of prompts: the segments of all turns, in order."""
 
     prompts: EncodedPrompts  # B rows
     segments: tuple[Segment, ...]  # each of N rows

@@ -20,30 +20,48 @@ from corl_jax.tasks import (
 
 
 def test_a_task_is_turns_that_end_in_what_rewards_see():
-    rows = {name: (task.turn.prompt, task.turn.segments) for name, task in TASKS.items()}
+    rows = {
+        name: [(turn.prompt, turn.segments) for turn in task.turns] for name, task in TASKS.items()
+    }
     assert rows == {
-        "t2i": ("generate", ("codes",)), "mm2t": ("question", ("text",)),
-        "think": ("think", ("text", "codes")),
+        "t2i": [("generate", ("codes",))], "mm2t": [("question", ("text",))],
+        "think": [("think", ("text", "codes"))],
+        "self_qa": [("generate", ("codes",)), ("question", ("text",))],
     }  # fmt: skip
+    assert {name: task.results for name, task in TASKS.items()} == {
+        "t2i": ("images",), "mm2t": ("texts",), "think": ("images",),
+        "self_qa": ("images", "texts"),
+    }  # fmt: skip
+    assert tasks.name_turns("self_qa") == dict(
+        zip(("self_qa", "self_qa/question"), TASKS["self_qa"].turns, strict=True)
+    )
+    several = [name for name, task in TASKS.items() if task.has_several_segments]
+    assert several == ["think", "self_qa"]
     assert {name: task.description for name, task in TASKS.items()} == {
         "t2i": "image generation", "mm2t": "image understanding",
-        "think": "image generation after a plan",
+        "think": "image generation after a plan", "self_qa": "answers about own images",
     }  # fmt: skip
-    assert image_tasks(tuple(TASKS)) == ("t2i", "think") and text_tasks(tuple(TASKS)) == ("mm2t",)
+    assert image_tasks(tuple(TASKS)) == ("t2i", "think", "self_qa")
+    assert text_tasks(tuple(TASKS)) == ("mm2t", "self_qa")
     assert plan_tasks(tuple(TASKS)) == ("think",)
     assert tasks.IMAGE_GENERATION is TASKS["t2i"] and tasks.IMAGE_UNDERSTANDING is TASKS["mm2t"]
 
 
 def test_streams_are_distinct():
-    """Else samples of two tasks on one row would have the same random numbers."""
+    """Else samples of two tasks on one row would have the same random numbers.
+
+    Images that are asked about are those that image generation alone would draw.
+    """
     streams = [task.stream for task in TASKS.values()] + list(tasks.QUESTION_STREAMS.values())
-    assert streams == [0, 1, 6, 2, 3, 4, 5], "another number changes the samples of every run"
+    assert streams == [0, 1, 6, 0, 2, 3, 4, 5], "another number changes the samples of every run"
 
 
 def test_each_segment_has_a_name_of_its_own():
     assert tasks.name_segments("t2i", ("codes",)) == ("t2i",)
-    assert list_segments() == ("t2i", "mm2t", "think/text", "think/codes")
-    assert list_segments("text") == ("mm2t", "think/text")
+    assert list_segments() == (
+        "t2i", "mm2t", "think/text", "think/codes", "self_qa/codes", "self_qa/text",
+    )  # fmt: skip
+    assert list_segments("text") == ("mm2t", "think/text", "self_qa/text")
 
 
 def test_required_columns():
@@ -65,4 +83,4 @@ def test_the_config_names_every_task_and_no_other():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_can_do_every_task(name):
     for task in TASKS.values():
-        assert task.turn.segments in FAMILIES[name].turns
+        assert task.segments in FAMILIES[name].turns

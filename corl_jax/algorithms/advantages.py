@@ -38,11 +38,13 @@ def combine_rewards(per_function: jax.Array, weights: jax.Array, group_size: int
     `per_function` [F, N] is NaN where a function does not apply; `weights` [F]. Returns [N].
     A function that applies to no row of a group adds nothing to that group. A row is NaN if no
     function applies to it. It is also NaN if it lacks a reward that other rows of its group have.
+    A function of weight 0 is only watched: it counts as one that applies to no row.
     Source: TRL's weighted nansum, made fair within a group.
     """
     per_function = jnp.asarray(per_function, jnp.float32)
-    applies = ~jnp.isnan(per_function)
-    weighted = jnp.where(applies, per_function, 0.0) * jnp.asarray(weights)[:, None]
+    weights = jnp.asarray(weights)[:, None]
+    applies = ~jnp.isnan(per_function) & (weights != 0)
+    weighted = jnp.where(applies, per_function, 0.0) * weights
     # [F, N] -> [F, groups, G]
     grouped = applies.reshape(applies.shape[0], -1, group_size)
     # One function, G = 2, applies [T, F | F, F] -> expected [T, T | F, F]: row 1 is incomplete.

@@ -20,6 +20,7 @@ from corl_jax.tasks import IMAGES, TASKS, TEXTS, choose_tasks, plan_tasks
 if TYPE_CHECKING:
     from corl_jax.config.schema import Config
 
+LONG_TASKS = tuple(name for name, task in TASKS.items() if task.has_several_segments)
 REWARD_GRACE_S = 1.0
 """Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 HTTP_REWARDS = ("http", "http_texts")
@@ -72,7 +73,7 @@ def _makes(config: Config, result: str) -> bool:
     """Returns whether a task of reinforcement learning makes IMAGES or TEXTS."""
     if not STAGE_FACTS[config.stage].has_rollouts:
         return True  # the export of a supervised stage states the sampling
-    return any(TASKS[task].result == result for task in choose_tasks(config.algorithm.tasks))
+    return any(result in TASKS[task].results for task in choose_tasks(config.algorithm.tasks))
 
 
 def _plans(config: Config) -> bool:
@@ -83,7 +84,7 @@ def _plans(config: Config) -> bool:
 
 
 def _fine_tunes(config: Config, result: str) -> bool:
-    return any(TASKS[task].result == result for task in choose_tasks(config.sft.tasks))
+    return any(result in TASKS[task].results for task in choose_tasks(config.sft.tasks))
 
 
 READERS = (
@@ -92,6 +93,9 @@ READERS = (
         for stage, facts in STAGE_FACTS.items()
         if facts.block
     ),
+    Reader(r"sft\.redraw", "self_sft_through", lambda c, _: STAGE_FACTS[c.stage].reaches_images),
+    Reader(r"sft\.(tasks|caption_column)", "a stage without rollouts",
+           lambda config, _: not STAGE_FACTS[config.stage].has_rollouts),
     Reader(
         r"sft\.caption_column", "a task that makes texts",
         lambda config, _: config.sft.caption_column is None or _fine_tunes(config, TEXTS),
@@ -110,12 +114,9 @@ READERS = (
         "a stage with rollouts", lambda config, _: STAGE_FACTS[config.stage].has_rollouts,
     ),
     Reader(
-        r"compat\.image_logprobs_unshifted|guards\.duplicates|algorithm\.image_logprobs",
+        r"compat\.image_logprobs_unshifted|guards\.duplicates|"
+        r"algorithm\.image_(logprobs|token_share|token_weights)",
         "a task that makes images", lambda config, _: _makes(config, IMAGES),
-    ),
-    Reader(
-        r"algorithm\.image_token_(share|weights)", "a task that makes images",
-        lambda config, _: _makes(config, IMAGES),
     ),
     Reader(
         r"compat\.text_top_k_50|algorithm\.mask_truncated", "a task that makes texts or plans",
@@ -126,8 +127,8 @@ READERS = (
         lambda config, _: _makes(config, TEXTS),
     ),
     Reader(
-        r"algorithm\.plan_loss_weight", f"algorithm.tasks {' or '.join(plan_tasks((*TASKS,)))}",
-        lambda config, _: _plans(config),
+        r"algorithm\.earlier_loss_weight", f"algorithm.tasks {' or '.join(LONG_TASKS)}",
+        lambda config, _: not {*LONG_TASKS}.isdisjoint(choose_tasks(config.algorithm.tasks)),
     ),
     Reader(
         r"rollout\.(top_k|top_p|max_new_tokens)",
@@ -286,8 +287,7 @@ def check_warmup(config: Config, steps: int) -> None:
         InputError: the warm-up is not shorter than `steps` steps.
     """
     warmup = config.optimizer.warmup_steps
-    has_rollouts = STAGE_FACTS[config.stage].has_rollouts
-    iterations = config.algorithm.num_iterations if has_rollouts else 1
+    iterations = config.algorithm.num_iterations if STAGE_FACTS[config.stage].compares else 1
     updates = steps * iterations
     problems = Problems()
     # Updates count from 0, so update number `warmup` is the first at the full learning rate.
@@ -304,10 +304,11 @@ def check_warmup(config: Config, steps: int) -> None:
 
 def _check_batches(config: Config, problems: Problems) -> None:
     batch = config.train.prompts_per_step
-    for name, part in (
-        ("train.micro_batch", config.train.micro_batch),
-        ("rollout.batch_prompts", config.rollout.batch_prompts),
-    ):
+    rows = {
+        "train.micro_batch": config.train.micro_batch,
+        "rollout.batch_prompts": config.rollout.batch_prompts,
+    }
+    for name, part in rows.items():
         if part is not None and batch % part:
             problems.add(
                 f"{name}: {part} does not divide train.prompts_per_step {batch}; "
@@ -336,13 +337,14 @@ def _check_sampling(config: Config, problems: Problems) -> None:
 
 
 def _check_fine_tuning(config: Config, problems: Problems) -> None:
-    if planned := plan_tasks(choose_tasks(config.sft.tasks)):
+    chosen = choose_tasks(config.sft.tasks)
+    if not {*LONG_TASKS}.isdisjoint(chosen):
         problems.add(
-            f"sft.tasks: found {planned[0]}, whose plans no column of the data has, so that there "
-            f"is nothing to learn from; choose unified or one of "
-            f"{', '.join(task for task in TASKS if task not in plan_tasks((task,)))}"
+            f"sft.tasks: found {config.sft.tasks}, of which no column of the "
+            "data has all parts, so that there is nothing to learn from; choose unified or one "
+            f"of {', '.join(task for task in TASKS if task not in LONG_TASKS)}"
         )
-    images_alone = all(TASKS[task].result == IMAGES for task in choose_tasks(config.sft.tasks))
+    images_alone = not any(TASKS[task].makes_text for task in chosen)
     if STAGE_FACTS[config.stage].block == "sft" and images_alone and not config.sft.t2i_weight:
         problems.add(
             f"sft.t2i_weight: found 0, but sft.tasks {config.sft.tasks} trains images alone; "

@@ -113,7 +113,7 @@ class Reward(Section):
         None, "A reward function of your own: FILE.py:FUNCTION or MODULE:FUNCTION."
     )
     weight: Annotated[float, Field(allow_inf_nan=False)] = option(
-        1.0, "Factor of this reward in the sum of its task's rewards."
+        1.0, "Factor of this reward in the sum of its task's rewards. 0: it is only logged."
     )
     options: RewardOptions = Field(
         default_factory=dict, description="Keyword arguments of the reward."
@@ -182,7 +182,8 @@ class Algorithm(Section):
     tasks: TaskChoice = option(
         "unified",
         "Tasks to train. t2i: image generation; mm2t: image understanding; unified: both; think: "
-        "image generation after a plan, a text that the policy writes first.",
+        "image generation after a plan, a text that the policy writes first; self_qa: answers "
+        "to questions about the images that the policy generates itself, and these images.",
     )
     advantages: Literal["unified_reward", "unified_advantage", "separate"] = option(
         "unified_reward",
@@ -193,11 +194,9 @@ class Algorithm(Section):
     mm2t_weight: NonNegativeFloat = option(
         0.8, "Weight of the text reward in the joint reward, lambda. [P eq. 5]"
     )
-    mm2t_loss_weight: NonNegativeFloat = option(
-        1.0, "Weight of the text loss; that of the image loss is 1."
-    )
-    plan_loss_weight: NonNegativeFloat = option(
-        1.0, "Weight of the loss of plans in the task think; that of their images is 1."
+    mm2t_loss_weight: NonNegativeFloat = option(1.0, "Weight of the text loss; images have 1.")
+    earlier_loss_weight: NonNegativeFloat = option(
+        1.0, "Weight of the loss of what a task makes first: plans in think, images in self_qa."
     )
     alternate_every: NonNegative = option(
         0,
@@ -304,6 +303,7 @@ class Sft(Section):
     t2i_weight: NonNegativeFloat = option(
         1.0, "Weight of the image loss; those of the text losses are 1. 0: images are not trained."
     )
+    redraw: bool = option(False, "self_sft_through: a fresh image takes the gradient.")
 
 
 class Optimizer(Section):
@@ -569,10 +569,10 @@ class Config(Section):
     output_dir: ConfigPath = Field(
         description="Run directory. The same command again resumes the run in it."
     )
-    stage: Literal["rl", "sft", "vq"] = option(
+    stage: Literal["rl", "sft", "self_sft", "self_sft_through", "vq"] = option(
         "rl",
-        "Kind of training. rl: reinforcement learning; sft: supervised fine-tuning; vq: the image "
-        "tokenizer.",
+        "Kind of training. rl: reinforcement learning; sft: supervised fine-tuning; self_sft: "
+        "that on own images; self_sft_through: with the gradient into them; vq: image tokenizer.",
     )
     seed: NonNegative = option(0, "Seed of the data order and of all samples.")
     model: Model

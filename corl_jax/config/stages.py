@@ -11,14 +11,23 @@ class StageFacts:
 
     method: str  # in words
     block: str | None  # the block of options that no other stage reads
-    has_rollouts: bool = False  # samples completions and learns from their rewards
+    has_rollouts: bool = False  # samples completions and scores their rewards
+    compares: bool = False  # learns from the advantages of the completions
+    reaches_images: bool = False  # the gradient of an answer flows into the model's own image
     has_micro_batches: bool = True
     trains_language_model: bool = True  # False: the image tokenizer
 
 
 STAGE_FACTS = {
-    "rl": StageFacts("reinforcement learning", block="algorithm", has_rollouts=True),
+    "rl": StageFacts("reinforcement learning", block="algorithm", has_rollouts=True, compares=True),
     "sft": StageFacts("supervised fine-tuning", block="sft"),
+    "self_sft": StageFacts(
+        "supervised fine-tuning on the model's own images", block="sft", has_rollouts=True
+    ),
+    "self_sft_through": StageFacts(
+        "supervised fine-tuning through the model's own images",
+        block="sft", has_rollouts=True, reaches_images=True,
+    ),
     "vq": StageFacts(
         "training of the image tokenizer",
         block=None, has_micro_batches=False, trains_language_model=False,

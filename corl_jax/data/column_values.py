@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from corl_jax.data.drawn_world.scene import CATEGORIES, RELATIONS
 from corl_jax.data.geneval_demands import parse_demand
+from corl_jax.data.self_questions.records import find_include_problem
 from corl_jax.errors import InputError
 
 MAX_OBJECTS = 2**16  # of one class in a spec
@@ -59,6 +60,8 @@ def find_value_problem(name: str, value: Any) -> str | None:
         return find_spec_problem(value)
     if name == "geneval":
         return _find_demand_problem(value)
+    if name == "include":
+        return find_include_problem(value)
     if name == "od_solution" and isinstance(value, list):
         boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
         sides = [side for box in value for side in box] if boxes else []

@@ -14,6 +14,7 @@ row of the file replaces a row that cannot be used.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from corl_jax.data.loader_options import LoaderOptions
 from corl_jax.data.parquet import ParquetSource, Rows, Source, split_held_out_rows
 from corl_jax.data.usable_rows import BadRow, Encoder, Example, LongRow, UsableRows
 from corl_jax.errors import InputError, Problems
-from corl_jax.tasks import TASKS, required_columns
+from corl_jax.tasks import TASKS, name_turns, required_columns
 from corl_jax.types import EncodedPrompts, Prompts
 
 __all__ = [
@@ -159,12 +160,21 @@ class Loader:
         self, task: str, examples: Sequence[Example], columns: Mapping[str, list]
     ) -> EncodedPrompts:
         assert self.processor is not None
-        ids = [example.ids[task] for example in examples]
+        turns, encoded = name_turns(task), None
         images = columns[IMAGE_COLUMN] if IMAGE_COLUMN in TASKS[task].columns else None
-        return self.processor.encode(TASKS[task].turn.prompt, ids, images, self.lengths.get(task))
+        # From the last turn to the first, because each holds the prompts of the next one.
+        for name in reversed(turns):
+            ids, length = [example.ids[name] for example in examples], self.lengths.get(name)
+            if name == task:
+                prompts = self.processor.encode(turns[name].prompt, ids, images, length)
+            else:
+                prompts = self.processor.pad(ids, length)  # the policy makes the image
+            encoded = dataclasses.replace(prompts, next=encoded)
+        assert encoded is not None  # every task has a turn
+        return encoded
 
     def _compute_lengths(self) -> dict[str, int]:
-        """Returns the padded prompt length of each task; empty if it differs between batches."""
+        """Returns the padded prompt length of each turn; empty if it differs between batches."""
         padding, tasks = self.options.padding, self.options.tasks
         if isinstance(padding, Mapping):
             return dict(padding)
@@ -181,11 +191,11 @@ class Loader:
                 ids = self._rows.tokenise_prompts(dict(zip(names, texts, strict=True)))
             except LongRow:
                 continue
-            for task in tasks:
-                longest[task] = max(longest[task], len(ids[task]))
+            for name, tokens in ids.items():
+                longest[name] = max(longest[name], len(tokens))
         if not longest:
             raise InputError("data: no row has a usable prompt; see max_prompt_length")
-        return {task: self.processor.bucket(length) for task, length in longest.items()}
+        return {name: self.processor.bucket(length) for name, length in longest.items()}
 
 
 def _make_order(rows: Any, seed: int, shuffle: bool) -> Any:

@@ -12,7 +12,7 @@ from corl_jax.data.images import decode_image, take_single_image
 from corl_jax.data.loader_options import LoaderOptions
 from corl_jax.data.parquet import Source
 from corl_jax.errors import InputError
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import name_turns
 from corl_jax.types import EncodedPrompts
 
 ROWS_IN_MESSAGE = 5
@@ -30,6 +30,7 @@ class Encoder(Protocol):
         images: Sequence[Any] | None = None,
         length: int | None = None,
     ) -> EncodedPrompts: ...
+    def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts: ...
 
 
 class BadRow(ValueError):
@@ -42,7 +43,7 @@ class LongRow(BadRow):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One usable row: decoded columns, and unpadded token ids by task."""
+    """One usable row: decoded columns, and unpadded token ids by `tasks.name_turns`."""
 
     columns: dict[str, Any]
     ids: dict[str, list[int]]
@@ -107,17 +108,17 @@ class UsableRows:
                 self._leave_out(kind, row, "as another process found")
 
     def tokenise_prompts(self, columns: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Returns the token ids of a row's prompts by task. Raises LongRow."""
+        """Returns the token ids of a row's prompts, by the name of the turn. Raises LongRow."""
         ids = {}
         for task in self._options.tasks:
             assert self._processor is not None  # the loader refuses tasks without one
-            prompt = TASKS[task].turn.prompt
-            ids[task] = self._processor.prompt_ids(prompt, columns)
-            limit = self._options.max_prompt_length
-            if limit is not None and len(ids[task]) > limit:
-                raise LongRow(
-                    f"its {task} prompt has {len(ids[task])} tokens, the limit is {limit}"
-                )
+            for name, turn in name_turns(task).items():
+                ids[name] = self._processor.prompt_ids(turn.prompt, columns)
+                limit = self._options.max_prompt_length
+                if limit is not None and len(ids[name]) > limit:
+                    raise LongRow(
+                        f"its {name} prompt has {len(ids[name])} tokens, the limit is {limit}"
+                    )
         return ids
 
     def _try_row(self, row: int) -> Example | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
-from corl_jax.evaluation import rewards, shapes
+from corl_jax.evaluation import own_answers, rewards, shapes
 from corl_jax.evaluation.geneval import in_training as geneval
 from corl_jax.evaluation.suite import EvaluationInputs, Report, Suite
 from corl_jax.evaluation.tsv import in_training as tsv
@@ -17,6 +17,12 @@ SUITES: dict[str, Suite] = {
         tasks=shapes.TASKS,
         find_row_problems=shapes.find_row_problems,
         make_rows=HeldOutShapes,
+    ),
+    "own_answers": Suite(
+        own_answers.evaluate_own_answers,
+        columns=own_answers.COLUMNS,
+        tasks=own_answers.TASKS,
+        find_row_problems=own_answers.find_row_problems,
     ),
     "rewards": Suite(rewards.evaluate_rewards, uses_rewards=True),
     "tsv": Suite(

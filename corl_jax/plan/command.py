@@ -13,7 +13,6 @@ import jax
 
 from corl_jax.assets import SHIPPED
 from corl_jax.config.schema import Config
-from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices import startup
 from corl_jax.errors import InputError
 from corl_jax.hub_headers import read_headers_only
@@ -21,16 +20,17 @@ from corl_jax.input_files import expand_path
 from corl_jax.plan import chips, programs, tables
 from corl_jax.policies import FAMILIES, find_family
 from corl_jax.policies.family import Family, Limits
-from corl_jax.tasks import TASKS
+from corl_jax.tasks import name_turns
 from corl_jax.train import resolve
 from corl_jax.train.loaders import make_loaders, open_sources
 from corl_jax.train.memory import (
     PROMPT_OPTIONS,
     add_up_memory,
+    count_turn_tokens,
     describe_counted,
     describe_prompts,
     estimate_outline,
-    get_completion_length,
+    list_prompt_lengths,
 )
 from corl_jax.train.stages import STAGES
 from corl_jax.types import DTYPES, Sizes
@@ -93,14 +93,13 @@ def measure_first_batch(config: Config, family: Family) -> tuple[dict[str, int],
             encoded = loader.batch(0).encoded
     except InputError as error:
         return {}, f"{limit} ({error.problems[0]})"
-    lengths = {task: prompts.input_ids.shape[1] for task, prompts in encoded.items()}
-    return lengths, f"as in the first batch of {config.data.path}"
+    return list_prompt_lengths(encoded), f"as in the first batch of {config.data.path}"
 
 
 def resolve_prompt_lengths(
     args: argparse.Namespace, config: Config, limits: Limits, family: Family
 ) -> tuple[dict[str, int], str]:
-    """Returns (the padded length of each task's longest prompt in tokens, where it comes from).
+    """Returns (the padded length of each turn's longest prompt in tokens, where it comes from).
 
     Without an option it is the length in the first batch, as `--check` counts it.
 
@@ -109,27 +108,27 @@ def resolve_prompt_lengths(
     """
     limit, bucket, problems = config.data.max_prompt_length, family.prompt_bucket, []
     option_tokens = {
-        task: getattr(args, option.removeprefix("--").replace("-", "_"))
-        for task, option in PROMPT_OPTIONS.items()
+        name: getattr(args, option.removeprefix("--").replace("-", "_"))
+        for name, option in PROMPT_OPTIONS.items()
     }
     lengths, source = {}, "as the options say"
     if None in option_tokens.values():
         lengths, source = measure_first_batch(config, family)
-        named = [PROMPT_OPTIONS[task] for task, tokens in option_tokens.items() if tokens]
+        named = [PROMPT_OPTIONS[name] for name, tokens in option_tokens.items() if tokens]
         source = " and ".join([source, *dict.fromkeys(named)])
-    for task, option in PROMPT_OPTIONS.items():
-        tokens = option_tokens[task]
-        if tokens is None and task in lengths:
+    for name, option in PROMPT_OPTIONS.items():
+        tokens = option_tokens[name]
+        if tokens is None and name in lengths:
             continue  # as measured, and padded
         tokens = limit if tokens is None else tokens
         # An image stands between a begin and an end token.
-        shortest = limits.input_image_tokens + 2 if IMAGE_COLUMN in TASKS[task].columns else 1
+        shortest = limits.input_image_tokens + 2 if option == "--text-prompt" else 1
         if not shortest <= tokens <= limit:
             problems.append(
                 f"{option}: found {tokens}; expected {shortest} to data.max_prompt_length, {limit}"
             )
         # bucket = 32: 40 tokens -> 64
-        lengths[task] = math.ceil(tokens / bucket) * bucket
+        lengths[name] = math.ceil(tokens / bucket) * bucket
     if problems:  # two tasks may share an option
         raise InputError([*dict.fromkeys(problems)])
     return lengths, source
@@ -172,8 +171,9 @@ def format_heading(
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     train, rollout = config.train, config.rollout
     tasks = ", ".join(
-        f"{task} {lengths[task]} + {get_completion_length(outline, task)} tokens"
+        f"{name} {lengths[name]} + {count_turn_tokens(outline, turn)} tokens"
         for task in outline.tasks
+        for name, turn in name_turns(task).items()
     )
     at_once = rollout.batch_prompts or train.prompts_per_step
     return "\n".join([

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,9 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
-from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks
+from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
-from corl_jax.train.memory import get_completion_length, get_segment_length
+from corl_jax.train.memory import count_turn_tokens, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
@@ -115,17 +115,26 @@ def make_resident_arrays(
     )
 
 
-def make_prompts(outline: RunOutline, task: str, count: int, length: int) -> EncodedPrompts:
-    """Returns shapes of `count` prompts of `length` padded tokens, with pixels for questions."""
-    rows = batch_sharding(outline.mesh)
+def make_prompts(
+    outline: RunOutline, task: str, count: int, lengths: Mapping[str, int]
+) -> EncodedPrompts:
+    """Returns shapes of `count` prompts of all turns, with pixels for questions about real images.
+
+    `lengths` are padded lengths by `tasks.name_turns`.
+    """
     side = outline.limits.input_image_side
-    has_image = IMAGE_COLUMN in TASKS[task].columns
-    shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
-    return EncodedPrompts(
-        shape((count, length), jnp.int32),
-        shape((count, length), jnp.bool_),
-        shape((count, side, side, 3), jnp.float32) if has_image else None,
-    )
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
+    encoded = None
+    for name in reversed(name_turns(task)):
+        has_image = name == task and IMAGE_COLUMN in TASKS[task].columns
+        encoded = EncodedPrompts(
+            shape((count, lengths[name]), jnp.int32),
+            shape((count, lengths[name]), jnp.bool_),
+            shape((count, side, side, 3), jnp.float32) if has_image else None,
+            encoded,
+        )
+    assert encoded is not None  # every task has a turn
+    return encoded
 
 
 def make_batch(
@@ -138,16 +147,14 @@ def make_batch(
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
 
     def make_task(task: str) -> TaskBatch:
-        sizes = {
-            kind: (rows, get_segment_length(outline, kind)) for kind in TASKS[task].turn.segments
-        }
+        sizes = {kind: (rows, get_segment_length(outline, kind)) for kind in TASKS[task].segments}
         logprobs = tuple(shape(size, jnp.float32) for size in sizes.values())
         segments = tuple(
             Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), of_kind)
             for (kind, size), of_kind in zip(sizes.items(), logprobs, strict=True)
         )
         return TaskBatch(
-            make_prompts(outline, task, count, lengths[task]),
+            make_prompts(outline, task, count, lengths),
             segments,
             shape((rows,), jnp.float32),
             **dict.fromkeys(extra, logprobs),
@@ -161,7 +168,7 @@ def _count_rounds(outline: RunOutline, task: str) -> int:
     if TASKS[task].has_plan:  # the last token is read as well, because an image follows it
         return split_steps(get_segment_length(outline, TEXT))[0]
     # The prefill gives the first token, so the loop makes one fewer.
-    return split_steps(get_completion_length(outline, task) - 1)[0]
+    return split_steps(count_turn_tokens(outline, TASKS[task].turns[-1]) - 1)[0]
 
 
 def make_programs(
@@ -169,7 +176,7 @@ def make_programs(
 ) -> tuple[ResidentArrays, list[Program]]:
     """Returns the resident arrays and the programs of an iteration in order, without rewards.
 
-    `lengths` are the padded lengths of each task's prompts. `stored` is the dtype of the model's
+    `lengths` are the padded lengths of each turn's prompts. `stored` is the dtype of the model's
     files, which for the released ones is bfloat16.
     """
     config, group = outline.config, outline.config.rollout.group_size
@@ -186,7 +193,7 @@ def make_programs(
             f"sample {task}",
             jax.jit(sampler),
             (params,),
-            (make_prompts(outline, task, count, lengths[task]), attach_shardings(keys, rows)),
+            (make_prompts(outline, task, count, lengths), attach_shardings(keys, rows)),
             calls=share * (config.train.prompts_per_step // count),
             rounds=_count_rounds(outline, task),
         )

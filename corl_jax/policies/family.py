@@ -31,6 +31,7 @@ class Processor(Protocol):
     """
 
     special: Any  # ids of special tokens: a hashable dataclass with at least `eos`
+    image: Any  # how images of prompts are normalised: a hashable value
     num_tokens: int  # tokens that the tokenizer knows
 
     def prompt_ids(
@@ -93,6 +94,19 @@ class SamplingOptions:
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     dtype: Any = jnp.bfloat16  # compute dtype
     attention: Literal["auto"] | DecodeKernel = "auto"  # kernel of a decode step
+    image: Any = None  # the processor's, for turns that read the policy's own images
+
+
+NOISE_KEYS = "noise_keys"
+"""Key of `Segment.replay`: the bits of a random key for each image, for `StraightThrough`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightThrough:
+    """How the gradient of an answer flows into the image that it is about."""
+
+    redraw: bool = False  # a fresh image from the same logits, instead of the sampled one
+    temperature: float = 1.0  # tau, of the relaxed choice of a code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +121,13 @@ class LogprobOptions:
     remat: Remat = "full"
     attention: AttentionKernel = "xla"  # kernel of the update
     chunk: int = 1024  # tokens, over all rows, whose logits exist at once
+    # None: no gradient flows from an answer into the policy's own image
+    straight_through: StraightThrough | None = None
+    image: Any = None  # the processor's, for turns that read the policy's own images
 
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
-"""(sizes, params, B prompts, N keys, options) -> the segments of a turn, each of N rows."""
+"""(sizes, params, B prompts, N keys, options) -> the segments of all turns, each of N rows."""
 Logprobs = Callable[
     [Sizes, Params, EncodedPrompts, tuple[Segment, ...], LogprobOptions],
     tuple[tuple[jax.Array, jax.Array], ...],
@@ -120,10 +137,11 @@ Logprobs = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class TurnProgram:
-    """The functions that sample and score the segments of one kind of turn."""
+    """The functions that sample and score the segments of the turns of a task."""
 
     sample: Sample
     logprobs: Logprobs
+    passes_gradients: bool = False  # scoring can work with `LogprobOptions.straight_through`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +220,7 @@ class Family:
     tokenizer_parts: tuple[str, ...]  # first names of paths that only the stage vq trains
     limits: Callable[[Sizes], Limits]
     # sampling and scoring
-    turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of a turn's segments
+    turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of the segments of all turns
     blank_prompts: Callable[[Array, Any], Array]  # (ids, special) -> ids of guidance's other rows
     # images: values are those of a segment of codes
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
@@ -217,6 +235,8 @@ class Family:
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
+    # sizes -> how images are normalised, for compiling without a processor
+    stand_in_image: Callable[[Sizes], Any] = lambda sizes: None
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Samples a turn for a batch of prompts, and reads images or texts from its segments.
+"""Samples the turns of a task for a batch of prompts, and reads images or texts from its segments.
 
 Training, evaluation, the command `generate` and rewards that ask questions all sample here.
 """
@@ -19,7 +19,7 @@ from corl_jax.tasks import TEXT
 from corl_jax.types import EncodedPrompts, Params, Rollout, Segment, Sizes
 
 Sampler = Callable[[Params, EncodedPrompts, jax.Array], tuple[Segment, ...]]
-"""(params, B prompts, N keys) -> the segments of a turn, each of N rows."""
+"""(params, B prompts, N keys) -> the segments of all turns, each of N rows."""
 
 
 def bind_sampler(sample: Sample, sizes: Sizes, options: SamplingOptions) -> Sampler:

@@ -29,7 +29,7 @@ class Completion:
     """An image or a text of a group."""
 
     uri: str | None  # of the generated image
-    text: str | None
+    text: str | None  # the answer
     plan: str | None  # that was written before the image
     reward: float | None
     advantage: float | None
@@ -40,6 +40,7 @@ class Group:
     """The completions of a prompt."""
 
     prompt: str
+    question: str | None  # about the generated images
     uri: str | None  # of the image that a question is about
     solution: str | None
     mean: float
@@ -113,7 +114,7 @@ def _read_group(table: pyarrow.Table, of_row: Sequence[int]) -> Group:
     if len(records) > SHOWN_COMPLETIONS:
         shown = [*records[:half], *records[-half:]]
     task = TASKS.get(records[0]["task"])
-    asks = task.makes_text if task else records[0]["text"] is not None
+    asks = not task.makes_image if task else records[0]["text"] is not None
     completions = [
         Completion(
             None if asks else _encode_bytes(record.get("image")),
@@ -124,6 +125,7 @@ def _read_group(table: pyarrow.Table, of_row: Sequence[int]) -> Group:
     ]  # fmt: skip
     return Group(
         str(records[0]["prompt"] or ""),
+        records[0].get("question"),
         _encode_bytes(records[0].get("image")) if asks else None,
         records[0]["solution"],
         _mean([math.nan if record["reward"] is None else record["reward"] for record in records]),

@@ -23,6 +23,7 @@ from corl_jax.nearest import suggest_name
 from corl_jax.rewards import clip_scores, cycle, geneval, http, own, policy
 from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
+from corl_jax.rewards.self_answers import score_self_answer
 from corl_jax.rewards.signature import Option, find_option_problem
 from corl_jax.rewards.text_rewards import (
     find_buffer_problems,
@@ -101,6 +102,7 @@ REGISTRY: dict[str, RewardRow] = {
         TEXTS,
         either=("cls_solution", "qa_solution"),
     ),
+    "self_answer": RewardRow(score_self_answer, TEXTS, columns=("tag", "include")),
     "soft_overlong": RewardRow(
         score_soft_overlong,
         TEXTS,
@@ -147,6 +149,12 @@ REGISTRY: dict[str, RewardRow] = {
         find_network_problems=clip_scores.find_aesthetic_problems,
     ),
     "t2i_pixel_mse": RewardRow(score_pixel_mse, IMAGES, columns=("real_image",)),
+    "answer_logprob": RewardRow(
+        policy.score_answer_logprob,
+        IMAGES,
+        ("policy",),
+        columns=("qa_problem", "qa_solution"),
+    ),
     "t2i_qa": RewardRow(
         policy.score_qa,
         IMAGES,
@@ -258,7 +266,7 @@ def group_by_task(
 ) -> dict[str, list[BoundReward]]:
     """Returns task -> the rewards that score its results."""
     return {
-        task: [reward for reward in bound if reward.row.scores == TASKS[task].result]
+        task: [reward for reward in bound if reward.row.scores in TASKS[task].results]
         for task in tasks
     }
 

@@ -23,17 +23,18 @@ class Samples:
     """N completions of one task on the host. `columns` repeats each row for its completions."""
 
     columns: dict[str, list]
-    # Image generation: [N, S, S, 3] uint8. Only a user's reward accepts a list of [H, W, 3] of
+    # Generated images: [N, S, S, 3] uint8. Only a user's reward accepts a list of [H, W, 3] of
     # different sizes, because it takes images one by one.
     images: np.ndarray | list[np.ndarray] | None = None
-    texts: list[str] | None = None  # image understanding: answers
+    texts: list[str] | None = None  # answers; beside images, those about the same row's image
     # [N] tokens of each answer with its end token; None where the answers were not sampled.
     num_tokens: np.ndarray | None = None
 
     def __post_init__(self):
-        if (self.images is None) == (self.texts is None):
-            raise ValueError("samples: found both or neither of images and texts; expected one")
-        wrong = {name: len(v) for name, v in self.columns.items() if len(v) != len(self)}
+        if self.images is None and self.texts is None:
+            raise ValueError("samples: found neither images nor texts; expected some")
+        rows = self.columns if self.texts is None else {**self.columns, "texts": self.texts}
+        wrong = {name: len(v) for name, v in rows.items() if len(v) != len(self)}
         if wrong:
             raise ValueError(f"samples: {len(self)} completions, but columns of lengths {wrong}")
 

@@ -5,6 +5,7 @@ samples/step_NNNNNN.parquet has one row per completion. Column -> what it is:
 step, task             steps done; name of the task
 row, completion        number of the prompt in the step, and of the completion in its group
 prompt                 the prompt or question
+question               what was asked about the generated image; null without such a question
 image                  the generated image; for an answer the image of its question
 text, solution         the answer and its solution; null for images
 plan                   the text that the policy wrote before the image; null without one
@@ -32,8 +33,8 @@ from corl_jax.errors import take_first_line
 
 TYPES = {
     "step": "int64", "task": "string", "row": "int64", "completion": "int64", "prompt": "string",
-    "image": "image", "text": "string", "plan": "string", "solution": "string", "length": "int64",
-    "reward": "float64",
+    "question": "string", "image": "image", "text": "string", "plan": "string",
+    "solution": "string", "length": "int64", "reward": "float64",
 }  # fmt: skip
 """Column -> type, in the order of the file; then the rewards and the advantage, all float64."""
 REWARD_PREFIX = "reward_"

@@ -80,7 +80,7 @@ def describe_steps(plan: ResolvedRun) -> str:
     rows = f"{plan.steps:,} of {train.prompts_per_step}"
     if plan.stage.samples:
         group = plan.config.rollout.group_size
-        results = [f"{group} {TASKS[task].result}" for task in plan.tasks]
+        results = [f"{group} {result}" for task in plan.tasks for result in TASKS[task].results]
         parts.append(f"{rows} prompts, each with {' and '.join(results)}")
     else:
         parts.append(f"{rows} rows, stage {plan.config.stage}")

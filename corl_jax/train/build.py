@@ -183,18 +183,20 @@ def state_shardings(
 
 def make_update_options(plan: RunOutline) -> UpdateOptions:
     """Returns the loss and its constants from the config."""
-    config, samples = plan.config, plan.stage.samples
+    config, compares = plan.config, plan.stage.compares
     algorithm = plan.algorithm
     logprobs = LogprobOptions(
         special=plan.special,
         # Supervised targets were not sampled, so they are scored by the plain softmax.
-        temperature=config.rollout.temperature if samples else 1.0,
+        temperature=config.rollout.temperature if compares else 1.0,
         cfg_scale=config.rollout.cfg_scale,
         image_logprobs=algorithm.image_logprobs,
-        unshifted=config.compat.image_logprobs_unshifted and samples,
+        unshifted=config.compat.image_logprobs_unshifted and compares,
         remat=config.model.remat,
         attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
+        straight_through=plan.stage.straight_through(config),
+        image=plan.image,
     )
     return UpdateOptions(
         loss=plan.stage.loss(config),
@@ -203,7 +205,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         weights=tuple(plan.stage.loss_weights(config).items()),
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
-        selections=choose_selections(algorithm) if samples else (),
+        selections=choose_selections(algorithm) if compares else (),
     )
 
 
@@ -244,17 +246,18 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
         image_logprobs=plan.config.algorithm.image_logprobs,
         dtype=DTYPES[plan.config.model.dtype],
         attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),
+        image=plan.image,
     )
 
 
 def count_redraws(plan: RunOutline) -> int:
     """Returns the most further batches that a step samples for groups with equal rewards."""
-    return (plan.algorithm.redraws or 0) if plan.stage.samples else 0
+    return (plan.algorithm.redraws or 0) if plan.stage.compares else 0
 
 
 def uses_greedy(plan: RunOutline) -> bool:
     """Returns whether the algorithm compares completions with a greedy one of the same prompt."""
-    return plan.stage.samples and RECIPES[plan.config.algorithm.name].uses_greedy
+    return plan.stage.compares and RECIPES[plan.config.algorithm.name].uses_greedy
 
 
 def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Sampler]:
@@ -264,7 +267,7 @@ def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Samp
     """
     options = dataclasses.replace(make_sampling_options(plan), greedy_last=greedy_last)
     return {
-        name: bind_sampler(plan.family.turns[TASKS[name].turn.segments].sample, plan.sizes, options)
+        name: bind_sampler(plan.family.turns[TASKS[name].segments].sample, plan.sizes, options)
         for name in plan.tasks
     }
 
@@ -279,7 +282,7 @@ def make_kl_penalty(plan: RunOutline) -> KlPenalty | None:
 
 def choose_period(plan: RunOutline) -> int:
     """Returns after how many steps the trained task changes; 0 if each step trains all tasks."""
-    alternates = plan.stage.samples and len(plan.tasks) > 1
+    alternates = plan.stage.compares and len(plan.tasks) > 1
     return plan.config.algorithm.alternate_every if alternates else 0
 
 

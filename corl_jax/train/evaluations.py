@@ -18,7 +18,7 @@ from corl_jax.evaluation import SUITES, Suite
 from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles
 from corl_jax.rewards.registry import BoundReward, bind_reward
-from corl_jax.tasks import TASKS, required_columns
+from corl_jax.tasks import CODES, TASKS, TEXT, required_columns
 from corl_jax.train.stages import Stage, list_columns_to_read
 
 PREFIX = "eval/"
@@ -126,10 +126,8 @@ def bind_suite_rewards(suites: Sequence[Suite]) -> list[BoundReward]:
 def _count_room(config: Config, policy: PolicyFiles, tasks: Sequence[str]) -> int:
     """Returns the most tokens of a prompt that leave room for a completion of any task."""
     limits = policy.family.limits(policy.sizes)
-    completions = [
-        config.rollout.max_new_tokens if TASKS[task].makes_text else limits.image_tokens
-        for task in tasks
-    ]
+    lengths = {TEXT: config.rollout.max_new_tokens, CODES: limits.image_tokens}
+    completions = [lengths[turn.segments[-1]] for task in tasks for turn in TASKS[task].turns]
     return limits.positions - max(completions)
 
 

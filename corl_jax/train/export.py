@@ -127,7 +127,8 @@ def describe_sampling(config: Config, run: Run | ResolvedRun) -> Generation:
             "max_new_tokens": rollout.max_new_tokens,
         }
     for task in text_tasks(run.tasks):
-        questions = [text for text in run.train_loader.source.column(TASKS[task].shown) if text]
+        column = TASKS[task].question or TASKS[task].shown
+        questions = [text for text in run.train_loader.source.column(column) if text]
         if questions:
             stated["instruction"] = recognize_instruction(questions) or "none"
     return Generation(**stated)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,17 @@ from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
-from corl_jax.tasks import PLAN_COLUMN, TASKS, TEXT, choose_tasks_of_step, image_tasks, text_tasks
+from corl_jax.tasks import (
+    CODES,
+    IMAGES,
+    PLAN_COLUMN,
+    TASKS,
+    TEXT,
+    TEXTS,
+    choose_tasks_of_step,
+    image_tasks,
+    text_tasks,
+)
 from corl_jax.train.drawn import Drawn, Scored, list_costs, place_rewards
 from corl_jax.train.greedy import separate_greedy
 from corl_jax.train.kl_penalty import measure_penalties
@@ -87,7 +98,7 @@ def describe(
 def draw(run: Run, tasks: Sequence[str], params: Params, prompts: Prompts, step: int) -> Drawn:
     """Samples and scores the completions of each task."""
     # Texts first: the host decodes and scores them while the device still generates images.
-    order = (*text_tasks(tasks), *image_tasks(tasks))
+    order = tuple(dict.fromkeys((*text_tasks(tasks), *image_tasks(tasks))))
     scored: dict[str, Scored] = {}
     with run.phases("rollout"):
         # Dispatched, not awaited: the device works through them in this order.
@@ -156,20 +167,24 @@ def sample(
 
 
 def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollout) -> Samples:
-    """Returns the images or texts that rewards read, with the data row of each completion."""
+    """Returns the images and texts that rewards read, with the data row of each completion."""
     # G = 2: [p0, p1] -> [p0, p0, p1, p1], the order in which samplers return completions.
     columns = {
         name: [value for value in values for _ in range(rollout.group_size)]
         for name, values in prompts.columns.items()
     }
-    # The last segment of a turn is its result; a text before it is the plan of the result.
-    *plans, segment = rollout.segments
-    for plan in plans:
-        columns[PLAN_COLUMN] = decode_segment(run.family, run.sizes, params, run.processor, plan)
-    result = decode_segment(run.family, run.sizes, params, run.processor, segment)
-    if segment.kind == TEXT:
-        return Samples(columns, texts=result, num_tokens=to_host_rows(segment.mask).sum(axis=-1))
-    return Samples(columns, images=result)
+    results: dict[str, Any] = {}
+    segments = iter(rollout.segments)
+    for turn in TASKS[task].turns:
+        # The last segment of a turn is its result; a text before it is the plan of the result.
+        *plans, segment = itertools.islice(segments, len(turn.segments))
+        model = run.family, run.sizes, params, run.processor
+        for plan in plans:
+            columns[PLAN_COLUMN] = decode_segment(*model, plan)
+        results[IMAGES if segment.kind == CODES else TEXTS] = decode_segment(*model, segment)
+        if segment.kind == TEXT:
+            results["num_tokens"] = to_host_rows(segment.mask).sum(axis=-1)
+    return Samples(columns, **results)
 
 
 def score_samples(

@@ -14,11 +14,11 @@ from corl_jax.devices.mesh import param_spec
 from corl_jax.params import leaf_paths, partition, unflatten
 from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family
-from corl_jax.tasks import CODES, TASKS, TEXT
+from corl_jax.tasks import CODES, TASKS, TEXT, Turn, name_turns
 from corl_jax.train import attending
 from corl_jax.train.reference import get_number_bytes, has_own_copy, has_reference
 from corl_jax.train.resolve import ResolvedRun, RunOutline
-from corl_jax.types import Params
+from corl_jax.types import EncodedPrompts, Params
 from corl_jax.weights.checkpoint import open_checkpoint
 from corl_jax.weights.sources import find_leaf_dtype, list_layers
 
@@ -28,9 +28,11 @@ OPTIMIZER_COPIES = {"adamw": 2, "lion": 1, "adafactor": 0, "sgd": 1}
 
 
 PROMPT_OPTIONS = {
-    name: "--text-prompt" if task.makes_text else "--image-prompt" for name, task in TASKS.items()
+    name: "--text-prompt" if turn.segments[-1] == TEXT else "--image-prompt"
+    for task in TASKS
+    for name, turn in name_turns(task).items()
 }
-"""Task -> option of `corl-jax plan` for its prompts' length."""
+"""Name of a turn -> option of `corl-jax plan` for its prompts' length."""
 COMPUTE_COPY = "compute copy"
 KEPT = (
     "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
@@ -114,8 +116,8 @@ def estimate_outline(
 ) -> dict[str, float]:
     """Estimates GiB per device as `estimate_memory`, for a model and data that need not be here.
 
-    `prompts` are padded lengths by task. `stored` returns the dtype of a parameter in the model's
-    files.
+    `prompts` are padded lengths by `tasks.name_turns`. `stored` returns the dtype of a parameter
+    in the model's files.
     """
     config, mesh, family = outline.config, outline.mesh, outline.family
     trained, frozen = partition(family.abstract(outline.sizes), outline.trained)
@@ -135,19 +137,22 @@ def estimate_outline(
         estimate["reference"] = num_trained * get_number_bytes(config) if second else 0
         estimate["reward networks"] = network_bytes
         # The tasks are sampled one after the other, so only the largest cache counts.
-        caches = [_count_cache(outline, task, prompts[task]) for task in outline.tasks]
+        turns = {name: x for task in outline.tasks for name, x in name_turns(task).items()}
+        caches = [_count_cache(outline, turn, prompts[name]) for name, turn in turns.items()]
         estimate["sampling caches (largest task)"] = max(caches) * width
     if outline.stage.uses_language_model:
-        numbers = [_count_activations(outline, task, prompts[task]) for task in outline.tasks]
+        turns = {name: x for task in outline.tasks for name, x in name_turns(task).items()}
+        numbers = [_count_activations(outline, x, prompts[name]) for name, x in turns.items()]
         estimate["activations (kept by remat)"] = max(numbers) * width
-        scores = [_count_scores(outline, task, prompts[task]) for task in outline.tasks]
+        scores = [_count_scores(outline, x, prompts[name]) for name, x in turns.items()]
         estimate["attention scores (xla)"] = max(scores) * 4  # float32
     return {name: size / GIB for name, size in estimate.items()}
 
 
 def describe_prompts(outline: RunOutline, prompts: Mapping[str, int], source: str) -> str:
     """Returns the padded prompt lengths by task, and their `source`; empty without prompts."""
-    lengths = ", ".join(f"{task} {prompts[task]:,}" for task in outline.tasks if task in prompts)
+    names = [name for task in outline.tasks for name in name_turns(task) if name in prompts]
+    lengths = ", ".join(f"{name} {prompts[name]:,}" for name in names)
     if not lengths:
         return ""
     limit = f"{outline.config.data.max_prompt_length:,} (data.max_prompt_length)"
@@ -197,24 +202,37 @@ def _count_network_bytes(plan: ResolvedRun) -> int:
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
-def _count_cache(plan: RunOutline, task: str, prompt: int) -> int:
+def _count_cache(plan: RunOutline, turn: Turn, prompt: int) -> int:
     """Counts the numbers in the key and value caches of one device's rows, all layers."""
     config, limits = plan.config, plan.limits
     prompts = config.rollout.batch_prompts or config.train.prompts_per_step
-    if not TASKS[task].makes_text and config.rollout.cfg_scale != 1:
+    if turn.segments[-1] == CODES and config.rollout.cfg_scale != 1:
         prompts *= 2  # guidance decodes a second row without the prompt
     # The completions of a prompt share its keys and values.
     group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
-    tokens = prompt + group * get_completion_length(plan, task)
+    tokens = prompt + group * count_turn_tokens(plan, turn)
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]
     return prompts * tokens * per_token // share
 
 
 def measure_prompt_lengths(plan: ResolvedRun) -> dict[str, int]:
-    """Returns each task's padded prompt length in the first batch; later ones may be longer."""
-    batch = plan.train_loader.batch(0)
-    return {task: batch.encoded[task].input_ids.shape[1] for task in plan.tasks}
+    """Returns the padded prompt length of each turn in the first batch; later ones may be longer.
+
+    Keys are those of `tasks.name_turns`.
+    """
+    encoded = plan.train_loader.batch(0).encoded
+    return list_prompt_lengths({task: encoded[task] for task in plan.tasks})
+
+
+def list_prompt_lengths(encoded: Mapping[str, EncodedPrompts]) -> dict[str, int]:
+    """Returns the padded prompt length of each turn of encoded tasks, by `tasks.name_turns`."""
+    lengths = {}
+    for task, prompts in encoded.items():
+        for name in name_turns(task):
+            lengths[name] = prompts.input_ids.shape[1]
+            prompts = prompts.next or prompts  # the last turn has no next one
+    return lengths
 
 
 def describe_first_batch(plan: ResolvedRun) -> str:
@@ -225,9 +243,9 @@ def describe_first_batch(plan: ResolvedRun) -> str:
     return describe_prompts(plan, measure_prompt_lengths(plan), source)
 
 
-def get_completion_length(plan: RunOutline, task: str) -> int:
-    """Returns the number of tokens of a task's longest completion, all segments together."""
-    return sum(get_segment_length(plan, kind) for kind in TASKS[task].turn.segments)
+def count_turn_tokens(plan: RunOutline, turn: Turn) -> int:
+    """Returns the number of tokens of a turn's longest completion."""
+    return sum(get_segment_length(plan, kind) for kind in turn.segments)
 
 
 def get_segment_length(plan: RunOutline, kind: str) -> int:
@@ -235,24 +253,24 @@ def get_segment_length(plan: RunOutline, kind: str) -> int:
     return {TEXT: plan.config.rollout.max_new_tokens, CODES: plan.limits.image_tokens}[kind]
 
 
-def _count_update_rows(plan: RunOutline, task: str) -> int:
+def _count_update_rows(plan: RunOutline, turn: Turn) -> int:
     """Counts the rows of one micro-batch on all devices; guided log-probs need two per image."""
     config = plan.config
     if not plan.stage.samples:
         return config.train.micro_batch or config.train.prompts_per_step
-    guided = not TASKS[task].makes_text and config.algorithm.image_logprobs == "guided"
+    guided = turn.segments[-1] == CODES and config.algorithm.image_logprobs == "guided"
     rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
     return rows * (1 + guided)
 
 
-def _count_activations(plan: RunOutline, task: str, prompt: int) -> int:
+def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
     """Counts the numbers that the backward pass keeps: with remat `full` each layer's input."""
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     inner_numbers = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
-    length = prompt + get_completion_length(plan, task)
+    length = prompt + count_turn_tokens(plan, turn)
     numbers = length * limits.layers * (limits.width + inner_numbers)
-    return _count_update_rows(plan, task) * numbers // num_batch_shards(plan.mesh)
+    return _count_update_rows(plan, turn) * numbers // num_batch_shards(plan.mesh)
 
 
 def _writes_scores(plan: RunOutline) -> bool:
@@ -260,15 +278,15 @@ def _writes_scores(plan: RunOutline) -> bool:
     return attending.choose_update_kernel(plan.config, plan.limits.head_dim, plan.mesh) == "xla"
 
 
-def _count_scores(plan: RunOutline, task: str, prompt: int) -> int:
+def _count_scores(plan: RunOutline, turn: Turn, prompt: int) -> int:
     """Counts the attention scores that `xla` writes out: of one layer, with remat `none` of all."""
     if not _writes_scores(plan):
         return 0
     limits = plan.limits
     layers = limits.layers if plan.config.model.remat == "none" else 1
-    numbers = layers * limits.heads * (prompt + get_completion_length(plan, task)) ** 2
+    numbers = layers * limits.heads * (prompt + count_turn_tokens(plan, turn)) ** 2
     return (
-        _count_update_rows(plan, task)
+        _count_update_rows(plan, turn)
         * numbers
         // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])
     )

@@ -97,7 +97,7 @@ def make_metadata(config: Config, run: Run, base: Mapping[str, Any]) -> dict[str
         values["library_name"] = "peft" if is_adapter else "transformers"
     datasets = [name for path in _list_paths(config) if (name := find_hub_dataset(path))]
     facts = STAGE_FACTS[config.stage]
-    method = ["reinforcement-learning", config.algorithm.name] if facts.has_rollouts else []
+    method = ["reinforcement-learning", config.algorithm.name] if facts.compares else []
     return {
         **values,
         **({"datasets": datasets} if datasets else {}),
@@ -146,17 +146,22 @@ def _describe_training(config: Config, run: Run, step: int) -> str:
         ("adapters", f"rank {config.lora.rank}" if config.lora.rank else "none"),
     ]
     parts = ["## Training"]
-    if STAGE_FACTS[config.stage].has_rollouts:
-        algorithm, rollout = config.algorithm, config.rollout
+    facts, algorithm, rollout = STAGE_FACTS[config.stage], config.algorithm, config.rollout
+    if facts.has_rollouts:
+        method = algorithm.name if facts.compares else facts.method
         rows += [
-            ("algorithm", f"{algorithm.name}, {rollout.group_size} completions of each prompt"),
+            ("algorithm", f"{method}, {rollout.group_size} completions of each prompt"),
             ("tasks", ", ".join(run.tasks)),
+        ]
+    if facts.compares:
+        rows += [
             ("advantages", f"{algorithm.advantages}, `mm2t_weight` {algorithm.mm2t_weight:g}"),
             ("KL penalty", f"{algorithm.kl_coef:g}"),
-            ("guidance of images", f"{rollout.cfg_scale:g}"),
         ]
+    if facts.has_rollouts:
+        rows.append(("guidance of images", f"{rollout.cfg_scale:g}"))
     parts.append(make_table(("", ""), rows))
-    if STAGE_FACTS[config.stage].has_rollouts:
+    if facts.has_rollouts:
         rewards = [(f"`{reward.label}`", f"{reward.weight:g}") for reward in config.rewards]
         parts.append(make_table(("reward", "weight"), rewards))
     return "\n\n".join(parts)

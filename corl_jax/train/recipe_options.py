@@ -7,6 +7,7 @@ import dataclasses
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.checks import list_changes
 from corl_jax.config.schema import Algorithm, Config
+from corl_jax.tasks import TASKS, TEXT, choose_tasks
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
@@ -34,6 +35,20 @@ def find_algorithm_problems(config: Config) -> list[str]:
         *_find_batch_problems(config, recipe),
         *_find_choice_problems(config.algorithm, recipe),
         *_find_dual_clip_problems(config.algorithm, recipe),
+        *_find_weight_problems(config.algorithm),
+    ]
+
+
+def _find_weight_problems(algorithm: Algorithm) -> list[str]:
+    """Returns a problem if no segment of any task is in the loss."""
+    tasks = [TASKS[name] for name in choose_tasks(algorithm.tasks)]
+    last = [algorithm.mm2t_loss_weight if x.segments[-1] == TEXT else 1.0 for x in tasks]
+    earlier = [algorithm.earlier_loss_weight for x in tasks if x.has_several_segments]
+    if any(last) or any(earlier):
+        return []
+    return [
+        f"algorithm: every loss weight of algorithm.tasks {algorithm.tasks} is 0, so that nothing "
+        "is learned; raise mm2t_loss_weight or earlier_loss_weight"
     ]
 
 

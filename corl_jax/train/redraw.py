@@ -106,8 +106,8 @@ def replace_groups(run: Run, drawn: Drawn, other: Drawn, is_replaced: np.ndarray
 @jax.jit
 def replace_rollout(old: Rollout, new: Rollout, is_replaced: jax.Array) -> Rollout:
     """Returns a rollout with the prompts of another one, and their completions, where [B] says."""
-    length = max(x.prompts.input_ids.shape[1] for x in (old, new))
-    old, new = (dataclasses.replace(x, prompts=pad_prompts(x.prompts, length)) for x in (old, new))
+    prompts = pad_alike(old.prompts, new.prompts)
+    old, new = (dataclasses.replace(x, prompts=p) for x, p in zip((old, new), prompts, strict=True))
 
     def choose(before: jax.Array, after: jax.Array) -> jax.Array:
         # Row by row, so no row leaves its device. B = 2, N = 4: [T, F] -> [T, T, F, F].
@@ -116,6 +116,21 @@ def replace_rollout(old: Rollout, new: Rollout, is_replaced: jax.Array) -> Rollo
         return constrain(chosen, "batch", *[None] * (before.ndim - 1))
 
     return jax.tree.map(choose, old, new)
+
+
+def pad_alike(
+    first: EncodedPrompts, second: EncodedPrompts
+) -> tuple[EncodedPrompts, EncodedPrompts]:
+    """Pads the prompts of each turn to the longer of both lengths."""
+    length = max(x.input_ids.shape[1] for x in (first, second))
+    padded = pad_prompts(first, length), pad_prompts(second, length)
+    if first.next is None or second.next is None:
+        return padded
+    next_first, next_second = pad_alike(first.next, second.next)
+    return (
+        dataclasses.replace(padded[0], next=next_first),
+        dataclasses.replace(padded[1], next=next_second),
+    )
 
 
 def pad_prompts(prompts: EncodedPrompts, length: int) -> EncodedPrompts:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def has_reference(outline: RunOutline) -> bool:
     """Returns whether the run has a KL penalty."""
-    return outline.stage.samples and outline.config.algorithm.kl_coef > 0
+    return outline.stage.compares and outline.config.algorithm.kl_coef > 0
 
 
 def is_moving(config: Config) -> bool:

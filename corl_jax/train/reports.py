@@ -37,6 +37,7 @@ HEADLINE = {
     **{f"{task}/reward": "none" for task in TASKS}, **{f"{task}/nll": "nan" for task in TASKS},
     "kl": "nan", **{f"{segment}/kl": "nan" for segment in list_segments()},
     "grad_norm": "nan", "eval/draw/accuracy": "nan", "eval/answer/accuracy": "nan",
+    "eval/own/accuracy": "nan", "eval/blank/accuracy": "nan",
 }  # fmt: skip
 """Metric that the console shows of a step -> how it shows NaN. Missing metrics are left out."""
 QUIET = ("alarm/", "data/", "update/skipped")
@@ -290,6 +291,7 @@ def make_evaluation_inputs(
     options = SamplingOptions(
         special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
+        image=run.processor.image,
     )  # fmt: skip
     return EvaluationInputs(
         policy=Policy(run.family, run.sizes, params, run.processor, run.dtype),

@@ -52,6 +52,7 @@ class RunOutline:
     family: Family
     sizes: Sizes  # with the adapters that the config asks for
     special: Any  # ids of the processor's special tokens
+    image: Any  # how the processor normalises images
     mesh: Mesh  # of devices present, or of a described topology
     tasks: tuple[str, ...]
     steps: int
@@ -128,7 +129,10 @@ def outline_run(
     problems.raise_any()
     assert mesh
     tasks = STAGES[config.stage].tasks(config)
-    return RunOutline(config, family, sizes, special, mesh, tasks, config.train.max_steps or 1)
+    return RunOutline(
+        config, family, sizes, special, family.stand_in_image(sizes), mesh, tasks,
+        config.train.max_steps or 1,
+    )  # fmt: skip
 
 
 def resolve_run(config: Config) -> ResolvedRun:
@@ -174,7 +178,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         evaluations = [Evaluation(suite, held_out, rows), *evaluations]
     return ResolvedRun(
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
-        mesh=mesh, tasks=stage.tasks(config), steps=count_steps(config, train_loader),
+        image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
+        steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config), *find_unlogged_tasks(config)],
@@ -228,7 +233,7 @@ def find_table_problems(config: Config) -> list[str]:
             "in eval.suites, with the path of its file"
         )
     problems += find_entry_problems(config)
-    if config.algorithm.name in RECIPES and STAGES[config.stage].samples:
+    if config.algorithm.name in RECIPES and STAGES[config.stage].compares:
         problems += find_algorithm_problems(config)
     return problems
 
@@ -254,17 +259,17 @@ def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list
     """Returns the abilities that tasks and stage need and the model's family lacks."""
     problems = []
     for task in stage.tasks(config):
-        first, *later = TASKS[task].turns
-        if later:
-            problems.append(
-                f"algorithm.tasks: {task} has {1 + len(later)} turns; tasks of one turn can be "
-                "trained"
-            )
-        elif first.segments not in family.turns:
+        program = family.turns.get(TASKS[task].segments)
+        if program is None:
             problems.append(
                 f"stage {config.stage}: the task {task} needs segments of "
-                f"{' and '.join(first.segments)}, which a {family.name} does not make; choose "
-                "another task or model"
+                f"{' and '.join(TASKS[task].segments)}, which a {family.name} does not make; "
+                "choose another task or model"
+            )
+        elif stage.straight_through(config) and not program.passes_gradients:
+            problems.append(
+                f"stage: found {config.stage}, but a {family.name} has no image decoder that lets "
+                "gradients through; choose stage self_sft, which needs none"
             )
     if not stage.uses_language_model and family.tokenizer_loss is None:
         problems.append(
@@ -298,14 +303,20 @@ def _knows_columns(config: Config) -> bool:
 
 
 def _find_reward_problems(config: Config, stage: Stage, rewards: Mapping[str, list]) -> list[str]:
-    """Returns the tasks without a reward."""
+    """Returns the tasks without a reward that trains them."""
     chosen = config.algorithm.tasks
     return [
-        f"rewards: none scores the {TASKS[task].result} of {task}, which algorithm.tasks {chosen} "
-        "trains; add one, or choose other tasks"
+        f"rewards: none scores the {' or '.join(TASKS[task].results)} of {task}, which "
+        f"algorithm.tasks {chosen} trains{_explain_weights(of_task)}; add one, or choose other "
+        "tasks"
         for task, of_task in rewards.items()
-        if stage.samples and not of_task
+        if stage.samples and not any(reward.weight for reward in of_task)
     ]
+
+
+def _explain_weights(rewards: Sequence[registry.BoundReward]) -> str:
+    names = ", ".join(reward.name for reward in rewards)
+    return f", with a weight other than 0: {names} is only logged" if names else ""
 
 
 def _find_buffer_problems(config: Config, used: Sequence[registry.BoundReward]) -> list[str]:
@@ -345,7 +356,7 @@ def find_unused_rewards(
 def find_unlogged_tasks(config: Config) -> list[str]:
     """Returns a warning for each task that is trained but in no step of the log."""
     tasks, every = STAGES[config.stage].tasks(config), config.algorithm.alternate_every
-    if not every or len(tasks) < 2 or not STAGES[config.stage].samples:
+    if not every or len(tasks) < 2 or not STAGES[config.stage].compares:
         return []
     # Both schedules repeat after so many steps.
     steps = range(config.log.every, 1 + config.log.every * every * len(tasks), config.log.every)

@@ -46,7 +46,10 @@ def count_tokens(rollouts: dict[str, Rollout]) -> TokenCounts:
     texts: dict[str, jax.Array] = {}
     num_tokens = jnp.int32(0)
     for task, rollout in rollouts.items():
-        num_tokens += rollout.group_size * rollout.prompts.attention_mask.sum()
+        prompts = rollout.prompts
+        while prompts is not None:
+            num_tokens += rollout.group_size * prompts.attention_mask.sum()
+            prompts = prompts.next
         for name, segment in _name_rollout(task, rollout):
             tokens = segment.mask.sum()
             num_tokens += tokens

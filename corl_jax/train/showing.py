@@ -57,6 +57,12 @@ class Completions:
         return self.samples.columns[TASKS[self.task].shown]
 
     @property
+    def questions(self) -> Sequence[str]:
+        """The question about each generated image; none for tasks that ask none."""
+        column = TASKS[self.task].question
+        return self.samples.columns[column] if column else ()
+
+    @property
     def plans(self) -> Sequence[str]:
         """The plan of each image; none for tasks without plans."""
         return self.samples.columns[PLAN_COLUMN] if TASKS[self.task].has_plan else ()
@@ -163,6 +169,7 @@ def list_records(step: int, tasks: Iterable[Completions]) -> list[dict[str, Any]
             "row": index // part.group_size,
             "completion": index % part.group_size,
             "prompt": part.captions[index],
+            "question": part.questions[index] if part.questions else None,
             "image": part.get_image(index),
             "text": part.samples.texts[index] if part.samples.texts else None,
             PLAN_COLUMN: part.plans[index] if part.plans else None,
@@ -220,50 +227,70 @@ def draw_pairs(completions: Completions, groups: Sequence[tuple[int, int]]) -> n
 
 
 def draw_answers(completions: Completions, groups: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Draws the image of each question with its best and its worst answer: [H, W, 3] uint8."""
-    rows = []
+    """Draws the image of each question with its best and its worst answer: [H, W, 3] uint8.
+
+    Answers about generated images have an image each.
+    """
+    notes = []
     for pair in groups:
-        width = pictures.TEXT_WIDTH
-        question = " ".join(completions.captions[pair[0]].split())
-        lines = [(line, pictures.INK) for line in pictures.wrap(question, width, 3)]
-        solution = completions.samples.column(SOLUTION_COLUMN)[pair[0]]
-        if solution is not None:
-            lines += [
-                (line, pictures.FAINT) for line in pictures.wrap(f"solution: {solution}", width, 1)
-            ]
-        for row in dict.fromkeys(pair):  # the best is the worst where all are equal
-            color = choose_color(completions.advantages[row] or math.nan, 0) or pictures.FAINT
-            number = completions.describe(row)
-            head = "reward {reward:.3g}, advantage {advantage:+.2f}, {tokens:.0f} tokens"
-            lines.append((head.format(**number), color))
-            answer = completions.samples.require_texts()[row]
-            lines += [(line, pictures.INK) for line in pictures.wrap(answer, width, ANSWER_LINES)]
-        rows.append((pictures.shrink(completions.get_image(pair[0])), lines))
-    return pictures.draw_notes(rows)
+        rows = tuple(dict.fromkeys(pair))  # the best is the worst where all are equal
+        for shown in [(row,) for row in rows] if completions.questions else [rows]:
+            lines = list_question_lines(completions, shown[0])
+            lines += [line for row in shown for line in list_answer_lines(completions, row)]
+            notes.append((pictures.shrink(completions.get_image(shown[0])), lines))
+    return pictures.draw_notes(notes)
+
+
+def list_question_lines(completions: Completions, row: int) -> list[tuple[str, pictures.Color]]:
+    """Returns the lines of a page that state prompt, question and solution of a completion."""
+    width, lines = pictures.TEXT_WIDTH, []
+    for text in (completions.captions[row], *completions.questions[row : row + 1]):
+        text = " ".join(text.split())
+        lines += [(line, pictures.INK) for line in pictures.wrap(text, width, 3)]
+    solution = completions.samples.column(SOLUTION_COLUMN)[row]
+    if solution is not None:
+        text = f"solution: {solution}"
+        lines += [(line, pictures.FAINT) for line in pictures.wrap(text, width, 1)]
+    return lines
+
+
+def list_answer_lines(completions: Completions, row: int) -> list[tuple[str, pictures.Color]]:
+    """Returns the lines of a page that state numbers and answer of a completion."""
+    color = choose_color(completions.advantages[row] or math.nan, 0) or pictures.FAINT
+    head = "reward {reward:.3g}, advantage {advantage:+.2f}, {tokens:.0f} tokens"
+    answer = completions.samples.require_texts()[row]
+    lines = pictures.wrap(answer, pictures.TEXT_WIDTH, ANSWER_LINES)
+    return [
+        (head.format(**completions.describe(row)), color), *((line, pictures.INK) for line in lines)
+    ]  # fmt: skip
 
 
 def tabulate_answers(completions: Completions) -> str:
     """Returns a markdown table with the best and the worst answer of groups."""
     solutions = completions.samples.columns.get(SOLUTION_COLUMN)
     texts = completions.samples.require_texts()
-    return _tabulate_texts(completions, texts, solutions, ("question", "answer"))
+    return _tabulate_texts(
+        completions, completions.questions or completions.captions, texts, solutions,
+        ("question", "answer"),
+    )  # fmt: skip
 
 
 def tabulate_plans(completions: Completions) -> str:
     """Returns a markdown table with the plans of the best and the worst image of groups."""
-    return _tabulate_texts(completions, completions.plans, None, ("prompt", PLAN_COLUMN))
+    plans, heads = completions.plans, ("prompt", PLAN_COLUMN)
+    return _tabulate_texts(completions, completions.captions, plans, None, heads)
 
 
 def _tabulate_texts(
-    completions: Completions, texts: Sequence[str], solutions: Sequence[Any] | None,
-    heads: tuple[str, str],
+    completions: Completions, captions: Sequence[str], texts: Sequence[str],
+    solutions: Sequence[Any] | None, heads: tuple[str, str],
 ) -> str:  # fmt: skip
     groups = completions.choose_groups(TABLE_GROUPS)
     # The best is the worst where all are equal. The question stands beside the first of both.
     rows = [row for pair in groups for row in dict.fromkeys(pair)]
     firsts = {best for best, _ in groups}
     return pictures.format_answers_table(
-        [completions.captions[row] if row in firsts else "" for row in rows],
+        [captions[row] if row in firsts else "" for row in rows],
         [texts[row] for row in rows],
         [completions.describe(row) for row in rows],
         [str(solutions[row]) for row in rows] if solutions else None,

@@ -11,22 +11,26 @@ from typing import Any
 
 import optax
 
+from corl_jax.algorithms.likelihoods import ROW_LIKELIHOOD
 from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.evaluation import SUITES, Suite
+from corl_jax.policies.family import StraightThrough
 from corl_jax.tasks import (
     PLAN_COLUMN,
+    SELF_QUESTIONING,
     TASKS,
+    TEXT,
     choose_tasks,
     name_segments,
     plan_tasks,
     required_columns,
     text_tasks,
 )
-from corl_jax.train import image_tokenizer, iteration, sft
+from corl_jax.train import image_tokenizer, iteration, self_sft, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
 MakeStep = Callable[..., Callable]
@@ -44,11 +48,18 @@ class Stage:
     loss: Callable[[Config], Loss]
     loss_weights: Callable[[Config], dict[str, float]]  # by metric prefix of a segment
     facts: StageFacts
+    # how the gradient of an answer flows into the policy's own image; None: it does not
+    straight_through: Callable[[Config], StraightThrough | None] = lambda config: None
 
     @property
     def samples(self) -> bool:
-        """True if completions are sampled, rewarded and compared."""
+        """True if completions are sampled and rewarded."""
         return self.facts.has_rollouts
+
+    @property
+    def compares(self) -> bool:
+        """True if completions are compared, and learned from by their advantages."""
+        return self.facts.compares
 
     @property
     def uses_language_model(self) -> bool:
@@ -57,7 +68,7 @@ class Stage:
 
     def updates_per_step(self, config: Config) -> int:
         """Returns the optimizer steps of an iteration."""
-        return config.algorithm.num_iterations if self.samples else 1
+        return config.algorithm.num_iterations if self.compares else 1
 
 
 def _choose_rl_tasks(config: Config) -> tuple[str, ...]:
@@ -68,10 +79,9 @@ def _weigh_rl_tasks(config: Config) -> dict[str, float]:
     algorithm = config.algorithm
     weights = {}
     for name, task in TASKS.items():
-        # The last segment is the result; the others are its plan.
-        *plans, result = name_segments(name, task.turns[-1].segments)
-        weights |= dict.fromkeys(plans, algorithm.plan_loss_weight)
-        weights[result] = algorithm.mm2t_loss_weight if task.makes_text else 1.0
+        *earlier, last = name_segments(name, task.segments)
+        weights |= dict.fromkeys(earlier, algorithm.earlier_loss_weight)
+        weights[last] = algorithm.mm2t_loss_weight if task.segments[-1] == TEXT else 1.0
     return weights
 
 
@@ -121,6 +131,25 @@ STAGES: dict[str, Stage] = {
         loss=lambda config: NEGATIVE_LOG_LIKELIHOOD,
         loss_weights=_weigh_sft_batches,
         facts=STAGE_FACTS["sft"],
+    ),
+    "self_sft": Stage(
+        iterate=self_sft.self_sft_iteration,
+        make_step=_make_token_step,
+        tasks=lambda config: SELF_QUESTIONING,
+        target_columns=lambda config: [self_sft.TARGET_COLUMN],
+        loss=lambda config: ROW_LIKELIHOOD,
+        loss_weights=self_sft.weigh_segments,
+        facts=STAGE_FACTS["self_sft"],
+    ),
+    "self_sft_through": Stage(
+        iterate=self_sft.self_sft_iteration,
+        make_step=_make_token_step,
+        tasks=lambda config: SELF_QUESTIONING,
+        target_columns=lambda config: [self_sft.TARGET_COLUMN],
+        loss=lambda config: ROW_LIKELIHOOD,
+        loss_weights=self_sft.weigh_segments,
+        facts=STAGE_FACTS["self_sft_through"],
+        straight_through=lambda config: StraightThrough(config.sft.redraw),
     ),
     "vq": Stage(
         iterate=image_tokenizer.tokenizer_iteration,

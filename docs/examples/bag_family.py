@@ -69,6 +69,7 @@ class BagProcessor:
     """Prompts of characters, texts of one word."""
 
     special = BagTokens()
+    image = None  # it does not normalise images
     num_tokens = len(WORDS)
 
     def prompt_ids(

@@ -488,8 +488,8 @@ def test_options_that_contradict_each_other(write, overrides, part):
             "rollout.max_new_tokens: 9", "a task that makes texts or plans, or an eval.suite",
         ),
         (
-            ["algorithm.plan_loss_weight=0.5"],
-            "algorithm.plan_loss_weight: 0.5", "algorithm.tasks think",
+            ["algorithm.earlier_loss_weight=0.5"],
+            "algorithm.earlier_loss_weight: 0.5", "algorithm.tasks think or self_qa",
         ),
         (
             ["rollout.cfg_scale=2.0", "algorithm.tasks=mm2t"],

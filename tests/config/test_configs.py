@@ -28,8 +28,8 @@ from corl_jax.params import partition
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
-from corl_jax.tasks import choose_tasks
 from corl_jax.train import fit
+from corl_jax.train.stages import STAGES as STAGE_TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
@@ -41,7 +41,7 @@ PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one.
-MAX_OPTIONS = 121
+MAX_OPTIONS = 122
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
@@ -105,10 +105,11 @@ def test_the_promised_configs_are_there():
 def test_config_loads_and_its_rewards_fit_its_tasks(name):
     config = load(name)
     bound = registry.bind_rewards(config.rewards, config.compat)
-    if config.stage != "rl":
+    stage = STAGE_TABLE[config.stage]
+    if not stage.samples:
         assert not config.rewards
         return
-    by_task = registry.group_by_task(bound, choose_tasks(config.algorithm.tasks))
+    by_task = registry.group_by_task(bound, stage.tasks(config))
     assert all(by_task.values()) and sum(map(len, by_task.values())) == len(bound)
 
 

@@ -13,9 +13,9 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from corl_jax.data import __main__ as data_command
 from corl_jax.data import parquet
 from corl_jax.data.dataset import Loader, LoaderOptions
-from corl_jax.data.drawn_world import generator
 from corl_jax.data.images import decode_image
 from corl_jax.data.parquet import ParquetSource
 from corl_jax.data.questions import read_questions
@@ -147,7 +147,7 @@ def test_home_and_variables_in_paths(tmp_path, monkeypatch):
         assert find_files(entry) == [str(path)]
     with pytest.raises(InputError, match=r"\$UNSET is not set"):
         find_files("$UNSET/a.parquet")
-    generator.main(["--out", "$ROWS/drawn", "--rows", "1", "--seed", "0"])
+    data_command.main(["--out", "$ROWS/drawn", "--rows", "1", "--seed", "0"])
     assert len(find_files("~/rows/drawn")) == 1
 
 

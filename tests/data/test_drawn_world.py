@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from corl_jax.data import __main__ as data_command
 from corl_jax.data import instructions
 from corl_jax.data.drawn_world import checker, generator, language, scene
 from corl_jax.data.drawn_world.scene import Object, Scene
@@ -241,7 +242,7 @@ def test_command_reports_all_problems_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     arguments = ["--out", str(tmp_path), "--rows", "0", "--seed", "-1", "--image-size", "8"]
     with pytest.raises(SystemExit, match="2"):
-        generator.main(arguments)
+        data_command.main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and any("directory with files" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from corl_jax.data import __main__ as data_command
 from corl_jax.data.drawn_world import checker, generator, scene
 from corl_jax.data.drawn_world.scene import SMALL
 from corl_jax.errors import InputError
@@ -87,7 +88,7 @@ def test_splits_share_no_held_out_demand():
 
 
 def test_the_command_writes_the_small_world(tmp_path):
-    generator.main(
+    data_command.main(
         ["--out", str(tmp_path / "data"), "--rows", "3", "--seed", "5", "--world", "small"]
     )
     (file,) = (tmp_path / "data").glob("*.parquet")

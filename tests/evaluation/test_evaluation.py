@@ -238,7 +238,7 @@ def test_a_partial_batch_compiles_nothing_new(report, model):
         {name: values[:2] for name, values in second.columns.items()},
         jax.tree.map(lambda x: x[:2], second.encoded),
     )
-    programs = sampling._image_program.default, sampling._text_program.default, decode_images
+    programs = sampling.image_program.default, sampling.text_program.default, decode_images
     before = [program._cache_size() for program in programs]
     assert_same(report, measure(model, [first, partial]))
     assert [program._cache_size() for program in programs] == before

@@ -170,7 +170,7 @@ def test_caches_keep_the_compute_dtype(tiny_config, tiny_params):
 
 
 @pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("program", ["_image_program", "_text_program"])
+@pytest.mark.parametrize("program", ["image_program", "text_program"])
 def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, copied):
     """A fused call a layer with a short prompt, one more for a long one, of the expected shapes."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -183,7 +183,7 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
     keys = jax.eval_shape(lambda: sample_keys(0, np.arange(rows), GROUP))
     options = {"special": special, "greedy": False, "dtype": jnp.bfloat16, "attention": "cudnn"}
-    if program == "_image_program":
+    if program == "image_program":
         options, scalars, width = {**options, "guided": True, "image_logprobs": "guided"}, 2, 2
     else:
         options, scalars, width = {**options, "max_new_tokens": 9, "top_k": 0, "top_p": 1.0}, 1, 1

@@ -141,6 +141,10 @@ def test_a_turn_of_two_segments_learns(files, tmp_path, monkeypatch):
     ("changes", "problem"),
     [
         ({"lora": {"rank": 2}}, "lora.rank: found 2, but the model is a bag"),
+        (
+            {"algorithm": {"tasks": "self_qa"}},
+            "the task self_qa needs segments of codes and text, which a bag does not make",
+        ),
         ({"stage": "vq", "rewards": [], "eval": {"suite": "none"}}, "has no image tokenizer"),
         (
             {"rewards": [{"name": "t2i_ti_sim"}, {"name": "format"}]},

@@ -27,7 +27,7 @@ NOWHERE = Context(None, None, None, None, None, seed=0, step=0)
 ISSUE = (
     "format format_tag qa_accuracy oc_accuracy t2i_ti_sim t2i_bid_cycle_reward t2i_pixel_mse "
     "t2i_qa t2i_oc t2i_od shapes_checker t2i_cycle_reward t2i_clip_reward pickscore hpsv2 "
-    "aesthetic soft_overlong geneval http http_texts"
+    "aesthetic soft_overlong geneval http http_texts self_answer answer_logprob"
 )
 
 
@@ -49,7 +49,10 @@ def test_the_table_is_complete_and_consistent():
     assert set(REGISTRY) == set(ISSUE.split())
     for name, entry in REGISTRY.items():
         assert entry.scores in (IMAGES, TEXTS) and entry.function.__doc__
-        others = ("shapes_checker", "pickscore", "hpsv2", "aesthetic", "geneval", "http")
+        others = (
+            "shapes_checker", "pickscore", "hpsv2", "aesthetic", "geneval", "http",
+            "answer_logprob",
+        )  # fmt: skip
         assert name.startswith("t2i") == (entry.scores == IMAGES) or name in others
         for key, option in registry.list_options(name).items():
             accepted = registry.list_options(name)
@@ -223,8 +226,8 @@ def test_what_a_function_returns_is_checked():
         registry.score(of(lambda s, c: [1, 2]), samples, NOWHERE)
 
 
-def test_samples_are_of_one_task_and_of_one_length():
-    with pytest.raises(ValueError, match="both or neither"):
+def test_samples_have_results_of_one_length():
+    with pytest.raises(ValueError, match="neither images nor texts"):
         Samples({})
     with pytest.raises(ValueError, match="lengths"):
         Samples({"a": [1]}, texts=["x", "y"])

@@ -279,6 +279,26 @@ def fixed_answers(monkeypatch, answers):
     monkeypatch.setattr(policy, "ask_scorer", lambda *args, **options: answers)
 
 
+def test_likelihood_of_the_true_answer_about_the_own_drawing(context, processor):
+    questions = ["how many squares are there?", "what color?", None, "what color?"]
+    solutions = ["two", "red and blue", "two", ""]
+    rows = samples(4, qa_problem=questions, qa_solution=solutions)
+    found = policy.score_answer_logprob(rows, context, chunk=3)
+    np.testing.assert_array_equal(np.isnan(found), [False, False, True, True])
+    model = network.bind(context.config, context.params)
+    for row in range(2):
+        ids = processor.mm2t_ids(questions[row])
+        answer = [*processor.answer_ids(solutions[row]), processor.special.eos]
+        pixels = processor.preprocess_image(Image.fromarray(rows.images[row]))
+        features = model.image_features(jnp.asarray(pixels)[None])
+        whole = jnp.asarray([ids + answer])
+        embeds = model.prompt_embeds(whole, processor.special.image, features)
+        hidden = model.language_model(embeds, jnp.ones(whole.shape, bool))
+        logprobs = jax.nn.log_softmax(model.text_logits(hidden[0, len(ids) - 1 : -1]))
+        expected = np.exp(np.mean([logprobs[i, token] for i, token in enumerate(answer)]))
+        np.testing.assert_allclose(found[row], expected, rtol=1e-3)
+
+
 def test_qa_on_the_own_drawing(context, monkeypatch):
     fixed_answers(
         monkeypatch,

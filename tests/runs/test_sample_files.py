@@ -42,8 +42,8 @@ def path(tmp_path):
 def test_pandas_reads_the_rows(path):
     table = pandas.read_parquet(path)
     assert list(table) == [
-        "step", "task", "row", "completion", "prompt", "image", "text", "plan", "solution",
-        "length", "reward", "reward_checker", "reward_format", "advantage",
+        "step", "task", "row", "completion", "prompt", "question", "image", "text", "plan",
+        "solution", "length", "reward", "reward_checker", "reward_format", "advantage",
     ]  # fmt: skip
     assert list(table.dtypes[["step", "row", "completion", "length"]].map(str)) == ["int64"] * 4
     assert list(table.reward.isna()) == [True, False, False, False]

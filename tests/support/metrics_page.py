@@ -9,8 +9,10 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md"
 STANDS_FOR = {
-    "TASK": "(t2i|mm2t|think|caption)", "SEGMENT": "(t2i|mm2t|think/text|think/codes)",
-    "TEXT": "(mm2t|think/text)", "IMAGE": "(t2i|think/codes)", "NAME": "[^/]+",
+    "TASK": "(t2i|mm2t|think|self_qa|caption)",
+    "SEGMENT": "(t2i|mm2t|think/text|think/codes|self_qa/codes|self_qa/text)",
+    "TEXT": "(mm2t|think/text|self_qa/text)", "IMAGE": "(t2i|think/codes|self_qa/codes)",
+    "NAME": "[^/]+",
     "ALARM": "[a-z_]+", "KIND": "[a-z_]+",
 }  # fmt: skip
 

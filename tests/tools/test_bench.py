@@ -201,7 +201,7 @@ def test_all_built_in_rewards_but_few_are_measured(found):
     names = {name.split(",")[0].split(" (")[0] for part, name in found if part == "rewards"}
     left_out = {
         "t2i_cycle_reward", "t2i_qa", "t2i_oc", "t2i_od", "shapes_checker", "soft_overlong",
-        "geneval",
+        "geneval", "self_answer", "answer_logprob",
     }  # fmt: skip
     left_out |= {name for name, row in REGISTRY.items() if row.bind}  # servers compute them
     assert REGISTRY.keys() - left_out <= names
@@ -311,7 +311,7 @@ def test_both_layouts_draw_the_same(monkeypatch):
 def test_every_build_is_measured(monkeypatch, capsys):
     """And not the one that a call would take."""
     used = []
-    program = sampling._image_program
+    program = sampling.image_program
     for name in compiling.BUILDS:
         build = getattr(program, name)
         monkeypatch.setattr(

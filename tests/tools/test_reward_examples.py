@@ -122,7 +122,7 @@ def test_a_page_without_the_marks_is_refused(text):
 
 def test_every_reward_of_the_registry_has_an_example():
     unscored = [one for one, _ in scoring.UNSCORED]
-    shown = {one.reward for one in (*scoring.T2I, *scoring.MM2T, *unscored)}
+    shown = {one.reward for one in (*scoring.T2I, *scoring.MM2T, *scoring.OWN, *unscored)}
     # A reward of the length alone has no answer to show, that of a server no score of its own, and
     # GenEval's classes are none of the drawn world.
     names = {

@@ -44,7 +44,7 @@ def options(model, rows, folder: Path, **changes) -> dict:
     return tiny_runs.options(
         model, rows, folder / "run",
         **{
-            "algorithm": {"tasks": "think", "plan_loss_weight": PLAN_WEIGHT, "kl_coef": 0.1,
+            "algorithm": {"tasks": "think", "earlier_loss_weight": PLAN_WEIGHT, "kl_coef": 0.1,
                           "image_logprobs": "guided"},
             "rewards": [{"use": f"{reward}:brief"}, {"name": "t2i_pixel_mse"}],
             "data": {"max_prompt_length": 256},
@@ -108,7 +108,7 @@ def test_the_export_generates_with_plans(run, tmp_path):
 
 
 def test_without_its_weight_a_plan_adds_nothing_to_the_loss(model, rows, tmp_path):
-    changes = {"tasks": "think", "plan_loss_weight": 0.0, "mask_truncated": True}
+    changes = {"tasks": "think", "earlier_loss_weight": 0.0, "mask_truncated": True}
     tree = options(model, rows, tmp_path, algorithm=changes)
     line, *_ = metric_lines(train(tree, "train.max_steps=1", "eval.suite=none"))
     assert line["loss"] == pytest.approx(line["think/codes/loss"], abs=1e-7)
@@ -128,7 +128,7 @@ def test_what_leaves_no_room_or_has_no_targets_is_refused(model, rows, tmp_path,
     assert "256 plus a completion is 573 tokens; the model has positions for 512" in message
     train(tree, "--check", "rollout.max_new_tokens=239")
     message = refused(capsys, lambda: train(tree, "stage=sft", "sft.tasks=think"))
-    assert "sft.tasks: found think, whose plans no column of the data has" in message
+    assert "sft.tasks: found think, of which no column of the data has all parts" in message
     image = ["image", "--model", str(run / "export"), "--prompt", "a", "--out", str(tmp_path / "o")]
     message = refused(capsys, lambda: generate.main([*image, "--max-new-tokens", "9"]))
     assert "--max-new-tokens: found 9, but only plans are texts; add --think" in message

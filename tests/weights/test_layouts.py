@@ -54,10 +54,10 @@ def prompts(config):
 def programs(config, params, prompts, keys):
     """The samplers compiled for where these arrays lie; both take a temperature."""
     one = jnp.float32(1)
-    image = sampling._image_program.default.lower(
+    image = sampling.image_program.default.lower(
         config, params, prompts["t2i"], keys, one, one, **COMMON, **IMAGE
     )
-    text = sampling._text_program.default.lower(
+    text = sampling.text_program.default.lower(
         config, params, prompts["mm2t"], keys, one, **COMMON, **TEXT
     )
     return SimpleNamespace(

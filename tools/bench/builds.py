@@ -15,7 +15,7 @@ from tools.bench.timing import Record
 
 def measure_builds(setting: Setting) -> Iterator[Record]:
     """Measures guided tokens without their pixels; milliseconds a step include the prefill."""
-    params, program = setting.make_policy(COMPUTE), sampling._image_program
+    params, program = setting.make_policy(COMPUTE), sampling.image_program
     prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
     sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
     steps = setting.size.janus.num_image_tokens

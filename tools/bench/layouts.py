@@ -50,7 +50,7 @@ def use_training_layout() -> Iterator[None]:
     def keep(params: Any, rules: Any) -> Any:
         return params
 
-    sampling._image_program.clear_cache()  # jit does not notice the patched functions
+    sampling.image_program.clear_cache()  # jit does not notice the patched functions
     try:
         with (
             mock.patch.object(decoding, "constrain", constrain),
@@ -58,4 +58,4 @@ def use_training_layout() -> Iterator[None]:
         ):
             yield
     finally:
-        sampling._image_program.clear_cache()
+        sampling.image_program.clear_cache()

@@ -53,6 +53,21 @@ ANSWER_TEXTS = {
     ),
 }
 
+# Answers about an own image: what the prompt demanded (tag, objects), and answers.
+OWN_ANSWERS = (
+    ("counting", [{"class": "sheep", "count": 2}],
+     ("two sheep", "2", "There are two hundred sheep", "two or three sheep")),
+    ("two_object", [{"class": "hot dog", "count": 1}, {"class": "oven", "count": 1}],
+     ("There is a hot dog and a oven", "a dog in an oven")),
+    ("color_attr",
+     [{"class": "car", "count": 1, "color": "red"}, {"class": "dog", "count": 1, "color": "blue"}],
+     ("a red car and a blue dog", "The car is red and the dog is red",
+      "The car is blue and the dog is red")),
+    ("position",
+     [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+     ("The dog is left of the cat", "a cat to the right of a dog", "The cat is left of the dog")),
+)  # fmt: skip
+
 
 def write_missing() -> None:
     """Generates the images and writes the two files of cases, where they are missing."""

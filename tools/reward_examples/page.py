@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from corl_jax.data.self_questions.records import make_record
 from corl_jax.errors import InputError
 from corl_jax.rewards import registry
 from corl_jax.runs.pictures import escape_cell
 from tools.reward_examples import cases
-from tools.reward_examples.scoring import MM2T, T2I, UNSCORED, Example, Scores
+from tools.reward_examples.scoring import MM2T, OWN, T2I, UNSCORED, Example, Scores
 
 PAGE = cases.ROOT / "docs" / "reference" / "rewards.md"
 FIGURE = cases.ROOT / "docs" / "images" / "reward_examples.png"
@@ -67,6 +68,15 @@ and as an open question (OE, solution "triangle"). `␣` is a leading space.
 `qa_accuracy` finds an answer without tags, or with a tag that is never closed; the format rewards
 score these. A longer open answer that contains the right word gets a part.
 
+### Answers about an own image
+
+The question of each prompt is that of its [record](../how_to/data.md).
+
+{own_answers}
+
+"two hundred" is not two, and a "hot dog" is no dog. A colour is bound to one class. The inverse
+relation counts when the classes are swapped.
+
 ### Not scored here
 
 These need weights that do not come with the project (`spice` needs Java and a parser as well), so
@@ -92,6 +102,11 @@ def write_section(scores: Scores) -> str:
         [_format_text(case["completion"]), case["type"], *map(_format_number, row)]
         for case, row in zip(answers, scores.mm2t, strict=True)
     ]
+    demands = [(make_record(t, include), x) for t, include, xs in cases.OWN_ANSWERS for x in xs]
+    own_answers = [
+        [record.prompt, _format_text(text), *map(_format_number, row)]
+        for (record, text), row in zip(demands, scores.own_answers, strict=True)
+    ]
     return TEXT.format(
         prompt=images[0]["prompt"],
         other=cases.OTHER_PROMPT,
@@ -106,6 +121,7 @@ def write_section(scores: Scores) -> str:
         question=answers[0]["problem"].splitlines()[0],
         options=", ".join(cases.CHOICES),
         answers=_format_table(["answer", "type", *map(_format_code, MM2T)], rows),
+        own_answers=_format_table(["prompt", "answer", *map(_format_code, OWN)], own_answers),
         commands="\n".join(f"    {write_command(example)}" for example, _ in UNSCORED),
         unscored=_format_table(
             ["reward", "range"], [[_format_code(example), known] for example, known in UNSCORED]

@@ -59,6 +59,12 @@ MM2T = (
     Example("qa_accuracy"),
     Example("oc_accuracy"),
 )
+# Rules for answers about an own image, on answers written by hand.
+OWN = (
+    Example("self_answer"),
+    Example("self_answer", {"strict": True}),
+    Example("self_answer", {"partial": True}),
+)
 # Rewards whose weights do not come with the project, and their known range.
 UNSCORED = (
     (Example("t2i_clip_reward"), "-2 to 2"),
@@ -84,6 +90,7 @@ class Scores:
     t2i: np.ndarray  # [T2I, images]
     mm2t: np.ndarray  # [answers, MM2T]
     answers: dict[str, list[str]]  # question -> the mini Janus's answers for each image
+    own_answers: np.ndarray  # [answers of OWN_ANSWERS, OWN]
     boxes: dict[str, float]  # an answer with boxes -> its score by t2i_od's rule
 
 
@@ -109,6 +116,7 @@ def score_all() -> Scores:
         t2i=np.stack([_score(reward, context) for reward in image_rewards]),
         mm2t=np.stack([_score(reward, context) for reward in text_rewards], axis=-1),
         answers=_collect_answers(context),
+        own_answers=np.stack([_score_own(example, context) for example in OWN], axis=-1),
         boxes=_score_boxes(),
     )
 
@@ -122,6 +130,14 @@ def _list_networks(resolved: list[registry.BoundReward]) -> list[networks.Checke
 
 def _score(reward: registry.BoundReward, context: Context) -> np.ndarray:
     return registry.score([reward], _read_samples(reward.row), context)[reward.name]
+
+
+def _score_own(example: Example, context: Context) -> np.ndarray:
+    rows = [(tag, include, x) for tag, include, texts in cases.OWN_ANSWERS for x in texts]
+    tags, includes, answers = (list(column) for column in zip(*rows, strict=True))
+    samples = Samples({"tag": tags, "include": includes}, texts=answers)
+    reward = registry.bind_reward(example.reward, example.options)
+    return registry.score([reward], samples, context)[reward.name]
 
 
 def _read_samples(row: registry.RewardRow) -> Samples:

@@ -10,15 +10,17 @@ whose few combinations every split needs. There the images still differ with the
 
 Columns: `prompt`, `real_image` (Hugging Face Image struct, PNG), `qa_problem`, `qa_solution`,
 `qa_type` as published; `category`, `spec` (JSON, see `drawn_world.scene`) for the exact checker;
-`caption` (everything the image shows) and `sft_answer` as supervised targets.
+`caption` (everything the image shows) and `sft_answer` as supervised targets; `question`, `answer`,
+`tag`, `include` are the record of self-questioning about what the prompt demands (see
+`data.self_questions.records`), for training with `data.columns` {qa_problem: question,
+qa_solution: answer}.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ from PIL import Image
 from corl_jax.atomic_files import create_folder
 from corl_jax.data.drawn_world import language
 from corl_jax.data.drawn_world.scene import (
-    SPLITS,
     WORLDS,
     Spec,
     World,
@@ -39,8 +40,8 @@ from corl_jax.data.drawn_world.scene import (
     sample_scene,
     sample_spec,
 )
-from corl_jax.errors import Problems, exit_on_input_error
-from corl_jax.input_files import parse_place
+from corl_jax.data.self_questions.records import make_record
+from corl_jax.errors import Problems
 
 __all__ = ["FEATURES", "make_row", "make_schema", "render", "sample_spec_of_row", "write_rows"]
 
@@ -55,6 +56,10 @@ TEXT_COLUMNS = (
     "spec",
     "caption",
     "sft_answer",
+    "question",
+    "answer",
+    "tag",
+    "include",
 )
 FEATURES: dict[str, Any] = {
     "prompt": {"dtype": "string", "_type": "Value"},
@@ -118,6 +123,7 @@ def make_row(
     image = render(scene, image_size or chosen.image_size)
     description = language.describe_scene(scene)
     question = language.ask_question(rng, scene, chosen)
+    record = make_record(spec["category"], spec["include"])
     return {
         "prompt": language.write_caption(rng, spec),
         "real_image": {"bytes": _encode_png(image), "path": f"{index:08d}.png"}
@@ -130,6 +136,10 @@ def make_row(
         "spec": json.dumps(spec),
         "caption": f"{description}.",
         "sft_answer": language.write_answer(description, question, chosen),
+        "question": record.question,
+        "answer": record.answer,
+        "tag": record.tag,
+        "include": record.as_row()["include"],
     }
 
 
@@ -142,6 +152,15 @@ def _make_row_groups(
         yield pa.RecordBatch.from_pylist(group, schema=make_schema())
 
 
+def find_number_problems(limits: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Lists options below their limits; `limits` are option -> (value, smallest value)."""
+    return [
+        f"{name}: {value} found, an integer of at least {low} expected"
+        for name, (value, low) in limits.items()
+        if value < low
+    ]
+
+
 def _check_arguments(
     out: Path, rows: int, seed: int, image_size: int, start: int, world: World
 ) -> None:
@@ -152,9 +171,7 @@ def _check_arguments(
         "--start": (start, 0),
         "--image-size": (image_size, world.min_image_size),
     }
-    for name, (value, low) in limits.items():
-        if value < low:
-            problems.add(f"{name}: {value} found, an integer of at least {low} expected")
+    problems.add(find_number_problems(limits))
     if out.exists() and not out.is_dir():
         problems.add(f"--out {out}: a file found, a new or empty directory expected")
     elif out.is_dir() and any(out.iterdir()):
@@ -186,41 +203,3 @@ def write_rows(
         for batch in _make_row_groups(rows, seed, size, start, split, world):
             writer.write_batch(batch, row_group_size=ROW_GROUP)
     return out / name
-
-
-@exit_on_input_error
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(
-        prog="corl-jax data", description="Writes the drawn world as parquet."
-    )
-    parser.add_argument("--out", type=parse_place, required=True, help="new or empty directory")
-    parser.add_argument("--rows", type=int, required=True, help="number of rows")
-    parser.add_argument("--seed", type=int, required=True, help="seed of all rows")
-    parser.add_argument(
-        "--world",
-        choices=tuple(WORLDS),
-        default="full",
-        help="small is for models of 32x32 images (default %(default)s)",
-    )
-    parser.add_argument(
-        "--image-size", type=int, help="image side in pixels (default 64; small world: 32)"
-    )
-    parser.add_argument("--start", type=int, default=0, help="index of the first row")
-    parser.add_argument(
-        "--split",
-        choices=SPLITS,
-        default="all",
-        help="train and test share no demand",
-    )
-    args = parser.parse_args(argv)
-    path = write_rows(
-        args.out,
-        args.rows,
-        args.seed,
-        image_size=args.image_size,
-        start=args.start,
-        split=args.split,
-        world=args.world,
-    )
-    print(f"{args.rows} rows, {path.stat().st_size / 2**20:.1f} MiB: {path}")

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 
 from corl_jax.models.lora import Lora
 from corl_jax.policies.family import Adapters, Family, HiddenStates, Limits, TurnProgram
-from corl_jax.policies.janus import images, layout, logprobs, network, sampling, thinking
+from corl_jax.policies.janus import (
+    images,
+    layout,
+    logprobs,
+    network,
+    own_images,
+    sampling,
+    thinking,
+)
 from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import BUCKET, Processor
 from corl_jax.policies.janus.tokenizer_training import tokenizer_loss
@@ -59,6 +68,16 @@ def compute_hidden_states(
     return model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)
 
 
+def _normalise_pixels(processor: Processor, pixels: jax.Array) -> jax.Array:
+    return images.normalise_pixels(processor.image, pixels)
+
+
+def _make_stand_in_image(sizes: JanusConfig) -> ImageSettings:
+    # The mean and the standard deviation of every released Janus.
+    half = (0.5, 0.5, 0.5)
+    return ImageSettings(sizes.siglip.image_size, sizes.num_image_tokens, half, half)
+
+
 def _get_adapters(sizes: JanusConfig) -> Lora | None:
     return sizes.llama.lora
 
@@ -84,6 +103,9 @@ FAMILY = Family(
         (CODES,): TurnProgram(sampling.sample_codes, logprobs.score_codes),
         (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
         (TEXT, CODES): TurnProgram(thinking.sample_thinking, thinking.score_thinking),
+        (CODES, TEXT): TurnProgram(
+            own_images.sample_own_answers, own_images.score_own_answers, passes_gradients=True
+        ),
     },
     blank_prompts=sampling.unconditional_ids,
     decode_images=images.decode_images,
@@ -91,5 +113,6 @@ FAMILY = Family(
     hidden_states=HiddenStates(Processor.caption_prompt, compute_hidden_states),
     tokenizer_loss=tokenizer_loss,
     choose_roles=Processor.choose_roles,
-    normalise_pixels=images.normalise_pixels,
+    normalise_pixels=_normalise_pixels,
+    stand_in_image=_make_stand_in_image,
 )

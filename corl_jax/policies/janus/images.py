@@ -15,9 +15,8 @@ from jax import lax
 
 from corl_jax.devices.mesh import constrain, context_batch_shards
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.image_settings import make_level_table
+from corl_jax.policies.janus.image_settings import ImageSettings, make_level_table
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.prompts import Processor
 from corl_jax.types import Params
 
 # Activations in float32 take 75 MB an image and layer: 384 x 384 pixels of 128 channels.
@@ -32,7 +31,7 @@ def decode_images(
     """Decodes codes [N, T] to images uint8 [N, S, S, 3]; the network computes in `dtype`."""
     tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
     model = network.bind(config, params | {"vqmodel": tokenizer})
-    chunks, size = _choose_chunks(tokens.shape[0])
+    chunks, size = choose_chunks(tokens.shape[0], VQ_BATCH)
     padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
 
     def decode(codes: jax.Array) -> jax.Array:
@@ -46,11 +45,11 @@ def decode_images(
     return constrain(images, "batch", None, None, None)
 
 
-def _choose_chunks(images: int) -> tuple[int, int]:
-    """Returns (chunks, images per chunk), with at most VQ_BATCH images a device in a chunk."""
+def choose_chunks(images: int, most: int) -> tuple[int, int]:
+    """Returns (chunks, images per chunk), with at most `most` images a device in a chunk."""
     # 20 images on 2 devices: 2 chunks of 10 images, not one of 16 and one of 4 filled up to 16.
     num_batch_shards = context_batch_shards()
-    chunks = math.ceil(images / (VQ_BATCH * num_batch_shards))
+    chunks = math.ceil(images / (most * num_batch_shards))
     return chunks, math.ceil(images / (chunks * num_batch_shards)) * num_batch_shards
 
 
@@ -60,11 +59,11 @@ def encode_images(config: JanusConfig, params: Params, pixels: jax.Array) -> jax
     return network.bind(config, network.cast(params, jnp.float32)).vqmodel.encode(pixels)
 
 
-def normalise_pixels(processor: Processor, images: jax.Array) -> jax.Array:
+def normalise_pixels(settings: ImageSettings, images: jax.Array) -> jax.Array:
     """Normalises images uint8 [N, S, S, 3] of the tower's size to float32, as the processor."""
     # A table made on the host, because a device's division by the standard deviation rounds
     # differently from the image processor's.
-    return _look_up_levels(make_level_table(processor.image), images)
+    return _look_up_levels(make_level_table(settings), images)
 
 
 @jax.jit

@@ -49,6 +49,17 @@ def image_logprobs(
     model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Computes (log-probs, entropies) [N, T] of image codes `tokens` [N, T] given B prompts."""
+    states = compute_code_states(model, prompts, tokens, options)
+    return score_code_states(model, *states, tokens, options)
+
+
+def compute_code_states(
+    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
+) -> tuple[jax.Array, jax.Array | None]:
+    """Computes the states [N, T, D] that score codes, of the prompts and without them.
+
+    The second ones are None unless the log-probs are those of guidance.
+    """
     completion = model.embed_image_tokens(tokens)
 
     def compute_states(input_ids: jax.Array) -> jax.Array:
@@ -59,7 +70,7 @@ def image_logprobs(
     unconditional = None
     if options.image_logprobs == "guided":
         unconditional = compute_states(unconditional_ids(prompts.input_ids, options.special))
-    return score_code_states(model, conditional, unconditional, tokens, options)
+    return conditional, unconditional
 
 
 def score_code_states(

@@ -191,7 +191,7 @@ def sample_all_codes(
         "attention",
     ),
 )
-def _image_program(
+def image_program(
     config: JanusConfig,
     params: Params,
     prompts: EncodedPrompts,
@@ -203,7 +203,7 @@ def _image_program(
     guided: bool,
     image_logprobs: str,
     greedy: bool,
-    greedy_last: bool = False,
+    greedy_last: int = 0,  # of so many neighbouring completions the last one is greedy
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
@@ -214,7 +214,7 @@ def _image_program(
     mask = rows.interleave_prompts(mask, mask)
     decoder, last = read_prompts(model.language_model, embeds, mask, attention)
     hidden = rows.fan_out(last)
-    choice = Choice(temperature, greedy, greedy_last=rows.group_size if greedy_last else 0)
+    choice = Choice(temperature, greedy, greedy_last=greedy_last)
     draw = make_code_draw(model, rows, choice, keys, cfg_scale, image_logprobs)
 
     # The prefill's last state gives token 0; step t reads token t - 1 and samples token t.
@@ -266,11 +266,11 @@ def sample_images(
     # Scale and temperature are traced, so that another value compiles nothing; whether there is
     # guidance decides the shapes.
     guided = cfg_scale != 1.0
-    program = _image_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
+    program = image_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy,
-        greedy_last=greedy_last, dtype=dtype,
+        greedy_last=check_group_size(prompts, keys) if greedy_last else 0, dtype=dtype,
         attention=choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
@@ -283,7 +283,7 @@ def sample_images(
         "attention",
     ),
 )  # fmt: skip
-def _text_program(
+def text_program(
     config: JanusConfig,
     params: Params,
     prompts: EncodedPrompts,
@@ -295,7 +295,7 @@ def _text_program(
     top_k: int,
     top_p: float,
     greedy: bool,
-    greedy_last: bool = False,
+    greedy_last: int = 0,  # of so many neighbouring completions the last one is greedy
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -305,7 +305,7 @@ def _text_program(
     rows = Rows(check_group_size(prompts, keys))
     decoder, last = read_prompts(model.language_model, embeds, prompts.attention_mask, attention)
     hidden = rows.fan_out(last)
-    choice = Choice(temperature, greedy, top_k, top_p, rows.group_size if greedy_last else 0)
+    choice = Choice(temperature, greedy, top_k, top_p, greedy_last)
 
     draw = make_text_draw(model, choice, keys, special.eos)
     # One token comes from the prefill.
@@ -335,12 +335,12 @@ def sample_text(
     Tokens after the end of a row are EOS and masked out. A row is truncated if its mask is full
     and its last token is not EOS.
     """
-    program = _text_program.choose_build(len(keys), params, prompts, keys)
+    program = text_program.choose_build(len(keys), params, prompts, keys)
     tokens, mask, logprobs = program(
         config, params, prompts, keys, jnp.float32(temperature),
         special=special, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p,
-        greedy=greedy, greedy_last=greedy_last, dtype=dtype,
-        attention=choose_kernel(config, attention, dtype),
+        greedy=greedy, greedy_last=check_group_size(prompts, keys) if greedy_last else 0,
+        dtype=dtype, attention=choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(TEXT, tokens, mask, logprobs)
 

@@ -224,7 +224,7 @@ def test_scale_one_is_no_guidance(config, params):
     prompts, keys = drawing_prompts(), keys_of(range(4))
     plain = draw_images(config, params, prompts, keys, cfg_scale=1.0)
     one = jnp.float32(1)
-    tokens, logprobs = sampling._image_program.default(
+    tokens, logprobs = sampling.image_program.default(
         config, params, prompts, keys, one, jnp.float32(TEMPERATURE),
         **STRICT, **IMAGE_OPTIONS,
     )  # fmt: skip
@@ -332,7 +332,7 @@ def test_data_parallel_decoding_needs_no_communication(config, params, images, c
     scale, temperature = jnp.float32(3), jnp.float32(TEMPERATURE)
     with jax.set_mesh(mesh):
         arguments = *on_mesh(mesh, params, drawing_prompts()), scale, temperature
-        program = sampling._image_program.default.lower(
+        program = sampling.image_program.default.lower(
             config, *arguments, **STRICT, **IMAGE_OPTIONS
         ).compile()
         tokens, _ = program(*arguments)
@@ -480,7 +480,7 @@ def test_samplers_on_nvidia_are_compiled_with_options_of_their_own(
 ):
     """The options are of GPUs: here they compile and change nothing."""
     monkeypatch.setattr(compiling, "MANY_ROWS", 2 * 4 * GROUP)
-    image, text = sampling._image_program, sampling._text_program
+    image, text = sampling.image_program, sampling.text_program
     keys = keys_of(range(4))
     assert image.choose_build(10**6, keys) is image.default  # no NVIDIA GPU
     monkeypatch.setattr(compiling, "is_nvidia", lambda: True)
@@ -519,7 +519,7 @@ def test_a_sampler_forgets_all_of_its_builds():
 
 def test_one_program_a_bucket(config, params, images, texts):
     """Other prompts, seeds, scales and temperatures of the same padded shape compile nothing."""
-    programs = sampling._image_program.default, sampling._text_program.default
+    programs = sampling.image_program.default, sampling.text_program.default
     draw_images(config, params, drawing_prompts(), keys_of(range(4)))
     answer(config, params, question_prompts(config), keys_of(range(4)))
     before = [program._cache_size() for program in programs]
@@ -550,19 +550,19 @@ def lowered(config, program: str, rows: int, length: int, group: int, **options)
     shape = jax.ShapeDtypeStruct
     prompts = EncodedPrompts(shape((rows, length), jnp.int32), shape((rows, length), bool))
     keys = jax.eval_shape(lambda: keys_of(range(rows), group))
-    scalars = [shape((), jnp.float32)] * (2 if program == "_image_program" else 1)
+    scalars = [shape((), jnp.float32)] * (2 if program == "image_program" else 1)
     return getattr(sampling, program).default.lower(
         config, network.abstract(config), prompts, keys, *scalars, **STRICT, **options
     )
 
 
-@pytest.mark.parametrize("program", ["_image_program", "_text_program"])
+@pytest.mark.parametrize("program", ["image_program", "text_program"])
 def test_memory_is_one_cache_and_little_more(wide_config, program, copied):
     """Extended in place: no second copy of the cache beside the one that the loop carries."""
     rows, length, group = 4, 16, 16
-    options = IMAGE_OPTIONS if program == "_image_program" else TEXT_OPTIONS
+    options = IMAGE_OPTIONS if program == "image_program" else TEXT_OPTIONS
     compiled = lowered(wide_config, program, rows, length, group, **options).compile()
-    llama, rows = wide_config.llama, rows * (1 + (program == "_image_program"))
+    llama, rows = wide_config.llama, rows * (1 + (program == "image_program"))
     token = 2 * 4 * llama.num_kv_heads * llama.head_dim  # bytes of keys and values a layer
     layer = token * rows * group * (256 + copied * length)
     found = compiled.memory_analysis().temp_size_in_bytes
