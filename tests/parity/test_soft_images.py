@@ -160,6 +160,7 @@ def test_gradients_equal_those_of_pytorch_with_the_same_noise(model, config, bat
     assert np.abs(difference).max() > 1e-3 * np.abs(dict(leaf_paths(found))[head]).max()
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(model, config, batch):
     params = torch_janus.params_of(model)
     whole, metrics = gradients_of(config, params, batch)

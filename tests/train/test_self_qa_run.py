@@ -217,6 +217,7 @@ def test_supervised_training_learns_true_answers_about_own_images(model, records
     assert list(table["advantage"]) == [1, 0] * 4
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_answer_can_reach_its_image(model, records, tmp_path, capsys):
     """The head that draws is trained alone: answers change it only through the images."""
     (tmp_path / "even.py").write_text(EVEN)
