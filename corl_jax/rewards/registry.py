@@ -87,6 +87,11 @@ class RewardRow:
     bind: Callable[[Mapping[str, Any]], RewardFunction] | None = None
 
 
+make_server_row = functools.partial(
+    RewardRow, every_column=True, any_size=True, find_option_problems=http.find_url_problems
+)
+"""Returns the row of a reward that servers compute."""
+
 REGISTRY: dict[str, RewardRow] = {
     "format": RewardRow(score_format, TEXTS),
     "format_tag": RewardRow(score_format_tags, TEXTS),
@@ -180,23 +185,9 @@ REGISTRY: dict[str, RewardRow] = {
         tokenizers=("clip_l14",),
         find_network_problems=geneval.find_detector_problems,
     ),
-    "http": RewardRow(
-        http.score_http,
-        IMAGES,
-        optional=("prompt",),
-        every_column=True,
-        any_size=True,
-        find_option_problems=http.find_url_problems,
-        bind=http.bind_images,
-    ),
-    "http_texts": RewardRow(
-        http.score_http_texts,
-        TEXTS,
-        optional=("qa_problem",),
-        every_column=True,
-        any_size=True,
-        find_option_problems=http.find_url_problems,
-        bind=http.bind_texts,
+    "http": make_server_row(http.score_http, IMAGES, optional=("prompt",), bind=http.bind_images),
+    "http_texts": make_server_row(
+        http.score_http_texts, TEXTS, optional=("qa_problem",), bind=http.bind_texts
     ),
 }
 

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from corl_jax import console, evaluate, generate, inference
+from corl_jax import console, generate, inference
 from corl_jax.devices import startup
 from corl_jax.errors import InputError
+from corl_jax.evaluate import __main__ as evaluate
+from corl_jax.evaluate import shapes as shapes_command
 from corl_jax.evaluation import shapes
 from corl_jax.fonts import make_drawable
 from corl_jax.input_files import parse_path, parse_place
@@ -154,7 +156,7 @@ def test_paths_of_command_lines_are_expanded(monkeypatch, capsys):
     )  # fmt: skip
     monkeypatch.delenv("CORL_PLACE")
     with pytest.raises(SystemExit) as error:
-        evaluate.build_parser().parse_args(["--model", "$CORL_PLACE/m"])
+        evaluate.build_parser("shapes").parse_args(["--model", "$CORL_PLACE/m"])
     assert error.value.code == 2
     assert "argument --model: $CORL_PLACE/m: $CORL_PLACE is not set" in capsys.readouterr().err
 
@@ -239,7 +241,9 @@ COMMANDS = {
         ["--config", path, "--topology", "local", "--model", "janus-pro-1b"]
     ),
     "generate": lambda path: inference.load_model("none", None),
-    "evaluate": lambda path: evaluate.measure(argparse.Namespace(model="none", dtype=None), None),
+    "evaluate": lambda path: shapes_command.measure(
+        argparse.Namespace(model="none", dtype=None), None
+    ),
 }
 
 
