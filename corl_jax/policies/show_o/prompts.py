@@ -1,0 +1,228 @@
+"""Turns prompts and images into arrays on the host: control tokens, tokenizer, pixels.
+
+A prompt for an image is `t2i sot text eot`; the sampler adds soi, the codes and eoi. A question is
+`mmu soi codes eoi sot text`, with the mask token at the places of the codes. The codes come from
+the pixels on the devices.
+
+Source: Show-o (arXiv 2408.12528), `UniversalPrompting` and `inference_mmu.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from corl_jax.errors import InputError
+from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.show_o.tokens import CONTROLS, PAD, find_special_tokens, load_tokenizer
+from corl_jax.types import EncodedPrompts
+
+logger = logging.getLogger(__name__)
+
+GENERATE, QUESTION = "generate", "question"
+"""Kinds of prompts: a text for image generation; a question about an image."""
+BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
+MAX_TEXT = 128
+"""Longest text of a prompt for an image, in tokens with its first; Show-o's `max_seq_length`."""
+LONGEST_SHOWN = 80  # characters of a text in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """The sizes of an image; pixels are normalised to [-1, 1]."""
+
+    side: int  # pixels
+    num_tokens: int  # codes
+
+
+class Processor:
+    """Control tokens, tokenizer and image preprocessing of one Show-o directory."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        image: ImageSettings,
+        *,
+        vocab_size: int,
+        codebook_size: int,
+        bucket_size: int = BUCKET,
+        max_text: int = MAX_TEXT,
+    ):
+        """Opens the tokenizer. `vocab_size` counts text, image codes and the mask token.
+
+        Raises:
+            InputError: unreadable tokenizer, or one of another network.
+        """
+        self.tokenizer = load_tokenizer(folder)
+        self.special = find_special_tokens(self.tokenizer, vocab_size, codebook_size)
+        self.image = image
+        self.bucket_size = bucket_size
+        self.max_text = max_text
+        self.num_cut = 0  # prompts that were too long
+        self._controls = {self.tokenizer.token_to_id(name) for name in (PAD, *CONTROLS)}
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of the tokenizer, control tokens included."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def image_size(self) -> int:
+        """The side of an image in a prompt, in pixels."""
+        return self.image.side
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The number of tokens of an image in a prompt."""
+        return self.image.num_tokens
+
+    # ---- ids
+
+    def t2i_ids(self, prompt: str) -> list[int]:
+        """Returns the prompt of image generation up to the end of its text, unpadded.
+
+        A text that is too long is cut, as in the original; a warning counts such texts.
+        """
+        ids = [self.special.t2i, *self._tokenize_text(prompt)]
+        if len(ids) > self.max_text:
+            ids = ids[: self.max_text]
+            self._count_cut(prompt)
+        return [*ids, self.special.eos]
+
+    def mm2t_ids(self, question: str, system_prompt: str = "", *, lead: str = "\n") -> list[int]:
+        """Returns a question with the mask token at the places of its image's codes, unpadded."""
+        special = self.special
+        # Without an end token: the answer follows. The original never cuts a question.
+        system = f"{system_prompt.strip()} " if system_prompt.strip() else ""
+        text = self._tokenize_text(f"{system}USER: {lead}{question} ASSISTANT:")
+        image = [special.soi, *[special.mask] * self.image.num_tokens, special.eoi]
+        return [special.mmu, *image, *text]
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Returns the ids of a completion, without an end token."""
+        # Answers follow "ASSISTANT:" behind a space, which is a part of their first token.
+        return self._tokenize(f" {text.lstrip()}") if text.strip() else []
+
+    def _tokenize_text(self, text: str) -> list[int]:
+        """Returns the start of text and its ids."""
+        ids, start = self._tokenize(text), self.special.eos
+        return ids if ids[:1] == [start] else [start, *ids]
+
+    def _tokenize(self, text: str) -> list[int]:
+        if has_lone_surrogate(text):  # the tokenizer would end in a TypeError
+            raise InputError(f"the text {text[:LONGEST_SHOWN]!a} {LONE_SURROGATE}")
+        # The tokenizer would make the control token of it, which changes what attention sees.
+        for name in (PAD, *CONTROLS):
+            if name in text:
+                raise InputError(
+                    f"the text {text[:LONGEST_SHOWN]!r} contains {name!r}, a control token of "
+                    "Show-o; remove it"
+                )
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _count_cut(self, prompt: str) -> None:
+        self.num_cut += 1
+        # At 1, 10, 100, ..: a run over many long prompts should say so, but not in every step.
+        if str(self.num_cut).strip("0") == "1":
+            logger.warning(
+                "%d prompts were cut to %d tokens, the longest text of this Show-o; the latest: %r",
+                self.num_cut, self.max_text, prompt[:LONGEST_SHOWN],
+            )  # fmt: skip
+
+    # ---- kinds of prompts, by the names that `tasks.TASKS` uses
+
+    def prompt_ids(
+        self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
+    ) -> list[int]:
+        """Returns the unpadded ids of a row's prompt of the kind `prompt`.
+
+        Raises:
+            InputError: a text with a control token, or a question about several images.
+        """
+        if prompt == GENERATE:
+            return self.t2i_ids(columns["prompt"])
+        assert prompt == QUESTION, prompt
+        if (count := columns.get("num_images", 1)) != 1:
+            raise InputError(f"question: found {count} images; a Show-o reads exactly one")
+        lead = columns.get("lead", "\n")
+        return self.mm2t_ids(columns["qa_problem"], system_prompt, lead=lead)
+
+    def encode(
+        self,
+        prompt: str,
+        ids: Sequence[Sequence[int]],
+        images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
+        length: int | None = None,
+    ) -> EncodedPrompts:
+        """Pads prompts of the kind `prompt`, as `pad`; a question gets its image's pixels."""
+        encoded = self.pad(ids, length)
+        if prompt != QUESTION:
+            return encoded
+        assert images is not None, "a question is about an image"
+        singles = [x if isinstance(x, Image.Image) else _take_only_image(x) for x in images]
+        pixels = np.stack([preprocess_image(image, self.image.side) for image in singles])
+        return dataclasses.replace(encoded, pixel_values=pixels)
+
+    def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
+        """Pads rows of ids on the left to `length`, or to the bucket of the longest row."""
+        if not ids:
+            raise InputError("found no prompts; expected at least one")
+        if length is None:
+            length = self.bucket(max(map(len, ids)))
+        problems = [
+            f"prompt {i}: found {len(row)} tokens (image tokens counted); expected at most {length}"
+            for i, row in enumerate(ids)
+            if len(row) > length
+        ]
+        if problems:
+            raise InputError(problems)
+        input_ids = np.full((len(ids), length), self.special.pad, np.int32)
+        for i, row in enumerate(ids):
+            input_ids[i, length - len(row) :] = row
+        # No text can contain the padding token.
+        return EncodedPrompts(input_ids, input_ids != self.special.pad)
+
+    def bucket(self, length: int) -> int:
+        """Returns the padded length of a prompt: the next multiple of `bucket_size`."""
+        return -(-length // self.bucket_size) * self.bucket_size
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of token ids, without control tokens and image codes."""
+        tokens = [i for i in np.asarray(ids).tolist() if i not in self._controls]
+        tokens = [i for i in tokens if i < self.special.first_code and i != self.special.eos]
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _take_only_image(images: Sequence[Image.Image]) -> Image.Image:
+    if len(images) != 1:
+        raise InputError(f"question: found {len(images)} images; a Show-o reads exactly one")
+    return images[0]
+
+
+def preprocess_image(image: Image.Image, side: int) -> np.ndarray:
+    """Returns the centre of an image as float32 [side, side, 3] in [-1, 1].
+
+    The short side is resized to `side` by Pillow's bicubic filter.
+    Source: torchvision's Resize and CenterCrop on a PIL image, as Show-o's `image_transform`.
+    """
+    image = image.convert("RGB")
+    width, height = image.size
+    short = min(width, height)
+    if short != side:
+        # int(), not round(), as torchvision: 100 x 75 -> side 64: 85 x 64
+        width, height = (int(side * x / short) for x in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (int(round((x - side) / 2.0)) for x in image.size)
+    image = image.crop((left, top, left + side, top + side))
+    return normalise_pixels(np.asarray(image))
+
+
+def normalise_pixels(levels: Any) -> Any:
+    """Returns levels 0..255 of numpy or JAX as float32 in [-1, 1], rounded as torchvision does."""
+    return (levels.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
