@@ -102,7 +102,9 @@ def test_prompts_are_padded_on_the_left(processor):
     encoded = processor.encode("generate", rows)
     assert encoded.input_ids.shape[1] % 8 == 0 and encoded.pixel_values is None
     for ids, mask, row in zip(encoded.input_ids, encoded.attention_mask, rows, strict=True):
-        assert ids[-len(row) :].tolist() == row and mask.sum() == len(row) and mask[-len(row) :].all()
+        assert (
+            ids[-len(row) :].tolist() == row and mask.sum() == len(row) and mask[-len(row) :].all()
+        )
     with pytest.raises(InputError, match="expected at most 3"):
         processor.pad(rows, 3)
 
