@@ -75,6 +75,21 @@ class Processor(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unmasking:
+    """How codes that a family draws in any order are drawn and scored.
+
+    The log-probs of an image depend on which codes are hidden while others are scored:
+    one_shot: some codes at random are hidden, and scored in one pass; complement: the other ones
+    too, in a second pass; trajectory: the codes of some steps of the sampler, a pass for each step,
+    under the codes that it knew then; none: the sampler records nothing, and nothing is scored.
+    """
+
+    steps: int = 16  # of the sampler
+    logprobs: Literal["one_shot", "complement", "trajectory", "none"] = "one_shot"
+    scored_steps: int = 0  # of a trajectory, chosen at random for each image; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """Options of sampling; hashable, because jit takes them as static arguments.
 
@@ -95,10 +110,14 @@ class SamplingOptions:
     dtype: Any = jnp.bfloat16  # compute dtype
     attention: Literal["auto"] | DecodeKernel = "auto"  # kernel of a decode step
     image: Any = None  # the processor's, for turns that read the policy's own images
+    unmasking: Unmasking = Unmasking(logprobs="none")  # codes in any order
 
 
 NOISE_KEYS = "noise_keys"
-"""Key of `Segment.replay`: the bits of a random key for each image, for `StraightThrough`."""
+"""Key of `Segment.replay`: the bits [N, 2] of a random key for each image.
+
+`StraightThrough` and scoring of codes in any order draw from it what they repeat in every pass.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +143,7 @@ class LogprobOptions:
     # None: no gradient flows from an answer into the policy's own image
     straight_through: StraightThrough | None = None
     image: Any = None  # the processor's, for turns that read the policy's own images
+    unmasking: Unmasking = Unmasking()  # codes in any order
 
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
@@ -133,6 +153,8 @@ Logprobs = Callable[
     tuple[tuple[jax.Array, jax.Array], ...],
 ]
 """(sizes, params, B prompts, segments, options) -> each segment's (log-probs, entropies) [N, T]."""
+ChooseScored = Callable[[tuple[Segment, ...], LogprobOptions], tuple[jax.Array, ...]]
+"""(segments, options) -> bool [N, T] of each segment: the choices that `Logprobs` scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +164,8 @@ class TurnProgram:
     sample: Sample
     logprobs: Logprobs
     passes_gradients: bool = False  # scoring can work with `LogprobOptions.straight_through`
+    # None: all choices are scored. Others have log-prob and entropy 0, and are in no loss.
+    choose_scored: ChooseScored | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,14 @@ Normalises pixels for its vision tower.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from corl_jax.devices.mesh import constrain, context_batch_shards
+from corl_jax.devices.mesh import constrain
+from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.image_settings import ImageSettings, make_level_table
 from corl_jax.policies.janus.network import JanusConfig
@@ -43,14 +43,6 @@ def decode_images(
     images = lax.map(decode, padded.reshape(chunks, size, -1))
     images = images.reshape(-1, *images.shape[2:])[: tokens.shape[0]]
     return constrain(images, "batch", None, None, None)
-
-
-def choose_chunks(images: int, most: int) -> tuple[int, int]:
-    """Returns (chunks, images per chunk), with at most `most` images a device in a chunk."""
-    # 20 images on 2 devices: 2 chunks of 10 images, not one of 16 and one of 4 filled up to 16.
-    num_batch_shards = context_batch_shards()
-    chunks = math.ceil(images / (most * num_batch_shards))
-    return chunks, math.ceil(images / (chunks * num_batch_shards)) * num_batch_shards
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -20,6 +20,7 @@ from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import attention as attentions
 from corl_jax.policies.chunked_logprobs import repeat_rows
+from corl_jax.policies.completions import check_group_size
 from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions
 from corl_jax.policies.janus import images, network
 from corl_jax.policies.janus.image_settings import ImageSettings
@@ -31,7 +32,6 @@ from corl_jax.policies.janus.logprobs import (
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.pillow_resize import resize_levels
 from corl_jax.policies.janus.sampling import (
-    check_group_size,
     choose_kernel,
     image_program,
     text_program,

@@ -7,7 +7,6 @@ only; see `policies.choices`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,7 +19,15 @@ from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
-from corl_jax.policies.choices import Choice, completion_mask, guide, split_steps, token_logprobs
+from corl_jax.policies.choices import Choice, completion_mask, guide, token_logprobs
+from corl_jax.policies.completions import (
+    DecodeState,
+    advance,
+    check_group_size,
+    make_text_draw,
+    sample_until_ended,
+    start_state,
+)
 from corl_jax.policies.decoding import Decoder, Rows, read_prompts
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
@@ -46,50 +53,10 @@ def unconditional_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array
     return jnp.where(is_boundary, input_ids, special.pad)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The values that one decode step passes to the next."""
-
-    step: jax.Array  # scalar int32, number of tokens sampled so far
-    token: jax.Array  # [N] int32, the newest token, which the network has not read
-    done: jax.Array  # [N] bool, rows that sampled EOS
-    tokens: jax.Array  # [N, T] int32
-    logprobs: jax.Array  # [N, T] float32
-    caches: list[KVCache]  # per layer
-
-
-def check_group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
-    """Returns the number of keys per prompt.
-
-    Raises: ValueError, while tracing, if that is no whole number.
-    """
-    count = prompts.input_ids.shape[0]
-    if keys.shape[0] % count or not keys.shape[0]:
-        raise ValueError(f"{keys.shape[0]} keys for {count} prompts: expected a positive multiple")
-    return keys.shape[0] // count
-
-
-def start_state(
-    token: jax.Array, logprob: jax.Array, done: jax.Array, length: int, fill: int, caches
-) -> DecodeState:
-    rows = token.shape[0]
-    return DecodeState(
-        step=jnp.int32(1),
-        token=token,
-        done=done,
-        tokens=jnp.full((rows, length), fill, jnp.int32).at[:, 0].set(token),
-        logprobs=jnp.zeros((rows, length), jnp.float32).at[:, 0].set(logprob),
-        caches=caches,
-    )
-
-
 CodeDraw = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """(hidden states of all rows, step) -> (codes, log-probs), each [N]."""
 CodeReader = Callable[[jax.Array, jax.Array, list[KVCache]], tuple[jax.Array, list[KVCache]]]
 """(codes [N], their number in the image, caches) -> (states of all rows after them, caches)."""
-TextDraw = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-"""(hidden states [N, D], step, rows that have ended) -> (tokens, log-probs, ended), each [N]."""
 
 
 def make_code_draw(
@@ -108,45 +75,6 @@ def make_code_draw(
         return token, token_logprobs(scored / choice.temperature, token)
 
     return draw
-
-
-def make_text_draw(model: Janus, choice: Choice, keys: jax.Array, eos: int) -> TextDraw:
-    """Returns the function that draws a text token for each sample."""
-
-    def draw(hidden: jax.Array, step: jax.Array, done: jax.Array):
-        logits = model.text_logits(hidden).astype(jnp.float32) / choice.temperature
-        token = choice.draw(keys, step, logits)
-        # Without top-k and top-p, as the update scores it. Rows that have ended go on as EOS.
-        logprob = jnp.where(done, 0.0, token_logprobs(logits, token))
-        token = jnp.where(done, eos, token)
-        return token, logprob, done | (token == eos)
-
-    return draw
-
-
-def sample_until_ended(
-    model: Janus, decoder: Decoder, draw: TextDraw, hidden: jax.Array, steps: int, eos: int
-) -> DecodeState:
-    """Samples texts from the prompts' last states [N, D]: a token, and at least `steps` more.
-
-    Stops soon after all rows have ended.
-    """
-    token, logprob, done = draw(hidden, jnp.int32(0), jnp.zeros(len(hidden), bool))
-    # The length may exceed what was asked for by a few steps, which the caller cuts off.
-    rounds, stride = split_steps(steps)
-    length = 1 + rounds * stride
-    caches = decoder.new_caches(len(hidden), length)
-
-    def step(state: DecodeState) -> DecodeState:
-        hidden, caches = decoder(model.embed_text(state.token), state.step - 1, state.caches)
-        token, logprob, done = draw(hidden, state.step, state.done)
-        return _advance(state, token, logprob, caches, done)
-
-    return lax.while_loop(
-        lambda state: (state.step < length) & ~state.done.all(),
-        lambda state: lax.fori_loop(0, stride, lambda _, state: step(state), state),
-        start_state(token, logprob, done, length, eos, caches),
-    )
 
 
 def make_code_reader(model: Janus, rows: Rows, decoder: Decoder, before: Any) -> CodeReader:
@@ -172,7 +100,7 @@ def sample_all_codes(
     def step(state: DecodeState) -> DecodeState:
         hidden, caches = read(state.token, state.step - 1, state.caches)
         token, logprob = draw(hidden, state.step)
-        return _advance(state, token, logprob, caches)
+        return advance(state, token, logprob, caches)
 
     state = start_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
     return lax.fori_loop(1, length, lambda _, state: step(state), state)
@@ -222,17 +150,6 @@ def image_program(
     caches = decoder.new_caches(len(hidden), length)
     state = sample_all_codes(draw, read, hidden, length, caches)
     return state.tokens, state.logprobs
-
-
-def _advance(state: DecodeState, token, logprob, caches, done=None) -> DecodeState:
-    return DecodeState(
-        step=state.step + 1,
-        token=token,
-        done=state.done if done is None else done,
-        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        logprobs=lax.dynamic_update_slice(state.logprobs, logprob[:, None], (0, state.step)),
-        caches=caches,
-    )
 
 
 def choose_kernel(config: JanusConfig, attention: Attention, dtype: Any) -> attentions.DecodeKernel:

@@ -21,7 +21,7 @@ from jax import lax
 
 from corl_jax.devices.mesh import constrain
 from corl_jax.policies.family import LogprobOptions
-from corl_jax.policies.janus import images
+from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.network import Janus
 from corl_jax.policies.janus.pillow_resize import make_resize_weights
@@ -108,7 +108,7 @@ def make_soft_pixels(
     and the clamp to [0, 1] let the gradient through unchanged.
     """
     rows, length, _ = vectors.shape
-    chunks, size = images.choose_chunks(rows, DECODED_AT_ONCE)
+    chunks, size = choose_chunks(rows, DECODED_AT_ONCE)
     padded = jnp.pad(vectors, ((0, chunks * size - rows), (0, 0), (0, 0)))
     side = round(length**0.5)
 

@@ -25,6 +25,11 @@ from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
 from corl_jax.policies.choices import Choice, completion_mask
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
+from corl_jax.policies.completions import (
+    check_group_size,
+    make_text_draw,
+    sample_until_ended,
+)
 from corl_jax.policies.decoding import Rows, prefill, read_prompts
 from corl_jax.policies.family import LogprobOptions, SamplingOptions
 from corl_jax.policies.janus import network
@@ -32,13 +37,10 @@ from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.logprobs import compute_scoring_states, score_code_states
 from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.policies.janus.sampling import (
-    check_group_size,
     choose_kernel,
     make_code_draw,
     make_code_reader,
-    make_text_draw,
     sample_all_codes,
-    sample_until_ended,
     unconditional_ids,
 )
 from corl_jax.policies.janus.tokens import SpecialTokens

@@ -218,7 +218,7 @@ def preprocess_image(image: Image.Image, side: int) -> np.ndarray:
         # int(), not round(), as torchvision: 100 x 75 -> side 64: 85 x 64
         width, height = (int(side * x / short) for x in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (int(round((x - side) / 2.0)) for x in image.size)
+    left, top = (round((x - side) / 2) for x in image.size)
     image = image.crop((left, top, left + side, top + side))
     return normalise_pixels(np.asarray(image))
 

@@ -12,7 +12,7 @@ import pytest
 
 from corl_jax.devices import compiling
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
-from corl_jax.policies import choices, decoding
+from corl_jax.policies import choices, completions, decoding
 from corl_jax.policies.choices import (
     STRIDE,
     Choice,
@@ -347,13 +347,13 @@ def test_data_parallel_decoding_needs_no_communication(config, params, images, c
 @pytest.fixture
 def decode_steps(monkeypatch):
     """The steps that a sampler's loop makes, in programs that are compiled in the test."""
-    steps, advance = [], sampling._advance
+    steps, advance = [], completions.advance
 
     def counted(state, *args):
         jax.debug.callback(lambda step: steps.append(int(step)), state.step)
         return advance(state, *args)
 
-    monkeypatch.setattr(sampling, "_advance", counted)
+    monkeypatch.setattr(completions, "advance", counted)
     jax.clear_caches()
     yield steps
     jax.clear_caches()

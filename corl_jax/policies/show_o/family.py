@@ -1,0 +1,116 @@
+"""Show-o as a family: the one place where the program meets `policies.show_o`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+
+from corl_jax.models.lora import Lora
+from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
+from corl_jax.policies.show_o import (
+    images,
+    layout,
+    logprobs,
+    network,
+    own_images,
+    prompts,
+    reading,
+    sampling,
+)
+from corl_jax.policies.show_o.checkpoint import KIND
+from corl_jax.policies.show_o.hiding import choose_scored
+from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.policies.show_o.prompts import BUCKET, ImageSettings, Processor
+from corl_jax.policies.show_o.tokens import SpecialTokens
+from corl_jax.tasks import CODES, TEXT
+from corl_jax.weights.checkpoint import load_config
+
+
+def describe_limits(sizes: ShowOConfig) -> Limits:
+    """Returns the sizes of a Show-o that checks and estimates need."""
+    phi, side = sizes.phi, describe_image(sizes).side
+    return Limits(
+        positions=phi.max_position_embeddings,
+        image_tokens=sizes.num_image_tokens,
+        input_image_tokens=sizes.num_image_tokens,
+        input_image_side=side,
+        image_side=side,
+        vocab_size=phi.vocab_size,
+        layers=phi.num_layers,
+        width=phi.hidden_size,
+        inner_width=phi.intermediate_size,
+        heads=phi.num_heads,
+        kv_heads=phi.num_kv_heads,
+        head_dim=phi.head_dim,
+        sharded_heads={
+            "heads of language_model": phi.num_heads,
+            "key heads of language_model": phi.num_kv_heads,
+        },
+    )
+
+
+def describe_image(sizes: ShowOConfig) -> ImageSettings:
+    """Returns the sizes of an image."""
+    # 1,024 codes -> a grid of 32 x 32 -> 32 * 16 = 512 pixels
+    side = math.isqrt(sizes.num_image_tokens) * sizes.magvit.downsample
+    return ImageSettings(side, sizes.num_image_tokens)
+
+
+def open_processor(folder: Path) -> Processor:
+    """Opens the processor of a checkpoint.
+
+    Raises:
+        InputError: a config or a tokenizer that cannot be used.
+    """
+    sizes = load_config(folder, KIND)
+    return Processor(
+        folder, describe_image(sizes), vocab_size=sizes.vocab_size, codebook_size=sizes.num_codes
+    )
+
+
+def _normalise_pixels(processor: Processor, pixels: jax.Array) -> jax.Array:
+    return prompts.normalise_pixels(pixels)
+
+
+def _get_adapters(sizes: ShowOConfig) -> Lora | None:
+    return sizes.phi.lora
+
+
+FAMILY = Family(
+    kind=KIND,
+    presets=network.PRESETS,
+    open_processor=open_processor,
+    stand_in_tokens=SpecialTokens(
+        eos=50256, pad=50295, soi=50296, eoi=50297, t2i=50300, mmu=50301, first_code=50305,
+        mask=58497,
+    ),
+    prompt_bucket=BUCKET,
+    trainable=layout.TRAINABLE,
+    float32_parts=layout.FLOAT32_PARTS,
+    tokenizer_parts=layout.TOKENIZER_PARTS,
+    adapters=Adapters(
+        paths=layout.ADAPTER_PATHS,
+        targets=layout.ADAPTER_TARGETS,
+        add=network.add_adapters,
+        remove=network.remove_adapters,
+        options_of=_get_adapters,
+    ),
+    limits=describe_limits,
+    turns={
+        (CODES,): TurnProgram(
+            sampling.sample_codes, logprobs.score_codes, choose_scored=choose_scored
+        ),
+        (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        (CODES, TEXT): TurnProgram(
+            own_images.sample_own_answers, own_images.score_own_answers,
+            choose_scored=choose_scored,
+        ),
+    },
+    blank_prompts=reading.blank_ids,
+    decode_images=images.decode_images,
+    encode_images=images.encode_images,
+    normalise_pixels=_normalise_pixels,
+    stand_in_image=describe_image,
+)  # fmt: skip

@@ -1,0 +1,102 @@
+"""Chooses which codes of an image are hidden while they are scored.
+
+Every pass over a segment, of the policy, the old policy and the reference, must hide the same
+codes. What decides is recorded in `Segment.replay`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, Unmasking
+from corl_jax.tasks import CODES
+from corl_jax.types import Segment
+
+HIDDEN_SHARES, COMMITTED_AT = "hidden_shares", "committed_at"
+"""Keys of `Segment.replay`: the share [N] of the codes to hide, equal in a group; the step [N, M]
+of the sampler that committed a code."""
+HIDING_KEYS = 2**31 - 1
+"""Folded into the keys that draw an image; no sampler has so many steps."""
+POSITIONS, SHARES, STEPS = range(3)
+"""Folded into NOISE_KEYS: the numbers of the positions, of the share, of the scored steps."""
+
+
+def make_replay(
+    keys: jax.Array, group_size: int, committed_at: jax.Array, unmasking: Unmasking
+) -> dict[str, jax.Array]:
+    """Returns the replay of images that were drawn with keys [N]."""
+    if unmasking.logprobs == "none":
+        return {}
+    keys = _fold(keys, HIDING_KEYS)
+    replay = {NOISE_KEYS: jax.random.key_data(keys)}
+    if unmasking.logprobs == "trajectory":
+        return replay | {COMMITTED_AT: committed_at}
+    # One share for a group: with shares of their own, its completions would not compare.
+    shares = jnp.repeat(draw_shares(keys[::group_size]), group_size)
+    return replay | {HIDDEN_SHARES: shares}
+
+
+def draw_shares(keys: jax.Array) -> jax.Array:
+    """Returns the share of codes to hide for each key [N], by the cosine schedule."""
+    times = jax.vmap(jax.random.uniform)(_fold(keys, SHARES))
+    return jnp.cos(times * (jnp.pi / 2))
+
+
+def choose_hidden(segment: Segment) -> jax.Array:
+    """Returns the hidden places [N, M] of images: a share of them, at least one.
+
+    Source: Show-o's `mask_or_random_replace_tokens`.
+    """
+    keys, num_places = _get_keys(segment), segment.values.shape[1]
+    shares = segment.replay.get(HIDDEN_SHARES)
+    if shares is None:  # given images: each has a share of its own
+        shares = draw_shares(keys)
+    counts = jnp.maximum(jnp.round(shares * num_places), 1)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (num_places,)))(_fold(keys, POSITIONS))
+    return jnp.argsort(draws, axis=-1) < counts[:, None]
+
+
+def choose_steps(segment: Segment, unmasking: Unmasking) -> jax.Array:
+    """Returns the steps [N, S] of the sampler whose codes are scored, different ones for a row."""
+    count, chosen = unmasking.steps, unmasking.scored_steps or unmasking.steps
+    every = jnp.broadcast_to(jnp.arange(count), (len(segment.values), count))
+    if chosen >= count:
+        return every
+    order = jax.vmap(lambda key: jax.random.permutation(key, count))
+    return order(_fold(_get_keys(segment), STEPS))[:, :chosen]
+
+
+def list_passes(segment: Segment, unmasking: Unmasking) -> tuple[jax.Array, jax.Array]:
+    """Returns the passes that score a segment: (known, scored), each [passes, N, M] bool.
+
+    The codes of known places are read, those of scored places are scored.
+    """
+    if unmasking.logprobs == "trajectory":
+        committed_at = segment.replay[COMMITTED_AT].astype(jnp.int32)
+        steps = choose_steps(segment, unmasking).T[..., None]
+        return committed_at < steps, committed_at == steps
+    hidden = choose_hidden(segment)
+    if unmasking.logprobs == "one_shot":
+        return ~hidden[None], hidden[None]
+    return jnp.stack([~hidden, hidden]), jnp.stack([hidden, ~hidden])
+
+
+def choose_scored(
+    segments: tuple[Segment, ...], options: LogprobOptions
+) -> tuple[jax.Array, ...]:
+    """Returns the choices [N, T] of each segment that are scored: all of texts, some codes."""
+    return tuple(
+        list_passes(segment, options.unmasking)[1].any(axis=0)
+        if segment.kind == CODES
+        else jnp.ones(segment.mask.shape, bool)
+        for segment in segments
+    )
+
+
+def _get_keys(segment: Segment) -> jax.Array:
+    return jax.random.wrap_key_data(segment.replay[NOISE_KEYS])
+
+
+def _fold(keys: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
