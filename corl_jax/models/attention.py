@@ -107,7 +107,7 @@ def choose_training_kernel(dtype: Any, head_dim: int, device: Any = None) -> Att
     return next(name for name in training if can_run(name, dtype, head_dim, device))
 
 
-# ---- a training step: causal attention over whole sequences
+# ---- a training step: attention over whole sequences
 
 
 def attend_causally(
@@ -191,6 +191,27 @@ def _make_splash_kernel(length: int, total: int) -> Callable:
         return jax.vmap(attend_row)(query, key, value, query_segments, key_segments)
 
     return attend
+
+
+def attend_to_first(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    kernel: AttentionKernel = "xla",
+) -> jax.Array:
+    """Returns attention [B, T, H, head_dim] of every query to the first `lengths` [B] of S keys.
+
+    `key` and `value` are [B, S, kv_heads, head_dim]. cuDNN differentiates even T and S only.
+    """
+    if kernel == "cudnn":  # needs all three in the same layout
+        laid_out = (constrain(x, "batch", "length", "heads", None) for x in (query, key, value))
+        query, key, value = laid_out
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths,
+        # Splash attention gains by skipping blocks of a causal mask; here it would skip none.
+        implementation="cudnn" if kernel == "cudnn" else "xla",
+    )  # fmt: skip
 
 
 # ---- a decode step: attention to a prefix of the keys, and the merge of two parts

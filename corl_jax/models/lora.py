@@ -32,11 +32,13 @@ class Lora:
 
 
 class LoraLinear(nnx.Linear):
-    """A dense layer x W + x A B alpha / rank, without bias; A is [in, rank] and B [rank, out]."""
+    """A dense layer x W + x A B alpha / rank, and its bias; A is [in, rank] and B [rank, out]."""
 
-    def __init__(self, in_features: int, out_features: int, lora: Lora, *, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, out_features: int, lora: Lora, *, bias: bool, rngs: nnx.Rngs
+    ):
         super().__init__(
-            in_features, out_features, use_bias=False, kernel_init=initializer, rngs=rngs
+            in_features, out_features, use_bias=bias, kernel_init=initializer, rngs=rngs
         )
         self.scale = lora.scale
         self.lora_a = nnx.Param(_draw_uniform(rngs.params(), (in_features, lora.rank)))
@@ -49,12 +51,18 @@ class LoraLinear(nnx.Linear):
 
 
 def make_projection(
-    name: str, in_features: int, out_features: int, lora: Lora | None, *, rngs: nnx.Rngs
+    name: str,
+    in_features: int,
+    out_features: int,
+    lora: Lora | None,
+    *,
+    bias: bool = False,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """Makes a dense layer without bias, with an adapter if `name` is among the targets."""
+    """Makes a dense layer, with an adapter if `name` is among the targets."""
     if lora is None or name not in lora.targets:
-        return make_linear(in_features, out_features, bias=False, rngs=rngs)
-    return LoraLinear(in_features, out_features, lora, rngs=rngs)
+        return make_linear(in_features, out_features, bias=bias, rngs=rngs)
+    return LoraLinear(in_features, out_features, lora, bias=bias, rngs=rngs)
 
 
 def _draw_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Decodes with a Llama, one token per step and many completions per prompt.
+"""Decodes with a language model, one token per step and many completions per prompt.
 
 The prompt is read once, and its keys and values are kept once for all its completions. Each
 completion has a buffer for the keys and values of its tokens. A step attends to both parts and
@@ -9,7 +9,8 @@ instead. The layers are unstacked and their matrices fused before the loop.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
 from corl_jax.models.attention import DecodeKernel, attend_to_prefix, merge_parts
 from corl_jax.models.layers import apply_rope
-from corl_jax.models.llama import Block, KVCache, Llama
+from corl_jax.models.llama import Block, KVCache
 from corl_jax.models.lora import LoraLinear
 
 # For a short prompt one call of cuDNN over prompt and completion costs less than two calls.
@@ -203,39 +204,75 @@ class FusedBlock:
         fused = constrain(self.qkv(x), "batch", "heads", None, None)
         query = apply_rope(fused[:, :, :-2].reshape(rows, -1, size), step.rope)
         new = apply_rope(fused[:, :, -2], step.rope), fused[:, :, -1]
-        if prompt is None:
-            # Prompts differ in length, so each row has another slot; the cache is dense up to it.
-            cache = write(cache, new, step.positions)
-            attended, _ = attend_to_prefix(
-                query[:, None], *cache, step.positions + 1, step.attention
-            )
-            return attended.reshape(rows, -1), cache
-        if step.index.ndim:
-            cache = write(cache, new, step.index)
-        else:
-            # Without the prompt all rows write to the same slot: one slice, not a scatter per row.
-            cache = jax.tree.map(
-                lambda old, entry: lax.dynamic_update_slice_in_dim(
-                    old, entry[:, None], step.index, axis=1
-                ),
-                cache, new,
-            )  # fmt: skip
-        count = jnp.full(rows, step.index + 1, jnp.int32)
-        by_completion = attend_to_prefix(query[:, None], *cache, count, step.attention)
-        # The completions of a prompt become its queries: its keys are read once for the group.
-        # [rows, H, head_dim] -> [prompt rows, G, H, head_dim]
-        by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
-        shared = attend_to_prefix(by_prompt, *prompt, step.lengths, step.attention)
-        averages, denominators = (x.reshape(rows, 1, *x.shape[2:]) for x in shared)
-        return merge_parts((averages, denominators), by_completion).reshape(rows, -1), cache
+        return attend_step(query, new, prompt, cache, step)
+
+
+def attend_step(
+    query: jax.Array, new: KVCache, prompt: KVCache | None, cache: KVCache, step: Step
+) -> tuple[jax.Array, KVCache]:
+    """Returns attention [rows, H * head_dim] of a token, and the cache with its key and value.
+
+    `query` is [rows, H, head_dim], `new` are the token's key and value [rows, kv_heads, head_dim].
+    `prompt` is None if the cache begins with a copy of the prompt.
+    """
+    rows = len(query)
+    if prompt is None:
+        # Prompts differ in length, so each row has another slot; the cache is dense up to it.
+        cache = write(cache, new, step.positions)
+        attended, _ = attend_to_prefix(query[:, None], *cache, step.positions + 1, step.attention)
+        return attended.reshape(rows, -1), cache
+    if step.index.ndim:
+        cache = write(cache, new, step.index)
+    else:
+        # Without the prompt all rows write to the same slot: one slice, not a scatter per row.
+        cache = jax.tree.map(
+            lambda old, entry: lax.dynamic_update_slice_in_dim(
+                old, entry[:, None], step.index, axis=1
+            ),
+            cache, new,
+        )  # fmt: skip
+    count = jnp.full(rows, step.index + 1, jnp.int32)
+    by_completion = attend_to_prefix(query[:, None], *cache, count, step.attention)
+    # The completions of a prompt become its queries: its keys are read once for the group.
+    # [rows, H, head_dim] -> [prompt rows, G, H, head_dim]
+    by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
+    shared = attend_to_prefix(by_prompt, *prompt, step.lengths, step.attention)
+    averages, denominators = (x.reshape(rows, 1, *x.shape[2:]) for x in shared)
+    return merge_parts((averages, denominators), by_completion).reshape(rows, -1), cache
+
+
+class Network(Protocol):
+    """The parts of a language model that decoding needs."""
+
+    @property
+    def layers(self) -> Any:
+        """The stacked blocks."""
+        ...
+
+    def prefill(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Returns hidden states [B, P, D], and all keys and values [L, B, P, ...]."""
+        ...
+
+    def rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the cosines and sines of positions."""
+        ...
+
+    @property
+    def norm(self) -> Callable[[jax.Array], jax.Array]:
+        """The final norm."""
+        ...
+
+
+DecodeBlock = Callable[[jax.Array, KVCache | None, KVCache, Step], tuple[jax.Array, KVCache]]
+"""A block for one token of each row, as `FusedBlock.__call__`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """The fused layers, and the keys and values of the prompts."""
 
-    llama: Llama
-    blocks: list[FusedBlock]
+    network: Network
+    blocks: list[DecodeBlock]
     prompts: list[KVCache]  # per layer, [prompt rows, P, kv_heads, head_dim], padded on the right
     lengths: jax.Array  # [prompt rows] int32
     attention: DecodeKernel
@@ -250,13 +287,13 @@ class Decoder:
         `index` is a scalar, or [rows] where rows have read different numbers of tokens.
         """
         positions = jnp.repeat(self.lengths, len(embeds) // len(self.lengths)) + index
-        rope = self.llama.rope(positions)
+        rope = self.network.rope(positions)
         step = Step(index, positions, rope, self.lengths, self.attention)
         x, new = constrain(embeds, "batch", "embed"), []
         for block, prompt, cache in zip(self.blocks, self.prompts, caches, strict=True):
             x, cache = block(x, None if self.copied else prompt, cache, step)
             new.append(cache)
-        return self.llama.norm(x), new
+        return self.network.norm(x), new
 
     def new_caches(self, rows: int, length: int) -> list[KVCache]:
         """Makes buffers [rows, S, kv_heads, head_dim] per layer for `length` completion tokens.
@@ -324,7 +361,7 @@ def copies_prompts(attention: DecodeKernel, length: int) -> bool:
 
 
 def prefill(
-    llama: Llama, embeds: jax.Array, mask: jax.Array
+    network: Network, embeds: jax.Array, mask: jax.Array
 ) -> tuple[list[KVCache], jax.Array, jax.Array]:
     """Reads left-padded prompts [B, P, D]; returns their caches, lengths and last states [B, D].
 
@@ -336,7 +373,7 @@ def prefill(
     places = jnp.arange(mask.shape[1])
     source = (places + mask.shape[1] - lengths[:, None]) % mask.shape[1]
     embeds = jnp.take_along_axis(embeds, source[..., None], axis=1)
-    hidden, (keys, values) = llama.prefill(embeds, places < lengths[:, None])
+    hidden, (keys, values) = network.prefill(embeds, places < lengths[:, None])
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     names = "batch", "length", "heads", None
     prompts = [(constrain(keys[i], *names), constrain(values[i], *names)) for i in range(len(keys))]
@@ -344,12 +381,18 @@ def prefill(
 
 
 def read_prompts(
-    llama: Llama, embeds: jax.Array, mask: jax.Array, attention: DecodeKernel
+    network: Network,
+    embeds: jax.Array,
+    mask: jax.Array,
+    attention: DecodeKernel,
+    fuse: Callable[[Any], DecodeBlock] = FusedBlock.from_block,
 ) -> tuple[Decoder, jax.Array]:
-    """Reads left-padded prompts [B, P, D]; returns a decoder and their last states [B, D]."""
-    prompts, lengths, last = prefill(llama, embeds, mask)
+    """Reads left-padded prompts [B, P, D]; returns a decoder and their last states [B, D].
+
+    `fuse` makes the block of a decode step from a block of the network.
+    """
+    prompts, lengths, last = prefill(network, embeds, mask)
     # XLA does not move the slices of a stacked layer out of a loop: each step would copy them.
-    blocks = layers.unstack(llama.layers, len(prompts))
-    fused = [FusedBlock.from_block(block) for block in blocks]
+    fused = [fuse(block) for block in layers.unstack(network.layers, len(prompts))]
     copied = copies_prompts(attention, mask.shape[1])
-    return Decoder(llama, fused, prompts, lengths, attention, copied), last
+    return Decoder(network, fused, prompts, lengths, attention, copied), last

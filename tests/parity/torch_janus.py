@@ -38,7 +38,8 @@ VQ = {
     "image_token_embed_dim": 32,
 }  # fmt: skip
 
-RENAMES = (
+Renames = tuple[tuple[str, str], ...]
+RENAMES: Renames = (
     (r"^model\.", ""),
     (r"\.self_attn\.", ".attn."),
     (r"^vision_model\.(embeddings|encoder)\.", "vision_model."),
@@ -131,9 +132,9 @@ def jax_config(config: TorchConfig) -> JanusConfig:
     )
 
 
-def params_of(model: torch.nn.Module) -> dict:
+def params_of(model: torch.nn.Module, renames: Renames = RENAMES) -> dict:
     """The model's weights as our nested dict of float32 NumPy arrays."""
-    return _nested(model, lambda parameter: parameter)
+    return _nested(model, lambda parameter: parameter, renames)
 
 
 def gradients_of(model: torch.nn.Module) -> dict:
@@ -141,12 +142,12 @@ def gradients_of(model: torch.nn.Module) -> dict:
     return _nested(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
 
 
-def _nested(model: torch.nn.Module, value: Callable) -> dict:
+def _nested(model: torch.nn.Module, value: Callable, renames: Renames = RENAMES) -> dict:
     flat: dict[str, Any] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             array = value(parameter).detach().numpy().copy()
-            path, layer = _path(name)
+            path, layer = _path(name, renames)
             kind, array = _leaf(module, leaf, array)
             if layer is None:
                 flat[f"{path}/{kind}"] = array
@@ -158,9 +159,9 @@ def _nested(model: torch.nn.Module, value: Callable) -> dict:
     )
 
 
-def _path(name: str) -> tuple[str, int | None]:
+def _path(name: str, renames: Renames) -> tuple[str, int | None]:
     """Path without the leaf, and the layer if the path is one of a stack."""
-    for pattern, replacement in RENAMES:
+    for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     if found := re.fullmatch(r"((?:language|vision)_model\.layers)\.(\d+)\.(.*)", name):
         return f"{found[1]}.{found[3]}".replace(".", "/"), int(found[2])
