@@ -1,16 +1,48 @@
-"""A small tokenizer in the form of Phi-1.5's, and processors on it."""
+"""A small Show-o, a tokenizer in the form of Phi-1.5's, and processors on it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+
+from corl_jax.models.magvit import MagvitConfig
+from corl_jax.models.phi import PhiConfig
+from corl_jax.policies.show_o import network
+from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.policies.show_o.prompts import ImageSettings, Processor
-from corl_jax.policies.show_o.tokens import CONTROLS, END
+from corl_jax.policies.show_o.tokens import CONTROLS, END, SpecialTokens
 from tests.support.tiny_models import CORPUS
 
 CODES = 8
 SIDE, TOKENS = 64, 16
 """An image of 64 pixels has 4 x 4 codes."""
+
+MAGVIT = MagvitConfig(
+    z_channels=3, base_channels=32, encoder_channels=(32, 32, 32), encoder_blocks=(1, 1, 1),
+    decoder_channels=(32, 32, 32), decoder_blocks=(1, 1, 1),
+)  # fmt: skip
+TEXT_TOKENS = 20
+CONFIG = ShowOConfig(
+    phi=PhiConfig(
+        vocab_size=TEXT_TOKENS + 10 + CODES + 1, hidden_size=16, intermediate_size=32, num_layers=2,
+        num_heads=2, num_kv_heads=2, head_dim=8, max_position_embeddings=128,
+    ),
+    magvit=MAGVIT, num_vq_tokens=4, llm_vocab_size=TEXT_TOKENS,
+)  # fmt: skip
+SPECIAL = SpecialTokens(
+    eos=0, pad=20, soi=21, eoi=22, t2i=25, mmu=26, first_code=30, mask=30 + CODES
+)
+
+
+def make_params(config: ShowOConfig = CONFIG, scale: float = 10.0):
+    """Random parameters; a larger language model's kernels make its choices differ."""
+    params = network.init(config, jax.random.key(0))
+    for name in ("language_model", "lm_head"):
+        params[name] = jax.tree.map(
+            lambda x: x * scale if x.ndim > 1 and x.std() > 0 else x, params[name]
+        )
+    return params
 
 
 def tokenizer_dir(path: Path) -> Path:

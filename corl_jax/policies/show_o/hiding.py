@@ -82,9 +82,7 @@ def list_passes(segment: Segment, unmasking: Unmasking) -> tuple[jax.Array, jax.
     return jnp.stack([~hidden, hidden]), jnp.stack([hidden, ~hidden])
 
 
-def choose_scored(
-    segments: tuple[Segment, ...], options: LogprobOptions
-) -> tuple[jax.Array, ...]:
+def choose_scored(segments: tuple[Segment, ...], options: LogprobOptions) -> tuple[jax.Array, ...]:
     """Returns the choices [N, T] of each segment that are scored: all of texts, some codes."""
     return tuple(
         list_passes(segment, options.unmasking)[1].any(axis=0)

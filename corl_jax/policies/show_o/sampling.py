@@ -8,7 +8,6 @@ and its prompt only.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax

@@ -21,9 +21,10 @@ from corl_jax.policies.choices import (
     sample_keys,
     token_logprobs,
 )
+from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus import images as janus_images
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.images import decode_images
+from corl_jax.policies.janus.images import VQ_BATCH, decode_images
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts, Rollout
@@ -466,9 +467,9 @@ def test_pictures_in_half_precision_are_nearly_the_same(config, params):
 
 @pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (8, (1, 8)), (9, (2, 5))])
 def test_chunks_are_even(images, chunks):
-    assert janus_images._choose_chunks(images) == chunks
+    assert choose_chunks(images, VQ_BATCH) == chunks
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        count, size = janus_images._choose_chunks(images)
+        count, size = choose_chunks(images, VQ_BATCH)
     assert size % 4 == 0 and count * size >= images
 
 
