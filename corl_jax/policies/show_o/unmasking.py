@@ -181,8 +181,9 @@ class Unmasker:
         zeros = jnp.zeros((rows, num_places), jnp.float32)
         start = jnp.where(known, GIVEN, self.steps - 1)
         first = (codes.astype(jnp.int32), known, start, zeros, zeros)
-        (codes, _, committed_at, *kept), steps = lax.scan(step, first, jnp.arange(self.steps))
-        return Drawn(codes, committed_at, *kept, steps)
+        last, steps = lax.scan(step, first, jnp.arange(self.steps))
+        codes, _, committed_at, conditional, guided = last
+        return Drawn(codes, committed_at, conditional, guided, steps)
 
     def _count_masked(self, known: jax.Array) -> jax.Array:
         """Returns the counts [T, N] of the schedule."""
