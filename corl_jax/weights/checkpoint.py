@@ -20,6 +20,7 @@ from corl_jax.weights.folders import find_pointers, refuse_adapter
 from corl_jax.weights.kinds import OWN_LAYOUT, Assets, NetworkKind
 from corl_jax.weights.nan_check import check_finite
 from corl_jax.weights.own_config import parse_own_config
+from corl_jax.weights.parts import join_parts
 from corl_jax.weights.recognise import (
     check_named_layout,
     find_layout_of_tensors,
@@ -152,7 +153,7 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
         stored = {key: info.shape for key, info in store.infos.items()}
         if layout is None:
             layout = find_layout_of_tensors(stored, path, kind, data)
-            store = _add_packaged_tensors(store, kind)
+            store = join_parts(_add_packaged_tensors(store, kind), kind, folder)
             stored = {key: info.shape for key, info in store.infos.items()}
             config = config or _parse_config(data, folder, kind, layout, stored)
         open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
@@ -281,6 +282,7 @@ def _open_foreign(
     if kind.explain:
         problems = kind.explain(problems, layout, data)
     problems += _check_dtypes(path, store, {slot.key for slot in slots})
+    problems += _check_derived(path, store, kind.derive(config))
     if problems:
         raise InputError(problems)
     folder = path.parent if path.is_file() else path
@@ -336,6 +338,15 @@ def _check_dtypes(where: Path, store: Store, keys: set[str]) -> list[str]:
         "are not supported"
         for key, info in store.infos.items()
         if key in keys and info.dtype not in _FLOATS
+    ]
+
+
+def _check_derived(where: Path, store: Store, derived: Mapping[str, np.ndarray]) -> list[str]:
+    return [
+        f"{where}: {key} does not hold the values that the network's sizes give it; it is damaged, "
+        "or of another kind of network"
+        for key, values in derived.items()
+        if key in store.infos and not np.array_equal(store.read(key), values)
     ]
 
 

@@ -18,6 +18,7 @@ from corl_jax.weights.folders import read_unmarked
 from corl_jax.weights.kinds import OWN_LAYOUT, Assets, NetworkKind
 from corl_jax.weights.nan_check import check_while_writing
 from corl_jax.weights.own_config import make_own_config
+from corl_jax.weights.parts import write_parts
 from corl_jax.weights.shards import (
     DEFAULT_SHARD_BYTES,
     ExtraFiles,
@@ -81,13 +82,16 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     _write_config(folder, export, plans)
     notes = _write_assets(folder, export)
     plans, not_finite = check_while_writing(plans)
-    write_tensors(
-        folder,
-        plans,
-        max_shard_bytes=export.max_shard_bytes,
-        as_bin=export.as_bin,
-        progress=progress,
-    )
+    if export.kind.parts and export.layout != OWN_LAYOUT:
+        write_parts(folder, export.kind, plans, as_bin=export.as_bin, progress=progress)
+    else:
+        write_tensors(
+            folder,
+            plans,
+            max_shard_bytes=export.max_shard_bytes,
+            as_bin=export.as_bin,
+            progress=progress,
+        )
     if export.layout == OWN_LAYOUT and export.carried:
         (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
         carried, more = check_while_writing(_plan_carried(export))
@@ -104,6 +108,7 @@ def plan_tensors(export: Export) -> list[TensorPlan]:
     table = export.kind.tables[export.layout]
     slots = table.make_slots(export.leaves.shapes)
     plans = [_plan_torch(export, key, group) for key, group in group_slots(slots).items()]
+    plans += _plan_derived(export)
     return plans + (_plan_carried(export) if table.carried else [])
 
 
@@ -132,6 +137,14 @@ def _plan_leaf(export: Export, path: str) -> TensorPlan:
             yield np.ascontiguousarray(leaves.read(path, layer), dtype=dtype)
 
     return TensorPlan(path, dtype, leaves.shapes[path], chunks)
+
+
+def _plan_derived(export: Export) -> list[TensorPlan]:
+    def plan(key: str, values: np.ndarray) -> TensorPlan:
+        array = values.astype(export.target_dtype(values.dtype))
+        return TensorPlan(key, array.dtype, array.shape, lambda: iter([array]))
+
+    return [plan(key, values) for key, values in export.kind.derive(export.config).items()]
 
 
 def _plan_carried(export: Export) -> list[TensorPlan]:
@@ -214,7 +227,7 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
     if source and source.layout == export.layout and source.config.is_file():
         old = read_json(source.config)
         # The source's file keeps fields that this package does not know; a new one would lose them.
-        if _parse_source(kind, source) == export.config:
+        if _parse_source(kind, source, export) == export.config:
             new = foreign.restate_config(export.layout, old)
             new = _replace_dtype(new, export.stated_dtype) if export.stated_dtype else new
             if new == old:
@@ -228,14 +241,18 @@ def _write_config(folder: Path, export: Export, plans: list[TensorPlan]) -> None
     )
 
 
-def _parse_source(kind: NetworkKind, source: Assets) -> Any:
+def _parse_source(kind: NetworkKind, source: Assets, export: Export) -> Any:
     """Returns the sizes that the source's foreign config.json states.
+
+    Sizes that it leaves to the tensors are those of the tensors to be written.
 
     Raises: InputError listing every field that is malformed or not supported.
     """
     assert kind.parse is not None  # it has a foreign layout
     problems = Problems()
-    config = kind.parse(source.config.parent, source.layout, {}, problems)
+    slots = kind.tables[export.layout].make_slots(export.leaves.shapes)
+    shapes = {slot.key: slot.shape for slot in slots}
+    config = kind.parse(source.config.parent, source.layout, shapes, problems)
     problems.raise_any()
     return config
 

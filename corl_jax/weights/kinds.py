@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -82,6 +83,19 @@ class PeftFormat:
     layers: str  # regex of the adapted layers' names up to the last part, such as `q_proj`
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightsPart:
+    """One of several files of weights that a kind's foreign layouts have in folders of their own.
+
+    An export writes the file whole, whatever its size.
+    """
+
+    folder: str  # inside of the model's folder or beside it; "" is the model's folder
+    stem: str  # of the file that is written, such as "model"
+    prefix: str  # of the names of its tensors in key tables, and not in the file
+    hub_id: str  # its published source, for messages
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class NetworkKind:
     """A kind of network: how to build it, and how to read and write its checkpoints."""
@@ -94,7 +108,13 @@ class NetworkKind:
     parse: Callable[[Path, str, Mapping[str, Shape], Problems], Any] | None = None
     # (sizes, where they stand) -> what does not fit in them
     check: Callable[[Any, str], list[str]] = lambda config, where: []
-    # `model_type` of a foreign config.json -> its layout; None: the tensors' names tell the layout
+    # files of weights of foreign layouts; the first is the model's. None: one model, usual names
+    parts: tuple[WeightsPart, ...] | None = None
+    # sizes -> tensors of foreign layouts that follow from the sizes, by their names in key tables;
+    # tables drop them when they are read
+    derive: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+    # `model_type` or `_class_name` of a foreign config.json -> its layout; None: the tensors' names
+    # tell the layout
     model_types: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     rules: Rules = ()
     files: tuple[str, ...] = TOKENIZER_FILES  # copied with the weights

@@ -17,7 +17,7 @@ def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkK
     """Returns the kind that a directory's config.json states; None if it states another kind."""
     file = Path(folder) / "config.json"
     data = read_json(file) if file.is_file() else {}
-    stated, network = data.get("model_type"), data.get("network")
+    stated, network = read_stated_type(data), data.get("network")
     for kind in kinds:
         is_own = stated == kind.own_format.model_type
         # Reward networks share one model_type in our layout; the field `network` tells them apart.
@@ -26,6 +26,11 @@ def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkK
         ):
             return kind
     return None
+
+
+def read_stated_type(data: Mapping[str, Any]) -> Any:
+    """Returns what a config.json calls its network: transformers' name, or diffusers' class."""
+    return data.get("model_type", data.get("_class_name"))
 
 
 def read_config(folder: Path, kind: NetworkKind) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
 
     Raises: InputError for a config.json of another kind.
     """
-    file, stated = folder / "config.json", data.get("model_type")
+    file, stated = folder / "config.json", read_stated_type(data)
     own_type = kind.own_format.model_type
     if stated == own_type:
         network = data.get("network")
@@ -86,7 +91,7 @@ def find_layout_of_tensors(
     layout = max(counts, key=lambda name: counts[name])
     if counts[layout]:
         return layout
-    stated = data.get("model_type")
+    stated = read_stated_type(data)
     if isinstance(stated, str) and stated not in kind.model_types:
         raise _describe_other_kind(where, stated, kind)
     # The tensors' shapes tell some sizes, so wrong names would be reported as wrong sizes.

@@ -85,6 +85,25 @@ def write_safetensors(
     file: Path, plans: Sequence[TensorPlan], progress: Progress | None = None
 ) -> None:
     """Writes one safetensors file, and reads its header back."""
+    ordered, start = _make_start(plans)
+    with replace_file(file) as stream:
+        stream.write(start)
+        for plan in ordered:
+            for chunk in _check_chunks(plan):
+                stream.write(chunk.reshape(-1).view(np.uint8).data)
+                if progress:
+                    progress(chunk.nbytes)
+    # Finds a file that the disk cut short before it is taken for whole.
+    read_header(file)
+
+
+def count_safetensors_bytes(plans: Sequence[TensorPlan]) -> int:
+    """Returns the size of the file that `write_safetensors` would write."""
+    return len(_make_start(plans)[1]) + sum(plan.nbytes for plan in plans)
+
+
+def _make_start(plans: Sequence[TensorPlan]) -> tuple[list[TensorPlan], bytes]:
+    """Returns the tensors in the order of their data, and the bytes before the data."""
     # Wide elements first: each tensor then starts at a multiple of its element size.
     ordered = sorted(plans, key=lambda plan: -np.dtype(plan.dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -99,15 +118,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     # Spaces, which the format allows behind the JSON, so that the data begins at a multiple of 8.
     text += b" " * (-len(text) % _ALIGN)
-    with replace_file(file) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for plan in ordered:
-            for chunk in _check_chunks(plan):
-                stream.write(chunk.reshape(-1).view(np.uint8).data)
-                if progress:
-                    progress(chunk.nbytes)
-    # Finds a file that the disk cut short before it is taken for whole.
-    read_header(file)
+    return ordered, len(text).to_bytes(8, "little") + text
 
 
 def _check_chunks(plan: TensorPlan) -> Iterator[np.ndarray]:

@@ -142,6 +142,21 @@ class JoinedStore:
         self._second.close()
 
 
+class PrefixedStore:
+    """The tensors of a store, with a prefix before each name."""
+
+    def __init__(self, store: Store, prefix: str):
+        self.infos = {f"{prefix}{key}": info for key, info in store.infos.items()}
+        self.concurrent = store.concurrent
+        self._store, self._prefix = store, prefix
+
+    def read(self, key: str, box: Box | None = None) -> np.ndarray:
+        return self._store.read(key.removeprefix(self._prefix), box)
+
+    def close(self) -> None:
+        self._store.close()
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Reads and checks the names, shapes and places of the tensors of a safetensors file.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from corl_jax.policies.janus.checkpoint.key_rows import (
     make_llama_rows,
     make_vq_code_rows,
-    make_vq_half_rows,
 )
+from corl_jax.weights.autoencoder_rows import make_vq_half_rows
 from corl_jax.weights.table import Row, Table
 from corl_jax.weights.table_rows import conv, dense, embedding, norm
 

@@ -1,0 +1,136 @@
+"""The small files of a Show-o: the tokenizer of Phi-1.5, and the configs of the three parts.
+
+    show-o/             config.json, pytorch_model.safetensors     showlab/show-o
+        magvitv2/       config.json, pytorch_model.safetensors     showlab/magvitv2
+        phi-1_5/        config.json, tokenizer.json, ...           microsoft/phi-1_5
+
+Both inner folders may also stand beside the outer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from corl_jax.errors import InputError
+from corl_jax.models.phi import PhiConfig
+from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.weights.folders import read_unmarked
+from corl_jax.weights.kinds import OWN_LAYOUT, Assets
+from corl_jax.weights.parts import describe_missing, find_companion
+from corl_jax.weights.shards import write_bytes, write_json
+from corl_jax.weights.storage import read_json
+
+PHI, PHI_HUB_ID = "phi-1_5", "microsoft/phi-1_5"
+MAGVIT = "magvitv2"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+GENERATION_FILE = "generation_config.json"
+VERSION = "0.30.1"
+"""Version of diffusers that the published files name."""
+
+# What no tensor shows, with the values of phi-1_5: an absent setting has this value.
+_HIDDEN = (
+    "The share of each head that is rotated ({partial_rotary_factor:g}), the rotary base "
+    "({rope_theta:g}), the LayerNorms' epsilon ({layer_norm_eps:g}) and the tanh form of GELU"
+)
+
+
+def find_phi(folder: Path) -> Path | None:
+    """Returns the folder with the files of microsoft/phi-1_5, inside of a model's or beside it."""
+    return find_companion(folder, PHI)
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """Returns the folder of a model's tokenizer files: phi-1_5, or the model's folder itself.
+
+    Raises: InputError with the command that downloads it.
+    """
+    places = [place for place in (find_phi(folder), folder) if place is not None]
+    for place in places:
+        if (place / "tokenizer.json").is_file():
+            return place
+    # `--include` takes several patterns behind it; the weights of phi-1_5 are not needed.
+    small = " --include '*.json' 'merges.txt' --exclude '*.safetensors*'"
+    raise InputError(describe_missing(folder, f"{PHI}/tokenizer.json", PHI_HUB_ID, small))
+
+
+def write_assets(
+    folder: Path, layout: str, config: ShowOConfig, source: Assets | None, stated: Mapping[str, Any]
+) -> list[str]:
+    """Writes the folders phi-1_5 and magvitv2 without weights; returns notes for the user."""
+    origin = source.folder if source else None
+    _write_magvit_config(folder, origin)
+    notes = _write_phi(folder, config.phi, origin)
+    if stated or (origin and (origin / GENERATION_FILE).is_file()):
+        file = origin / GENERATION_FILE if origin else None
+        old = read_json(file) if file and file.is_file() else {}
+        write_json(folder / GENERATION_FILE, {**old, **stated})
+    if layout != OWN_LAYOUT and not (folder / PHI / "tokenizer.json").is_file():
+        notes.append("the original code takes the tokenizer from `llm_model_path` in config.json")
+    return notes
+
+
+def _write_magvit_config(folder: Path, origin: Path | None) -> None:
+    place = find_companion(origin, MAGVIT) if origin else None
+    (folder / MAGVIT).mkdir(exist_ok=True)
+    if place and (place / "config.json").is_file():
+        write_bytes(folder / MAGVIT / "config.json", read_unmarked(place / "config.json"))
+    else:
+        new = {"_class_name": "MAGViTv2", "_diffusers_version": VERSION}
+        write_json(folder / MAGVIT / "config.json", new)
+
+
+def _write_phi(folder: Path, phi: PhiConfig, origin: Path | None) -> list[str]:
+    place = find_phi(origin) if origin else None
+    (folder / PHI).mkdir(exist_ok=True)
+    notes = []
+    for name in ("config.json", *TOKENIZER_FILES):
+        # The tokenizer may also stand in the model's folder itself, beside another config.json.
+        places = [place] if name == "config.json" else [place, origin]
+        file = next((p / name for p in places if p and (p / name).is_file()), None)
+        if file:
+            write_bytes(folder / PHI / name, read_unmarked(file))
+    if not (folder / PHI / "config.json").is_file():
+        write_json(folder / PHI / "config.json", make_phi_config(phi))
+        notes.append(
+            f"{_HIDDEN.format_map(vars(phi))} are those of {PHI_HUB_ID}: no file of the checkpoint "
+            f"states them, and none of {PHI}/config.json was found"
+        )
+    if not (folder / PHI / "tokenizer.json").is_file():
+        notes.append(
+            f"no tokenizer.json of {PHI_HUB_ID} was found, so the output lacks one: copy it to "
+            f"{folder.name}/{PHI} by hand"
+        )
+    return notes
+
+
+def make_phi_config(phi: PhiConfig) -> dict[str, Any]:
+    """Returns the config.json of a Phi of these sizes, as transformers reads it."""
+    return {
+        "architectures": ["PhiForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "embd_pdrop": 0.0,
+        "eos_token_id": None,
+        "hidden_act": "gelu_new",
+        "hidden_size": phi.hidden_size,
+        "intermediate_size": phi.intermediate_size,
+        "layer_norm_eps": phi.layer_norm_eps,
+        "max_position_embeddings": phi.max_position_embeddings,
+        "model_type": "phi",
+        "num_attention_heads": phi.num_heads,
+        "num_hidden_layers": phi.num_layers,
+        "num_key_value_heads": phi.num_kv_heads,
+        "partial_rotary_factor": phi.partial_rotary_factor,
+        # The published file has false, and the original code sets true.
+        "qk_layernorm": True,
+        "resid_pdrop": 0.0,
+        "rope_scaling": None,
+        "rope_theta": phi.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": phi.vocab_size,
+    }

@@ -1,0 +1,211 @@
+"""Reads the sizes of a Show-o from its config.json, its tensors and phi-1_5's config.json.
+
+config.json states the vocabulary and the number of an image's codes. Most sizes are shapes of
+tensors. What no tensor shows is in phi-1_5/config.json, and has the published values without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from corl_jax.errors import InputError, Problems
+from corl_jax.models.magvit import MagvitConfig
+from corl_jax.models.phi import PhiConfig
+from corl_jax.policies.show_o.checkpoint.files import PHI_HUB_ID, VERSION, find_phi
+from corl_jax.policies.show_o.checkpoint.show_o_keys import MAGVIT
+from corl_jax.policies.show_o.network import NUM_NEW_TOKENS, ShowOConfig
+from corl_jax.weights.foreign_config import Fields, check_count, check_divisible
+from corl_jax.weights.own_config import MAX_LAYERS
+from corl_jax.weights.storage import read_json
+from corl_jax.weights.table import Shape
+
+CLASS_NAME = "Showo"
+_EMBEDDING = "showo.model.embed_tokens.weight"
+_LAYER = "showo.model.layers.{}."
+_GROUPS = 32  # of the tokenizer's norms
+
+
+def parse(
+    folder: Path, layout: str, shapes: Mapping[str, Shape], problems: Problems
+) -> ShowOConfig:
+    """Reads the sizes of a folder with the tensors `shapes`; adds problems to `problems`."""
+    file = folder / "config.json"
+    if not file.is_file():
+        problems.add(
+            f"{file}: not found, but it states the number of codes of an image; copy the config.json "
+            "of the Show-o that the weights come from"
+        )
+        return ShowOConfig()
+    fields = Fields(str(file), read_json(file), problems)
+    magvit, phi = _infer_magvit(shapes), _infer_phi(shapes)
+    phi = _read_phi_settings(folder, phi, problems)
+    codes = magvit.num_codes
+    fields.equal("codebook_size", codes)
+    if _EMBEDDING in shapes:  # else the missing tensor is the problem
+        fields.equal("vocab_size", phi.vocab_size)
+        fields.equal("mask_token_id", phi.vocab_size - 1)
+    has_projector = "mm_projector.0.weight" in shapes
+    w_clip_vit = fields.data.get("w_clip_vit", has_projector)
+    if not isinstance(w_clip_vit, bool):
+        problems.add(f"{file}: w_clip_vit is {w_clip_vit!r}, expected true or false")
+    return ShowOConfig(
+        phi=phi,
+        magvit=magvit,
+        num_vq_tokens=fields.size("num_vq_tokens", 256, limit=2**20),
+        llm_vocab_size=fields.size(
+            "llm_vocab_size", max(1, phi.vocab_size - NUM_NEW_TOKENS - codes - 1)
+        ),
+        w_clip_vit=bool(w_clip_vit),
+        clip_width=_get_size(shapes, "mm_projector.0.weight", 1, ShowOConfig.clip_width),
+    )
+
+
+def check(config: ShowOConfig, where: str) -> list[str]:
+    """Lists sizes that do not fit each other."""
+    phi, magvit, problems = config.phi, config.magvit, []
+    if config.vocab_size != phi.vocab_size:
+        problems.append(
+            f"{where}: found {phi.vocab_size} tokens in the embedding, expected "
+            f"{config.vocab_size}: llm_vocab_size {config.llm_vocab_size}, {NUM_NEW_TOKENS} new "
+            f"tokens, {config.num_codes} codes and the mask token; correct llm_vocab_size"
+        )
+    if math.isqrt(config.num_vq_tokens) ** 2 != config.num_vq_tokens:
+        problems.append(
+            f"{where}: num_vq_tokens is {config.num_vq_tokens}, expected a square number: images "
+            "are as high as wide"
+        )
+    if phi.rotary_dim % 2 or not 0 < phi.rotary_dim <= phi.head_dim:
+        problems.append(
+            f"{where}: partial_rotary_factor {phi.partial_rotary_factor:g} rotates "
+            f"{phi.rotary_dim} of {phi.head_dim} dimensions, expected an even number of them"
+        )
+    levels = len(magvit.encoder_channels)
+    for name in ("encoder_blocks", "decoder_channels", "decoder_blocks"):
+        problems += check_count(f"{where}.magvit", name, getattr(magvit, name), levels)
+    groups = "the groups of a norm", _GROUPS
+    channels = (*magvit.encoder_channels, *magvit.decoder_channels, magvit.base_channels)
+    problems += check_divisible(
+        where,
+        ("phi.num_heads", phi.num_heads, "phi.num_kv_heads", phi.num_kv_heads),
+        *(("magvit's channels", width, *groups) for width in dict.fromkeys(channels)),
+    )
+    if magvit.z_channels > 20:
+        problems.append(f"{where}: z_channels is {magvit.z_channels}, expected at most 20 bits")
+    return problems
+
+
+def check_expressible(layout: str, config: ShowOConfig) -> None:
+    """Checks that the original files can express the sizes. Raises: InputError if not."""
+    if config.w_clip_vit and (config.clip_width, config.phi.hidden_size) != (1024, 2048):
+        raise InputError(
+            f"w_clip_vit: found a projector of {config.clip_width} to {config.phi.hidden_size} "
+            "channels; the original code has 1024 to 2048 only: write the layout jax"
+        )
+
+
+def write_config(
+    layout: str, config: ShowOConfig, dtype: str, tokenizer: Path | None
+) -> dict[str, Any]:
+    """Returns the JSON of a new config.json of the original code."""
+    return {
+        "_class_name": CLASS_NAME,
+        "_diffusers_version": VERSION,
+        "codebook_size": config.num_codes,
+        "llm_model_path": PHI_HUB_ID,
+        "llm_vocab_size": config.llm_vocab_size,
+        # Of the code's versions those that read it would else load the weights of phi-1_5 first.
+        "load_from_showo": True,
+        "mask_token_id": config.mask_token,
+        "num_vq_tokens": config.num_vq_tokens,
+        "vocab_size": config.vocab_size,
+        "w_clip_vit": config.w_clip_vit,
+    }
+
+
+def _infer_phi(shapes: Mapping[str, Shape]) -> PhiConfig:
+    """Returns the sizes that the tensors show; a tensor that is missing leaves the default."""
+    usual, first = PhiConfig(), _LAYER.format(0)
+    width = _get_size(shapes, _EMBEDDING, 1, usual.hidden_size)
+    head_dim = _get_size(shapes, f"{first}self_attn.q_layernorm.weight", 0, usual.head_dim)
+    queries = _get_size(shapes, f"{first}self_attn.q_proj.weight", 0, usual.num_heads * head_dim)
+    keys = _get_size(shapes, f"{first}self_attn.k_proj.weight", 0, queries)
+    return dataclasses.replace(
+        usual,
+        vocab_size=_get_size(shapes, _EMBEDDING, 0, usual.vocab_size),
+        hidden_size=width,
+        intermediate_size=_get_size(shapes, f"{first}mlp.fc1.weight", 0, usual.intermediate_size),
+        num_layers=_count(shapes, _LAYER + "input_layernorm.weight") or usual.num_layers,
+        num_heads=max(1, queries // head_dim),
+        num_kv_heads=max(1, keys // head_dim),
+        head_dim=head_dim,
+    )
+
+
+def _infer_magvit(shapes: Mapping[str, Shape]) -> MagvitConfig:
+    usual = MagvitConfig()
+    levels = {"encoder": "down", "decoder": "up"}
+    values: dict[str, Any] = {}
+    for half, name in levels.items():
+        level = f"{MAGVIT}{half}.{name}.{{}}.block."
+        count = _count(shapes, level + "0.conv1.weight")
+        if not count:
+            return usual
+        numbers = range(count)
+        values[f"{half}_channels"] = tuple(
+            _get_size(shapes, level.format(i) + "0.conv1.weight", 0, _GROUPS) for i in numbers
+        )
+        values[f"{half}_blocks"] = tuple(
+            _count(shapes, level.format(i) + "{}.conv1.weight") for i in numbers
+        )
+    convolutions = {
+        "z_channels": "encoder.conv_out.weight",
+        "base_channels": "encoder.conv_in.weight",
+    }
+    for size, key in convolutions.items():
+        values[size] = _get_size(shapes, MAGVIT + key, 0, getattr(usual, size))
+    return MagvitConfig(**values)
+
+
+def _read_phi_settings(folder: Path, phi: PhiConfig, problems: Problems) -> PhiConfig:
+    """Reads what no tensor shows from phi-1_5's config.json, if there is one."""
+    place = find_phi(folder)
+    file = place / "config.json" if place else None
+    if file is None or not file.is_file():
+        return phi
+    fields = Fields(str(file), read_json(file), problems)
+    fields.expect("hidden_act", ("gelu_new",), "the only activation implemented")
+    fields.expect("rope_scaling", (None,), "not implemented")
+    fields.equal("hidden_size", phi.hidden_size)
+    fields.equal("intermediate_size", phi.intermediate_size)
+    fields.equal("num_hidden_layers", phi.num_layers)
+    fields.equal("num_attention_heads", phi.num_heads)
+    fields.equal("num_key_value_heads", phi.num_kv_heads)
+    # transformers 5 writes both rotary settings into a section of their own.
+    rope = fields.section("rope_parameters")
+    rope.expect("rope_type", ("default",), "not implemented")
+    return dataclasses.replace(
+        phi,
+        partial_rotary_factor=rope.number(
+            "partial_rotary_factor",
+            fields.number("partial_rotary_factor", phi.partial_rotary_factor),
+        ),
+        rope_theta=rope.number("rope_theta", fields.number("rope_theta", phi.rope_theta)),
+        layer_norm_eps=fields.number("layer_norm_eps", phi.layer_norm_eps),
+        max_position_embeddings=fields.size("max_position_embeddings", phi.max_position_embeddings),
+    )
+
+
+def _get_size(shapes: Mapping[str, Shape], key: str, axis: int, default: int) -> int:
+    """Returns a positive size of a tensor; the default without the tensor or the axis."""
+    shape = shapes.get(key, ())
+    return shape[axis] if axis < len(shape) and shape[axis] > 0 else default
+
+
+def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    """Returns how many tensors the pattern names with the numbers 0, 1, .. in it."""
+    numbers = range(MAX_LAYERS)
+    return next((n for n in numbers if pattern.format(n) not in shapes), MAX_LAYERS)

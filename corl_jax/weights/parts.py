@@ -1,0 +1,84 @@
+"""Reads and writes weights that lie in several files, each in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from corl_jax.errors import InputError
+from corl_jax.weights.kinds import NetworkKind, WeightsPart
+from corl_jax.weights.shards import (
+    Progress,
+    TensorPlan,
+    count_safetensors_bytes,
+    write_bin,
+    write_safetensors,
+)
+from corl_jax.weights.storage import JoinedStore, PrefixedStore, Store, open_any_store
+
+
+def find_companion(folder: Path, name: str) -> Path | None:
+    """Returns a folder of this name inside of a model's folder, or else beside it."""
+    places = (folder / name, folder.absolute().parent / name)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def describe_missing(folder: Path, name: str, hub_id: str, options: str = "") -> str:
+    """Describes a companion folder that is missing, with the command that downloads it."""
+    return (
+        f"{folder / name}: not found, inside of the model's folder or beside it; run "
+        f"`hf download {hub_id}{options} --local-dir {folder / name}`, or copy the folder there"
+    )
+
+
+def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
+    """Returns the store of a model's first part with the tensors of its other parts.
+
+    Raises: InputError for a part that is missing or damaged.
+    """
+    for part in (kind.parts or ())[1:]:
+        place = find_companion(folder, part.folder)
+        if place is None:
+            raise InputError(describe_missing(folder, part.folder, part.hub_id))
+        store = JoinedStore(store, PrefixedStore(open_any_store(place), part.prefix))
+    return store
+
+
+def write_parts(
+    folder: Path, kind: NetworkKind, plans: Sequence[TensorPlan], *, as_bin: bool,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Writes one file for each part of a kind."""
+    for part, part_plans in _split_plans(kind, plans):
+        place = folder / part.folder
+        place.mkdir(exist_ok=True)
+        if as_bin:
+            write_bin(place / f"{part.stem}.bin", part_plans, progress)
+        else:
+            write_safetensors(place / f"{part.stem}.safetensors", part_plans, progress)
+
+
+def count_part_bytes(kind: NetworkKind, plans: Sequence[TensorPlan]) -> dict[str, int]:
+    """Returns {file: bytes} of the safetensors files that `write_parts` would write."""
+    return {
+        str(Path(part.folder, f"{part.stem}.safetensors")): count_safetensors_bytes(part_plans)
+        for part, part_plans in _split_plans(kind, plans)
+    }
+
+
+def _split_plans(
+    kind: NetworkKind, plans: Sequence[TensorPlan]
+) -> Iterator[tuple[WeightsPart, list[TensorPlan]]]:
+    """Yields each part with its tensors in the order and under the names of its file."""
+    assert kind.parts is not None
+    # The longest prefix first: that of the model itself may be empty.
+    by_prefix: dict[str, list[TensorPlan]] = {part.prefix: [] for part in kind.parts}
+    prefixes = sorted(by_prefix, key=len, reverse=True)
+    for plan in plans:
+        prefix = next(prefix for prefix in prefixes if plan.key.startswith(prefix))
+        renamed = dataclasses.replace(plan, key=plan.key.removeprefix(prefix))
+        by_prefix[prefix].append(renamed)
+    for part in kind.parts:
+        # By name, as the safetensors library orders tensors of one type.
+        yield part, sorted(by_prefix[part.prefix], key=lambda plan: plan.key)
