@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_same(tree, run, tmp_path):
 def test_a_family_without_gradients_through_images_is_refused(model, records, tmp_path):
     tree = options(model, records, tmp_path / "run", stage="self_sft_through")
     config = config_files.load(write_config(tmp_path / "run.yaml", tree))
-    stage, kinds = STAGES[config.stage], ("codes", "text")
+    stage, kinds = STAGES[config.stage], (("codes",), ("text",))
     program = dataclasses.replace(FAMILY.turns[kinds], passes_gradients=False)
     other = dataclasses.replace(FAMILY, turns={kinds: program})
     (problem,) = find_missing_abilities(config, stage, other)
