@@ -812,7 +812,7 @@ def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(
         tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=None,
-        processor=SimpleNamespace(special=None), dtype=None, seed=0,
+        processor=SimpleNamespace(special=None, image=None), dtype=None, seed=0,
     )  # fmt: skip
     config, beats = SimpleNamespace(rollout=Rollout(), eval=Eval()), []
     evaluation = SimpleNamespace(loader=None, rows=2)
