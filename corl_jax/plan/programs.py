@@ -27,7 +27,7 @@ from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import EncodedPrompts, Params, Segment
+from corl_jax.types import EncodedPrompts, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +146,20 @@ def make_batch(
     rows = count * config.rollout.group_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
 
+    samplers, params = build.make_samplers(outline), outline.family.abstract(outline.sizes)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+
     def make_task(task: str) -> TaskBatch:
-        sizes = {kind: (rows, get_segment_length(outline, kind)) for kind in TASKS[task].segments}
-        logprobs = tuple(shape(size, jnp.float32) for size in sizes.values())
-        segments = tuple(
-            Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), of_kind)
-            for (kind, size), of_kind in zip(sizes.items(), logprobs, strict=True)
-        )
+        prompts = make_prompts(outline, task, count, lengths)
+        # Only the sampler knows what it records for scoring.
+        sampled = jax.eval_shape(samplers[task], params, prompts, keys)
+        segments = attach_shardings(sampled, batch_sharding(outline.mesh))
+        logprobs = tuple(shape(segment.mask.shape, jnp.float32) for segment in segments)
         return TaskBatch(
-            make_prompts(outline, task, count, lengths),
+            prompts,
             segments,
             shape((rows,), jnp.float32),
+            turns=TASKS[task].turn_kinds,
             **dict.fromkeys(extra, logprobs),
         )
 

@@ -17,19 +17,16 @@ import numpy as np
 
 from corl_jax.config.schema import Config
 from corl_jax.params import merge
-from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import SELF_QUESTIONING, TASKS, name_segments
 from corl_jax.train.drawn import Scored
 from corl_jax.train.iteration import compare, describe, draw
 from corl_jax.train.run import Run, put_batch
-from corl_jax.train.sft import make_targets
+from corl_jax.train.sft import make_noise_bits, make_targets
 from corl_jax.train.step import TaskBatch, TrainState
 from corl_jax.types import Prompts, Rollout
 
 TARGET_COLUMN = "qa_solution"
-NOISE_STREAM = (1 << 16) + 1
-"""Random stream of the noise of `policies.family.StraightThrough`, apart from those of samples."""
 
 
 def weigh_segments(config: Config) -> dict[str, float]:
@@ -73,9 +70,9 @@ def make_batch(run: Run, rollout: Rollout, prompts: Prompts, is_right: np.ndarra
     answers = [text for text in prompts.columns[TARGET_COLUMN] for _ in range(rollout.group_size)]
     right_rows, targets = put_batch(run, (is_right, make_targets(run, answers)))
     # Noise of its own, apart from that of sampling, which the chosen codes depend on.
-    keys = sample_keys(run.seed, prompts.index, rollout.group_size, NOISE_STREAM)
-    bits = put_batch(run, np.asarray(jax.random.key_data(keys)))
+    bits = make_noise_bits(run, prompts, rollout.group_size)
     codes = dataclasses.replace(
         codes, mask=codes.mask & right_rows[:, None], logprobs=None, replay={NOISE_KEYS: bits}
     )
-    return TaskBatch(rollout.prompts, (codes, targets))
+    (task,) = run.tasks
+    return TaskBatch(rollout.prompts, (codes, targets), turns=TASKS[task].turn_kinds)

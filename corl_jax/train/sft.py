@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,13 +20,18 @@ from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.data.images import fit_pixels
 from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
+from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import EncodedPrompts, Prompts, Segment
+from corl_jax.types import Array, EncodedPrompts, Prompts, Segment
 
 CAPTION = "caption"
 """Name of the captions beside those of the tasks, in metrics and weights."""
+
+NOISE_STREAM = (1 << 16) + 1
+"""Random stream of `policies.family.NOISE_KEYS`, apart from those of samples."""
 
 CFG_DROPOUT = 0.1
 """Fraction of image prompts that are blanked: guidance needs a model that knows blank prompts."""
@@ -39,7 +45,10 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
             params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values
             codes = run.family.encode_images(run.sizes, params, pixels)
-            segment = Segment(CODES, codes, jnp.ones(codes.shape, bool))
+            segment = Segment(
+                CODES, codes, jnp.ones(codes.shape, bool),
+                replay={NOISE_KEYS: make_noise_bits(run, prompts)},
+            )  # fmt: skip
             batch[task] = dataclasses.replace(batch[task], segments=(segment,))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, batch)
@@ -75,6 +84,12 @@ def make_supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
             captions = columns[options.caption_column]
             batch[CAPTION] = TaskBatch(encoded, (make_targets(run, captions),))
     return batch
+
+
+def make_noise_bits(run: Run, prompts: Prompts, group_size: int = 1) -> Array:
+    """Returns the bits [N, 2] of the random keys of the images of a batch, on the devices."""
+    keys = sample_keys(run.seed, prompts.index, group_size, NOISE_STREAM)
+    return put_batch(run, np.asarray(jax.random.key_data(keys)))
 
 
 def blank_prompts(run: Run, prompts: EncodedPrompts, dropped: np.ndarray) -> EncodedPrompts:

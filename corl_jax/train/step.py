@@ -29,7 +29,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions
-from corl_jax.tasks import name_segments
+from corl_jax.tasks import TurnKinds, name_segments
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
 DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
@@ -69,11 +69,18 @@ class TaskBatch:
     advantages: Array | None = None  # [N]; None in supervised training
     old_logprobs: tuple[Array, ...] | None = None  # of each segment; None: the policy itself
     ref_logprobs: tuple[Array, ...] | None = None  # None: no KL penalty
+    # The kinds of the segments of each turn; None: one turn has all segments.
+    turns: TurnKinds | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of the segments, by which a family finds how to score them."""
+        """The kinds of the segments of all turns."""
         return tuple(segment.kind for segment in self.segments)
+
+    @property
+    def turn_kinds(self) -> TurnKinds:
+        """The kinds of the segments of each turn, by which a family finds how to score them."""
+        return self.turns or (self.kinds,)
 
 
 Batch = dict[str, TaskBatch]
@@ -156,11 +163,28 @@ def split_batch(batch: Batch, pieces: int) -> Batch:
     return {name: split(task) for name, task in batch.items()}
 
 
+def leave_out_unscored(family: Family, options: LogprobOptions, batch: Batch) -> Batch:
+    """Returns the batch with loss masks that leave out the choices that scoring leaves out."""
+
+    def restrict(task: TaskBatch) -> TaskBatch:
+        choose = family.turns[task.turn_kinds].choose_scored
+        if choose is None:
+            return task
+        segments = tuple(
+            dataclasses.replace(segment, mask=segment.mask & scored)
+            for segment, scored in zip(task.segments, choose(task.segments, options), strict=True)
+        )
+        return dataclasses.replace(task, segments=segments)
+
+    return {name: restrict(task) for name, task in batch.items()}
+
+
 def gradients(
     family: Family, sizes: Sizes, options: UpdateOptions, trained: Params, frozen: Params,
     batch: Batch,
 ) -> tuple[Params, dict[str, jax.Array]]:  # fmt: skip
     """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
+    batch = leave_out_unscored(family, options.logprobs, batch)
     # Over the whole batch, before it is split: so a micro-batch changes nothing but memory.
     counts = {
         name: [
@@ -176,7 +200,7 @@ def gradients(
         params = family.cast(merge(trained, frozen), options.dtype)
         total, sums, extremes = jnp.float32(0), {}, ({}, {})
         for name, task in piece.items():
-            outputs = family.turns[task.kinds].logprobs(
+            outputs = family.turns[task.turn_kinds].logprobs(
                 sizes, params, task.prompts, task.segments, options.logprobs
             )
             inputs = make_loss_inputs(task, outputs, options.selections)
@@ -326,7 +350,7 @@ def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> C
 
         def compute(piece: Batch) -> dict[str, tuple[jax.Array, ...]]:
             outputs = {
-                name: family.turns[task.kinds].logprobs(
+                name: family.turns[task.turn_kinds].logprobs(
                     scored_sizes, params, task.prompts, task.segments, options.logprobs
                 )
                 for name, task in piece.items()

@@ -11,7 +11,7 @@ from corl_jax.models.phi import PhiConfig
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.policies.show_o.prompts import ImageSettings, Processor
-from corl_jax.policies.show_o.tokens import CONTROLS, END, SpecialTokens
+from corl_jax.policies.show_o.tokens import END, SpecialTokens, make_special_tokens
 from tests.support.tiny_models import CORPUS
 
 CODES = 8
@@ -63,15 +63,13 @@ def tokenizer_dir(path: Path) -> Path:
 
 
 def count_tokens(folder: Path) -> int:
-    """Returns the number of tokens of a tokenizer with Show-o's."""
+    """Returns the number of tokens of a tokenizer."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() + 1 + len(CONTROLS)
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
 
 
 def processor(folder: Path, **options) -> Processor:
     """Opens a processor of `tokenizer_dir` for CODES codes and 4 x 4 of them."""
-    vocab_size = count_tokens(folder) + CODES + 1
-    return Processor(
-        folder, ImageSettings(SIDE, TOKENS), vocab_size=vocab_size, codebook_size=CODES, **options
-    )
+    special = make_special_tokens(count_tokens(folder), CODES)
+    return Processor(folder, special, ImageSettings(SIDE, TOKENS), **options)

@@ -19,11 +19,11 @@ from corl_jax.policies.show_o import (
     reading,
     sampling,
 )
-from corl_jax.policies.show_o.checkpoint import KIND
+from corl_jax.policies.show_o.checkpoint import KIND, find_tokenizer
 from corl_jax.policies.show_o.hiding import choose_scored
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.policies.show_o.prompts import BUCKET, ImageSettings, Processor
-from corl_jax.policies.show_o.tokens import SpecialTokens
+from corl_jax.policies.show_o.tokens import make_special_tokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.weights.checkpoint import load_config
 
@@ -65,9 +65,8 @@ def open_processor(folder: Path) -> Processor:
         InputError: a config or a tokenizer that cannot be used.
     """
     sizes = load_config(folder, KIND)
-    return Processor(
-        folder, describe_image(sizes), vocab_size=sizes.vocab_size, codebook_size=sizes.num_codes
-    )
+    special = make_special_tokens(sizes.llm_vocab_size, sizes.num_codes)
+    return Processor(find_tokenizer(folder), special, describe_image(sizes))
 
 
 def _normalise_pixels(processor: Processor, pixels: jax.Array) -> jax.Array:
@@ -82,10 +81,7 @@ FAMILY = Family(
     kind=KIND,
     presets=network.PRESETS,
     open_processor=open_processor,
-    stand_in_tokens=SpecialTokens(
-        eos=50256, pad=50295, soi=50296, eoi=50297, t2i=50300, mmu=50301, first_code=50305,
-        mask=58497,
-    ),
+    stand_in_tokens=make_special_tokens(50295, 8192),
     prompt_bucket=BUCKET,
     trainable=layout.TRAINABLE,
     float32_parts=layout.FLOAT32_PARTS,
@@ -99,11 +95,11 @@ FAMILY = Family(
     ),
     limits=describe_limits,
     turns={
-        (CODES,): TurnProgram(
+        ((CODES,),): TurnProgram(
             sampling.sample_codes, logprobs.score_codes, choose_scored=choose_scored
         ),
-        (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
-        (CODES, TEXT): TurnProgram(
+        ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((CODES,), (TEXT,)): TurnProgram(
             own_images.sample_own_answers, own_images.score_own_answers,
             choose_scored=choose_scored,
         ),

@@ -20,7 +20,7 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
-from corl_jax.policies.show_o.tokens import CONTROLS, PAD, find_special_tokens, load_tokenizer
+from corl_jax.policies.show_o.tokens import CONTROLS, PAD, SpecialTokens, load_tokenizer
 from corl_jax.types import EncodedPrompts
 
 logger = logging.getLogger(__name__)
@@ -47,30 +47,27 @@ class Processor:
     def __init__(
         self,
         folder: str | Path,
+        special: SpecialTokens,
         image: ImageSettings,
         *,
-        vocab_size: int,
-        codebook_size: int,
         bucket_size: int = BUCKET,
         max_text: int = MAX_TEXT,
     ):
-        """Opens the tokenizer. `vocab_size` counts text, image codes and the mask token.
+        """Opens the tokenizer of a folder; `special` are the ids of a network.
 
         Raises:
             InputError: unreadable tokenizer, or one of another network.
         """
-        self.tokenizer = load_tokenizer(folder)
-        self.special = find_special_tokens(self.tokenizer, vocab_size, codebook_size)
+        self.tokenizer, self.special = load_tokenizer(folder, special)
         self.image = image
         self.bucket_size = bucket_size
         self.max_text = max_text
         self.num_cut = 0  # prompts that were too long
-        self._controls = {self.tokenizer.token_to_id(name) for name in (PAD, *CONTROLS)}
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens of the tokenizer, control tokens included."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        """The number of tokens of texts, with the control tokens behind them."""
+        return self.special.first_code
 
     @property
     def image_size(self) -> int:
@@ -194,8 +191,7 @@ class Processor:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of token ids, without control tokens and image codes."""
-        tokens = [i for i in np.asarray(ids).tolist() if i not in self._controls]
-        tokens = [i for i in tokens if i < self.special.first_code and i != self.special.eos]
+        tokens = [token for token in np.asarray(ids).tolist() if token < self.special.pad]
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 

@@ -19,6 +19,10 @@ CONTROLS = (
 """Control tokens in the order in which Show-o adds them, behind PAD."""
 
 
+END_ID = 50256
+"""Its id in every released Show-o."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
     """Ids of the structural tokens."""
@@ -33,54 +37,52 @@ class SpecialTokens:
     mask: int  # stands at the place of an image code that is not known
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def make_special_tokens(text_tokens: int, codebook_size: int) -> SpecialTokens:
+    """Returns the ids of structural tokens behind a text vocabulary, in a network's sizes."""
+    first_code = text_tokens + 1 + len(CONTROLS)
+    ids = {name: text_tokens + place for place, name in enumerate((PAD, *CONTROLS))}
+    return SpecialTokens(
+        eos=END_ID, pad=ids[PAD], soi=ids["<|soi|>"], eoi=ids["<|eoi|>"], t2i=ids["<|t2i|>"],
+        mmu=ids["<|mmu|>"], first_code=first_code, mask=first_code + codebook_size,
+    )  # fmt: skip
+
+
+def load_tokenizer(folder: str | Path, special: SpecialTokens) -> tuple[Any, SpecialTokens]:
     """Opens tokenizer.json, of Phi-1.5 or with Show-o's tokens, as a `tokenizers.Tokenizer`.
 
-    Adds the control tokens that are missing, so that they follow the last token.
+    Returns it, and the special tokens with its END.
 
     Raises:
-        InputError: no usable file, or no END in it.
+        InputError: no usable file, no END in it, or tokens that are not those of `special`.
     """
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(
-            f"{file}: not found; Show-o has the tokenizer of microsoft/phi-1_5: copy its "
-            "tokenizer.json"
-        )
-    read_json(file)  # for its messages about files that are no JSON
+    read_json(file)  # for its messages about files that are missing or no JSON
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust parser raises a bare Exception
         raise InputError(f"{file}: not a usable tokenizer.json ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    if tokenizer.token_to_id(END) is None:
-        raise InputError(
-            f"{file}: has no token {END!r}; expected the tokenizer of microsoft/phi-1_5"
+    advice = "expected the tokenizer.json of microsoft/phi-1_5"
+    if (end := tokenizer.token_to_id(END)) is None:
+        raise InputError(f"{file}: has no token {END!r}; {advice}")
+    # By the network's sizes, as its rows are in this order, and not behind the last token of a
+    # file, which may have fewer or more tokens than its network.
+    expected = {name: special.pad + place for place, name in enumerate((PAD, *CONTROLS))}
+    moved = {name: tokenizer.token_to_id(name) for name in expected}
+    problems = [
+        f"{file}: token {name!r} is {found}, the network has it at {expected[name]}; {advice}"
+        for name, found in moved.items()
+        if found not in (None, expected[name])
+    ]
+    added = sum(found is not None for found in moved.values())
+    count = tokenizer.get_vocab_size(with_added_tokens=True) - added
+    if count > special.pad:
+        problems.append(
+            f"{file}: found {count} tokens of text, the network has {special.pad}; {advice}"
         )
-    tokenizer.add_special_tokens([AddedToken(PAD, special=True, normalized=False)])
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in CONTROLS])
-    return tokenizer
-
-
-def find_special_tokens(tokenizer: Any, vocab_size: int, codebook_size: int) -> SpecialTokens:
-    """Returns the ids of a tokenizer's structural tokens, in a network with `vocab_size` rows.
-
-    Raises:
-        InputError: tokens, image codes and the mask token are not as many as the rows.
-    """
-    num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-    expected = vocab_size - codebook_size - 1
-    if num_tokens != expected:
-        raise InputError(
-            f"tokenizer.json: found {num_tokens} tokens with Show-o's {1 + len(CONTROLS)}; "
-            f"expected {expected}, which with {codebook_size} image codes and the mask token are "
-            f"the network's {vocab_size}; copy the tokenizer that the network was trained with"
-        )
-    soi, eoi, _, _, t2i, mmu, *_ = (tokenizer.token_to_id(name) for name in CONTROLS)
-    return SpecialTokens(
-        eos=tokenizer.token_to_id(END), pad=tokenizer.token_to_id(PAD), soi=soi, eoi=eoi, t2i=t2i,
-        mmu=mmu, first_code=num_tokens, mask=vocab_size - 1,
-    )  # fmt: skip
+    if problems:
+        raise InputError(problems)
+    return tokenizer, dataclasses.replace(special, eos=end)

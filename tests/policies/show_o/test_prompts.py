@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from corl_jax.errors import InputError
-from corl_jax.policies.show_o.prompts import ImageSettings, Processor, preprocess_image
-from corl_jax.policies.show_o.tokens import CONTROLS, END, PAD
+from corl_jax.policies.show_o.prompts import Processor, preprocess_image
+from corl_jax.policies.show_o.tokens import CONTROLS, END, PAD, SpecialTokens, make_special_tokens
 from tests.support import tiny_show_o
 from tests.support.tiny_models import tiny_image
 
@@ -25,31 +25,43 @@ def processor(folder):
     return tiny_show_o.processor(folder, bucket_size=8)
 
 
-def test_control_tokens_follow_the_last_token_in_the_order_of_the_original(processor):
-    special, text = processor.special, processor.special.pad
-    assert processor.tokenizer.token_to_id(PAD) == text
-    for place, name in enumerate(CONTROLS, 1):
-        assert processor.tokenizer.token_to_id(name) == text + place
+def test_control_tokens_follow_the_text_in_the_order_of_the_original(processor, folder):
+    special, text = processor.special, tiny_show_o.count_tokens(folder)
+    assert special.pad == text
     assert (special.soi, special.eoi, special.t2i, special.mmu) == tuple(
         text + place for place in (1, 2, 5, 6)
     )
     assert special.first_code == text + 10 == processor.num_tokens
     assert special.mask == special.first_code + tiny_show_o.CODES
+    released = make_special_tokens(50295, 8192)
+    assert released == SpecialTokens(50256, 50295, 50296, 50297, 50300, 50301, 50305, 58497)
+
+
+def save_with_controls(processor, folder, names):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(processor.tokenizer.to_str())
+    tokenizer.add_tokens(list(names))
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def test_a_saved_tokenizer_with_control_tokens_has_the_same_ids(processor, tmp_path):
-    processor.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    again = Processor(
-        tmp_path, processor.image, vocab_size=processor.special.mask + 1,
-        codebook_size=tiny_show_o.CODES,
-    )  # fmt: skip
-    assert again.special == processor.special
+    save_with_controls(processor, tmp_path, (PAD, *CONTROLS))
+    again = Processor(tmp_path, processor.special, processor.image)
     assert again.t2i_ids("a red circle") == processor.t2i_ids("a red circle")
+    with pytest.raises(InputError, match="a control token of Show-o"):
+        again.t2i_ids("a <|soi|>")
 
 
-def test_a_tokenizer_of_another_network_is_refused(folder):
-    with pytest.raises(InputError, match="copy the tokenizer that the network was trained with"):
-        Processor(folder, ImageSettings(64, 16), vocab_size=1000, codebook_size=8)
+def test_tokenizers_of_other_networks_are_refused(processor, folder, tmp_path):
+    special = make_special_tokens(100, 8)
+    with pytest.raises(InputError, match="tokens of text, the network has 100"):
+        Processor(folder, special, processor.image)
+    save_with_controls(processor, tmp_path, ["<|soi|>", PAD])
+    with pytest.raises(InputError, match=r"token '<\|soi\|>' is"):
+        Processor(tmp_path, processor.special, processor.image)
+    with pytest.raises(InputError, match=r"tokenizer.json"):
+        Processor(tmp_path / "none", special, processor.image)
 
 
 def test_a_prompt_is_task_start_text_and_end(processor):
