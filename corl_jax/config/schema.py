@@ -97,6 +97,11 @@ class Rollout(Section):
     cfg_scale: NonNegativeFloat = option(
         5.0, "Scale of classifier-free guidance of images. 1: no guidance. [P]"
     )
+    image_steps: Positive | None = option(
+        None,
+        "Steps in which a model draws an image whose codes come in any order (Show-o). null: 16 "
+        "for images of up to 256 codes, else 50.",
+    )
     max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")
     batch_prompts: Positive | None = option(
         None, "Number of prompts sampled at once on all devices. null: all prompts of a step."
@@ -271,6 +276,15 @@ class Algorithm(Section):
         "conditional",
         "Distribution under which log-probs of image tokens are computed: that of the prompt, or "
         "that of guidance, from which they are sampled.",
+    )
+    masked_logprobs: Literal["one_shot", "complement", "trajectory"] = option(
+        "one_shot",
+        "Codes that are hidden and scored in an image whose codes come in any order (Show-o). "
+        "one_shot: some at random; complement: these, and in a second pass all others; "
+        "trajectory: those of each step of the sampler, in a pass for each step.",
+    )
+    masked_steps: NonNegative = option(
+        0, "Steps of a trajectory that are scored, chosen at random for each image. 0: all."
     )
     mask_truncated: bool = option(
         False, "Leave text completions without an end token out of the loss."

@@ -85,7 +85,7 @@ class Unmasking:
     under the codes that it knew then; none: the sampler records nothing, and nothing is scored.
     """
 
-    steps: int = 16  # of the sampler
+    steps: int | None = None  # of the sampler; None: as usual for the number of codes
     logprobs: Literal["one_shot", "complement", "trajectory", "none"] = "one_shot"
     scored_steps: int = 0  # of a trajectory, chosen at random for each image; 0: all
 
@@ -186,6 +186,7 @@ class Limits:
     heads: int
     kv_heads: int
     head_dim: int
+    caches_codes: bool = True  # sampling keeps the keys and values of an image's codes
     # name of a tower -> number of its heads, which the mesh axis `tensor` has to divide
     sharded_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.mesh import Rules, param_shardings
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
-from corl_jax.policies.family import LogprobOptions, SamplingOptions
+from corl_jax.policies.family import LogprobOptions, SamplingOptions, Unmasking
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -197,6 +197,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         chunk=config.model.logprob_chunk,
         straight_through=plan.stage.straight_through(config),
         image=plan.image,
+        unmasking=choose_unmasking(plan),
     )
     return UpdateOptions(
         loss=plan.stage.loss(config),
@@ -247,7 +248,17 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
         dtype=DTYPES[plan.config.model.dtype],
         attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),
         image=plan.image,
+        unmasking=choose_unmasking(plan),
     )
+
+
+def choose_unmasking(plan: RunOutline) -> Unmasking:
+    """Returns how images whose codes come in any order are drawn and scored."""
+    config = plan.config
+    if not plan.stage.compares:  # given images have no trajectory
+        return Unmasking(config.rollout.image_steps)
+    form = config.algorithm.masked_logprobs
+    return Unmasking(config.rollout.image_steps, form, config.algorithm.masked_steps)
 
 
 def count_redraws(plan: RunOutline) -> int:

@@ -39,6 +39,7 @@ from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
     find_ignored_options,
+    find_unread_options,
 )
 from corl_jax.train.stages import STAGES, Stage, list_suites, scores_rewards
 from corl_jax.types import Sizes
@@ -182,7 +183,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
-        warnings=[*rewards.warnings, *find_ignored_options(config), *find_unlogged_tasks(config)],
+        warnings=[*rewards.warnings, *find_ignored_options(config),
+                  *find_unread_options(config, model.family), *find_unlogged_tasks(config)],
     )  # fmt: skip
 
 

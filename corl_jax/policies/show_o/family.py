@@ -44,6 +44,7 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
         heads=phi.num_heads,
         kv_heads=phi.num_kv_heads,
         head_dim=phi.head_dim,
+        caches_codes=False,
         sharded_heads={
             "heads of language_model": phi.num_heads,
             "key heads of language_model": phi.num_kv_heads,

@@ -18,8 +18,16 @@ HIDDEN_SHARES, COMMITTED_AT = "hidden_shares", "committed_at"
 of the sampler that committed a code."""
 HIDING_KEYS = 2**31 - 1
 """Folded into the keys that draw an image; no sampler has so many steps."""
+SMALL_IMAGE, FEW_STEPS, MANY_STEPS = 256, 16, 50
+"""Most codes of a small image, and the sampler's usual steps for it and for a larger one."""
 POSITIONS, SHARES, STEPS = range(3)
 """Folded into NOISE_KEYS: the numbers of the positions, of the share, of the scored steps."""
+
+
+def count_steps(unmasking: Unmasking, num_places: int) -> int:
+    """Returns the number of steps in which the sampler draws an image of so many codes."""
+    usual = FEW_STEPS if num_places <= SMALL_IMAGE else MANY_STEPS
+    return unmasking.steps or usual
 
 
 def make_replay(
@@ -59,7 +67,8 @@ def choose_hidden(segment: Segment) -> jax.Array:
 
 def choose_steps(segment: Segment, unmasking: Unmasking) -> jax.Array:
     """Returns the steps [N, S] of the sampler whose codes are scored, different ones for a row."""
-    count, chosen = unmasking.steps, unmasking.scored_steps or unmasking.steps
+    count = count_steps(unmasking, segment.values.shape[1])
+    chosen = unmasking.scored_steps or count
     every = jnp.broadcast_to(jnp.arange(count), (len(segment.values), count))
     if chosen >= count:
         return every

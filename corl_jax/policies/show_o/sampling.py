@@ -22,7 +22,7 @@ from corl_jax.policies.decoding import Rows
 from corl_jax.policies.family import LogprobOptions, SamplingOptions, Unmasking
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.answer_decoding import read_question_prompts
-from corl_jax.policies.show_o.hiding import list_passes, make_replay
+from corl_jax.policies.show_o.hiding import count_steps, list_passes, make_replay
 from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import image_logprobs
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
@@ -87,7 +87,7 @@ def draw_images(
         logits_of=lambda states: compute_image_logits(model, states, cfg_scale),
         noise=noise or make_noise(keys, num_places, num_codes),
         num_codes=num_codes,
-        steps=options.unmasking.steps,
+        steps=count_steps(options.unmasking, num_places),
         temperature=temperature,
         greedy=greedy,
         count_unknown=options.count_unknown,
