@@ -36,8 +36,8 @@ def parse(
     file = folder / "config.json"
     if not file.is_file():
         problems.add(
-            f"{file}: not found, but it states the number of codes of an image; copy the config.json "
-            "of the Show-o that the weights come from"
+            f"{file}: not found, but it states the number of codes of an image; copy config.json from "
+            "the Show-o that the weights come from"
         )
         return ShowOConfig()
     fields = Fields(str(file), read_json(file), problems)

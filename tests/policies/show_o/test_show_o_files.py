@@ -1,0 +1,200 @@
+"""Show-o's checkpoints: read from three folders, converted to ours and back to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from corl_jax.errors import InputError
+from corl_jax.params import flatten
+from corl_jax.policies.show_o import network
+from corl_jax.policies.show_o.checkpoint import KIND, find_tokenizer
+from corl_jax.policies.show_o.checkpoint.sizes import write_config
+from corl_jax.weights.checkpoint import load_config, load_params, open_checkpoint
+from corl_jax.weights.export import convert, save_checkpoint
+from corl_jax.weights.export_folder import Export, plan_tensors
+from corl_jax.weights.parts import count_part_bytes
+from corl_jax.weights.recognise import recognise_kind
+from corl_jax.weights.shards import write_json
+from tests.parity import torch_show_o
+from tests.support import show_o_files
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return show_o_files.original_folder(tmp_path_factory.mktemp("models") / "show-o")
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "show-o")
+
+
+def list_files(folder):
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def change(file, **values):
+    write_json(file, {**json.loads(file.read_text()), **values})
+
+
+def problems_of(folder) -> str:
+    with pytest.raises(InputError) as error:
+        open_checkpoint(folder, KIND).close()
+    return str(error.value)
+
+
+def test_sizes_come_from_the_tensors(original):
+    expected = torch_show_o.jax_config(torch_show_o.tiny_phi().config)
+    assert load_config(original, KIND) == expected
+    assert recognise_kind(original, [KIND]) is KIND
+
+
+def test_the_loaded_network_computes_what_torch_does(original):
+    config, params = load_config(original, KIND), load_params(original, KIND)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
+    mask = np.tril(np.ones((2, 9, 9), bool))
+    with torch.no_grad():
+        expected = torch_show_o.tiny_phi()(
+            torch.from_numpy(ids), attention_mask=torch_show_o.additive(mask)
+        ).logits.numpy()
+    model = network.bind(config, params)
+    found = model.text_logits(model.language_model(model.embed_text(ids), mask))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    pixels = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    theirs = torch_show_o.tiny_tokenizer().encode(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
+    np.testing.assert_array_equal(model.vqmodel.encode(pixels), theirs.numpy())
+
+
+def test_conversion_there_and_back_changes_no_byte(original, tmp_path):
+    assert convert(original, tmp_path / "jax", KIND) == []
+    assert load_config(tmp_path / "jax", KIND) == load_config(original, KIND)
+    assert convert(tmp_path / "jax", tmp_path / "back", KIND, layout="original") == []
+    assert list_files(tmp_path / "back") == list_files(original)
+    for name in list_files(original):
+        assert (tmp_path / "back" / name).read_bytes() == (original / name).read_bytes(), name
+
+
+def test_folders_may_stand_beside_the_model(original, tmp_path):
+    folder = show_o_files.original_folder(tmp_path / "show-o", beside=True)
+    first, second = (flatten(load_params(path, KIND)) for path in (original, folder))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[path], second[path]) for path in first)
+    assert find_tokenizer(folder) == tmp_path / "phi-1_5"
+    convert(folder, tmp_path / "jax", KIND)
+    assert find_tokenizer(tmp_path / "jax") == tmp_path / "jax/phi-1_5"
+
+
+def test_an_export_without_a_source_is_complete(original, tmp_path):
+    """Parameters of a run, of which no file states what no tensor shows."""
+    config, params = load_config(original, KIND), load_params(original, KIND)
+    notes = save_checkpoint(tmp_path / "out", KIND, config, params, layout="original")
+    assert len(notes) == 3 and "epsilon (1e-05)" in notes[0] and "tokenizer.json" in notes[1]
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 83
+    assert load_config(tmp_path / "out", KIND) == config
+    for name in ("pytorch_model.safetensors", "magvitv2/pytorch_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (original / name).read_bytes()
+
+
+def test_weights_of_a_trainer(copy):
+    """A plain state dict in a .pth file, beside the config.json of the model it came from."""
+    state = load_file(copy / "pytorch_model.safetensors")
+    torch.save({k: torch.from_numpy(v) for k, v in state.items()}, copy / "mycheckpoint.pth")
+    expected = flatten(load_params(copy, KIND))
+    (copy / "pytorch_model.safetensors").unlink()
+    found = flatten(load_params(copy, KIND))
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
+
+
+def test_settings_that_no_tensor_shows(copy):
+    change(copy / "phi-1_5/config.json", partial_rotary_factor=0.25, rope_theta=500.0)
+    config = load_config(copy, KIND)
+    assert (config.phi.rotary_dim, config.phi.rope_theta) == (2, 500.0)
+    shutil.rmtree(copy / "phi-1_5")
+    config = load_config(copy, KIND)
+    assert (config.phi.rotary_dim, config.phi.rope_theta) == (4, 10000.0)
+    with pytest.raises(InputError, match="hf download microsoft/phi-1_5 --include"):
+        find_tokenizer(copy)
+
+
+def test_wrong_files_are_refused(copy):
+    change(copy / "config.json", llm_vocab_size=41)
+    assert "found 83 tokens in the embedding, expected 84" in problems_of(copy)
+    change(copy / "config.json", llm_vocab_size=40, codebook_size=64, num_vq_tokens=15)
+    assert "codebook_size is 64, expected 32" in problems_of(copy)
+    change(copy / "config.json", codebook_size=32)
+    assert "num_vq_tokens is 15, expected a square number" in problems_of(copy)
+    change(copy / "config.json", num_vq_tokens=16, w_clip_vit=True)
+    assert "mm_projector.0.weight is missing" in problems_of(copy)
+    change(copy / "config.json", w_clip_vit=False)
+    change(copy / "phi-1_5/config.json", num_hidden_layers=4, hidden_act="gelu")
+    text = problems_of(copy)
+    assert "num_hidden_layers is 4, expected 3" in text and "hidden_act is 'gelu'" in text
+
+
+def test_a_missing_tokenizer_and_a_wrong_table_are_refused(copy):
+    file = copy / "magvitv2/pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["quantize.power_vals"] = tensors["quantize.power_vals"][::-1].copy()
+    save_file(tensors, file)
+    assert "magvitv2/quantize.power_vals does not hold" in problems_of(copy)
+    shutil.rmtree(copy / "magvitv2")
+    assert "hf download showlab/magvitv2 --local-dir" in problems_of(copy)
+
+
+def test_names_without_their_prefix_are_explained(copy):
+    state = load_file(copy / "pytorch_model.safetensors")
+    bare = {name.removeprefix("showo."): value for name, value in state.items()}
+    save_file(bare, copy / "pytorch_model.safetensors")
+    assert "lack the 'showo.'" in problems_of(copy)
+
+
+class Shapes:
+    """Leaves without values."""
+
+    transposed, concurrent = True, False
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    def dtype(self, path, layer):
+        return np.dtype(np.float32)
+
+
+def test_published_files_have_the_predicted_size():
+    """Without a projector of CLIP's features and with it."""
+    config = network.PRESETS["show-o-w-clip-vit"]
+    shapes = KIND.shapes(config)
+    plain = {path: shape for path, shape in shapes.items() if not path.startswith("mm_projector")}
+    for leaves, expected in ((plain, 5_792_758_016), (shapes, 5_817_940_584)):
+        export = Export(
+            kind=KIND, layout="original", config=config, leaves=Shapes(leaves), assets=None,
+            carried={},
+        )  # fmt: skip
+        assert count_part_bytes(KIND, plan_tensors(export)) == {
+            "pytorch_model.safetensors": expected,
+            "magvitv2/pytorch_model.safetensors": 382_013_656,
+        }
+
+
+def test_published_configs_have_the_predicted_size(tmp_path):
+    config = network.PRESETS["show-o-512x512"]
+    write_json(tmp_path / "config.json", write_config("original", config, "float32", None))
+    assert (tmp_path / "config.json").stat().st_size == 280
+
+
+def test_bfloat16_keeps_the_tokenizer_to_the_end(original, tmp_path):
+    """Every float of the files is written in the type that is asked for."""
+    convert(original, tmp_path / "half", KIND, layout="original", dtype="bfloat16")
+    params = load_params(tmp_path / "half", KIND)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    cast = network.cast(params, "bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(cast["vqmodel"])} == {"float32"}
