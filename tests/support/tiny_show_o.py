@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,9 +11,11 @@ import jax
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.phi import PhiConfig
 from corl_jax.policies.show_o import network
+from corl_jax.policies.show_o.checkpoint import KIND
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.policies.show_o.prompts import ImageSettings, Processor
 from corl_jax.policies.show_o.tokens import END, SpecialTokens, make_special_tokens
+from corl_jax.weights.export import save_checkpoint
 from tests.support.tiny_models import CORPUS
 
 CODES = 8
@@ -73,3 +77,16 @@ def processor(folder: Path, **options) -> Processor:
     """Opens a processor of `tokenizer_dir` for CODES codes and 4 x 4 of them."""
     special = make_special_tokens(count_tokens(folder), CODES)
     return Processor(folder, special, ImageSettings(SIDE, TOKENS), **options)
+
+
+def model_dir(folder: Path) -> Path:
+    """Writes a checkpoint in our own layout, with its tokenizer and room for its text."""
+    words = tokenizer_dir(folder.parent / "words")
+    text_tokens = count_tokens(words)
+    phi = dataclasses.replace(
+        CONFIG.phi, vocab_size=text_tokens + 10 + CODES + 1, max_position_embeddings=512
+    )
+    config = dataclasses.replace(CONFIG, phi=phi, llm_vocab_size=text_tokens, num_vq_tokens=16)
+    save_checkpoint(folder, KIND, config, make_params(config), layout="jax")
+    shutil.copytree(words, folder / "phi-1_5", dirs_exist_ok=True)
+    return folder
