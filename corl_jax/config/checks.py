@@ -115,7 +115,7 @@ READERS = (
     ),
     Reader(
         r"compat\.image_logprobs_unshifted|guards\.duplicates|"
-        r"algorithm\.(image_(logprobs|token_share|token_weights)|masked_.*)",
+        r"unmasking\.(logprobs|scored_steps)|algorithm\.image_(logprobs|token_share|token_weights)",
         "a task that makes images", lambda config, _: _makes(config, IMAGES),
     ),
     Reader(
@@ -134,7 +134,7 @@ READERS = (
         lambda config, _: _makes(config, TEXTS) or _plans(config) or _evaluates(config),
     ),
     Reader(
-        r"rollout\.(cfg_scale|image_steps)", "a task that makes images, or an eval.suite",
+        r"rollout\.cfg_scale|unmasking\.steps", "a task that makes images, or an eval.suite",
         lambda config, _: _makes(config, IMAGES) or _evaluates(config),
     ),
     Reader(
@@ -145,8 +145,8 @@ READERS = (
         r"algorithm\.(clip_low|clip_high|dual_clip)", "algorithm.num_iterations above 1",
         lambda config, _: config.algorithm.num_iterations > 1,
     ),
-    Reader(r"algorithm\.masked_steps", "algorithm.masked_logprobs trajectory",
-           lambda config, _: config.algorithm.masked_logprobs == "trajectory"),
+    Reader(r"unmasking\.scored_steps", "unmasking.logprobs trajectory",
+           lambda config, _: config.unmasking.logprobs == "trajectory"),
     Reader(
         r"algorithm\.(advantages|mm2t_weight|alternate_every)", "algorithm.tasks unified",
         lambda config, _: len(choose_tasks(config.algorithm.tasks)) > 1,

@@ -27,6 +27,7 @@ from corl_jax.config.fields import (
     TaskChoice,
     option,
 )
+from corl_jax.config.unmasking import Unmasking
 
 
 class Model(Section):
@@ -85,9 +86,7 @@ class Rollout(Section):
     """Sampling of the completions that are rewarded."""
 
     group_size: Positive = option(8, "Completions per prompt, G. [P]")
-    temperature: PositiveFloat = option(
-        1.0, "Sampling temperature of both tasks. Log-probs are computed at it too."
-    )
+    temperature: PositiveFloat = option(1.0, "Sampling temperature of both tasks and log-probs.")
     top_k: NonNegative = option(
         0, "Text is sampled from this many most likely tokens. 0: from the whole vocabulary."
     )
@@ -96,11 +95,6 @@ class Rollout(Section):
     )
     cfg_scale: NonNegativeFloat = option(
         5.0, "Scale of classifier-free guidance of images. 1: no guidance. [P]"
-    )
-    image_steps: Positive | None = option(
-        None,
-        "Steps in which a model draws an image whose codes come in any order (Show-o). null: 16 "
-        "for images of up to 256 codes, else 50.",
     )
     max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")
     batch_prompts: Positive | None = option(
@@ -276,15 +270,6 @@ class Algorithm(Section):
         "conditional",
         "Distribution under which log-probs of image tokens are computed: that of the prompt, or "
         "that of guidance, from which they are sampled.",
-    )
-    masked_logprobs: Literal["one_shot", "complement", "trajectory"] = option(
-        "one_shot",
-        "Codes that are hidden and scored in an image whose codes come in any order (Show-o). "
-        "one_shot: some at random; complement: these, and in a second pass all others; "
-        "trajectory: those of each step of the sampler, in a pass for each step.",
-    )
-    masked_steps: NonNegative = option(
-        0, "Steps of a trajectory that are scored, chosen at random for each image. 0: all."
     )
     mask_truncated: bool = option(
         False, "Leave text completions without an end token out of the loss."
@@ -593,6 +578,7 @@ class Config(Section):
     rollout: Rollout = Rollout()
     rewards: list[Reward] = Field(default_factory=list, description="Rewards of the completions.")
     networks: Networks = Networks()
+    unmasking: Unmasking = Unmasking()
     algorithm: Algorithm = Algorithm()
     sft: Sft = Sft()
     lora: Lora = Lora()

@@ -254,11 +254,10 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
 
 def choose_unmasking(plan: RunOutline) -> Unmasking:
     """Returns how images whose codes come in any order are drawn and scored."""
-    config = plan.config
+    options = plan.config.unmasking
     if not plan.stage.compares:  # given images have no trajectory
-        return Unmasking(config.rollout.image_steps)
-    form = config.algorithm.masked_logprobs
-    return Unmasking(config.rollout.image_steps, form, config.algorithm.masked_steps)
+        return Unmasking(options.steps)
+    return Unmasking(options.steps, options.logprobs, options.scored_steps)
 
 
 def count_redraws(plan: RunOutline) -> int:

@@ -210,8 +210,8 @@ def _count_cache(plan: RunOutline, turn: Turn, prompt: int) -> int:
         prompts *= 2  # guidance decodes a second row without the prompt
     # The completions of a prompt share its keys and values.
     group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
-    kept = [kind for kind in turn.segments if kind != CODES or limits.caches_codes]
-    tokens = prompt + group * sum(get_segment_length(plan, kind) for kind in kept)
+    cached = [kind for kind in turn.segments if kind != CODES or limits.caches_codes]
+    tokens = prompt + group * sum(get_segment_length(plan, kind) for kind in cached)
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]
     return prompts * tokens * per_token // share

@@ -10,10 +10,6 @@ from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
 
-ANY_ORDER_OPTIONS = (
-    "rollout.image_steps", "algorithm.masked_logprobs", "algorithm.masked_steps",
-)  # fmt: skip
-"""Options of models that draw the codes of an image in any order."""
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
 
@@ -134,10 +130,10 @@ def find_ignored_options(config: Config) -> list[str]:
 def find_unread_options(config: Config, family: Family) -> list[str]:
     """Returns a warning for each option that models of the run's family do not read."""
     any_order = any(program.choose_scored for program in family.turns.values())
-    unread = ("compat.image_logprobs_unshifted",) if any_order else ANY_ORDER_OPTIONS
+    unread = "compat.image_logprobs_unshifted" if any_order else "unmasking."
     order = "any order" if any_order else "one order"
     return [
         f"{key}: {value!r} has no effect; a {family.name} draws the codes of images in {order}"
         for key, value in list_changes(config)
-        if key in unread
+        if key.startswith(unread)
     ]

@@ -179,6 +179,17 @@ def leave_out_unscored(family: Family, options: LogprobOptions, batch: Batch) ->
     return {name: restrict(task) for name, task in batch.items()}
 
 
+def count_terms(options: UpdateOptions, batch: Batch) -> dict[str, list[jax.Array]]:
+    """Returns the number that divides the loss of each segment, by task; at least 1."""
+    return {
+        name: [
+            jnp.maximum(options.loss.count(segment.mask, options.constants), 1.0)
+            for segment in task.segments
+        ]
+        for name, task in batch.items()
+    }
+
+
 def gradients(
     family: Family, sizes: Sizes, options: UpdateOptions, trained: Params, frozen: Params,
     batch: Batch,
@@ -186,13 +197,7 @@ def gradients(
     """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
     batch = leave_out_unscored(family, options.logprobs, batch)
     # Over the whole batch, before it is split: so a micro-batch changes nothing but memory.
-    counts = {
-        name: [
-            jnp.maximum(options.loss.count(segment.mask, options.constants), 1.0)
-            for segment in task.segments
-        ]
-        for name, task in batch.items()
-    }
+    counts = count_terms(options, batch)
     weights = dict(options.weights)
 
     def loss(trained: Params, piece: Batch) -> tuple[jax.Array, tuple[Sums, Extremes]]:

@@ -105,9 +105,9 @@ def _run_image_program(
     noise: tuple[jax.Array, jax.Array] | None = None, *, options: Drawing,
 ) -> tuple[Drawn, jax.Array | None, dict[str, jax.Array]]:  # fmt: skip
     """Returns what was drawn, the log-probs [N, M] of the recorded form, and the replay."""
-    given = None if noise is None else give_noise(*noise)
+    arrays = None if noise is None else give_noise(*noise)
     model = network.bind(config, gather_over_fsdp(network.cast(params, options.dtype), RULES))
-    drawn = draw_images(model, prompts, keys, cfg_scale, temperature, options, known, given)
+    drawn = draw_images(model, prompts, keys, cfg_scale, temperature, options, known, arrays)
     group_size, unmasking = check_group_size(prompts, keys), options.unmasking
     committed_at = drawn.committed_at.astype(jnp.int16)
     replay = make_replay(keys, group_size, committed_at, unmasking)

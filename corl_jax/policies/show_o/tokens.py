@@ -71,13 +71,13 @@ def load_tokenizer(folder: str | Path, special: SpecialTokens) -> tuple[Any, Spe
     # By the network's sizes, as its rows are in this order, and not behind the last token of a
     # file, which may have fewer or more tokens than its network.
     expected = {name: special.pad + place for place, name in enumerate((PAD, *CONTROLS))}
-    moved = {name: tokenizer.token_to_id(name) for name in expected}
+    stated = {name: tokenizer.token_to_id(name) for name in expected}
     problems = [
-        f"{file}: token {name!r} is {found}, the network has it at {expected[name]}; {advice}"
-        for name, found in moved.items()
-        if found not in (None, expected[name])
+        f"{file}: token {name!r} is {token_id}, the network has it at {expected[name]}; {advice}"
+        for name, token_id in stated.items()
+        if token_id not in (None, expected[name])
     ]
-    added = sum(found is not None for found in moved.values())
+    added = sum(token_id is not None for token_id in stated.values())
     count = tokenizer.get_vocab_size(with_added_tokens=True) - added
     if count > special.pad:
         problems.append(

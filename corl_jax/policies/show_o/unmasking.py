@@ -162,7 +162,7 @@ class Unmasker:
         temperatures = jnp.asarray(list_temperatures(self.steps))
 
         def step(state: tuple, number: jax.Array) -> tuple[tuple, Step | None]:
-            codes, known, committed_at, *kept = state
+            codes, known, committed_at, *committed = state
             before = jnp.where(known, codes, self.num_codes)
             drawn, *logprobs = self._draw_codes(self.read(before), before, known, greedy, number)
             masked = choose_masked(
@@ -170,13 +170,13 @@ class Unmasker:
                 jnp.where(greedy, 0.0, temperatures[number]), self.noise.uniforms(number),
             )  # fmt: skip
             is_new = ~known & (~masked | (number == self.steps - 1))
-            kept = [
-                jnp.where(is_new, new, old) for new, old in zip(logprobs, kept, strict=True)
+            committed = [
+                jnp.where(is_new, new, old) for new, old in zip(logprobs, committed, strict=True)
             ]  # fmt: skip
             committed_at = jnp.where(is_new, number, committed_at)
             small = (x.astype(jnp.int16) for x in (before, drawn))
             record = Step(next(small), known, next(small), *logprobs) if self.record else None
-            return (drawn, known | ~masked, committed_at, *kept), record
+            return (drawn, known | ~masked, committed_at, *committed), record
 
         zeros = jnp.zeros((rows, num_places), jnp.float32)
         start = jnp.where(known, GIVEN, self.steps - 1)

@@ -37,7 +37,7 @@ def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path
     lines = run(
         model, rows, tmp_path / "run", train={"micro_batch": 2},
         algorithm={"num_iterations": 2, "kl_coef": 0.1},
-        rollout={"image_steps": 3, "cfg_scale": 3.0}, checkpoint={"every": 1},
+        rollout={"cfg_scale": 3.0}, unmasking={"steps": 3}, checkpoint={"every": 1},
     )  # fmt: skip
     for line in lines[:2]:
         # The sampler scores its images as the update does, and hides the same codes.
