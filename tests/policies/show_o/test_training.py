@@ -6,7 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from corl_jax import generate
+from corl_jax.plan import __main__ as plan
 from corl_jax.policies import load_policy
 from corl_jax.train import __main__ as command
 from tests.support import tiny_runs, tiny_show_o
@@ -48,3 +51,70 @@ def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path
     start = load_policy(model)
     head = np.asarray(start.params["lm_head"]["kernel"])
     assert (np.asarray(exported.params["lm_head"]["kernel"]) != head).any()
+
+
+SHORT = "def short(texts):\n    return [-float(len(text)) for text in texts]\n"
+
+
+def own_images(tmp_path, **changes):
+    (tmp_path / "short.py").write_text(SHORT)
+    return {
+        "rewards": [{"use": f"{tmp_path / 'short.py'}:short"}],
+        "algorithm": {"tasks": "self_qa", "image_logprobs": "guided"},
+        "rollout": {"cfg_scale": 3.0},
+        "unmasking": {"steps": 4, "logprobs": "trajectory", "scored_steps": 2},
+    } | changes
+
+
+def test_questions_about_own_images_with_log_probs_of_the_trajectory(
+    model, rows, tmp_path, one_device
+):
+    lines = run(model, rows, tmp_path / "run", train={"micro_batch": 2}, **own_images(tmp_path))
+    for line in lines[:2]:
+        assert 0 <= line[f"self_qa/codes/{DIFFERENCE}"] < 1e-4
+        assert 0 <= line[f"self_qa/text/{DIFFERENCE}"] < 1e-4
+        assert line["self_qa/codes/completions/mean_length"] == 16
+
+
+@pytest.mark.slow
+def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
+    changes = own_images(tmp_path, checkpoint={"every": 1})
+    whole = run(model, rows, tmp_path / "whole", **changes)
+    run(model, rows, tmp_path / "halves", "train.stop_after=1", **changes)
+    halves = run(model, rows, tmp_path / "halves", **changes)
+    for name in ("loss", "grad_norm", "self_qa/codes/loss"):
+        assert [line.get(name) for line in whole] == [line.get(name) for line in halves]
+
+
+@pytest.mark.parametrize("stage", ["sft", pytest.param("self_sft", marks=pytest.mark.slow)])
+def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one_device, stage):
+    changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
+    if stage == "self_sft":
+        changes["rewards"] = own_images(tmp_path)["rewards"]
+    lines = run(
+        model, rows, tmp_path / "run", optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        train={"max_steps": 8}, **changes,
+    )  # fmt: skip
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+def test_commands_draw_and_answer(model, tmp_path, capsys, one_device):
+    generate.main([
+        "image", "--model", str(model), "--prompt", "a red circle", "--images-per-prompt", "2", "--out",
+        str(tmp_path / "images"), "--dtype", "float32",
+    ])  # fmt: skip
+    images = sorted((tmp_path / "images").glob("0*.png"))
+    assert len(images) == 2 and Image.open(images[0]).size == (16, 16)
+    generate.main([
+        "text", "--model", str(model), "--image", str(images[0]), "--question", "how many?",
+        "--max-new-tokens", "4", "--dtype", "float32",
+    ])  # fmt: skip
+
+
+def test_a_plan_has_the_arrays_that_scoring_repeats(model, rows, tmp_path, capsys):
+    tree = tiny_runs.options(model, rows, tmp_path / "run", unmasking={"logprobs": "trajectory"})
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
+    plan.main([str(path), "--topology", "local", "--only", "update",
+               "train.prompts_per_step=8"])  # fmt: skip
+    assert "update" in capsys.readouterr().out
