@@ -47,6 +47,7 @@ class ImageKeywords(SamplingKeywords, total=False):
     """Options of images. The last three are of plans."""
 
     cfg_scale: float | None  # scale of guidance; 1: no guidance
+    image_steps: int | None  # steps of a model that draws codes in any order; None: as usual
     think: bool  # write a plan before each image, which is then its `info["plan"]`; False
     top_k: int | None
     top_p: float | None
@@ -118,8 +119,8 @@ class LoadedModel:
         """Returns `n` images of a prompt, or for a list of prompts a list of `n` images of each.
 
         With `think` the model writes a plan before each image, which is `image.info["plan"]`.
-        Options: seed, cfg_scale, temperature, greedy, batch_size, show_progress, think, and of
-        plans top_k, top_p, max_new_tokens.
+        Options: seed, cfg_scale, image_steps, temperature, greedy, batch_size, show_progress,
+        think, and of plans top_k, top_p, max_new_tokens.
 
         Raises:
             InputError: listing every problem of options and prompts.

@@ -260,6 +260,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
         help="number of images per prompt (default %(default)s)")  # fmt: skip
     add("--cfg-scale", type=float,
         help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')})")  # fmt: skip
+    add("--image-steps", type=int, metavar="N",
+        help="steps of a model that draws the codes of an image in any order, such as Show-o "
+        "(default 16 for images of up to 256 codes, else 50)")  # fmt: skip
     add("--think", action="store_true", help="write a plan before each image, as algorithm.tasks "
         "think trains it; the plan is in samples.jsonl")  # fmt: skip
     add_token_options(parser, "a plan")

@@ -93,6 +93,7 @@ def check_image_options(
     """Adds problems of the options of images."""
     check_options(options, spell, problems)
     problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
+    problems.add(check_number(spell("image_steps"), options.image_steps, 1, whole=True))
     check_token_options(options, spell, problems)
     if not options.think:
         problems.add(
@@ -207,7 +208,7 @@ def choose_image_sampling(
     model: PolicyFiles, dtype: Any, options: argparse.Namespace
 ) -> SamplingOptions:
     """Returns the sampler's options of images; the options must be complete."""
-    from corl_jax.policies.family import SamplingOptions
+    from corl_jax.policies.family import SamplingOptions, Unmasking
 
     return SamplingOptions(
         special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
@@ -215,6 +216,7 @@ def choose_image_sampling(
         # of plans; None without plans, and the first two if greedy
         top_k=options.top_k or 0, top_p=options.top_p or 1.0,
         max_new_tokens=options.max_new_tokens or 1,
+        unmasking=Unmasking(options.image_steps, "none"),
     )  # fmt: skip
 
 

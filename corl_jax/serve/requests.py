@@ -117,8 +117,8 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
     problems = Problems()
     _check_fields(body, IMAGE_OPTIONS, IMAGE_FIELDS, problems)
     options = _start_options(
-        body, cfg_scale=body.get("cfg_scale"), think=False, top_k=None, top_p=None,
-        max_new_tokens=None,
+        body, cfg_scale=body.get("cfg_scale"), image_steps=None, think=False, top_k=None,
+        top_p=None, max_new_tokens=None,
     )  # fmt: skip
     check_image_options(options, _spell_image, problems)
     prompt = body.get("prompt")

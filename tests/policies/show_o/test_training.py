@@ -101,8 +101,8 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
 
 def test_commands_draw_and_answer(model, tmp_path, capsys, one_device):
     generate.main([
-        "image", "--model", str(model), "--prompt", "a red circle", "--images-per-prompt", "2", "--out",
-        str(tmp_path / "images"), "--dtype", "float32",
+        "image", "--model", str(model), "--prompt", "a red circle", "--images-per-prompt", "2",
+        "--out", str(tmp_path / "images"), "--dtype", "float32", "--image-steps", "3",
     ])  # fmt: skip
     images = sorted((tmp_path / "images").glob("0*.png"))
     assert len(images) == 2 and Image.open(images[0]).size == (16, 16)
