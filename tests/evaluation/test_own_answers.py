@@ -12,7 +12,9 @@ from corl_jax.data.self_questions.records import QUESTIONS
 from corl_jax.evaluation import own_answers
 from corl_jax.evaluation.answer_summary import summarize_answers
 from corl_jax.evaluation.intervals import Rate
+from tests.support import metrics_page
 
+FOREIGN_ENDS = ["eval/foreign/KIND_low", "eval/foreign/KIND_high"]
 CIRCLE = [{"class": "circle", "count": 2, "plural": "circles"}]
 
 
@@ -44,6 +46,9 @@ def test_the_hacking_gap_and_the_imbalance_are_reported():
     assert metrics["eval/imbalance/colors"] == 1.0  # drawn, and the answer is wrong
     assert metrics["eval/imbalance/wrong_answers"] == 1.0
     assert "eval/imbalance/counting" not in metrics  # no right image was asked about
+    assert not metrics_page.missing(metrics)
+    unseen = metrics_page.never(["Evaluations of own images"], metrics)
+    assert unseen == ["eval/foreign/accuracy", "eval/foreign/KIND", *FOREIGN_ENDS]
     assert "eval/blank/accuracy" not in report.scores() and "eval/own/accuracy" in report.scores()
     page = report.draw("step 1")
     assert page.pixels.ndim == 3
