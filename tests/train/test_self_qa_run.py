@@ -19,6 +19,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config, Sft
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.data.images import decode_image
+from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.report.groups import read_groups
 from corl_jax.train import __main__ as command
@@ -216,6 +217,28 @@ def test_the_suite_asks_about_own_blank_and_real_images(model, records, tmp_path
     assert line["eval/hacking_gap"] == line["eval/own/accuracy"] - line["eval/draw/accuracy"]
     assert 1 <= line["eval/own/tokens"] <= 8
     assert len(list((tmp_path / "run" / "images").glob("held_out_*.png"))) == 1
+
+
+def test_the_suite_refuses_questions_of_another_kind_and_leaves_out_missing_images(
+    model, records, tmp_path, capsys
+):
+    rows = pq.read_table(records).to_pylist()
+    rows[0]["real_image"] = rows[-1]["real_image"] = None  # one of them is held out
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    tree = options(
+        model, path, tmp_path / "run", data={"max_prompt_length": 256, "columns": COLUMNS},
+        rewards=[{"name": "self_answer"}], train={"prompts_per_step": 4, "max_steps": 0},
+        eval={"suite": "own_answers", "rows": 4, "batch_prompts": 4},
+    )  # fmt: skip
+    line, *_ = metric_lines(train(tree))
+    for name, count in (("foreign", 3), ("own", 4)):  # of 4 rows one has no real image
+        rate = Rate.of(round(line[f"eval/{name}/accuracy"] * count), count)
+        assert line[f"eval/{name}/accuracy_high"] == pytest.approx(rate.high)
+    data = tree["data"] | {"columns": {}}
+    unnamed = tree | {"output_dir": str(tmp_path / "unnamed"), "data": data}
+    message = refused(capsys, lambda: train(unnamed))
+    assert ", but its tag " in message and "as {qa_problem: question}" in message
 
 
 EVEN = """
