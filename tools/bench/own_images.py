@@ -56,7 +56,10 @@ def make_batch(setting: Setting) -> TaskBatch:
     noise = {NOISE_KEYS: np.asarray(jax.random.key_data(keys))}
     codes = dataclasses.replace(image.segments[0], replay=noise)
     prompts = dataclasses.replace(image.prompts, next=question)
-    return setting.place(TaskBatch(prompts, (codes, answer.segments[0]), image.advantages))
+    segments = (codes, answer.segments[0])
+    return setting.place(
+        TaskBatch(prompts, segments, image.advantages, turns=TASKS[TASK].turn_kinds)
+    )
 
 
 def _measure(name: str, setting: Setting) -> Iterator[Record]:
