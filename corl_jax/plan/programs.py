@@ -159,14 +159,9 @@ def make_batch(
         sizes = {kind: (rows, get_segment_length(outline, kind)) for kind in TASKS[task].segments}
         logprobs = tuple(shape(size, jnp.float32) for size in sizes.values())
         segments = tuple(
-            Segment(
-                kind,
-                shape(size, jnp.int32),
-                shape(size, jnp.bool_),
-                of_kind if compares else None,
-                make_replay(kind),
-            )  # fmt: skip
+            Segment(kind, *choices, of_kind if compares else None, make_replay(kind))
             for (kind, size), of_kind in zip(sizes.items(), logprobs, strict=True)
+            for choices in [(shape(size, jnp.int32), shape(size, jnp.bool_))]
         )
         return TaskBatch(
             make_prompts(outline, task, count, lengths),
