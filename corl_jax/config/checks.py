@@ -122,10 +122,8 @@ READERS = (
         r"compat\.text_top_k_50|algorithm\.mask_truncated", "a task that makes texts or plans",
         lambda config, _: _makes(config, TEXTS) or _plans(config),
     ),
-    Reader(
-        r"algorithm\.mm2t_loss_weight", "a task that makes texts",
-        lambda config, _: _makes(config, TEXTS),
-    ),
+    Reader(r"algorithm\.mm2t_loss_weight", "a task that makes texts",
+           lambda config, _: _makes(config, TEXTS)),
     Reader(
         r"algorithm\.earlier_loss_weight", f"algorithm.tasks {' or '.join(LONG_TASKS)}",
         lambda config, _: not {*LONG_TASKS}.isdisjoint(choose_tasks(config.algorithm.tasks)),
@@ -172,10 +170,8 @@ READERS = (
         r"algorithm\.reference", "a run with lora.rank 0",
         lambda config, _: not config.lora.rank or config.algorithm.reference_every > 0,
     ),
-    Reader(
-        r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",
-        lambda config, _: config.lora.rank > 0,
-    ),
+    Reader(r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",
+           lambda config, _: config.lora.rank > 0),
     Reader(
         r"export\.(dtype|lora)", "an export.layout other than none",
         lambda config, _: config.export.layout != "none",

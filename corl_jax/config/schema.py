@@ -431,11 +431,10 @@ class Eval(Section):
     suite: str = option(
         "none",
         "What is measured. shapes: the drawn world's exact checker; rewards: the listed rewards; "
+        "own_answers: what the model answers about its own images; "
         "in eval.suites also tsv: data in VLMEvalKit's format, and geneval: GenEval's prompts.",
     )
-    every: NonNegative = option(
-        0, "Steps between evaluations. 0: only before and after the training."
-    )
+    every: NonNegative = option(0, "Steps between evaluations. 0: only before and after training.")
     path: ConfigPaths | None = option(
         None, "Held-out rows, named as data.path. null: the last rows of data.path."
     )

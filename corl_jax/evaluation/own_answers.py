@@ -254,7 +254,7 @@ def _draw_images(inputs: EvaluationInputs, prompts: Prompts, size: int) -> np.nd
     """Returns the images of a batch [rows, S, S, 3] uint8."""
     policy = inputs.policy
     options = dataclasses.replace(inputs.sampling, greedy=inputs.greedy_images)
-    program = policy.family.turns[IMAGE_GENERATION.segments]
+    program = policy.family.turns[IMAGE_GENERATION.turn_kinds]
     (task,) = TASKS
     encoded = dataclasses.replace(prompts.encoded[task], next=None)
     rollout = sample_turn(
@@ -281,7 +281,7 @@ def _ask(
     assert questions is not None  # the task has two turns
     encoded = processor.encode(turn.prompt, ids, images, questions.input_ids.shape[1])
     options = dataclasses.replace(inputs.sampling, greedy=inputs.greedy_texts)
-    program = policy.family.turns[turn.segments]
+    program = policy.family.turns[IMAGE_UNDERSTANDING.turn_kinds]
     (segment,) = sample_turn(
         bind_sampler(program.sample, policy.config, options), policy.params, encoded,
         prompts.index, seed=inputs.seed, stream=IMAGE_UNDERSTANDING.stream, fill_to=size,

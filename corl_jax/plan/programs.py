@@ -167,6 +167,7 @@ def make_batch(
             make_prompts(outline, task, count, lengths),
             segments,
             shape((rows,), jnp.float32) if compares else None,
+            turns=TASKS[task].turn_kinds,
             **dict.fromkeys(extra, logprobs),
         )
 

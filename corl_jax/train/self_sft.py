@@ -78,4 +78,5 @@ def make_batch(run: Run, rollout: Rollout, prompts: Prompts, is_right: np.ndarra
     codes = dataclasses.replace(
         codes, mask=codes.mask & right_rows[:, None], logprobs=None, replay={NOISE_KEYS: bits}
     )
-    return TaskBatch(rollout.prompts, (codes, targets))
+    (task,) = run.tasks
+    return TaskBatch(rollout.prompts, (codes, targets), turns=TASKS[task].turn_kinds)

@@ -11,7 +11,9 @@ from corl_jax.data.self_questions.records import QUESTIONS
 from corl_jax.evaluation import own_answers
 from corl_jax.evaluation.answer_summary import summarize_answers
 from corl_jax.evaluation.intervals import Rate
+from tests.support import metrics_page
 
+FOREIGN_ENDS = ["eval/foreign/KIND_low", "eval/foreign/KIND_high"]
 CIRCLE = [{"class": "circle", "count": 2, "plural": "circles"}]
 
 
@@ -52,6 +54,9 @@ def test_the_hacking_gap_and_the_imbalance_are_reported():
     assert metrics["eval/own/tokens"] == pytest.approx(7 / 3)
     assert metrics["eval/own/tokens/colors"] == 3 and metrics["eval/own/cut/colors"] == 1
     assert metrics["eval/own/entropy"] > metrics["eval/own/entropy/counting"] == 0
+    assert not metrics_page.missing(metrics)
+    unseen = metrics_page.never(["Evaluations of own images"], metrics)
+    assert unseen == ["eval/foreign/accuracy", "eval/foreign/KIND", *FOREIGN_ENDS]
     assert "eval/blank/accuracy" not in report.scores() and "eval/own/accuracy" in report.scores()
     page = report.draw("step 1")
     assert page.title == "step 1: 66.7% of 3 answers about own images are right"

@@ -18,6 +18,7 @@ from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, StraightThrough
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.soft_images import choose_vectors, draw_noise, score_codes
+from corl_jax.tasks import TASKS
 from corl_jax.train import step
 from tests.parity import torch_janus
 from tests.parity.test_train_step import positions, tensor
@@ -56,7 +57,8 @@ def batch(config) -> step.TaskBatch:
         codes, mask=mask, replay={NOISE_KEYS: np.asarray(jax.random.key_data(keys))}
     )
     question = dataclasses.replace(asking.prompts, pixel_values=None)
-    return step.TaskBatch(dataclasses.replace(drawing.prompts, next=question), (codes, text))
+    prompts = dataclasses.replace(drawing.prompts, next=question)
+    return step.TaskBatch(prompts, (codes, text), turns=TASKS["self_qa"].turn_kinds)
 
 
 def gradients_of(config, params, batch, *, micro_batches=1, redraw=False, through=True):

@@ -27,7 +27,7 @@ from corl_jax.train import __main__ as command
 from corl_jax.train import self_sft
 from corl_jax.train.resolve import find_missing_abilities
 from corl_jax.train.stages import STAGES
-from tests.support import tiny_runs
+from tests.support import metrics_page, tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 
 pytestmark = pytest.mark.usefixtures("module_on_one_device")
@@ -160,7 +160,7 @@ def test_an_image_is_right_if_every_reward_with_a_weight_is_1():
 def test_a_family_without_gradients_through_images_is_refused(model, records, tmp_path):
     tree = options(model, records, tmp_path / "run", stage="self_sft_through")
     config = config_files.load(write_config(tmp_path / "run.yaml", tree))
-    stage, kinds = STAGES[config.stage], ("codes", "text")
+    stage, kinds = STAGES[config.stage], (("codes",), ("text",))
     program = dataclasses.replace(FAMILY.turns[kinds], passes_gradients=False)
     other = dataclasses.replace(FAMILY, turns={kinds: program})
     (problem,) = find_missing_abilities(config, stage, other)
@@ -268,6 +268,7 @@ def test_supervised_training_learns_true_answers_about_own_images(model, records
         expected = 0.5 * line["self_qa/codes/nll"] + line["self_qa/text/nll"]
         assert line["loss"] == pytest.approx(expected, rel=0.2)
     assert lines[-1]["self_qa/text/nll"] < lines[0]["self_qa/text/nll"] - 0.5
+    assert not metrics_page.never(["Supervised stages on own images"], lines[0])
     table = pandas.read_parquet(tmp_path / "run" / "samples" / "step_000004.parquet")
     assert list(table["advantage"]) == [1, 0] * 4
 
