@@ -100,7 +100,7 @@ class OwnAnswersReport:
     def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> pictures.Page:
         """Returns a page of the first images with prompt and answer below each.
 
-        A frame is green for a right answer, else red.
+        A frame is green for a right answer, else red. The rate is added to the title.
         """
         cells = []
         for row, pixels in enumerate(self.images[:max_images]):
@@ -122,8 +122,9 @@ class OwnAnswersReport:
                 )
             )  # fmt: skip
         rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
-        rate = self.rates["own/accuracy"]
-        title = f"{title}: {rate.mean:.1%} of {rate.n} answers about own images are right"
+        if title:
+            rate = self.rates["own/accuracy"]
+            title = f"{title}: {rate.mean:.1%} of {rate.n} answers about own images are right"
         return pictures.draw_page(rows, title=title)
 
 

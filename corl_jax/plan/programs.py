@@ -20,6 +20,7 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
+from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
@@ -145,18 +146,27 @@ def make_batch(
     count = config.train.prompts_per_step
     rows = count * config.rollout.group_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
+    # Supervised stages learn without the sampler's log-probs, and without advantages.
+    compares = outline.stage.compares
+
+    def make_replay(kind: str) -> dict[str, Any]:
+        if kind != CODES or outline.stage.straight_through(config) is None:
+            return {}
+        bits = jax.random.key_data(jax.random.key(0))
+        return {NOISE_KEYS: shape((rows, *bits.shape), bits.dtype)}
 
     def make_task(task: str) -> TaskBatch:
         sizes = {kind: (rows, get_segment_length(outline, kind)) for kind in TASKS[task].segments}
         logprobs = tuple(shape(size, jnp.float32) for size in sizes.values())
         segments = tuple(
-            Segment(kind, shape(size, jnp.int32), shape(size, jnp.bool_), of_kind)
+            Segment(kind, *choices, of_kind if compares else None, make_replay(kind))
             for (kind, size), of_kind in zip(sizes.items(), logprobs, strict=True)
+            for choices in [(shape(size, jnp.int32), shape(size, jnp.bool_))]
         )
         return TaskBatch(
             make_prompts(outline, task, count, lengths),
             segments,
-            shape((rows,), jnp.float32),
+            shape((rows,), jnp.float32) if compares else None,
             turns=TASKS[task].turn_kinds,
             **dict.fromkeys(extra, logprobs),
         )

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,11 +16,7 @@ from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.data.drawn_world import generator as drawn_world
 from corl_jax.data.loader_options import LoaderOptions
-from corl_jax.data.self_questions.generator import (
-    GeneratedRecords,
-    WrittenRecords,
-    make_generated_record,
-)
+from corl_jax.data.self_questions.generator import make_generated_record, write_records
 from corl_jax.data.self_questions.known import KNOWN_OBJECTS
 from corl_jax.data.self_questions.objects import (
     COCO_OBJECTS,
@@ -34,6 +29,7 @@ from corl_jax.data.self_questions.objects import (
 )
 from corl_jax.data.self_questions.reader import read_excluded, read_records
 from corl_jax.data.self_questions.records import COLUMNS, make_record
+from corl_jax.data.sources import open_source
 from corl_jax.data.usable_rows import UsableRows
 from corl_jax.errors import InputError
 from corl_jax.rewards.self_answers import judge_answer, read_demand
@@ -114,7 +110,6 @@ def test_a_record_depends_on_seed_and_index_alone():
     backwards = [make_generated_record(3, index) for index in reversed(range(40))]
     assert [make_generated_record(3, index) for index in range(40)] == backwards[::-1]
     assert make_generated_record(3, 0) != make_generated_record(4, 0)
-    assert GeneratedRecords(40, 3)[7] == make_generated_record(3, 7).as_row()
 
 
 def test_categories_and_their_parts_are_equally_likely():
@@ -235,10 +230,10 @@ def test_an_own_object_needs_its_plural_only(tmp_path):
         ({"count": 1}, "count: found 1; expected 2 to 12 for tag counting"),
     ],
 )
-def test_a_row_whose_answers_cannot_be_judged_is_left_out_before_it_is_used(change, part):
+def test_a_row_whose_answers_cannot_be_judged_is_left_out_before_it_is_used(change, part, tmp_path):
     first, second = (make_record("counting", [{"class": "dog", "count": n}]) for n in (2, 3))
     first = dataclasses.replace(first, include=[{"class": "dog", "count": 2} | change])
-    source = WrittenRecords([first, second], Path("records.jsonl"))
+    source = open_source(str(write_records(tmp_path / "rows", [first, second])))
     check = functools.partial(find_value_problem, "include")
     options = LoaderOptions(tasks=(), batch_size=1, seed=0, readable={"include": check})
     usable = UsableRows(source, None, dataclasses.replace(options, max_bad_fraction=0.5))

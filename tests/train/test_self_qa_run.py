@@ -19,6 +19,7 @@ from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config, Sft
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.data.images import decode_image
+from corl_jax.data.self_questions.objects import TAGS
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.report.groups import read_groups
@@ -261,6 +262,8 @@ def test_supervised_training_learns_true_answers_about_own_images(model, records
     for line in lines:
         assert line["self_qa/right_fraction"] == 0.5
         assert 0 <= line["self_qa/rewards/self_answer/mean"] <= 1
+        by_tag = [line[name] for tag in TAGS if (name := f"self_qa/rewards/even/{tag}") in line]
+        assert by_tag and set(by_tag) == {0.5}
         # The mean over answers of different lengths is near that over tokens, and not equal.
         expected = 0.5 * line["self_qa/codes/nll"] + line["self_qa/text/nll"]
         assert line["loss"] == pytest.approx(expected, rel=0.2)
