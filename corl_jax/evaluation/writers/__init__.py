@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corl_jax.errors import InputError, Problems
-from corl_jax.evaluation.writers import dpg, geneval, geneval2, plain, t2i_compbench, wise
+from corl_jax.evaluation.writers import (
+    dpg,
+    geneval,
+    geneval2,
+    plain,
+    self_questions,
+    t2i_compbench,
+    wise,
+)
 from corl_jax.evaluation.writers.writer import PromptList, Writer
 
 WRITERS: dict[str, Writer] = {
@@ -16,6 +24,7 @@ WRITERS: dict[str, Writer] = {
     "wise": wise.WRITER,
     "t2i_compbench": t2i_compbench.WRITER,
     "preference": plain.WRITER,
+    "own_answers": self_questions.WRITER,
 }
 """Suite -> what its harness reads."""
 
