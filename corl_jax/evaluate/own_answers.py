@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,9 @@ class Plan:
     drawing: DrawPlan | None  # None: the images exist
     model: PolicyFiles  # with the processor of the chosen roles
     settings: dict[str, Any]  # of images and answers, without the dtype if the images exist
-    own: list[AskedImage]
-    foreign: list[AskedImage]
-    judge: Judge | None  # None: the rules
+    images: list[AskedImage]  # the model's own
+    foreign_images: Sequence[AskedImage] = ()
+    judge: Judge | None = None  # None: the rules
 
 
 # ---- checks
@@ -117,18 +118,20 @@ def check_arguments(args: argparse.Namespace) -> Plan:
     problems.raise_any()
     judge = problems.attempt(read_judge, args)
     opened = problems.attempt(open_images if args.images else open_drawing, args)
-    own = opened[3] if opened else []
-    foreign = problems.attempt(read_foreign, args, own) if own else []
-    own = (problems.attempt(add_verdicts, "--verdicts", args.verdicts, own) if own else own) or []
-    if opened:
-        problems.add(find_question_problems(args, opened[1], [*own, *(foreign or [])]))
-        problems.add(find_source_problems(args.verdicts, opened[2]))
     problems.raise_any()
-    assert opened is not None and foreign is not None
+    assert opened is not None
+    images = problems.attempt(add_verdicts, "--verdicts", args.verdicts, opened.images)
+    foreign_images = problems.attempt(read_foreign, args, opened.images)
+    problems.add(find_source_problems(args.verdicts, opened.settings))
+    problems.add(
+        find_question_problems(args, opened.model, [*opened.images, *(foreign_images or ())])
+    )
+    problems.raise_any()
+    assert images is not None and foreign_images is not None
     if judge is not None:
         # Last, because it takes its time.
         probe_judge(judge)
-    return Plan(args, opened[0], opened[1], opened[2], own, foreign, judge)
+    return dataclasses.replace(opened, images=images, foreign_images=foreign_images, judge=judge)
 
 
 def find_option_problems(args: argparse.Namespace) -> list[str]:
@@ -163,12 +166,8 @@ def find_option_problems(args: argparse.Namespace) -> list[str]:
     return list(problems)
 
 
-Opened = tuple["DrawPlan | None", "PolicyFiles", dict[str, Any], "list[AskedImage]"]
-"""Drawing, model, settings and own images."""
-
-
-def open_drawing(args: argparse.Namespace) -> Opened:
-    """Returns what --prompts asks to draw. Raises: InputError listing all problems."""
+def open_drawing(args: argparse.Namespace) -> Plan:
+    """Returns the plan that draws --prompts. Raises: InputError listing all problems."""
     from corl_jax.evaluate.own_answers_files import list_planned
     from corl_jax.evaluation.manifest import find_conflicts, read_manifest
 
@@ -177,8 +176,8 @@ def open_drawing(args: argparse.Namespace) -> Opened:
     conflicts = find_conflicts(
         args.out, read_manifest(args.out), settings, ["max_new_tokens"], OPTIONS, "answers with"
     )
-    own = list_planned(drawing)
-    absent = [image for image in own if not image.path.is_file()]
+    images = list_planned(drawing)
+    absent = [image for image in images if not image.path.is_file()]
     if args.verdicts is not None and absent:
         conflicts.append(
             f"--verdicts: {len(absent)} images of {args.out} are not drawn yet, such as "
@@ -186,18 +185,19 @@ def open_drawing(args: argparse.Namespace) -> Opened:
         )
     if conflicts:
         raise InputError(conflicts)
-    return dataclasses.replace(drawing, settings=settings), drawing.model, settings, own
+    drawing = dataclasses.replace(drawing, settings=settings)
+    return Plan(args, drawing, drawing.model, settings, images)
 
 
-def open_images(args: argparse.Namespace) -> Opened:
-    """Returns the images of --images. Raises: InputError listing all problems."""
+def open_images(args: argparse.Namespace) -> Plan:
+    """Returns the plan about --images. Raises: InputError listing all problems."""
     from corl_jax.evaluate.own_answers_files import list_asked
     from corl_jax.evaluation.manifest import find_conflicts, read_manifest
     from corl_jax.weights.hashing import hash_weights
 
     problems = Problems()
     model, template = draw_options.check_model(args, problems)
-    own = problems.attempt(list_asked, "--images", args.images) or []
+    images = problems.attempt(list_asked, "--images", args.images)
     manifest = problems.attempt(read_manifest, args.out, FORMAT)
     drawn: dict[str, Any] = {}
     if (args.images / MANIFEST_FILE).is_file():
@@ -219,11 +219,11 @@ def open_images(args: argparse.Namespace) -> Opened:
                 file=sys.stderr,
             )
     problems.raise_any()
-    assert model is not None
-    return None, model, settings, own
+    assert model is not None and images is not None
+    return Plan(args, None, model, settings, images)
 
 
-def read_foreign(args: argparse.Namespace, own: list[AskedImage]) -> list[AskedImage]:
+def read_foreign(args: argparse.Namespace, own_images: list[AskedImage]) -> list[AskedImage]:
     """Returns the images of --foreign with verdicts, each with an own image beside it.
 
     Raises: InputError for images that cannot be read, of other prompts, or with no own image.
@@ -235,7 +235,7 @@ def read_foreign(args: argparse.Namespace, own: list[AskedImage]) -> list[AskedI
     images = list_asked("--foreign", args.foreign)
     if args.foreign_verdicts is not None:
         images = add_verdicts("--foreign-verdicts", args.foreign_verdicts, images)
-    paired = pair_images(own, images, f"--foreign {args.foreign}")
+    paired = pair_images(own_images, images, f"--foreign {args.foreign}")
     if len(paired) < len(images):
         print(
             f"warning: --foreign: {len(images) - len(paired)} of {len(images)} images have no own "
@@ -285,7 +285,7 @@ def find_question_problems(
             if image.record.question != QUESTIONS[image.record.tag]
         )
     options = argparse.Namespace(
-        max_new_tokens=args.max_new_tokens, instruction=None, system_prompt=""
+        max_new_tokens=args.max_new_tokens, instruction="none", system_prompt=""
     )
     questions = {image.record.question: image for image in prompts.values()}
     cases = [ImageQuestion({"question": q}, i.path, i.where) for q, i in questions.items()]

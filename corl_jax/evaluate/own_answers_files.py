@@ -75,14 +75,14 @@ def _read_record(path: Path) -> Record:
 
 
 def pair_images(
-    own: Sequence[AskedImage], images: Sequence[AskedImage], where: str
+    own_images: Sequence[AskedImage], images: Sequence[AskedImage], where: str
 ) -> list[AskedImage]:
     """Returns the images that have an own image of the same prompt and number.
 
     Raises: InputError for folders of other prompts, and if there is no pair.
     """
     problems = Problems()
-    texts = {image.prompt: image.record.prompt for image in own}
+    texts = {image.prompt: image.record.prompt for image in own_images}
     problems.add(
         f"{where}: {image.where}: prompt is {image.record.prompt!r}; the own images of number "
         f"{image.prompt} show {texts[image.prompt]!r}; take folders of the same prompts in the "
@@ -90,7 +90,7 @@ def pair_images(
         for image in images
         if texts.get(image.prompt, image.record.prompt) != image.record.prompt
     )
-    places = {image.place for image in own}
+    places = {image.place for image in own_images}
     pairs = [image for image in images if image.place in places]
     if not pairs:
         problems.add(f"{where}: no image has the prompt and number of an own image; expected some")

@@ -135,11 +135,11 @@ def format_report(report: Report, judge: str) -> str:
 
 def format_answers(answers: Mapping[str, Mapping[str, AnswerSummary]]) -> str:
     """Returns a table: a line a category, with the length and entropy of answers on own images."""
-    own = answers[OWN]
-    width = max(map(len, [*own, "category"]))
+    tags_of_own = answers[OWN]
+    width = max(map(len, [*tags_of_own, "category"]))
     heads = "".join(f" {HEADS[source]:>23}" for source in answers)
     lines = [f"{'category':{width}}{heads}  tokens  empty    cut  entropy"]
-    for tag, row in own.items():
+    for tag, row in tags_of_own.items():
         cells = [
             _format_rate(tags[tag].accuracy) if tag in tags else "-" for tags in answers.values()
         ]

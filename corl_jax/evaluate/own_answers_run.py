@@ -43,6 +43,7 @@ from corl_jax.evaluation.own_answers import BLANK, FOREIGN, GREY, OWN
 from corl_jax.inference import choose_dtype
 from corl_jax.policies import batched, load_policy
 from corl_jax.policies.family import SamplingOptions
+from corl_jax.rewards.answers import read_answer
 from corl_jax.rewards.self_answers import judge_answer, read_demand
 from corl_jax.runs.append_log import AppendLog
 from corl_jax.weights.hashing import hash_file
@@ -100,17 +101,17 @@ def open_images(plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     with open_folder(out):
         content = own_answers_report.format_json({"format": FORMAT, "settings": settings})
         write_whole(out, MANIFEST, content)
-        yield settings, {"images": len(plan.own)}
+        yield settings, {"images": len(plan.images)}
 
 
 def list_questions(plan: Plan) -> list[Question]:
     """Returns what is asked about own, foreign and blank images, in this order."""
     questions = [
         (Asked(source, image.name, hash_file(image.path), image.record.question), image)
-        for source, images in ((OWN, plan.own), (FOREIGN, plan.foreign))
+        for source, images in ((OWN, plan.images), (FOREIGN, plan.foreign_images))
         for image in images
     ]
-    first_of_prompt = {image.prompt: image for image in reversed(plan.own)}
+    first_of_prompt = {image.prompt: image for image in reversed(plan.images)}
     return questions + [
         (Asked(BLANK, "", "", image.record.question), image)
         for _, image in sorted(first_of_prompt.items())
@@ -197,11 +198,11 @@ def judge_questions(
         return STRICT_RULES if is_strict else RULES, correct
     name = f"{plan.judge.model} at {plan.judge.url}"
     comparisons = [
-        Comparison(name, asked.question, image.record.answer, answers[asked].text)
+        Comparison(name, asked.question, image.record.answer, read_answer(answers[asked].text))
         for asked, image in questions
     ]
     known = dict(verdicts)
-    missing = list(dict.fromkeys(one for one in comparisons if one not in known))
+    missing = list(dict.fromkeys(x for x in comparisons if x not in known))
     record = AppendLog(plan.args.out / ANSWERS)
     bar = tqdm(total=len(missing), unit="verdict", disable=None)
     with contextlib.closing(record), bar, watch_signals() as signals:
@@ -212,10 +213,11 @@ def judge_questions(
                     f"{plan.args.out}"
                 )
             texts = [
-                [getattr(one, key) for one in batch] for key in ("question", "truth", "answer")
+                [getattr(comparison, key) for comparison in batch]
+                for key in ("question", "truth", "answer")
             ]
-            for one, is_correct in zip(batch, plan.judge.judge_answers(*texts), strict=True):
-                known[one] = is_correct
-                append_line(record, format_verdict(one, is_correct))
+            for comparison, is_correct in zip(batch, plan.judge.judge_answers(*texts), strict=True):
+                known[comparison] = is_correct
+                append_line(record, format_verdict(comparison, is_correct))
             bar.update(len(batch))
     return name, [known[comparison] for comparison in comparisons]

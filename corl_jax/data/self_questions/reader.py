@@ -84,9 +84,9 @@ def parse_asked_record(line: str) -> Record:
     if record.question and record.answer:
         return record
     if record.question or record.answer:
-        missing, given = ("answer", "question") if record.question else ("question", "answer")
+        missing, present = ("answer", "question") if record.question else ("question", "answer")
         raise InputError(
-            f"{missing} is missing; write it, or leave out {given}, too: both are then those of "
+            f"{missing} is missing; write it, or leave out {present}, too: both are then those of "
             f"the tag {record.tag}"
         )
     (first, *_), is_counting = record.include, record.tag == "counting"
