@@ -168,7 +168,7 @@ def read_source(path: Path) -> Mapping[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Query:
     """A question about an image, which may be asked for several prompts."""
 
     source: str  # OWN, BLANK or FOREIGN of evaluation.own_answers
@@ -196,13 +196,13 @@ class Comparison:
     answer: str
 
 
-def read_answers(out: Path) -> tuple[dict[Asked, Answer], dict[Comparison, bool]]:
+def read_answers(out: Path) -> tuple[dict[Query, Answer], dict[Comparison, bool]]:
     """Returns the answers and the verdicts of a folder; removes a line that a kill cut off.
 
     Raises: InputError for a line that is none of them.
     """
     path = out / ANSWERS
-    answers: dict[Asked, Answer] = {}
+    answers: dict[Query, Answer] = {}
     verdicts: dict[Comparison, bool] = {}
     if not path.is_file():
         return answers, verdicts
@@ -212,10 +212,12 @@ def read_answers(out: Path) -> tuple[dict[Asked, Answer], dict[Comparison, bool]
         try:
             row = json.loads(line)
             if "source" in row:
-                asked = Asked(*(str(row[key]) for key in _ASKED))
-                answers[asked] = Answer(str(row["answer"]), int(row["tokens"]), bool(row["cut"]))
+                query = Query(*(str(row[key]) for key in _QUERY_KEYS))
+                answers[query] = Answer(str(row["answer"]), int(row["tokens"]), bool(row["cut"]))
             if "judge" in row:
-                verdicts[Comparison(*(str(row[key]) for key in _COMPARED))] = bool(row["correct"])
+                verdicts[Comparison(*(str(row[key]) for key in _COMPARISON_KEYS))] = bool(
+                    row["correct"]
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: line {number}: is no answer ({error!r}); remove the line to ask again"
@@ -226,13 +228,13 @@ def read_answers(out: Path) -> tuple[dict[Asked, Answer], dict[Comparison, bool]
     return answers, verdicts
 
 
-_ASKED = tuple(field.name for field in dataclasses.fields(Asked))
-_COMPARED = tuple(field.name for field in dataclasses.fields(Comparison))
+_QUERY_KEYS = tuple(field.name for field in dataclasses.fields(Query))
+_COMPARISON_KEYS = tuple(field.name for field in dataclasses.fields(Comparison))
 
 
-def format_answer(asked: Asked, answer: Answer) -> bytes:
+def format_answer(query: Query, answer: Answer) -> bytes:
     """Returns the line of an answer as it came."""
-    return _to_bytes(dataclasses.asdict(asked) | _describe_answer(answer))
+    return _to_bytes(dataclasses.asdict(query) | _describe_answer(answer))
 
 
 def format_verdict(comparison: Comparison, is_correct: bool) -> bytes:
@@ -246,13 +248,13 @@ def format_rows(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def describe_row(
-    asked: Asked, answer: Answer, image: AskedImage, judge: str, is_correct: bool
+    query: Query, answer: Answer, image: AskedImage, judge: str, is_correct: bool
 ) -> dict[str, Any]:
     """Returns the row of an answer about an image, or about a blank one in its place."""
     record = image.record
     return {
-        **dataclasses.asdict(asked), "tag": record.tag, "prompt": record.prompt,
-        "geneval_correct": image.is_right if asked.image else None, "truth": record.answer,
+        **dataclasses.asdict(query), "tag": record.tag, "prompt": record.prompt,
+        "geneval_correct": image.is_right if query.image else None, "truth": record.answer,
         **_describe_answer(answer), "judge": judge, "correct": is_correct,
     }  # fmt: skip
 

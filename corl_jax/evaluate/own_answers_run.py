@@ -20,7 +20,7 @@ from corl_jax.evaluate.own_answers import FORMAT, OPTIONS, Plan
 from corl_jax.evaluate.own_answers_files import (
     ANSWERS,
     Answer,
-    Asked,
+    Query,
     AskedImage,
     Comparison,
     describe_row,
@@ -52,7 +52,7 @@ BATCH_SIZE = 32
 VERDICTS_AT_ONCE = 64  # that a kill can lose
 RULES, STRICT_RULES = "rules", "rules, strict"
 
-Question = tuple[Asked, AskedImage]
+Question = tuple[Query, AskedImage]
 """What is asked, and the image (for a blank one, an image of the prompt)."""
 
 
@@ -62,15 +62,15 @@ def evaluate_plan(plan: Plan) -> None:
     with open_images(plan) as (settings, counts):
         questions = list_questions(plan)
         answers, verdicts = read_answers(out)
-        missing = list(dict.fromkeys(asked for asked, _ in questions if asked not in answers))
-        paths = {asked: image.path for asked, image in questions}
+        missing = list(dict.fromkeys(query for query, _ in questions if query not in answers))
+        paths = {query: image.path for query, image in questions}
         counts |= {"questions": len(questions), "asked_now": len(missing)}
         if missing:
             answers |= ask_missing(plan, missing, paths, settings["dtype"])
         judge, correct = judge_questions(plan, questions, answers, verdicts)
         rows = [
-            describe_row(asked, answers[asked], image, judge, is_correct)
-            for (asked, image), is_correct in zip(questions, correct, strict=True)
+            describe_row(query, answers[query], image, judge, is_correct)
+            for (query, image), is_correct in zip(questions, correct, strict=True)
         ]
         report = own_answers_report.make_report(rows, [image for _, image in questions])
         write_whole(out, ANSWERS, format_rows(rows))
@@ -78,7 +78,7 @@ def evaluate_plan(plan: Plan) -> None:
         own_answers_report.write_files(out, report, settings, counts)
         remove_temporary(out)
     print(own_answers_report.format_report(report, judge))
-    print(f"\nanswers: {len(missing)} asked, the rest kept: {out / ANSWERS}")
+    print(f"\nanswers: {len(missing)} asked, the others kept: {out / ANSWERS}")
 
 
 @contextlib.contextmanager
@@ -107,13 +107,13 @@ def open_images(plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 def list_questions(plan: Plan) -> list[Question]:
     """Returns what is asked about own, foreign and blank images, in this order."""
     questions = [
-        (Asked(source, image.name, hash_file(image.path), image.record.question), image)
+        (Query(source, image.name, hash_file(image.path), image.record.question), image)
         for source, images in ((OWN, plan.images), (FOREIGN, plan.foreign_images))
         for image in images
     ]
     first_of_prompt = {image.prompt: image for image in reversed(plan.images)}
     return questions + [
-        (Asked(BLANK, "", "", image.record.question), image)
+        (Query(BLANK, "", "", image.record.question), image)
         for _, image in sorted(first_of_prompt.items())
     ]
 
@@ -132,8 +132,8 @@ def describe_settings(plan: Plan, judge: str) -> dict[str, Any]:
 
 
 def ask_missing(
-    plan: Plan, missing: Sequence[Asked], paths: Mapping[Asked, Path], dtype_name: str
-) -> dict[Asked, Answer]:
+    plan: Plan, missing: Sequence[Query], paths: Mapping[Query, Path], dtype_name: str
+) -> dict[Query, Answer]:
     """Asks the questions greedily; appends each answer to the folder's file.
 
     Raises: Preempted before a batch after a signal.
@@ -159,18 +159,18 @@ def ask_missing(
                 raise Preempted(
                     f"stopped by {signals[0]}; the same command asks what is missing in {args.out}"
                 )
-            asked = missing[number]
-            return decode_image(paths[asked]) if asked.image else blank
+            query = missing[number]
+            return decode_image(paths[query]) if query.image else blank
 
         samples = batched.answer_questions(
-            model, [asked.question for asked in missing], open_image, options,
+            model, [query.question for query in missing], open_image, options,
             batch_size=batch_size,
         )  # fmt: skip
         for sample in samples:
-            asked, tokens = missing[sample.prompt], sample.tokens.tolist()
+            query, tokens = missing[sample.prompt], sample.tokens.tolist()
             is_cut = model.processor.special.eos not in tokens
-            answers[asked] = Answer(model.processor.decode(tokens), len(tokens), is_cut)
-            append_line(record, format_answer(asked, answers[asked]))
+            answers[query] = Answer(model.processor.decode(tokens), len(tokens), is_cut)
+            append_line(record, format_answer(query, answers[query]))
             bar.update()
     return answers
 
@@ -179,7 +179,7 @@ def ask_missing(
 
 
 def judge_questions(
-    plan: Plan, questions: Sequence[Question], answers: Mapping[Asked, Answer],
+    plan: Plan, questions: Sequence[Question], answers: Mapping[Query, Answer],
     verdicts: Mapping[Comparison, bool],
 ) -> tuple[str, list[bool]]:  # fmt: skip
     """Returns the judge's name and whether each answer is right.
@@ -190,16 +190,16 @@ def judge_questions(
         is_strict = plan.args.strict
         correct = [
             judge_answer(
-                answers[asked].text, read_demand(image.record.tag, image.record.include),
+                answers[query].text, read_demand(image.record.tag, image.record.include),
                 strict=is_strict,
             ) == 1.0
-            for asked, image in questions
+            for query, image in questions
         ]  # fmt: skip
         return STRICT_RULES if is_strict else RULES, correct
     name = f"{plan.judge.model} at {plan.judge.url}"
     comparisons = [
-        Comparison(name, asked.question, image.record.answer, read_answer(answers[asked].text))
-        for asked, image in questions
+        Comparison(name, query.question, image.record.answer, answers[query].text)
+        for query, image in questions
     ]
     known = dict(verdicts)
     missing = list(dict.fromkeys(x for x in comparisons if x not in known))
@@ -212,11 +212,12 @@ def judge_questions(
                     f"stopped by {signals[0]}; the same command judges what is missing in "
                     f"{plan.args.out}"
                 )
-            texts = [
-                [getattr(comparison, key) for comparison in batch]
-                for key in ("question", "truth", "answer")
-            ]
-            for comparison, is_correct in zip(batch, plan.judge.judge_answers(*texts), strict=True):
+            judged = plan.judge.judge_answers(
+                [comparison.question for comparison in batch],
+                [comparison.truth for comparison in batch],
+                [read_answer(comparison.answer) for comparison in batch],
+            )
+            for comparison, is_correct in zip(batch, judged, strict=True):
                 known[comparison] = is_correct
                 append_line(record, format_verdict(comparison, is_correct))
             bar.update(len(batch))

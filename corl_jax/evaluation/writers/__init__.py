@@ -57,7 +57,9 @@ def read_prompt_list(suite: str, paths: Sequence[Path]) -> PromptList:
 def guess_suite(paths: Sequence[Path], without: str) -> str | None:
     """Returns the other suite that can read the prompts without a problem; None if none can."""
     for name, writer in WRITERS.items():
-        if name == without or not writer.is_specific:
+        # Two suites with the same files read the same prompts; the stricter one says what is wrong.
+        is_same = writer.list_files is WRITERS[without].list_files
+        if is_same or not writer.is_specific:
             continue
         problems = Problems()
         prompts = problems.attempt(writer.read, paths, problems)
