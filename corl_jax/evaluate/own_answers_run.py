@@ -20,9 +20,9 @@ from corl_jax.evaluate.own_answers import FORMAT, OPTIONS, Plan
 from corl_jax.evaluate.own_answers_files import (
     ANSWERS,
     Answer,
-    Query,
     AskedImage,
     Comparison,
+    Query,
     describe_row,
     format_answer,
     format_rows,
@@ -121,7 +121,7 @@ def list_questions(plan: Plan) -> list[Question]:
 def describe_settings(plan: Plan, judge: str) -> dict[str, Any]:
     """Returns the settings of verdicts and foreign images for the report."""
     args = plan.args
-    settings: dict[str, Any] = {"judge": judge}
+    settings: dict[str, Any] = {"judge": judge, "judge_url": plan.judge and plan.judge.url}
     for name in ("verdicts", "foreign", "foreign_verdicts"):
         path = getattr(args, name)
         settings[name] = None if path is None else str(path)
@@ -196,7 +196,7 @@ def judge_questions(
             for query, image in questions
         ]  # fmt: skip
         return STRICT_RULES if is_strict else RULES, correct
-    name = f"{plan.judge.model} at {plan.judge.url}"
+    name = plan.judge.model
     comparisons = [
         Comparison(name, query.question, image.record.answer, answers[query].text)
         for query, image in questions

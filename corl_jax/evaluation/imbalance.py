@@ -131,7 +131,10 @@ def average_rates(rates: Sequence[Rate | Interval]) -> Interval:
 
 
 def collect_units(trials: Iterable[Trial]) -> list[Unit]:
-    """Returns a unit for each prompt, with the means over its images, for `scores.jsonl`."""
+    """Returns a unit for each prompt, with the means over its images, for `scores.jsonl`.
+
+    `misread` is the share of images that are right and whose question was answered wrongly.
+    """
     by_prompt: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         by_prompt.setdefault((trial.prompt, trial.category), []).append(trial)
@@ -145,7 +148,13 @@ def _average_verdicts(trials: Sequence[Trial]) -> Mapping[str, float]:
     verdicts = {
         "drawn": [t.drawn for t in trials if t.drawn is not None],
         "answered": [t.answered for t in trials if t.answered is not None],
-        "answered_if_drawn": [t.answered for t in trials if t.drawn and t.answered is not None],
+        # Not a share of right images alone: a prompt without one would lack the metric, and two
+        # models could not be compared in pairs.
+        "misread": [
+            bool(t.drawn) and not t.answered
+            for t in trials
+            if t.drawn is False or None not in (t.drawn, t.answered)
+        ],
         "foreign_answered": [t.foreign_answered for t in trials if t.foreign_answered is not None],
     }
     return {name: sum(values) / len(values) for name, values in verdicts.items() if values}

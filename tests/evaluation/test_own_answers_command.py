@@ -222,7 +222,8 @@ def test_images_that_exist_are_asked_as_by_generate(folders, tmp_path, capsys):
     report = json.loads((out / "report.json").read_text())
     right = [row["correct"] for row in by_source["own"] if row["geneval_correct"]]
     units = {unit.name: unit.values for unit in read_units(out)}
-    assert len(right) == 6 and sum(right) == sum(u["answered_if_drawn"] for u in units.values())
+    misread = sum(values["misread"] for values in units.values())
+    assert len(right) == 6 and sum(right) == 6 - 2 * misread
     assert [("foreign_answered" in units[f"{i:05d}"]) for i in range(6)] == [
         False, False, True, True, True, False,
     ]  # fmt: skip
@@ -243,7 +244,7 @@ def test_a_language_model_judges(folders, server, tmp_path, capsys):
     ask(folders, out, "--judge", server.url, "--judge-model", "qwen")
     assert "answers: 0 asked" in capsys.readouterr().out
     rows = read_lines(out / "answers.jsonl")
-    assert all(row["judge"].startswith("qwen at http://127.0.0.1") for row in rows)
+    assert {row["judge"] for row in rows} == {"qwen"}
     assert all(row["correct"] for row in rows) and not all(row["correct"] for row in rules)
     texts = {(row["question"], row["truth"], row["answer"]) for row in rows}
     sent = [body["messages"][1]["content"] for _, body, _ in server.requests[1:]]
@@ -253,6 +254,9 @@ def test_a_language_model_judges(folders, server, tmp_path, capsys):
         for question, truth, answer in texts
     )
     # Its verdicts are kept.
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["judge"] == "qwen"
+    assert report["settings"]["judge_url"] == f"{server.url}/v1/chat/completions"
     ask(folders, out, "--judge", server.url, "--judge-model", "qwen")
     assert len(server.requests) == len(texts) + 2
     assert read_lines(out / "answers.jsonl") == rows

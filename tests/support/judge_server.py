@@ -5,19 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-@contextlib.contextmanager
-def serve_judge():
-    """Yields a server for which texts without the word `cat` are the same.
+class JudgeServer(ThreadingHTTPServer):
+    """A server for which texts without the word `cat` are the same."""
 
-    It has `url` and `requests` (path, body, key); `failures` are statuses of the first requests,
-    and `content` is sent in the place of a reply.
-    """
+    def __init__(self, handler: type[BaseHTTPRequestHandler]):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.requests: list[tuple[str, dict, str | None]] = []  # path, body, key
+        self.failures: list[int] = []  # statuses of the first requests
+        self.content: str | None = None  # sent in the place of a reply
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+@contextlib.contextmanager
+def serve_judge() -> Iterator[JudgeServer]:
+    """Yields a server that runs."""
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             pass
 
         def do_POST(self):
@@ -31,9 +39,7 @@ def serve_judge():
             self.end_headers()
             self.wfile.write(content.encode())
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.failures, http.content = [], [], None
-    http.url = f"http://127.0.0.1:{http.server_port}"
+    http = JudgeServer(Handler)
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
     yield http
