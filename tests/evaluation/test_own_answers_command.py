@@ -20,7 +20,8 @@ from corl_jax.data.self_questions.reader import parse_asked_record
 from corl_jax.data.self_questions.records import QUESTIONS
 from corl_jax.errors import InputError
 from corl_jax.evaluate import __main__ as evaluate
-from corl_jax.evaluate import own_answers_run
+from corl_jax.evaluate import geneval_detect, own_answers_run
+from corl_jax.evaluation.geneval.folders import list_images
 from corl_jax.evaluation.same_answer import write_judge_prompt
 from corl_jax.evaluation.units import read_units
 from corl_jax.policies import batched, load_policy
@@ -154,6 +155,10 @@ def test_images_are_drawn_asked_and_judged(model, prompts, tmp_path, capsys):
     assert "6 drawn, 0 kept" in printed and "no imbalance table: it needs --verdicts" in printed
     assert "answers: 9 asked" in printed  # about 6 images, and 3 about a grey one
     assert json.loads((out / "images/00001/metadata.jsonl").read_text()) == DEMANDS[1]
+    # The detector's suite reads the same folders.
+    assert [demand["tag"] for _, demand in list_images(out, geneval_detect.read_demand)] == [
+        demand["tag"] for demand in DEMANDS for _ in range(2)
+    ]
     rows = read_lines(out / "answers.jsonl")
     assert [row["source"] for row in rows] == ["own"] * 6 + ["blank"] * 3
     assert rows[2]["image"] == "00001/samples/0000.png" and rows[2]["truth"] == "two benchs"

@@ -28,7 +28,10 @@ def list_images(
     try:
         numbered = [path for path in root.iterdir() if path.name.isdigit() and path.is_dir()]
     except OSError as error:
-        raise InputError(f"{option}: {root}: {take_first_line(error)}") from error
+        raise InputError(
+            f"{option}: {root}: {error.strerror}; expected a folder with NUMBER/metadata.jsonl and "
+            "NUMBER/samples/*.png"
+        ) from error
     problems, images = Problems(), []
     for path in sorted(numbered, key=lambda path: (int(path.name), path.name)):
         metadata = problems.attempt(read_metadata, path / "metadata.jsonl")
