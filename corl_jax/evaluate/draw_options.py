@@ -25,12 +25,12 @@ MESH_AXES = ("data", "fsdp", "tensor")
 MEGABYTE = 1e6
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True) -> None:
     """Adds the options that all suites with images share."""
     add = parser.add_argument
     add("--model", type=parse_place, required=True,
         help="model directory of any of the three kinds, or a hub id")  # fmt: skip
-    add("--prompts", type=parse_path, required=True, nargs="+", metavar="PATH",
+    add("--prompts", type=parse_path, required=needs_prompts, nargs="+", metavar="PATH",
         help="the prompts: a file or folder of the harness, or its clone")  # fmt: skip
     add("--out", type=parse_path, required=True, metavar="DIR",
         help="folder of the images; the same command continues what it holds")  # fmt: skip
