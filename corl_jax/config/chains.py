@@ -123,13 +123,13 @@ def _complete_stages(layers: Sequence[Layer], overrides: Sequence[str]) -> Stage
     source, entries = _find_entries(layers)
     if not entries:
         return {"": complete([_drop_stages(layer) for layer in layers], overrides)}
-    shared, own = _split_overrides(overrides)
+    shared, by_name = _split_overrides(overrides)
     names = [entry.pop("name") for entry in entries]
     problems, stages = Problems(), {}
     for layer in layers:
         named = layer.tree.get(STAGES_KEY)
         problems.add(_find_unknown_names(named, names), f"{layer.source}: ")
-    problems.add(_find_unknown_names(own, names), f"{COMMAND_LINE}: ")
+    problems.add(_find_unknown_names(by_name, names), f"{COMMAND_LINE}: ")
     for text in [text for text in shared if re.match(rf"{STAGES_KEY}\b", text)]:
         shared.remove(text)
         problems.add(
@@ -138,11 +138,11 @@ def _complete_stages(layers: Sequence[Layer], overrides: Sequence[str]) -> Stage
         )
     for index, name in enumerate(names):
         chosen = _stack_layers(layers, source, entries[index], index, name)
-        problems.add(_find_misplaced_options(chosen, own.get(name, []), name, index))
+        problems.add(_find_misplaced_options(chosen, by_name.get(name, []), name, index))
         if index + 1 < len(names):
             chosen.append(WHEN_HANDED_ON)
         with problems.collect():
-            stages[name] = complete(chosen, shared, own.get(name, []), f"{STAGES_KEY}.{name}.")
+            stages[name] = complete(chosen, shared, by_name.get(name, []), f"{STAGES_KEY}.{name}.")
     problems.raise_any()
     stages = _link(stages)
     problems.add(_find_chain_problems(stages), f"{source}: ")
@@ -192,14 +192,14 @@ def _find_name_problems(entries: Sequence[Any], names: Sequence[Any]) -> Iterato
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Returns (the overrides of all stages, name -> those of one stage without their place)."""
-    shared, own = [], {}
+    shared, by_name = [], {}
     for text in overrides:
         match = re.match(rf"{STAGES_KEY}\.([^.=]+)\.([^=]+=.*)", text, re.DOTALL)
         if match:
-            own.setdefault(match[1], []).append(match[2])
+            by_name.setdefault(match[1], []).append(match[2])
         else:
             shared.append(text)
-    return shared, own
+    return shared, by_name
 
 
 def _drop_stages(layer: Layer) -> Layer:
@@ -239,7 +239,7 @@ def _find_misplaced_options(
         refused[MODEL_PATH] = (
             "it starts from the stage before; remove it, or train from there by a config of its own"
         )
-    given = {
+    keys_by_place = {
         f"{layer.source}: {layer.place}{key}": key
         for layer in layers
         if layer.place
@@ -247,8 +247,8 @@ def _find_misplaced_options(
     }
     for text in overrides:
         key = text.partition("=")[0]
-        given[f"{COMMAND_LINE}: {STAGES_KEY}.{name}.{key}"] = key
-    for place, key in given.items():
+        keys_by_place[f"{COMMAND_LINE}: {STAGES_KEY}.{name}.{key}"] = key
+    for place, key in keys_by_place.items():
         if reason := refused.get(key) or refused.get(key.partition(".")[0]):
             yield f"{place}: is no option of one stage: {reason}"
 

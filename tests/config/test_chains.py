@@ -26,11 +26,12 @@ rewards: [{name: format}]
 algorithm: {tasks: mm2t}
 optimizer: {b2: 0.98}
 """
-TWO = HEAD + """
+STAGES = """
 stages:
   - {name: first, optimizer: {learning_rate: 1.0e-3}, train: {max_steps: 5}}
   - {name: second, seed: 4, rollout: }
 """
+TWO = HEAD + STAGES
 
 
 @pytest.fixture
