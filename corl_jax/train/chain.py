@@ -103,9 +103,10 @@ def check_stages(stages: Stages) -> None:
         InputError: listing everything that is wrong in all stages.
     """
     problems = Problems()
-    for name, config in stand_in_starts(stages).items():
+    for index, (name, config) in enumerate(stand_in_starts(stages).items()):
         if jax.process_index() == 0:
-            print(describe_place(stages, name), end="\n\n", flush=True)
+            start = "\n\n" if index else ""
+            print(f"{start}{describe_place(stages, name)}", end="\n\n", flush=True)
         with problems.collect(f"stage {name}: "):
             command.check_config(config)
     problems.raise_any()

@@ -119,6 +119,7 @@ def test_finished_stages_are_left_alone(run, tree, capsys):
     train(tree)
     error = capsys.readouterr().err
     assert error.count("nothing is left to do") == 2
+    assert error.count("extend ") == 1 and "stages.rl.train.max_steps=4 " in error
     assert error.index("stage 1 of 2: sft") < error.index("stage 2 of 2: rl")
     assert {file: file.stat().st_mtime_ns for file in run.rglob("metrics.jsonl")} == before
 
