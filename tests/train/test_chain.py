@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -17,8 +19,8 @@ from corl_jax.report import __main__ as report
 from corl_jax.train import __main__ as command
 from corl_jax.train import chain
 from corl_jax.train import command as training
-from tests.faults.harness import Job
-from tests.support import tiny_runs
+from tests.faults.harness import PATIENCE, Job
+from tests.support import several_processes, tiny_runs
 from tests.support.tiny_runs import metric_lines, write_config
 
 pytestmark = pytest.mark.usefixtures("module_on_one_device")
@@ -208,3 +210,26 @@ def test_a_kill_in_the_second_stage_loses_no_stage(model, rows, tmp_path):
     assert (tmp_path / "run/sft/summary.json").stat().st_mtime_ns == finished
     assert "resuming from step" in job.log and job.log.count("nothing is left to do") == 1
     assert json.loads((job.output / "summary.json").read_text())["steps"] == 12
+
+
+@pytest.mark.slow
+def test_two_processes_stop_in_the_second_stage_and_go_on(model, rows, tmp_path):
+    """The steps of the second stage begin again, on which the processes must agree."""
+    later = SFT | {"name": "later", "train": {"max_steps": 40}}
+    tree = options(model, rows, tmp_path / "run", stages=[SFT, later], mesh={"fsdp": -1, "data": 1})
+    config = write_config(tmp_path / "run.yaml", tree)
+    pair = several_processes.train(config, "checkpoint.every=1000")
+    deadline = time.monotonic() + PATIENCE
+    while pair[0].text.count("step 1/") < 2 and pair[0].popen.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pair[1].popen.send_signal(signal.SIGTERM)
+    assert [process.wait(PATIENCE) for process in pair] == [75, 75], pair[0].text[-3000:]
+    (step,) = (int(path.name) for path in (tmp_path / "run/later/checkpoints").glob("[0-9]*"))
+    assert step < 40
+    first, second = several_processes.finished(
+        several_processes.train(config, "checkpoint.every=1000")
+    )
+    assert first.count("nothing is left to do") == 1
+    assert f"resuming from step {step}/40" in first and "stage " not in second
+    assert json.loads((tmp_path / "run/later/summary.json").read_text())["steps"] == 40
