@@ -201,8 +201,8 @@ def format_estimate(
     ])  # fmt: skip
 
 
-def run_plan(args: argparse.Namespace, config: Config) -> None:
-    """Prints memory, cost and time; ends with DOES_NOT_FIT_EXIT_CODE if it does not fit.
+def run_plan(args: argparse.Namespace, config: Config) -> bool:
+    """Prints memory, cost and time; returns whether it fits, as far as that is known.
 
     Raises:
         InputError: the config does not fit the arguments, or one of them is wrong.
@@ -228,7 +228,7 @@ def run_plan(args: argparse.Namespace, config: Config) -> None:
     print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)
     if reason := tables.explain_overflow(resident, chip, reserve):
         print(f"  {reason}")
-        sys.exit(DOES_NOT_FIT_EXIT_CODE)
+        return False
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
@@ -240,5 +240,4 @@ def run_plan(args: argparse.Namespace, config: Config) -> None:
         tables.format_iteration(compiled, chip),
     ):
         print(f"\n{part}")
-    if tables.fits(compiled, chip, reserve) is False:
-        sys.exit(DOES_NOT_FIT_EXIT_CODE)
+    return tables.fits(compiled, chip, reserve) is not False

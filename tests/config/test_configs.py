@@ -19,6 +19,7 @@ import yaml
 from corl_jax.cli import COMMANDS
 from corl_jax.config import files as config_files
 from corl_jax.config import options
+from corl_jax.config.chains import dump_stages, load_stages
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, EvalSuite, Reward, Section
 from corl_jax.config.shipped import describe_config, list_configs, list_studies
@@ -65,6 +66,11 @@ def load(name: str) -> Config:
     return config_files.load(CONFIGS / name)
 
 
+def load_runs(name: str) -> list[Config]:
+    """The config of each stage of a file."""
+    return [*load_stages(CONFIGS / name).values()]
+
+
 def flat(config: Config) -> dict:
     """Every option by its whole key; lists are values."""
 
@@ -103,33 +109,34 @@ def test_the_promised_configs_are_there():
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_loads_and_its_rewards_fit_its_tasks(name):
-    config = load(name)
-    bound = registry.bind_rewards(config.rewards, config.compat)
-    stage = STAGE_TABLE[config.stage]
-    if not stage.samples:
-        assert not config.rewards
-        return
-    by_task = registry.group_by_task(bound, stage.tasks(config))
-    assert all(by_task.values()) and sum(map(len, by_task.values())) == len(bound)
+    for config in load_runs(name):
+        bound = registry.bind_rewards(config.rewards, config.compat)
+        stage = STAGE_TABLE[config.stage]
+        if not stage.samples:
+            assert not config.rewards
+            continue
+        by_task = registry.group_by_task(bound, stage.tasks(config))
+        assert all(by_task.values()) and sum(map(len, by_task.values())) == len(bound)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_survives_being_written_out(name, tmp_path):
-    config = load(name)
-    (tmp_path / "again.yaml").write_text(config_files.dump(config))
-    assert config_files.load(tmp_path / "again.yaml") == config
+    stages = load_stages(CONFIGS / name)
+    (tmp_path / "again.yaml").write_text(dump_stages(stages))
+    assert load_stages(tmp_path / "again.yaml") == stages
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_trainable_patterns_match_parameters(name):
     shapes = network.abstract(network.PRESETS["janus-pro-1b"])
-    trained, frozen = partition(shapes, load(name).train.trainable or FAMILY.trainable)
-    assert trained and frozen
+    for config in load_runs(name):
+        trained, frozen = partition(shapes, config.train.trainable or FAMILY.trainable)
+        assert trained and frozen
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_has_no_option_without_effect(name):
-    assert not find_unused_options(load(name))
+    assert not any(map(find_unused_options, load_runs(name)))
 
 
 def test_there_are_few_options():
@@ -144,7 +151,7 @@ def test_there_are_few_options():
 
 
 def test_run_directories_are_distinct():
-    folders = [load(name).output_dir for name in FILES]
+    folders = [config.output_dir for name in FILES for config in load_runs(name)]
     assert len(set(folders)) == len(folders)
 
 
@@ -329,7 +336,7 @@ def test_prompt_and_completion_fit_the_models_positions(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_key_on_top_of_any_config_is_refused(name):
     with pytest.raises(InputError, match=r"did you mean optimizer\.learning_rate\?"):
-        config_files.load(CONFIGS / name, ["optimizer.learning_rat=1"])
+        load_stages(CONFIGS / name, ["optimizer.learning_rat=1"])
 
 
 # ---- docs/reference/configuration.md
