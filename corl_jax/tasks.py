@@ -14,6 +14,9 @@ from corl_jax.nearest import suggest_name
 TEXT, CODES = "text", "codes"
 """Kinds of segments: text tokens, and codes of an image tokenizer."""
 
+TurnKinds = tuple[tuple[str, ...], ...]
+"""The kinds of the segments of each turn, by which a family finds the program of a task."""
+
 IMAGES, TEXTS = "images", "texts"
 """What rewards see of a task: the last segment of each turn, decoded."""
 
@@ -46,8 +49,13 @@ class Task:
 
     @property
     def segments(self) -> tuple[str, ...]:
-        """The kinds of the segments of all turns, by which a family finds the task's program."""
+        """The kinds of the segments of all turns."""
         return tuple(kind for turn in self.turns for kind in turn.segments)
+
+    @property
+    def turn_kinds(self) -> TurnKinds:
+        """The kinds of the segments of each turn: (("codes",), ("text",)) of two turns."""
+        return tuple(turn.segments for turn in self.turns)
 
     @property
     def results(self) -> tuple[str, ...]:

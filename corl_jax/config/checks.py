@@ -122,10 +122,8 @@ READERS = (
         r"compat\.text_top_k_50|algorithm\.mask_truncated", "a task that makes texts or plans",
         lambda config, _: _makes(config, TEXTS) or _plans(config),
     ),
-    Reader(
-        r"algorithm\.mm2t_loss_weight", "a task that makes texts",
-        lambda config, _: _makes(config, TEXTS),
-    ),
+    Reader(r"algorithm\.mm2t_loss_weight", "a task that makes texts",
+           lambda config, _: _makes(config, TEXTS)),
     Reader(
         r"algorithm\.earlier_loss_weight", f"algorithm.tasks {' or '.join(LONG_TASKS)}",
         lambda config, _: not {*LONG_TASKS}.isdisjoint(choose_tasks(config.algorithm.tasks)),
@@ -172,10 +170,8 @@ READERS = (
         r"algorithm\.reference", "a run with lora.rank 0",
         lambda config, _: not config.lora.rank or config.algorithm.reference_every > 0,
     ),
-    Reader(
-        r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",
-        lambda config, _: config.lora.rank > 0,
-    ),
+    Reader(r"lora\.(alpha|targets)|export\.lora", "lora.rank above 0",
+           lambda config, _: config.lora.rank > 0),
     Reader(
         r"export\.(dtype|lora)", "an export.layout other than none",
         lambda config, _: config.export.layout != "none",
@@ -345,7 +341,7 @@ def _check_fine_tuning(config: Config, problems: Problems) -> None:
             f"of {', '.join(task for task in TASKS if task not in LONG_TASKS)}"
         )
     images_alone = not any(TASKS[task].makes_text for task in chosen)
-    if STAGE_FACTS[config.stage].block == "sft" and images_alone and not config.sft.t2i_weight:
+    if STAGE_FACTS[config.stage].block == "sft" and images_alone and config.sft.t2i_weight == 0:
         problems.add(
             f"sft.t2i_weight: found 0, but sft.tasks {config.sft.tasks} trains images alone; "
             "expected a weight above 0; raise it or choose other tasks"

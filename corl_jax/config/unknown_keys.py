@@ -16,7 +16,11 @@ from corl_jax.config.options import (
 )
 from corl_jax.nearest import find_near_name
 
-RENAMED = {"objective": "stage, with the value rl, sft or vq", "grpo": "algorithm"}
+RENAMED = {
+    "algorithm.plan_loss_weight": "algorithm.earlier_loss_weight",
+    "grpo": "algorithm",
+    "objective": "stage, with the value rl, sft or vq",
+}
 """Key of an earlier version -> its name now."""
 REMOVED = {
     "algorithm.multi_objective_aggregation": "algorithm.name gdpo normalizes each reward",

@@ -65,7 +65,9 @@ def draw_prompts(
     # that is drawn after an interruption should have the same bits.
     length = processor.bucket(max(map(len, ids)))
     size = round_batch(batch_size, mesh)
-    sampler = bind_sampler(policy.family.turns[turn.segments].sample, policy.config, sampling)
+    sampler = bind_sampler(
+        policy.family.turns[IMAGE_GENERATION.turn_kinds].sample, policy.config, sampling
+    )
 
     def start_call(filled: Sequence[Pair]) -> jax.Array:
         encoded = processor.encode(turn.prompt, [ids[prompt] for prompt, _ in filled], None, length)

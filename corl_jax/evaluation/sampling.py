@@ -17,7 +17,7 @@ def sample_rows(
     policy, task = inputs.policy, TASKS[name]
     greedy = inputs.greedy_texts if task.makes_text else inputs.greedy_images
     options = dataclasses.replace(inputs.sampling, greedy=greedy)
-    program = policy.family.turns[task.turn.segments]
+    program = policy.family.turns[task.turn_kinds]
     return sample_turn(
         bind_sampler(program.sample, policy.config, options), policy.params,
         prompts.encoded[name], prompts.index, seed=inputs.seed, stream=task.stream,

@@ -157,6 +157,7 @@ def make_batch(
             make_prompts(outline, task, count, lengths),
             segments,
             shape((rows,), jnp.float32),
+            turns=TASKS[task].turn_kinds,
             **dict.fromkeys(extra, logprobs),
         )
 

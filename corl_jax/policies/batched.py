@@ -150,7 +150,7 @@ def _sample_turn(
     system_prompt: str = "",
 ) -> Iterator[Sample]:  # fmt: skip
     processor, turn = model.processor, task.turn
-    sampler = bind_sampler(model.family.turns[turn.segments].sample, model.sizes, options)
+    sampler = bind_sampler(model.family.turns[task.turn_kinds].sample, model.sizes, options)
     ids = [processor.prompt_ids(turn.prompt, row, system_prompt) for row in rows]
 
     def call(piece: Piece) -> tuple[Sequence[Any], ...]:
@@ -205,7 +205,7 @@ def sample_rows(
     prompts = jax.tree.map(lambda *x: np.concatenate(x), *(row.encoded for row in filled))
     numbers = ([getattr(row, name) for row in filled] for name in ("seed", "prompt", "number"))
     keys = row_keys(*(np.array(values, np.uint32) for values in numbers), stream=task.stream)
-    sampler = bind_sampler(model.family.turns[task.turn.segments].sample, model.sizes, options)
+    sampler = bind_sampler(model.family.turns[task.turn_kinds].sample, model.sizes, options)
     with jax.set_mesh(_choose_mesh(len(filled))):
         segments = sampler(model.params, prompts, keys)
         tokens = list_tokens(segments[-1])[: len(rows)]

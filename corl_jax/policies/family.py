@@ -20,6 +20,7 @@ from corl_jax.devices.mesh import Rules
 from corl_jax.models import modules
 from corl_jax.models.attention import AttentionKernel, DecodeKernel
 from corl_jax.models.layers import Remat
+from corl_jax.tasks import Task, TurnKinds
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 from corl_jax.weights.kinds import NetworkKind
 
@@ -220,11 +221,12 @@ class Family:
     tokenizer_parts: tuple[str, ...]  # first names of paths that only the stage vq trains
     limits: Callable[[Sizes], Limits]
     # sampling and scoring
-    turns: Mapping[tuple[str, ...], TurnProgram]  # by the kinds of the segments of all turns
+    turns: Mapping[TurnKinds, TurnProgram]  # by the kinds of the segments of each turn
     blank_prompts: Callable[[Array, Any], Array]  # (ids, special) -> ids of guidance's other rows
     # images: values are those of a segment of codes
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
+    prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
     hidden_states: HiddenStates | None = None
@@ -247,6 +249,19 @@ class Family:
     def rules(self) -> Rules:
         """Layout of each parameter on a mesh, by its path."""
         return self.kind.rules
+
+    def find_lack(self, task: Task) -> str | None:
+        """Returns what the task needs and the family lacks; None if the family can do the task."""
+        kinds = task.turn_kinds
+        if kinds not in self.turns:
+            # (("codes",), ("text",)) -> "of codes, then of text"
+            needed = ", then ".join(f"of {' and '.join(of_turn)}" for of_turn in kinds)
+            count = "one turn" if len(kinds) == 1 else f"{len(kinds)} turns"
+            return f"has {count} and needs segments {needed}, which a {self.name} does not make"
+        unknown = [turn.prompt for turn in task.turns if turn.prompt not in self.prompts]
+        if unknown:
+            return f"has prompts {' and '.join(unknown)}, which a {self.name} does not encode"
+        return None
 
     def abstract(self, sizes: Sizes) -> Params:
         """Returns the shapes of all parameters as a nested dict of ShapeDtypeStruct."""

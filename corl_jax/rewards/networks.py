@@ -25,9 +25,10 @@ from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles, inspect_policy
 from corl_jax.policies.family import Limits
 from corl_jax.rewards import captions, clip_scores, similarity
-from corl_jax.rewards.policy import NO_QUESTION, QUESTION, question_ids
+from corl_jax.rewards.policy import NO_QUESTION, question_ids
 from corl_jax.rewards.registry import REGISTRY, BoundReward
 from corl_jax.rewards.samples import FrozenNetwork, Network, Policy
+from corl_jax.tasks import IMAGE_UNDERSTANDING
 from corl_jax.types import DTYPES, Params
 from corl_jax.weights.checkpoint import Checkpoint, load_sharded, open_checkpoint
 from corl_jax.weights.hub import resolve_path
@@ -210,7 +211,7 @@ def find_scorer_problems(
     family, missing = scorer.family, None
     if reward.row.reads_hidden_states and family.hidden_states is None:
         missing = f"reads hidden states, which a {family.name} does not give"
-    elif not reward.row.reads_hidden_states and QUESTION.segments not in family.turns:
+    elif not reward.row.reads_hidden_states and IMAGE_UNDERSTANDING.turn_kinds not in family.turns:
         missing = f"asks questions, which a {family.name} does not answer"
     if missing is None:
         return _find_position_problems(

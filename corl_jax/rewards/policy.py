@@ -266,7 +266,7 @@ def _compute_likelihood(
     params: Params, prompts: EncodedPrompts, answer: Segment, *, family: Family, sizes: Sizes,
     special: Any, dtype: Any,
 ) -> jax.Array:  # fmt: skip
-    score = family.turns[QUESTION.segments].logprobs
+    score = family.turns[IMAGE_UNDERSTANDING.turn_kinds].logprobs
     options = LogprobOptions(special, remat="none")
     ((logprobs, _),) = score(sizes, family.cast(params, dtype), prompts, (answer,), options)
     total = jnp.where(answer.mask, logprobs, 0.0).sum(axis=-1)
@@ -330,7 +330,9 @@ def _bind_answering(policy: Policy, greedy: bool, max_new_tokens: int) -> Sample
         special=policy.processor.special, greedy=greedy, max_new_tokens=max_new_tokens,
         dtype=policy.dtype,
     )  # fmt: skip
-    sample = bind_sampler(policy.family.turns[QUESTION.segments].sample, policy.config, options)
+    sample = bind_sampler(
+        policy.family.turns[IMAGE_UNDERSTANDING.turn_kinds].sample, policy.config, options
+    )
     return lambda params, prompts, keys: sample(params, normalise_pixels(policy, prompts), keys)
 
 

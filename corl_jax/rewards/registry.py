@@ -102,11 +102,7 @@ REGISTRY: dict[str, RewardRow] = {
         optional=("qa_type", "qa_problem"),
         stand_ins={"qa_type": "default_type"},
     ),
-    "oc_accuracy": RewardRow(
-        score_oc_accuracy,
-        TEXTS,
-        either=("cls_solution", "qa_solution"),
-    ),
+    "oc_accuracy": RewardRow(score_oc_accuracy, TEXTS, either=("cls_solution", "qa_solution")),
     "self_answer": RewardRow(score_self_answer, TEXTS, columns=("tag", "include")),
     "soft_overlong": RewardRow(
         score_soft_overlong,
@@ -155,10 +151,7 @@ REGISTRY: dict[str, RewardRow] = {
     ),
     "t2i_pixel_mse": RewardRow(score_pixel_mse, IMAGES, columns=("real_image",)),
     "answer_logprob": RewardRow(
-        policy.score_answer_logprob,
-        IMAGES,
-        ("policy",),
-        columns=("qa_problem", "qa_solution"),
+        policy.score_answer_logprob, IMAGES, ("policy",), columns=("qa_problem", "qa_solution")
     ),
     "t2i_qa": RewardRow(
         policy.score_qa,

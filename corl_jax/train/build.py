@@ -267,7 +267,7 @@ def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Samp
     """
     options = dataclasses.replace(make_sampling_options(plan), greedy_last=greedy_last)
     return {
-        name: bind_sampler(plan.family.turns[TASKS[name].segments].sample, plan.sizes, options)
+        name: bind_sampler(plan.family.turns[TASKS[name].turn_kinds].sample, plan.sizes, options)
         for name in plan.tasks
     }
 

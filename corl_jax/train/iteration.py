@@ -258,6 +258,7 @@ def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> 
         task: TaskBatch(
             prompts=rollout.prompts,
             segments=tuple(set_loss_mask(run, segment) for segment in rollout.segments),
+            turns=TASKS[task].turn_kinds,
         )
         for task, rollout in rollouts.items()
     }

@@ -259,14 +259,12 @@ def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list
     """Returns the abilities that tasks and stage need and the model's family lacks."""
     problems = []
     for task in stage.tasks(config):
-        program = family.turns.get(TASKS[task].segments)
-        if program is None:
+        lack, program = family.find_lack(TASKS[task]), family.turns.get(TASKS[task].turn_kinds)
+        if lack:
             problems.append(
-                f"stage {config.stage}: the task {task} needs segments of "
-                f"{' and '.join(TASKS[task].segments)}, which a {family.name} does not make; "
-                "choose another task or model"
+                f"stage {config.stage}: the task {task} {lack}; choose another task or model"
             )
-        elif stage.straight_through(config) and not program.passes_gradients:
+        elif stage.straight_through(config) and program and not program.passes_gradients:
             problems.append(
                 f"stage: found {config.stage}, but a {family.name} has no image decoder that lets "
                 "gradients through; choose stage self_sft, which needs none"

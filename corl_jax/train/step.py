@@ -29,7 +29,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions
-from corl_jax.tasks import name_segments
+from corl_jax.tasks import TurnKinds, name_segments
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
 DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
@@ -69,11 +69,18 @@ class TaskBatch:
     advantages: Array | None = None  # [N]; None in supervised training
     old_logprobs: tuple[Array, ...] | None = None  # of each segment; None: the policy itself
     ref_logprobs: tuple[Array, ...] | None = None  # None: no KL penalty
+    # The kinds of the segments of each turn; None: one turn has all segments.
+    turns: TurnKinds | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of the segments, by which a family finds how to score them."""
+        """The kinds of the segments of all turns."""
         return tuple(segment.kind for segment in self.segments)
+
+    @property
+    def turn_kinds(self) -> TurnKinds:
+        """The kinds of the segments of each turn, by which a family finds how to score them."""
+        return self.turns or (self.kinds,)
 
 
 Batch = dict[str, TaskBatch]
@@ -176,7 +183,7 @@ def gradients(
         params = family.cast(merge(trained, frozen), options.dtype)
         total, sums, extremes = jnp.float32(0), {}, ({}, {})
         for name, task in piece.items():
-            outputs = family.turns[task.kinds].logprobs(
+            outputs = family.turns[task.turn_kinds].logprobs(
                 sizes, params, task.prompts, task.segments, options.logprobs
             )
             inputs = make_loss_inputs(task, outputs, options.selections)
@@ -326,7 +333,7 @@ def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> C
 
         def compute(piece: Batch) -> dict[str, tuple[jax.Array, ...]]:
             outputs = {
-                name: family.turns[task.kinds].logprobs(
+                name: family.turns[task.turn_kinds].logprobs(
                     scored_sizes, params, task.prompts, task.segments, options.logprobs
                 )
                 for name, task in piece.items()

@@ -584,11 +584,23 @@ def test_file_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("objective=grpo", "stage"), ("grpo.kl_coef=0.1", "algorithm")]
-)
+    ("old", "new"),
+    [
+        ("objective=grpo", "stage"), ("grpo.kl_coef=0.1", "algorithm"),
+        ("algorithm.plan_loss_weight=0.5", "algorithm.earlier_loss_weight"),
+    ],
+)  # fmt: skip
 def test_a_key_of_an_earlier_version_is_refused_with_its_new_name(write, old, new):
     with pytest.raises(InputError, match=f"has a new name; use {new}"):
         config_files.load(write(MINIMAL), [old])
+
+
+def test_a_file_of_an_earlier_version_is_refused_with_the_new_name(write):
+    block = "    algorithm: {tasks: think, plan_loss_weight: 0.5}\n"
+    (line,) = problems(write(MINIMAL + block))
+    assert line.endswith(
+        "algorithm.plan_loss_weight: has a new name; use algorithm.earlier_loss_weight"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +16,12 @@ from corl_jax.data import __main__ as data_command
 from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.data.drawn_world import generator as drawn_world
-from corl_jax.data.self_questions.generator import GeneratedRecords, make_generated_record
+from corl_jax.data.loader_options import LoaderOptions
+from corl_jax.data.self_questions.generator import (
+    GeneratedRecords,
+    WrittenRecords,
+    make_generated_record,
+)
 from corl_jax.data.self_questions.known import KNOWN_OBJECTS
 from corl_jax.data.self_questions.objects import (
     COCO_OBJECTS,
@@ -26,7 +34,9 @@ from corl_jax.data.self_questions.objects import (
 )
 from corl_jax.data.self_questions.reader import read_excluded, read_records
 from corl_jax.data.self_questions.records import COLUMNS, make_record
+from corl_jax.data.usable_rows import UsableRows
 from corl_jax.errors import InputError
+from corl_jax.rewards.self_answers import judge_answer, read_demand
 
 # Tag, objects -> prompt, question, answer: a row of each kind as the published file has it.
 PUBLISHED = [
@@ -67,6 +77,16 @@ def test_templates_are_the_published_ones(tag, include, prompt, question, answer
     record = make_record(tag, include)
     assert (record.prompt, record.question, record.answer) == (prompt, question, answer)
     assert list(record.as_row()) == list(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("noun", "count", "words"),
+    [("toothbrush", 2, "two toothbrushs"), ("person", 3, "three persons")],
+)
+def test_the_answer_to_counting_has_the_words_of_a_given_prompt(noun, count, words):
+    record = make_record("counting", [{"class": noun, "count": count}], f"a photo of {words}")
+    assert record.answer == words
+    assert judge_answer(words, read_demand(record.tag, record.include), strict=True) == 1.0
 
 
 def test_counting_forbids_one_object_more():
@@ -206,6 +226,26 @@ def test_an_own_object_needs_its_plural_only(tmp_path):
     assert record.prompt == "a photo of three robots"
     path = write_lines(tmp_path / "r.jsonl", [record.as_json()])
     assert read_records(path) == [record]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"class": "robot"}, '"plural": TEXT'),
+        ({"count": 1}, "count: found 1; expected 2 to 12 for tag counting"),
+    ],
+)
+def test_a_row_whose_answers_cannot_be_judged_is_left_out_before_it_is_used(change, part):
+    first, second = (make_record("counting", [{"class": "dog", "count": n}]) for n in (2, 3))
+    first = dataclasses.replace(first, include=[{"class": "dog", "count": 2} | change])
+    source = WrittenRecords([first, second], Path("records.jsonl"))
+    check = functools.partial(find_value_problem, "include")
+    options = LoaderOptions(tasks=(), batch_size=1, seed=0, readable={"include": check})
+    usable = UsableRows(source, None, dataclasses.replace(options, max_bad_fraction=0.5))
+    assert usable[0].columns == second.as_row() and usable.left_out["bad"] == [0]
+    with pytest.raises(InputError) as error:
+        UsableRows(source, None, options)[0]
+    assert part in str(error.value)
 
 
 @pytest.mark.parametrize("world", ["small", "full"])

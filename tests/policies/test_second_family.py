@@ -111,7 +111,7 @@ def test_it_answers_questions_about_its_own_images(files, tmp_path):
 
 def test_a_turn_of_two_segments_learns(files, tmp_path, monkeypatch):
     """A word, then an image in one turn; the reward of the image teaches both."""
-    text, codes = FAMILY.turns[TEXT,], FAMILY.turns[CODES,]
+    text, codes = FAMILY.turns[(TEXT,),], FAMILY.turns[(CODES,),]
 
     def sample(sizes, params, prompts, keys, options):
         other_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
@@ -122,7 +122,7 @@ def test_a_turn_of_two_segments_learns(files, tmp_path, monkeypatch):
         first = text.logprobs(sizes, params, prompts, segments[:1], options)
         return *first, *codes.logprobs(sizes, params, prompts, segments[1:], options)
 
-    thinking = dataclasses.replace(FAMILY, turns={(TEXT, CODES): TurnProgram(sample, logprobs)})
+    thinking = dataclasses.replace(FAMILY, turns={((TEXT, CODES),): TurnProgram(sample, logprobs)})
     monkeypatch.setitem(policies.FAMILIES, FAMILY.name, thinking)
     task = Task("thinking", (Turn("generate", (TEXT, CODES)),), ("prompt",), 6, "prompt")
     monkeypatch.setitem(TASKS, "think", task)
@@ -143,7 +143,7 @@ def test_a_turn_of_two_segments_learns(files, tmp_path, monkeypatch):
         ({"lora": {"rank": 2}}, "lora.rank: found 2, but the model is a bag"),
         (
             {"algorithm": {"tasks": "self_qa"}},
-            "the task self_qa needs segments of codes and text, which a bag does not make",
+            "the task self_qa has 2 turns and needs segments of codes, then of text, which a bag",
         ),
         ({"stage": "vq", "rewards": [], "eval": {"suite": "none"}}, "has no image tokenizer"),
         (
@@ -180,7 +180,7 @@ def test_the_command_that_scores_refuses_it_too(files, tmp_path, capsys):
 
 def test_a_scorer_that_answers_no_questions_is_refused(files, tmp_path, monkeypatch, capsys):
     """Of the policy and of a frozen scorer; a reward that asks nobody is not."""
-    mute = dataclasses.replace(FAMILY, turns={(CODES,): FAMILY.turns[(CODES,)]})
+    mute = dataclasses.replace(FAMILY, turns={((CODES,),): FAMILY.turns[(CODES,),]})
     monkeypatch.setitem(policies.FAMILIES, FAMILY.name, mute)
     tree = bag_runs.options(
         files, tmp_path / "run", algorithm={"tasks": "t2i"},

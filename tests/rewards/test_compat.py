@@ -120,7 +120,7 @@ def logprobs(config, scoring) -> dict:
     @jax.jit
     def compute(params):
         found = {
-            task: FAMILY.turns[part.kinds].logprobs(
+            task: FAMILY.turns[part.turn_kinds].logprobs(
                 config, params, part.prompts, part.segments, scoring
             )
             for task, part in batch.items()

@@ -64,6 +64,7 @@ def test_what_the_text_says_of_the_scores_holds(found):
     assert min(alike, key=alike.get) == "the real image"
     assert max(alike.values()) - min(alike.values()) < 0.1
     assert set(scored("t2i_od").values()) == {0}
+    assert max(scored("answer_logprob").values()) < 0.01
 
 
 def test_scores_known_by_hand(found):

@@ -39,7 +39,7 @@ def score(sizes, params, prompts, segments, options):
 
 FAMILY: Any = SimpleNamespace(
     cast=lambda params, dtype: params,
-    turns={(kind,): SimpleNamespace(logprobs=score) for kind in (CODES, TEXT)},
+    turns={((kind,),): SimpleNamespace(logprobs=score) for kind in (CODES, TEXT)},
 )
 
 

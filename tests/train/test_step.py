@@ -487,7 +487,7 @@ def test_compute_dtype_leaves_master_weights_alone(config, params, batch):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     assert jnp.dtype(master_dtype(False)) == np.dtype("float32")
     part = batch["t2i"]
-    (hidden,) = jax.eval_shape(lambda: FAMILY.turns[part.kinds].logprobs(
+    (hidden,) = jax.eval_shape(lambda: FAMILY.turns[part.turn_kinds].logprobs(
         config, network.cast(params, jnp.bfloat16), part.prompts, part.segments, LOGPROB_OPTIONS
     ))  # fmt: skip
     assert {leaf.dtype for leaf in hidden} == {jnp.dtype("float32")}

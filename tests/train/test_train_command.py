@@ -812,7 +812,7 @@ def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(
         tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=None,
-        processor=SimpleNamespace(special=None), dtype=None, seed=0,
+        processor=SimpleNamespace(special=None, image=None), dtype=None, seed=0,
     )  # fmt: skip
     config, beats = SimpleNamespace(rollout=Rollout(), eval=Eval()), []
     evaluation = SimpleNamespace(loader=None, rows=2)
@@ -917,6 +917,10 @@ LATER_TASKS = {
         "self-questioning", (Turn("generate", (CODES,)), Turn("own_image", (TEXT,))),
         ("prompt", "qa_problem"), 7, "prompt",
     ),
+    "converse": Task(
+        "conversation", (Turn("question", (TEXT,)), Turn("question", (TEXT,))),
+        ("real_image", "qa_problem"), 11, "qa_problem",
+    ),
     "edit": Task("editing", (Turn("edit", (CODES,)),), ("real_image", "instruction"), 8, "prompt"),
     "denoise": Task("editing", (Turn("edit", ("latents",)),), ("real_image",), 9, "prompt"),
 }  # fmt: skip
@@ -933,9 +937,11 @@ def test_a_row_that_no_run_uses_changes_nothing(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("reflect", "needs segments of codes and text, which a janus does not make"),
-        ("selfplay", "algorithm.tasks: selfplay has 2 turns"),
-        ("denoise", "needs segments of latents, which a janus does not make"),
+        ("reflect", "has one turn and needs segments of codes and text, which a janus does not"),
+        ("converse", "has 2 turns and needs segments of text, then of text, which a janus does"),
+        ("selfplay", "the task selfplay has prompts own_image, which a janus does not encode"),
+        ("edit", "the task edit has prompts edit, which a janus does not encode"),
+        ("denoise", "has one turn and needs segments of latents, which a janus does not make"),
     ],
 )
 def test_a_task_that_the_model_cannot_do_is_refused(options, monkeypatch, capsys, name, part):

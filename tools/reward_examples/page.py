@@ -49,6 +49,8 @@ image. The mini Janus generated the others (seed {drawing_seed}), the last one f
   are at the places of the shapes in the real image.
 - `t2i_ti_sim` differs little: two yellow shapes get the highest score, the real image the lowest.
 - `t2i_od`: the mini Janus was not trained on boxes, so its scores are 0.
+- `answer_logprob` is near 0 everywhere: the question asks for thoughts first, which the row's
+  solution does not have. The reward is for questions that are answered at once.
 
 What the mini Janus answered, greedily (the answer block only):
 

@@ -51,6 +51,7 @@ T2I = (
     Example("t2i_qa"),
     Example("t2i_oc"),
     Example("t2i_od"),
+    Example("answer_logprob"),
 )
 MM2T = (
     Example("format"),

@@ -23,7 +23,7 @@ from corl_jax.policies.janus import (
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.prompts import BUCKET, Processor
+from corl_jax.policies.janus.prompts import BUCKET, GENERATE, QUESTION, THINK, Processor
 from corl_jax.policies.janus.tokenizer_training import tokenizer_loss
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
@@ -100,13 +100,14 @@ FAMILY = Family(
     ),
     limits=describe_limits,
     turns={
-        (CODES,): TurnProgram(sampling.sample_codes, logprobs.score_codes),
-        (TEXT,): TurnProgram(sampling.sample_answers, logprobs.score_answers),
-        (TEXT, CODES): TurnProgram(thinking.sample_thinking, thinking.score_thinking),
-        (CODES, TEXT): TurnProgram(
+        ((CODES,),): TurnProgram(sampling.sample_codes, logprobs.score_codes),
+        ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT, CODES),): TurnProgram(thinking.sample_thinking, thinking.score_thinking),
+        ((CODES,), (TEXT,)): TurnProgram(
             own_images.sample_own_answers, own_images.score_own_answers, passes_gradients=True
         ),
     },
+    prompts=(GENERATE, QUESTION, THINK),
     blank_prompts=sampling.unconditional_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,

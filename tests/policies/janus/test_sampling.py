@@ -466,9 +466,9 @@ def test_pictures_in_half_precision_are_nearly_the_same(config, params):
 
 @pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (8, (1, 8)), (9, (2, 5))])
 def test_chunks_are_even(images, chunks):
-    assert janus_images._choose_chunks(images) == chunks
+    assert janus_images.choose_chunks(images, 8) == chunks
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        count, size = janus_images._choose_chunks(images)
+        count, size = janus_images.choose_chunks(images, 8)
     assert size % 4 == 0 and count * size >= images
 
 
