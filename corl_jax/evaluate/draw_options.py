@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True
     add("--temperature", type=float, default=TEMPERATURE,
         help="divides the logits (default %(default)g for every checkpoint)")  # fmt: skip
     add("--roles", metavar="pro|old",
-        help="chat roles of the prompt: pro for <|User|>, old for User (default pro, or old if the "
-        "tokenizer has no such token)")  # fmt: skip
+        help="chat roles of the prompt: pro for <|User|>, old for User (default those of "
+        "the checkpoint)")  # fmt: skip
     add("--batch-size", type=int, metavar="N",
         help=f"images drawn at once by a process (default {IMAGES_AT_ONCE} for each part into "
         "which its devices split a batch)")  # fmt: skip

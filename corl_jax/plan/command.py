@@ -59,15 +59,19 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     if (folder / "config.json").is_file():
         family = find_family(folder)
         return family, load_config(folder, family.kind)
-    # deepseek-ai/Janus-Pro-1B and a folder my_janus_pro_1b both name janus-pro-1b.
-    plain = path.lower().replace("_", "-")
-    named = next((name for name in PRESETS if name in plain), None)
+    # deepseek-ai/Janus-1.3B and a folder my_janus_1_3b both name janus-1.3b.
+    plain = _simplify_name(path)
+    named = next((name for name in PRESETS if _simplify_name(name) in plain), None)
     if named is None:
         raise InputError(
             f"model.path: found {path!r}, which is no directory with a config.json and names none "
             f"of {', '.join(PRESETS)}; give one by --model"
         )
     return PRESETS[named]
+
+
+def _simplify_name(text: str) -> str:
+    return text.lower().replace("_", "-").replace(".", "-")
 
 
 def find_model_folder(path: str) -> Path:

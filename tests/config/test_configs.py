@@ -35,10 +35,12 @@ from corl_jax.train.stages import STAGES as STAGE_TABLE
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
 FILES = [f"{name}.yaml" for name in list_configs()]
-PAPER = [name for name in FILES if name.startswith("janus_pro_")]
+PAPER = [name for name in FILES if name.startswith(("janus_pro_", "janus_1_3b"))]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 # Beside unified training: each task alone, both in turn, and supervised training.
 PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
+# Training on own images.
+SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one.
@@ -103,6 +105,7 @@ def test_the_promised_configs_are_there():
     promised |= {f"janus_pro_{size}/released.yaml" for size in ("1b", "7b")}
     promised |= {f"{model}/{name}.yaml" for model in ("janus_pro_1b", "mini") for name in PARADIGMS}
     promised |= {"quickstart.yaml", "mini/unified.yaml"}
+    promised |= {f"janus_1_3b/{name}.yaml" for name in (*SELF, "tpu_v5e_16")}
     promised |= {"mini/refined_t2i.yaml", "mini/refined_mm2t.yaml"}
     assert promised <= set(FILES)
 
@@ -311,6 +314,21 @@ def test_released_is_unified_with_the_scripts_values_and_every_switch():
     }  # fmt: skip
     assert (released.rollout.max_new_tokens, released.train.prompts_per_step) == (576, 32)
     assert (released.seed, released.optimizer.learning_rate) == (42, 4e-6)
+
+
+def test_training_on_own_images_differs_in_the_stage_alone():
+    """The published rate, group and prompts a step; beta for means over tokens."""
+    first, supervised, through = (load(f"janus_1_3b/{name}.yaml") for name in SELF)
+    assert (first.optimizer.learning_rate, first.rollout.group_size) == (1e-5, 8)
+    assert (first.train.prompts_per_step, first.train.max_steps) == (8, 500)
+    assert (first.optimizer.schedule, first.optimizer.warmup_steps) == ("constant", 20)
+    assert (first.rollout.cfg_scale, first.rollout.max_new_tokens) == (5.0, 32)
+    assert (first.algorithm.tasks, first.algorithm.kl_coef) == ("self_qa", 0.02)
+    assert first.model.path == "deepseek-ai/Janus-1.3B"
+    unread = {"algorithm.tasks", "algorithm.kl_coef"}
+    assert differing(first, supervised) == {"output_dir", "stage"} | unread
+    assert differing(supervised, through) == {"output_dir", "stage"}
+    assert (supervised.stage, through.stage) == ("self_sft", "self_sft_through")
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -378,6 +378,8 @@ def test_missing_libtpu_is_named_with_the_remedy(monkeypatch):
     [
         ("deepseek-community/Janus-Pro-1B", None, "janus-pro-1b"),
         ("runs/janus_pro_7b/unified/export", None, "janus-pro-7b"),
+        ("deepseek-ai/Janus-1.3B", None, "janus-1.3b"),
+        ("runs/janus_1_3b/self_sft/export", None, "janus-1.3b"),
         ("anything", "janus-pro-7b", "janus-pro-7b"),
     ],
 )
